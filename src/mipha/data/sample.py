@@ -1,0 +1,44 @@
+"""The waist of the training data: every dataset file makes `Sample`s, everything after reads nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+IMAGE = "<image>"
+"""Stands in a message's text where an image goes."""
+
+Role = Literal["system", "user", "assistant"]
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn; `text` holds one `IMAGE` marker for each image, in order."""
+
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation about zero or more images; what the assistant says is trained on.
+
+    Args:
+        id: Names the sample in every error message and report.
+        messages: System (at most one, first), then user and assistant in turn.
+        images: One for each marker, in order: a path, or the bytes of an image file.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    images: tuple[Path | bytes, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        markers = sum(message.text.count(IMAGE) for message in self.messages)
+        if markers != len(self.images):
+            raise ValueError(f"sample {self.id}: {markers} {IMAGE} markers for {len(self.images)} images; each image needs one marker")
+        roles = [message.role for message in self.messages if message.role != "system"]
+        if not roles or roles != ["user", "assistant"] * (len(roles) // 2) or "system" in [m.role for m in self.messages[1:]]:
+            order = ", ".join(message.role for message in self.messages) or "nothing"
+            raise ValueError(f"sample {self.id}: roles are {order}; wanted an optional system turn, then user and assistant in turn")

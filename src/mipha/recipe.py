@@ -1,0 +1,230 @@
+"""A recipe: everything that decides a training run, in one strict YAML file.
+
+    load_recipe("quickstart") -> Recipe -> .override("seed=7", "stages.finetune.learning_rate=1e-4") -> .save(path)
+
+An unknown key, a value of the wrong type and a setting that would be ignored are errors here, before a model is built.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from mipha.lookup import did_you_mean, files_in
+
+RECIPES = Path(__file__).parent / "catalog" / "recipes"
+
+Part = Literal["vision_tower", "projector", "language_model"]
+PARTS: tuple[Part, ...] = ("vision_tower", "projector", "language_model")
+StageName = Literal["pretrain", "finetune"]
+STAGES: tuple[StageName, ...] = ("pretrain", "finetune")
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelRecipe(_Strict):
+    """Which parts are joined, and how the image enters."""
+
+    vision_tower: str = Field(description="catalog name, folder or hub id")
+    language_model: str = Field(description="catalog name, folder or hub id")
+    chat_template: str | None = Field(None, description="name in catalog/chat_templates or a .jinja file; null: the language model's own")
+    image_size: int | None = Field(None, ge=1, description="pixels a side; null: the tower's own")
+    feature_layer: int = Field(-2, description="which hidden state of the tower is read; 0 is the patch embedding, -1 the last")
+    pad_to_square: bool = Field(True, description="true: pad with the mean colour; false: squash")
+
+
+class DataRecipe(_Strict):
+    """One data set of a stage."""
+
+    dataset: str = Field(description="module name in data/datasets")
+    root: Path | None = Field(None, description="file or folder the data set reads; null: the packaged copy, where there is one")
+    split: str = "train"
+    limit: int | None = Field(None, ge=1, description="use the first N samples only")
+    blind: bool = Field(False, description="replace every image by grey: what a model learns from the questions alone")
+
+
+class TuningRecipe(_Strict):
+    """What is trained of each part."""
+
+    vision_tower: Literal["frozen", "full"]
+    projector: Literal["frozen", "full"]
+    language_model: Literal["frozen", "full"]
+
+
+def _as_list(value: Any) -> Any:
+    """One mapping or path stands for a list of one."""
+    return value if isinstance(value, list) else [value]
+
+
+class StageRecipe(_Strict):
+    """One training stage."""
+
+    data: Annotated[tuple[DataRecipe, ...], BeforeValidator(_as_list)] = Field(min_length=1)
+    tuning: TuningRecipe
+    learning_rate: float = Field(gt=0)
+    part_learning_rates: dict[Part, float] = Field({}, description="a learning rate of its own for a trained part")
+    epochs: float = Field(1.0, gt=0)
+    max_steps: int | None = Field(None, ge=1, description="stop after this many optimizer steps; null: all epochs")
+    batch_size: int = Field(ge=1, description="samples per optimizer step, over all processes")
+    batching: Literal["padded", "packed", "shared-image"] = Field(
+        "packed",
+        description="padded: one sample a row; packed: several isolated samples a row; "
+        "shared-image: packed, and samples about one image share its tokens",
+    )
+    row_tokens: int = Field(2048, ge=1, description="longest row after image expansion, in tokens; a longer sample is an error")
+    samples_per_image: int = Field(8, ge=1, description="shared-image only: samples of one image kept together in the order")
+    micro_batch_rows: int = Field(1, ge=1, description="rows per forward pass and process")
+    prompt: Literal["chat", "plain"] = Field("chat", description="plain: image and caption only, as in LLaVA's first stage")
+    warmup_ratio: float = Field(0.03, ge=0, lt=1)
+    adam_betas: tuple[float, float] = (0.9, 0.98)
+    adam_eps: float = Field(1e-7, gt=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0, description="0: no clipping")
+    activation_checkpointing: bool = False
+    checkpoint_every: int = Field(100, ge=1, description="optimizer steps between checkpoints")
+
+    @model_validator(mode="after")
+    def _nothing_ignored(self) -> StageRecipe:
+        trained = [part for part in PARTS if getattr(self.tuning, part) != "frozen"]
+        if not trained:
+            raise ValueError("every part is frozen, so nothing would be trained: set one part of `tuning` to full")
+        if idle := sorted(set(self.part_learning_rates) - set(trained)):
+            raise ValueError(f"part_learning_rates names {', '.join(idle)}, which `tuning` keeps frozen: remove it or tune the part")
+        if "samples_per_image" in self.model_fields_set and self.batching != "shared-image":
+            raise ValueError(f"samples_per_image has no effect with batching={self.batching}: remove it or use shared-image")
+        return self
+
+
+class StagesRecipe(_Strict):
+    pretrain: StageRecipe
+    finetune: StageRecipe
+
+
+class Recipe(_Strict):
+    """A whole training run: parts, data, two stages."""
+
+    name: str
+    description: str = ""
+    seed: int = 0
+    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where the device computes in it, else float32")
+    model: ModelRecipe
+    stages: StagesRecipe
+
+    def override(self, *assignments: str) -> Recipe:
+        """This recipe with some values replaced.
+
+        Args:
+            assignments: `key.path=value`; the value is read as YAML, so `[1, 2]`, `null` and `{a: 1}` work.
+                `data.finetune=PATH` is short for `stages.finetune.data=PATH`.
+
+        Raises:
+            ValueError: An assignment has no `=`, names an unknown key, or its value does not fit.
+        """
+        tree = self.model_dump(mode="json", exclude_unset=True)
+        for assignment in assignments:
+            key, equals, text = assignment.partition("=")
+            if not equals:
+                raise ValueError(f"override {assignment!r} has no `=`: write key.path=value, for example seed=7")
+            _assign(tree, key.strip().split("."), yaml.load(text, _Loader))
+        return parse_recipe(tree, source=f"recipe {self.name!r} with {', '.join(assignments)}" if assignments else self.name)
+
+    def dump(self) -> str:
+        """This recipe as YAML with every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=120)
+
+    def digest(self) -> str:
+        """Twelve hex digits that name what this recipe trains; name and description do not count."""
+        content = self.model_dump(mode="json", exclude={"name", "description"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that reads 1e-3 as a number (YAML 1.1 wants 1.0e-3, and a learning rate that is a string helps nobody)."""
+
+
+_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", __import__("re").compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+
+
+def list_recipes() -> list[str]:
+    """Names of the catalog's recipes."""
+    return files_in(RECIPES, ".yaml")
+
+
+def load_recipe(name: str | Path) -> Recipe:
+    """Read a recipe of the catalog, or a YAML file.
+
+    Raises:
+        FileNotFoundError: Neither a catalog name nor a file.
+        ValueError: The file is not a valid recipe; the message names each key.
+    """
+    path = Path(name) if str(name).endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"no recipe {str(name)!r}: {did_you_mean(str(name), list_recipes())}, or give a .yaml file")
+    try:
+        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    return parse_recipe(tree, source=str(path))
+
+
+def parse_recipe(tree: Any, source: str) -> Recipe:
+    """Check a tree of plain values against the schema.
+
+    Raises:
+        ValueError: Names the source and, a line each, the key, the value and the mend.
+    """
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(problem) for problem in error.errors()]
+        raise ValueError(f"{source} is not a valid recipe:\n  " + "\n  ".join(lines)) from error
+
+
+def _explain(problem: Any) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        fields = _fields_at(problem["loc"][:-1])
+        return f"{key}: unknown key; {did_you_mean(str(problem['loc'][-1]), fields)}"
+    value = "" if problem["type"] == "missing" else f" (got {problem['input']!r})"
+    return f"{key or 'recipe'}: {problem['msg'].removeprefix('Value error, ')}{value if len(value) < 100 else ''}"
+
+
+def _fields_at(path: tuple[int | str, ...]) -> list[str]:
+    model: Any = Recipe
+    for key in path:
+        if isinstance(key, int):
+            continue
+        if key == "data":
+            model = DataRecipe
+        else:
+            model = model.model_fields[key].annotation
+    return list(model.model_fields)
+
+
+def _assign(tree: dict[str, Any], path: list[str], value: Any) -> None:
+    if path[0] == "data" and len(path) > 1:
+        path = ["stages", path[1], "data", *path[2:]]
+    if path[-1] == "data" and isinstance(value, str):
+        value = {"dataset": "auto", "root": value} if "/" in value or "." in value else {"dataset": value}
+    node: Any = tree
+    for depth, key in enumerate(path[:-1]):
+        if isinstance(node, list):
+            node = node[int(key)]
+            continue
+        node = node.setdefault(key, {})
+        if not isinstance(node, (dict, list)):
+            raise ValueError(f"override {'.'.join(path)}: {'.'.join(path[: depth + 1])} is a value, not a group of keys")
+    if isinstance(node, list):
+        if not path[-1].isdigit() or int(path[-1]) >= len(node):
+            raise ValueError(f"override {'.'.join(path)}: a list of {len(node)} has no entry {path[-1]!r}")
+        node[int(path[-1])] = value
+    else:
+        node[path[-1]] = value
