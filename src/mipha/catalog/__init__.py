@@ -1,0 +1,1 @@
+"""Facts as data: which language model, which tower, which template, which recipe. Nothing here imports torch."""

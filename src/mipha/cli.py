@@ -1,0 +1,247 @@
+"""The verbs: parse, call one function, print. Torch is imported inside a verb, so `mipha --help` is instant."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from mipha.assistant import Assistant
+    from mipha.evaluation.score import Result
+
+
+class _Verbs(TyperGroup):
+    """Every verb in one place that turns what a user can mend into one sentence, without a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("\nstopped; run the same command again to go on", err=True)
+            raise typer.Exit(130) from None
+        except Exception as error:
+            sentence = None if ctx.params.get("debug") else _sentence(error)
+            if sentence is None:
+                raise
+            typer.echo(f"mipha: {sentence}", err=True)
+            raise typer.Exit(2) from error
+
+
+app = typer.Typer(cls=_Verbs, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Recipe values to replace, such as seed=7.")]
+Model = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or the folder of an exported model.")]
+
+
+@app.callback()
+def _options(debug: Annotated[bool, typer.Option("--debug", envvar="MIPHA_DEBUG", help="Show tracebacks.")] = False) -> None:
+    """Build, train and evaluate multimodal small language models: a vision tower, a projector, a small language model."""
+
+
+@app.command("list")
+def list_names() -> None:
+    """List recipes, parts, datasets and benchmarks."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("kind", "name", "what it is"):
+        table.add_column(column, overflow="fold")
+    for kind, entries in _catalog().items():
+        for number, (name, text) in enumerate(entries.items()):
+            table.add_row("" if number else kind, name, text)
+    Console().print(table)
+
+
+@app.command()
+def show(name: Annotated[str, typer.Argument(help="A recipe (name or .yaml), a vision tower or a language model.")]) -> None:
+    """Show a recipe in full, or a part's catalog entry."""
+    from dataclasses import asdict
+
+    import yaml
+
+    from mipha.catalog.language_models import LANGUAGE_MODELS
+    from mipha.catalog.vision_towers import VISION_TOWERS
+    from mipha.lookup import did_you_mean
+    from mipha.recipe import list_recipes, load_recipe
+
+    parts: dict[str, Any] = {**VISION_TOWERS, **LANGUAGE_MODELS}
+    if name in parts:
+        typer.echo(yaml.safe_dump({name: asdict(parts[name])}, sort_keys=False, width=120), nl=False)
+    elif name in list_recipes() or name.endswith((".yaml", ".yml")):
+        typer.echo(load_recipe(name).dump(), nl=False)
+    else:
+        raise ValueError(f"no recipe or part {name!r}: {did_you_mean(name, [*list_recipes(), *parts])}")
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name, or a .yaml file.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Run folder; the same recipe and folder go on where they stopped.")],
+    overrides: Overrides = None,
+) -> None:
+    """Train a recipe: pretrain, then finetune."""
+    from mipha.recipe import load_recipe
+
+    chosen = load_recipe(recipe).override(*(overrides or ()))
+
+    from mipha.training.pipeline import train as train_recipe
+
+    run = train_recipe(chosen, out)
+    typer.echo(f"trained {chosen.name}: {run.final_checkpoint()}")
+
+
+@app.command()
+def evaluate(
+    run: Model,
+    benchmarks: Annotated[list[str], typer.Option("-b", "--benchmarks", help="Names, with commas or several -b.")],
+    data_root: Annotated[Path | None, typer.Option(help="The benchmark's folder; with several, the folder above them.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Questions a forward pass.")] = 16,
+    limit: Annotated[int | None, typer.Option(help="Ask the first N questions only.")] = None,
+    split: Annotated[str | None, typer.Option(help="Another split than the benchmark's own.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Where results go, if not into the run.")] = None,
+) -> None:
+    """Measure a model; exit code 1 if a question failed."""
+    from mipha.evaluation.evaluate import evaluate as measure
+
+    names = [name.strip() for group in benchmarks for name in group.split(",") if name.strip()]
+    results = measure(run, names, data_root, batch_size, limit, split, out)
+    _print_results(results)
+    if any(result.n_failed for result in results):
+        raise typer.Exit(1)
+
+
+@app.command()
+def chat(run: Model, image: Annotated[Path | None, typer.Option(help="The picture to talk about.")] = None) -> None:
+    """Talk about a picture; /image PATH, /reset and /quit."""
+    from mipha.run import model_folder
+
+    folder = model_folder(run)
+    if image is not None and not image.is_file():
+        raise FileNotFoundError(f"no image {image}: give the path of a picture")
+
+    from mipha.assistant import load
+
+    _converse(load(folder), image)
+
+
+@app.command()
+def quickstart(
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Run folder; the same one goes on where it stopped.")] = Path("runs/quickstart"),
+) -> None:
+    """Train, measure and try a small assistant on this machine."""
+    from mipha.quickstart import quickstart as tour
+
+    tour(out, overrides or [])
+
+
+def main() -> None:
+    """Entry point of the `mipha` program."""
+    app()
+
+
+def _converse(assistant: Assistant, image: Path | None) -> None:
+    """Read questions until /quit, the end of the input, or Ctrl-C; answers stream."""
+    session = assistant.chat(image)
+    typer.echo("ask something; /image PATH for another picture, /reset to forget the conversation, /quit to leave")
+    while True:
+        try:
+            line = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            typer.echo()
+            return
+        verb, _, rest = line.partition(" ")
+        path = Path(rest.strip().strip("'\"")).expanduser()
+        if line == "/quit":
+            return
+        if line == "/reset":
+            session = assistant.chat(image)
+        elif verb == "/image" and path.is_file():
+            image = path
+            session = assistant.chat(image)
+        elif verb == "/image":
+            typer.echo(f"no image {path}")
+        elif line.startswith("/"):
+            typer.echo(f"no command {verb}: /image PATH, /reset or /quit")
+        elif line:
+            try:
+                for piece in session.ask(line):
+                    typer.echo(piece, nl=False)
+                typer.echo()
+            except (ValueError, FileNotFoundError) as error:
+                typer.echo(str(error))
+            except KeyboardInterrupt:
+                # The answer is still being made behind our back: its half-filled cache must not be gone on with.
+                session = assistant.chat(image)
+                typer.echo("\n(stopped, and the conversation is forgotten)")
+
+
+def _print_results(results: list[Result]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    for result in results:
+        table = Table(title=f"{result.benchmark} {result.split}", title_justify="left", box=None, pad_edge=False)
+        for column in ("metric", "value", "95 % interval", "n"):
+            table.add_column(column, justify="left" if column == "metric" else "right")
+        for score in result.scores:
+            interval = "" if score.low is None else f"{score.low:.1f} to {score.high:.1f}"
+            table.add_row(score.metric, f"{score.value:.1f} %" if score.unit == "%" else f"{score.value:g}", interval, str(score.n))
+        for name, value in result.baselines.items():
+            table.add_row(f"{name} baseline", f"{value:.1f} %" if result.scores[0].unit == "%" else f"{value:g}", style="dim")
+        Console().print(table)
+        if result.n_failed:
+            typer.echo(f"{result.n_failed} of {result.n_asked} questions failed and are not in these scores: see errors.jsonl", err=True)
+        if not result.complete:
+            typer.echo(f"not complete: {result.n_asked - result.n_failed} of {result.num_questions} questions")
+
+
+def _catalog() -> dict[str, dict[str, str]]:
+    """Kind to name to one line: what `list` prints."""
+    from mipha.catalog.language_models import LANGUAGE_MODELS
+    from mipha.catalog.vision_towers import VISION_TOWERS
+    from mipha.evaluation.benchmark import BENCHMARKS, list_benchmarks
+    from mipha.lookup import files_in
+    from mipha.recipe import list_recipes, load_recipe
+
+    datasets = Path(__file__).parent / "data" / "datasets"
+    return {
+        "recipe": {name: load_recipe(name).description for name in list_recipes()},
+        "vision tower": {name: entry.source for name, entry in VISION_TOWERS.items()},
+        "language model": {name: entry.source for name, entry in LANGUAGE_MODELS.items()},
+        "dataset": {name: _first_line(datasets / f"{name}.py") for name in files_in(datasets, ".py")},
+        "benchmark": {name: _first_line(BENCHMARKS / f"{name}.py") for name in list_benchmarks()},
+    }
+
+
+def _first_line(module: Path) -> str:
+    """First line of a module's docstring, read without importing it: a dataset's module may import torch."""
+    import ast
+
+    return (ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+
+
+def _sentence(error: Exception) -> str | None:
+    """What went wrong, for what a user can mend; None for our own mistakes, which keep their traceback."""
+    if isinstance(error, ModuleNotFoundError):
+        if (error.name or "").partition(".")[0] == "mipha":
+            return None
+        text = str(error)
+        return f"the package {error.name!r} is not installed: pip install {error.name}" if text.startswith("No module named") else text
+    if isinstance(error, BrokenPipeError):
+        return None
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full ({error.filename or 'no space left'}): free some space and run the same command again to go on"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    if isinstance(error, (ValueError, OSError, FloatingPointError)):
+        return str(error)
+    # Torch is not imported for the name's sake.
+    if type(error).__name__ == "OutOfMemoryError":
+        return "the accelerator's memory is full: lower --batch-size (evaluate), or micro_batch_rows or row_tokens (train)"
+    return None

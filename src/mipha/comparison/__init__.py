@@ -1,0 +1,1 @@
+"""Numbers side by side: statistics, tables, figures. Reads files only; no torch."""

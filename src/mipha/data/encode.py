@@ -1,0 +1,123 @@
+"""Sample + processor -> token ids and labels. The chat template decides what is trained on; nothing is tokenised twice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import LlavaProcessor
+
+from mipha.data.sample import IMAGE, Message, Sample
+
+IGNORE = -100
+"""Label of a token that is not trained on."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One sample as the model sees it.
+
+    Args:
+        id: The sample's.
+        input_ids: `(tokens,)`, image placeholders already repeated.
+        labels: `(tokens,)`: the same ids where trained on, else `IGNORE`; not shifted.
+        images: One for each image span, in order.
+        prefix: Leading tokens, through the only image, that another sample about the same image may share; 0 for none.
+        truncated: Tokens cut off the end to fit.
+    """
+
+    id: str
+    input_ids: np.ndarray
+    labels: np.ndarray
+    images: tuple[Path | bytes, ...]
+    prefix: int = 0
+    truncated: int = 0
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def encode(sample: Sample, processor: LlavaProcessor, max_tokens: int, prompt: str = "chat") -> Encoded:
+    """Tokenise a sample once, with its loss mask.
+
+    Args:
+        max_tokens: Longest result, image tokens included. Text behind the last image is cut to fit; an image never is.
+        prompt: `chat` writes the conversation with the processor's template; `plain` writes images, then the assistant's
+            words and a newline, as in LLaVA's first stage.
+
+    Raises:
+        ValueError: Nothing would be trained on, or the images alone exceed `max_tokens`.
+    """
+    ids, supervised = _plain(sample, processor) if prompt == "plain" else _chat(sample, processor)
+    ids, supervised = _expand_images(ids, supervised, processor)
+    labels = np.where(supervised, ids, IGNORE)
+    image_ends = np.flatnonzero(ids == processor.image_token_id)
+    last_image = int(image_ends[-1]) + 1 if len(image_ends) else 0
+    num_images = len(image_ends) // tokens_per_image(processor)
+    if num_images != len(sample.images):
+        raise ValueError(f"sample {sample.id}: its text holds {num_images} images but {len(sample.images)} are given; is {IMAGE} in the wrong place?")
+    if last_image >= max_tokens:
+        raise ValueError(f"sample {sample.id}: through its {num_images} image(s) it takes {last_image} tokens of row_tokens={max_tokens}: raise row_tokens")
+    truncated = max(0, len(ids) - max_tokens)
+    ids, labels = ids[:max_tokens], labels[:max_tokens]
+    if (labels[1:] == IGNORE).all():
+        cause = f"row_tokens={max_tokens} cuts its answer off" if truncated else "the assistant says nothing"
+        raise ValueError(f"sample {sample.id}: no token is trained on, because {cause}; mend or remove the sample")
+    # The token behind the prefix must not be supervised: its prediction is made at the prefix's last, shared, position.
+    shared = last_image if num_images == 1 and last_image < len(ids) and (labels[: last_image + 1] == IGNORE).all() else 0
+    return Encoded(sample.id, ids, labels, sample.images, shared, truncated)
+
+
+def tokens_per_image(processor: LlavaProcessor) -> int:
+    """Tokens that one image takes in the sequence."""
+    size = processor.image_processor.size
+    return (size["height"] // processor.patch_size) * (size["width"] // processor.patch_size)
+
+
+def as_chat(messages: tuple[Message, ...]) -> list[dict[str, Any]]:
+    """Messages with content parts, as the host's chat templates read them; templates put the newline behind an image."""
+    return [{"role": message.role, "content": _content_parts(message.text)} for message in messages]
+
+
+def _content_parts(text: str) -> list[dict[str, str]]:
+    first, *rest = text.split(IMAGE)
+    parts = [{"type": "text", "text": first}] if first else []
+    for piece in rest:
+        parts.append({"type": "image"})
+        if piece := piece.removeprefix("\n"):
+            parts.append({"type": "text", "text": piece})
+    return parts
+
+
+def _chat(sample: Sample, processor: LlavaProcessor) -> tuple[np.ndarray, np.ndarray]:
+    encoded = processor.tokenizer.apply_chat_template(
+        as_chat(sample.messages), chat_template=processor.chat_template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    return np.asarray(encoded["input_ids"]), np.asarray(encoded["assistant_masks"], dtype=bool)
+
+
+def _plain(sample: Sample, processor: LlavaProcessor) -> tuple[np.ndarray, np.ndarray]:
+    """Source: LLaVA's and Mipha's `plain` conversation: the user's words are dropped; no end-of-sequence token."""
+    caption = "".join(message.text for message in sample.messages if message.role == "assistant")
+    bos = processor.tokenizer("").input_ids
+    text = processor.tokenizer(caption + "\n", add_special_tokens=False).input_ids
+    head = [*bos, *[processor.image_token_id] * len(sample.images)]
+    return np.asarray(head + text), np.arange(len(head) + len(text)) >= len(head)
+
+
+def _expand_images(ids: np.ndarray, supervised: np.ndarray, processor: LlavaProcessor) -> tuple[np.ndarray, np.ndarray]:
+    repeats = np.where(ids == processor.image_token_id, tokens_per_image(processor), 1)
+    return np.repeat(ids, repeats), np.repeat(supervised, repeats)
+
+
+def blank(processor: LlavaProcessor, image: bytes) -> Encoded:
+    """A sample with an image and nothing to learn: keeps processes in step where one has no image of its own."""
+    ids = np.asarray([processor.image_token_id] * tokens_per_image(processor) + [processor.tokenizer.eos_token_id])
+    return Encoded("blank", ids, np.full(len(ids), IGNORE), (image,))
+
+
+def unsupervised(encoded: Encoded) -> Encoded:
+    """The same sample with nothing trained on."""
+    return replace(encoded, labels=np.full(len(encoded), IGNORE))

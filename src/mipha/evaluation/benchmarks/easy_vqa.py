@@ -1,0 +1,138 @@
+"""easy-VQA: which shape, which colour; 13 possible answers, official splits.
+
+One shape of one colour on a 64 x 64 picture, about ten questions each.
+
+A total hides the failure that matters here: a model that has learned only the usual answer to each question string gets
+two thirds right without looking. So yes/no, shape and colour are reported apart, and the yes/no questions once more
+by whether the gold answer is the rarer one of its question string.
+
+Source: PyPI `easy-vqa` 1.0 (MIT), github.com/vzhou842/easy-VQA.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from mipha.comparison.statistics import cluster_bootstrap
+from mipha.data.datasets.easy_vqa import COLOURS, SHAPES, image_path, questions_of
+from mipha.evaluation.benchmark import Metric, Question, Score
+
+ANSWERS = ("yes", "no", *SHAPES, *COLOURS)
+
+MAX_NEW_TOKENS = 32
+SPLITS = ("test", "validation")
+PROTOCOL = (
+    "easy-VQA 1.0, official split, the question as the whole prompt, greedy; the last word of the text, lower case without punctuation, "
+    "must equal the published answer; 95 % interval: cluster bootstrap over images, 2000 resamples"
+)
+METRICS = (
+    Metric("accuracy", "%", "all questions"),
+    Metric("yes_no", "%", "questions whose gold answer is yes or no"),
+    Metric("shape", "%", "questions for the shape"),
+    Metric("colour", "%", "questions for the colour"),
+    Metric("yes_no_usual", "%", "yes/no questions whose gold answer is the usual one of this question string in the training split"),
+    Metric("yes_no_minority", "%", "yes/no questions whose gold answer is the rarer one of this question string in the training split"),
+    *(Metric(f"answer_{answer}", "%", f"questions whose gold answer is {answer}") for answer in ANSWERS),
+    Metric("unreadable", "questions", "the last word is none of the 13 answers; counts as wrong"),
+)
+
+
+def questions(root: Path | None = None, split: str = "test") -> list[Question]:
+    """Every question of a split, image by image in the official order.
+
+    Args:
+        root: Folder with `train` and `test`, each holding `questions.json` and `images`; None: the installed package's.
+        split: `test` (official) or `validation` (400 official training images that our training leaves out).
+
+    Returns:
+        Questions whose facts are `answer` (gold), `kind` (yes_no, shape, colour), `image` (id), and from the whole official
+        training split `usual` (most frequent answer to this question string, None for a string it lacks) and
+        `most_frequent` (most frequent answer to anything).
+
+    Raises:
+        FileNotFoundError: The data is not there.
+        ValueError: No such split, or a malformed file.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"benchmark easy_vqa has no split {split!r}: choose {' or '.join(SPLITS)}")
+    by_text: dict[str, Counter[str]] = defaultdict(Counter)
+    for part in ("train", "validation"):
+        for text, answer in (pair for pairs in questions_of(root, part)[1].values() for pair in pairs):
+            by_text[text][answer] += 1
+    usual = {text: _most_frequent(counts) for text, counts in by_text.items()}
+    most_frequent = _most_frequent(sum(by_text.values(), Counter()))
+    folder, by_image = questions_of(root, split)
+    return [
+        Question(
+            id=f"{folder}/{image}/{number}",
+            text=text,
+            image=image_path(root, folder, image),
+            facts={"answer": answer, "kind": _kind(answer), "image": image, "usual": usual.get(text), "most_frequent": most_frequent},
+        )
+        for image, pairs in by_image.items()
+        for number, (text, answer) in enumerate(pairs)
+    ]
+
+
+def read_answer(text: str) -> str | None:
+    """The answer that a text ends with, None if its last word is none of the 13."""
+    words = re.findall(r"\w+", text.lower())
+    return words[-1] if words and words[-1] in ANSWERS else None
+
+
+def score(questions: Sequence[Question], predictions: Mapping[str, str]) -> list[Score]:
+    """Scores of the answers, headline first; a group without questions is left out.
+
+    Args:
+        questions: Those asked.
+        predictions: Question id to answer text, for every question.
+
+    Raises:
+        KeyError: A question has no prediction.
+    """
+    answers = [read_answer(predictions[question.id]) for question in questions]
+    right = [answer == question.facts["answer"] for question, answer in zip(questions, answers, strict=True)]
+    groups = [_groups(question) for question in questions]
+    images = [question.facts["image"] for question in questions]
+    scores = []
+    for metric in METRICS[:-1]:
+        members = [index for index, group in enumerate(groups) if metric.name in group]
+        if members:
+            values = [100.0 * right[index] for index in members]
+            low, high = cluster_bootstrap(values, [images[index] for index in members])
+            scores.append(Score(metric.name, sum(values) / len(values), metric.unit, len(values), low, high))
+    return [*scores, Score("unreadable", answers.count(None), "questions", len(answers))]
+
+
+def majority_baseline(questions: Iterable[Question]) -> dict[str, str]:
+    """One answer to everything: the most frequent of the training split. 37.3 % on the test split."""
+    return {question.id: question.facts["most_frequent"] for question in questions}
+
+
+def question_only_baseline(questions: Iterable[Question]) -> dict[str, str]:
+    """The most frequent training answer to each question string: what can be had without looking. 67.0 % on the test split."""
+    return {question.id: question.facts["usual"] or question.facts["most_frequent"] for question in questions}
+
+
+BASELINES = {"majority": majority_baseline, "question_only": question_only_baseline}
+
+
+def _groups(question: Question) -> set[str]:
+    """Names of the metrics that the question counts for."""
+    answer, kind, usual = (question.facts[key] for key in ("answer", "kind", "usual"))
+    groups = {"accuracy", kind, f"answer_{answer}"}
+    if kind == "yes_no" and usual is not None:
+        groups.add("yes_no_usual" if answer == usual else "yes_no_minority")
+    return groups
+
+
+def _kind(answer: str) -> str:
+    return "shape" if answer in SHAPES else "colour" if answer in COLOURS else "yes_no"
+
+
+def _most_frequent(counts: Mapping[str, int]) -> str:
+    """The most frequent answer; of equals the last in the alphabet, so that the order of files decides nothing."""
+    return max(counts, key=lambda answer: (counts[answer], answer))

@@ -1,0 +1,1 @@
+"""The model: knows tensors, not question files."""

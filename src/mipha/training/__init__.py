@@ -1,0 +1,1 @@
+"""Two stages on plain torch: batches -> loss_sum, num_tokens -> step. `torchrun -m mipha train ...` for several processes."""

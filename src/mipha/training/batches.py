@@ -1,0 +1,116 @@
+"""Step number -> this process's micro-batches. A pure function: resuming at a step reads nothing that came before it.
+
+    step  --order(seed, epoch)-->  the step's samples  --encode, make_rows-->  rows  --deal-->  rows of each process
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from math import ceil
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import LlavaProcessor
+
+from mipha.data.collate import collate
+from mipha.data.encode import Encoded, blank, encode
+from mipha.data.mixture import Mixture, epoch_order, grey_image
+from mipha.data.packing import Row, make_rows
+from mipha.recipe import StageRecipe
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one process computes in one optimizer step; the counts are of all processes together.
+
+    Args:
+        micro_batches: Arguments of one forward pass each; the same number on every process.
+        ids: Samples of the step.
+        num_tokens: Real tokens, no padding; a shared image counts once.
+        num_supervised: Tokens that are trained on.
+        num_images: Images encoded.
+        num_padded: Positions computed, padding included.
+        num_truncated: Samples whose end was cut off.
+    """
+
+    micro_batches: tuple[dict[str, Tensor], ...]
+    ids: tuple[str, ...]
+    num_tokens: int
+    num_supervised: int
+    num_images: int
+    num_padded: int
+    num_truncated: int
+
+
+class StepDataset(Dataset[Step]):
+    """The steps of a stage as a map-style data set, so that the host's DataLoader brings workers and prefetching."""
+
+    def __init__(self, mixture: Mixture, processor: LlavaProcessor, stage: StageRecipe, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        self.mixture, self.processor, self.stage, self.seed = mixture, processor, stage, seed
+        self.rank, self.world_size = rank, world_size
+        self._blank = make_rows([blank(processor, grey_image())], stage.row_tokens, "padded")[0]
+        bundle = stage.samples_per_image if stage.batching == "shared-image" else None
+        self._order = lru_cache(maxsize=2)(lambda epoch: epoch_order(mixture, seed, epoch, bundle))
+
+    def __len__(self) -> int:
+        """Optimizer steps of the stage."""
+        steps = ceil(round(self.stage.epochs * len(self.mixture)) / self.stage.batch_size)
+        return min(steps, self.stage.max_steps or steps)
+
+    def samples(self, step: int) -> list[Encoded]:
+        """The samples of a step, encoded; the last step of a stage may hold fewer."""
+        size = len(self.mixture)
+        end = min((step + 1) * self.stage.batch_size, max(round(self.stage.epochs * size), 1))
+        positions = range(step * self.stage.batch_size, end)
+        indices = [int(self._order(position // size)[position % size]) for position in positions]
+        return [encode(self.mixture[index], self.processor, self.stage.row_tokens, self.stage.prompt) for index in indices]
+
+    def __getitem__(self, step: int) -> Step:
+        if not 0 <= step < len(self):
+            raise IndexError(step)
+        samples = self.samples(step)
+        dealt = deal(make_rows(samples, self.stage.row_tokens, self.stage.batching), self.world_size)
+        chunks = [self._chunks(rows) for rows in dealt]
+        most = max(len(own) for own in chunks)
+        with_images = any(row.images for rows in dealt for row in rows)
+        full = [[self._in_step(own[i] if i < len(own) else [], with_images) for i in range(most)] for own in chunks]
+        rows = [row for rows in dealt for row in rows]
+        return Step(
+            micro_batches=tuple(collate(chunk, self.processor) for chunk in full[self.rank]),
+            ids=tuple(sample.id for sample in samples),
+            num_tokens=sum(len(row) for row in rows),
+            num_supervised=sum(row.num_supervised for row in rows),
+            num_images=sum(len(row.images) for row in rows),
+            num_padded=sum(len(chunk) * max(len(row) for row in chunk) for own in full for chunk in own),
+            num_truncated=sum(sample.truncated > 0 for sample in samples),
+        )
+
+    def _chunks(self, rows: Sequence[Row]) -> list[list[Row]]:
+        size = self.stage.micro_batch_rows
+        return [list(rows[start : start + size]) for start in range(0, len(rows), size)]
+
+    def _in_step(self, chunk: list[Row], with_images: bool) -> list[Row]:
+        """A blank image where this process would skip the tower while another runs it: sharded layers wait for one another."""
+        alone = self.world_size == 1
+        needs_blank = not chunk or (with_images and not alone and not any(row.images for row in chunk))
+        return [*chunk, self._blank] if needs_blank else chunk
+
+
+def deal(rows: Sequence[Row], world_size: int) -> list[list[Row]]:
+    """Rows, longest first, to the process with the fewest tokens so far: equal work, the same on every process."""
+    dealt: list[list[Row]] = [[] for _ in range(world_size)]
+    tokens = np.zeros(world_size, dtype=np.int64)
+    for row in rows:
+        receiver = int(tokens.argmin())
+        dealt[receiver].append(row)
+        tokens[receiver] += len(row)
+    return dealt
+
+
+def keep_step(step: Any) -> Any:
+    """The DataLoader's collate function: a step is a batch already."""
+    return step

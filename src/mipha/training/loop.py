@@ -1,0 +1,177 @@
+"""One training stage: steps -> loss_sum / num_tokens -> gradients -> optimizer; resumable at every step."""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import nn
+from torch.utils.data import DataLoader
+
+from mipha.models.modeling import LlavaForConditionalGeneration
+from mipha.recipe import StageRecipe
+from mipha.run import append_line, read_lines, write_whole
+from mipha.training.batches import Step, StepDataset, keep_step
+from mipha.training.checkpoint import load_state, save_state
+from mipha.training.metrics import Meter
+from mipha.training.optim import make_optimizer, schedule, set_learning_rates
+from mipha.training.shard import World, layers_of, place
+
+
+def train_stage(
+    model: LlavaForConditionalGeneration,
+    steps: StepDataset,
+    stage: StageRecipe,
+    folder: Path,
+    world: World,
+    *,
+    title: str,
+    autocast: torch.dtype | None,
+    seed: int,
+) -> nn.Module:
+    """Train until the last step, from the newest state in `folder` where there is one.
+
+    Args:
+        model: With its tuning applied.
+        folder: Of this stage: `states/`, `metrics.jsonl`.
+        title: What the progress bar calls this stage.
+        autocast: Type that matrix products run in; null for that of the weights.
+        seed: Of dropout.
+
+    Returns:
+        The model as placed (sharded, with several processes).
+
+    Raises:
+        FloatingPointError: The loss or the gradient is not finite; `nonfinite.json` names the samples, the last good state stays.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, after the current step was finished and saved.
+    """
+    if stage.activation_checkpointing:
+        for layer in layers_of(model):
+            layer.gradient_checkpointing = True
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    placed = place(model, world)
+    _train_mode(model)
+    optimizer = make_optimizer(model, stage)
+    position = load_state(folder / "states", placed, optimizer, world) or {"step": 0}
+    start = int(position["step"])
+    if world.is_first:
+        _forget_after(folder / "metrics.jsonl", start)
+    loader = DataLoader(steps, batch_size=None, sampler=range(start, len(steps)), collate_fn=keep_step, num_workers=4 if world.device.type == "cuda" else 0)
+    meter = Meter()
+    with _progress(title, start, len(steps), world.is_first) as show, _stop_gently() as stopped:
+        for number, step in enumerate(loader, start=start + 1):
+            torch.manual_seed(seed * 1_000_003 + number)  # dropout after a resume is what it would have been
+            set_learning_rates(optimizer, schedule(number - 1, len(steps), stage.warmup_ratio))
+            loss, grad_norm = _optimize(placed, optimizer, step, stage.max_grad_norm, autocast, world)
+            if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                _report_nonfinite(folder, number, step, loss, grad_norm, world)
+            metrics = meter.measure(number, step, loss, grad_norm, {group["part"]: group["lr"] for group in optimizer.param_groups})
+            if world.is_first:
+                append_line(folder / "metrics.jsonl", metrics)
+            show(metrics)
+            stop = _anyone(stopped(), world)
+            if number % stage.checkpoint_every == 0 or number == len(steps) or stop:
+                save_state(folder / "states", number, placed, optimizer, {"seed": seed}, world)
+            if stop:
+                raise KeyboardInterrupt
+    return placed
+
+
+def _optimize(
+    model: nn.Module, optimizer: torch.optim.Optimizer, step: Step, max_grad_norm: float, autocast: torch.dtype | None, world: World
+) -> tuple[float, float]:
+    """One optimizer step over all micro-batches of all processes; returns the mean loss per token and the gradient's norm."""
+    total = torch.zeros((), device=world.device)
+    for batch in step.micro_batches:
+        batch = {key: value.to(world.device, non_blocking=True) for key, value in batch.items()}
+        with torch.autocast(world.device.type, dtype=autocast, enabled=autocast is not None):
+            loss_sum = model(**batch).loss_sum
+        # Each token weighs the same, in whichever micro-batch or process it is; sharding averages over processes.
+        (loss_sum * world.size / step.num_supervised).backward()
+        total += loss_sum.detach()
+    trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    norm = nn.utils.clip_grad_norm_(trained, max_grad_norm or math.inf)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    loss = float(world.total(total) / step.num_supervised)
+    if math.isfinite(loss) and math.isfinite(norm):
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss, float(norm)
+
+
+def _train_mode(model: LlavaForConditionalGeneration) -> None:
+    """Dropout and the like only in parts that train: a frozen part is used as it will be when it answers."""
+    model.eval()
+    for module in (model.model.vision_tower, model.model.multi_modal_projector, model.model.language_model):
+        module.train(any(parameter.requires_grad for parameter in module.parameters()))
+
+
+def _report_nonfinite(folder: Path, number: int, step: Step, loss: float, grad_norm: float, world: World) -> None:
+    path = folder / "nonfinite.json"
+    if world.is_first:
+        write_whole(path, json.dumps({"step": number, "loss": str(loss), "grad_norm": str(grad_norm), "samples": step.ids}, indent=1))
+    raise FloatingPointError(
+        f"step {number}: loss {loss}, gradient norm {grad_norm}; its {len(step.ids)} samples are in {path}. The last saved state is intact: "
+        "look at those samples (mipha show), lower the learning rate or set precision=float32, then run the same command again"
+    )
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drop metrics of steps that will be made again."""
+    if path.exists():
+        kept = [line for line in read_lines(path) if line["step"] <= step]
+        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def _anyone(flag: bool, world: World) -> bool:
+    return bool(world.total(torch.tensor(int(flag), device=world.device))) if world.size > 1 else flag
+
+
+@contextmanager
+def _stop_gently() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C and SIGTERM wait for the end of the step; a second Ctrl-C does not."""
+    signals: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        if signals:
+            raise KeyboardInterrupt
+        signals.append(number)
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(signals)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _progress(title: str, start: int, total: int, visible: bool) -> Iterator[Callable[[dict], None]]:
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.completed}/{task.total} steps"),
+        TextColumn("loss {task.fields[loss]:.4f}  {task.fields[samples]:.1f} samples/s  {task.fields[tokens]:,.0f} tokens/s"),
+        TextColumn("{task.fields[memory]:.1f} GiB  ETA"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, disable=not visible, speed_estimate_period=600) as progress:
+        task = progress.add_task(title, total=total, completed=start, loss=math.nan, samples=0.0, tokens=0.0, memory=0.0)
+
+        def show(metrics: dict) -> None:
+            progress.update(
+                task,
+                completed=metrics["step"],
+                loss=metrics["loss"],
+                samples=metrics["samples_per_second"],
+                tokens=metrics["tokens_per_second"],
+                memory=metrics["peak_memory_gib"],
+            )
+
+        yield show

@@ -1,0 +1,114 @@
+"""Recipe -> trained model: pretrain, then finetune; skips what is done, resumes what is not, exports a standard checkpoint."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from transformers import LlavaProcessor
+
+from mipha.comparison.figures import plot_metrics
+from mipha.data.encode import encode
+from mipha.data.mixture import Mixture
+from mipha.models.build import build, save_checkpoint
+from mipha.models.modeling import LlavaForConditionalGeneration, load_model
+from mipha.models.processing import load_processor
+from mipha.models.tuning import TunedPart, apply_tuning
+from mipha.recipe import STAGES, Recipe, StageName
+from mipha.run import Run, create_run
+from mipha.training.batches import StepDataset
+from mipha.training.loop import train_stage
+from mipha.training.shard import World, join_world
+
+console = Console()
+
+
+def train(recipe: Recipe, folder: str | Path) -> Run:
+    """Train both stages of a recipe in a run folder; run again, it goes on where it stopped.
+
+    Args:
+        recipe: What to train.
+        folder: New, or the run folder of this same recipe.
+
+    Returns:
+        The run, with a standard checkpoint for each stage.
+
+    Raises:
+        ValueError, FileNotFoundError: Something the user can mend, said before the first step where it can be known.
+        OSError: The disk cannot hold the run.
+    """
+    with join_world() as world:
+        run = create_run(Path(folder), recipe) if world.is_first else None
+        world.barrier()
+        run = run or create_run(Path(folder), recipe)
+        mixtures = {name: Mixture(getattr(recipe.stages, name).data) for name in STAGES if not run.is_finished(name)}
+        for name, mixture in mixtures.items():
+            _train_stage(run, recipe, name, mixture, world)
+    return run
+
+
+def _train_stage(run: Run, recipe: Recipe, name: StageName, mixture: Mixture, world: World) -> None:
+    stage = getattr(recipe.stages, name)
+    torch.manual_seed(recipe.seed)  # the projector's start
+    model, processor = _start(run, recipe, name)
+    steps = StepDataset(mixture, processor, stage, recipe.seed, world.rank, world.size)
+    report = apply_tuning(model, stage.tuning)
+    encode(mixture[0], processor, stage.row_tokens, stage.prompt)  # a broken template or data set fails here, not at step 1
+    folder = run.stage(name)
+    if world.is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+        _check_disk(model, folder)
+        _announce(name, mixture, steps, report)
+    world.barrier()
+    placed = train_stage(
+        model, steps, stage, folder, world, title=name, autocast=autocast_dtype(recipe.precision, world.device), seed=recipe.seed
+    )
+    weights = get_model_state_dict(placed, options=StateDictOptions(full_state_dict=True, cpu_offload=True)) if world.size > 1 else model.state_dict()
+    if world.is_first:
+        save_checkpoint(model, processor, run.checkpoint(name), weights)
+        plot_metrics(run.metrics(name), folder / "loss.png")
+        shutil.rmtree(run.states(name))  # the exported checkpoint is what remains of a finished stage
+    world.barrier()
+
+
+def _start(run: Run, recipe: Recipe, name: StageName) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """The model that a stage begins with: the parts, or what the stage before left."""
+    if name == "pretrain":
+        return build(recipe.model)
+    return load_model(run.checkpoint("pretrain")), load_processor(run.checkpoint("pretrain"))
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """The type that matrix products run in; weights and optimizer stay float32.
+
+    On a CPU, bfloat16 pays where the processor computes in it (1.7 times, AVX-512 BF16); elsewhere it is emulated and slow.
+    """
+    if precision == "float32":
+        return None
+    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if precision == "bfloat16" or native else None
+
+
+def _check_disk(model: LlavaForConditionalGeneration, folder: Path) -> None:
+    total = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    trained = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters() if parameter.requires_grad)
+    # Two kept states and the one being written (weights and two moments each), and the exported checkpoint.
+    need, free = 3 * 3 * trained + total, shutil.disk_usage(folder).free
+    if free < need:
+        raise OSError(f"{folder} has {free / 1e9:.1f} GB free, but this stage writes up to {need / 1e9:.1f} GB: free some, or choose another -o")
+
+
+def _announce(name: StageName, mixture: Mixture, steps: StepDataset, report: list[TunedPart]) -> None:
+    table = Table(title=f"{name}: {len(mixture):,} samples, {len(steps):,} steps of {steps.stage.batch_size} samples", title_justify="left")
+    for column in ("part", "parameters", "trained", "learning rate"):
+        table.add_column(column, justify="left" if column == "part" else "right")
+    for part in report:
+        rate = f"{steps.stage.part_learning_rates.get(part.part, steps.stage.learning_rate):g}" if part.trained else "frozen"
+        table.add_row(part.part, f"{part.parameters:,}", f"{part.trained:,}", rate)
+    console.print(table)
+    for note in mixture.notes:
+        console.print(f"[yellow]{note}")

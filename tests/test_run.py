@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mipha.recipe import Recipe, parse_recipe
+from mipha.run import append_line, create_run, model_folder, open_run, read_lines, write_whole
+
+
+def make_recipe(**changes: object) -> Recipe:
+    stage = {
+        "data": {"dataset": "easy_vqa"},
+        "tuning": {"vision_tower": "frozen", "projector": "full", "language_model": "frozen"},
+        "learning_rate": 1e-3,
+        "batch_size": 4,
+        "batching": "shared-image",
+    }
+    tree = {
+        "name": "tiny",
+        "model": {"vision_tower": "dinov2-small", "language_model": "smollm2-135m"},
+        "stages": {"pretrain": stage, "finetune": {**stage, **changes}},
+    }
+    return parse_recipe(tree, "tiny")
+
+
+def make_model(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_new_run_says_what_it_was_made_from_and_with(tmp_path: Path) -> None:
+    recipe = make_recipe()
+    run = create_run(tmp_path / "a" / "b", recipe)
+    assert open_run(run.folder) == run
+    assert run.recipe == recipe
+    made_with = json.loads((run.folder / "provenance.json").read_text())
+    assert set(made_with) == {"created", "mipha", "commit", "python", "torch", "transformers", "platform", "cpus"}
+    assert made_with["python"].startswith("3.") and made_with["torch"].startswith("2.")
+    assert set(contents(run.folder)) == {"recipe.yaml", "provenance.json"}
+
+
+@pytest.mark.parametrize("batching", ["padded", "packed", "shared-image"])
+def test_the_recipe_of_a_run_can_be_read_back(tmp_path: Path, batching: str) -> None:
+    recipe = make_recipe(batching=batching)
+    assert create_run(tmp_path, recipe).recipe == recipe
+
+
+def test_the_same_recipe_reopens_the_run_unchanged_whatever_its_name(tmp_path: Path) -> None:
+    create_run(tmp_path, make_recipe())
+    before = contents(tmp_path)
+    create_run(tmp_path, make_recipe().override("name=other", "description=the same in other words"))
+    assert contents(tmp_path) == before
+
+
+def test_another_recipe_is_refused_with_the_keys_that_differ(tmp_path: Path) -> None:
+    create_run(tmp_path, make_recipe())
+    before = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"stages\.finetune\.learning_rate is 0\.001 there and 0\.002 here.*choose another -o") as caught:
+        create_run(tmp_path, make_recipe(learning_rate=2e-3))
+    assert "pretrain" not in str(caught.value)
+    assert contents(tmp_path) == before
+
+
+def test_a_folder_with_other_files_is_refused_and_untouched(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("do not lose me")
+    with pytest.raises(ValueError, match="not empty and not a run"):
+        create_run(tmp_path, make_recipe())
+    assert contents(tmp_path) == {"thesis.tex": b"do not lose me"}
+
+
+def test_a_run_that_was_stopped_before_its_first_file_can_start_again(tmp_path: Path) -> None:
+    (tmp_path / ".recipe.yaml.123.tmp").write_text("name: ti")
+    assert create_run(tmp_path, make_recipe()).recipe == make_recipe()
+
+
+def test_opening_what_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no run folder"):
+        open_run(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"no recipe\.yaml"):
+        open_run(tmp_path)
+
+
+def test_a_stage_is_finished_when_its_model_is_whole(tmp_path: Path) -> None:
+    run = create_run(tmp_path, make_recipe())
+    assert not run.is_finished("finetune")
+    with pytest.raises(FileNotFoundError, match="has not finished finetune"):
+        run.final_checkpoint()
+    folder = make_model(run.checkpoint("finetune"))
+    assert run.is_finished("finetune") and not run.is_finished("pretrain")
+    assert run.final_checkpoint() == model_folder(tmp_path) == model_folder(folder) == folder
+    (folder / "model.safetensors").rename(folder / "model-1.safetensors")
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert not run.is_finished("finetune")
+    (folder / "model-2.safetensors").write_bytes(b"")
+    assert run.is_finished("finetune")
+
+
+def test_every_path_lies_in_the_run_and_none_twice(tmp_path: Path) -> None:
+    run = create_run(tmp_path, make_recipe())
+    paths = [getattr(run, kind)(stage) for kind in ("stage", "checkpoint", "metrics", "states") for stage in ("pretrain", "finetune")]
+    paths.append(run.evaluation("easy_vqa"))
+    assert len(set(paths)) == len(paths) and all(path.is_relative_to(tmp_path) for path in paths)
+    with pytest.raises(AssertionError):
+        run.stage("finetuning")
+
+
+def test_write_whole_leaves_the_old_file_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "scores.json"
+    write_whole(path, "old")
+
+    def no_space(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", no_space)
+    with pytest.raises(OSError, match="No space"):
+        write_whole(path, b"new")
+    assert contents(tmp_path) == {"scores.json": b"old"}
+
+
+def test_write_whole_survives_a_kill_at_any_time(tmp_path: Path) -> None:
+    path = tmp_path / "big.txt"
+    sizes = (300_000, 500_000)
+    program = (
+        "import sys; from pathlib import Path; from mipha.run import write_whole\n"
+        f"write_whole(Path({str(path)!r}), 'a' * {sizes[0]}); print('go', flush=True)\n"
+        f"while True: [write_whole(Path({str(path)!r}), 'a' * size) for size in {sizes}]"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, env=environment)
+    assert process.stdout is not None and process.stdout.readline() == b"go\n"
+    for _ in range(30):
+        assert path.stat().st_size in sizes
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    assert path.stat().st_size in sizes
+
+
+def test_lines_come_back_in_order(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "metrics.jsonl"
+    rows = [{"step": 1, "text": "naïve\n\u2028 two"}, {"step": 2, "text": ""}]
+    for row in rows:
+        append_line(path, row)
+    assert list(read_lines(path)) == rows
+    assert list(read_lines(tmp_path / "none.jsonl")) == []
+
+
+def test_a_torn_last_line_is_dropped_and_cut_off_by_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    whole = b'{"step": 1}\n{"step": 2, "text": "na\xc3\xafve"}\n'
+    first = whole.index(b"\n") + 1
+    for end in range(first, len(whole) - 1):
+        path.write_bytes(whole[:end])
+        kept = 2 if whole[:end].endswith(b"}") and end > first else 1
+        assert len(list(read_lines(path))) == kept, whole[:end]
+        append_line(path, {"step": 3})
+        assert [row["step"] for row in read_lines(path)] == [1, 3], whole[:end]
+
+
+def test_a_whole_last_line_without_newline_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2}')
+    append_line(path, {"step": 3})
+    assert [row["step"] for row in read_lines(path)] == [1, 2, 3]
+
+
+def test_a_malformed_line_elsewhere_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"ste\n{"step": 3}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl line 2 is not JSON"):
+        list(read_lines(path))
+    path.write_bytes(b'{"step": 1}\n{"ste\n')
+    with pytest.raises(ValueError, match="line 2"):
+        list(read_lines(path))
