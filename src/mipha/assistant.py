@@ -23,7 +23,7 @@ from mipha.data.images import open_image
 from mipha.data.sample import IMAGE, Message
 from mipha.models.modeling import LlavaForConditionalGeneration, load_model
 from mipha.models.processing import load_processor
-from mipha.run import Run
+from mipha.run import Run, model_folder
 
 ImageLike = Path | str | bytes | Image.Image | np.ndarray
 """A path, the bytes of an image file, a PIL image, or an array `(height, width, 3)` of 0..255."""
@@ -80,13 +80,17 @@ class Assistant:
         """
         prompts = [self._prompt(question, image is not None) for image, question in pairs]
         keys = [_image_key(image) for image, _ in pairs]
-        order = sorted(range(len(pairs)), key=lambda i: (keys[i], len(prompts[i])))
+        same: dict[object, list[int]] = {}
+        for index, (key, prompt) in enumerate(zip(keys, prompts, strict=True)):
+            same.setdefault((key, tuple(prompt)), []).append(index)  # asked twice, answered once
+        order = sorted((indices[0] for indices in same.values()), key=lambda i: (keys[i], len(prompts[i])))
         answers: dict[int, Answer] = {}
         for batch in _batches(order, keys, batch_size):
             found = self._answer_batch([(pairs[i][0], keys[i], prompts[i]) for i in batch], max_new_tokens)
-            answers.update(zip(batch, found, strict=True))
+            told = {i: answer for first, answer in zip(batch, found, strict=True) for i in same[keys[first], tuple(prompts[first])]}
+            answers |= told
             if on_answers:
-                on_answers(batch, found)
+                on_answers(list(told), list(told.values()))
         return [answers[i] for i in range(len(pairs))]
 
     def stream(self, image: ImageLike | None, question: str, *, max_new_tokens: int = 256) -> Iterator[str]:
@@ -214,11 +218,7 @@ def load(path: str | Path | Run, device: str | torch.device | None = None, dtype
     Raises:
         FileNotFoundError: The run is not finished, or the folder is no checkpoint.
     """
-    folder = path.folder if isinstance(path, Run) else Path(path)
-    if (folder / "recipe.yaml").is_file():
-        folder = Run(folder).final_checkpoint()
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder} is neither a run nor a checkpoint: it has no recipe.yaml and no config.json")
+    folder = path.final_checkpoint() if isinstance(path, Run) else model_folder(path)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     return Assistant(load_model(str(folder), device, dtype), load_processor(folder))

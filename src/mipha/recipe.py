@@ -38,6 +38,7 @@ class ModelRecipe(_Strict):
     image_size: int | None = Field(None, ge=1, description="pixels a side; null: the tower's own")
     feature_layer: int = Field(-2, description="which hidden state of the tower is read; 0 is the patch embedding, -1 the last")
     pad_to_square: bool = Field(True, description="true: pad with the mean colour; false: squash")
+    calibrate_projector: bool = Field(False, description="start the projector at the scales of features and text, from the first training images")
 
 
 class DataRecipe(_Strict):

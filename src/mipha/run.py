@@ -135,7 +135,7 @@ def provenance() -> dict[str, Any]:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "python": platform.python_version(),
-        **{package: _version(package) for package in ("mipha", "torch", "transformers")},
+        **{package: _version(package) for package in ("mipha-vlm", "torch", "transformers")},
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
     }

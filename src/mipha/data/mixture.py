@@ -60,8 +60,8 @@ class Mixture(Sequence[Sample]):
     def _load(self, recipe: DataRecipe) -> tuple[ModuleType, Sequence, DataRecipe]:
         module = load_dataset_module(_detect(recipe))
         records = module.load(recipe.root, recipe.split)
-        if left_out := getattr(module, "left_out", lambda split: None)(recipe.split):
-            self.notes.append(left_out)
+        if hasattr(module, "left_out") and (note := module.left_out(recipe.split, recipe.root)):
+            self.notes.append(note)
         if recipe.limit:
             records = records[: recipe.limit]
         if not len(records):

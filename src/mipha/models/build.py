@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
     AutoConfig,
@@ -35,6 +35,7 @@ from mipha.catalog.vision_towers import VISION_TOWERS
 from mipha.lookup import did_you_mean
 from mipha.models.modeling import LlavaForConditionalGeneration
 from mipha.models.packaged import packaged_folder
+from mipha.models.projector import new_projector
 from mipha.models.processing import IMAGE_TOKEN, build_processor, checked_template, load_template
 from mipha.recipe import ModelRecipe
 
@@ -96,7 +97,7 @@ def compose(
     model.model.vision_tower = tower
     model.model.language_model = language_model.base_model
     model.lm_head = head
-    model.model.multi_modal_projector = _new_projector(model.model.multi_modal_projector, language_model)
+    model.model.multi_modal_projector = new_projector(model.model.multi_modal_projector, language_model)
     model.tie_weights()
     model.config.tie_word_embeddings = bool(text_config.tie_word_embeddings)
     eos = sorted({tokenizer.eos_token_id, *_as_ids(language_model.generation_config.eos_token_id)} - {None})
@@ -192,19 +193,6 @@ def _has_cls(tower: PreTrainedModel) -> bool:
     if hidden.shape[1] - patches not in (0, 1):
         raise ValueError(f"the tower gives {hidden.shape[1]} tokens for {patches} patches: only towers with no or one class token can be used")
     return hidden.shape[1] == patches + 1
-
-
-def _new_projector(meta: nn.Module, language_model: PreTrainedModel) -> nn.Module:
-    projector = meta.to_empty(device="cpu").to(language_model.dtype)
-    for layer in (projector.linear_1, projector.linear_2):
-        layer.reset_parameters()  # torch's default, as LLaVA and Mipha start it
-    # Gemma's text embeddings are scaled by sqrt(width) inside the embedding layer, where image features no longer pass.
-    scale = getattr(language_model.get_input_embeddings(), "embed_scale", None)
-    if scale is not None:
-        with torch.no_grad():
-            projector.linear_2.weight.mul_(scale)
-            projector.linear_2.bias.mul_(scale)
-    return projector
 
 
 def _add_image_token(tokenizer: PreTrainedTokenizerBase, language_model: PreTrainedModel) -> int:

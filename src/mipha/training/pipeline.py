@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
 from pathlib import Path
 
@@ -13,10 +14,12 @@ from transformers import LlavaProcessor
 
 from mipha.comparison.figures import plot_metrics
 from mipha.data.encode import encode
+from mipha.data.images import open_image
 from mipha.data.mixture import Mixture
 from mipha.models.build import build, save_checkpoint
 from mipha.models.modeling import LlavaForConditionalGeneration, load_model
 from mipha.models.processing import load_processor
+from mipha.models.projector import calibrate_projector
 from mipha.models.tuning import TunedPart, apply_tuning
 from mipha.recipe import STAGES, Recipe, StageName
 from mipha.run import Run, create_run
@@ -25,6 +28,9 @@ from mipha.training.loop import train_stage
 from mipha.training.shard import World, join_world
 
 console = Console()
+
+CALIBRATION_IMAGES = 64
+"""Enough for the mean and deviation of each channel: hundreds of patches each."""
 
 
 def train(recipe: Recipe, folder: str | Path) -> Run:
@@ -54,7 +60,7 @@ def train(recipe: Recipe, folder: str | Path) -> Run:
 def _train_stage(run: Run, recipe: Recipe, name: StageName, mixture: Mixture, world: World) -> None:
     stage = getattr(recipe.stages, name)
     torch.manual_seed(recipe.seed)  # the projector's start
-    model, processor = _start(run, recipe, name)
+    model, processor = _start(run, recipe, name, mixture)
     steps = StepDataset(mixture, processor, stage, recipe.seed, world.rank, world.size)
     report = apply_tuning(model, stage.tuning)
     encode(mixture[0], processor, stage.row_tokens, stage.prompt)  # a broken template or data set fails here, not at step 1
@@ -75,11 +81,23 @@ def _train_stage(run: Run, recipe: Recipe, name: StageName, mixture: Mixture, wo
     world.barrier()
 
 
-def _start(run: Run, recipe: Recipe, name: StageName) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+def _start(run: Run, recipe: Recipe, name: StageName, mixture: Mixture) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """The model that a stage begins with: the parts, or what the stage before left."""
-    if name == "pretrain":
-        return build(recipe.model)
-    return load_model(run.checkpoint("pretrain")), load_processor(run.checkpoint("pretrain"))
+    if name == "finetune":
+        return load_model(str(run.checkpoint("pretrain"))), load_processor(run.checkpoint("pretrain"))
+    model, processor = build(recipe.model)
+    if recipe.model.calibrate_projector:
+        calibrate_projector(model, _first_images(mixture, processor))
+    return model, processor
+
+
+def _first_images(mixture: Mixture, processor: LlavaProcessor) -> torch.Tensor:
+    """The images that the projector's start is measured on, `(images, 3, height, width)`."""
+    sources = itertools.islice(dict.fromkeys(image for sample in mixture for image in sample.images), CALIBRATION_IMAGES)
+    images = [open_image(source) for source in sources]
+    if not images:
+        raise ValueError("calibrate_projector needs images, but the pretrain data have none: set model.calibrate_projector=false")
+    return processor.image_processor(images, return_tensors="pt")["pixel_values"]
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:

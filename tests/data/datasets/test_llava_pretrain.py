@@ -55,6 +55,8 @@ def test_images_are_looked_for_in_the_images_folder_where_there_is_one(tmp_path:
         "a/../../secret.png",
         "/etc/passwd",
         "C:\\secret.png",
+        "C:secret.png",
+        "\\secret.png",
         "a\\..\\..\\secret.png",
         "\\\\host\\share.png",
         "a\0b",

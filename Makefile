@@ -1,0 +1,25 @@
+# make quickstart   train, measure and try a small multimodal assistant on this machine (about an hour on 2 CPU cores)
+# make test         all tests that need no GPU
+# make lint         ruff
+PYTHON := .venv/bin/python
+INSTALLED := .venv/installed
+
+.PHONY: install quickstart test lint
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt requirements-quickstart.txt
+	python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mipha needs Python 3.11 or newer; this is " + sys.version)'
+	python3 -m venv .venv
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[quickstart,test,lint]'
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-quickstart.txt
+	touch $@
+
+quickstart: install
+	.venv/bin/mipha quickstart -o runs/quickstart
+
+test: install
+	$(PYTHON) -m pytest
+
+lint: install
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .

@@ -1,0 +1,57 @@
+"""The projector: two linear layers with an exact GELU between them, and where it starts from."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from mipha.models.modeling import LlavaForConditionalGeneration
+
+
+def new_projector(meta: nn.Module, language_model: PreTrainedModel) -> nn.Module:
+    """A projector with torch's default start, as LLaVA and Mipha have it.
+
+    Args:
+        meta: The host's projector without memory.
+        language_model: Gives the type of the weights, and the scale where its text embeddings have one.
+    """
+    projector = meta.to_empty(device="cpu").to(language_model.dtype)
+    for layer in (projector.linear_1, projector.linear_2):
+        layer.reset_parameters()
+    # Gemma's text embeddings are scaled by sqrt(width) inside the embedding layer, where image features no longer pass.
+    scale = getattr(language_model.get_input_embeddings(), "embed_scale", None)
+    if scale is not None:
+        _scale(projector.linear_2, float(scale))
+    return projector
+
+
+@torch.no_grad()
+def calibrate_projector(model: LlavaForConditionalGeneration, pixel_values: Tensor) -> None:
+    """Start the projector where the tower's features and the text embeddings are.
+
+    The first layer takes features that are centred and of deviation 1 in every channel (folded into its weights, so the
+    model stays the stock one); the last layer's outputs get the deviation of the text embeddings. Channels of a tower
+    differ by orders of magnitude, and the default start sees little but the loudest.
+
+    Args:
+        pixel_values: A few dozen training images, `(images, 3, height, width)`.
+    """
+    projector = model.model.multi_modal_projector
+    hidden = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states[model.config.vision_feature_layer]
+    features = hidden[:, 1:] if model.config.vision_feature_select_strategy == "default" else hidden
+    features = features.flatten(0, 1).float()
+    mean, deviation = features.mean(0), features.std(0).clamp(min=1e-6)
+    first = projector.linear_1
+    weight = first.weight / deviation
+    first.weight.copy_(weight)
+    first.bias.sub_(weight @ mean)
+    embeddings = model.get_input_embeddings()
+    text = embeddings(torch.arange(0, embeddings.num_embeddings, max(1, embeddings.num_embeddings // 4096)))
+    _scale(projector.linear_2, float(text.float().std() / projector(features).std()))
+
+
+@torch.no_grad()
+def _scale(layer: nn.Linear, factor: float) -> None:
+    layer.weight.mul_(factor)
+    layer.bias.mul_(factor)

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from mipha.evaluation.benchmark import Question, load_benchmark
+from mipha.evaluation.score import score_predictions
+from mipha.run import append_line
+
+
+@pytest.fixture
+def asked(tmp_path: Path) -> list[Question]:
+    """Four questions on two pictures, and a predictions file by hand that lacks the last."""
+    header = {"benchmark": "easy_vqa", "checkpoint_sha256": "c" * 64, "prompts_sha256": "d" * 64, "max_new_tokens": 32}
+    (tmp_path / "predictions.meta.json").write_text(json.dumps(header))
+    for number, text in enumerate(["so yes", "no", "a dog"]):
+        append_line(tmp_path / "predictions.jsonl", {"question_id": str(number), "text": text})
+    return [
+        Question(
+            str(number), "is it?", None, {"answer": "yes", "kind": "yes_no", "image": number // 2, "usual": "no", "most_frequent": "yes"}
+        )
+        for number in range(4)
+    ]
+
+
+def read(folder: Path) -> dict[str, str]:
+    return {row["question_id"]: row["text"] for row in map(json.loads, (folder / "predictions.jsonl").read_text().splitlines())}
+
+
+def benchmark() -> ModuleType:
+    module = load_benchmark("easy_vqa")
+    assert isinstance(module, ModuleType)
+    return module
+
+
+def test_the_file_says_by_itself_what_was_measured(tmp_path: Path, asked: list[Question]) -> None:
+    result = score_predictions(benchmark(), "test", asked, read(tmp_path), tmp_path)
+    content = json.loads((tmp_path / "scores.json").read_text())
+    assert content["benchmark"] == "easy_vqa" and content["split"] == "test" and "cluster bootstrap over images" in content["protocol"]
+    assert (content["checkpoint_sha256"], content["prompts_sha256"], content["max_new_tokens"]) == ("c" * 64, "d" * 64, 32)
+    headline = content["scores"][0]
+    assert set(headline) == {"metric", "value", "unit", "n", "low", "high", "description"}
+    assert (headline["metric"], headline["unit"], headline["n"]) == ("accuracy", "%", 3)
+    assert headline["value"] == result.scores[0].value == pytest.approx(100 / 3)
+    assert headline["low"] <= headline["value"] <= headline["high"]
+    assert content["baselines"] == {"majority": 100.0, "question_only": 0.0}
+
+
+def test_a_failed_question_is_counted_and_not_scored(tmp_path: Path, asked: list[Question]) -> None:
+    result = score_predictions(benchmark(), "test", asked, read(tmp_path), tmp_path)
+    assert (result.num_questions, result.n_asked, result.n_failed, result.complete) == (4, 4, 1, False)
+    whole = score_predictions(benchmark(), "test", asked, {**read(tmp_path), "3": "no"}, tmp_path)
+    assert (whole.n_failed, whole.complete, whole.scores[0].n) == (0, True, 4)
+
+
+def test_a_limit_is_not_a_failure_but_not_complete_either(tmp_path: Path, asked: list[Question]) -> None:
+    result = score_predictions(benchmark(), "test", asked, read(tmp_path), tmp_path, limit=2)
+    assert (result.num_questions, result.n_asked, result.n_failed, result.complete, result.scores[0].n) == (4, 2, 0, False, 2)
+
+
+def test_no_answer_is_no_score(tmp_path: Path, asked: list[Question]) -> None:
+    with pytest.raises(ValueError, match=r"none of the 4 questions.*errors\.jsonl"):
+        score_predictions(benchmark(), "test", asked, {}, tmp_path)
+    assert not (tmp_path / "scores.json").exists()
