@@ -58,7 +58,7 @@ def test_a_users_mistake_is_one_sentence_and_exit_code_2(tmp_path: Path) -> None
     for arguments, sentence in (
         (
             ("train", "quickstar", "-o", str(tmp_path / "a")),
-            "mipha: no recipe 'quickstar': did you mean quickstart?, or give a .yaml file\n",
+            "mipha: no recipe 'quickstar': did you mean quickstart",
         ),
         (("train", "quickstart", "seed", "-o", str(tmp_path / "a")), "has no `=`"),
         (("evaluate", str(tmp_path / "none"), "-b", "easy_vqa"), "no run folder"),

@@ -91,8 +91,7 @@ def train(
 
     from mipha.training.pipeline import train as train_recipe
 
-    run = train_recipe(chosen, out)
-    typer.echo(f"trained {chosen.name}: {run.final_checkpoint()}")
+    typer.echo(f"trained {chosen.name}: {train_recipe(chosen, out).final_checkpoint()}")
 
 
 @app.command()
@@ -104,12 +103,13 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Ask the first N questions only.")] = None,
     split: Annotated[str | None, typer.Option(help="Another split than the benchmark's own.")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Where results go, if not into the run.")] = None,
+    blind: Annotated[bool, typer.Option("--blind", help="Show grey in place of every picture.")] = False,
 ) -> None:
     """Measure a model; exit code 1 if a question failed."""
     from mipha.evaluation.evaluate import evaluate as measure
 
     names = [name.strip() for group in benchmarks for name in group.split(",") if name.strip()]
-    results = measure(run, names, data_root, batch_size, limit, split, out)
+    results = measure(run, names, data_root, batch_size, limit, split, out, blind=blind)
     _print_results(results)
     if any(result.n_failed for result in results):
         raise typer.Exit(1)
@@ -133,11 +133,12 @@ def chat(run: Model, image: Annotated[Path | None, typer.Option(help="The pictur
 def quickstart(
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="Run folder; the same one goes on where it stopped.")] = Path("runs/quickstart"),
+    limit: Annotated[int | None, typer.Option(help="Ask the first N test questions only.")] = None,
 ) -> None:
     """Train, measure and try a small assistant on this machine."""
     from mipha.quickstart import quickstart as tour
 
-    tour(out, overrides or [])
+    tour(out, overrides or [], limit)
 
 
 def main() -> None:
@@ -186,7 +187,9 @@ def _print_results(results: list[Result]) -> None:
     from rich.table import Table
 
     for result in results:
-        table = Table(title=f"{result.benchmark} {result.split}", title_justify="left", box=None, pad_edge=False)
+        table = Table(
+            title=f"{result.benchmark} {result.split}{' (blind)' if result.blind else ''}", title_justify="left", box=None, pad_edge=False
+        )
         for column in ("metric", "value", "95 % interval", "n"):
             table.add_column(column, justify="left" if column == "metric" else "right")
         for score in result.scores:
@@ -231,8 +234,8 @@ def _sentence(error: Exception) -> str | None:
     if isinstance(error, ModuleNotFoundError):
         if (error.name or "").partition(".")[0] == "mipha":
             return None
-        text = str(error)
-        return f"the package {error.name!r} is not installed: pip install {error.name}" if text.startswith("No module named") else text
+        bare = str(error).startswith("No module named")
+        return f"the package {error.name!r} is not installed: pip install {error.name}" if bare else str(error)
     if isinstance(error, BrokenPipeError):
         return None
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -80,7 +80,7 @@ class StageRecipe(_Strict):
         "shared-image: packed, and samples about one image share its tokens",
     )
     row_tokens: int = Field(2048, ge=1, description="longest row after image expansion, in tokens; a longer sample is an error")
-    samples_per_image: int = Field(8, ge=1, description="shared-image only: samples of one image kept together in the order")
+    samples_per_image: int | None = Field(None, ge=1, description="shared-image only: samples of one image kept together in the order; null: 8")
     micro_batch_rows: int = Field(1, ge=1, description="rows per forward pass and process")
     prompt: Literal["chat", "plain"] = Field("chat", description="plain: image and caption only, as in LLaVA's first stage")
     warmup_ratio: float = Field(0.03, ge=0, lt=1)
@@ -98,9 +98,14 @@ class StageRecipe(_Strict):
             raise ValueError("every part is frozen, so nothing would be trained: set one part of `tuning` to full")
         if idle := sorted(set(self.part_learning_rates) - set(trained)):
             raise ValueError(f"part_learning_rates names {', '.join(idle)}, which `tuning` keeps frozen: remove it or tune the part")
-        if "samples_per_image" in self.model_fields_set and self.batching != "shared-image":
+        if self.samples_per_image is not None and self.batching != "shared-image":
             raise ValueError(f"samples_per_image has no effect with batching={self.batching}: remove it or use shared-image")
         return self
+
+    @property
+    def bundle(self) -> int | None:
+        """Samples of one image that stay side by side in the order; null where samples are shuffled one by one."""
+        return (self.samples_per_image or 8) if self.batching == "shared-image" else None
 
 
 class StagesRecipe(_Strict):

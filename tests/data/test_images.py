@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mipha.data.images import grey_like, open_image
+from mipha.data.images import grey_image, open_image
 
 
 def _bytes(image: Image.Image, format: str, **options) -> bytes:
@@ -146,7 +146,7 @@ def test_a_file_cut_short_is_an_error_and_never_anything_but_a_value_error(forma
             assert f"image of {len(whole)} bytes" in str(error)
 
 
-def test_grey_has_the_size_of_its_model() -> None:
-    grey = grey_like(_left_red_right_blue())
-    assert (grey.mode, grey.size) == ("RGB", (8, 4))
+def test_grey_image_is_grey() -> None:
+    grey = open_image(grey_image())
+    assert grey.mode == "RGB"
     assert set(grey.get_flattened_data()) == {(127, 127, 127)}

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mipha.data.images import grey_image
 from mipha.evaluation.evaluate import evaluate
 from mipha.run import Run
 
@@ -31,6 +32,7 @@ class FakeAssistant:
     def __init__(self) -> None:
         self.loaded: Path | None = None
         self.asked: list[str] = []
+        self.shown: set[Any] = set()
 
     def load(self, path: Path, device: Any = None) -> FakeAssistant:
         self.loaded = path
@@ -38,6 +40,7 @@ class FakeAssistant:
 
     def answer_many(self, pairs: Any, *, max_new_tokens: int, batch_size: int, on_answers: Any) -> list[Any]:
         self.asked += [text for _, text in pairs]
+        self.shown = {image for image, _ in pairs}
         answers = [SimpleNamespace(text="it is a red circle, so yes", num_tokens=8, finished=True) for _ in pairs]
         on_answers(list(range(len(pairs))), answers)
         return answers
@@ -65,6 +68,16 @@ def test_another_split_has_its_own_folder(model: Path, assistant: FakeAssistant)
     run = Run(model.parents[1])
     evaluate(run, ["easy_vqa"], limit=5, split="validation", progress=False)
     assert run.evaluation("easy_vqa-validation").is_dir() and not run.evaluation("easy_vqa").exists()
+
+
+def test_a_blind_model_is_shown_grey_and_keeps_its_own_results(model: Path, assistant: FakeAssistant) -> None:
+    run = Run(model.parents[1])
+    evaluate(run, ["easy_vqa"], limit=30, progress=False)
+    assert len(assistant.shown) > 1
+    (result,) = evaluate(run, ["easy_vqa"], limit=30, progress=False, blind=True)
+    assert assistant.shown == {grey_image()} and len(assistant.asked) == 60 and result.blind
+    assert json.loads((run.evaluation("easy_vqa-blind") / "scores.json").read_text())["blind"] is True
+    assert json.loads((run.evaluation("easy_vqa") / "scores.json").read_text())["blind"] is False
 
 
 def test_a_model_without_a_run_needs_a_place_for_results(model: Path, assistant: FakeAssistant, tmp_path: Path) -> None:

@@ -61,9 +61,11 @@ def open_image(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.I
         raise ValueError(f"{name} cannot be read as an image: {error or type(error).__name__}") from error
 
 
-def grey_like(image: Image.Image) -> Image.Image:
-    """A mid grey picture of the same size: what a blind model sees."""
-    return Image.new("RGB", image.size, _GREY)
+def grey_image() -> bytes:
+    """A mid grey square as the bytes of a PNG: what a blind model sees."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), _GREY).save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def _upright(image: Image.Image) -> Image.Image:

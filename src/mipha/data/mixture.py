@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
-from PIL import Image
-
+from mipha.data.images import grey_image
 from mipha.data.sample import Sample
 from mipha.lookup import did_you_mean, files_in
 from mipha.recipe import DataRecipe
@@ -32,13 +30,6 @@ def load_dataset_module(name: str) -> ModuleType:
     if name not in list_datasets():
         raise ValueError(f"no data set {name!r}: {did_you_mean(name, list_datasets())}")
     return importlib.import_module(f"mipha.data.datasets.{name}")
-
-
-def grey_image() -> bytes:
-    """A grey square as the bytes of a PNG: what a blind model sees."""
-    buffer = io.BytesIO()
-    Image.new("RGB", (64, 64), (127, 127, 127)).save(buffer, format="PNG")
-    return buffer.getvalue()
 
 
 class Mixture(Sequence[Sample]):

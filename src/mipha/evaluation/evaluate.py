@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from mipha.data.images import grey_image
 from mipha.evaluation.benchmark import load_benchmark
 from mipha.evaluation.predict import fingerprint, predict
 from mipha.evaluation.score import Result, score_predictions
@@ -21,6 +23,7 @@ def evaluate(
     out: str | Path | None = None,
     device: str | None = None,
     progress: bool = True,
+    blind: bool = False,
 ) -> list[Result]:
     """Measure a model on benchmarks; questions that were answered before are not asked again.
 
@@ -35,6 +38,7 @@ def evaluate(
         out: Where predictions and scores go; None: the run's own `evaluation` folder.
         device: None: the accelerator if there is one.
         progress: Show a progress bar.
+        blind: Show grey in place of every picture: what the questions alone give away. Results go into `<benchmark>-blind`.
 
     Raises:
         FileNotFoundError: No such model, an unfinished run, or no data.
@@ -49,7 +53,11 @@ def evaluate(
         benchmark = load_benchmark(name)
         chosen = split or benchmark.SPLITS[0]
         root = None if data_root is None else Path(data_root) if len(benchmarks) == 1 else Path(data_root) / name
-        plan.append((name, benchmark, chosen, benchmark.questions(root, chosen)))
+        questions = benchmark.questions(root, chosen)
+        if blind:
+            grey = grey_image()
+            questions = [question if question.image is None else replace(question, image=grey) for question in questions]
+        plan.append((name, benchmark, chosen, questions))
     if not plan:
         raise ValueError("no benchmark was named: give at least one with -b")
     path = model.folder if isinstance(model, Run) else Path(model)
@@ -62,9 +70,9 @@ def evaluate(
     assistant = load(checkpoint, device=device)
     results = []
     for name, benchmark, chosen, questions in plan:
-        key = name if chosen == benchmark.SPLITS[0] else f"{name}-{chosen}"
+        key = name + (f"-{chosen}" if chosen != benchmark.SPLITS[0] else "") + ("-blind" if blind else "")
         folder = Run(path).evaluation(key) if out is None else Path(out) / key
         max_new_tokens, sha256 = benchmark.MAX_NEW_TOKENS, fingerprint(checkpoint)
         predictions = predict(assistant, name, questions, folder, batch_size, max_new_tokens, limit, progress, sha256)
-        results.append(score_predictions(benchmark, chosen, questions, predictions, folder, limit))
+        results.append(score_predictions(benchmark, chosen, questions, predictions, folder, limit, blind))
     return results

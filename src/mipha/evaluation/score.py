@@ -18,6 +18,7 @@ class Result:
     Args:
         benchmark: Its name.
         split: Which of its splits.
+        blind: The model was shown grey in place of every picture.
         scores: Headline first.
         num_questions: In the split.
         n_asked: Fewer than `num_questions` if a limit was set.
@@ -32,6 +33,7 @@ class Result:
 
     benchmark: str
     split: str
+    blind: bool
     scores: tuple[Score, ...]
     num_questions: int
     n_asked: int
@@ -45,7 +47,13 @@ class Result:
 
 
 def score_predictions(
-    benchmark: Benchmark, split: str, questions: Sequence[Question], predictions: Mapping[str, str], folder: Path, limit: int | None = None
+    benchmark: Benchmark,
+    split: str,
+    questions: Sequence[Question],
+    predictions: Mapping[str, str],
+    folder: Path,
+    limit: int | None = None,
+    blind: bool = False,
 ) -> Result:
     """Score the answers and write scores.json beside them.
 
@@ -56,6 +64,7 @@ def score_predictions(
         predictions: Question id to text.
         folder: Holds predictions.meta.json; gets scores.json.
         limit: Only the first N questions were asked.
+        blind: The model was shown grey.
 
     Raises:
         ValueError: Not one of the questions was answered.
@@ -71,6 +80,7 @@ def score_predictions(
     result = Result(
         benchmark=header["benchmark"],
         split=split,
+        blind=blind,
         scores=tuple(scores),
         num_questions=len(questions),
         n_asked=len(asked),

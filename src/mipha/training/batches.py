@@ -18,7 +18,8 @@ from transformers import LlavaProcessor
 
 from mipha.data.collate import collate
 from mipha.data.encode import Encoded, blank, encode
-from mipha.data.mixture import Mixture, epoch_order, grey_image
+from mipha.data.images import grey_image
+from mipha.data.mixture import Mixture, epoch_order
 from mipha.data.packing import Row, make_rows
 from mipha.recipe import StageRecipe
 
@@ -53,8 +54,7 @@ class StepDataset(Dataset[Step]):
         self.mixture, self.processor, self.stage, self.seed = mixture, processor, stage, seed
         self.rank, self.world_size = rank, world_size
         self._blank = make_rows([blank(processor, grey_image())], stage.row_tokens, "padded")[0]
-        bundle = stage.samples_per_image if stage.batching == "shared-image" else None
-        self._order = lru_cache(maxsize=2)(lambda epoch: epoch_order(mixture, seed, epoch, bundle))
+        self._order = lru_cache(maxsize=2)(lambda epoch: epoch_order(mixture, seed, epoch, stage.bundle))
 
     def __len__(self) -> int:
         """Optimizer steps of the stage."""

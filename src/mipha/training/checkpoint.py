@@ -9,6 +9,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +43,8 @@ def save_state(states: Path, step: int, model: nn.Module, optimizer: torch.optim
         beside.mkdir(parents=True)
     world.barrier()
     weights, optimizer_state = get_state_dict(model, optimizer, options=_TRAINED)
-    dcp.save({"model": weights, "optimizer": optimizer_state}, checkpoint_id=beside, no_dist=world.size == 1)
+    with _alone_is_fine():
+        dcp.save({"model": weights, "optimizer": optimizer_state}, checkpoint_id=beside, no_dist=world.size == 1)
     if world.is_first:
         write_whole(beside / "position.json", json.dumps({"step": step, **position}))
         sizes = {path.name: path.stat().st_size for path in beside.iterdir()}
@@ -68,9 +72,18 @@ def load_state(states: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
         return None
     weights, optimizer_state = get_state_dict(model, optimizer, options=_TRAINED)
     state = {"model": weights, "optimizer": optimizer_state}
-    dcp.load(state, checkpoint_id=found[-1], no_dist=world.size == 1)
+    with _alone_is_fine():
+        dcp.load(state, checkpoint_id=found[-1], no_dist=world.size == 1)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=_TRAINED)
     return json.loads((found[-1] / "position.json").read_text(encoding="utf-8"))
+
+
+@contextmanager
+def _alone_is_fine() -> Iterator[None]:
+    """torch warns that a single process must be meant, even when told so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _is_whole(folder: Path) -> bool:

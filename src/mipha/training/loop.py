@@ -155,14 +155,13 @@ def _stop_gently() -> Iterator[Callable[[], bool]]:
 def _progress(title: str, start: int, total: int, visible: bool) -> Iterator[Callable[[dict], None]]:
     columns = (
         TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.completed}/{task.total} steps"),
-        TextColumn("loss {task.fields[loss]:.4f}  {task.fields[samples]:.1f} samples/s  {task.fields[tokens]:,.0f} tokens/s"),
-        TextColumn("{task.fields[memory]:.1f} GiB  ETA"),
-        TimeRemainingColumn(),
+        BarColumn(bar_width=12),
+        TextColumn("{task.completed}/{task.total}"),
+        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[samples]:.1f} samples/s  {task.fields[tokens]:,.0f} tokens/s"),
+        TimeRemainingColumn(compact=True),
     )
     with Progress(*columns, disable=not visible, speed_estimate_period=600) as progress:
-        task = progress.add_task(title, total=total, completed=start, loss=math.nan, samples=0.0, tokens=0.0, memory=0.0)
+        task = progress.add_task(title, total=total, completed=start, loss=math.nan, samples=0.0, tokens=0.0)
 
         def show(metrics: dict) -> None:
             progress.update(
@@ -171,7 +170,6 @@ def _progress(title: str, start: int, total: int, visible: bool) -> Iterator[Cal
                 loss=metrics["loss"],
                 samples=metrics["samples_per_second"],
                 tokens=metrics["tokens_per_second"],
-                memory=metrics["peak_memory_gib"],
             )
 
         yield show
