@@ -27,7 +27,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 _LANGUAGE_MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "phi": ("PhiConfig", "PhiForCausalLM", {"partial_rotary_factor": 0.5}),
+    "phi": ("PhiConfig", "PhiForCausalLM", {"partial_rotary_factor": 0.5, "resid_pdrop": 0.1}),
     "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
     "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {"rotary_pct": 0.5}),
     "stablelm": ("StableLmConfig", "StableLmForCausalLM", {"num_key_value_heads": 4}),

@@ -8,6 +8,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -111,7 +113,8 @@ def load_language_model(recipe: ModelRecipe, dtype: torch.dtype) -> tuple[PreTra
     name = recipe.language_model
     entry = LANGUAGE_MODELS.get(name)
     folder = _locate(name, entry.path if entry else name, "language model", list(LANGUAGE_MODELS))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    with _reading(folder, "language model", name):
+        tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # masks come from lengths, so the pad token is never mistaken for an EOS
     wanted = recipe.chat_template or (entry.chat_template if entry else None)
@@ -121,7 +124,8 @@ def load_language_model(recipe: ModelRecipe, dtype: torch.dtype) -> tuple[PreTra
         template = checked_template(tokenizer.chat_template, tokenizer, source=f"of {name}")
     else:
         raise ValueError(f"language model {name!r} has no chat template: set model.chat_template, for example to vicuna")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    with _reading(folder, "language model", name):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     return model, tokenizer, template
 
 
@@ -130,11 +134,13 @@ def load_vision_tower(recipe: ModelRecipe, dtype: torch.dtype) -> tuple[PreTrain
     name = recipe.vision_tower
     entry = VISION_TOWERS.get(name)
     folder = _locate(name, entry.path if entry else name, "vision tower", list(VISION_TOWERS))
-    config = AutoConfig.from_pretrained(folder)
+    with _reading(folder, "vision tower", name):
+        config = AutoConfig.from_pretrained(folder)
     if config.model_type not in TOWERS:
         raise ValueError(f"vision tower {name!r} is a {config.model_type!r}: a tower is one of {', '.join(sorted(set(TOWERS)))}")
-    pixels = AutoImageProcessor.from_pretrained(folder)
-    tower = TOWERS[config.model_type].from_pretrained(folder, dtype=dtype)
+    with _reading(folder, "vision tower", name):
+        pixels = AutoImageProcessor.from_pretrained(folder)
+        tower = TOWERS[config.model_type].from_pretrained(folder, dtype=dtype)
     return fit_tower(tower, recipe.feature_layer, recipe.image_size), list(pixels.image_mean), list(pixels.image_std)
 
 
@@ -219,6 +225,17 @@ def _locate(name: str, path: str, kind: str, known: list[str]) -> str:
     if "/" not in path or path.startswith((".", "/")):
         raise FileNotFoundError(f"no {kind} {name!r}: {did_you_mean(name, known)}, or give a folder or a hub id")
     return path
+
+
+@contextmanager
+def _reading(folder: str, kind: str, name: str) -> Iterator[None]:
+    """One sentence for what the host says in many when a file is not there, or a hub cannot be reached."""
+    try:
+        yield
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        mend = "its folder is not whole" if Path(folder).is_dir() else "check the name and the network, or give a folder"
+        raise FileNotFoundError(f"{kind} {name!r} cannot be read from {folder}: {mend} ({reason})") from error
 
 
 def save_checkpoint(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path, weights: dict[str, Tensor] | None = None) -> None:

@@ -58,13 +58,18 @@ class StepDataset(Dataset[Step]):
 
     def __len__(self) -> int:
         """Optimizer steps of the stage."""
-        steps = ceil(round(self.stage.epochs * len(self.mixture)) / self.stage.batch_size)
+        steps = ceil(self._num_samples / self.stage.batch_size)
         return min(steps, self.stage.max_steps or steps)
+
+    @property
+    def _num_samples(self) -> int:
+        """Samples of all epochs together; never none."""
+        return max(round(self.stage.epochs * len(self.mixture)), 1)
 
     def samples(self, step: int) -> list[Encoded]:
         """The samples of a step, encoded; the last step of a stage may hold fewer."""
         size = len(self.mixture)
-        end = min((step + 1) * self.stage.batch_size, max(round(self.stage.epochs * size), 1))
+        end = min((step + 1) * self.stage.batch_size, self._num_samples)
         positions = range(step * self.stage.batch_size, end)
         indices = [int(self._order(position // size)[position % size]) for position in positions]
         return [encode(self.mixture[index], self.processor, self.stage.row_tokens, self.stage.prompt) for index in indices]
@@ -76,8 +81,8 @@ class StepDataset(Dataset[Step]):
         dealt = deal(make_rows(samples, self.stage.row_tokens, self.stage.batching), self.world_size)
         chunks = [self._chunks(rows) for rows in dealt]
         most = max(len(own) for own in chunks)
-        with_images = any(row.images for rows in dealt for row in rows)
-        full = [[self._in_step(own[i] if i < len(own) else [], with_images) for i in range(most)] for own in chunks]
+        blank_at = range(most) if self.world_size > 1 else range(0 if any(sample.images for sample in samples) else 1)
+        full = [[self._with_image(own[i] if i < len(own) else [], i in blank_at) for i in range(most)] for own in chunks]
         rows = [row for rows in dealt for row in rows]
         return Step(
             micro_batches=tuple(collate(chunk, self.processor) for chunk in full[self.rank]),
@@ -93,11 +98,13 @@ class StepDataset(Dataset[Step]):
         size = self.stage.micro_batch_rows
         return [list(rows[start : start + size]) for start in range(0, len(rows), size)]
 
-    def _in_step(self, chunk: list[Row], with_images: bool) -> list[Row]:
-        """A blank image where this process would skip the tower while another runs it: sharded layers wait for one another."""
-        alone = self.world_size == 1
-        needs_blank = not chunk or (with_images and not alone and not any(row.images for row in chunk))
-        return [*chunk, self._blank] if needs_blank else chunk
+    def _with_image(self, chunk: list[Row], wanted: bool) -> list[Row]:
+        """A blank image where one is wanted and there is none.
+
+        Several processes: in every micro-batch, for sharded layers wait for one another. One process: once in a step that has no
+        images, for the optimizer passes over a tensor without a gradient, and with several processes it would not.
+        """
+        return [*chunk, self._blank] if wanted and not any(row.images for row in chunk) else chunk
 
 
 def deal(rows: Sequence[Row], world_size: int) -> list[list[Row]]:

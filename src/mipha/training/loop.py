@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -57,11 +58,15 @@ def train_stage(
         model.gradient_checkpointing_enable({"use_reentrant": False})
     placed = place(model, world)
     _train_mode(model)
+    if stage.activation_checkpointing:
+        for layer in layers_of(model):
+            layer.training = True  # this flag alone: the host checkpoints no layer in eval mode, and a frozen part is in it
     optimizer = make_optimizer(model, stage)
     position = load_state(folder / "states", placed, optimizer, world) or {"step": 0}
     start = int(position["step"])
     if world.is_first:
         _forget_after(folder / "metrics.jsonl", start)
+        (folder / "nonfinite.json").unlink(missing_ok=True)
     loader = DataLoader(steps, batch_size=None, sampler=range(start, len(steps)), collate_fn=keep_step, num_workers=4 if world.device.type == "cuda" else 0)
     meter = Meter()
     with _progress(title, start, len(steps), world.is_first) as show, _stop_gently() as stopped:
@@ -75,6 +80,8 @@ def train_stage(
             if world.is_first:
                 append_line(folder / "metrics.jsonl", metrics)
             show(metrics)
+            if world.device.type == "cpu":
+                _return_freed_memory()
             stop = _anyone(stopped(), world)
             if number % stage.checkpoint_every == 0 or number == len(steps) or stop:
                 save_state(folder / "states", number, placed, optimizer, {"seed": seed}, world)
@@ -105,6 +112,12 @@ def _optimize(
     return loss, float(norm)
 
 
+def _return_freed_memory() -> None:
+    """Give the system back what a step freed: rows of ever new lengths leave holes that glibc keeps, gigabytes over an hour."""
+    with suppress(OSError, AttributeError):  # another C library: nothing to trim
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 def _train_mode(model: LlavaForConditionalGeneration) -> None:
     """Dropout and the like only in parts that train: a frozen part is used as it will be when it answers."""
     model.eval()
@@ -118,7 +131,7 @@ def _report_nonfinite(folder: Path, number: int, step: Step, loss: float, grad_n
         write_whole(path, json.dumps({"step": number, "loss": str(loss), "grad_norm": str(grad_norm), "samples": step.ids}, indent=1))
     raise FloatingPointError(
         f"step {number}: loss {loss}, gradient norm {grad_norm}; its {len(step.ids)} samples are in {path}. The last saved state is intact: "
-        "look at those samples (mipha show), lower the learning rate or set precision=float32, then run the same command again"
+        "mend those samples and run the same command again, or lower the learning rate or set precision=float32 and train into another folder"
     )
 
 

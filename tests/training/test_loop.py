@@ -1,0 +1,202 @@
+"""A run that is killed, stopped, or cut into other pieces ends in the same weights."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from mipha.models.tuning import apply_tuning
+from mipha.recipe import STAGES, Recipe
+from mipha.run import Run
+from mipha.training.batches import StepDataset
+from mipha.training.checkpoint import list_states
+from mipha.training.loop import train_stage
+from mipha.training.pipeline import train
+from mipha.training.shard import World
+
+LONG = ("stages.finetune.max_steps=12", "stages.finetune.epochs=3", "stages.pretrain.max_steps=3")
+HERE = World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_run_recipe: Callable, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Phi here has dropout, so that a resumed run must draw what it would have drawn."""
+    return train(tiny_run_recipe(*LONG, family="phi"), tmp_path_factory.mktemp("uninterrupted") / "run")
+
+
+@pytest.fixture
+def launch() -> Callable[[Recipe, Path], multiprocessing.Process]:
+    """Training in a process of its own, as good as `mipha train` but for the start-up time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mipha.training.pipeline"])
+
+    def start(recipe: Recipe, folder: Path) -> multiprocessing.Process:
+        process = context.Process(target=train, args=(recipe, folder))
+        process.start()
+        return process
+
+    return start
+
+
+def wait_for_lines(path: Path, wanted: int, process: multiprocessing.Process) -> None:
+    while process.is_alive() and not (path.exists() and path.read_bytes().count(b"\n") >= wanted):
+        time.sleep(0.002)
+
+
+def assert_same(run: Run, other: Run, weights: Callable, metrics: Callable) -> None:
+    for stage in STAGES:
+        mine, theirs = weights(run.checkpoint(stage)), weights(other.checkpoint(stage))
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine), stage
+        rows, others = metrics(run.metrics(stage)), metrics(other.metrics(stage))
+        assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+        timed = {"seconds", "samples_per_second", "tokens_per_second", "peak_memory_gib"}
+        assert [{k: v for k, v in row.items() if k not in timed} for row in rows] == [
+            {k: v for k, v in row.items() if k not in timed} for row in others
+        ]
+
+
+def test_killed_anywhere_it_ends_in_the_same_weights(
+    uninterrupted: Run, launch: Callable, tmp_path: Path, weights: Callable, metrics: Callable
+) -> None:
+    recipe, run, chance, killed = uninterrupted.recipe, Run(tmp_path / "run"), random.Random(0), 0
+    for stage, line in (("pretrain", 1), ("finetune", 1), ("finetune", 4), ("finetune", 7), ("finetune", 10)):
+        process = launch(recipe, run.folder)
+        wait_for_lines(run.metrics(stage), line, process)
+        time.sleep(chance.random() * 0.04)  # in a step, in a save, between them
+        process.kill()
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
+    assert killed >= 4, "too few of the kills came before the end"
+    assert_same(train(recipe, run.folder), uninterrupted, weights, metrics)
+    assert not any(run.folder.rglob("*.partial"))
+    assert not any(run.states(stage).exists() for stage in STAGES)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_it_saves_and_goes_on(
+    number: signal.Signals, uninterrupted: Run, launch: Callable, tmp_path: Path, weights: Callable, metrics: Callable
+) -> None:
+    recipe, run = uninterrupted.recipe, Run(tmp_path / "run")
+    recipe = recipe.override("stages.finetune.checkpoint_every=1000")  # so that the only state is the one that stopping made
+    process = launch(recipe, run.folder)
+    wait_for_lines(run.metrics("finetune"), 3, process)
+    os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode == 1  # KeyboardInterrupt; the command line makes 130 of it
+    done = len(metrics(run.metrics("finetune")))
+    assert 3 <= done < 12
+    assert [path.name for path in list_states(run.states("finetune"))] == [f"step-{done:08d}"]
+    assert_same(train(recipe, run.folder), uninterrupted, weights, metrics)
+
+
+def test_a_second_run_changes_nothing(uninterrupted: Run) -> None:
+    before = {path: path.stat().st_mtime_ns for path in uninterrupted.folder.rglob("*") if path.is_file()}
+    train(uninterrupted.recipe, uninterrupted.folder)
+    assert {path: path.stat().st_mtime_ns for path in uninterrupted.folder.rglob("*") if path.is_file()} == before
+
+
+def test_it_learns(uninterrupted: Run, metrics: Callable) -> None:
+    losses = [row["loss"] for row in metrics(uninterrupted.metrics("finetune"))]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tiny_run_recipe: Callable, tmp_path: Path, metrics: Callable) -> None:
+    recipe = tiny_run_recipe("stages.finetune.learning_rate=1e30", "stages.finetune.checkpoint_every=1")
+    with pytest.raises(FloatingPointError, match=r"step 2: loss nan.* 6 samples are in .*nonfinite\.json"):
+        train(recipe, tmp_path / "run")
+    run = Run(tmp_path / "run")
+    report = json.loads((run.stage("finetune") / "nonfinite.json").read_text())
+    assert report["step"] == 2
+    assert len(report["samples"]) == 6 and all(name.startswith("messages/train/") for name in report["samples"])
+    assert [path.name for path in list_states(run.states("finetune"))] == ["step-00000001"]
+    assert len(metrics(run.metrics("finetune"))) == 1
+    assert not run.is_finished("finetune")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("stages.finetune.batching=padded", "stages.finetune.micro_batch_rows=1"),
+        ("stages.finetune.batching=padded", "stages.finetune.micro_batch_rows=2"),
+        ("stages.finetune.batching=padded", "stages.finetune.micro_batch_rows=4"),
+        ("stages.finetune.batching=packed", "stages.finetune.micro_batch_rows=2", "stages.finetune.row_tokens=120"),
+        ("stages.finetune.batching=packed", "stages.finetune.activation_checkpointing=true"),
+    ],
+    ids=lambda change: " ".join(assignment.partition("finetune.")[2] for assignment in change),
+)
+def test_how_rows_are_cut_does_not_matter(change: tuple[str, ...], smooth: Recipe, one_row: Run, tmp_path: Path, weights: Callable) -> None:
+    run = train(smooth.override(*change), tmp_path / "run")
+    mine, theirs = weights(run.final_checkpoint()), weights(one_row.final_checkpoint())
+    for name in theirs:
+        assert (mine[name] - theirs[name]).abs().max() < 1e-5, name
+    started = weights(run.checkpoint("pretrain"))
+    assert max((theirs[name] - started[name]).abs().max() for name in theirs) > 1e-2, "weights that hardly move test nothing"
+
+
+@pytest.fixture(scope="module")
+def smooth(tiny_run_recipe: Callable) -> Recipe:
+    """Adam divides a gradient by its size, so that the rounding of a gradient that is truly 0 moves as far as any: not with this epsilon."""
+    return tiny_run_recipe("stages.finetune.adam_eps=1e-2", "stages.finetune.learning_rate=3e-2", "stages.finetune.max_grad_norm=0")
+
+
+@pytest.fixture(scope="module")
+def one_row(smooth: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """All samples of a step in one row."""
+    return train(smooth.override("stages.finetune.row_tokens=400"), tmp_path_factory.mktemp("one row") / "run")
+
+
+def test_clipping_bounds_the_gradient(smooth: Recipe, one_row: Run, tmp_path: Path, weights: Callable) -> None:
+    """With plain SGD-like steps (a huge epsilon) a clipped run moves less, in proportion."""
+    run = train(smooth.override("stages.finetune.row_tokens=400", "stages.finetune.max_grad_norm=0.1"), tmp_path / "run")
+    started = weights(run.checkpoint("pretrain"))
+
+    def moved(folder: Path) -> float:
+        return sum((value - started[name]).norm().item() ** 2 for name, value in weights(folder).items()) ** 0.5
+
+    assert moved(run.final_checkpoint()) < 0.5 * moved(one_row.final_checkpoint())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_activation_checkpointing_recomputes_every_layer_that_gradients_pass(
+    stage: str, tiny_model: Callable, tiny_run_recipe: Callable, mixture: object, tmp_path: Path
+) -> None:
+    """Also the layers of a frozen language model, which the projector's gradient passes: that is where most memory goes."""
+    calls = {}
+    for wanted in (False, True):
+        model, processor = tiny_model()
+        recipe = getattr(tiny_run_recipe(f"stages.{stage}.activation_checkpointing={wanted}", f"stages.{stage}.max_steps=1").stages, stage)
+        apply_tuning(model, recipe.tuning)
+        counts = calls[wanted] = [0, 0]
+        for index, layer in enumerate(model.model.language_model.layers):
+            layer.mlp.register_forward_pre_hook(lambda *_, index=index, counts=counts: counts.__setitem__(index, counts[index] + 1))
+        steps = StepDataset(mixture, processor, recipe, seed=0)
+        train_stage(model, steps, recipe, tmp_path / f"{wanted}", HERE, title="", autocast=None, seed=0)
+    assert calls[True] == [2 * count for count in calls[False]]
+    assert calls[False] == [2, 2]  # micro-batches
+
+
+def test_a_frozen_part_has_no_dropout(tiny_model: Callable, tiny_run_recipe: Callable, mixture: object, tmp_path: Path) -> None:
+    for stage, drops in (("pretrain", False), ("finetune", True)):
+        model, processor = tiny_model("phi")
+        recipe = getattr(tiny_run_recipe(f"stages.{stage}.max_steps=1").stages, stage)
+        apply_tuning(model, recipe.tuning)
+        train_stage(model, StepDataset(mixture, processor, recipe, seed=0), recipe, tmp_path / stage, HERE, title="", autocast=None, seed=0)
+        dropouts = [module for module in model.model.language_model.modules() if isinstance(module, torch.nn.Dropout) and module.p]
+        assert dropouts and all(module.training == drops for module in dropouts)
+
+
+@pytest.fixture(scope="module")
+def mixture(tiny_run_recipe: Callable) -> object:
+    from mipha.data.mixture import Mixture
+
+    return Mixture(tiny_run_recipe().stages.finetune.data)
