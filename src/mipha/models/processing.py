@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from transformers import AutoTokenizer, LlavaProcessor, PretrainedConfig, PreTrainedTokenizerBase
@@ -74,8 +75,6 @@ def load_processor(folder: str | Path) -> LlavaProcessor:
 
 
 def _saved_options(folder: Path) -> dict:
-    import json
-
     saved = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
     names = ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens", "image_token")
     return {name: saved[name] for name in names} | {"chat_template": (folder / "chat_template.jinja").read_text(encoding="utf-8")}

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from mipha.run import write_whole
@@ -43,7 +44,7 @@ def save_state(states: Path, step: int, model: nn.Module, optimizer: torch.optim
         beside.mkdir(parents=True)
     world.barrier()
     weights, optimizer_state = get_state_dict(model, optimizer, options=_TRAINED)
-    with _alone_is_fine():
+    with _as_os_error(f"the training state {final} could not be written; the one before it is intact"):
         dcp.save({"model": weights, "optimizer": optimizer_state}, checkpoint_id=beside, no_dist=world.size == 1)
     if world.is_first:
         write_whole(beside / "position.json", json.dumps({"step": step, **position}))
@@ -67,23 +68,30 @@ def load_state(states: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
     Returns:
         Its position, or null when there is none.
     """
-    found = list_states(states)
-    if not found:
-        return None
-    weights, optimizer_state = get_state_dict(model, optimizer, options=_TRAINED)
-    state = {"model": weights, "optimizer": optimizer_state}
-    with _alone_is_fine():
-        dcp.load(state, checkpoint_id=found[-1], no_dist=world.size == 1)
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=_TRAINED)
-    return json.loads((found[-1] / "position.json").read_text(encoding="utf-8"))
+    for folder in reversed(list_states(states)):
+        weights, optimizer_state = get_state_dict(model, optimizer, options=_TRAINED)
+        state = {"model": weights, "optimizer": optimizer_state}
+        try:
+            with _as_os_error(f"the training state {folder} could not be read"):
+                dcp.load(state, checkpoint_id=folder, no_dist=world.size == 1)
+        except OSError as error:
+            warnings.warn(f"{error}; going on from the one before it", stacklevel=2)
+            continue
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=_TRAINED)
+        return json.loads((folder / "position.json").read_text(encoding="utf-8"))
+    return None
 
 
 @contextmanager
-def _alone_is_fine() -> Iterator[None]:
-    """torch warns that a single process must be meant, even when told so."""
+def _as_os_error(sentence: str) -> Iterator[None]:
+    """torch reports a full disk or a damaged file as a BaseException of its own, which `except Exception` does not catch."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # said even to one process that asked for no others
+        try:
+            yield
+        except CheckpointException as error:
+            cause = next(iter(error.failures.values()))[0]
+            raise OSError(f"{sentence}: {cause}") from error
 
 
 def _is_whole(folder: Path) -> bool:

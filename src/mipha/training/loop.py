@@ -53,8 +53,6 @@ def train_stage(
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the current step was finished and saved.
     """
     if stage.activation_checkpointing:
-        for layer in layers_of(model):
-            layer.gradient_checkpointing = True
         model.gradient_checkpointing_enable({"use_reentrant": False})
     placed = place(model, world)
     _train_mode(model)

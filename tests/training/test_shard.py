@@ -1,0 +1,159 @@
+"""Two processes train what one trains. All cases run in one launch of two, since starting them is what takes the time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mipha.models.build import build
+from mipha.recipe import STAGES, Recipe
+from mipha.run import Run, open_run
+from mipha.training.checkpoint import list_states
+from mipha.training.pipeline import train
+from mipha.training.shard import layers_of
+
+# An epsilon that keeps the rounding of gradients that are truly 0 from moving weights; see test_loop.
+SMOOTH = tuple(f"stages.{stage}.adam_eps=1e-2" for stage in STAGES) + ("stages.finetune.learning_rate=3e-2",)
+
+DRIVER = """
+import json, os, signal, sys, threading, time
+from pathlib import Path
+from mipha.recipe import load_recipe
+from mipha.training.pipeline import train
+
+def stop_after(metrics, lines):
+    while not (metrics.exists() and metrics.read_bytes().count(b"\\n") >= lines):
+        time.sleep(0.002)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+for case in json.loads(Path(sys.argv[1]).read_text()):
+    folder = Path(case["folder"])
+    if case["stop_after"] and os.environ["RANK"] == "0":
+        watcher = (folder / "finetune" / "metrics.jsonl", case["stop_after"])
+        threading.Thread(target=stop_after, args=watcher, daemon=True).start()
+    try:
+        train(load_recipe(case["recipe"]), folder)
+        assert not case["stop_after"], "was not stopped"
+    except KeyboardInterrupt:
+        assert case["stop_after"], "was stopped"
+"""
+
+
+@pytest.fixture(scope="module")
+def text_only(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    lines = [
+        {"messages": [{"role": "user", "content": f"Which number is {i}?"}, {"role": "assistant", "content": f"{i} " * (1 + i)}]}
+        for i in range(6)
+    ]
+    path = tmp_path_factory.mktemp("text") / "train.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def recipes(tiny_run_recipe: Callable, text_only: Path) -> dict[str, Recipe]:
+    finetune = "stages.finetune."
+    cases = {
+        "packed": (),
+        # One row a process: where one of the two has an image, the other has none.
+        "skewed": (finetune + "batching=padded", finetune + "batch_size=2", finetune + "max_steps=8"),
+        "shared": (finetune + "batching=shared-image", finetune + "activation_checkpointing=true"),
+        # One row in all, without an image: the second process has nothing of its own to do.
+        "text only": (f"data.finetune={text_only}", finetune + "batch_size=2", finetune + "micro_batch_rows=2"),
+        "frozen": (finetune + "tuning.language_model=frozen", finetune + "part_learning_rates={vision_tower: 0.001}"),
+        "reshard 2 to 1": (finetune + "max_steps=8",),
+        "reshard 1 to 2": (finetune + "max_steps=8", finetune + "checkpoint_every=3"),
+    }
+    parts = {"shared": {"family": "qwen2", "tower": "clip"}, "text only": {"family": "gemma", "tower": "dinov2"}, "skewed": {"tower": "vit"}}
+    return {name: tiny_run_recipe(*SMOOTH, *overrides, **parts.get(name, {})) for name, overrides in cases.items()}
+
+
+@pytest.fixture(scope="module")
+def by_two(recipes: dict[str, Recipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder of each recipe, trained by two processes; those to reshard were stopped on the way."""
+    root = tmp_path_factory.mktemp("two")
+    cases: list[dict[str, Any]] = []
+    for name, recipe in recipes.items():
+        (root / f"{name}.yaml").write_text(recipe.dump())
+        stop_after = 3 if name == "reshard 2 to 1" else 0
+        cases.append({"recipe": str(root / f"{name}.yaml"), "folder": str(root / name), "stop_after": stop_after})
+    started = start_with_one(recipes["reshard 1 to 2"], root / "reshard 1 to 2")
+    assert started == 4
+    (root / "driver.py").write_text(DRIVER)
+    (root / "cases.json").write_text(json.dumps(cases))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", root / "driver.py", root / "cases.json"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=540)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return root
+
+
+def start_with_one(recipe: Recipe, folder: Path) -> int:
+    """Train the first four steps in this process, and stop as by Ctrl-C; returns the steps that were done."""
+    from mipha.training import loop
+
+    original, calls = loop.append_line, []
+
+    def interrupting(path: Path, row: dict) -> None:
+        original(path, row)
+        if path.parent.name == "finetune":
+            calls.append(row)
+        if len(calls) == 4:
+            os.kill(os.getpid(), 15)
+
+    loop.append_line = interrupting
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, folder)
+    finally:
+        loop.append_line = original
+    return len(calls)
+
+
+@pytest.mark.parametrize("case", ["packed", "skewed", "shared", "text only", "frozen", "reshard 1 to 2"])
+def test_two_processes_train_what_one_trains(
+    case: str, recipes: dict[str, Recipe], by_two: Path, tmp_path: Path, weights: Callable, metrics: Callable
+) -> None:
+    two, one = open_run(by_two / case), train(recipes[case], tmp_path / "one")
+    assert_equal(one, two, weights, metrics)
+
+
+def test_one_process_goes_on_where_two_stopped(
+    recipes: dict[str, Recipe], by_two: Path, tmp_path: Path, weights: Callable, metrics: Callable
+) -> None:
+    two = open_run(by_two / "reshard 2 to 1")
+    done = len(metrics(two.metrics("finetune")))
+    assert 3 <= done < 8
+    assert [path.name for path in list_states(two.states("finetune"))][-1] == f"step-{done:08d}"
+    assert_equal(train(recipes["reshard 2 to 1"], tmp_path / "one"), train(recipes["reshard 2 to 1"], two.folder), weights, metrics)
+
+
+def assert_equal(one: Run, two: Run, weights: Callable, metrics: Callable) -> None:
+    for stage in STAGES:
+        mine, theirs = weights(one.checkpoint(stage)), weights(two.checkpoint(stage))
+        assert mine.keys() == theirs.keys(), stage
+        for name in mine:
+            assert (mine[name] - theirs[name]).abs().max() < 1e-5, (stage, name)
+        rows, others = metrics(one.metrics(stage)), metrics(two.metrics(stage))
+        assert [row["step"] for row in others] == list(range(1, len(rows) + 1))
+        for row, other in zip(rows, others, strict=True):
+            assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)
+            assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+            assert all(row[key] == other[key] for key in ("samples", "images", "tokens", "supervised_tokens"))
+    before, after = weights(one.checkpoint("pretrain")), weights(one.checkpoint("finetune"))
+    assert max((before[name] - after[name]).abs().max() for name in before) > 1e-2, "weights that hardly move test nothing"
+
+
+def test_the_units_of_sharding_are_the_layers(tiny_parts: Callable, family: str, tower: str) -> None:
+    model, _ = build(tiny_parts(family, tower).recipe())
+    layers = layers_of(model)
+    assert len(layers) == 2 + 2
+    assert not any(isinstance(layer, torch.nn.ModuleList) for layer in layers)
