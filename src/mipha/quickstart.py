@@ -48,7 +48,7 @@ def quickstart(folder: Path, overrides: Sequence[str] = (), limit: int | None = 
 
 def phases(folder: Path, overrides: Sequence[str], limit: int | None) -> list[Phase]:
     """The commands of the tour, in order."""
-    ask = ("-b", BENCHMARK, *(("--limit", str(limit)) if limit else ()))
+    ask = ("-b", BENCHMARK, "--batch-size", "64", *(("--limit", str(limit)) if limit else ()))
     blind = folder / "blind"
     return [
         Phase("train", ("train", "quickstart", "-o", str(folder), *overrides)),

@@ -1,0 +1,92 @@
+"""The quickstart, small, on the real weights and data, as a user starts it: every phase, the summary, the checkpoint, the chat."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.weights
+
+SMALL = (
+    "stages.pretrain.max_steps=3",
+    "stages.pretrain.batch_size=4",
+    "stages.finetune.max_steps=2",
+    "stages.finetune.batch_size=8",
+    "stages.finetune.row_tokens=256",
+)
+
+# No mipha in this process: what a stranger with stock transformers does.
+STOCK = """
+import json, sys
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+assert "mipha" not in sys.modules
+folder, asked = sys.argv[1], json.loads(sys.argv[2])
+model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+for image, question in asked:
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    inputs = processor(images=Image.open(image).convert("RGB"), text=text, return_tensors="pt")
+    out = model.generate(**inputs, max_new_tokens=32, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    print("ANSWER", processor.decode(out, skip_special_tokens=True).strip())
+"""
+
+
+@pytest.fixture(scope="module")
+def tour(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("tour") / "run"
+    return folder, _mipha("quickstart", "-o", str(folder), "--limit", "24", *SMALL)
+
+
+def test_the_tour_ends_in_a_summary(tour: tuple[Path, str]) -> None:
+    folder, said = tour
+    for row in ("yes no minority", "baseline: majority", "baseline: question only", "same model trained blind", "before finetune", "mipha chat"):
+        assert row in said
+    assert (folder / "contact-sheet.png").stat().st_size > 5_000
+    ledger = json.loads((folder / "quickstart.json").read_text())
+    assert all(record["finished"] and record["seconds"] > 0 and record["peak_memory_gib"] > 0.1 for record in ledger.values())
+    for stage, steps in (("pretrain", 3), ("finetune", 2)):
+        lines = [json.loads(line) for line in (folder / stage / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == list(range(1, steps + 1))
+        assert (folder / stage / "loss.png").is_file()
+
+
+def test_a_second_tour_does_nothing_again(tour: tuple[Path, str]) -> None:
+    folder, _ = tour
+    before = (folder / "finetune/checkpoint/model.safetensors").stat().st_mtime_ns
+    said = _mipha("quickstart", "-o", str(folder), "--limit", "24", *SMALL)
+    assert "$ mipha" not in said and "yes no minority" in said
+    assert (folder / "finetune/checkpoint/model.safetensors").stat().st_mtime_ns == before
+
+
+def test_stock_transformers_gives_the_same_answers(tour: tuple[Path, str]) -> None:
+    folder, _ = tour
+    rows = [json.loads(line) for line in (folder / "evaluation/easy_vqa/predictions.jsonl").read_text().splitlines()][::6]
+    from mipha.evaluation.benchmarks.easy_vqa import questions
+
+    asked = {question.id: (str(question.image), question.text) for question in questions()}
+    asked_rows = json.dumps([asked[row["question_id"]] for row in rows])
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, "-c", STOCK, str(folder / "finetune/checkpoint"), asked_rows]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment | {"HF_HUB_OFFLINE": "1"}, cwd=folder, check=False)
+    answers = [line.removeprefix("ANSWER").strip() for line in done.stdout.splitlines() if line.startswith("ANSWER")]
+    assert answers == [row["text"] for row in rows], done.stderr[-2000:]
+
+
+def test_chat_answers(tour: tuple[Path, str]) -> None:
+    folder, _ = tour
+    from mipha.data.datasets.easy_vqa import image_path
+
+    said = _mipha("chat", str(folder), "--image", str(image_path(None, "test", 0)), stdin="what color is the shape?\n/quit\n")
+    assert len(said.split("> ", 1)[1].strip()) > 3
+
+
+def _mipha(*command: str, stdin: str | None = None) -> str:
+    done = subprocess.run([sys.executable, "-m", "mipha", *command], capture_output=True, text=True, input=stdin, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
