@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
+import runpy
+import signal
+import socket
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,27 +28,51 @@ from mipha.training.shard import layers_of
 SMOOTH = tuple(f"stages.{stage}.adam_eps=1e-2" for stage in STAGES) + ("stages.finetune.learning_rate=3e-2",)
 
 DRIVER = """
-import json, os, signal, sys, threading, time
+import json, os, signal, threading, time
 from pathlib import Path
 from mipha.recipe import load_recipe
 from mipha.training.pipeline import train
+
+os.environ.update(LAUNCHED)  # what torchrun sets, given by the test
 
 def stop_after(metrics, lines):
     while not (metrics.exists() and metrics.read_bytes().count(b"\\n") >= lines):
         time.sleep(0.002)
     os.kill(os.getpid(), signal.SIGTERM)
 
-for case in json.loads(Path(sys.argv[1]).read_text()):
+for case in json.loads(CASES):
     folder = Path(case["folder"])
-    if case["stop_after"] and os.environ["RANK"] == "0":
-        watcher = (folder / "finetune" / "metrics.jsonl", case["stop_after"])
-        threading.Thread(target=stop_after, args=watcher, daemon=True).start()
+    if case["stop_after"] and LAUNCHED["RANK"] == "0":
+        watched = (folder / "finetune" / "metrics.jsonl", case["stop_after"])
+        threading.Thread(target=stop_after, args=watched, daemon=True).start()
     try:
         train(load_recipe(case["recipe"]), folder)
         assert not case["stop_after"], "was not stopped"
     except KeyboardInterrupt:
         assert case["stop_after"], "was stopped"
 """
+
+
+def launch_two(driver: Path, cases: list[dict[str, Any]]) -> None:
+    """Run the driver in two processes, as torchrun would, but forked from one that has imported everything."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mipha.training.pipeline"])
+    processes = []
+    for rank in ("0", "1"):
+        launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        given = {"LAUNCHED": launched, "CASES": json.dumps(cases)}
+        processes.append(context.Process(target=runpy.run_path, args=(str(driver), given)))
+        processes[-1].start()
+    while any(process.is_alive() for process in processes) and not any(process.exitcode for process in processes):
+        processes[0].join(0.1)
+        processes[1].join(0.1)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()  # where one has failed, the other waits for it
+    assert codes == [0, 0], f"exit codes {codes}: see the captured output"
 
 
 @pytest.fixture(scope="module")
@@ -85,37 +113,24 @@ def by_two(recipes: dict[str, Recipe], tmp_path_factory: pytest.TempPathFactory)
         (root / f"{name}.yaml").write_text(recipe.dump())
         stop_after = 3 if name == "reshard 2 to 1" else 0
         cases.append({"recipe": str(root / f"{name}.yaml"), "folder": str(root / name), "stop_after": stop_after})
-    started = start_with_one(recipes["reshard 1 to 2"], root / "reshard 1 to 2")
-    assert started == 4
+    start_with_one(recipes["reshard 1 to 2"], root / "reshard 1 to 2")
     (root / "driver.py").write_text(DRIVER)
-    (root / "cases.json").write_text(json.dumps(cases))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", root / "driver.py", root / "cases.json"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=540)
-    assert done.returncode == 0, done.stderr[-6000:]
+    launch_two(root / "driver.py", cases)
     return root
 
 
-def start_with_one(recipe: Recipe, folder: Path) -> int:
-    """Train the first four steps in this process, and stop as by Ctrl-C; returns the steps that were done."""
-    from mipha.training import loop
+def start_with_one(recipe: Recipe, folder: Path) -> None:
+    """Train the first few steps in this process, until a signal as from Ctrl-C."""
+    metrics = folder / "finetune" / "metrics.jsonl"
 
-    original, calls = loop.append_line, []
+    def stop() -> None:
+        while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 3):
+            time.sleep(0.002)
+        os.kill(os.getpid(), signal.SIGINT)
 
-    def interrupting(path: Path, row: dict) -> None:
-        original(path, row)
-        if path.parent.name == "finetune":
-            calls.append(row)
-        if len(calls) == 4:
-            os.kill(os.getpid(), 15)
-
-    loop.append_line = interrupting
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            train(recipe, folder)
-    finally:
-        loop.append_line = original
-    return len(calls)
+    threading.Thread(target=stop, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, folder)
 
 
 @pytest.mark.parametrize("case", ["packed", "skewed", "shared", "text only", "frozen", "reshard 1 to 2"])

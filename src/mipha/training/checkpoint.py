@@ -63,35 +63,27 @@ def list_states(states: Path) -> list[Path]:
 
 
 def load_state(states: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> dict[str, Any] | None:
-    """Load the newest whole state into model and optimizer.
+    """Load the newest state that can be read into model and optimizer; every process calls it.
 
     Returns:
         Its position, or null when there is none.
+
+    Raises:
+        ValueError: There are states, but none can be read.
     """
-    for folder in reversed(list_states(states)):
+    found = list_states(states)
+    for folder in reversed(found):
         weights, optimizer_state = get_state_dict(model, optimizer, options=_TRAINED)
         state = {"model": weights, "optimizer": optimizer_state}
         try:
-            with _as_os_error(f"the training state {folder} could not be read"):
-                dcp.load(state, checkpoint_id=folder, no_dist=world.size == 1)
-        except OSError as error:
-            warnings.warn(f"{error}; going on from the one before it", stacklevel=2)
+            dcp.load(state, checkpoint_id=folder, no_dist=world.size == 1)
+        except dcp.CheckpointException:  # told to every process; what was read of it, the state before overwrites
             continue
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=_TRAINED)
         return json.loads((folder / "position.json").read_text(encoding="utf-8"))
+    if found:
+        raise ValueError(f"none of the {len(found)} training states in {states} can be read: delete that folder to start this stage anew")
     return None
-
-
-@contextmanager
-def _as_os_error(sentence: str) -> Iterator[None]:
-    """torch reports a full disk or a damaged file as a BaseException of its own, which `except Exception` does not catch."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # said even to one process that asked for no others
-        try:
-            yield
-        except CheckpointException as error:
-            cause = next(iter(error.failures.values()))[0]
-            raise OSError(f"{sentence}: {cause}") from error
 
 
 def _is_whole(folder: Path) -> bool:

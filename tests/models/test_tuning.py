@@ -1,0 +1,107 @@
+"""Frozen means bit-equal after a step; tuned means that every tensor the features pass has moved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+
+import pytest
+import torch
+
+from mipha.models.tuning import apply_tuning, part_parameters, unread_parameters
+from mipha.recipe import PARTS, TuningRecipe
+
+COMBINATIONS = [dict(zip(PARTS, chosen, strict=True)) for chosen in product(("frozen", "full"), repeat=3) if "full" in chosen]
+
+
+def full_step(model: torch.nn.Module, image_token: int, images: int = 1) -> None:
+    """A forward pass with an image, and a plain step of gradient descent."""
+    size, per_image = model.config.vision_config.image_size, model.config.image_seq_length
+    generator = torch.Generator().manual_seed(0)
+    text = torch.arange(1, 400)[None]
+    ids = torch.cat([torch.full((1, per_image * images), image_token), text], dim=1)
+    pixels = torch.randn(images, 3, size, size, generator=generator)
+    model.zero_grad()
+    model(input_ids=ids, pixel_values=pixels, labels=ids).loss.backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    torch.optim.SGD(trained, lr=10.0).step()
+
+
+@pytest.mark.parametrize("wanted", COMBINATIONS, ids=lambda wanted: " ".join(part for part in PARTS if wanted[part] == "full"))
+def test_frozen_stays_and_tuned_moves(tiny_model: Callable, family: str, wanted: dict[str, str]) -> None:
+    tower = {"phi": "siglip", "qwen2": "clip", "gpt_neox": "dinov2", "stablelm": "vit"}.get(family, "siglip")
+    model, processor = tiny_model(family, tower)
+    report = apply_tuning(model, TuningRecipe(**wanted))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    full_step(model, processor.image_token_id)
+    unread = unread_parameters(model)
+    for part in report:
+        assert (part.trained > 0) == (wanted[part.part] == "full")
+        for name, parameter in part_parameters(model, part.part).items():
+            moves = wanted[part.part] == "full" and name not in unread and not no_true_gradient(name)
+            if moves:
+                assert not torch.equal(parameter, before[name]), name
+            elif wanted[part.part] == "frozen" or name in unread:
+                assert torch.equal(parameter, before[name]), name
+                assert not parameter.requires_grad
+
+
+def no_true_gradient(name: str) -> bool:
+    """A key's bias adds the same to every score of a query: softmax does not see it."""
+    return name.endswith(("k_proj.bias", "key.bias"))
+
+
+def test_everything_is_counted_once(tiny_model: Callable, family: str) -> None:
+    model, _ = tiny_model(family)
+    report = apply_tuning(model, TuningRecipe(vision_tower="full", projector="full", language_model="full"))
+    assert [part.part for part in report] == list(PARTS)
+    assert sum(part.parameters for part in report) == sum(parameter.numel() for parameter in model.parameters())
+    names = [name for part in PARTS for name in part_parameters(model, part)]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+    by_part = {part.part: part for part in report}
+    assert by_part["language_model"].trained == by_part["language_model"].parameters
+    assert by_part["projector"].parameters == 24 * 32 + 32 + 32 * 32 + 32
+
+
+@pytest.mark.parametrize(("family", "tied"), [("qwen2", True), ("gemma", True), ("llama", False), ("phi", False)])
+def test_a_tied_head_counts_once(tiny_model: Callable, family: str, tied: bool) -> None:
+    model, _ = tiny_model(family)
+    vocabulary = model.get_input_embeddings().weight.numel()
+    counted = [parameter for parameter in part_parameters(model, "language_model").values() if parameter.numel() == vocabulary]
+    assert len(counted) == (1 if tied else 2)
+    assert (model.lm_head.weight is model.get_input_embeddings().weight) == tied
+
+
+def test_unread_parameters_are_those_the_features_do_not_depend_on(tiny_model: Callable, tower: str) -> None:
+    model, _ = tiny_model("llama", tower)
+    size = model.config.vision_config.image_size
+    pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = torch.cat(model.get_image_features(pixels).pooler_output)
+        unread = unread_parameters(model)
+        assert unread, "every tower has a norm behind its last layer"
+        for name, parameter in part_parameters(model, "vision_tower").items():
+            kept = parameter.clone()
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
+            changed = not torch.allclose(torch.cat(model.get_image_features(pixels).pooler_output), before, atol=1e-6)
+            parameter.copy_(kept)
+            if not no_true_gradient(name):
+                assert changed == (name not in unread), name
+
+
+def test_measuring_leaves_the_model_as_it_was(tiny_model: Callable) -> None:
+    model, _ = tiny_model()
+    apply_tuning(model, TuningRecipe(vision_tower="frozen", projector="full", language_model="frozen"))
+    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    unread_parameters(model)
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_tuning_can_be_applied_again(tiny_model: Callable) -> None:
+    """The second stage unfreezes what the first froze."""
+    model, _ = tiny_model()
+    first = apply_tuning(model, TuningRecipe(vision_tower="frozen", projector="full", language_model="frozen"))
+    second = apply_tuning(model, TuningRecipe(vision_tower="full", projector="full", language_model="full"))
+    assert sum(part.trained for part in first) < sum(part.trained for part in second)
+    assert apply_tuning(model, TuningRecipe(vision_tower="frozen", projector="full", language_model="frozen")) == first

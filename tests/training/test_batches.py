@@ -1,0 +1,145 @@
+"""Steps are a pure function of their number: the same samples whoever asks, dealt to as many processes as there are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from transformers import LlavaProcessor
+
+from mipha.data.mixture import Mixture
+from mipha.data.packing import Row
+from mipha.recipe import StageRecipe
+from mipha.training.batches import StepDataset, deal
+
+FINETUNE = "stages.finetune."
+
+
+@pytest.fixture(scope="module")
+def processor(tiny_model: Callable) -> LlavaProcessor:
+    return tiny_model()[1]
+
+
+@pytest.fixture(scope="module")
+def stage(tiny_run_recipe: Callable) -> Callable[..., StageRecipe]:
+    return lambda *changes: tiny_run_recipe("stages.finetune.max_steps=null", *(FINETUNE + change for change in changes)).stages.finetune
+
+
+@pytest.fixture(scope="module")
+def mixture(stage: Callable) -> Mixture:
+    return Mixture(stage().data)
+
+
+def supervised(step) -> list[int]:
+    """The ids that are trained on, sorted: the same whatever the rows."""
+    return sorted(label for batch in step.micro_batches for label in batch["labels"][:, 1:].flatten().tolist() if label != -100)
+
+
+def test_an_epoch_holds_every_sample_once(mixture: Mixture, processor: LlavaProcessor, stage: Callable) -> None:
+    steps = StepDataset(mixture, processor, stage("epochs=3", "batch_size=5"), seed=0)
+    names = [name for step in steps for name in step.ids]
+    assert len(steps) == 15 and len(names) == 72
+    for epoch in range(3):
+        assert len(set(names[24 * epoch : 24 * (epoch + 1)])) == 24
+    assert names[:24] != names[24:48], "each epoch has an order of its own"
+
+
+@pytest.mark.parametrize(("epochs", "max_steps", "steps", "samples"), [(0.5, "null", 2, 12), (1.4, "null", 6, 34), (2, 3, 3, 18), (0.01, "null", 1, 1)])
+def test_epochs_and_max_steps(
+    mixture: Mixture, processor: LlavaProcessor, stage: Callable, epochs: float, max_steps: object, steps: int, samples: int
+) -> None:
+    made = StepDataset(mixture, processor, stage(f"epochs={epochs}", f"max_steps={max_steps}"), seed=0)
+    assert len(made) == steps
+    assert sum(len(made[number].ids) for number in range(steps)) == samples
+    with pytest.raises(IndexError):
+        made[steps]
+
+
+@pytest.mark.parametrize("batching", ["padded", "packed", "shared-image"])
+def test_a_step_does_not_depend_on_the_steps_before(mixture: Mixture, processor: LlavaProcessor, stage: Callable, batching: str) -> None:
+    recipe = stage(f"batching={batching}")
+    read_through = list(StepDataset(mixture, processor, recipe, seed=3))
+    for number in (5, 2):
+        alone = StepDataset(mixture, processor, recipe, seed=3)[number]
+        assert alone.ids == read_through[number].ids
+        for batch, other in zip(alone.micro_batches, read_through[number].micro_batches, strict=True):
+            assert batch.keys() == other.keys()
+            assert all(torch.equal(batch[key], other[key]) for key in batch)
+
+
+def test_another_seed_is_another_order(mixture: Mixture, processor: LlavaProcessor, stage: Callable) -> None:
+    assert StepDataset(mixture, processor, stage(), seed=0)[0].ids != StepDataset(mixture, processor, stage(), seed=1)[0].ids
+
+
+@pytest.mark.parametrize("batching", ["padded", "packed", "shared-image"])
+@pytest.mark.parametrize("world_size", [2, 3, 7])
+def test_the_processes_share_out_what_one_would_do(
+    mixture: Mixture, processor: LlavaProcessor, stage: Callable, batching: str, world_size: int
+) -> None:
+    recipe = stage(f"batching={batching}", "micro_batch_rows=2")
+    alone = StepDataset(mixture, processor, recipe, seed=0)
+    together = [StepDataset(mixture, processor, recipe, seed=0, rank=rank, world_size=world_size) for rank in range(world_size)]
+    for number in range(len(alone)):
+        one, shares = alone[number], [steps[number] for steps in together]
+        assert sorted(sum((supervised(share) for share in shares), [])) == supervised(one)
+        assert one.num_supervised == len(supervised(one))
+        assert len({len(share.micro_batches) for share in shares}) == 1, "as many forward passes on each"
+        for share in shares:
+            assert (share.ids, share.num_tokens, share.num_supervised, share.num_images) == (
+                one.ids,
+                one.num_tokens,
+                one.num_supervised,
+                one.num_images,
+            )
+            assert all("pixel_values" in batch for batch in share.micro_batches), "the tower runs in every pass of every process"
+
+
+def test_a_step_without_images_gets_one_blank(mixture: Mixture, processor: LlavaProcessor, stage: Callable) -> None:
+    """So that the tower's tensors have a gradient, which is zero, on one process as on several."""
+    texts = [index for index in range(len(mixture)) if not mixture[index].images]
+    text_only = [mixture[index] for index in texts]
+    steps = StepDataset(text_only, processor, stage("batching=padded", "micro_batch_rows=2", "batch_size=6"), seed=0)
+    (step,) = steps
+    assert len(step.micro_batches) == 3
+    assert ["pixel_values" in batch for batch in step.micro_batches] == [True, False, False]
+    assert step.num_images == 0
+    assert (step.micro_batches[0]["labels"][-1] == -100).all(), "nothing is learnt from it"
+
+
+def test_the_counts_are_of_what_is_computed(mixture: Mixture, processor: LlavaProcessor, stage: Callable) -> None:
+    for changes in (("batching=padded", "micro_batch_rows=3"), ("batching=packed",), ("batching=shared-image",)):
+        for step in StepDataset(mixture, processor, stage(*changes), seed=0):
+            computed = sum(batch["input_ids"].numel() for batch in step.micro_batches)
+            assert step.num_padded == computed
+            assert step.num_tokens <= computed
+            assert step.num_images == sum(len(batch.get("pixel_values", ())) for batch in step.micro_batches)
+            assert step.num_truncated == 0
+
+
+def test_truncated_samples_are_counted(mixture: Mixture, processor: LlavaProcessor, stage: Callable) -> None:
+    long = max(len(sample) for step in range(4) for sample in StepDataset(mixture, processor, stage(), seed=0).samples(step))
+    steps = StepDataset(mixture, processor, stage(f"row_tokens={long - 1}"), seed=0)
+    assert sum(steps[number].num_truncated for number in range(4)) >= 1
+
+
+def test_deal_gives_the_next_row_to_the_process_with_the_least() -> None:
+    rows = [row(length) for length in (9, 7, 6, 5, 4, 2)]
+    dealt = deal(rows, 2)
+    assert [[len(one) for one in own] for own in dealt] == [[9, 5, 2], [7, 6, 4]]
+    assert deal(rows[:1], 3) == [[rows[0]], [], []]
+    assert all(len(a) >= len(b) for own in dealt for a, b in pairwise(own)), "longest first, so that padding stays small"
+
+
+def row(length: int) -> Row:
+    ones = np.ones(length, dtype=np.int64)
+    return Row(("a",), ones, ones, np.arange(length), ones * 0, ones * 0, ())
+
+
+def test_micro_batches_are_tensors_a_model_takes(mixture: Mixture, processor: LlavaProcessor, stage: Callable) -> None:
+    batch = StepDataset(mixture, processor, stage(), seed=0)[0].micro_batches[0]
+    assert set(batch) <= {"input_ids", "labels", "position_ids", "attention_mask", "pixel_values"}
+    assert all(isinstance(value, Tensor) for value in batch.values())

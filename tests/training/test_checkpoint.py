@@ -1,0 +1,162 @@
+"""Training states: the newest whole one is loaded, whatever the writer's end left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from mipha.recipe import Recipe
+from mipha.run import Run
+from mipha.training import checkpoint
+from mipha.training.checkpoint import KEEP, list_states, load_state, save_state
+from mipha.training.pipeline import train
+from mipha.training.shard import World
+
+HERE = World(0, 1, torch.device("cpu"))
+
+
+class Small(torch.nn.Module):
+    """One part that trains and one that does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trained, self.frozen = torch.nn.Linear(3, 2), torch.nn.Linear(2, 2)
+        self.frozen.requires_grad_(False)
+
+
+@pytest.fixture
+def small() -> tuple[Small, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = Small()
+    return model, torch.optim.AdamW(model.trained.parameters(), lr=0.1)
+
+
+def take_step(model: Small, optimizer: torch.optim.Optimizer) -> None:
+    model.frozen(model.trained(torch.ones(1, 3))).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_a_state_is_read_back(small: tuple, tmp_path: Path) -> None:
+    model, optimizer = small
+    take_step(model, optimizer)
+    save_state(tmp_path, 1, model, optimizer, {"seed": 7}, HERE)
+    saved = model.trained.weight.detach().clone()
+    take_step(model, optimizer)
+    after = model.trained.weight.detach().clone()
+    other = Small()
+    other.frozen.load_state_dict(model.frozen.state_dict())
+    other_optimizer = torch.optim.AdamW(other.trained.parameters(), lr=0.1)
+    assert load_state(tmp_path, other, other_optimizer, HERE) == {"step": 1, "seed": 7}
+    assert torch.equal(other.trained.weight, saved)
+    take_step(other, other_optimizer)
+    assert torch.equal(other.trained.weight, after), "the optimizer's moments came back too"
+
+
+def test_no_state_is_no_state(small: tuple, tmp_path: Path) -> None:
+    before = small[0].trained.weight.detach().clone()
+    assert load_state(tmp_path / "nothing", *small, HERE) is None
+    assert torch.equal(small[0].trained.weight, before)
+
+
+def test_frozen_weights_are_not_written(small: tuple, tmp_path: Path) -> None:
+    model, optimizer = small
+    take_step(model, optimizer)
+    save_state(tmp_path, 1, model, optimizer, {}, HERE)
+    sizes = json.loads((tmp_path / "step-00000001" / "manifest.json").read_text())
+    model.frozen.weight = torch.nn.Parameter(torch.zeros(2000, 2000), requires_grad=False)
+    save_state(tmp_path, 2, model, optimizer, {}, HERE)
+    again = json.loads((tmp_path / "step-00000002" / "manifest.json").read_text())
+    assert sum(again.values()) < sum(sizes.values()) + 1000
+
+
+def test_the_last_states_are_kept(small: tuple, tmp_path: Path) -> None:
+    for step in range(1, 6):
+        take_step(*small)
+        save_state(tmp_path, step, *small, {}, HERE)
+    assert [path.name for path in list_states(tmp_path)] == ["step-00000004", "step-00000005"]
+    assert len(list(tmp_path.iterdir())) == KEEP
+
+
+@pytest.mark.parametrize("damage", ["shorter", "gone", "no manifest", "half a manifest", "not published"])
+def test_a_torn_state_falls_back_to_the_one_before(small: tuple, tmp_path: Path, damage: str) -> None:
+    model, optimizer = small
+    for step in (1, 2):
+        take_step(model, optimizer)
+        save_state(tmp_path, step, model, optimizer, {}, HERE)
+        if step == 1:
+            first = model.trained.weight.detach().clone()
+    newest = tmp_path / "step-00000002"
+    shard = next(path for path in newest.iterdir() if path.suffix == ".distcp")
+    if damage == "shorter":
+        os.truncate(shard, shard.stat().st_size // 2)
+    elif damage == "gone":
+        shard.unlink()
+    elif damage == "no manifest":
+        (newest / "manifest.json").unlink()
+    elif damage == "half a manifest":
+        os.truncate(newest / "manifest.json", 10)
+    else:
+        newest.rename(tmp_path / ".step-00000002.partial")
+    assert load_state(tmp_path, model, optimizer, HERE) == {"step": 1}
+    assert torch.equal(model.trained.weight, first)
+    take_step(model, optimizer)
+    save_state(tmp_path, 2, model, optimizer, {}, HERE)  # the torn one is in the way
+    assert [path.name for path in list_states(tmp_path)] == ["step-00000001", "step-00000002"]
+
+
+def test_a_state_of_the_right_size_that_cannot_be_read_falls_back_too(small: tuple, tmp_path: Path) -> None:
+    for step in (1, 2):
+        take_step(*small)
+        save_state(tmp_path, step, *small, {}, HERE)
+    for path in (tmp_path / "step-00000002").glob("*.distcp"):
+        path.write_bytes(b"\0" * path.stat().st_size)
+    position = load_state(tmp_path, *small, HERE)
+    assert position == {"step": 1}
+
+
+def test_a_run_whose_newest_state_is_torn_ends_in_the_same_weights(
+    tiny_run_recipe: Callable, tmp_path: Path, weights: Callable, metrics: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe: Recipe = tiny_run_recipe("stages.finetune.checkpoint_every=1")
+    whole = train(recipe, tmp_path / "whole")
+    saves = []
+
+    def stop_after_four(*args) -> None:
+        save_state(*args)
+        saves.append(args[1])
+        if len(saves) == 2 + 4:  # one after each step of both stages, but pretrain saves every second
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("mipha.training.loop.save_state", stop_after_four)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, tmp_path / "torn")
+    monkeypatch.undo()
+    run = Run(tmp_path / "torn")
+    *_, before, newest = list_states(run.states("finetune"))
+    for path in newest.glob("*.distcp"):
+        os.truncate(path, path.stat().st_size - 1)
+    assert list_states(run.states("finetune"))[-1] == before
+    train(recipe, run.folder)
+    mine, theirs = weights(run.final_checkpoint()), weights(whole.final_checkpoint())
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert [row["step"] for row in metrics(run.metrics("finetune"))] == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_a_killed_writer_left_is_overwritten(small: tuple, tmp_path: Path) -> None:
+    beside = tmp_path / ".step-00000001.partial"
+    beside.mkdir()
+    (beside / "rubbish").touch()
+    take_step(*small)
+    save_state(tmp_path, 1, *small, {}, HERE)
+    assert not beside.exists()
+    assert not (tmp_path / "step-00000001" / "rubbish").exists()
+    shutil.rmtree(tmp_path / "step-00000001")
+    assert checkpoint.list_states(tmp_path) == []
