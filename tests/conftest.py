@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from PIL import Image
 
 from mipha.recipe import ModelRecipe, Recipe, parse_recipe
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
     from mipha.models.modeling import LlavaForConditionalGeneration
 
+settings.register_profile("untimed", deadline=None)  # a test machine is shared; how long an example takes says nothing
+settings.load_profile("untimed")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from transformers import DynamicCache, LlavaProcessor, TextIteratorStreamer
+from transformers import DynamicCache, LlavaProcessor, StoppingCriteria, TextIteratorStreamer
 
 from mipha.data.encode import as_chat, tokens_per_image
 from mipha.data.images import open_image
@@ -115,8 +115,7 @@ class Assistant:
         return [token for token in ids for _ in range(repeats if token == image else 1)]
 
     def _prompt(self, question: str, has_image: bool) -> list[int]:
-        if IMAGE in question:
-            raise ValueError(f"question {question!r} holds {IMAGE}: leave it out, the image is put in front")
+        _check_question(question)
         return self.prompt_ids([Message("user", f"{IMAGE}\n{question}" if has_image else question)])
 
     @torch.inference_mode()
@@ -156,23 +155,25 @@ class Chat:
     def __init__(self, assistant: Assistant, image: ImageLike | None) -> None:
         self.assistant, self.image = assistant, image
         self.messages: list[Message] = []
-        self._cache = DynamicCache(config=assistant.model.config.get_text_config())
-        self._cached: list[int] = []
+        self._forget()
 
     def ask(self, question: str, *, max_new_tokens: int = 256) -> Iterator[str]:
         """The answer to the next question, piece by piece; read to its end, it becomes part of the conversation."""
         assistant, tokenizer = self.assistant, self.assistant.processor.tokenizer
+        _check_question(question)
         text = f"{IMAGE}\n{question}" if self.image is not None and not self.messages else question
         messages = [*self.messages, Message("user", text)]
         ids = assistant.prompt_ids(messages)
         inputs = self._reuse(ids)
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=600)
         result: dict[str, Any] = {}
+        stop = _Stop()
+        options = {"streamer": streamer, "stopping_criteria": [stop], "max_new_tokens": max_new_tokens, "do_sample": False}
 
         def generate() -> None:
             try:
                 with torch.inference_mode():
-                    result["ids"] = assistant.model.generate(**inputs, streamer=streamer, max_new_tokens=max_new_tokens, do_sample=False)
+                    result["ids"] = assistant.model.generate(**inputs, **options)
             except BaseException as error:  # handed to the reader below: a thread's exception is seen by nobody
                 result["error"] = error
                 streamer.end()
@@ -180,14 +181,24 @@ class Chat:
         thread = Thread(target=generate, daemon=True)
         thread.start()
         pieces = []
-        for piece in streamer:
-            pieces.append(piece)
-            yield piece
-        thread.join()
+        try:
+            for piece in streamer:
+                pieces.append(piece)
+                yield piece
+        finally:  # also for a reader who leaves: what was asked for nobody is not made, and the cache is known again
+            stop.asked = True
+            thread.join()
+            if "ids" in result:
+                self._cached = result["ids"][0].tolist()
+            else:
+                self._forget()
         if "error" in result:
             raise result["error"]
-        self._cached = result["ids"][0].tolist()
         self.messages = [*messages, Message("assistant", "".join(pieces).strip())]
+
+    def _forget(self) -> None:
+        self._cache = DynamicCache(config=self.assistant.model.config.get_text_config())
+        self._cached: list[int] = []
 
     def _reuse(self, ids: list[int]) -> dict[str, Any]:
         """Inputs for `generate`, with the cache cut back to what the new prompt begins with."""
@@ -196,16 +207,25 @@ class Chat:
         device, image_token = self.assistant.model.device, self.assistant.processor.image_token_id
         if image_token in ids[same:]:
             same = 0  # an image is read whole
-        if same < self._cache.get_seq_length():
-            self._cache.crop(same) if same else self._cache.reset()
         if not same:
-            self._cache = DynamicCache(config=self.assistant.model.config.get_text_config())
+            self._forget()
+        elif same < self._cache.get_seq_length():
+            self._cache.crop(same)
         inputs: dict[str, Any] = {"input_ids": torch.tensor([ids], device=device), "past_key_values": self._cache}
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         if image_token in ids[same:]:
             assert self.image is not None
             inputs["pixel_values"] = self.assistant.pixels(self.image)
         return inputs
+
+
+class _Stop(StoppingCriteria):
+    """Ends `generate` at the next token once it is asked to."""
+
+    asked = False
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        return torch.full((len(input_ids),), self.asked, device=input_ids.device)
 
 
 def load(path: str | Path | Run, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Assistant:
@@ -222,6 +242,11 @@ def load(path: str | Path | Run, device: str | torch.device | None = None, dtype
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     return Assistant(load_model(str(folder), device, dtype), load_processor(folder))
+
+
+def _check_question(question: str) -> None:
+    if IMAGE in question:
+        raise ValueError(f"question {question!r} holds {IMAGE}: leave it out, the image is put in front")
 
 
 def _batches(order: Sequence[int], keys: Sequence[str], batch_size: int) -> Iterator[list[int]]:

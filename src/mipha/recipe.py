@@ -70,7 +70,7 @@ class StageRecipe(_Strict):
     data: Annotated[tuple[DataRecipe, ...], BeforeValidator(_as_list)] = Field(min_length=1)
     tuning: TuningRecipe
     learning_rate: float = Field(gt=0)
-    part_learning_rates: dict[Part, float] = Field({}, description="a learning rate of its own for a trained part")
+    part_learning_rates: dict[Part, Annotated[float, Field(gt=0)]] = Field({}, description="a learning rate of its own for a trained part")
     epochs: float = Field(1.0, gt=0)
     max_steps: int | None = Field(None, ge=1, description="stop after this many optimizer steps; null: all epochs")
     batch_size: int = Field(ge=1, description="samples per optimizer step, over all processes")
@@ -118,7 +118,7 @@ class Recipe(_Strict):
 
     name: str
     description: str = ""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where the device computes in it, else float32")
     model: ModelRecipe
     stages: StagesRecipe
@@ -138,7 +138,11 @@ class Recipe(_Strict):
             key, equals, text = assignment.partition("=")
             if not equals:
                 raise ValueError(f"override {assignment!r} has no `=`: write key.path=value, for example seed=7")
-            _assign(tree, key.strip().split("."), yaml.load(text, _Loader))
+            try:
+                value = yaml.load(text, _Loader)
+            except yaml.YAMLError as error:
+                raise ValueError(f"override {assignment!r}: the value is not valid YAML: {error}") from error
+            _assign(tree, key.strip().split("."), value)
         return parse_recipe(tree, source=f"recipe {self.name!r} with {', '.join(assignments)}" if assignments else self.name)
 
     def dump(self) -> str:
@@ -223,14 +227,18 @@ def _assign(tree: dict[str, Any], path: list[str], value: Any) -> None:
     node: Any = tree
     for depth, key in enumerate(path[:-1]):
         if isinstance(node, list):
-            node = node[int(key)]
-            continue
-        node = node.setdefault(key, {})
+            node = node[_index(node, key, path)]
+        else:
+            node = node.setdefault(key, {})
+        # `data.finetune.limit=5` means the one data set, where there is one.
+        if isinstance(node, list) and len(node) == 1 and not path[depth + 1].isdigit():
+            node = node[0]
         if not isinstance(node, (dict, list)):
             raise ValueError(f"override {'.'.join(path)}: {'.'.join(path[: depth + 1])} is a value, not a group of keys")
-    if isinstance(node, list):
-        if not path[-1].isdigit() or int(path[-1]) >= len(node):
-            raise ValueError(f"override {'.'.join(path)}: a list of {len(node)} has no entry {path[-1]!r}")
-        node[int(path[-1])] = value
-    else:
-        node[path[-1]] = value
+    node[_index(node, path[-1], path) if isinstance(node, list) else path[-1]] = value
+
+
+def _index(entries: list[Any], key: str, path: list[str]) -> int:
+    if not key.isdigit() or int(key) >= len(entries):
+        raise ValueError(f"override {'.'.join(path)}: a list of {len(entries)} has no entry {key!r}")
+    return int(key)

@@ -91,7 +91,8 @@ def create_run(folder: str | Path, recipe: Recipe) -> Run:
 
     Args:
         folder: New, empty, or a run of a recipe with the same digest.
-        recipe: Written to recipe.yaml in a new folder; an existing recipe.yaml is never changed.
+        recipe: Written to recipe.yaml in a new folder, and in a run where no stage has begun: a mistyped recipe that never
+            trained leaves nothing to protect. Otherwise an existing recipe.yaml is never changed.
 
     Raises:
         ValueError: The folder holds a run of another recipe, or other files; nothing in it is touched.
@@ -100,8 +101,10 @@ def create_run(folder: str | Path, recipe: Recipe) -> Run:
     run = Run(folder)
     if (folder / "recipe.yaml").is_file():
         if run.recipe.digest() != recipe.digest():
-            differences = _differences(run.recipe, recipe)
-            raise ValueError(f"{folder} holds a run of another recipe ({differences}): choose another -o, or train with the old recipe")
+            if any(run.stage(stage).exists() for stage in STAGES):
+                differences = _differences(run.recipe, recipe)
+                raise ValueError(f"{folder} holds a run of another recipe ({differences}): choose another -o, or train with the old recipe")
+            write_whole(folder / "recipe.yaml", recipe.dump())
     elif folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, not a run folder: choose another -o")
     # Hidden files do not count: a run that was stopped while its first file was written has one.

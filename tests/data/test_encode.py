@@ -62,7 +62,7 @@ def spans(labels: np.ndarray) -> list[list[int]]:
 
 @TEMPLATES
 @KINDS
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(turns=st.lists(words, min_size=2, max_size=6).filter(lambda turns: len(turns) % 2 == 0), images=st.integers(0, 2))
 def test_labels_are_the_assistants_words_and_the_end_of_the_turn(
     assistants: Callable, family: str, template: str, turns: list[str], images: int
@@ -78,7 +78,7 @@ def test_labels_are_the_assistants_words_and_the_end_of_the_turn(
 
 @TEMPLATES
 @KINDS
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(turns=st.lists(words, min_size=2, max_size=6).filter(lambda turns: len(turns) % 2 == 0), images=st.integers(0, 2))
 def test_the_prompt_is_what_training_began_with(
     assistants: Callable, family: str, template: str, turns: list[str], images: int
@@ -163,7 +163,7 @@ def test_a_marker_that_is_no_image_is_an_error(processor: LlavaProcessor) -> Non
         Sample("s", (Message("user", "?"), Message("assistant", "b")), (PICTURE,))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(limit=st.integers(1, 60), images=st.integers(0, 3))
 def test_truncation_cuts_text_and_never_an_image(assistants: Callable, limit: int, images: int) -> None:
     processor = assistants("llama", "chatml").processor

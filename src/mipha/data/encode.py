@@ -52,7 +52,7 @@ def encode(sample: Sample, processor: LlavaProcessor, max_tokens: int, prompt: s
     """
     ids, supervised = _plain(sample, processor) if prompt == "plain" else _chat(sample, processor)
     ids, supervised = _expand_images(ids, supervised, processor)
-    labels = np.where(supervised, ids, IGNORE)
+    labels = np.where(supervised & (ids != processor.image_token_id), ids, IGNORE)
     image_ends = np.flatnonzero(ids == processor.image_token_id)
     last_image = int(image_ends[-1]) + 1 if len(image_ends) else 0
     num_images = len(image_ends) // tokens_per_image(processor)
@@ -77,8 +77,15 @@ def tokens_per_image(processor: LlavaProcessor) -> int:
 
 
 def as_chat(messages: tuple[Message, ...]) -> list[dict[str, Any]]:
-    """Messages with content parts, as the host's chat templates read them; templates put the newline behind an image."""
-    return [{"role": message.role, "content": _content_parts(message.text)} for message in messages]
+    """Messages with content parts, as the host's chat templates read them; templates put the newline behind an image.
+
+    The assistant's words lose the white space around them: a tokenizer joins it to what the prompt ends with, and then no
+    prompt is what training began with.
+    """
+    return [
+        {"role": message.role, "content": _content_parts(message.text.strip() if message.role == "assistant" else message.text)}
+        for message in messages
+    ]
 
 
 def _content_parts(text: str) -> list[dict[str, str]]:

@@ -63,12 +63,31 @@ class Mixture(Sequence[Sample]):
         return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> Sample:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
         source = int(np.searchsorted(self._starts, index, side="right")) - 1
         module, records, recipe = self._sources[source]
         sample = module.to_sample(records[index - int(self._starts[source])], recipe.root)
         if recipe.blind:
             return Sample(sample.id, sample.messages, (self._grey,) * len(sample.images))
         return sample
+
+
+def check_samples(mixture: Mixture) -> None:
+    """Make every sample and look for every image file, before hours are spent on the way to a broken one.
+
+    Raises:
+        ValueError: A record is malformed; the message names file and row.
+        FileNotFoundError: Image files are missing: how many, and the first of them.
+    """
+    first_with = {image: sample.id for sample in mixture for image in sample.images if isinstance(image, Path)}
+    missing = [image for image in first_with if not image.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(first_with)} image files are missing, for example {missing[0]} of sample {first_with[missing[0]]}: "
+            "check the data's root, or remove those samples"
+        )
 
 
 def epoch_order(mixture: Mixture, seed: int, epoch: int, samples_per_image: int | None) -> np.ndarray:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,14 +77,28 @@ def load_state(states: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
         weights, optimizer_state = get_state_dict(model, optimizer, options=_TRAINED)
         state = {"model": weights, "optimizer": optimizer_state}
         try:
-            dcp.load(state, checkpoint_id=folder, no_dist=world.size == 1)
-        except dcp.CheckpointException:  # told to every process; what was read of it, the state before overwrites
+            with _as_os_error(f"the training state {folder} cannot be read"):
+                dcp.load(state, checkpoint_id=folder, no_dist=world.size == 1)
+        except OSError as error:  # told to every process; what was read of it, the state before overwrites
+            print(f"mipha: {error}; going on from the one before it", file=sys.stderr)
             continue
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=_TRAINED)
         return json.loads((folder / "position.json").read_text(encoding="utf-8"))
     if found:
         raise ValueError(f"none of the {len(found)} training states in {states} can be read: delete that folder to start this stage anew")
     return None
+
+
+@contextmanager
+def _as_os_error(sentence: str) -> Iterator[None]:
+    """torch reports a full disk or a damaged file as a BaseException of its own, which `except Exception` does not catch."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # said even to one process that asked for no others
+        try:
+            yield
+        except CheckpointException as error:
+            cause = next(iter(error.failures.values()))[0]
+            raise OSError(f"{sentence}: {cause}") from error
 
 
 def _is_whole(folder: Path) -> bool:

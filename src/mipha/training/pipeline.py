@@ -15,7 +15,7 @@ from transformers import LlavaProcessor
 from mipha.comparison.figures import plot_metrics
 from mipha.data.encode import encode
 from mipha.data.images import open_image
-from mipha.data.mixture import Mixture
+from mipha.data.mixture import Mixture, check_samples
 from mipha.models.build import build, save_checkpoint
 from mipha.models.modeling import LlavaForConditionalGeneration, load_model
 from mipha.models.processing import load_processor
@@ -52,6 +52,8 @@ def train(recipe: Recipe, folder: str | Path) -> Run:
         world.barrier()
         run = run or create_run(Path(folder), recipe)
         mixtures = {name: Mixture(getattr(recipe.stages, name).data) for name in STAGES if not run.is_finished(name)}
+        for mixture in mixtures.values():
+            check_samples(mixture)
         for name, mixture in mixtures.items():
             _train_stage(run, recipe, name, mixture, world)
     return run

@@ -1,0 +1,244 @@
+"""A recipe is strict: what it does not know, what does not fit and what would be ignored are errors that say the mend."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mipha.recipe import PARTS, STAGES, Recipe, list_recipes, load_recipe, parse_recipe
+
+
+def tree() -> dict[str, Any]:
+    stage = {"data": {"dataset": "messages", "root": "a.jsonl"}, "learning_rate": 1e-3, "batch_size": 8}
+    frozen = {"vision_tower": "frozen", "projector": "full", "language_model": "frozen"}
+    return {
+        "name": "small",
+        "model": {"vision_tower": "dinov2-small", "language_model": "smollm2-135m", "chat_template": "chatml"},
+        "stages": {"pretrain": stage | {"tuning": frozen}, "finetune": stage | {"tuning": dict.fromkeys(frozen, "full")}},
+    }
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    return parse_recipe(tree(), "small")
+
+
+@pytest.mark.parametrize("name", list_recipes())
+def test_every_recipe_of_the_catalog_loads_and_round_trips(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name and recipe.description
+    path = tmp_path / "recipe.yaml"
+    path.write_text(recipe.dump())
+    again = load_recipe(path)
+    assert again == recipe
+    assert again.digest() == recipe.digest()
+    assert again.dump() == recipe.dump()
+
+
+def test_a_dump_writes_every_default_out(recipe: Recipe) -> None:
+    written = yaml.safe_load(recipe.dump())
+    assert written["stages"]["finetune"]["adam_betas"] == [0.9, 0.98]
+    assert written["model"]["feature_layer"] == -2
+    assert written["stages"]["pretrain"].keys() == type(recipe.stages.pretrain).model_fields.keys()
+
+
+@pytest.mark.parametrize("batching", ["padded", "packed", "shared-image"])
+def test_a_dump_of_any_batching_is_a_valid_recipe(recipe: Recipe, batching: str) -> None:
+    """Defaults that are written out are not settings that would be ignored."""
+    changed = recipe.override(f"stages.finetune.batching={batching}")
+    assert parse_recipe(yaml.safe_load(changed.dump()), "dumped") == changed
+    assert changed.override("seed=3").seed == 3
+    assert changed.stages.finetune.bundle == (8 if batching == "shared-image" else None)
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    rate=st.floats(1e-9, 10),
+    betas=st.tuples(st.floats(0, 0.999), st.floats(0, 0.999)),
+    name=st.text(max_size=20),
+    rates=st.dictionaries(st.sampled_from(PARTS), st.floats(1e-9, 1)),
+)
+def test_any_recipe_round_trips(seed: int, rate: float, betas: tuple[float, float], name: str, rates: dict) -> None:
+    plain = tree() | {"seed": seed, "name": name}
+    plain["stages"]["finetune"] |= {"learning_rate": rate, "adam_betas": list(betas), "part_learning_rates": rates}
+    recipe = parse_recipe(plain, "drawn")
+    assert parse_recipe(yaml.safe_load(recipe.dump()), "again") == recipe
+
+
+@pytest.mark.parametrize(
+    ("assignment", "value"),
+    [
+        ("seed=7", 7),
+        ("name=other", "other"),
+        ("stages.finetune.learning_rate=3e-3", 3e-3),
+        ("stages.finetune.learning_rate=2E-4", 2e-4),
+        ("stages.finetune.learning_rate=5.e-1", 0.5),
+        ("stages.finetune.learning_rate=1", 1.0),
+        ("stages.finetune.max_steps=20", 20),
+        ("model.chat_template=null", None),
+        ("stages.finetune.adam_betas=[0.9, 0.95]", (0.9, 0.95)),
+        ("stages.finetune.part_learning_rates={vision_tower: 1e-6}", {"vision_tower": 1e-6}),
+        ("stages.finetune.part_learning_rates.vision_tower=1e-6", {"vision_tower": 1e-6}),
+        ("model.pad_to_square=false", False),
+        ("model.image_size=70", 70),
+        (" seed = 9 ", 9),
+    ],
+)
+def test_an_override_replaces_one_value(recipe: Recipe, assignment: str, value: Any) -> None:
+    changed = recipe.override(assignment)
+    path = assignment.partition("=")[0].strip().split(".")
+    found: Any = changed
+    for key in path[: 4 if "rates" not in assignment else 3]:
+        found = getattr(found, key)
+    assert found == value and type(found) is type(value)
+    assert changed.digest() != recipe.digest() or path == ["name"]
+    was, now = recipe.model_dump(), changed.model_dump()
+    for key in path[:-1]:
+        was, now = was[key], now[key]
+        if "rates" in key:
+            return
+    assert {key for key in was if was[key] != now[key]} == {path[-1]}
+
+
+def test_overrides_apply_in_order_and_leave_the_first_alone(recipe: Recipe) -> None:
+    assert recipe.override("seed=1", "seed=2").seed == 2
+    assert recipe.seed == 0
+    assert recipe.override() == recipe
+
+
+@pytest.mark.parametrize(
+    ("assignment", "dataset", "root"),
+    [
+        ("data.finetune=./x.jsonl", "auto", Path("x.jsonl")),
+        ("data.finetune=/data/x.json", "auto", Path("/data/x.json")),
+        ("data.finetune=easy_vqa", "easy_vqa", None),
+        ("data.finetune={dataset: messages, root: x.jsonl}", "messages", Path("x.jsonl")),
+        ("stages.finetune.data=my/x.jsonl", "auto", Path("my/x.jsonl")),
+        ("data.finetune.0.root=y.jsonl", "messages", Path("y.jsonl")),
+        ("stages.finetune.data.0.limit=5", "messages", Path("a.jsonl")),
+        ("data.finetune.limit=5", "messages", Path("a.jsonl")),
+    ],
+)
+def test_data_has_a_short_form(recipe: Recipe, assignment: str, dataset: str, root: Path | None) -> None:
+    changed = recipe.override(assignment)
+    (data,) = changed.stages.finetune.data
+    assert (data.dataset, data.root) == (dataset, root)
+    assert data.limit == (5 if "limit" in assignment else None)
+    assert changed.stages.pretrain == recipe.stages.pretrain
+
+
+def test_several_data_sets(recipe: Recipe) -> None:
+    changed = recipe.override("data.finetune=[{dataset: messages, root: x.jsonl}, {dataset: easy_vqa}]")
+    assert [data.dataset for data in changed.stages.finetune.data] == ["messages", "easy_vqa"]
+    assert changed.override("data.finetune.1.limit=3").stages.finetune.data[1].limit == 3
+    with pytest.raises(ValueError, match=r"a list of 2 has no entry '5'"):
+        changed.override("data.finetune.5.limit=3")
+    with pytest.raises(ValueError, match=r"a list of 2 has no entry 'limit'"):
+        changed.override("data.finetune.limit=3")
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("seed", "override 'seed' has no `=`: write key.path=value, for example seed=7"),
+        ("sede=7", "sede: unknown key; did you mean seed?"),
+        ("stages.finetune.learning_rat=1", r"stages\.finetune\.learning_rat: unknown key; did you mean learning_rate"),
+        ("model.vision_towr=x", r"model\.vision_towr: unknown key; did you mean vision_tower"),
+        ("data.finetune.0.rooot=x", r"stages\.finetune\.data\.0\.rooot: unknown key; did you mean root"),
+        ("stages.tuning.language_model=full", r"stages\.tuning: unknown key"),
+        ("seed=many", r"seed: .*integer.* \(got 'many'\)"),
+        ("seed=-1", r"seed: .*greater than or equal to 0.* \(got -1\)"),
+        ("stages.finetune.learning_rate=fast", r"stages\.finetune\.learning_rate: .*number.* \(got 'fast'\)"),
+        ("stages.finetune.learning_rate=-1", r"stages\.finetune\.learning_rate: .*greater than 0.* \(got -1\)"),
+        ("stages.finetune.part_learning_rates={vision_tower: -1}", r"part_learning_rates\.vision_tower: .*greater than 0"),
+        ("stages.finetune.batching=paked", r"stages\.finetune\.batching: .*'packed'.* \(got 'paked'\)"),
+        ("model.image_size=0", r"model\.image_size: .*greater than or equal to 1.* \(got 0\)"),
+        ("name.deep=3", r"override name\.deep: name is a value, not a group of keys"),
+        ("seed.deep=3", r"seed: .*integer.* \(got {'deep': 3}\)"),
+        ("data.finetune.x.limit=3", r"has no entry 'x'"),
+        ("seed=[1", r"override 'seed=\[1': the value is not valid YAML"),
+        ("model=null", r"model: .*"),
+        ("stages.finetune.data=[]", r"stages\.finetune\.data: .*at least 1"),
+    ],
+)
+def test_what_does_not_fit_names_the_key_and_the_value(recipe: Recipe, assignment: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        recipe.override(assignment)
+    assert "pydantic" not in str(caught.value)
+
+
+def test_every_problem_is_listed_at_once(tmp_path: Path) -> None:
+    plain = tree()
+    plain["colour"] = "red"
+    del plain["model"]["vision_tower"]
+    plain["stages"]["finetune"]["batch_size"] = 0
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(plain))
+    with pytest.raises(ValueError, match="is not a valid recipe") as caught:
+        load_recipe(path)
+    text = str(caught.value)
+    assert text.startswith(str(path))
+    assert all(key in text for key in ("colour: unknown key", "model.vision_tower: Field required", "stages.finetune.batch_size:"))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_that_would_train_nothing_is_refused(recipe: Recipe, stage: str) -> None:
+    with pytest.raises(ValueError, match=rf"stages\.{stage}: every part is frozen, so nothing would be trained: set one part"):
+        recipe.override(*(f"stages.{stage}.tuning.{part}=frozen" for part in PARTS))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["stages.pretrain.part_learning_rates={vision_tower: 1e-5}"], "part_learning_rates names vision_tower, which `tuning` keeps frozen"),
+        (["stages.finetune.samples_per_image=4"], "samples_per_image has no effect with batching=packed: remove it or use shared-image"),
+    ],
+)
+def test_a_setting_that_would_be_ignored_is_refused(recipe: Recipe, overrides: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        recipe.override(*overrides)
+
+
+def test_samples_per_image_can_be_taken_back(recipe: Recipe) -> None:
+    shared = recipe.override("stages.finetune.batching=shared-image", "stages.finetune.samples_per_image=4")
+    assert shared.stages.finetune.bundle == 4
+    packed = shared.override("stages.finetune.batching=packed", "stages.finetune.samples_per_image=null")
+    assert packed.stages.finetune.bundle is None
+
+
+def test_a_recipe_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no recipe 'quickstrat': did you mean quickstart"):
+        load_recipe("quickstrat")
+    with pytest.raises(FileNotFoundError, match=r"no recipe '.*mine\.yaml'"):
+        load_recipe(tmp_path / "mine.yaml")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "just words", "a: [1"])
+def test_a_file_that_is_no_recipe(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"mine\.yaml is not (a valid recipe|valid YAML)"):
+        load_recipe(path)
+
+
+def test_a_file_reads_numbers_as_people_write_them(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(tree()).replace("learning_rate: 0.001", "learning_rate: 1e-3"))
+    assert "1e-3" in path.read_text()
+    assert load_recipe(path).stages.finetune.learning_rate == 1e-3
+
+
+def test_a_digest_names_what_is_trained(recipe: Recipe) -> None:
+    assert recipe.override("name=x", "description=y").digest() == recipe.digest()
+    assert len({recipe.override(change).digest() for change in ("seed=0", "seed=1", "model.image_size=70", "precision=float32")}) == 4
+    assert len(recipe.digest()) == 12
+
+
+def test_a_recipe_cannot_be_changed_in_place(recipe: Recipe) -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.seed = 3
