@@ -95,7 +95,7 @@ def test_the_size_of_a_batch_does_not_matter(assistants: Callable, pictures: lis
 def test_an_image_is_encoded_once_in_a_batch(assistants: Callable, pictures: list[Path]) -> None:
     assistant = assistants()
     sizes = []
-    hook = assistant.model.model.vision_tower.register_forward_pre_hook(lambda _, args, kwargs: sizes.append(len(args[0])), with_kwargs=True)
+    hook = assistant.model.model.vision_tower.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
     try:
         assistant.answer_many([(pictures[i % 2], question) for question in QUESTIONS for i in range(4)], max_new_tokens=2)
     finally:

@@ -160,7 +160,7 @@ def test_several_data_sets(recipe: Recipe) -> None:
         ("model.image_size=0", r"model\.image_size: .*greater than or equal to 1.* \(got 0\)"),
         ("name.deep=3", r"override name\.deep: name is a value, not a group of keys"),
         ("seed.deep=3", r"seed: .*integer.* \(got {'deep': 3}\)"),
-        ("data.finetune.x.limit=3", r"has no entry 'x'"),
+        ("data.finetune.x.limit=3", r"stages\.finetune\.data\.0\.x: unknown key"),
         ("seed=[1", r"override 'seed=\[1': the value is not valid YAML"),
         ("model=null", r"model: .*"),
         ("stages.finetune.data=[]", r"stages\.finetune\.data: .*at least 1"),
@@ -195,7 +195,7 @@ def test_a_stage_that_would_train_nothing_is_refused(recipe: Recipe, stage: str)
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["stages.pretrain.part_learning_rates={vision_tower: 1e-5}"], "part_learning_rates names vision_tower, which `tuning` keeps frozen"),
+        (["stages.pretrain.part_learning_rates={vision_tower: 1e-5}"], "names vision_tower, which `tuning` keeps frozen"),
         (["stages.finetune.samples_per_image=4"], "samples_per_image has no effect with batching=packed: remove it or use shared-image"),
     ],
 )

@@ -65,12 +65,17 @@ def test_the_same_recipe_reopens_the_run_unchanged_whatever_its_name(tmp_path: P
 
 
 def test_another_recipe_is_refused_with_the_keys_that_differ(tmp_path: Path) -> None:
-    create_run(tmp_path, make_recipe())
+    create_run(tmp_path, make_recipe()).stage("pretrain").mkdir()
     before = contents(tmp_path)
     with pytest.raises(ValueError, match=r"stages\.finetune\.learning_rate is 0\.001 there and 0\.002 here.*choose another -o") as caught:
         create_run(tmp_path, make_recipe(learning_rate=2e-3))
     assert "pretrain" not in str(caught.value)
     assert contents(tmp_path) == before
+
+
+def test_a_run_that_never_trained_takes_another_recipe(tmp_path: Path) -> None:
+    create_run(tmp_path, make_recipe())
+    assert create_run(tmp_path, make_recipe(learning_rate=2e-3)).recipe == make_recipe(learning_rate=2e-3)
 
 
 def test_a_folder_with_other_files_is_refused_and_untouched(tmp_path: Path) -> None:

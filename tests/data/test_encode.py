@@ -80,9 +80,7 @@ def test_labels_are_the_assistants_words_and_the_end_of_the_turn(
 @KINDS
 @settings(max_examples=40)
 @given(turns=st.lists(words, min_size=2, max_size=6).filter(lambda turns: len(turns) % 2 == 0), images=st.integers(0, 2))
-def test_the_prompt_is_what_training_began_with(
-    assistants: Callable, family: str, template: str, turns: list[str], images: int
-) -> None:
+def test_the_prompt_is_what_training_began_with(assistants: Callable, family: str, template: str, turns: list[str], images: int) -> None:
     """Token for token: a model asked as it was trained."""
     assistant = assistants(family, template)
     sample = conversation(*turns, images=images)
@@ -147,7 +145,7 @@ def test_an_image_that_the_assistant_shows_is_not_trained_on(processor: LlavaPro
 def test_nothing_to_learn_is_an_error(processor: LlavaProcessor) -> None:
     sample = conversation("a?", "")
     assert processor.tokenizer.decode([label for label in encode(sample, processor, 99).labels if label != IGNORE]) == "<|im_end|>"
-    with pytest.raises(ValueError, match="sample s: no token is trained on, because row_tokens=6 cuts its answer off; mend or remove the sample"):
+    with pytest.raises(ValueError, match="sample s: no token is trained on, because row_tokens=6 cuts its answer off; mend"):
         encode(conversation("a long question, is it not?", "b"), processor, 6)
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from mipha.data.mixture import Mixture, epoch_order, grey_image, list_datasets, load_dataset_module
+from mipha.data.images import grey_image
+from mipha.data.mixture import Mixture, check_samples, epoch_order, list_datasets, load_dataset_module
 from mipha.recipe import DataRecipe
 
 
@@ -103,7 +105,7 @@ def test_the_order_is_a_permutation_and_a_function_of_seed_and_epoch(write: Call
             orders[seed, epoch] = epoch_order(mixture, seed, epoch, bundle).tolist()
             assert sorted(orders[seed, epoch]) == list(range(40))
     assert len({tuple(order) for order in orders.values()}) == 4
-    np.random.seed(1)  # whatever ran before  # noqa: NPY002
+    np.random.seed(1)  # whatever ran before
     assert all(epoch_order(Mixture([write("a", IMAGES)]), *key, bundle).tolist() == order for key, order in orders.items())
 
 
@@ -112,14 +114,23 @@ def test_bundles_stand_side_by_side(write: Callable) -> None:
     order = epoch_order(mixture, 0, 0, 4)
     images = [mixture[int(index)].images for index in order]
     runs, counts = 0, {image: images.count(image) for image in set(images) if image}
-    for before, image in zip([()] + images, images, strict=False):
+    for before, image in pairwise([(), *images]):
         runs += bool(image) and image != before
     assert runs <= sum(-(-count // 4) for count in counts.values())
     shuffled = epoch_order(mixture, 0, 0, None)
-    assert sum(mixture[int(a)].images == mixture[int(b)].images for a, b in zip(shuffled, shuffled[1:], strict=False)) < len(images) / 2
+    assert sum(mixture[int(a)].images == mixture[int(b)].images for a, b in pairwise(shuffled)) < len(images) / 2
     other = epoch_order(mixture, 0, 1, 4)
 
     def bundles(order: np.ndarray) -> set[frozenset[int]]:
         return {frozenset(order[start : start + 4].tolist()) for start in range(0, 40)}
 
     assert bundles(order) != bundles(other), "which samples keep company is chosen anew each epoch"
+
+
+def test_missing_images_are_named_before_anything_is_trained(write: Callable, tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "that"}], "images": [f"{n}.png"]} for n in range(3)]
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "1.png").write_bytes(grey_image())
+    with pytest.raises(FileNotFoundError, match=r"2 of 3 image files are missing, for example .*0\.png of sample messages/train/1"):
+        check_samples(Mixture([DataRecipe(dataset="messages", root=path)]))

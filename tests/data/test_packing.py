@@ -125,7 +125,8 @@ def test_samples_about_one_image_share_it() -> None:
 
 
 def test_another_text_before_the_image_is_not_shared() -> None:
-    made = [Encoded(name, np.array([start, 2, 5, 6]), np.array([IGNORE, IGNORE, IGNORE, 6]), (Path("a.png"),), 2) for name, start in (("x", 1), ("y", 7))]
+    labels = np.array([IGNORE, IGNORE, IGNORE, 6])
+    made = [Encoded(name, np.array([start, 2, 5, 6]), labels, (Path("a.png"),), 2) for name, start in (("x", 1), ("y", 7))]
     (row,) = make_rows(made, 40, "shared-image")
     assert row.group.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
     assert len(row.images) == 2

@@ -24,7 +24,11 @@ BATCHING = pytest.mark.parametrize("batching", ["padded", "packed", "shared-imag
 def samples(tiny_data: Path) -> list[Sample]:
     """Three questions about one image, one about another, one without: of different lengths."""
     first, second = tiny_data.parent / "0.png", tiny_data.parent / "1.png"
-    about = [(first, "Which colour?", "It is red."), (first, "Is it a circle, a square or a triangle?", "a square"), (None, "yes or no?", "no")]
+    about = [
+        (first, "Which colour?", "It is red."),
+        (first, "Is it a circle, a square or a triangle?", "a square"),
+        (None, "yes or no?", "no"),
+    ]
     about += [(second, "Which shape is it?", "A blue triangle is in the picture."), (first, "left or right?", "left")]
     return [conversation(f"s{number}", *facts) for number, facts in enumerate(about)]
 
@@ -35,7 +39,8 @@ def test_rows_give_what_samples_give_alone(tiny_model: Callable, family: str, at
     model, processor = tiny_model(family)
     model.set_attn_implementation(attention)
     encoded = [encode(sample, processor, 200) for sample in samples]
-    alone, alone_gradients = losses_and_gradients(model, processor, [[row] for sample in encoded for row in make_rows([sample], 200, "padded")])
+    by_one = [make_rows([sample], 200, "padded") for sample in encoded]
+    alone, alone_gradients = losses_and_gradients(model, processor, by_one)
     rows = make_rows(encoded, 200, batching)
     assert (sum(map(len, rows)) < sum(map(len, encoded))) == (batching == "shared-image")
     assert (len(rows) < len(samples)) == (batching != "padded")
@@ -77,7 +82,8 @@ def test_a_sample_does_not_hear_its_neighbour(
             kept.append(model(**batch, **cache).loss_sum)
     assert kept[0] == pytest.approx(kept[1].item(), rel=1e-5)
     with torch.no_grad():
-        whole = [model(**collate(make_rows([encode(s, processor, 200) for s in v], 300, batching), processor)).loss_sum for v in (samples, other)]
+        rows = [make_rows([encode(sample, processor, 200) for sample in version], 300, batching) for version in (samples, other)]
+        whole = [model(**collate(version, processor)).loss_sum for version in rows]
     assert abs(whole[0] - whole[1]) > 1e-2, "the two versions do differ"
 
 
@@ -130,5 +136,3 @@ def losses_and_gradients(
         output.loss_sum.backward()
         losses.append(output.loss_sum.item())
     return losses, {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
-
-

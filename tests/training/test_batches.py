@@ -48,7 +48,9 @@ def test_an_epoch_holds_every_sample_once(mixture: Mixture, processor: LlavaProc
     assert names[:24] != names[24:48], "each epoch has an order of its own"
 
 
-@pytest.mark.parametrize(("epochs", "max_steps", "steps", "samples"), [(0.5, "null", 2, 12), (1.4, "null", 6, 34), (2, 3, 3, 18), (0.01, "null", 1, 1)])
+@pytest.mark.parametrize(
+    ("epochs", "max_steps", "steps", "samples"), [(0.5, "null", 2, 12), (1.4, "null", 6, 34), (2, 3, 3, 18), (0.01, "null", 1, 1)]
+)
 def test_epochs_and_max_steps(
     mixture: Mixture, processor: LlavaProcessor, stage: Callable, epochs: float, max_steps: object, steps: int, samples: int
 ) -> None:
@@ -85,7 +87,7 @@ def test_the_processes_share_out_what_one_would_do(
     together = [StepDataset(mixture, processor, recipe, seed=0, rank=rank, world_size=world_size) for rank in range(world_size)]
     for number in range(len(alone)):
         one, shares = alone[number], [steps[number] for steps in together]
-        assert sorted(sum((supervised(share) for share in shares), [])) == supervised(one)
+        assert sorted(label for share in shares for label in supervised(share)) == supervised(one)
         assert one.num_supervised == len(supervised(one))
         assert len({len(share.micro_batches) for share in shares}) == 1, "as many forward passes on each"
         for share in shares:

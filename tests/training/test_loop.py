@@ -145,7 +145,7 @@ def test_how_rows_are_cut_does_not_matter(change: tuple[str, ...], smooth: Recip
 
 @pytest.fixture(scope="module")
 def smooth(tiny_run_recipe: Callable) -> Recipe:
-    """Adam divides a gradient by its size, so that the rounding of a gradient that is truly 0 moves as far as any: not with this epsilon."""
+    """Adam divides a gradient by its size, and so makes as much of the rounding of one that is truly 0: not with this epsilon."""
     return tiny_run_recipe("stages.finetune.adam_eps=1e-2", "stages.finetune.learning_rate=3e-2", "stages.finetune.max_grad_norm=0")
 
 

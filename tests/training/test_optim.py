@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ def test_the_cosine_falls_from_the_peak_to_nearly_nothing() -> None:
     shares = [schedule(step, 100, 0.0) for step in range(100)]
     assert shares[0] == 1.0
     assert shares[50] == pytest.approx(0.5)
-    assert all(later < earlier for earlier, later in zip(shares, shares[1:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(shares))
     assert 0 < shares[-1] < 1e-3
     assert schedule(100, 100, 0.0) == pytest.approx(0.0)
 
@@ -42,7 +43,8 @@ def test_warmup_is_rounded_up() -> None:
 
 def test_each_part_has_its_own_rate(tiny_model: Callable, tiny_run_recipe: Callable) -> None:
     model, _ = tiny_model()
-    stage = tiny_run_recipe("stages.finetune.part_learning_rates={vision_tower: 2e-6}", "stages.finetune.learning_rate=1e-3").stages.finetune
+    rates = ("part_learning_rates={vision_tower: 2e-6}", "learning_rate=1e-3")
+    stage = tiny_run_recipe(*(f"stages.finetune.{rate}" for rate in rates)).stages.finetune
     apply_tuning(model, stage.tuning)
     optimizer = make_optimizer(model, stage)
     set_learning_rates(optimizer, 0.5)
@@ -58,7 +60,8 @@ def test_each_part_has_its_own_rate(tiny_model: Callable, tiny_run_recipe: Calla
 def test_a_part_moves_at_its_own_rate(tiny_model: Callable, tiny_run_recipe: Callable) -> None:
     """Adam's first step is the learning rate in every weight that has a gradient."""
     model, _ = tiny_model()
-    stage = tiny_run_recipe("stages.finetune.part_learning_rates={projector: 1e-2}", "stages.finetune.learning_rate=1e-4").stages.finetune
+    rates = ("part_learning_rates={projector: 1e-2}", "learning_rate=1e-4")
+    stage = tiny_run_recipe(*(f"stages.finetune.{rate}" for rate in rates)).stages.finetune
     apply_tuning(model, stage.tuning)
     optimizer = make_optimizer(model, stage)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -78,7 +81,7 @@ def test_only_what_trains_is_in_the_optimizer(tiny_model: Callable, tiny_run_rec
     apply_tuning(model, stage.tuning)
     groups = make_optimizer(model, stage).param_groups
     assert [group["part"] for group in groups] == ["projector"]
-    assert {id(parameter) for parameter in groups[0]["params"]} == {id(parameter) for parameter in model.model.multi_modal_projector.parameters()}
+    assert set(map(id, groups[0]["params"])) == set(map(id, model.model.multi_modal_projector.parameters()))
 
 
 def test_the_settings_reach_adam(tiny_model: Callable, tiny_run_recipe: Callable) -> None:

@@ -87,7 +87,7 @@ def test_a_data_set_that_is_missing_is_said_before_anything_is_built(tiny_run_re
 def test_calibration_needs_an_image(tiny_run_recipe: Callable, tmp_path: Path) -> None:
     text = tmp_path / "text.jsonl"
     text.write_text(json.dumps({"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]}))
-    with pytest.raises(ValueError, match="calibrate_projector needs images, .* set model.calibrate_projector=false"):
+    with pytest.raises(ValueError, match=r"calibrate_projector needs images, .* set model.calibrate_projector=false"):
         train(tiny_run_recipe(f"data.pretrain={text}", "model.calibrate_projector=true"), tmp_path / "run")
 
 

@@ -25,7 +25,7 @@ from mipha.training.pipeline import train
 from mipha.training.shard import layers_of
 
 # An epsilon that keeps the rounding of gradients that are truly 0 from moving weights; see test_loop.
-SMOOTH = tuple(f"stages.{stage}.adam_eps=1e-2" for stage in STAGES) + ("stages.finetune.learning_rate=3e-2",)
+SMOOTH = (*(f"stages.{stage}.adam_eps=1e-2" for stage in STAGES), "stages.finetune.learning_rate=3e-2")
 
 DRIVER = """
 import json, os, signal, threading, time
@@ -100,8 +100,12 @@ def recipes(tiny_run_recipe: Callable, text_only: Path) -> dict[str, Recipe]:
         "reshard 2 to 1": (finetune + "max_steps=8",),
         "reshard 1 to 2": (finetune + "max_steps=8", finetune + "checkpoint_every=3"),
     }
-    parts = {"shared": {"family": "qwen2", "tower": "clip"}, "text only": {"family": "gemma", "tower": "dinov2"}, "skewed": {"tower": "vit"}}
-    return {name: tiny_run_recipe(*SMOOTH, *overrides, **parts.get(name, {})) for name, overrides in cases.items()}
+    parts = {"shared": ("qwen2", "clip"), "text only": ("gemma", "dinov2"), "skewed": ("stablelm", "vit")}
+    made = {}
+    for name, overrides in cases.items():
+        family, tower = parts.get(name, ("llama", "siglip"))
+        made[name] = tiny_run_recipe(*SMOOTH, *overrides, family=family, tower=tower)
+    return made
 
 
 @pytest.fixture(scope="module")

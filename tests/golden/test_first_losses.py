@@ -1,0 +1,23 @@
+"""The first losses of a tiny run, as they were. A change that moves them changes what everybody's training computes: say so in LOG.md."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mipha.training.pipeline import train
+
+GOLDEN = {
+    "pretrain": [6.358838, 6.197933],
+    "finetune": [6.139463, 5.690455, 5.309815],
+}
+
+
+def test_first_losses(tiny_run_recipe: Callable, tmp_path: Path) -> None:
+    run = train(tiny_run_recipe("stages.finetune.max_steps=3", "stages.finetune.batching=shared-image"), tmp_path / "run")
+    for stage, golden in GOLDEN.items():
+        losses = [json.loads(line)["loss"] for line in run.metrics(stage).read_text().splitlines()]
+        assert losses == pytest.approx(golden, rel=1e-4), stage
