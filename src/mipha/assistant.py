@@ -1,7 +1,7 @@
 """Image + question -> Answer. The only caller of `generate`: evaluation, chat and servers ask here.
 
-    answer_many:  questions --sorted by image-->  batches;  each image: [prompt through the image] prefilled once
-                  --repeated in the KV cache-->   [its questions], left-padded  --greedy-->  answers
+answer_many:  questions --sorted by image-->  batches;  each image: [prompt through the image] prefilled once
+              --repeated in the KV cache-->   [its questions], left-padded  --greedy-->  answers
 """
 
 from __future__ import annotations
@@ -109,7 +109,11 @@ class Assistant:
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation that waits for the assistant, image placeholders repeated."""
         ids = self.processor.tokenizer.apply_chat_template(
-            as_chat(tuple(messages)), chat_template=self.processor.chat_template, add_generation_prompt=True, tokenize=True, return_dict=False
+            as_chat(tuple(messages)),
+            chat_template=self.processor.chat_template,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
         )
         image, repeats = self.processor.image_token_id, tokens_per_image(self.processor)
         return [token for token in ids for _ in range(repeats if token == image else 1)]

@@ -84,7 +84,9 @@ def _run_phase(phase: Phase, ledger: Path, console: Console) -> None:
     if interrupted or child.returncode == 130:
         raise KeyboardInterrupt
     if child.returncode:
-        raise ValueError(f"`mipha {' '.join(phase.command)}` ended with exit code {child.returncode}; its message is above. Mend it and start again")
+        raise ValueError(
+            f"`mipha {' '.join(phase.command)}` ended with exit code {child.returncode}; its message is above. Mend it and start again"
+        )
 
 
 def _sum_up(folder: Path, console: Console) -> None:
@@ -92,12 +94,20 @@ def _sum_up(folder: Path, console: Console) -> None:
     seen = _scores(run.evaluation(BENCHMARK))
     blind = _scores(Run(folder / "blind").evaluation(f"{BENCHMARK}-blind"))
     before = _scores(folder / "before-finetune" / BENCHMARK)
-    table = Table(title=f"\neasy-VQA, official test split: {seen['n_asked']:,} of {seen['num_questions']:,} questions", title_justify="left")
+    table = Table(
+        title=f"\neasy-VQA, official test split: {seen['n_asked']:,} of {seen['num_questions']:,} questions", title_justify="left"
+    )
     for column, justify in (("", "left"), ("accuracy %", "right"), ("95 % interval", "right"), ("questions", "right")):
         table.add_column(column, justify=justify)
     for row in seen["scores"]:
         if row["unit"] == "%" and not row["metric"].startswith("answer_"):
-            table.add_row(row["metric"].replace("_", " "), f"{row['value']:.2f}", f"{row['low']:.2f} to {row['high']:.2f}", f"{row['n']:,}", style="bold" if row["metric"] == "accuracy" else "")
+            table.add_row(
+                row["metric"].replace("_", " "),
+                f"{row['value']:.2f}",
+                f"{row['low']:.2f} to {row['high']:.2f}",
+                f"{row['n']:,}",
+                style="bold" if row["metric"] == "accuracy" else "",
+            )
     table.add_section()
     for name, value in seen["baselines"].items():
         table.add_row(f"baseline: {name.replace('_', ' ')}", f"{value:.2f}", "", f"{seen['n_asked']:,}", style="dim")

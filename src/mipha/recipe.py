@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,7 +39,9 @@ class ModelRecipe(_Strict):
     image_size: int | None = Field(None, ge=1, description="pixels a side; null: the tower's own")
     feature_layer: int = Field(-2, description="which hidden state of the tower is read; 0 is the patch embedding, -1 the last")
     pad_to_square: bool = Field(True, description="true: pad with the mean colour; false: squash")
-    calibrate_projector: bool = Field(False, description="start the projector at the scales of features and text, from the first training images")
+    calibrate_projector: bool = Field(
+        False, description="start the projector at the scales of features and text, from the first training images"
+    )
 
 
 class DataRecipe(_Strict):
@@ -80,7 +83,9 @@ class StageRecipe(_Strict):
         "shared-image: packed, and samples about one image share its tokens",
     )
     row_tokens: int = Field(2048, ge=1, description="longest row after image expansion, in tokens; a longer sample is an error")
-    samples_per_image: int | None = Field(None, ge=1, description="shared-image only: samples of one image kept together in the order; null: 8")
+    samples_per_image: int | None = Field(
+        None, ge=1, description="shared-image only: samples of one image kept together in the order; null: 8"
+    )
     micro_batch_rows: int = Field(1, ge=1, description="rows per forward pass and process")
     prompt: Literal["chat", "plain"] = Field("chat", description="plain: image and caption only, as in LLaVA's first stage")
     warmup_ratio: float = Field(0.03, ge=0, lt=1)
@@ -119,7 +124,9 @@ class Recipe(_Strict):
     name: str
     description: str = ""
     seed: int = Field(0, ge=0)
-    precision: Literal["auto", "float32", "bfloat16"] = Field("auto", description="auto: bfloat16 where the device computes in it, else float32")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: bfloat16 where the device computes in it, else float32"
+    )
     model: ModelRecipe
     stages: StagesRecipe
 
@@ -160,7 +167,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", __import__("re").compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
 
 
 def list_recipes() -> list[str]:
@@ -212,10 +219,7 @@ def _fields_at(path: tuple[int | str, ...]) -> list[str]:
     for key in path:
         if isinstance(key, int):
             continue
-        if key == "data":
-            model = DataRecipe
-        else:
-            model = model.model_fields[key].annotation
+        model = DataRecipe if key == "data" else model.model_fields[key].annotation
     return list(model.model_fields)
 
 
@@ -226,10 +230,7 @@ def _assign(tree: dict[str, Any], path: list[str], value: Any) -> None:
         value = {"dataset": "auto", "root": value} if "/" in value or "." in value else {"dataset": value}
     node: Any = tree
     for depth, key in enumerate(path[:-1]):
-        if isinstance(node, list):
-            node = node[_index(node, key, path)]
-        else:
-            node = node.setdefault(key, {})
+        node = node[_index(node, key, path)] if isinstance(node, list) else node.setdefault(key, {})
         # `data.finetune.limit=5` means the one data set, where there is one.
         if isinstance(node, list) and len(node) == 1 and not path[depth + 1].isdigit():
             node = node[0]

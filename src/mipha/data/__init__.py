@@ -1,4 +1,4 @@
 """The training data: knows records, not weights.
 
-    record -> Sample -> token ids, labels, images -> rows -> batch
+record -> Sample -> token ids, labels, images -> rows -> batch
 """

@@ -30,7 +30,9 @@ def collate(rows: Sequence[Row], processor: LlavaProcessor) -> dict[str, Tensor]
         "position_ids": torch.stack([_continued(row.position_ids, length) for row in rows]),
     }
     if any(row.group[-1] or row.branch[-1] for row in rows):
-        batch["attention_mask"] = isolation_mask(_stack([row.group for row in rows], length, -1), _stack([row.branch for row in rows], length, 0))
+        batch["attention_mask"] = isolation_mask(
+            _stack([row.group for row in rows], length, -1), _stack([row.branch for row in rows], length, 0)
+        )
     images = [open_image(image) for row in rows for image in row.images]
     if images:
         batch["pixel_values"] = processor.image_processor(images, return_tensors="pt")["pixel_values"]

@@ -57,9 +57,13 @@ def encode(sample: Sample, processor: LlavaProcessor, max_tokens: int, prompt: s
     last_image = int(image_ends[-1]) + 1 if len(image_ends) else 0
     num_images = len(image_ends) // tokens_per_image(processor)
     if num_images != len(sample.images):
-        raise ValueError(f"sample {sample.id}: its text holds {num_images} images but {len(sample.images)} are given; is {IMAGE} in the wrong place?")
+        raise ValueError(
+            f"sample {sample.id}: its text holds {num_images} images but {len(sample.images)} are given; is {IMAGE} in the wrong place?"
+        )
     if last_image >= max_tokens:
-        raise ValueError(f"sample {sample.id}: through its {num_images} image(s) it takes {last_image} tokens of row_tokens={max_tokens}: raise row_tokens")
+        raise ValueError(
+            f"sample {sample.id}: through its {num_images} image(s) it takes {last_image} tokens, of row_tokens={max_tokens}: raise it"
+        )
     truncated = max(0, len(ids) - max_tokens)
     ids, labels = ids[:max_tokens], labels[:max_tokens]
     if (labels[1:] == IGNORE).all():

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import numpy as np
+
 from mipha.data.images import grey_image
 from mipha.data.sample import Sample
 from mipha.lookup import did_you_mean, files_in
@@ -107,7 +108,9 @@ def epoch_order(mixture: Mixture, seed: int, epoch: int, samples_per_image: int 
     by_image: dict[object, list[int]] = {}
     for index in shuffled:
         by_image.setdefault(mixture[int(index)].images or int(index), []).append(int(index))
-    bundles = [members[start : start + samples_per_image] for members in by_image.values() for start in range(0, len(members), samples_per_image)]
+    bundles = [
+        members[start : start + samples_per_image] for members in by_image.values() for start in range(0, len(members), samples_per_image)
+    ]
     random.shuffle(bundles)
     return np.concatenate([np.asarray(bundle) for bundle in bundles])
 
@@ -119,5 +122,7 @@ def _detect(recipe: DataRecipe) -> str:
     kinds = {".jsonl": "messages", ".json": "llava_instruct"}
     suffix = recipe.root.suffix if recipe.root else ""
     if suffix not in kinds:
-        raise ValueError(f"data {recipe.root}: cannot tell the format from the name; give a .jsonl of messages or a LLaVA .json, or set `dataset`")
+        raise ValueError(
+            f"data {recipe.root}: cannot tell the format from the name; give a .jsonl of messages or a LLaVA .json, or set `dataset`"
+        )
     return kinds[suffix]

@@ -85,7 +85,9 @@ def _lay(samples: Sequence[Encoded], prefix: int) -> Row:
     """One group: the prefix once, then what is left of each sample."""
     first = samples[0]
     spans = [(0, first.input_ids[:prefix], first.labels[:prefix], 0)] if prefix else []
-    spans += [(number + 1 if prefix else 0, sample.input_ids[prefix:], sample.labels[prefix:], prefix) for number, sample in enumerate(samples)]
+    spans += [
+        (number + 1 if prefix else 0, sample.input_ids[prefix:], sample.labels[prefix:], prefix) for number, sample in enumerate(samples)
+    ]
     return Row(
         ids=tuple(sample.id for sample in samples),
         input_ids=np.concatenate([ids for _, ids, _, _ in spans]),

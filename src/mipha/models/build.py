@@ -1,8 +1,8 @@
 """ModelRecipe -> (model, processor): pretrained parts composed into one standard LLaVA.
 
-    tower  --prune dead layers, resize positions-->  vision_tower
-    LM     --image token in an unused row-------->   language_model, lm_head        -> LlavaForConditionalGeneration
-    widths --------------------------------------->  multi_modal_projector (new)
+tower  --prune dead layers, resize positions-->  vision_tower
+LM     --image token in an unused row-------->   language_model, lm_head        -> LlavaForConditionalGeneration
+widths --------------------------------------->  multi_modal_projector (new)
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from mipha.catalog.vision_towers import VISION_TOWERS
 from mipha.lookup import did_you_mean
 from mipha.models.modeling import LlavaForConditionalGeneration
 from mipha.models.packaged import packaged_folder
-from mipha.models.projector import new_projector
 from mipha.models.processing import IMAGE_TOKEN, build_processor, checked_template, load_template
+from mipha.models.projector import new_projector
 from mipha.recipe import ModelRecipe
 
 TOWERS: dict[str, type[PreTrainedModel]] = {
@@ -104,7 +104,9 @@ def compose(
     model.config.tie_word_embeddings = bool(text_config.tie_word_embeddings)
     eos = sorted({tokenizer.eos_token_id, *_as_ids(language_model.generation_config.eos_token_id)} - {None})
     # The tokenizer knows the end of a turn; configs in the wild do not (the released Mipha-3B says id 2).
-    model.generation_config = GenerationConfig(eos_token_id=eos, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, do_sample=False)
+    model.generation_config = GenerationConfig(
+        eos_token_id=eos, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, do_sample=False
+    )
     return model.eval(), build_processor(tokenizer, template, tower.config, mean, std, pad_to_square, has_cls)
 
 
@@ -197,7 +199,9 @@ def _has_cls(tower: PreTrainedModel) -> bool:
         hidden = tower(torch.zeros(1, 3, size, size, dtype=tower.dtype)).last_hidden_state
     patches = (size // tower.config.patch_size) ** 2
     if hidden.shape[1] - patches not in (0, 1):
-        raise ValueError(f"the tower gives {hidden.shape[1]} tokens for {patches} patches: only towers with no or one class token can be used")
+        raise ValueError(
+            f"the tower gives {hidden.shape[1]} tokens for {patches} patches: only towers with no or one class token can be used"
+        )
     return hidden.shape[1] == patches + 1
 
 
@@ -238,7 +242,9 @@ def _reading(folder: str, kind: str, name: str) -> Iterator[None]:
         raise FileNotFoundError(f"{kind} {name!r} cannot be read from {folder}: {mend} ({reason})") from error
 
 
-def save_checkpoint(model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+def save_checkpoint(
+    model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path, weights: dict[str, Tensor] | None = None
+) -> None:
     """Write a checkpoint that stock transformers loads, whole or not at all.
 
     Args:

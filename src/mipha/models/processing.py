@@ -33,13 +33,21 @@ def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
 def checked_template(template: str, tokenizer: PreTrainedTokenizerBase, source: str) -> str:
     """The template, refused where it has no `{% generation %}` block: then nothing could be trained on."""
     if "generation" not in template.replace("add_generation_prompt", ""):
-        raise ValueError(f"chat template {source} marks nothing to train on: put the assistant's words in {{% generation %}} ... {{% endgeneration %}}")
+        raise ValueError(
+            f"chat template {source} marks nothing to train on: put the assistant's words in {{% generation %}} ... {{% endgeneration %}}"
+        )
     adds_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
     return "{%- set prepend_bos = true -%}\n" + template if adds_bos else template
 
 
 def build_processor(
-    tokenizer: PreTrainedTokenizerBase, template: str, vision: PretrainedConfig, mean: list[float], std: list[float], pad_to_square: bool, has_cls: bool
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    vision: PretrainedConfig,
+    mean: list[float],
+    std: list[float],
+    pad_to_square: bool,
+    has_cls: bool,
 ) -> LlavaProcessor:
     """A processor whose image tokens agree with the tower.
 
@@ -52,7 +60,13 @@ def build_processor(
     """
     size = {"height": vision.image_size, "width": vision.image_size}
     image_processor = LlavaImageProcessorPil(
-        do_pad=pad_to_square, do_center_crop=False, size=size, crop_size=size, image_mean=mean, image_std=std, resample=PILImageResampling.BICUBIC
+        do_pad=pad_to_square,
+        do_center_crop=False,
+        size=size,
+        crop_size=size,
+        image_mean=mean,
+        image_std=std,
+        resample=PILImageResampling.BICUBIC,
     )
     return LlavaProcessor(
         image_processor=image_processor,

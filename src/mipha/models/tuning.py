@@ -39,7 +39,9 @@ def apply_tuning(model: LlavaForConditionalGeneration, tuning: TuningRecipe) -> 
         tensors = part_parameters(model, part)
         for name, parameter in tensors.items():
             parameter.requires_grad_(wanted and name not in unread)
-        report.append(TunedPart(part, sum(p.numel() for p in tensors.values()), sum(p.numel() for p in tensors.values() if p.requires_grad)))
+        report.append(
+            TunedPart(part, sum(p.numel() for p in tensors.values()), sum(p.numel() for p in tensors.values() if p.requires_grad))
+        )
     return report
 
 

@@ -1,6 +1,6 @@
 """Step number -> this process's micro-batches. A pure function: resuming at a step reads nothing that came before it.
 
-    step  --order(seed, epoch)-->  the step's samples  --encode, make_rows-->  rows  --deal-->  rows of each process
+step  --order(seed, epoch)-->  the step's samples  --encode, make_rows-->  rows  --deal-->  rows of each process
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ class Step:
 class StepDataset(Dataset[Step]):
     """The steps of a stage as a map-style data set, so that the host's DataLoader brings workers and prefetching."""
 
-    def __init__(self, mixture: Mixture, processor: LlavaProcessor, stage: StageRecipe, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, mixture: Mixture, processor: LlavaProcessor, stage: StageRecipe, seed: int, rank: int = 0, world_size: int = 1
+    ) -> None:
         self.mixture, self.processor, self.stage, self.seed = mixture, processor, stage, seed
         self.rank, self.world_size = rank, world_size
         self._blank = make_rows([blank(processor, grey_image())], stage.row_tokens, "padded")[0]

@@ -1,7 +1,7 @@
 """Training states: written into a fresh folder, published by a rename, so that the newest one there is always whole.
 
-    states/step-00000120/   weights that train + optimizer (torch's distributed checkpoint, any number of processes)
-                            position.json, manifest.json (the size of every file; written last)
+states/step-00000120/   weights that train + optimizer (torch's distributed checkpoint, any number of processes)
+                        position.json, manifest.json (the size of every file; written last)
 """
 
 from __future__ import annotations

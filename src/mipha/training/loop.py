@@ -65,7 +65,9 @@ def train_stage(
     if world.is_first:
         _forget_after(folder / "metrics.jsonl", start)
         (folder / "nonfinite.json").unlink(missing_ok=True)
-    loader = DataLoader(steps, batch_size=None, sampler=range(start, len(steps)), collate_fn=keep_step, num_workers=4 if world.device.type == "cuda" else 0)
+    loader = DataLoader(
+        steps, batch_size=None, sampler=range(start, len(steps)), collate_fn=keep_step, num_workers=4 if world.device.type == "cuda" else 0
+    )
     meter = Meter()
     with _progress(title, start, len(steps), world.is_first) as show, _stop_gently() as stopped:
         for number, step in enumerate(loader, start=start + 1):
@@ -128,8 +130,9 @@ def _report_nonfinite(folder: Path, number: int, step: Step, loss: float, grad_n
     if world.is_first:
         write_whole(path, json.dumps({"step": number, "loss": str(loss), "grad_norm": str(grad_norm), "samples": step.ids}, indent=1))
     raise FloatingPointError(
-        f"step {number}: loss {loss}, gradient norm {grad_norm}; its {len(step.ids)} samples are in {path}. The last saved state is intact: "
-        "mend those samples and run the same command again, or lower the learning rate or set precision=float32 and train into another folder"
+        f"step {number}: loss {loss}, gradient norm {grad_norm}; its {len(step.ids)} samples are in {path}. The last saved state is "
+        "intact: mend those samples and run the same command again, or train into another folder with a lower learning rate or "
+        "precision=float32"
     )
 
 

@@ -75,7 +75,11 @@ def _train_stage(run: Run, recipe: Recipe, name: StageName, mixture: Mixture, wo
     placed = train_stage(
         model, steps, stage, folder, world, title=name, autocast=autocast_dtype(recipe.precision, world.device), seed=recipe.seed
     )
-    weights = get_model_state_dict(placed, options=StateDictOptions(full_state_dict=True, cpu_offload=True)) if world.size > 1 else model.state_dict()
+    weights = (
+        get_model_state_dict(placed, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if world.size > 1
+        else model.state_dict()
+    )
     if world.is_first:
         save_checkpoint(model, processor, run.checkpoint(name), weights)
         plot_metrics(run.metrics(name), folder / "loss.png")
@@ -119,7 +123,9 @@ def _check_disk(model: LlavaForConditionalGeneration, folder: Path) -> None:
     # Two kept states and the one being written (weights and two moments each), and the exported checkpoint.
     need, free = 3 * 3 * trained + total, shutil.disk_usage(folder).free
     if free < need:
-        raise OSError(f"{folder} has {free / 1e9:.1f} GB free, but this stage writes up to {need / 1e9:.1f} GB: free some, or choose another -o")
+        raise OSError(
+            f"{folder} has {free / 1e9:.1f} GB free, but this stage writes up to {need / 1e9:.1f} GB: free some, or choose another -o"
+        )
 
 
 def _announce(name: StageName, mixture: Mixture, steps: StepDataset, report: list[TunedPart]) -> None:
