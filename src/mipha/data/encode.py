@@ -62,7 +62,8 @@ def encode(sample: Sample, processor: LlavaProcessor, max_tokens: int, prompt: s
         )
     if last_image >= max_tokens:
         raise ValueError(
-            f"sample {sample.id}: through its {num_images} image(s) it takes {last_image} tokens, of row_tokens={max_tokens}: raise it"
+            f"sample {sample.id}: through its {num_images} image(s) it takes {last_image} tokens "
+            f"of row_tokens={max_tokens}: raise row_tokens"
         )
     truncated = max(0, len(ids) - max_tokens)
     ids, labels = ids[:max_tokens], labels[:max_tokens]
