@@ -178,6 +178,9 @@ def _save_language_model(folder: Path, family: str, vocab_size: int | None) -> N
     assert (head.bias is not None) == (family == "phi")
     if head.bias is not None:
         torch.nn.init.normal_(head.bias, std=0.5)
+    if family == "gemma":  # tied, and its embeddings are scaled up: it repeats its input unless its layers speak up
+        for parameter in model.model.layers.parameters():
+            parameter.data.mul_(4.0)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

@@ -214,7 +214,7 @@ class Chat:
         if not same:
             self._forget()
         elif same < self._cache.get_seq_length():
-            self._cache.crop(same)
+            self._cache.crop(same - self._cache.get_seq_length())  # negative: how many to remove
         inputs: dict[str, Any] = {"input_ids": torch.tensor([ids], device=device), "past_key_values": self._cache}
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         if image_token in ids[same:]:

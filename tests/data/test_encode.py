@@ -150,8 +150,8 @@ def test_nothing_to_learn_is_an_error(processor: LlavaProcessor) -> None:
 
 
 def test_an_image_that_does_not_fit_is_an_error(processor: LlavaProcessor) -> None:
-    with pytest.raises(ValueError, match=r"sample s: through its 2 image\(s\) it takes 15 tokens of row_tokens=15: raise row_tokens"):
-        encode(conversation("a?", "b", images=2), processor, 15)
+    with pytest.raises(ValueError, match=r"sample s: through its 2 image\(s\) it takes 12 tokens of row_tokens=12: raise row_tokens"):
+        encode(conversation("a?", "b", images=2), processor, 12)
 
 
 def test_a_marker_that_is_no_image_is_an_error(processor: LlavaProcessor) -> None:

@@ -128,7 +128,10 @@ def test_bundles_stand_side_by_side(write: Callable) -> None:
 
 
 def test_missing_images_are_named_before_anything_is_trained(write: Callable, tmp_path: Path) -> None:
-    rows = [{"messages": [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "that"}], "images": [f"{n}.png"]} for n in range(3)]
+    rows = [
+        {"messages": [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "that"}], "images": [f"{n}.png"]}
+        for n in range(3)
+    ]
     path = tmp_path / "train.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "1.png").write_bytes(grey_image())

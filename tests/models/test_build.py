@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlavaConfig
 
 from mipha.assistant import Assistant
 from mipha.data.sample import IMAGE, Message
@@ -47,7 +48,7 @@ for folder in sorted(path for path in root.iterdir() if path.is_dir()):
     with torch.no_grad():
         logits = model(**inputs).logits
     # The stock class has no bias to put this into: what a runtime that knows Phi reads from the file.
-    logits = logits + load_file(folder / "model.safetensors").get("lm_head.bias", torch.zeros(()))
+    logits = logits + load_file(folder / "model.safetensors").get("language_model.lm_head.bias", torch.zeros(()))
     new = model.generate(**inputs, max_new_tokens=8)[0, inputs["input_ids"].shape[1]:]
     found[folder.name] = {
         "class": type(model).__module__,
@@ -123,6 +124,24 @@ def test_stock_transformers_reads_what_we_save(read_back: dict) -> None:
         if not name.startswith("phi"):
             assert stock["answer"] == ours["answer"], name
     assert len({both["ours"]["answer"] for both in read_back.values()}) > 10, "answers that do not depend on the model test nothing"
+
+
+def test_the_keys_are_those_of_stock_llava(read_back: dict, family: str, tower: str, tmp_path: Path) -> None:
+    """As `llava-hf` has them on the hub, which vLLM, SGLang and llama.cpp read by name."""
+    folder = read_back[f"{family}-{tower}-512-chatml"]["ours"]["folder"]
+    config = LlavaConfig.from_pretrained(folder)
+    transformers.LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
+    wanted = set(load_file(tmp_path / "model.safetensors")) | ({"language_model.lm_head.bias"} if family == "phi" else set())
+    assert set(load_file(folder / "model.safetensors")) == wanted
+    assert any(key.startswith("language_model.model.layers.0.") for key in wanted)
+
+
+def test_a_checkpoint_of_the_stock_class_is_loaded(tmp_path: Path, tiny_model: Callable) -> None:
+    model, _ = tiny_model()
+    stock = transformers.LlavaForConditionalGeneration(model.config)
+    stock.save_pretrained(tmp_path)
+    ours = load_model(str(tmp_path)).state_dict()
+    assert all(torch.equal(ours[name], value) for name, value in stock.state_dict().items())
 
 
 def test_the_checkpoint_says_what_it_is(read_back: dict) -> None:
@@ -273,6 +292,37 @@ def test_a_smooth_position_table_stays_smooth(tiny_parts: Callable) -> None:
     assert torch.allclose(steps[2:-2], torch.full((3,), 0.5), atol=0.05)
 
 
+@pytest.mark.parametrize("kind", ["Siglip", "CLIP"])
+def test_a_tower_is_taken_out_of_a_model_of_images_and_text(tiny_parts: Callable, kind: str, tmp_path: Path) -> None:
+    """What the hub has under `google/siglip-so400m-patch14-384` and `openai/clip-vit-large-patch14-336`."""
+    parts = tiny_parts("llama", kind.lower())
+    alone = load_tower(parts.vision_tower)
+    text = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16, "vocab_size": 9}
+    config = getattr(transformers, f"{kind}Config")(text_config=text, vision_config=alone.config.to_dict())
+    both = getattr(transformers, f"{kind}Model")(config)
+    getattr(both.vision_model, "vision_model", both.vision_model).load_state_dict(alone.state_dict())
+    both.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text((parts.vision_tower / "preprocessor_config.json").read_text())
+    model, processor = build(parts.recipe(vision_tower=str(tmp_path)))
+    wanted, _ = build(parts.recipe())
+    pixels = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+    features = [one.model.vision_tower(pixels).last_hidden_state for one in (model, wanted)]
+    assert torch.equal(*features)
+    save_checkpoint(model, processor, tmp_path / "saved")
+    assert load_model(str(tmp_path / "saved")).config.vision_config.model_type == f"{kind.lower()}_vision_model"
+
+
+def test_the_projector_starts_from_the_seed_alone(tiny_parts: Callable) -> None:
+    """Not from how much was built before: loading draws random numbers, and not always as many."""
+    starts = []
+    for seed in (1, 1, 2, 1):
+        torch.manual_seed(seed)
+        model, _ = build(tiny_parts().recipe())
+        starts.append(model.model.multi_modal_projector.linear_1.weight)
+    assert torch.equal(starts[0], starts[1]) and torch.equal(starts[0], starts[3])
+    assert not torch.equal(starts[0], starts[2])
+
+
 def test_gemma_image_features_are_scaled_as_its_words_are(tiny_parts: Callable) -> None:
     projectors = {}
     for family in ("gemma", "llama"):
@@ -324,7 +374,7 @@ def test_a_template_that_marks_nothing_is_refused(tiny_parts: Callable, tmp_path
 def test_the_biased_head_is_in_the_file(read_back: dict) -> None:
     for name, both in read_back.items():
         with safe_open(both["ours"]["folder"] / "model.safetensors", "pt") as file:
-            assert any(key.endswith("lm_head.bias") for key in file.keys()) == name.startswith("phi")  # noqa: SIM118
+            assert ("language_model.lm_head.bias" in file.keys()) == name.startswith("phi")  # noqa: SIM118
 
 
 def load_tower(folder: Path) -> torch.nn.Module:

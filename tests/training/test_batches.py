@@ -104,8 +104,7 @@ def test_a_step_without_images_gets_one_blank(mixture: Mixture, processor: Llava
     """So that the tower's tensors have a gradient, which is zero, on one process as on several."""
     texts = [index for index in range(len(mixture)) if not mixture[index].images]
     text_only = [mixture[index] for index in texts]
-    steps = StepDataset(text_only, processor, stage("batching=padded", "micro_batch_rows=2", "batch_size=6"), seed=0)
-    (step,) = steps
+    step = StepDataset(text_only, processor, stage("batching=padded", "micro_batch_rows=2", "batch_size=6"), seed=0)[0]
     assert len(step.micro_batches) == 3
     assert ["pixel_values" in batch for batch in step.micro_batches] == [True, False, False]
     assert step.num_images == 0

@@ -30,8 +30,8 @@ class SupervisedOutput(LlavaCausalLMOutputWithPast):
 class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
     """Stock LLaVA with a biased head where the language model has one (Phi: the stock class silently drops it).
 
-    It carries the stock name because the host picks the checkpoint's key names by class name: so what it saves,
-    stock transformers loads.
+    It carries the stock name, and says that it is no custom code, because by these the host picks the key names of a
+    checkpoint: so it reads and writes `language_model.model.layers.0...` like every LLaVA on the hub.
     """
 
     def __init__(self, config: LlavaConfig) -> None:
@@ -39,6 +39,11 @@ class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
         if head_bias(config):
             self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=True)
             self.post_init()
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """Its weights are the stock class's; for custom code the host would rename only some of them when it saves."""
+        return False
 
     def forward(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import shutil
 from pathlib import Path
 
@@ -54,6 +53,8 @@ def train(recipe: Recipe, folder: str | Path) -> Run:
         mixtures = {name: Mixture(getattr(recipe.stages, name).data) for name in STAGES if not run.is_finished(name)}
         for mixture in mixtures.values():
             check_samples(mixture)
+        for name in set(STAGES) - set(mixtures) if world.is_first else ():
+            _drop_states(run, name)  # of a process that was killed between its last two lines
         for name, mixture in mixtures.items():
             _train_stage(run, recipe, name, mixture, world)
     return run
@@ -81,10 +82,15 @@ def _train_stage(run: Run, recipe: Recipe, name: StageName, mixture: Mixture, wo
         else model.state_dict()
     )
     if world.is_first:
-        save_checkpoint(model, processor, run.checkpoint(name), weights)
         plot_metrics(run.metrics(name), folder / "loss.png")
-        shutil.rmtree(run.states(name))  # the exported checkpoint is what remains of a finished stage
+        save_checkpoint(model, processor, run.checkpoint(name), weights)
+        _drop_states(run, name)
     world.barrier()
+
+
+def _drop_states(run: Run, name: StageName) -> None:
+    """Of a finished stage the exported checkpoint remains."""
+    shutil.rmtree(run.states(name), ignore_errors=True)
 
 
 def _start(run: Run, recipe: Recipe, name: StageName, mixture: Mixture) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
@@ -99,7 +105,11 @@ def _start(run: Run, recipe: Recipe, name: StageName, mixture: Mixture) -> tuple
 
 def _first_images(mixture: Mixture, processor: LlavaProcessor) -> torch.Tensor:
     """The images that the projector's start is measured on, `(images, 3, height, width)`."""
-    sources = itertools.islice(dict.fromkeys(image for sample in mixture for image in sample.images), CALIBRATION_IMAGES)
+    sources: dict[Path | bytes, None] = {}
+    for sample in mixture:
+        sources |= dict.fromkeys(sample.images)
+        if len(sources) >= CALIBRATION_IMAGES:
+            break
     images = [open_image(source) for source in sources]
     if not images:
         raise ValueError("calibrate_projector needs images, but the pretrain data have none: set model.calibrate_projector=false")
