@@ -237,7 +237,7 @@ def test_load_takes_a_checkpoint_folder(tiny_model: Callable, assistants: Callab
     loaded = load(tmp_path / "model", device="cpu")
     wanted = assistants("phi").answer(pictures[0], QUESTIONS[0], max_new_tokens=TOKENS)
     assert loaded.answer(pictures[0], QUESTIONS[0], max_new_tokens=TOKENS) == wanted
-    with pytest.raises(FileNotFoundError, match=r"is neither a run nor a checkpoint"):
+    with pytest.raises(ValueError, match=r"is neither a run .* nor a whole model"):
         load(tmp_path)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.yaml").write_text("name: x\n")

@@ -20,7 +20,9 @@ def _blocks(language: str) -> list[str]:
 
 def test_python_blocks_use_public_names() -> None:
     (block,) = _blocks("python")
-    names = {node.attr for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "mipha"}
+    names = {
+        node.attr for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "mipha"
+    }
     assert names >= {"load_recipe", "train", "evaluate", "load"}
     for name in names:
         assert callable(getattr(mipha, name))

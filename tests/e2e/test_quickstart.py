@@ -45,7 +45,14 @@ def tour(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_the_tour_ends_in_a_summary(tour: tuple[Path, str]) -> None:
     folder, said = tour
-    for row in ("yes no minority", "baseline: majority", "baseline: question only", "same model trained blind", "before finetune", "mipha chat"):
+    for row in (
+        "yes no minority",
+        "baseline: majority",
+        "baseline: question only",
+        "same model trained blind",
+        "before finetune",
+        "mipha chat",
+    ):
         assert row in said
     assert (folder / "contact-sheet.png").stat().st_size > 5_000
     ledger = json.loads((folder / "quickstart.json").read_text())

@@ -255,6 +255,8 @@ def save_checkpoint(
     """
     beside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(beside, ignore_errors=True)
+    if weights is not None:  # gathered from shards, tied tensors are copies that the host no longer knows as one
+        weights = {name: weight for name, weight in weights.items() if name not in model.all_tied_weights_keys}
     model.save_pretrained(beside, state_dict=weights)
     processor.save_pretrained(beside)
     beside.rename(folder)

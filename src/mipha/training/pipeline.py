@@ -46,17 +46,17 @@ def train(recipe: Recipe, folder: str | Path) -> Run:
         ValueError, FileNotFoundError: Something the user can mend, said before the first step where it can be known.
         OSError: The disk cannot hold the run.
     """
-    with join_world() as world:
-        run = create_run(Path(folder), recipe) if world.is_first else None
-        world.barrier()
-        run = run or create_run(Path(folder), recipe)
-        mixtures = {name: Mixture(getattr(recipe.stages, name).data) for name in STAGES if not run.is_finished(name)}
-        for mixture in mixtures.values():
-            check_samples(mixture)
-        for name in set(STAGES) - set(mixtures) if world.is_first else ():
-            _drop_states(run, name)  # of a process that was killed between its last two lines
-        for name, mixture in mixtures.items():
-            _train_stage(run, recipe, name, mixture, world)
+    world = join_world()
+    run = create_run(Path(folder), recipe) if world.is_first else None
+    world.barrier()
+    run = run or create_run(Path(folder), recipe)
+    mixtures = {name: Mixture(getattr(recipe.stages, name).data) for name in STAGES if not run.is_finished(name)}
+    for mixture in mixtures.values():
+        check_samples(mixture)
+    for name in set(STAGES) - set(mixtures) if world.is_first else ():
+        _drop_states(run, name)  # of a process that was killed between its last two lines
+    for name, mixture in mixtures.items():
+        _train_stage(run, recipe, name, mixture, world)
     return run
 
 
@@ -76,11 +76,8 @@ def _train_stage(run: Run, recipe: Recipe, name: StageName, mixture: Mixture, wo
     placed = train_stage(
         model, steps, stage, folder, world, title=name, autocast=autocast_dtype(recipe.precision, world.device), seed=recipe.seed
     )
-    weights = (
-        get_model_state_dict(placed, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        if world.size > 1
-        else model.state_dict()
-    )
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(placed, options=whole) if world.size > 1 else None
     if world.is_first:
         plot_metrics(run.metrics(name), folder / "loss.png")
         save_checkpoint(model, processor, run.checkpoint(name), weights)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -40,22 +39,20 @@ class World:
         return value
 
 
-@contextmanager
-def join_world() -> Iterator[World]:
-    """Join the processes that the launcher started; alone, when it started none."""
+def join_world() -> World:
+    """Join the processes that the launcher started; alone, when it started none.
+
+    The group is joined once and kept until the process ends: one that leaves and joins again can meet the others' old store, and wait for ever.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    started_here = size > 1 and not dist.is_initialized()
-    if started_here:
+    if size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield World(rank, size, device)
-    finally:
-        if started_here:
-            dist.destroy_process_group()
+        atexit.register(dist.destroy_process_group)
+    return World(rank, size, device)
 
 
 def place(model: LlavaForConditionalGeneration, world: World) -> nn.Module:
