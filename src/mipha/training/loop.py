@@ -100,8 +100,7 @@ def _optimize(
         with torch.autocast(world.device.type, dtype=autocast, enabled=autocast is not None):
             loss_sum = model(**batch).loss_sum
         # Each token weighs the same, in whichever micro-batch or process it is; sharding averages over processes.
-        if loss_sum.requires_grad:  # a text-only micro-batch does not pass a projector that trains alone
-            if loss_sum.requires_grad:  # not where only the projector trains and the rows have no image
+        if loss_sum.requires_grad:  # not where only the projector trains and the rows have no image
             (loss_sum * world.size / step.num_supervised).backward()
         total += loss_sum.detach()
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
