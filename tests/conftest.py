@@ -107,8 +107,9 @@ def tiny_model(tiny_parts: Callable[..., TinyParts]) -> Callable[..., tuple[Llav
 
         from mipha.models.build import build
 
+        parts = tiny_parts(family, tower)
         torch.manual_seed(0)
-        built, processor = build(tiny_parts(family, tower).recipe(**changes))
+        built, processor = build(parts.recipe(**changes))
         with torch.no_grad():  # a fresh projector whispers; these tests want answers that depend on the image
             built.model.multi_modal_projector.linear_2.weight.mul_(4.0)
         return built, processor

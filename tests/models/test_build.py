@@ -313,11 +313,10 @@ def test_a_tower_is_taken_out_of_a_model_of_images_and_text(tiny_parts: Callable
 
 
 def test_the_projector_starts_from_the_seed_alone(tiny_parts: Callable) -> None:
-    """Not from how much was built before: loading draws random numbers, and not always as many."""
-    starts = []
+    parts, starts = tiny_parts(), []
     for seed in (1, 1, 2, 1):
         torch.manual_seed(seed)
-        model, _ = build(tiny_parts().recipe())
+        model, _ = build(parts.recipe())
         starts.append(model.model.multi_modal_projector.linear_1.weight)
     assert torch.equal(starts[0], starts[1]) and torch.equal(starts[0], starts[3])
     assert not torch.equal(starts[0], starts[2])

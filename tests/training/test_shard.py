@@ -29,15 +29,11 @@ SMOOTH = (*(f"stages.{stage}.adam_eps=1e-2" for stage in STAGES), "stages.finetu
 
 DRIVER = """
 import json, os, signal, threading, time
-from datetime import timedelta
 from pathlib import Path
-import torch
 from mipha.recipe import load_recipe
 from mipha.training.pipeline import train
 
 os.environ.update(LAUNCHED)  # what torchrun sets, given by the test
-# Once for all cases: without torchrun's store, a process that joins anew may still find the store of the time before, and wait for ever.
-torch.distributed.init_process_group("gloo", timeout=timedelta(minutes=10))
 
 def stop_after(metrics, lines):
     while not (metrics.exists() and metrics.read_bytes().count(b"\\n") >= lines):
@@ -54,7 +50,6 @@ for case in json.loads(CASES):
         assert not case["stop_after"], "was not stopped"
     except KeyboardInterrupt:
         assert case["stop_after"], "was stopped"
-torch.distributed.destroy_process_group()
 """
 
 
@@ -165,7 +160,7 @@ def assert_equal(one: Run, two: Run, weights: Callable, metrics: Callable) -> No
         mine, theirs = weights(one.checkpoint(stage)), weights(two.checkpoint(stage))
         assert mine.keys() == theirs.keys(), stage
         for name in mine:
-            # Sums in another order differ in the last bits, which Gemma's embedding scale multiplies and six steps carry on; weights move by 0.1.
+            # Sums in another order differ in the last bits; Gemma's embedding scale multiplies that, six steps carry it on.
             assert (mine[name] - theirs[name]).abs().max() < 1e-4, (stage, name)
         rows, others = metrics(one.metrics(stage)), metrics(two.metrics(stage))
         assert [row["step"] for row in others] == list(range(1, len(rows) + 1))

@@ -63,10 +63,8 @@ def build(recipe: ModelRecipe, dtype: torch.dtype = torch.float32) -> tuple[Llav
         FileNotFoundError: A part is neither a catalog name, a folder nor a hub id that can be reached.
         ValueError: The parts do not go together, or a part is of a kind that cannot be used.
     """
-    random = torch.get_rng_state()
     language_model, tokenizer, template = load_language_model(recipe, dtype)
     tower, mean, std = load_vision_tower(recipe, dtype)
-    torch.set_rng_state(random)  # loading draws numbers, not always as many: the projector's start is to depend on the seed alone
     return compose(language_model, tokenizer, template, tower, mean, std, recipe.pad_to_square)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import LlavaProcessor
 
@@ -76,13 +77,19 @@ def _train_stage(run: Run, recipe: Recipe, name: StageName, mixture: Mixture, wo
     placed = train_stage(
         model, steps, stage, folder, world, title=name, autocast=autocast_dtype(recipe.precision, world.device), seed=recipe.seed
     )
-    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(placed, options=whole) if world.size > 1 else None
+    weights = _gathered(placed) if world.size > 1 else None
     if world.is_first:
         plot_metrics(run.metrics(name), folder / "loss.png")
         save_checkpoint(model, processor, run.checkpoint(name), weights)
         _drop_states(run, name)
     world.barrier()
+
+
+def _gathered(placed: nn.Module) -> dict[str, torch.Tensor]:
+    """All weights on the first process, each once: of a tied head, sharding makes a second tensor that is the embeddings again."""
+    weights = get_model_state_dict(placed, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    every, once = (dict(placed.named_parameters(remove_duplicate=remove)) for remove in (False, True))
+    return {name: weight for name, weight in weights.items() if name not in every.keys() - once.keys()}
 
 
 def _drop_states(run: Run, name: StageName) -> None:

@@ -42,7 +42,8 @@ class World:
 def join_world() -> World:
     """Join the processes that the launcher started; alone, when it started none.
 
-    The group is joined once and kept until the process ends: one that leaves and joins again can meet the others' old store, and wait for ever.
+    The group is joined once and kept until the process ends: one that leaves and joins again can meet the store of the time before,
+    and wait for ever.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
