@@ -63,8 +63,10 @@ def build(recipe: ModelRecipe, dtype: torch.dtype = torch.float32) -> tuple[Llav
         FileNotFoundError: A part is neither a catalog name, a folder nor a hub id that can be reached.
         ValueError: The parts do not go together, or a part is of a kind that cannot be used.
     """
+    random = torch.get_rng_state()
     language_model, tokenizer, template = load_language_model(recipe, dtype)
     tower, mean, std = load_vision_tower(recipe, dtype)
+    torch.set_rng_state(random)  # loading may draw numbers: the projector's start is to depend on the seed alone
     return compose(language_model, tokenizer, template, tower, mean, std, recipe.pad_to_square)
 
 
@@ -253,8 +255,6 @@ def save_checkpoint(
     """
     beside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(beside, ignore_errors=True)
-    if weights is not None:  # gathered from shards, tied tensors are copies that the host no longer knows as one
-        weights = {name: weight for name, weight in weights.items() if name not in model.all_tied_weights_keys}
     model.save_pretrained(beside, state_dict=weights)
     processor.save_pretrained(beside)
     beside.rename(folder)
