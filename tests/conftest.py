@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
     from mipha.models.modeling import LlavaForConditionalGeneration
 
-settings.register_profile("untimed", deadline=None)  # a test machine is shared; how long an example takes says nothing
+# A test machine is shared, so how long an example takes says nothing; and a change is to fail on what it breaks, not by chance.
+settings.register_profile("untimed", deadline=None, derandomize=True)
 settings.load_profile("untimed")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -50,6 +51,7 @@ _CORPUS = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions.",
     "USER: What is in the picture? ASSISTANT: A red circle is in the picture.",
+    "\n\n a\n\n\n  b\n c  \n\n d :\n\n",  # so that white space is joined, as real tokenizers join it
     "user assistant system yes no what which colour shape red blue green grey square circle triangle left right 0 1 2 3",
 )
 
@@ -181,7 +183,7 @@ def _save_language_model(folder: Path, family: str, vocab_size: int | None) -> N
         torch.nn.init.normal_(head.bias, std=0.5)
     if family == "gemma":  # tied, and its embeddings are scaled up: it repeats its input unless its layers speak up
         for parameter in model.model.layers.parameters():
-            parameter.data.mul_(4.0)
+            parameter.data.mul_(2.5)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 

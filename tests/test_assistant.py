@@ -70,7 +70,7 @@ def test_a_batch_answers_as_one_does_and_as_stock_generate_does(
     for (image, question), answer in zip(pairs, together, strict=True):
         assert assistant.answer(image, question, max_new_tokens=TOKENS) == answer
         assert greedy(assistant, [Message("user", f"{IMAGE}\n{question}" if image else question)], image) == answer.text
-    assert len({answer.text for answer in together}) > len(pairs) / 3, "a model that says one thing tests nothing"
+    assert len({answer.text for answer in together}) >= 3, "a model that says one thing tests nothing"
 
 
 def test_the_image_changes_the_answer(assistants: Callable, pictures: list[Path]) -> None:
