@@ -22,6 +22,8 @@ from mipha.evaluation.predict import read_predictions
 from mipha.run import Run, write_whole
 
 BENCHMARK = "easy_vqa"
+BEFORE_LIMIT = 2000
+"""Questions that the model is asked before its second stage, when it rambles: enough to tell a few percent from a hundred."""
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,14 @@ def quickstart(folder: Path, overrides: Sequence[str] = (), limit: int | None = 
 
 def phases(folder: Path, overrides: Sequence[str], limit: int | None) -> list[Phase]:
     """The commands of the tour, in order."""
-    ask = ("-b", BENCHMARK, "--batch-size", "64", *(("--limit", str(limit)) if limit else ()))
+    some = ("-b", BENCHMARK, "--batch-size", "64")
+    ask = (*some, *(("--limit", str(limit)) if limit else ()))
+    ask_before = (*some, "--limit", str(min(limit or BEFORE_LIMIT, BEFORE_LIMIT)))
     blind = folder / "blind"
     return [
         Phase("train", ("train", "quickstart", "-o", str(folder), *overrides)),
         Phase("evaluate", ("evaluate", str(folder), *ask)),
-        Phase("evaluate before finetune", ("evaluate", str(folder / "pretrain/checkpoint"), *ask, "-o", str(folder / "before-finetune"))),
+        Phase("evaluate before finetune", ("evaluate", str(folder / "pretrain/checkpoint"), *ask_before, "-o", str(folder / "before-finetune"))),
         Phase("train blind", ("train", "quickstart-blind", "-o", str(blind), *overrides)),
         Phase("evaluate blind", ("evaluate", str(blind), *ask, "--blind")),
     ]
