@@ -57,7 +57,10 @@ def phases(folder: Path, overrides: Sequence[str], limit: int | None) -> list[Ph
     return [
         Phase("train", ("train", "quickstart", "-o", str(folder), *overrides)),
         Phase("evaluate", ("evaluate", str(folder), *ask)),
-        Phase("evaluate before finetune", ("evaluate", str(folder / "pretrain/checkpoint"), *ask_before, "-o", str(folder / "before-finetune"))),
+        Phase(
+            "evaluate before finetune",
+            ("evaluate", str(folder / "pretrain/checkpoint"), *ask_before, "-o", str(folder / "before-finetune")),
+        ),
         Phase("train blind", ("train", "quickstart-blind", "-o", str(blind), *overrides)),
         Phase("evaluate blind", ("evaluate", str(blind), *ask, "--blind")),
     ]
