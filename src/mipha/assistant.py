@@ -108,19 +108,12 @@ class Assistant:
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation that waits for the assistant, image placeholders repeated."""
-        ids = self.processor.tokenizer.apply_chat_template(
-            as_chat(tuple(messages)),
-            chat_template=self.processor.chat_template,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=False,
-        )
+        ids = _templated(self.processor, messages, tokenize=True)
         image, repeats = self.processor.image_token_id, tokens_per_image(self.processor)
         return [token for token in ids for _ in range(repeats if token == image else 1)]
 
     def _prompt(self, question: str, has_image: bool) -> list[int]:
-        _check_question(question)
-        return self.prompt_ids([Message("user", f"{IMAGE}\n{question}" if has_image else question)])
+        return self.prompt_ids([_ask(question, has_image)])
 
     @torch.inference_mode()
     def _answer_batch(self, batch: Sequence[tuple[ImageLike | None, str, list[int]]], max_new_tokens: int) -> list[Answer]:
@@ -246,6 +239,26 @@ def load(path: str | Path | Run, device: str | torch.device | None = None, dtype
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     return Assistant(load_model(str(folder), device, dtype), load_processor(folder))
+
+
+def render_prompt(processor: LlavaProcessor, question: str, has_image: bool) -> str:
+    """The whole text that the model reads for one question, the image as one placeholder."""
+    return _templated(processor, [_ask(question, has_image)], tokenize=False)
+
+
+def _ask(question: str, has_image: bool) -> Message:
+    _check_question(question)
+    return Message("user", f"{IMAGE}\n{question}" if has_image else question)
+
+
+def _templated(processor: LlavaProcessor, messages: Sequence[Message], tokenize: bool) -> Any:
+    return processor.tokenizer.apply_chat_template(
+        as_chat(tuple(messages)),
+        chat_template=processor.chat_template,
+        add_generation_prompt=True,
+        tokenize=tokenize,
+        return_dict=False,
+    )
 
 
 def _check_question(question: str) -> None:

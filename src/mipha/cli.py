@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from mipha.assistant import Assistant
-    from mipha.evaluation.score import Result
+    from mipha.evaluation.benchmark import Judge
 
 
 class _Verbs(TyperGroup):
@@ -38,6 +38,11 @@ app = typer.Typer(cls=_Verbs, add_completion=False, no_args_is_help=True, pretty
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Recipe values to replace, such as seed=7.")]
 Model = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or the folder of an exported model.")]
+JudgeUrl = Annotated[
+    str | None, typer.Option("--judge", help="Base URL of an OpenAI-compatible server that grades; key in $MIPHA_JUDGE_KEY.")
+]
+JudgeModel = Annotated[str | None, typer.Option(help="Name of the judge's model.")]
+JudgeReplies = Annotated[Path | None, typer.Option(help="Recorded replies of a judge, in place of one.")]
 
 
 @app.callback()
@@ -107,15 +112,70 @@ def evaluate(
     split: Annotated[str | None, typer.Option(help="Another split than the benchmark's own.")] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Where results go, if not into the run.")] = None,
     blind: Annotated[bool, typer.Option("--blind", help="Show grey in place of every picture.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check the files, and show three prompts a benchmark.")] = False,
+    judge: JudgeUrl = None,
+    judge_model: JudgeModel = None,
+    judge_replies: JudgeReplies = None,
 ) -> None:
     """Measure a model; exit code 1 if a question failed."""
     from mipha.evaluation.evaluate import evaluate as measure
+    from mipha.evaluation.evaluate import plan
+    from mipha.evaluation.tables import print_plan, print_results
 
     names = [name.strip() for group in benchmarks for name in group.split(",") if name.strip()]
-    results = measure(run, names, data_root, batch_size, limit, split, out, blind=blind)
-    _print_results(results)
+    if dry_run:
+        print_plan(plan(names, data_root, split), run)
+        return
+    grader = _judge(judge, judge_model, judge_replies, out or run)
+    results = measure(run, names, data_root, batch_size, limit, split, out, blind=blind, judge=grader)
+    print_results(results)
     if any(result.n_failed for result in results):
         raise typer.Exit(1)
+
+
+@app.command()
+def score(
+    benchmark: Annotated[str, typer.Argument(help="A benchmark's name.")],
+    annotations: Annotated[Path, typer.Option(help="Official annotation file, or the folder with the official files.")],
+    predictions: Annotated[Path, typer.Option(help='A line {"question_id": ..., "text": ...} a question, in any order.')],
+    json_out: Annotated[Path, typer.Option("--json", help="Where the scores go.")],
+    judge: JudgeUrl = None,
+    judge_model: JudgeModel = None,
+    judge_replies: JudgeReplies = None,
+) -> None:
+    """Score any model's predictions; needs neither the model nor the images."""
+    import json
+
+    from mipha.evaluation.benchmark import load_benchmark
+    from mipha.evaluation.score import score_file
+    from mipha.evaluation.tables import print_scored
+    from mipha.run import write_whole
+
+    grader = _judge(judge, judge_model, judge_replies, json_out.parent)
+    content = score_file(load_benchmark(benchmark), annotations, predictions, grader)
+    write_whole(json_out, json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n")
+    print_scored(content)
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A", help="A run, a folder of results, or a file of `mipha score --json`.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="The same, of the model to compare with.")],
+    paired: Annotated[bool, typer.Option("--paired", help="Question by question: differences with intervals and p-values.")] = True,
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write the comparison to a file too.")] = None,
+) -> None:
+    """Compare two models on the questions that both answered: A minus B."""
+    import json
+    from dataclasses import asdict
+
+    from mipha.evaluation.paired import compare_paired
+    from mipha.evaluation.tables import print_paired
+    from mipha.run import write_whole
+
+    rows = compare_paired(first, second)
+    if json_out:
+        write_whole(json_out, json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    print_paired(rows)
 
 
 @app.command()
@@ -185,26 +245,19 @@ def _converse(assistant: Assistant, image: Path | None) -> None:
                 typer.echo("\n(stopped, and the conversation is forgotten)")
 
 
-def _print_results(results: list[Result]) -> None:
-    from rich.console import Console
-    from rich.table import Table
+def _judge(url: str | None, model: str | None, replies: Path | None, folder: Path) -> Judge | None:
+    """The judge that the options ask for."""
+    from mipha.evaluation.judge import Endpoint, Replay
 
-    for result in results:
-        table = Table(
-            title=f"{result.benchmark} {result.split}{' (blind)' if result.blind else ''}", title_justify="left", box=None, pad_edge=False
-        )
-        for column in ("metric", "value", "95 % interval", "n"):
-            table.add_column(column, justify="left" if column == "metric" else "right")
-        for score in result.scores:
-            interval = "" if score.low is None else f"{score.low:.1f} to {score.high:.1f}"
-            table.add_row(score.metric, f"{score.value:.1f} %" if score.unit == "%" else f"{score.value:g}", interval, str(score.n))
-        for name, value in result.baselines.items():
-            table.add_row(f"{name} baseline", f"{value:.1f} %" if result.scores[0].unit == "%" else f"{value:g}", style="dim")
-        Console().print(table)
-        if result.n_failed:
-            typer.echo(f"{result.n_failed} of {result.n_asked} questions failed and are not in these scores: see errors.jsonl", err=True)
-        if not result.complete:
-            typer.echo(f"not complete: {result.n_asked - result.n_failed} of {result.num_questions} questions")
+    if replies is not None and url is not None:
+        raise ValueError("--judge-replies and --judge are two judges: give one")
+    if replies is not None:
+        return Replay(replies)
+    if url is None:
+        return None
+    if model is None:
+        raise ValueError("--judge needs --judge-model, the name of a model that the server has")
+    return Endpoint(url, model, os.environ.get("MIPHA_JUDGE_KEY"), record=folder / "judge-replies.jsonl")
 
 
 def _catalog() -> dict[str, dict[str, str]]:

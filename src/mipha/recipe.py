@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from mipha.lookup import did_you_mean, files_in
 
@@ -37,34 +46,81 @@ class ModelRecipe(_Strict):
     language_model: str = Field(description="catalog name, folder or hub id")
     chat_template: str | None = Field(None, description="name in catalog/chat_templates or a .jinja file; null: the language model's own")
     image_size: int | None = Field(None, ge=1, description="pixels a side; null: the tower's own")
-    feature_layer: int = Field(-2, description="which hidden state of the tower is read; 0 is the patch embedding, -1 the last")
+    feature_layer: int = Field(-2, description="which hidden state of the tower is read; -1 the last, -2 the one before")
+    post_layernorm: bool = Field(False, description="norm it as the tower norms its output; only transformers reads such a checkpoint")
     pad_to_square: bool = Field(True, description="true: pad with the mean colour; false: squash")
     calibrate_projector: bool = Field(
         False, description="start the projector at the scales of features and text, from the first training images"
     )
 
 
+def _as_list(value: Any) -> Any:
+    """One mapping or path stands for a list of one."""
+    return value if isinstance(value, list | tuple) else [value]
+
+
 class DataRecipe(_Strict):
     """One data set of a stage."""
 
-    dataset: str = Field(description="module name in data/datasets")
+    dataset: str = Field(description="module name in data/datasets; auto: told from the data")
     root: Path | None = Field(None, description="file or folder the data set reads; null: the packaged copy, where there is one")
     split: str = "train"
+    image_root: Annotated[tuple[Path, ...], BeforeValidator(_as_list)] = Field(
+        (), description="folders that images may lie in, beside the data file's own; a relative path starts from the first"
+    )
     limit: int | None = Field(None, ge=1, description="use the first N samples only")
+    weight: float = Field(
+        1.0, gt=0, allow_inf_nan=False, description="how often an epoch shows each sample; 0.5: a half of them, the other half in the next"
+    )
+    cap: int | None = Field(None, ge=1, description="at most N samples an epoch, others in the next")
     blind: bool = Field(False, description="replace every image by grey: what a model learns from the questions alone")
 
 
+class LoraRecipe(_Strict):
+    """The shape of low-rank adapters.
+
+    Source: section 4.3 of the paper for rank 128 and alpha 256; it gives no dropout, 0.05 is that of upstream's code.
+    """
+
+    rank: int = Field(128, ge=1)
+    alpha: int = Field(256, ge=1, description="what an adapter adds is scaled by alpha / rank")
+    dropout: float = Field(0.05, ge=0, lt=1, description="of what enters an adapter, in training")
+
+
+def _known_tuning(value: Any) -> Any:
+    if not re.fullmatch("frozen|full|lora|qlora|last-[1-9][0-9]*", str(value)):
+        raise ValueError("a part is frozen, full, lora, qlora or last-N (its last N layers), for example last-4")
+    return value
+
+
+LayeredTuning = Annotated[str, BeforeValidator(_known_tuning)]
+
+
 class TuningRecipe(_Strict):
-    """What is trained of each part."""
+    """What is trained of each part.
 
-    vision_tower: Literal["frozen", "full"]
+    frozen: nothing, the head neither. full: all that the features or the answer depend on. lora: adapters in every linear layer of
+    its stack, the part's own weights frozen. qlora: the same, over weights kept in 4 bits (one GPU only). last-N: its last N layers,
+    nothing before or behind them. A stage with adapters exports its model with them merged in, so that any stage can follow it.
+    """
+
+    vision_tower: LayeredTuning = Field(description="frozen, full, lora, qlora or last-N")
     projector: Literal["frozen", "full"]
-    language_model: Literal["frozen", "full"]
+    language_model: LayeredTuning = Field(description="frozen, full, lora, qlora or last-N")
+    lora: LoraRecipe | None = Field(None, validate_default=True, description="shape of the adapters of every part that is lora or qlora")
 
+    @field_validator("lora")
+    @classmethod
+    def _only_where_used(cls, value: LoraRecipe | None, info: ValidationInfo) -> LoraRecipe | None:
+        adapted = any(info.data.get(part) in ("lora", "qlora") for part in PARTS)
+        if value is not None and not adapted:
+            raise ValueError("no part is lora or qlora, so this would have no effect: remove it (lora=null) or set a part to lora")
+        return (value or LoraRecipe()) if adapted else None
 
-def _as_list(value: Any) -> Any:
-    """One mapping or path stands for a list of one."""
-    return value if isinstance(value, list) else [value]
+    @property
+    def adapted(self) -> tuple[Part, ...]:
+        """The parts that are trained through adapters."""
+        return tuple(part for part in PARTS if getattr(self, part) in ("lora", "qlora"))
 
 
 class StageRecipe(_Strict):
@@ -106,6 +162,10 @@ class StageRecipe(_Strict):
         if self.samples_per_image is not None and self.batching != "shared-image":
             raise ValueError(f"samples_per_image has no effect with batching={self.batching}: remove it or use shared-image")
         return self
+
+    def peak_learning_rate(self, part: Part) -> float:
+        """The highest learning rate of a part that trains."""
+        return self.part_learning_rates.get(part, self.learning_rate)
 
     @property
     def bundle(self) -> int | None:
@@ -219,7 +279,7 @@ def _fields_at(path: tuple[int | str, ...]) -> list[str]:
     for key in path:
         if isinstance(key, int):
             continue
-        model = DataRecipe if key == "data" else model.model_fields[key].annotation
+        model = {"data": DataRecipe, "lora": LoraRecipe}.get(key) or model.model_fields[key].annotation
     return list(model.model_fields)
 
 

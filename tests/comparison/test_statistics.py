@@ -1,12 +1,31 @@
 from __future__ import annotations
 
+import json
+from collections.abc import Hashable, Sequence
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mipha.comparison import statistics
-from mipha.comparison.statistics import cluster_bootstrap, holm, paired_difference
+from mipha.comparison.statistics import PairedDifference, Tally, Totals, holm, intervals, paired_differences, ratio, read_tally, tally, values
+
+
+def mean(totals: Totals) -> dict[str, np.ndarray]:
+    return {"mean": totals.mean("value")}
+
+
+def tally_of(numbers: Sequence[float], clusters: Sequence[Hashable]) -> Tally:
+    return tally((cluster, {"value": number}) for number, cluster in zip(numbers, clusters, strict=True))
+
+
+def cluster_bootstrap(numbers: Sequence[float], clusters: Sequence[Hashable], **options: int) -> tuple[float, float]:
+    return intervals(tally_of(numbers, clusters), mean, **options)["mean"]
+
+
+def paired_difference(a: Sequence[float], b: Sequence[float], clusters: Sequence[Hashable], **options: int) -> PairedDifference:
+    return paired_differences(tally_of(a, clusters), tally_of(b, clusters), mean, **options)["mean"]
 
 
 def clustered(rng: np.random.Generator, num_clusters: int, per_cluster: int, spread: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
@@ -73,7 +92,7 @@ def test_difference_turns_sign_with_the_sides_and_equals_by_itself() -> None:
     ab, ba = paired_difference(a, b, labels), paired_difference(b, a, labels)
     assert ab.difference == pytest.approx(a.mean() - b.mean()) and ab.difference == -ba.difference
     assert ab.p_value == ba.p_value and ab.low < ab.difference < ab.high
-    assert (ab.n, ab.num_clusters) == (len(a), 25)
+    assert ab.num_clusters == 25
     same = paired_difference(a, a, labels)
     assert (same.difference, same.low, same.high, same.p_value) == (0, 0, 0, 1)
 
@@ -92,14 +111,70 @@ def test_holm_keeps_the_order_and_lies_between_plain_and_bonferroni(p_values: li
         assert all(q <= other for j, other in enumerate(adjusted) if p_values[j] > p_values[i])
 
 
-@pytest.mark.parametrize(("values", "clusters"), [([], []), ([1.0], []), ([1.0, 2.0], ["a"])])
-def test_wrong_lengths(values: list[float], clusters: list[str]) -> None:
-    with pytest.raises(ValueError, match="values in"):
-        cluster_bootstrap(values, clusters)
+def f1(totals: Totals) -> dict[str, np.ndarray]:
+    precision = ratio(totals.sum("hit"), totals.sum("said"))
+    recall = ratio(totals.sum("hit"), totals.sum("true"))
+    return {"f1": 100 * ratio(2 * precision * recall, precision + recall), "precision": 100 * precision}
 
 
-def test_unpaired_and_impossible_input() -> None:
-    with pytest.raises(ValueError, match="same questions"):
-        paired_difference([1.0], [1.0, 2.0], ["a"])
+def answers(said: np.ndarray, true: np.ndarray, clusters: np.ndarray) -> Tally:
+    return tally(
+        (cluster, {"hit": float(s and t), "said": float(s), "true": float(t)}) for s, t, cluster in zip(said, true, clusters, strict=True)
+    )
+
+
+def test_a_metric_that_is_no_mean_has_a_value_an_interval_and_a_test() -> None:
+    rng = np.random.default_rng(7)
+    true, clusters = rng.random(600) < 0.5, np.arange(600) // 6
+    good, bad = true ^ (rng.random(600) < 0.1), true ^ (rng.random(600) < 0.3)
+    better, worse = answers(good, true, clusters), answers(bad, true, clusters)
+    hits = (good & true).sum()
+    expected = 100 * 2 * hits / (good.sum() + true.sum())
+    assert values(better, f1)["f1"] == pytest.approx(expected)
+    low, high = intervals(better, f1)["f1"]
+    assert expected - 6 < low < expected < high < expected + 6
+    found = paired_differences(better, worse, f1)
+    assert list(found) == ["f1", "precision"]
+    assert found["f1"].difference == pytest.approx(expected - values(worse, f1)["f1"]) and found["f1"].p_value < 0.01
+    assert found["f1"].low < found["f1"].difference < found["f1"].high
+
+
+def test_what_is_undefined_is_not_a_number_and_is_not_compared() -> None:
+    clusters = np.arange(40)
+    silent = answers(np.zeros(40, bool), np.ones(40, bool), clusters)
+    speaking = answers(np.ones(40, bool), np.ones(40, bool), clusters)
+    assert np.isnan(values(silent, f1)["f1"]) and np.isnan(intervals(silent, f1)["f1"]).all()
+    assert paired_differences(speaking, silent, f1) == {}
+    rarely = answers(clusters == 0, np.ones(40, bool), clusters)
+    assert intervals(rarely, f1)["precision"] == (100, 100), "resamples without the one answer do not count"
+
+
+def test_a_tally_is_kept_whole_in_a_file_and_compared_in_any_order() -> None:
+    rng = np.random.default_rng(8)
+    said, true, clusters = rng.random(90) < 0.5, rng.random(90) < 0.5, np.array([f"image {i % 9}" for i in range(90)])
+    whole = answers(said, true, clusters)
+    again = read_tally(json.loads(json.dumps(whole.as_json())))
+    assert (again.clusters, again.names) == (whole.clusters, whole.names)
+    np.testing.assert_array_equal([again.sums, again.counts], [whole.sums, whole.counts])
+    turned = answers(said[::-1], true[::-1], clusters[::-1])
+    other = answers(~said, true, clusters)
+    assert paired_differences(whole, turned, f1)["f1"].difference == pytest.approx(0)
+    assert paired_differences(turned, other, f1)["f1"].difference == pytest.approx(paired_differences(whole, other, f1)["f1"].difference)
+
+
+def test_a_name_that_few_contribute_to_is_averaged_over_those() -> None:
+    data = tally([("a", {"all": 1.0, "rare": 0.5}), ("b", {"all": 0.0}), ("b", {"all": 0.0, "rare": 1.0})])
+    totals = data.totals()
+    assert (float(totals.mean("all")), float(totals.mean("rare")), float(totals.count("rare"))) == (pytest.approx(1 / 3), 0.75, 2)
+    assert float(totals.sum("absent")) == 0 and np.isnan(totals.mean("absent"))
+    assert np.isnan(intervals(data, lambda totals: {"absent": totals.mean("absent")})["absent"]).all()
+
+
+def test_nothing_unpaired_and_impossible_input() -> None:
+    with pytest.raises(ValueError, match="nothing to score"):
+        tally([])
+    for clusters, name in ((["a", "b"], "value"), (["a", "a"], "other")):
+        with pytest.raises(ValueError, match="same questions"):
+            paired_differences(tally_of([1.0, 2.0], ["a", "a"]), tally([(cluster, {name: 1.0}) for cluster in clusters]), mean)
     with pytest.raises(ValueError, match=r"1\.5 is not a p-value"):
         holm([0.1, 1.5])

@@ -58,7 +58,7 @@ def test_a_run_is_asked_and_scored_once(model: Path, assistant: FakeAssistant) -
     (result,) = evaluate(run, ["easy_vqa"], limit=40, progress=False)
     assert assistant.loaded == model and len(assistant.asked) == 40
     folder = run.evaluation("easy_vqa")
-    assert {path.name for path in folder.iterdir()} == {"predictions.meta.json", "predictions.jsonl", "scores.json"}
+    assert {path.name for path in folder.iterdir()} == {"predictions.meta.json", "predictions.jsonl", "scores.json", "tally.json"}
     assert json.loads((folder / "scores.json").read_text())["scores"][0]["value"] == result.scores[0].value
     (again,) = evaluate(str(run.folder), ["easy_vqa", "easy_vqa"], limit=40, progress=False)
     assert again == result and len(assistant.asked) == 40

@@ -12,7 +12,7 @@ import pytest
 
 from mipha.evaluation import predict as module
 from mipha.evaluation.benchmark import Question
-from mipha.evaluation.predict import fingerprint, predict, prompts_hash, read_predictions
+from mipha.evaluation.predict import fingerprint, merge, predict, prompts_hash, read_predictions
 from mipha.run import append_line
 
 
@@ -69,7 +69,8 @@ def make_questions(count: int, broken: tuple[int, ...] = (), per_image: int = 1)
 
 def run(assistant: Any, questions: list[Question], folder: Path, **changes: Any) -> dict[str, str]:
     options = {"batch_size": 4, "max_new_tokens": 8, "progress": False, "checkpoint_sha256": "abc", **changes}
-    return predict(assistant, "toy", questions, folder, **options)
+    predict(assistant, "toy", questions, folder, **options)
+    return merge(folder, questions)
 
 
 def errors(folder: Path) -> dict[str, str]:
@@ -80,7 +81,8 @@ def test_every_question_gets_its_own_answer(tmp_path: Path) -> None:
     questions = make_questions(10)
     predictions = run(FakeAssistant(), questions, tmp_path)
     assert predictions == {f"q{n}": f"good-{n}.png: what is {n}?" for n in range(10)} == read_predictions(tmp_path)
-    assert list(predictions) == [question.id for question in questions], "in the order of the questions, not of the answers"
+    written = [json.loads(line)["question_id"] for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert written == [question.id for question in questions], "in the order of the questions, not of the answers"
     row = json.loads((tmp_path / "predictions.jsonl").read_text().splitlines()[0])
     assert set(row) == {"question_id", "text", "num_tokens", "finished"}
     assert not (tmp_path / "errors.jsonl").exists()
@@ -106,7 +108,6 @@ def test_a_limited_run_is_a_beginning_of_the_full_one(tmp_path: Path) -> None:
     questions, assistant = make_questions(10), FakeAssistant()
     assert set(run(assistant, questions, tmp_path, limit=3)) == {"q0", "q1", "q2"}
     assert len(run(assistant, questions, tmp_path)) == 10 == len(assistant.asked)
-    assert set(run(assistant, questions, tmp_path, limit=2)) == {"q0", "q1"}
 
 
 @pytest.mark.parametrize(
@@ -173,7 +174,45 @@ def test_when_everything_fails_it_stops_early_with_the_reason(tmp_path: Path) ->
     assert len(errors(tmp_path)) == 20
 
 
-def test_a_full_disk_and_our_own_mistakes_are_not_a_questions_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_memory_and_a_crash_in_one_question_are_written_down(tmp_path: Path) -> None:
+    def say(image: Path, question: str) -> str:
+        if question in ("what is 3?", "what is 8?"):
+            raise RuntimeError("out of memory")
+        return "fine"
+
+    assert len(run(FakeAssistant(say=say), make_questions(12), tmp_path)) == 10
+    assert errors(tmp_path) == dict.fromkeys(("q3", "q8"), "RuntimeError: out of memory")
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_processes_share_the_images_and_one_file_remains(tmp_path: Path, num_ranks: int) -> None:
+    questions = make_questions(22, broken=(4, 5), per_image=2)
+    whole = run(FakeAssistant(), questions, tmp_path / "one")
+    assistants = [FakeAssistant() for _ in range(num_ranks)]
+    for rank, assistant in enumerate(assistants):
+        options = {"batch_size": 4, "max_new_tokens": 8, "progress": False, "checkpoint_sha256": "abc"}
+        predict(assistant, "toy", questions, tmp_path / "many", **options, rank=rank, num_ranks=num_ranks)
+    assert merge(tmp_path / "many", questions) == whole
+    asked = [set(assistant.asked) for assistant in assistants]
+    assert all(asked) and sum(map(len, asked)) == 20 == len(set.union(*asked))
+    pictures = [{questions[int(text.split()[-1][:-1])].image for text in texts} for texts in asked]
+    assert sum(map(len, pictures)) == len(set.union(*pictures)), "questions about one picture stay together"
+    for name in ("predictions.jsonl", "errors.jsonl"):
+        assert (tmp_path / "many" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    assert sorted(path.name for path in (tmp_path / "many").iterdir()) == ["errors.jsonl", "predictions.jsonl", "predictions.meta.json"]
+
+
+def test_what_several_processes_left_is_gone_on_with_by_one(tmp_path: Path) -> None:
+    questions = make_questions(20, broken=(3,))
+    options = {"batch_size": 2, "max_new_tokens": 8, "progress": False, "checkpoint_sha256": "abc"}
+    with pytest.raises(KeyboardInterrupt):
+        predict(FakeAssistant(stop_after=4), "toy", questions, tmp_path, **options, rank=1, num_ranks=2)
+    last = FakeAssistant()
+    assert len(run(last, questions, tmp_path)) == 19 and len(last.asked) == 15
+    assert set(errors(tmp_path)) == {"q3"}
+
+
+def test_a_full_disk_is_not_a_questions_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_space(path: Path, row: dict[str, Any]) -> None:
         if path.name == "predictions.jsonl":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
@@ -183,12 +222,6 @@ def test_a_full_disk_and_our_own_mistakes_are_not_a_questions_error(tmp_path: Pa
         patch.setattr(module, "append_line", no_space)
         with pytest.raises(OSError, match="No space left"):
             run(FakeAssistant(), make_questions(3), tmp_path)
-
-    def out_of_memory(image: Any, question: str) -> str:
-        raise RuntimeError("out of memory")
-
-    with pytest.raises(RuntimeError, match="out of memory"):
-        run(FakeAssistant(say=out_of_memory), make_questions(3), tmp_path)
     assert not (tmp_path / "errors.jsonl").exists()
 
 

@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 
 from mipha.evaluation.benchmark import Question, load_benchmark
-from mipha.evaluation.score import score_predictions
+from mipha.evaluation.score import judge_answers, read_predictions_file, score_predictions
 from mipha.run import append_line
 
 
@@ -65,3 +65,40 @@ def test_no_answer_is_no_score(tmp_path: Path, asked: list[Question]) -> None:
     with pytest.raises(ValueError, match=r"none of the 4 questions.*errors\.jsonl"):
         score_predictions(benchmark(), "test", asked, {}, tmp_path)
     assert not (tmp_path / "scores.json").exists()
+
+
+def write_lines(path: Path, *rows: dict[str, object] | str) -> Path:
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n")
+    return path
+
+
+def test_a_file_of_answers_is_scored_in_any_order_and_with_any_other_keys(tmp_path: Path, asked: list[Question]) -> None:
+    rows = [{"question_id": int(q.id) if q.id == "2" else q.id, "text": "yes", "model_id": "x"} for q in reversed(asked)]
+    assert read_predictions_file(write_lines(tmp_path / "p.jsonl", *rows), asked) == dict.fromkeys("0123", "yes")
+
+
+def test_text_is_taken_verbatim(tmp_path: Path, asked: list[Question]) -> None:
+    rows = [{"question_id": question.id, "text": f" {question.id}\u2028\n "} for question in asked]
+    assert read_predictions_file(write_lines(tmp_path / "p.jsonl", *rows), asked)["3"] == " 3\u2028\n "
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        ([{"question_id": "0", "text": "a"}, "{"], r"p\.jsonl line 2 is not valid JSON"),
+        (["[1]"], r"p\.jsonl line 1 is not a JSON object"),
+        ([{"question_id": "0"}], r"p\.jsonl line 1 is not .*question_id.*text"),
+        ([{"question_id": "0", "text": None}], r"p\.jsonl line 1 is not .*question_id.*text"),
+        ([{"question_id": "0", "text": "a"}, {"question_id": 0, "text": "b"}], r"line 2: question_id 0 is also on line 1"),
+        ([{"question_id": "9", "text": "a"}], r"line 1: no question has the id 9 \(ids look like 0\)"),
+        ([{"question_id": "1", "text": "a"}], r"lacks 3 of 4 questions, such as 0, 2, 3"),
+    ],
+)
+def test_a_wrong_line_is_named(tmp_path: Path, asked: list[Question], rows: list[dict[str, object] | str], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        read_predictions_file(write_lines(tmp_path / "p.jsonl", *rows), asked)
+
+
+def test_a_judge_for_rules_alone_is_refused(asked: list[Question]) -> None:
+    with pytest.raises(ValueError, match="by rules alone"):
+        judge_answers(benchmark(), asked, {}, judge=object())  # type: ignore[arg-type]

@@ -15,9 +15,9 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 LAYERS = (
     {"recipe", "run", "lookup", "catalog"},
-    {"models", "data"},
+    {"models", "data", "world"},
     {"assistant", "comparison"},
-    {"training", "evaluation", "alignment", "deploy"},
+    {"training", "evaluation", "alignment", "deploy", "integrations"},
     {"studies", "quickstart"},
     {"cli", "__main__"},
 )

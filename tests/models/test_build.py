@@ -1,4 +1,4 @@
-"""Every tower with every language model: composed, trained a step, saved, and read back by transformers alone."""
+"""Every tower with every language model, each size and feature layer: composed, trained a step, saved, read back by transformers alone."""
 
 from __future__ import annotations
 
@@ -16,18 +16,20 @@ import transformers
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, LlavaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlavaConfig
 
 from mipha.assistant import Assistant
 from mipha.data.sample import IMAGE, Message
-from mipha.models.build import TOWERS, build, fit_tower, save_checkpoint
-from mipha.models.modeling import load_model, num_image_tokens
+from mipha.models.build import build, save_checkpoint
+from mipha.models.modeling import load_model
 from mipha.models.processing import load_processor
 from mipha.models.projector import new_projector
 
 FAMILIES = ("phi", "qwen2", "gpt_neox", "stablelm", "gemma", "llama")
 TOWER_NAMES = ("siglip", "clip", "dinov2", "vit")
 QUESTION = "Which colour is the circle?"
+LONGER = "Which colour is it, red or blue or green or grey?"
+PATCH = {"siglip": 14, "clip": 14, "dinov2": 14, "vit": 8}
 
 STOCK_READER = """
 import json, sys
@@ -39,7 +41,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 root, found = Path(sys.argv[1]), {}
-messages = [{"role": "user", "content": [{"type": "image", "path": str(root / "image.png")}, {"type": "text", "text": sys.argv[2]}]}]
+picture = {"type": "image", "path": str(root / "image.png")}
+messages, longer = [[{"role": "user", "content": [picture, {"type": "text", "text": text}]}] for text in sys.argv[2:]]
 for folder in sorted(path for path in root.iterdir() if path.is_dir()):
     model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
     processor = AutoProcessor.from_pretrained(folder)
@@ -50,6 +53,11 @@ for folder in sorted(path for path in root.iterdir() if path.is_dir()):
     # The stock class has no bias to put this into: what a runtime that knows Phi reads from the file.
     logits = logits + load_file(folder / "model.safetensors").get("language_model.lm_head.bias", torch.zeros(()))
     new = model.generate(**inputs, max_new_tokens=8)[0, inputs["input_ids"].shape[1]:]
+    processor.tokenizer.padding_side = "left"
+    both = processor.apply_chat_template(
+        [messages, longer], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
+    )
+    batch = model.generate(**both, max_new_tokens=8)[:, both["input_ids"].shape[1]:]
     found[folder.name] = {
         "class": type(model).__module__,
         "ids": inputs["input_ids"][0].tolist(),
@@ -57,6 +65,7 @@ for folder in sorted(path for path in root.iterdir() if path.is_dir()):
         "logits": (logits - ours["logits"]).abs().max().item(),
         "scale": ours["logits"].abs().max().item(),
         "answer": processor.decode(new, skip_special_tokens=True).strip(),
+        "batch": [text.strip() for text in processor.batch_decode(batch, skip_special_tokens=True)],
         "problems": [str(key) for kind in ("missing_keys", "mismatched_keys") for key in info.get(kind, ())],
         "left_over": sorted(map(str, info.get("unexpected_keys", ()))),
     }
@@ -75,11 +84,19 @@ def read_back(tiny_parts: Callable, tmp_path_factory: pytest.TempPathFactory, pi
     root = tmp_path_factory.mktemp("checkpoints")
     picture.save(root / "image.png")
     said = {}
-    combinations = [(family, tower, 512, "chatml") for family in FAMILIES for tower in TOWER_NAMES]
-    combinations += [("phi", "siglip", None, "vicuna"), ("qwen2", "clip", None, "chatml"), ("gemma", "vit", 512, "vicuna")]
-    for family, tower, vocab_size, template in combinations:
+    made = {f"{family}-{tower}": tiny_parts(family, tower).recipe() for family in FAMILIES for tower in TOWER_NAMES}
+    made |= {f"llama-{tower}-larger": tiny_parts("llama", tower).recipe(image_size=5 * PATCH[tower]) for tower in TOWER_NAMES}
+    made |= {
+        f"llama-{tower}-{layer}-normed": tiny_parts("llama", tower).recipe(feature_layer=layer, post_layernorm=True)
+        for tower in TOWER_NAMES
+        for layer in (-1, -2)
+    }
+    made["phi-siglip-full"] = tiny_parts("phi", "siglip", None).recipe(chat_template="vicuna")
+    made["qwen2-clip-full"] = tiny_parts("qwen2", "clip", None).recipe()
+    made["gemma-vit-vicuna"] = tiny_parts("gemma", "vit").recipe(chat_template="vicuna")
+    for name, recipe in made.items():
         torch.manual_seed(0)
-        model, processor = build(tiny_parts(family, tower, vocab_size).recipe(chat_template=template))
+        model, processor = build(recipe)
         assistant = Assistant(model, processor)
         ids = torch.tensor([assistant.prompt_ids([Message("user", f"{IMAGE}\n{QUESTION}")])])
         loss = model(input_ids=ids, pixel_values=assistant.pixels(picture), labels=ids).loss
@@ -88,19 +105,20 @@ def read_back(tiny_parts: Callable, tmp_path_factory: pytest.TempPathFactory, pi
         torch.optim.SGD(model.parameters(), lr=0.1).step()
         with torch.no_grad():
             logits = model(input_ids=ids, pixel_values=assistant.pixels(picture)).logits
-        name = f"{family}-{tower}-{vocab_size}-{template}"
         save_checkpoint(model, processor, root / name)
         torch.save({"pixels": assistant.pixels(picture), "logits": logits}, root / f"{name}.pt")
+        batch = [answer.text for answer in assistant.answer_many([(picture, QUESTION), (picture, LONGER)], max_new_tokens=8)]
         answer = assistant.answer(picture, QUESTION, max_new_tokens=8).text
-        said[name] = {"loss": loss.item(), "gradients": gradients, "ids": ids[0].tolist(), "answer": answer, "folder": root / name}
-    done = subprocess.run([sys.executable, "-c", STOCK_READER, root, QUESTION], capture_output=True, text=True)
+        said[name] = {"loss": loss.item(), "gradients": gradients, "ids": ids[0].tolist(), "answer": answer, "batch": batch}
+        said[name] |= {"folder": root / name, "tokens": model.config.image_seq_length}
+    done = subprocess.run([sys.executable, "-c", STOCK_READER, root, QUESTION, LONGER], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     stock = json.loads(done.stdout.splitlines()[-1])
     return {name: {"ours": said[name], "stock": stock[name]} for name in said}
 
 
 def test_every_tower_and_language_model_train(read_back: dict, family: str, tower: str) -> None:
-    ours = read_back[f"{family}-{tower}-512-chatml"]["ours"]
+    ours = read_back[f"{family}-{tower}"]["ours"]
     assert np.isfinite(ours["loss"])
     without = {name for name, gradient in ours["gradients"].items() if gradient is None}
     # What the features never pass: the norm behind the layer that is read, the mask token.
@@ -121,14 +139,30 @@ def test_stock_transformers_reads_what_we_save(read_back: dict) -> None:
         assert stock["problems"] == [], name
         assert stock["left_over"] == (["lm_head.bias"] if name.startswith("phi") else []), name
         assert stock["logits"] < 1e-5 * max(1, stock["scale"]), (name, stock["logits"], stock["scale"])
+        assert ours["batch"][0] == ours["answer"], name
         if not name.startswith("phi"):
             assert stock["answer"] == ours["answer"], name
+            assert stock["batch"] == ours["batch"], name
     assert len({both["ours"]["answer"] for both in read_back.values()}) > 10, "answers that do not depend on the model test nothing"
+
+
+def test_the_tokens_of_an_image_follow_its_size(read_back: dict, tower: str) -> None:
+    """28 / 14 is 2 and 32 / 8 is 4 patches a side; the larger ones are of 5."""
+    own = 16 if tower == "vit" else 4
+    for name, tokens in ((f"llama-{tower}", own), (f"llama-{tower}-larger", 25)):
+        ours = read_back[name]["ours"]
+        image_token = load_processor(ours["folder"]).image_token_id
+        assert ours["tokens"] == ours["ids"].count(image_token) == tokens
+
+
+def test_the_feature_layer_and_its_norm_matter(read_back: dict, tower: str) -> None:
+    kinds = (f"llama-{tower}", f"llama-{tower}--1-normed", f"llama-{tower}--2-normed")
+    assert len({round(read_back[name]["ours"]["loss"], 4) for name in kinds}) == 3
 
 
 def test_the_keys_are_those_of_stock_llava(read_back: dict, family: str, tower: str, tmp_path: Path) -> None:
     """As `llava-hf` has them on the hub, which vLLM, SGLang and llama.cpp read by name."""
-    folder = read_back[f"{family}-{tower}-512-chatml"]["ours"]["folder"]
+    folder = read_back[f"{family}-{tower}"]["ours"]["folder"]
     config = LlavaConfig.from_pretrained(folder)
     transformers.LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
     wanted = set(load_file(tmp_path / "model.safetensors")) | ({"language_model.lm_head.bias"} if family == "phi" else set())
@@ -145,7 +179,7 @@ def test_a_checkpoint_of_the_stock_class_is_loaded(tmp_path: Path, tiny_model: C
 
 
 def test_the_checkpoint_says_what_it_is(read_back: dict) -> None:
-    folder = read_back["phi-siglip-512-chatml"]["ours"]["folder"]
+    folder = read_back["phi-siglip"]["ours"]["folder"]
     config = json.loads((folder / "config.json").read_text())
     assert config["model_type"] == "llava"
     assert config["architectures"] == ["LlavaForConditionalGeneration"]
@@ -156,7 +190,7 @@ def test_the_checkpoint_says_what_it_is(read_back: dict) -> None:
 
 
 def test_save_then_load_is_identity(read_back: dict, family: str, picture: Image.Image) -> None:
-    ours = read_back[f"{family}-dinov2-512-chatml"]["ours"]
+    ours = read_back[f"{family}-dinov2"]["ours"]
     model, processor = load_model(str(ours["folder"])), load_processor(ours["folder"])
     saved = torch.load(f"{ours['folder']}.pt", weights_only=True)
     assistant = Assistant(model, processor)
@@ -168,7 +202,7 @@ def test_save_then_load_is_identity(read_back: dict, family: str, picture: Image
 
 
 def test_load_refuses_a_checkpoint_that_lacks_a_weight(read_back: dict, tmp_path: Path) -> None:
-    source = read_back["llama-siglip-512-chatml"]["ours"]["folder"]
+    source = read_back["llama-siglip"]["ours"]["folder"]
     for path in source.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     weights = load_file(tmp_path / "model.safetensors")
@@ -219,99 +253,6 @@ def test_a_full_vocabulary_gets_new_rows(tiny_parts: Callable, family: str) -> N
         assert torch.allclose(model(input_ids=ids).logits[..., :size], bare(input_ids=ids).logits, atol=1e-6)
 
 
-def test_dead_layers_are_dropped_and_the_features_stay(tiny_parts: Callable, tower: str) -> None:
-    parts = tiny_parts("llama", tower)
-    whole = load_tower(parts.vision_tower)
-    size = whole.config.image_size
-    pixels = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
-    seen = []
-    for layer in (-2, -1, 1):
-        model, _ = build(parts.recipe(feature_layer=layer))
-        model.model.multi_modal_projector.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-        with torch.no_grad():
-            model.get_image_features(pixels)
-            wanted = whole(pixels, output_hidden_states=True).hidden_states[layer]
-        wanted = wanted[:, 1:] if tower != "siglip" else wanted
-        assert seen[-1].shape == wanted.shape
-        assert (seen[-1] - wanted).abs().max() < 1e-5, layer
-        assert model.config.vision_config.num_hidden_layers == {-2: 2, -1: 3, 1: 1}[layer]
-    assert not any("head" in name for name, _ in model.model.vision_tower.named_parameters())
-    assert (seen[0] - seen[1]).abs().max() > 1e-2, "layers that are all the same test nothing"
-
-
-@pytest.mark.parametrize("layer", [0, 4, -4, 99])
-def test_a_layer_that_is_not_there_is_refused(tiny_parts: Callable, layer: int) -> None:
-    with pytest.raises(ValueError, match=rf"feature_layer={layer} does not exist: this tower has 3 layers"):
-        build(tiny_parts().recipe(feature_layer=layer))
-
-
-def test_an_image_smaller_than_a_patch_is_refused(tiny_parts: Callable) -> None:
-    with pytest.raises(ValueError, match="image_size=13 is smaller than the tower's patch of 14 pixels"):
-        build(tiny_parts().recipe(image_size=13))
-
-
-def test_another_resolution(tiny_parts: Callable, tower: str, picture: Image.Image) -> None:
-    parts = tiny_parts("llama", tower)
-    whole = load_tower(parts.vision_tower)
-    patch = whole.config.patch_size
-    model, processor = build(parts.recipe(image_size=5 * patch))
-    assert num_image_tokens(model.config) == model.config.image_seq_length == 25
-    assistant = Assistant(model, processor)
-    assert assistant.prompt_ids([Message("user", f"{IMAGE}\nWhat?")]).count(processor.image_token_id) == 25
-    assert assistant.pixels(picture).shape == (1, 3, 5 * patch, 5 * patch)
-    assert assistant.answer(picture, "What?", max_new_tokens=2).num_tokens > 0
-    old, new = positions(whole), positions(model.model.vision_tower)
-    extra = 0 if tower == "siglip" else 1
-    assert len(new) == 25 + extra
-    assert torch.equal(new[:extra], old[:extra])
-    # Resizing keeps the mean of a smooth table, nearly, and its corners stay in their corners.
-    grid, before = new[extra:].reshape(5, 5, -1), old[extra:].reshape(whole.config.image_size // patch, -1, old.shape[-1])
-    for row in (0, -1):
-        for column in (0, -1):
-            nearest = (before.reshape(-1, before.shape[-1]) - grid[row, column]).norm(dim=-1).argmin()
-            assert nearest == (row % len(before)) * len(before) + column % len(before)
-
-
-def test_the_same_resolution_changes_no_weight(tiny_parts: Callable, tower: str) -> None:
-    whole = load_tower(tiny_parts("llama", tower).vision_tower)
-    same = fit_tower(whole, -1, whole.config.image_size).state_dict()
-    before = whole.state_dict()
-    assert same and all(torch.equal(value, before[name]) for name, value in same.items())
-
-
-def test_a_smooth_position_table_stays_smooth(tiny_parts: Callable) -> None:
-    """A ramp from left to right is a ramp at any size, and down the rows it stays constant."""
-    whole = load_tower(tiny_parts("llama", "vit").vision_tower)
-    with torch.no_grad():
-        ramp = torch.arange(4.0).repeat(4)[:, None].expand(16, whole.config.hidden_size)
-        whole.embeddings.position_embeddings[0, 1:] = ramp
-    table = positions(fit_tower(whole, -1, 8 * 8))[1:].reshape(8, 8, -1)
-    assert torch.allclose(table, table[:1].expand_as(table), atol=1e-5)
-    steps = table[0, 1:, 0] - table[0, :-1, 0]
-    assert (steps > 0).all()
-    assert torch.allclose(steps[2:-2], torch.full((3,), 0.5), atol=0.05)
-
-
-@pytest.mark.parametrize("kind", ["Siglip", "CLIP"])
-def test_a_tower_is_taken_out_of_a_model_of_images_and_text(tiny_parts: Callable, kind: str, tmp_path: Path) -> None:
-    """What the hub has under `google/siglip-so400m-patch14-384` and `openai/clip-vit-large-patch14-336`."""
-    parts = tiny_parts("llama", kind.lower())
-    alone = load_tower(parts.vision_tower)
-    text = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16, "vocab_size": 9}
-    config = getattr(transformers, f"{kind}Config")(text_config=text, vision_config=alone.config.to_dict())
-    both = getattr(transformers, f"{kind}Model")(config)
-    getattr(both.vision_model, "vision_model", both.vision_model).load_state_dict(alone.state_dict())
-    both.save_pretrained(tmp_path)
-    (tmp_path / "preprocessor_config.json").write_text((parts.vision_tower / "preprocessor_config.json").read_text())
-    model, processor = build(parts.recipe(vision_tower=str(tmp_path)))
-    wanted, _ = build(parts.recipe())
-    pixels = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
-    features = [one.model.vision_tower(pixels).last_hidden_state for one in (model, wanted)]
-    assert torch.equal(*features)
-    save_checkpoint(model, processor, tmp_path / "saved")
-    assert load_model(str(tmp_path / "saved")).config.vision_config.model_type == f"{kind.lower()}_vision_model"
-
-
 def test_the_projector_starts_from_the_seed_alone(tiny_parts: Callable) -> None:
     parts, starts = tiny_parts(), []
     for seed in (1, 1, 2, 1):
@@ -358,11 +299,6 @@ def test_a_hub_id_that_cannot_be_reached_gets_one_sentence(tiny_parts: Callable,
     assert "network" in str(caught.value)
 
 
-def test_a_language_model_is_no_tower(tiny_parts: Callable) -> None:
-    with pytest.raises(ValueError, match="is a 'llama': a tower is one of clip"):
-        build(tiny_parts().recipe(vision_tower=str(tiny_parts().language_model)))
-
-
 def test_a_template_that_marks_nothing_is_refused(tiny_parts: Callable, tmp_path: Path) -> None:
     template = tmp_path / "mine.jinja"
     template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}A:{% endif %}")
@@ -374,14 +310,3 @@ def test_the_biased_head_is_in_the_file(read_back: dict) -> None:
     for name, both in read_back.items():
         with safe_open(both["ours"]["folder"] / "model.safetensors", "pt") as file:
             assert ("language_model.lm_head.bias" in file.keys()) == name.startswith("phi")  # noqa: SIM118
-
-
-def load_tower(folder: Path) -> torch.nn.Module:
-    return TOWERS[AutoModel.from_pretrained(folder).config.model_type].from_pretrained(folder).eval()
-
-
-def positions(tower: torch.nn.Module) -> torch.Tensor:
-    """The position table, `(positions, width)`."""
-    tables = [weight for name, weight in tower.named_parameters() if "position_embedding" in name]
-    assert len(tables) == 1
-    return tables[0].detach().reshape(-1, tables[0].shape[-1])

@@ -8,10 +8,12 @@ from itertools import product
 import pytest
 import torch
 
-from mipha.models.tuning import apply_tuning, part_parameters, unread_parameters
+from mipha.models.adapters import adapter_layers
+from mipha.models.tuning import apply_tuning, check_tuning, part_layers, part_parameters, unread_parameters
 from mipha.recipe import PARTS, TuningRecipe
 
 COMBINATIONS = [dict(zip(PARTS, chosen, strict=True)) for chosen in product(("frozen", "full"), repeat=3) if "full" in chosen]
+FROZEN = dict.fromkeys(PARTS, "frozen")
 
 
 def full_step(model: torch.nn.Module, image_token: int, images: int = 1) -> None:
@@ -49,6 +51,55 @@ def test_frozen_stays_and_tuned_moves(tiny_model: Callable, family: str, wanted:
 def no_true_gradient(name: str) -> bool:
     """A key's bias adds the same to every score of a query: softmax does not see it."""
     return name.endswith(("k_proj.bias", "key.bias"))
+
+
+@pytest.mark.parametrize("part", ["vision_tower", "language_model"])
+def test_the_last_layers_train_and_nothing_else(tiny_model: Callable, family: str, part: str) -> None:
+    """Not the layers before them, nor what is outside of the stack: embeddings, norms, head."""
+    model, processor = tiny_model(family, {"phi": "siglip", "qwen2": "clip", "gpt_neox": "dinov2", "stablelm": "vit"}.get(family, "clip"))
+    reports = {report.part: report for report in apply_tuning(model, TuningRecipe(**FROZEN | {part: "last-1"}))}
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    last = {id(parameter) for parameter in part_layers(model, part)[-1].parameters()}
+    assert reports[part].trained == sum(parameter.numel() for parameter in part_layers(model, part)[-1].parameters())
+    assert [report.trained for report in reports.values() if report.part != part] == [0, 0]
+    full_step(model, processor.image_token_id)
+    for name, parameter in model.named_parameters():
+        moves = id(parameter) in last
+        assert parameter.requires_grad == moves
+        if not (moves and no_true_gradient(name)):
+            assert torch.equal(parameter, before[name]) != moves, name
+
+
+def test_adapters_train_and_what_they_stand_beside_does_not(tiny_model: Callable, family: str) -> None:
+    model, processor = tiny_model(family, "dinov2")
+    lora = {"rank": 4, "alpha": 8, "dropout": 0.0}
+    apply_tuning(model, TuningRecipe(vision_tower="lora", projector="full", language_model="lora", lora=lora))
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    projector = {id(parameter) for parameter in model.model.multi_modal_projector.parameters()}
+    second = {id(layer.lora_B["default"].weight) for layer in adapter_layers(model).values()}
+    for _ in range(2):  # the first factor has a gradient once the second is no longer zero
+        full_step(model, processor.image_token_id)
+    moved = {id(parameter) for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
+    assert projector | second <= moved <= {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    assert len(moved) == len(projector) + 2 * len(second)
+
+
+@pytest.mark.parametrize("part", ["vision_tower", "language_model"])
+def test_more_layers_than_there_are_is_refused(tiny_model: Callable, part: str) -> None:
+    model, _ = tiny_model()
+    check_tuning(model, TuningRecipe(**FROZEN | {part: "last-2"}))
+    with pytest.raises(ValueError, match=rf"{part}: last-3 asks for more than its 2 layers: take last-2 at most, or full"):
+        check_tuning(model, TuningRecipe(**FROZEN | {part: "last-3"}))
+
+
+@pytest.mark.parametrize("where", ["tower", "first layer", "embeddings"])
+def test_a_tower_whose_gradient_is_cut_is_not_taken_for_unread(tiny_model: Callable, tower: str, where: str) -> None:
+    model, _ = tiny_model("llama", tower)
+    vision = model.model.vision_tower
+    cut = {"tower": vision, "first layer": part_layers(model, "vision_tower")[0], "embeddings": vision.embeddings}[where]
+    cut.forward = torch.no_grad()(cut.forward)
+    with pytest.raises(ValueError, match=r"vision_tower: no gradient reaches \d+ of its tensors, but its features depend on them"):
+        apply_tuning(model, TuningRecipe(**FROZEN | {"vision_tower": "full"}))
 
 
 def test_everything_is_counted_once(tiny_model: Callable, family: str) -> None:
@@ -92,9 +143,10 @@ def test_unread_parameters_are_those_the_features_do_not_depend_on(tiny_model: C
 def test_measuring_leaves_the_model_as_it_was(tiny_model: Callable) -> None:
     model, _ = tiny_model()
     apply_tuning(model, TuningRecipe(vision_tower="frozen", projector="full", language_model="frozen"))
-    before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    before = {name: (parameter.requires_grad, parameter.detach().clone()) for name, parameter in model.named_parameters()}
     unread_parameters(model)
-    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == before
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == before[name][0] and torch.equal(parameter, before[name][1]), name
     assert all(parameter.grad is None for parameter in model.parameters())
 
 

@@ -17,7 +17,7 @@ from mipha.run import Run
 from mipha.training import checkpoint
 from mipha.training.checkpoint import KEEP, list_states, load_state, save_state
 from mipha.training.pipeline import train
-from mipha.training.shard import World
+from mipha.world import World
 
 HERE = World(0, 1, torch.device("cpu"))
 

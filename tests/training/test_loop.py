@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from mipha.models.tuning import apply_tuning
 from mipha.recipe import STAGES, Recipe
@@ -21,7 +22,7 @@ from mipha.training.batches import StepDataset
 from mipha.training.checkpoint import list_states
 from mipha.training.loop import train_stage
 from mipha.training.pipeline import train
-from mipha.training.shard import World
+from mipha.world import World
 
 LONG = ("stages.finetune.max_steps=12", "stages.finetune.epochs=3", "stages.pretrain.max_steps=3")
 HERE = World(0, 1, torch.device("cpu"))
@@ -80,6 +81,27 @@ def test_killed_anywhere_it_ends_in_the_same_weights(
     assert_same(train(recipe, run.folder), uninterrupted, weights, metrics)
     assert not any(run.folder.rglob("*.partial"))
     assert not any(run.states(stage).exists() for stage in STAGES)
+
+
+def test_a_killed_run_with_adapters_ends_in_the_same_weights(
+    tiny_run_recipe: Callable, launch: Callable, tmp_path: Path, weights: Callable, metrics: Callable
+) -> None:
+    lora = ("language_model=lora", "vision_tower=last-1", "lora.rank=4")
+    recipe = tiny_run_recipe("stages.pretrain.tuning.language_model=lora", *(f"stages.finetune.tuning.{change}" for change in lora))
+    run, whole, killed = Run(tmp_path / "run"), train(recipe, tmp_path / "whole"), 0
+    for stage, line in (("pretrain", 1), ("finetune", 1), ("finetune", 4)):
+        process = launch(recipe, run.folder)
+        wait_for_lines(run.metrics(stage), line, process)
+        process.kill()
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
+    assert killed == 3, "a kill came after the end"
+    assert_same(train(recipe, run.folder), whole, weights, metrics)
+    for stage in STAGES:
+        mine, theirs = (load_file(done.stage(stage) / "adapter" / "adapter_model.safetensors") for done in (run, whole))
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine), stage
+        assert (run.stage(stage) / "tuning.json").read_text() == (whole.stage(stage) / "tuning.json").read_text()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -193,6 +215,17 @@ def test_a_frozen_part_has_no_dropout(tiny_model: Callable, tiny_run_recipe: Cal
         train_stage(model, StepDataset(mixture, processor, recipe, seed=0), recipe, tmp_path / stage, HERE, title="", autocast=None, seed=0)
         dropouts = [module for module in model.model.language_model.modules() if isinstance(module, torch.nn.Dropout) and module.p]
         assert dropouts and all(module.training == drops for module in dropouts)
+
+
+def test_frozen_layers_of_a_tuned_part_have_no_dropout(
+    tiny_model: Callable, tiny_run_recipe: Callable, mixture: object, tmp_path: Path
+) -> None:
+    model, processor = tiny_model("phi")
+    recipe = tiny_run_recipe("stages.finetune.max_steps=1", "stages.finetune.tuning.language_model=last-1").stages.finetune
+    apply_tuning(model, recipe.tuning)
+    train_stage(model, StepDataset(mixture, processor, recipe, seed=0), recipe, tmp_path, HERE, title="", autocast=None, seed=0)
+    drops = [layer.resid_dropout.training for layer in model.model.language_model.layers]
+    assert drops == [False, True]
 
 
 @pytest.fixture(scope="module")

@@ -97,6 +97,7 @@ def recipes(tiny_run_recipe: Callable, text_only: Path) -> dict[str, Recipe]:
         # One row in all, without an image: the second process has nothing of its own to do.
         "text only": (f"data.finetune={text_only}", finetune + "batch_size=2", finetune + "micro_batch_rows=2"),
         "frozen": (finetune + "tuning.language_model=frozen", finetune + "part_learning_rates={vision_tower: 0.001}"),
+        "lora": tuple(finetune + f"tuning.{change}" for change in ("vision_tower=last-1", "language_model=lora", "lora.dropout=0")),
         "reshard 2 to 1": (finetune + "max_steps=8",),
         "reshard 1 to 2": (finetune + "max_steps=8", finetune + "checkpoint_every=3"),
     }
@@ -137,7 +138,7 @@ def start_with_one(recipe: Recipe, folder: Path) -> None:
         train(recipe, folder)
 
 
-@pytest.mark.parametrize("case", ["packed", "skewed", "shared", "text only", "frozen", "reshard 1 to 2"])
+@pytest.mark.parametrize("case", ["packed", "skewed", "shared", "text only", "frozen", "lora", "reshard 1 to 2"])
 def test_two_processes_train_what_one_trains(
     case: str, recipes: dict[str, Recipe], by_two: Path, tmp_path: Path, weights: Callable, metrics: Callable
 ) -> None:
@@ -168,8 +169,17 @@ def assert_equal(one: Run, two: Run, weights: Callable, metrics: Callable) -> No
             assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)
             assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
             assert all(row[key] == other[key] for key in ("samples", "images", "tokens", "supervised_tokens"))
+        for part, mine in tuning(one, stage).items():
+            theirs = tuning(two, stage)[part]
+            assert mine["change"].pop("relative") == pytest.approx(theirs["change"].pop("relative"), rel=1e-2), part
+            assert mine["change"].pop("largest") == pytest.approx(theirs["change"].pop("largest"), rel=1e-2), part
+            assert mine == theirs
     before, after = weights(one.checkpoint("pretrain")), weights(one.checkpoint("finetune"))
     assert max((before[name] - after[name]).abs().max() for name in before) > 1e-2, "weights that hardly move test nothing"
+
+
+def tuning(run: Run, stage: str) -> dict[str, Any]:
+    return json.loads((run.stage(stage) / "tuning.json").read_text())["parts"]
 
 
 def test_the_units_of_sharding_are_the_layers(tiny_parts: Callable, family: str, tower: str) -> None:

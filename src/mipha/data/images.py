@@ -1,21 +1,35 @@
 """Image files to upright RGB pictures, by one stated rule.
 
-Padding and resizing are the processor's; here an image keeps its size. Colour profiles are not applied.
+Padding and resizing are the processor's; here an image keeps its size, unless a side is longer than `MAX_SIDE`. Colour profiles are
+not applied.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
+import os
 from pathlib import Path
+from typing import BinaryIO, NamedTuple, Protocol, runtime_checkable
 
 from PIL import Image
 
 MAX_PIXELS = 80_000_000
 """About 240 MB as RGB; below the size at which Pillow itself begins to warn."""
 
+MAX_SIDE = 8_944
+"""Pixels; padded to a square, a picture with this side has `MAX_PIXELS`. A strip of 80,000,000 x 1 would ask for petabytes."""
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
 """What is read. Left out on purpose: EPS, which hands the file to another program."""
 
+SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"}
+    | {".jp2", ".j2k", ".avif", ".ico", ".heic", ".heif"}
+)
+"""Names that say a file is a picture; those of a phone (.heic) are counted in, so that they are refused and not overlooked."""
+
+_KEY_BYTES = 4096
 _WHITE = (255, 255, 255)
 _GREY = (127, 127, 127)
 _ORIENTATION_TAG = 0x0112
@@ -31,34 +45,89 @@ _UPRIGHT = {
 }
 
 
-def open_image(source: Path | bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Read one image completely: upright (EXIF), first frame, RGB.
+@runtime_checkable
+class StoredImage(Protocol):
+    """An image inside a larger file, read when it is asked for: hashable, small, and named by `str`."""
 
-    Transparency is laid on white; 16-bit grey is scaled to 8; palette, CMYK and grey are converted.
+    def read(self) -> bytes:
+        """The bytes of the image file."""
+        ...
+
+
+ImageSource = Path | bytes | StoredImage
+"""What a picture is read from: a file, the bytes of one, or a place in a larger file."""
+
+
+class FileSlice(NamedTuple):
+    """An image that lies in one piece inside a larger file, such as a tar.
 
     Args:
-        source: A file, or the bytes of one.
+        offset: Where it begins, in bytes.
+        size: How long it is, in bytes.
+        name: What messages call it.
+    """
+
+    file: Path
+    offset: int
+    size: int
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.file}, {self.name}"
+
+    def read(self) -> bytes:
+        """The bytes of the image file."""
+        with self.file.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+
+def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Read one image completely: upright (EXIF), first frame, RGB.
+
+    Transparency is laid on white; 16-bit grey is scaled to 8; palette, CMYK and grey are converted. Where a side is longer than
+    `MAX_SIDE` pixels, squares of equal size are averaged to one pixel each, just large enough for it to fit.
+
+    Args:
+        source: A file, the bytes of one, or a place in a larger file.
         max_pixels: The largest width x height that is decoded, in pixels: a small file can ask for gigabytes.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: It is not an image in one of `FORMATS`, is damaged, or is larger than `max_pixels`; the message names the file.
     """
-    name = f"image of {len(source)} bytes" if isinstance(source, bytes) else str(source)
+    name = _name(source)
     if isinstance(source, Path) and not source.is_file():
         raise FileNotFoundError(f"no image file {source}: check the data set's root")
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source, formats=FORMATS) as image:
-            if image.width * image.height > max_pixels:
-                raise ValueError(f"{image.width} x {image.height} is more than {max_pixels} pixels; make it smaller")
+        with Image.open(source if isinstance(source, Path) else io.BytesIO(_bytes(source)), formats=FORMATS) as image:
+            _check_size(image, max_pixels)
             image.load()  # all of it: a file cut short must fail here, not be grey at the bottom
-            return _to_rgb(_upright(image))
+            _check_size(image, max_pixels)  # an icon's directory and the picture in it may disagree
+            return _bounded(_to_rgb(_upright(image)))
     except Image.UnidentifiedImageError as error:
         raise ValueError(f"{name} is not an image in a known format: use one of {', '.join(FORMATS)}") from error
-    except MemoryError:
-        raise
+    except MemoryError as error:
+        raise ValueError(f"{name} asks for more memory than there is: make it smaller, or remove it") from error
     except Exception as error:  # decoders answer damage with nearly every kind of exception
         raise ValueError(f"{name} cannot be read as an image: {error or type(error).__name__}") from error
+
+
+def image_key(source: ImageSource) -> bytes:
+    """Sixteen bytes that are the same for the same image file, whatever its name.
+
+    Made of its length and its first and last 4,096 bytes, so that a million files are told apart without reading them. Different
+    files may in theory share a key; what is kept together by key is then merely kept together.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+    """
+    if isinstance(source, Path):
+        if not source.is_file():
+            raise FileNotFoundError(f"no image file {source}: check the data set's root")
+        with source.open("rb") as file:
+            return _key(file)
+    return _key(io.BytesIO(_bytes(source)))
 
 
 def grey_image() -> bytes:
@@ -66,6 +135,32 @@ def grey_image() -> bytes:
     buffer = io.BytesIO()
     Image.new("RGB", (64, 64), _GREY).save(buffer, format="PNG")
     return buffer.getvalue()
+
+
+def _name(source: ImageSource) -> str:
+    return f"image of {len(source)} bytes" if isinstance(source, bytes) else str(source)
+
+
+def _bytes(source: bytes | StoredImage) -> bytes:
+    return source if isinstance(source, bytes) else source.read()
+
+
+def _key(file: BinaryIO) -> bytes:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    head = file.read(_KEY_BYTES)
+    file.seek(max(0, size - _KEY_BYTES))
+    return hashlib.blake2b(size.to_bytes(8, "big") + head + file.read(_KEY_BYTES), digest_size=16).digest()
+
+
+def _check_size(image: Image.Image, max_pixels: int) -> None:
+    if image.width * image.height > max_pixels:
+        raise ValueError(f"{image.width} x {image.height} is more than {max_pixels} pixels; make it smaller")
+
+
+def _bounded(image: Image.Image) -> Image.Image:
+    factor = -(-max(image.size) // MAX_SIDE)
+    return image.reduce(factor) if factor > 1 else image
 
 
 def _upright(image: Image.Image) -> Image.Image:

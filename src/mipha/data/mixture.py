@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import inspect
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
+from mipha.data.held_out import Side, side_of
 from mipha.data.images import grey_image
 from mipha.data.sample import Sample
 from mipha.lookup import did_you_mean, files_in
@@ -29,36 +36,94 @@ def load_dataset_module(name: str) -> ModuleType:
         ValueError: There is none of this name.
     """
     if name not in list_datasets():
-        raise ValueError(f"no data set {name!r}: {did_you_mean(name, list_datasets())}")
+        hint = f"; for the data in that place write ./{name}" if Path(name).exists() else ""
+        raise ValueError(f"no data set {name!r}: {did_you_mean(name, list_datasets())}{hint}")
     return importlib.import_module(f"mipha.data.datasets.{name}")
+
+
+def load_records(recipe: DataRecipe) -> tuple[ModuleType, Sequence[Any]]:
+    """A data set's module and the records of its split; `limit` is not applied.
+
+    Raises:
+        ValueError, FileNotFoundError: The data set is unknown, missing or malformed, or has no use for `image_root`.
+    """
+    module = load_dataset_module(recipe.dataset)
+    if not recipe.image_root:
+        return module, module.load(recipe.root, recipe.split)
+    if "image_root" not in inspect.signature(module.load).parameters:
+        raise ValueError(f"image_root has no effect with the data set {recipe.dataset}: remove it")
+    return module, module.load(recipe.root, recipe.split, recipe.image_root)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One data set of a mixture.
+
+    Args:
+        name: Names it in metrics; different from the others'.
+        rows: Which of the records are used.
+    """
+
+    name: str
+    recipe: DataRecipe
+    module: ModuleType
+    records: Sequence[Any]
+    rows: Sequence[int] | np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def sample(self, index: int) -> Sample:
+        """One sample, with its own images."""
+        return self.module.to_sample(self.records[int(self.rows[index])], self.recipe.root)
+
+    @property
+    def num_per_epoch(self) -> int:
+        """Samples of it that one epoch shows; some may be shown twice."""
+        return min(max(round(self.recipe.weight * len(self)), 1), self.recipe.cap or 2**62)
 
 
 class Mixture(Sequence[Sample]):
     """Data sets one after another; a sample is made when it is asked for.
 
+    As a sequence it holds each sample once; how often an epoch shows it is `epoch_order`'s. Memory does not grow with what samples
+    hold: beside the data sets' own indices, at most 16 bytes a sample.
+
     Args:
         data: The recipe's data sets of one stage.
+        held_out: Share of the images that is kept out of training, for validation.
+        side: Which of the two this is; `side_of` has the rule.
 
     Raises:
         ValueError, FileNotFoundError: A data set is unknown, missing, malformed or empty.
     """
 
-    def __init__(self, data: Sequence[DataRecipe]) -> None:
+    def __init__(self, data: Sequence[DataRecipe], held_out: float = 0.0, side: Side = "train") -> None:
+        assert 0 <= held_out < 1 and (held_out or side == "train"), (held_out, side)
         self.notes: list[str] = []
-        self._sources = [self._load(recipe) for recipe in data]
-        self._starts = np.cumsum([0, *(len(records) for _, records, _ in self._sources)])
+        self.sources = tuple(self._load(recipe, name, held_out, side) for recipe, name in zip(data, _names(data), strict=True))
+        self._starts = np.cumsum([0, *(len(source) for source in self.sources)])
         self._grey = grey_image()
+        if not len(self):
+            raise ValueError(f"held_out={held_out} leaves no sample for {side}: choose another share, or give more images")
 
-    def _load(self, recipe: DataRecipe) -> tuple[ModuleType, Sequence, DataRecipe]:
-        module = load_dataset_module(_detect(recipe))
-        records = module.load(recipe.root, recipe.split)
+    def _load(self, recipe: DataRecipe, name: str, held_out: float, side: Side) -> Source:
+        module, records = load_records(recipe)
+        if hasattr(module, "detect"):
+            self.notes.append(module.detect(recipe.root)[1])
         if hasattr(module, "left_out") and (note := module.left_out(recipe.split, recipe.root)):
             self.notes.append(note)
-        if recipe.limit:
-            records = records[: recipe.limit]
         if not len(records):
             raise ValueError(f"data set {recipe.dataset} ({recipe.root or 'packaged'}, split {recipe.split}) has no samples")
-        return module, records, recipe
+        source = Source(name, recipe, module, records, range(min(len(records), recipe.limit or len(records))))
+        return self._one_side(source, held_out, side) if held_out else source
+
+    def _one_side(self, source: Source, held_out: float, side: Side) -> Source:
+        sides = [side_of(source.sample(index), held_out) for index in range(len(source))]
+        if torn := sides.count(None):
+            self.notes.append(f"{source.name}: {torn} of {len(source)} samples are used on neither side, for they show images of both")
+        rows = np.asarray([row for row, own in zip(source.rows, sides, strict=True) if own == side], dtype=np.int64)
+        return Source(source.name, source.recipe, source.module, source.records, rows)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -67,12 +132,43 @@ class Mixture(Sequence[Sample]):
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index %= len(self)
-        source = int(np.searchsorted(self._starts, index, side="right")) - 1
-        module, records, recipe = self._sources[source]
-        sample = module.to_sample(records[index - int(self._starts[source])], recipe.root)
-        if recipe.blind:
+        number = self._source_of(index)
+        source = self.sources[number]
+        sample = source.sample(index - int(self._starts[number]))
+        if source.recipe.blind:
             return Sample(sample.id, sample.messages, (self._grey,) * len(sample.images))
         return sample
+
+    @property
+    def num_per_epoch(self) -> int:
+        """Samples that one epoch shows, by the weights and caps of the recipe."""
+        return sum(source.num_per_epoch for source in self.sources if len(source))
+
+    def count_sources(self, indices: Sequence[int] | np.ndarray) -> dict[str, int]:
+        """How many of these samples are of which data set, for metrics."""
+        numbers = np.searchsorted(self._starts, np.asarray(indices), side="right") - 1
+        counts = np.bincount(numbers, minlength=len(self.sources))
+        return {source.name: int(count) for source, count in zip(self.sources, counts, strict=True)}
+
+    @cached_property
+    def image_keys(self) -> np.ndarray:
+        """`(samples,)` uint64: the same for samples that show the same images in the same order, 0 for text alone. Made once."""
+        return np.fromiter((_images_key(sample) for sample in self), dtype=np.uint64, count=len(self))
+
+    def epoch_samples(self, seed: int, epoch: int) -> np.ndarray:
+        """`(num_per_epoch,)` indices of what one epoch shows, data set after data set: a pure function of seed and epoch.
+
+        A data set whose weight is not a whole number, or that is capped, is dealt out like a pack of cards that is shuffled anew
+        whenever it is used up: none is shown again before all others were.
+        """
+        shown = []
+        for number, source in enumerate(self.sources):
+            if len(source):
+                shown.append(int(self._starts[number]) + _dealt(len(source), source.num_per_epoch, seed, epoch, number))
+        return np.concatenate(shown)
+
+    def _source_of(self, index: int) -> int:
+        return int(np.searchsorted(self._starts, index, side="right")) - 1
 
 
 def check_samples(mixture: Mixture) -> None:
@@ -82,12 +178,22 @@ def check_samples(mixture: Mixture) -> None:
         ValueError: A record is malformed; the message names file and row.
         FileNotFoundError: Image files are missing: how many, and the first of them.
     """
-    first_with = {image: sample.id for sample in mixture for image in sample.images if isinstance(image, Path)}
-    missing = [image for image in first_with if not image.is_file()]
+    keys = np.zeros(len(mixture), dtype=np.uint64)
+    missing: dict[Path, str] = {}
+    seen: set[int] = set()
+    for index, sample in enumerate(mixture):
+        keys[index] = _images_key(sample)
+        for image in sample.images:
+            if isinstance(image, Path) and (key := hash(image)) not in seen:
+                seen.add(key)
+                if not image.is_file():
+                    missing[image] = sample.id
+    mixture.image_keys = keys  # what grouping by image would otherwise read everything for again
     if missing:
+        image, sample_id = next(iter(missing.items()))
         raise FileNotFoundError(
-            f"{len(missing)} of {len(first_with)} image files are missing, for example {missing[0]} of sample {first_with[missing[0]]}: "
-            "check the data's root, or remove those samples"
+            f"{len(missing)} of {len(seen)} image files are missing, for example {image} of sample {sample_id}: "
+            "check the data's root and image_root, or remove those samples"
         )
 
 
@@ -99,30 +205,46 @@ def epoch_order(mixture: Mixture, seed: int, epoch: int, samples_per_image: int 
             choice every epoch) and shuffles those bundles: shared-image batching then finds them in one step.
 
     Returns:
-        `(samples,)` indices.
+        `(mixture.num_per_epoch,)` indices.
     """
     random = np.random.Generator(np.random.Philox(key=[seed, epoch]))
-    shuffled = random.permutation(len(mixture))
+    shown = mixture.epoch_samples(seed, epoch)
+    shuffled = shown[random.permutation(len(shown))]
     if samples_per_image is None:
         return shuffled
-    by_image: dict[object, list[int]] = {}
-    for index in shuffled:
-        by_image.setdefault(mixture[int(index)].images or int(index), []).append(int(index))
+    by_image: dict[int, list[int]] = {}
+    keys = mixture.image_keys
+    for index in shuffled.tolist():
+        by_image.setdefault(int(keys[index]) or -1 - index, []).append(index)
     bundles = [
         members[start : start + samples_per_image] for members in by_image.values() for start in range(0, len(members), samples_per_image)
     ]
     random.shuffle(bundles)
-    return np.concatenate([np.asarray(bundle) for bundle in bundles])
+    return np.fromiter(chain.from_iterable(bundles), dtype=np.int64, count=len(shuffled))
 
 
-def _detect(recipe: DataRecipe) -> str:
-    """The data set module for a bare path: a .jsonl holds messages, a .json LLaVA conversations."""
-    if recipe.dataset != "auto":
-        return recipe.dataset
-    kinds = {".jsonl": "messages", ".json": "llava_instruct"}
-    suffix = recipe.root.suffix if recipe.root else ""
-    if suffix not in kinds:
-        raise ValueError(
-            f"data {recipe.root}: cannot tell the format from the name; give a .jsonl of messages or a LLaVA .json, or set `dataset`"
-        )
-    return kinds[suffix]
+def _dealt(size: int, wanted: int, seed: int, epoch: int, source: int) -> np.ndarray:
+    """`(wanted,)` numbers below `size`: the epoch's part of endlessly many shuffled packs, laid one behind another."""
+    if wanted % size == 0:
+        return np.tile(np.arange(size), wanted // size)
+    first = epoch * wanted
+    packs = range(first // size, -(-(first + wanted) // size))
+    # The counter's last word keeps these draws apart from those that shuffle the whole.
+    streams = (np.random.Philox(key=[seed, pack], counter=[0, 0, 0, source + 1]) for pack in packs)
+    laid = np.concatenate([np.random.Generator(stream).permutation(size) for stream in streams])
+    return laid[first - packs[0] * size :][:wanted]
+
+
+def _names(data: Sequence[DataRecipe]) -> list[str]:
+    """A name for each data set, with a number behind it where it would not be the only one."""
+    names = [recipe.root.name if recipe.root else recipe.dataset for recipe in data]
+    return [name if names.count(name) == 1 else f"{name} ({names[: place + 1].count(name)})" for place, name in enumerate(names)]
+
+
+def _images_key(sample: Sample) -> int:
+    if not sample.images:
+        return 0
+    digest = hashlib.blake2b(digest_size=8)
+    for image in sample.images:
+        digest.update((image if isinstance(image, bytes) else str(image).encode("utf-8", "surrogateescape")) + b"\0")
+    return int.from_bytes(digest.digest(), "big")

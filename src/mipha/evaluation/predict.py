@@ -1,8 +1,10 @@
 """Questions -> predictions.jsonl: asks once, never twice, and never takes an error for an answer.
 
 predictions.meta.json   which checkpoint was asked, with which prompts; others are refused
-predictions.jsonl       {"question_id", "text", "num_tokens", "finished"}, appended as answers arrive
+predictions.jsonl       {"question_id", "text", "num_tokens", "finished"}, appended as answers arrive; in official order at the end
 errors.jsonl            {"question_id", "error"} of the last call's failures; a failed question is asked again by the next
+
+Several processes (torchrun) share the images; the first writes the files above, each other one `*.rank<n>.jsonl` until `merge`.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ def predict(
     limit: int | None = None,
     progress: bool = True,
     checkpoint_sha256: str = "",
-) -> dict[str, str]:
+    rank: int = 0,
+    num_ranks: int = 1,
+) -> None:
     """Answer the questions that have no prediction in the folder yet.
 
     Args:
@@ -51,9 +55,8 @@ def predict(
         limit: Ask the first N only.
         progress: Show a bar with questions/s and the time left.
         checkpoint_sha256: `fingerprint` of the model that the assistant runs.
-
-    Returns:
-        Question id to text, for those of the (limited) questions that were answered now or earlier.
+        rank: This process; it asks about every `num_ranks`-th image.
+        num_ranks: Processes that ask. When all are done, one of them calls `merge`.
 
     Raises:
         ValueError: The folder's predictions are by another checkpoint or with other prompts; ids repeat; or everything fails.
@@ -70,17 +73,43 @@ def predict(
         },
     )
     predictions = read_predictions(folder)
-    asked = questions[:limit]
+    asked = _share(questions[:limit], rank, num_ranks)
     open_questions = [question for question in asked if question.id not in predictions]
-    (folder / "errors.jsonl").unlink(missing_ok=True)
-    with _bar(benchmark_name, len(asked), len(asked) - len(open_questions), progress) as advance:
-        _ask(assistant, open_questions, folder, predictions, batch_size, max_new_tokens, advance)
-    return {question.id: predictions[question.id] for question in asked if question.id in predictions}
+    answers_file, errors_file = (_file(folder, name, rank) for name in ("predictions", "errors"))
+    errors_file.unlink(missing_ok=True)
+    with _bar(benchmark_name, len(asked), len(asked) - len(open_questions), progress and not rank) as advance:
+        _ask(assistant, open_questions, answers_file, errors_file, set(predictions), batch_size, max_new_tokens, advance)
+
+
+def merge(folder: Path, questions: Sequence[Question]) -> dict[str, str]:
+    """Bring the files of all processes together, in the order of the questions.
+
+    Returns:
+        Question id to text of every prediction in the folder.
+    """
+    place = {question.id: number for number, question in enumerate(questions)}
+    answered = read_predictions(folder)
+    for name in ("predictions", "errors"):
+        files = sorted(folder.glob(f"{name}*.jsonl"))
+        # A process of an earlier call may have left an error that another has mended since.
+        rows = {
+            row["question_id"]: row
+            for file in files
+            for row in read_lines(file)
+            if name == "predictions" or row["question_id"] not in answered
+        }
+        if rows:
+            ordered = sorted(rows.values(), key=lambda row: place[row["question_id"]])
+            write_whole(folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ordered))
+        for file in files:
+            if file.name != f"{name}.jsonl":
+                file.unlink()
+    return answered
 
 
 def read_predictions(folder: Path) -> dict[str, str]:
-    """Question id to text of every prediction in the folder."""
-    return {row["question_id"]: row["text"] for row in read_lines(folder / "predictions.jsonl")}
+    """Question id to text of every prediction in the folder, whichever process made it."""
+    return {row["question_id"]: row["text"] for file in sorted(folder.glob("predictions*.jsonl")) for row in read_lines(file)}
 
 
 def prompts_hash(questions: Sequence[Question]) -> str:
@@ -132,11 +161,24 @@ def _claim(folder: Path, header: dict[str, Any]) -> None:
         raise ValueError(f"the predictions in {folder} were made with {what}: delete that folder to ask again, or write to another one")
 
 
+def _file(folder: Path, name: str, rank: int) -> Path:
+    """Where one process writes."""
+    return folder / (f"{name}.rank{rank}.jsonl" if rank else f"{name}.jsonl")
+
+
+def _share(questions: Sequence[Question], rank: int, num_ranks: int) -> list[Question]:
+    """The questions about every `num_ranks`-th image: those of one image stay together, so that it is encoded once."""
+    numbers: dict[Any, int] = {}
+    keys = [question.id if question.image is None else question.image for question in questions]
+    return [question for question, key in zip(questions, keys, strict=True) if numbers.setdefault(key, len(numbers)) % num_ranks == rank]
+
+
 def _ask(
     assistant: Asker,
     questions: list[Question],
-    folder: Path,
-    predictions: dict[str, str],
+    answers_file: Path,
+    errors_file: Path,
+    answered: set[str],
     batch_size: int,
     max_new_tokens: int,
     advance: Callable[[int], None],
@@ -150,24 +192,24 @@ def _ask(
         def on_answers(indices: Sequence[int], answers: Sequence[Any], part: list[Question] = part) -> None:
             for index, answer in zip(indices, answers, strict=True):
                 row = {"question_id": part[index].id, "text": answer.text, "num_tokens": answer.num_tokens, "finished": answer.finished}
-                append_line(folder / "predictions.jsonl", row)
-                predictions[part[index].id] = answer.text
+                append_line(answers_file, row)
+                answered.add(part[index].id)
             advance(len(indices))
 
         try:
             pairs = [(question.image, question.text) for question in part]
             assistant.answer_many(pairs, max_new_tokens=max_new_tokens, batch_size=batch_size, on_answers=on_answers)
-        except (ValueError, OSError) as error:
-            # A broken picture says ValueError, FileNotFoundError, or (Pillow) an OSError without a number; a full disk has one.
+        except Exception as error:  # of any kind: a broken picture, full memory, a crash; it is written down, never answered for
+            # Pillow's OSError for a broken picture has no number; that of a full disk has one.
             if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) and error.errno is not None:
                 raise
-            left = [question for question in part if question.id not in predictions]
+            left = [question for question in part if question.id not in answered]
             if len(left) < len(part):
                 failed_since_answer.clear()
             if len(left) > 1:
                 todo += [left[len(left) // 2 :], left[: len(left) // 2]]
             elif left:
-                append_line(folder / "errors.jsonl", {"question_id": left[0].id, "error": f"{type(error).__name__}: {error}"})
+                append_line(errors_file, {"question_id": left[0].id, "error": f"{type(error).__name__}: {error}"})
                 advance(1)
                 failed_since_answer.add(left[0].image or left[0].id)
                 if len(failed_since_answer) == MOST_FAILURES_IN_A_ROW:

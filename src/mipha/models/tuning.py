@@ -1,13 +1,19 @@
-"""Which parameters train: the recipe's wish applied to a model, counted."""
+"""Which parameters train: the recipe's wish applied to a model, counted.
+
+frozen  full  last-N     requires_grad of what is there
+lora  qlora              adapters beside every linear layer of the stack: models/adapters.py
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from mipha.models.adapters import adapter_layers, adapter_parameters, add_adapters, linear_layers
 from mipha.models.modeling import LlavaForConditionalGeneration, parts
+from mipha.models.quantization import quantize
 from mipha.recipe import PARTS, Part, TuningRecipe
 
 
@@ -17,32 +23,88 @@ class TunedPart:
 
     Args:
         part: Its name.
-        parameters: All of its parameters, in numbers.
+        tuning: How the recipe wants it: frozen, full, lora, qlora or last-N.
+        parameters: All of its parameters, in numbers, adapters included.
         trained: Those that get a gradient.
+        adapters: Linear layers that have an adapter.
+        dtypes: Types that its weights are kept in.
     """
 
     part: Part
+    tuning: str
     parameters: int
     trained: int
+    adapters: int
+    dtypes: tuple[str, ...]
 
 
-def apply_tuning(model: LlavaForConditionalGeneration, tuning: TuningRecipe) -> list[TunedPart]:
-    """Set what trains, and count it.
+def apply_tuning(
+    model: LlavaForConditionalGeneration,
+    tuning: TuningRecipe,
+    device: torch.device | str = "cpu",
+    autocast: torch.dtype | None = None,
+) -> list[TunedPart]:
+    """Set what trains, and count it. Adapters, once added, stay: a model takes them a single time.
 
     Tensors of the tower that its features never pass (the norm behind the layer that is read, a mask token) stay frozen even
     in a tuned tower: they get no gradient, and sharded training and optimizer state want one for every trained tensor.
+
+    Args:
+        device: Where weights of 4 bits will lie.
+        autocast: Type that matrix products run in; null for that of the weights.
+
+    Raises:
+        ValueError: A part has fewer layers than are to be trained, or no layers that adapters fit.
     """
-    report = []
-    unread = unread_parameters(model) if tuning.vision_tower != "frozen" else set()
+    trained = {id(parameter) for part in PARTS for parameter in _trained_parameters(model, part, getattr(tuning, part))}
+    if tuning.adapted:
+        assert tuning.lora is not None
+        for part in tuning.adapted:
+            if getattr(tuning, part) == "qlora":
+                quantize(part_layers(model, part), torch.device(device), autocast or torch.float32)
+        add_adapters(model, {part: part_layers(model, part) for part in tuning.adapted}, tuning.lora)
+    trained |= {id(parameter) for layer in adapter_layers(model).values() for parameter in adapter_parameters(layer)}
+    for parameter in model.parameters():
+        if parameter.is_floating_point():  # weights of 4 bits have no gradient to switch
+            parameter.requires_grad_(id(parameter) in trained)
+    return [_count(model, part, getattr(tuning, part)) for part in PARTS]
+
+
+def check_tuning(model: LlavaForConditionalGeneration, tuning: TuningRecipe) -> None:
+    """Refuse a wish that the parts cannot fulfil, and change nothing.
+
+    Raises:
+        ValueError: A part has fewer layers than are to be trained, or no layers that adapters fit.
+    """
     for part in PARTS:
-        wanted = getattr(tuning, part) != "frozen"
-        tensors = part_parameters(model, part)
-        for name, parameter in tensors.items():
-            parameter.requires_grad_(wanted and name not in unread)
-        report.append(
-            TunedPart(part, sum(p.numel() for p in tensors.values()), sum(p.numel() for p in tensors.values() if p.requires_grad))
-        )
-    return report
+        tuned_modules(model, part, getattr(tuning, part))
+    for part in tuning.adapted:
+        linear_layers(part, part_layers(model, part))
+
+
+def tuned_modules(model: LlavaForConditionalGeneration, part: Part, tuning: str) -> list[nn.Module]:
+    """The modules of a part whose own weights train; none where it is frozen or has adapters.
+
+    Raises:
+        ValueError: Fewer layers than the recipe asks for.
+    """
+    if tuning == "full":
+        return list(getattr(parts(model), part))
+    if not tuning.startswith("last-"):
+        return []
+    layers, number = part_layers(model, part), int(tuning.removeprefix("last-"))
+    if number > len(layers):
+        raise ValueError(f"{part}: {tuning} asks for more than its {len(layers)} layers: take last-{len(layers)} at most, or full")
+    return layers[-number:]
+
+
+def part_layers(model: LlavaForConditionalGeneration, part: Part) -> list[nn.Module]:
+    """The stack of repeated layers of the tower or of the language model, first to last."""
+    (module, *_) = getattr(parts(model), part)
+    depth = module.config.num_hidden_layers
+    stacks = [inner for inner in module.modules() if isinstance(inner, nn.ModuleList) and len(inner) == depth]
+    assert len(stacks) == 1, f"expected one stack of {depth} layers in {type(module).__name__}, found {len(stacks)}"
+    return list(stacks[0])
 
 
 def part_parameters(model: LlavaForConditionalGeneration, part: Part) -> dict[str, nn.Parameter]:
@@ -53,17 +115,62 @@ def part_parameters(model: LlavaForConditionalGeneration, part: Part) -> dict[st
 
 
 def unread_parameters(model: LlavaForConditionalGeneration) -> set[str]:
-    """Names of the tower's parameters that its features do not depend on: measured with one small backward pass."""
+    """Names of the tower's parameters that its features do not depend on: measured with one small backward pass.
+
+    Raises:
+        ValueError: The features do depend on a parameter that no gradient reaches: tuned, it would stay as it is.
+    """
     tensors = part_parameters(model, "vision_tower")
     before = {name: parameter.requires_grad for name, parameter in tensors.items()}
     for parameter in tensors.values():
         parameter.requires_grad_(True)
-    size = model.config.vision_config.image_size
-    first = next(iter(tensors.values()))
     with torch.enable_grad():
-        pixels = torch.zeros(1, 3, size, size, dtype=first.dtype, device=first.device)
-        features = torch.cat(model.get_image_features(pixels, return_dict=True).pooler_output).sum()
-        gradients = torch.autograd.grad(features, list(tensors.values()), allow_unused=True)
+        gradients = torch.autograd.grad(_features(model).sum(), list(tensors.values()), allow_unused=True)
     for name, parameter in tensors.items():
         parameter.requires_grad_(before[name])
-    return {name for name, gradient in zip(tensors, gradients, strict=True) if gradient is None}
+    unread = {name for name, gradient in zip(tensors, gradients, strict=True) if gradient is None}
+    with torch.no_grad():
+        features = _features(model)
+        kept = {name: tensors[name].clone() for name in unread}
+        for name in unread:
+            tensors[name].add_(1.0)
+        same = torch.equal(features, _features(model))
+        for name, value in kept.items():
+            tensors[name].copy_(value)
+    if not same:
+        raise ValueError(
+            f"vision_tower: no gradient reaches {len(unread)} of its tensors, but its features depend on them: look for code in it that "
+            "cuts gradients (no_grad, detach), or set tuning.vision_tower to frozen"
+        )
+    return unread
+
+
+def _features(model: LlavaForConditionalGeneration) -> Tensor:
+    """Projected features of a small picture, `(tokens, width)`."""
+    size, weight = model.config.vision_config.image_size, next(model.model.vision_tower.parameters())
+    pixels = torch.linspace(-1, 1, 3 * size * size, dtype=weight.dtype, device=weight.device).reshape(1, 3, size, size)
+    return torch.cat(model.get_image_features(pixels, return_dict=True).pooler_output)
+
+
+def _trained_parameters(model: LlavaForConditionalGeneration, part: Part, tuning: str) -> list[nn.Parameter]:
+    """The part's own parameters that train."""
+    inside = [parameter for module in tuned_modules(model, part, tuning) for parameter in module.parameters()]
+    if part != "vision_tower" or not inside:
+        return inside
+    unread = unread_parameters(model)
+    idle = {id(parameter) for name, parameter in part_parameters(model, part).items() if name in unread}
+    return [parameter for parameter in inside if id(parameter) not in idle]
+
+
+def _count(model: LlavaForConditionalGeneration, part: Part, tuning: str) -> TunedPart:
+    tensors = part_parameters(model, part).values()
+    assert any(parameter.requires_grad for parameter in tensors) == (tuning != "frozen"), part
+    inside = {id(module) for top in getattr(parts(model), part) for module in top.modules()}
+    return TunedPart(
+        part=part,
+        tuning=tuning,
+        parameters=sum(parameter.numel() for parameter in tensors),
+        trained=sum(parameter.numel() for parameter in tensors if parameter.requires_grad),
+        adapters=sum(id(layer) in inside for layer in adapter_layers(model).values()),
+        dtypes=tuple(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in tensors})),
+    )

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from mipha.run import write_whole
-from mipha.training.shard import World
+from mipha.world import World
 
 KEEP = 2
 """States kept: the newest, and the one before it in case the newest turns out unreadable."""

@@ -22,7 +22,8 @@ from mipha.training.batches import Step, StepDataset, keep_step
 from mipha.training.checkpoint import load_state, save_state
 from mipha.training.metrics import Meter
 from mipha.training.optim import make_optimizer, schedule, set_learning_rates
-from mipha.training.shard import World, layers_of, place
+from mipha.training.shard import layers_of, place
+from mipha.world import World
 
 
 def train_stage(
@@ -49,6 +50,7 @@ def train_stage(
         The model as placed (sharded, with several processes).
 
     Raises:
+        ValueError: A weight that is to train gets no gradient.
         FloatingPointError: The loss or the gradient is not finite; `nonfinite.json` names the samples, the last good state stays.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the current step was finished and saved.
     """
@@ -73,7 +75,7 @@ def train_stage(
         for number, step in enumerate(loader, start=start + 1):
             torch.manual_seed(seed * 1_000_003 + number)  # dropout after a resume is what it would have been
             set_learning_rates(optimizer, schedule(number - 1, len(steps), stage.warmup_ratio))
-            loss, grad_norm = _optimize(placed, optimizer, step, stage.max_grad_norm, autocast, world)
+            loss, grad_norm = _optimize(placed, optimizer, step, stage.max_grad_norm, autocast, world, first=number == start + 1)
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 _report_nonfinite(folder, number, step, loss, grad_norm, world)
             metrics = meter.measure(number, step, loss, grad_norm, {group["part"]: group["lr"] for group in optimizer.param_groups})
@@ -91,7 +93,13 @@ def train_stage(
 
 
 def _optimize(
-    model: nn.Module, optimizer: torch.optim.Optimizer, step: Step, max_grad_norm: float, autocast: torch.dtype | None, world: World
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: Step,
+    max_grad_norm: float,
+    autocast: torch.dtype | None,
+    world: World,
+    first: bool,
 ) -> tuple[float, float]:
     """One optimizer step over all micro-batches of all processes; returns the mean loss per token and the gradient's norm."""
     total = torch.zeros((), device=world.device)
@@ -103,6 +111,8 @@ def _optimize(
         if loss_sum.requires_grad:  # not where only the projector trains and the rows have no image
             (loss_sum * world.size / step.num_supervised).backward()
         total += loss_sum.detach()
+    if first:  # of this process: the blank image of a step without images reaches every part, so a gradient is there, if only of zeros
+        _require_gradients(model)
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = nn.utils.clip_grad_norm_(trained, max_grad_norm or math.inf)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -113,6 +123,17 @@ def _optimize(
     return loss, float(norm)
 
 
+def _require_gradients(model: nn.Module) -> None:
+    """The optimizer passes over a tensor without a gradient, so a part that is cut off would stay as it is, unsaid, for hours."""
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    without = [name for name, parameter in trained.items() if parameter.grad is None]
+    if without:
+        raise ValueError(
+            f"{len(without)} of {len(trained)} tensors that are to train get no gradient, {without[0]} for one: look for code on their way "
+            "to the loss that cuts it (no_grad, detach), or freeze that part in `tuning`"
+        )
+
+
 def _return_freed_memory() -> None:
     """Give the system back what a step freed: rows of ever new lengths leave holes that glibc keeps, gigabytes over an hour."""
     with suppress(OSError, AttributeError):  # another C library: nothing to trim
@@ -120,9 +141,9 @@ def _return_freed_memory() -> None:
 
 
 def _train_mode(model: LlavaForConditionalGeneration) -> None:
-    """Dropout and the like only in parts that train: a frozen part is used as it will be when it answers."""
+    """Dropout and the like only in parts, and in layers of them, that train: what is frozen is used as it will be when it answers."""
     model.eval()
-    for module in (model.model.vision_tower, model.model.multi_modal_projector, model.model.language_model):
+    for module in (model.model.vision_tower, model.model.multi_modal_projector, model.model.language_model, *layers_of(model)):
         module.train(any(parameter.requires_grad for parameter in module.parameters()))
 
 

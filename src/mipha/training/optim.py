@@ -17,7 +17,7 @@ def make_optimizer(model: LlavaForConditionalGeneration, stage: StageRecipe) -> 
     for part in PARTS:
         trained = [parameter for parameter in part_parameters(model, part).values() if parameter.requires_grad]
         if trained:
-            peak = stage.part_learning_rates.get(part, stage.learning_rate)
+            peak = stage.peak_learning_rate(part)
             groups.append({"params": trained, "lr": peak, "peak": peak, "part": part})
     return torch.optim.AdamW(groups, betas=stage.adam_betas, eps=stage.adam_eps, weight_decay=stage.weight_decay, fused=True)
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from transformers import LlavaProcessor
@@ -16,16 +15,27 @@ from mipha.comparison.figures import plot_metrics
 from mipha.data.encode import encode
 from mipha.data.images import open_image
 from mipha.data.mixture import Mixture, check_samples
+from mipha.models.adapters import merged_weights, remove_adapters, save_adapter
 from mipha.models.build import build, save_checkpoint
 from mipha.models.modeling import LlavaForConditionalGeneration, load_model
 from mipha.models.processing import load_processor
 from mipha.models.projector import calibrate_projector
-from mipha.models.tuning import TunedPart, apply_tuning
-from mipha.recipe import STAGES, Recipe, StageName
-from mipha.run import Run, create_run
+from mipha.models.quantization import check_quantization
+from mipha.models.tuning import TunedPart, apply_tuning, check_tuning, tuned_modules
+from mipha.recipe import PARTS, STAGES, Recipe, StageName
+from mipha.run import Run, create_run, read_lines
 from mipha.training.batches import StepDataset
 from mipha.training.loop import train_stage
-from mipha.training.shard import World, join_world
+from mipha.training.proof import (
+    change_table,
+    contradictions,
+    measure_change,
+    record_start,
+    refuse_contradictions,
+    tuning_table,
+    write_report,
+)
+from mipha.world import World, join_world
 
 console = Console()
 
@@ -52,7 +62,8 @@ def train(recipe: Recipe, folder: str | Path) -> Run:
     world.barrier()
     run = run or create_run(Path(folder), recipe)
     mixtures = {name: Mixture(getattr(recipe.stages, name).data) for name in STAGES if not run.is_finished(name)}
-    for mixture in mixtures.values():
+    for name, mixture in mixtures.items():
+        check_quantization(getattr(recipe.stages, name).tuning, world.device, world.size)
         check_samples(mixture)
     for name in set(STAGES) - set(mixtures) if world.is_first else ():
         _drop_states(run, name)  # of a process that was killed between its last two lines
@@ -62,32 +73,55 @@ def train(recipe: Recipe, folder: str | Path) -> Run:
 
 
 def _train_stage(run: Run, recipe: Recipe, name: StageName, mixture: Mixture, world: World) -> None:
-    stage = getattr(recipe.stages, name)
+    stage, folder = getattr(recipe.stages, name), run.stage(name)
+    autocast = autocast_dtype(recipe.precision, world.device)
     torch.manual_seed(recipe.seed)  # the projector's start
     model, processor = _start(run, recipe, name, mixture)
     steps = StepDataset(mixture, processor, stage, recipe.seed, world.rank, world.size)
-    report = apply_tuning(model, stage.tuning)
     encode(mixture[0], processor, stage.row_tokens, stage.prompt)  # a broken template or data set fails here, not at step 1
-    folder = run.stage(name)
+    check_tuning(model, stage.tuning)
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    base = run.checkpoint("pretrain") if name == "finetune" else folder / "base"
+    if world.is_first and stage.tuning.adapted and not base.is_dir():
+        folder.mkdir(parents=True, exist_ok=True)
+        _check_disk(folder, size)
+        save_checkpoint(model, processor, base)  # adapters are of use with their base alone, and the first stage's is on no disk yet
+    torch.manual_seed(recipe.seed)  # the adapters' start
+    tuned = apply_tuning(model, stage.tuning, world.device, autocast)
+    start = run.states(name) / "start.safetensors"
     if world.is_first:
         folder.mkdir(parents=True, exist_ok=True)
-        _check_disk(model, folder)
-        _announce(name, mixture, steps, report)
+        trained = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters() if parameter.requires_grad)
+        # Two kept states and the one being written (weights and two moments each), the start, the adapter, and the checkpoint.
+        _check_disk(folder, (3 * 3 + 2) * trained + size)
+        _announce(name, mixture, steps, tuned)
+        refuse_contradictions(folder / "tuning.json")
+        write_report(folder / "tuning.json", tuned, stage)
+        record_start(model, start)
     world.barrier()
-    placed = train_stage(
-        model, steps, stage, folder, world, title=name, autocast=autocast_dtype(recipe.precision, world.device), seed=recipe.seed
-    )
-    weights = _gathered(placed) if world.size > 1 else None
+    placed = train_stage(model, steps, stage, folder, world, title=name, autocast=autocast, seed=recipe.seed)
+    weights = _whole_weights(placed, world)
     if world.is_first:
         plot_metrics(run.metrics(name), folder / "loss.png")
+        changes = measure_change(model, weights, start)
+        found = contradictions(changes, tuned, images=sum(row["images"] for row in read_lines(run.metrics(name))))
+        write_report(folder / "tuning.json", tuned, stage, changes, found)
+        console.print(change_table(f"{name}: what moved", changes))
+        refuse_contradictions(folder / "tuning.json")
+        if stage.tuning.adapted:
+            whole = [module for part in PARTS for module in tuned_modules(model, part, getattr(stage.tuning, part))]
+            save_adapter(model, weights, whole, base, folder / "adapter")
+            weights = merged_weights(model, weights)
+            remove_adapters(model)
         save_checkpoint(model, processor, run.checkpoint(name), weights)
         _drop_states(run, name)
     world.barrier()
 
 
-def _gathered(placed: nn.Module) -> dict[str, torch.Tensor]:
+def _whole_weights(placed: nn.Module, world: World) -> dict[str, torch.Tensor]:
     """All weights on the first process, each once: of a tied head, sharding makes a second tensor that is the embeddings again."""
-    weights = get_model_state_dict(placed, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(placed, options=whole) if world.size > 1 else placed.state_dict()
     every, once = (dict(placed.named_parameters(remove_duplicate=remove)) for remove in (False, True))
     return {name: weight for name, weight in weights.items() if name not in every.keys() - once.keys()}
 
@@ -131,24 +165,16 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if precision == "bfloat16" or native else None
 
 
-def _check_disk(model: LlavaForConditionalGeneration, folder: Path) -> None:
-    total = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    trained = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters() if parameter.requires_grad)
-    # Two kept states and the one being written (weights and two moments each), and the exported checkpoint.
-    need, free = 3 * 3 * trained + total, shutil.disk_usage(folder).free
+def _check_disk(folder: Path, need: int) -> None:
+    free = shutil.disk_usage(folder).free
     if free < need:
         raise OSError(
             f"{folder} has {free / 1e9:.1f} GB free, but this stage writes up to {need / 1e9:.1f} GB: free some, or choose another -o"
         )
 
 
-def _announce(name: StageName, mixture: Mixture, steps: StepDataset, report: list[TunedPart]) -> None:
-    table = Table(title=f"{name}: {len(mixture):,} samples, {len(steps):,} steps of {steps.stage.batch_size} samples", title_justify="left")
-    for column in ("part", "parameters", "trained", "learning rate"):
-        table.add_column(column, justify="left" if column == "part" else "right")
-    for part in report:
-        rate = f"{steps.stage.part_learning_rates.get(part.part, steps.stage.learning_rate):g}" if part.trained else "frozen"
-        table.add_row(part.part, f"{part.parameters:,}", f"{part.trained:,}", rate)
-    console.print(table)
+def _announce(name: StageName, mixture: Mixture, steps: StepDataset, tuned: list[TunedPart]) -> None:
+    title = f"{name}: {len(mixture):,} samples, {len(steps):,} steps of {steps.stage.batch_size} samples"
+    console.print(tuning_table(title, tuned, steps.stage))
     for note in mixture.notes:
         console.print(f"[yellow]{note}")

@@ -9,7 +9,8 @@ import pytest
 
 from mipha.evaluation.benchmark import Question, Score
 from mipha.evaluation.benchmarks import easy_vqa
-from mipha.evaluation.benchmarks.easy_vqa import majority_baseline, question_only_baseline, questions, read_answer, score
+from mipha.evaluation.benchmarks.easy_vqa import majority_baseline, question_only_baseline, questions, read_answer
+from mipha.evaluation.score import grade
 
 packaged = pytest.mark.skipif(find_spec("easy_vqa") is None, reason="needs the package easy-vqa")
 
@@ -17,6 +18,10 @@ packaged = pytest.mark.skipif(find_spec("easy_vqa") is None, reason="needs the p
 @pytest.fixture(scope="module")
 def official() -> list[Question]:
     return questions()
+
+
+def score(asked: list[Question], predictions: dict[str, str]) -> list[Score]:
+    return list(grade(easy_vqa, easy_vqa.score(asked, predictions))[0])
 
 
 def by_name(scores: list[Score]) -> dict[str, Score]:

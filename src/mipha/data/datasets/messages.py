@@ -1,106 +1,107 @@
-"""Your own data: JSON lines of {"messages": [...], "images": [paths]}, as TRL and OpenAI write conversations.
+"""Your own data: {"messages": [...], "images": [paths]} a line, as TRL and OpenAI write conversations.
 
     {"messages": [{"role": "user", "content": "<image>\\nWhat is it?"}, {"role": "assistant", "content": "A cat."}], "images": ["cat.jpg"]}
     {"messages": [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}, ...], "images": ["cat.jpg"]}
+    {"messages": [{"role": "user", "content": [{"type": "image", "image": "cat.jpg"}, {"type": "text", "text": "What is it?"}]}, ...]}
+    {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "cat.jpg"}}, ...]}, ...]}
+    {"prompt": [{"role": "user", ...}], "completion": [{"role": "assistant", ...}], "images": ["cat.jpg"]}
 
-Image paths start from the folder of the file. Images without a marker go to the front of the first user turn.
+Lines, or one JSON list. Image paths start from the folder of the file. Images without a marker go to the front of the first user turn.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
-from mipha.data.datasets._records import check_split, path_inside
+from mipha.data.datasets._index import LINE_SUFFIXES, Rows, record_rows
+from mipha.data.datasets._records import Row, image_values, images_first, make_sample
 from mipha.data.sample import IMAGE, Message, Role, Sample
 
 
-class MessagesRecord(NamedTuple):
-    """One line of a file; `line` counts from 1, as editors do."""
-
-    file: Path
-    line: int
-    content: Any
-
-
-def load(root: Path | None, split: str) -> Sequence[MessagesRecord]:
-    """Read the lines of a file; they are checked one by one in `to_sample`.
+def load(root: Path | None, split: str, image_root: Sequence[Path] = ()) -> Rows:
+    """Index the records of a split; they are read and checked one by one.
 
     Args:
-        root: A .jsonl file (its one split is `train`), or a folder with one `<split>.jsonl` a split.
+        root: A file (its one split is `train`), or a folder with one or more files a split: train.jsonl, val-00000.jsonl.
         split: Which.
+        image_root: Folders that images may lie in; a relative path starts from the first. None: the folder of the file.
 
     Raises:
         FileNotFoundError: There is no such file or folder.
-        ValueError: No root, no such split, or a line is not valid JSON.
+        ValueError: No root, no such split, or a JSON list that is cut short.
     """
-    if root is None:
-        raise ValueError("messages has no packaged copy: set the data's root to a .jsonl file, or a folder with train.jsonl")
-    if not root.exists():
-        raise FileNotFoundError(f"messages: no file or folder {root}; check the data's root")
-    check_split(f"messages in {root}", split, sorted(path.stem for path in root.glob("*.jsonl")) if root.is_dir() else ("train",))
-    file = root / f"{split}.jsonl" if root.is_dir() else root
-    records = []
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                records.append(MessagesRecord(file, number, json.loads(line.decode("utf-8-sig"))))
-            except ValueError as error:
-                raise ValueError(f"{file}, line {number} is not valid JSON: {error}") from error
-    return records
+    return record_rows("messages", root, split, LINE_SUFFIXES, image_root)
 
 
-def to_sample(record: MessagesRecord, root: Path | None) -> Sample:
+def to_sample(record: Row, root: Path | None) -> Sample:
     """One conversation; the record knows its file, so `root` is not read.
 
     Raises:
-        ValueError: The line is not such a conversation, or images and markers do not match; the message names file and line.
+        ValueError: The record is not such a conversation, or images and markers do not match; the message names file and row.
     """
-    where = f"{record.file}, line {record.line}"
     content = record.content
-    if not isinstance(content, dict) or not isinstance(content.get("messages"), list):
-        raise ValueError(f'{where}: wanted an object with a list of "messages"')
-    paths = content.get("images")
-    if paths is not None and not isinstance(paths, list):
-        raise ValueError(f'{where}: "images" is {str(paths)[:80]!r}; wanted a list of paths')
-    images = tuple(path_inside(record.file.parent, path, where) for path in paths or ())
-    messages = [_message(turn, f"{where}, message {number}") for number, turn in enumerate(content["messages"])]
-    if images and not any(IMAGE in message.text for message in messages):
-        messages = _images_first(messages, len(images))
-    name = content.get("id")
-    sample_id = f"messages/{record.file.stem}/{record.line}" + (f"/{name}" if isinstance(name, str | int) else "")
-    try:
-        return Sample(sample_id, tuple(messages), images)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+    turns = turns_of(content) if isinstance(content, Mapping) else None
+    if turns is None:
+        raise ValueError(f'{record.where}: wanted an object with a list of "messages"')
+    return conversation(record, turns, image_values(content, record.where))
 
 
-def _message(turn: Any, where: str) -> Message:
+def turns_of(content: Mapping[str, Any]) -> list[Any] | None:
+    """The turns of a conversation, null if there are none: `messages`, or `prompt` and `completion` together."""
+    if isinstance(content.get("messages"), list):
+        return content["messages"]
+    parts = content.get("prompt"), content.get("completion")
+    return [*parts[0], *parts[1]] if all(isinstance(part, list) for part in parts) else None
+
+
+def conversation(row: Row, turns: Sequence[Any], images: Sequence[Any]) -> Sample:
+    """Turns of {"role", "content"} as a sample; images stand in the turns themselves or in a list beside them.
+
+    Raises:
+        ValueError: A turn is nothing of the kind, or images are given in both places; the message names file and row.
+    """
+    read = [_read_turn(turn, f"{row.where}, message {number}") for number, turn in enumerate(turns)]
+    inline = [value for _, values in read for value in values]
+    given = [value for value in inline if value is not None]
+    if given and (images or len(given) < len(inline)):
+        raise ValueError(f"{row.where}: images are given inside some parts and beside them; give all in one place")
+    images = given or images
+    return make_sample(row, images_first([message for message, _ in read], len(images)), images)
+
+
+def _read_turn(turn: Any, where: str) -> tuple[Message, list[Any]]:
+    """A turn, and what each of its image parts holds."""
     roles = get_args(Role)
-    if not isinstance(turn, dict) or turn.get("role") not in roles:
+    if not isinstance(turn, Mapping) or turn.get("role") not in roles:
         raise ValueError(f"{where}: wanted an object whose role is {' or '.join(roles)}, got {str(turn)[:80]}")
+    if turn.get("weight") not in (None, 1):
+        raise ValueError(
+            f'{where}: "weight" is {turn["weight"]!r}, but every assistant turn is trained on alike; remove the turn, or the key'
+        )
     content = turn.get("content")
     if isinstance(content, list):
-        return Message(turn["role"], _join([_part(part, where) for part in content]))
+        parts = [_read_part(part, where) for part in content]
+        return Message(turn["role"], _join([text for text, _ in parts])), [value for text, value in parts if text == IMAGE]
     if not isinstance(content, str):
         raise ValueError(f"{where}: its content is {str(content)[:80]!r}; wanted text, or a list of parts")
-    return Message(turn["role"], content)
+    return Message(turn["role"], content), []
 
 
-def _part(part: Any, where: str) -> str:
-    kind = part.get("type") if isinstance(part, dict) else None
+def _read_part(part: Any, where: str) -> tuple[str, Any]:
+    """A part's text, and for an image part what it holds: null where the image is in the list beside."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "image":
-        return IMAGE
+        return IMAGE, next((part[key] for key in ("image", "path", "url") if part.get(key) is not None), None)
+    if kind == "image_url":
+        return IMAGE, part.get("image_url") or {}
     if kind == "text" and isinstance(part.get("text"), str):
         if part["text"] == IMAGE:  # would be taken for an image part
             raise ValueError(f'{where}: a text part is {IMAGE}; write {{"type": "image"}} for an image')
-        return part["text"]
+        return part["text"], None
     raise ValueError(
-        f'{where}: wanted parts {{"type": "text", "text": ...}} or {{"type": "image"}} (paths go to "images"), got {str(part)[:80]}'
+        f'{where}: wanted parts {{"type": "text", "text": ...}}, {{"type": "image"}} or {{"type": "image_url", ...}}, got {str(part)[:80]}'
     )
 
 
@@ -112,11 +113,3 @@ def _join(parts: Sequence[str]) -> str:
         before_image = part == IMAGE and text and not text.endswith("\n")
         text += ("\n" if after_image or before_image else "") + part
     return text
-
-
-def _images_first(messages: list[Message], num_images: int) -> list[Message]:
-    """All images, a line each, at the front of the first user turn."""
-    for number, message in enumerate(messages):
-        if message.role == "user":
-            return [*messages[:number], Message("user", f"{IMAGE}\n" * num_images + message.text), *messages[number + 1 :]]
-    return messages

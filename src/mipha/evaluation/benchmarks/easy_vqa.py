@@ -16,14 +16,20 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from mipha.comparison.statistics import cluster_bootstrap
+import numpy as np
+
+from mipha.comparison.statistics import Totals
 from mipha.data.datasets.easy_vqa import COLOURS, SHAPES, image_path, questions_of
-from mipha.evaluation.benchmark import Metric, Question, Score
+from mipha.evaluation.benchmark import Judgement, Metric, Question
 
 ANSWERS = ("yes", "no", *SHAPES, *COLOURS)
 
 MAX_NEW_TOKENS = 32
 SPLITS = ("test", "validation")
+SIZES = {"test": 9673, "validation": 3848}
+SERVERS: dict[str, str] = {}
+JUDGE = None
+SOURCE = 'get it with pip install "mipha-vlm[quickstart]", or give a folder with train/ and test/, each with questions.json and images/'
 PROTOCOL = (
     "easy-VQA 1.0, official split, the question as the whole prompt, greedy; the last word of the text, lower case without punctuation, "
     "must equal the published answer; 95 % interval: cluster bootstrap over images, 2000 resamples"
@@ -83,28 +89,43 @@ def read_answer(text: str) -> str | None:
     return words[-1] if words and words[-1] in ANSWERS else None
 
 
-def score(questions: Sequence[Question], predictions: Mapping[str, str]) -> list[Score]:
-    """Scores of the answers, headline first; a group without questions is left out.
+def annotations(path: Path) -> list[Question]:
+    """The labelled test questions of a folder; the images need not be there."""
+    return questions(path, "test")
 
-    Args:
-        questions: Those asked.
-        predictions: Question id to answer text, for every question.
+
+def score(questions: Sequence[Question], predictions: Mapping[str, str]) -> Judgement:
+    """Whether each answer is the published one; a group without questions is left out.
 
     Raises:
         KeyError: A question has no prediction.
     """
-    answers = [read_answer(predictions[question.id]) for question in questions]
-    right = [answer == question.facts["answer"] for question, answer in zip(questions, answers, strict=True)]
-    groups = [_groups(question) for question in questions]
-    images = [question.facts["image"] for question in questions]
-    scores = []
-    for metric in METRICS[:-1]:
-        members = [index for index, group in enumerate(groups) if metric.name in group]
-        if members:
-            values = [100.0 * right[index] for index in members]
-            low, high = cluster_bootstrap(values, [images[index] for index in members])
-            scores.append(Score(metric.name, sum(values) / len(values), metric.unit, len(values), low, high))
-    return [*scores, Score("unreadable", answers.count(None), "questions", len(answers))]
+    parsed = {question.id: read_answer(predictions[question.id]) for question in questions}
+    right = {question.id: float(parsed[question.id] == question.facts["answer"]) for question in questions}
+    contributions = [
+        (
+            question.facts["image"],
+            dict.fromkeys(_groups(question), right[question.id]) | {"unreadable": float(parsed[question.id] is None)},
+        )
+        for question in questions
+    ]
+    return Judgement(per_question=right, contributions=contributions, parsed=parsed)
+
+
+def measure(totals: Totals) -> dict[str, np.ndarray]:
+    """Percent right of each group, and the number of unreadable answers."""
+    names = [metric.name for metric in METRICS[:-1] if metric.name in totals.names]
+    return {name: 100 * totals.mean(name) for name in names} | {"unreadable": totals.sum("unreadable")}
+
+
+def submission(questions: Sequence[Question], predictions: Mapping[str, str]) -> dict[str, bytes]:
+    """Nothing: the labels are public."""
+    return {}
+
+
+def doubts(questions: Sequence[Question], split: str) -> list[str]:
+    """Nothing is known to be wrong with any copy."""
+    return []
 
 
 def majority_baseline(questions: Iterable[Question]) -> dict[str, str]:

@@ -1,0 +1,94 @@
+"""How fast and how right the linter is: 20,000 samples with every planted defect, their clean copy, and 100,000 rows of text.
+
+    python benchmarks/check_data.py [--rows 20000] [--text-rows 100000] [--side 224] [--recipe quickstart] [--html page.html]
+
+Prints one JSON line a measurement; exit code 1 where a defect was missed or one was invented.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "data"))
+from planted import DEFECTS, THINGS, plant
+
+from mipha.data.check import check_data
+from mipha.data.check_html import html_report
+from mipha.data.check_result import CheckResult
+from mipha.data.check_source import data_recipe, open_source
+from mipha.recipe import load_recipe
+
+
+def main() -> None:
+    """Make the data, check them, print what came out."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=20_000)
+    parser.add_argument("--text-rows", type=int, default=100_000)
+    parser.add_argument("--side", type=int, default=224, help="of the pictures, in pixels")
+    parser.add_argument("--recipe", help="check tokens too, with this recipe's processor and row_tokens=2048")
+    parser.add_argument("--html", type=Path, help="where to write the page of the planted set")
+    options = parser.parse_args()
+    tokens = _tokens(options.recipe) if options.recipe else {}
+    with tempfile.TemporaryDirectory() as folder:
+        corpus = plant(Path(folder), options.rows, copies=options.rows // (4 * len(DEFECTS)), side=options.side)
+        against = open_source(data_recipe(str(corpus.evaluation)))
+        planted = check_data(open_source(data_recipe(str(corpus.planted))), against=against, progress=True, **tokens)
+        found = {(finding.row, finding.kind) for finding in planted.findings}
+        expected = corpus.expected(with_tokens=bool(tokens), with_evaluation=True)
+        missed, invented = sorted(expected - found), sorted(found - expected, key=str)
+        _print("planted", planted, defects=len(DEFECTS), planted=len(corpus.where), missed=missed[:9], invented=invented[:9])
+        clean = check_data(open_source(data_recipe(str(corpus.clean))), against=against, progress=True, **tokens)
+        _print("clean", clean, invented=[finding.sentence for finding in clean.findings[:9]])
+        if options.html:
+            options.html.write_text(html_report(planted), encoding="utf-8")
+        text = Path(folder) / "text.jsonl"
+        with text.open("w", encoding="utf-8") as lines:
+            for number in range(options.text_rows):
+                lines.write(json.dumps({"messages": _talk(number)}) + "\n")
+        _print("text", check_data(open_source(data_recipe(str(text))), progress=True, **tokens))
+    sys.exit(bool(missed or invented or clean.findings))
+
+
+def _tokens(name: str) -> dict:
+    from mipha.models.build import build
+
+    recipe = load_recipe(name).override("stages.finetune.row_tokens=2048")
+    return {"stage": recipe.stages.finetune, "processor": build(recipe.model)[1], "seed": recipe.seed}
+
+
+def _talk(number: int) -> list[dict[str, str]]:
+    """About 60 words, no two alike."""
+    things = [THINGS[number // step % len(THINGS)] for step in (1, 7, 49, 343)]
+    question = (
+        f"In house number {number}, which of these came first, the {things[0]}, the {things[1]} or the {things[2]}, and how do we know?"
+    )
+    answer = (
+        f"The {things[3]} was bought in year {number % 997}, long before the {things[0]}; a bill for {number * 7} crowns was found behind "
+        f"the {things[1]}. Nobody remembers who carried the {things[2]} up the stairs, but it took {number % 13 + 2} people an afternoon."
+    )
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _print(name: str, result: CheckResult, **more: object) -> None:
+    line = {
+        "set": name,
+        "rows": result.num_rows,
+        "images": result.num_images,
+        "workers": result.workers,
+        "seconds": round(result.seconds, 2),
+        "rows_per_second": round(result.num_rows / result.seconds),
+        "images_per_second": round(result.num_images / result.seconds),
+        "findings": len(result.findings),
+        "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "peak_memory_of_a_worker_mb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024,
+    }
+    print(json.dumps(line | more), flush=True)
+
+
+if __name__ == "__main__":
+    main()

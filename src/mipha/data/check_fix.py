@@ -1,0 +1,137 @@
+"""A cleaned copy of a data file: rows that cannot be trained on left out, damaged text mended, everything else as it was.
+
+Nothing is changed in place, and images are not copied: the copy names the same files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mipha.data.check_findings import KINDS, Finding
+from mipha.data.check_result import CheckResult
+from mipha.data.check_text import mend_text
+from mipha.data.datasets._index import JsonRecords, Rows
+from mipha.data.sample import Sample
+from mipha.run import write_whole
+
+
+class Change(NamedTuple):
+    """What was done to one row.
+
+    Args:
+        row: Place in the data set, from 0.
+        where: The row as its file counts.
+        action: `left out` or `mended`.
+        why: The finding, in a sentence.
+    """
+
+    row: int
+    where: str
+    action: str
+    why: str
+
+
+class Fixed(NamedTuple):
+    """A cleaned copy.
+
+    Args:
+        file: The copy.
+        list_file: What was changed, a line a row.
+        num_kept: Rows in the copy.
+        changes: Of rows that were left out or mended, in their order.
+        note: What to do so that the images are found; None where the copy lies beside the data.
+    """
+
+    file: Path
+    list_file: Path
+    num_kept: int
+    changes: tuple[Change, ...]
+    note: str | None
+
+
+def write_fixed(result: CheckResult, out: Path) -> Fixed:
+    """Write a cleaned copy, and `OUT.changes.txt` beside it.
+
+    Left out are rows with an error, rows that repeat an earlier one, and rows that leak; `check_findings.KINDS` says which. Mended
+    are texts: wrongly read encodings, half, control and invisible characters. Rows with other findings stay as they are.
+
+    Args:
+        result: Of checking one file of JSON lines, or of one JSON list.
+        out: A new file of the same kind; overwritten, unless it is the data itself.
+
+    Raises:
+        ValueError: The data are of another kind or in several files, or `out` is the data, or has another suffix.
+    """
+    records = _json_file(result)
+    if out.suffix.lower() != records.file.suffix.lower():
+        raise ValueError(
+            f"--fix {out}: a cleaned copy of {records.file.name} is of the same kind: give a name that ends in {records.file.suffix}"
+        )
+    if out.exists() and out.samefile(records.file):
+        raise ValueError(f"--fix {out} is the data itself, which is never changed: give another name")
+    changes: list[Change] = []
+    kept = list(_kept(result, records, changes))
+    content = b"[\n" + b",\n".join(kept) + b"\n]\n" if records.is_list else b"".join(line + b"\n" for line in kept)
+    list_file = out.with_name(out.name + ".changes.txt")
+    write_whole(list_file, "".join(f"{change.where}: {change.action}: {change.why}\n" for change in changes))
+    write_whole(out, content)
+    folder = records.file.parent.resolve()
+    note = None
+    if out.resolve().parent != folder:
+        note = f"its images are looked for beside the data, so set the data's image_root to {folder}"
+    return Fixed(out, list_file, len(kept), tuple(changes), note)
+
+
+def _json_file(result: CheckResult) -> JsonRecords:
+    rows = result.source.records
+    files = [part.file for part in rows.parts] if isinstance(rows, Rows) else []
+    if len(files) > 1:
+        raise ValueError(f"{result.source.name} is made of {len(files)} files: check and fix them one by one")
+    if not files or not isinstance(files[0], JsonRecords):
+        raise ValueError(f"{result.source.name} cannot be fixed: only JSON and JSON lines are written; mend it by the list of findings")
+    return files[0]
+
+
+def _kept(result: CheckResult, records: JsonRecords, changes: list[Change]) -> Iterator[bytes]:
+    """The rows of the copy; a line that does not change keeps its very bytes."""
+    lines = [] if records.is_list else records.file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    found: dict[int, list[Finding]] = defaultdict(list)
+    for finding in result.findings:
+        if finding.row is not None and KINDS[finding.kind].fix != "keep":
+            found[finding.row].append(finding)
+    for row in range(len(result.source)):
+        why = found.get(row, [])
+        where = result.source.shortened(records.where(row))
+        if drop := [finding for finding in why if KINDS[finding.kind].fix == "drop"]:
+            changes.append(Change(row, where, "left out", drop[0].sentence))
+        elif why:
+            record = result.source.records[row]
+            content = _mended(record.content, _image_texts(result.source.to_sample(record)))
+            changes += [Change(row, where, "mended", finding.what) for finding in why]
+            yield _as_json(content)
+        else:
+            yield _as_json(result.source.records[row].content) if records.is_list else lines[int(records.name(row)) - 1].rstrip(b"\r")
+
+
+def _mended(value: Any, kept: frozenset[str]) -> Any:
+    """A record whose texts are mended, all but the paths of its images."""
+    if isinstance(value, dict):
+        return {key: _mended(item, kept) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_mended(item, kept) for item in value]
+    return mend_text(value) if isinstance(value, str) and not any(path.endswith(value) for path in kept) else value
+
+
+def _image_texts(sample: Sample) -> frozenset[str]:
+    return frozenset(str(image) for image in sample.images if not isinstance(image, bytes))
+
+
+def _as_json(content: Any) -> bytes:
+    try:
+        return json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError:  # half characters in what is no text, such as a path
+        return json.dumps(content).encode()

@@ -1,0 +1,177 @@
+"""What the linter found as one page that needs nothing beside it: findings, histograms, examples with their trained tokens in colour."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from string import Template
+
+from mipha.data.check_cards import escaped, example_cards
+from mipha.data.check_findings import KINDS, SEVERITIES, Finding, Severity
+from mipha.data.check_report import answer_lines, by_kind, headline, training_lines, verdict
+from mipha.data.check_result import NO_RECIPE, CheckResult, Histogram
+from mipha.data.show import visible
+
+_MOST_ROWS = 50
+
+_STYLE = """
+:root { --ink: #1f2933; --grey: #616e7c; --faint: #e4e7eb; --paper: #ffffff; --back: #f5f7fa;
+  --error: #b83232; --warning: #9a6700; --note: #2563a8; --a: #b7e4c7; --b: #95d5b2; --image: #bfe3f5; }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; }
+main { max-width: 1120px; margin: 0 auto; padding: 24px 16px 64px; }
+h1 { font-size: 24px; margin: 0; overflow-wrap: anywhere; } h2 { font-size: 18px; margin: 36px 0 12px; }
+p { margin: 6px 0; } .grey { color: var(--grey); }
+.counts { display: flex; flex-wrap: wrap; gap: 10px; margin: 16px 0; }
+.counts b { display: block; font-size: 26px; line-height: 1.2; }
+.counts div, details, .card, .plot, table.facts { background: var(--paper); border: 1px solid var(--faint); border-radius: 8px; }
+.counts div { padding: 8px 16px; min-width: 110px; }
+.error { color: var(--error); } .warning { color: var(--warning); } .note { color: var(--note); } .fine { color: #2a7f4f; }
+details { margin: 8px 0; } summary { cursor: pointer; padding: 8px 14px; }
+details > div { padding: 0 14px 12px; overflow-x: auto; }
+.badge { display: inline-block; border: 1px solid currentColor; border-radius: 9px; padding: 0 8px; font-size: 12px; margin-right: 6px; }
+.number { float: right; color: var(--grey); }
+table { border-collapse: collapse; } td, th { text-align: left; vertical-align: top; padding: 3px 16px 3px 0; overflow-wrap: anywhere; }
+th { color: var(--grey); font-weight: normal; } td:first-child, .rows td:nth-child(2) { white-space: nowrap; }
+table.facts { border-collapse: separate; padding: 8px 14px; width: 100%; } table.facts td:first-child { color: var(--grey); }
+.plots { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 300px), 1fr)); gap: 12px; }
+.plot { padding: 12px 14px; } .plot svg { width: 100%; height: auto; display: block; } .plot h3 { margin: 0; font-size: 14px; }
+.bar { display: flex; gap: 8px; margin: 3px 0; font-size: 13px; } .bar span:first-child { flex: 0 0 45%; overflow-wrap: anywhere; }
+.bar i { display: block; background: var(--note); opacity: 0.75; height: 12px; margin-top: 4px; border-radius: 2px; }
+.bar div { flex: 1; }
+.cards { columns: 2; column-gap: 12px; } .card { padding: 12px 14px; margin: 0 0 12px; break-inside: avoid; }
+.card h3 { margin: 0 0 6px; font-size: 14px; overflow-wrap: anywhere; }
+.card img { max-width: 100%; height: auto; border: 1px solid var(--faint); margin: 4px 8px 4px 0; }
+.text { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.6 ui-monospace, "DejaVu Sans Mono", monospace;
+  max-height: 340px; overflow-y: auto; background: var(--back); padding: 8px; border-radius: 6px; margin: 6px 0; }
+.text u { text-decoration: none; color: var(--grey); }
+.a { background: var(--a); } .b { background: var(--b); } .i { background: var(--image); }
+.legend span { padding: 0 6px; border-radius: 3px; margin-right: 8px; }
+@media (max-width: 720px) {
+  .cards { columns: 1; } .facts td:first-child { white-space: normal; }
+  .rows, .rows tbody { display: block; } .rows th { display: none; } .rows td { padding: 0; }
+  .rows tr { display: grid; grid-template-columns: 64px 1fr; margin-bottom: 6px; }
+  .rows td:nth-child(2) { color: var(--grey); white-space: normal; }
+  .rows td:nth-child(3) { grid-column: 2; }
+}
+"""
+
+_PAGE = Template("""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>$name: $verdict</title>
+<style>$style</style>
+</head>
+<body>
+<main>
+<h1>$name</h1>
+<p class="grey">$headline</p>
+<div class="counts">$counts</div>
+$notes
+<h2>Findings</h2>
+$findings
+<h2>Lengths and sizes</h2>
+<div class="plots">$plots</div>
+$facts
+<h2>Examples</h2>
+<p class="legend">$legend</p>
+<div class="cards">$cards</div>
+</main>
+</body>
+</html>
+""")
+
+
+def html_report(result: CheckResult) -> str:
+    """The page; all text of the data is escaped, images are small copies inside it."""
+    has_tokens = result.processor is not None
+    notes = [
+        result.source.shortened(result.source.note or ""),
+        f"Compared with {result.against}." if result.against else "",
+        "" if result.training else NO_RECIPE,
+    ]
+    legend = '<span class="a">trained on</span><span class="b">the next token</span><span class="i">an image</span>the rest is given'
+    return _PAGE.substitute(
+        name=escaped(result.source.name),
+        verdict=escaped(verdict(result)),
+        style=_STYLE,
+        headline=escaped(headline(result)),
+        counts="".join(_count(result, severity) for severity in SEVERITIES),
+        notes="".join(f"<p>{escaped(note)}</p>" for note in notes if note),
+        findings="".join(_kind(kind, found, not place) for place, (kind, found) in enumerate(by_kind(result).items()))
+        or '<p class="fine">Nothing was found.</p>',
+        plots="".join(_plot(histogram) for histogram in result.histograms) + _answers(result),
+        facts=_facts(result),
+        legend=legend if has_tokens else "Words as they stand; which tokens are trained on depends on the recipe.",
+        cards="".join(example_cards(result)),
+    )
+
+
+def _count(result: CheckResult, severity: Severity) -> str:
+    number = result.count(severity)
+    return f'<div><b class="{severity if number else "fine"}">{number:,}</b>{severity}s</div>'
+
+
+def _kind(kind: str, found: Sequence[Finding], is_open: bool) -> str:
+    about = KINDS[kind]
+    rows = "".join(map(_row, found[:_MOST_ROWS]))
+    more = f'<p class="grey">The first {_MOST_ROWS} of {len(found):,}; the JSON report has all.</p>' if len(found) > _MOST_ROWS else ""
+    return (
+        f'<details{" open" if is_open else ""}><summary><span class="badge {about.severity}">{about.severity}</span>'
+        f'{escaped(about.title)}<span class="number">{len(found):,}</span></summary><div><p>What to do: {escaped(about.mend)}.</p>'
+        f'<table class="rows"><tr><th>row</th><th>where</th><th>what</th></tr>{rows}</table>{more}</div></details>'
+    )
+
+
+def _row(finding: Finding) -> str:
+    row = "the set" if finding.row is None else finding.row
+    return f"<tr><td>{row}</td><td>{escaped(finding.where)}</td><td>{escaped(finding.what)}</td></tr>"
+
+
+def _plot(histogram: Histogram) -> str:
+    """Bars as SVG; a dashed line marks the median."""
+    width, height, most, unit = 320, 110, max(histogram.counts), histogram.unit
+    step = width / len(histogram.counts)
+    low, high = histogram.edges[0], histogram.edges[-1]
+    bars = []
+    for number, count in enumerate(histogram.counts):
+        left, right = histogram.edges[number], histogram.edges[number + 1] - 1
+        span = f"{left:,.0f}" + (f" to {right:,.0f}" if right > left else "")
+        tall, place = height * count / most, f'x="{number * step + 0.5:.1f}" width="{max(step - 1, 0.5):.1f}"'
+        bars.append(
+            f'<rect {place} y="{height - tall:.1f}" height="{tall:.1f}" fill="#2563a8"><title>{span} {unit}: {count:,}</title></rect>'
+        )
+    median = width * (histogram.median + 0.5 - low) / (high - low)
+    spread = f"median {histogram.median:,.0f}, 95 % up to {histogram.p95:,.0f}, longest {histogram.maximum:,.0f} {unit}"
+    label = f'y="{height + 14}" font-size="11" fill="#616e7c"'
+    last = f"{high - 1:,.0f}" + (" and more" if histogram.maximum >= high else "")
+    return (
+        f'<div class="plot"><h3>{escaped(histogram.name)} <span class="grey">({unit})</span></h3><p class="grey">{spread}</p>'
+        f'<svg viewBox="0 0 {width} {height + 18}" role="img" aria-label="{escaped(histogram.name)}: {spread}">{"".join(bars)}'
+        f'<line x1="{median:.1f}" x2="{median:.1f}" y1="0" y2="{height}" stroke="#1f2933" stroke-dasharray="3 3"/>'
+        f'<line x1="0" x2="{width}" y1="{height}" y2="{height}" stroke="#7b8794"/>'
+        f'<text x="0" {label}>{low:,.0f}</text><text x="{width}" {label} text-anchor="end">{last}</text></svg></div>'
+    )
+
+
+def _answers(result: CheckResult) -> str:
+    answers = result.answers
+    if not answers.top:
+        return ""
+    most = answers.top[0][1]
+    bars = "".join(
+        f'<div class="bar"><span>{escaped(visible(answer))}</span><div><i style="width:{100 * number / most:.1f}%"></i></div>'
+        f"<span>{number:,}</span></div>"
+        for answer, number in answers.top
+    )
+    spread = f"{answers.num_short:,} answers, {answers.num_distinct:,} different"
+    return f'<div class="plot"><h3>most frequent short answers</h3><p class="grey">{spread}</p>{bars}</div>'
+
+
+def _facts(result: CheckResult) -> str:
+    lines = [*training_lines(result), *answer_lines(result)]
+    if not lines:
+        return ""
+    rows = "".join(f"<tr><td>{escaped(label)}</td><td>{escaped(value)}</td></tr>" for label, value in lines)
+    return f'<h2>{"Training, tokens and packing" if result.training else "Answers"}</h2><table class="facts">{rows}</table>'

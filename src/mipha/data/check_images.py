@@ -1,0 +1,147 @@
+"""What is wrong with one image file, and a digest of what it shows."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from mipha.data.check_findings import quoted
+from mipha.data.images import FORMATS, MAX_PIXELS, ImageSource, open_image
+
+MIN_SIDE = 16
+"""Pixels: about one patch of the usual towers (14 or 16 pixels a side)."""
+
+MAX_ASPECT = 10
+"""Padded to a square, a longer image leaves less than a tenth of its tokens to what it shows."""
+
+FLAT = 4
+"""Grey levels of 255: the widest range, in every channel, that is still one flat colour."""
+
+_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"RIFF", b"II*\x00", b"MM\x00*", b"BM")
+_ORIENTATION_TAG = 0x0112
+
+
+class ImageFacts(NamedTuple):
+    """What is kept of an image; not the image.
+
+    Args:
+        digest: Of the upright RGB pixels: the same for one picture in two lossless formats; None where there are no pixels.
+        width: Pixels, as stored; 0 where unknown.
+        height: Pixels, as stored.
+        problems: Kind and description of all that is wrong.
+    """
+
+    digest: bytes | None
+    width: int
+    height: int
+    problems: tuple[tuple[str, str], ...]
+
+
+def image_facts(source: ImageSource, name: str) -> ImageFacts:
+    """Read an image completely, as training will, and say what is wrong with it.
+
+    Args:
+        source: A file, or the bytes of one.
+        name: For descriptions.
+    """
+    if isinstance(source, Path) and not source.is_file():
+        return ImageFacts(None, 0, 0, (("missing-image", f"there is no file {quoted(name, 120)}{_near(source)}"),))
+    label = f"image {quoted(name, 120)}"
+    begin = b""
+    try:
+        content = source if isinstance(source, (Path, bytes)) else source.read()
+        begin = _begin(content)
+        if not begin:
+            return ImageFacts(None, 0, 0, (("unreadable-image", f"{label} is empty (0 bytes)"),))
+        stored, width, height, problems = _header(content, label)
+    except Image.DecompressionBombError:
+        return ImageFacts(None, 0, 0, (("oversized-image", f"{label} is more than {MAX_PIXELS:,} pixels"),))
+    except Exception as error:  # decoders answer damage with nearly every kind of exception
+        if begin.startswith(_SIGNATURES):
+            return ImageFacts(None, 0, 0, (("truncated-image", f"{label} begins as one but cannot be read ({_reason(error)})"),))
+        reason = "is in no known format" if isinstance(error, Image.UnidentifiedImageError) else f"cannot be read ({_reason(error)})"
+        return ImageFacts(None, 0, 0, (("unreadable-image", f"{label} {reason}; it begins with {begin!r}"),))
+    if width * height > MAX_PIXELS:
+        return ImageFacts(None, width, height, (("oversized-image", f"{label} of {width} x {height} is more than {MAX_PIXELS:,} pixels"),))
+    try:
+        image = open_image(content)
+    except ValueError as error:
+        damage = f"{label} begins as a {stored} of {width} x {height} but cannot be read to the end ({_reason(error)})"
+        return ImageFacts(None, width, height, (("truncated-image", damage),))
+    if all(high - low <= FLAT for low, high in image.getextrema()):
+        problems.append(("blank-image", f"{label} is one flat colour, about {image.getpixel((0, 0))}"))
+    digest = hashlib.blake2b(f"{image.size}".encode(), digest_size=16)
+    digest.update(image.tobytes())
+    return ImageFacts(digest.digest(), width, height, tuple(problems))
+
+
+def _begin(source: Path | bytes) -> bytes:
+    if isinstance(source, bytes):
+        return source[:12]
+    with source.open("rb") as file:
+        return file.read(12)
+
+
+def _header(source: Path | bytes, label: str) -> tuple[str, int, int, list[tuple[str, str]]]:
+    """Format, size and oddities of an image, before its pixels are read."""
+    problems = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's doubts about size and metadata: both are judged here
+        with Image.open(source if isinstance(source, Path) else io.BytesIO(source), formats=FORMATS) as image:
+            width, height = image.size
+            stored = "JPEG" if image.format == "MPO" else str(image.format)
+            if min(width, height) < MIN_SIDE:
+                problems.append(("tiny-image", f"{label} has {width} x {height} pixels"))
+            if max(width, height) > MAX_ASPECT * min(width, height):
+                problems.append(("extreme-aspect", f"{label} has {width} x {height} pixels"))
+            if (orientation := _orientation(image)) in range(2, 9):
+                problems.append(("exif-rotation", f"{label} is stored turned or mirrored (EXIF orientation {orientation})"))
+            if image.format != "MPO" and getattr(image, "is_animated", False):
+                problems.append(("animated-image", f"{label} has {getattr(image, 'n_frames', 2)} frames"))
+            if image.mode in ("CMYK", "YCbCr", "LAB", "HSV", "F") or image.mode.startswith("I"):
+                problems.append(("converted-image", f"{label} is stored as {image.mode}"))
+            named = Image.registered_extensions().get(source.suffix.lower()) if isinstance(source, Path) else None
+            if named and named != stored and {named, stored} != {"JPEG", "MPO"}:
+                problems.append(("wrong-suffix", f"{label} is a {stored}"))
+    return stored, width, height, problems
+
+
+def _orientation(image: Image.Image) -> int | None:
+    try:
+        return image.getexif().get(_ORIENTATION_TAG)
+    except Exception:  # a broken EXIF block does not break the picture
+        return None
+
+
+def _reason(error: Exception) -> str:
+    return (str(error.__cause__ or error) or type(error).__name__)[:120]
+
+
+def _near(path: Path) -> str:
+    """A clause on why a file may not be found: an address, or a name that differs in case or suffix only."""
+    if "://" in path.as_posix() or ":/" in path.as_posix():
+        return ", which is an address: download it first"
+    other = _by_stem(path.parent).get(path.stem.casefold())
+    return f"; there is {other}" if other else ""
+
+
+@lru_cache(maxsize=64)
+def _by_stem(folder: Path) -> dict[str, str]:
+    """Names in a folder by their stem without case; listed once, for a folder may hold 100,000 files."""
+    try:
+        return {path.stem.casefold(): path.name for path in folder.iterdir()}
+    except OSError:
+        return {}
+
+
+def image_reader(most: int = 50_000) -> Callable[[ImageSource, str], ImageFacts]:
+    """`image_facts` that reads an image once, though many rows show it; bytes are not kept to be known again."""
+    known = lru_cache(maxsize=most)(image_facts)
+    return lambda source, name: image_facts(source, name) if isinstance(source, bytes) else known(source, name)

@@ -1,0 +1,146 @@
+"""What only the whole set shows: rows that repeat or contradict one another, leakage, and how answers are spread."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+
+from mipha.data.check_findings import Finding, quoted
+from mipha.data.check_rows import RowFacts
+
+MAX_CLOSED_WORDS = 5
+"""Words: two longer answers to one question may both be right."""
+
+MIN_ANSWERS = 100
+"""Short answers below which their balance is not judged."""
+
+LARGEST_SHARE = 0.8
+"""Of all short answers, or of yes and no: the share of one answer above which a set is called unbalanced."""
+
+MIN_ASKED = 5
+"""Times that a question is asked before its most frequent answer counts as a guess without the image."""
+
+_MOST_ANSWERS = 100_000
+"""Distinct short answers counted; beyond, new ones are not, so that memory stays bounded."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation set asks, by digest.
+
+    Args:
+        name: For messages.
+        questions_of: Image digest to the first lines of its questions.
+        texts: Whole questions that come without an image.
+        num_unread: Rows that could not be read, so were not compared.
+    """
+
+    name: str
+    questions_of: dict[bytes, set[bytes]] = field(default_factory=lambda: defaultdict(set))
+    texts: set[bytes] = field(default_factory=set)
+    num_unread: int = 0
+
+
+def gather_evaluation(name: str, facts: Iterable[RowFacts]) -> Evaluation:
+    """The questions of an evaluation set."""
+    questions_of: dict[bytes, set[bytes]] = defaultdict(set)
+    texts: set[bytes] = set()
+    num_unread = 0
+    for row in facts:
+        num_unread += row.content is None or any(image.digest is None for image in row.images)
+        for image in row.images:
+            if image.digest:
+                questions_of[image.digest].update(turn.line for turn in row.turns)
+        if not row.images:
+            texts.update(turn.question for turn in row.turns)
+    return Evaluation(name, questions_of, texts, num_unread)
+
+
+@dataclass
+class Seen:
+    """The rows so far, by digest; add them in order."""
+
+    evaluation: Evaluation | None = None
+    contents: dict[bytes, int] = field(default_factory=dict)
+    answers_of: dict[bytes, tuple[int, str]] = field(default_factory=dict)
+    names_of: dict[bytes, tuple[int, str]] = field(default_factory=dict)
+    told: set[str] = field(default_factory=set)
+    answers: Counter[str] = field(default_factory=Counter)
+    guesses: dict[bytes, Counter[int]] = field(default_factory=dict)
+
+    def add(self, facts: RowFacts) -> list[Finding]:
+        """What is wrong with a row, given those before it and the evaluation set."""
+        if facts.content is None:
+            return []
+        found = dict(reversed([*self._repeats(facts), *self._leaks(facts)]))
+        self._count(facts)
+        return [Finding(kind, facts.row, facts.where, what) for kind, what in found.items()]
+
+    def _repeats(self, facts: RowFacts) -> Iterator[tuple[str, str]]:
+        earlier = self.contents.setdefault(facts.content or b"", facts.row)
+        if earlier != facts.row:
+            yield "duplicate", f"pictures and words are those of row {earlier}"
+            return
+        if facts.turns and 1 <= len(facts.turns[0].answer.split()) <= MAX_CLOSED_WORDS:
+            asked = hashlib.blake2b(facts.turns[0].question, digest_size=16)
+            for image in facts.images:
+                asked.update(image.digest or b"?")
+            row, answer = self.answers_of.setdefault(asked.digest(), (facts.row, facts.turns[0].answer))
+            if answer.casefold() != facts.turns[0].answer.casefold():
+                yield (
+                    "conflicting-answer",
+                    f"it answers {quoted(facts.turns[0].answer)} where row {row}, of the same picture and question, says {quoted(answer)}",
+                )
+        for image, name in zip(facts.images, facts.names, strict=True):
+            if image.digest is None or name.startswith("of "):
+                continue
+            row, other = self.names_of.setdefault(image.digest, (facts.row, name))
+            if other != name and name not in self.told:
+                self.told.add(name)
+                yield "repeated-image", f"{quoted(name)} shows the same picture as {quoted(other)} of row {row}"
+
+    def _leaks(self, facts: RowFacts) -> Iterator[tuple[str, str]]:
+        if self.evaluation is None:
+            return
+        name = self.evaluation.name
+        shown = [self.evaluation.questions_of[image.digest] for image in facts.images if image.digest in self.evaluation.questions_of]
+        if any(turn.line in questions for questions in shown for turn in facts.turns):
+            yield "leak", f"{name} asks the same question about the same picture"
+        elif shown:
+            yield "leaked-image", f"{name} asks other questions about the same picture"
+        elif not facts.images and any(turn.question in self.evaluation.texts for turn in facts.turns):
+            yield "leak", f"{name} asks the same question"
+
+    def _count(self, facts: RowFacts) -> None:
+        for turn in facts.turns:
+            if not turn.answer:
+                continue
+            answer = turn.answer.casefold().rstrip(".")
+            if answer in self.answers or len(self.answers) < _MOST_ANSWERS:
+                self.answers[answer] += 1
+            if facts.images and (turn.question in self.guesses or len(self.guesses) < _MOST_ANSWERS):
+                self.guesses.setdefault(turn.question, Counter())[hash(answer)] += 1
+
+    def balance(self) -> list[Finding]:
+        """Whether one answer is nearly all of them."""
+        groups = {
+            "short answers": self.answers,
+            "yes/no answers": Counter({word: self.answers[word] for word in ("yes", "no") if self.answers[word]}),
+        }
+        for group, answers in groups.items():
+            total = answers.total()
+            if total >= MIN_ANSWERS:
+                answer, number = answers.most_common(1)[0]
+                if number > LARGEST_SHARE * total:
+                    what = (
+                        f"{quoted(answer)} is {100 * number / total:.0f} % of {total:,} {group}, so a model that always says it scores that"
+                    )
+                    return [Finding("unbalanced-answers", None, "", what)]
+        return []
+
+    def blind_guess(self) -> tuple[int, int]:
+        """Answers that the most frequent one of their question gives without the image, of how many."""
+        often = [answers for answers in self.guesses.values() if answers.total() >= MIN_ASKED]
+        return sum(max(answers.values()) for answers in often), sum(answers.total() for answers in often)

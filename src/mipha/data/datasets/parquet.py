@@ -1,0 +1,166 @@
+"""Your own data as parquet: a column of images (bytes, as the `datasets` library writes them, or paths) beside any of the other formats.
+
+One file, or a folder with files a split: data/train-00000-of-00002.parquet. Needs the extra `data`. A parquet file is read by row groups:
+write it with groups of about 100 rows, or every image costs the reading of a large group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from mipha.data.datasets._columns import byte_columns, cell_bytes, image_column, import_pyarrow
+from mipha.data.datasets._index import Part, Rows
+from mipha.data.datasets._records import Row, image_folders, with_images
+from mipha.data.datasets._shapes import sample_of
+from mipha.data.datasets._splits import split_files
+from mipha.data.sample import Sample
+
+if TYPE_CHECKING:
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+
+class ParquetImage(NamedTuple):
+    """One image of a parquet file; `position` counts in a cell that holds a list, null where it holds one image."""
+
+    file: Path
+    group: int
+    row: int
+    column: str
+    position: int | None
+
+    def __str__(self) -> str:
+        place = "" if self.position is None else f", image {self.position}"
+        return f"{self.file}, row {self.row} of row group {self.group}{place}"
+
+    def read(self) -> bytes:
+        """The bytes of the image file."""
+        cell = _read_group(self.file, self.group, (self.column,))[self.column][self.row].as_py()
+        return cell_bytes(cell if self.position is None else cell[self.position], str(self))
+
+
+class ParquetRecords:
+    """The rows of a parquet file; of each column that holds images, only where they are.
+
+    Raises:
+        ValueError: It is no parquet file.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        pyarrow = import_pyarrow(str(file))
+        try:
+            opened = _open(file)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(f"{file} cannot be read as parquet: {error}") from error
+        schema, metadata = opened.schema_arrow, opened.metadata
+        self._image = image_column(schema, str(file))
+        self._columns = tuple(name for name in schema.names if name not in byte_columns(schema))
+        self._starts = np.cumsum([0, *(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def name(self, index: int) -> str:
+        """Number of the row, from 0."""
+        return str(index)
+
+    def where(self, index: int) -> str:
+        """File and row."""
+        return f"{self.file}, row {index}"
+
+    def read(self, index: int) -> dict[str, Any]:
+        """One row as a record, its images as places in the file.
+
+        Raises:
+            ValueError: The file is damaged; names file and row.
+        """
+        pyarrow = import_pyarrow(str(self.file))
+        group = int(np.searchsorted(self._starts, index, side="right")) - 1
+        row = index - int(self._starts[group])
+        try:
+            content = {name: column[row].as_py() for name, column in _columns_of(self.file, group, self._columns)}
+            if self._image is None:
+                return content
+            return with_images(content, self._images(group, row))
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(f"{self.where(index)} cannot be read: {error}") from error
+
+    def _images(self, group: int, row: int) -> list[Any]:
+        assert self._image is not None
+        cell = _image_outlines(self.file, group, self._image)[row]
+        if cell is None:
+            return []
+        cells = cell if isinstance(cell, list) else [cell]
+        if any(isinstance(path, str) for path in cells):
+            return cells
+        listed = isinstance(cell, list)
+        return [ParquetImage(self.file, group, row, self._image, number if listed else None) for number in range(len(cells))]
+
+
+def load(root: Path | None, split: str, image_root: Sequence[Path] = ()) -> Rows:
+    """Index the files of a split; arguments and errors as in `messages`, and that pyarrow is not installed."""
+    files = split_files("parquet", root, split, (".parquet",))
+    return Rows("parquet", [Part(f"parquet/{name}", ParquetRecords(file), image_folders(file, image_root)) for name, file in files])
+
+
+def to_sample(record: Row, root: Path | None) -> Sample:
+    """One row; the record knows its file, so `root` is not read.
+
+    Raises:
+        ValueError: The row fits no format, or is broken; the message names file and row.
+    """
+    return sample_of(record)
+
+
+@lru_cache(maxsize=16)
+def _open(file: Path) -> ParquetFile:
+    from pyarrow.parquet import ParquetFile
+
+    return ParquetFile(file)
+
+
+@lru_cache(maxsize=4)
+def _read_group(file: Path, group: int, columns: tuple[str, ...]) -> pyarrow.Table:
+    # No threads of its own: this runs in the workers of a data loader, which are forks.
+    return _open(file).read_row_group(group, columns=list(columns), use_threads=False)
+
+
+def _columns_of(file: Path, group: int, columns: tuple[str, ...]) -> list[tuple[str, Any]]:
+    table = _read_group(file, group, columns)
+    return [(name, table[name]) for name in columns]
+
+
+@lru_cache(maxsize=4)
+def _image_outlines(file: Path, group: int, column: str) -> list[Any]:
+    """What each cell of a row group's image column holds, without the pixels: null, something, or a list of something.
+
+    Where no cell holds bytes, as `Dataset.to_parquet` writes images that lie in files, something is the path.
+    """
+    opened = _open(file)
+    leaves = [opened.schema.column(number).path for number in range(len(opened.schema))]
+    of_image = {path: number for number, path in enumerate(leaves) if path.split(".")[0] == column}
+    paths = [path for path in of_image if path.endswith(".path")]
+    if not paths:  # plain bytes, or no paths beside them: the pixels must be passed over to see which cells are null
+        return [_outline(cell) for cell in _read_group(file, group, (column,))[column]]
+    cells = _read_group(file, group, (paths[0],))[column].to_pylist()
+    chunks = [opened.metadata.row_group(group).column(number) for path, number in of_image.items() if path.endswith(".bytes")]
+    without_bytes = all(chunk.statistics is not None and chunk.statistics.null_count == chunk.num_values for chunk in chunks)
+    return [_path_or_mark(cell, without_bytes) for cell in cells]
+
+
+def _outline(cell: Any) -> Any:
+    if not cell.is_valid:
+        return None
+    return [True] * len(cell) if hasattr(cell.type, "value_type") else True
+
+
+def _path_or_mark(cell: Any, without_bytes: bool) -> Any:
+    if isinstance(cell, list):
+        return [_path_or_mark(part, without_bytes) for part in cell]
+    return None if cell is None else cell["path"] if without_bytes else True

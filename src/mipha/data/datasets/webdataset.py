@@ -1,0 +1,155 @@
+"""Your own data as WebDataset tars: what lies side by side under one name is a sample, 0001.jpg with 0001.json or 0001.txt.
+
+The .json is a record of any of the formats of own data, the .txt a caption; the images are the sample's own files, in their order, and
+paths in the .json are not read. A tar is never unpacked: an index says where each file begins, so it must not be compressed.
+Source of the layout: https://webdataset.github.io/webdataset, a file's key ends at the first dot of its name
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tarfile
+from array import array
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mipha.data.datasets._index import Part, Rows
+from mipha.data.datasets._records import Row, image_folders, with_images
+from mipha.data.datasets._shapes import sample_of, shapes_of
+from mipha.data.datasets._splits import split_files
+from mipha.data.images import SUFFIXES, FileSlice
+from mipha.data.sample import Sample
+
+_NAME = re.compile(r"((?:.*/|)[^./][^./]*)\.([^/]*)", re.DOTALL)
+_IMAGE, _JSON, _TEXT = 0, 1, 2
+
+
+class TarRecords:
+    """The samples of a tar; a million take about 150 MB.
+
+    Args:
+        file: An uncompressed tar.
+        most: Index no more than this many samples; null: all.
+
+    Raises:
+        ValueError: It is no tar, is compressed or cut short, or holds links; names the file.
+    """
+
+    def __init__(self, file: Path, most: int | None = None) -> None:
+        self.file = file
+        members, starts = array("q"), array("q")
+        self._keys: list[str] = []
+        try:
+            with tarfile.open(file, "r:") as tar:
+                while (member := tar.next()) and not (most is not None and len(self._keys) > most):
+                    tar.members = []  # else the tar keeps a kilobyte of each
+                    kind = _kind_of(member, file)
+                    if kind is None:
+                        continue
+                    key = _NAME.fullmatch(member.name)[1]
+                    if not self._keys or key != self._keys[-1]:
+                        self._keys.append(key)
+                        starts.append(len(members) // 3)
+                    members.extend((member.offset_data, member.size, kind))
+        except (tarfile.TarError, EOFError) as error:
+            mend = "unpack the compression (gunzip), keep the tar" if _is_compressed(file) else "is it cut short?"
+            raise ValueError(f"{file} cannot be read as a tar: {error}; {mend}") from error
+        if most is not None and len(self._keys) > most:  # only now is the one before known to be whole
+            del self._keys[most:]
+        self._members = np.asarray(members, dtype=np.int64).reshape(-1, 3)
+        self._starts = np.asarray([*starts, len(self._members)], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def name(self, index: int) -> str:
+        """The sample's key."""
+        return self._keys[index]
+
+    def where(self, index: int) -> str:
+        """File and key."""
+        return f"{self.file}, sample {self._keys[index]}"
+
+    def read(self, index: int) -> dict[str, Any]:
+        """One sample as a record, its images as places in the tar.
+
+        Raises:
+            ValueError: It has no .json and no .txt, or one that is broken; names file and key.
+        """
+        where = self.where(index)
+        own = self._members[self._starts[index] : self._starts[index + 1]].tolist()
+        images = [(offset, size) for offset, size, kind in own if kind == _IMAGE]
+        records = [self._text(offset, size, where) for offset, size, kind in own if kind == _JSON]
+        captions = [self._text(offset, size, where) for offset, size, kind in own if kind == _TEXT]
+        if len(records) > 1 or len(captions) > 1:
+            raise ValueError(f"{where} has {len(records)} .json and {len(captions)} .txt files; wanted one of each at most")
+        if not records and not captions:
+            raise ValueError(f"{where} has no .json and no .txt beside its image; wanted what is said about it")
+        content = _parsed(records[0], where) if records else {}
+        names = [self._keys[index] if len(images) == 1 else f"{self._keys[index]} image {number}" for number in range(len(images))]
+        slices = [FileSlice(self.file, offset, size, name) for (offset, size), name in zip(images, names, strict=True)]
+        content = with_images(content, slices)
+        # A .json that only says where the picture came from leaves the words to the .txt.
+        return content if shapes_of(content) or not captions else with_images({"caption": captions[0].strip()}, slices)
+
+    def _text(self, offset: int, size: int, where: str) -> str:
+        try:
+            return FileSlice(self.file, offset, size, where).read().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where}: its text is not UTF-8: {error}") from error
+
+
+def load(root: Path | None, split: str, image_root: Sequence[Path] = ()) -> Rows:
+    """Index the tars of a split.
+
+    Args:
+        root: A tar (its one split is `train`), or a folder with one or more a split: train-000000.tar, 000000.tar.
+        split: Which.
+
+    Raises:
+        FileNotFoundError: There is no such file or folder.
+        ValueError: No such split, images are looked for elsewhere, or a tar cannot be read.
+    """
+    if image_root:
+        raise ValueError("image_root has no effect with webdataset, whose images lie in the tars: remove it")
+    files = split_files("webdataset", root, split, (".tar",))
+    return Rows("webdataset", [Part(f"webdataset/{name}", TarRecords(file), image_folders(file)) for name, file in files])
+
+
+def to_sample(record: Row, root: Path | None) -> Sample:
+    """One sample of a tar; the record knows its file, so `root` is not read.
+
+    Raises:
+        ValueError: The record fits no format, or is broken; the message names file and key.
+    """
+    return sample_of(record)
+
+
+def _kind_of(member: tarfile.TarInfo, file: Path) -> int | None:
+    """What a file of the tar is to its sample, null for nothing."""
+    if member.isdir():
+        return None
+    if not member.isreg() or member.issparse():
+        raise ValueError(f"{file} holds {member.name!r}, which is a link or no plain file; pack the files themselves")
+    name = _NAME.fullmatch(member.name)
+    suffix = "." + name[2].lower().rpartition(".")[2] if name else ""
+    return _IMAGE if suffix in SUFFIXES else {".json": _JSON, ".txt": _TEXT}.get(suffix)
+
+
+def _parsed(text: str, where: str) -> Mapping[str, Any]:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: its .json is not valid JSON: {error}") from error
+    if not isinstance(content, Mapping):
+        raise ValueError(f"{where}: its .json is {str(content)[:80]}; wanted an object")
+    return content
+
+
+def _is_compressed(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"))

@@ -1,0 +1,27 @@
+"""Which images are kept out of training, for validation: decided by each image alone."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal
+
+from mipha.data.images import image_key
+from mipha.data.sample import Sample
+
+Side = Literal["train", "validation"]
+
+
+def side_of(sample: Sample, held_out: float) -> Side | None:
+    """Which side of the train/validation split a sample is on; null where its images are on both, and it can be on neither.
+
+    An image's side follows from its content (`image_key`) alone: a copy under another name, in another row or another data set is on
+    the same side, whatever else there is and whatever the seed. So no image is ever on both. Text alone goes by what the user says.
+    """
+    keys = [image_key(image) for image in sample.images]
+    keys = keys or ["\0".join(message.text for message in sample.messages if message.role == "user").encode("utf-8", "surrogatepass")]
+    sides: set[Side] = {"validation" if _fraction(key) < held_out else "train" for key in keys}
+    return sides.pop() if len(sides) == 1 else None
+
+
+def _fraction(key: bytes) -> float:
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big") / 2**64

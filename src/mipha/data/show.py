@@ -1,0 +1,224 @@
+"""One sample as the model sees it: its turns, the rendered template, every token, which are trained on, its images resized.
+
+record -> Sample -> Encoded -> pieces of text, trained or not  ->  terminal (here), HTML (check_html)
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from PIL import Image
+from rich.console import Group, RenderableType
+from rich.rule import Rule
+from rich.text import Text
+
+from mipha.data.check_source import Source
+from mipha.data.check_text import has_half_character
+from mipha.data.images import ImageSource, open_image
+from mipha.data.sample import Sample
+from mipha.recipe import StageRecipe
+from mipha.run import write_whole
+
+if TYPE_CHECKING:
+    from transformers import LlavaProcessor
+
+    from mipha.data.encode import Encoded
+
+_STYLES = {"image": "black on cyan", "trained": ("black on green", "black on bright_green"), "given": ("", "dim")}
+
+
+class Piece(NamedTuple):
+    """A token, or the several that make one character, or all tokens of one image.
+
+    Args:
+        text: What it stands for; for an image, nothing.
+        trained: Whether it is trained on.
+        num_tokens: Tokens in it.
+        is_image: Whether it is an image.
+    """
+
+    text: str
+    trained: bool
+    num_tokens: int
+    is_image: bool = False
+
+
+@dataclass(frozen=True)
+class View:
+    """One sample, looked at.
+
+    Args:
+        row: Place in the data set, from 0.
+        where: The row as its file counts.
+        sample: Its words and images.
+        image_notes: Name and size of each image, or why it cannot be read.
+        rendered: The template with the words in it, images as markers; None without a processor.
+        pieces: All tokens in order; empty where it cannot be encoded.
+        num_truncated: Tokens cut off by row_tokens.
+        problem: Why it cannot be encoded.
+        pixels: The images after preprocessing, as the tower gets them, turned back into colours.
+    """
+
+    row: int
+    where: str
+    sample: Sample
+    image_notes: tuple[str, ...]
+    rendered: str | None = None
+    pieces: tuple[Piece, ...] = ()
+    num_truncated: int = 0
+    problem: str | None = None
+    pixels: tuple[Image.Image, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """After image expansion."""
+        return sum(piece.num_tokens for piece in self.pieces)
+
+    @property
+    def num_trained(self) -> int:
+        """Trained tokens."""
+        return sum(piece.num_tokens for piece in self.pieces if piece.trained)
+
+
+def view_sample(source: Source, row: int, stage: StageRecipe | None = None, processor: LlavaProcessor | None = None) -> View:
+    """Look at one sample.
+
+    Args:
+        source: Rows, as `open_source` gives them.
+        row: Place in the data set, from 0.
+        stage: The recipe's; with the processor, tokens and preprocessed images are shown too.
+        processor: Of the recipe's model.
+
+    Raises:
+        ValueError: There is no such row, or it is no sample.
+    """
+    size = len(source)
+    if not 0 <= row < size:
+        raise ValueError(f"{source.name} has no row {row}: it has {size:,} rows, so give one from 0 to {size - 1}")
+    record = source.records[row]
+    sample = source.to_sample(record)
+    images, notes = [], []
+    for stored in sample.images:
+        name = source.image_name(stored)
+        try:
+            images.append(open_quietly(stored))
+            notes.append(f"{name}, {images[-1].width} x {images[-1].height} pixels")
+        except (ValueError, OSError) as error:
+            notes.append(f"{name}: {error}")
+    view = View(row, source.place(record), sample, tuple(notes))
+    if processor is None or stage is None:
+        return view
+
+    from mipha.data.encode import as_chat, encode  # brings transformers, which takes seconds
+
+    view = replace(view, pixels=tuple(_preprocessed(images, processor)))
+    if any(has_half_character(message.text) for message in sample.messages):
+        return replace(view, problem="a text holds half of a character (a lone surrogate), which no tokenizer accepts: remove it")
+    if stage.prompt == "chat":
+        chat = as_chat(sample.messages)
+        view = replace(view, rendered=processor.tokenizer.apply_chat_template(chat, chat_template=processor.chat_template, tokenize=False))
+    try:
+        encoded = encode(sample, processor, stage.row_tokens, stage.prompt)
+    except ValueError as error:
+        return replace(view, problem=str(error))
+    pieces = tuple(token_pieces(encoded, processor))
+    rendered = view.rendered or "".join("<image>" if piece.is_image else piece.text for piece in pieces)
+    return replace(view, rendered=rendered, pieces=pieces, num_truncated=encoded.truncated)
+
+
+def token_pieces(encoded: Encoded, processor: LlavaProcessor) -> Iterator[Piece]:
+    """Tokens as text, in order; those that only together make a character stay together."""
+    from mipha.data.encode import IGNORE, tokens_per_image
+
+    ids, trained = encoded.input_ids, encoded.labels != IGNORE
+    trained[:1] = False  # the first token of a row is predicted by nothing
+    start = 0
+    while start < len(ids):
+        end = start + 1
+        if ids[start] == processor.image_token_id:
+            end = start + tokens_per_image(processor)
+            yield Piece("", False, end - start, is_image=True)
+        else:
+            text = _decoded(ids[start:end], processor)
+            while text.endswith("\ufffd") and end < min(len(ids), start + 4) and trained[end] == trained[start]:
+                end += 1
+                text = _decoded(ids[start:end], processor)
+            yield Piece(text, bool(trained[start]), end - start)
+        start = end
+
+
+def open_quietly(source: ImageSource) -> Image.Image:
+    """`open_image` without Pillow's doubts about size and metadata: what is wrong is said by the linter."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return open_image(source)
+
+
+def visible(text: str) -> str:
+    """Text for a screen: control and half characters as pictures, an end of line shown and kept."""
+    pictures = {code: 0x2400 + code for code in range(0x20) if code != 0x0A} | {0x7F: 0x2421} | dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)
+    pictures |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+    return text.translate(pictures).replace("\n", "↵\n")
+
+
+def render(view: View) -> RenderableType:
+    """The sample for a terminal; what is trained on is green, and shades alternate from token to token."""
+    lines: list[RenderableType] = [Rule(f"row {view.row}  {view.where}", align="left")]
+    lines += [Text(f"image {number}: {note}") for number, note in enumerate(view.image_notes, start=1)]
+    if view.rendered is None:
+        lines += [Text.assemble((f"{message.role}: ", "bold"), visible(message.text)) for message in view.sample.messages]
+        return Group(
+            *lines,
+            Text(view.problem, "bold red")
+            if view.problem
+            else Text("give a recipe (--recipe NAME) to see its tokens, what is trained on, and its images resized", "dim"),
+        )
+    lines += [Rule("rendered template", align="left", style="dim"), Text(visible(view.rendered))]
+    if view.problem:
+        return Group(*lines, Text(view.problem, "bold red"))
+    title = f"{view.num_tokens:,} tokens, {view.num_trained:,} of them trained on"
+    title += f"; {view.num_truncated:,} more are cut off by row_tokens" if view.num_truncated else ""
+    lines += [Rule(title, align="left", style="dim"), _coloured(view.pieces)]
+    return Group(*lines, Text.assemble(("trained on", _STYLES["trained"][0]), "  given  ", ("an image", _STYLES["image"])))
+
+
+def save_pixels(view: View, folder: Path) -> list[Path]:
+    """Write the preprocessed images as PNG files, `row-17-image-1.png` and so on."""
+    paths = []
+    for number, image in enumerate(view.pixels, start=1):
+        buffer = io.BytesIO()
+        image.save(buffer, format="PNG")
+        paths.append(folder / f"row-{view.row}-image-{number}.png")
+        write_whole(paths[-1], buffer.getvalue())
+    return paths
+
+
+def _coloured(pieces: tuple[Piece, ...]) -> Text:
+    text = Text()
+    for number, piece in enumerate(pieces):
+        if piece.is_image:
+            text.append(f"[image: {piece.num_tokens} tokens]", _STYLES["image"])
+        else:
+            text.append(visible(piece.text), _STYLES["trained" if piece.trained else "given"][number % 2])
+    return text
+
+
+def _decoded(ids: np.ndarray, processor: LlavaProcessor) -> str:
+    return processor.tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _preprocessed(images: list[Image.Image], processor: LlavaProcessor) -> Iterator[Image.Image]:
+    """What the tower gets, with mean and deviation taken back."""
+    if not images:
+        return
+    settings = processor.image_processor
+    mean, std = (np.reshape(values, (3, 1, 1)) for values in (settings.image_mean, settings.image_std))
+    for values in processor.image_processor(images, return_tensors="np")["pixel_values"]:
+        colours = np.clip(np.asarray(values) * std + mean, 0, 1) * 255
+        yield Image.fromarray(colours.round().astype(np.uint8).transpose(1, 2, 0))

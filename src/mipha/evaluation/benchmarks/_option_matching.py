@@ -1,0 +1,118 @@
+"""Which option an answer to a multiple-choice question names: MMBench's rules, and its prompt for a judge.
+
+Source: open-compass/VLMEvalKit `vlmeval/utils/matching_util.py:can_infer` and `vlmeval/dataset/utils/multiple_choice.py`, as of
+    e8e78f05 (August 2026). Older versions, the server's of early 2024 among them, lack the position, length and "answer is" rules.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from mipha.evaluation.benchmark import Judge
+
+REFUSED = "Z"
+"""Letter for an answer that refuses, or that a judge finds unlike every option."""
+
+JUDGE_TRIES = 3
+JUDGE_MAX_TOKENS = 1024
+
+_REFUSALS = (
+    "Sorry, I can't help with images of people yet.",
+    "I can't process this file.",
+    "I'm sorry, but without the image provided",
+    "Cannot determine the answer",
+)
+_NO_REPLY = "Failed to obtain answer via API"
+_MARKS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
+# No word boundary follows the letter: "the answer is blue" names B.
+_ANSWER_IS = re.compile(r"(?:correct\s+)?answer\s+is\s+\**([ABCD])", re.IGNORECASE)
+_LAST_WORDS = 4
+
+_PROMPT = (
+    "You are an AI assistant who will help me to match an answer with several options of a single-choice question. "
+    "You are provided with a question, several options, and an answer, "
+    "and you need to find which option is most similar to the answer. "
+    "If the meaning of all options are significantly different from the answer, output Z. "
+    "Your should output a single uppercase character in A, B, C, D (if they are valid options), and Z. \n"
+    "Example 1: \n"
+    "Question: What is the main object in image?\nOptions: A. teddy bear B. rabbit C. cat D. dog\n"
+    "Answer: a cute teddy bear\nYour output: A\n"
+    "Example 2: \n"
+    "Question: What is the main object in image?\nOptions: A. teddy bear B. rabbit C. cat D. dog\n"
+    "Answer: Spider\nYour output: Z\n"
+    "Example 3: \n"
+    "Question: {question}?\nOptions: {options}\nAnswer: {answer}\nYour output: "
+)
+# The first example's heading has neither space nor line break, in the original as here.
+_PROMPT_CN = (
+    "你是一个帮助我匹配答案与单选题中多个选项的 AI 助手。"
+    "你会被提供：一个问题，多个选项，一个答案。你的任务是找到与答案意义最相近的选项。"
+    "如果所有选项的意义都与答案显著不同，则输出 Z。"
+    "你应该输出一个单个的大写字母，例如 A, B, C, D（如果它们是有效选项），或 Z。"
+    "例 1:"
+    "问题: 图中最主要的物体是什么?\n选项: A. 泰迪熊 B. 兔子 C. 猫 D. 狗\n答案: 一只可爱的泰迪熊\n输出: A\n"
+    "例 2: \n"
+    "问题: 图中最主要的物体是什么?\n选项: A. 泰迪熊 B. 兔子 C. 猫 D. 狗\n答案: 蜘蛛\n输出: Z\n"
+    "例 3: \n"
+    "问题: {question}?\n选项: {options}\n答案: {answer}\n输出: "
+)
+
+
+def read_option(answer: str, choices: Mapping[str, str]) -> str | None:
+    """The letter that an answer names, `Z` for a refusal, None where the rules cannot tell.
+
+    Args:
+        answer: Verbatim.
+        choices: Letter to option text.
+    """
+    return _by_letter(answer, choices) or _by_text(answer, choices)
+
+
+def _by_letter(answer: str, choices: Mapping[str, str]) -> str | None:
+    if _NO_REPLY in answer:
+        return None
+    if any(refusal in answer for refusal in _REFUSALS):
+        return REFUSED
+    words = answer.translate(_MARKS).split()
+    named = [letter for letter in choices if letter in words]
+    # The first occurrence must be among the last words: "A dog chases the red ball" is about a dog, not option A.
+    if len(named) == 1 and words.index(named[0]) >= len(words) - _LAST_WORDS:
+        return named[0]
+    if not named and REFUSED in words:
+        return REFUSED
+    found = _ANSWER_IS.search(answer)
+    return found[1].upper() if found and found[1].upper() in choices else None
+
+
+def _by_text(answer: str, choices: Mapping[str, str]) -> str | None:
+    answer = answer.lower()
+    if len(answer) > 2 * sum(map(len, choices.values())):
+        return None
+    contained = [letter for letter, option in choices.items() if option.lower() in answer]
+    return contained[0] if len(contained) == 1 else None
+
+
+def matching_prompt(question: str, choices: Mapping[str, str], answer: str) -> str:
+    """What the judge is asked: Chinese if the question has a Chinese character."""
+    options = "There are several options: \n" + "".join(f"{letter}. {option}\n" for letter, option in choices.items())
+    template = _PROMPT_CN if is_chinese(question) else _PROMPT
+    return template.format(question=question, options=options, answer=answer)
+
+
+def ask_for_option(question_id: str, question: str, choices: Mapping[str, str], answer: str, judge: Judge) -> str | None:
+    """The letter that the judge finds, None if no reply names one.
+
+    The official program then draws an option at random; a score is not to rest on that.
+    """
+    prompt = matching_prompt(question, choices, answer)
+    for attempt in range(JUDGE_TRIES):
+        reply = judge.ask(question_id, prompt, attempt=attempt, max_tokens=JUDGE_MAX_TOKENS)
+        if letter := read_option(reply, choices):
+            return letter
+    return None
+
+
+def is_chinese(text: str) -> bool:
+    """Whether a Chinese character is in the text."""
+    return re.search("[\u4e00-\u9fff]", text) is not None

@@ -1,0 +1,1 @@
+"""Adapters for other programs; each is imported by that program, never by ours."""

@@ -1,0 +1,159 @@
+"""The language model of a recipe: read, with its tokenizer and template, and refused where LLaVA could not hold it."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from mipha.catalog.language_models import LANGUAGE_MODELS
+from mipha.models.folders import load_weights, locate, model_type, reading
+from mipha.models.processing import IMAGE_TOKEN, checked_template, load_template
+from mipha.recipe import ModelRecipe
+
+
+def load_language_model(recipe: ModelRecipe, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+    """The causal language model, its tokenizer (with a pad token) and the chat template with the loss mask.
+
+    Raises:
+        FileNotFoundError: It is nowhere, or its folder is not whole.
+        ValueError: It is of a kind that cannot be used, or its template does not go with it.
+    """
+    name = recipe.language_model
+    entry = LANGUAGE_MODELS.get(name)
+    folder = locate(name, entry.path if entry else name, "language model", list(LANGUAGE_MODELS))
+    read_config(folder, name)
+    tokenizer = _read_tokenizer(folder, name)
+    wanted = recipe.chat_template or (entry.chat_template if entry else None)
+    if wanted:
+        template = load_template(wanted, tokenizer)
+    elif tokenizer.chat_template:
+        template = checked_template(tokenizer.chat_template, tokenizer, source=f"of {name}")
+    else:
+        raise ValueError(f"language model {name!r} has no chat template: set model.chat_template, for example to vicuna")
+    end_of_turn(tokenizer, template)  # refused before the weights are read
+    with reading(folder, "language model", name):
+        model = load_weights(AutoModelForCausalLM, folder, dtype)
+    # Gemma 2 ends in 30 * tanh(logits / 30), for which the stock LLaVA has no place: no greedy answer changes without it.
+    if getattr(model.config, "final_logit_softcapping", None):
+        model.config.final_logit_softcapping = None
+    check_composable(model, name)
+    return model, tokenizer, template
+
+
+def read_config(folder: str, name: str) -> PretrainedConfig:
+    """The config of a language model, read before its weights.
+
+    Raises:
+        ValueError: It says that this is no model that LLaVA could hold.
+    """
+    with reading(folder, "language model", name):
+        kind = model_type(folder)
+    if kind not in CONFIG_MAPPING:
+        known = f"transformers {transformers.__version__}"
+        raise ValueError(
+            f"language model {name!r} is a {kind!r}, which {known} does not know: code that comes with a checkpoint is never run"
+        )
+    with reading(folder, "language model", name):
+        config = AutoConfig.from_pretrained(folder)
+    reason = None
+    if config.get_text_config() is not config:
+        reason = "which holds more than a language model"
+    elif config.is_encoder_decoder:
+        reason = "an encoder and a decoder"
+    elif type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        reason = "which writes no text"
+    elif getattr(config, "quantization_config", None):
+        reason = "in quantized weights, which do not train"
+    if reason:
+        raise ValueError(f"language model {name!r} is a {kind!r}, {reason}: give a decoder-only language model in full weights")
+    return config
+
+
+def _read_tokenizer(folder: str, name: str) -> PreTrainedTokenizerBase:
+    with reading(folder, "language model", name):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+        except (ValueError, KeyError, ImportError) as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"language model {name!r} has no tokenizer that can be read from {folder}: put its tokenizer.json there ({reason})"
+            ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # masks come from lengths, so the pad token is never mistaken for an EOS
+    return tokenizer
+
+
+@torch.no_grad()
+def check_composable(model: PreTrainedModel, name: str) -> None:
+    """Refuse a language model of which LLaVA would make another one: tried on a few words, not looked up by its kind.
+
+    LLaVA gives embeddings to the stack of layers and applies the head to what comes out. Our training puts samples side by
+    side behind a mask. So the words are given twice, side by side, and a third sample that is the embedding of no word, as
+    image features are; all must be as the model has it alone.
+
+    Raises:
+        ValueError: The head is not all there is behind the layers, or the mask does not keep samples apart.
+    """
+    words = torch.linspace(0, model.config.vocab_size - 1, 7, device=model.device).long()[1:]
+    embedded = model.get_input_embeddings()(words)
+    inputs = torch.cat([embedded, embedded, embedded.mean(0, keepdim=True)])[None]
+    blocks = [torch.ones(n, n, device=model.device).tril() for n in (len(words), len(words), 1)]
+    mask = torch.zeros(inputs.shape[1], inputs.shape[1], dtype=model.dtype, device=model.device)
+    mask.masked_fill_(torch.block_diag(*blocks) == 0, torch.finfo(model.dtype).min)
+    positions = torch.cat([torch.arange(len(block), device=model.device) for block in blocks])[None]
+    refused = f"language model {name!r} is a {model.config.model_type!r}, which cannot be used"
+    try:
+        alone = model(input_ids=words[None], use_cache=False).logits[0]
+        hidden = model.base_model(inputs_embeds=inputs, position_ids=positions, attention_mask=mask[None, None], use_cache=False)
+        logits = model.get_output_embeddings()(hidden.last_hidden_state[0])
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{refused}: it does not take embeddings, positions and a mask ({' '.join(str(error).split())[:200]})") from error
+    if not _close(logits[: len(words)], alone):
+        raise ValueError(f"{refused}: its logits are not its head on its hidden states, and the stock LLaVA format has no place for more")
+    if not _close(logits[len(words) : 2 * len(words)], alone):
+        raise ValueError(f"{refused}: it carries words past the attention mask (a recurrent layer), so samples in one row would mix")
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    return bool((one - other).abs().max() <= torch.finfo(other.dtype).eps ** 0.5 * other.abs().max())
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> int:
+    """Id of the token that ends the assistant's turn: the last one that is trained on.
+
+    Raises:
+        ValueError: The turn does not end in a special token, so no answer would ever end.
+    """
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    encoded = tokenizer.apply_chat_template(
+        messages, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    trained = [token for token, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if mask]
+    added = tokenizer.added_tokens_decoder
+    if not trained or not (trained[-1] in tokenizer.all_special_ids or (trained[-1] in added and added[trained[-1]].special)):
+        last = tokenizer.decode(trained[-1:])
+        raise ValueError(
+            f"the chat template ends an answer in {last!r}, which is no special token of this language model, so no answer would end: "
+            "use another model.chat_template, for example vicuna"
+        )
+    return trained[-1]
+
+
+def add_image_token(tokenizer: PreTrainedTokenizerBase, language_model: PreTrainedModel) -> int:
+    """Id of the image placeholder: an unused row of the vocabulary where there is one, else 64 new rows."""
+    tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_TOKEN]})
+    token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    if token_id >= language_model.config.vocab_size:
+        language_model.resize_token_embeddings(token_id + 1, pad_to_multiple_of=64, mean_resizing=False)
+    return token_id

@@ -1,0 +1,57 @@
+"""Weights of 4 bits (QLoRA) through bitsandbytes, which is imported where it is used: it comes with an extra, and wants a GPU."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+from torch import nn
+
+from mipha.recipe import TuningRecipe
+
+
+def check_quantization(tuning: TuningRecipe, device: torch.device, num_processes: int) -> None:
+    """Refuse what cannot run, before anything is built.
+
+    Raises:
+        ValueError: Weights of 4 bits are asked for without a GPU, or with several processes.
+        FileNotFoundError: The package that computes in them is not installed.
+    """
+    wanted = [part for part in tuning.adapted if getattr(tuning, part) == "qlora"]
+    if not wanted:
+        return
+    mend = f"set tuning.{wanted[0]} to lora"
+    if device.type != "cuda":
+        raise ValueError(f"{wanted[0]}=qlora computes with weights of 4 bits, which takes a GPU: {mend}, or train on a GPU")
+    if num_processes > 1:
+        raise ValueError(f"{wanted[0]}=qlora is for one GPU, but {num_processes} processes were started: {mend}, or start one process")
+    if find_spec("bitsandbytes") is None:
+        raise FileNotFoundError(
+            f"{wanted[0]}=qlora comes with the Python package bitsandbytes, which is not installed: "
+            f'pip install "mipha-vlm[qlora]", or {mend}'
+        )
+
+
+def quantize(layers: list[nn.Module], device: torch.device, compute: torch.dtype) -> None:
+    """Keep the weights of every linear layer in 4 bits, rounded once.
+
+    Args:
+        device: Where they lie from now on.
+        compute: Type that they are multiplied in.
+
+    Source: QLoRA (Dettmers et al. 2023), section 3: NormalFloat4 in blocks of 64, the blocks' scales quantized too.
+    """
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    for layer in layers:
+        for name, module in list(layer.named_modules()):
+            if isinstance(module, nn.Linear):
+                small = Linear4bit(module.in_features, module.out_features, bias=False, compute_dtype=compute, quant_type="nf4")
+                small.weight = Params4bit(module.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True)
+                small.bias = module.bias
+                layer.set_submodule(name, small.to(device))
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether the module's weight is kept in 4 bits."""
+    return getattr(getattr(module, "weight", None), "quant_state", None) is not None

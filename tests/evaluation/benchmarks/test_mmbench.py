@@ -1,0 +1,337 @@
+"""MMBench: the file as pandas reads it, the reading rules, CircularEval, the judge, the upload."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import io
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from mipha.comparison.statistics import tally, values
+from mipha.evaluation.benchmark import Judgement, Question
+from mipha.evaluation.benchmarks import mmbench
+from mipha.evaluation.benchmarks._option_matching import matching_prompt, read_option
+
+COLUMNS = ["index", "question", "hint", *"ABCD", "answer", "category", "image", "source", "l2-category", "comment", "split"]
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+
+
+def picture(colour: str) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (2, 2), colour).save(file, "png")
+    return file.getvalue()
+
+
+RED = base64.b64encode(picture("red")).decode()
+BLUE = base64.b64encode(picture("blue")).decode()
+
+
+def row(index: int, *choices: str, answer: str = "A", **cells: str) -> dict[str, str]:
+    """One official row, two options where none are given."""
+    given = {"index": str(index), "question": "Which?", "image": RED, "split": "dev", "answer": answer}
+    return dict.fromkeys(COLUMNS, "") | given | dict(zip("ABCD", choices or ("red", "blue"), strict=False)) | cells
+
+
+def rotations(index: int, *choices: str, answer: str = "A", **cells: str) -> list[dict[str, str]]:
+    """A question with all rotations of its options."""
+    at = "ABCD".index(answer)
+    turned = [(choices[k:] + choices[:k], "ABCD"[(at - k) % len(choices)]) for k in range(len(choices))]
+    return [row(index + k * 1_000_000, *options, answer=label, **cells) for k, (options, label) in enumerate(turned)]
+
+
+def write(path: Path, rows: Sequence[Mapping[str, str]], columns: Sequence[str] = COLUMNS) -> Path:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, columns, delimiter="\t", extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def labelled(tmp_path: Path, *rows: Mapping[str, str]) -> list[Question]:
+    return mmbench.annotations(write(tmp_path / "mmbench_dev_20230712.tsv", rows))
+
+
+def measured(judgement: Judgement) -> dict[str, float]:
+    return values(tally(judgement.contributions), mmbench.measure)
+
+
+class Judge:
+    """Gives the replies it was handed for each row, in order, and remembers what it was asked."""
+
+    num_runs = None
+
+    def __init__(self, **replies: Sequence[str]) -> None:
+        self.replies = {name.lstrip("_"): list(texts) for name, texts in replies.items()}
+        self.asked: list[str] = []
+        self.prompts: list[str] = []
+
+    def ask(self, question_id: str, prompt: str, *, run: int = 0, attempt: int = 0, temperature: float = 0.0, max_tokens: int = 16) -> str:
+        assert (run, temperature) == (0, 0.0) and attempt == self.asked.count(question_id)
+        self.asked.append(question_id)
+        self.prompts.append(prompt)
+        return self.replies[question_id].pop(0)
+
+
+@pytest.mark.parametrize(
+    ("cells", "text", "choices"),
+    [
+        ({}, "Which?\nA. red\nB. blue", "AB"),
+        ({"hint": "Look."}, "Look.\nWhich?\nA. red\nB. blue", "AB"),
+        ({"hint": "None"}, "Which?\nA. red\nB. blue", "AB"),
+        ({"hint": "NAN"}, "Which?\nA. red\nB. blue", "AB"),
+        ({"hint": "none of it"}, "none of it\nWhich?\nA. red\nB. blue", "AB"),
+        ({"C": "none"}, "Which?\nA. red\nB. blue", "ABC"),
+        ({"C": "NONE", "D": "grey"}, "Which?\nA. red\nB. blue", "ABCD"),
+        ({"C": "None", "D": "grey"}, "Which?\nA. red\nB. blue", "ABCD"),
+        ({"B": "NA", "C": "grey"}, "Which?\nA. red", "ABC"),
+        ({"B": "nan", "C": "grey"}, "Which?\nA. red", "AC"),
+        ({"C": "n/a"}, "Which?\nA. red\nB. blue", "ABC"),
+        ({"C": " "}, "Which?\nA. red\nB. blue\nC.  ", "ABC"),
+        ({"C": 'a "quoted"\nline', "D": "N.A."}, 'Which?\nA. red\nB. blue\nC. a "quoted"\nline\nD. N.A.', "ABCD"),
+    ],
+)
+def test_the_prompt_ends_where_the_official_one_does_and_the_scorer_knows_every_option(
+    cells: dict[str, str], text: str, choices: str, tmp_path: Path
+) -> None:
+    (question,) = labelled(tmp_path, row(241) | cells)
+    assert question.text == text + LETTER
+    assert "".join(question.facts["choices"]) == choices
+    assert question.id == "241" and question.image is None
+
+
+FOUR = {"A": "a cat", "B": "two dogs", "C": "blue", "D": "nothing at all"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("B", "B"),
+        ("B.", "B"),
+        ("(C)", "C"),
+        ("[D]: ", "D"),
+        ("#A#", "A"),
+        ("A\n", "A"),
+        ("B, B and B", "B"),  # one distinct letter
+        ("A or B", None),  # two
+        ("b", None),
+        ("E", None),  # not an option
+        ("", None),
+        ("**B**", "B"),
+        ("-B-", None),  # this mark is not one of those that give way to a space
+        ("<B>", None),
+        ("B。", None),
+        ("（B）", None),
+        ("答案是B", None),
+        ("答案是 B", "B"),
+        ("The option that fits best is B", "B"),
+        # The letter must first occur among the last four words.
+        ("B it is then", "B"),
+        ("B it is then, yes", None),
+        ("B is what I would say: B", None),
+        # Then an "answer is" anywhere, in any case, with or without asterisks, and no word boundary after the letter.
+        ("The correct answer is B because nobody in here is wearing a red hat.", "B"),
+        ("I think the ANSWER  IS **c** since there is no other that fits.", "C"),
+        ("My answer is drawn from what is there.", "D"),
+        ("The answer is: B, as anybody can see from here.", None),
+        ("The answer is e, and then the answer is B of all four.", "B"),
+        # Then option texts, in any case, if just one is contained and the answer is not too long (2 x 31 characters).
+        ("I see TWO DOGS", "B"),
+        ("bluebird", "C"),
+        ("two dogs and a cat", None),
+        ("It is blue" + "!" * 52, "C"),
+        ("It is blue" + "!" * 53, None),
+        ("Cannot determine the answer, B", "Z"),
+        ("I'm sorry, but without the image provided I guess B", "Z"),
+        ("Z", "Z"),
+        ("Z: none of them", "Z"),
+        ("Z or B", "B"),  # a letter comes first
+        ("Failed to obtain answer via API, B", None),
+        ("Failed to obtain answer via API: blue", "C"),  # the text rule still looks
+    ],
+)
+def test_reading_rules(answer: str, letter: str | None) -> None:
+    assert sum(map(len, FOUR.values())) == 31
+    assert read_option(answer, FOUR) == letter
+
+
+def test_circular_eval(tmp_path: Path) -> None:
+    """Right four times, wrong once, wrong although another is unreadable, unreadable once, and right on two of two."""
+    lr, ar = {"l2-category": "logic_reasoning", "category": "x"}, {"l2-category": "attribute_reasoning", "category": "y"}
+    asked = labelled(
+        tmp_path,
+        *rotations(1, "red", "blue", "grey", "pink", **lr),
+        *rotations(2, "red", "blue", answer="B", **ar),
+        *rotations(3, "red", "blue", image=BLUE, **lr),
+        *rotations(4, "red", "blue", image=BLUE, **lr),
+        *rotations(5, "red", "blue", answer="B", **(ar | {"l2-category": "coarse_perception"})),
+    )
+    answers = {"1": "A", "1000001": "D", "2000001": "C.", "3000001": "(B)", "2": "B", "1000002": "B"}
+    answers |= {"3": "A or B", "1000003": "A", "4": "A", "1000004": "no idea", "5": "blue", "1000005": "A"}
+    judgement = mmbench.score(asked, answers)
+    # Rotated once, the first option is the last: gold letters go A D C B for four options, A B and B A for two.
+    assert judgement.per_question == {"1": 1, "2": 0, "3": 0, "4": 0, "5": 1}
+    assert judgement.parsed == {
+        **{"1": "A", "1000001": "D", "2000001": "C", "3000001": "B", "2": "B", "1000002": "B"},
+        **{"3": None, "1000003": "A", "4": "A", "1000004": None, "5": "B", "1000005": "A"},
+    }
+    assert measured(judgement) == {
+        **{"accuracy": 40, "vanilla": 80, "unreadable": 2},
+        **{"l2-category.AR": 0, "l2-category.CP": 100, "l2-category.LR": pytest.approx(100 / 3)},
+        **{"category.x": pytest.approx(100 / 3), "category.y": 50},
+    }
+    clusters = [cluster for cluster, _ in judgement.contributions]
+    assert len(clusters) == 5 and len(set(clusters)) == 2 and clusters[0] == clusters[1] == clusters[4] != clusters[2] == clusters[3]
+    assert judgement.submission == answers
+    assert judgement.notes == ("scored by rules, without a judge (exact_matching): 2 of 12 answers name no option and count as wrong",)
+
+
+def test_only_questions_with_their_unrotated_row_count(tmp_path: Path) -> None:
+    rows = [*rotations(1, "red", "blue", "grey")[:2], *rotations(2, "red", "blue")[1:]]
+    asked = labelled(tmp_path, *reversed(rows))
+    judgement = mmbench.score(asked, {"1": "A", "1000001": "C", "1000002": "A"})
+    assert measured(judgement) == {"accuracy": 100, "vanilla": 100, "unreadable": 0}
+    assert judgement.per_question == {"1": 1} and len(judgement.contributions) == 1
+    assert "1 questions have fewer rotations than options" in judgement.notes[1]
+
+
+def test_the_judge_reads_only_what_decides(tmp_path: Path) -> None:
+    asked = labelled(
+        tmp_path,
+        *rotations(1, "red", "blue"),  # both unreadable, both matched
+        *rotations(2, "red", "blue"),  # a readable wrong one: nothing to ask
+        *rotations(3, "red", "blue", "grey"),  # the first is matched wrongly: the rest is not asked about
+        *rotations(4, "red", "blue"),  # no reply says anything: not guessed
+        *rotations(5, "red", "blue"),  # like none of the options
+    )
+    answers = dict.fromkeys((question.id for question in asked), "crimson")
+    answers |= {"1000002": "A", "1000004": "B", "1000005": "B"}
+    judge = Judge(_1=["hm", "Sure: A"], _1000001=["It is like red"], _3=["C"], _4=["hm", "A or B", ""], _5=["Z"])
+    judgement = mmbench.score(asked, answers, judge)
+    assert judge.asked == ["1", "1", "1000001", "3", "4", "4", "4", "5"]
+    assert measured(judgement) == {"accuracy": 20, "vanilla": 20, "unreadable": 4}  # 2; 1000003 and 2000003; 4
+    parsed = judgement.parsed or {}
+    assert [parsed[key] for key in ("1", "1000001", "2", "3", "1000003", "4", "5")] == ["A", "B", None, "C", None, None, "Z"]
+    assert judgement.notes == (
+        "the judge was asked about 5 of 11 answers: those that the rules cannot read, where they decide",
+        "1 of them the judge did not read either: they count as wrong, where the official program guesses",
+    )
+    options = "There are several options: \nA. red\nB. blue\n"
+    assert judge.prompts[0].endswith(f"Example 3: \nQuestion: Which??\nOptions: {options}\nAnswer: crimson\nYour output: ")
+
+
+@pytest.mark.parametrize(
+    ("question", "answer", "sha256"),
+    [
+        ("What colour is it", "crimson", "a180ff0dfe8406a26b8835def2bd414b80c76234ebcd4ede6f646ab54998402f"),
+        ("是什么颜色", "深红", "1375fb6039930da0339a3b096ccc032859323935e9d957003fedb1bb951f29c2"),
+    ],
+)
+def test_the_judges_prompt_is_the_official_one(question: str, answer: str, sha256: str) -> None:
+    """Digests of what the official build_prompt and build_prompt_cn make of these."""
+    prompt = matching_prompt(question, {"A": "red", "B": "blue"}, answer)
+    assert hashlib.sha256(prompt.encode()).hexdigest() == sha256
+
+
+def test_both_layouts_give_one_decoded_image_to_all_its_rows(tmp_path: Path) -> None:
+    repeated = [row(1), row(1_000_001), row(7, image=BLUE), row(2)]
+    referring = [row(1_000_001, image="1"), row(1), row(7, image=BLUE), row(2, image="1")]
+    for number, rows in enumerate((repeated, referring)):
+        path = write(tmp_path / f"{number}.tsv", rows)
+        by_id = {question.id: question for question in mmbench.questions(path, "dev")}
+        assert by_id["7"].image == picture("blue")
+        assert by_id["1"].image == picture("red") and by_id["1"].image is by_id["1000001"].image is by_id["2"].image
+        same = {question.id: question.facts["image"] for question in mmbench.annotations(path)}
+        assert same["1"] == same["1000001"] == same["2"] != same["7"]
+    assert [question.id for question in mmbench.questions(path, "dev")] == ["1000001", "1", "7", "2"]
+    long = base64.b64encode(bytes(200_000)).decode()  # beyond what the csv module takes by default
+    assert mmbench.questions(write(path, [row(1, image=long)]), "dev")[0].image == bytes(200_000)
+
+
+def test_the_folder_holds_a_file_a_split(tmp_path: Path) -> None:
+    columns = [column for column in COLUMNS if column != "answer"]
+    write(tmp_path / "mmbench_test_20230712.tsv", [row(1, split="test")], columns)
+    (question,) = mmbench.questions(tmp_path, "test")
+    assert "answer" not in question.facts
+    with pytest.raises(FileNotFoundError, match=r"has no mmbench_dev_20230712\.tsv or MMBench_DEV_EN\.tsv: get mmbench"):
+        mmbench.questions(tmp_path, "dev")
+    write(tmp_path / "MMBench_DEV_EN.tsv", [row(1), row(2)])
+    assert len(mmbench.questions(tmp_path, "dev")) == len(mmbench.annotations(tmp_path)) == 2
+    with pytest.raises(ValueError, match="no split 'val': choose dev or test"):
+        mmbench.questions(tmp_path, "val")
+    with pytest.raises(ValueError, match="give its folder with --data-root"):
+        mmbench.questions(None, "dev")
+
+
+@pytest.mark.parametrize(
+    ("broken", "sentence"),
+    [
+        ({"index": "x"}, r"line 3: index 'x' is not a whole number"),
+        ({"index": "1"}, r"line 3: index 1 stands on an earlier line"),
+        ({"answer": "C"}, r"line 3: the answer 'C' is the letter of none of its options"),
+        ({"answer": "red"}, r"line 3: the answer 'red'"),
+        ({"answer": ""}, r"line 3 has no answer: give a file whose labels are public"),
+        ({"image": "A" * 65}, r"line 3: the image is not base64"),
+        ({"image": "9"}, r"line 3: the image is neither a picture"),
+        ({"image": ""}, r"line 3: the image is neither a picture"),
+    ],
+)
+def test_a_malformed_row_is_named(broken: dict[str, str], sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        mmbench.questions(write(tmp_path / "mmbench.tsv", [row(1), row(2) | broken]), "dev")
+
+
+def test_a_file_of_another_kind_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.tsv"
+    for content, sentence in (
+        (b"id\tquestion\n", "has no column index or A or B"),
+        (b"", "has no column"),
+        (b"index\tquestion\tA\tB\n1\tq\ta\n", "line 2 has 3 cells, and the first line 4"),
+        (b"index\tquestion\tA\tB\n1\t\xff\ta\tb\n", "is not a table in UTF-8"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"x\.tsv.*{sentence}"):
+            mmbench.annotations(path)
+
+
+def test_the_upload(tmp_path: Path) -> None:
+    openpyxl = pytest.importorskip("openpyxl")
+    asked = labelled(tmp_path, row(1, "=1+1", "None", hint="h", comment="c"), row(1_000_001, "#N/A", "blue", answer="B"))
+    answers = {"1": "=A1", "1000001": "A\x0bB\x00\ud800"}
+    (content,) = mmbench.submission(asked, answers).values()
+    sheet = openpyxl.load_workbook(io.BytesIO(content)).active
+    assert [[cell.value for cell in line] for line in sheet.iter_rows()] == [
+        ["index", "question", "A", "B", "C", "D", "prediction", "answer", "split"],
+        [1, "Which?", "=1+1", "None", None, None, "=A1", "A", "dev"],
+        [1_000_001, "Which?", "#N/A", "blue", None, None, "A B\ufffd\ufffd", "B", "dev"],
+    ]
+    assert {sheet["C2"].data_type, sheet["G2"].data_type} == {"s"}
+    with pytest.raises(ValueError, match=r"prediction of row 1 has 40,000 characters"):
+        mmbench.submission(asked, answers | {"1": "a" * 40_000})
+
+
+def test_the_uploads_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openpyxl", None)
+    with pytest.raises(ModuleNotFoundError, match=r'not installed: pip install "mipha-vlm\[evaluation\]"'):
+        mmbench.submission(labelled(tmp_path, row(1)), {"1": "A"})
+
+
+def test_signs_of_another_file_are_told(tmp_path: Path) -> None:
+    def told(*rows: Mapping[str, str]) -> Any:
+        return mmbench.doubts(labelled(tmp_path, *rows), "dev")
+
+    whole = [turned for index in range(1164) for turned in rotations(index, "red", "blue")]
+    assert told(*whole) == []
+    assert any("1,163 questions without their rotations, not the 1,164" in doubt for doubt in told(*whole[2:]))
+    assert told(*whole[1:]) == [
+        "1 questions lack their unrotated row, so they are not counted",
+        "1 questions have fewer rotations than options, which makes CircularEval easier",
+    ]
+    assert any("2,328 of 2,328 rows ask in Chinese" in doubt for doubt in told(*(turned | {"question": "哪个？"} for turned in whole)))
+    assert told(*(turned | {"split": "test"} for turned in whole)) == ["rows say that they are of split test, not dev"]

@@ -1,0 +1,57 @@
+"""MMBench in Chinese: what differs from the English one (see test_mmbench.py for all that they share)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mipha.comparison.statistics import tally, values
+from mipha.evaluation.benchmarks import mmbench_cn
+
+LINES = (
+    "index\tquestion\thint\tA\tB\tC\tD\tanswer\tcategory\timage\tsource\tl2-category\tcomment\tsplit",
+    "5\t图中有几只猫？\t看图。\t一只\t两只\t\t\tB\tcount\t\ts\tlogic_reasoning\t\tdev",
+    "1000005\t图中有几只猫？\t\t两只\t一只\t\t\tA\tcount\t\ts\tlogic_reasoning\t\tdev",
+)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "mmbench_dev_cn_20231003.tsv"
+    path.write_text("\n".join(LINES) + "\n", encoding="utf-8")
+    return path
+
+
+def test_the_last_line_asks_in_chinese(file: Path) -> None:
+    asked = mmbench_cn.annotations(file.parent)
+    assert [question.text for question in asked] == [
+        "看图。\n图中有几只猫？\nA. 一只\nB. 两只\n请直接回答选项字母。",
+        "图中有几只猫？\nA. 两只\nB. 一只\n请直接回答选项字母。",
+    ]
+    assert mmbench_cn.MAX_NEW_TOKENS == 1024
+    assert not any("Chinese" in doubt for doubt in mmbench_cn.doubts(asked, "dev"))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "accuracy"),
+    [
+        ("B", "A", 100),
+        ("两只", "两只", 100),
+        ("答案是 B", "A.", 100),
+        ("答案是B", "A", 0),  # Chinese has no spaces, so the letter is no word
+        ("B。", "A", 0),
+        ("（B）", "A", 0),
+        ("B", "我想我看到两只", 100),  # an option's text, in seven characters of at most 2 x 4
+        ("B", "我想图中有两只猫", 100),  # eight
+        ("B", "我想图中是有两只猫", 0),  # nine
+    ],
+)
+def test_chinese_answers(first: str, second: str, accuracy: float, file: Path) -> None:
+    judgement = mmbench_cn.score(mmbench_cn.annotations(file), {"5": first, "1000005": second})
+    assert values(tally(judgement.contributions), mmbench_cn.measure)["accuracy"] == accuracy
+
+
+def test_the_upload_has_its_own_name(file: Path) -> None:
+    pytest.importorskip("openpyxl")
+    assert list(mmbench_cn.submission(mmbench_cn.annotations(file), {"5": "B", "1000005": "A"})) == ["mmbench_cn.xlsx"]
