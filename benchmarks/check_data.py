@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import sys
 import tempfile
@@ -74,15 +75,23 @@ def _talk(number: int) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
+def _cpu_seconds() -> float:
+    """Of this process and its workers, since it began: with other work on the machine, the clock on the wall tells little."""
+    times = [resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(time.ru_utime + time.ru_stime for time in times)
+
+
 def _print(name: str, result: CheckResult, **more: object) -> None:
     line = {
         "set": name,
         "rows": result.num_rows,
         "images": result.num_images,
-        "workers": result.workers,
+        "pictures": result.num_pictures,
+        "cores": os.cpu_count(),
         "seconds": round(result.seconds, 2),
+        "cpu_seconds": round(_cpu_seconds(), 1),
         "rows_per_second": round(result.num_rows / result.seconds),
-        "images_per_second": round(result.num_images / result.seconds),
+        "pictures_per_second": round(result.num_pictures / result.seconds),
         "findings": len(result.findings),
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
         "peak_memory_of_a_worker_mb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024,

@@ -178,6 +178,19 @@ def compare(
     print_paired(rows)
 
 
+@app.command("import")
+def import_checkpoint(
+    source: Annotated[str, typer.Argument(metavar="DIR_OR_HUB_ID", help="A released Mipha, or an original LLaVA-1.5-style checkpoint.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="New folder for the standard checkpoint.")],
+    vision_tower: Annotated[str | None, typer.Option(help="Folder or hub id of the tower, where the checkpoint only names one.")] = None,
+) -> None:
+    """Turn a released checkpoint into a standard one, every tensor accounted for."""
+    from mipha.models.upstream import import_upstream
+
+    typer.echo(str(import_upstream(source, out, vision_tower)))
+    typer.echo(f"imported: {out}")
+
+
 @app.command()
 def chat(run: Model, image: Annotated[Path | None, typer.Option(help="The picture to talk about.")] = None) -> None:
     """Talk about a picture; /image PATH, /reset and /quit."""

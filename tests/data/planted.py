@@ -303,7 +303,7 @@ DEFECTS: dict[str, Defect] = {
     "zero width": _defect("invisible-characters", lambda s: s.answer("A bo\u200bat.")),
     "HTML": _defect("markup", lambda s: s.answer("A boat<br/>and a <b>bridge</b> &amp; more.")),
     # its tokens
-    "answer cut off whole": _defect("", lambda s: s.ask(PROSE * 30), "nothing-trained"),
+    "answer cut off whole": _defect("", lambda s: s.ask(PROSE * 60), "nothing-trained"),
     "answer cut off in part": _defect(
         "", lambda s: s.answer(" ".join(f"{THINGS[i * 5 % 12]} {i * 7919 % 10007}" for i in range(600))), "truncated-answer"
     ),

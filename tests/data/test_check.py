@@ -1,15 +1,24 @@
-"""The linter on planted defects: each found at its row, none invented."""
+"""The linter on planted defects: each found at its row, none invented; and what it measures beside."""
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from mipha.data import check_pool
 from mipha.data.check import check_data
-from mipha.data.check_source import open_source
-from mipha.recipe import DataRecipe
+from mipha.data.check_packing import num_steps
+from mipha.data.check_result import counts_by_kind, histogram
+from mipha.data.check_source import Source, data_recipe, open_source
+from mipha.data.sample import Message, Sample
+from mipha.recipe import Recipe, StageRecipe
 
 sys.path.insert(0, str(Path(__file__).parent))
 from planted import DEFECTS, Corpus, plant
@@ -20,32 +29,183 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     return plant(tmp_path_factory.mktemp("corpus"), 4 * len(DEFECTS))
 
 
-def _source(path: Path):
-    return open_source(DataRecipe(dataset="auto", root=path))
+def _source(path: Path) -> Source:
+    return open_source(data_recipe(str(path)))
 
 
-def test_every_planted_defect_is_found_at_its_row_and_nothing_else(corpus: Corpus, tiny_model, tiny_run_recipe) -> None:
+def _stage(tiny_run_recipe: Callable[..., Recipe], **values: object) -> StageRecipe:
+    return tiny_run_recipe(*(f"stages.finetune.{key}={value}" for key, value in values.items())).stages.finetune
+
+
+def _write(file: Path, rows: list[Any]) -> Source:
+    file.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n", encoding="utf-8")
+    return _source(file)
+
+
+def _talk(question: str, answer: str) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+@pytest.mark.parametrize("with_tokens", [False, True])
+def test_every_planted_defect_is_found_at_its_row_and_nothing_else(corpus: Corpus, with_tokens, tiny_model, tiny_run_recipe) -> None:
     assert len(DEFECTS) >= 40
-    stage = tiny_run_recipe("stages.finetune.row_tokens=2048").stages.finetune
+    chosen = {"stage": _stage(tiny_run_recipe, row_tokens=2048), "processor": tiny_model()[1]} if with_tokens else {}
     against = _source(corpus.evaluation)
-    for tokens in (False, True):
-        chosen = {"stage": stage, "processor": tiny_model()[1]} if tokens else {}
-        result = check_data(_source(corpus.planted), against=against, **chosen)
-        assert {(f.row, f.kind) for f in result.findings} == corpus.expected(with_tokens=tokens, with_evaluation=True)
-        assert check_data(_source(corpus.clean), against=against, **chosen).findings == ()
+    result = check_data(_source(corpus.planted), against=against, **chosen)
+    assert {(finding.row, finding.kind) for finding in result.findings} == corpus.expected(with_tokens, with_evaluation=True)
+    assert all(finding.where == f"planted.jsonl, line {finding.row + 1}" for finding in result.findings if finding.row is not None)
+    assert result.num_errors == sum(finding.severity == "error" for finding in result.findings) > 0
+    clean = check_data(_source(corpus.clean), against=against, **chosen)
+    assert clean.findings == ()
+    assert clean.num_samples == clean.num_rows == len(_source(corpus.clean))
 
-def test_debug(corpus, tiny_model, tiny_run_recipe):
-    stage = tiny_run_recipe("stages.finetune.row_tokens=2048").stages.finetune
-    against = _source(corpus.evaluation)
-    for tokens in (False, True):
-        chosen = {"stage": stage, "processor": tiny_model()[1]} if tokens else {}
-        for clean in (False, True):
-            result = check_data(_source(corpus.clean if clean else corpus.planted), against=against, **chosen)
-            print("TOKENS", tokens, "CLEAN", clean, result.seconds)
-            got = {(f.row, f.kind) for f in result.findings}
-            want = set() if clean else corpus.expected(tokens, True)
-            said = {(f.row, f.kind): f for f in result.findings}
-            for x in sorted(want - got, key=str): print("MISSED", x, corpus.where.get(x[0]))
-            for x in sorted(got - want, key=str): print("INVENTED", x, corpus.where.get(x[0]), said[x].sentence)
-            if not clean:
-                for f in result.findings: print(f.row, f.where, f.kind, "|", f.sentence)
+
+def test_leaks_are_looked_for_only_where_there_is_an_evaluation_set(corpus: Corpus) -> None:
+    result = check_data(_source(corpus.planted))
+    assert {(finding.row, finding.kind) for finding in result.findings} == corpus.expected(with_tokens=False, with_evaluation=False)
+
+
+def test_two_processes_find_what_one_finds(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = check_data(_source(corpus.planted), workers=1)
+    monkeypatch.setattr(check_pool, "WORTH_A_POOL", 1)
+    together = check_data(_source(corpus.planted), workers=2)
+    assert together.findings == alone.findings
+    assert (together.histograms, together.answers, together.num_pictures) == (alone.histograms, alone.answers, alone.num_pictures)
+
+
+def test_a_process_that_dies_is_said_with_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    source = _write(tmp_path / "some.jsonl", [_talk(f"What is {number}?", "A number.") for number in range(200)])
+    monkeypatch.setattr(check_pool, "WORTH_A_POOL", 1)
+    dying = Source(
+        "some.jsonl", source.records, lambda record: os._exit(9) if record.where.endswith("line 100") else source.to_sample(record)
+    )
+    with pytest.raises(OSError, match=r"process that checked rows \d+ to \d+ of some.jsonl was killed"):
+        check_data(dying, workers=2)
+
+
+def test_what_llavas_rules_change_in_silence_is_said(tmp_path: Path) -> None:
+    Image.effect_noise((40, 40), 90).save(tmp_path / "a.png")
+    human, gpt = ({"from": name, "value": text} for name, text in (("human", "<image>\nWhat is it?"), ("gpt", "A cat.")))
+    rows = [
+        {"image": "a.png", "conversations": [human, gpt]},
+        {"image": "a.png", "conversations": [gpt, human | {"value": "<image>\nAnd the colour?"}, gpt]},
+        {"image": "a.png", "conversations": [human | {"value": "<image>\nHow old?"}, gpt, human | {"value": "Why?"}]},
+        {"image": "a.png", "conversations": [human | {"value": "<image> <image>\nHow big?"}, gpt]},
+        {"image": "a.png", "conversations": [human]},
+    ]
+    result = check_data(_write(tmp_path / "llava.jsonl", rows))
+    assert [(finding.row, finding.kind) for finding in result.findings] == [
+        (1, "left-out-turn"), (2, "left-out-turn"), (3, "image-count"), (4, "role-order"),
+    ]  # fmt: skip
+
+
+def test_a_table_names_its_lines(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("question,answer\nWhat is it?,A cat.\nAnd this?,nan\n")
+    [finding] = check_data(_source(tmp_path / "rows.csv")).findings
+    assert (finding.kind, finding.row, finding.where) == ("placeholder-answer", 1, "rows.csv, line 3")
+
+
+def test_limit_and_empty_sets(tmp_path: Path) -> None:
+    source = _write(tmp_path / "some.jsonl", [_talk("What is this?", "A cat."), _talk("What is that?", "")])
+    one = Source(source.name, source.records, source.to_sample, limit=1)
+    assert (len(one), check_data(one).findings) == (1, ())
+    none = check_data(Source("nothing", [], lambda record: record))
+    assert (none.num_rows, none.findings, none.histograms) == (0, (), ())
+
+
+def test_evaluation_rows_that_cannot_be_read_are_counted(tmp_path: Path) -> None:
+    source = _write(tmp_path / "some.jsonl", [_talk("What is this?", "A cat.")])
+    [finding] = check_data(source, against=_write(tmp_path / "held.jsonl", [_talk("Really?", "Yes."), "{"])).findings
+    assert (finding.kind, finding.row) == ("uncompared", None)
+    assert finding.what == "1 rows of held.jsonl could not be read"
+
+
+def test_an_evaluation_set_may_be_samples(tmp_path: Path) -> None:
+    """A benchmark's questions are no data set: they come as samples."""
+    Image.effect_noise((40, 40), 90).save(tmp_path / "a.png")
+    asked = Sample("q", (Message("user", "<image>\nWhat IS  it?"), Message("assistant", "-")), (tmp_path / "a.png",))
+    row = _talk("<image>\nWhat is it?\nAnswer with one word.", "Cat") | {"images": ["a.png"]}
+    result = check_data(_write(tmp_path / "some.jsonl", [row]), against=Source("pope", [asked], lambda sample: sample))
+    assert [finding.kind for finding in result.findings] == ["leak"]
+
+
+@pytest.mark.parametrize(("num_yes", "found"), [(75, False), (90, True)])
+def test_an_answer_to_nearly_everything(num_yes: int, found: bool, tmp_path: Path) -> None:
+    rows = [_talk(f"Is {number} large?", "Yes." if number < num_yes else "No.") for number in range(100)]
+    result = check_data(_write(tmp_path / "some.jsonl", rows))
+    assert counts_by_kind(result.findings) == ({"unbalanced-answers": 1} if found else {})
+    assert result.answers.top == (("yes", num_yes), ("no", 100 - num_yes))
+
+
+def test_yes_and_no_are_weighed_among_themselves(tmp_path: Path) -> None:
+    rows = [_talk(f"Is {number} large?", "yes" if number % 10 else "no") for number in range(100)]
+    rows += [_talk(f"How much is {number}?", f"It is {number}.") for number in range(400)]
+    [finding] = check_data(_write(tmp_path / "some.jsonl", rows)).findings
+    assert finding.what.startswith("'yes' is 90 % of 100 yes/no answers")
+
+
+def test_what_a_model_guesses_without_the_image(tmp_path: Path) -> None:
+    """Asked six times with four "red", and five times with three "cat": 7 of 11; a question asked once tells nothing."""
+    answers = [
+        ("Which colour?", ("red", "red", "red", "red", "blue", "green")),
+        ("Which animal?", ("cat", "cat", "cat", "dog", "cow")),
+        ("Why?", ("x",)),
+    ]
+    rows = []
+    for question, given in answers:
+        for answer in given:
+            Image.effect_noise((40, 40), 90).save(tmp_path / f"{len(rows)}.png")
+            rows.append(_talk(f"<image>\n{question}", answer) | {"images": [f"{len(rows)}.png"]})
+    found = check_data(_write(tmp_path / "some.jsonl", rows)).answers
+    assert (found.num_guessed, found.num_guessable) == (7, 11)
+
+
+def test_histogram_counts_everything_once() -> None:
+    values = np.asarray([5] * 50 + [6] * 30 + [9] * 20 + [10_000])
+    found = histogram("length", "tokens", values)
+    assert sum(found.counts) == 101
+    assert (found.edges[0], found.minimum, found.median, found.maximum) == (5, 5, 6, 10_000)
+    assert found.edges[-1] < 100  # the one outlier does not flatten the rest
+    assert found.counts[:2] == (50, 30)
+
+
+@pytest.mark.parametrize("batching", ["padded", "packed", "shared-image"])
+def test_steps_tokens_and_packing_are_those_of_training(batching: str, tiny_data: Path, tiny_model, tiny_run_recipe) -> None:
+    from mipha.data.mixture import Mixture
+    from mipha.training.batches import StepDataset
+
+    stage = _stage(tiny_run_recipe, batching=batching, epochs=1, max_steps="null", batch_size=8, micro_batch_rows=2)
+    processor = tiny_model()[1]
+    steps = StepDataset(Mixture(stage.data), processor, stage, seed=3)
+    training = check_data(_source(tiny_data), stage, processor, seed=3).training
+    assert training is not None
+    made = [steps[step] for step in range(len(steps))]
+    assert (training.steps, training.samples_read, training.num_samples) == (len(steps), 24, 24)
+    assert training.num_trained == sum(step.num_supervised for step in made)
+    [packing] = [packing for packing in training.packings if packing.chosen]
+    assert packing.batching == batching
+    positions, tokens = sum(step.num_padded for step in made), sum(step.num_tokens for step in made)
+    assert packing.positions_per_sample == pytest.approx(positions / 24)
+    assert packing.padding == pytest.approx(100 * (1 - tokens / positions))
+
+
+@pytest.mark.parametrize(
+    ("epochs", "max_steps", "expected"), [(1, "null", (4, 24)), (2, "null", (8, 48)), (0.5, "null", (2, 12)), (2, 3, (3, 18))]
+)
+def test_steps_follow_from_epochs_and_batch_size(epochs, max_steps, expected, tiny_run_recipe) -> None:
+    assert num_steps(_stage(tiny_run_recipe, epochs=epochs, max_steps=max_steps, batch_size=6), 24) == expected
+
+
+def test_without_a_recipe_neither_torch_nor_transformers_is_loaded(corpus: Corpus) -> None:
+    import subprocess
+
+    program = (
+        "import sys\nfrom mipha.data.check import check_data\nfrom mipha.data.check_html import html_report\n"
+        "from mipha.data.check_source import data_recipe, open_source\n"
+        f"html_report(check_data(open_source(data_recipe({str(corpus.clean)!r}))))\nprint({{'torch', 'transformers'}} & set(sys.modules))"
+    )
+    environment = {"PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.strip() == "set()"

@@ -63,20 +63,25 @@ def test_a_blind_data_set_shows_grey(write: Callable) -> None:
         assert image.getcolors() == [(image.width * image.height, (127, 127, 127))]
 
 
-@pytest.mark.parametrize(("name", "module"), [("x.jsonl", "messages"), ("x.json", "llava_instruct")])
-def test_the_format_of_a_bare_path_is_told_by_its_name(tmp_path: Path, name: str, module: str) -> None:
-    path = tmp_path / name
-    llava = [{"id": "1", "conversations": [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}]}]
-    path.write_text(json.dumps(llava) if module != "messages" else json.dumps({"messages": conversation("a?")}))
+def test_the_format_of_a_bare_path_is_detected_and_said(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text(json.dumps([{"id": "1", "conversations": [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}]}]))
     mixture = Mixture([DataRecipe(dataset="auto", root=path)])
-    assert mixture[0].messages[0].text == "a?"
-    assert mixture[0].id.startswith(module.partition("_")[0])
+    assert (mixture[0].id, mixture[0].messages[0].text) == ("llava/x/0/1", "a?")
+    assert mixture.notes == [f"{path} is read as llava: LLaVA's conversations between human and gpt"]
 
 
-def test_what_is_wrong_is_said(write: Callable, tmp_path: Path) -> None:
-    (tmp_path / "x.csv").touch()
-    with pytest.raises(ValueError, match=r"cannot tell the format from the name; give a \.jsonl of messages or a LLaVA \.json"):
-        Mixture([DataRecipe(dataset="auto", root=tmp_path / "x.csv")])
+def test_images_may_lie_elsewhere(write: Callable, tmp_path: Path) -> None:
+    assert Mixture([write("a", ["0.png"], image_root=tmp_path / "pictures")])[0].images == (tmp_path / "pictures/0.png",)
+    with pytest.raises(ValueError, match="image_root has no effect with the data set easy_vqa: remove it"):
+        Mixture([DataRecipe(dataset="easy_vqa", image_root=tmp_path)])
+
+
+def test_what_is_wrong_is_said(write: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"^no data set 'photos': known: .*; for the data in that place write \./photos$"):
+        (tmp_path / "photos").mkdir()
+        monkeypatch.chdir(tmp_path)
+        Mixture([DataRecipe(dataset="photos")])
     with pytest.raises(ValueError, match="no data set 'mesages': did you mean messages"):
         Mixture([DataRecipe(dataset="mesages")])
     with pytest.raises(ValueError, match="has no samples"):
@@ -137,3 +142,68 @@ def test_missing_images_are_named_before_anything_is_trained(write: Callable, tm
     (tmp_path / "1.png").write_bytes(grey_image())
     with pytest.raises(FileNotFoundError, match=r"2 of 3 image files are missing, for example .*0\.png of sample messages/train/1"):
         check_samples(Mixture([DataRecipe(dataset="messages", root=path)]))
+
+
+def test_weights_and_caps_say_what_an_epoch_shows(write: Callable) -> None:
+    data = [write("a", [None] * 10, weight=2), write("b", [None] * 10, weight=0.3), write("c", [None] * 10, weight=9, cap=4)]
+    mixture = Mixture([*data, write("d", [None] * 2)])
+    assert len(mixture) == 32
+    assert mixture.num_per_epoch == 20 + 3 + 4 + 2
+    order = epoch_order(mixture, 0, 0, None)
+    assert mixture.count_sources(order) == {"a.jsonl": 20, "b.jsonl": 3, "c.jsonl": 4, "d.jsonl": 2}
+    assert np.bincount(order, minlength=32).tolist()[:10] == [2] * 10
+    assert order.tolist() != sorted(order.tolist())
+    assert sorted(epoch_order(mixture, 0, 0, 4)) == sorted(order), "bundles are of the same samples"
+
+
+@pytest.mark.parametrize(("options", "times"), [({"weight": 0.3}, 3), ({"cap": 7}, 7), ({"weight": 1.5}, 15), ({"weight": 0.01}, 1)])
+def test_no_sample_is_shown_again_before_all_others_were(write: Callable, options: dict, times: int) -> None:
+    mixture = Mixture([write("a", [None] * 10, **options), write("b", [None] * 10, **options)])
+    shown = np.zeros(20, dtype=int)
+    parts = set()
+    for epoch in range(10):
+        order = epoch_order(mixture, 5, epoch, None)
+        assert mixture.count_sources(order) == {"a.jsonl": times, "b.jsonl": times}
+        shown += np.bincount(order, minlength=20)
+        assert shown.max() - shown.min() <= 1
+        parts.add(tuple(sorted(order)))
+    assert (shown == times).all(), "ten epochs of a tenth each are a whole"
+    assert len(parts) > 1
+    first, second = (epoch_order(mixture, seed, 0, None) for seed in (5, 6))
+    assert (epoch_order(mixture, 5, 0, None) == first).all() and sorted(first) != sorted(second)
+    own = [{int(index) % 10 for index in first if (index < 10) == is_first} for is_first in (True, False)]
+    assert times in (1, 15) or own[0] != own[1], "data sets are drawn from apart"
+
+
+def test_data_sets_of_one_name_are_told_apart(write: Callable) -> None:
+    recipe = write("a", [None] * 3)
+    mixture = Mixture([recipe, recipe, write("b", [None])])
+    assert mixture.count_sources([0, 1, 4, 6]) == {"a.jsonl (1)": 2, "a.jsonl (2)": 1, "b.jsonl": 1}
+
+
+def test_samples_of_one_image_share_a_key(write: Callable) -> None:
+    mixture = Mixture([write("a", ["0.png", "1.png", None, "0.png", None])])
+    keys = mixture.image_keys
+    assert keys[0] == keys[3] != keys[1]
+    assert keys[2] == keys[4] == 0 != keys[1]
+
+
+def test_an_image_is_on_one_side_only(write: Callable, tmp_path: Path) -> None:
+    for number in range(40):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"copy of {number}.png").write_bytes((tmp_path / f"{number}.png").read_bytes())
+    first = write("a", [f"{number % 40}.png" for number in range(80)])
+    second = write("b", [f"copy of {number}.png" for number in range(40)], weight=2)
+
+    def shown(data: list[DataRecipe], held_out: float, side: str) -> list[str]:
+        return [sample.images[0].name.removeprefix("copy of ") for sample in Mixture(data, held_out, side)]
+
+    train, validation = (shown([first, second], 0.25, side) for side in ("train", "validation"))
+    assert len(train) + len(validation) == 120 and not set(train) & set(validation)
+    assert 3 <= len(set(validation)) <= 20
+    assert all(validation.count(name) == 3 for name in set(validation)), "two questions and the copy keep company"
+    assert set(shown([second], 0.25, "validation")) == set(validation), "whatever other data there are"
+    assert set(shown([first], 0.5, "validation")) > set(validation), "a larger share holds out the same images, and more"
+    assert Mixture([first, second], 0.25).num_per_epoch == len(train) + len(set(train)), "the weight counts on each side"
+    with pytest.raises(ValueError, match=r"held_out=1e-09 leaves no sample for validation: choose another share"):
+        Mixture([first], 1e-9, "validation")

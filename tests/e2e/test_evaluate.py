@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 
 from mipha.cli import app
 from mipha.evaluation.benchmark import list_benchmarks
-from tests.evaluation.official_files import GOLD, write_official_files, write_pope, write_pope_subset
+from mipha.evaluation.evaluate import plan
+from tests.evaluation.official_files import GOLD, SCORED, write_official_files, write_pope, write_pope_subset
 
 ALL = ",".join(list_benchmarks())
 PICTURE = "val2014/COCO_val2014_000000000139.jpg"
@@ -95,31 +96,46 @@ def replies(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tiny_model: Callable, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`checkpoint(family)`: random weights, saved in the standard format, that answer in one word as trained ones do."""
+def checkpoint(tiny_model: Callable, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """`checkpoint(family)`: random weights, saved in the standard format."""
     root = tmp_path_factory.mktemp("checkpoints")
 
     def save(family: str) -> Path:
         from mipha.models.build import save_checkpoint
 
         if not (root / family).is_dir():
-            model, processor = tiny_model(family, "vit")
-            # Which of these words it is depends on picture and question; what comes after the word ends the turn.
-            words = [processor.tokenizer.encode(word, add_special_tokens=False) for word in (" yes", " no", "A", "B")]
-            assert all(len(word) == 1 for word in words)
-            end = processor.tokenizer.eos_token_id
-            model.generation_config.sequence_bias = [[word, 1e3] for word in words] + [[[*word, end], 3e3] for word in words]
+            model, processor = tiny_model(family)
+            answer_in_one_word(model, processor, data)
             save_checkpoint(model, processor, root / family)
         return root / family
 
     return save
 
 
+def answer_in_one_word(model: Any, processor: Any, data: Path) -> None:
+    """Make random weights say yes, no, A or B, each about as often, and end their turn; which one, picture and question decide."""
+    import torch
+
+    from mipha.assistant import render_prompt
+    from mipha.data.images import open_image
+
+    words = [processor.tokenizer.encode(word, add_special_tokens=False)[0] for word in (" yes", " no", "A", "B")]
+    questions = [question for part in plan(list_benchmarks(), data) for question in part.questions[::3] if question.image]
+    inputs = [
+        processor(text=render_prompt(processor, question.text, True), images=open_image(question.image), return_tensors="pt")
+        for question in questions
+    ]
+    with torch.inference_mode():
+        logits = torch.stack([model.eval()(**one).logits[0, -1, words] for one in inputs])
+    bias = [[[word], 1e3 - usual] for word, usual in zip(words, logits.mean(0).tolist(), strict=True)]
+    model.generation_config.sequence_bias = bias + [[[word, processor.tokenizer.eos_token_id], 3e3] for word in words]
+
+
 @pytest.fixture(scope="module")
 def evaluation(checkpoint: Callable[[str], Path], data: Path, replies: Path) -> Callable[..., list[object]]:
     """`evaluation(out)`: the arguments that measure a checkpoint on every benchmark."""
 
-    def arguments(out: Path, *more: object, root: Path = data, family: str = "stablelm") -> list[object]:
+    def arguments(out: Path, *more: object, root: Path = data, family: str = "gpt_neox") -> list[object]:
         return ["evaluate", checkpoint(family), "-b", ALL, "--data-root", root, "-o", out, "--judge-replies", replies, *more]
 
     return arguments
@@ -137,7 +153,7 @@ def whole(evaluation: Callable[..., list[object]], tmp_path_factory: pytest.Temp
 
 def test_every_benchmark_has_answers_and_scores_that_describe_themselves(whole: Path) -> None:
     assert sorted(path.name for path in whole.iterdir()) == sorted(REPORTED) == list_benchmarks()
-    between = []
+    partly_right = []
     for name, (metric, unit, _) in REPORTED.items():
         written = {path.name for path in (whole / name).iterdir()}
         assert written - {UPLOADS.get(name)} == {"predictions.meta.json", "predictions.jsonl", "scores.json", "tally.json"}
@@ -152,8 +168,8 @@ def test_every_benchmark_has_answers_and_scores_that_describe_themselves(whole: 
         headline = content["scores"][0]
         assert (headline["metric"], headline["unit"]) == (metric, unit) and 0 < headline["n"] <= len(GOLD[name])
         assert headline["low"] <= headline["value"] <= headline["high"]
-        between.append(headline["low"] < headline["high"])
-    assert sum(between) > len(REPORTED) / 2, "scores that no picture can change test little"
+        partly_right.append(0 < headline["value"] < (100 if unit == "%" else 2000))
+    assert sum(partly_right) > len(REPORTED) / 2, "scores that are all or nothing test little"
     notes = [note for name in ("mmvet", "mmbench") for note in read_scores(whole / name)["notes"]]
     assert "graded by the judge in 2 runs" in notes[0] and "the judge was asked about" in notes[1]
 
@@ -186,9 +202,7 @@ def test_a_killed_evaluation_goes_on_and_asks_nothing_twice(evaluation: Callable
     assert contents(tmp_path) == contents(whole)
 
 
-def test_two_processes_do_what_one_does(
-    evaluation: Callable[..., list[object]], data: Path, whole: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_two_processes_do_what_one_does(evaluation: Callable[..., list[object]], data: Path, whole: Path, tmp_path: Path) -> None:
     """Errors included: one picture of POPE, in the second process's share, is none."""
     root = shutil.copytree(data, tmp_path / "data")
     (root / "pope" / PICTURE).write_bytes(b"not a picture")
@@ -208,7 +222,7 @@ def test_an_unreadable_picture_is_an_error_until_it_is_mended(checkpoint: Callab
     write_pope(tmp_path / "data")
     good = (tmp_path / "data" / PICTURE).read_bytes()
     (tmp_path / "data" / PICTURE).write_bytes(good[:-20])
-    arguments = ("evaluate", checkpoint("stablelm"), "-b", "pope", "--data-root", tmp_path / "data", "-o", tmp_path / "out")
+    arguments = ("evaluate", checkpoint("gpt_neox"), "-b", "pope", "--data-root", tmp_path / "data", "-o", tmp_path / "out")
     out = tmp_path / "out" / "pope"
     for _ in range(2):  # what failed is asked again, and fails again
         done = mipha(*arguments)
@@ -247,7 +261,7 @@ def test_scoring_the_predictions_again_gives_the_same_numbers_without_torch(whol
         assert (again["n"], again["interval"]) == (headline["n"], [headline["low"], headline["high"]])
         assert (again["protocol"], again["notes"]) == (first["protocol"], first["notes"])
         assert again["tally"] == json.loads((whole / name / "tally.json").read_text())
-        assert again["per_question"].keys() == GOLD[name].keys()
+        assert sorted(again["per_question"]) == sorted(SCORED[name])
 
 
 SERVED = {
@@ -265,7 +279,7 @@ def test_private_labels_mean_a_complete_upload_or_none(
     benchmark: str, split: str, checkpoint: Callable[[str], Path], data: Path, tmp_path: Path
 ) -> None:
     file, key, asked, not_asked, server = SERVED[benchmark, split]
-    arguments = ("evaluate", checkpoint("stablelm"), "-b", benchmark, "--data-root", data, "--split", split, "-o", tmp_path)
+    arguments = ("evaluate", checkpoint("gpt_neox"), "-b", benchmark, "--data-root", data, "--split", split, "-o", tmp_path)
     folder = tmp_path / f"{benchmark}-{split}"
     done = mipha(*arguments, "--limit", 1)
     assert done.exit_code == 0 and not (folder / file).exists(), "half an upload is scored as if the rest were wrong"
@@ -318,7 +332,7 @@ def test_a_dry_run_knows_the_wrong_version_of_pope(checkpoint: Callable[[str], P
     for num_random, warned in ((2910, False), (3000, True)):
         for subset, size in (("adversarial", 3000), ("random", num_random), ("popular", 3000)):
             write_pope_subset(tmp_path, subset, ((number, picture, "yes") for number in range(1, size + 1)))
-        done = mipha("evaluate", checkpoint("stablelm"), "-b", "pope", "--data-root", tmp_path, "--dry-run")
+        done = mipha("evaluate", checkpoint("gpt_neox"), "-b", "pope", "--data-root", tmp_path, "--dry-run")
         assert done.exit_code == 0 and f"pope test: {6000 + num_random:,} questions" in done.stdout
         assert ("coco_pope_random.json has 3,000 questions, but published numbers are of its 2,910-line version" in done.stdout) == warned
         assert ("warning" in done.stdout) == warned
@@ -328,7 +342,7 @@ def test_two_checkpoints_are_compared_question_by_question(
     evaluation: Callable[..., list[object]], whole: Path, data: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "other"
-    assert mipha(*evaluation(other, family="gemma")).exit_code == 0
+    assert mipha(*evaluation(other, family="llama")).exit_code == 0
     done = mipha("compare", whole, other, "--paired", "--json", tmp_path / "paired.json")
     assert done.exit_code == 0 and "p (Holm)" in done.stdout, done.stderr
     rows = json.loads((tmp_path / "paired.json").read_text())

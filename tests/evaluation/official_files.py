@@ -48,6 +48,9 @@ GOLD: dict[str, dict[str, str]] = {
     "vqav2": {"42000": "yes", "42001": "red", "42002": "2", "139000": "no", "139001": "B"},
 }
 
+SCORED = {name: [question for question in answers if name[:7] != "mmbench" or int(question) < 1_000_000] for name, answers in GOLD.items()}
+"""Ids that have a score of their own: MMBench's rotations share that of the question as it stands."""
+
 
 def write_official_files(root: Path) -> Path:
     """One folder a benchmark, by name; returns the root."""

@@ -18,7 +18,7 @@ from mipha.models.build import build, save_checkpoint
 from mipha.models.modeling import load_model
 from mipha.models.vision_tower import TOWERS, fit_tower
 
-NORM = {"siglip": "post_layernorm", "clip": "post_layernorm", "dinov2": "layernorm", "vit": "layernorm"}
+NORM = {"siglip": "post_layernorm", "dinov2": "layernorm", "vit": "layernorm"}
 
 
 def test_dead_layers_are_dropped_and_the_features_stay(tiny_parts: Callable, tower: str) -> None:
@@ -39,6 +39,7 @@ def test_dead_layers_are_dropped_and_the_features_stay(tiny_parts: Callable, tow
 
 
 @pytest.mark.parametrize("layer", [-1, -2])
+@pytest.mark.parametrize("tower", NORM)
 def test_the_final_norm_goes_behind_the_layer_that_is_read(tiny_parts: Callable, tower: str, layer: int) -> None:
     parts = tiny_parts("llama", tower)
     whole = load_tower(parts.vision_tower)
@@ -56,6 +57,11 @@ def test_the_final_norm_goes_behind_the_layer_that_is_read(tiny_parts: Callable,
         wanted = norm(hidden[layer])
     assert (features - wanted).abs().max() < 2e-5
     assert (features - hidden[layer]).abs().max() > 1e-1
+
+
+def test_clip_norms_no_patch(tiny_parts: Callable) -> None:
+    with pytest.raises(ValueError, match=r"cannot be had of a 'clip_vision_model' tower: it norms its class token alone; use false"):
+        build(tiny_parts("llama", "clip").recipe(post_layernorm=True))
 
 
 @pytest.mark.parametrize("layer", [0, 4, -4, 99])
@@ -88,7 +94,7 @@ def test_registers_stay_and_are_counted(tiny_parts: Callable, random_part: Calla
             wanted = whole(inputs["pixel_values"], output_hidden_states=True).hidden_states[-2][:, 1:]
             assert (projected_features(model, inputs["pixel_values"]) - wanted).abs().max() < 1e-5
     assert torch.allclose(ours, theirs, atol=1e-6)
-    with pytest.raises(ValueError, match="post_layernorm=true cannot be kept for a 'dino"):
+    with pytest.raises(ValueError, match=r"post_layernorm=true cannot be had of a 'dino.* takes its hidden states before the norm"):
         build(tiny_parts().recipe(vision_tower=str(folder), post_layernorm=True))
 
 
@@ -136,7 +142,6 @@ def test_weights_that_no_feature_passes_may_be_missing_and_no_others(tiny_parts:
         ({"model_type": "mine", "auto_map": {"AutoModel": "mine.Tower"}}, "is a 'mine': a tower is one of clip"),
         ({"hidden_size": 64}, "the weights have other shapes than its config says"),
         ({"num_hidden_layers": 9}, "weights are missing, .*layers.3.*: it is not whole, or its config is another model's"),
-        ({"image_size": [28, 42]}, r"reads images of .*28, 42.* pixels in patches of 14: only square ones can be used"),
     ],
 )
 def test_a_folder_that_holds_no_tower_is_refused(tiny_parts: Callable, config: dict, message: str, tmp_path: Path) -> None:
@@ -146,6 +151,12 @@ def test_a_folder_that_holds_no_tower_is_refused(tiny_parts: Callable, config: d
     (tmp_path / "config.json").write_text(json.dumps(facts | config))
     with pytest.raises(ValueError, match=message):
         build(tiny_parts().recipe(vision_tower=str(tmp_path)))
+
+
+def test_images_that_are_not_square_are_refused(tiny_parts: Callable, random_part: Callable) -> None:
+    folder = random_part("ViTModel", image_size=[28, 42])
+    with pytest.raises(ValueError, match=r"reads images of .28, 42. pixels in patches of 14: only square ones can be used"):
+        build(tiny_parts().recipe(vision_tower=str(folder)))
 
 
 def test_pixels_of_unknown_scale_are_refused(tiny_parts: Callable, tmp_path: Path) -> None:

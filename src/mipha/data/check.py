@@ -83,7 +83,6 @@ def check_data(
         num_images=columns.num_images,
         num_pictures=len(columns.pictures),
         seconds=time.monotonic() - begin,
-        workers=workers,
         histograms=tuple(columns.histograms()),
         answers=Answers(seen.answers.total(), len(seen.answers), top, num_guessable, num_guessed),
         training=columns.training(stage, seed) if stage is not None else None,

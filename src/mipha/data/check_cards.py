@@ -43,11 +43,13 @@ def example_cards(result: CheckResult) -> Iterator[str]:
     for row in rows:
         badges = "".join(f'<span class="badge {finding.severity}">{escaped(KINDS[finding.kind].title)}</span>' for finding in found[row])
         said = "".join(f'<p class="{finding.severity}">{escaped(finding.sentence)}</p>' for finding in found[row])
+        view = None
         try:
             view = view_sample(result.source, row, stage, result.processor)
-            where, body = view.where, _images(view.sample.images) + _words(view)
+            body = _images(view.sample.images) + _words(view)
         except (ValueError, OSError):  # said above already: what there is to see of such a row is the record
-            where, body = "", _record(result, row)
+            body = _record(result, row)
+        where = view.where if view else next((finding.where for finding in found[row]), "")
         yield f'<div class="card"><h3>row {row} <span class="grey">{escaped(where)}</span></h3>{badges}{said}{body}</div>'
 
 
@@ -55,8 +57,8 @@ def _record(result: CheckResult, row: int) -> str:
     try:
         content = getattr(result.source.records[row], "content", result.source.records[row])
     except (ValueError, OSError) as error:
-        return f'<div class="text">{escaped(visible(str(error)))}</div>'
-    return f'<div class="text">{escaped(visible(json.dumps(content, ensure_ascii=False, default=str, indent=1)[:2_000]))}</div>'
+        return f'<div class="text">{escaped(visible(result.source.shortened(str(error))))}</div>'
+    return f'<div class="text">{escaped(json.dumps(content, default=str, indent=1)[:2_000])}</div>'
 
 
 def _words(view: View) -> str:

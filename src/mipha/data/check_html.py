@@ -118,8 +118,8 @@ def _kind(kind: str, found: Sequence[Finding], is_open: bool) -> str:
     rows = "".join(map(_row, found[:_MOST_ROWS]))
     more = f'<p class="grey">The first {_MOST_ROWS} of {len(found):,}; the JSON report has all.</p>' if len(found) > _MOST_ROWS else ""
     return (
-        f'<details{" open" if is_open else ""}><summary><span class="badge {about.severity}">{about.severity}</span>'
-        f'{escaped(about.title)}<span class="number">{len(found):,}</span></summary><div><p>What to do: {escaped(about.mend)}.</p>'
+        f'<details{" open" if is_open else ""}><summary><span class="number">{len(found):,}</span>'
+        f'<span class="badge {about.severity}">{about.severity}</span>{escaped(about.title)}</summary><div><p>What to do: {escaped(about.mend)}.</p>'
         f'<table class="rows"><tr><th>row</th><th>where</th><th>what</th></tr>{rows}</table>{more}</div></details>'
     )
 
@@ -149,7 +149,7 @@ def _plot(histogram: Histogram) -> str:
     return (
         f'<div class="plot"><h3>{escaped(histogram.name)} <span class="grey">({unit})</span></h3><p class="grey">{spread}</p>'
         f'<svg viewBox="0 0 {width} {height + 18}" role="img" aria-label="{escaped(histogram.name)}: {spread}">{"".join(bars)}'
-        f'<line x1="{median:.1f}" x2="{median:.1f}" y1="0" y2="{height}" stroke="#1f2933" stroke-dasharray="3 3"/>'
+        f'<line x1="{median:.1f}" x2="{median:.1f}" y1="0" y2="{height}" stroke="#b83232" stroke-width="1.5" stroke-dasharray="4 3"/>'
         f'<line x1="0" x2="{width}" y1="{height}" y2="{height}" stroke="#7b8794"/>'
         f'<text x="0" {label}>{low:,.0f}</text><text x="{width}" {label} text-anchor="end">{last}</text></svg></div>'
     )

@@ -110,10 +110,14 @@ def _header(source: Path | bytes, label: str) -> tuple[str, int, int, list[tuple
             named = Image.registered_extensions().get(source.suffix.lower()) if isinstance(source, Path) else None
             if named and named != stored and {named, stored} != {"JPEG", "MPO"}:
                 problems.append(("wrong-suffix", f"{label} is a {stored}"))
+            if image.format == "PNG":
+                image.verify()  # checksums, which decoding does not look at: it would give wrong pixels without a word
     return stored, width, height, problems
 
 
 def _orientation(image: Image.Image) -> int | None:
+    if image.format == "PNG" and "exif" not in image.info:
+        return None  # to look further, Pillow would decode the whole picture
     try:
         return image.getexif().get(_ORIENTATION_TAG)
     except Exception:  # a broken EXIF block does not break the picture

@@ -18,10 +18,10 @@ _FIRST_ROWS = 4
 
 def headline(result: CheckResult) -> str:
     """What was read, and how fast."""
-    rows, images = result.num_rows / result.seconds, result.num_images / result.seconds
-    speed = f"{rows:,.0f} rows/s" + (f", {images:,.0f} images/s" if result.num_images else "")
-    pictures = f", {result.num_images:,} images ({result.num_pictures:,} different)" if result.num_images else ", no images"
-    return f"{result.num_rows:,} rows, {result.num_samples:,} samples{pictures} in {result.seconds:,.1f} s ({speed})"
+    rows, pictures = result.num_rows / result.seconds, result.num_pictures / result.seconds
+    speed = f"{rows:,.0f} rows/s" + (f", {pictures:,.0f} different images/s" if result.num_images else "")
+    images = f", {result.num_images:,} images ({result.num_pictures:,} different)" if result.num_images else ", no images"
+    return f"{result.num_rows:,} rows, {result.num_samples:,} samples{images} in {result.seconds:,.1f} s ({speed})"
 
 
 def verdict(result: CheckResult) -> str:
@@ -114,7 +114,7 @@ def json_report(result: CheckResult) -> str:
         "pictures": result.num_pictures,
         "seconds": round(result.seconds, 3),
         "rows_per_second": round(result.num_rows / result.seconds, 1),
-        "images_per_second": round(result.num_images / result.seconds, 1),
+        "pictures_per_second": round(result.num_pictures / result.seconds, 1),
         "severities": {severity: result.count(severity) for severity in SEVERITIES},
         "kinds": counts_by_kind(result.findings),
         "not_checked": NO_RECIPE if training is None else None,

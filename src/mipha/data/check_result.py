@@ -96,7 +96,6 @@ class CheckResult:
         num_images: Images read, one for each time a sample shows it.
         num_pictures: Different ones.
         seconds: It took.
-        workers: Processes it took.
         histograms: Of words, pixels and, with a recipe, tokens.
         answers: How they are spread.
         training: None without a recipe.
@@ -110,7 +109,6 @@ class CheckResult:
     num_images: int
     num_pictures: int
     seconds: float
-    workers: int
     histograms: tuple[Histogram, ...]
     answers: Answers
     training: Training | None = None

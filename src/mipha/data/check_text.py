@@ -29,7 +29,7 @@ _FOREIGN_MARKER = re.compile(
 _MARKUP = re.compile(
     r"&(?:amp|lt|gt|quot|nbsp|#\d{1,5}|#x[0-9a-f]{1,5});|</?(?:br|p|div|span|li|ul|ol|strong|em|table|td|tr|h[1-6])\b[^<>]{0,200}>", re.I
 )
-_TURN = re.compile(r"(?m)^\s*(?:#{2,3}\s*)?(?:USER|ASSISTANT|SYSTEM|Human|Assistant|User|Instruction|Response):(?:\s|$)")
+_TURN = re.compile(r"(?m)^[ \t]*(?:#{2,3}[ \t]*)?(?:USER|ASSISTANT|SYSTEM|Human|Assistant|User|Instruction|Response):(?:\s|$)")
 _PLACEHOLDER = re.compile(
     r"(?:nan|null|undefined|n/?a|#n/a|tbd|todo|\[?object object\]?|lorem ipsum.*|<answer>|answer here|\.{3,}|-{2,}|\?+)", re.I | re.S
 )

@@ -17,6 +17,7 @@ from transformers import (
     ViTConfig,
     ViTModel,
 )
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from mipha.catalog.vision_towers import VISION_TOWERS
 from mipha.models.folders import load_weights, locate, model_type, reading
@@ -97,35 +98,31 @@ def fit_tower(
 
 
 def num_prefix_tokens(tower: PreTrainedModel) -> int:
-    """Tokens that a tower puts before its patches: its class token and its registers.
-
-    Raises:
-        ValueError: The tower has fewer tokens than patches.
-    """
+    """Tokens that a tower puts before its patches: its class token and its registers."""
     tokens = _outputs(tower).last_hidden_state.shape[1]
     patches = (tower.config.image_size // tower.config.patch_size) ** 2
-    if tokens < patches:
-        raise ValueError(f"the tower gives {tokens} tokens for {patches} patches: only towers with a token for every patch can be used")
+    assert tokens >= patches, f"{tokens} tokens for {patches} patches"
     return tokens - patches
 
 
 def _with_post_layernorm(tower: PreTrainedModel) -> PreTrainedModel:
     """The tower with its normed output as last hidden state, which is what the stock LLaVA reads.
 
-    SigLIP, CLIP and ViT do so by a key of their config, which every host in the range of `pyproject.toml` reads; it is the host
-    that computes the norm, so nothing has to be folded. (Folding would not do: the norm's scale and shift go into the
-    projector's first layer, the division by each token's deviation does not.) A DINOv2 takes its hidden states inside its
-    encoder, before the norm: it becomes the ViT that computes the same.
+    SigLIP and ViT do so by a key of their config, which every host in the range of `pyproject.toml` reads; it is the host that
+    computes the norm, so nothing has to be folded. (Folding would not do: the norm's scale and shift go into the projector's
+    first layer, the division by each token's deviation does not.) A DINOv2 takes its hidden states inside its encoder, before
+    the norm: it becomes the ViT that computes the same. CLIP was trained with a norm on its class token alone.
     """
+    refused = f"post_layernorm=true cannot be had of a {tower.config.model_type!r} tower"
+    outputs = _outputs(tower)
+    if outputs.hidden_states[-1] is outputs.last_hidden_state:
+        raise ValueError(f"{refused}: it norms its class token alone; use false, or a SigLIP, DINOv2 or ViT")
     if isinstance(tower.config, Dinov2Config) and not tower.config.use_swiglu_ffn:
         tower = _as_vit(tower)
     tower.config.tie_last_hidden_states = True
     outputs = _outputs(tower)
     if outputs.hidden_states[-1] is not outputs.last_hidden_state:
-        raise ValueError(
-            f"post_layernorm=true cannot be kept for a {tower.config.model_type!r} tower: the stock class takes its hidden states before "
-            "the norm; use false, or a SigLIP, CLIP, DINOv2 or ViT"
-        )
+        raise ValueError(f"{refused}: the stock class takes its hidden states before the norm; use false, or a SigLIP, DINOv2 or ViT")
     return tower
 
 
@@ -165,7 +162,7 @@ def _with_weights(
 
 
 @torch.no_grad()
-def _outputs(tower: PreTrainedModel):
+def _outputs(tower: PreTrainedModel) -> BaseModelOutputWithPooling:
     size = tower.config.image_size
     pixels = torch.zeros(1, tower.config.num_channels, size, size, dtype=tower.dtype, device=tower.device)
     return tower(pixels, output_hidden_states=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 
@@ -57,6 +58,37 @@ def test_two_image_parts_stand_on_two_lines(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "picture",
+    [
+        {"type": "image", "image": "cats/a.jpg"},
+        {"type": "image", "path": "cats/a.jpg"},
+        {"type": "image", "url": "cats/a.jpg", "text": None},
+        {"type": "image_url", "image_url": {"url": "cats/a.jpg"}},
+        {"type": "image_url", "image_url": "cats/a.jpg"},
+    ],
+)
+def test_an_image_may_stand_in_its_part(picture, tmp_path: Path) -> None:
+    sample = _sample(tmp_path, _user([TEXT, picture]), ANSWER)
+    assert (sample.messages[0].text, sample.images) == ("What is this?\n<image>", (tmp_path / "cats/a.jpg",))
+
+
+def test_an_image_may_be_in_the_record_itself(tmp_path: Path) -> None:
+    uri = "data:image/png;base64," + base64.b64encode(b"pixels").decode()
+    sample = _sample(tmp_path, _user([{"type": "image_url", "image_url": {"url": uri}}, TEXT]), ANSWER)
+    assert sample.images == (b"pixels",)
+    assert _sample(tmp_path, _user("What?"), ANSWER, images=[{"path": "a.jpg"}, uri]).images == (tmp_path / "a.jpg", b"pixels")
+
+
+def test_a_prompt_and_its_completion_are_one_conversation(tmp_path: Path) -> None:
+    file = tmp_path / "train.json"
+    file.write_text(json.dumps([{"prompt": [_user("What?")], "completion": [ANSWER], "image": "a.jpg"}]))
+    row = messages.load(file, "train")[0]
+    sample = messages.to_sample(row, file)
+    assert ([message.text for message in sample.messages], sample.id) == (["<image>\nWhat?", "A cat."], "messages/train/0")
+    assert row.where == f"{file}, row 0"
+
+
 def test_text_alone_is_a_sample(tmp_path: Path) -> None:
     assert _sample(tmp_path, _user("Hello"), ANSWER).images == ()
     assert _sample(tmp_path, _user("Hello"), ANSWER, images=None).images == ()
@@ -77,7 +109,12 @@ def test_text_alone_is_a_sample(tmp_path: Path) -> None:
         ([{"role": "tool", "content": "x"}], {}, "message 0: wanted an object whose role is system or user or assistant"),
         (["hi"], {}, "message 0"),
         ([_user(None), ANSWER], {}, "message 0: its content is 'None'"),
-        ([_user([{"type": "image_url", "image_url": {"url": "http://a"}}]), ANSWER], {}, "wanted parts"),
+        ([_user([{"type": "image_url", "image_url": {"url": "http://a/b.jpg"}}]), ANSWER], {}, "is an address; nothing is downloaded"),
+        ([_user([{"type": "image_url"}]), ANSWER], {}, "the image path is None"),
+        ([_user([{"type": "image_url", "image_url": {"url": "data:image/png;base64,!"}}]), ANSWER], {}, "is not valid base64"),
+        ([_user([PICTURE, {"type": "image", "image": "b.jpg"}]), ANSWER], {"images": ["a.jpg"]}, "given inside some parts and beside"),
+        ([_user([{"type": "image", "path": "b.jpg"}, PICTURE]), ANSWER], {}, "given inside some parts and beside"),
+        ([_user("hi"), ANSWER | {"weight": 0}], {}, "message 1: .weight. is 0"),
         ([_user([{"type": "text"}]), ANSWER], {}, "wanted parts"),
         ([_user([{"type": "text", "text": "<image>"}]), ANSWER], {"images": ["a"]}, "a text part is <image>"),
         ([_user(["hi"]), ANSWER], {}, "wanted parts"),
@@ -108,5 +145,7 @@ def test_missing_things_are_named(tmp_path: Path) -> None:
         messages.load(tmp_path, "train")
     for content in (b'{"messages": []}\n{"mess', b'{"messages": []}\n\xff\xfe'):
         (tmp_path / "bad.jsonl").write_bytes(content)
+        rows = messages.load(tmp_path / "bad.jsonl", "train")  # one bad line does not hide the others
+        assert rows[0].content == {"messages": []}
         with pytest.raises(ValueError, match=r"bad\.jsonl, line 2 is not valid JSON"):
-            messages.load(tmp_path / "bad.jsonl", "train")
+            rows[1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import os
 import re
 import stat
@@ -18,7 +17,6 @@ from mipha.data.sample import IMAGE, Message, Sample
 IMAGE_COLUMNS = ("images", "image", "image_path", "image_file", "file_name", "filename", "img", "picture", "path")
 """Names under which a record gives its images; the first that is there and not empty counts."""
 
-_DATA_URI = re.compile(r"data:[^,]*;base64,", re.IGNORECASE)
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
 
 
@@ -84,8 +82,7 @@ def path_inside(folders: ImageFolders, path: Any, where: str) -> Path:
         raise ValueError(f"{where}: the image path is {_short(path)}; wanted a path inside {folders.base}")
     if _ADDRESS.match(path):
         raise ValueError(f"{where}: the image path {_short(path)} is an address; nothing is downloaded, so give the path of a file")
-    windows = PureWindowsPath(path)
-    if windows.drive or (windows.root and not path.startswith("/")) or ("\\" in path and ".." in windows.parts):
+    if ("\\" in path or path[1:2] == ":") and _leads_out_on_windows(path):
         raise ValueError(f"{where}: the image path {path!r} leads out of {folders.base}; give a relative path with / and without `..`")
     file = folders.base / path
     try:
@@ -94,8 +91,8 @@ def path_inside(folders: ImageFolders, path: Any, where: str) -> Path:
         raise ValueError(f"{where}: the image path {_short(path)} cannot be followed: {error}") from error
     if not any(real.startswith(folder.rstrip(os.sep) + os.sep) for folder in folders.allowed):
         raise ValueError(
-            f"{where}: the image path {path!r} leads out of {folders.base}, to {real}; "
-            "give a path inside it, or add the folder to the data's image_root"
+            f"{where}: the image path {_short(path)} leads out of {folders.base}, to {real}; "
+            f"give a path inside it, or allow the other folder with image_root=[{folders.base}, {os.path.dirname(real)}]"
         )
     return file
 
@@ -108,13 +105,10 @@ def image_source(value: Any, folders: ImageFolders, where: str) -> ImageSource:
     """
     if isinstance(value, Mapping):
         value = next((value[key] for key in ("bytes", "path", "image", "url") if value.get(key) is not None), None)
-    if isinstance(value, (bytes, StoredImage)):
+    if isinstance(value, str):
+        return _from_data_uri(value, where) if value.startswith("data:") else path_inside(folders, value, where)
+    if isinstance(value, bytes | StoredImage):
         return value
-    if isinstance(value, str) and (head := _DATA_URI.match(value)):
-        try:
-            return base64.b64decode(value[head.end() :], validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise ValueError(f"{where}: the image {_short(value)} is not valid base64: {error}") from error
     return path_inside(folders, value, where)
 
 
@@ -162,6 +156,22 @@ def images_first(messages: Sequence[Message], num_images: int) -> Sequence[Messa
         if message.role == "user":
             return [*messages[:number], Message("user", f"{IMAGE}\n" * num_images + message.text), *messages[number + 1 :]]
     return messages
+
+
+def _from_data_uri(value: str, where: str) -> bytes:
+    head, comma, content = value.partition(",")
+    try:
+        if not comma or not head.endswith(";base64"):
+            raise ValueError("it does not begin with data:image/...;base64,")
+        return base64.b64decode(content, validate=True)
+    except ValueError as error:
+        raise ValueError(f"{where}: the image {_short(value)} is not valid base64: {error}") from error
+
+
+def _leads_out_on_windows(path: str) -> bool:
+    """A record may have been written on Windows, or for it: C:\\x, \\x, a\\..\\x."""
+    windows = PureWindowsPath(path)
+    return bool(windows.drive or windows.root) or ".." in windows.parts
 
 
 def _real(file: Path) -> str:

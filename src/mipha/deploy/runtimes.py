@@ -1,0 +1,110 @@
+"""Which programs run a checkpoint as it was trained, which only nearly, which not at all, and why: rules over its configs.
+
+Source: transformers 5.23 `LlavaForConditionalGeneration`; vLLM `model_executor/models/{llava,phi,gpt_neox,gemma}.py` and its pull
+    request 36787; llama.cpp `tools/mtmd/clip.cpp`, `tools/mtmd/models/llava.cpp`, `src/models/{gemma,gemma2}.cpp`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Status = Literal["exact", "approximate", "unsupported"]
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What one program makes of a checkpoint.
+
+    Args:
+        name: Of the program.
+        status: exact: the same numbers, up to rounding. approximate: it runs, and some answers differ. unsupported: it refuses the
+            checkpoint, or computes another model.
+        reason: Why, in a sentence.
+    """
+
+    name: str
+    status: Status
+    reason: str
+
+
+_VLLM_LANGUAGE_MODELS = frozenset("gemma gemma2 gemma3_text llama mistral phi phi3 qwen2 qwen3 stablelm".split())
+"""Those whose class in vLLM keeps its layers as `model` and its head as `lm_head`, under the names of the file."""
+
+_LLAMA_CPP_LANGUAGE_MODELS = _VLLM_LANGUAGE_MODELS | {"gpt2", "gpt_neox"}
+
+_GREY_OF_CLIP = (122, 116, 104)
+"""The colour that llama.cpp pads with in front of a LLaVA projector."""
+
+
+def runtimes(config: Mapping[str, Any], processor: Mapping[str, Any], odd_keys: Sequence[str] = ()) -> tuple[Runtime, ...]:
+    """What each program makes of a checkpoint.
+
+    Args:
+        config: Content of its config.json.
+        processor: Content of its processor_config.json.
+        odd_keys: Weights under other names than those of a LLaVA on the hub.
+    """
+    ours = Runtime("mipha", "exact", "it was trained in this class")
+    others = [_vllm(config), _llama_cpp(config, processor)]
+    if odd_keys:
+        others = [Runtime(other.name, "unsupported", f"it finds no weight of the name {odd_keys[0]}") for other in others]
+    return ours, _transformers(config), *others
+
+
+def has_head_bias(config: Mapping[str, Any]) -> bool:
+    """Whether the language model's head has a bias; every Phi has one."""
+    text = config["text_config"]
+    return bool(text.get("lm_head_bias", text.get("model_type") == "phi"))
+
+
+def _transformers(config: Mapping[str, Any]) -> Runtime:
+    if has_head_bias(config):
+        return Runtime("transformers", "approximate", "its LLaVA class has no bias in the head and drops this one's: load it with mipha")
+    return Runtime("transformers", "exact", "it is a checkpoint of its own LlavaForConditionalGeneration")
+
+
+def _vllm(config: Mapping[str, Any]) -> Runtime:
+    text = config["text_config"]
+    kind = text.get("model_type")
+    if reason := _unreadable_tower(config):
+        return Runtime("vLLM", "unsupported", reason)
+    if config["vision_config"].get("tie_last_hidden_states"):
+        return Runtime("vLLM", "unsupported", "its LLaVA leaves out the norm behind the tower's last layer, which this model reads")
+    if kind in ("gpt2", "gpt_neox"):
+        return Runtime("vLLM", "unsupported", f"its LLaVA asks for layers named `model`, which its class for a {kind!r} does not have")
+    if kind not in _VLLM_LANGUAGE_MODELS:
+        return Runtime("vLLM", "unsupported", f"nothing is known of a {kind!r} inside its LLaVA")
+    if not text.get("architectures"):
+        return Runtime("vLLM", "unsupported", "text_config.architectures is not set, by which it picks the language model")
+    if kind in ("gemma", "gemma2"):
+        reason = "versions before its pull request 36787 (March 2026) scale image features as they scale words; later ones are exact"
+        return Runtime("vLLM", "approximate", reason)
+    return Runtime("vLLM", "exact", "it reads the tower, the projector and the language model" + ", head bias included" * has_head_bias(config))
+
+
+def _llama_cpp(config: Mapping[str, Any], processor: Mapping[str, Any]) -> Runtime:
+    kind, pixels = config["text_config"].get("model_type"), processor.get("image_processor", processor)
+    if reason := _unreadable_tower(config):
+        return Runtime("llama.cpp", "unsupported", reason)
+    if kind not in _LLAMA_CPP_LANGUAGE_MODELS:
+        return Runtime("llama.cpp", "unsupported", f"nothing is known of a {kind!r} behind its LLaVA projector")
+    reasons = ["as GGUF, it resizes pictures otherwise than PIL"]
+    if config.get("projector_hidden_act", "gelu") == "gelu":
+        reasons.append("computes the projector's GELU by its tanh form")
+    if not pixels.get("do_pad"):
+        reasons.append("pads pictures to a square that this model wants squashed")
+    elif tuple(int(255 * mean) for mean in pixels.get("image_mean", ())) != _GREY_OF_CLIP:
+        reasons.append("pads pictures in CLIP's grey")
+    if kind == "gemma2":
+        reasons.append("scales image features as it scales words, and squeezes the logits, which changes no greedy answer")
+    elif kind == "gemma":
+        reasons.append("scales image features as it scales words in older builds")
+    return Runtime("llama.cpp", "approximate", ", ".join(reasons[:-1]) + f" and {reasons[-1]}" if len(reasons) > 1 else reasons[0])
+
+
+def _unreadable_tower(config: Mapping[str, Any]) -> str | None:
+    """vLLM and llama.cpp both know CLIP and SigLIP alone in a LLaVA with an MLP projector."""
+    kind = str(config["vision_config"].get("model_type")).removesuffix("_vision_model")
+    return None if kind in ("clip", "siglip") else f"its LLaVA has no {kind!r} tower, only CLIP and SigLIP"
