@@ -105,7 +105,7 @@ def main() -> None:
     """Run both cases and write the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, default=Path("runs/quickstart"))
-    parser.add_argument("--num-images", type=int, default=8)
+    parser.add_argument("--num-images", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -114,7 +114,7 @@ def main() -> None:
     equal: dict[str, bool] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        cases = {"729 image tokens, 8 questions an image": (untrained_checkpoint(folder), random_pairs(folder, 4, 8), 8)}
+        cases = {"729 image tokens, 8 questions an image": (untrained_checkpoint(folder), random_pairs(folder, 2, 8), 8)}
         if options.checkpoint.is_dir():
             cases["quickstart checkpoint"] = (model_folder(options.checkpoint), quickstart_pairs(options.num_images), 32)
         for case, (checkpoint, pairs, max_new_tokens) in cases.items():

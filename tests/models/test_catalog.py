@@ -83,6 +83,7 @@ def count(*modules: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in {p for module in modules for p in module.parameters()})
 
 
+@cache
 def whole_tower(name: str) -> torch.nn.Module:
     config = part_config(name)
     with torch.device("meta"):

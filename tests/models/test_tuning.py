@@ -7,10 +7,11 @@ from itertools import product
 
 import pytest
 import torch
+import yaml
 
 from mipha.models.adapters import adapter_layers
 from mipha.models.tuning import apply_tuning, check_tuning, part_layers, part_parameters, unread_parameters
-from mipha.recipe import PARTS, TuningRecipe
+from mipha.recipe import PARTS, TuningRecipe, parse_recipe
 
 COMBINATIONS = [dict(zip(PARTS, chosen, strict=True)) for chosen in product(("frozen", "full"), repeat=3) if "full" in chosen]
 FROZEN = dict.fromkeys(PARTS, "frozen")
@@ -100,6 +101,34 @@ def test_a_tower_whose_gradient_is_cut_is_not_taken_for_unread(tiny_model: Calla
     cut.forward = torch.no_grad()(cut.forward)
     with pytest.raises(ValueError, match=r"vision_tower: no gradient reaches \d+ of its tensors, but its features depend on them"):
         apply_tuning(model, TuningRecipe(**FROZEN | {"vision_tower": "full"}))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("language_model=last-0", r"language_model: a part is frozen, full, lora, qlora or last-N .* for example last-4 \(got 'last-0'\)"),
+        ("vision_tower=lorra", r"vision_tower: a part is frozen, full, lora, qlora or last-N"),
+        ("vision_tower=4", r"vision_tower: a part is frozen, full, lora, qlora or last-N"),
+        ("projector=lora", r"projector: Input should be 'frozen' or 'full'"),
+        ("lora.rank=8", r"lora: no part is lora or qlora, so this would have no effect: remove it \(lora=null\) or set a part to lora"),
+        ("lora.rnk=8", r"lora\.rnk: unknown key; did you mean rank\?"),
+    ],
+)
+def test_a_wish_that_cannot_be_or_does_nothing_is_refused(tiny_run_recipe: Callable, change: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        tiny_run_recipe(f"stages.finetune.tuning.{change}")
+
+
+def test_adapters_have_the_shape_of_the_paper_unless_told(tiny_run_recipe: Callable) -> None:
+    """And a recipe that is written with it is read back, also by an override that puts the adapters away again."""
+    recipe = tiny_run_recipe("stages.finetune.tuning.language_model=lora")
+    lora = recipe.stages.finetune.tuning.lora
+    assert (lora.rank, lora.alpha, lora.dropout) == (128, 256, 0.05)
+    assert recipe.stages.pretrain.tuning.lora is None
+    assert parse_recipe(yaml.safe_load(recipe.dump()), source="dump").digest() == recipe.digest()
+    assert recipe.override("stages.finetune.tuning.language_model=full").stages.finetune.tuning.lora is None
+    smaller = recipe.override("stages.finetune.tuning.lora.rank=8", "stages.finetune.tuning.vision_tower=last-2").stages.finetune.tuning
+    assert (smaller.lora.rank, smaller.lora.alpha, smaller.vision_tower, smaller.adapted) == (8, 256, "last-2", ("language_model",))
 
 
 def test_everything_is_counted_once(tiny_model: Callable, family: str) -> None:

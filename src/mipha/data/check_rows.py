@@ -37,6 +37,7 @@ _SAID = (
 )
 
 
+_MEND = re.compile(r"(?:; |: (?:add|check|embed|give|put|remove|rename|save|set|write)\b).*", re.DOTALL)
 _WHERE = re.compile(r"(?:(.*?, (?:line|row|sample) [^\s:,]+)[:,]? )?(.*)", re.DOTALL)
 
 
@@ -182,7 +183,7 @@ def _turn_problems(sample: Sample, record: Any) -> Iterator[tuple[str, str]]:
 def _reason(source: Source, error: Exception) -> tuple[str, str]:
     """Row, and what a reader says is wrong with it, without the advice that ends the sentence: a finding has its own."""
     where, reason = _WHERE.fullmatch(source.shortened(str(error))).groups()  # type: ignore[union-attr]
-    return where or "", (reason.partition(": ")[2] if reason.startswith("sample ") else reason).partition("; ")[0]
+    return where or "", _MEND.sub("", reason.partition(": ")[2] if reason.startswith("sample ") else reason)
 
 
 def _image_key(sample: Sample) -> int:

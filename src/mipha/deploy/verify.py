@@ -157,7 +157,7 @@ def _ask_ours(folder: Path, pictures: dict[str, Image.Image], device: str) -> di
         ours["logits"].append(logits.cpu())
         ours["answers"].append(assistant.answer(picture, question, max_new_tokens=MAX_NEW_TOKENS).text)
     if model.lm_head.bias is not None:
-        ours["bias"] = model.lm_head.bias.cpu()
+        ours["bias"] = model.lm_head.bias.detach().cpu()
     try:
         ours["end"] = end_of_turn(processor.tokenizer, processor.chat_template)
     except ValueError as error:  # a template of other people's: what is wrong with it is a finding

@@ -126,7 +126,9 @@ def check_composable(model: PreTrainedModel, name: str) -> None:
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
-    return bool((one - other).abs().max() <= torch.finfo(other.dtype).eps ** 0.5 * other.abs().max())
+    """Whether most words have the same logits: a mixture of experts may send one that stands between two to either."""
+    differences = (one - other).abs().amax(-1)
+    return bool(differences.median() <= torch.finfo(other.dtype).eps ** 0.5 * other.abs().max())
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> int:

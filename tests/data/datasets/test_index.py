@@ -10,32 +10,38 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mipha.data.datasets._index import JsonRecords, Part, Rows, TableRecords, record_file
 from mipha.data.datasets._records import image_folders
 
+_texts = st.text(max_size=8) | st.text(alphabet='[]{},:"\\\n\r', max_size=8)
 _values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner)
+    st.none() | st.integers() | _texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_texts, inner, max_size=3),
+    max_leaves=5,
 )
+_few = settings(max_examples=40)
 
 
 def _all(records: JsonRecords | TableRecords) -> list[Any]:
     return [records.read(index) for index in range(len(records))]
 
 
-@given(values=st.lists(_values, max_size=6), indent=st.sampled_from([None, 0, 2]), ascii=st.booleans())
+@_few
+@given(values=st.lists(_values, max_size=4), indent=st.sampled_from([None, 0, 2]), ascii=st.booleans())
 def test_any_list_comes_back(values: list, indent: int | None, ascii: bool, tmp_path_factory: pytest.TempPathFactory) -> None:
     file = tmp_path_factory.mktemp("list") / "a.json"
-    file.write_bytes(b"\xef\xbb\xbf \n" + json.dumps(values, indent=indent, ensure_ascii=ascii).encode("utf-8", "replace") + b"\n ")
+    file.write_bytes(b"\xef\xbb\xbf \n" + json.dumps(values, indent=indent, ensure_ascii=ascii).encode() + b"\n ")
     records = JsonRecords(file)
-    assert _all(records) == json.loads(json.dumps(values, ensure_ascii=ascii).encode("utf-8", "replace"))
+    assert _all(records) == values
     assert [records.where(index) for index in range(len(records))] == [f"{file}, row {index}" for index in range(len(values))]
     assert _all(JsonRecords(file, most=2)) == _all(records)[:2]
 
 
-@given(values=st.lists(st.dictionaries(st.text(), _values), max_size=6), blank=st.sampled_from(["", "\n", " \r\n"]))
+@_few
+@given(values=st.lists(st.dictionaries(_texts, _values, max_size=3), max_size=4), blank=st.sampled_from(["", "\n", " \r\n"]))
 def test_any_lines_come_back_with_their_numbers(values: list, blank: str, tmp_path_factory: pytest.TempPathFactory) -> None:
     file = tmp_path_factory.mktemp("lines") / "a.jsonl"
     file.write_text(blank + f"\r\n{blank}".join(map(json.dumps, values)), encoding="utf-8-sig", newline="")
@@ -46,9 +52,10 @@ def test_any_lines_come_back_with_their_numbers(values: list, blank: str, tmp_pa
     assert _all(JsonRecords(file, most=2)) == values[:2]
 
 
-@given(rows=st.lists(st.tuples(st.text(), st.text(), st.text()), max_size=6), mark=st.sampled_from(",;\t"), bom=st.booleans())
+@_few
+@given(rows=st.lists(st.tuples(_texts, _texts, st.text(max_size=8)), max_size=4), mark=st.sampled_from(",;\t"), bom=st.booleans())
 def test_any_table_comes_back_with_its_line_numbers(rows: list, mark: str, bom: bool, tmp_path_factory: pytest.TempPathFactory) -> None:
-    rows = [[cell.encode("utf-8", "replace").decode().replace("\0", "") for cell in row] for row in rows]
+    rows = [[cell.replace("\0", "") for cell in row] for row in rows]
     buffer = io.StringIO(newline="")
     csv.writer(buffer, delimiter=mark, quoting=csv.QUOTE_ALL).writerows([["image", "question", "answer"], *rows])
     file = tmp_path_factory.mktemp("table") / "a.csv"
@@ -71,14 +78,16 @@ def test_a_tsv_is_separated_by_tabs_and_blank_lines_are_no_rows(tmp_path: Path) 
     assert len(record_file(tmp_path / "empty.csv")) == len(record_file(tmp_path / "a.tsv", 0)) == 0
 
 
-@pytest.mark.parametrize("text", ["[", '[{"a": 1}', '[{"a": 1}}', '[{"a": "x', '[1, 2] 3', "[[1, 2]", '["a, b', "[1]]"])
+@pytest.mark.parametrize("text", ["[", '[{"a": 1}', '[{"a": 1}}', '[{"a": "x', "[1, 2] 3", "[[1, 2]", '["a, b', "[1]]"])
 def test_a_list_that_is_cut_short_is_an_error(text: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ValueError, match=r"a\.json is not valid JSON: its list is not closed, or does not end the file"):
         JsonRecords(tmp_path / "a.json")
 
 
-@pytest.mark.parametrize("text", ['[1, {"a": }, 3]', '[1, {"a" 1}, 3]', '[1, "\\x", 3]', "[1, 2 2, 3]", "[1,, 3]", f"[1, {'[' * 99999}{']' * 99999}, 3]"])
+@pytest.mark.parametrize(
+    "text", ['[1, {"a": }, 3]', '[1, {"a" 1}, 3]', '[1, "\\x", 3]', "[1, 2 2, 3]", "[1,, 3]", f"[1, {'[' * 99999}{']' * 99999}, 3]"]
+)
 def test_a_broken_row_does_not_hide_the_others(text: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(text)
     records = JsonRecords(tmp_path / "a.json")

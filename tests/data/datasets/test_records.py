@@ -32,7 +32,9 @@ def data(tmp_path: Path) -> Path:
     return folder / "train.jsonl"
 
 
-@pytest.mark.parametrize("path", ["a.png", "./a.png", "pictures/b.png", "pictures/../a.png", "inner.png", "not yet there.png", "a b,c:d.png"])
+@pytest.mark.parametrize(
+    "path", ["a.png", "./a.png", "pictures/b.png", "pictures/../a.png", "inner.png", "not yet there.png", "a b,c:d.png"]
+)
 def test_a_path_inside_is_the_path_as_written(path: str, data: Path) -> None:
     assert path_inside(image_folders(data), path, "here") == data.parent / path
 
@@ -43,8 +45,26 @@ def test_an_absolute_path_inside_is_one_too(data: Path) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    ["../outside/secret.png", "pictures/../../outside/secret.png", "link.png", "chain.png", "elsewhere/secret.png", "/etc/passwd", "//etc/passwd"]
-    + ["../data and more/secret.png", "elsewhere/../secret.png", "..", ".", "pictures/..", "C:\\x.png", "C:x.png", "\\x.png", "a\\..\\..\\x.png"],
+    [
+        "../outside/secret.png",
+        "pictures/../../outside/secret.png",
+        "link.png",
+        "chain.png",
+        "elsewhere/secret.png",
+        "/etc/passwd",
+        "//etc/passwd",
+    ]
+    + [
+        "../data and more/secret.png",
+        "elsewhere/../secret.png",
+        "..",
+        ".",
+        "pictures/..",
+        "C:\\x.png",
+        "C:x.png",
+        "\\x.png",
+        "a\\..\\..\\x.png",
+    ],
 )
 def test_a_path_that_leads_out_is_refused(path: str, data: Path) -> None:
     with pytest.raises(ValueError, match=r"^train\.jsonl, line 3: the image path .* leads out of .*data"):

@@ -126,6 +126,11 @@ def test_own_folder_and_what_is_wrong_with_it(tmp_path: Path) -> None:
     for split, rows in {"train": [["is it?", "no", 0], ["is it?", "no", 1], ["is it?", "yes", 2]], "test": [["is it?", "yes", 7]]}.items():
         (tmp_path / split).mkdir()
         (tmp_path / split / "questions.json").write_text(json.dumps(rows))
+    with pytest.raises(FileNotFoundError, match=r"no image .*7\.png"):
+        questions(tmp_path)
+    assert [question.facts["answer"] for question in easy_vqa.annotations(tmp_path)] == ["yes"]
+    (tmp_path / "test" / "images").mkdir()
+    (tmp_path / "test" / "images" / "7.png").touch()
     (question,) = questions(tmp_path)
     assert question.image == tmp_path / "test" / "images" / "7.png"
     assert (question.facts["answer"], question.facts["usual"], question.facts["most_frequent"]) == ("yes", "no", "no")

@@ -21,6 +21,7 @@ import numpy as np
 from mipha.comparison.statistics import Totals
 from mipha.data.datasets.easy_vqa import COLOURS, SHAPES, image_path, questions_of
 from mipha.evaluation.benchmark import Judgement, Metric, Question
+from mipha.evaluation.files import image_file
 
 ANSWERS = ("yes", "no", *SHAPES, *COLOURS)
 
@@ -59,28 +60,15 @@ def questions(root: Path | None = None, split: str = "test") -> list[Question]:
         `most_frequent` (most frequent answer to anything).
 
     Raises:
-        FileNotFoundError: The data is not there.
+        FileNotFoundError: The data, or an image, is not there.
         ValueError: No such split, or a malformed file.
     """
     if split not in SPLITS:
         raise ValueError(f"benchmark easy_vqa has no split {split!r}: choose {' or '.join(SPLITS)}")
-    by_text: dict[str, Counter[str]] = defaultdict(Counter)
-    for part in ("train", "validation"):
-        for text, answer in (pair for pairs in questions_of(root, part)[1].values() for pair in pairs):
-            by_text[text][answer] += 1
-    usual = {text: _most_frequent(counts) for text, counts in by_text.items()}
-    most_frequent = _most_frequent(sum(by_text.values(), Counter()))
-    folder, by_image = questions_of(root, split)
-    return [
-        Question(
-            id=f"{folder}/{image}/{number}",
-            text=text,
-            image=image_path(root, folder, image),
-            facts={"answer": answer, "kind": _kind(answer), "image": image, "usual": usual.get(text), "most_frequent": most_frequent},
-        )
-        for image, pairs in by_image.items()
-        for number, (text, answer) in enumerate(pairs)
-    ]
+    asked = _read(root, split)
+    for image in dict.fromkeys(question.image for question in asked):
+        image_file(image, SOURCE)
+    return asked
 
 
 def read_answer(text: str) -> str | None:
@@ -91,7 +79,7 @@ def read_answer(text: str) -> str | None:
 
 def annotations(path: Path) -> list[Question]:
     """The labelled test questions of a folder; the images need not be there."""
-    return questions(path, "test")
+    return _read(path, "test")
 
 
 def score(questions: Sequence[Question], predictions: Mapping[str, str]) -> Judgement:
@@ -141,12 +129,33 @@ def question_only_baseline(questions: Iterable[Question]) -> dict[str, str]:
 BASELINES = {"majority": majority_baseline, "question_only": question_only_baseline}
 
 
-def _groups(question: Question) -> set[str]:
-    """Names of the metrics that the question counts for."""
+def _read(root: Path | None, split: str) -> list[Question]:
+    """The questions; whether their images are there is not looked at."""
+    by_text: dict[str, Counter[str]] = defaultdict(Counter)
+    for part in ("train", "validation"):
+        for text, answer in (pair for pairs in questions_of(root, part)[1].values() for pair in pairs):
+            by_text[text][answer] += 1
+    usual = {text: _most_frequent(counts) for text, counts in by_text.items()}
+    most_frequent = _most_frequent(sum(by_text.values(), Counter()))
+    folder, by_image = questions_of(root, split)
+    return [
+        Question(
+            id=f"{folder}/{image}/{number}",
+            text=text,
+            image=image_path(root, folder, image),
+            facts={"answer": answer, "kind": _kind(answer), "image": image, "usual": usual.get(text), "most_frequent": most_frequent},
+        )
+        for image, pairs in by_image.items()
+        for number, (text, answer) in enumerate(pairs)
+    ]
+
+
+def _groups(question: Question) -> list[str]:
+    """Names of the metrics that the question counts for, always in the same order."""
     answer, kind, usual = (question.facts[key] for key in ("answer", "kind", "usual"))
-    groups = {"accuracy", kind, f"answer_{answer}"}
+    groups = ["accuracy", kind, f"answer_{answer}"]
     if kind == "yes_no" and usual is not None:
-        groups.add("yes_no_usual" if answer == usual else "yes_no_minority")
+        groups.append("yes_no_usual" if answer == usual else "yes_no_minority")
     return groups
 
 

@@ -1,0 +1,78 @@
+"""A folder of pictures: captions beside them, or the hub's metadata file, one folder or one a split."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mipha.data.datasets import image_folder
+from mipha.data.sample import Sample
+
+
+def _samples(root: Path, split: str = "train", **options: object) -> list[Sample]:
+    return [image_folder.to_sample(row, root) for row in image_folder.load(root, split, **options)]
+
+
+def _write(root: Path, **files: str) -> None:
+    for name, text in files.items():
+        path = root / name.replace("__", "/").replace("_dot_", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
+def test_a_caption_beside_each_picture(tmp_path: Path) -> None:
+    _write(tmp_path, b_dot_jpg="", b_dot_txt="\ufeffA dog. \n", pets__a_dot_PNG="", pets__a_dot_txt="A cat.", README_dot_txt="mine", _dot_x_dot_png="")
+    first, second = _samples(tmp_path)
+    assert [message.text for message in first.messages] == ["<image>\nDescribe the image.", "A dog."]
+    assert (first.id, first.images) == ("image_folder/b.jpg", (tmp_path / "b.jpg",))
+    assert (second.id, second.images, second.messages[1].text) == ("image_folder/pets/a.PNG", (tmp_path / "pets/a.PNG",), "A cat.")
+
+
+def test_one_folder_a_split(tmp_path: Path) -> None:
+    _write(tmp_path, train__a_dot_jpg="", train__a_dot_txt="A cat.", val__b_dot_jpg="", val__b_dot_txt="A dog.")
+    assert [sample.id for sample in _samples(tmp_path)] == ["image_folder/train/a.jpg"]
+    assert [sample.images for sample in _samples(tmp_path, "validation")] == [(tmp_path / "val/b.jpg",)]
+    with pytest.raises(ValueError, match="no split 'test': use train or validation"):
+        image_folder.load(tmp_path, "test")
+
+
+def test_the_hubs_metadata(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A dog."}]
+    rows = [{"file_name": "a.jpg", "text": "A cat."}, {"file_name": "sub/b.jpg", "messages": turns}]
+    _write(tmp_path, metadata_dot_jsonl="\n".join(map(json.dumps, rows)), a_dot_jpg="", not_listed_dot_jpg="")
+    first, second = _samples(tmp_path)
+    assert (first.id, first.images, first.messages[1].text) == ("image_folder/1", (tmp_path / "a.jpg",), "A cat.")
+    assert (second.images, second.messages[0].text) == ((tmp_path / "sub/b.jpg",), "<image>\nWhat?")
+    _write(tmp_path / "other", train__metadata_dot_csv="file_name,question,answer\na.jpg,What?,A cat.\n")
+    (sample,) = _samples(tmp_path / "other")
+    assert (sample.id, sample.images) == ("image_folder/train/2", (tmp_path / "other/train/a.jpg",))
+
+
+def test_what_is_wrong_is_named(tmp_path: Path) -> None:
+    _write(tmp_path / "one", a_dot_jpg="", b_dot_heic="", b_dot_txt=" ", c_dot_jpg="", outside_dot_txt="A cat.", secret_dot_txt="no picture")
+    (tmp_path / "one/c.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "secret.jpg").touch()
+    (tmp_path / "one/outside.jpg").symlink_to(tmp_path / "secret.jpg")
+    rows = image_folder.load(tmp_path / "one", "train")
+    assert len(rows) == 4
+    for index, sentence in ((0, r"a\.jpg has no caption a\.txt beside it"), (2, r"c\.txt is not UTF-8")):
+        with pytest.raises(ValueError, match=sentence):
+            rows[index]
+    for index, sentence in ((1, r"b\.heic: its caption is ''"), (3, r"outside\.jpg: the image path 'outside\.jpg' leads out")):
+        with pytest.raises(ValueError, match=sentence):
+            image_folder.to_sample(rows[index], None)
+    assert _write(tmp_path / "two", a_dot_jpg="") is None
+    (tmp_path / "one/outside.txt").unlink()
+    with pytest.raises(ValueError, match="has no packaged copy"):
+        image_folder.load(None, "train")
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        image_folder.load(tmp_path / "gone", "train")
+
+
+def test_links_lead_where_the_recipe_allows(tmp_path: Path) -> None:
+    _write(tmp_path, store__a_dot_jpg="", data__a_dot_txt="A cat.")
+    (tmp_path / "data/a.jpg").symlink_to(tmp_path / "store/a.jpg")
+    (sample,) = _samples(tmp_path / "data", image_root=[tmp_path / "data", tmp_path / "store"])
+    assert sample.images == (tmp_path / "data/a.jpg",)

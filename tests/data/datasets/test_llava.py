@@ -1,0 +1,41 @@
+"""Own data in LLaVA's manner: the published files' rules, in any file, as a list or as lines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mipha.data.datasets import llava
+
+ROWS = [
+    {"id": "a", "image": "1.jpg", "conversations": [{"from": "human", "value": "What is it?\n<image>"}, {"from": "gpt", "value": "A bus."}]},
+    {"id": "b", "conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi"}, {"from": "human", "value": "Bye"}]},
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "numbers"),
+    [
+        ("mine.json", json.dumps(ROWS, indent=2), (0, 1)),
+        ("mine.jsonl", "\n".join(map(json.dumps, ROWS)), (1, 2)),
+        ("mine.json", "\n\n".join(map(json.dumps, ROWS)), (1, 3)),
+    ],
+)
+def test_a_list_and_lines_hold_the_same(name: str, text: str, numbers: tuple[int, int], tmp_path: Path) -> None:
+    (tmp_path / name).write_text(text)
+    first, second = (llava.to_sample(row, None) for row in llava.load(tmp_path / name, "train"))
+    assert [message.text for message in first.messages] == ["<image>\nWhat is it?", "A bus."]
+    assert first.images == (tmp_path / "1.jpg",)
+    assert [message.text for message in second.messages] == ["Hello", "Hi"]
+    assert [first.id, second.id] == [f"llava/mine/{number}/{id}" for number, id in zip(numbers, "ab", strict=True)]
+
+
+def test_a_row_that_is_wrong_is_named(tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_text(json.dumps(ROWS[0] | {"image": "../1.jpg"}) + "\n" + json.dumps(ROWS[1] | {"image": "1.jpg"}))
+    rows = llava.load(tmp_path / "mine.jsonl", "train")
+    with pytest.raises(ValueError, match=r"mine\.jsonl, line 1: the image path '\.\./1\.jpg' leads out"):
+        llava.to_sample(rows[0], None)
+    with pytest.raises(ValueError, match=r"mine\.jsonl, line 2.*0 <image> markers for 1 images"):
+        llava.to_sample(rows[1], None)

@@ -1,0 +1,69 @@
+"""Rows of (image, question, answer) or (image, caption), by the names that people give such columns."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from mipha.data.datasets import table
+from mipha.data.sample import Sample
+
+
+def _sample(root: Path, row: object) -> Sample:
+    (root / "train.jsonl").write_text(json.dumps(row))
+    return table.to_sample(table.load(root, "train")[0], None)
+
+
+@pytest.mark.parametrize("name", ["mine.csv", "mine.tsv", "semicolons.csv"])
+def test_a_table_of_questions(name: str, tmp_path: Path) -> None:
+    mark = "\t" if name.endswith("tsv") else ";" if name.startswith("semi") else ","
+    rows = [["Image", "Question", " answer "], ["cats/a.jpg", '"What, is; it?"', '"A ""cat"".\nA big one."'], ["", "Hello?", "Hi."]]
+    (tmp_path / name).write_text("\n".join(mark.join(row) for row in rows), encoding="utf-8-sig")
+    first, second = (table.to_sample(row, None) for row in table.load(tmp_path / name, "train"))
+    assert [message.text for message in first.messages] == ["<image>\nWhat, is; it?", 'A "cat".\nA big one.']
+    assert first.images == (tmp_path / "cats/a.jpg",)
+    assert ([message.text for message in second.messages], second.images) == (["Hello?", "Hi."], ())
+    assert [first.id, second.id] == [f"table/{name[:-4]}/2", f"table/{name[:-4]}/4"]
+
+
+@pytest.mark.parametrize(
+    ("row", "question", "answer"),
+    [
+        ({"image": "a", "question": "What?", "answer": "That"}, "<image>\nWhat?", "That"),
+        ({"image_path": "a", "Prompt": "What?", "Completion": "That"}, "<image>\nWhat?", "That"),
+        ({"File Name": "a", "query": "What?", "response": "That"}, "<image>\nWhat?", "That"),
+        ({"filename": "a", "question": "How many?", "answer": 3}, "<image>\nHow many?", "3"),
+        ({"image": "a", "question": "Is <image> it?", "answer": "Yes"}, "Is <image> it?", "Yes"),
+        ({"image": "a", "caption": "A cat."}, "<image>\nDescribe the image.", "A cat."),
+        ({"file_name": "a", "text": "A cat."}, "<image>\nDescribe the image.", "A cat."),
+        ({"images": ["a"], "question": "What?", "answer": "That", "caption": "A cat."}, "<image>\nWhat?", "That"),
+    ],
+)
+def test_which_columns_are_read(row: dict, question: str, answer: str, tmp_path: Path) -> None:
+    sample = _sample(tmp_path, row)
+    assert [message.text for message in sample.messages] == [question, answer]
+    assert sample.images == (tmp_path / "a",)
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        ({"image": "a", "label": "cat"}, "has the columns image, label; wanted question or prompt or query and answer"),
+        ({"caption": "A cat."}, "has the columns caption; wanted"),
+        ({}, "has the columns none; wanted"),
+        (["a", "b"], "wanted an object"),
+        ({"image": None, "caption": "A cat."}, "its caption is about no image"),
+        ({"image": "a", "question": "What?", "answer": ""}, "its answer is ''; wanted text"),
+        ({"image": "a", "question": " ", "answer": "That"}, "its question is ' '"),
+        ({"image": "a", "question": "What?", "answer": None}, "its answer is 'None'"),
+        ({"image": "a", "question": "What?", "answer": True}, "its answer is 'True'"),
+        ({"image": "a", "question": "What?", "answer": ["x", "y"]}, "its answer is"),
+        ({"image": "/etc/passwd", "question": "What?", "answer": "That"}, "leads out"),
+        ({"image": "a", "question": "A <image>?", "answer": "an <image>"}, "2 <image> markers for 1 images"),
+    ],
+)
+def test_a_row_that_is_wrong_is_named(row: object, sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=rf"train\.jsonl, line 1.*{sentence}"):
+        _sample(tmp_path, row)
