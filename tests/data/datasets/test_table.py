@@ -53,7 +53,7 @@ def test_which_columns_are_read(row: dict, question: str, answer: str, tmp_path:
         ({"image": "a", "label": "cat"}, "has the columns image, label; wanted question or prompt or query and answer"),
         ({"caption": "A cat."}, "has the columns caption; wanted"),
         ({}, "has the columns none; wanted"),
-        (["a", "b"], "wanted an object"),
+        ("a picture", "wanted an object"),
         ({"image": None, "caption": "A cat."}, "its caption is about no image"),
         ({"image": "a", "question": "What?", "answer": ""}, "its answer is ''; wanted text"),
         ({"image": "a", "question": " ", "answer": "That"}, "its question is ' '"),
