@@ -132,6 +132,15 @@ def test_data_has_a_short_form(recipe: Recipe, assignment: str, dataset: str, ro
     assert changed.stages.pretrain == recipe.stages.pretrain
 
 
+def test_one_image_root_stands_for_a_list(recipe: Recipe) -> None:
+    for text in ("/mnt/pictures", "[/mnt/pictures]"):
+        changed = recipe.override(f"data.finetune.image_root={text}")
+        assert changed.stages.finetune.data[0].image_root == (Path("/mnt/pictures"),)
+        assert parse_recipe(yaml.safe_load(changed.dump()), "again") == changed
+    assert recipe.stages.finetune.data[0].image_root == ()
+    assert recipe.override("data.finetune.image_root=[a, b]").stages.finetune.data[0].image_root == (Path("a"), Path("b"))
+
+
 def test_several_data_sets(recipe: Recipe) -> None:
     changed = recipe.override("data.finetune=[{dataset: messages, root: x.jsonl}, {dataset: easy_vqa}]")
     assert [data.dataset for data in changed.stages.finetune.data] == ["messages", "easy_vqa"]
@@ -160,6 +169,9 @@ def test_several_data_sets(recipe: Recipe) -> None:
         ("model.image_size=0", r"model\.image_size: .*greater than or equal to 1.* \(got 0\)"),
         ("name.deep=3", r"override name\.deep: name is a value, not a group of keys"),
         ("seed.deep=3", r"seed: .*integer.* \(got {'deep': 3}\)"),
+        ("data.finetune.weight=0", r"stages\.finetune\.data\.0\.weight: .*greater than 0.* \(got 0\)"),
+        ("data.finetune.weight=.inf", r"stages\.finetune\.data\.0\.weight: .*finite"),
+        ("data.finetune.cap=0", r"stages\.finetune\.data\.0\.cap: .*greater than or equal to 1"),
         ("data.finetune.x.limit=3", r"stages\.finetune\.data\.0\.x: unknown key"),
         ("seed=[1", r"override 'seed=\[1': the value is not valid YAML"),
         ("model=null", r"model: .*"),

@@ -21,6 +21,7 @@ from transformers import DynamicCache, LlavaProcessor, StoppingCriteria, TextIte
 from mipha.data.encode import as_chat, tokens_per_image
 from mipha.data.images import open_image
 from mipha.data.sample import IMAGE, Message
+from mipha.models.attention import use_grouped_sdpa
 from mipha.models.modeling import LlavaForConditionalGeneration, load_model
 from mipha.models.processing import load_processor
 from mipha.run import Run, model_folder
@@ -49,6 +50,7 @@ class Assistant:
 
     def __init__(self, model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
         self.model, self.processor = model.eval(), processor
+        use_grouped_sdpa(model)
         self._eos = set(np.atleast_1d(model.generation_config.eos_token_id).tolist())
 
     def answer(self, image: ImageLike | None, question: str, *, max_new_tokens: int = 256) -> Answer:

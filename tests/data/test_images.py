@@ -10,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from mipha.data.images import grey_image, open_image
+from mipha.data.images import MAX_SIDE, FileSlice, grey_image, image_key, open_image
 
 
 def _bytes(image: Image.Image, format: str, **options) -> bytes:
@@ -150,3 +152,132 @@ def test_grey_image_is_grey() -> None:
     grey = open_image(grey_image())
     assert grey.mode == "RGB"
     assert set(grey.get_flattened_data()) == {(127, 127, 127)}
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3), (3, 1), (5, 2000)])
+def test_small_and_narrow_pictures_keep_their_size(size: tuple[int, int]) -> None:
+    assert open_image(_bytes(Image.new("RGB", size), "PNG")).size == size
+
+
+@pytest.mark.parametrize(
+    ("size", "wanted"), [((MAX_SIDE, 1), (MAX_SIDE, 1)), ((MAX_SIDE + 1, 3), (MAX_SIDE // 2 + 1, 2)), ((2, 40_000), (1, 8_000))]
+)
+def test_a_long_side_is_shrunk_for_its_square_must_fit_in_memory(size: tuple[int, int], wanted: tuple[int, int]) -> None:
+    opened = open_image(_bytes(Image.new("RGB", size, (9, 99, 199)), "PNG"))
+    assert opened.size == wanted and opened.getpixel((0, 0)) == (9, 99, 199)
+
+
+def test_a_phones_picture_with_a_second_one_in_it_is_the_first() -> None:
+    red, blue = (Image.new("RGB", (16, 8), colour) for colour in ((255, 0, 0), (0, 0, 255)))
+    two = _bytes(red, "MPO", save_all=True, append_images=[blue])
+    pixel = open_image(two).getpixel((4, 4))
+    assert pixel[0] > 240 and pixel[2] < 15
+
+
+def test_an_icon_that_hides_a_larger_picture_is_refused() -> None:
+    """The directory of an icon says 1 x 1; what is decoded is the PNG in it."""
+    large = _bytes(Image.new("RGB", (100, 100)), "PNG")
+    icon = struct.pack("<HHH", 0, 1, 1) + struct.pack("<BBBBHHII", 1, 1, 0, 0, 1, 32, len(large), 22) + large
+    with pytest.raises(ValueError, match="100 x 100 is more than 50 pixels"):
+        open_image(icon, max_pixels=50)
+    assert open_image(icon, max_pixels=10_000).size == (100, 100)
+
+
+def test_memory_that_is_not_there_is_no_crash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def load(self: Image.Image) -> None:
+        raise MemoryError
+
+    path = tmp_path / "large.png"
+    Image.new("RGB", (4, 4)).save(path)
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", load)
+    with pytest.raises(ValueError, match=r"large\.png asks for more memory than there is"):
+        open_image(path)
+
+
+def test_an_image_inside_a_larger_file(tmp_path: Path) -> None:
+    picture = _bytes(_left_red_right_blue(), "PNG")
+    (tmp_path / "a.tar").write_bytes(b"before" + picture + b"behind")
+    place = FileSlice(tmp_path / "a.tar", 6, len(picture), "a/b.png")
+    assert open_image(place).tobytes() == _left_red_right_blue().tobytes()
+    with pytest.raises(ValueError, match=r"a\.tar, a/b\.png cannot be read as an image"):
+        open_image(place._replace(size=len(picture) - 30))
+    with pytest.raises(ValueError, match=r"gone\.tar, a/b\.png cannot be read as an image"):
+        open_image(place._replace(file=tmp_path / "gone.tar"))
+
+
+def test_a_key_is_of_the_content_alone(tmp_path: Path) -> None:
+    noise = random.Random(0).randbytes(30_000)
+    (tmp_path / "a.png").write_bytes(noise)
+    (tmp_path / "tar").write_bytes(b"x" + noise + b"y")
+    keys = {image_key(tmp_path / "a.png"), image_key(noise), image_key(FileSlice(tmp_path / "tar", 1, len(noise), "a"))}
+    assert len(keys) == 1 and len(keys.pop()) == 16
+    others = (noise[:-1], noise[1:], noise + b"x", noise[:-1] + bytes([noise[-1] ^ 1]), bytes([noise[0] ^ 1]) + noise[1:], b"")
+    assert len({image_key(other) for other in (noise, *others)}) == 7
+    with pytest.raises(FileNotFoundError, match=r"gone\.png"):
+        image_key(tmp_path / "gone.png")
+
+
+def _small_files() -> list[bytes]:
+    """Small pictures of many kinds: every format and mode that decoders have a path of their own for."""
+    noise = np.random.default_rng(0).integers(0, 256, (9, 11, 4), dtype=np.uint8)
+    rgb, rgba = Image.fromarray(noise[..., :3]), Image.fromarray(noise)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    frames = {"save_all": True, "append_images": [rgb.rotate(90), rgb.rotate(180)]}
+    files = [_bytes(rgb, format) for format in ("JPEG", "PNG", "GIF", "WEBP", "BMP")]
+    files += [_bytes(rgb, "JPEG", progressive=True, exif=exif), _bytes(rgb.convert("CMYK"), "JPEG"), _bytes(rgb.convert("L"), "JPEG")]
+    files += [_bytes(rgba, "PNG"), _bytes(rgb.convert("P"), "PNG", transparency=0), _bytes(rgb.convert("1"), "BMP")]
+    files += [_bytes(rgb, format, **frames) for format in ("GIF", "WEBP", "PNG")]
+    files += [_bytes(rgba, "WEBP", lossless=True)]
+    return [*files, _bytes(Image.fromarray(noise[..., 0].astype(np.uint16) * 257), "PNG"), _bytes(rgb.convert("P"), "BMP")]
+
+
+SMALL_FILES = _small_files()
+
+
+def _opens_or_says_why(content: bytes) -> None:
+    try:
+        opened = open_image(content, max_pixels=100_000)
+    except ValueError as error:
+        assert str(error).startswith(f"image of {len(content)} bytes")
+    else:
+        assert opened.mode == "RGB" and 0 < opened.width * opened.height <= 100_000
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
+def test_a_thousand_mutated_files_are_pictures_or_value_errors() -> None:
+    """Bytes changed, cut out, doubled, swapped between files, and numbers set to their extremes: as disks, networks and enemies do."""
+    chance = random.Random(0)
+    extremes = (b"\xff\xff\xff\xff", b"\x00\x00\x00\x00", b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"\x00\x01\x00\x00")
+    for number in range(1_000):
+        content = bytearray(SMALL_FILES[number % len(SMALL_FILES)])
+        for _ in range(chance.randrange(1, 6)):
+            start = chance.randrange(max(1, min(len(content), chance.choice((40, 10_000)))))
+            end = start + chance.randrange(1, 20)
+            other = chance.choice(SMALL_FILES)
+            content[start:end] = chance.choice(
+                (
+                    chance.randbytes(end - start),
+                    b"",
+                    bytes(content[start:end] * 2),
+                    other[start:end],
+                    chance.choice(extremes),
+                    bytes(byte ^ 1 << chance.randrange(8) for byte in content[start:end]),
+                )
+            )
+        _opens_or_says_why(bytes(content))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
+@settings(max_examples=200)
+@given(
+    file=st.sampled_from(range(len(SMALL_FILES))),
+    cut=st.integers(0, 2000),
+    changes=st.lists(st.tuples(st.integers(0, 60), st.binary(min_size=1, max_size=8)), max_size=4),
+    tail=st.binary(max_size=20),
+)
+def test_no_bytes_are_worse_than_a_value_error(file: int, cut: int, changes: list[tuple[int, bytes]], tail: bytes) -> None:
+    content = bytearray(SMALL_FILES[file][: max(cut, 8)])
+    for start, new in changes:
+        content[start : start + len(new)] = new
+    _opens_or_says_why(bytes(content) + tail)

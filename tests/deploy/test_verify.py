@@ -138,9 +138,12 @@ def _shards(folder: Path, drop: bool) -> None:
         (lambda folder: (folder / "config.json").write_text('{"model_type": '), r"config\.json is not JSON"),
         (lambda folder: (folder / "chat_template.jinja").unlink(), r"no chat_template\.jinja"),
         (lambda folder: (folder / "processor_config.json").unlink(), r"no processor_config\.json"),
-        (lambda folder: edit(folder / "processor_config.json", patch_size=7), "16 tokens by patches of 7, but the tower wants 28 x 28, 4 tok"),
+        (
+            lambda folder: edit(folder / "processor_config.json", patch_size=7),
+            "16 tokens by patches of 7, but the tower wants 28 x 28, 4 ",
+        ),
         (lambda folder: edit(folder / "processor_config.json", num_additional_image_tokens=1), "5 tokens by patches of 14, but"),
-        (lambda folder: (folder / "config.json").unlink(), "neither a run .* nor a whole model"),
+        (lambda folder: (folder / "config.json").unlink(), r"neither a run .* nor a whole model"),
     ],
 )
 def test_a_broken_folder_gets_one_sentence(spoiled: Path, spoil: Callable[[Path], object], message: str) -> None:
@@ -151,7 +154,7 @@ def test_a_broken_folder_gets_one_sentence(spoiled: Path, spoil: Callable[[Path]
 
 
 def test_no_folder_gets_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no run folder .*nothing"):
+    with pytest.raises(FileNotFoundError, match=r"no run folder .*nothing"):
         verify(tmp_path / "nothing")
 
 

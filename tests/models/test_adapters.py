@@ -199,6 +199,11 @@ def test_what_cannot_be_merged_is_refused(tuned: Callable, tiny_model: Callable,
     with pytest.raises(ValueError, match=r"adapter was trained on another base than .*other"):
         merge_adapter(adapter, merged, base=tmp_path / "other")
 
+    facts = json.loads((adapter / "base.json").read_text())
+    (adapter / "base.json").write_text(json.dumps(facts | {"quantized": True}))
+    with pytest.raises(ValueError, match=r"was trained over weights of 4 bits, .* take the checkpoint/ beside it"):
+        merge_adapter(adapter, merged)
+
     (adapter / "base.json").unlink()  # as of an adapter from elsewhere: then shapes are all there is to tell by
     save_checkpoint(*tiny_model("phi"), tmp_path / "phi")
     with pytest.raises(ValueError, match=r"does not fit .*phi, which has no place for .*layers\.0\..* \(.*\): give the base"):
@@ -235,7 +240,9 @@ def test_4_bits_train_and_merge(tiny_model: Callable) -> None:
     model, _ = tiny_model()
     full = logits(model)
     report = apply_tuning(model, tuning(language_model="qlora"))[-1]
-    assert report.adapters == 14 and "uint8" in report.dtypes
+    assert report.adapters == 14 and report.dtypes == ("float32", "nf4")
+    vocabulary, norms, linears = 2 * 512 * 32, 5 * 32, 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48)
+    assert report.parameters == vocabulary + norms + linears + report.trained, "two weights in a byte are two weights"
     for layer in adapter_layers(model).values():
         layer.get_base_layer().support_avx512bf16_for_cpu = False  # its fast kernel wants rows of 64 and more
     rounded = logits(model)

@@ -118,7 +118,7 @@ def checkpoint(model: LlavaForConditionalGeneration) -> dict[str, torch.Tensor]:
 def test_vision_towers(name: str) -> None:
     parameters, tokens = TOWER_FACTS[name]
     assert count(whole_tower(name)) == parameters
-    model = full_size(name, "gemma-3-270m-it")
+    model = full_size(name, "qwen2.5-0.5b-instruct")
     assert model.config.image_seq_length == tokens
     config = part_config(name)
     assert model.config.vision_config.num_hidden_layers == config["num_hidden_layers"] - 1
@@ -129,7 +129,7 @@ def test_vision_towers(name: str) -> None:
     assert count(model.model.vision_tower) == parameters - dead + kept_mask * config["hidden_size"]
     pixels = torch.zeros(2, 3, config["image_size"], config["image_size"], device="meta")
     features = model.get_image_features(pixels, return_dict=True).pooler_output
-    assert [feature.shape for feature in features] == [(tokens, 640)] * 2
+    assert [feature.shape for feature in features] == [(tokens, 896)] * 2
     assert all(key.startswith(("language_model.", "multi_modal_projector.", "vision_tower.")) for key in checkpoint(model))
 
 
@@ -152,7 +152,7 @@ def test_the_released_mipha(language_model: str, billions: float, gigabytes: flo
 @pytest.mark.parametrize("tower", ["clip-large-336", "siglip-so400m-384", "siglip-large-384", "dinov2-large", "vit-large-in21k"])
 def test_towers_at_equal_tokens(tower: str) -> None:
     """The paper's comparison, at 576 tokens for each."""
-    model = full_size(tower, "gemma-3-270m-it", image_size=image_size_for(tower))
+    model = full_size(tower, "qwen2.5-0.5b-instruct", image_size=image_size_for(tower))
     assert model.config.image_seq_length == 576
     tables = [weight for name, weight in model.model.vision_tower.named_parameters() if "position_embedding" in name]
     assert [table.shape[-2] for table in tables] == [576 if tower.startswith("siglip") else 577]
@@ -163,10 +163,10 @@ def test_towers_at_equal_tokens(tower: str) -> None:
     [("clip-large-336", 224, 256), ("clip-large-336", 448, 1024), ("siglip-so400m-384", 448, 1024), ("dinov2-large", 224, 256)],
 )
 def test_the_resolutions_of_the_paper(tower: str, size: int, tokens: int) -> None:
-    assert full_size(tower, "gemma-3-270m-it", image_size=size).config.image_seq_length == tokens
+    assert full_size(tower, "qwen2.5-0.5b-instruct", image_size=size).config.image_seq_length == tokens
 
 
 def test_the_normed_last_layer_at_full_size() -> None:
-    model = full_size("dinov2-large", "gemma-3-270m-it", feature_layer=-1, post_layernorm=True, image_size=336)
+    model = full_size("dinov2-large", "qwen2.5-0.5b-instruct", feature_layer=-1, post_layernorm=True, image_size=336)
     assert model.config.vision_config.model_type == "vit"
     assert model.config.vision_config.num_hidden_layers == 24

@@ -64,6 +64,13 @@ def test_an_image_longer_than_the_context_is_refused(tiny_parts: Callable) -> No
         build(tiny_parts().recipe(image_size=23 * 14))
 
 
+def test_an_image_longer_than_a_sliding_window_is_refused(tiny_parts: Callable, random_part: Callable) -> None:
+    folder = random_part("MistralForCausalLM", sliding_window=16, num_key_value_heads=2)
+    build(tiny_parts().recipe(language_model=str(folder), image_size=3 * 14))
+    with pytest.raises(ValueError, match=r"takes 16 tokens, but the language model's sliding layers see 16 at a time: use a smaller"):
+        build(tiny_parts().recipe(language_model=str(folder), image_size=4 * 14))
+
+
 def test_another_resolution(tiny_parts: Callable, tower: str) -> None:
     parts = tiny_parts("llama", tower)
     patch = 8 if tower == "vit" else 14

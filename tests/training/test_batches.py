@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -100,11 +102,12 @@ def test_the_processes_share_out_what_one_would_do(
             assert all("pixel_values" in batch for batch in share.micro_batches), "the tower runs in every pass of every process"
 
 
-def test_a_step_without_images_gets_one_blank(mixture: Mixture, processor: LlavaProcessor, stage: Callable) -> None:
+def test_a_step_without_images_gets_one_blank(tiny_data: Path, processor: LlavaProcessor, stage: Callable, tmp_path: Path) -> None:
     """So that the tower's tensors have a gradient, which is zero, on one process as on several."""
-    texts = [index for index in range(len(mixture)) if not mixture[index].images]
-    text_only = [mixture[index] for index in texts]
-    step = StepDataset(text_only, processor, stage("batching=padded", "micro_batch_rows=2", "batch_size=6"), seed=0)[0]
+    lines = [line for line in tiny_data.read_text().splitlines() if not json.loads(line)["images"]]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
+    text_only = stage(f"data.root={tmp_path / 'text.jsonl'}").data
+    step = StepDataset(Mixture(text_only), processor, stage("batching=padded", "micro_batch_rows=2", "batch_size=6"), seed=0)[0]
     assert len(step.micro_batches) == 3
     assert ["pixel_values" in batch for batch in step.micro_batches] == [True, False, False]
     assert step.num_images == 0

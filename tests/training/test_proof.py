@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -171,6 +172,24 @@ def nudge_head(model: LlavaForConditionalGeneration) -> None:
             model.lm_head.weight[0, 0] += 1e-3
 
     model.model.vision_tower.register_forward_hook(nudge)
+
+
+QLORA = ("stages.finetune.tuning.language_model=qlora", "stages.finetune.tuning.lora.rank=4")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU it is not refused")
+def test_4_bits_without_a_gpu_are_refused_before_anything_is_built(tiny_run_recipe: Callable, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"language_model=qlora .* takes a GPU: set tuning\.language_model to lora"):
+        train(tiny_run_recipe(*QLORA, "model.vision_tower=nothing/there"), tmp_path / "run")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available() or find_spec("bitsandbytes") is None, reason="needs a GPU and the extra qlora")
+def test_4_bits_train_on_a_gpu(tiny_run_recipe: Callable, tmp_path: Path, weights: Callable) -> None:
+    run = train(tiny_run_recipe(*QLORA), tmp_path / "run")
+    language_model = report(run, "finetune")["language_model"]
+    assert language_model["dtypes"] == ["float32", "nf4"] and not language_model["change"]["frozen_changed"]
+    assert {weight.dtype for weight in weights(run.final_checkpoint()).values()} == {torch.float32}
 
 
 def test_a_stage_that_was_begun_with_other_weights_is_refused(tiny_model: Callable, tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ LANGUAGE_MODELS: dict[str, LanguageModelEntry] = {
     "phi-3-mini-4k-instruct": LanguageModelEntry("microsoft/Phi-3-mini-4k-instruct", "phi-3", "MIT", "Phi-3, arXiv:2404.14219"),
     # Gemma 2 squeezes its logits after the head, for which LLaVA has no place: left out, which changes no greedy answer
     "gemma-2-2b-it": LanguageModelEntry("google/gemma-2-2b-it", "gemma", "Gemma terms of use", "Gemma 2, arXiv:2408.00118"),
+    # Five of six layers of Gemma 3 see 512 tokens at a time, so an image must be shorter: siglip-base-256, clip-large-224
     "gemma-3-270m-it": LanguageModelEntry("google/gemma-3-270m-it", "gemma", "Gemma terms of use", "Gemma 3, arXiv:2503.19786"),
     "gemma-3-1b-it": LanguageModelEntry("google/gemma-3-1b-it", "gemma", "Gemma terms of use", "Gemma 3, arXiv:2503.19786"),
 }

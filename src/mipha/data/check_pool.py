@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -51,6 +52,7 @@ _check: Callable[[int], RowFacts]
 
 def _begin_worker(job: Job) -> None:
     global _check
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that gives out the rows
     _check = row_checker(job)
 
 

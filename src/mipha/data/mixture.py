@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -66,7 +66,7 @@ class Source:
 
     name: str
     recipe: DataRecipe
-    module: ModuleType
+    to_sample: Callable[[Any, Path | None], Sample]
     records: Sequence[Any]
     rows: Sequence[int] | np.ndarray
 
@@ -75,7 +75,7 @@ class Source:
 
     def sample(self, index: int) -> Sample:
         """One sample, with its own images."""
-        return self.module.to_sample(self.records[int(self.rows[index])], self.recipe.root)
+        return self.to_sample(self.records[int(self.rows[index])], self.recipe.root)
 
     @property
     def num_per_epoch(self) -> int:
@@ -115,7 +115,7 @@ class Mixture(Sequence[Sample]):
             self.notes.append(note)
         if not len(records):
             raise ValueError(f"data set {recipe.dataset} ({recipe.root or 'packaged'}, split {recipe.split}) has no samples")
-        source = Source(name, recipe, module, records, range(min(len(records), recipe.limit or len(records))))
+        source = Source(name, recipe, module.to_sample, records, range(min(len(records), recipe.limit or len(records))))
         return self._one_side(source, held_out, side) if held_out else source
 
     def _one_side(self, source: Source, held_out: float, side: Side) -> Source:
@@ -123,7 +123,7 @@ class Mixture(Sequence[Sample]):
         if torn := sides.count(None):
             self.notes.append(f"{source.name}: {torn} of {len(source)} samples are used on neither side, for they show images of both")
         rows = np.asarray([row for row, own in zip(source.rows, sides, strict=True) if own == side], dtype=np.int64)
-        return Source(source.name, source.recipe, source.module, source.records, rows)
+        return replace(source, rows=rows)
 
     def __len__(self) -> int:
         return int(self._starts[-1])

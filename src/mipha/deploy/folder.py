@@ -82,10 +82,10 @@ def _check_image(folder: Path, config: dict[str, Any], processor: dict[str, Any]
     wanted = (vision["image_size"], vision["image_size"], vision["patch_size"])
     expected = config.get("image_seq_length", written)
     if made != wanted or written != expected:
-        height, width, patch = made
         raise ValueError(
-            f"{folder}: the processor makes images of {height} x {width} pixels, {written} tokens by patches of {patch}, but the tower wants "
-            f"{wanted[0]} x {wanted[1]}, {expected} tokens by patches of {wanted[2]}: save processor and model from one build"
+            f"{folder}: the processor makes pictures of {made[0]} x {made[1]} pixels, {written} tokens by patches of {made[2]}, "
+            f"but the tower wants {wanted[0]} x {wanted[1]}, {expected} tokens by patches of {wanted[2]}: "
+            "save processor and model from one build"
         )
 
 

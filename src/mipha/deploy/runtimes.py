@@ -29,7 +29,7 @@ class Runtime:
     reason: str
 
 
-_VLLM_LANGUAGE_MODELS = frozenset("gemma gemma2 gemma3_text llama mistral phi phi3 qwen2 qwen3 stablelm".split())
+_VLLM_LANGUAGE_MODELS = {"gemma", "gemma2", "gemma3_text", "llama", "mistral", "phi", "phi3", "qwen2", "qwen3", "stablelm"}
 """Those whose class in vLLM keeps its layers as `model` and its head as `lm_head`, under the names of the file."""
 
 _LLAMA_CPP_LANGUAGE_MODELS = _VLLM_LANGUAGE_MODELS | {"gpt2", "gpt_neox"}
@@ -46,7 +46,7 @@ def runtimes(config: Mapping[str, Any], processor: Mapping[str, Any], odd_keys: 
         processor: Content of its processor_config.json.
         odd_keys: Weights under other names than those of a LLaVA on the hub.
     """
-    ours = Runtime("mipha", "exact", "it was trained in this class")
+    ours = Runtime("mipha", "exact", "it computes the whole checkpoint, in the class it was trained in")
     others = [_vllm(config), _llama_cpp(config, processor)]
     if odd_keys:
         others = [Runtime(other.name, "unsupported", f"it finds no weight of the name {odd_keys[0]}") for other in others]
@@ -81,7 +81,9 @@ def _vllm(config: Mapping[str, Any]) -> Runtime:
     if kind in ("gemma", "gemma2"):
         reason = "versions before its pull request 36787 (March 2026) scale image features as they scale words; later ones are exact"
         return Runtime("vLLM", "approximate", reason)
-    return Runtime("vLLM", "exact", "it reads the tower, the projector and the language model" + ", head bias included" * has_head_bias(config))
+    return Runtime(
+        "vLLM", "exact", "it reads the tower, the projector and the language model" + ", head bias included" * has_head_bias(config)
+    )
 
 
 def _llama_cpp(config: Mapping[str, Any], processor: Mapping[str, Any]) -> Runtime:

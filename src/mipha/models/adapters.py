@@ -154,7 +154,8 @@ def save_adapter(
     config.inference_mode = True
     config.save_pretrained(beside)
     save_file({_PREFIX + name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, beside / "adapter_model.safetensors")
-    facts = {"folder": os.path.relpath(base, folder), "sha256": checkpoint_digest(base)}
+    quantized = any(is_quantized(layer.get_base_layer()) for layer in adapter_layers(model).values())
+    facts = {"folder": os.path.relpath(base, folder), "sha256": checkpoint_digest(base), "quantized": quantized}
     (beside / "base.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)
@@ -170,7 +171,7 @@ def merge_adapter(adapter: Path, folder: Path, base: Path | None = None) -> None
 
     Raises:
         FileNotFoundError: The adapter, or its base, is not there.
-        ValueError: The adapter was trained on another base, or the folder exists.
+        ValueError: The adapter was trained on another base or over weights of 4 bits, or the folder exists.
     """
     if not (adapter / "adapter_config.json").is_file():
         raise FileNotFoundError(f"{adapter} has no adapter_config.json: give the adapter/ folder of a stage, or one that peft wrote")
@@ -183,6 +184,11 @@ def merge_adapter(adapter: Path, folder: Path, base: Path | None = None) -> None
         raise FileNotFoundError(f"the base model {base} of {adapter} is not there: give the checkpoint that the adapter was trained on")
     if facts and checkpoint_digest(base) != facts["sha256"]:
         raise ValueError(f"{adapter} was trained on another base than {base}: its weights differ from those of {named} at that time")
+    if facts and facts["quantized"]:
+        raise ValueError(
+            f"{adapter} was trained over weights of 4 bits, and would answer otherwise over those of {base}: take the checkpoint/ beside "
+            "it, where it is merged as it was trained"
+        )
     model = load_model(str(base))
     _check_fit(model, adapter, base)
     head, embeddings = model.lm_head.weight, model.get_input_embeddings().weight

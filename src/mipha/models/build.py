@@ -66,7 +66,7 @@ def compose(
     """Join a causal language model and a pruned tower with a new projector.
 
     Raises:
-        ValueError: One image is longer than what the language model reads.
+        ValueError: One image is longer than what the language model reads, or sees at a time.
     """
     image_token_id = add_image_token(tokenizer, language_model)
     text_config = language_model.config
@@ -133,12 +133,13 @@ def _llava_config(
         num_prefix_tokens: Tokens before the patches. The stock class leaves out the first; registers behind it stay.
     """
     num_tokens = (vision_config.image_size // vision_config.patch_size) ** 2 + max(0, num_prefix_tokens - 1)
-    longest = getattr(text_config, "max_position_embeddings", None)
+    too_long = f"an image of {vision_config.image_size} pixels takes {num_tokens} tokens, but"
+    longest, window = (getattr(text_config, key, None) for key in ("max_position_embeddings", "sliding_window"))
     if longest and num_tokens >= longest:
-        raise ValueError(
-            f"an image of {vision_config.image_size} pixels takes {num_tokens} tokens, but the language model reads {longest} in all: "
-            "use a smaller model.image_size"
-        )
+        raise ValueError(f"{too_long} the language model reads {longest} in all: use a smaller model.image_size")
+    # Words behind the image could not see where it begins; and packed rows and batches of questions know no window.
+    if window and num_tokens >= window:
+        raise ValueError(f"{too_long} the language model's sliding layers see {window} at a time: use a smaller model.image_size or tower")
     return LlavaConfig(
         vision_config=vision_config,
         text_config=text_config,

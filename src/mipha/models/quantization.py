@@ -52,6 +52,18 @@ def quantize(layers: list[nn.Module], device: torch.device, compute: torch.dtype
                 layer.set_submodule(name, small.to(device))
 
 
+def num_weights(parameter: nn.Parameter) -> int:
+    """How many numbers a parameter stands for; in 4 bits two share a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return state.shape.numel() if state is not None else parameter.numel()
+
+
+def weight_type(parameter: nn.Parameter) -> str:
+    """What a parameter is kept in, for people."""
+    state = getattr(parameter, "quant_state", None)
+    return state.quant_type if state is not None else str(parameter.dtype).removeprefix("torch.")
+
+
 def is_quantized(module: nn.Module) -> bool:
     """Whether the module's weight is kept in 4 bits."""
     return getattr(getattr(module, "weight", None), "quant_state", None) is not None

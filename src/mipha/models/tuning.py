@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mipha.models.adapters import adapter_layers, adapter_parameters, add_adapters, linear_layers
 from mipha.models.modeling import LlavaForConditionalGeneration, parts
-from mipha.models.quantization import quantize
+from mipha.models.quantization import num_weights, quantize, weight_type
 from mipha.recipe import PARTS, Part, TuningRecipe
 
 
@@ -169,8 +169,8 @@ def _count(model: LlavaForConditionalGeneration, part: Part, tuning: str) -> Tun
     return TunedPart(
         part=part,
         tuning=tuning,
-        parameters=sum(parameter.numel() for parameter in tensors),
+        parameters=sum(num_weights(parameter) for parameter in tensors),
         trained=sum(parameter.numel() for parameter in tensors if parameter.requires_grad),
         adapters=sum(id(layer) in inside for layer in adapter_layers(model).values()),
-        dtypes=tuple(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in tensors})),
+        dtypes=tuple(sorted({weight_type(parameter) for parameter in tensors})),
     )

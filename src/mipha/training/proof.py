@@ -164,14 +164,13 @@ def tuning_table(title: str, tuned: Sequence[TunedPart], stage: StageRecipe) -> 
     table = _table(title, "part", "tuning", "parameters", "trained", "learning rate", "kept in")
     for wish in tuned:
         rate = f"{stage.peak_learning_rate(wish.part):g}" if wish.trained else "-"
-        how = f"{wish.tuning} ({wish.adapters} layers)" if wish.adapters else wish.tuning
-        table.add_row(wish.part, how, f"{wish.parameters:,}", f"{wish.trained:,}", rate, ", ".join(wish.dtypes))
+        table.add_row(wish.part, wish.tuning, f"{wish.parameters:,}", f"{wish.trained:,}", rate, ", ".join(wish.dtypes))
     return table
 
 
 def change_table(title: str, changes: Sequence[Change]) -> Table:
     """What has moved, part by part."""
-    table = _table(title, "part", "tensors moved", "relative change", "largest change", "frozen tensors bit-equal")
+    table = _table(title, "part", "tensors moved", "relative change", "largest change", "frozen, bit-equal")
     for change in changes:
         moved = (f"{change.moved} of {change.trained}", f"{change.relative:.2%}", f"{change.largest:.2g}") if change.trained else ("-",) * 3
         still = f"{change.frozen - len(change.frozen_changed)} of {change.frozen}" if change.frozen else "-"
@@ -203,5 +202,5 @@ def _some(names: Sequence[str], most: int = 3) -> str:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left")
     for column in columns:
-        table.add_column(column, justify="left" if column in ("part", "tuning") else "right")
+        table.add_column(column, justify="left" if column in ("part", "tuning") else "right", no_wrap=column == "part")
     return table

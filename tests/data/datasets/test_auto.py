@@ -45,7 +45,7 @@ def _tar(path: Path) -> None:
         ("a.jsonl", _lines(TEXT_ONLY, LLAVA), "llava", "human and gpt"),
         ("a.json", _lines(LLAVA, LLAVA), "llava", "human and gpt"),
         ("a.jsonl", _lines(TEXT_ONLY, LLAVA, SHAREGPT), "sharegpt", "ShareGPT"),
-        ("a.json", json.dumps([LLAVA | {"image": ["a.png", "b.png"]}]), "sharegpt", "ShareGPT"),
+        ("a.json", json.dumps([TEXT_ONLY | {"image": ["a.png", "b.png"]}]), "sharegpt", "ShareGPT"),
         ("a.json", json.dumps([TEXT_ONLY | {"images": ["a.png"]}]), "sharegpt", "ShareGPT"),
         ("a.jsonl", _lines({"conversations": MESSAGES["messages"]}), "sharegpt", "ShareGPT"),
         ("a.csv", "image,question,answer\na.png,What?,That.\n", "table", "rows of question and answer"),
@@ -100,7 +100,7 @@ def _records_beside_pictures(root: Path) -> None:
         (lambda root: _tar(root / "00000.tar"), "webdataset"),
         (lambda root: shutil.copytree(SAVED / "splits", root, dirs_exist_ok=True), "arrow"),
         (lambda root: shutil.copytree(SAVED / "messages", root, dirs_exist_ok=True), "arrow"),
-        (lambda root: shutil.copytree(SAVED, root / "data", ignore=lambda *_: ["splits", "messages", "paths.parquet", "messages.parquet"]), "parquet"),
+        (lambda root: shutil.copy(SAVED / "questions.parquet", root / "train-00000-of-00001.parquet"), "parquet"),
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
@@ -160,7 +160,7 @@ def test_the_forms_are_forms(tmp_path: Path) -> None:
     ("files", "sentence"),
     [
         ({"a.jsonl": _lines(MESSAGES, QUESTION)}, "a.jsonl fits more than one format, messages and table: set `dataset`"),
-        ({"a.jsonl": _lines(MESSAGES | LLAVA)}, "a.jsonl fits more than one format, messages and llava"),
+        ({"a.jsonl": _lines(MESSAGES | LLAVA)}, "a.jsonl fits more than one format, messages and sharegpt"),
         ({"train.jsonl": _lines(MESSAGES), "test.csv": "image,caption"}, "holds train.jsonl and test.csv, which may each be the data"),
         ({"metadata.csv": "file_name,text", "train.jsonl": _lines(MESSAGES)}, "holds metadata.csv and train.jsonl"),
         ({"readme.md": "hello"}, "holds no data of a known format; wanted one of"),

@@ -15,15 +15,17 @@ def _samples(root: Path, split: str = "train", **options: object) -> list[Sample
     return [image_folder.to_sample(row, root) for row in image_folder.load(root, split, **options)]
 
 
-def _write(root: Path, **files: str) -> None:
+def _write(root: Path, files: dict[str, str]) -> None:
     for name, text in files.items():
-        path = root / name.replace("__", "/").replace("_dot_", ".")
+        path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
 
 
 def test_a_caption_beside_each_picture(tmp_path: Path) -> None:
-    _write(tmp_path, b_dot_jpg="", b_dot_txt="\ufeffA dog. \n", pets__a_dot_PNG="", pets__a_dot_txt="A cat.", README_dot_txt="mine", _dot_x_dot_png="")
+    _write(
+        tmp_path, {"b.jpg": "", "b.txt": "\ufeffA dog. \n", "pets/a.PNG": "", "pets/a.txt": "A cat.", "README.txt": "mine", ".x.png": ""}
+    )
     first, second = _samples(tmp_path)
     assert [message.text for message in first.messages] == ["<image>\nDescribe the image.", "A dog."]
     assert (first.id, first.images) == ("image_folder/b.jpg", (tmp_path / "b.jpg",))
@@ -31,7 +33,7 @@ def test_a_caption_beside_each_picture(tmp_path: Path) -> None:
 
 
 def test_one_folder_a_split(tmp_path: Path) -> None:
-    _write(tmp_path, train__a_dot_jpg="", train__a_dot_txt="A cat.", val__b_dot_jpg="", val__b_dot_txt="A dog.")
+    _write(tmp_path, {"train/a.jpg": "", "train/a.txt": "A cat.", "val/b.jpg": "", "val/b.txt": "A dog."})
     assert [sample.id for sample in _samples(tmp_path)] == ["image_folder/train/a.jpg"]
     assert [sample.images for sample in _samples(tmp_path, "validation")] == [(tmp_path / "val/b.jpg",)]
     with pytest.raises(ValueError, match="no split 'test': use train or validation"):
@@ -41,17 +43,17 @@ def test_one_folder_a_split(tmp_path: Path) -> None:
 def test_the_hubs_metadata(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A dog."}]
     rows = [{"file_name": "a.jpg", "text": "A cat."}, {"file_name": "sub/b.jpg", "messages": turns}]
-    _write(tmp_path, metadata_dot_jsonl="\n".join(map(json.dumps, rows)), a_dot_jpg="", not_listed_dot_jpg="")
+    _write(tmp_path, {"metadata.jsonl": "\n".join(map(json.dumps, rows)), "a.jpg": "", "not_listed.jpg": ""})
     first, second = _samples(tmp_path)
     assert (first.id, first.images, first.messages[1].text) == ("image_folder/1", (tmp_path / "a.jpg",), "A cat.")
     assert (second.images, second.messages[0].text) == ((tmp_path / "sub/b.jpg",), "<image>\nWhat?")
-    _write(tmp_path / "other", train__metadata_dot_csv="file_name,question,answer\na.jpg,What?,A cat.\n")
+    _write(tmp_path / "other", {"train/metadata.csv": "file_name,question,answer\na.jpg,What?,A cat.\n"})
     (sample,) = _samples(tmp_path / "other")
     assert (sample.id, sample.images) == ("image_folder/train/2", (tmp_path / "other/train/a.jpg",))
 
 
 def test_what_is_wrong_is_named(tmp_path: Path) -> None:
-    _write(tmp_path / "one", a_dot_jpg="", b_dot_heic="", b_dot_txt=" ", c_dot_jpg="", outside_dot_txt="A cat.", secret_dot_txt="no picture")
+    _write(tmp_path / "one", {"a.jpg": "", "b.heic": "", "b.txt": " ", "c.jpg": "", "outside.txt": "A cat.", "secret.txt": "no picture"})
     (tmp_path / "one/c.txt").write_bytes(b"caf\xe9")
     (tmp_path / "secret.jpg").touch()
     (tmp_path / "one/outside.jpg").symlink_to(tmp_path / "secret.jpg")
@@ -70,7 +72,7 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
 
 
 def test_links_lead_where_the_recipe_allows(tmp_path: Path) -> None:
-    _write(tmp_path, store__a_dot_jpg="", data__a_dot_txt="A cat.")
+    _write(tmp_path, {"store/a.jpg": "", "data/a.txt": "A cat."})
     (tmp_path / "data/a.jpg").symlink_to(tmp_path / "store/a.jpg")
     (sample,) = _samples(tmp_path / "data", image_root=[tmp_path / "data", tmp_path / "store"])
     assert sample.images == (tmp_path / "data/a.jpg",)

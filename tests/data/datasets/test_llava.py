@@ -9,9 +9,14 @@ import pytest
 
 from mipha.data.datasets import llava
 
+
+def _turns(*texts: str) -> list[dict[str, str]]:
+    return [{"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate(texts)]
+
+
 ROWS = [
-    {"id": "a", "image": "1.jpg", "conversations": [{"from": "human", "value": "What is it?\n<image>"}, {"from": "gpt", "value": "A bus."}]},
-    {"id": "b", "conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi"}, {"from": "human", "value": "Bye"}]},
+    {"id": "a", "image": "1.jpg", "conversations": _turns("What is it?\n<image>", "A bus.")},
+    {"id": "b", "conversations": _turns("Hello", "Hi", "Bye")},
 ]
 
 

@@ -53,8 +53,6 @@ def test_an_absolute_path_inside_is_one_too(data: Path) -> None:
         "elsewhere/secret.png",
         "/etc/passwd",
         "//etc/passwd",
-    ]
-    + [
         "../data and more/secret.png",
         "elsewhere/../secret.png",
         "..",
@@ -147,7 +145,7 @@ def test_which_images_a_record_gives() -> None:
     assert image_values({"file_name": "a", "image": None}, "here") == ["a"]
     assert image_source(place, ImageFolders(Path("/"), ()), "here") == place
     assert image_source({"bytes": b"x", "path": "y"}, ImageFolders(Path("/"), ()), "here") == b"x"
-    with pytest.raises(ValueError, match='here: "images" is .a.; wanted a list of paths'):
+    with pytest.raises(ValueError, match=r'here: "images" is .a.; wanted a list of paths'):
         image_values({"images": "a"}, "here")
     assert with_images({"image": "../a", "path": "b", "text": "t"}, [place]) == {"text": "t", "image": place}
     assert with_images({"image": "../a"}, []) == {"images": []}

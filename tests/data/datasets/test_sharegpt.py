@@ -20,7 +20,9 @@ def _turns(*turns: tuple[str, str]) -> list[dict[str, str]]:
     return [{"from": role, "value": text} for role, text in turns]
 
 
-@pytest.mark.parametrize(("asks", "answers"), [("human", "gpt"), ("user", "assistant"), ("Human", "GPT"), ("human", "chatgpt"), ("user", "model")])
+@pytest.mark.parametrize(
+    ("asks", "answers"), [("human", "gpt"), ("user", "assistant"), ("Human", "GPT"), ("human", "bot"), ("user", "model")]
+)
 def test_roles_have_many_names(asks: str, answers: str, tmp_path: Path) -> None:
     sample = _sample(tmp_path, _turns(("system", "Be brief."), (asks, "a?"), (answers, "b")))
     assert [(message.role, message.text) for message in sample.messages] == [("system", "Be brief."), ("user", "a?"), ("assistant", "b")]
@@ -33,7 +35,8 @@ def test_turns_may_use_the_names_of_messages(tmp_path: Path) -> None:
 
 
 def test_markers_stay_where_they_are(tmp_path: Path) -> None:
-    sample = _sample(tmp_path, _turns(("human", "Is <image> like"), ("gpt", "What?"), ("human", "this <image>?"), ("gpt", "No")), images=["1", "2"])
+    turns = _turns(("human", "Is <image> like"), ("gpt", "What?"), ("human", "this <image>?"), ("gpt", "No"))
+    sample = _sample(tmp_path, turns, images=["1", "2"])
     assert [message.text for message in sample.messages] == ["Is <image> like", "What?", "this <image>?", "No"]
     assert sample.images == (tmp_path / "1", tmp_path / "2")
     assert _sample(tmp_path, _turns(("human", "Compare"), ("gpt", "No")), images=["1", "2"]).messages[0].text == "<image>\n<image>\nCompare"

@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from mipha.data.datasets._index import Part, RecordFile, Rows, record_file
+from mipha.data.datasets._index import Part, Rows, record_file
 from mipha.data.datasets._records import Row, check_split, image_folders
 from mipha.data.datasets._shapes import sample_of
 from mipha.data.datasets._splits import split_folders
@@ -44,13 +44,17 @@ class CaptionedPictures:
         """The picture's path."""
         return str(self.folder / self._pictures[index])
 
+    def caption(self, index: int) -> Path:
+        """The text file that belongs to the picture."""
+        return (self.folder / self._pictures[index]).with_suffix(".txt")
+
     def read(self, index: int) -> dict[str, str]:
         """The picture and its caption.
 
         Raises:
             ValueError: It has no caption, or one that is not UTF-8.
         """
-        caption = (self.folder / self._pictures[index]).with_suffix(".txt")
+        caption = self.caption(index)
         if not caption.is_file():
             raise ValueError(f"{self.where(index)} has no caption {caption.name} beside it: write one, or remove the picture")
         try:
@@ -78,10 +82,13 @@ def load(root: Path | None, split: str, image_root: Sequence[Path] = ()) -> Rows
     folders = split_folders(root) or {"train": root}
     check_split(f"image_folder in {root}", split, sorted(folders))
     folder = folders[split]
-    metadata = metadata_of(folder)
-    file: RecordFile = record_file(metadata) if metadata else CaptionedPictures(folder)
     prefix = "/".join(["image_folder", *folder.relative_to(root).parts])
-    return Rows("image_folder", [Part(prefix, file, image_folders(metadata or folder / "any", image_root, base=folder))])
+    if metadata := metadata_of(folder):
+        return Rows("image_folder", [Part(prefix, record_file(metadata), image_folders(metadata, image_root, base=folder))])
+    pictures = CaptionedPictures(folder)
+    # A caption stands for the record file: in the hub's download cache both it and the picture are links into one folder.
+    folders = image_folders(pictures.caption(0), image_root, base=folder) if len(pictures) else image_folders(folder / "none")
+    return Rows("image_folder", [Part(prefix, pictures, folders._replace(allowed=(*folders.allowed, os.path.realpath(folder))))])
 
 
 def to_sample(record: Row, root: Path | None) -> Sample:

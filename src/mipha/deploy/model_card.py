@@ -1,0 +1,204 @@
+"""The model card: README.md of a checkpoint's folder, for people, with a metadata block that the Hugging Face hub reads."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+
+from mipha.deploy.parts import Part, hub_licence, parts_of, without_folders
+from mipha.deploy.runtimes import runtimes
+from mipha.recipe import PARTS, STAGES, Recipe
+from mipha.run import Run, model_folder, open_run, write_whole
+
+
+def write_model_card(checkpoint: Path, run: Run | None = None) -> Path:
+    """Write README.md into a model folder.
+
+    Args:
+        checkpoint: A model folder.
+        run: Where it is the final model of a run: its recipe, provenance and scores go into the card.
+
+    Returns:
+        The file.
+    """
+    path = checkpoint / "README.md"
+    write_whole(path, model_card(checkpoint, run))
+    return path
+
+
+def export_for_hub(model: str | Path, out: Path) -> Path:
+    """Copy a model folder with a fresh card, ready for `hf upload`: whole or not at all.
+
+    Args:
+        model: A run, or a model folder.
+        out: New folder.
+
+    Raises:
+        FileNotFoundError: No such model, or the run is not finished.
+        ValueError: Neither a run nor a model, or `out` exists.
+    """
+    checkpoint = model_folder(model)
+    run = None if checkpoint == Path(model) else open_run(model)
+    if out.exists():
+        raise ValueError(f"{out} exists: choose another -o, or remove it")
+    beside = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    shutil.copytree(checkpoint, beside)
+    write_whole(beside / "README.md", model_card(checkpoint, run, name=out.name))
+    beside.rename(out)
+    return out
+
+
+def model_card(checkpoint: Path, run: Run | None = None, name: str | None = None) -> str:
+    """The text of the card.
+
+    Args:
+        checkpoint: A model folder.
+        run: Where it is the final model of a run.
+        name: Of the model, where no recipe names it; None: the folder's.
+    """
+    config, processor = (json.loads((checkpoint / file).read_text(encoding="utf-8")) for file in ("config.json", "processor_config.json"))
+    recipe = run.recipe if run else None
+    parts = parts_of(config, recipe)
+    results = list(_results(run)) if run else []
+    name = recipe.name if recipe else name or checkpoint.resolve().name
+    sections = [f"# {name}", _about(parts, recipe), "## Use", _use(config), _where(config, processor), "## Parts", _parts_table(parts)]
+    if run and recipe:
+        sections += ["## Training", _training(recipe), "## Scores", _scores(results), "## How it was made", _made(run, recipe)]
+    sections += ["## Limits", _limits(config, processor)]
+    return f"---\n{_metadata(name, parts, results)}\n---\n\n" + "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _metadata(name: str, parts: Sequence[Part], results: Sequence[dict[str, Any]]) -> str:
+    licence = hub_licence(parts)
+    data = ModelCardData(
+        model_name=name,
+        license=licence,
+        license_name="licences-of-the-parts" if licence == "other" else None,
+        base_model=[part.hub_id for part in parts if part.hub_id] or None,
+        pipeline_tag="image-text-to-text",
+        library_name="transformers",
+        tags=["mipha", "llava"],
+        eval_results=[_eval_result(result) for result in results if _comparable(result)] or None,
+    )
+    return data.to_yaml()
+
+
+def _eval_result(result: dict[str, Any]) -> EvalResult:
+    score = result["scores"][0]
+    return EvalResult(
+        task_type="image-text-to-text",
+        dataset_type=result["benchmark"],
+        dataset_name=result["benchmark"],
+        dataset_split=result["split"],
+        metric_type=score["metric"],
+        metric_name=f"{score['metric']}, {score['unit']}{_interval(score)}",
+        metric_value=round(score["value"], 2),
+    )
+
+
+def _results(run: Run) -> Iterator[dict[str, Any]]:
+    """Content of every scores.json of a run that has scores."""
+    for path in sorted((run.folder / "evaluation").glob("*/scores.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if result["scores"]:
+            yield result
+
+
+def _comparable(result: dict[str, Any]) -> bool:
+    return result["complete"] and not result["blind"] and result["scores"][0]["value"] is not None
+
+
+def _about(parts: Sequence[Part], recipe: Recipe | None) -> str:
+    tower, language_model = (part.name for part in parts)
+    made = f"A multimodal small language model that answers about a picture: {tower} and {language_model}, joined by a two-layer MLP."
+    return made if recipe is None or not recipe.description else f"{made}\n\n{recipe.description}"
+
+
+def _use(config: dict[str, Any]) -> str:
+    if {row.name: row.status for row in runtimes(config, {})}["transformers"] != "exact":
+        return '```python\nimport mipha\n\nprint(mipha.load("FOLDER").answer("picture.jpg", "What is in the picture?").text)\n```'
+    return """```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model, processor = (kind.from_pretrained("FOLDER OR HUB ID") for kind in (AutoModelForImageTextToText, AutoProcessor))
+content = [{"type": "image", "path": "picture.jpg"}, {"type": "text", "text": "What is in the picture?"}]
+inputs = processor.apply_chat_template(
+    [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+)
+new = model.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shape[1] :]
+print(processor.decode(new, skip_special_tokens=True))
+```"""
+
+
+def _where(config: dict[str, Any], processor: dict[str, Any]) -> str:
+    rows = [(row.name, row.status, row.reason) for row in runtimes(config, processor)]
+    return _table(("program", "", "why"), rows)
+
+
+def _parts_table(parts: Sequence[Part]) -> str:
+    rows = [(part.role, f"`{part.hub_id or part.name}`", part.licence or "unknown", part.source) for part in parts]
+    return _table(("part", "which", "licence", "source"), rows) + "\n\nThe licences of both parts apply to these weights."
+
+
+def _training(recipe: Recipe) -> str:
+    rows = []
+    for name in STAGES:
+        stage = getattr(recipe.stages, name)
+        data = ", ".join(entry.dataset + (f" ({entry.root.name})" if entry.root else "") for entry in stage.data)
+        tuned = ", ".join(f"{part.replace('_', ' ')} {getattr(stage.tuning, part)}" for part in PARTS)
+        length = f"at most {stage.max_steps} steps" if stage.max_steps else f"{stage.epochs:g} epochs"
+        rows.append((name, data, tuned, f"{stage.learning_rate:g}", str(stage.batch_size), length))
+    return _table(("stage", "data", "trained", "learning rate", "batch", "length"), rows)
+
+
+def _scores(results: Sequence[dict[str, Any]]) -> str:
+    if not results:
+        return "It was not measured."
+    rows = []
+    for result in results:
+        notes = ["shown grey in place of every picture"] if result["blind"] else []
+        if not result["complete"]:
+            notes.append(f"{result['n_asked'] - result['n_failed']:,} of {result['num_questions']:,} questions: not comparable")
+        headline, *others = result["scores"]
+        beside = [score for score in others if score["unit"] == "points" and "." not in score["metric"]]  # MME is published as two sums
+        for score in (headline, *beside):
+            value = "undefined" if score["value"] is None else f"{score['value']:.2f} {score['unit']}"
+            what = (result["benchmark"], result["split"], score["metric"])
+            rows.append((*what, value, _interval(score, ""), str(score["n"]), "; ".join(notes)))
+    return _table(("benchmark", "split", "metric", "value", "95 % interval", "questions", ""), rows)
+
+
+def _interval(score: dict[str, Any], form: str = ", 95 % interval ") -> str:
+    return "" if score["low"] is None or score["high"] is None else f"{form}{score['low']:.2f} to {score['high']:.2f}"
+
+
+def _made(run: Run, recipe: Recipe) -> str:
+    """Recipe and provenance in full, but for the folders of the machine it was made on."""
+    path = run.folder / "provenance.json"
+    made_with = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    blocks = {f"recipe {recipe.digest()}": recipe.model_dump(mode="json"), "provenance": made_with}
+    texts = {title: yaml.safe_dump(without_folders(tree), sort_keys=False, width=120) for title, tree in blocks.items() if tree}
+    return "\n\n".join(f"<details><summary>{title}</summary>\n\n```yaml\n{text}```\n\n</details>" for title, text in texts.items())
+
+
+def _limits(config: dict[str, Any], processor: dict[str, Any]) -> str:
+    size, tokens, pixels = config["vision_config"]["image_size"], config.get("image_seq_length"), processor.get("image_processor", {})
+    shape = "padded" if pixels.get("do_pad") else "squashed"
+    lines = [f"A picture is {shape} to a square of {size} x {size} pixels, {tokens} tokens: what is too small there is not seen."]
+    if longest := config["text_config"].get("max_position_embeddings"):
+        lines.append(f"Pictures, questions and answers together are at most {longest:,} tokens.")
+    lines.append("It can name what is not in the picture, with confidence: do not rely on it where a wrong answer does harm.")
+    lines.append("It repeats what its parts and its training data hold, their errors and prejudices included.")
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines)
