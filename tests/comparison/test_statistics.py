@@ -9,7 +9,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mipha.comparison import statistics
-from mipha.comparison.statistics import PairedDifference, Tally, Totals, holm, intervals, paired_differences, ratio, read_tally, tally, values
+from mipha.comparison.statistics import (
+    PairedDifference,
+    Tally,
+    Totals,
+    holm,
+    intervals,
+    paired_differences,
+    ratio,
+    read_tally,
+    tally,
+    values,
+)
 
 
 def mean(totals: Totals) -> dict[str, np.ndarray]:

@@ -10,15 +10,19 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from mipha.data import check_pool
 from mipha.data.check import check_data
+from mipha.data.check_html import html_report
 from mipha.data.check_packing import num_steps
+from mipha.data.check_report import json_report
 from mipha.data.check_result import counts_by_kind, histogram
 from mipha.data.check_source import Source, data_recipe, open_source
 from mipha.data.sample import Message, Sample
-from mipha.recipe import Recipe, StageRecipe
+from mipha.recipe import DataRecipe, Recipe, StageRecipe
 
 sys.path.insert(0, str(Path(__file__).parent))
 from planted import DEFECTS, Corpus, plant
@@ -97,8 +101,46 @@ def test_what_llavas_rules_change_in_silence_is_said(tmp_path: Path) -> None:
     ]
     result = check_data(_write(tmp_path / "llava.jsonl", rows))
     assert [(finding.row, finding.kind) for finding in result.findings] == [
-        (1, "left-out-turn"), (2, "left-out-turn"), (3, "image-count"), (4, "role-order"),
+        (1, "left-out-turn"), (2, "left-out-turn"), (3, "merged-marker"), (4, "role-order"),
     ]  # fmt: skip
+
+
+def test_a_template_that_leaves_images_out_is_said(tiny_data: Path, tiny_model, tiny_run_recipe) -> None:
+    processor = tiny_model()[1]
+    processor.chat_template = "{% for m in messages %}{% generation %}{{ m.content[0].text }}{% endgeneration %}{% endfor %}"
+    result = check_data(_source(tiny_data), _stage(tiny_run_recipe), processor)
+    assert [finding.row for finding in result.findings] == [row for row in range(24) if row % 4]  # those with an image
+    assert {(finding.kind, finding.what) for finding in result.findings} == {("image-count", "its text holds 0 images but 1 are given")}
+
+
+_JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.floats()
+    | st.text(max_size=9)
+    | st.sampled_from(["user", "assistant", "<image>", "a.png", "text", "image"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "type", "text", "image", "from", "value", "url"]), inner, max_size=3)
+    ),
+    max_leaves=12,
+)
+_TURN = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system"]), "content": st.text(max_size=20) | _JSON})
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(
+        st.fixed_dictionaries({"messages": st.lists(_TURN, max_size=4) | _JSON, "images": st.lists(_JSON, max_size=2) | _JSON}), max_size=6
+    )
+)
+def test_no_row_stops_the_check(rows: list[Any], tmp_path: Path, tiny_model, tiny_run_recipe) -> None:
+    Image.new("L", (20, 20)).save(tmp_path / "a.png")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = open_source(DataRecipe(dataset="messages", root=tmp_path / "rows.jsonl"))
+    result = check_data(source, _stage(tiny_run_recipe), tiny_model()[1])
+    assert result.num_rows == len(rows)
+    assert html_report(result) and json_report(result)
 
 
 def test_a_table_names_its_lines(tmp_path: Path) -> None:

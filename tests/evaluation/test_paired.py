@@ -56,7 +56,7 @@ def test_headlines_are_adjusted_for_the_number_of_benchmarks(tmp_path: Path) -> 
 
 def test_what_cannot_be_paired(tmp_path: Path) -> None:
     a, short = results(tmp_path, "a", np.ones(20, bool)), results(tmp_path, "short", np.ones(19, bool))
-    with pytest.raises(ValueError, match="easy_vqa: .* did not answer the same questions"):
+    with pytest.raises(ValueError, match=r"easy_vqa: .* did not answer the same questions"):
         compare_paired(a, short)
     with pytest.raises(FileNotFoundError, match="has no scores: make them with"):
         compare_paired(a, tmp_path / "nothing")

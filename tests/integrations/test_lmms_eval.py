@@ -11,11 +11,11 @@ from PIL import Image
 
 pytest.importorskip("lmms_eval", reason="needs lmms-eval")
 
-from lmms_eval.api.instance import Instance  # noqa: E402
+from lmms_eval.api.instance import Instance
 
-from mipha.assistant import load  # noqa: E402
-from mipha.integrations.lmms_eval import Mipha, manifest  # noqa: E402
-from mipha.models.build import save_checkpoint  # noqa: E402
+from mipha.assistant import load
+from mipha.integrations.lmms_eval import Mipha, manifest
+from mipha.models.build import save_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from PIL import Image
 
 pytest.importorskip("vlmeval.vlm.base", reason="needs VLMEvalKit", exc_type=ImportError)
 
-from mipha.assistant import load  # noqa: E402
-from mipha.integrations.vlmevalkit import Mipha  # noqa: E402
-from mipha.models.build import save_checkpoint  # noqa: E402
+from mipha.assistant import load
+from mipha.integrations.vlmevalkit import Mipha
+from mipha.models.build import save_checkpoint
 
 
 def test_it_answers_as_the_assistant_does(tiny_model: Callable[..., Any], tmp_path: Path) -> None:

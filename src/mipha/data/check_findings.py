@@ -30,6 +30,7 @@ KINDS: dict[str, Kind] = {
     "malformed": Kind("error", "rows that are no conversation", "write the row as its format says, or remove it", "drop"),
     "role-order": Kind("error", "turns in the wrong order", "let user and assistant take turns, and end with an answer", "drop"),
     "left-out-turn": Kind("warning", "turns that the format leaves out", "begin with the user's turn and end with an answer"),
+    "merged-marker": Kind("warning", "image markers that LLaVA's rule makes one of", "write one <image> for each image"),
     "image-count": Kind("error", "image markers and images do not match", "write one <image> for each image", "drop"),
     "image-in-answer": Kind("error", "an image marker in an answer", "move <image> to the user's turn", "drop"),
     "outside-path": Kind("error", "paths that lead out of the data's folder", "give a path inside the data's folder", "drop"),

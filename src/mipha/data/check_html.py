@@ -119,7 +119,8 @@ def _kind(kind: str, found: Sequence[Finding], is_open: bool) -> str:
     more = f'<p class="grey">The first {_MOST_ROWS} of {len(found):,}; the JSON report has all.</p>' if len(found) > _MOST_ROWS else ""
     return (
         f'<details{" open" if is_open else ""}><summary><span class="number">{len(found):,}</span>'
-        f'<span class="badge {about.severity}">{about.severity}</span>{escaped(about.title)}</summary><div><p>What to do: {escaped(about.mend)}.</p>'
+        f'<span class="badge {about.severity}">{about.severity}</span>{escaped(about.title)}</summary>'
+        f"<div><p>What to do: {escaped(about.mend)}.</p>"
         f'<table class="rows"><tr><th>row</th><th>where</th><th>what</th></tr>{rows}</table>{more}</div></details>'
     )
 

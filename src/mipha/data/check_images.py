@@ -53,7 +53,7 @@ def image_facts(source: ImageSource, name: str) -> ImageFacts:
     """
     if isinstance(source, Path) and not source.is_file():
         return ImageFacts(None, 0, 0, (("missing-image", f"there is no file {quoted(name, 120)}{_near(source)}"),))
-    label = f"image {quoted(name, 120)}"
+    label = f"image {name if isinstance(source, bytes) else quoted(name, 120)}"
     begin = b""
     try:
         content = source if isinstance(source, (Path, bytes)) else source.read()

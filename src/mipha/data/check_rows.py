@@ -36,7 +36,6 @@ _SAID = (
     ("is an address", "missing-image"),
 )
 
-
 _MEND = re.compile(r"(?:; |: (?:add|check|embed|give|put|remove|rename|save|set|write)\b).*", re.DOTALL)
 _WHERE = re.compile(r"(?:(.*?, (?:line|row|sample) [^\s:,]+)[:,]? )?(.*)", re.DOTALL)
 
@@ -73,7 +72,7 @@ class RowFacts(NamedTuple):
         findings: All that is wrong with the row by itself.
         content: Digest of its pictures and words; None where it is no sample.
         images: What each shows; no digest where it cannot be read.
-        names: Of the images, for messages.
+        names: Of the images, for messages; empty for one that is given by its bytes.
         turns: Its questions and answers.
         num_answer_words: Of all its answers together.
         tokens: None where they were not counted.
@@ -124,7 +123,7 @@ def row_checker(job: Job) -> Callable[[int], RowFacts]:
             problems += found
         first = dict(reversed(problems))  # one finding of a kind is enough to send the reader to the row
         texts = "\0".join(f"{message.role}\0{message.text.strip()}" for message in sample.messages)
-        digests = [image.digest or str(name).encode() for image, name in zip(images, names, strict=True)]
+        digests = [image.digest or _encoded(f"{row} {name}") for image, name in zip(images, names, strict=True)]
         where = job.source.place(record)
         return RowFacts(
             row=row,
@@ -132,7 +131,7 @@ def row_checker(job: Job) -> Callable[[int], RowFacts]:
             findings=tuple(Finding(kind, row, where, first[kind]) for kind in dict.fromkeys(kind for kind, _ in problems)),
             content=_digest(b"".join([*digests, _encoded(texts)])),
             images=images,
-            names=names,
+            names=tuple("" if isinstance(image, bytes) else name for image, name in zip(sample.images, names, strict=True)),
             turns=tuple(_turns(sample)),
             num_answer_words=sum(len(message.text.split()) for message in sample.messages if message.role == "assistant"),
             tokens=tokens,
@@ -177,7 +176,7 @@ def _turn_problems(sample: Sample, record: Any) -> Iterator[tuple[str, str]]:
         yield "left-out-turn", f"{len(turns) - len(sample.messages)} of {len(turns)} turns are not between a question and its answer"
     written = sum(str(turn.get("value")).count(IMAGE) for turn in turns if isinstance(turn, dict))
     if written > len(sample.images):
-        yield "image-count", f"{written} <image> markers for {len(sample.images)} images; LLaVA's rule keeps one a turn"
+        yield "merged-marker", f"{written} <image> markers stand for {len(sample.images)} images"
 
 
 def _reason(source: Source, error: Exception) -> tuple[str, str]:

@@ -94,7 +94,7 @@ class Seen:
                     f"it answers {quoted(facts.turns[0].answer)} where row {row}, of the same picture and question, says {quoted(answer)}",
                 )
         for image, name in zip(facts.images, facts.names, strict=True):
-            if image.digest is None or name.startswith("of "):
+            if image.digest is None or not name:
                 continue
             row, other = self.names_of.setdefault(image.digest, (facts.row, name))
             if other != name and name not in self.told:

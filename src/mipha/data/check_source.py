@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,15 +40,15 @@ class Source:
     def place(self, record: Any) -> str:
         """The row as its file counts, such as `train.jsonl, line 18`; empty where the record does not know it."""
         where = getattr(record, "where", None)
-        return self.shortened(where) if isinstance(where, str) else ""
+        return where.removeprefix(f"{self.folder}/") if isinstance(where, str) else ""
 
     def shortened(self, text: str) -> str:
-        """A path, or a sentence with paths, without the data set's own folder."""
-        return text if self.folder is None else text.replace(f"{self.folder}/", "")
+        """A sentence whose paths begin behind the data set's own folder."""
+        return text if self.folder is None else re.sub(rf"(?<![\w./-]){re.escape(str(self.folder))}/", "", text)
 
     def image_name(self, image: ImageSource) -> str:
         """An image for messages."""
-        return f"of {len(image):,} bytes" if isinstance(image, bytes) else self.shortened(str(image))
+        return f"of {len(image):,} bytes" if isinstance(image, bytes) else str(image).removeprefix(f"{self.folder}/")
 
 
 def data_recipe(data: str, split: str = "train", image_root: Sequence[Path] = ()) -> DataRecipe:

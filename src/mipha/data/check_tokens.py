@@ -44,7 +44,8 @@ def token_facts(sample: Sample, processor: LlavaProcessor, stage: StageRecipe) -
     try:
         whole = encode(sample, processor, _UNCUT, stage.prompt)
     except ValueError as error:
-        return None, (("nothing-trained", _reason(error)),)
+        kind = "image-count" if "are given" in str(error) else "nothing-trained"  # a template may leave images out
+        return None, ((kind, _reason(error)),)
     if len(whole) <= stage.row_tokens:
         return _facts(whole.input_ids, whole.labels, len(whole), whole.prefix), ()
     image_positions = np.flatnonzero(whole.input_ids == processor.image_token_id)

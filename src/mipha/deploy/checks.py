@@ -62,8 +62,9 @@ def load_checks(files: CheckpointFolder, stock: dict[str, Any]) -> list[Check]:
     said = ("tied" if stock["tied"] else "a head of its own") + ("" if stock["tied"] == ties else f", but the config says tied={ties}")
     dropped = "lm_head.bias" in stock["keys"]["unexpected_keys"]
     bias = "dropped by the stock class" if dropped else "kept" if has_head_bias(files.config) else "there is none"
+    stock_class = stock["without_mipha"] and stock["class"].endswith(".LlavaForConditionalGeneration")
     return [
-        Check("loads without mipha", stock["class"].endswith(".LlavaForConditionalGeneration"), stock["class"]),
+        Check("loads without mipha", stock_class, stock["class"]),
         Check("weights", not wrong, "; ".join(wrong) or f"all {len(files.keys)} are used"),
         Check("head and word embeddings", stock["tied"] == ties, said),
         Check("head bias", not dropped, bias),

@@ -46,6 +46,7 @@ def main(folder: Path) -> None:
         answers.append(processor.decode(out[len(ids[-1]) :], skip_special_tokens=True).strip())
     eos, embeddings = model.generation_config.eos_token_id, model.get_input_embeddings().weight
     reply = {
+        "without_mipha": "mipha" in sys.modules and sys.modules["mipha"] is None,
         "class": f"{type(model).__module__}.{type(model).__name__}",
         "ids": ids,
         "answers": answers,

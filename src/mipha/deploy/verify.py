@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from safetensors.torch import load_file
 
@@ -102,10 +103,10 @@ def print_verification(found: Verification) -> None:
         for column in columns:
             table.add_column(column, overflow="fold")
     for check in found.checks:
-        checks.add_row(check.name, "[green]ok[/]" if check.passed else "[red]no[/]", check.found)
+        checks.add_row(check.name, "[green]ok[/]" if check.passed else "[red]no[/]", escape(check.found))
     colours = {"exact": "green", "approximate": "yellow", "unsupported": "red"}
     for row in found.runtimes:
-        where.add_row(row.name, f"[{colours[row.status]}]{row.status}[/]", row.reason)
+        where.add_row(row.name, f"[{colours[row.status]}]{row.status}[/]", escape(row.reason))
     console.print(checks, "", where, "", sep="\n")
     failed = sum(not check.passed for check in found.checks)
     console.print(f"{found.checkpoint}: {f'{failed} checks failed' if failed else 'exact'}", highlight=False, soft_wrap=True)
