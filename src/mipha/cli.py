@@ -97,9 +97,13 @@ def train(
 
     chosen = load_recipe(recipe).override(*(overrides or ()))
 
+    from mipha.deploy.model_card import write_model_card
     from mipha.training.pipeline import train as train_recipe
 
-    typer.echo(f"trained {chosen.name}: {train_recipe(chosen, out).final_checkpoint()}")
+    run = train_recipe(chosen, out)
+    if _is_first():
+        write_model_card(run.final_checkpoint(), run)
+        typer.echo(f"trained {chosen.name}: {run.final_checkpoint()}")
 
 
 @app.command()
@@ -118,9 +122,11 @@ def evaluate(
     judge_replies: JudgeReplies = None,
 ) -> None:
     """Measure a model; exit code 1 if a question failed."""
+    from mipha.deploy.model_card import write_model_card
     from mipha.evaluation.evaluate import evaluate as measure
     from mipha.evaluation.evaluate import plan
     from mipha.evaluation.tables import print_plan, print_results
+    from mipha.run import open_run
 
     names = [name.strip() for group in benchmarks for name in group.split(",") if name.strip()]
     if dry_run:
@@ -129,6 +135,8 @@ def evaluate(
     grader = _judge(judge, judge_model, judge_replies, out or run)
     results = measure(run, names, data_root, batch_size, limit, split, out, blind=blind, judge=grader)
     print_results(results)
+    if out is None and _is_first():
+        write_model_card(open_run(run).final_checkpoint(), open_run(run))  # with these scores
     if any(result.n_failed for result in results):
         raise typer.Exit(1)
 
@@ -189,6 +197,47 @@ def import_checkpoint(
 
     typer.echo(str(import_upstream(source, out, vision_tower)))
     typer.echo(f"imported: {out}")
+
+
+@app.command()
+def verify(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A run, or a model folder.")],
+    json_out: Annotated[Path | None, typer.Option("--json", help="Write the findings to a file too.")] = None,
+) -> None:
+    """Load a checkpoint without mipha and compare; exit code 1 if stock transformers does not give the same."""
+    import json
+
+    from mipha.deploy.verify import print_verification
+    from mipha.deploy.verify import verify as verify_checkpoint
+    from mipha.run import write_whole
+
+    found = verify_checkpoint(checkpoint)
+    if json_out:
+        write_whole(json_out, json.dumps(found.as_json(), indent=2) + "\n")
+    print_verification(found)
+    raise typer.Exit(0 if found.exact else 1)
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(metavar="RUN", help="A run or a model folder; with --merge an adapter folder.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="New folder.")],
+    merge: Annotated[bool, typer.Option("--merge", help="RUN is an adapter: write its base with the adapter in its weights.")] = False,
+    base: Annotated[Path | None, typer.Option(help="With --merge: the base model, if not the one that the adapter names.")] = None,
+) -> None:
+    """Write a model folder with its card, ready for `hf upload`."""
+    from mipha.deploy.model_card import export_for_hub, write_model_card
+
+    if base is not None and not merge:
+        raise ValueError("--base has no effect without --merge: leave it out")
+    if merge:
+        from mipha.models.adapters import merge_adapter
+
+        merge_adapter(source, out, base)
+        write_model_card(out)
+    else:
+        export_for_hub(source, out)
+    typer.echo(f"exported: {out}")
 
 
 @app.command()
@@ -256,6 +305,11 @@ def _converse(assistant: Assistant, image: Path | None) -> None:
                 # The answer is still being made behind our back: its half-filled cache must not be gone on with.
                 session = assistant.chat(image)
                 typer.echo("\n(stopped, and the conversation is forgotten)")
+
+
+def _is_first() -> bool:
+    """Whether this process, of those that `torchrun` started, writes what is written once."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _judge(url: str | None, model: str | None, replies: Path | None, folder: Path) -> Judge | None:

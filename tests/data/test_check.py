@@ -107,33 +107,27 @@ def test_what_llavas_rules_change_in_silence_is_said(tmp_path: Path) -> None:
 
 def test_a_template_that_leaves_images_out_is_said(tiny_data: Path, tiny_model, tiny_run_recipe) -> None:
     processor = tiny_model()[1]
-    processor.chat_template = "{% for m in messages %}{% generation %}{{ m.content[0].text }}{% endgeneration %}{% endfor %}"
+    said = "{% for part in message.content if part.type == 'text' %}{{ part.text }}{% endfor %}"
+    turn = "{% if message.role == 'user' %}" + said + "{% else %}{% generation %}" + said + "{% endgeneration %}{% endif %}"
+    processor.chat_template = "{% for message in messages %}" + turn + "{% endfor %}"
     result = check_data(_source(tiny_data), _stage(tiny_run_recipe), processor)
     assert [finding.row for finding in result.findings] == [row for row in range(24) if row % 4]  # those with an image
     assert {(finding.kind, finding.what) for finding in result.findings} == {("image-count", "its text holds 0 images but 1 are given")}
 
 
+_WORDS = st.sampled_from(["user", "assistant", "<image>", "a.png", "text", "image"])
+_KEYS = st.sampled_from(["role", "content", "type", "text", "image", "from", "value", "url"])
 _JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.floats()
-    | st.text(max_size=9)
-    | st.sampled_from(["user", "assistant", "<image>", "a.png", "text", "image"]),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(st.sampled_from(["role", "content", "type", "text", "image", "from", "value", "url"]), inner, max_size=3)
-    ),
+    st.none() | st.booleans() | st.floats() | st.text(max_size=9) | _WORDS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_KEYS, inner, max_size=3),
     max_leaves=12,
 )
 _TURN = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system"]), "content": st.text(max_size=20) | _JSON})
+_ROW = st.fixed_dictionaries({"messages": st.lists(_TURN, max_size=4) | _JSON, "images": st.lists(_JSON, max_size=2) | _JSON})
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    st.lists(
-        st.fixed_dictionaries({"messages": st.lists(_TURN, max_size=4) | _JSON, "images": st.lists(_JSON, max_size=2) | _JSON}), max_size=6
-    )
-)
+@given(rows=st.lists(_ROW, max_size=6))
 def test_no_row_stops_the_check(rows: list[Any], tmp_path: Path, tiny_model, tiny_run_recipe) -> None:
     Image.new("L", (20, 20)).save(tmp_path / "a.png")
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -196,8 +190,8 @@ def test_what_a_model_guesses_without_the_image(tmp_path: Path) -> None:
         ("Why?", ("x",)),
     ]
     rows = []
-    for question, given in answers:
-        for answer in given:
+    for question, said in answers:
+        for answer in said:
             Image.effect_noise((40, 40), 90).save(tmp_path / f"{len(rows)}.png")
             rows.append(_talk(f"<image>\n{question}", answer) | {"images": [f"{len(rows)}.png"]})
     found = check_data(_write(tmp_path / "some.jsonl", rows)).answers

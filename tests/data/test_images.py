@@ -174,6 +174,7 @@ def test_a_phones_picture_with_a_second_one_in_it_is_the_first() -> None:
     assert pixel[0] > 240 and pixel[2] < 15
 
 
+@pytest.mark.filterwarnings("ignore:Image was not the expected size")
 def test_an_icon_that_hides_a_larger_picture_is_refused() -> None:
     """The directory of an icon says 1 x 1; what is decoded is the PNG in it."""
     large = _bytes(Image.new("RGB", (100, 100)), "PNG")

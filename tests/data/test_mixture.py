@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -207,3 +208,10 @@ def test_an_image_is_on_one_side_only(write: Callable, tmp_path: Path) -> None:
     assert Mixture([first, second], 0.25).num_per_epoch == len(train) + len(set(train)), "the weight counts on each side"
     with pytest.raises(ValueError, match=r"held_out=1e-09 leaves no sample for validation: choose another share"):
         Mixture([first], 1e-9, "validation")
+
+
+def test_a_mixture_travels_to_another_process(write: Callable) -> None:
+    mixture = Mixture([write("a", IMAGES, weight=0.5), write("b", [None], blind=True)])
+    copy = pickle.loads(pickle.dumps(mixture))
+    assert list(copy) == list(mixture)
+    assert (epoch_order(copy, 0, 0, 3) == epoch_order(mixture, 0, 0, 3)).all()

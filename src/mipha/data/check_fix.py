@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 from mipha.data.check_findings import KINDS, Finding
 from mipha.data.check_result import CheckResult
 from mipha.data.check_text import mend_text
-from mipha.data.datasets._index import JsonRecords, Rows
+from mipha.data.datasets._index import Rows
+from mipha.data.datasets._json_records import JsonRecords
 from mipha.data.sample import Sample
 from mipha.run import write_whole
 

@@ -167,6 +167,8 @@ def save_checkpoint(
     """
     beside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(beside, ignore_errors=True)
+    for part in (model.config.text_config, model.config.vision_config):
+        part._name_or_path = ""  # else the folder on this machine that it was read from goes into a public file
     model.save_pretrained(beside, state_dict=weights)
     processor.save_pretrained(beside)
     beside.rename(folder)

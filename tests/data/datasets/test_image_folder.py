@@ -23,9 +23,8 @@ def _write(root: Path, files: dict[str, str]) -> None:
 
 
 def test_a_caption_beside_each_picture(tmp_path: Path) -> None:
-    _write(
-        tmp_path, {"b.jpg": "", "b.txt": "\ufeffA dog. \n", "pets/a.PNG": "", "pets/a.txt": "A cat.", "README.txt": "mine", ".x.png": ""}
-    )
+    _write(tmp_path, {"b.jpg": "", "b.txt": "\ufeffA dog. \n", "pets/a.PNG": "", "pets/a.txt": "A cat."})
+    _write(tmp_path, {"README.txt": "no picture", ".x.png": "hidden"})
     first, second = _samples(tmp_path)
     assert [message.text for message in first.messages] == ["<image>\nDescribe the image.", "A dog."]
     assert (first.id, first.images) == ("image_folder/b.jpg", (tmp_path / "b.jpg",))
@@ -76,3 +75,12 @@ def test_links_lead_where_the_recipe_allows(tmp_path: Path) -> None:
     (tmp_path / "data/a.jpg").symlink_to(tmp_path / "store/a.jpg")
     (sample,) = _samples(tmp_path / "data", image_root=[tmp_path / "data", tmp_path / "store"])
     assert sample.images == (tmp_path / "data/a.jpg",)
+
+
+def test_the_hubs_download_cache(tmp_path: Path) -> None:
+    """There every file is a link to one folder beside."""
+    _write(tmp_path, {"blobs/1": "", "blobs/2": "A cat.", "snapshots/1f/pets/none": ""})
+    for name, blob in (("a.jpg", "1"), ("a.txt", "2")):
+        (tmp_path / "snapshots/1f/pets" / name).symlink_to(tmp_path / "blobs" / blob)
+    (sample,) = _samples(tmp_path / "snapshots/1f")
+    assert (sample.images, sample.messages[1].text) == ((tmp_path / "snapshots/1f/pets/a.jpg",), "A cat.")

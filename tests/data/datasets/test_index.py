@@ -13,8 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mipha.data.datasets._index import JsonRecords, Part, Rows, TableRecords, record_file
+from mipha.data.datasets._index import Part, Rows, record_file
+from mipha.data.datasets._json_records import JsonRecords
 from mipha.data.datasets._records import image_folders
+from mipha.data.datasets._table_records import TableRecords
 
 _texts = st.text(max_size=8) | st.text(alphabet='[]{},:"\\\n\r', max_size=8)
 _values = st.recursive(

@@ -20,9 +20,7 @@ def _turns(*turns: tuple[str, str]) -> list[dict[str, str]]:
     return [{"from": role, "value": text} for role, text in turns]
 
 
-@pytest.mark.parametrize(
-    ("asks", "answers"), [("human", "gpt"), ("user", "assistant"), ("Human", "GPT"), ("human", "bot"), ("user", "model")]
-)
+@pytest.mark.parametrize(("asks", "answers"), [("human", "gpt"), ("user", "assistant"), ("Human", "GPT"), ("human", "model")])
 def test_roles_have_many_names(asks: str, answers: str, tmp_path: Path) -> None:
     sample = _sample(tmp_path, _turns(("system", "Be brief."), (asks, "a?"), (answers, "b")))
     assert [(message.role, message.text) for message in sample.messages] == [("system", "Be brief."), ("user", "a?"), ("assistant", "b")]

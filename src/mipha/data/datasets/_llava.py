@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mipha.data.datasets._index import JsonRecords, Part, Rows
+from mipha.data.datasets._index import Part, Rows
+from mipha.data.datasets._json_records import JsonRecords
 from mipha.data.datasets._records import Row, check_split, image_folders, make_sample
 from mipha.data.sample import IMAGE, Message, Role, Sample
 
