@@ -4,6 +4,8 @@ runs/lora/recipe.yaml              what was asked, every default written out; ma
           provenance.json          what it was made with
           <stage>/metrics.jsonl    one line an optimizer step
           <stage>/states/          training states to resume from
+          <stage>/tuning.json      what trained, and how far it moved
+          <stage>/adapter/         of a stage with LoRA: the adapter in PEFT's format, and which base it is of
           <stage>/checkpoint/      the exported standard model; there, and whole, when the stage is finished
           evaluation/<benchmark>/  predictions.jsonl, scores.json
 """
@@ -138,7 +140,7 @@ def provenance() -> dict[str, Any]:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "python": platform.python_version(),
-        **{package: _version(package) for package in ("mipha-vlm", "torch", "transformers")},
+        **{package: _version(package) for package in ("mipha-vlm", "torch", "transformers", "peft")},
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from importlib import metadata
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from mipha.catalog.language_models import LANGUAGE_MODELS
 from mipha.catalog.vision_towers import VISION_TOWERS, image_size_for
 from mipha.models.build import skeleton
 from mipha.models.modeling import LlavaForConditionalGeneration, parts
+from mipha.models.packaged import PACKAGED, packaged_folder
 from mipha.models.vision_tower import TOWERS
 from mipha.recipe import ModelRecipe
 
@@ -107,6 +109,17 @@ def test_language_models(name: str) -> None:
     for own, common in own_names.items():
         wanted = {key.replace(own, common): value for key, value in wanted.items()}
     assert saved == {key: value.shape for key, value in wanted.items()}
+
+
+@pytest.mark.weights
+@pytest.mark.parametrize("name", PACKAGED)
+def test_the_packaged_weights_are_of_this_architecture(name: str) -> None:
+    if PACKAGED[name].package not in {found.name for found in metadata.distributions()}:
+        pytest.skip(f"{PACKAGED[name].package} is not installed: make install")
+    theirs = AutoConfig.from_pretrained(packaged_folder(name)).to_dict()
+    ours = AutoConfig.for_model(**part_config(name)).to_dict()
+    named = {"pad_token_id", "rope_parameters"} | set(part_config(name)) & set(theirs)
+    assert {key: theirs.get(key) for key in named} == {key: ours.get(key) for key in named}
 
 
 def checkpoint(model: LlavaForConditionalGeneration) -> dict[str, torch.Tensor]:

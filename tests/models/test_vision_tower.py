@@ -48,8 +48,11 @@ def test_the_final_norm_goes_behind_the_layer_that_is_read(tiny_parts: Callable,
         norm.weight.uniform_(0.5, 2.0)
         norm.bias.normal_()
         for name, parameter in whole.named_parameters():
-            if "lambda1" in name:  # DINOv2's own start is 1, at which a scale that is forgotten changes nothing
+            # They start at 1 and at 0, where one that is forgotten changes nothing.
+            if "lambda1" in name:
                 parameter.uniform_(0.2, 2.0)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.5)
     pixels, hidden = seen_by(whole)
     fitted = fit_tower(whole, layer, post_layernorm=True)
     with torch.no_grad():

@@ -147,3 +147,17 @@ def test_micro_batches_are_tensors_a_model_takes(mixture: Mixture, processor: Ll
     batch = StepDataset(mixture, processor, stage(), seed=0)[0].micro_batches[0]
     assert set(batch) <= {"input_ids", "labels", "position_ids", "attention_mask", "pixel_values"}
     assert all(isinstance(value, Tensor) for value in batch.values())
+
+
+def test_weights_and_caps_decide_what_an_epoch_shows(tiny_data: Path, processor: LlavaProcessor, stage: Callable) -> None:
+    recipe = stage("epochs=2", "batch_size=5", "max_steps=null")
+    (data,) = recipe.data
+    mixture = Mixture((data.model_copy(update={"weight": 0.5}), data.model_copy(update={"cap": 3})))
+    steps = StepDataset(mixture, processor, recipe, seed=0)
+    assert mixture.num_per_epoch == 15 and len(steps) == 6
+    counts = [step.sources for step in steps]
+    assert [sum(of_step.values()) for of_step in counts] == [5] * 6
+    first, second = counts[0]
+    assert (sum(c[first] for c in counts[:3]), sum(c[second] for c in counts[:3])) == (12, 3)
+    halves = [{index for number in epoch for index in steps.indices(number) if index < 24} for epoch in (range(3), range(3, 6))]
+    assert halves[0] | halves[1] == set(range(24)) and not halves[0] & halves[1], "the other half in the next epoch"

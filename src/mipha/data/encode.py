@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import LlavaProcessor
 
+from mipha.data.images import ImageSource
 from mipha.data.sample import IMAGE, Message, Sample
 from mipha.data.upstream_tokens import IGNORE, encode_conversation
 
@@ -31,7 +31,7 @@ class Encoded:
     id: str
     input_ids: np.ndarray
     labels: np.ndarray
-    images: tuple[Path | bytes, ...]
+    images: tuple[ImageSource, ...]
     prefix: int = 0
     truncated: int = 0
 

@@ -15,11 +15,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from mipha.data.encode import IGNORE, Encoded
+from mipha.data.images import ImageSource
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Row:
     position_ids: np.ndarray
     group: np.ndarray
     branch: np.ndarray
-    images: tuple[Path | bytes, ...]
+    images: tuple[ImageSource, ...]
 
     def __len__(self) -> int:
         return len(self.input_ids)

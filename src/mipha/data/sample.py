@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
+
+from mipha.data.images import ImageSource
 
 IMAGE = "<image>"
 """Stands in a message's text where an image goes."""
@@ -32,7 +33,7 @@ class Sample:
 
     id: str
     messages: tuple[Message, ...]
-    images: tuple[Path | bytes, ...] = field(default=())
+    images: tuple[ImageSource, ...] = field(default=())
 
     def __post_init__(self) -> None:
         markers = sum(message.text.count(IMAGE) for message in self.messages)

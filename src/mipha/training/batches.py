@@ -31,6 +31,7 @@ class Step:
     Args:
         micro_batches: Arguments of one forward pass each; the same number on every process.
         ids: Samples of the step.
+        sources: How many of them are of which data set.
         num_tokens: Real tokens, no padding; a shared image counts once.
         num_supervised: Tokens that are trained on.
         num_images: Images encoded.
@@ -40,6 +41,7 @@ class Step:
 
     micro_batches: tuple[dict[str, Tensor], ...]
     ids: tuple[str, ...]
+    sources: dict[str, int]
     num_tokens: int
     num_supervised: int
     num_images: int
@@ -66,15 +68,18 @@ class StepDataset(Dataset[Step]):
     @property
     def _num_samples(self) -> int:
         """Samples of all epochs together; never none."""
-        return max(round(self.stage.epochs * len(self.mixture)), 1)
+        return max(round(self.stage.epochs * self.mixture.num_per_epoch), 1)
 
-    def samples(self, step: int) -> list[Encoded]:
-        """The samples of a step, encoded; the last step of a stage may hold fewer."""
-        size = len(self.mixture)
+    def indices(self, step: int) -> list[int]:
+        """Which samples of the mixture a step reads; the last step of a stage may read fewer."""
+        size = self.mixture.num_per_epoch
         end = min((step + 1) * self.stage.batch_size, self._num_samples)
         positions = range(step * self.stage.batch_size, end)
-        indices = [int(self._order(position // size)[position % size]) for position in positions]
-        return [encode(self.mixture[index], self.processor, self.stage.row_tokens, self.stage.prompt) for index in indices]
+        return [int(self._order(position // size)[position % size]) for position in positions]
+
+    def samples(self, step: int) -> list[Encoded]:
+        """The samples of a step, encoded."""
+        return [encode(self.mixture[index], self.processor, self.stage.row_tokens, self.stage.prompt) for index in self.indices(step)]
 
     def __getitem__(self, step: int) -> Step:
         if not 0 <= step < len(self):
@@ -89,6 +94,7 @@ class StepDataset(Dataset[Step]):
         return Step(
             micro_batches=tuple(collate(chunk, self.processor) for chunk in full[self.rank]),
             ids=tuple(sample.id for sample in samples),
+            sources=self.mixture.count_sources(self.indices(step)),
             num_tokens=sum(len(row) for row in rows),
             num_supervised=sum(row.num_supervised for row in rows),
             num_images=sum(len(row.images) for row in rows),

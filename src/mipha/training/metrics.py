@@ -33,6 +33,7 @@ class Meter:
             "grad_norm": grad_norm,
             **{f"learning_rate/{part}": rate for part, rate in learning_rates.items()},
             "samples": len(step.ids),
+            **({f"samples/{source}": count for source, count in step.sources.items()} if len(step.sources) > 1 else {}),
             "images": step.num_images,
             "tokens": step.num_tokens,
             "supervised_tokens": step.num_supervised,

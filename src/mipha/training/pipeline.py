@@ -13,7 +13,7 @@ from transformers import LlavaProcessor
 
 from mipha.comparison.figures import plot_metrics
 from mipha.data.encode import encode
-from mipha.data.images import open_image
+from mipha.data.images import ImageSource, open_image
 from mipha.data.mixture import Mixture, check_samples
 from mipha.models.adapters import merged_weights, remove_adapters, save_adapter
 from mipha.models.build import build, save_checkpoint
@@ -143,7 +143,7 @@ def _start(run: Run, recipe: Recipe, name: StageName, mixture: Mixture) -> tuple
 
 def _first_images(mixture: Mixture, processor: LlavaProcessor) -> torch.Tensor:
     """The images that the projector's start is measured on, `(images, 3, height, width)`."""
-    sources: dict[Path | bytes, None] = {}
+    sources: dict[ImageSource, None] = {}
     for sample in mixture:
         sources |= dict.fromkeys(sample.images)
         if len(sources) >= CALIBRATION_IMAGES:
