@@ -57,11 +57,12 @@ def load_vision_tower(recipe: ModelRecipe, dtype: torch.dtype) -> tuple[PreTrain
     with reading(folder, "vision tower", name):
         # Only two numbers of it are used; the class itself may want torchvision (DINOv3).
         pixels, _ = BaseImageProcessor.get_image_processor_dict(folder)
-        tower = load_weights(TOWERS[kind], folder, dtype, optional=_UNREAD)
     if not pixels.get("image_mean") or not pixels.get("image_std"):
         raise ValueError(
             f"vision tower {name!r} does not say how its pixels are scaled: write image_mean and image_std into its image processor"
         )
+    with reading(folder, "vision tower", name):
+        tower = load_weights(TOWERS[kind], folder, dtype, optional=_UNREAD)
     fitted = fit_tower(tower, recipe.feature_layer, recipe.image_size, recipe.post_layernorm)
     return fitted, list(pixels["image_mean"]), list(pixels["image_std"])
 
