@@ -14,6 +14,7 @@ import resource
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "data"))
 from planted import DEFECTS, THINGS, plant
@@ -38,20 +39,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         corpus = plant(Path(folder), options.rows, copies=options.rows // (4 * len(DEFECTS)), side=options.side)
         against = open_source(data_recipe(str(corpus.evaluation)))
-        planted = check_data(open_source(data_recipe(str(corpus.planted))), against=against, progress=True, **tokens)
+        planted, spent = _check(corpus.planted, against=against, **tokens)
         found = {(finding.row, finding.kind) for finding in planted.findings}
         expected = corpus.expected(with_tokens=bool(tokens), with_evaluation=True)
         missed, invented = sorted(expected - found), sorted(found - expected, key=str)
-        _print("planted", planted, defects=len(DEFECTS), planted=len(corpus.where), missed=missed[:9], invented=invented[:9])
-        clean = check_data(open_source(data_recipe(str(corpus.clean))), against=against, progress=True, **tokens)
-        _print("clean", clean, invented=[finding.sentence for finding in clean.findings[:9]])
+        _print("planted", planted, spent, defects=len(DEFECTS), planted=len(corpus.where), missed=missed[:9], invented=invented[:9])
+        clean, spent = _check(corpus.clean, against=against, **tokens)
+        _print("clean", clean, spent, invented=[finding.sentence for finding in clean.findings[:9]])
         if options.html:
             options.html.write_text(html_report(planted), encoding="utf-8")
         text = Path(folder) / "text.jsonl"
         with text.open("w", encoding="utf-8") as lines:
             for number in range(options.text_rows):
                 lines.write(json.dumps({"messages": _talk(number)}) + "\n")
-        _print("text", check_data(open_source(data_recipe(str(text))), progress=True, **tokens))
+        _print("text", *_check(text, **tokens))
     sys.exit(bool(missed or invented or clean.findings))
 
 
@@ -75,13 +76,20 @@ def _talk(number: int) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
+def _check(file: Path, **options: Any) -> tuple[CheckResult, float]:
+    """What is found, and the seconds of all cores that it took: with other work on the machine, the clock on the wall tells little."""
+    begin = _cpu_seconds()
+    result = check_data(open_source(data_recipe(str(file))), progress=True, **options)
+    return result, _cpu_seconds() - begin
+
+
 def _cpu_seconds() -> float:
-    """Of this process and its workers, since it began: with other work on the machine, the clock on the wall tells little."""
+    """Of this process and its workers so far."""
     times = [resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(time.ru_utime + time.ru_stime for time in times)
 
 
-def _print(name: str, result: CheckResult, **more: object) -> None:
+def _print(name: str, result: CheckResult, cpu_seconds: float, **more: object) -> None:
     line = {
         "set": name,
         "rows": result.num_rows,
@@ -89,7 +97,7 @@ def _print(name: str, result: CheckResult, **more: object) -> None:
         "pictures": result.num_pictures,
         "cores": os.cpu_count(),
         "seconds": round(result.seconds, 2),
-        "cpu_seconds": round(_cpu_seconds(), 1),
+        "cpu_seconds": round(cpu_seconds, 1),
         "rows_per_second": round(result.num_rows / result.seconds),
         "pictures_per_second": round(result.num_pictures / result.seconds),
         "findings": len(result.findings),

@@ -1,6 +1,6 @@
 """Scoring 447,793 VQAv2 answers (as many as test2015 has) from generated files in the official format: seconds and peak memory.
 
-    python benchmarks/scoring.py [--num-questions 447793] [--out benchmarks/results]
+python benchmarks/scoring.py [--num-questions 447793] [--out benchmarks/results]
 """
 
 from __future__ import annotations

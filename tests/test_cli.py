@@ -116,10 +116,14 @@ def test_train_gives_the_overridden_recipe_to_the_pipeline(monkeypatch: pytest.M
         return SimpleNamespace(final_checkpoint=lambda: folder / "finetune" / "checkpoint")
 
     monkeypatch.setitem(sys.modules, "mipha.training.pipeline", SimpleNamespace(train=train))  # type: ignore[arg-type]
+    cards: list[Path] = []
+    card = SimpleNamespace(write_model_card=lambda checkpoint, run: cards.append(checkpoint))
+    monkeypatch.setitem(sys.modules, "mipha.deploy.model_card", card)  # type: ignore[arg-type]
     done = invoke("train", "quickstart", "seed=7", "-o", str(tmp_path), "stages.finetune.learning_rate=1e-4")
     assert done.exit_code == 0 and str(tmp_path / "finetune" / "checkpoint") in done.stdout
     ((recipe, folder),) = calls
     assert (recipe.seed, recipe.stages.finetune.learning_rate, folder) == (7, 1e-4, tmp_path)
+    assert cards == [tmp_path / "finetune" / "checkpoint"]
 
 
 class FakeSession:

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from mipha.cli_data import ImageRoot, RecipeName, Stage, check, show_row
+
 if TYPE_CHECKING:
     from mipha.assistant import Assistant
     from mipha.evaluation.benchmark import Judge
@@ -66,8 +68,17 @@ def list_names() -> None:
 
 
 @app.command()
-def show(name: Annotated[str, typer.Argument(help="A recipe (name or .yaml), a vision tower or a language model.")]) -> None:
-    """Show a recipe in full, or a part's catalog entry."""
+def show(
+    name: Annotated[str, typer.Argument(help="A recipe (name or .yaml), a vision tower or a language model; with --row, data.")],
+    row: Annotated[int | None, typer.Option(help="Show this row of a data set, from 0, as the model sees it.")] = None,
+    recipe: RecipeName = None,
+    stage: Stage = "finetune",
+    image_root: ImageRoot = None,
+) -> None:
+    """Show a recipe in full, a part's catalog entry, or one row of a data set."""
+    if row is not None:
+        show_row(name, row, recipe, stage, image_root)
+        return
     from dataclasses import asdict
 
     import yaml
@@ -77,6 +88,8 @@ def show(name: Annotated[str, typer.Argument(help="A recipe (name or .yaml), a v
     from mipha.lookup import did_you_mean
     from mipha.recipe import list_recipes, load_recipe
 
+    if recipe is not None or image_root:
+        raise ValueError("--recipe and --image-root are for a row of a data set: give --row too, or leave them out")
     parts: dict[str, Any] = {**VISION_TOWERS, **LANGUAGE_MODELS}
     if name in parts:
         typer.echo(yaml.safe_dump({name: asdict(parts[name])}, sort_keys=False, width=120), nl=False)
@@ -84,6 +97,9 @@ def show(name: Annotated[str, typer.Argument(help="A recipe (name or .yaml), a v
         typer.echo(load_recipe(name).dump(), nl=False)
     else:
         raise ValueError(f"no recipe or part {name!r}: {did_you_mean(name, [*list_recipes(), *parts])}")
+
+
+app.command()(check)
 
 
 @app.command()

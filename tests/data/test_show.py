@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +99,9 @@ def test_without_a_recipe_the_words_are_shown(source: Source) -> None:
 
 def test_colours_say_what_is_trained_on(source: Source, stage, tiny_model) -> None:
     segments = Console(width=120).render(render(view_sample(source, 1, stage(), tiny_model()[1])))
-    green = [segment.text for segment in segments if segment.style and segment.style.bgcolor and "green" in segment.style.bgcolor.name]
+    coloured = [(segment.text, segment.style.bgcolor.name) for segment in segments if segment.style and segment.style.bgcolor]
+    assert all(one[1] != other[1] for one, other in pairwise(coloured[:-2]))  # neighbours are told apart
+    green = [text for text, colour in coloured if colour in ("#b7e4c7", "#74c69d")]
     assert "".join(green) == "Hello.<|im_end|>" + "trained on"  # the last is the legend
 
 

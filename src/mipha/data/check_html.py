@@ -15,7 +15,7 @@ _MOST_ROWS = 50
 
 _STYLE = """
 :root { --ink: #1f2933; --grey: #616e7c; --faint: #e4e7eb; --paper: #ffffff; --back: #f5f7fa;
-  --error: #b83232; --warning: #9a6700; --note: #2563a8; --a: #b7e4c7; --b: #95d5b2; --image: #bfe3f5; }
+  --error: #b83232; --warning: #9a6700; --note: #2563a8; --a: #b7e4c7; --b: #74c69d; --image: #bfe3f5; }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; }
 main { max-width: 1120px; margin: 0 auto; padding: 24px 16px 64px; }

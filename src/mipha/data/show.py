@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from mipha.data.encode import Encoded
 
-_STYLES = {"image": "black on cyan", "trained": ("black on green", "black on bright_green"), "given": ("", "dim")}
+_STYLES = {"image": "#1f2933 on #bfe3f5", "trained": ("#1f2933 on #b7e4c7", "#1f2933 on #74c69d"), "given": ("", "dim")}
 
 
 class Piece(NamedTuple):
