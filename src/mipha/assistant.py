@@ -22,7 +22,7 @@ from mipha.data.encode import as_chat, tokens_per_image
 from mipha.data.images import open_image
 from mipha.data.sample import IMAGE, Message
 from mipha.models.attention import use_grouped_sdpa
-from mipha.models.modeling import LlavaForConditionalGeneration, load_model
+from mipha.models.modeling import LlavaForConditionalGeneration, attention_window, load_model
 from mipha.models.processing import load_processor
 from mipha.run import Run, model_folder
 
@@ -81,6 +81,9 @@ class Assistant:
             Answers in the order of `pairs`.
         """
         prompts = [self._prompt(question, image is not None) for image, question in pairs]
+        window = attention_window(self.model.config)
+        if window and max(map(len, prompts), default=0) + max_new_tokens > window:
+            batch_size = 1  # padding would stand inside the window, and push out what it should show
         keys = [_image_key(image) for image, _ in pairs]
         same: dict[object, list[int]] = {}
         for index, (key, prompt) in enumerate(zip(keys, prompts, strict=True)):
@@ -204,8 +207,8 @@ class Chat:
         limit = min(self._cache.get_seq_length(), len(ids) - 1)
         same = next((i for i, (a, b) in enumerate(zip(self._cached[:limit], ids, strict=False)) if a != b), limit)
         device, image_token = self.assistant.model.device, self.assistant.processor.image_token_id
-        if image_token in ids[same:]:
-            same = 0  # an image is read whole
+        if image_token in ids[same:] or attention_window(self.assistant.model.config):
+            same = 0  # an image is read whole, and a cache that slides cannot go back
         if not same:
             self._forget()
         elif same < self._cache.get_seq_length():

@@ -78,7 +78,8 @@ def encode(sample: Sample, processor: LlavaProcessor, max_tokens: int, prompt: s
 def tokens_per_image(processor: LlavaProcessor) -> int:
     """Tokens that one image takes in the sequence."""
     size = processor.image_processor.size
-    return (size["height"] // processor.patch_size) * (size["width"] // processor.patch_size)
+    patches = (size["height"] // processor.patch_size) * (size["width"] // processor.patch_size)
+    return patches + processor.num_additional_image_tokens - (processor.vision_feature_select_strategy == "default")
 
 
 def as_chat(messages: tuple[Message, ...]) -> list[dict[str, Any]]:

@@ -92,8 +92,7 @@ def compose(
     model.generation_config = GenerationConfig(
         eos_token_id=sorted(ends - {None}), pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, do_sample=False
     )
-    processor = build_processor(tokenizer, template, tower.config, mean, std, pad_to_square, has_cls=prefix > 0)
-    processor.num_additional_image_tokens = prefix
+    processor = build_processor(tokenizer, template, tower.config, mean, std, pad_to_square, prefix)
     return model.eval(), processor
 
 

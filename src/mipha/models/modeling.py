@@ -97,10 +97,9 @@ def parts(model: LlavaForConditionalGeneration) -> Parts:
     return Parts((inner.vision_tower,), (inner.multi_modal_projector,), (inner.language_model, model.lm_head))
 
 
-def num_image_tokens(config: LlavaConfig) -> int:
-    """Tokens that one image takes in the language model's sequence."""
-    vision = config.vision_config
-    return (vision.image_size // vision.patch_size) ** 2
+def attention_window(config: LlavaConfig) -> int | None:
+    """Tokens that the language model's sliding layers see at a time; null where every layer sees all."""
+    return getattr(config.text_config, "sliding_window", None)
 
 
 def load_model(folder: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> LlavaForConditionalGeneration:

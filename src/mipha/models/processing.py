@@ -47,7 +47,7 @@ def build_processor(
     mean: list[float],
     std: list[float],
     pad_to_square: bool,
-    has_cls: bool,
+    num_prefix_tokens: int,
 ) -> LlavaProcessor:
     """A processor whose image tokens agree with the tower.
 
@@ -56,7 +56,7 @@ def build_processor(
         mean: Per channel, of pixels in 0..1.
         std: Per channel, of pixels in 0..1.
         pad_to_square: Pad with the mean colour; otherwise squash.
-        has_cls: The tower puts a class token before its patches; it is left out.
+        num_prefix_tokens: Tokens that the tower puts before its patches; the first, the class token, is left out.
     """
     size = {"height": vision.image_size, "width": vision.image_size}
     image_processor = LlavaImageProcessorPil(
@@ -72,8 +72,8 @@ def build_processor(
         image_processor=image_processor,
         tokenizer=tokenizer,
         patch_size=vision.patch_size,
-        vision_feature_select_strategy="default" if has_cls else "full",
-        num_additional_image_tokens=int(has_cls),
+        vision_feature_select_strategy="default" if num_prefix_tokens else "full",
+        num_additional_image_tokens=num_prefix_tokens,
         image_token=IMAGE_TOKEN,
         chat_template=template,
     )

@@ -87,7 +87,7 @@ def import_upstream(source: str | Path, out: Path, vision_tower: str | Path | No
     pad = read.described.pad_to_square
     if not pad and has_cls:
         report.notes.append("images are squashed to a square; upstream cut out their middle")
-    processor = build_processor(read.tokenizer, template, model.config.vision_config, read.pixels.mean, read.pixels.std, pad, has_cls)
+    processor = build_processor(read.tokenizer, template, model.config.vision_config, read.pixels.mean, read.pixels.std, pad, int(has_cls))
     beside = out.with_name(f".{out.name}.importing")
     shutil.rmtree(beside, ignore_errors=True)
     save_checkpoint(model, processor, beside)

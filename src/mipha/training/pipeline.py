@@ -17,7 +17,7 @@ from mipha.data.images import ImageSource, open_image
 from mipha.data.mixture import Mixture, check_samples
 from mipha.models.adapters import merged_weights, remove_adapters, save_adapter
 from mipha.models.build import build, save_checkpoint
-from mipha.models.modeling import LlavaForConditionalGeneration, load_model
+from mipha.models.modeling import LlavaForConditionalGeneration, attention_window, load_model
 from mipha.models.processing import load_processor
 from mipha.models.projector import calibrate_projector
 from mipha.models.quantization import check_quantization
@@ -78,6 +78,12 @@ def _train_stage(run: Run, recipe: Recipe, name: StageName, mixture: Mixture, wo
     torch.manual_seed(recipe.seed)  # the projector's start
     model, processor = _start(run, recipe, name, mixture)
     steps = StepDataset(mixture, processor, stage, recipe.seed, world.rank, world.size)
+    window = attention_window(model.config)
+    if window and stage.batching != "padded" and stage.row_tokens > window:
+        raise ValueError(
+            f"stages.{name}.row_tokens={stage.row_tokens} is more than the {window} tokens that this language model's sliding layers see, and "
+            f"packed rows know no window: set stages.{name}.batching=padded, or row_tokens={window}"
+        )
     encode(mixture[0], processor, stage.row_tokens, stage.prompt)  # a broken template or data set fails here, not at step 1
     check_tuning(model, stage.tuning)
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
