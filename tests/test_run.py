@@ -190,3 +190,14 @@ def test_a_malformed_line_elsewhere_is_named(tmp_path: Path) -> None:
     path.write_bytes(b'{"step": 1}\n{"ste\n')
     with pytest.raises(ValueError, match="line 2"):
         list(read_lines(path))
+
+
+def test_what_a_stage_is_trained_on_is_kept_and_cannot_change_once_it_began(tmp_path: Path) -> None:
+    run = create_run(tmp_path / "run", make_recipe())
+    run.record_data("pretrain", {"samples": 3, "sha256": "a"})
+    run.record_data("pretrain", {"samples": 4, "sha256": "b"})  # nothing was trained yet
+    assert json.loads((run.folder / "provenance.json").read_text())["data"] == {"pretrain": {"samples": 4, "sha256": "b"}}
+    run.states("pretrain").mkdir(parents=True)
+    run.record_data("pretrain", {"samples": 4, "sha256": "b"})
+    with pytest.raises(ValueError, match=r"the data of pretrain changed since .* \(4 samples then, 5 now\): put the old data back"):
+        run.record_data("pretrain", {"samples": 5, "sha256": "c"})

@@ -54,6 +54,26 @@ class Run:
         """Folder of the stage's training states."""
         return self.stage(stage) / "states"
 
+    def record_data(self, stage: str, facts: dict[str, Any]) -> None:
+        """Write into provenance.json what a stage is trained on.
+
+        Args:
+            facts: Number of samples and their hash.
+
+        Raises:
+            ValueError: The stage began with other data.
+        """
+        path = self.folder / "provenance.json"
+        content = json.loads(path.read_text(encoding="utf-8"))
+        known = content.setdefault("data", {})
+        if known.get(stage) not in (None, facts) and self.states(stage).is_dir():
+            raise ValueError(
+                f"the data of {stage} changed since {self.folder} began with it ({known[stage]['samples']} samples then, {facts['samples']} "
+                "now): put the old data back, or train in another folder"
+            )
+        known[stage] = facts
+        write_whole(path, json.dumps(content, indent=2) + "\n")
+
     def evaluation(self, benchmark: str) -> Path:
         """Folder of one benchmark's predictions and scores."""
         return self.folder / "evaluation" / benchmark

@@ -215,3 +215,16 @@ def test_a_mixture_travels_to_another_process(write: Callable) -> None:
     copy = pickle.loads(pickle.dumps(mixture))
     assert list(copy) == list(mixture)
     assert (epoch_order(copy, 0, 0, 3) == epoch_order(mixture, 0, 0, 3)).all()
+
+
+def test_the_hash_of_the_data_follows_what_is_trained_on_and_not_where_it_lies(tmp_path: Path) -> None:
+    def sha256(folder: str, answer: str = "red", image: str = "a.png") -> str:
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (4, 4)).save(tmp_path / folder / image)
+        turns = [{"role": "user", "content": "<image>\nwhich?"}, {"role": "assistant", "content": answer}]
+        (tmp_path / folder / "my.jsonl").write_text(json.dumps({"messages": turns, "images": [image]}) + "\n")
+        return check_samples(Mixture([DataRecipe(dataset="messages", root=tmp_path / folder / "my.jsonl")]))
+
+    first = sha256("one")
+    assert sha256("two") == first
+    assert len({first, sha256("three", answer="blue"), sha256("four", image="b.png")}) == 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -171,8 +172,11 @@ class Mixture(Sequence[Sample]):
         return int(np.searchsorted(self._starts, index, side="right")) - 1
 
 
-def check_samples(mixture: Mixture) -> None:
+def check_samples(mixture: Mixture) -> str:
     """Make every sample and look for every image file, before hours are spent on the way to a broken one.
+
+    Returns:
+        SHA-256 over all texts and the names of all images, in order: what is trained on, wherever it lies.
 
     Raises:
         ValueError: A record is malformed; the message names file and row.
@@ -181,8 +185,10 @@ def check_samples(mixture: Mixture) -> None:
     keys = np.zeros(len(mixture), dtype=np.uint64)
     missing: dict[Path, str] = {}
     seen: set[int] = set()
+    digest = hashlib.sha256()
     for index, sample in enumerate(mixture):
         keys[index] = _images_key(sample)
+        digest.update(_described(sample))
         for image in sample.images:
             if isinstance(image, Path) and (key := hash(image)) not in seen:
                 seen.add(key)
@@ -195,6 +201,7 @@ def check_samples(mixture: Mixture) -> None:
             f"{len(missing)} of {len(seen)} image files are missing, for example {image} of sample {sample_id}: "
             "check the data's root and image_root, or remove those samples"
         )
+    return digest.hexdigest()
 
 
 def epoch_order(mixture: Mixture, seed: int, epoch: int, samples_per_image: int | None) -> np.ndarray:
@@ -239,6 +246,12 @@ def _names(data: Sequence[DataRecipe]) -> list[str]:
     """A name for each data set, with a number behind it where it would not be the only one."""
     names = [recipe.root.name if recipe.root else recipe.dataset for recipe in data]
     return [name if names.count(name) == 1 else f"{name} ({names[: place + 1].count(name)})" for place, name in enumerate(names)]
+
+
+def _described(sample: Sample) -> bytes:
+    texts = [[message.role, message.text] for message in sample.messages]
+    images = [hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else Path(str(image)).name for image in sample.images]
+    return json.dumps([texts, images]).encode() + b"\n"
 
 
 def _images_key(sample: Sample) -> int:

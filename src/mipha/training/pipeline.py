@@ -54,7 +54,8 @@ def train(recipe: Recipe, folder: str | Path) -> Run:
         The run, with a standard checkpoint for each stage.
 
     Raises:
-        ValueError, FileNotFoundError: Something the user can mend, said before the first step where it can be known.
+        ValueError, FileNotFoundError: Something the user can mend, said before the first step where it can be known; also data that
+            changed since the run began.
         OSError: The disk cannot hold the run.
     """
     world = join_world()
@@ -64,7 +65,9 @@ def train(recipe: Recipe, folder: str | Path) -> Run:
     mixtures = {name: Mixture(getattr(recipe.stages, name).data) for name in STAGES if not run.is_finished(name)}
     for name, mixture in mixtures.items():
         check_quantization(getattr(recipe.stages, name).tuning, world.device, world.size)
-        check_samples(mixture)
+        sha256 = check_samples(mixture)
+        if world.is_first:
+            run.record_data(name, {"samples": len(mixture), "sha256": sha256})
     for name in set(STAGES) - set(mixtures) if world.is_first else ():
         _drop_states(run, name)  # of a process that was killed between its last two lines
     for name, mixture in mixtures.items():
@@ -81,8 +84,8 @@ def _train_stage(run: Run, recipe: Recipe, name: StageName, mixture: Mixture, wo
     window = attention_window(model.config)
     if window and stage.batching != "padded" and stage.row_tokens > window:
         raise ValueError(
-            f"stages.{name}.row_tokens={stage.row_tokens} is more than the {window} tokens that this language model's sliding layers see, and "
-            f"packed rows know no window: set stages.{name}.batching=padded, or row_tokens={window}"
+            f"stages.{name}.row_tokens={stage.row_tokens} is more than the {window} tokens that this language model's sliding layers "
+            f"see, and packed rows know no window: set stages.{name}.batching=padded, or row_tokens={window}"
         )
     encode(mixture[0], processor, stage.row_tokens, stage.prompt)  # a broken template or data set fails here, not at step 1
     check_tuning(model, stage.tuning)
