@@ -48,8 +48,9 @@ def encode(sample: Sample, processor: LlavaProcessor, max_tokens: int, prompt: s
             words and a newline, as in LLaVA's first stage.
 
     Raises:
-        ValueError: Nothing would be trained on, or the images alone exceed `max_tokens`.
+        ValueError: Nothing would be trained on, the images alone exceed `max_tokens`, or a text is no text.
     """
+    _check_text(sample)
     ids, supervised = _plain(sample, processor) if prompt == "plain" else _chat(sample, processor)
     ids, supervised = _expand_images(ids, supervised, processor)
     labels = np.where(supervised & (ids != processor.image_token_id), ids, IGNORE)
@@ -73,6 +74,15 @@ def encode(sample: Sample, processor: LlavaProcessor, max_tokens: int, prompt: s
     # The token behind the prefix must not be supervised: its prediction is made at the prefix's last, shared, position.
     shared = last_image if num_images == 1 and last_image < len(ids) and (labels[: last_image + 1] == IGNORE).all() else 0
     return Encoded(sample.id, ids, labels, sample.images, shared, truncated)
+
+
+def _check_text(sample: Sample) -> None:
+    """Half of a character, which JSON can hold, is a TypeError to every tokenizer."""
+    for message in sample.messages:
+        try:
+            message.text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"sample {sample.id}: a text holds half of a character (a lone surrogate): remove it") from error
 
 
 def tokens_per_image(processor: LlavaProcessor) -> int:

@@ -9,6 +9,19 @@ from pathlib import Path
 from typing import Any
 
 
+def official_root(name: str, root: Path | None, split: str, splits: Sequence[str], source: str) -> Path:
+    """The folder with a benchmark's official files, once the split is known to be one of its own.
+
+    Raises:
+        ValueError: No such split, or no folder was given.
+    """
+    if split not in splits:
+        raise ValueError(f"benchmark {name} has no split {split!r}: choose {' or '.join(splits)}")
+    if root is None:
+        raise ValueError(f"{name} has no packaged copy: {source}, and give its folder with --data-root")
+    return root
+
+
 def find(root: Path, names: Sequence[str], source: str) -> Path:
     """The first of the names that is there: under the folder, or the path itself if it is a file.
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from mipha.comparison.statistics import Totals
 from mipha.evaluation.benchmark import Judgement, Metric, Question
-from mipha.evaluation.files import field, find, image_file, read_json
+from mipha.evaluation.files import field, find, image_file, official_root, read_json
 from mipha.evaluation.prompts import SHORT
 
 MAX_NEW_TOKENS = 128
@@ -69,10 +69,7 @@ def questions(root: Path | None, split: str) -> list[Question]:
         FileNotFoundError: The file or an image is missing.
         ValueError: No folder, no such split, or a malformed file.
     """
-    if split not in SPLITS:
-        raise ValueError(f"benchmark gqa has no split {split!r}: choose {' or '.join(SPLITS)}")
-    if root is None:
-        raise ValueError(f"gqa has no packaged copy: {SOURCE}, and name that folder")
+    root = official_root("gqa", root, split, SPLITS, SOURCE)
     paths: dict[str, Path] = {}
     asked = []
     for question_id, text, facts in _records(root):

@@ -12,7 +12,7 @@ from mipha.evaluation.benchmark import Question
 from mipha.evaluation.benchmarks import _mmbench
 from mipha.evaluation.benchmarks._mmbench import MAX_NEW_TOKENS, METRICS, SCORING, SERVERS, measure, score
 from mipha.evaluation.benchmarks._mmbench_files import read, spreadsheet
-from mipha.evaluation.files import find
+from mipha.evaluation.files import find, official_root
 from mipha.evaluation.prompts import LETTER
 
 __all__ = ["MAX_NEW_TOKENS", "METRICS", "SERVERS", "measure", "score"]
@@ -41,10 +41,7 @@ def questions(root: Path | None, split: str) -> list[Question]:
         FileNotFoundError: No such file.
         ValueError: No root, no such split, or a malformed file: names the line.
     """
-    if root is None:
-        raise ValueError(f"mmbench has no packaged copy: {SOURCE}, and give its folder with --data-root")
-    if split not in SPLITS:
-        raise ValueError(f"benchmark mmbench has no split {split!r}: choose {' or '.join(SPLITS)}")
+    root = official_root("mmbench", root, split, SPLITS, SOURCE)
     return read(find(root, FILES[split], SOURCE), LETTER, with_labels=split == "dev", with_images=True)
 
 

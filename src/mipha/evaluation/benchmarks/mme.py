@@ -24,6 +24,7 @@ import numpy as np
 
 from mipha.comparison.statistics import Totals
 from mipha.evaluation.benchmark import Judgement, Metric, Question
+from mipha.evaluation.files import official_root
 from mipha.evaluation.prompts import SHORT
 
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
@@ -82,10 +83,7 @@ def questions(root: Path | None, split: str) -> list[Question]:
         FileNotFoundError: No subtask, or no image of a question.
         ValueError: No folder, no such split, or a malformed line.
     """
-    if split not in SPLITS:
-        raise ValueError(f"benchmark mme has no split {split!r}: choose {' or '.join(SPLITS)}")
-    if root is None:
-        raise ValueError(f"mme has no packaged copy: {SOURCE}, and name that folder")
+    root = official_root("mme", root, split, SPLITS, SOURCE)
     # The suffix goes with all white space before it: some questions have two spaces there, and LLaVA's prompts have none.
     return [_question(line, line.question.removesuffix(_ASK).rstrip() + SHORT, _image(root, line)) for line in _lines(root)]
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from mipha.comparison.statistics import Totals
 from mipha.evaluation.benchmark import Judge, Judgement, Metric, Question
-from mipha.evaluation.files import field, find, image_file, read_json
+from mipha.evaluation.files import field, find, image_file, official_root, read_json
 
 CAPABILITIES = {
     "rec": "recognition",
@@ -99,10 +99,7 @@ def questions(root: Path | None, split: str) -> list[Question]:
         FileNotFoundError: The file or an image is missing.
         ValueError: No root, no such split, or a malformed file: names the question.
     """
-    if root is None:
-        raise ValueError(f"mmvet has no packaged copy: {SOURCE}, and give its folder with --data-root")
-    if split not in SPLITS:
-        raise ValueError(f"benchmark mmvet has no split {split!r}: choose {' or '.join(SPLITS)}")
+    root = official_root("mmvet", root, split, SPLITS, SOURCE)
     return _read(root, with_images=True)
 
 

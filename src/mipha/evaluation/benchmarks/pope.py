@@ -17,7 +17,7 @@ import numpy as np
 
 from mipha.comparison.statistics import Totals, ratio
 from mipha.evaluation.benchmark import Judgement, Metric, Question
-from mipha.evaluation.files import field, find, image_file, read_json_lines
+from mipha.evaluation.files import field, find, image_file, official_root, read_json_lines
 from mipha.evaluation.prompts import SHORT
 
 MAX_NEW_TOKENS = 128
@@ -66,10 +66,7 @@ def questions(root: Path | None, split: str) -> list[Question]:
         FileNotFoundError: A file or an image is missing.
         ValueError: No folder, no such split, or a malformed line.
     """
-    if split not in SPLITS:
-        raise ValueError(f"benchmark pope has no split {split!r}: choose {' or '.join(SPLITS)}")
-    if root is None:
-        raise ValueError(f"pope has no packaged copy: {SOURCE}, and name that folder")
+    root = official_root("pope", root, split, SPLITS, SOURCE)
     paths: dict[str, Path] = {}
     asked = []
     for question_id, text, facts in _records(root):

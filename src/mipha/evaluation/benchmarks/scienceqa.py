@@ -18,7 +18,7 @@ import numpy as np
 
 from mipha.comparison.statistics import Totals
 from mipha.evaluation.benchmark import Judgement, Metric, Question
-from mipha.evaluation.files import field, find, image_file, read_json
+from mipha.evaluation.files import field, find, image_file, official_root, read_json
 from mipha.evaluation.prompts import LETTER, options
 
 MAX_NEW_TOKENS = 1024
@@ -63,10 +63,7 @@ def questions(root: Path | None, split: str) -> list[Question]:
         FileNotFoundError: A file or an image is missing.
         ValueError: No folder, no such split, or a malformed file.
     """
-    if split not in SPLITS:
-        raise ValueError(f"benchmark scienceqa has no split {split!r}: choose {' or '.join(SPLITS)}")
-    if root is None:
-        raise ValueError(f"scienceqa has no packaged copy: {SOURCE}, and name that folder")
+    root = official_root("scienceqa", root, split, SPLITS, SOURCE)
     prompts = _prompts(root / PROMPTS) if (root / PROMPTS).is_file() else None
     asked = []
     for question_id, problem, facts, where in _records(root):

@@ -19,7 +19,7 @@ import numpy as np
 
 from mipha.comparison.statistics import Totals
 from mipha.evaluation.benchmark import Judgement, Metric, Question
-from mipha.evaluation.files import field, find, image_file, read_json
+from mipha.evaluation.files import field, find, image_file, official_root, read_json
 from mipha.evaluation.prompts import LETTER, options
 
 MAX_NEW_TOKENS = 128
@@ -60,10 +60,7 @@ def questions(root: Path | None, split: str) -> list[Question]:
         FileNotFoundError: The file or an image is missing.
         ValueError: No folder, no such split, or a malformed file.
     """
-    if split not in SPLITS:
-        raise ValueError(f"benchmark seedbench has no split {split!r}: choose {' or '.join(SPLITS)}")
-    if root is None:
-        raise ValueError(f"seedbench has no packaged copy: {SOURCE}, and name that folder")
+    root = official_root("seedbench", root, split, SPLITS, SOURCE)
     asked = []
     for record, facts, where in _records(root):
         if facts["kind"] == "image":

@@ -23,7 +23,7 @@ import numpy as np
 from mipha.comparison.statistics import Totals
 from mipha.evaluation.answers import agreement, m4c
 from mipha.evaluation.benchmark import Judgement, Metric, Question
-from mipha.evaluation.files import field, find, image_file, read_json, read_json_lines
+from mipha.evaluation.files import field, find, image_file, official_root, read_json, read_json_lines
 from mipha.evaluation.prompts import SHORT
 
 METRICS = (
@@ -59,10 +59,7 @@ def questions(root: Path | None, split: str) -> list[Question]:
         FileNotFoundError: A file or an image is missing.
         ValueError: No root, no such split, a malformed file, or a question or an image without OCR line.
     """
-    if root is None:
-        raise ValueError(f"textvqa has no packaged copy: {SOURCE}")
-    if split not in SPLITS:
-        raise ValueError(f"benchmark textvqa has no split {split!r}: choose {' or '.join(SPLITS)}")
+    root = official_root("textvqa", root, split, SPLITS, SOURCE)
     labelled = _read_labels(find(root, [ANNOTATION_FILE], SOURCE))
     ocr_file = find(root, OCR_FILES, SOURCE)
     prompts = _llava_prompts(ocr_file) if ocr_file.suffix == ".jsonl" else _rosetta_prompts(ocr_file, labelled)

@@ -30,7 +30,7 @@ import numpy as np
 from mipha.comparison.statistics import Totals
 from mipha.evaluation.answers import agreement, human_answers, m4c, vizwiz_api
 from mipha.evaluation.benchmark import Judgement, Metric, Question
-from mipha.evaluation.files import field, find, image_file, read_json, read_json_lines
+from mipha.evaluation.files import field, find, image_file, official_root, read_json, read_json_lines
 from mipha.evaluation.prompts import SHORT
 
 METRICS = (
@@ -68,10 +68,7 @@ def questions(root: Path | None, split: str) -> list[Question]:
         FileNotFoundError: A file or an image is missing.
         ValueError: No root, no such split, or a malformed file.
     """
-    if root is None:
-        raise ValueError(f"vizwiz has no packaged copy: {SOURCE}")
-    if split not in SPLITS:
-        raise ValueError(f"benchmark vizwiz has no split {split!r}: choose {' or '.join(SPLITS)}")
+    root = official_root("vizwiz", root, split, SPLITS, SOURCE)
     found = []
     for where, record in _records(find(root, FILES[split], SOURCE)):
         name, text = record["image"], record["question"].capitalize()

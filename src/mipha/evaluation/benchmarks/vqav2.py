@@ -24,7 +24,7 @@ import numpy as np
 from mipha.comparison.statistics import Totals
 from mipha.evaluation.answers import agreement, human_answers, m4c, mixed_up_annotators, plain, vqa_official
 from mipha.evaluation.benchmark import Judgement, Metric, Question
-from mipha.evaluation.files import field, find, image_file, read_json, read_json_lines
+from mipha.evaluation.files import field, find, image_file, official_root, read_json, read_json_lines
 from mipha.evaluation.prompts import SHORT
 
 METRICS = (
@@ -69,10 +69,7 @@ def questions(root: Path | None, split: str) -> list[Question]:
         FileNotFoundError: A file or an image is missing.
         ValueError: No root, no such split, a malformed file, or files that do not belong together.
     """
-    if root is None:
-        raise ValueError(f"vqav2 has no packaged copy: {SOURCE}")
-    if split not in SPLITS:
-        raise ValueError(f"benchmark vqav2 has no split {split!r}: choose {' or '.join(SPLITS)}")
+    root = official_root("vqav2", root, split, SPLITS, SOURCE)
     path, image_set = find(root, QUESTION_FILES[split], SOURCE), IMAGE_SETS[split]
     subtype, asked = _read_questions(path)
     if split == "val":
