@@ -16,14 +16,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "data"))
-from planted import DEFECTS, THINGS, plant
-
-from mipha.data.check import check_data
-from mipha.data.check_html import html_report
-from mipha.data.check_result import CheckResult
-from mipha.data.check_source import data_recipe, open_source
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from mipha.data.check.html import html_report
+from mipha.data.check.linter import check_data
+from mipha.data.check.result import CheckResult
+from mipha.data.check.source import data_recipe, open_source
 from mipha.recipe import load_recipe
+from tests.data.check.planted import DEFECTS, THINGS, plant
 
 
 def main() -> None:

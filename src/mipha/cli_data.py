@@ -26,11 +26,11 @@ def check(
     """Check a whole data set, row by row, before it is trained on; exit code 1 if it has errors."""
     from rich.console import Console
 
-    from mipha.data.check import check_data
-    from mipha.data.check_fix import write_fixed
-    from mipha.data.check_html import html_report
-    from mipha.data.check_report import json_report, text_report
-    from mipha.data.check_source import data_recipe, open_source
+    from mipha.data.check.fix import write_fixed
+    from mipha.data.check.html import html_report
+    from mipha.data.check.linter import check_data
+    from mipha.data.check.report import json_report, text_report
+    from mipha.data.check.source import data_recipe, open_source
     from mipha.run import write_whole
 
     source = open_source(data_recipe(data, image_root=image_root or ()))
@@ -54,7 +54,7 @@ def show_row(data: str, row: int, recipe: str | None, stage: str, image_root: li
     """Print one sample as the model sees it, and write its images as the tower reads them."""
     from rich.console import Console
 
-    from mipha.data.check_source import data_recipe, open_source
+    from mipha.data.check.source import data_recipe, open_source
     from mipha.data.show import render, save_pixels, view_sample
 
     tokens = _tokens(recipe, stage)

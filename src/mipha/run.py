@@ -68,8 +68,8 @@ class Run:
         known = content.setdefault("data", {})
         if known.get(stage) not in (None, facts) and self.states(stage).is_dir():
             raise ValueError(
-                f"the data of {stage} changed since {self.folder} began with it ({known[stage]['samples']} samples then, {facts['samples']} "
-                "now): put the old data back, or train in another folder"
+                f"the data of {stage} changed since {self.folder} began with it ({known[stage]['samples']} samples then, "
+                f"{facts['samples']} now): put the old data back, or train in another folder"
             )
         known[stage] = facts
         write_whole(path, json.dumps(content, indent=2) + "\n")

@@ -205,3 +205,9 @@ def test_a_blank_has_an_image_and_nothing_to_learn(processor: LlavaProcessor) ->
     made = blank(processor, b"png")
     assert (made.labels == IGNORE).all() and made.images == (b"png",)
     assert (made.input_ids == processor.image_token_id).sum() == tokens_per_image(processor)
+
+
+def test_half_a_character_is_named(processor: LlavaProcessor) -> None:
+    sample = Sample("row 3", (Message("user", "which \ud83d?"), Message("assistant", "red")), ())
+    with pytest.raises(ValueError, match=r"sample row 3: a text holds half of a character \(a lone surrogate\): remove it"):
+        encode(sample, processor, 200)

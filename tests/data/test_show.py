@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from mipha.data.check_source import Source, data_recipe, open_source
+from mipha.data.check.source import Source, data_recipe, open_source
 from mipha.data.show import render, save_pixels, view_sample, visible
 from mipha.recipe import StageRecipe
 

@@ -1,6 +1,6 @@
 """One sample as the model sees it: its turns, the rendered template, every token, which are trained on, its images resized.
 
-record -> Sample -> Encoded -> pieces of text, trained or not  ->  terminal (here), HTML (check_html)
+record -> Sample -> Encoded -> pieces of text, trained or not  ->  terminal (here), HTML (check/html.py)
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from rich.console import Group, RenderableType
 from rich.rule import Rule
 from rich.text import Text
 
-from mipha.data.check_source import Source
-from mipha.data.check_text import has_half_character
+from mipha.data.check.source import Source
+from mipha.data.check.text import has_half_character
 from mipha.data.images import ImageSource, open_image
 from mipha.data.sample import Sample
 from mipha.recipe import StageRecipe

@@ -1,4 +1,4 @@
-"""What the linter found, as a table for a terminal and as JSON for programs; the page is in check_html."""
+"""What the linter found, as a table for a terminal and as JSON for programs; the page is in html.py."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from mipha.data.check_findings import KINDS, SEVERITIES, Finding
-from mipha.data.check_result import NO_RECIPE, CheckResult, counts_by_kind
+from mipha.data.check.findings import KINDS, SEVERITIES, Finding
+from mipha.data.check.result import NO_RECIPE, CheckResult, counts_by_kind
 
 COLOURS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 _FIRST_ROWS = 4

@@ -12,17 +12,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mipha.data.check_findings import Finding, quoted
-from mipha.data.check_images import ImageFacts, image_reader
-from mipha.data.check_source import Source
-from mipha.data.check_text import CONTROL_TOKENS, text_problems
+from mipha.data.check.findings import Finding, quoted
+from mipha.data.check.images import ImageFacts, image_reader
+from mipha.data.check.source import Source
+from mipha.data.check.text import CONTROL_TOKENS, text_problems
 from mipha.data.sample import IMAGE, Sample
 from mipha.recipe import StageRecipe
 
 if TYPE_CHECKING:
     from transformers import LlavaProcessor
 
-    from mipha.data.check_tokens import TokenFacts
+    from mipha.data.check.tokens import TokenFacts
 
 _SHORT_ANSWER = 60
 """Characters: longer answers are not compared with one another, nor counted."""
@@ -97,7 +97,7 @@ def row_checker(job: Job) -> Callable[[int], RowFacts]:
     count_tokens: Callable[[Sample], tuple[TokenFacts | None, tuple[tuple[str, str], ...]]] | None = None
     special = re.compile("|".join(map(re.escape, CONTROL_TOKENS)))
     if job.processor is not None and job.stage is not None:
-        from mipha.data.check_tokens import special_tokens_of, token_facts  # brings transformers, which takes seconds
+        from mipha.data.check.tokens import special_tokens_of, token_facts  # brings transformers, which takes seconds
 
         processor, stage = job.processor, job.stage
         special = special_tokens_of(processor)

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mipha.data.check_findings import KINDS, Finding
-from mipha.data.check_result import CheckResult
-from mipha.data.check_text import mend_text
+from mipha.data.check.findings import KINDS, Finding
+from mipha.data.check.result import CheckResult
+from mipha.data.check.text import mend_text
 from mipha.data.datasets._index import Rows
 from mipha.data.datasets._json_records import JsonRecords
 from mipha.data.sample import Sample
@@ -57,7 +57,7 @@ class Fixed(NamedTuple):
 def write_fixed(result: CheckResult, out: Path) -> Fixed:
     """Write a cleaned copy, and `OUT.changes.txt` beside it.
 
-    Left out are rows with an error, rows that repeat an earlier one, and rows that leak; `check_findings.KINDS` says which. Mended
+    Left out are rows with an error, rows that repeat an earlier one, and rows that leak; `findings.KINDS` says which. Mended
     are texts: wrongly read encodings, half, control and invisible characters. Rows with other findings stay as they are.
 
     Args:

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from mipha.data.check_findings import SEVERITIES, Finding, Severity
-from mipha.data.check_source import Source
+from mipha.data.check.findings import SEVERITIES, Finding, Severity
+from mipha.data.check.source import Source
 from mipha.recipe import StageRecipe
 
 if TYPE_CHECKING:
     from transformers import LlavaProcessor
 
-    from mipha.data.check_packing import Packing
+    from mipha.data.check.packing import Packing
 
 NO_RECIPE = (
     "Tokens, loss mask, truncation, packing and steps were not checked, because they depend on the model: give a recipe (--recipe NAME)."

@@ -1,6 +1,6 @@
 """The linter: a whole data set read as training will read it, and everything that is wrong with it, row by row.
 
-load --> rows --check_rows, on all cores--> RowFacts --check_set, in order--> findings, histograms, steps, packing
+load --> rows --check_rows, on all cores--> RowFacts --whole_set, in order--> findings, histograms, steps, packing
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from mipha.data.check_findings import Finding
-from mipha.data.check_pool import check_rows
-from mipha.data.check_result import Answers, CheckResult, Histogram, Training, histogram
-from mipha.data.check_rows import Job, RowFacts
-from mipha.data.check_set import Seen, gather_evaluation
-from mipha.data.check_source import Source
+from mipha.data.check.findings import Finding
+from mipha.data.check.pool import check_rows
+from mipha.data.check.result import Answers, CheckResult, Histogram, Training, histogram
+from mipha.data.check.rows import Job, RowFacts
+from mipha.data.check.source import Source
+from mipha.data.check.whole_set import Seen, gather_evaluation
 from mipha.recipe import StageRecipe
 
 if TYPE_CHECKING:
     from transformers import LlavaProcessor
 
-    from mipha.data.check_packing import Length
+    from mipha.data.check.packing import Length
 
 _TOP_ANSWERS = 12
 
@@ -115,7 +115,7 @@ class _Columns:
                 self.pictures.add(image.digest)
                 self.sides.append(max(image.width, image.height))
         if facts.tokens is not None:
-            from mipha.data.check_packing import Length
+            from mipha.data.check.packing import Length
 
             tokens = facts.tokens
             self.tokens.append(tokens.num_uncut)
@@ -133,7 +133,7 @@ class _Columns:
                 yield histogram(name, unit, np.asarray(values))
 
     def training(self, stage: StageRecipe, seed: int) -> Training:
-        from mipha.data.check_packing import num_steps, packings
+        from mipha.data.check.packing import num_steps, packings
 
         usable = len(self.lengths)
         steps, samples_read = num_steps(stage, usable) if usable else (0, 0)

@@ -14,18 +14,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mipha.data import check_pool
-from mipha.data.check import check_data
-from mipha.data.check_html import html_report
-from mipha.data.check_packing import num_steps
-from mipha.data.check_report import json_report
-from mipha.data.check_result import counts_by_kind, histogram
-from mipha.data.check_source import Source, data_recipe, open_source
+from mipha.data.check import pool
+from mipha.data.check.html import html_report
+from mipha.data.check.linter import check_data
+from mipha.data.check.packing import num_steps
+from mipha.data.check.report import json_report
+from mipha.data.check.result import counts_by_kind, histogram
+from mipha.data.check.source import Source, data_recipe, open_source
 from mipha.data.sample import Message, Sample
 from mipha.recipe import DataRecipe, Recipe, StageRecipe
 
 sys.path.insert(0, str(Path(__file__).parent))
-from planted import DEFECTS, Corpus, plant
+from tests.data.check.planted import DEFECTS, Corpus, plant
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_leaks_are_looked_for_only_where_there_is_an_evaluation_set(corpus: Corp
 
 def test_two_processes_find_what_one_finds(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = check_data(_source(corpus.planted), workers=1)
-    monkeypatch.setattr(check_pool, "WORTH_A_POOL", 1)
+    monkeypatch.setattr(pool, "WORTH_A_POOL", 1)
     together = check_data(_source(corpus.planted), workers=2)
     assert together.findings == alone.findings
     assert (together.histograms, together.answers, together.num_pictures) == (alone.histograms, alone.answers, alone.num_pictures)
@@ -81,7 +81,7 @@ def test_a_process_that_dies_is_said_with_its_rows(tmp_path: Path, monkeypatch: 
     import os
 
     source = _write(tmp_path / "some.jsonl", [_talk(f"What is {number}?", "A number.") for number in range(200)])
-    monkeypatch.setattr(check_pool, "WORTH_A_POOL", 1)
+    monkeypatch.setattr(pool, "WORTH_A_POOL", 1)
     dying = Source(
         "some.jsonl", source.records, lambda record: os._exit(9) if record.where.endswith("line 100") else source.to_sample(record)
     )
@@ -238,10 +238,10 @@ def test_without_a_recipe_neither_torch_nor_transformers_is_loaded(corpus: Corpu
     import subprocess
 
     program = (
-        "import sys\nfrom mipha.data.check import check_data\nfrom mipha.data.check_html import html_report\n"
-        "from mipha.data.check_source import data_recipe, open_source\n"
+        "import sys\nfrom mipha.data.check.linter import check_data\nfrom mipha.data.check.html import html_report\n"
+        "from mipha.data.check.source import data_recipe, open_source\n"
         f"html_report(check_data(open_source(data_recipe({str(corpus.clean)!r}))))\nprint({{'torch', 'transformers'}} & set(sys.modules))"
     )
-    environment = {"PYTHONPATH": str(Path(__file__).parents[2] / "src")}
+    environment = {"PYTHONPATH": str(Path(__file__).parents[3] / "src")}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
     assert done.stdout.strip() == "set()"

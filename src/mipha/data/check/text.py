@@ -6,7 +6,7 @@ import re
 import zlib
 from collections.abc import Iterator
 
-from mipha.data.check_findings import quoted
+from mipha.data.check.findings import quoted
 from mipha.data.sample import IMAGE, Message
 
 LONG_ANSWER = 8_192

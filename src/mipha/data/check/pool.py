@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
-from mipha.data.check_rows import Job, RowFacts, row_checker
+from mipha.data.check.rows import Job, RowFacts, row_checker
 
 CHUNK = 64
 """Rows handed to a process at a time."""

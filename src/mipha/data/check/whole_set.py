@@ -7,8 +7,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from mipha.data.check_findings import Finding, quoted
-from mipha.data.check_rows import RowFacts
+from mipha.data.check.findings import Finding, quoted
+from mipha.data.check.rows import RowFacts
 
 MAX_CLOSED_WORDS = 5
 """Words: two longer answers to one question may both be right."""

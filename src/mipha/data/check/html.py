@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from string import Template
 
-from mipha.data.check_cards import escaped, example_cards
-from mipha.data.check_findings import KINDS, SEVERITIES, Finding, Severity
-from mipha.data.check_report import answer_lines, by_kind, headline, training_lines, verdict
-from mipha.data.check_result import NO_RECIPE, CheckResult, Histogram
+from mipha.data.check.cards import escaped, example_cards
+from mipha.data.check.findings import KINDS, SEVERITIES, Finding, Severity
+from mipha.data.check.report import answer_lines, by_kind, headline, training_lines, verdict
+from mipha.data.check.result import NO_RECIPE, CheckResult, Histogram
 from mipha.data.show import visible
 
 _MOST_ROWS = 50

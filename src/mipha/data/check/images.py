@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from mipha.data.check_findings import quoted
+from mipha.data.check.findings import quoted
 from mipha.data.images import FORMATS, MAX_PIXELS, ImageSource, open_image
 
 MIN_SIDE = 16

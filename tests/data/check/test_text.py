@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mipha.data.check_text import CONTROL_TOKENS, mend_mojibake, mend_text, text_problems
+from mipha.data.check.text import CONTROL_TOKENS, mend_mojibake, mend_text, text_problems
 from mipha.data.sample import Message, Role
 
 SPECIAL = re.compile("|".join(map(re.escape, CONTROL_TOKENS)))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mipha.data.check_images import image_facts, image_reader
+from mipha.data.check.images import image_facts, image_reader
 from mipha.data.images import FileSlice
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8))

@@ -11,15 +11,15 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from mipha.data.check import check_data
-from mipha.data.check_findings import KINDS
-from mipha.data.check_html import html_report
-from mipha.data.check_report import json_report, text_report
-from mipha.data.check_result import NO_RECIPE, CheckResult
-from mipha.data.check_source import data_recipe, open_source
+from mipha.data.check.findings import KINDS
+from mipha.data.check.html import html_report
+from mipha.data.check.linter import check_data
+from mipha.data.check.report import json_report, text_report
+from mipha.data.check.result import NO_RECIPE, CheckResult
+from mipha.data.check.source import data_recipe, open_source
 
 sys.path.insert(0, str(Path(__file__).parent))
-from planted import DEFECTS, Corpus, plant
+from tests.data.check.planted import DEFECTS, Corpus, plant
 
 VOID = {"meta", "img", "line", "br"}
 

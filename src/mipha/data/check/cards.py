@@ -8,9 +8,9 @@ import io
 import json
 from collections.abc import Iterable, Iterator
 
-from mipha.data.check_findings import KINDS, Finding
-from mipha.data.check_report import by_kind
-from mipha.data.check_result import CheckResult
+from mipha.data.check.findings import KINDS, Finding
+from mipha.data.check.report import by_kind
+from mipha.data.check.result import CheckResult
 from mipha.data.images import ImageSource
 from mipha.data.show import Piece, View, open_quietly, view_sample, visible
 

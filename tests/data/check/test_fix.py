@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mipha.data.check import check_data
-from mipha.data.check_findings import KINDS
-from mipha.data.check_fix import write_fixed
-from mipha.data.check_source import data_recipe, open_source
+from mipha.data.check.findings import KINDS
+from mipha.data.check.fix import write_fixed
+from mipha.data.check.linter import check_data
+from mipha.data.check.source import data_recipe, open_source
 
 sys.path.insert(0, str(Path(__file__).parent))
-from planted import DEFECTS, Corpus, plant
+from tests.data.check.planted import DEFECTS, Corpus, plant
 
 
 @pytest.fixture(scope="module")
