@@ -151,6 +151,8 @@ class StageRecipe(_Strict):
     max_grad_norm: float = Field(1.0, ge=0, description="0: no clipping")
     activation_checkpointing: bool = False
     checkpoint_every: int = Field(100, ge=1, description="optimizer steps between checkpoints")
+    held_out: float = Field(0.0, ge=0, lt=1, description="share of the images kept out of training, for validation")
+    validate_every: int | None = Field(None, ge=1, description="optimizer steps between validations; null: at the stage's end only")
 
     @model_validator(mode="after")
     def _nothing_ignored(self) -> StageRecipe:
@@ -159,6 +161,8 @@ class StageRecipe(_Strict):
             raise ValueError("every part is frozen, so nothing would be trained: set one part of `tuning` to full")
         if idle := sorted(set(self.part_learning_rates) - set(trained)):
             raise ValueError(f"part_learning_rates names {', '.join(idle)}, which `tuning` keeps frozen: remove it or tune the part")
+        if self.validate_every is not None and not self.held_out:
+            raise ValueError(f"validate_every={self.validate_every} has no effect without held_out: set that to 0.05, say, or remove it")
         if self.samples_per_image is not None and self.batching != "shared-image":
             raise ValueError(f"samples_per_image has no effect with batching={self.batching}: remove it or use shared-image")
         return self

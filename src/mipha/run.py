@@ -3,6 +3,7 @@
 runs/lora/recipe.yaml              what was asked, every default written out; marks the folder as a run
           provenance.json          what it was made with
           <stage>/metrics.jsonl    one line an optimizer step
+          <stage>/answers.jsonl    what the model said about held-out images on the way
           <stage>/states/          training states to resume from
           <stage>/tuning.json      what trained, and how far it moved
           <stage>/adapter/         of a stage with LoRA: the adapter in PEFT's format, and which base it is of

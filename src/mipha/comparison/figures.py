@@ -44,6 +44,11 @@ def plot_metrics(metrics_jsonl: Path, png: Path) -> None:
     top, bottom = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [4, 1], "hspace": 0.12})
     top.plot(steps, losses, color=BLUE, linewidth=0.8, alpha=0.35)
     top.plot(steps, _smoothed(losses, width), color=BLUE, linewidth=2)
+    validated = [row for row in rows if math.isfinite(row.get("validation_loss", math.nan))]
+    if validated:
+        points = [row["step"] for row in validated], [row["validation_loss"] for row in validated]
+        top.plot(*points, color=GREEN, linewidth=1.2, marker="o", markersize=3.5, label="held-out images")
+        top.legend(frameon=False, fontsize=8)
     top.set_ylabel("loss (nats per token)")
     title = f"{metrics_jsonl.parent.name}: loss {losses[-width:].mean():.3f} at the end"
     top.set_title(title, loc="left", color=INK, fontsize=11, fontweight="bold", parse_math=False)

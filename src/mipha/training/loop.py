@@ -36,6 +36,7 @@ def train_stage(
     title: str,
     autocast: torch.dtype | None,
     seed: int,
+    validate: Callable[[nn.Module, int], dict[str, float]] | None = None,
 ) -> nn.Module:
     """Train until the last step, from the newest state in `folder` where there is one.
 
@@ -45,6 +46,8 @@ def train_stage(
         title: What the progress bar calls this stage.
         autocast: Type that matrix products run in; null for that of the weights.
         seed: Of dropout.
+        validate: Called with the model and the number of steps done, every `validate_every` steps and at the end; what it gives goes
+            into the metrics.
 
     Returns:
         The model as placed (sharded, with several processes).
@@ -65,7 +68,8 @@ def train_stage(
     position = load_state(folder / "states", placed, optimizer, world) or {"step": 0}
     start = int(position["step"])
     if world.is_first:
-        _forget_after(folder / "metrics.jsonl", start)
+        for name in ("metrics.jsonl", "answers.jsonl"):
+            _forget_after(folder / name, start)
         (folder / "nonfinite.json").unlink(missing_ok=True)
     loader = DataLoader(
         steps, batch_size=None, sampler=range(start, len(steps)), collate_fn=keep_step, num_workers=4 if world.device.type == "cuda" else 0
@@ -79,6 +83,9 @@ def train_stage(
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 _report_nonfinite(folder, number, step, loss, grad_norm, world)
             metrics = meter.measure(number, step, loss, grad_norm, {group["part"]: group["lr"] for group in optimizer.param_groups})
+            if validate and (number == len(steps) or number % (stage.validate_every or len(steps)) == 0):
+                metrics |= validate(placed, number)
+                meter.restart()
             if world.is_first:
                 append_line(folder / "metrics.jsonl", metrics)
             show(metrics)

@@ -17,6 +17,10 @@ class Meter:
     def __init__(self) -> None:
         self._last = time.monotonic()
 
+    def restart(self) -> None:
+        """Leave the time since the last step out of the next one's."""
+        self._last = time.monotonic()
+
     def measure(self, number: int, step: Step, loss: float, grad_norm: float, learning_rates: dict[str, float]) -> dict[str, float | int]:
         """The metrics of a finished step.
 

@@ -35,6 +35,7 @@ from mipha.training.proof import (
     tuning_table,
     write_report,
 )
+from mipha.training.validation import Validation
 from mipha.world import World, join_world
 
 console = Console()
@@ -62,20 +63,22 @@ def train(recipe: Recipe, folder: str | Path) -> Run:
     run = create_run(Path(folder), recipe) if world.is_first else None
     world.barrier()
     run = run or create_run(Path(folder), recipe)
-    mixtures = {name: Mixture(getattr(recipe.stages, name).data) for name in STAGES if not run.is_finished(name)}
+    stages = {name: getattr(recipe.stages, name) for name in STAGES if not run.is_finished(name)}
+    mixtures = {name: Mixture(stage.data, stage.held_out) for name, stage in stages.items()}
+    held_out = {name: Mixture(stage.data, stage.held_out, "validation") for name, stage in stages.items() if stage.held_out}
     for name, mixture in mixtures.items():
-        check_quantization(getattr(recipe.stages, name).tuning, world.device, world.size)
+        check_quantization(stages[name].tuning, world.device, world.size)
         sha256 = check_samples(mixture)
         if world.is_first:
             run.record_data(name, {"samples": len(mixture), "sha256": sha256})
     for name in set(STAGES) - set(mixtures) if world.is_first else ():
         _drop_states(run, name)  # of a process that was killed between its last two lines
     for name, mixture in mixtures.items():
-        _train_stage(run, recipe, name, mixture, world)
+        _train_stage(run, recipe, name, mixture, held_out.get(name), world)
     return run
 
 
-def _train_stage(run: Run, recipe: Recipe, name: StageName, mixture: Mixture, world: World) -> None:
+def _train_stage(run: Run, recipe: Recipe, name: StageName, mixture: Mixture, held_out: Mixture | None, world: World) -> None:
     stage, folder = getattr(recipe.stages, name), run.stage(name)
     autocast = autocast_dtype(recipe.precision, world.device)
     torch.manual_seed(recipe.seed)  # the projector's start
@@ -108,7 +111,10 @@ def _train_stage(run: Run, recipe: Recipe, name: StageName, mixture: Mixture, wo
         write_report(folder / "tuning.json", tuned, stage)
         record_start(model, start)
     world.barrier()
-    placed = train_stage(model, steps, stage, folder, world, title=name, autocast=autocast, seed=recipe.seed)
+    validate = None
+    if held_out is not None:
+        validate = Validation(held_out, processor, stage, recipe.seed, world, autocast, folder / "answers.jsonl").measure
+    placed = train_stage(model, steps, stage, folder, world, title=name, autocast=autocast, seed=recipe.seed, validate=validate)
     weights = _whole_weights(placed, world)
     if world.is_first:
         plot_metrics(run.metrics(name), folder / "loss.png")
