@@ -98,6 +98,7 @@ def recipes(tiny_run_recipe: Callable, text_only: Path) -> dict[str, Recipe]:
         "text only": (f"data.finetune={text_only}", finetune + "batch_size=2", finetune + "micro_batch_rows=2"),
         "frozen": (finetune + "tuning.language_model=frozen", finetune + "part_learning_rates={vision_tower: 0.001}"),
         "lora": tuple(finetune + f"tuning.{change}" for change in ("vision_tower=last-1", "language_model=lora", "lora.dropout=0")),
+        "validated": (finetune + "held_out=0.4", finetune + "validate_every=2", finetune + "batch_size=3"),
         "reshard 2 to 1": (finetune + "max_steps=8",),
         "reshard 1 to 2": (finetune + "max_steps=8", finetune + "checkpoint_every=3"),
     }
@@ -138,7 +139,7 @@ def start_with_one(recipe: Recipe, folder: Path) -> None:
         train(recipe, folder)
 
 
-@pytest.mark.parametrize("case", ["packed", "skewed", "shared", "text only", "frozen", "lora", "reshard 1 to 2"])
+@pytest.mark.parametrize("case", ["packed", "skewed", "shared", "text only", "frozen", "lora", "validated", "reshard 1 to 2"])
 def test_two_processes_train_what_one_trains(
     case: str, recipes: dict[str, Recipe], by_two: Path, tmp_path: Path, weights: Callable, metrics: Callable
 ) -> None:
@@ -167,6 +168,8 @@ def assert_equal(one: Run, two: Run, weights: Callable, metrics: Callable) -> No
         assert [row["step"] for row in others] == list(range(1, len(rows) + 1))
         for row, other in zip(rows, others, strict=True):
             assert row["loss"] == pytest.approx(other["loss"], rel=1e-4)
+            for key in row.keys() & {"validation_loss"}:
+                assert row[key] == pytest.approx(other[key], rel=1e-4)
             assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
             assert all(row[key] == other[key] for key in ("samples", "images", "tokens", "supervised_tokens"))
         for part, mine in tuning(one, stage).items():
