@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import html
 import io
 import json
 import re
@@ -24,7 +25,6 @@ from mipha.recipe import Recipe, load_recipe
 
 TEXT = (Path(__file__).parents[2] / "docs" / "own-data.md").read_text(encoding="utf-8")
 BLOCKS: list[tuple[str, str]] = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, flags=re.DOTALL | re.MULTILINE)
-COMMANDS = [line for language, block in BLOCKS if language == "bash" for line in block.splitlines()]
 TABLE = re.findall(r"^\| (.+?) \| (.+?) \| `(\w+)` \|$", TEXT, flags=re.MULTILINE)
 
 needs_package = pytest.mark.skipif(find_spec("easy_vqa") is None, reason="easy-vqa is not installed: make install")
@@ -58,9 +58,14 @@ def tour(tmp_path_factory: pytest.TempPathFactory, tiny_run_recipe: Callable[...
                 assert name, f"the script does not begin with its name:\n{block}"
                 Path(name[1]).write_text(block, encoding="utf-8")
             else:
-                for line in block.splitlines():
+                for line in _commands(block):
                     said[line] = _run(line, tiny)
         yield Tour(folder, said)
+
+
+def _commands(block: str) -> list[str]:
+    """The commands of a block; a line that ends in a backslash goes on in the next."""
+    return block.replace("\\\n", "").splitlines()
 
 
 def _run(line: str, tiny: Path) -> str:
@@ -86,12 +91,13 @@ def _run(line: str, tiny: Path) -> str:
 @needs_package
 def test_the_check_finds_the_two_broken_rows_and_the_copy_is_without_them(tour: Tour) -> None:
     rows = (tour.folder / "my.jsonl").read_text().splitlines()
-    assert len(list((tour.folder / "pictures").glob("*.png"))) == len(list((tour.folder / "pictures").glob("*.txt"))) == 400
+    assert len(rows) == 2 * 1000 + 2 and len((tour.folder / "test.jsonl").read_text().splitlines()) == 2 * 100
+    assert len(list((tour.folder / "pictures").glob("*.png"))) == len(list((tour.folder / "pictures").glob("*.txt"))) == 1000
     found = tour.output("mipha check ./my.jsonl --recipe")
     assert "my.jsonl is read as table" in found and "2 errors, 0 warnings" in found and "guessed without the image" in found
-    assert f"error 1 {len(rows) - 2} missing image files" in found and f"error 1 {len(rows) - 1} rows that are no conversation" in found
-    page = (tour.folder / "report.html").read_text(encoding="utf-8")
-    assert "gone.png" in page and "what is the blue shape?" in page
+    assert "error 1 2000 missing image files" in found and "error 1 2001 rows that are no conversation" in found
+    page = html.unescape(re.sub("<[^>]*>", "", (tour.folder / "report.html").read_text(encoding="utf-8")))
+    assert "pictures/gone.png" in page and f"{json.loads(rows[0])['question']}<|im_end|>" in page
     assert (tour.folder / "clean.jsonl").read_text().splitlines() == rows[:-2]
     assert len((tour.folder / "clean.jsonl.changes.txt").read_text().splitlines()) == 2
     again = tour.output("mipha check ./clean.jsonl")
@@ -111,10 +117,9 @@ def test_a_row_is_shown_with_its_picture(tour: Tour) -> None:
 @needs_package
 def test_the_trained_model_is_asked_and_chats(tour: Tour) -> None:
     assert "/mine/finetune" in tour.output("mipha train quickstart -o runs/mine")
-    num_rows = len((tour.folder / "test.jsonl").read_text().splitlines())
     scores = re.findall(r"(pictures|grey): (\d+) of (\d+) right", tour.output("python ask.py"))
     assert [name for name, *_ in scores] == ["pictures", "grey"]
-    assert all(0 <= int(num_right) <= num_rows == int(total) for _, num_right, total in scores)
+    assert all(0 <= int(num_right) <= int(total) == 200 for _, num_right, total in scores)
     _, answer, *_ = tour.output("mipha chat").split("> ")
     assert answer.strip() and "no image" not in answer
 
@@ -124,18 +129,18 @@ def test_a_mixture_counts_its_sources(tour: Tour) -> None:
     steps = [json.loads(line) for line in (tour.folder / "runs/mixed/finetune/metrics.jsonl").read_text().splitlines()]
     shown = {source: sum(step[f"samples/{source}"] for step in steps) for source in ("clean.jsonl", "easy_vqa")}
     assert sum(shown.values()) == sum(step["samples"] for step in steps)
-    assert shown["clean.jsonl"] > shown["easy_vqa"] > 0  # two of each row, some 2,660, against 500
+    assert shown["clean.jsonl"] > shown["easy_vqa"] > 0  # 4,000 against 500 in an epoch
 
 
 def test_the_commands_fit_the_quickstart_which_they_name() -> None:
-    trained = [shlex.split(line, comments=True) for line in COMMANDS if line.startswith("mipha train quickstart")]
+    commands = [line for language, block in BLOCKS if language == "bash" for line in _commands(block)]
+    trained = [shlex.split(line, comments=True) for line in commands if line.startswith("mipha train quickstart")]
     assert len(trained) == 2
     for words in trained:
         recipe = load_recipe("quickstart").override(*words[5:])
         assert str(recipe.stages.finetune.data[0].root) == "clean.jsonl"
-    assert not re.search(r"`(mipha|python) ", re.sub(r"^```.*?^```$", "", TEXT, flags=re.DOTALL | re.MULTILINE)), (
-        "a command outside a block"
-    )
+    outside_blocks = re.sub(r"^```.*?^```$", "", TEXT, flags=re.DOTALL | re.MULTILINE)
+    assert not re.search("`(mipha|python) ", outside_blocks), "a command that is not run here"
 
 
 def test_the_formats_are_read_as_the_table_says(tmp_path: Path) -> None:
