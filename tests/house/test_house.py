@@ -56,7 +56,7 @@ def test_imports_point_down(path: Path) -> None:
     room = room_of(path)
     if room == "__init__":
         return  # the public names, loaded on first use
-    assert room in LAYER, f"{room} is in no layer: give it one in DESIGN and here"
+    assert room in LAYER, f"{room} is in no layer: give it one in CONTRIBUTING.md and here"
     assert wrong_imports(room, path.read_text(encoding="utf-8")) == []
 
 

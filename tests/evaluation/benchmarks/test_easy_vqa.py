@@ -45,7 +45,7 @@ def test_every_official_question_is_asked_once_with_its_picture(official: list[Q
 
 @packaged
 def test_baselines_are_the_published_ones(official: list[Question]) -> None:
-    """Source: spec/assets.md: majority 37.3 %; question only 67.0 %, of it yes/no 82.5, shape 34.8, colour 12.0."""
+    """Counted once from the published files: majority 37.3 %; question only 67.0 %, of it yes/no 82.5, shape 34.8, colour 12.0."""
     majority = by_name(score(official, majority_baseline(official)))
     assert round(majority["accuracy"].value, 1) == 37.3
     blind = by_name(score(official, question_only_baseline(official)))
