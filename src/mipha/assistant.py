@@ -162,9 +162,7 @@ class Chat:
     def ask(self, question: str, *, max_new_tokens: int = 256) -> Iterator[str]:
         """The answer to the next question, piece by piece; read to its end, it becomes part of the conversation."""
         assistant, tokenizer = self.assistant, self.assistant.processor.tokenizer
-        _check_question(question)
-        text = f"{IMAGE}\n{question}" if self.image is not None and not self.messages else question
-        messages = [*self.messages, Message("user", text)]
+        messages = [*self.messages, _ask(question, has_image=self.image is not None and not self.messages)]
         ids = assistant.prompt_ids(messages)
         inputs = self._reuse(ids)
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=600)
@@ -252,7 +250,8 @@ def render_prompt(processor: LlavaProcessor, question: str, has_image: bool) -> 
 
 
 def _ask(question: str, has_image: bool) -> Message:
-    _check_question(question)
+    if IMAGE in question:
+        raise ValueError(f"question {question!r} holds {IMAGE}: leave it out, the image is put in front")
     return Message("user", f"{IMAGE}\n{question}" if has_image else question)
 
 
@@ -264,11 +263,6 @@ def _templated(processor: LlavaProcessor, messages: Sequence[Message], tokenize:
         tokenize=tokenize,
         return_dict=False,
     )
-
-
-def _check_question(question: str) -> None:
-    if IMAGE in question:
-        raise ValueError(f"question {question!r} holds {IMAGE}: leave it out, the image is put in front")
 
 
 def _batches(order: Sequence[int], keys: Sequence[str], batch_size: int) -> Iterator[list[int]]:

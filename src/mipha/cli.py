@@ -152,7 +152,8 @@ def evaluate(
     results = measure(run, names, data_root, batch_size, limit, split, out, blind=blind, judge=grader)
     print_results(results)
     if out is None and _is_first():
-        write_model_card(open_run(run).final_checkpoint(), open_run(run))  # with these scores
+        evaluated = open_run(run)
+        write_model_card(evaluated.final_checkpoint(), evaluated)  # with these scores
     if any(result.n_failed for result in results):
         raise typer.Exit(1)
 
@@ -185,7 +186,7 @@ def score(
 def compare(
     first: Annotated[Path, typer.Argument(metavar="A", help="A run, a folder of results, or a file of `mipha score --json`.")],
     second: Annotated[Path, typer.Argument(metavar="B", help="The same, of the model to compare with.")],
-    paired: Annotated[bool, typer.Option("--paired", help="Question by question: differences with intervals and p-values.")] = True,
+    paired: Annotated[bool, typer.Option("--paired", help="Question by question; so far the only way, with or without this.")] = True,
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the comparison to a file too.")] = None,
 ) -> None:
     """Compare two models on the questions that both answered: A minus B."""
