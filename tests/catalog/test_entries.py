@@ -23,7 +23,7 @@ PAPER_LANGUAGE_MODELS = {"phi-2", "phi-1.5", "gemma-2b", "qwen1.5-1.8b", "stable
 def test_an_entry_says_where_and_whence(name: str) -> None:
     entry = PARTS[name]
     packaged = entry.path.removeprefix("packaged:")
-    assert packaged in PACKAGED if packaged != entry.path else re.fullmatch(r"[\w-]+/[\w.-]+", entry.path)
+    assert packaged in PACKAGED if packaged != entry.path else re.fullmatch(r"untrained|[\w-]+/[\w.-]+", entry.path)
     assert entry.licence and entry.source
     assert re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name)
 

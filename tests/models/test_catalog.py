@@ -58,6 +58,9 @@ TOWER_FACTS = {
     "dinov2-small-lvd142m": (22_056_576, 37 * 37),
     "dinov2-small": (22_056_576 - 384, 37 * 37),  # the packaged one has no mask token
     "vit-large-in21k": (304_351_232, 14 * 14),
+    # a layer is 4 (w w + w) of attention, 2 w m + m + w of MLP and 4 w of norms, w = 192 and m = 768; then patches, 25 positions, the norm
+    "siglip-tiny-untrained": (3_232_128, 5 * 5),
+    "vit-tiny-untrained": (2_824_896, 5 * 5),
     "siglip2-so400m-384": (428_225_600, 27 * 27),
     "siglip2-so400m-patch16-384": (428_256_704, 24 * 24),
     "siglip2-base-224": (92_884_224, 14 * 14),

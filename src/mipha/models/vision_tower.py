@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     BaseImageProcessor,
     CLIPVisionModel,
     Dinov2Config,
@@ -19,6 +20,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from mipha.catalog.full_size import part_config
 from mipha.catalog.vision_towers import VISION_TOWERS
 from mipha.models.folders import load_weights, locate, model_type, reading
 from mipha.models.resolution import checked_image_size, resize_positions
@@ -49,6 +51,10 @@ def load_vision_tower(recipe: ModelRecipe, dtype: torch.dtype) -> tuple[PreTrain
     """
     name = recipe.vision_tower
     entry = VISION_TOWERS.get(name)
+    if entry and entry.path == "untrained":
+        config = AutoConfig.for_model(**part_config(name))
+        tower = TOWERS[config.model_type]._from_config(config, dtype=dtype)
+        return fit_tower(tower, recipe.feature_layer, recipe.image_size, recipe.post_layernorm), [0.5] * 3, [0.5] * 3
     folder = locate(name, entry.path if entry else name, "vision tower", list(VISION_TOWERS))
     with reading(folder, "vision tower", name):
         kind = model_type(folder)
