@@ -41,10 +41,10 @@ VISION_TOWERS: dict[str, VisionTowerEntry] = {
     ),
     # trained by nobody: what a pretrained tower is worth is told by one that is not, and llama.cpp runs a SigLIP
     "siglip-tiny-untrained": VisionTowerEntry(
-        "untrained", "Apache-2.0", "6 layers of width 192 from nothing, for pictures of 70 pixels: the width and heads of DeiT-Ti, arXiv:2012.12877"
+        "untrained", "Apache-2.0", "for pictures of 70 pixels; width and heads of DeiT-Ti, arXiv:2012.12877, half its layers"
     ),
     "vit-tiny-untrained": VisionTowerEntry(
-        "untrained", "Apache-2.0", "6 layers of width 192 from nothing, for pictures of 70 pixels: the width and heads of DeiT-Ti, arXiv:2012.12877"
+        "untrained", "Apache-2.0", "for pictures of 70 pixels; width and heads of DeiT-Ti, arXiv:2012.12877, half its layers"
     ),
     # relatives and successors
     "dinov2-small-lvd142m": VisionTowerEntry("facebook/dinov2-small", "Apache-2.0", "DINOv2 as published, arXiv:2304.07193"),
