@@ -19,7 +19,7 @@ LAYERS = (
     {"assistant", "comparison"},
     {"training", "evaluation", "alignment", "deploy", "integrations"},
     {"studies", "quickstart"},
-    {"cli", "cli_data", "__main__"},
+    {"cli", "__main__"},
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
 CLOSED = {1, 3}

@@ -40,7 +40,7 @@ def plot_metrics(metrics_jsonl: Path, png: Path) -> None:
     steps = [row["step"] for row in rows]
     losses = np.array([row["loss"] for row in rows], dtype=float)
     width = max(1, len(rows) // 20)
-    figure = _figure(6.4, 4.2)
+    figure = new_figure(6.4, 4.2)
     top, bottom = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [4, 1], "hspace": 0.12})
     top.plot(steps, losses, color=BLUE, linewidth=0.8, alpha=0.35)
     top.plot(steps, _smoothed(losses, width), color=BLUE, linewidth=2)
@@ -64,7 +64,7 @@ def plot_metrics(metrics_jsonl: Path, png: Path) -> None:
         axes.grid(axis="y", color=FAINT, linewidth=0.8)
         axes.margins(x=0.01)
     figure.align_ylabels()
-    _save(figure, png)
+    save_figure(figure, png)
 
 
 def contact_sheet(items: Sequence[tuple[Image, str, str, str | None]], png: Path) -> None:
@@ -82,7 +82,7 @@ def contact_sheet(items: Sequence[tuple[Image, str, str, str | None]], png: Path
         raise ValueError("a contact sheet needs at least one picture, got none")
     columns = min(len(items), 5)
     num_rows = -(-len(items) // columns)
-    figure = _figure(2.35 * columns, 3.75 * num_rows)
+    figure = new_figure(2.35 * columns, 3.75 * num_rows)
     for axes in figure.subplots(num_rows, columns, squeeze=False).flat:
         axes.set_axis_off()
     asked = [_wrapped(question, 30, 3) for _, question, _, _ in items]
@@ -102,7 +102,7 @@ def contact_sheet(items: Sequence[tuple[Image, str, str, str | None]], png: Path
         if right is False:
             _caption(axes, below + 1.2 * (said.count("\n") + 1), _wrapped(f"published: {gold}", 30, 2), color=GREY, fontsize=9)
     figure.subplots_adjust(left=0.01, right=0.99, top=0.98, bottom=0.02, wspace=0.12, hspace=0.02)
-    _save(figure, png)
+    save_figure(figure, png)
 
 
 def _plot_learning_rates(axes: Axes, rows: list[dict[str, Any]], steps: list[int]) -> None:
@@ -146,7 +146,7 @@ def _caption(axes: Axes, line: float, text: str, **style: Any) -> None:
     axes.annotate(text, (0, 0), (0, -7 - 13.5 * line), **place, **style)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """A figure of its own, in inches; pyplot would keep every figure alive and pick a window system."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -165,7 +165,18 @@ def _clean(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
-def _save(figure: Figure, png: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure whole.
+
+    Args:
+        path: `.png` or `.svg`.
+
+    Raises:
+        ValueError: Another ending.
+    """
+    form = path.suffix.removeprefix(".")
+    if form not in ("png", "svg"):
+        raise ValueError(f"a figure is .png or .svg, not {path.name}")
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight", pad_inches=0.15)
-    write_whole(png, buffer.getvalue())
+    figure.savefig(buffer, format=form, dpi=150, bbox_inches="tight", pad_inches=0.15)
+    write_whole(path, buffer.getvalue())

@@ -1,4 +1,4 @@
-"""The verbs that look at data; registered in `mipha.cli`."""
+"""The verbs that look at data."""
 
 from __future__ import annotations
 

@@ -1,0 +1,79 @@
+"""The program `mipha`: its verbs in one list, and what a user can mend in one sentence."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from mipha.cli import catalog, data, deployment, results, training
+
+
+class _Verbs(TyperGroup):
+    """Every verb in one place that turns what a user can mend into one sentence, without a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # our own bars say what takes long
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo("\nstopped; run the same command again to go on", err=True)
+            raise typer.Exit(130) from None
+        except Exception as error:
+            sentence = None if ctx.params.get("debug") else _sentence(error)
+            if sentence is None:
+                raise
+            typer.echo(f"mipha: {sentence}", err=True)
+            raise typer.Exit(2) from error
+
+
+app = typer.Typer(cls=_Verbs, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+
+@app.callback()
+def _options(debug: Annotated[bool, typer.Option("--debug", envvar="MIPHA_DEBUG", help="Show tracebacks.")] = False) -> None:
+    """Build, train and evaluate multimodal small language models: a vision tower, a projector, a small language model."""
+
+
+app.command("list")(catalog.list_names)
+app.command()(catalog.show)
+app.command()(data.check)
+app.command()(training.train)
+app.command()(results.evaluate)
+app.command()(results.score)
+app.command()(results.compare)
+app.command("import")(deployment.import_checkpoint)
+app.command()(deployment.verify)
+app.command()(deployment.export)
+app.command()(deployment.chat)
+app.command()(training.quickstart)
+
+
+def main() -> None:
+    """Entry point of the `mipha` program."""
+    app()
+
+
+def _sentence(error: Exception) -> str | None:
+    """What went wrong, for what a user can mend; None for our own mistakes, which keep their traceback."""
+    if isinstance(error, ModuleNotFoundError):
+        if (error.name or "").partition(".")[0] == "mipha":
+            return None
+        bare = str(error).startswith("No module named")
+        return f"the package {error.name!r} is not installed: pip install {error.name}" if bare else str(error)
+    if isinstance(error, BrokenPipeError):
+        return None
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full ({error.filename or 'no space left'}): free some space and run the same command again to go on"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    if isinstance(error, (ValueError, OSError, FloatingPointError)):
+        return str(error)
+    # Torch is not imported for the name's sake.
+    if type(error).__name__ == "OutOfMemoryError":
+        return "the accelerator's memory is full: lower --batch-size (evaluate), or micro_batch_rows or row_tokens (train)"
+    return None

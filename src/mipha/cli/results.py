@@ -1,0 +1,146 @@
+"""The verbs that measure and compare."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mipha.cli.arguments import Model, is_first
+
+if TYPE_CHECKING:
+    from mipha.evaluation.benchmark import Judge
+
+JudgeUrl = Annotated[
+    str | None, typer.Option("--judge", help="Base URL of an OpenAI-compatible server that grades; key in $MIPHA_JUDGE_KEY.")
+]
+JudgeModel = Annotated[str | None, typer.Option(help="Name of the judge's model.")]
+JudgeReplies = Annotated[Path | None, typer.Option(help="Recorded replies of a judge, in place of one.")]
+
+
+def evaluate(
+    run: Model,
+    benchmarks: Annotated[list[str], typer.Option("-b", "--benchmarks", help="Names, with commas or several -b.")],
+    data_root: Annotated[Path | None, typer.Option(help="The benchmark's folder; with several, the folder above them.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Questions a forward pass.")] = 16,
+    limit: Annotated[int | None, typer.Option(help="Ask the first N questions only.")] = None,
+    split: Annotated[str | None, typer.Option(help="Another split than the benchmark's own.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Where results go, if not into the run.")] = None,
+    blind: Annotated[bool, typer.Option("--blind", help="Show grey in place of every picture.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check the files, and show three prompts a benchmark.")] = False,
+    judge: JudgeUrl = None,
+    judge_model: JudgeModel = None,
+    judge_replies: JudgeReplies = None,
+) -> None:
+    """Measure a model; exit code 1 if a question failed."""
+    from mipha.deploy.model_card import write_model_card
+    from mipha.evaluation.evaluate import evaluate as measure
+    from mipha.evaluation.evaluate import plan
+    from mipha.evaluation.tables import print_plan, print_results
+    from mipha.run import open_run
+
+    names = [name.strip() for group in benchmarks for name in group.split(",") if name.strip()]
+    if dry_run:
+        print_plan(plan(names, data_root, split), run)
+        return
+    grader = _judge(judge, judge_model, judge_replies, out or run)
+    results = measure(run, names, data_root, batch_size, limit, split, out, blind=blind, judge=grader)
+    print_results(results)
+    if out is None and is_first():
+        evaluated = open_run(run)
+        write_model_card(evaluated.final_checkpoint(), evaluated)  # with these scores
+    if any(result.n_failed for result in results):
+        raise typer.Exit(1)
+
+
+def score(
+    benchmark: Annotated[str, typer.Argument(help="A benchmark's name.")],
+    annotations: Annotated[Path, typer.Option(help="Official annotation file, or the folder with the official files.")],
+    predictions: Annotated[Path, typer.Option(help='A line {"question_id": ..., "text": ...} a question, in any order.')],
+    json_out: Annotated[Path, typer.Option("--json", help="Where the scores go.")],
+    judge: JudgeUrl = None,
+    judge_model: JudgeModel = None,
+    judge_replies: JudgeReplies = None,
+) -> None:
+    """Score any model's predictions; needs neither the model nor the images."""
+    import json
+
+    from mipha.evaluation.benchmark import load_benchmark
+    from mipha.evaluation.score import score_file
+    from mipha.evaluation.tables import print_scored
+    from mipha.run import write_whole
+
+    grader = _judge(judge, judge_model, judge_replies, json_out.parent)
+    content = score_file(load_benchmark(benchmark), annotations, predictions, grader)
+    write_whole(json_out, json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n")
+    print_scored(content)
+
+
+def compare(
+    runs: Annotated[
+        list[Path] | None, typer.Argument(metavar="RUN...", help="Runs, folders of results, or (paired) files of `mipha score --json`.")
+    ] = None,
+    published: Annotated[list[str] | None, typer.Option(help="Published models beside them, with commas: Mipha-3B,LLaVA-1.5-7B.")] = None,
+    paired: Annotated[bool, typer.Option("--paired", help="Two runs, question by question: differences, A minus B.")] = False,
+    out: Annotated[list[Path] | None, typer.Option("-o", "--out", help="Also write .md, .csv, .tex, or a radar as .png or .svg.")] = None,
+    json_out: Annotated[Path | None, typer.Option("--json", help="With --paired: write the comparison to a file too.")] = None,
+) -> None:
+    """Put runs and published models side by side, or compare two runs question by question."""
+    if paired:
+        if len(runs or ()) != 2 or published or out:
+            raise ValueError("--paired compares two runs and nothing else: give A and B, and --json for a file")
+        _compare_paired(runs[0], runs[1], json_out)
+        return
+    if json_out:
+        raise ValueError("--json is for --paired: write a table with -o table.csv")
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from mipha.comparison.radar import draw_radar
+    from mipha.comparison.results import measured
+    from mipha.comparison.results import published as published_row
+    from mipha.comparison.tables import FORM_OF, render
+    from mipha.run import write_whole
+
+    names = [name.strip() for group in published or () for name in group.split(",") if name.strip()]
+    rows = [*map(published_row, names), *map(measured, runs or ())]
+    table = render(rows)
+    for path in out or ():
+        if path.suffix in (".png", ".svg"):
+            draw_radar(rows, path)
+        elif path.suffix in FORM_OF:
+            write_whole(path, render(rows, FORM_OF[path.suffix]))
+        else:
+            raise ValueError(f"{path}: a comparison is written as {', '.join(FORM_OF)}, .png or .svg")
+    Console().print(Markdown(table))
+
+
+def _compare_paired(first: Path, second: Path, json_out: Path | None) -> None:
+    import json
+    from dataclasses import asdict
+
+    from mipha.evaluation.paired import compare_paired
+    from mipha.evaluation.tables import print_paired
+    from mipha.run import write_whole
+
+    rows = compare_paired(first, second)
+    if json_out:
+        write_whole(json_out, json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+    print_paired(rows)
+
+
+def _judge(url: str | None, model: str | None, replies: Path | None, folder: Path) -> Judge | None:
+    """The judge that the options ask for."""
+    from mipha.evaluation.judge import Endpoint, Replay
+
+    if replies is not None and url is not None:
+        raise ValueError("--judge-replies and --judge are two judges: give one")
+    if replies is not None:
+        return Replay(replies)
+    if url is None:
+        return None
+    if model is None:
+        raise ValueError("--judge needs --judge-model, the name of a model that the server has")
+    return Endpoint(url, model, os.environ.get("MIPHA_JUDGE_KEY"), record=folder / "judge-replies.jsonl")

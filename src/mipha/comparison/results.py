@@ -1,0 +1,156 @@
+"""Numbers side by side: rows of published tables and of our own runs, with one name a benchmark; an absent number stays absent."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from mipha.lookup import did_you_mean
+from mipha.run import model_folder
+
+PUBLISHED = Path(__file__).parents[1] / "catalog" / "published"
+
+FACTS = ("language_model", "resolution", "pretrain_data", "finetune_data")
+"""Columns that say what a model is, where a table has them."""
+
+TITLES = {
+    "vqav2": "VQAv2",
+    "gqa": "GQA",
+    "vizwiz": "VizWiz",
+    "scienceqa": "SQA-I",
+    "textvqa": "VQA-T",
+    "pope": "POPE",
+    "mme": "MME-P",
+    "mme_cognition": "MME-C",
+    "mmbench": "MMB",
+    "mmbench_cn": "MMB-CN",
+    "seedbench": "SEED-I",
+    "mmvet": "MM-Vet",
+    "language_model": "LM",
+    "resolution": "Res.",
+    "pretrain_data": "PT",
+    "finetune_data": "IT",
+}
+"""How the paper heads its columns."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number.
+
+    Args:
+        value: In the metric's unit.
+        printed: As it is shown, footnote marks included.
+        low: Lower end of its 95 % interval, where it is known.
+        high: Upper end.
+    """
+
+    value: float
+    printed: str
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model.
+
+    Args:
+        name: Its one name.
+        facts: What it is; only what is known.
+        cells: Benchmark to number; only what was measured.
+        group: Part of the table that it stands in.
+    """
+
+    name: str
+    facts: dict[str, str]
+    cells: dict[str, Cell]
+    group: str = ""
+
+
+@cache
+def published_table(number: int) -> tuple[Row, ...]:
+    """A table of the Mipha paper, 1 to 4, row by row as printed.
+
+    Raises:
+        ValueError: No such table.
+    """
+    path = PUBLISHED / f"table-{number}.csv"
+    if not path.is_file():
+        raise ValueError(f"the paper has no table of results {number}: 1 to 4")
+    with path.open(encoding="utf-8", newline="") as file:
+        return tuple(_row(record) for record in csv.DictReader(file))
+
+
+def published(name: str) -> Row:
+    """A published model with the numbers of all tables that list it.
+
+    Raises:
+        ValueError: No table does.
+    """
+    found = [row for number in (2, 3, 4) for row in published_table(number) if row.name.lower() == name.lower()]
+    if not found:
+        known = list(dict.fromkeys(row.name for number in (2, 3, 4) for row in published_table(number)))
+        raise ValueError(f"no published model {name!r}: {did_you_mean(name, known)} of {', '.join(known)}")
+    facts = {key: value for row in reversed(found) for key, value in row.facts.items()}
+    cells = {key: cell for row in reversed(found) for key, cell in row.cells.items()}
+    return Row(found[0].name, facts, cells, found[0].group)
+
+
+def measured(folder: Path) -> Row:
+    """The headline scores of a run, or of a folder that `mipha evaluate -o` wrote, with their intervals.
+
+    Answers given blind, and those to a part of the questions, are marked or left out: `~` an incomplete set, blind ones are no score.
+
+    Raises:
+        FileNotFoundError: No scores.
+    """
+    root = folder / "evaluation" if (folder / "evaluation").is_dir() else folder
+    cells: dict[str, Cell] = {}
+    for file in sorted(root.glob("*/scores.json")):
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if content["blind"] or not content["scores"]:
+            continue
+        mark = "" if content["complete"] else "~"
+        scores = {score["metric"]: _cell(score, mark) for score in content["scores"]}
+        cells[file.parent.name] = next(iter(scores.values()))
+        if content["benchmark"] == "mme" and "cognition" in scores:  # the paper's tables give both sums
+            cells["mme_cognition"] = scores["cognition"]
+    if not cells:
+        raise FileNotFoundError(f"{folder} has no scores: make them with `mipha evaluate {folder} -b ...`")
+    return Row(folder.resolve().name, _facts(folder), cells, "ours")
+
+
+def columns_of(rows: Sequence[Row]) -> list[str]:
+    """Benchmarks that a row has a number of: those of the paper in its order, then others."""
+    present = {name for row in rows for name in row.cells}
+    return [name for name in TITLES if name in present] + sorted(present - set(TITLES))
+
+
+def best_of(rows: Iterable[Row], column: str) -> float | None:
+    """The highest number of a column; null where there is none."""
+    return max((row.cells[column].value for row in rows if column in row.cells), default=None)
+
+
+def _row(record: dict[str, str]) -> Row:
+    facts = {key: record[key] for key in FACTS if record.get(key, "-") != "-"}
+    numbers = {key: value for key, value in record.items() if key not in ("name", "method", "group", *FACTS) and value != "-"}
+    cells = {key: Cell(float(value.rstrip("*†")), value) for key, value in numbers.items()}
+    return Row(record["name"], facts, cells, record.get("group", ""))
+
+
+def _cell(score: dict[str, float], mark: str) -> Cell:
+    return Cell(score["value"], f"{score['value']:.1f}{mark}", score.get("low"), score.get("high"))
+
+
+def _facts(folder: Path) -> dict[str, str]:
+    """What the model of a run is; nothing where the folder holds scores alone."""
+    try:
+        config = json.loads((model_folder(folder) / "config.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return {"language_model": config["text_config"]["model_type"], "resolution": str(config["vision_config"]["image_size"])}

@@ -1,0 +1,79 @@
+"""Rows as Markdown, CSV and LaTeX: one table, the best number of each column marked."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+
+from mipha.comparison.results import FACTS, TITLES, Row, best_of, columns_of
+
+FORM_OF = {".md": "markdown", ".csv": "csv", ".tex": "latex"}
+"""File ending to form."""
+
+
+def render(rows: Sequence[Row], form: str = "markdown") -> str:
+    """The table as text.
+
+    Args:
+        rows: In the order of the table.
+        form: markdown, csv or latex. CSV has plain numbers, with footnote marks and intervals in columns of their own; the others show
+            `-` for what is absent and the best number of each column in bold.
+
+    Raises:
+        ValueError: No such form, or no rows.
+    """
+    if not rows:
+        raise ValueError("a table of no rows: give at least one run or published model")
+    if form not in FORM_OF.values():
+        raise ValueError(f"no form {form!r}: use {', '.join(FORM_OF.values())}")
+    return _csv(rows) if form == "csv" else _markdown(rows) if form == "markdown" else _latex(rows)
+
+
+def _cells(rows: Sequence[Row], bold: str) -> tuple[list[str], list[list[str]]]:
+    """Header and body as shown."""
+    facts = [key for key in FACTS if any(key in row.facts for row in rows)]
+    columns = columns_of(rows)
+    best = {column: best_of(rows, column) for column in columns}
+    body = []
+    for row in rows:
+        cells = [row.cells.get(column) for column in columns]
+        shown = [
+            "-" if cell is None else bold.format(cell.printed) if cell.value == best[column] and len(rows) > 1 else cell.printed
+            for column, cell in zip(columns, cells, strict=True)
+        ]
+        body.append([row.name, *(row.facts.get(key, "-") for key in facts), *shown])
+    return ["model", *(TITLES.get(key, key) for key in (*facts, *columns))], body
+
+
+def _markdown(rows: Sequence[Row]) -> str:
+    header, body = _cells(rows, "**{}**")
+    # An asterisk that marks a footnote would end the bold text that it stands in.
+    body = [[cell.replace("***", "**\\*") if cell.endswith("***") else cell for cell in line] for line in body]
+    lines = [header, ["---"] + ["--:"] * (len(header) - 1), *body]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _latex(rows: Sequence[Row]) -> str:
+    header, body = _cells(rows, r"\textbf{{{}}}")
+    escape = str.maketrans({"_": r"\_", "%": r"\%", "&": r"\&", "†": r"$^\dagger$", "~": r"$\sim$", "*": r"$^*$"})
+    lines = [" & ".join(cell.translate(escape) for cell in line) + r" \\" for line in body]
+    top = " & ".join(cell.translate(escape) for cell in header) + r" \\"
+    rows_of = "\n".join(lines)
+    return f"\\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}\n\\toprule\n{top}\n\\midrule\n{rows_of}\n\\bottomrule\n\\end{{tabular}}\n"
+
+
+def _csv(rows: Sequence[Row]) -> str:
+    facts = [key for key in FACTS if any(key in row.facts for row in rows)]
+    columns = columns_of(rows)
+    known = [column for column in columns if any(row.cells[column].low is not None for row in rows if column in row.cells)]
+    header = ["name", *facts, *columns, *(f"{column}_{end}" for column in known for end in ("low", "high")), "footnotes"]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, header, restval="", lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        ends = {f"{c}_{end}": getattr(row.cells[c], end) for c in known if c in row.cells for end in ("low", "high")}
+        marks = {column: cell.printed.lstrip("0123456789.") for column, cell in row.cells.items()}
+        notes = "; ".join(f"{column} {mark}" for column, mark in marks.items() if mark)
+        writer.writerow({"name": row.name, **row.facts, **{c: cell.value for c, cell in row.cells.items()}, **ends, "footnotes": notes})
+    return text.getvalue()

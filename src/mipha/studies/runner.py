@@ -1,0 +1,262 @@
+"""Train and measure what a study lacks: one process a run, as many at a time as there are slots; killed, it goes on where it stopped.
+
+DIR/study.yaml              the study as it was asked for, and `asked.json`: scale and digest
+    runs/<variant>/seed-<k> a run folder each
+    logs/                   what each run printed
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from mipha.recipe import STAGES, Recipe
+from mipha.run import create_run, open_run, read_lines, write_whole
+from mipha.studies.study import Measured, Study, pretrain_digest
+
+console = Console()
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a study.
+
+    Args:
+        variant: Its name.
+        seed: Which repeat, from 0.
+        recipe: With that seed.
+        folder: Its run folder.
+    """
+
+    variant: str
+    seed: int
+    recipe: Recipe
+    folder: Path
+
+
+def jobs_of(study: Study, scale: str, out: Path, seeds: int) -> list[Job]:
+    """Every run of a study, seed by seed, so that a study that is stopped has compared all variants as often as it could."""
+    variants = study.variants(scale)
+    return [
+        Job(variant.name, seed, variant.with_seed(seed), out / "runs" / variant.name / f"seed-{seed}")
+        for seed in range(seeds)
+        for variant in variants
+    ]
+
+
+def run_study(study: Study, scale: str, out: Path, seeds: int | None = None, slots: int = 1, slurm: dict[str, str] | None = None) -> Path:
+    """Train and evaluate the runs that are missing.
+
+    Args:
+        study: What is compared.
+        scale: `mini` or `paper`.
+        out: Folder of this study; the same one goes on where it stopped.
+        seeds: Repeats of every variant; null: as the study says. More of them may be asked for later.
+        slots: Runs at a time; with several GPUs each run sees one of them.
+        slurm: Parameters of a SLURM job for submitit, a job a run, in place of processes on this machine.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: The folder holds another study, or a run in it was made with another recipe.
+        RuntimeError: Runs failed; names their logs. The others were finished.
+    """
+    size = study.scale(scale)
+    _claim(study, scale, out)
+    jobs = jobs_of(study, scale, out, seeds or size.seeds)
+    for job in jobs:
+        create_run(job.folder, job.recipe)  # refuses a run of another recipe, before anything is trained
+    missing = [job for job in jobs if not _is_done(job, size.evaluate)]
+    console.print(f"{study.title}: {len(jobs)} runs, {len(jobs) - len(missing)} of them done")
+    with _progress(jobs) as watch:
+        failed = _run_all(missing, jobs, size.evaluate, out, slots, slurm, watch)
+    if failed:
+        logs = ", ".join(str(_log(out, job)) for job in failed)
+        raise RuntimeError(f"{len(failed)} of {len(jobs)} runs failed: see {logs}, mend it and run the same command again")
+    return out
+
+
+def make(job: Job, measured: Iterable[Measured], log: Path, environment: dict[str, str]) -> None:
+    """Train and evaluate one run in processes of its own: what one leaves in memory is not the next one's.
+
+    Raises:
+        CalledProcessError: It failed; the log says why.
+    """
+    program = [sys.executable, "-m", "mipha"]
+    commands = [] if open_run(job.folder).is_finished("finetune") else [["train", str(job.folder / "recipe.yaml"), "-o", str(job.folder)]]
+    for wanted in measured:
+        options = {"--data-root": wanted.data_root, "--split": wanted.split, "--limit": wanted.limit}
+        given = [part for key, value in options.items() if value is not None for part in (key, str(value))]
+        commands.append(["evaluate", str(job.folder), "-b", wanted.benchmark, *given])
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        for command in commands:
+            subprocess.run([*program, *command], check=True, stdout=file, stderr=file, env=os.environ | environment)
+
+
+def adopt_pretrain(donor: Path, folder: Path) -> None:
+    """Give a run the first stage that another run of the same parts, data and seed has made; files are shared where the disk can."""
+    source, target = open_run(donor), open_run(folder)
+    beside = target.stage("pretrain").with_name(".pretrain.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    shutil.copytree(source.stage("pretrain"), beside, copy_function=_link, ignore=shutil.ignore_patterns("states"))
+    content = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+    content["pretrain"] = f"of {donor.parent.name}, {donor.name}"
+    content["data"] = {**json.loads((donor / "provenance.json").read_text(encoding="utf-8")).get("data", {}), **content.get("data", {})}
+    write_whole(folder / "provenance.json", json.dumps(content, indent=2) + "\n")
+    beside.rename(target.stage("pretrain"))
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system
+        shutil.copy2(source, target)
+
+
+def _claim(study: Study, scale: str, out: Path) -> None:
+    asked = {"study": study.name, "scale": scale, "digest": study.digest(scale)}
+    path = out / "asked.json"
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if found != asked:
+            raise ValueError(
+                f"{out} holds study {found['study']} at scale {found['scale']} ({found['digest']}), not {study.name} at scale {scale} "
+                f"({asked['digest']}): choose another -o"
+            )
+    elif out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty and holds no study: choose another -o")
+    write_whole(out / "study.yaml", yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, width=120))
+    write_whole(path, json.dumps(asked) + "\n")
+
+
+def _is_done(job: Job, measured: Iterable[Measured]) -> bool:
+    run = open_run(job.folder)
+    return run.is_finished("finetune") and all(_is_measured(run.folder, wanted) for wanted in measured)
+
+
+def _is_measured(folder: Path, wanted: Measured) -> bool:
+    """Whether the benchmark's scores are there, over as many questions as the study asks."""
+    for file in (folder / "evaluation").glob("*/scores.json"):
+        found = json.loads(file.read_text(encoding="utf-8"))
+        asked = min(wanted.limit or found["num_questions"], found["num_questions"])
+        same = found["benchmark"] == wanted.benchmark and wanted.split in (None, found["split"]) and not found["blind"]
+        if same and not found["n_failed"] and found["n_asked"] >= asked:
+            return True
+    return False
+
+
+def _log(out: Path, job: Job) -> Path:
+    return out / "logs" / f"{job.variant}-seed-{job.seed}.log"
+
+
+def _run_all(
+    jobs: list[Job],
+    study_jobs: list[Job],
+    measured: tuple[Measured, ...],
+    out: Path,
+    slots: int,
+    slurm: dict | None,
+    watch: Callable[[], None],
+) -> list[Job]:
+    """Run jobs, each when a slot is free and its first stage is its own to train or is there to be shared; returns the failed ones."""
+    waiting, failed = list(jobs), []
+    running: dict[Any, tuple[Job, str | None]] = {}
+    gpus = _gpus(slots) if slurm is None else []
+    with _executor(slots, slurm, out) as submit:
+        while waiting or running:
+            for job in waiting[:]:
+                if slurm is None and len(running) >= slots:
+                    break
+                if not open_run(job.folder).is_finished("pretrain"):
+                    if donor := _donor(job, study_jobs):
+                        adopt_pretrain(donor.folder, job.folder)
+                    elif any(pretrain_digest(other.recipe) == pretrain_digest(job.recipe) for other, _ in running.values()):
+                        continue  # being made: it will be shared
+                gpu = gpus.pop() if gpus else None
+                environment = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
+                running[submit(make, job, measured, _log(out, job), environment)] = (job, gpu)
+                waiting.remove(job)
+            time.sleep(0.5)
+            for future in [future for future in running if future.done()]:
+                job, gpu = running.pop(future)
+                gpus += [gpu] if gpu is not None else []
+                if future.exception():
+                    failed.append(job)
+            watch()
+    return failed
+
+
+def _donor(job: Job, jobs: Iterable[Job]) -> Job | None:
+    """Another run whose finished first stage is this one's too, and was not begun here."""
+    if open_run(job.folder).stage("pretrain").exists():
+        return None
+    wanted = pretrain_digest(job.recipe)
+    same = (other for other in jobs if other is not job and pretrain_digest(other.recipe) == wanted)
+    return next((other for other in same if open_run(other.folder).is_finished("pretrain")), None)
+
+
+def _gpus(slots: int) -> list[str]:
+    """The GPU of each slot, where every run is to see one of several."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        known = [name for name in visible.split(",") if name]
+    else:
+        known = [path.name.removeprefix("nvidia") for path in sorted(Path("/dev").glob("nvidia[0-9]*"))]
+    if slots > 1 and known and slots > len(known):
+        raise ValueError(f"{slots} runs at a time want {slots} GPUs, but {len(known)} are visible: lower --jobs")
+    return known[:slots] if slots > 1 else []
+
+
+@contextmanager
+def _executor(slots: int, slurm: dict[str, str] | None, out: Path) -> Iterator[Callable[..., Any]]:
+    """What starts a job: a thread that waits for its processes, or SLURM."""
+    if slurm is None:
+        with ThreadPoolExecutor(slots) as pool:
+            yield pool.submit
+        return
+    try:
+        import submitit
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("SLURM jobs need submitit: pip install 'mipha-vlm[slurm]'", name="submitit") from error
+    executor = submitit.AutoExecutor(folder=out / "logs" / "slurm")
+    executor.update_parameters(**slurm)
+    yield executor.submit
+
+
+@contextmanager
+def _progress(jobs: list[Job]) -> Iterator[Callable[[], None]]:
+    """A bar over the whole study; the time that is left follows from the pace of this start."""
+    columns = (TextColumn("[bold]{task.description}"), BarColumn(20), TextColumn("{task.completed:.1f} of {task.total} runs"))
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as progress:
+        task = progress.add_task("study", total=len(jobs))
+
+        def watch() -> None:
+            progress.update(task, completed=sum(map(_share_done, jobs)))
+
+        watch()
+        yield watch
+
+
+def _share_done(job: Job) -> float:
+    """How much of a run's training is done, by its optimizer steps where the recipe says how many there are."""
+    run = open_run(job.folder)
+    if run.is_finished("finetune"):
+        return 1.0
+    planned = sum(getattr(job.recipe.stages, stage).max_steps or 0 for stage in STAGES)
+    return min(1.0, sum(1 for stage in STAGES for _ in read_lines(run.metrics(stage))) / planned) if planned else 0.0

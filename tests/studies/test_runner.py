@@ -1,0 +1,91 @@
+"""A study trains what is missing and nothing twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mipha.run import open_run
+from mipha.studies.runner import adopt_pretrain, jobs_of, run_study
+from mipha.studies.study import Study, load_study
+
+
+@pytest.fixture
+def study(tiny_parts, tiny_data: Path, tmp_path: Path) -> Study:
+    """Two ways to tune tiny parts for one step, measured on four questions."""
+    parts = tiny_parts()
+    stage = {
+        "data": {"dataset": "messages", "root": str(tiny_data)},
+        "learning_rate": 1e-3,
+        "batch_size": 4,
+        "max_steps": 1,
+        "row_tokens": 256,
+        "tuning": {"vision_tower": "frozen", "projector": "full", "language_model": "frozen"},
+    }
+    model = {"vision_tower": str(parts.vision_tower), "language_model": str(parts.language_model), "chat_template": "chatml"}
+    recipe = {"name": "tiny", "model": model, "precision": "float32", "stages": {"pretrain": stage, "finetune": stage}}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    axes = {"tuned": {"projector": [], "all": ["stages.finetune.tuning.language_model=full"]}}
+    scale = {"recipe": str(tmp_path / "tiny.yaml"), "axes": axes, "evaluate": [{"benchmark": "easy_vqa", "limit": 4}]}
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump({"name": "own", "title": "Own", "source": "none", "scales": {"mini": scale}}, sort_keys=False))
+    return load_study(path)
+
+
+def test_a_study_runs_shares_its_first_stage_and_does_nothing_twice(study: Study, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run_study(study, "mini", out, slots=1)
+    first, second = (open_run(job.folder) for job in jobs_of(study, "mini", out, 1))
+    for run in (first, second):
+        scores = json.loads((run.evaluation("easy_vqa") / "scores.json").read_text())
+        assert scores["n_asked"] == 4 and scores["n_failed"] == 0
+    # The second run trained its second stage alone.
+    weights = [run.checkpoint("pretrain") / "model.safetensors" for run in (first, second)]
+    assert weights[0].samefile(weights[1])
+    assert json.loads((second.folder / "provenance.json").read_text())["pretrain"] == "of projector, seed-0"
+    assert first.checkpoint("finetune").stat().st_ino != second.checkpoint("finetune").stat().st_ino
+    before = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*")}
+    run_study(study, "mini", out)
+    assert {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*")} == before
+
+
+def test_a_failed_run_is_named_with_its_log(study: Study, tmp_path: Path, tiny_data: Path) -> None:
+    scale = study.scales["mini"].model_copy(update={"evaluate": (study.scales["mini"].evaluate[0].model_copy(update={"split": "tset"}),)})
+    broken = study.model_copy(update={"scales": {"mini": scale.model_copy(update={"axes": {"tuned": {"projector": ()}}})}})
+    with pytest.raises(RuntimeError, match=r"1 of 1 runs failed: see .*projector-seed-0\.log"):
+        run_study(broken, "mini", tmp_path / "out")
+    assert "tset" in (tmp_path / "out" / "logs" / "projector-seed-0.log").read_text()
+
+
+def test_a_folder_of_another_study_is_refused_before_anything_is_trained(study: Study, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "asked.json").write_text(json.dumps({"study": "other", "scale": "mini", "digest": "0"}))
+    with pytest.raises(ValueError, match=r"holds study other at scale mini \(0\), not own .*: choose another -o"):
+        run_study(study, "mini", tmp_path / "out")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("dear")
+    with pytest.raises(ValueError, match="is not empty and holds no study"):
+        run_study(study, "mini", tmp_path / "full")
+
+
+def test_a_run_that_began_its_own_first_stage_adopts_none(study: Study, tmp_path: Path) -> None:
+    from mipha.run import create_run
+    from mipha.studies.runner import _donor
+
+    one, two = jobs_of(study, "mini", tmp_path / "out", 1)
+    for job in (one, two):
+        create_run(job.folder, job.recipe)
+    assert _donor(two, [one, two]) is None, "nobody has finished it"
+    checkpoint = one.folder / "pretrain" / "checkpoint"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "config.json").write_text("{}")
+    (checkpoint / "model.safetensors").write_bytes(b"w")
+    (one.folder / "pretrain" / "states").mkdir()
+    assert _donor(two, [one, two]) == one
+    adopt_pretrain(one.folder, two.folder)
+    assert (two.folder / "pretrain" / "checkpoint" / "model.safetensors").read_bytes() == b"w"
+    assert not (two.folder / "pretrain" / "states").exists()
+    assert _donor(two, [one, two]) is None, "it has one now"

@@ -1,0 +1,95 @@
+"""A study file says what is varied; its variants are recipes; what cannot be meant is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mipha.recipe import load_recipe
+from mipha.studies.study import list_studies, load_study, pretrain_digest
+
+
+@pytest.fixture
+def written(tmp_path: Path):
+    """Write a study with some keys replaced, and load it."""
+
+    def write(**changes: Any):
+        axes = {"tuned": {"projector": ["stages.finetune.tuning.language_model=frozen"], "all": []}}
+        scale = {"recipe": "quickstart", "axes": axes, "evaluate": [{"benchmark": "easy_vqa", "limit": 4}]} | changes.pop("scale", {})
+        tree = {"name": "own", "title": "Own", "source": "none", "scales": {"mini": scale}} | changes
+        path = tmp_path / "own.yaml"
+        path.write_text(yaml.safe_dump(tree, sort_keys=False))
+        return load_study(path)
+
+    return write
+
+
+@pytest.mark.parametrize("name", list_studies())
+def test_every_study_of_the_catalog_has_its_variants_at_each_scale(name: str) -> None:
+    study = load_study(name)
+    assert study.name == name and study.takeaways
+    names = {scale: [variant.name for variant in study.variants(scale)] for scale in study.scales}
+    assert set(names) == {"mini", "paper"}
+    assert study.scales["mini"].seeds >= 3 and "paper" in study.scales["mini"].note
+
+
+def test_variants_are_the_combinations_of_all_axes(written) -> None:
+    axes = {
+        "tuned": {"projector": ["stages.finetune.tuning.language_model=frozen"], "all": []},
+        "rate": {"key": "stages.finetune.learning_rate", "values": [1e-4, 1e-3]},
+    }
+    variants = written(scale={"axes": axes}).variants("mini")
+    assert [(variant.name, variant.number) for variant in variants] == [
+        ("projector-rate=0.0001", 1e-4),
+        ("projector-rate=0.001", 1e-3),
+        ("all-rate=0.0001", 1e-4),
+        ("all-rate=0.001", 1e-3),
+    ]
+    assert variants[1].recipe.stages.finetune.learning_rate == 1e-3
+    assert variants[1].recipe.stages.finetune.tuning.language_model == "frozen"
+    assert variants[2].with_seed(3).seed == load_recipe("quickstart").seed + 3
+
+
+def test_a_first_stage_is_shared_exactly_where_it_is_the_same() -> None:
+    recipe = load_recipe("quickstart")
+    same = recipe.override("stages.finetune.learning_rate=3e-4", "name=other")
+    assert pretrain_digest(same) == pretrain_digest(recipe)
+    for change in ("seed=1", "precision=float32", "model.feature_layer=8", "stages.pretrain.learning_rate=1e-3"):
+        assert pretrain_digest(recipe.override(change)) != pretrain_digest(recipe), change
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        (
+            {"scale": {"axes": {"a": {"x": ["stages.finetune.learning_rte=1"]}}}},
+            r"(?s)variant x: .*learning_rte: unknown key; did you mean learning_rate",
+        ),
+        ({"scale": {"axes": {"a": {"x": [], "y": ["seed=0"]}}}}, "variants x and y are the same: remove one"),
+        ({"takeaways": [{"claim": "c", "source": "s", "better": "al", "than": "projector"}]}, "no variant 'al'; did you mean all"),
+        ({"takeaways": [{"claim": "c", "source": "s", "better": "all", "on_par": ["all", "projector"]}]}, "exactly one of better"),
+        ({"takeaways": [{"claim": "c", "source": "s", "better": "all"}]}, "`than` goes with better"),
+        ({"titel": "x"}, "titel: Extra inputs"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(written, changes: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        written(**changes).variants("mini")
+
+
+def test_unknown_names_are_told() -> None:
+    with pytest.raises(FileNotFoundError, match="no study 'freezin': did you mean freezing"):
+        load_study("freezin")
+    with pytest.raises(ValueError, match="study 'freezing' has no scale 'papr': did you mean paper"):
+        load_study("freezing").variants("papr")
+
+
+def test_the_digest_is_of_what_is_trained_and_measured(written) -> None:
+    study = written()
+    assert written(title="Other words").digest("mini") == study.digest("mini")
+    assert written(scale={"seeds": 5, "note": "n"}).digest("mini") == study.digest("mini")
+    assert written(scale={"overrides": ["stages.finetune.max_steps=3"]}).digest("mini") != study.digest("mini")
+    assert written(scale={"evaluate": [{"benchmark": "easy_vqa", "limit": 5}]}).digest("mini") != study.digest("mini")
