@@ -171,6 +171,19 @@ def intervals(
     return {name: _percentiles(np.concatenate([part[name] for part in drawn]), level) for name in drawn[0]}
 
 
+def resampled_values(data: Tally, measure: Measure, metric: str, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> np.ndarray:
+    """One metric on resampled clusters, shape (resamples,): the same clusters for every tally over them, in whichever order they stand.
+
+    Args:
+        seed: Of the resampling.
+    """
+    order = np.argsort([str(label) for label in data.clusters])
+    in_order = Tally(tuple(data.clusters[i] for i in order), data.names, data.sums[order], data.counts[order])
+    rng = np.random.default_rng(seed)
+    draws = [measure(in_order.totals(weights))[metric] for weights in _resamples(rng, num_resamples, len(order))]
+    return np.concatenate(draws)
+
+
 def paired_differences(
     a: Tally, b: Tally, measure: Measure, num_resamples: int = NUM_RESAMPLES, seed: int = 0
 ) -> dict[str, PairedDifference]:
