@@ -50,17 +50,6 @@ class Measured(_Strict):
     limit: int | None = Field(None, ge=1, description="the first N questions only")
 
 
-class Scale(_Strict):
-    """One size of the study."""
-
-    recipe: str = Field(description="the base recipe")
-    overrides: tuple[str, ...] = ()
-    axes: dict[str, Axis] = Field(min_length=1)
-    evaluate: tuple[Measured, ...] = Field(min_length=1)
-    seeds: int = Field(1, ge=1)
-    note: str = Field("", description="what this scale can say, and what it cannot")
-
-
 class Takeaway(_Strict):
     """What the paper concluded, as a statement about variants that runs can bear out or not.
 
@@ -99,6 +88,19 @@ class Question(_Strict):
     kind: str = Field(description="what it tests: counting, OCR, description ...")
 
 
+class Scale(_Strict):
+    """One size of the study."""
+
+    recipe: str = Field(description="the base recipe")
+    overrides: tuple[str, ...] = ()
+    axes: dict[str, Axis] = Field(min_length=1)
+    evaluate: tuple[Measured, ...] = Field(min_length=1)
+    seeds: int = Field(1, ge=1)
+    takeaways: tuple[Takeaway, ...] = ()
+    panel: tuple[Question, ...] = ()
+    note: str = Field("", description="what this scale can say, and what it cannot")
+
+
 class Study(_Strict):
     """One experiment of the paper, at one or two scales."""
 
@@ -106,8 +108,6 @@ class Study(_Strict):
     title: str
     source: str
     scales: dict[ScaleName, Scale] = Field(min_length=1)
-    takeaways: tuple[Takeaway, ...] = ()
-    panel: tuple[Question, ...] = ()
 
     def scale(self, name: str) -> Scale:
         """One size of it.
@@ -139,7 +139,7 @@ class Study(_Strict):
                 raise ValueError(f"study {self.name}, scale {scale}: variants {same.name} and {name} are the same: remove one")
             number = next((value for _, _, value in choice if value is not None), None)
             found.append(Variant(name, recipe, number))
-        for takeaway in self.takeaways:
+        for takeaway in size.takeaways:
             for unknown in {name for pair in takeaway.pairs for name in pair} - {variant.name for variant in found}:
                 known = [variant.name for variant in found]
                 raise ValueError(f"takeaway {takeaway.claim!r}: scale {scale} has no variant {unknown!r}; {did_you_mean(unknown, known)}")
@@ -147,7 +147,7 @@ class Study(_Strict):
 
     def digest(self, scale: str) -> str:
         """Twelve hex digits of what is trained and measured at a scale; texts and takeaways do not count, nor does the number of seeds."""
-        content = self.scale(scale).model_dump(mode="json", exclude={"seeds", "note"})
+        content = self.scale(scale).model_dump(mode="json", exclude={"seeds", "takeaways", "panel", "note"})
         content["recipes"] = [variant.recipe.digest() for variant in self.variants(scale)]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
