@@ -243,17 +243,18 @@ def _is_model(folder: Path) -> bool:
 def _differences(old: Recipe, new: Recipe, most: int = 3) -> str:
     """The first keys in which two recipes differ, with both values."""
     exclude = {"name", "description"}
-    was, asked = _flat(old.model_dump(mode="json", exclude=exclude)), _flat(new.model_dump(mode="json", exclude=exclude))
+    was, asked = flat(old.model_dump(mode="json", exclude=exclude)), flat(new.model_dump(mode="json", exclude=exclude))
     keys = [key for key in dict.fromkeys([*was, *asked]) if was.get(key) != asked.get(key)]
     listed = [f"{key} is {was.get(key)!r} there and {asked.get(key)!r} here" for key in keys[:most]]
     return "; ".join(listed + ([f"and {len(keys) - most} more"] if len(keys) > most else []))
 
 
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """A tree of plain values as one level: dotted key to value."""
     if not isinstance(tree, (dict, list)) or not tree:
         return {prefix: tree}
     items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-    return {key: value for name, node in items for key, value in _flat(node, f"{prefix}.{name}" if prefix else str(name)).items()}
+    return {key: value for name, node in items for key, value in flat(node, f"{prefix}.{name}" if prefix else str(name)).items()}
 
 
 def _version(package: str) -> str | None:

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from mipha.run import open_run
+from mipha.studies.report import write_report
 from mipha.studies.runner import adopt_pretrain, jobs_of, run_study
 from mipha.studies.study import Study, load_study
 
@@ -30,6 +31,8 @@ def study(tiny_parts, tiny_data: Path, tmp_path: Path) -> Study:
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     axes = {"tuned": {"projector": [], "all": ["stages.finetune.tuning.language_model=full"]}}
     scale = {"recipe": str(tmp_path / "tiny.yaml"), "axes": axes, "evaluate": [{"benchmark": "easy_vqa", "limit": 4}]}
+    scale["takeaways"] = [{"claim": "All is not better", "source": "none", "not_better": "all", "than": "projector"}]
+    scale["panel"] = [{"image": "easy_vqa:0", "kind": "shape"}]
     path = tmp_path / "own.yaml"
     path.write_text(yaml.safe_dump({"name": "own", "title": "Own", "source": "none", "scales": {"mini": scale}}, sort_keys=False))
     return load_study(path)
@@ -47,6 +50,12 @@ def test_a_study_runs_shares_its_first_stage_and_does_nothing_twice(study: Study
     assert weights[0].samefile(weights[1])
     assert json.loads((second.folder / "provenance.json").read_text())["pretrain"] == "of projector, seed-0"
     assert first.checkpoint("finetune").stat().st_ino != second.checkpoint("finetune").stat().st_ino
+    write_report(study, "mini", out)
+    report = (out / "report.md").read_text()
+    assert "**All is not better** (none): **not enough runs**" in report, "one run each"
+    assert "| stages.finetune.tuning.language_model | frozen | full |" in report
+    page = (out / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2 and "Answers side by side" in page, "the figure, and the panel's picture"
     before = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*")}
     run_study(study, "mini", out)
     assert {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*")} == before
@@ -54,7 +63,8 @@ def test_a_study_runs_shares_its_first_stage_and_does_nothing_twice(study: Study
 
 def test_a_failed_run_is_named_with_its_log(study: Study, tmp_path: Path, tiny_data: Path) -> None:
     scale = study.scales["mini"].model_copy(update={"evaluate": (study.scales["mini"].evaluate[0].model_copy(update={"split": "tset"}),)})
-    broken = study.model_copy(update={"scales": {"mini": scale.model_copy(update={"axes": {"tuned": {"projector": ()}}})}})
+    alone = {"axes": {"tuned": {"projector": ()}}, "takeaways": (), "panel": ()}
+    broken = study.model_copy(update={"scales": {"mini": scale.model_copy(update=alone)}})
     with pytest.raises(RuntimeError, match=r"1 of 1 runs failed: see .*projector-seed-0\.log"):
         run_study(broken, "mini", tmp_path / "out")
     assert "tset" in (tmp_path / "out" / "logs" / "projector-seed-0.log").read_text()

@@ -11,6 +11,8 @@ import yaml
 from mipha.recipe import load_recipe
 from mipha.studies.study import list_studies, load_study, pretrain_digest
 
+CLAIM = {"claim": "c", "source": "s"}
+
 
 @pytest.fixture
 def written(tmp_path: Path):
@@ -69,9 +71,15 @@ def test_a_first_stage_is_shared_exactly_where_it_is_the_same() -> None:
             r"(?s)variant x: .*learning_rte: unknown key; did you mean",
         ),
         ({"scale": {"axes": {"a": {"x": [], "y": ["seed=0"]}}}}, "variants x and y are the same: remove one"),
-        ({"scale": {"takeaways": [{"claim": "c", "source": "s", "better": "al", "than": "projector"}]}}, "no variant 'al'; did you mean all"),
-        ({"scale": {"takeaways": [{"claim": "c", "source": "s", "better": "all", "on_par": ["all", "projector"]}]}}, "exactly one of better"),
-        ({"scale": {"takeaways": [{"claim": "c", "source": "s", "better": "all"}]}}, "`than` goes with better"),
+        (
+            {"scale": {"takeaways": [{**CLAIM, "better": "al", "than": "projector"}]}},
+            "no variant 'al'; did you mean all",
+        ),
+        (
+            {"scale": {"takeaways": [{**CLAIM, "better": "all", "on_par": ["all", "projector"]}]}},
+            "exactly one of better",
+        ),
+        ({"scale": {"takeaways": [{**CLAIM, "better": "all"}]}}, "`than` goes with better"),
         ({"titel": "x"}, "titel: Extra inputs"),
     ],
 )

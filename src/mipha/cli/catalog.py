@@ -62,9 +62,11 @@ def _catalog() -> dict[str, dict[str, str]]:
     from mipha.evaluation.benchmark import BENCHMARKS, list_benchmarks
     from mipha.lookup import files_in
     from mipha.recipe import list_recipes, load_recipe
+    from mipha.studies.study import list_studies, load_study
 
     datasets = Path(__file__).parents[1] / "data" / "datasets"
     return {
+        "study": {name: load_study(name).title for name in list_studies()},
         "recipe": {name: load_recipe(name).description for name in list_recipes()},
         "vision tower": {name: entry.source for name, entry in VISION_TOWERS.items()},
         "language model": {name: entry.source for name, entry in LANGUAGE_MODELS.items()},

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from mipha.cli import catalog, data, deployment, results, training
+from mipha.cli import catalog, data, deployment, results, study, training
 
 
 class _Verbs(TyperGroup):
@@ -51,6 +51,7 @@ app.command()(deployment.verify)
 app.command()(deployment.export)
 app.command()(deployment.chat)
 app.command()(training.quickstart)
+app.add_typer(study.verbs, name="study")
 
 
 def main() -> None:

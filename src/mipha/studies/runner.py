@@ -26,7 +26,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from mipha.recipe import STAGES, Recipe
 from mipha.run import create_run, open_run, read_lines, write_whole
-from mipha.studies.study import Measured, Study, pretrain_digest
+from mipha.studies.study import Measured, Scale, Study, load_study, pretrain_digest
 
 console = Console()
 
@@ -81,28 +81,46 @@ def run_study(study: Study, scale: str, out: Path, seeds: int | None = None, slo
     jobs = jobs_of(study, scale, out, seeds or size.seeds)
     for job in jobs:
         create_run(job.folder, job.recipe)  # refuses a run of another recipe, before anything is trained
-    missing = [job for job in jobs if not _is_done(job, size.evaluate)]
+    missing = [job for job in jobs if not _is_done(job, size)]
     console.print(f"{study.title}: {len(jobs)} runs, {len(jobs) - len(missing)} of them done")
     with _progress(jobs) as watch:
-        failed = _run_all(missing, jobs, size.evaluate, out, slots, slurm, watch)
+        failed = _run_all(
+            missing, jobs, lambda job, environment: (make, job, study, scale, out, environment), slots, slurm, out / "logs", watch
+        )
     if failed:
         logs = ", ".join(str(_log(out, job)) for job in failed)
         raise RuntimeError(f"{len(failed)} of {len(jobs)} runs failed: see {logs}, mend it and run the same command again")
     return out
 
 
-def make(job: Job, measured: Iterable[Measured], log: Path, environment: dict[str, str]) -> None:
-    """Train and evaluate one run in processes of its own: what one leaves in memory is not the next one's.
+def open_study(out: Path) -> tuple[Study, str]:
+    """The study of a folder, and its scale.
+
+    Raises:
+        FileNotFoundError: The folder holds none.
+    """
+    if not (out / "asked.json").is_file():
+        raise FileNotFoundError(f"{out} holds no study: make one with `mipha study run NAME -o {out}`")
+    return load_study(out / "study.yaml"), json.loads((out / "asked.json").read_text(encoding="utf-8"))["scale"]
+
+
+def make(job: Job, study: Study, scale: str, out: Path, environment: dict[str, str]) -> None:
+    """Train, evaluate and question one run in processes of its own: what one leaves in memory is not the next one's.
 
     Raises:
         CalledProcessError: It failed; the log says why.
     """
-    program = [sys.executable, "-m", "mipha"]
-    commands = [] if open_run(job.folder).is_finished("finetune") else [["train", str(job.folder / "recipe.yaml"), "-o", str(job.folder)]]
-    for wanted in measured:
+    program = [sys.executable, "-m"]
+    commands = (
+        [] if open_run(job.folder).is_finished("finetune") else [["mipha", "train", str(job.folder / "recipe.yaml"), "-o", str(job.folder)]]
+    )
+    for wanted in study.scale(scale).evaluate:
         options = {"--data-root": wanted.data_root, "--split": wanted.split, "--limit": wanted.limit}
         given = [part for key, value in options.items() if value is not None for part in (key, str(value))]
-        commands.append(["evaluate", str(job.folder), "-b", wanted.benchmark, *given])
+        commands.append(["mipha", "evaluate", str(job.folder), "-b", wanted.benchmark, *given])
+    if _wants_panel(job, study.scale(scale)):
+        commands.append(["mipha.studies.panel", str(job.folder), str(out / "study.yaml"), scale])
+    log = _log(out, job)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
         for command in commands:
@@ -145,9 +163,15 @@ def _claim(study: Study, scale: str, out: Path) -> None:
     write_whole(path, json.dumps(asked) + "\n")
 
 
-def _is_done(job: Job, measured: Iterable[Measured]) -> bool:
+def _is_done(job: Job, size: Scale) -> bool:
     run = open_run(job.folder)
-    return run.is_finished("finetune") and all(_is_measured(run.folder, wanted) for wanted in measured)
+    answered = not _wants_panel(job, size) or (run.folder / "panel.jsonl").is_file()
+    return run.is_finished("finetune") and answered and all(_is_measured(run.folder, wanted) for wanted in size.evaluate)
+
+
+def _wants_panel(job: Job, size: Scale) -> bool:
+    """One run of each variant speaks for it."""
+    return bool(size.panel) and job.seed == 0
 
 
 def _is_measured(folder: Path, wanted: Measured) -> bool:
@@ -167,30 +191,30 @@ def _log(out: Path, job: Job) -> Path:
 
 def _run_all(
     jobs: list[Job],
-    study_jobs: list[Job],
-    measured: tuple[Measured, ...],
-    out: Path,
+    every: list[Job],
+    call: Callable[[Job, dict[str, str]], tuple],
     slots: int,
-    slurm: dict | None,
+    slurm: dict[str, str] | None,
+    logs: Path,
     watch: Callable[[], None],
 ) -> list[Job]:
     """Run jobs, each when a slot is free and its first stage is its own to train or is there to be shared; returns the failed ones."""
     waiting, failed = list(jobs), []
     running: dict[Any, tuple[Job, str | None]] = {}
     gpus = _gpus(slots) if slurm is None else []
-    with _executor(slots, slurm, out) as submit:
+    with _executor(slots, slurm, logs) as submit:
         while waiting or running:
             for job in waiting[:]:
                 if slurm is None and len(running) >= slots:
                     break
                 if not open_run(job.folder).is_finished("pretrain"):
-                    if donor := _donor(job, study_jobs):
+                    if donor := _donor(job, every):
                         adopt_pretrain(donor.folder, job.folder)
                     elif any(pretrain_digest(other.recipe) == pretrain_digest(job.recipe) for other, _ in running.values()):
                         continue  # being made: it will be shared
                 gpu = gpus.pop() if gpus else None
                 environment = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
-                running[submit(make, job, measured, _log(out, job), environment)] = (job, gpu)
+                running[submit(*call(job, environment))] = (job, gpu)
                 waiting.remove(job)
             time.sleep(0.5)
             for future in [future for future in running if future.done()]:
@@ -224,7 +248,7 @@ def _gpus(slots: int) -> list[str]:
 
 
 @contextmanager
-def _executor(slots: int, slurm: dict[str, str] | None, out: Path) -> Iterator[Callable[..., Any]]:
+def _executor(slots: int, slurm: dict[str, str] | None, logs: Path) -> Iterator[Callable[..., Any]]:
     """What starts a job: a thread that waits for its processes, or SLURM."""
     if slurm is None:
         with ThreadPoolExecutor(slots) as pool:
@@ -234,7 +258,7 @@ def _executor(slots: int, slurm: dict[str, str] | None, out: Path) -> Iterator[C
         import submitit
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("SLURM jobs need submitit: pip install 'mipha-vlm[slurm]'", name="submitit") from error
-    executor = submitit.AutoExecutor(folder=out / "logs" / "slurm")
+    executor = submitit.AutoExecutor(folder=logs / "slurm")
     executor.update_parameters(**slurm)
     yield executor.submit
 

@@ -1,0 +1,52 @@
+"""The verbs of a study: `mipha study run`, `mipha study report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+verbs = typer.Typer(help="Train and compare the variants of one of the paper's experiments, or of your own.", no_args_is_help=True)
+
+
+@verbs.command()
+def run(
+    name: Annotated[str, typer.Argument(help="A study's name, or a .yaml file.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The study's folder; the same one goes on where it stopped.")],
+    scale: Annotated[str, typer.Option(help="mini: two CPU cores and the quickstart's parts; paper: GPUs and published weights.")] = "mini",
+    seeds: Annotated[int | None, typer.Option(min=1, help="Repeats of every variant; more may be asked for later.")] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, a GPU each where there are several.")] = 1,
+    slurm: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="A SLURM job a run: submitit's parameters, such as slurm_partition=gpu.")
+    ] = None,
+) -> None:
+    """Train and evaluate what is missing, then write the report."""
+    from mipha.studies.report import write_report
+    from mipha.studies.runner import run_study
+    from mipha.studies.study import load_study
+
+    parameters = None
+    if slurm:
+        if wrong := [pair for pair in slurm if "=" not in pair]:
+            raise ValueError(f"--slurm {wrong[0]} has no `=`: write KEY=VALUE, such as slurm_partition=gpu")
+        parameters = dict(pair.split("=", 1) for pair in slurm)
+    study = load_study(name)
+    run_study(study, scale, out, seeds, jobs, parameters)
+    for path in write_report(study, scale, out):
+        typer.echo(f"written: {path}")
+
+
+@verbs.command()
+def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A study's folder; not all of its runs need be finished.")]) -> None:
+    """Write the report anew from the runs that are there."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from mipha.studies.report import write_report
+    from mipha.studies.runner import open_study
+
+    study, scale = open_study(folder)
+    text, page = write_report(study, scale, folder)
+    Console().print(Markdown(text.read_text(encoding="utf-8")))
+    typer.echo(f"written: {text} and {page}")

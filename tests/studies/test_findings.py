@@ -1,0 +1,100 @@
+"""Runs on disk become scores, comparisons and verdicts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from mipha.comparison.seeds import SeedDifference
+from mipha.comparison.statistics import tally
+from mipha.run import create_run
+from mipha.studies.findings import find, judge
+from mipha.studies.report import markdown, overall
+from mipha.studies.runner import jobs_of
+from mipha.studies.study import Study, Takeaway, load_study
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Study:
+    axes = {
+        "tuned": {"all": [], "projector": ["stages.finetune.tuning.language_model=frozen"], "low": ["stages.finetune.learning_rate=1e-6"]}
+    }
+    takeaways = [
+        {"claim": "all beats projector", "source": "s", "better": "all", "than": "projector"},
+        {"claim": "all is on par with low", "source": "s", "on_par": ["all", "low"], "within": 20},
+    ]
+    scale = {"recipe": "quickstart", "axes": axes, "evaluate": [{"benchmark": "easy_vqa"}], "takeaways": takeaways}
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump({"name": "own", "title": "Own", "source": "none", "scales": {"mini": scale}}, sort_keys=False))
+    return load_study(path)
+
+
+def write_runs(study: Study, out: Path, ability: dict[str, float], seeds: int = 3, num_images: int = 80) -> None:
+    """Finished runs that answer as well as said, without having been trained."""
+    for job in jobs_of(study, "mini", out, seeds):
+        run = create_run(job.folder, job.recipe)
+        rng = np.random.default_rng([job.seed, sum(job.variant.encode())])
+        right = rng.random((num_images, 4)) < ability[job.variant]
+        data = tally((f"i{image}", {"accuracy": float(one)}) for image, row in enumerate(right) for one in row)
+        folder = run.evaluation("easy_vqa-validation")
+        folder.mkdir(parents=True)
+        (folder / "tally.json").write_text(json.dumps({"benchmark": "easy_vqa"} | data.as_json()))
+        checkpoint = run.checkpoint("finetune")
+        checkpoint.mkdir(parents=True)
+        (checkpoint / "config.json").write_text("{}")
+        (checkpoint / "model.safetensors").write_bytes(b"")
+        row = {"step": 1, "loss": 1.0, "seconds": 60.0, "peak_memory_gib": 2.0, "tokens": 500}
+        run.metrics("finetune").write_text(json.dumps(row) + "\n")
+
+
+def test_a_planted_effect_is_found_and_no_other(study: Study, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write_runs(study, out, {"all": 0.8, "projector": 0.4, "low": 0.8})
+    findings = find(study, "mini", out)
+    assert [overall(judged) for judged in findings.judged] == ["holds", "holds"]
+    (planted,) = findings.judged[0].comparisons
+    assert (planted.first, planted.second) == ("all", "projector") and 30 < planted.found.difference < 50
+    assert planted.found.p_value <= planted.p_holm < 0.01
+    (null,) = findings.judged[1].comparisons
+    assert null.p_holm > 0.05
+    assert findings.scores["all"]["easy_vqa"].mean == pytest.approx(80, abs=6) and len(findings.scores["all"]["easy_vqa"].values) == 3
+    assert findings.costs["low"][0].minutes == 1.0 and findings.num_missing == 0
+    assert findings.differences["projector"]["stages.finetune.tuning.language_model"] == "frozen"
+    assert findings.differences["low"]["stages.finetune.learning_rate"] == 1e-6
+    assert "| all minus projector | easy_vqa | +" in markdown(findings)
+
+
+def test_a_false_claim_does_not_hold_and_one_run_is_not_enough(study: Study, tmp_path: Path) -> None:
+    write_runs(study, tmp_path / "false", {"all": 0.4, "projector": 0.8, "low": 0.8})
+    assert [overall(judged) for judged in find(study, "mini", tmp_path / "false").judged] == ["does not hold", "does not hold"]
+    write_runs(study, tmp_path / "once", {"all": 0.9, "projector": 0.1, "low": 0.9}, seeds=1)
+    assert [overall(judged) for judged in find(study, "mini", tmp_path / "once").judged] == ["not enough runs"] * 2
+    with pytest.raises(FileNotFoundError, match="has no finished run: make them with `mipha study run own"):
+        find(study, "mini", tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("kind", "low", "high", "p", "verdict"),
+    [
+        ("better", 1.0, 9.0, 0.01, "holds"),
+        ("better", -1.0, 9.0, 0.2, "not enough runs"),
+        ("better", -3.0, 1.0, 0.4, "does not hold"),
+        ("better", -9.0, -3.0, 0.001, "does not hold"),
+        ("on_par", -1.0, 1.5, 0.6, "holds"),
+        ("on_par", 0.5, 1.9, 0.01, "holds"),
+        ("on_par", -1.0, 3.0, 0.3, "not enough runs"),
+        ("on_par", 3.0, 9.0, 0.001, "does not hold"),
+        ("not_better", -5.0, 1.0, 0.2, "holds"),
+        ("not_better", -1.0, 4.0, 0.2, "not enough runs"),
+        ("not_better", 3.0, 9.0, 0.01, "does not hold"),
+    ],
+)
+def test_a_verdict_follows_from_interval_and_p_value(kind: str, low: float, high: float, p: float, verdict: str) -> None:
+    """Margin 2; from the sentence in `judge`."""
+    names = {"on_par": ("a", "b")} if kind == "on_par" else {kind: ("a",), "than": ("b",)}
+    takeaway = Takeaway(claim="c", source="s", within=2.0, **names)
+    assert judge(takeaway, SeedDifference((low + high) / 2, low, high, p, (3, 3)), p) == verdict
