@@ -13,6 +13,8 @@ from PIL import Image
 from mipha.assistant import Assistant, load
 from mipha.data.sample import IMAGE, Message
 from mipha.models.build import save_checkpoint
+from mipha.models.decoding import Sampling
+from mipha.models.features import ImageFeatures
 
 QUESTIONS = (
     "Which colour?",
@@ -160,6 +162,7 @@ def test_a_conversation_is_its_whole_prompt(assistants: Callable, family: str, t
 
 def test_a_turn_costs_its_new_tokens_only(assistants: Callable, pictures: list[Path]) -> None:
     assistant = assistants()
+    assistant.features = ImageFeatures(assistant.model)  # nothing seen by other tests
     chat = assistant.chat(pictures[0])
     lengths: list[int] = []
     images: list[int] = []
@@ -182,6 +185,123 @@ def test_a_turn_costs_its_new_tokens_only(assistants: Callable, pictures: list[P
     assert first > 30 and whole > first + 10
     assert max(lengths) <= whole - first
     assert len(images) == 1, "the image is encoded once"
+
+
+def conversations(pictures: list[Path]) -> list[tuple[list[Message], list[Path], int]]:
+    """(messages, images, longest answer): several turns, several images, a system turn, no image, every length."""
+    first = Message("user", f"{IMAGE}\n{QUESTIONS[0]}")
+    return [
+        ([first], [pictures[0]], 3),
+        ([Message("system", "Be brief."), first, Message("assistant", "red"), Message("user", QUESTIONS[1])], [pictures[1]], 12),
+        ([Message("user", QUESTIONS[2])], [], 7),
+        ([Message("user", f"{IMAGE}\n{IMAGE}\nSame?")], [pictures[0], pictures[2]], 12),
+        ([first, Message("assistant", "a"), Message("user", f"{IMAGE}\nAnd this?")], [pictures[2], pictures[2]], 9),
+    ]
+
+
+@pytest.mark.parametrize("template", ["chatml", "vicuna"])
+def test_conversations_in_a_batch_are_answered_as_alone_and_as_stock_generate_does(
+    assistants: Callable, family: str, template: str, pictures: list[Path]
+) -> None:
+    assistant = assistants(family, template)
+    told: list[list[int]] = [[] for _ in range(5)]
+
+    def on_tokens(tokens: list[int | None]) -> tuple[int, ...]:
+        for row, token in enumerate(tokens):
+            told[row] += [] if token is None else [token]
+        return ()
+
+    asked = conversations(pictures)
+    prompts = [assistant.prompt(messages, images, max_new_tokens=most) for messages, images, most in asked]
+    together = assistant.reply_many(prompts, on_tokens)
+    for prompt, answer, tokens, (messages, images, most) in zip(prompts, together, told, asked, strict=True):
+        assert assistant.reply_many([prompt]) == [answer]
+        assert len(tokens) == answer.num_tokens <= most
+        assert answer.finished or answer.num_tokens == most
+        ended = tokens[:-1] if answer.finished else tokens
+        assert assistant.processor.tokenizer.decode(ended, skip_special_tokens=True).strip() == answer.text
+        if len(images) <= 1:
+            assert greedy(assistant, messages, images[0] if images else None, tokens=most) == answer.text
+    assert assistant.reply_many(prompts[::-1]) == together[::-1]
+
+
+def test_an_answer_that_is_drawn_is_its_seeds_own_in_any_batch(assistants: Callable, pictures: list[Path]) -> None:
+    assistant = assistants()
+    prompt = [assistant.prompt(m, i, max_new_tokens=TOKENS) for m, i, _ in conversations(pictures)]
+    drawn = [
+        assistant.prompt(*conversations(pictures)[0][:2], max_new_tokens=TOKENS, sampling=Sampling(1.5, seed=seed)) for seed in range(6)
+    ]
+    alone = [assistant.reply_many([one])[0] for one in [*prompt, *drawn]]
+    assert assistant.reply_many([*prompt, *drawn]) == alone
+    assert len({answer.text for answer in alone[-6:]}) > 3, "seeds differ"
+    unseeded = assistant.prompt(*conversations(pictures)[0][:2], max_new_tokens=TOKENS, sampling=Sampling(1.5))
+    assert len({assistant.reply_many([unseeded])[0].text for _ in range(6)}) > 3
+    nearly_greedy = [Sampling(1e-4, seed=1), Sampling(1.5, top_p=1e-6, seed=1)]
+    for sampling in nearly_greedy:
+        messages, images, most = conversations(pictures)[1]
+        assert assistant.reply_many([assistant.prompt(messages, images, max_new_tokens=most, sampling=sampling)])[0] == alone[1]
+
+
+def test_a_row_that_is_told_to_leave_ends_and_the_others_go_on(assistants: Callable, pictures: list[Path]) -> None:
+    assistant = assistants()
+    prompts = [assistant.prompt(messages, images, max_new_tokens=TOKENS) for messages, images, _ in conversations(pictures)[:3]]
+    whole = assistant.reply_many(prompts)
+    assert whole[1].num_tokens > 2
+    steps: list[list[int | None]] = []
+
+    def on_tokens(tokens: list[int | None]) -> list[int]:
+        steps.append(tokens)
+        return [1] if len(steps) == 2 else []
+
+    left = assistant.reply_many(prompts, on_tokens)
+    assert (left[0], left[2]) == (whole[0], whole[2])
+    assert (left[1].num_tokens, left[1].finished) == (2, False)
+    assert all(step[1] is None for step in steps[2:]) and len(steps) == max(whole[0].num_tokens, whole[2].num_tokens)
+
+
+def test_a_batch_beyond_the_window_is_answered_one_by_one(tiny_model: Callable, pictures: list[Path]) -> None:
+    """Padding would stand inside a sliding window; tokens are told as in a batch all the same."""
+    model, processor = tiny_model("llama")
+    assistant = Assistant(model, processor)
+    prompts = [assistant.prompt(messages, images, max_new_tokens=most) for messages, images, most in conversations(pictures)[:3]]
+    wanted = [assistant.reply_many([prompt])[0] for prompt in prompts]
+    widths: list[int] = []
+    hook = model.model.language_model.register_forward_pre_hook(
+        lambda _, args, kwargs: widths.append(len(kwargs["inputs_embeds"])), with_kwargs=True
+    )
+    model.config.text_config.sliding_window = 32  # smaller than the longest: only the grouping is looked at, this family does not slide
+    told: list[list[int]] = [[], [], []]
+
+    def on_tokens(tokens: list[int | None]) -> list[int]:
+        for row, token in enumerate(tokens):
+            told[row] += [] if token is None else [token]
+        return [row for row in (1,) if len(told[row]) == 2]
+
+    try:
+        answers = assistant.reply_many(prompts, on_tokens)
+    finally:
+        hook.remove()
+    assert set(widths) == {1}
+    assert [answers[0], answers[2]] == [wanted[0], wanted[2]]
+    assert [len(tokens) for tokens in told] == [wanted[0].num_tokens, 2, wanted[2].num_tokens]
+
+
+def test_a_picture_that_was_seen_lately_is_not_encoded_again(assistants: Callable, pictures: list[Path]) -> None:
+    assistant = assistants()
+    assistant.features = ImageFeatures(assistant.model)
+    turns = [Message("user", f"{IMAGE}\n{QUESTIONS[0]}")]
+    for picture in (pictures[0], pictures[0].read_bytes(), pictures[1], pictures[0]):
+        assistant.reply_many([assistant.prompt(turns, [picture], max_new_tokens=2)])
+    list(assistant.stream(pictures[1], QUESTIONS[1], max_new_tokens=2))
+    assert (assistant.features.num_encoded, assistant.features.num_found) == (2, 3)
+    one = assistant.features.num_bytes // 2
+    assistant.features = ImageFeatures(assistant.model, max_bytes=2 * one)
+    pixels = [assistant.pixels(picture) for picture in pictures]
+    first = assistant.features.of(pixels)
+    assert assistant.features.num_bytes == 2 * one, "the oldest of three was given up"
+    assert all(torch.equal(a, b) for a, b in zip(first, assistant.features.of(pixels), strict=True))
+    with pytest.raises(ValueError, match="1 <image> markers for 0 images"):
+        assistant.prompt(turns)
 
 
 def test_a_reader_who_leaves_breaks_nothing(assistants: Callable, pictures: list[Path]) -> None:

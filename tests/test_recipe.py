@@ -166,6 +166,10 @@ def test_several_data_sets(recipe: Recipe) -> None:
         ("stages.finetune.learning_rate=-1", r"stages\.finetune\.learning_rate: .*greater than 0.* \(got -1\)"),
         ("stages.finetune.part_learning_rates={vision_tower: -1}", r"part_learning_rates\.vision_tower: .*greater than 0"),
         ("stages.finetune.batching=paked", r"stages\.finetune\.batching: .*'packed'.* \(got 'paked'\)"),
+        ("stages.finetune.activation_checkpointing=[projector]", r"write true, false, or a list of vision_tower and language_model \(got"),
+        ("stages.finetune.unreadable_images=skip", r"unreadable_images: .*'substitute'.* \(got 'skip'\)"),
+        ("keep_states=0", r"keep_states: .*greater than or equal to 1.* \(got 0\)"),
+        ("sharding=zero", r"sharding: .*'hsdp'.* \(got 'zero'\)"),
         ("model.image_size=0", r"model\.image_size: .*greater than or equal to 1.* \(got 0\)"),
         ("name.deep=3", r"override name\.deep: name is a value, not a group of keys"),
         ("seed.deep=3", r"seed: .*integer.* \(got {'deep': 3}\)"),
@@ -208,6 +212,8 @@ def test_a_stage_that_would_train_nothing_is_refused(recipe: Recipe, stage: str)
     ("overrides", "message"),
     [
         (["stages.pretrain.part_learning_rates={vision_tower: 1e-5}"], "names vision_tower, which `tuning` keeps frozen"),
+        (["stages.finetune.group_by_modality_length=true"], "group_by_modality_length has no effect with batching=packed: .* use padded"),
+        (["stages.pretrain.activation_checkpointing=[vision_tower]"], "of a frozen vision_tower has no effect"),
         (["stages.finetune.samples_per_image=4"], "samples_per_image has no effect with batching=packed: remove it or use shared-image"),
     ],
 )
@@ -249,6 +255,27 @@ def test_a_digest_names_what_is_trained(recipe: Recipe) -> None:
     assert recipe.override("name=x", "description=y").digest() == recipe.digest()
     assert len({recipe.override(change).digest() for change in ("seed=0", "seed=1", "model.image_size=70", "precision=float32")}) == 4
     assert len(recipe.digest()) == 12
+
+
+def test_how_a_run_is_kept_and_spread_is_not_what_it_trains(recipe: Recipe) -> None:
+    """So that a run can go on with other processes, or with more states."""
+    assert recipe.override("sharding=ddp", "keep_states=5", "async_checkpoints=true").digest() == recipe.digest()
+
+
+@pytest.mark.parametrize(
+    ("value", "parts"),
+    [
+        ("true", ("vision_tower", "language_model")),
+        ("false", ()),
+        ("[]", ()),
+        ("language_model", ("language_model",)),
+        ("[vision_tower]", ("vision_tower",)),
+    ],
+)
+def test_activation_checkpointing_is_for_all_layers_or_for_parts(recipe: Recipe, value: str, parts: tuple[str, ...]) -> None:
+    changed = recipe.override(f"stages.finetune.activation_checkpointing={value}")
+    assert changed.stages.finetune.checkpointed == parts
+    assert parse_recipe(yaml.safe_load(changed.dump()), "again") == changed
 
 
 def test_a_recipe_cannot_be_changed_in_place(recipe: Recipe) -> None:

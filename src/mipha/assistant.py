@@ -2,6 +2,7 @@
 
 answer_many:  questions --sorted by image-->  batches;  each image: [prompt through the image] prefilled once
               --repeated in the KV cache-->   [its questions], left-padded  --greedy-->  answers
+reply_many:   whole conversations, each with its own images, length and way to draw, left-padded  -->  tokens as they come, answers
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from mipha.data.encode import as_chat, tokens_per_image
 from mipha.data.images import open_image
 from mipha.data.sample import IMAGE, Message
 from mipha.models.attention import use_grouped_sdpa
+from mipha.models.decoding import OnTokens, RowSampler, RowWatch, Sampling
+from mipha.models.features import ImageFeatures
 from mipha.models.modeling import LlavaForConditionalGeneration, attention_window, load_model
 from mipha.models.processing import load_processor
 from mipha.run import Run, model_folder
@@ -45,13 +48,31 @@ class Answer:
     finished: bool
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation made ready for the model, which is not needed for it.
+
+    Args:
+        ids: Tokens, image placeholders repeated.
+        images: One for each image, in order: `(1, 3, height, width)`.
+        max_new_tokens: Longest answer, tokens.
+        sampling: Null: the likeliest answer.
+    """
+
+    ids: list[int]
+    images: tuple[torch.Tensor, ...]
+    max_new_tokens: int = 256
+    sampling: Sampling | None = None
+
+
 class Assistant:
     """A model that answers questions about images, greedily: the same question gets the same answer, alone or in a batch."""
 
     def __init__(self, model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
         self.model, self.processor = model.eval(), processor
         use_grouped_sdpa(model)
-        self._eos = set(np.atleast_1d(model.generation_config.eos_token_id).tolist())
+        self.features = ImageFeatures(model)
+        self.end_tokens = set(np.atleast_1d(model.generation_config.eos_token_id).tolist())
 
     def answer(self, image: ImageLike | None, question: str, *, max_new_tokens: int = 256) -> Answer:
         """Answer one question.
@@ -102,6 +123,61 @@ class Assistant:
         """Answer one question piece by piece."""
         return self.chat(image).ask(question, max_new_tokens=max_new_tokens)
 
+    def prompt(
+        self, messages: Sequence[Message], images: Sequence[ImageLike] = (), *, max_new_tokens: int = 256, sampling: Sampling | None = None
+    ) -> Prompt:
+        """Make a conversation ready, away from the model and in any thread.
+
+        Args:
+            messages: The last one is the user's; each `IMAGE` marker in them stands for the next of `images`.
+
+        Raises:
+            ValueError: Markers and images do not match.
+        """
+        markers = sum(message.text.count(IMAGE) for message in messages)
+        if markers != len(images):
+            raise ValueError(f"the conversation holds {markers} {IMAGE} markers for {len(images)} images: give one marker for each image")
+        return Prompt(self.prompt_ids(messages), tuple(self.pixels(image) for image in images), max_new_tokens, sampling)
+
+    @torch.inference_mode()
+    def reply_many(self, prompts: Sequence[Prompt], on_tokens: OnTokens | None = None) -> list[Answer]:
+        """Answer conversations in one batch; each gets the answer that it gets alone.
+
+        Args:
+            on_tokens: Told every row's new token after every step; see `OnTokens`.
+
+        Returns:
+            Answers in the order of `prompts`; not finished where `max_new_tokens` or `on_tokens` cut them off.
+        """
+        longest, most = max(len(prompt.ids) for prompt in prompts), max(prompt.max_new_tokens for prompt in prompts)
+        window = attention_window(self.model.config)
+        if window and longest + most > window and len(prompts) > 1:  # padding would stand inside the window
+            return [self._reply_alone(prompts, row, on_tokens) for row in range(len(prompts))]
+        device, pad = self.model.device, self.processor.tokenizer.pad_token_id
+        padding = [longest - len(prompt.ids) for prompt in prompts]
+        ids = torch.tensor([[pad] * n + prompt.ids for prompt, n in zip(prompts, padding, strict=True)], device=device)
+        mask = torch.tensor([[0] * n + [1] * (longest - n) for n in padding], device=device)
+        watch = RowWatch([prompt.max_new_tokens for prompt in prompts], self.end_tokens, on_tokens)
+        self.model.generate(
+            input_ids=ids,
+            inputs_embeds=self._embeddings(ids, [image for prompt in prompts for image in prompt.images]),
+            attention_mask=mask,
+            max_new_tokens=most,
+            do_sample=False,
+            stopping_criteria=[watch],
+            logits_processor=[RowSampler([prompt.sampling for prompt in prompts])],
+        )
+        return [self._read(tokens) for tokens in watch.tokens]
+
+    def _reply_alone(self, prompts: Sequence[Prompt], row: int, on_tokens: OnTokens | None) -> Answer:
+        """The answer to one of several, told as one of them."""
+
+        def told(tokens: list[int | None]) -> list[int]:
+            assert on_tokens is not None
+            return [0] if row in on_tokens([tokens[0] if other == row else None for other in range(len(prompts))]) else []
+
+        return self.reply_many([prompts[row]], told if on_tokens else None)[0]
+
     def chat(self, image: ImageLike | None = None) -> Chat:
         """A conversation of several turns about one image."""
         return Chat(self, image)
@@ -119,6 +195,14 @@ class Assistant:
 
     def _prompt(self, question: str, has_image: bool) -> list[int]:
         return self.prompt_ids([_ask(question, has_image)])
+
+    def _embeddings(self, ids: torch.Tensor, pixels: Sequence[torch.Tensor]) -> torch.Tensor:
+        """What the language model reads, `(rows, tokens, width)`: words, and image features in the place of their markers."""
+        embeddings = self.model.get_input_embeddings()(ids)
+        if not pixels:
+            return embeddings
+        places = (ids == self.processor.image_token_id).unsqueeze(-1)
+        return embeddings.masked_scatter(places, torch.cat(self.features.of(pixels)).to(embeddings.dtype))
 
     @torch.inference_mode()
     def _answer_batch(self, batch: Sequence[tuple[ImageLike | None, str, list[int]]], max_new_tokens: int) -> list[Answer]:
@@ -145,10 +229,13 @@ class Assistant:
         return [self._read(row[longest:].tolist()) for row in out]
 
     def _read(self, ids: list[int]) -> Answer:
-        end = next((position for position, token in enumerate(ids) if token in self._eos), None)
+        end = next((position for position, token in enumerate(ids) if token in self.end_tokens), None)
         kept = ids if end is None else ids[:end]
-        text = self.processor.tokenizer.decode(kept, skip_special_tokens=True).strip()
-        return Answer(text, len(kept) + (end is not None), end is not None)
+        return Answer(self.decode(kept).strip(), len(kept) + (end is not None), end is not None)
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of what was generated, without special tokens."""
+        return self.processor.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 class Chat:
@@ -215,7 +302,8 @@ class Chat:
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         if image_token in ids[same:]:
             assert self.image is not None
-            inputs["pixel_values"] = self.assistant.pixels(self.image)
+            with torch.inference_mode():
+                inputs["inputs_embeds"] = self.assistant._embeddings(inputs["input_ids"], [self.assistant.pixels(self.image)])
         return inputs
 
 

@@ -31,6 +31,8 @@ RECIPES = Path(__file__).parent / "catalog" / "recipes"
 
 Part = Literal["vision_tower", "projector", "language_model"]
 PARTS: tuple[Part, ...] = ("vision_tower", "projector", "language_model")
+Layered = Literal["vision_tower", "language_model"]
+"""The parts that are a stack of repeated layers."""
 StageName = Literal["pretrain", "finetune"]
 STAGES: tuple[StageName, ...] = ("pretrain", "finetune")
 
@@ -93,6 +95,16 @@ def _known_tuning(value: Any) -> Any:
     return value
 
 
+def _layered_parts(value: Any) -> Any:
+    """`true`, `false`, or a list of parts; one part stands for a list of one."""
+    listed = [value] if isinstance(value, str) else value
+    if isinstance(listed, list | tuple) and all(part in ("vision_tower", "language_model") for part in listed):
+        return tuple(dict.fromkeys(listed))
+    if isinstance(value, bool):
+        return value
+    raise ValueError("write true, false, or a list of vision_tower and language_model")
+
+
 LayeredTuning = Annotated[str, BeforeValidator(_known_tuning)]
 
 
@@ -149,7 +161,15 @@ class StageRecipe(_Strict):
     adam_eps: float = Field(1e-7, gt=0)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, ge=0, description="0: no clipping")
-    activation_checkpointing: bool = False
+    group_by_modality_length: bool = Field(
+        False, description="padded only: steps of samples with images and steps of text alone, as upstream trains"
+    )
+    activation_checkpointing: Annotated[bool | tuple[Layered, ...], BeforeValidator(_layered_parts)] = Field(
+        False, description="keep only what enters a layer and compute it again in the backward pass: true, or a list of parts"
+    )
+    unreadable_images: Literal["fail", "substitute"] = Field(
+        "fail", description="an image that cannot be read: stop, or train on a grey picture and count it in the metrics"
+    )
     checkpoint_every: int = Field(100, ge=1, description="optimizer steps between checkpoints")
     held_out: float = Field(0.0, ge=0, lt=1, description="share of the images kept out of training, for validation")
     validate_every: int | None = Field(None, ge=1, description="optimizer steps between validations; null: at the stage's end only")
@@ -165,11 +185,23 @@ class StageRecipe(_Strict):
             raise ValueError(f"validate_every={self.validate_every} has no effect without held_out: set that to 0.05, say, or remove it")
         if self.samples_per_image is not None and self.batching != "shared-image":
             raise ValueError(f"samples_per_image has no effect with batching={self.batching}: remove it or use shared-image")
+        if self.group_by_modality_length and self.batching != "padded":
+            raise ValueError(f"group_by_modality_length has no effect with batching={self.batching}: remove it or use padded")
+        listed = self.activation_checkpointing if isinstance(self.activation_checkpointing, tuple) else ()
+        if "vision_tower" in listed and self.tuning.vision_tower == "frozen":
+            raise ValueError("activation_checkpointing of a frozen vision_tower has no effect, for no gradient passes it: remove it there")
         return self
 
     def peak_learning_rate(self, part: Part) -> float:
         """The highest learning rate of a part that trains."""
         return self.part_learning_rates.get(part, self.learning_rate)
+
+    @property
+    def checkpointed(self) -> tuple[Layered, ...]:
+        """The parts whose layers are computed again in the backward pass."""
+        if isinstance(self.activation_checkpointing, tuple):
+            return self.activation_checkpointing
+        return ("vision_tower", "language_model") if self.activation_checkpointing else ()
 
     @property
     def bundle(self) -> int | None:
@@ -191,6 +223,14 @@ class Recipe(_Strict):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 where the device computes in it, else float32"
     )
+    compile: bool = Field(False, description="compile each layer of the tower and the language model (torch.compile)")
+    sharding: Literal["auto", "ddp", "fsdp", "hsdp"] = Field(
+        "auto",
+        description="with several processes, ddp: each holds all; fsdp: each holds a part; hsdp: each machine holds all; "
+        "auto: fsdp on one machine, hsdp on several",
+    )
+    keep_states: int = Field(2, ge=1, description="training states kept to resume from; 2: the one before, should the newest be damaged")
+    async_checkpoints: bool = Field(False, description="write training states in the background")
     model: ModelRecipe
     stages: StagesRecipe
 
@@ -221,8 +261,8 @@ class Recipe(_Strict):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=120)
 
     def digest(self) -> str:
-        """Twelve hex digits that name what this recipe trains; name and description do not count."""
-        content = self.model_dump(mode="json", exclude={"name", "description"})
+        """Twelve hex digits that name what this recipe trains; names, and how states are kept and weights spread, do not count."""
+        content = self.model_dump(mode="json", exclude={"name", "description", "sharding", "keep_states", "async_checkpoints"})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 

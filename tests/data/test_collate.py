@@ -81,10 +81,10 @@ def test_images_come_in_reading_order(processor: LlavaProcessor) -> None:
     samples = [sample("a", 4, picture(10)), sample("b", 9, picture(250)), sample("c", 6), sample("d", 8, picture(128))]
     rows = make_rows(samples, 17, "packed")
     batch = collate(rows, processor)
-    assert [row.ids for row in rows] == [("b", "d"), ("c", "a")]
+    assert [row.ids for row in rows] == [("d", "c"), ("b", "a")]
     assert batch["pixel_values"].shape == (3, 3, 28, 28)
     levels = batch["pixel_values"].mean((1, 2, 3)).tolist()
-    assert levels[0] > levels[1] > levels[2]
+    assert levels[1] > levels[0] > levels[2]
     assert "pixel_values" not in collate(make_rows([sample("c", 6)], 17, "packed"), processor)
 
 

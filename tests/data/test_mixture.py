@@ -228,3 +228,30 @@ def test_the_hash_of_the_data_follows_what_is_trained_on_and_not_where_it_lies(t
     first = sha256("one")
     assert sha256("two") == first
     assert len({first, sha256("three", answer="blue"), sha256("four", image="b.png")}) == 3
+
+
+@pytest.mark.parametrize(("with_image", "without"), [(23, 14), (16, 8), (9, 0), (0, 9), (3, 2), (5, 1)])
+def test_grouped_by_modality_a_step_is_of_one_kind(write: Callable, with_image: int, without: int) -> None:
+    """Steps of 4: cut where training cuts them, over three epochs; only what is left over of both kinds is mixed."""
+    mixture = Mixture([write("a", [f"{i % 2}.png" for i in range(with_image)] + [None] * without)])
+    epochs = [epoch_order(mixture, 7, epoch, by_modality=4) for epoch in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(with_image + without)), "every sample once"
+    steps = np.concatenate(epochs)[: 3 * len(mixture) // 4 * 4].reshape(-1, 4)
+    shows = [bool(step) for step in (mixture.image_keys[steps] != 0).all(axis=1) | (mixture.image_keys[steps] == 0).all(axis=1)]
+    # Of an epoch, fewer than 4 of each kind are left over; what completes the step before may take one step apart.
+    assert shows.count(False) <= 3 * 3
+    if not with_image or not without:
+        assert all(shows)
+    assert (epoch_order(mixture, 7, 1, by_modality=4) == epochs[1]).all(), "a function of seed and epoch"
+    if len(mixture) > 8:
+        assert (epoch_order(mixture, 8, 1, by_modality=4) != epochs[1]).any()
+        assert (epochs[0] != epochs[1]).any()
+
+
+def test_whole_steps_of_both_kinds_are_in_random_order(write: Callable) -> None:
+    mixture = Mixture([write("a", ["0.png"] * 40 + [None] * 40)])
+    order = epoch_order(mixture, 0, 0, by_modality=4).reshape(-1, 4)
+    kinds = (mixture.image_keys[order] != 0).sum(axis=1)
+    assert set(kinds) == {0, 4} and list(kinds) not in (sorted(kinds), sorted(kinds)[::-1])
+    assert len({tuple(step) for step in order}) == 20

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlavaConfig
 
 from mipha.assistant import Assistant
 from mipha.data.sample import IMAGE, Message
-from mipha.models.build import build, save_checkpoint
+from mipha.models.build import build, load_parts_processor, save_checkpoint
 from mipha.models.modeling import load_model
 from mipha.models.processing import load_processor
 from mipha.models.projector import new_projector
@@ -312,3 +312,12 @@ def test_the_biased_head_is_in_the_file(read_back: dict) -> None:
     for name, both in read_back.items():
         with safe_open(both["ours"]["folder"] / "model.safetensors", "pt") as file:
             assert ("language_model.lm_head.bias" in file.keys()) == name.startswith("phi")  # noqa: SIM118
+
+
+def test_the_processor_without_the_weights_is_that_of_the_built_model(tiny_parts, family: str) -> None:
+    recipe = tiny_parts(family, "clip").recipe(image_size=42)
+    (_, whole), light = build(recipe), load_parts_processor(recipe)
+    assert light.tokenizer.get_vocab() == whole.tokenizer.get_vocab()
+    assert light.image_token_id == whole.image_token_id and light.chat_template == whole.chat_template
+    assert light.image_processor.to_dict() == whole.image_processor.to_dict()
+    assert (light.num_additional_image_tokens, light.patch_size) == (whole.num_additional_image_tokens, whole.patch_size)

@@ -140,12 +140,12 @@ def test_deal_gives_the_next_row_to_the_process_with_the_least() -> None:
 
 def row(length: int) -> Row:
     ones = np.ones(length, dtype=np.int64)
-    return Row(("a",), ones, ones, np.arange(length), ones * 0, ones * 0, ())
+    return Row(("a",), ones, ones, np.arange(length), ones * 0, ones * 0, (), ())
 
 
 def test_micro_batches_are_tensors_a_model_takes(mixture: Mixture, processor: LlavaProcessor, stage: Callable) -> None:
     batch = StepDataset(mixture, processor, stage(), seed=0)[0].micro_batches[0]
-    assert set(batch) <= {"input_ids", "labels", "position_ids", "attention_mask", "pixel_values"}
+    assert set(batch) <= {"input_ids", "labels", "position_ids", "attention_mask", "pixel_values", "spans"}
     assert all(isinstance(value, Tensor) for value in batch.values())
 
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemWriter
 
 from mipha.recipe import Recipe
 from mipha.run import Run
 from mipha.training import checkpoint
-from mipha.training.checkpoint import KEEP, list_states, load_state, save_state
+from mipha.training.checkpoint import StateWriter, check_writable, list_states, load_state
 from mipha.training.pipeline import train
 from mipha.world import World
 
@@ -38,6 +41,10 @@ def small() -> tuple[Small, torch.optim.Optimizer]:
     return model, torch.optim.AdamW(model.trained.parameters(), lr=0.1)
 
 
+def write(states: Path, step: int, model: Small, optimizer: torch.optim.Optimizer, position: dict | None = None) -> None:
+    StateWriter(states, HERE).save(step, model, optimizer, position or {})
+
+
 def take_step(model: Small, optimizer: torch.optim.Optimizer) -> None:
     model.frozen(model.trained(torch.ones(1, 3))).sum().backward()
     optimizer.step()
@@ -47,7 +54,7 @@ def take_step(model: Small, optimizer: torch.optim.Optimizer) -> None:
 def test_a_state_is_read_back(small: tuple, tmp_path: Path) -> None:
     model, optimizer = small
     take_step(model, optimizer)
-    save_state(tmp_path, 1, model, optimizer, {"seed": 7}, HERE)
+    write(tmp_path, 1, model, optimizer, {"seed": 7})
     saved = model.trained.weight.detach().clone()
     take_step(model, optimizer)
     after = model.trained.weight.detach().clone()
@@ -69,10 +76,10 @@ def test_no_state_is_no_state(small: tuple, tmp_path: Path) -> None:
 def test_frozen_weights_are_not_written(small: tuple, tmp_path: Path) -> None:
     model, optimizer = small
     take_step(model, optimizer)
-    save_state(tmp_path, 1, model, optimizer, {}, HERE)
+    write(tmp_path, 1, model, optimizer)
     sizes = json.loads((tmp_path / "step-00000001" / "manifest.json").read_text())
     model.frozen.weight = torch.nn.Parameter(torch.zeros(2000, 2000), requires_grad=False)
-    save_state(tmp_path, 2, model, optimizer, {}, HERE)
+    write(tmp_path, 2, model, optimizer)
     again = json.loads((tmp_path / "step-00000002" / "manifest.json").read_text())
     assert sum(again.values()) < sum(sizes.values()) + 1000
 
@@ -80,9 +87,9 @@ def test_frozen_weights_are_not_written(small: tuple, tmp_path: Path) -> None:
 def test_the_last_states_are_kept(small: tuple, tmp_path: Path) -> None:
     for step in range(1, 6):
         take_step(*small)
-        save_state(tmp_path, step, *small, {}, HERE)
+        write(tmp_path, step, *small)
     assert [path.name for path in list_states(tmp_path)] == ["step-00000004", "step-00000005"]
-    assert len(list(tmp_path.iterdir())) == KEEP
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.parametrize("damage", ["shorter", "gone", "no manifest", "half a manifest", "not published"])
@@ -90,7 +97,7 @@ def test_a_torn_state_falls_back_to_the_one_before(small: tuple, tmp_path: Path,
     model, optimizer = small
     for step in (1, 2):
         take_step(model, optimizer)
-        save_state(tmp_path, step, model, optimizer, {}, HERE)
+        write(tmp_path, step, model, optimizer)
         if step == 1:
             first = model.trained.weight.detach().clone()
     newest = tmp_path / "step-00000002"
@@ -108,14 +115,14 @@ def test_a_torn_state_falls_back_to_the_one_before(small: tuple, tmp_path: Path,
     assert load_state(tmp_path, model, optimizer, HERE) == {"step": 1}
     assert torch.equal(model.trained.weight, first)
     take_step(model, optimizer)
-    save_state(tmp_path, 2, model, optimizer, {}, HERE)  # the torn one is in the way
+    write(tmp_path, 2, model, optimizer)  # the torn one is in the way
     assert [path.name for path in list_states(tmp_path)] == ["step-00000001", "step-00000002"]
 
 
 def test_a_state_of_the_right_size_that_cannot_be_read_falls_back_too(small: tuple, tmp_path: Path) -> None:
     for step in (1, 2):
         take_step(*small)
-        save_state(tmp_path, step, *small, {}, HERE)
+        write(tmp_path, step, *small)
     for path in (tmp_path / "step-00000002").glob("*.distcp"):
         path.write_bytes(b"\0" * path.stat().st_size)
     position = load_state(tmp_path, *small, HERE)
@@ -129,13 +136,14 @@ def test_a_run_whose_newest_state_is_torn_ends_in_the_same_weights(
     whole = train(recipe, tmp_path / "whole")
     saves = []
 
-    def stop_after_four(*args) -> None:
-        save_state(*args)
-        saves.append(args[1])
-        if len(saves) == 2 + 4:  # one after each step of both stages, but pretrain saves every second
+    def stop_after_four(self: StateWriter, step: int, *state) -> None:
+        save(self, step, *state)
+        saves.append(step)
+        if len(saves) == 1 + 4:  # pretrain saves after its second and last step
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr("mipha.training.loop.save_state", stop_after_four)
+    save = StateWriter.save
+    monkeypatch.setattr(StateWriter, "save", stop_after_four)
     with pytest.raises(KeyboardInterrupt):
         train(recipe, tmp_path / "torn")
     monkeypatch.undo()
@@ -155,8 +163,88 @@ def test_what_a_killed_writer_left_is_overwritten(small: tuple, tmp_path: Path) 
     beside.mkdir()
     (beside / "rubbish").touch()
     take_step(*small)
-    save_state(tmp_path, 1, *small, {}, HERE)
+    write(tmp_path, 1, *small)
     assert not beside.exists()
     assert not (tmp_path / "step-00000001" / "rubbish").exists()
     shutil.rmtree(tmp_path / "step-00000001")
     assert checkpoint.list_states(tmp_path) == []
+
+
+def test_as_many_are_kept_as_asked_for(small: tuple, tmp_path: Path) -> None:
+    writer = StateWriter(tmp_path, HERE, keep=3)
+    for step in range(1, 6):
+        writer.save(step, *small, {})
+    assert [path.name for path in list_states(tmp_path)] == [f"step-{step:08d}" for step in (3, 4, 5)]
+
+
+def test_a_state_written_in_the_background_is_of_when_it_was_asked_for(small: tuple, tmp_path: Path) -> None:
+    model, optimizer = small
+    writer = StateWriter(tmp_path, HERE, asynchronous=True)
+    take_step(model, optimizer)
+    saved = model.trained.weight.detach().clone()
+    writer.save(1, model, optimizer, {"seed": 7})
+    with torch.no_grad():
+        model.trained.weight.zero_()  # training goes on
+    writer.finish()
+    assert load_state(tmp_path, model, optimizer, HERE) == {"step": 1, "seed": 7}
+    assert torch.equal(model.trained.weight, saved)
+
+
+def test_a_state_written_in_the_background_is_published_whole_or_not_at_all(
+    small: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The write is held back until the test lets it go: nothing is published before, and the next save waits for it."""
+    model, optimizer = small
+    begun, let_go = threading.Event(), threading.Event()
+
+    def held(*args: object, **options: object) -> object:
+        begun.set()
+        assert let_go.wait(60)
+        return write_data(*args, **options)
+
+    write_data = FileSystemWriter.write_data
+    monkeypatch.setattr(FileSystemWriter, "write_data", held)
+    writer = StateWriter(tmp_path, HERE, asynchronous=True)
+    take_step(model, optimizer)
+    writer.save(1, model, optimizer, {})
+    assert begun.wait(60)
+    writer.poll()
+    assert list_states(tmp_path) == [] and load_state(tmp_path, model, optimizer, HERE) is None
+    let_go.set()
+    writer.save(2, model, optimizer, {})
+    assert [path.name for path in list_states(tmp_path)][:1] == ["step-00000001"], "published before the next was begun"
+    while len(list_states(tmp_path)) < 2:
+        writer.poll()
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_state_that_cannot_be_written_is_said_and_the_one_before_stays(
+    small: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
+) -> None:
+    model, optimizer = small
+    writer = StateWriter(tmp_path, HERE, asynchronous=asynchronous)
+    take_step(model, optimizer)
+    writer.save(1, model, optimizer, {})
+    writer.finish()
+
+    def full(*args: object, **options: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", full)
+    with pytest.raises(OSError, match=r"step-00000002 could not be written; the one before it is intact.*No space left"):
+        writer.save(2, model, optimizer, {})
+        writer.finish()
+    monkeypatch.undo()
+    assert [path.name for path in list_states(tmp_path)] == ["step-00000001"]
+    writer.save(2, model, optimizer, {})
+    writer.finish()
+    assert [path.name for path in list_states(tmp_path)] == ["step-00000001", "step-00000002"]
+
+
+def test_a_folder_that_cannot_be_written_to_is_said_at_once(tmp_path: Path, tiny_run_recipe: Callable) -> None:
+    check_writable(tmp_path / "new")
+    assert list((tmp_path / "new").iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=r"file/run cannot be written to \(Not a directory\): choose another -o, or get the right"):
+        train(tiny_run_recipe("model.vision_tower=nothing/there"), tmp_path / "file" / "run")

@@ -1,11 +1,10 @@
-"""A run that is killed, stopped, or cut into other pieces ends in the same weights."""
+"""A run that is stopped, or cut into other pieces, ends in the same weights."""
 
 from __future__ import annotations
 
 import json
 import multiprocessing
 import os
-import random
 import signal
 import time
 from collections.abc import Callable
@@ -13,9 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from mipha.models.tuning import apply_tuning
+from mipha.models.tuning import apply_tuning, part_layers
 from mipha.recipe import STAGES, Recipe
 from mipha.run import Run
 from mipha.training.batches import StepDataset
@@ -25,6 +23,7 @@ from mipha.training.pipeline import train
 from mipha.world import World
 
 LONG = ("stages.finetune.max_steps=12", "stages.finetune.epochs=3", "stages.pretrain.max_steps=3")
+TIMED = {"seconds", "samples_per_second", "images_per_second", "tokens_per_second", "peak_memory_gib"}
 HERE = World(0, 1, torch.device("cpu"))
 
 
@@ -60,48 +59,9 @@ def assert_same(run: Run, other: Run, weights: Callable, metrics: Callable) -> N
         assert all(torch.equal(mine[name], theirs[name]) for name in mine), stage
         rows, others = metrics(run.metrics(stage)), metrics(other.metrics(stage))
         assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
-        timed = {"seconds", "samples_per_second", "tokens_per_second", "peak_memory_gib"}
-        assert [{k: v for k, v in row.items() if k not in timed} for row in rows] == [
-            {k: v for k, v in row.items() if k not in timed} for row in others
+        assert [{k: v for k, v in row.items() if k not in TIMED} for row in rows] == [
+            {k: v for k, v in row.items() if k not in TIMED} for row in others
         ]
-
-
-def test_killed_anywhere_it_ends_in_the_same_weights(
-    uninterrupted: Run, launch: Callable, tmp_path: Path, weights: Callable, metrics: Callable
-) -> None:
-    recipe, run, chance, killed = uninterrupted.recipe, Run(tmp_path / "run"), random.Random(0), 0
-    for stage, line in (("pretrain", 1), ("finetune", 1), ("finetune", 4), ("finetune", 7), ("finetune", 10)):
-        process = launch(recipe, run.folder)
-        wait_for_lines(run.metrics(stage), line, process)
-        time.sleep(chance.random() * 0.04)  # in a step, in a save, between them
-        process.kill()
-        process.join()
-        killed += process.exitcode == -signal.SIGKILL
-    assert killed >= 4, "too few of the kills came before the end"
-    assert_same(train(recipe, run.folder), uninterrupted, weights, metrics)
-    assert not any(run.folder.rglob("*.partial"))
-    assert not any(run.states(stage).exists() for stage in STAGES)
-
-
-def test_a_killed_run_with_adapters_ends_in_the_same_weights(
-    tiny_run_recipe: Callable, launch: Callable, tmp_path: Path, weights: Callable, metrics: Callable
-) -> None:
-    lora = ("language_model=lora", "vision_tower=last-1", "lora.rank=4")
-    recipe = tiny_run_recipe("stages.pretrain.tuning.language_model=lora", *(f"stages.finetune.tuning.{change}" for change in lora))
-    run, whole, killed = Run(tmp_path / "run"), train(recipe, tmp_path / "whole"), 0
-    for stage, line in (("pretrain", 1), ("finetune", 1), ("finetune", 4)):
-        process = launch(recipe, run.folder)
-        wait_for_lines(run.metrics(stage), line, process)
-        process.kill()
-        process.join()
-        killed += process.exitcode == -signal.SIGKILL
-    assert killed >= 2, "too few of the kills came before the end"
-    assert_same(train(recipe, run.folder), whole, weights, metrics)
-    for stage in STAGES:
-        mine, theirs = (load_file(done.stage(stage) / "adapter" / "adapter_model.safetensors") for done in (run, whole))
-        assert mine.keys() == theirs.keys()
-        assert all(torch.equal(mine[name], theirs[name]) for name in mine), stage
-        assert (run.stage(stage) / "tuning.json").read_text() == (whole.stage(stage) / "tuning.json").read_text()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -177,6 +137,16 @@ def one_row(smooth: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return train(smooth.override("stages.finetune.row_tokens=400"), tmp_path_factory.mktemp("one row") / "run")
 
 
+@pytest.mark.slow
+def test_compiled_layers_train_the_same(smooth: Recipe, one_row: Run, tmp_path: Path, weights: Callable) -> None:
+    """Over rows of ever new lengths, with and without a mask."""
+    run = train(smooth.override("compile=true", "stages.finetune.row_tokens=120", "stages.finetune.max_steps=6"), tmp_path / "run")
+    mine, theirs = weights(run.final_checkpoint()), weights(one_row.final_checkpoint())
+    assert mine.keys() == theirs.keys()
+    for name in theirs:
+        assert (mine[name] - theirs[name]).abs().max() < 1e-5, name
+
+
 def test_clipping_bounds_the_gradient(smooth: Recipe, one_row: Run, tmp_path: Path, weights: Callable) -> None:
     """With plain SGD-like steps (a huge epsilon) a clipped run moves less, in proportion."""
     run = train(smooth.override("stages.finetune.row_tokens=400", "stages.finetune.max_grad_norm=0.1"), tmp_path / "run")
@@ -188,6 +158,23 @@ def test_clipping_bounds_the_gradient(smooth: Recipe, one_row: Run, tmp_path: Pa
     assert moved(run.final_checkpoint()) < 0.5 * moved(one_row.final_checkpoint())
 
 
+def test_activation_checkpointing_of_one_part_leaves_the_other(
+    tiny_model: Callable, tiny_run_recipe: Callable, mixture: object, tmp_path: Path
+) -> None:
+    for part, expected in (("vision_tower", (2, 1)), ("language_model", (1, 2))):
+        model, processor = tiny_model()
+        recipe = tiny_run_recipe(f"stages.finetune.activation_checkpointing=[{part}]", "stages.finetune.max_steps=1")
+        stage = recipe.stages.finetune
+        apply_tuning(model, stage.tuning)
+        calls = [0, 0]
+        for place, name in enumerate(("vision_tower", "language_model")):
+            mlp = part_layers(model, name)[0].mlp
+            mlp.register_forward_pre_hook(lambda *_, place=place, calls=calls: calls.__setitem__(place, calls[place] + 1))
+        steps = StepDataset(mixture, processor, stage, seed=0)
+        train_stage(model, steps, recipe, "finetune", tmp_path / part, HERE, autocast=None)
+        assert tuple(count / len(steps[0].micro_batches) for count in calls) == expected, part
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_activation_checkpointing_recomputes_every_layer_that_gradients_pass(
     stage: str, tiny_model: Callable, tiny_run_recipe: Callable, mixture: object, tmp_path: Path
@@ -196,13 +183,13 @@ def test_activation_checkpointing_recomputes_every_layer_that_gradients_pass(
     calls = {}
     for wanted in (False, True):
         model, processor = tiny_model()
-        recipe = getattr(tiny_run_recipe(f"stages.{stage}.activation_checkpointing={wanted}", f"stages.{stage}.max_steps=1").stages, stage)
-        apply_tuning(model, recipe.tuning)
+        recipe = tiny_run_recipe(f"stages.{stage}.activation_checkpointing={wanted}", f"stages.{stage}.max_steps=1")
+        apply_tuning(model, getattr(recipe.stages, stage).tuning)
         counts = calls[wanted] = [0, 0]
         for index, layer in enumerate(model.model.language_model.layers):
             layer.mlp.register_forward_pre_hook(lambda *_, index=index, counts=counts: counts.__setitem__(index, counts[index] + 1))
-        steps = StepDataset(mixture, processor, recipe, seed=0)
-        train_stage(model, steps, recipe, tmp_path / f"{wanted}", HERE, title="", autocast=None, seed=0)
+        steps = StepDataset(mixture, processor, getattr(recipe.stages, stage), seed=0)
+        train_stage(model, steps, recipe, stage, tmp_path / f"{wanted}", HERE, autocast=None)
     assert calls[True] == [2 * count for count in calls[False]]
     assert calls[False] == [2, 2]  # micro-batches
 
@@ -210,9 +197,10 @@ def test_activation_checkpointing_recomputes_every_layer_that_gradients_pass(
 def test_a_frozen_part_has_no_dropout(tiny_model: Callable, tiny_run_recipe: Callable, mixture: object, tmp_path: Path) -> None:
     for stage, drops in (("pretrain", False), ("finetune", True)):
         model, processor = tiny_model("phi")
-        recipe = getattr(tiny_run_recipe(f"stages.{stage}.max_steps=1").stages, stage)
-        apply_tuning(model, recipe.tuning)
-        train_stage(model, StepDataset(mixture, processor, recipe, seed=0), recipe, tmp_path / stage, HERE, title="", autocast=None, seed=0)
+        recipe = tiny_run_recipe(f"stages.{stage}.max_steps=1")
+        wish = getattr(recipe.stages, stage)
+        apply_tuning(model, wish.tuning)
+        train_stage(model, StepDataset(mixture, processor, wish, seed=0), recipe, stage, tmp_path / stage, HERE, autocast=None)
         dropouts = [module for module in model.model.language_model.modules() if isinstance(module, torch.nn.Dropout) and module.p]
         assert dropouts and all(module.training == drops for module in dropouts)
 
@@ -221,9 +209,10 @@ def test_frozen_layers_of_a_tuned_part_have_no_dropout(
     tiny_model: Callable, tiny_run_recipe: Callable, mixture: object, tmp_path: Path
 ) -> None:
     model, processor = tiny_model("phi")
-    recipe = tiny_run_recipe("stages.finetune.max_steps=1", "stages.finetune.tuning.language_model=last-1").stages.finetune
-    apply_tuning(model, recipe.tuning)
-    train_stage(model, StepDataset(mixture, processor, recipe, seed=0), recipe, tmp_path, HERE, title="", autocast=None, seed=0)
+    recipe = tiny_run_recipe("stages.finetune.max_steps=1", "stages.finetune.tuning.language_model=last-1")
+    stage = recipe.stages.finetune
+    apply_tuning(model, stage.tuning)
+    train_stage(model, StepDataset(mixture, processor, stage, seed=0), recipe, "finetune", tmp_path, HERE, autocast=None)
     drops = [layer.resid_dropout.training for layer in model.model.language_model.layers]
     assert drops == [False, True]
 

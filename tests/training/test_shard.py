@@ -20,9 +20,12 @@ import torch
 from mipha.models.build import build
 from mipha.recipe import STAGES, Recipe
 from mipha.run import Run, open_run
+from mipha.training import pipeline
 from mipha.training.checkpoint import list_states
+from mipha.training.frozen import keep_frozen_in_bfloat16
 from mipha.training.pipeline import train
-from mipha.training.shard import layers_of
+from mipha.training.shard import layers_of, mesh_of
+from mipha.world import World
 
 # An epsilon that keeps the rounding of gradients that are truly 0 from moving weights; see test_loop.
 SMOOTH = (*(f"stages.{stage}.adam_eps=1e-2" for stage in STAGES), "stages.finetune.learning_rate=3e-2")
@@ -30,9 +33,13 @@ SMOOTH = (*(f"stages.{stage}.adam_eps=1e-2" for stage in STAGES), "stages.finetu
 DRIVER = """
 import json, os, signal, threading, time
 from pathlib import Path
+import torch
 from mipha.recipe import load_recipe
+from mipha.training import frozen, pipeline
 from mipha.training.pipeline import train
 
+# As on a GPU: layers of two types are sharded together.
+pipeline.keep_frozen_in_bfloat16 = lambda model, device: frozen.keep_frozen_in_bfloat16(model, torch.device("cuda"))
 os.environ.update(LAUNCHED)  # what torchrun sets, given by the test
 
 def stop_after(metrics, lines):
@@ -53,26 +60,30 @@ for case in json.loads(CASES):
 """
 
 
-def launch_two(driver: Path, cases: list[dict[str, Any]]) -> None:
-    """Run the driver in two processes, as torchrun would, but forked from one that has imported everything."""
+def launch(driver: Path, cases: list[dict[str, Any]], size: int = 2, local: int = 2) -> None:
+    """Run the driver in some processes, as torchrun would, but forked from one that has imported everything.
+
+    Args:
+        local: Processes of a machine, as far as they are told.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mipha.training.pipeline"])
     processes = []
-    for rank in ("0", "1"):
-        launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for rank in range(size):
+        launched = {"RANK": str(rank), "LOCAL_RANK": str(rank % local), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(local)}
+        launched |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         given = {"LAUNCHED": launched, "CASES": json.dumps(cases)}
         processes.append(context.Process(target=runpy.run_path, args=(str(driver), given)))
         processes[-1].start()
     while any(process.is_alive() for process in processes) and not any(process.exitcode for process in processes):
         processes[0].join(0.1)
-        processes[1].join(0.1)
     codes = [process.exitcode for process in processes]
     for process in processes:
         process.kill()  # where one has failed, the other waits for it
-    assert codes == [0, 0], f"exit codes {codes}: see the captured output"
+    assert not any(codes), f"exit codes {codes}: see the captured output"
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +110,13 @@ def recipes(tiny_run_recipe: Callable, text_only: Path) -> dict[str, Recipe]:
         "frozen": (finetune + "tuning.language_model=frozen", finetune + "part_learning_rates={vision_tower: 0.001}"),
         "lora": tuple(finetune + f"tuning.{change}" for change in ("vision_tower=last-1", "language_model=lora", "lora.dropout=0")),
         "validated": (finetune + "held_out=0.4", finetune + "validate_every=2", finetune + "batch_size=3"),
+        "in bfloat16": ("precision=bfloat16", finetune + "tuning.language_model=last-1"),
+        "async": (
+            "sharding=ddp",
+            "async_checkpoints=true",
+            finetune + "checkpoint_every=1",
+            finetune + "activation_checkpointing=[vision_tower]",
+        ),
         "reshard 2 to 1": (finetune + "max_steps=8",),
         "reshard 1 to 2": (finetune + "max_steps=8", finetune + "checkpoint_every=3"),
     }
@@ -121,7 +139,7 @@ def by_two(recipes: dict[str, Recipe], tmp_path_factory: pytest.TempPathFactory)
         cases.append({"recipe": str(root / f"{name}.yaml"), "folder": str(root / name), "stop_after": stop_after})
     start_with_one(recipes["reshard 1 to 2"], root / "reshard 1 to 2")
     (root / "driver.py").write_text(DRIVER)
-    launch_two(root / "driver.py", cases)
+    launch(root / "driver.py", cases)
     return root
 
 
@@ -139,12 +157,57 @@ def start_with_one(recipe: Recipe, folder: Path) -> None:
         train(recipe, folder)
 
 
-@pytest.mark.parametrize("case", ["packed", "skewed", "shared", "text only", "frozen", "lora", "validated", "reshard 1 to 2"])
+CASES = ["packed", "skewed", "shared", "text only", "frozen", "lora", "validated", "in bfloat16", "async", "reshard 1 to 2"]
+
+
+@pytest.mark.parametrize("case", CASES)
 def test_two_processes_train_what_one_trains(
-    case: str, recipes: dict[str, Recipe], by_two: Path, tmp_path: Path, weights: Callable, metrics: Callable
+    case: str,
+    recipes: dict[str, Recipe],
+    by_two: Path,
+    tmp_path: Path,
+    weights: Callable,
+    metrics: Callable,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(pipeline, "keep_frozen_in_bfloat16", lambda model, device: keep_frozen_in_bfloat16(model, torch.device("cuda")))
     two, one = open_run(by_two / case), train(recipes[case], tmp_path / "one")
     assert_equal(one, two, weights, metrics)
+
+
+def test_four_processes_on_two_machines_train_what_one_trains(
+    tiny_run_recipe: Callable, tmp_path: Path, weights: Callable, metrics: Callable
+) -> None:
+    """Weights are sharded within a machine, gradients summed over both."""
+    recipe = tiny_run_recipe(*SMOOTH, "stages.finetune.batching=padded", "stages.finetune.max_steps=4", "async_checkpoints=true")
+    (tmp_path / "recipe.yaml").write_text(recipe.dump())
+    (tmp_path / "driver.py").write_text(DRIVER)
+    case = {"recipe": str(tmp_path / "recipe.yaml"), "folder": str(tmp_path / "four"), "stop_after": 0}
+    launch(tmp_path / "driver.py", [case], size=4)
+    assert_equal(train(recipe, tmp_path / "one"), open_run(tmp_path / "four"), weights, metrics)
+
+
+@pytest.mark.parametrize(
+    ("sharding", "size", "local", "shape"),
+    [
+        ("auto", 2, 2, (2,)),
+        ("auto", 4, 2, (2, 2)),
+        ("auto", 2, 1, (2,)),
+        ("fsdp", 4, 2, (4,)),
+        ("ddp", 4, 2, (4, 1)),
+        ("hsdp", 6, 3, (2, 3)),
+    ],
+)
+def test_how_processes_share_a_model(sharding: str, size: int, local: int, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+    monkeypatch.setattr("mipha.training.shard.init_device_mesh", lambda device, shape, **names: shape)
+    assert mesh_of(sharding, World(0, size, torch.device("cpu"))) == shape
+
+
+def test_sharding_over_machines_wants_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match=r"sharding=hsdp needs several machines .* 4 of the 4 processes are on this one: use fsdp"):
+        mesh_of("hsdp", World(0, 4, torch.device("cpu")))
 
 
 def test_one_process_goes_on_where_two_stopped(

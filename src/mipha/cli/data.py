@@ -75,6 +75,6 @@ def _tokens(name: str | None, stage: str) -> dict[str, Any]:
         raise ValueError(f"no stage {stage!r}: choose {' or '.join(STAGES)}")
     recipe = load_recipe(name)
 
-    from mipha.models.build import build
+    from mipha.models.build import load_parts_processor
 
-    return {"stage": getattr(recipe.stages, stage), "processor": build(recipe.model)[1], "seed": recipe.seed}
+    return {"stage": getattr(recipe.stages, stage), "processor": load_parts_processor(recipe.model), "seed": recipe.seed}

@@ -96,7 +96,7 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
         FileNotFoundError: There is no such file.
         ValueError: It is not an image in one of `FORMATS`, is damaged, or is larger than `max_pixels`; the message names the file.
     """
-    name = _name(source)
+    name = image_name(source)
     if isinstance(source, Path) and not source.is_file():
         raise FileNotFoundError(f"no image file {source}: check the data set's root")
     try:
@@ -111,6 +111,15 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
         raise ValueError(f"{name} asks for more memory than there is: make it smaller, or remove it") from error
     except Exception as error:  # decoders answer damage with nearly every kind of exception
         raise ValueError(f"{name} cannot be read as an image: {error or type(error).__name__}") from error
+
+
+def is_readable(source: ImageSource) -> bool:
+    """Whether `open_image` reads it: it is tried."""
+    try:
+        open_image(source)
+    except (ValueError, FileNotFoundError):
+        return False
+    return True
 
 
 def image_key(source: ImageSource) -> bytes:
@@ -137,7 +146,8 @@ def grey_image() -> bytes:
     return buffer.getvalue()
 
 
-def _name(source: ImageSource) -> str:
+def image_name(source: ImageSource) -> str:
+    """What messages call an image."""
     return f"image of {len(source)} bytes" if isinstance(source, bytes) else str(source)
 
 

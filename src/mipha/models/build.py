@@ -28,11 +28,11 @@ from mipha.catalog.language_models import LANGUAGE_MODELS
 from mipha.catalog.vision_towers import VISION_TOWERS
 from mipha.lookup import files_in
 from mipha.models.folders import locate
-from mipha.models.language_model import add_image_token, end_of_turn, load_language_model, read_config
+from mipha.models.language_model import add_image_token, end_of_turn, load_language_model, load_tokenizer, read_config
 from mipha.models.modeling import LlavaForConditionalGeneration
-from mipha.models.processing import build_processor
+from mipha.models.processing import IMAGE_TOKEN, build_processor
 from mipha.models.projector import new_projector
-from mipha.models.vision_tower import TOWERS, fit_tower, load_vision_tower, num_prefix_tokens
+from mipha.models.vision_tower import TOWERS, fit_tower, load_vision_tower, num_prefix_tokens, read_tower
 from mipha.recipe import ModelRecipe
 
 
@@ -113,6 +113,24 @@ def skeleton(recipe: ModelRecipe) -> LlavaForConditionalGeneration:
         tower = fit_tower(tower, recipe.feature_layer, recipe.image_size, recipe.post_layernorm)
         config = _llava_config(tower.config, num_prefix_tokens(tower), text_config, image_token_id=text_config.vocab_size - 1)
         return LlavaForConditionalGeneration(config).eval()
+
+
+def load_parts_processor(recipe: ModelRecipe) -> LlavaProcessor:
+    """The processor of a recipe's model, without its weights: for looking at samples, and for their lengths.
+
+    Raises:
+        FileNotFoundError: A part is neither a catalog name, a folder nor a hub id that can be reached.
+        ValueError: A part is of a kind that cannot be used.
+    """
+    _, text_config, tokenizer, template = load_tokenizer(recipe)
+    _, vision_config, mean, std = read_tower(recipe.vision_tower)
+    add_image_token(tokenizer)
+    with torch.device("meta"):
+        tower = TOWERS[vision_config.model_type](vision_config)
+        tower = fit_tower(tower, recipe.feature_layer, recipe.image_size, recipe.post_layernorm)
+        prefix = num_prefix_tokens(tower)
+    _llava_config(tower.config, prefix, text_config, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))  # refuses an image that is too long
+    return build_processor(tokenizer, template, tower.config, mean, std, recipe.pad_to_square, prefix)
 
 
 def _part_config(name: str, kind: str, known: list[str]) -> PretrainedConfig:

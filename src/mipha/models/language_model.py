@@ -30,9 +30,27 @@ def load_language_model(recipe: ModelRecipe, dtype: torch.dtype) -> tuple[PreTra
         ValueError: It is of a kind that cannot be used, or its template does not go with it.
     """
     name = recipe.language_model
+    folder, _, tokenizer, template = load_tokenizer(recipe)
+    with reading(folder, "language model", name):
+        model = load_weights(AutoModelForCausalLM, folder, dtype)
+    # Gemma 2 ends in 30 * tanh(logits / 30), for which the stock LLaVA has no place: no greedy answer changes without it.
+    if getattr(model.config, "final_logit_softcapping", None):
+        model.config.final_logit_softcapping = None
+    check_composable(model, name)
+    return model, tokenizer, template
+
+
+def load_tokenizer(recipe: ModelRecipe) -> tuple[str, PretrainedConfig, PreTrainedTokenizerBase, str]:
+    """What there is to know of a language model before its weights: its folder, config, tokenizer and chat template.
+
+    Raises:
+        FileNotFoundError: It is nowhere, or its folder is not whole.
+        ValueError: It is of a kind that cannot be used, or its template does not go with it.
+    """
+    name = recipe.language_model
     entry = LANGUAGE_MODELS.get(name)
     folder = locate(name, entry.path if entry else name, "language model", list(LANGUAGE_MODELS))
-    read_config(folder, name)
+    config = read_config(folder, name)
     tokenizer = _read_tokenizer(folder, name)
     wanted = recipe.chat_template or (entry.chat_template if entry else None)
     if wanted:
@@ -42,13 +60,7 @@ def load_language_model(recipe: ModelRecipe, dtype: torch.dtype) -> tuple[PreTra
     else:
         raise ValueError(f"language model {name!r} has no chat template: set model.chat_template, for example to vicuna")
     end_of_turn(tokenizer, template)  # refused before the weights are read
-    with reading(folder, "language model", name):
-        model = load_weights(AutoModelForCausalLM, folder, dtype)
-    # Gemma 2 ends in 30 * tanh(logits / 30), for which the stock LLaVA has no place: no greedy answer changes without it.
-    if getattr(model.config, "final_logit_softcapping", None):
-        model.config.final_logit_softcapping = None
-    check_composable(model, name)
-    return model, tokenizer, template
+    return folder, config, tokenizer, template
 
 
 def read_config(folder: str, name: str) -> PretrainedConfig:
@@ -152,10 +164,10 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> int:
     return trained[-1]
 
 
-def add_image_token(tokenizer: PreTrainedTokenizerBase, language_model: PreTrainedModel) -> int:
-    """Id of the image placeholder: an unused row of the vocabulary where there is one, else 64 new rows."""
+def add_image_token(tokenizer: PreTrainedTokenizerBase, language_model: PreTrainedModel | None = None) -> int:
+    """Id of the image placeholder: an unused row of the vocabulary where there is one, else 64 new rows (null: the tokenizer alone)."""
     tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_TOKEN]})
     token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    if token_id >= language_model.config.vocab_size:
+    if language_model is not None and token_id >= language_model.config.vocab_size:
         language_model.resize_token_embeddings(token_id + 1, pad_to_multiple_of=64, mean_resizing=False)
     return token_id

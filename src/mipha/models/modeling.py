@@ -11,6 +11,8 @@ from transformers import Cache, LlavaConfig
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
 from mipha.models.loss import supervised_cross_entropy
+from mipha.models.packed_attention import NAME as PACKED
+from mipha.models.packed_attention import spans_as_mask
 
 
 @dataclass
@@ -54,6 +56,7 @@ class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
+        spans: Tensor | None = None,
         **kwargs,
     ):
         """As stock without `labels`. With them: the loss over supervised positions, and no logits.
@@ -66,11 +69,14 @@ class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
             attention_mask: `(rows, tokens)`, or `(rows, 1, tokens, tokens)` added to the scores.
             position_ids: `(rows, tokens)`.
             labels: `(rows, tokens)`, -100 where not trained on.
+            spans: `(spans, 3)`, as `collate` makes them: with packed attention they take the mask's place; else the mask counts.
         """
         inputs = {"input_ids": input_ids, "pixel_values": pixel_values, "attention_mask": attention_mask, "position_ids": position_ids}
         inputs |= {"inputs_embeds": inputs_embeds, **kwargs}
         if labels is None:
             return super().forward(past_key_values=past_key_values, **inputs)
+        if spans is not None and self.config.text_config._attn_implementation == PACKED:
+            inputs["attention_mask"] = spans_as_mask(spans)
         # A default cache switches off the isolation of packed samples without a word; training never needs one.
         outputs = self.model(**{**inputs, "use_cache": False})
         loss_sum, num_tokens = supervised_cross_entropy(outputs.last_hidden_state, labels, self.lm_head)

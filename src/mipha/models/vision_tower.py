@@ -49,12 +49,26 @@ def load_vision_tower(recipe: ModelRecipe, dtype: torch.dtype) -> tuple[PreTrain
         FileNotFoundError: It is nowhere, or its folder is not whole.
         ValueError: It is of a kind that cannot be a tower, or cannot be fitted.
     """
-    name = recipe.vision_tower
+    folder, config, mean, std = read_tower(recipe.vision_tower)
+    tower_class = TOWERS[config.model_type]
+    if folder is None:
+        tower = tower_class._from_config(config, dtype=dtype)
+    else:
+        with reading(folder, "vision tower", recipe.vision_tower):
+            tower = load_weights(tower_class, folder, dtype, optional=_UNREAD)
+    return fit_tower(tower, recipe.feature_layer, recipe.image_size, recipe.post_layernorm), mean, std
+
+
+def read_tower(name: str) -> tuple[str | None, PretrainedConfig, list[float], list[float]]:
+    """What there is to know of a tower before its weights: its folder (null for one that nobody trained), config, mean and deviation.
+
+    Raises:
+        FileNotFoundError: It is nowhere, or its folder is not whole.
+        ValueError: It is of a kind that cannot be a tower.
+    """
     entry = VISION_TOWERS.get(name)
     if entry and entry.path == "untrained":
-        config = AutoConfig.for_model(**part_config(name))
-        tower = TOWERS[config.model_type]._from_config(config, dtype=dtype)
-        return fit_tower(tower, recipe.feature_layer, recipe.image_size, recipe.post_layernorm), [0.5] * 3, [0.5] * 3
+        return None, AutoConfig.for_model(**part_config(name)), [0.5] * 3, [0.5] * 3
     folder = locate(name, entry.path if entry else name, "vision tower", list(VISION_TOWERS))
     with reading(folder, "vision tower", name):
         kind = model_type(folder)
@@ -68,9 +82,8 @@ def load_vision_tower(recipe: ModelRecipe, dtype: torch.dtype) -> tuple[PreTrain
             f"vision tower {name!r} does not say how its pixels are scaled: write image_mean and image_std into its image processor"
         )
     with reading(folder, "vision tower", name):
-        tower = load_weights(TOWERS[kind], folder, dtype, optional=_UNREAD)
-    fitted = fit_tower(tower, recipe.feature_layer, recipe.image_size, recipe.post_layernorm)
-    return fitted, list(pixels["image_mean"]), list(pixels["image_std"])
+        config = TOWERS[kind].config_class.from_pretrained(folder)
+    return folder, config, list(pixels["image_mean"]), list(pixels["image_std"])
 
 
 def fit_tower(

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import LlavaProcessor
 
-from mipha.data.collate import collate
+from mipha.data.collate import Substituted, collate
 from mipha.data.encode import Encoded, blank, encode
 from mipha.data.images import grey_image
 from mipha.data.mixture import Mixture, epoch_order
@@ -33,20 +33,24 @@ class Step:
         ids: Samples of the step.
         sources: How many of them are of which data set.
         num_tokens: Real tokens, no padding; a shared image counts once.
+        num_pairs: (query, key) pairs of them that attend.
         num_supervised: Tokens that are trained on.
         num_images: Images encoded.
         num_padded: Positions computed, padding included.
         num_truncated: Samples whose end was cut off.
+        substituted: Images of this process alone that could not be read, and that grey stands in for.
     """
 
     micro_batches: tuple[dict[str, Tensor], ...]
     ids: tuple[str, ...]
     sources: dict[str, int]
     num_tokens: int
+    num_pairs: int
     num_supervised: int
     num_images: int
     num_padded: int
     num_truncated: int
+    substituted: tuple[Substituted, ...] = ()
 
 
 class StepDataset(Dataset[Step]):
@@ -58,7 +62,8 @@ class StepDataset(Dataset[Step]):
         self.mixture, self.processor, self.stage, self.seed = mixture, processor, stage, seed
         self.rank, self.world_size = rank, world_size
         self._blank = make_rows([blank(processor, grey_image())], stage.row_tokens, "padded")[0]
-        self._order = lru_cache(maxsize=2)(lambda epoch: epoch_order(mixture, seed, epoch, stage.bundle))
+        by_modality = stage.batch_size if stage.group_by_modality_length else None
+        self._order = lru_cache(maxsize=2)(lambda epoch: epoch_order(mixture, seed, epoch, stage.bundle, by_modality))
 
     def __len__(self) -> int:
         """Optimizer steps of the stage."""
@@ -85,21 +90,24 @@ class StepDataset(Dataset[Step]):
         if not 0 <= step < len(self):
             raise IndexError(step)
         samples = self.samples(step)
-        dealt = deal(make_rows(samples, self.stage.row_tokens, self.stage.batching), self.world_size)
+        dealt = deal(make_rows(samples, self.stage.row_tokens, self.stage.batching, self.world_size), self.world_size)
         chunks = [self._chunks(rows) for rows in dealt]
         most = max(len(own) for own in chunks)
         blank_at = range(most) if self.world_size > 1 else range(0 if any(sample.images for sample in samples) else 1)
         full = [[self._with_image(own[i] if i < len(own) else [], i in blank_at) for i in range(most)] for own in chunks]
         rows = [row for rows in dealt for row in rows]
+        substituted: list[Substituted] | None = [] if self.stage.unreadable_images == "substitute" else None
         return Step(
-            micro_batches=tuple(collate(chunk, self.processor) for chunk in full[self.rank]),
+            micro_batches=tuple(collate(chunk, self.processor, substituted) for chunk in full[self.rank]),
             ids=tuple(sample.id for sample in samples),
             sources=self.mixture.count_sources(self.indices(step)),
             num_tokens=sum(len(row) for row in rows),
+            num_pairs=sum(row.num_pairs for row in rows),
             num_supervised=sum(row.num_supervised for row in rows),
             num_images=sum(len(row.images) for row in rows),
             num_padded=sum(len(chunk) * max(len(row) for row in chunk) for own in full for chunk in own),
             num_truncated=sum(sample.truncated > 0 for sample in samples),
+            substituted=tuple(substituted or ()),
         )
 
     def _chunks(self, rows: Sequence[Row]) -> list[list[Row]]:

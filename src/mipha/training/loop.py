@@ -6,96 +6,116 @@ import ctypes
 import json
 import math
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from torch.utils.data import DataLoader
 
 from mipha.models.modeling import LlavaForConditionalGeneration
-from mipha.recipe import StageRecipe
+from mipha.models.packed_attention import use_packed_attention
+from mipha.recipe import Recipe, StageName, StageRecipe
 from mipha.run import append_line, read_lines, write_whole
 from mipha.training.batches import Step, StepDataset, keep_step
-from mipha.training.checkpoint import load_state, save_state
-from mipha.training.metrics import Meter
+from mipha.training.checkpoint import StateWriter, load_state
+from mipha.training.flops import StepFlops
+from mipha.training.metrics import Meter, peak_flops
 from mipha.training.optim import make_optimizer, schedule, set_learning_rates
+from mipha.training.progress import show_progress
 from mipha.training.shard import layers_of, place
+from mipha.training.track import Trackers
+from mipha.training.unreadable import Unreadable
 from mipha.world import World
 
 
 def train_stage(
     model: LlavaForConditionalGeneration,
     steps: StepDataset,
-    stage: StageRecipe,
+    recipe: Recipe,
+    name: StageName,
     folder: Path,
     world: World,
     *,
-    title: str,
     autocast: torch.dtype | None,
-    seed: int,
     validate: Callable[[nn.Module, int], dict[str, float]] | None = None,
+    track: Sequence[str] = (),
 ) -> nn.Module:
     """Train until the last step, from the newest state in `folder` where there is one.
 
     Args:
         model: With its tuning applied.
-        folder: Of this stage: `states/`, `metrics.jsonl`.
-        title: What the progress bar calls this stage.
+        name: Of the stage.
+        folder: Of this stage: `states/`, `metrics.jsonl`, what trackers write.
         autocast: Type that matrix products run in; null for that of the weights.
-        seed: Of dropout.
         validate: Called with the model and the number of steps done, every `validate_every` steps and at the end; what it gives goes
             into the metrics.
+        track: Trackers that follow the metrics, beside TensorBoard.
 
     Returns:
         The model as placed (sharded, with several processes).
 
     Raises:
-        ValueError: A weight that is to train gets no gradient.
+        ValueError: A weight that is to train gets no gradient, or an image cannot be read.
         FloatingPointError: The loss or the gradient is not finite; `nonfinite.json` names the samples, the last good state stays.
+        OSError: A state could not be written.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the current step was finished and saved.
     """
-    if stage.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    placed = place(model, world)
+    stage: StageRecipe = getattr(recipe.stages, name)
+    meter = Meter(StepFlops(model), peak_flops(world, autocast))
+    for part in stage.checkpointed:
+        getattr(model.model, part).gradient_checkpointing_enable({"use_reentrant": False})
+    use_packed_attention(model)
+    placed = place(model, world, recipe.sharding, recipe.compile)
     _train_mode(model)
-    if stage.activation_checkpointing:
-        for layer in layers_of(model):
-            layer.training = True  # this flag alone: the host checkpoints no layer in eval mode, and a frozen part is in it
+    for layer in layers_of(model, stage.checkpointed):
+        layer.training = True  # this flag alone: the host checkpoints no layer in eval mode, and a frozen part is in it
     optimizer = make_optimizer(model, stage)
     position = load_state(folder / "states", placed, optimizer, world) or {"step": 0}
     start = int(position["step"])
+    tracked = _last_tracked(folder) if world.is_first else 0
     if world.is_first:
-        for name in ("metrics.jsonl", "answers.jsonl"):
-            _forget_after(folder / name, start)
+        for file in ("metrics.jsonl", "answers.jsonl", "unreadable.jsonl"):
+            _forget_after(folder / file, start)
         (folder / "nonfinite.json").unlink(missing_ok=True)
+    world.barrier()
     loader = DataLoader(
         steps, batch_size=None, sampler=range(start, len(steps)), collate_fn=keep_step, num_workers=4 if world.device.type == "cuda" else 0
     )
-    meter = Meter()
-    with _progress(title, start, len(steps), world.is_first) as show, _stop_gently() as stopped:
+    writer = StateWriter(folder / "states", world, recipe.keep_states, recipe.async_checkpoints)
+    unreadable = Unreadable(folder / "unreadable.jsonl", world) if stage.unreadable_images == "substitute" else None
+    trackers = Trackers(track if world.is_first else None, folder, recipe)
+    meter.restart()
+    with show_progress(name, len(steps), world.is_first) as show, _stop_gently() as stopped, trackers:
         for number, step in enumerate(loader, start=start + 1):
-            torch.manual_seed(seed * 1_000_003 + number)  # dropout after a resume is what it would have been
+            torch.manual_seed(recipe.seed * 1_000_003 + number)  # dropout after a resume is what it would have been
             set_learning_rates(optimizer, schedule(number - 1, len(steps), stage.warmup_ratio))
+            substituted = {"substituted_images": unreadable.record(number, step)} if unreadable else {}
             loss, grad_norm = _optimize(placed, optimizer, step, stage.max_grad_norm, autocast, world, first=number == start + 1)
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+                writer.finish()  # all processes are here
                 _report_nonfinite(folder, number, step, loss, grad_norm, world)
             metrics = meter.measure(number, step, loss, grad_norm, {group["part"]: group["lr"] for group in optimizer.param_groups})
+            metrics |= substituted
             if validate and (number == len(steps) or number % (stage.validate_every or len(steps)) == 0):
                 metrics |= validate(placed, number)
                 meter.restart()
             if world.is_first:
                 append_line(folder / "metrics.jsonl", metrics)
+                if number > tracked:
+                    trackers.log(metrics)
             show(metrics)
             if world.device.type == "cpu":
                 _return_freed_memory()
             stop = _anyone(stopped(), world)
+            writer.poll()
             if number % stage.checkpoint_every == 0 or number == len(steps) or stop:
-                save_state(folder / "states", number, placed, optimizer, {"seed": seed}, world)
+                writer.save(number, placed, optimizer, {"seed": recipe.seed})
             if stop:
+                writer.finish()
                 raise KeyboardInterrupt
+    writer.finish()
     return placed
 
 
@@ -172,6 +192,15 @@ def _forget_after(path: Path, step: int) -> None:
         write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
+def _last_tracked(folder: Path) -> int:
+    """The last step that trackers were given: kept apart, for metrics behind the newest state are dropped, and a tracker keeps its own."""
+    path = folder / "states" / "tracked.json"
+    known = json.loads(path.read_text(encoding="utf-8"))["step"] if path.is_file() else 0
+    last = max((line["step"] for line in read_lines(folder / "metrics.jsonl")), default=0)
+    write_whole(path, json.dumps({"step": max(known, last)}))
+    return max(known, last)
+
+
 def _anyone(flag: bool, world: World) -> bool:
     return bool(world.total(torch.tensor(int(flag), device=world.device))) if world.size > 1 else flag
 
@@ -192,27 +221,3 @@ def _stop_gently() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def _progress(title: str, start: int, total: int, visible: bool) -> Iterator[Callable[[dict], None]]:
-    columns = (
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=12),
-        TextColumn("{task.completed}/{task.total}"),
-        TextColumn("loss {task.fields[loss]:.3f}  {task.fields[samples]:.1f} samples/s  {task.fields[tokens]:,.0f} tokens/s"),
-        TimeRemainingColumn(compact=True),
-    )
-    with Progress(*columns, disable=not visible, speed_estimate_period=600) as progress:
-        task = progress.add_task(title, total=total, completed=start, loss=math.nan, samples=0.0, tokens=0.0)
-
-        def show(metrics: dict) -> None:
-            progress.update(
-                task,
-                completed=metrics["step"],
-                loss=metrics["loss"],
-                samples=metrics["samples_per_second"],
-                tokens=metrics["tokens_per_second"],
-            )
-
-        yield show

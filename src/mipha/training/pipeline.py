@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from transformers import LlavaProcessor
 
 from mipha.comparison.figures import plot_metrics
 from mipha.data.encode import encode
-from mipha.data.images import ImageSource, open_image
+from mipha.data.images import ImageSource, is_readable, open_image
 from mipha.data.mixture import Mixture, check_samples
 from mipha.models.adapters import merged_weights, remove_adapters, save_adapter
 from mipha.models.build import build, save_checkpoint
@@ -25,6 +26,8 @@ from mipha.models.tuning import TunedPart, apply_tuning, check_tuning, tuned_mod
 from mipha.recipe import PARTS, STAGES, Recipe, StageName
 from mipha.run import Run, create_run, read_lines
 from mipha.training.batches import StepDataset
+from mipha.training.checkpoint import check_writable
+from mipha.training.frozen import keep_frozen_in_bfloat16, kept_in, with_originals
 from mipha.training.loop import train_stage
 from mipha.training.proof import (
     change_table,
@@ -35,6 +38,7 @@ from mipha.training.proof import (
     tuning_table,
     write_report,
 )
+from mipha.training.track import check_trackers
 from mipha.training.validation import Validation
 from mipha.world import World, join_world
 
@@ -44,12 +48,13 @@ CALIBRATION_IMAGES = 64
 """Enough for the mean and deviation of each channel: hundreds of patches each."""
 
 
-def train(recipe: Recipe, folder: str | Path) -> Run:
+def train(recipe: Recipe, folder: str | Path, track: Sequence[str] = ()) -> Run:
     """Train both stages of a recipe in a run folder; run again, it goes on where it stopped.
 
     Args:
         recipe: What to train.
         folder: New, or the run folder of this same recipe.
+        track: Trackers that follow the metrics: wandb, trackio. TensorBoard does wherever it is installed.
 
     Returns:
         The run, with a standard checkpoint for each stage.
@@ -57,9 +62,12 @@ def train(recipe: Recipe, folder: str | Path) -> Run:
     Raises:
         ValueError, FileNotFoundError: Something the user can mend, said before the first step where it can be known; also data that
             changed since the run began.
-        OSError: The disk cannot hold the run.
+        OSError: The disk cannot hold the run, or the folder cannot be written to.
     """
+    check_trackers(track)
     world = join_world()
+    if world.is_first and not Path(folder).is_file():
+        check_writable(Path(folder))
     run = create_run(Path(folder), recipe) if world.is_first else None
     world.barrier()
     run = run or create_run(Path(folder), recipe)
@@ -74,11 +82,13 @@ def train(recipe: Recipe, folder: str | Path) -> Run:
     for name in set(STAGES) - set(mixtures) if world.is_first else ():
         _drop_states(run, name)  # of a process that was killed between its last two lines
     for name, mixture in mixtures.items():
-        _train_stage(run, recipe, name, mixture, held_out.get(name), world)
+        _train_stage(run, recipe, name, mixture, held_out.get(name), world, track)
     return run
 
 
-def _train_stage(run: Run, recipe: Recipe, name: StageName, mixture: Mixture, held_out: Mixture | None, world: World) -> None:
+def _train_stage(
+    run: Run, recipe: Recipe, name: StageName, mixture: Mixture, held_out: Mixture | None, world: World, track: Sequence[str]
+) -> None:
     stage, folder = getattr(recipe.stages, name), run.stage(name)
     autocast = autocast_dtype(recipe.precision, world.device)
     torch.manual_seed(recipe.seed)  # the projector's start
@@ -104,18 +114,21 @@ def _train_stage(run: Run, recipe: Recipe, name: StageName, mixture: Mixture, he
     if world.is_first:
         folder.mkdir(parents=True, exist_ok=True)
         trained = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters() if parameter.requires_grad)
-        # Two kept states and the one being written (weights and two moments each), the start, the adapter, and the checkpoint.
-        _check_disk(folder, (3 * 3 + 2) * trained + size)
-        _announce(name, mixture, steps, tuned)
+        # The kept states and the one being written (weights and two moments each), the start, the adapter, and the checkpoint.
+        _check_disk(folder, (3 * (recipe.keep_states + 1) + 2) * trained + size)
         refuse_contradictions(folder / "tuning.json")
-        write_report(folder / "tuning.json", tuned, stage)
         record_start(model, start)
+    originals = keep_frozen_in_bfloat16(model, world.device) if autocast is torch.bfloat16 else {}
+    if world.is_first:
+        tuned = kept_in(model, tuned)
+        _announce(name, mixture, steps, tuned)
+        write_report(folder / "tuning.json", tuned, stage)
     world.barrier()
     validate = None
     if held_out is not None:
         validate = Validation(held_out, processor, stage, recipe.seed, world, autocast, folder / "answers.jsonl").measure
-    placed = train_stage(model, steps, stage, folder, world, title=name, autocast=autocast, seed=recipe.seed, validate=validate)
-    weights = _whole_weights(placed, world)
+    placed = train_stage(model, steps, recipe, name, folder, world, autocast=autocast, validate=validate, track=track)
+    weights = with_originals(_whole_weights(placed, world), originals)
     if world.is_first:
         plot_metrics(run.metrics(name), folder / "loss.png")
         changes = measure_change(model, weights, start)
@@ -152,18 +165,18 @@ def _start(run: Run, recipe: Recipe, name: StageName, mixture: Mixture) -> tuple
         return load_model(str(run.checkpoint("pretrain"))), load_processor(run.checkpoint("pretrain"))
     model, processor = build(recipe.model)
     if recipe.model.calibrate_projector:
-        calibrate_projector(model, _first_images(mixture, processor))
+        calibrate_projector(model, _first_images(mixture, processor, recipe.stages.pretrain.unreadable_images == "substitute"))
     return model, processor
 
 
-def _first_images(mixture: Mixture, processor: LlavaProcessor) -> torch.Tensor:
+def _first_images(mixture: Mixture, processor: LlavaProcessor, only_readable: bool) -> torch.Tensor:
     """The images that the projector's start is measured on, `(images, 3, height, width)`."""
     sources: dict[ImageSource, None] = {}
     for sample in mixture:
         sources |= dict.fromkeys(sample.images)
         if len(sources) >= CALIBRATION_IMAGES:
             break
-    images = [open_image(source) for source in sources]
+    images = [open_image(source) for source in sources if not only_readable or is_readable(source)]
     if not images:
         raise ValueError("calibrate_projector needs images, but the pretrain data have none: set model.calibrate_projector=false")
     return processor.image_processor(images, return_tensors="pt")["pixel_values"]
@@ -176,7 +189,7 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """
     if precision == "float32":
         return None
-    native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if precision == "bfloat16" or native else None
 
 

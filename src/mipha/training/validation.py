@@ -12,6 +12,7 @@ from torch import nn
 from transformers import LlavaProcessor
 
 from mipha.assistant import Assistant
+from mipha.data.images import is_readable
 from mipha.data.mixture import Mixture
 from mipha.data.sample import IMAGE, Sample
 from mipha.models.modeling import LlavaForConditionalGeneration
@@ -54,7 +55,8 @@ class Validation:
         self.steps = StepDataset(mixture, processor, once, seed, world.rank, world.size)
         self.num_steps = min(len(self.steps), ceil(NUM_SAMPLES / stage.batch_size))
         self.processor, self.world, self.autocast, self.answers_file = processor, world, autocast, answers_file
-        self.asked = _askable(mixture) if stage.prompt == "chat" and world.size == 1 else []
+        self.substitutes = stage.unreadable_images == "substitute"
+        self.asked = _askable(mixture, self.substitutes) if stage.prompt == "chat" and world.size == 1 else []
 
     def measure(self, model: nn.Module, number: int) -> dict[str, float]:
         """The mean loss over supervised tokens, nats, for a line of metrics; answers go into their file.
@@ -64,18 +66,25 @@ class Validation:
             number: Optimizer steps done.
         """
         total = torch.zeros((), device=self.world.device)
-        supervised = 0
+        supervised = substituted = 0
         with _as_when_it_answers(model):
             for place in range(self.num_steps):
                 step = self.steps[place]
                 supervised += step.num_supervised
+                substituted += len(step.substituted)
                 for batch in step.micro_batches:
                     batch = {key: value.to(self.world.device) for key, value in batch.items()}
                     with torch.autocast(self.world.device.type, dtype=self.autocast, enabled=self.autocast is not None):
                         total += model(**batch).loss_sum
             if self.asked:
-                self._answer(model, number)
-        return {"validation_loss": float(self.world.total(total) / supervised)}
+                # Frozen layers may be kept in the type that products run in.
+                with torch.autocast(self.world.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+                    self._answer(model, number)
+        measured = {"validation_loss": float(self.world.total(total) / supervised)}
+        if self.substitutes:
+            count = torch.tensor(substituted, device=self.world.device)
+            measured["validation_substituted_images"] = int(self.world.total(count))
+        return measured
 
     def _answer(self, model: nn.Module, number: int) -> None:
         assert isinstance(model, LlavaForConditionalGeneration)
@@ -86,12 +95,13 @@ class Validation:
             append_line(self.answers_file, row | {"expected": sample.messages[1].text})
 
 
-def _askable(mixture: Mixture) -> list[Sample]:
+def _askable(mixture: Mixture, only_readable: bool) -> list[Sample]:
     """The first samples that are a question about one image at most and its answer."""
     found: list[Sample] = []
     for sample in mixture:
         roles = [message.role for message in sample.messages[:2]]
-        if roles == ["user", "assistant"] and len(sample.images) <= 1:
+        readable = not only_readable or all(is_readable(image) for image in sample.images)
+        if roles == ["user", "assistant"] and len(sample.images) <= 1 and readable:
             found.append(sample)
         if len(found) == NUM_ANSWERS:
             break

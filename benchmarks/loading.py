@@ -1,0 +1,209 @@
+"""Reading alone: samples a second by number of workers, and a million samples.
+
+    python benchmarks/loading.py [--samples 512] [--side 448] [--million] [--out benchmarks/results]
+
+The first part reads steps as training does (decode, tokenise, pack, collate), with 0, 1 and 2 workers. `--million` writes a million LLaVA
+conversations about a million pictures, as JSON lines and as one JSON list, and has a fresh process index, check, order and read them.
+Targets: indexed in under 2 minutes, under 300 MB in a process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mipha.run import provenance, write_whole
+
+SECONDS, MEGABYTES = 120, 300
+"""What indexing a million samples may take, and what a process that did may hold."""
+
+RANDOM_READS = 10_000
+_FILES_A_FOLDER = 1_000
+
+
+def workers(num_samples: int, side: int, counts: tuple[int, ...] = (0, 1, 2)) -> list[dict[str, Any]]:
+    """Samples a second, seconds to the first step, and megabytes of each worker, by number of workers."""
+    from torch.utils.data import DataLoader
+    from workloads import SINGLE, quickstart_parts, stage_recipe, write_samples
+
+    from mipha.data.mixture import Mixture
+    from mipha.models.build import build
+    from mipha.training.batches import StepDataset, keep_step
+
+    workload = replace(SINGLE, batch_size=32)
+    found = []
+    with tempfile.TemporaryDirectory() as name:
+        recipe = stage_recipe(write_samples(Path(name), workload, num_samples, side), workload, "finetune", "packed")
+        processor = build(quickstart_parts(workload))[1]
+        steps = StepDataset(Mixture(recipe.data), processor, recipe, seed=0)
+        steps[0]  # what is loaded on first use, such as the decoder of pictures, is no worker's fault
+        for count in counts:
+            started = time.perf_counter()
+            loader = iter(DataLoader(steps, batch_size=None, sampler=range(len(steps)), collate_fn=keep_step, num_workers=count))
+            read = len(next(loader).ids)
+            first = time.perf_counter() - started
+            memory = [_private_megabytes(worker.pid) for worker in getattr(loader, "_workers", [])]
+            read += sum(len(step.ids) for step in loader)
+            seconds = time.perf_counter() - started
+            found.append(
+                {
+                    "workers": count,
+                    "samples_per_second": round(read / seconds, 1),
+                    "seconds_to_first_step": round(first, 2),
+                    "megabytes_of_a_worker": [round(size) for size in memory],
+                }
+            )
+    return found
+
+
+def write_million(folder: Path, number: int) -> tuple[Path, Path]:
+    """LLaVA conversations as JSON lines and as one JSON list, each about a picture of its own.
+
+    A thousand files in a folder that many links lead to: as many paths as samples, without as many files.
+    """
+    images = folder / "images"
+    images.mkdir(parents=True)
+    for place in range(min(number, _FILES_A_FOLDER)):
+        (images / f"{place}.jpg").touch()
+    for place in range(1, -(-number // _FILES_A_FOLDER)):
+        (folder / f"images-{place}").symlink_to(images, target_is_directory=True)
+    lines, array = folder / "train.jsonl", folder / "train.json"
+    draw = random.Random(0)
+    with lines.open("w") as as_lines, array.open("w") as as_list:
+        as_list.write("[")
+        for place in range(number):
+            part, file = divmod(place, _FILES_A_FOLDER)
+            question = f"<image>\nWhat is written on sign number {place}?" + " Look at it closely." * draw.randrange(9)
+            answer = f"It says {draw.randrange(10**6)}, in white letters." + " The rest is hidden." * draw.randrange(20)
+            turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+            record = json.dumps({"id": str(place), "image": f"images{f'-{part}' if part else ''}/{file}.jpg", "conversations": turns})
+            as_lines.write(record + "\n")
+            as_list.write((",\n" if place else "") + record)
+        as_list.write("]\n")
+    return lines, array
+
+
+def million(number: int) -> dict[str, Any]:
+    """What a fresh process takes for each of the two files."""
+    found = {}
+    with tempfile.TemporaryDirectory() as name:
+        for file in write_million(Path(name), number):
+            done = subprocess.run([sys.executable, __file__, "--child", str(file)], stdout=subprocess.PIPE, text=True, check=True)
+            found[file.name] = {"megabytes_of_the_file": round(file.stat().st_size / 1e6)} | json.loads(done.stdout)
+    return found
+
+
+def read_file(file: Path) -> dict[str, Any]:
+    """Index, check, order and read a file, with what this process holds after each."""
+    from mipha.data.mixture import Mixture, check_samples, epoch_order
+    from mipha.recipe import DataRecipe
+
+    found: dict[str, Any] = {"megabytes_before": round(_megabytes())}
+
+    def timed(name: str, work: Callable[[], Any]) -> Any:
+        started, cpu = time.perf_counter(), time.process_time()
+        result = work()
+        seconds = {"seconds": round(time.perf_counter() - started, 2), "cpu_seconds": round(time.process_time() - cpu, 2)}
+        found[name] = seconds | {"megabytes_after": round(_megabytes())}
+        return result
+
+    mixture = timed("index", lambda: Mixture((DataRecipe(dataset="llava", root=file),)))
+    draw = random.Random(1)
+    places = [draw.randrange(len(mixture)) for _ in range(min(RANDOM_READS, len(mixture)))]
+    timed("random_reads", lambda: [mixture[place] for place in places] and None)
+    timed("check", lambda: check_samples(mixture))
+    timed("order", lambda: epoch_order(mixture, 0, 0, None))
+    timed("order, 8 an image", lambda: epoch_order(mixture, 0, 0, 8))
+    return found | {"samples": len(mixture), "random_reads_per_second": round(len(places) / max(found["random_reads"]["seconds"], 1e-3))}
+
+
+def verdict(found: dict[str, Any]) -> list[str]:
+    """Where the targets are missed; empty where they are met."""
+    missed = []
+    for file, phases in found.items():
+        if phases["index"]["seconds"] > SECONDS:
+            missed.append(f"{file}: indexed in {phases['index']['seconds']} s, more than {SECONDS}")
+        for name, phase in phases.items():
+            if isinstance(phase, dict) and phase["megabytes_after"] > MEGABYTES:
+                missed.append(f"{file}: {phase['megabytes_after']} MB after {name}, more than {MEGABYTES}")
+    return missed
+
+
+def _megabytes(pid: int | str = "self") -> float:
+    """Resident, without pages of mapped files, which the system takes back when it wants."""
+    status = Path(f"/proc/{pid}/status").read_text().splitlines()
+    sizes = dict(line.split(":", 1) for line in status if ":" in line)
+    return int(sizes["RssAnon"].split()[0]) / 1024
+
+
+def _private_megabytes(pid: int) -> float:
+    """Of a worker: what it does not share with the process that it was forked from."""
+    rows = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
+    return sum(int(rows[key].split()[0]) for key in ("Private_Clean", "Private_Dirty")) / 1024
+
+
+def main() -> None:
+    """Measure and write the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=512)
+    parser.add_argument("--side", type=int, default=448, help="of the pictures in their files, pixels")
+    parser.add_argument("--million", action="store_true")
+    parser.add_argument("--number", type=int, default=1_000_000, help="with --million: that many instead")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(read_file(options.child)))
+        return
+    found: dict[str, Any] = {"about": provenance() | {"samples": options.samples, "side": options.side}}
+    found["workers"] = workers(options.samples, options.side)
+    if options.million:
+        found["million"] = million(options.number)
+        found["missed"] = verdict(found["million"])
+    write_whole(options.out / "loading.json", json.dumps(found, indent=2) + "\n")
+    write_whole(options.out / "loading.md", _markdown(found))
+    _plot(found["workers"], options.out / "loading.png")
+    print(_markdown(found))
+
+
+def _markdown(found: dict[str, Any]) -> str:
+    lines = ["# Reading alone", "", "| workers | samples/s | seconds to the first step | MB of a worker |", "|---|---|---|---|"]
+    for row in found["workers"]:
+        sizes = ", ".join(map(str, row["megabytes_of_a_worker"])) or "-"
+        lines.append(f"| {row['workers']} | {row['samples_per_second']} | {row['seconds_to_first_step']} | {sizes} |")
+    for file, phases in found.get("million", {}).items():
+        lines += ["", f"{phases['samples']:,} samples, {file} ({phases['megabytes_of_the_file']} MB):", ""]
+        lines += ["| phase | seconds | CPU seconds | MB held after it |", "|---|---|---|---|"]
+        for name, phase in phases.items():
+            if isinstance(phase, dict):
+                lines.append(f"| {name} | {phase['seconds']} | {phase['cpu_seconds']} | {phase['megabytes_after']} |")
+    if "missed" in found:
+        lines += ["", *(f"- missed: {sentence}" for sentence in found["missed"] or ["nothing"])]
+    lines += ["", *(f"- {key}: {value}" for key, value in found["about"].items())]
+    return "\n".join(lines) + "\n"
+
+
+def _plot(rows: list[dict[str, Any]], path: Path) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 2.5), layout="constrained")
+    axes = figure.subplots()
+    axes.barh([f"{row['workers']} workers" for row in rows], [row["samples_per_second"] for row in rows], color="#3465a4")
+    axes.invert_yaxis()
+    axes.set_xlabel("samples a second, decoded, tokenised, packed")
+    axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+if __name__ == "__main__":
+    main()

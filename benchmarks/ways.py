@@ -1,0 +1,208 @@
+"""Ways to train on the same samples: the stock LLaVA as its users train it, and one lever after another pulled on top of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import LlavaProcessor
+from workloads import TUNING, Workload, stage_recipe, write_samples
+
+from mipha.data.collate import collate, isolation_mask
+from mipha.data.encode import IGNORE, Encoded
+from mipha.data.mixture import Mixture
+from mipha.data.packing import Row, make_rows
+from mipha.models.build import build
+from mipha.models.modeling import LlavaForConditionalGeneration
+from mipha.models.packed_attention import use_packed_attention
+from mipha.models.tuning import apply_tuning
+from mipha.models.vision_tower import load_vision_tower
+from mipha.recipe import ModelRecipe
+from mipha.training.batches import StepDataset
+from mipha.training.optim import make_optimizer
+
+
+@dataclass(frozen=True)
+class Way:
+    """How to train; the defaults are the baseline.
+
+    Args:
+        name: In reports.
+        own_loss: Our class: logits of supervised positions alone. Else the stock class, logits of all positions.
+        attention: `eager` or `sdpa`.
+        batching: `padded`, `packed` or `shared-image`.
+        grouped: Padded samples sorted by length, in two micro-batches.
+        bf16: Matrix products in bfloat16; weights and optimizer stay float32.
+        fused: AdamW in one kernel; else torch's loop over tensors.
+        pruned: No tower layers above the one that is read.
+    """
+
+    name: str
+    own_loss: bool = False
+    attention: str = "eager"
+    batching: str = "padded"
+    grouped: bool = False
+    bf16: bool = False
+    fused: bool = False
+    pruned: bool = False
+
+
+BASELINE = Way("stock LLaVA")
+"""Padded to the longest of the batch, logits of all positions, eager attention, float32, as its users train it."""
+LEVERS = (
+    Way("grouped by length", grouped=True),
+    Way("SDPA", attention="sdpa"),
+    Way("supervised logits only", own_loss=True),
+    Way("packing", batching="packed"),
+    Way("bfloat16", bf16=True),
+    Way("fused AdamW", fused=True),
+    Way("pruned tower", pruned=True),
+)
+SHARING = Way("shared images", batching="shared-image")
+
+
+def together(batching: str, bf16: bool) -> Way:
+    """All levers at once."""
+    name = f"mipha, {batching}, {'bfloat16' if bf16 else 'float32'}"
+    return Way(name, own_loss=True, attention="sdpa", batching=batching, bf16=bf16, fused=True, pruned=True)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What some steps gave.
+
+    Args:
+        seconds: Of all steps: forward, backward, optimizer. Reading samples is not in it.
+        losses: Mean over supervised tokens, nats: of each step before it, and after the last.
+        num_positions: Computed by the language model in all steps, padding included.
+    """
+
+    seconds: float
+    losses: tuple[float, ...]
+    num_positions: int
+
+
+class Trial:
+    """One set of weights and of samples, that every way starts from again.
+
+    Args:
+        folder: For the samples' files.
+        parts: Of the model; its tower is cut at the layer that is read, and there is a whole one beside it.
+        stage: `pretrain` or `finetune`.
+        num_steps: Optimizer steps that are timed.
+    """
+
+    def __init__(self, folder: Path, parts: ModelRecipe, workload: Workload, stage: str, num_steps: int) -> None:
+        torch.manual_seed(0)
+        self.workload, self.stage, self.num_steps = workload, stage, num_steps
+        self.model, self.processor = build(parts)
+        self._whole_tower, _, _ = load_vision_tower(parts.model_copy(update={"feature_layer": -1}), torch.float32)
+        self._whole_tower.requires_grad_(False)
+        self._pruned_tower = self.model.model.vision_tower
+        self._layer_read = self._pruned_tower.config.num_hidden_layers
+        apply_tuning(self.model, TUNING[stage])
+        self._start = {name: weight.detach().clone() for name, weight in self.model.named_parameters() if weight.requires_grad}
+        file = None if workload.dataset else write_samples(folder / "samples", workload, workload.batch_size * num_steps)
+        self.recipe = stage_recipe(file, workload, stage, "shared-image" if workload.questions > 1 else "packed")
+        steps = StepDataset(Mixture(self.recipe.data), self.processor, self.recipe, seed=0)
+        self.samples = [steps.samples(step) for step in range(num_steps)]
+        self._batches: dict[Way, list[list[dict[str, Tensor]]]] = {}
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens of all steps, each sample by itself."""
+        return sum(len(sample) for samples in self.samples for sample in samples)
+
+    def run(self, way: Way, num_steps: int | None = None) -> Outcome:
+        """Train from the start; only the steps are timed, not the loss at the end."""
+        model = self._prepared(way)
+        optimizer = self._optimizer(way)
+        batches = self._batches_of(way)[: num_steps or self.num_steps]
+        losses = []
+        started = time.perf_counter()
+        for step in batches:
+            losses.append(_loss(model, way, step, train=True))
+            nn.utils.clip_grad_norm_([weight for group in optimizer.param_groups for weight in group["params"]], 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        seconds = time.perf_counter() - started
+        with torch.no_grad():
+            losses.append(_loss(model, way, batches[-1], train=False))
+        return Outcome(seconds, tuple(losses), sum(batch["input_ids"].numel() for step in batches for batch in step))
+
+    def _prepared(self, way: Way) -> nn.Module:
+        with torch.no_grad():
+            for name, weight in self.model.named_parameters():
+                if name in self._start:
+                    weight.copy_(self._start[name])
+        self.model.model.vision_tower = self._pruned_tower if way.pruned else self._whole_tower
+        self.model.config.vision_feature_layer = -1 if way.pruned else self._layer_read
+        self.model.set_attn_implementation(way.attention)
+        if way.own_loss:
+            use_packed_attention(self.model)
+        return self.model if way.own_loss else stock_model(self.model)
+
+    def _optimizer(self, way: Way) -> torch.optim.Optimizer:
+        if way.fused:
+            return make_optimizer(self.model, self.recipe)
+        trained = [weight for weight in self.model.parameters() if weight.requires_grad]
+        recipe = self.recipe
+        return torch.optim.AdamW(
+            trained, recipe.learning_rate, betas=recipe.adam_betas, eps=recipe.adam_eps, weight_decay=recipe.weight_decay
+        )
+
+    def _batches_of(self, way: Way) -> list[list[dict[str, Tensor]]]:
+        key = replace(BASELINE, own_loss=way.own_loss, batching=way.batching, grouped=way.grouped)
+        if key not in self._batches:
+            self._batches[key] = [_micro_batches(samples, way, self.workload, self.processor) for samples in self.samples]
+        return self._batches[key]
+
+
+def stock_model(model: LlavaForConditionalGeneration) -> transformers.LlavaForConditionalGeneration:
+    """The host's own class around the same modules."""
+    with torch.device("meta"):
+        stock = transformers.LlavaForConditionalGeneration(model.config)
+    stock.model, stock.lm_head = model.model, model.lm_head
+    return stock.eval()
+
+
+def _micro_batches(samples: Sequence[Encoded], way: Way, workload: Workload, processor: LlavaProcessor) -> list[dict[str, Tensor]]:
+    if way.batching == "padded":
+        ordered = sorted(samples, key=len) if way.grouped else samples
+        rows = [make_rows([sample], workload.row_tokens, "padded")[0] for sample in ordered]
+        size = max(1, len(rows) // 2) if way.grouped else workload.micro_batch
+    else:
+        rows, size = make_rows(samples, workload.row_tokens, way.batching), 1
+    chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
+    return [collate(chunk, processor) if way.own_loss else _for_stock(chunk, processor) for chunk in chunks]
+
+
+def _for_stock(rows: Sequence[Row], processor: LlavaProcessor) -> dict[str, Tensor]:
+    """What the stock class reads: a mask of padding, or of who sees whom."""
+    batch = collate(rows, processor)
+    keys = {"input_ids", "labels", "pixel_values"}
+    if len(rows) == 1 and len(rows[0].ids) > 1:
+        mask = isolation_mask(torch.from_numpy(rows[0].group)[None], torch.from_numpy(rows[0].branch)[None])
+        return {key: batch[key] for key in keys | {"position_ids"}} | {"attention_mask": mask}
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
+    return {key: batch[key] for key in keys} | {"attention_mask": mask}
+
+
+def _loss(model: nn.Module, way: Way, step: Sequence[dict[str, Tensor]], train: bool) -> float:
+    """Mean over the step's supervised tokens; its gradient is added to the weights'."""
+    counts = [int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in step]
+    total = 0.0
+    for batch, count in zip(step, counts, strict=True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=way.bf16):
+            loss = model(**batch).loss_sum if way.own_loss else model(**batch, use_cache=False).loss * count
+        loss = loss / sum(counts)
+        if train:
+            loss.backward()
+        total += loss.item()
+    return total

@@ -1,0 +1,260 @@
+"""A GGUF model answering in this process, through llama.cpp's own server: its chat template, its pictures, its sampling.
+
+So what is seen here is what every user of the files sees, not a copy of it.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mipha.data.images import open_image
+from mipha.deploy.llama_cpp.library import LOG_LOCK, import_xllamacpp, load_library
+from mipha.deploy.llama_cpp.parts import Vision, Vocabulary, unreadable
+
+ImageLike = Path | str | bytes | Image.Image | np.ndarray
+"""A path, the bytes of an image file, a PIL image, or an array `(height, width, 3)` of 0..255."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer, and how sure each of its tokens was.
+
+    Args:
+        text: Stripped.
+        pieces: The bytes of every token; that which ends the turn has none, and may be left away.
+        margins: By how much the log-probability of each token beats that of the next one; 0: a tie.
+        num_prompt_tokens: What was read, the image's tokens included.
+        finished: It ended its turn; false when the length cut it off.
+    """
+
+    text: str
+    pieces: tuple[bytes, ...]
+    margins: tuple[float, ...]
+    num_prompt_tokens: int
+    finished: bool
+
+
+class LlamaCpp:
+    """A GGUF model in llama.cpp; a context manager, for it holds much memory.
+
+    Its server also listens on a port of this machine alone, which the system picks, and answers no question there: the key is kept secret.
+
+    Args:
+        model: GGUF of the language model.
+        mmproj: GGUF of tower and projector; None: no images.
+        threads: None: as many as there are cores.
+        context: Longest conversation, tokens, an image's included.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: llama.cpp cannot read a file, or is not installed.
+    """
+
+    def __init__(self, model: Path, mmproj: Path | None = None, *, threads: int | None = None, context: int = 4096) -> None:
+        for path in (model, mmproj):
+            if path is not None and not path.is_file():
+                raise FileNotFoundError(f"no GGUF file {path}: make one with `mipha export --to gguf`")
+        load_library()
+        self.model, self.mmproj, self._threads = model, mmproj, threads
+        params = _params(model, mmproj, threads, context)
+        self._vocabulary = Vocabulary(model)
+        try:
+            with LOG_LOCK:
+                self._server = import_xllamacpp().Server(params)
+        except RuntimeError as error:
+            self._server = None
+            try:
+                raise ValueError(self._why_not(context)) from error
+            finally:
+                self._vocabulary.close()
+
+    def answer(self, image: ImageLike | None, question: str, max_new_tokens: int = 128) -> str:
+        """Answer one question, greedily.
+
+        Args:
+            image: What it is about; None: nothing.
+            max_new_tokens: Longest answer, tokens.
+
+        Raises:
+            ValueError: The question is longer than the context, or there is an image and no mmproj.
+        """
+        return self.reply(image, question, max_new_tokens).text
+
+    def reply(self, image: ImageLike | None, question: str, max_new_tokens: int = 128) -> Reply:
+        """Answer one question, greedily, and say how sure each token was."""
+        found = self._ask(image, question, max_tokens=max_new_tokens, logprobs=True, top_logprobs=2)
+        choice = found["choices"][0]
+        tokens = choice["logprobs"]["content"] if choice["logprobs"] else []
+        return Reply(
+            text=(choice["message"]["content"] or "").strip(),
+            pieces=tuple(bytes(token["bytes"]) for token in tokens),
+            margins=tuple(_margin(token) for token in tokens),
+            num_prompt_tokens=found["usage"]["prompt_tokens"],
+            finished=choice["finish_reason"] == "stop",
+        )
+
+    def stream(self, image: ImageLike | None, question: str, max_new_tokens: int = 128) -> Iterator[str]:
+        """Answer one question piece by piece; a reader who leaves stops it."""
+        pieces: SimpleQueue[str | BaseException | None] = SimpleQueue()
+        request = self._request(image, question) | {"max_tokens": max_new_tokens, "stream": True}
+        left = False
+
+        def told(event: dict[str, Any]) -> bool:
+            if "error" in event:
+                pieces.put(ValueError(self._sentence(event["error"])))
+            elif event.get("choices") and (text := event["choices"][0]["delta"].get("content")):
+                pieces.put(text)
+            return left
+
+        def run() -> None:
+            try:
+                self._server.handle_chat_completions(request, told)
+                pieces.put(None)
+            except RuntimeError as error:  # handed to the reader below: a thread's exception is seen by nobody
+                pieces.put(ValueError(f"llama.cpp refuses the question: {error}"))
+
+        thread = Thread(target=run, daemon=True)
+        thread.start()
+        try:
+            while (piece := pieces.get()) is not None:
+                if isinstance(piece, BaseException):
+                    raise piece
+                yield piece
+        finally:
+            left = True
+            thread.join()
+
+    def first_token_logits(self, image: ImageLike | None, question: str) -> np.ndarray:
+        """Log-probabilities of the answer's first token, `(vocabulary,)` float32: its logits less one number for all of them."""
+        # Of a token that ends the turn it tells no numbers, so it is told to take another; the numbers stay those of the model.
+        found = self._ask(image, question, max_tokens=1, logprobs=True, top_logprobs=len(self._vocabulary), ignore_eos=True)
+        first = found["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
+        logits = np.full(len(self._vocabulary), -np.inf, np.float32)
+        logits[[token["id"] for token in first]] = [token["logprob"] for token in first]
+        return logits
+
+    def image_embeddings(self, image: ImageLike) -> np.ndarray:
+        """What the projector gives, `(tokens, width of the language model)` float32.
+
+        Args:
+            image: Where it has the tower's own size already, llama.cpp neither resizes nor pads it.
+
+        Raises:
+            ValueError: There is no mmproj.
+        """
+        return self._vision.embeddings(_open(image))
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text; special tokens are read as such, and none is put in front."""
+        return self._vocabulary.tokenize(text)
+
+    @property
+    def quantization(self) -> str:
+        """What the file says of its weights, such as q8_0."""
+        return self._vocabulary.quantization
+
+    def close(self) -> None:
+        """Free its memory and end its threads."""
+        with LOG_LOCK:
+            self._server = None
+        self._vocabulary.close()
+        if "_vision" in self.__dict__:
+            self._vision.close()
+
+    def __enter__(self) -> LlamaCpp:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    @cached_property
+    def _vision(self) -> Vision:
+        if self.mmproj is None:
+            raise ValueError(f"{self.model.name} was opened without an mmproj, so it sees no images: give mmproj-*.gguf of the same export")
+        return Vision(self.mmproj, self._vocabulary.width, self._threads)
+
+    def _ask(self, image: ImageLike | None, question: str, **options: Any) -> dict[str, Any]:
+        try:
+            found = self._server.handle_chat_completions(self._request(image, question) | options)
+        except RuntimeError as error:
+            raise ValueError(f"llama.cpp refuses the question: {error}") from error
+        if "error" in found:
+            raise ValueError(self._sentence(found["error"]))
+        return found
+
+    def _request(self, image: ImageLike | None, question: str) -> dict[str, Any]:
+        if image is not None and self.mmproj is None:
+            raise ValueError(f"{self.model.name} was opened without an mmproj, so it sees no images: give mmproj-*.gguf of the same export")
+        text = {"type": "text", "text": question}
+        content = [text] if image is None else [{"type": "image_url", "image_url": {"url": _data_uri(_open(image))}}, text]
+        # Penalties and the like are off by default; a temperature of 0 takes the likeliest token.
+        return {"messages": [{"role": "user", "content": content}], "temperature": 0}
+
+    def _sentence(self, error: dict[str, Any]) -> str:
+        if error.get("type") == "exceed_context_size_error":
+            return (
+                f"the question is {error['n_prompt_tokens']} tokens long with its image, and the context {error['n_ctx']}: "
+                "open the model with a larger context"
+            )
+        return f"llama.cpp refuses the question: {error.get('message', error)}"
+
+    def _why_not(self, context: int) -> str:
+        """Its server says only that something failed, so tower and projector are tried again on their own."""
+        if self.mmproj:
+            Vision(self.mmproj, self._vocabulary.width, self._threads).close()
+        both = f" with {self.mmproj.name}" if self.mmproj else ""
+        reason = f"weights are missing, the two files are not of one model, or there is too little memory for {context} tokens"
+        return unreadable(self.model, [f"it does not load{both}: {reason}"])
+
+
+def _params(model: Path, mmproj: Path | None, threads: int | None, context: int) -> Any:
+    params = import_xllamacpp().CommonParams()
+    params.model.path = str(model)
+    if mmproj:
+        params.mmproj.path = str(mmproj)
+    params.n_ctx, params.n_parallel = context, 1
+    params.fit_params = False  # asked for a context, it gives that or fails
+    params.warmup = False
+    params.cache_ram_mib = 0  # no copies of earlier conversations, of which it would keep 8 GiB
+    params.force_pure_content_parser = True  # the answer is what the model wrote
+    params.verbosity = -1
+    params.ui = False
+    params.hostnames, params.port, params.api_keys = ["127.0.0.1"], 0, [secrets.token_hex(16)]
+    if threads:
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    return params
+
+
+def _margin(token: dict[str, Any]) -> float:
+    first, *others = sorted((other["logprob"] for other in token["top_logprobs"]), reverse=True)
+    return first - others[0] if others else float("inf")
+
+
+def _open(image: ImageLike) -> Image.Image:
+    """The picture by our rules: upright, RGB; llama.cpp's own reader knows neither EXIF nor every format."""
+    if isinstance(image, (Path, str, bytes)):
+        return open_image(Path(image) if isinstance(image, str) else image)
+    return open_image(_png(image if isinstance(image, Image.Image) else Image.fromarray(image)))
+
+
+def _data_uri(image: Image.Image) -> str:
+    return f"data:image/png;base64,{base64.b64encode(_png(image)).decode()}"
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()

@@ -1,0 +1,287 @@
+"""Whether exported GGUF files still are the model: pictures, tower and projector, first words and whole answers, file by file.
+
+checkpoint, float32  --[transformers]-->  features, first logits, answers ---+
+GGUF files           --[llama.cpp]----->  the same, from the picture file  --+--> rows, each with a verdict
+                     --[llama.cpp]----->  the same, from our own pixels   ---+
+
+A picture that has the tower's size already is neither resized nor padded by llama.cpp. So what is wrong with our own pixels lies in the
+weights, and what is wrong with the picture's file alone lies in how pictures are resized and padded. A square picture it resizes as
+Pillow does, bit by bit; any other it shrinks first and then pads, in CLIP's grey, where we pad in the tower's mean colour, or squash.
+Source: llama.cpp b11549 `tools/mtmd/mtmd-image.cpp` (resize), `tools/mtmd/clip.cpp` (image_pad_color of PROJECTOR_TYPE_MLP).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import sqrt
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from transformers import LlavaProcessor
+
+from mipha.assistant import load
+from mipha.data.datasets import easy_vqa
+from mipha.data.datasets.table import INSTRUCTION
+from mipha.data.images import SUFFIXES, open_image
+from mipha.data.sample import IMAGE, Message
+from mipha.deploy.llama_cpp import LlamaCpp, Reply
+from mipha.deploy.parity_tables import MIN_COSINE, NEAR_TIE, Disagreement, EmbeddingParity, FileParity, Parity
+
+Pair = tuple[Path, str]
+"""An image and a question about it."""
+
+LEAST_LOGIT = -7.0
+"""In nats: below one in a thousand it is not asked how unlikely a token is; rounding moves the tail of 50,000 tokens most."""
+
+NUM_IMAGES = 32
+"""Embeddings are compared on so many images: either they agree there or they do not, and each takes megabytes."""
+
+NUM_LOGITS = 16
+"""First tokens are compared on so many questions: each is a whole prompt read once more."""
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """What the checkpoint itself says."""
+
+    answers: list[str]
+    num_prompt_tokens: list[int]
+    logits: list[np.ndarray]
+    features: dict[Path, np.ndarray]
+    processor: LlavaProcessor
+    seconds: float
+
+    def seen(self, image: Path) -> Image.Image:
+        """The picture with our own pixels."""
+        return as_seen(self.processor, open_image(image))
+
+
+def check_parity(checkpoint: str | Path, folder: Path, images: Sequence[Path], questions: Sequence[str] = (), **options: Any) -> Parity:
+    """Ask the same of a checkpoint and of its GGUF files: every question about every image.
+
+    Args:
+        checkpoint: A run, or a model folder.
+        folder: What `export_gguf` wrote: model-KIND.gguf, and one mmproj-KIND.gguf.
+        questions: Empty: the request for a description.
+        options: See `check_pairs`.
+
+    Raises:
+        See `check_pairs`.
+    """
+    return check_pairs(checkpoint, folder, [(image, question) for image in images for question in questions or (INSTRUCTION,)], **options)
+
+
+def check_pairs(
+    checkpoint: str | Path,
+    folder: Path,
+    pairs: Sequence[Pair],
+    *,
+    max_new_tokens: int = 32,
+    threads: int | None = None,
+    device: str | None = None,
+) -> Parity:
+    """Ask the same of a checkpoint and of its GGUF files.
+
+    Args:
+        checkpoint: A run, or a model folder.
+        folder: What `export_gguf` wrote: model-KIND.gguf, and one mmproj-KIND.gguf.
+        pairs: Images and questions; those about one image are best neighbours.
+        max_new_tokens: Longest answer, tokens; what is cut off on both sides counts as the same.
+        threads: Of llama.cpp; None: as many as there are cores.
+        device: Of ours; None: the GPU if there is one.
+
+    Raises:
+        FileNotFoundError: No such checkpoint, image or GGUF file.
+        ValueError: There is nothing to ask, or llama.cpp cannot read a file.
+    """
+    if not pairs:
+        raise ValueError("there is nothing to compare: give at least one image")
+    models, mmproj = gguf_files(folder)
+    with _progress() as progress:
+        bar = progress.add_task("the checkpoint", total=len(pairs))
+        reference = _ask_ours(checkpoint, pairs, max_new_tokens, device, lambda num: progress.advance(bar, num))
+        embeddings: tuple[EmbeddingParity, ...] = ()
+        files = []
+        context = max(reference.num_prompt_tokens) + max_new_tokens + 256
+        for model in models:
+            bar = progress.add_task(model.name, total=len(pairs))
+            with LlamaCpp(model, mmproj, threads=threads, context=context) as runtime:
+                embeddings = embeddings or _compare_embeddings(runtime, reference)
+                files.append(_compare(runtime, pairs, reference, max_new_tokens, lambda bar=bar: progress.advance(bar)))
+    return Parity(str(checkpoint), str(folder), reference.seconds, embeddings, tuple(files))
+
+
+def gguf_files(folder: Path) -> tuple[list[Path], Path]:
+    """The language models of an export, the largest first, and its mmproj.
+
+    Raises:
+        FileNotFoundError: One of the two is missing.
+        ValueError: There are several mmproj.
+    """
+    models = sorted(folder.glob("model-*.gguf"), key=lambda path: -path.stat().st_size)
+    mmprojs = sorted(folder.glob("mmproj-*.gguf"))
+    if not models or not mmprojs:
+        raise FileNotFoundError(f"{folder} has no model-*.gguf with an mmproj-*.gguf: make both with `mipha export --to gguf`")
+    if len(mmprojs) > 1:
+        raise ValueError(f"{folder} has {len(mmprojs)} mmproj-*.gguf, and it is not told which to compare: keep one of them there")
+    return models, mmprojs[0]
+
+
+def images_in(folder: Path) -> list[Path]:
+    """Every image file in a folder and below, in order.
+
+    Raises:
+        FileNotFoundError: There is none.
+    """
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no image file: give a folder with pictures")
+    return found
+
+
+def easy_vqa_pairs(num: int, root: Path | None = None) -> list[Pair]:
+    """Questions of easy-VQA's test split, evenly from all of it.
+
+    Raises:
+        FileNotFoundError: The data is not there.
+    """
+    records = easy_vqa.load(root, "test")
+    chosen = records[:: max(1, len(records) // num)][:num]
+    return [(easy_vqa.image_path(root, record.folder, record.image), record.question) for record in chosen]
+
+
+def as_seen(processor: LlavaProcessor, image: Image.Image) -> Image.Image:
+    """The picture as our tower sees it: padded or squashed to its size, in 8 bits.
+
+    The processor resizes in 8 bits and only then scales, so nothing is lost on the way back.
+    """
+    pixels = processor.image_processor(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+    scaled = (pixels * processor.image_processor.image_std + processor.image_processor.image_mean) * 255
+    return Image.fromarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8))
+
+
+def wilson(num: int, total: int) -> tuple[float, float]:
+    """95 % interval of a share, which has a width even where all are the same.
+
+    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
+    """
+    z, share = 1.959964, num / total
+    middle = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+@torch.inference_mode()
+def _ask_ours(
+    checkpoint: str | Path, pairs: Sequence[Pair], max_new_tokens: int, device: str | None, on_answers: Callable[[int], None]
+) -> _Reference:
+    """The checkpoint's own numbers, in float32: what judges must round less than what is judged."""
+    assistant = load(checkpoint, device, torch.float32)
+    images = list(dict.fromkeys(image for image, _ in pairs))
+    pixels = {image: assistant.pixels(image) for image in images[:NUM_IMAGES]}
+    features = {image: assistant.model.get_image_features(pixels[image]).pooler_output[0].float().cpu().numpy() for image in pixels}
+    prompts = [assistant.prompt_ids([Message("user", f"{IMAGE}\n{question}")]) for _, question in pairs]
+    logits = []
+    for (image, _), ids in list(zip(pairs, prompts, strict=True))[:NUM_LOGITS]:
+        inputs = torch.tensor([ids], device=assistant.model.device)
+        found = assistant.model(input_ids=inputs, pixel_values=assistant.pixels(image), logits_to_keep=1).logits[0, -1]
+        logits.append(found.log_softmax(-1).cpu().numpy())
+    start = time.perf_counter()
+    answers = assistant.answer_many(pairs, max_new_tokens=max_new_tokens, on_answers=lambda places, _: on_answers(len(places)))
+    seconds = (time.perf_counter() - start) / len(pairs)
+    return _Reference([answer.text for answer in answers], [len(ids) for ids in prompts], logits, features, assistant.processor, seconds)
+
+
+def _compare_embeddings(runtime: LlamaCpp, reference: _Reference) -> tuple[EmbeddingParity, ...]:
+    images = list(reference.features)
+    with_ours = _embedding_row("ours", runtime, [reference.seen(image) for image in images], reference, "weights differ")
+    otherwise = "pixels differ" if with_ours.verdict == "ok" else with_ours.verdict
+    return _embedding_row("llama.cpp", runtime, images, reference, otherwise), with_ours
+
+
+def _embedding_row(
+    pixels: Literal["llama.cpp", "ours"], runtime: LlamaCpp, images: Sequence[Path | Image.Image], reference: _Reference, otherwise: str
+) -> EmbeddingParity:
+    """A row whose verdict, if it is not ok, is `otherwise`."""
+    ours = np.concatenate(list(reference.features.values()))
+    theirs = np.concatenate([runtime.image_embeddings(image) for image in images])
+    if theirs.shape != ours.shape:
+        shapes = f"{theirs.shape[0]} image tokens of {theirs.shape[1]} numbers, the checkpoint {ours.shape[0]} of {ours.shape[1]}"
+        raise ValueError(f"{runtime.mmproj} makes {shapes}: it is of another model, so export this one again")
+    scale = float((theirs * ours).sum() / (ours * ours).sum())
+    cosines = (theirs * ours).sum(-1) / np.maximum(np.linalg.norm(theirs, axis=-1) * np.linalg.norm(ours, axis=-1), 1e-12)
+    return EmbeddingParity(
+        pixels=pixels,
+        num_images=len(images),
+        cosine_min=float(cosines.min()),
+        cosine_mean=float(cosines.mean()),
+        scale=scale,
+        max_error=float(np.abs(theirs / scale - ours).max()) if scale else float("inf"),
+        largest=float(np.abs(ours).max()),
+        verdict="ok" if cosines.min() > MIN_COSINE else otherwise,
+    )
+
+
+def _compare(
+    runtime: LlamaCpp, pairs: Sequence[Pair], reference: _Reference, max_new_tokens: int, on_answer: Callable[[], None]
+) -> FileParity:
+    replies, seconds = [], 0.0
+    for image, question in pairs:
+        start = time.perf_counter()
+        replies.append(runtime.reply(image, question, max_new_tokens))
+        seconds += time.perf_counter() - start
+        on_answer()
+    different = []
+    for (image, question), ours, reply in zip(pairs, reference.answers, replies, strict=True):
+        if reply.text != ours:
+            with_our_pixels = runtime.answer(reference.seen(image), question, max_new_tokens)
+            because = "pixels" if with_our_pixels == ours else "weights"
+            different.append(Disagreement(str(image), question, ours, reply.text, _margin(reply, ours), because))
+    errors, tops = [], 0
+    for (image, question), ours in zip(pairs, reference.logits, strict=False):
+        theirs = runtime.first_token_logits(reference.seen(image), question)
+        same_words = theirs.shape == ours.shape
+        tops += bool(same_words and theirs.argmax() == ours.argmax())
+        errors.append(float(np.abs(theirs.clip(LEAST_LOGIT) - ours.clip(LEAST_LOGIT)).max()) if same_words else float("inf"))
+    num_same = len(pairs) - len(different)
+    low, high = wilson(num_same, len(pairs))
+    return FileParity(
+        file=runtime.model.name,
+        quantization=runtime.quantization,
+        num_questions=len(pairs),
+        num_same_prompts=sum(reply.num_prompt_tokens == num for reply, num in zip(replies, reference.num_prompt_tokens, strict=True)),
+        num_logits=len(errors),
+        logit_error=max(errors),
+        num_same_tops=tops,
+        num_same=num_same,
+        low=low,
+        high=high,
+        num_near_ties=sum(one.margin is not None and one.margin < NEAR_TIE for one in different),
+        disagreements=tuple(different),
+        seconds=seconds / len(pairs),
+    )
+
+
+def _margin(reply: Reply, ours: str) -> float | None:
+    """How sure their first token was that does not lead to our answer."""
+    text = b""
+    for piece, margin in zip(reply.pieces, reply.margins, strict=True):
+        text += piece
+        readable = text.decode(errors="ignore").lstrip()  # a token may end in the middle of a letter
+        if not ours.replace("\ufffd", "").startswith(readable):
+            return margin
+    return reply.margins[-1] if reply.finished and reply.margins else None  # the end of their turn, where ours goes on
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("answers"), TimeRemainingColumn())
+    with Progress(*columns, transient=True) as progress:
+        yield progress

@@ -1,0 +1,199 @@
+"""POST /v1/chat/completions: read within bounds, asked of the engine, answered whole or piece by piece, or refused in a sentence."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+
+from mipha.deploy.serve.completion import Completion, EventStream, error_body, error_response
+from mipha.deploy.serve.engine import Engine, Piece, ServiceError
+from mipha.deploy.serve.intake import Limits, RequestError, read_chat_request
+from mipha.deploy.serve.metrics import Metrics
+
+_log = logging.getLogger(__name__)
+
+_FAREWELL_SECONDS = 5.0
+"""For the last words of a stream that failed: its client may be what it failed of."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What the server takes on at a time.
+
+    Args:
+        limits: Of one request.
+        max_requests: Requests held at a time: read, waiting and running. Another one gets 429.
+        held_bytes: Of the bodies that arrive, or wait to be read, together.
+        body_seconds: For a body to arrive.
+        request_seconds: From a body's arrival to the end of its answer.
+    """
+
+    limits: Limits = field(default_factory=Limits)
+    max_requests: int = 128
+    held_bytes: int = 256 * 2**20
+    body_seconds: float = 30.0
+    request_seconds: float = 300.0
+
+
+class Chat:
+    """Answers chat requests.
+
+    Args:
+        model: The name that requests must give.
+    """
+
+    def __init__(self, engine: Engine, model: str, bounds: Bounds, metrics: Metrics) -> None:
+        self._engine, self._model, self._bounds, self._metrics = engine, model, bounds, metrics
+        self._held = self._held_bytes = 0
+        self._readers = asyncio.Semaphore(2)  # for so many requests at a time, pictures exist at their full size
+        metrics.gauge("requests_held", lambda: self._held)
+
+    async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request whose sender may ask.
+
+        Raises:
+            RequestError: It is refused before its body is read.
+        """
+        request = Request(scope, receive)
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            # Also what keeps foreign web pages out: for this type a browser asks the server first, which does not agree.
+            raise RequestError("the content type must be application/json: set that header", status=415, code="unsupported_media_type")
+        if self._held >= self._bounds.max_requests:
+            raise _busy(f"{self._held} requests are being answered or wait already")
+        self._held += 1
+        try:
+            arrived = time.monotonic()
+            bodies = [await self._read_body(request)]  # taken out to be read, so that it is not kept while the answer is made
+            working = asyncio.ensure_future(self._respond(bodies, arrived, scope, receive, send))
+            leaving = asyncio.ensure_future(_left(receive))
+            try:
+                await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+                if working.done():
+                    working.result()
+                else:
+                    self._metrics.add("cancelled_total")
+            finally:
+                for task in (working, leaving):
+                    task.cancel()
+                await asyncio.gather(working, leaving, return_exceptions=True)
+                self._held_bytes -= sum(map(len, bodies))
+        finally:
+            self._held -= 1
+
+    async def _read_body(self, request: Request) -> bytes:
+        """The body; it counts as held until it is taken."""
+        most, parts, size = self._bounds.limits.body_bytes, [], 0
+        too_large = RequestError(f"the body has more than {most:,} bytes: send smaller pictures", status=413, code="body_too_large")
+        if int(request.headers.get("content-length", 0)) > most:  # h11 has seen to it that it is a number
+            raise too_large
+        try:
+            async with asyncio.timeout(self._bounds.body_seconds):
+                async for part in request.stream():
+                    size += len(part)
+                    self._held_bytes += len(part)
+                    if size > most:
+                        raise too_large
+                    if self._held_bytes > self._bounds.held_bytes:
+                        raise _busy("the requests that are read now take all the memory there is for them")
+                    parts.append(part)
+        except BaseException as error:
+            self._held_bytes -= size
+            if isinstance(error, ClientDisconnect):
+                self._metrics.add("cancelled_total")
+            if not isinstance(error, TimeoutError):
+                raise
+            sentence = f"the body did not arrive within {self._bounds.body_seconds:g} seconds: send it at once"
+            raise RequestError(sentence, status=408, code="request_timeout") from error
+        return b"".join(parts)
+
+    async def _respond(self, bodies: list[bytes], arrived: float, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, or say why not: with a status of its own, or at the end of a stream that has begun."""
+        stream = EventStream(send)
+        error: RequestError | ServiceError
+        try:
+            async with asyncio.timeout(self._bounds.request_seconds):
+                whole = await self._ask(bodies, arrived, stream)
+            if whole is not None:
+                await JSONResponse(whole)(scope, receive, send)
+            return
+        except TimeoutError:
+            error = ServiceError(f"no whole answer within {self._bounds.request_seconds:g} seconds", status=504, code="timeout")
+        except (RequestError, ServiceError) as refusal:
+            error = refusal
+        except Exception:
+            _log.exception("a chat request failed")
+            error = ServiceError("the server failed on this request: see its log")
+        if not stream.begun:
+            await error_response(error)(scope, receive, send)
+            return
+        self._metrics.add("failed_streams_total", code=error.code)
+        with suppress(TimeoutError):  # a client that does not read is not told either
+            async with asyncio.timeout(_FAREWELL_SECONDS):
+                await stream.write(error_body(error))
+                await stream.end()
+
+    async def _ask(self, bodies: list[bytes], arrived: float, stream: EventStream) -> dict[str, Any] | None:
+        """The whole answer; nothing if it was streamed."""
+        prepared, streamed, include_usage = await self._prepare(bodies)
+        completion = Completion(self._model, include_usage)
+        texts = []
+        async with aclosing(self._counted(self._engine.submit(prepared), arrived)) as pieces:
+            async for piece in pieces:
+                if streamed:
+                    opening = [] if stream.begun else [completion.opening()]
+                    await stream.write(*opening, *completion.chunks(piece))
+                texts.append(piece.text)
+                if piece.end and not streamed:
+                    return completion.whole("".join(texts), piece.end)
+        await stream.end()
+        return None
+
+    async def _prepare(self, bodies: list[bytes]) -> tuple[Any, bool, bool]:
+        """What the engine takes, whether to stream it and whether to count its tokens; the pictures end here."""
+        async with self._readers:
+            body = bodies.pop()
+            try:
+                asked = await read_chat_request(body, self._bounds.limits)
+            finally:
+                self._held_bytes -= len(body)
+                del body
+            check_model(asked.model, self._model)
+            return await asyncio.to_thread(self._engine.prepare, asked), asked.stream, asked.include_usage
+
+    async def _counted(self, pieces: AsyncIterator[Piece], arrived: float) -> AsyncIterator[Piece]:
+        first = True
+        async with aclosing(pieces) as pieces:  # type: ignore[type-var]
+            async for piece in pieces:
+                if first:
+                    self._metrics.observe("first_token_seconds", time.monotonic() - arrived)
+                first = False
+                if piece.end:
+                    self._metrics.observe("request_seconds", time.monotonic() - arrived)
+                    self._metrics.add("prompt_tokens_total", piece.end.prompt_tokens)
+                    self._metrics.add("completion_tokens_total", piece.end.completion_tokens)
+                yield piece
+
+
+def check_model(asked: str, served: str) -> None:
+    """Refuse a name that is not served."""
+    if asked != served:
+        raise RequestError(f"the model is not served here: ask for {served!r}", status=404, code="model_not_found", param="model")
+
+
+async def _left(receive: Receive) -> None:
+    """Wait until the client leaves; its body is read, so nothing else can come."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _busy(reason: str) -> RequestError:
+    return RequestError(f"{reason}: ask again in a moment", status=429, code="server_busy")

@@ -1,0 +1,186 @@
+"""The engine that is another program's server: started here, reached by nobody but us, asked over HTTP, stopped with us."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import os
+import signal
+import subprocess
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import httpx
+from PIL import Image
+
+from mipha.deploy.serve.engine import End, Piece, ServiceError
+from mipha.deploy.serve.intake import ChatRequest, RequestError, Turn
+
+_START_SECONDS = 1_200.0
+"""Large weights from a slow disk; a program that ends sooner is noticed at once."""
+
+_STOP_SECONDS = 10.0
+
+
+class ChildEngine:
+    """A server of llama.cpp or vLLM.
+
+    Args:
+        name: Of the engine.
+        command: Starts it; it listens at `port` of this machine alone.
+        key: It asks for this key: other users of this machine must not go around our limits.
+        environment: Added to ours.
+        model: The name it serves the model under.
+    """
+
+    def __init__(self, name: str, command: Sequence[str], port: int, key: str, environment: dict[str, str], model: str) -> None:
+        self.name, self._command, self._model = name, list(command), model
+        self._environment = {**os.environ, **environment}
+        url, headers = f"http://127.0.0.1:{port}", {"Authorization": f"Bearer {key}"}
+        # The front watches over the time; a connection for every request that it holds.
+        timeout, limits = httpx.Timeout(None, connect=10.0), httpx.Limits(max_connections=None)
+        self._client = httpx.AsyncClient(base_url=url, headers=headers, timeout=timeout, limits=limits, trust_env=False)
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 open as long as the program writes
+        self._stopping = asyncio.Event()
+
+    async def start(self) -> None:
+        """Start the program and wait until it answers.
+
+        Raises:
+            ServiceError: It ended, with its last words.
+        """
+        # A group of its own: Ctrl-C is for us, and it must go on until we have finished what runs. It ends when the pipe to us does.
+        self._process = subprocess.Popen(
+            self._command, stdin=subprocess.PIPE, stdout=self._log, stderr=self._log, env=self._environment, start_new_session=True
+        )
+        try:
+            async with asyncio.timeout(_START_SECONDS):
+                while not await self._answers():
+                    if self._process.poll() is not None:
+                        raise ServiceError(f"{self._command[0]} ended with code {self._process.returncode} ({self._last_words()})")
+                    await asyncio.sleep(0.2)
+        except BaseException:
+            await self.close()
+            raise
+
+    def prepare(self, request: ChatRequest) -> dict[str, Any]:
+        """The request as the program reads it, pictures as PNG: what was checked, and nothing of what was sent."""
+        asked: dict[str, Any] = {
+            "model": self._model,
+            "messages": [_message(turn) for turn in request.turns],
+            "max_tokens": request.max_new_tokens,
+            "temperature": request.temperature,
+            "top_p": request.top_p,
+            # These programs add cuts of their own where none is named.
+            "top_k": 0,
+            "min_p": 0.0,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        if request.stop:
+            asked["stop"] = list(request.stop)
+        if request.seed is not None:
+            asked["seed"] = request.seed
+        return asked
+
+    async def submit(self, asked: dict[str, Any]) -> AsyncIterator[Piece]:
+        """The program's answer.
+
+        Raises:
+            RequestError: The program refuses it.
+            ServiceError: The program failed, or we stop.
+        """
+        reason: Any = None
+        try:
+            async with self._client.stream("POST", "/v1/chat/completions", json=asked) as response:
+                if response.status_code != 200:
+                    raise _refusal(self.name, response.status_code, await response.aread())
+                async for line in response.aiter_lines():
+                    if self._stopping.is_set():
+                        raise ServiceError("the server stopped before the answer was made", status=503, code="stopping")
+                    if not line.startswith("data:") or (data := line[5:].strip()) == "[DONE]":
+                        continue
+                    chunk = json.loads(data)
+                    if "error" in chunk:
+                        raise _refusal(self.name, 500, data.encode())
+                    for choice in chunk["choices"]:
+                        reason = choice.get("finish_reason") or reason
+                        if text := choice["delta"].get("content"):
+                            yield Piece(text)
+                    if usage := chunk.get("usage"):
+                        end = End("length" if reason == "length" else "stop", usage["prompt_tokens"], usage["completion_tokens"])
+                        yield Piece(end=end)
+                        return
+        except RequestError:
+            raise
+        except (httpx.HTTPError, ValueError, KeyError) as error:
+            raise ServiceError(f"{self.name} broke off ({type(error).__name__}): ask again", status=502, code="engine_failed") from error
+        raise ServiceError(f"{self.name} ended its answer without saying so: ask again", status=502, code="engine_failed")
+
+    def is_alive(self) -> bool:
+        """Whether the program runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def abort(self) -> None:
+        """Fail what runs, at its next piece."""
+        self._stopping.set()
+
+    async def close(self) -> None:
+        """End the program."""
+        self.abort()
+        await self._client.aclose()
+        if self._process is not None:
+            await asyncio.to_thread(_end, self._process)
+        self._log.close()
+
+    async def _answers(self) -> bool:
+        try:
+            return (await self._client.get("/health", timeout=5.0)).status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def _last_words(self) -> str:
+        self._log.seek(0, os.SEEK_END)
+        self._log.seek(max(0, self._log.tell() - 4096))
+        lines = self._log.read().decode(errors="replace").strip().splitlines()
+        return lines[-1][-300:] if lines else "it said nothing"
+
+
+def _message(turn: Turn) -> dict[str, Any]:
+    if not turn.images:
+        return {"role": turn.role, "content": turn.text}
+    images = [{"type": "image_url", "image_url": {"url": _data_uri(image)}} for image in turn.images]
+    return {"role": turn.role, "content": [*images, {"type": "text", "text": turn.text}]}
+
+
+def _data_uri(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", compress_level=1)
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _refusal(name: str, status: int, content: bytes) -> RequestError | ServiceError:
+    try:
+        error = json.loads(content)["error"]
+        sentence = error["message"] if isinstance(error, dict) else str(error)
+    except (ValueError, KeyError, TypeError):
+        sentence = f"status {status}"
+    if status in (400, 413, 422):
+        return RequestError(f"{name} refuses the request: {sentence}", code="refused_by_engine")
+    return ServiceError(f"{name} failed: {sentence}", status=502, code="engine_failed")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.stdin:
+        process.stdin.close()
+    if process.poll() is None:
+        process.terminate()
+    try:
+        process.wait(_STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # with what it started itself
+        process.wait()

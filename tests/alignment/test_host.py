@@ -1,0 +1,147 @@
+"""What all steps share: killed anywhere, a step goes on to the very same weights; what changed meanwhile is refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("trl")
+
+import torch
+from safetensors.torch import load_file
+
+from mipha.alignment.folder import is_finished, mark_complete, newest_checkpoint
+from mipha.alignment.preference import train_cost, train_reward
+from mipha.alignment.recipe import StepRecipe
+from mipha.alignment.sft import sft
+from mipha.run import read_lines
+
+KILLED_MID_SAVE = """
+import os, signal, sys, pathlib, torch
+save = torch.save
+def save_or_die(content, path, *rest, **options):
+    if "checkpoint-4" in str(path):  # its weights are written, its optimizer is not
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(content, path, *rest, **options)
+torch.save = save_or_die
+from mipha.alignment.recipe import load_alignment_recipe
+from mipha.alignment.preference import train_reward
+from mipha.alignment.sft import sft
+step, recipe, out = sys.argv[1:]
+{"sft": sft, "reward": train_reward}[step](load_alignment_recipe(recipe), pathlib.Path(out))
+"""
+
+
+@pytest.mark.parametrize(
+    ("step", "overrides", "family"),
+    [("sft", ("max_tokens=64", "micro_batch=1"), "phi"), ("reward", ("tuning=lora", "lora.rank=4"), "llama")],
+)
+def test_killed_in_the_midst_of_saving_it_ends_in_the_same_weights(
+    step: str,
+    overrides: tuple[str, ...],
+    family: str,
+    finished: Callable[..., Path],
+    step_recipe: Callable[..., StepRecipe],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Phi has dropout, so that what is drawn counts too.
+    recipe, out = step_recipe(step, *overrides, family=family), tmp_path / "run"
+    (tmp_path / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
+    command = [sys.executable, "-c", KILLED_MID_SAVE, step, str(tmp_path / "recipe.yaml"), str(out)]
+    killed = subprocess.run(command, capture_output=True, text=True)
+    assert killed.returncode == -9, killed.stderr[-2000:]
+    left = out / "checkpoints" / "checkpoint-4"
+    assert left.is_dir() and not (left / "optimizer.pt").exists() and not is_finished(out)
+
+    function = {"sft": sft, "reward": train_reward}[step]
+    with monkeypatch.context() as patch:  # and once more, between the last step and the result
+
+        def stop(*_: Any) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(f"{function.__module__}.export", stop)
+        with pytest.raises(KeyboardInterrupt):
+            function(recipe, out)
+    assert not is_finished(out)
+    model = function(recipe, out)
+
+    whole = finished(step, *overrides, family=family)
+    ours, theirs = load_file(model / "model.safetensors"), load_file(whole / "model" / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    drawn = [[(row["step"], row.get("loss")) for row in read_lines(folder / "metrics.jsonl")] for folder in (out, whole)]
+    assert drawn[0] == drawn[1]
+    assert not (out / "checkpoints").exists()
+
+
+def test_a_finished_step_is_not_done_again_and_another_recipe_is_refused(
+    finished: Callable[..., Path], step_recipe: Callable[..., StepRecipe]
+) -> None:
+    out = finished("sft")
+    (out / "checkpoints").mkdir()  # left by a kill between the result and the clearing up
+    before = (out / "model" / "model.safetensors").stat().st_mtime_ns
+    assert sft(step_recipe("sft", "name=other"), out) == out / "model"
+    assert (out / "model" / "model.safetensors").stat().st_mtime_ns == before
+    assert not (out / "checkpoints").exists()
+    with pytest.raises(ValueError, match=r"another recipe \(it differs in learning_rate, seed\)"):
+        sft(step_recipe("sft", "seed=1", "learning_rate=1e-4"), out)
+
+
+@pytest.mark.parametrize("changed", ["base model", "data"])
+def test_states_of_another_base_or_of_other_data_are_refused(changed: str, step_recipe: Callable[..., StepRecipe], tmp_path: Path) -> None:
+    recipe, out = step_recipe("cost"), tmp_path / "run"
+    out.mkdir()
+    (out / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
+    (out / "checkpoints").mkdir()
+    (out / "provenance.json").write_text(json.dumps({changed: {"sha256": "0"}}), encoding="utf-8")
+    with pytest.raises(ValueError, match=f"the {changed} changed since .* choose another -o"):
+        train_cost(recipe, out)
+
+
+def test_only_whole_states_are_resumed(tmp_path: Path) -> None:
+    for step in (2, 10, 12, 14):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "optimizer.pt").write_bytes(b"1234")
+        if step != 12:  # killed before its mark
+            mark_complete(tmp_path / f"checkpoint-{step}")
+    (tmp_path / "checkpoint-14" / "optimizer.pt").write_bytes(b"12")  # cut short since
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2"]
+
+
+def test_a_folder_of_something_else_is_not_touched(step_recipe: Callable[..., StepRecipe], tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    with pytest.raises(ValueError, match="is not empty and not an alignment step"):
+        sft(step_recipe("sft"), tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_a_step_that_is_not_finite_stops_and_keeps_its_states(
+    step_recipe: Callable[..., StepRecipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mipha.alignment import preference
+
+    calls = []
+
+    def explode(higher: torch.Tensor, lower: torch.Tensor, *rest: Any) -> torch.Tensor:
+        calls.append(1)
+        return (higher - lower).mean() * (float("nan") if len(calls) > 6 else 1.0)  # two forward passes a step: in step 4
+
+    monkeypatch.setattr(preference, "pair_loss", explode)
+    with pytest.raises(FloatingPointError, match="step 4: the loss is nan"):
+        train_reward(step_recipe("reward"), tmp_path / "run")
+    state = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    assert state is not None and state.name == "checkpoint-2"
+    assert all(weight.isfinite().all() for weight in load_file(state / "model.safetensors").values())
+
+
+def test_bfloat16_trains_where_it_is_asked_for(step_recipe: Callable[..., StepRecipe], tmp_path: Path) -> None:
+    model = sft(step_recipe("sft", "precision=bfloat16", "max_steps=1", "held_out=0"), tmp_path / "run")
+    assert {weight.dtype for weight in load_file(model / "model.safetensors").values()} == {torch.float32}  # only products are rounded

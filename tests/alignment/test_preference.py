@@ -1,0 +1,109 @@
+"""Losses by hand, rows the right way round, and what the trained models say."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("trl")
+
+import torch
+from transformers import AutoTokenizer
+
+from mipha.alignment.datasets import Preference, load_preferences, split_by_prompt
+from mipha.alignment.encoding import encode_exchange
+from mipha.alignment.preference import collate_pairs, measure_pairs, pair_loss, ranked_pairs, train_cost
+from mipha.alignment.recipe import StepRecipe
+from mipha.alignment.scoring import Scorer
+from mipha.run import read_lines
+
+HIGHER, LOWER = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0])
+
+
+@pytest.fixture(scope="module")
+def tokenizer(finished: Callable[..., Path]) -> Any:
+    return AutoTokenizer.from_pretrained(finished("reward") / "model")
+
+
+def test_reward_loss_by_hand() -> None:
+    # differences 1 and -2: ln(1 + 1/e) = 0.313262 and ln(1 + e^2) = 2.126928; mean square of 1, 0, 0, 2 = 1.25
+    assert pair_loss(HIGHER, LOWER, 0.0).item() == pytest.approx(1.220095, abs=1e-5)
+    assert pair_loss(HIGHER, LOWER, 0.1).item() == pytest.approx(1.220095 + 0.125, abs=1e-5)
+
+
+def test_cost_loss_by_hand() -> None:
+    # The more harmful: unsafe, unsafe; the others: safe, unsafe. Each adds ln(1 + exp(-sign * score)):
+    # ln(1 + 1/e) = 0.313262, ln 2 = 0.693147; ln 2 = 0.693147, ln(1 + exp(-2)) = 0.126928; sums 1.006409 and 0.820075
+    loss = pair_loss(HIGHER, LOWER, 0.0, torch.tensor([1.0, 1.0]), torch.tensor([-1.0, 1.0]))
+    assert loss.item() == pytest.approx(1.220095 + 0.913242, abs=1e-5)
+
+
+@pytest.mark.parametrize(("unsafe", "wanted"), [(True, 1.0), (False, -1.0)])
+def test_the_cost_loss_pushes_unsafe_above_zero_and_safe_below(unsafe: bool, wanted: float) -> None:
+    score = torch.zeros(1, requires_grad=True)
+    sign = torch.tensor([1.0 if unsafe else -1.0])
+    pair_loss(score, score, 0.0, sign, sign).backward()
+    assert -torch.sign(score.grad).item() == wanted
+
+
+def test_what_is_measured() -> None:
+    measured = measure_pairs(torch.tensor([3.0, 1.0, 2.0, 1.0]), torch.tensor([1.0, -1.0, 1.0, -1.0]))
+    assert measured == {"accuracy": 0.5, "margin": 0.5, "sign_accuracy": 0.5}  # 3 over 2, but 1 only level with 1
+
+
+@pytest.mark.parametrize("step", ["reward", "cost"])
+def test_the_order_of_the_responses_does_not_count(step: str, tokenizer: Any, alignment_data: dict[str, Path]) -> None:
+    rows = load_preferences(alignment_data["preferences"])
+    swapped = [replace(row, responses=row.responses[::-1], better=1 - row.better, safer=1 - row.safer, safe=row.safe[::-1]) for row in rows]
+    assert ranked_pairs(tokenizer, rows, step, 128) == ranked_pairs(tokenizer, swapped, step, 128)
+
+
+def test_a_reward_ranks_by_better_and_a_cost_by_harm(tokenizer: Any) -> None:
+    row = Preference("row 1", "May I?", ("yes", "no"), better=1, safer=1, safe=(False, True))
+    reward, cost = (ranked_pairs(tokenizer, [row], step, 128)[0] for step in ("reward", "cost"))
+    ids = [[*prompt, *ended] for prompt, ended in (encode_exchange(tokenizer, row.prompt, text, "row 1") for text in row.responses)]
+    assert (reward["chosen_ids"], reward["rejected_ids"]) == (ids[1], ids[0])
+    assert (cost["chosen_ids"], cost["rejected_ids"], cost["signs"]) == (ids[0], ids[1], [1.0, -1.0])
+    assert tokenizer.decode(cost["chosen_ids"]).endswith("yes<|im_end|>")
+
+
+def test_a_batch_is_all_higher_then_all_lower() -> None:
+    pairs = [
+        {"chosen_ids": [1, 2], "rejected_ids": [3], "signs": [1.0, -1.0]},
+        {"chosen_ids": [4], "rejected_ids": [5, 6, 7], "signs": [1.0, 1.0]},
+    ]
+    batch = collate_pairs(pairs, pad_id=9)
+    assert batch["input_ids"].tolist() == [[1, 2, 9], [4, 9, 9], [3, 9, 9], [5, 6, 7]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 0], [1, 0, 0], [1, 0, 0], [1, 1, 1]]
+    assert batch["signs"].tolist() == [1.0, 1.0, -1.0, 1.0]
+
+
+@pytest.mark.parametrize(("step", "overrides"), [("reward", ()), ("reward", ("tuning=lora", "lora.rank=4")), ("cost", ())])
+def test_what_is_reported_of_held_out_pairs_is_what_the_scorer_says(
+    step: str, overrides: tuple[str, ...], finished: Callable[..., Path], tokenizer: Any, alignment_data: dict[str, Path]
+) -> None:
+    out = finished(step, *overrides)
+    held_out = split_by_prompt(load_preferences(alignment_data["preferences"]), 0.2, seed=0)[1]
+    scorer = Scorer.load(out / "model")
+    scores = torch.stack(
+        [
+            scorer.score(*map(list, zip(*(encode_exchange(tokenizer, row.prompt, text, "") for text in row.responses), strict=True)))
+            for row in held_out
+        ]
+    )
+    right = [(s[1] > s[0]).item() == bool(r.better if step == "reward" else 1 - r.safer) for s, r in zip(scores, held_out, strict=True)]
+    reported = [row for row in read_lines(out / "metrics.jsonl") if "validation_accuracy" in row]
+    assert len(reported) == 1
+    assert reported[0]["validation_accuracy"] == pytest.approx(sum(right) / len(right))
+    if step == "cost":
+        signs = torch.tensor([[1.0 if not safe else -1.0 for safe in row.safe] for row in held_out])
+        assert reported[0]["validation_sign_accuracy"] == pytest.approx((scores * signs > 0).float().mean().item())
+
+
+def test_a_reward_recipe_trains_no_cost(step_recipe: Callable[..., StepRecipe], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="recipe 'tiny' is for the reward step: run that, or set step=cost"):
+        train_cost(step_recipe("reward"), tmp_path)

@@ -1,0 +1,37 @@
+"""The benchmark of reading, on few samples."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import loading
+import pytest
+
+
+def test_both_files_hold_the_same_conversations(tmp_path: Path) -> None:
+    lines, array = loading.write_million(tmp_path, 2_500)
+    records = [json.loads(line) for line in lines.read_text().splitlines()]
+    assert records == json.loads(array.read_text()) and len(records) == 2_500
+    assert len({record["image"] for record in records}) == 2_500
+    assert all((tmp_path / record["image"]).is_file() for record in records)
+
+
+def test_a_fresh_process_reads_each_file() -> None:
+    found = loading.million(1_200)
+    assert list(found) == ["train.jsonl", "train.json"]
+    for phases in found.values():
+        assert phases["samples"] == 1_200
+        assert {"index", "check", "order", "order, 8 an image", "random_reads"} <= phases.keys()
+        assert 0 < phases["megabytes_before"] <= phases["check"]["megabytes_after"]
+    assert loading.verdict(found) == []
+    found["train.json"]["index"]["seconds"] = 121
+    found["train.jsonl"]["check"]["megabytes_after"] = 301
+    assert len(loading.verdict(found)) == 2
+
+
+@pytest.mark.weights
+def test_workers_read_every_sample() -> None:
+    alone, forked = loading.workers(64, side=64, counts=(0, 1))
+    assert alone["megabytes_of_a_worker"] == [] and len(forked["megabytes_of_a_worker"]) == 1
+    assert alone["samples_per_second"] > 0 and forked["samples_per_second"] > 0

@@ -1,0 +1,127 @@
+"""A tiny assistant behind a real server, and pictures to ask about."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from threading import Event, Thread
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+if TYPE_CHECKING:
+    from mipha.assistant import Assistant
+    from mipha.deploy.serve.engine import Engine
+    from mipha.deploy.serve.metrics import Metrics
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A server that runs.
+
+    Args:
+        url: Without a slash at its end.
+        http: A client of it; making one takes longer than asking.
+        metrics: Of it.
+    """
+
+    url: str
+    http: httpx.Client
+    metrics: Metrics
+
+    def metric(self, sample: str) -> float:
+        """The value of one sample, by its name and labels; 0 where it was never counted."""
+        lines = [line.rpartition(" ") for line in self.metrics.text().splitlines()]
+        return next((float(value) for name, _, value in lines if name == f"mipha_{sample}"), 0.0)
+
+
+@pytest.fixture(scope="session")
+def assistant(tiny_model: Callable) -> Assistant:
+    """Whose answers depend on picture and question."""
+    from mipha.assistant import Assistant
+
+    return Assistant(*tiny_model("llama"))
+
+
+@pytest.fixture
+def gate(assistant: Assistant) -> Iterator[Event]:
+    """Open; while it is closed, the model waits before each step."""
+    opened = Event()
+    opened.set()
+
+    def wait(*_: object) -> None:
+        assert opened.wait(60)
+
+    hook = assistant.model.model.language_model.register_forward_pre_hook(wait)
+    yield opened
+    opened.set()
+    hook.remove()
+
+
+@pytest.fixture
+def serving(assistant: Assistant) -> Callable[..., AbstractContextManager[Serving]]:
+    """`with serving(bounds=, api_key=, hosts=, batch_size=, engine=) as server`: a server in a thread at a free port."""
+    import uvicorn
+
+    from mipha.deploy.serve.app import create_app
+    from mipha.deploy.serve.batching import TransformersEngine
+    from mipha.deploy.serve.metrics import Metrics
+    from mipha.deploy.serve.server import configure, listen
+
+    @contextmanager
+    def serve(batch_size: int = 16, engine: Engine | None = None, **options: Any) -> Iterator[Serving]:
+        metrics = Metrics()
+        behind = engine or TransformersEngine(assistant, metrics, batch_size)
+        listening = listen("127.0.0.1", 0)
+        server = uvicorn.Server(configure(create_app(behind, "tiny", metrics, **options)))
+
+        async def main() -> None:
+            await behind.start()
+            await server.serve(sockets=[listening])
+            await behind.close()
+
+        thread = Thread(target=lambda: asyncio.run(main()))
+        thread.start()
+        try:
+            url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+            with httpx.Client(base_url=url, timeout=60, trust_env=False) as http:
+                yield Serving(url, http, metrics)
+        finally:
+            server.should_exit = True
+            thread.join(60)
+        assert not thread.is_alive()
+
+    return serve
+
+
+@pytest.fixture(scope="session")
+def picture() -> Callable[[int], Image.Image]:
+    """`picture(number)`: blocks of strong colours, other ones for each number."""
+
+    def make(number: int) -> Image.Image:
+        blocks = np.random.default_rng(number).integers(0, 2, (3, 3, 3), dtype=np.uint8) * 255
+        return Image.fromarray(blocks.repeat(9, 0).repeat(8, 1))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def messages_about() -> Callable[..., list[dict[str, Any]]]:
+    """`messages_about(question, image)`: one turn as OpenAI's clients write it."""
+
+    def messages(question: str, image: Image.Image | None = None) -> list[dict[str, Any]]:
+        if image is None:
+            return [{"role": "user", "content": question}]
+        buffer = io.BytesIO()
+        image.save(buffer, format="PNG")
+        url = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]}]
+
+    return messages

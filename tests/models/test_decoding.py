@@ -1,0 +1,58 @@
+"""Rows of one batch draw and end each by its own rules."""
+
+from __future__ import annotations
+
+import torch
+
+from mipha.models.decoding import RowSampler, RowWatch, Sampling
+
+SCORES = torch.tensor([0.5, 0.25, 0.15, 0.1]).log()
+
+
+def drawn(sampling: Sampling, times: int = 1000) -> list[float]:
+    """Share of each token among many draws."""
+    sampler = RowSampler([sampling])
+    counts = torch.zeros(4)
+    for _ in range(times):
+        counts[sampler(torch.zeros(1, 1), SCORES[None].clone()).argmax()] += 1
+    return (counts / times).tolist()
+
+
+def close(shares: list[float], wanted: list[float]) -> bool:
+    """Within four standard deviations of 1,000 draws."""
+    return all(abs(share - want) <= 4 * (want * (1 - want) / 1000) ** 0.5 for share, want in zip(shares, wanted, strict=True))
+
+
+def test_tokens_are_drawn_with_their_probability() -> None:
+    assert close(drawn(Sampling(1.0, seed=1)), [0.5, 0.25, 0.15, 0.1])
+    squares = [0.25, 0.0625, 0.0225, 0.01]  # half the temperature squares the probabilities
+    assert close(drawn(Sampling(0.5, seed=2)), [square / sum(squares) for square in squares])
+    # 0.5 is less than 0.6, so the second is needed too; together they are enough.
+    assert close(drawn(Sampling(1.0, top_p=0.6, seed=3)), [2 / 3, 1 / 3, 0, 0])
+    assert drawn(Sampling(1.0, top_p=0.5, seed=4), times=50) == [1, 0, 0, 0]
+    assert drawn(Sampling(1.0, top_p=1e-9, seed=5), times=50) == [1, 0, 0, 0]
+
+
+def test_a_row_draws_alone_and_greedy_rows_are_left_as_they_are() -> None:
+    both = RowSampler([None, Sampling(1.0, seed=7)])
+    alone = RowSampler([Sampling(1.0, seed=7)])
+    for _ in range(20):
+        scores = both(torch.zeros(2, 1), torch.stack([SCORES, SCORES]))
+        assert torch.equal(scores[0], SCORES)
+        assert torch.equal(scores[1], alone(torch.zeros(1, 1), SCORES[None].clone())[0])
+        assert scores[1].isfinite().sum() == 1
+
+
+def test_rows_end_at_their_limit_at_an_end_token_and_when_told() -> None:
+    told: list[list[int | None]] = []
+
+    def on_tokens(tokens: list[int | None]) -> list[int]:
+        told.append(tokens)
+        return [2] if len(told) == 2 else []
+
+    watch = RowWatch([1, 9, 9, 3], ends={50}, on_tokens=on_tokens)
+    steps = [[10, 11, 12, 13], [0, 21, 22, 23], [0, 50, 0, 33], [0, 0, 0, 0]]
+    ended = [watch(torch.tensor(step)[:, None], torch.zeros(4, 1)).tolist() for step in steps]
+    assert ended == [[True, False, False, False], [True, False, True, False], [True] * 4, [True] * 4]
+    assert watch.tokens == [[10], [11, 21, 50], [12, 22], [13, 23, 33]]
+    assert told == [[10, 11, 12, 13], [None, 21, 22, 23], [None, 50, None, 33]], "nothing is told when all have ended"

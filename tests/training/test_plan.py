@@ -1,0 +1,88 @@
+"""A plan follows from the recipe and the device; it says what to change where it does not fit, and how far off it was."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mipha.catalog.published_data import PUBLISHED_DATA
+from mipha.recipe import load_recipe
+from mipha.run import append_line, create_run
+from mipha.training.plan import Device, compare, device_named, plan
+
+SMALL = Device("small", "cpu", 1e11, 8e9, autocast=False)
+
+
+def test_the_papers_model_on_what_the_paper_had() -> None:
+    """Eight GPUs of 80 GB, data that are not on this machine."""
+    pretrain, finetune = plan(load_recipe("mipha-3b-base"), device_named("a100"), num_devices=8)
+    assert (pretrain.samples, finetune.samples) == (558_128, 665_298)
+    assert pretrain.steps == -(-558_128 // 256) and finetune.steps == -(-2 * 665_298 // 128)
+    assert not pretrain.mends and not finetune.mends and finetune.largest_rows >= finetune.stage.micro_batch_rows
+    # 2 x (729 x 9.5 M + 764 x 2.65 G + 25 x 131 M) forward of the projector, the layers and the head, twice that with activations'
+    # gradients, and 0.6 for the tower: about 9 TFLOP a sample.
+    assert pretrain.flops / 256 == pytest.approx(8.9e12, rel=0.05)
+    assert finetune.hours is not None and 2 < finetune.hours < 24
+    assert "assumed" in finetune.step.source
+
+
+def test_the_same_on_one_small_gpu_does_not_fit_and_the_plan_says_what_would() -> None:
+    recipe = load_recipe("mipha-3b-base")
+    _, finetune = plan(recipe, device_named("rtx4090"))
+    assert finetune.largest_rows == 0 and any("lora" in mend for mend in finetune.mends)
+    _, mended = plan(recipe.override(*finetune.mends, "stages.finetune.tuning.vision_tower=frozen"), device_named("rtx4090"))
+    assert not mended.mends and mended.total_memory < finetune.total_memory / 2
+
+
+def test_more_devices_take_less_memory_each_and_less_time() -> None:
+    recipe = load_recipe("mipha-1.6b")
+    one, eight = (plan(recipe, device_named("h100"), number)[1] for number in (1, 8))
+    assert eight.total_memory < one.total_memory
+    assert one.seconds == pytest.approx(8 * eight.seconds)
+    copied = plan(recipe.override("sharding=ddp"), device_named("h100"), 8)[1]
+    assert copied.memory["optimizer"] == one.memory["optimizer"]
+
+
+def test_a_plan_of_data_that_are_here_reads_its_first_steps(tiny_parts, tiny_data) -> None:
+    recipe = _tiny(tiny_parts, tiny_data)
+    pretrain, _ = plan(recipe, SMALL)
+    assert pretrain.samples == 24 and pretrain.steps == 6 and "first 3 steps" in pretrain.step.source
+    assert pretrain.seconds is not None and pretrain.step.work.tokens > 4 * 10
+
+
+def test_a_plan_is_compared_with_a_run(tiny_parts, tiny_data, tmp_path) -> None:
+    recipe = _tiny(tiny_parts, tiny_data)
+    (pretrain, _), run = plan(recipe, SMALL), create_run(tmp_path / "run", recipe)
+    with pytest.raises(FileNotFoundError, match="has no metrics of pretrain"):
+        compare(pretrain, run, SMALL, 1)
+    for seconds in (100.0, 2.0, 2.0):  # the first step warms up
+        append_line(run.metrics("pretrain"), {"seconds": seconds, "peak_memory_gib": 1.5})
+    found = compare(pretrain, run, SMALL, 1)
+    assert found.seconds[1] == 2.0 and found.memory[1] == 1.5 * 2**30
+    assert found.efficiency == pytest.approx(pretrain.flops / 2.0 / 1e11)
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "sentence"),
+    [("h10", "auto", "no device 'h10': did you mean h100"), ("t4", "bfloat16", "t4 does not compute in bfloat16: set precision=float32")],
+)
+def test_a_device_that_cannot_be(name: str, precision: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        device_named(name, precision)
+
+
+def test_published_sizes_are_those_of_the_paper() -> None:
+    """Table 2: 558K and 665K."""
+    assert {name: round(fact.samples / 1000) for name, fact in PUBLISHED_DATA.items()} == {"llava_pretrain": 558, "llava_instruct": 665}
+
+
+def _tiny(tiny_parts, tiny_data):
+    parts = tiny_parts()
+    base = load_recipe("quickstart").override(f"data.pretrain={tiny_data}", f"data.finetune={tiny_data}", "precision=float32")
+    model = {"vision_tower": str(parts.vision_tower), "language_model": str(parts.language_model), "chat_template": "chatml"}
+    stages = ("pretrain", "finetune")
+    small = [
+        f"stages.{name}.{value}" for name in stages for value in ("max_steps=null", "batch_size=4", "batching=packed", "row_tokens=256")
+    ]
+    return base.override(f"model={json.dumps(model)}", *small, "stages.finetune.samples_per_image=null")
