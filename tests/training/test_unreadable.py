@@ -82,14 +82,14 @@ def test_grey_stands_in_and_every_case_is_counted_and_listed_once(
 def test_validation_and_calibration_count_and_pass_over_what_cannot_be_read(
     recipe: Recipe, damaged: Path, tmp_path: Path, metrics: Callable
 ) -> None:
-    """With nearly all pictures held out, the damaged one is among them; the projector's start is measured on the five others."""
-    changes = (FINETUNE + "unreadable_images=substitute", FINETUNE + "held_out=0.97", FINETUNE + "max_steps=1")
+    """One epoch and one validation show each sample once, whichever side the damaged picture's four are on."""
+    changes = (FINETUNE + "unreadable_images=substitute", FINETUNE + "held_out=0.4", FINETUNE + "max_steps=null", FINETUNE + "epochs=1")
     changes += (f"data.pretrain={damaged}", "stages.pretrain.unreadable_images=substitute", "model.calibrate_projector=true")
     done = train(recipe.override(*changes), tmp_path / "run")
-    (row,) = metrics(done.metrics("finetune"))
-    assert row["substituted_images"] + row["validation_substituted_images"] >= 3
-    asked = metrics(done.stage("finetune") / "answers.jsonl")
-    assert len(asked) == 4
+    rows = metrics(done.metrics("finetune"))
+    assert sum(row["substituted_images"] + row.get("validation_substituted_images", 0) for row in rows) == 4
+    assert "validation_substituted_images" in rows[-1]
+    assert metrics(done.stage("finetune") / "answers.jsonl")
 
 
 def test_a_step_of_which_nothing_can_be_read_is_no_matter_of_single_files(recipe: Recipe, damaged: Path, tmp_path: Path) -> None:

@@ -28,13 +28,24 @@ def import_checkpoint(
 def verify(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A run, or a model folder.")],
     json_out: Annotated[Path | None, typer.Option("--json", help="Write the findings to a file too.")] = None,
+    gguf: Annotated[Path | None, typer.Option(help="Folder of `mipha export --to gguf`: compare llama.cpp's answers.")] = None,
+    images: Annotated[Path | None, typer.Option(help="With --gguf: a folder of pictures; or easy_vqa:N, N held-out questions.")] = None,
+    question: Annotated[list[str] | None, typer.Option(help="With --gguf: what to ask of each picture.")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="With --gguf: of llama.cpp.")] = None,
 ) -> None:
-    """Load a checkpoint without mipha and compare; exit code 1 if stock transformers does not give the same."""
+    """Load a checkpoint without mipha and compare; exit code 1 if another program does not give the same."""
     import json
+
+    from mipha.run import write_whole
+
+    if gguf is not None:
+        _compare_gguf(checkpoint, gguf, images, question or [], threads, json_out)
+        return
+    if images or question or threads:
+        raise ValueError("--images, --question and --threads are for --gguf: give a folder of GGUF files too, or leave them out")
 
     from mipha.deploy.verify import print_verification
     from mipha.deploy.verify import verify as verify_checkpoint
-    from mipha.run import write_whole
 
     found = verify_checkpoint(checkpoint)
     if json_out:
@@ -46,14 +57,30 @@ def verify(
 def export(
     source: Annotated[Path, typer.Argument(metavar="RUN", help="A run or a model folder; with --merge an adapter folder.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="New folder.")],
+    to: Annotated[str, typer.Option(help="hub: a model folder with its card; gguf: files for llama.cpp and Ollama.")] = "hub",
+    quantize: Annotated[str | None, typer.Option(help="With --to gguf: kinds with commas, such as q8_0,q4_k_m; f16 if left out.")] = None,
     merge: Annotated[bool, typer.Option("--merge", help="RUN is an adapter: write its base with the adapter in its weights.")] = False,
     base: Annotated[Path | None, typer.Option(help="With --merge: the base model, if not the one that the adapter names.")] = None,
 ) -> None:
-    """Write a model folder with its card, ready for `hf upload`."""
-    from mipha.deploy.model_card import export_for_hub, write_model_card
-
+    """Write a model folder ready for `hf upload`, or GGUF files for llama.cpp and Ollama."""
+    if to not in ("hub", "gguf"):
+        raise ValueError(f"--to {to}: choose hub or gguf")
     if base is not None and not merge:
         raise ValueError("--base has no effect without --merge: leave it out")
+    if to == "gguf":
+        if merge:
+            raise ValueError("--merge writes a model folder: export that to gguf then")
+        from mipha.deploy.gguf.export import export_gguf
+
+        kinds = [kind.strip() for kind in (quantize or "f16").split(",") if kind.strip()]
+        for path in export_gguf(source, out, kinds):
+            typer.echo(f"written: {path}")
+        return
+    if quantize is not None:
+        raise ValueError("--quantize has no effect without --to gguf: leave it out")
+
+    from mipha.deploy.model_card import export_for_hub, write_model_card
+
     if merge:
         from mipha.models.adapters import merge_adapter
 
@@ -62,6 +89,61 @@ def export(
     else:
         export_for_hub(source, out)
     typer.echo(f"exported: {out}")
+
+
+def serve(
+    source: Annotated[Path, typer.Argument(metavar="RUN", help="A run, a model folder, a folder of GGUF files or a GGUF file.")],
+    engine: Annotated[str, typer.Option(help="auto, transformers, llama.cpp or vllm.")] = "auto",
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any free one.")] = 8000,
+    api_key: Annotated[str | None, typer.Option(envvar="MIPHA_API_KEY", help="Asked of every request.")] = None,
+    allow_remote_images: Annotated[bool, typer.Option("--allow-remote-images", help="Fetch pictures from public https addresses.")] = False,
+    batch_size: Annotated[int | None, typer.Option(help="Requests that are answered together.")] = None,
+    max_requests: Annotated[int, typer.Option(help="Requests held at a time; another one is told to come back.")] = 128,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 1024,
+    request_seconds: Annotated[float, typer.Option(help="Longest time for an answer.")] = 300.0,
+    device: Annotated[str | None, typer.Option(help="For transformers, such as cuda:1; a GPU where there is one.")] = None,
+) -> None:
+    """Serve a model with OpenAI's interface and a web page."""
+    from typing import get_args
+
+    from mipha.deploy.serve.launch import EngineName
+    from mipha.deploy.serve.server import serve as serve_model
+    from mipha.lookup import did_you_mean
+
+    if engine not in get_args(EngineName):
+        raise ValueError(f"no engine {engine!r}: {did_you_mean(engine, list(get_args(EngineName)))}")
+    serve_model(
+        source,
+        engine=engine,
+        host=host,
+        port=port,
+        api_key=api_key,
+        allow_remote_images=allow_remote_images,
+        batch_size=batch_size,
+        max_requests=max_requests,
+        max_new_tokens=max_new_tokens,
+        request_seconds=request_seconds,
+        device=device,
+    )
+
+
+def _compare_gguf(
+    checkpoint: Path, folder: Path, images: Path | None, questions: list[str], threads: int | None, json_out: Path | None
+) -> None:
+    from mipha.deploy.parity import check_pairs, check_parity, easy_vqa_pairs, images_in
+    from mipha.deploy.parity_tables import print_parity, write_parity
+
+    if images is None:
+        raise ValueError("--gguf compares answers about pictures: give --images, a folder of them or easy_vqa:200")
+    name, _, number = str(images).partition(":")
+    if name == "easy_vqa" and number.isdigit():
+        found = check_pairs(checkpoint, folder, easy_vqa_pairs(int(number)), threads=threads)
+    else:
+        found = check_parity(checkpoint, folder, images_in(images), questions, threads=threads)
+    write_parity(found, json_out.parent if json_out else folder)
+    print_parity(found)
+    raise typer.Exit(0 if found.passed else 1)
 
 
 def chat(run: Model, image: Annotated[Path | None, typer.Option(help="The picture to talk about.")] = None) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from mipha.cli import catalog, data, deployment, results, study, training
+from mipha.cli import align, catalog, data, deployment, results, study, training
 
 
 class _Verbs(TyperGroup):
@@ -51,7 +51,9 @@ app.command("import")(deployment.import_checkpoint)
 app.command()(deployment.verify)
 app.command()(deployment.export)
 app.command()(deployment.chat)
+app.command()(deployment.serve)
 app.command()(training.quickstart)
+app.add_typer(align.verbs, name="align")
 app.add_typer(study.verbs, name="study")
 
 
