@@ -1,6 +1,6 @@
 """Base, fine-tuned, RLHF and Safe RLHF on a real small language model, judged by rules on prompts that none of them was trained on.
 
-    python benchmarks/alignment.py [--folder runs/alignment] [--out benchmarks/results] [--steps 60]
+    python benchmarks/alignment.py [--folder runs/alignment] [--out benchmarks/results] [--steps 50]
 
 SmolLM2-135M meets the toy world of `mipha.alignment.toy`, in which the most helpful answers give a code away. Every part goes on where
 it was stopped; what is finished is not done again. About half an hour on two idle cores.
@@ -180,7 +180,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("runs/alignment"), help="what is trained; kept to go on from")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--steps", type=int, default=60, help="of RLHF and of Safe RLHF")
+    parser.add_argument("--steps", type=int, default=50, help="of RLHF and of Safe RLHF")
     options = parser.parse_args()
     folder: Path = options.folder
     if not (folder / "toy" / "held_out.jsonl").is_file():  # the last of its files

@@ -156,8 +156,8 @@ def _row(quantization: str = "q8_0", **changes: object) -> FileParity:
         (_row(num_same=189), "answers differ, 0 of 0 for their pixels"),
         (_row("q4_k_m", num_same=160), "ok"),
         (_row("q4_k_m", num_same=159), "answers differ, 0 of 0 for their pixels"),
-        (_row(logit_error=0.6), "weights differ"),
-        (_row("q4_0", logit_error=0.6), "ok"),
+        (_row("f16", logit_error=0.3), "weights differ"),
+        (_row("q8_0", logit_error=0.3), "ok"),
         (_row(num_same_prompts=199), "prompts differ"),
     ],
 )

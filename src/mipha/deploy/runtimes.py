@@ -32,7 +32,8 @@ class Runtime:
 _VLLM_LANGUAGE_MODELS = {"gemma", "gemma2", "gemma3_text", "llama", "mistral", "phi", "phi3", "qwen2", "qwen3", "stablelm"}
 """Those whose class in vLLM keeps its layers as `model` and its head as `lm_head`, under the names of the file."""
 
-_LLAMA_CPP_LANGUAGE_MODELS = _VLLM_LANGUAGE_MODELS | {"gpt2", "gpt_neox"}
+_LLAMA_CPP_LANGUAGE_MODELS = _VLLM_LANGUAGE_MODELS | {"gpt_neox"}
+"""Those that `deploy/gguf` writes."""
 
 _GREY_OF_CLIP = (122, 116, 104)
 """The colour that llama.cpp pads with in front of a LLaVA projector."""
@@ -92,17 +93,15 @@ def _llama_cpp(config: Mapping[str, Any], processor: Mapping[str, Any]) -> Runti
         return Runtime("llama.cpp", "unsupported", reason)
     if kind not in _LLAMA_CPP_LANGUAGE_MODELS:
         return Runtime("llama.cpp", "unsupported", f"nothing is known of a {kind!r} behind its LLaVA projector")
-    reasons = ["as GGUF, it resizes pictures otherwise than PIL"]
+    reasons = ["as GGUF, it resizes pictures that are no squares otherwise than PIL"]
     if config.get("projector_hidden_act", "gelu") == "gelu":
         reasons.append("computes the projector's GELU by its tanh form")
     if not pixels.get("do_pad"):
         reasons.append("pads pictures to a square that this model wants squashed")
     elif tuple(int(255 * mean) for mean in pixels.get("image_mean", ())) != _GREY_OF_CLIP:
         reasons.append("pads pictures in CLIP's grey")
-    if kind == "gemma2":
-        reasons.append("scales image features as it scales words, and squeezes the logits, which changes no greedy answer")
-    elif kind == "gemma":
-        reasons.append("scales image features as it scales words in older builds")
+    if str(config["vision_config"].get("model_type")).startswith("clip"):
+        reasons.append("leaves out the first patch and puts the class token behind the last (its issue 25814)")
     return Runtime("llama.cpp", "approximate", ", ".join(reasons[:-1]) + f" and {reasons[-1]}" if len(reasons) > 1 else reasons[0])
 
 
