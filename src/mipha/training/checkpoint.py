@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from mipha.run import write_whole
 from mipha.world import World
 
+_ALONE = "torch.distributed is disabled"
 _TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
@@ -42,6 +43,8 @@ class StateWriter:
 
     def __init__(self, states: Path, world: World, keep: int = 2, asynchronous: bool = False) -> None:
         self.states, self.world, self.keep, self.asynchronous = states, world, keep, asynchronous
+        if asynchronous:
+            warnings.filterwarnings("ignore", message=_ALONE)  # the thread that writes has no context of its own
         self._pending: tuple[Future[Any], Path, dict[str, Any]] | None = None
         # Training's own collectives run at the same time: two threads must not share a group. This one is for files, so on the CPU.
         self._group = dist.new_group(backend="gloo") if asynchronous and world.size > 1 else None
@@ -157,7 +160,7 @@ def load_state(states: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
 def _as_os_error(sentence: str) -> Iterator[None]:
     """torch reports a full disk or a damaged file as a BaseException of its own, which `except Exception` does not catch."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # said even to one process that asked for no others
+        warnings.filterwarnings("ignore", message=_ALONE)  # said even to one process that asked for no others
         try:
             yield
         except CheckpointException as error:

@@ -10,12 +10,14 @@ import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from mipha.deploy.folder import read_folder
 from mipha.deploy.runtimes import runtimes
-from mipha.deploy.serve.child import ChildEngine
 from mipha.run import model_folder
+
+if TYPE_CHECKING:
+    from mipha.deploy.serve.child import ChildEngine
 
 EngineName = Literal["auto", "transformers", "llama.cpp", "vllm"]
 
@@ -113,6 +115,8 @@ def launch(source: Source, engine: EngineName, slots: int | None = None) -> Chil
     Raises:
         ValueError: Slots for vLLM, which makes its own.
     """
+    from mipha.deploy.serve.child import ChildEngine  # here, for it needs what the extra `serve` brings
+
     port, key = _free_port(), secrets.token_hex(16)
     if engine == "vllm":
         if slots is not None:
