@@ -4,6 +4,8 @@ runs/lora/recipe.yaml              what was asked, every default written out; ma
           provenance.json          what it was made with
           <stage>/metrics.jsonl    one line an optimizer step
           <stage>/answers.jsonl    what the model said about held-out images on the way
+          <stage>/unreadable.jsonl images that grey stood in for
+          <stage>/tensorboard/     the metrics once more
           <stage>/states/          training states to resume from
           <stage>/tuning.json      what trained, and how far it moved
           <stage>/adapter/         of a stage with LoRA: the adapter in PEFT's format, and which base it is of
@@ -161,7 +163,7 @@ def provenance() -> dict[str, Any]:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "python": platform.python_version(),
-        **{package: _version(package) for package in ("mipha-vlm", "torch", "transformers", "peft")},
+        **{package: _version(package) for package in ("mipha-vlm", "torch", "transformers", "peft", "trl")},
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
     }

@@ -11,14 +11,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What takes minutes runs where it is asked for: `-m slow`."""
-    if "slow" not in config.getoption("markexpr"):
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="takes minutes: run with -m slow"))
-
-
 @pytest.fixture(scope="session")
 def weights() -> Callable[[Path], dict[str, Tensor]]:
     """`weights(checkpoint)`: its tensors by name."""

@@ -103,7 +103,7 @@ def arguments(recipe: StepRecipe, folder: Path, validates: bool) -> dict[str, An
     Args:
         validates: Whether there are held-out rows.
     """
-    bfloat16 = _computes_in_bfloat16(recipe.precision)
+    bfloat16 = computes_in_bfloat16(recipe.precision)
     return {
         "output_dir": str(folder / "checkpoints"),
         "seed": recipe.seed,
@@ -201,7 +201,7 @@ def merged(trainer: Trainer, folder: Path) -> PreTrainedModel:
     return model
 
 
-def _computes_in_bfloat16(precision: str) -> bool:
+def computes_in_bfloat16(precision: str) -> bool:
     if precision != "auto":
         return precision == "bfloat16"
     return torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.cpu._is_avx512_bf16_supported()

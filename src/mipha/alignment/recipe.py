@@ -134,14 +134,12 @@ class DpoRecipe(StepRecipe):
     beta: float = Field(0.1, gt=0, description="how dear it is to leave the model that it starts from")
 
 
-STEPS: dict[str, type[StepRecipe]] = {"sft": SftRecipe, "reward": PreferenceRecipe, "cost": PreferenceRecipe, "dpo": DpoRecipe}
-
-
 def step_recipes() -> dict[str, type[StepRecipe]]:
     """The recipe class of every step."""
     from mipha.alignment.rlhf_recipe import RlhfRecipe, SafeRlhfRecipe  # which builds on this module
 
-    return STEPS | {"rlhf": RlhfRecipe, "safe-rlhf": SafeRlhfRecipe}
+    preferences = {"reward": PreferenceRecipe, "cost": PreferenceRecipe, "dpo": DpoRecipe}
+    return {"sft": SftRecipe, **preferences, "rlhf": RlhfRecipe, "safe-rlhf": SafeRlhfRecipe}
 
 
 def list_alignment_recipes() -> list[str]:

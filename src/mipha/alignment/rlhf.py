@@ -29,7 +29,7 @@ from mipha.alignment.curves import plot_rlhf
 from mipha.alignment.datasets import load_instructions, load_preferences, split_by_prompt
 from mipha.alignment.encoding import check_lengths, encode_exchange, encode_prompt
 from mipha.alignment.folder import forget_after, is_finished, open_folder
-from mipha.alignment.host import _computes_in_bfloat16, load_part, load_rows, record_base
+from mipha.alignment.host import computes_in_bfloat16, load_part, load_rows, record_base
 from mipha.alignment.lagrangian import Multiplier
 from mipha.alignment.learning import Learner, ScoreFunction
 from mipha.alignment.policy import Policy
@@ -71,7 +71,7 @@ def _with_scorers(recipe: RlhfRecipe, out: Path, unsafe: UnsafeRule | None) -> P
     if is_finished(out):
         open_folder(out, recipe)
         return out / "model"
-    dtype = torch.bfloat16 if _computes_in_bfloat16(recipe.precision) else torch.float32
+    dtype = torch.bfloat16 if computes_in_bfloat16(recipe.precision) else torch.float32
     reward, cost = (path and Scorer.load(path, _device(), dtype) for path in (recipe.reward_model, recipe.cost_model))
     return train_policy(recipe, out, reward.score, cost.score if cost else None, unsafe)
 
@@ -98,7 +98,7 @@ def train_policy(
     instructions = _instructions(tokenizer, recipe)
     device = _device()
     multiplier = _multiplier(recipe)
-    autocast = torch.bfloat16 if _computes_in_bfloat16(recipe.precision) else None
+    autocast = torch.bfloat16 if computes_in_bfloat16(recipe.precision) else None
     learner = Learner(Policy(model.to(device), recipe), recipe, multiplier.value > 0, autocast)
     position = load_state(out / "checkpoints", learner.trained, learner.optimizer) or {"step": 0, **multiplier.state()}
     multiplier.load_state(position)

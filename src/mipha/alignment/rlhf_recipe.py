@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from mipha.alignment.recipe import STEPS, StepRecipe
+from mipha.alignment.recipe import StepRecipe
 from mipha.recipe import LoraRecipe
 
 
@@ -90,6 +90,3 @@ class SafeRlhfRecipe(RlhfRecipe):
         if self.initial_multiplier > self.max_multiplier:
             raise ValueError(f"initial_multiplier={self.initial_multiplier} is above max_multiplier={self.max_multiplier}: lower it")
         return self
-
-
-STEPS.update({"rlhf": RlhfRecipe, "safe-rlhf": SafeRlhfRecipe})

@@ -14,6 +14,7 @@ def train(
     recipe: Annotated[str, typer.Argument(help="A recipe's name, or a .yaml file.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Run folder; the same recipe and folder go on where they stopped.")],
     overrides: Overrides = None,
+    track: Annotated[list[str] | None, typer.Option(help="wandb, trackio; TensorBoard follows wherever it is installed.")] = None,
 ) -> None:
     """Train a recipe: pretrain, then finetune."""
     from mipha.recipe import load_recipe
@@ -23,7 +24,8 @@ def train(
     from mipha.deploy.model_card import write_model_card
     from mipha.training.pipeline import train as train_recipe
 
-    run = train_recipe(chosen, out)
+    trackers = [name.strip() for group in track or () for name in group.split(",") if name.strip()]
+    run = train_recipe(chosen, out, track=trackers)
     if is_first():
         write_model_card(run.final_checkpoint(), run)
         typer.echo(f"trained {chosen.name}: {run.final_checkpoint()}")

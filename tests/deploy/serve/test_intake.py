@@ -331,3 +331,10 @@ def test_a_picture_from_an_address_is_fetched_only_if_allowed_and_within_its_lim
     with pytest.raises(RequestError, match="this server fetches none"):
         asyncio.run(read_chat_request(body("https://a.example/b.png"), LIMITS, fetch=fetch))
     assert len(asked) == 2
+
+
+def test_a_bmp_of_run_lengths_is_refused_although_it_is_whole() -> None:
+    header = struct.pack("<IiiHHIIiiII", 40, 2, 1, 1, 8, 1, 4, 0, 0, 0, 0)
+    data = b"BM" + struct.pack("<IHHI", 54 + 1024 + 4, 0, 0, 54 + 1024) + header + bytes(1024) + b"\x02\x00\x00\x01"
+    assert Image.open(io.BytesIO(data)).convert("L").getpixel((1, 0)) == 0
+    assert "compressed BMP" in str(refused(chat([shows(uri(data))])))
