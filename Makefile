@@ -1,10 +1,11 @@
 # make quickstart   train, measure and try a small multimodal assistant on this machine (about an hour on 2 CPU cores)
 # make test         all tests that need no GPU
 # make lint         ruff
+# make bench        speed of training, data and checkpoints, side by side (about half an hour; wants an idle machine)
 PYTHON := .venv/bin/python
 INSTALLED := .venv/installed
 
-.PHONY: install quickstart test lint
+.PHONY: install quickstart test lint bench
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt requirements-quickstart.txt
@@ -23,3 +24,10 @@ test: install
 lint: install
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+
+bench: install
+	$(PYTHON) benchmarks/training.py --threads 2
+	$(PYTHON) benchmarks/lengths.py
+	$(PYTHON) benchmarks/loading.py
+	$(PYTHON) benchmarks/checkpointing.py
+	$(PYTHON) benchmarks/growth.py

@@ -98,23 +98,13 @@ def compare(
     from rich.console import Console
     from rich.markdown import Markdown
 
-    from mipha.comparison.radar import draw_radar
-    from mipha.comparison.results import measured
-    from mipha.comparison.results import published as published_row
-    from mipha.comparison.tables import FORM_OF, render
-    from mipha.run import write_whole
+    from mipha.comparison.tables import compare as side_by_side
 
     names = [name.strip() for group in published or () for name in group.split(",") if name.strip()]
-    rows = [*map(published_row, names), *map(measured, runs or ())]
-    table = render(rows)
+    found = side_by_side(runs or (), names)
     for path in out or ():
-        if path.suffix in (".png", ".svg"):
-            draw_radar(rows, path)
-        elif path.suffix in FORM_OF:
-            write_whole(path, render(rows, FORM_OF[path.suffix]))
-        else:
-            raise ValueError(f"{path}: a comparison is written as {', '.join(FORM_OF)}, .png or .svg")
-    Console().print(Markdown(table))
+        found.write(path)
+    Console().print(Markdown(found.markdown()))
 
 
 def _compare_paired(first: Path, second: Path, json_out: Path | None) -> None:

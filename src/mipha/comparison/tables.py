@@ -4,12 +4,60 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-from mipha.comparison.results import FACTS, TITLES, Row, best_of, columns_of
+from mipha.comparison.radar import draw_radar
+from mipha.comparison.results import FACTS, TITLES, Row, best_of, columns_of, measured
+from mipha.comparison.results import published as published_row
+from mipha.run import Run, write_whole
 
 FORM_OF = {".md": "markdown", ".csv": "csv", ".tex": "latex"}
 """File ending to form."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Rows side by side, for a notebook or a file."""
+
+    rows: tuple[Row, ...]
+
+    def markdown(self) -> str:
+        """As a Markdown table."""
+        return render(self.rows)
+
+    def write(self, path: str | Path) -> None:
+        """As .md, .csv or .tex, or as a radar in .png or .svg.
+
+        Raises:
+            ValueError: Another ending, or too little for a radar.
+        """
+        path = Path(path)
+        if path.suffix in (".png", ".svg"):
+            draw_radar(self.rows, path)
+        elif path.suffix in FORM_OF:
+            write_whole(path, render(self.rows, FORM_OF[path.suffix]))
+        else:
+            raise ValueError(f"{path}: a comparison is written as {', '.join(FORM_OF)}, .png or .svg")
+
+
+def compare(runs: Iterable[str | Path | Run] = (), published: Iterable[str] = ()) -> Comparison:
+    """Published models, then runs, with the benchmarks that they were measured on.
+
+    Args:
+        runs: Run folders, or folders of results.
+        published: Names in the paper's tables.
+
+    Raises:
+        FileNotFoundError: A run without scores.
+        ValueError: A name that no table lists, or nothing to compare.
+    """
+    theirs = [published_row(name) for name in published]
+    rows = (*theirs, *(measured(run.folder if isinstance(run, Run) else Path(run)) for run in runs))
+    if not rows:
+        raise ValueError("nothing to compare: give at least one run or published model")
+    return Comparison(rows)
 
 
 def render(rows: Sequence[Row], form: str = "markdown") -> str:

@@ -58,7 +58,9 @@ def jobs_of(study: Study, scale: str, out: Path, seeds: int) -> list[Job]:
     ]
 
 
-def run_study(study: Study, scale: str, out: Path, seeds: int | None = None, slots: int = 1, slurm: dict[str, str] | None = None) -> Path:
+def run_study(
+    study: Study, scale: str, out: str | Path, seeds: int | None = None, slots: int = 1, slurm: dict[str, str] | None = None
+) -> Path:
     """Train and evaluate the runs that are missing.
 
     Args:
@@ -76,7 +78,7 @@ def run_study(study: Study, scale: str, out: Path, seeds: int | None = None, slo
         ValueError: The folder holds another study, or a run in it was made with another recipe.
         RuntimeError: Runs failed; names their logs. The others were finished.
     """
-    size = study.scale(scale)
+    size, out = study.scale(scale), Path(out)
     _claim(study, scale, out)
     jobs = jobs_of(study, scale, out, seeds or size.seeds)
     for job in jobs:

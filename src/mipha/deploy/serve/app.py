@@ -95,7 +95,9 @@ def create_app(
         Route(_CHAT, completions, methods=["POST"]),
     ]
     handlers = {HTTPException: _no_route, RequestError: _failed, ServiceError: _failed, ClientDisconnect: _gone, Exception: _broken}
-    return Starlette(routes=routes, exception_handlers=handlers, middleware=[Middleware(_Counted, metrics=metrics)])
+    app = Starlette(routes=routes, exception_handlers=handlers, middleware=[Middleware(_Counted, metrics=metrics)])
+    app.router.redirect_slashes = False  # a path that is not there gets a sentence, not another address
+    return app
 
 
 class _Counted:

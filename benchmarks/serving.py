@@ -1,0 +1,295 @@
+"""`mipha serve` under load: answers a second, how long each takes, and whether any is lost, wrong, or costs memory that stays.
+
+    python benchmarks/serving.py RUN [--gguf FILE] [--clients 1,4,16,64] [--seconds 120] [--out benchmarks/results]
+
+The server is a process of its own at a free port of 127.0.0.1. Every client has a picture and a question of easy-VQA's test split of its
+own, and asks again as soon as it is answered, for the given seconds at the largest number of clients, a quarter of them at the others.
+An answer is right if it is the text that the model gives alone, in this repository's own call of it. With `--gguf`, llama.cpp serves that
+file afterwards, under the same load. The clients share the machine with the server, and their work counts against it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+from harness import Row, report
+from inference import easy_questions
+
+from mipha.run import write_whole
+
+MAX_TOKENS = 16
+"""Of an answer; easy-VQA's are a word."""
+
+REQUEST_SECONDS = 120.0
+"""An answer that takes longer is lost."""
+
+WINDOWS = 6
+"""Parts of the time that the slowest and the fastest rate are of."""
+
+_BUSY_SECONDS = 0.2
+
+
+@dataclass
+class Load:
+    """What a number of clients met with.
+
+    Args:
+        clients: At a time.
+        seconds: For which new questions were asked.
+        seconds_each: Of each right answer, from asking first to having it.
+        finished: When each of them came, seconds from the start.
+        wrong: Answers with another text than the model gives alone.
+        lost: Neither an answer nor a request to come again: a sentence for each.
+        busy: How often the server said to come again.
+        memory: (seconds from the start, GiB held by the server and its children).
+    """
+
+    clients: int
+    seconds: float
+    seconds_each: list[float] = field(default_factory=list)
+    finished: list[float] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    busy: int = 0
+    memory: list[tuple[float, float]] = field(default_factory=list)
+
+    def rates(self) -> list[float]:
+        """Right answers a second in each part of the time."""
+        width = self.seconds / WINDOWS
+        return [sum(at // width == place for at in self.finished) / width for place in range(WINDOWS)]
+
+
+@contextmanager
+def serving(source: Path, engine: str, options: Sequence[str] = ()) -> Iterator[tuple[str, psutil.Process]]:
+    """`mipha serve` while it is needed: its address, and its process.
+
+    Raises:
+        SystemExit: It did not start; says what it said.
+    """
+    with tempfile.TemporaryFile("w+") as said:
+        command = [sys.executable, "-m", "mipha", "serve", str(source), "--engine", engine, "--port", "0", *options]
+        server = subprocess.Popen(command, stderr=said, stdin=subprocess.DEVNULL)
+        try:
+            yield _address(server, said), psutil.Process(server.pid)
+        finally:
+            server.send_signal(signal.SIGTERM)
+            try:
+                server.wait(60)
+            except subprocess.TimeoutExpired:
+                server.kill()
+                server.wait()
+
+
+def _address(server: subprocess.Popen, said: Any, most_seconds: float = 300.0) -> str:
+    """Where it listens, once it does."""
+    started = time.monotonic()
+    while time.monotonic() - started < most_seconds:
+        said.seek(0)
+        text = said.read()
+        if found := re.search(r"serving .* at (http://127\.0\.0\.1:\d+) ", text):
+            return found[1]
+        if server.poll() is not None:
+            raise SystemExit(f"mipha serve ended with status {server.returncode}:\n{text[-2000:]}")
+        time.sleep(0.1)
+    raise SystemExit(f"mipha serve was not ready within {most_seconds:g} s:\n{text[-2000:]}")
+
+
+async def put_load(
+    address: str,
+    process: psutil.Process,
+    questions: Sequence[tuple[str, str]],
+    expected: Sequence[str],
+    clients: int,
+    seconds: float,
+    api_key: str | None = None,
+) -> Load:
+    """Ask with so many clients for so long; what was asked is waited for.
+
+    Args:
+        questions: Picture and text, at least one for each client.
+        expected: The right answer to each.
+    """
+    load = Load(clients, seconds)
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    limits = httpx.Limits(max_connections=clients)
+    async with httpx.AsyncClient(
+        base_url=address, headers=headers, timeout=REQUEST_SECONDS, limits=limits, trust_env=False
+    ) as http:
+        model = (await http.get("/v1/models")).raise_for_status().json()["data"][0]["id"]
+        bodies = [_body(model, *question) for question in questions[:clients]]
+        started = time.monotonic()
+
+        async def client(place: int) -> None:
+            while time.monotonic() - started < seconds:
+                asked = time.monotonic()
+                text = await _answer(http, bodies[place], load)
+                if text is not None and text == expected[place]:
+                    load.seconds_each.append(time.monotonic() - asked)
+                    load.finished.append(time.monotonic() - started)
+                elif text is not None:
+                    load.wrong.append(f"{questions[place][1]!r}: {text!r}, alone {expected[place]!r}")
+
+        watching = asyncio.create_task(_watch(process, load, started))
+        try:
+            await asyncio.gather(*(client(place) for place in range(clients)))
+        finally:
+            watching.cancel()
+    load.memory.append((time.monotonic() - started, memory_gib(process)))
+    return load
+
+
+async def _answer(http: httpx.AsyncClient, body: bytes, load: Load) -> str | None:
+    """The text; None if it is lost."""
+    until = time.monotonic() + REQUEST_SECONDS
+    while time.monotonic() < until:
+        try:
+            response = await http.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
+        except httpx.HTTPError as error:
+            load.lost.append(f"{type(error).__name__}: {error}")
+            return None
+        if response.status_code == 200:
+            return response.json()["choices"][0]["message"]["content"]
+        if response.status_code != 429:
+            load.lost.append(f"status {response.status_code}: {response.text[:200]}")
+            return None
+        load.busy += 1
+        await asyncio.sleep(float(response.headers.get("retry-after", _BUSY_SECONDS)))
+    load.lost.append(f"still told to come again after {REQUEST_SECONDS:g} s")
+    return None
+
+
+async def _watch(process: psutil.Process, load: Load, started: float) -> None:
+    while True:
+        load.memory.append((time.monotonic() - started, memory_gib(process)))
+        await asyncio.sleep(min(0.5, load.seconds / 20))
+
+
+def memory_gib(process: psutil.Process) -> float:
+    """Held by a process and its children."""
+    held = 0
+    for one in [process, *process.children(recursive=True)]:
+        try:
+            held += one.memory_info().rss
+        except psutil.NoSuchProcess:  # a child that has just ended
+            continue
+    return held / 2**30
+
+
+def _body(model: str, image: str, question: str) -> bytes:
+    url = f"data:image/png;base64,{base64.b64encode(Path(image).read_bytes()).decode()}"
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
+    return json.dumps({"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": MAX_TOKENS}).encode()
+
+
+def answers_alone(source: Path, engine: str, questions: Sequence[tuple[str, str]]) -> list[str]:
+    """What the model says to each question by itself."""
+    if engine == "transformers":
+        from mipha.assistant import load
+
+        assistant = load(source)
+        return [assistant.answer(*question, max_new_tokens=MAX_TOKENS).text for question in questions]
+    from mipha.deploy.llama_cpp import LlamaCpp
+
+    projectors = sorted(source.parent.glob("mmproj-*.gguf"))
+    with LlamaCpp(source, projectors[0]) as runtime:
+        return [runtime.answer(*question, MAX_TOKENS) for question in questions]
+
+
+def measure(
+    source: Path, engine: str, questions: Sequence[tuple[str, str]], clients: Sequence[int], seconds: float, options: Sequence[str] = ()
+) -> list[Load]:
+    """Every number of clients in turn, the smallest first, at one server.
+
+    Args:
+        options: More of `mipha serve`.
+    """
+    expected = answers_alone(source, engine, questions)
+    loads = []
+    with serving(source, engine, options) as (address, process):
+        # The first answer takes longer than others, and is none of them.
+        asyncio.run(put_load(address, process, questions, expected, 1, 0.01))
+        for number in sorted(clients):
+            duration = seconds if number == max(clients) else seconds / 4
+            loads.append(asyncio.run(put_load(address, process, questions, expected, number, duration)))
+            print(f"{engine}, {number} clients: {sentence(loads[-1])}", file=sys.stderr, flush=True)
+    return loads
+
+
+def sentence(load: Load) -> str:
+    """What a reader must know of it beside the rate."""
+    if not load.seconds_each:
+        return f"no right answer, {len(load.lost)} lost, {len(load.wrong)} wrong, {load.busy} times told to come again"
+    percentiles = statistics.quantiles(load.seconds_each, n=100, method="inclusive") if len(load.seconds_each) > 1 else [0.0] * 99
+    at = ", ".join(f"p{rank} {percentiles[rank - 1]:.3g}" for rank in (50, 95, 99))
+    memory = [held for _, held in load.memory]
+    return (
+        f"{len(load.seconds_each)} right answers in {max(load.finished):.3g} s, seconds {at}, longest {max(load.seconds_each):.3g}; "
+        f"{len(load.lost)} lost, {len(load.wrong)} wrong, {load.busy} times told to come again; "
+        f"server's memory {memory[0]:.2f} GiB at the start, {max(memory):.2f} at most, {memory[-1]:.2f} at the end, "
+        f"{growth_mib(load):+.0f} MiB from the middle third to the last"
+    )
+
+
+def growth_mib(load: Load) -> float:
+    """By how much the server's median memory in the last third of the time is above that of the middle third."""
+    end = max(at for at, _ in load.memory)
+    middle = [held for at, held in load.memory if end / 3 <= at < 2 * end / 3]
+    last = [held for at, held in load.memory if at >= 2 * end / 3]
+    return 1024 * (statistics.median(last) - statistics.median(middle)) if middle else 0.0
+
+
+def rows_of(engine: str, loads: Sequence[Load]) -> list[Row]:
+    """Answers a second by the number of clients; the fewest are the baseline."""
+    rows = []
+    for load in loads:
+        rates = load.rates()
+        rate = len(load.finished) / max([load.seconds, *load.finished])
+        ratio = rate / rows[0].rate if rows and rows[0].rate else 1.0
+        rows.append(Row(engine, f"{load.clients} client{'s' * (load.clients > 1)}", rate, min(rates), max(rates), ratio, "answers"))
+    return rows
+
+
+def main() -> None:
+    """Measure and report; fails if an answer was lost or wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, metavar="RUN")
+    parser.add_argument("--gguf", type=Path, help="a language model's GGUF, its mmproj beside it: served by llama.cpp afterwards")
+    parser.add_argument("--clients", default="1,4,16,64")
+    parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    options = parser.parse_args()
+    clients = [int(number) for number in options.clients.split(",")]
+    questions = easy_questions(max(clients))
+    sources = {"transformers": options.source} | ({"llama.cpp": options.gguf} if options.gguf else {})
+    found = {engine: measure(source, engine, questions, clients, options.seconds) for engine, source in sources.items()}
+    rows = [row for engine, loads in found.items() for row in rows_of(engine, loads)]
+    facts: dict[str, Any] = {f"{engine}, {load.clients} clients": sentence(load) for engine, loads in found.items() for load in loads}
+    facts["slowest and fastest"] = f"of {WINDOWS} equal parts of the time"
+    facts["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    runs = {engine: [asdict(load) for load in loads] for engine, loads in found.items()}
+    write_whole(options.out / "serving-runs.json", json.dumps(runs) + "\n")
+    report("serving", "`mipha serve` under load", rows, options.out, facts)
+    if bad := [text for loads in found.values() for load in loads for text in (*load.lost, *load.wrong)]:
+        raise SystemExit("lost or wrong:\n" + "\n".join(bad[:20]))
+
+
+if __name__ == "__main__":
+    main()
