@@ -105,9 +105,7 @@ def summarise(results: Results) -> tuple[list[Row], dict[str, Any]]:
     """Rows of reading and of writing, and for each engine the rest in a sentence."""
     ways = {way: found for way, found in results.items() if way != "limits"}
     limits = {key: [found[key] for found in results["limits"]] for key in results["limits"][0]}
-    reading = {
-        way: [one["prompt_tokens"] / statistics.median(one["first_token_seconds"]) for one in found] for way, found in ways.items()
-    }
+    reading = {way: [one["prompt_tokens"] / statistics.median(one["first_token_seconds"]) for one in found] for way, found in ways.items()}
     writing = {way: [statistics.median(one["tokens_per_second"]) for one in found] for way, found in ways.items()}
     rows = _rows("picture and question", "prompt tokens", reading) + _rows("answer", "tokens", writing)
     facts: dict[str, Any] = {"read bandwidth": f"{_spread(limits['read'])} GB/s"}

@@ -175,7 +175,9 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def _timed(write: Callable[[Pair | None, int], tuple[list[float], str]], task: dict[str, Any]) -> tuple[list[float], list[float], list[str]]:
+def _timed(
+    write: Callable[[Pair | None, int], tuple[list[float], str]], task: dict[str, Any]
+) -> tuple[list[float], list[float], list[str]]:
     """Seconds to the first token, tokens a second after it, and the texts."""
     write(None, 2)
     first, rates, texts = [], [], []

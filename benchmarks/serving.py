@@ -86,7 +86,8 @@ def serving(source: Path, engine: str, options: Sequence[str] = ()) -> Iterator[
     """
     with tempfile.TemporaryFile("w+") as said:
         command = [sys.executable, "-m", "mipha", "serve", str(source), "--engine", engine, "--port", "0", *options]
-        server = subprocess.Popen(command, stderr=said, stdin=subprocess.DEVNULL)
+        environment = {key: value for key, value in os.environ.items() if key != "MIPHA_API_KEY"}
+        server = subprocess.Popen(command, stderr=said, stdin=subprocess.DEVNULL, env=environment)
         try:
             yield _address(server, said), psutil.Process(server.pid)
         finally:
@@ -119,7 +120,6 @@ async def put_load(
     expected: Sequence[str],
     clients: int,
     seconds: float,
-    api_key: str | None = None,
 ) -> Load:
     """Ask with so many clients for so long; what was asked is waited for.
 
@@ -128,11 +128,8 @@ async def put_load(
         expected: The right answer to each.
     """
     load = Load(clients, seconds)
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     limits = httpx.Limits(max_connections=clients)
-    async with httpx.AsyncClient(
-        base_url=address, headers=headers, timeout=REQUEST_SECONDS, limits=limits, trust_env=False
-    ) as http:
+    async with httpx.AsyncClient(base_url=address, timeout=REQUEST_SECONDS, limits=limits, trust_env=False) as http:
         model = (await http.get("/v1/models")).raise_for_status().json()["data"][0]["id"]
         bodies = [_body(model, *question) for question in questions[:clients]]
         started = time.monotonic()
@@ -179,7 +176,7 @@ async def _answer(http: httpx.AsyncClient, body: bytes, load: Load) -> str | Non
 async def _watch(process: psutil.Process, load: Load, started: float) -> None:
     while True:
         load.memory.append((time.monotonic() - started, memory_gib(process)))
-        await asyncio.sleep(min(0.5, load.seconds / 20))
+        await asyncio.sleep(0.25)
 
 
 def memory_gib(process: psutil.Process) -> float:

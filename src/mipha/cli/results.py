@@ -95,16 +95,14 @@ def compare(
         return
     if json_out:
         raise ValueError("--json is for --paired: write a table with -o table.csv")
-    from rich.console import Console
-    from rich.markdown import Markdown
-
     from mipha.comparison.tables import compare as side_by_side
+    from mipha.comparison.tables import print_comparison
 
     names = [name.strip() for group in published or () for name in group.split(",") if name.strip()]
     found = side_by_side(runs or (), names)
     for path in out or ():
         found.write(path)
-    Console().print(Markdown(found.markdown()))
+    print_comparison(found)
 
 
 def _compare_paired(first: Path, second: Path, json_out: Path | None) -> None:

@@ -60,6 +60,20 @@ def compare(runs: Iterable[str | Path | Run] = (), published: Iterable[str] = ()
     return Comparison(rows)
 
 
+def print_comparison(found: Comparison) -> None:
+    """On the terminal, a model a column: a line of all benchmarks would be wider than most terminals."""
+    from rich.console import Console
+    from rich.table import Table
+
+    header, body = _cells(found.rows, "[bold]{}[/bold]")
+    table = Table(box=None, pad_edge=False)
+    for number, name in enumerate(("", *(line[0] for line in body))):
+        table.add_column(name, justify="right" if number else "left")
+    for number, title in enumerate(header[1:], start=1):
+        table.add_row(title, *(line[number] for line in body))
+    Console().print(table)
+
+
 def render(rows: Sequence[Row], form: str = "markdown") -> str:
     """The table as text.
 

@@ -1,0 +1,84 @@
+"""The load that clients put on a real server with a tiny model: what is right, wrong, lost and refused is counted as such."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+import serving
+from inference import noise_questions
+
+CLIENTS = 4
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_model: Callable, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from mipha.models.build import save_checkpoint
+
+    folder = tmp_path_factory.mktemp("serving") / "tiny"
+    save_checkpoint(*tiny_model("llama"), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def questions(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, str]]:
+    asked = noise_questions(tmp_path_factory.mktemp("pictures"), CLIENTS)
+    return [(image, f"{text} Again, {place}.") for place, (image, text) in enumerate(asked)]
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint: Path) -> Iterator[tuple[str, psutil.Process]]:
+    """That answers one at a time and lets nobody wait."""
+    with serving.serving(checkpoint, "transformers", ["--max-requests", "1"]) as started:
+        yield started
+
+
+def test_right_wrong_and_refused_are_counted(checkpoint: Path, server: tuple[str, psutil.Process], questions: list) -> None:
+    expected = serving.answers_alone(checkpoint, "transformers", questions)
+    assert len(set(expected)) > 1  # else a wrong answer could pass for a right one
+    load = asyncio.run(serving.put_load(*server, questions, [*expected[:-1], "something else"], CLIENTS, 1.0))
+    assert load.seconds_each and len(load.seconds_each) == len(load.finished)
+    assert load.wrong and all(text.endswith("alone 'something else'") for text in load.wrong)
+    assert not load.lost
+    assert load.busy > 0  # 4 clients, and room for 1
+    assert load.memory[0][0] < 0.5 and load.memory[-1][0] >= max(load.finished)
+    assert all(held > 0 for _, held in load.memory)
+
+
+def test_the_server_is_stopped_and_what_it_does_not_answer_is_lost(checkpoint: Path, questions: list) -> None:
+    with serving.serving(checkpoint, "transformers") as (address, process):
+        assert address.startswith("http://127.0.0.1:")
+    assert not process.is_running()
+
+    async def ask() -> serving.Load:
+        load = serving.Load(1, 1.0)
+        async with httpx.AsyncClient(base_url=address, trust_env=False) as http:
+            assert await serving._answer(http, b"{}", load) is None
+        return load
+
+    assert len(asyncio.run(ask()).lost) == 1
+
+
+def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"ended with status 2:(.|\n)*no run folder"), serving.serving(tmp_path / "gone", "transformers"):
+        pass
+
+
+def test_the_figures_of_a_load() -> None:
+    # 12 answers in 12 seconds: one in the first part of two, none in the second, the rest after that, one after the end.
+    finished = [0.5, *(4 + 0.8 * number for number in range(10)), 12.5]
+    memory = [(float(second), 1.0 if second < 8 else 1.5) for second in range(13)]
+    load = serving.Load(4, 12.0, [0.1 * number for number in range(1, 13)], finished, memory=memory)
+    assert load.rates()[:2] == [0.5, 0.0] and sum(load.rates()) * 2 == 11
+    assert serving.growth_mib(load) == pytest.approx(512)
+    said = serving.sentence(load)
+    assert "12 right answers in 12.5 s, seconds p50 0.65, " in said and "longest 1.2; 0 lost, 0 wrong, 0 times told" in said
+    assert "1.00 GiB at the start, 1.50 at most, 1.50 at the end, +512 MiB" in said
+    assert "no right answer, 0 lost" in serving.sentence(serving.Load(1, 1.0))
+    single = serving.Load(1, 12.0, [3.0] * 3, [3.0, 6.0, 9.0])
+    rows = serving.rows_of("transformers", [single, load])
+    assert [(row.way, row.rate, row.ratio) for row in rows] == [("1 client", 0.25, 1.0), ("4 clients", 12 / 12.5, 12 / 12.5 / 0.25)]
