@@ -7,15 +7,18 @@ import re
 from pathlib import Path
 
 import mipha
+from mipha.alignment.recipe import load_alignment_recipe
 from mipha.cli import app
-from mipha.recipe import load_recipe
+from mipha.recipe import list_recipes, load_recipe
+from mipha.studies.study import list_studies
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {"README.md": README} | {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
 
 
-def _blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def _blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 def test_python_blocks_use_public_names() -> None:
@@ -29,16 +32,37 @@ def test_python_blocks_use_public_names() -> None:
 
 
 def test_overrides_in_the_text_are_valid() -> None:
-    assignments = {word for word in re.findall(r"[\w.]+=[^\s\"`)]+", "\n".join(_blocks("bash") + _blocks("python"))) if word[0].islower()}
-    assert {"seed=7", "data.finetune=./mine.jsonl"} <= assignments
-    for assignment in assignments:
-        load_recipe("quickstart").override(assignment)
+    """Of recipes in the README; of recipes and alignment recipes in the other pages' commands."""
+    commands = [line for text in PAGES.values() for block in _blocks("bash", text) for line in block.splitlines()]
+    assert any("mipha align" in line for line in commands)
+    found = 0
+    for line in [*commands, *_blocks("python", README)]:
+        for assignment in {word for word in re.findall(r"(?<![\w-])[\w.]+=[^\s\"`),]+", line) if word[0].islower()}:
+            step = re.search(r"mipha align ([\w-]+) ([\w-]+)", line)
+            if re.search(r"mipha (train|plan|quickstart)|override", line):
+                load_recipe("quickstart").override(assignment)
+            elif step:
+                assert load_alignment_recipe(step[2]).override(assignment).step == step[1]
+            else:
+                continue
+            found += 1
+    assert found >= 10
 
 
 def test_verbs_exist() -> None:
     verbs = {command.name or command.callback.__name__ for command in app.registered_commands}
-    used = set(re.findall(r"^(?:.*-m )?mipha (\w+)", "\n".join(_blocks("bash")), flags=re.MULTILINE))
-    assert used and used <= verbs
+    verbs |= {group.name for group in app.registered_groups}
+    for name, text in PAGES.items():
+        used = set(re.findall(r"^(?:.*-m )?mipha (\w+)", "\n".join(_blocks("bash", text)), flags=re.MULTILINE))
+        assert used and used <= verbs, name
+
+
+def test_recipes_and_studies_that_the_pages_name_are_there() -> None:
+    commands = "\n".join(block for text in PAGES.values() for block in _blocks("bash", text))
+    recipes = set(re.findall(r"mipha (?:train|plan|show) ([\w.-]+)", commands)) - {".", "..."}
+    assert recipes and recipes <= set(list_recipes())
+    studies = set(re.findall(r"mipha study run ([\w-]+)", commands))
+    assert studies and studies <= set(list_studies())
 
 
 def test_the_tree_is_true() -> None:
