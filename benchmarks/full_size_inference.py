@@ -18,7 +18,6 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from mipha.models.build import save_checkpoint, skeleton
 from mipha.models.language_model import add_image_token, end_of_turn, load_tokenizer
-from mipha.models.modeling import LlavaForConditionalGeneration
 from mipha.models.processing import build_processor
 from mipha.recipe import ModelRecipe
 

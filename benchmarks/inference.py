@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,11 @@ def _spread(values: Sequence[float]) -> str:
 def _sameness(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
     """How much of the texts is the same from their beginnings on; 1 if all of all of them is."""
     texts = zip(one["answers"] or one["texts"], other["answers"] or other["texts"], strict=True)
-    return statistics.mean(len(os.path.commonprefix([a, b])) / max(len(a), len(b), 1) if a != b else 1.0 for a, b in texts)
+    return statistics.mean(_length_in_common(a, b) / max(len(a), len(b)) if a != b else 1.0 for a, b in texts)
+
+
+def _length_in_common(one: str, other: str) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 def _short(found: Mapping[str, Any]) -> str:

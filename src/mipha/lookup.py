@@ -1,10 +1,22 @@
-"""Names: what a folder or a table holds, and "did you mean" for a name that is not there."""
+"""Names: what a folder or a table holds, the YAML behind one, and "did you mean" for a name that is not there."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+import yaml
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that reads 1e-3 as a number (YAML 1.1 wants 1.0e-3, and a learning rate that is a string helps nobody)."""
+
+
+_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -17,6 +29,35 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def files_in(folder: Path, suffix: str) -> list[str]:
     """Stems of the files with this suffix: the folder is the registry."""
     return sorted(path.stem for path in folder.glob(f"*{suffix}") if not path.stem.startswith("_"))
+
+
+def read_named(name: str | Path, folder: Path, kind: str) -> tuple[Any, Path]:
+    """The plain values of a YAML file of the catalog, or of any: and the file.
+
+    Args:
+        name: Stem of a file in `folder`, or a path that ends in .yaml.
+        kind: What it is, for messages.
+
+    Raises:
+        FileNotFoundError: Neither.
+        ValueError: It is no YAML.
+    """
+    path = Path(name) if str(name).endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(f"no {kind} {str(name)!r}: {did_you_mean(str(name), files_in(folder, '.yaml'))}, or give a .yaml file")
+    return read_yaml(path.read_text(encoding="utf-8"), str(path)), path
+
+
+def read_yaml(text: str, source: str) -> Any:
+    """Plain values from YAML.
+
+    Raises:
+        ValueError: It is none; names the source.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{source} is not valid YAML: {error}") from error
 
 
 def missing_package(package: str, provides: str) -> str:

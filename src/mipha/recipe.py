@@ -25,7 +25,7 @@ from pydantic import (
     model_validator,
 )
 
-from mipha.lookup import did_you_mean, files_in
+from mipha.lookup import did_you_mean, files_in, read_named, read_yaml
 
 RECIPES = Path(__file__).parent / "catalog" / "recipes"
 
@@ -249,11 +249,7 @@ class Recipe(_Strict):
             key, equals, text = assignment.partition("=")
             if not equals:
                 raise ValueError(f"override {assignment!r} has no `=`: write key.path=value, for example seed=7")
-            try:
-                value = yaml.load(text, _Loader)
-            except yaml.YAMLError as error:
-                raise ValueError(f"override {assignment!r}: the value is not valid YAML: {error}") from error
-            _assign(tree, key.strip().split("."), value)
+            _assign(tree, key.strip().split("."), read_yaml(text, f"override {assignment!r}: the value"))
         return parse_recipe(tree, source=f"recipe {self.name!r} with {', '.join(assignments)}" if assignments else self.name)
 
     def dump(self) -> str:
@@ -264,14 +260,6 @@ class Recipe(_Strict):
         """Twelve hex digits that name what this recipe trains; names, and how states are kept and weights spread, do not count."""
         content = self.model_dump(mode="json", exclude={"name", "description", "sharding", "keep_states", "async_checkpoints"})
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML that reads 1e-3 as a number (YAML 1.1 wants 1.0e-3, and a learning rate that is a string helps nobody)."""
-
-
-_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
 
 
 def list_recipes() -> list[str]:
@@ -286,13 +274,7 @@ def load_recipe(name: str | Path) -> Recipe:
         FileNotFoundError: Neither a catalog name nor a file.
         ValueError: The file is not a valid recipe; the message names each key.
     """
-    path = Path(name) if str(name).endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
-    if not path.is_file():
-        raise FileNotFoundError(f"no recipe {str(name)!r}: {did_you_mean(str(name), list_recipes())}, or give a .yaml file")
-    try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    tree, path = read_named(name, RECIPES, "recipe")
     return parse_recipe(tree, source=str(path))
 
 

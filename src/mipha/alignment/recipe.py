@@ -15,7 +15,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from mipha.lookup import did_you_mean, files_in
+from mipha.lookup import did_you_mean, files_in, read_named, read_yaml
 from mipha.recipe import LoraRecipe
 
 RECIPES = Path(__file__).parent.parent / "catalog" / "alignment"
@@ -81,10 +81,7 @@ class StepRecipe(BaseModel):
             key, equals, text = assignment.partition("=")
             if not equals:
                 raise ValueError(f"override {assignment!r} has no `=`: write key=value, for example seed=7")
-            try:
-                value = yaml.safe_load(text)
-            except yaml.YAMLError as error:
-                raise ValueError(f"override {assignment!r}: the value is not valid YAML: {error}") from error
+            value = read_yaml(text, f"override {assignment!r}: the value")
             *group, last = key.strip().split(".")
             if group not in ([], ["lora"]):
                 raise ValueError(f"override {assignment!r}: only lora is a group of keys")
@@ -154,15 +151,7 @@ def load_alignment_recipe(name: str | Path) -> StepRecipe:
         FileNotFoundError: Neither a catalog name nor a file.
         ValueError: The file is not a valid recipe; the message names each key.
     """
-    path = Path(name) if str(name).endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no alignment recipe {str(name)!r}: {did_you_mean(str(name), list_alignment_recipes())}, or give a .yaml file"
-        )
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    tree, path = read_named(name, RECIPES, "alignment recipe")
     return parse_alignment_recipe(tree, source=str(path))
 
 

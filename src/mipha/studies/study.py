@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from mipha.lookup import did_you_mean, files_in
+from mipha.lookup import did_you_mean, files_in, read_named
 from mipha.recipe import Recipe, load_recipe
 
 STUDIES = Path(__file__).parents[1] / "catalog" / "studies"
@@ -190,13 +189,9 @@ def load_study(name: str | Path) -> Study:
         FileNotFoundError: Neither a catalog name nor a file.
         ValueError: The file is not a valid study; the message names each key.
     """
-    path = Path(name) if str(name).endswith((".yaml", ".yml")) else STUDIES / f"{name}.yaml"
-    if not path.is_file():
-        raise FileNotFoundError(f"no study {str(name)!r}: {did_you_mean(str(name), list_studies())}, or give a .yaml file")
+    tree, path = read_named(name, STUDIES, "study")
     try:
-        return Study.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+        return Study.model_validate(tree)
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].removeprefix('Value error, ')}" for problem in error.errors()]
         raise ValueError(f"{path} is not a valid study:\n  " + "\n  ".join(lines)) from error
