@@ -34,6 +34,7 @@ from mipha.recipe import ModelRecipe
 from mipha.run import provenance, read_lines, write_whole
 
 MAX_NEW_TOKENS = 28
+EASED = 0.85
 NAMES = {"base": "base", "sft": "SFT", "rlhf": "RLHF (reward only)", "safe-rlhf": "Safe RLHF"}
 
 BASE = "smollm2-135m"
@@ -71,7 +72,7 @@ def recipe_of(step: str, folder: Path, steps: int) -> Any:
         "reward": pairs,
         "cost": pairs,
         "rlhf": policy,
-        "safe-rlhf": policy | {"multiplier_learning_rate": 0.2, "max_multiplier": 3.0, "cost_window": 48},
+        "safe-rlhf": policy | {"multiplier_learning_rate": 0.05, "max_multiplier": 2.0, "cost_window": 48},
     }
     if step == "safe-rlhf":
         trees[step]["threshold"] = once(folder / "threshold.json", lambda: {"threshold": cost_of_safe(folder)})["threshold"]
@@ -79,16 +80,17 @@ def recipe_of(step: str, folder: Path, steps: int) -> Any:
 
 
 def cost_of_safe(folder: Path) -> float:
-    """What the cost model says, in the mean, of the safe responses that it was trained on.
+    """A threshold that some one in ten of the responses may be beyond: what the cost model says in the mean of safe responses, eased.
 
-    With zero as the threshold the mean cost hangs about the border, and half of the responses are beyond it.
+    With zero as the threshold the mean cost hangs about the border, and half of the responses are beyond it; with that of safe responses
+    alone the multiplier never rests, and a policy that says nothing is all that pleases it (LOG.md).
     """
     _, tokenizer = load(str(folder / "sft" / "model"))
     scorer = Scorer.load(folder / "cost" / "model")
     rows = load_preferences(folder / "toy" / "preferences.jsonl")
     safe = [(row, text) for row in rows for text, is_safe in zip(row.responses, row.safe, strict=True) if is_safe][:128]
     pairs = [encode_exchange(tokenizer, row.prompt, text, row.id) for row, text in safe]
-    return round(scorer.score(*zip(*pairs, strict=True)).mean().item(), 2)
+    return round(EASED * scorer.score(*zip(*pairs, strict=True)).mean().item(), 2)
 
 
 def load(language_model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -20,8 +20,8 @@ from typing import Any
 Pair = tuple[str, str]
 """A picture's path, and a question."""
 
-WARM_UP = "Is this a question?"
-"""Asked first, without a picture and without a clock: weights that lie in a file are read from it when they are first used."""
+PLAIN = "Is this a question?"
+"""Asked without a picture: first without a clock, for weights that lie in a file are read from it when they are first used."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,10 @@ class Found:
         load_seconds: From nothing to an engine that can be asked; the files lie in the system's cache.
         first_token_seconds: For each question: from a path and a text to the first token of the answer.
         tokens_per_second: For each question: of those after the first.
+        plain_tokens_per_second: The same behind a few words alone, where hardly any keys and values are read beside the weights.
         prompt_tokens: Of the first question, its picture's included.
         prompt_flop: Of matrix products over that prompt, attention's own left out; null where the engine does not know.
+        prompt_cache_bytes: Keys and values of that prompt in 16 bits; null where the engine does not know.
         weight_bytes: Read for every token that is written: all of the language model but its table of words.
         peak_gib: Most memory held while it was timed, mapped files included.
         texts: What was written while it was timed, beyond the ends of turns.
@@ -43,8 +45,10 @@ class Found:
     load_seconds: float
     first_token_seconds: list[float]
     tokens_per_second: list[float]
+    plain_tokens_per_second: float
     prompt_tokens: int
     prompt_flop: float | None
+    prompt_cache_bytes: int | None
     weight_bytes: int
     peak_gib: float
     texts: list[str]
@@ -68,7 +72,7 @@ def transformers_engine(task: dict[str, Any]) -> Found:
 
     def write(pair: Pair | None, num_tokens: int) -> tuple[list[float], str]:
         images = [pair[0]] if pair else []
-        text = f"{IMAGE}\n{pair[1]}" if pair else WARM_UP
+        text = f"{IMAGE}\n{pair[1]}" if pair else PLAIN
         times: list[float] = []
 
         def told(_: list[int | None]) -> tuple[()]:
@@ -84,7 +88,7 @@ def transformers_engine(task: dict[str, Any]) -> Found:
 
     # As `ignore_eos` of llama.cpp: ends of turns are never the likeliest, so that all write as many tokens.
     generation.eos_token_id, generation.suppress_tokens, assistant.end_tokens = None, sorted(ends), set()
-    first, rates, texts = _timed(write, task)
+    first, rates, plain, texts = _timed(write, task)
     peak = peak_memory_gib()
     generation.eos_token_id, generation.suppress_tokens, assistant.end_tokens = own_ends, None, ends
     answers = [assistant.answer(*pair, max_new_tokens=task["answer_tokens"]).text for pair in task["questions"] if task["answer_tokens"]]
@@ -92,8 +96,10 @@ def transformers_engine(task: dict[str, Any]) -> Found:
         load_seconds=load_seconds,
         first_token_seconds=first,
         tokens_per_second=rates,
+        plain_tokens_per_second=plain,
         prompt_tokens=prompt_tokens[0],
         prompt_flop=_prompt_flop(assistant.model, prompt_tokens[0]),
+        prompt_cache_bytes=_cache_bytes(assistant.model, prompt_tokens[0]),
         weight_bytes=_weight_bytes(assistant.model),
         peak_gib=peak,
         texts=texts,
@@ -126,19 +132,21 @@ def llama_cpp_engine(task: dict[str, Any]) -> Found:
 
         options = {"max_tokens": num_tokens, "ignore_eos": True, "cache_prompt": False, "stream": True, "timings_per_token": True}
         begun = time.perf_counter()
-        runtime._server.handle_chat_completions(runtime._request(*(pair or (None, WARM_UP))) | options, told)
+        runtime._server.handle_chat_completions(runtime._request(*(pair or (None, PLAIN))) | options, told)
         return times, "".join(pieces).strip()
 
     with runtime:
-        first, rates, texts = _timed(write, task)
+        first, rates, plain, texts = _timed(write, task)
         peak = peak_memory_gib()
         answers = [runtime.answer(*pair, task["answer_tokens"]) for pair in task["questions"] if task["answer_tokens"]]
     return Found(
         load_seconds=load_seconds,
         first_token_seconds=first,
         tokens_per_second=rates,
+        plain_tokens_per_second=plain,
         prompt_tokens=prompt_tokens[0],
         prompt_flop=None,
+        prompt_cache_bytes=None,
         weight_bytes=_gguf_weight_bytes(Path(task["model"])),
         peak_gib=peak,
         texts=texts,
@@ -177,19 +185,18 @@ def peak_memory_gib() -> float:
 
 def _timed(
     write: Callable[[Pair | None, int], tuple[list[float], str]], task: dict[str, Any]
-) -> tuple[list[float], list[float], list[str]]:
-    """Seconds to the first token, tokens a second after it, and the texts."""
+) -> tuple[list[float], list[float], float, list[str]]:
+    """Seconds to the first token, tokens a second after it, the same without a picture, and the texts."""
     write(None, 2)
-    first, rates, texts = [], [], []
-    for pair in task["questions"]:
-        times, text = write(pair, task["num_tokens"])
-        assert len(times) == task["num_tokens"], f"{len(times)} tokens of {task['num_tokens']}"
-        # What came together with the first token was not waited for.
-        at_first = sum(at == times[0] for at in times)
-        first.append(times[0])
-        rates.append((len(times) - at_first) / (times[-1] - times[0]))
-        texts.append(text)
-    return first, rates, texts
+    plain = _rate(write(None, task["num_tokens"])[0], task)
+    found = [write(pair, task["num_tokens"]) for pair in task["questions"]]
+    return [times[0] for times, _ in found], [_rate(times, task) for times, _ in found], plain, [text for _, text in found]
+
+
+def _rate(times: list[float], task: dict[str, Any]) -> float:
+    """Tokens a second; what came together with the first token was not waited for."""
+    assert len(times) == task["num_tokens"], f"{len(times)} tokens of {task['num_tokens']}"
+    return sum(at > times[0] for at in times) / (times[-1] - times[0])
 
 
 def _prompt_flop(model: Any, num_tokens: int) -> float:
@@ -202,6 +209,13 @@ def _prompt_flop(model: Any, num_tokens: int) -> float:
     inner, image_tokens = model.model, model.config.image_seq_length
     seen = weights(inner.vision_tower) + weights(inner.multi_modal_projector)
     return 2.0 * (seen * image_tokens + weights(inner.language_model) * num_tokens)
+
+
+def _cache_bytes(model: Any, num_tokens: int) -> int:
+    text = model.config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * 2 * text.num_hidden_layers * heads * head_dim * num_tokens
 
 
 def _weight_bytes(model: Any) -> int:

@@ -1,6 +1,6 @@
 """`mipha serve` under load: answers a second, how long each takes, and whether any is lost, wrong, or costs memory that stays.
 
-    python benchmarks/serving.py RUN [--gguf FILE] [--clients 1,4,16,64] [--seconds 120] [--out benchmarks/results]
+    python benchmarks/serving.py RUN [--gguf FILE_OR_FOLDER] [--clients 1,4,16,64] [--seconds 120] [--out benchmarks/results]
 
 The server is a process of its own at a free port of 127.0.0.1. Every client has a picture and a question of easy-VQA's test split of its
 own, and asks again as soon as it is answered, for the given seconds at the largest number of clients, a quarter of them at the others.
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -33,6 +34,7 @@ import psutil
 from harness import Row, report
 from inference import easy_questions
 
+from mipha.deploy.serve.launch import choose_engine, find_source
 from mipha.run import write_whole
 
 MAX_TOKENS = 16
@@ -163,7 +165,7 @@ async def _answer(http: httpx.AsyncClient, body: bytes, load: Load) -> str | Non
             load.lost.append(f"{type(error).__name__}: {error}")
             return None
         if response.status_code == 200:
-            return response.json()["choices"][0]["message"]["content"]
+            return response.json()["choices"][0]["message"]["content"].strip()  # as those alone are
         if response.status_code != 429:
             load.lost.append(f"status {response.status_code}: {response.text[:200]}")
             return None
@@ -205,8 +207,9 @@ def answers_alone(source: Path, engine: str, questions: Sequence[tuple[str, str]
         return [assistant.answer(*question, max_new_tokens=MAX_TOKENS).text for question in questions]
     from mipha.deploy.llama_cpp import LlamaCpp
 
-    projectors = sorted(source.parent.glob("mmproj-*.gguf"))
-    with LlamaCpp(source, projectors[0]) as runtime:
+    found = find_source(source)
+    assert found.gguf is not None
+    with LlamaCpp(found.gguf, found.mmproj) as runtime:
         return [runtime.answer(*question, MAX_TOKENS) for question in questions]
 
 
@@ -268,7 +271,7 @@ def main() -> None:
     """Measure and report; fails if an answer was lost or wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="RUN")
-    parser.add_argument("--gguf", type=Path, help="a language model's GGUF, its mmproj beside it: served by llama.cpp afterwards")
+    parser.add_argument("--gguf", type=Path, help="a language model's GGUF, its mmproj beside it, or a folder of both: for llama.cpp")
     parser.add_argument("--clients", default="1,4,16,64")
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -276,6 +279,8 @@ def main() -> None:
     clients = [int(number) for number in options.clients.split(",")]
     questions = easy_questions(max(clients))
     sources = {"transformers": options.source} | ({"llama.cpp": options.gguf} if options.gguf else {})
+    for engine, source in sources.items():
+        choose_engine(find_source(source), engine)  # before the first of them runs for minutes
     found = {engine: measure(source, engine, questions, clients, options.seconds) for engine, source in sources.items()}
     rows = [row for engine, loads in found.items() for row in rows_of(engine, loads)]
     facts: dict[str, Any] = {f"{engine}, {load.clients} clients": sentence(load) for engine, loads in found.items() for load in loads}
@@ -284,8 +289,8 @@ def main() -> None:
     runs = {engine: [asdict(load) for load in loads] for engine, loads in found.items()}
     write_whole(options.out / "serving-runs.json", json.dumps(runs) + "\n")
     report("serving", "`mipha serve` under load", rows, options.out, facts)
-    if bad := [text for loads in found.values() for load in loads for text in (*load.lost, *load.wrong)]:
-        raise SystemExit("lost or wrong:\n" + "\n".join(bad[:20]))
+    if bad := Counter(text for loads in found.values() for load in loads for text in (*load.lost, *load.wrong)):
+        raise SystemExit("lost or wrong:\n" + "\n".join(f"{number} times {text}" for text, number in bad.most_common(20)))
 
 
 if __name__ == "__main__":

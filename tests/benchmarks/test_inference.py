@@ -68,12 +68,15 @@ def test_every_engine_is_measured_in_a_process_of_its_own(folder: Path, tmp_path
         assert found["weight_bytes"] == size * (2 * layer + 64 + HEAD) + (4 - size) * vectors
     ours, theirs = results["transformers float32"][0], results["llama.cpp f16"][0]
     assert ours["prompt_tokens"] == theirs["prompt_tokens"]
+    assert ours["prompt_cache_bytes"] == 2 * 2 * 2 * 32 * ours["prompt_tokens"]  # keys and values, 2 bytes, 2 layers, 32 wide
     assert ours["texts"] == theirs["texts"] and all(ours["texts"])
     rows, facts = inference.summarise(results)
     assert [(row.case, row.way) for row in rows] == [
-        (case, way) for case in ("picture and question", "answer") for way in ("transformers float32", "llama.cpp f16")
+        (case, way)
+        for case in ("picture and question", "answer", "answer without a picture")
+        for way in ("transformers float32", "llama.cpp f16")
     ]
-    assert "text as the baseline's: 100%" in facts["llama.cpp f16"]
+    assert "text as of transformers float32: 100%" in facts["llama.cpp f16"]
 
 
 def test_a_failing_engine_is_not_skipped(folder: Path, tmp_path: Path) -> None:
@@ -85,6 +88,7 @@ def test_a_failing_engine_is_not_skipped(folder: Path, tmp_path: Path) -> None:
 
 def _found(rate: float, gigabytes: float, **changes: Any) -> dict[str, Any]:
     plain = {"load_seconds": 1.0, "first_token_seconds": [2.0], "tokens_per_second": [rate], "prompt_tokens": 100, "prompt_flop": 4e12}
+    plain |= {"plain_tokens_per_second": rate * 1.25, "prompt_cache_bytes": 10**9}
     return plain | {"weight_bytes": int(gigabytes * 1e9), "peak_gib": 3.0, "texts": ["a dog"], "answers": []} | changes
 
 
@@ -93,17 +97,18 @@ def test_what_is_wanted_at_full_size() -> None:
     results = {"limits": limits, inference.BASELINE: [_found(1.0, 5.0), _found(0.5, 5.0)]}
     quick = results | {"llama.cpp q4_k_m": [_found(8.0, 2.0), _found(4.0, 2.0)]}  # 8 times, and 16 of 20, 8 of 10 GB/s
     assert inference.share_of_bandwidth(quick, "llama.cpp q4_k_m") == pytest.approx(0.8)
+    assert inference.share_of_bandwidth(quick, "llama.cpp q4_k_m", plain=True) == pytest.approx(1.0)
     assert inference.verdict(quick) == []
     slow = results | {"llama.cpp q4_k_m": [_found(5.0, 2.0), _found(2.5, 2.0)]}
     assert [text.partition(",")[0] for text in inference.verdict(slow)] == [
         "llama.cpp q4_k_m writes 5.00 times as fast as transformers bfloat16",
-        "llama.cpp q4_k_m reads at 50% of the bandwidth",
+        "llama.cpp q4_k_m reads at 62% of the bandwidth",
     ]
     rows, facts = inference.summarise(quick)
     answer = next(row for row in rows if row.case == "answer" and row.way == "llama.cpp q4_k_m")
     assert (answer.rate, answer.low, answer.high, answer.ratio) == (6.0, 4.0, 8.0, 8.0)
     assert rows[0].rate == 50.0  # 100 tokens in 2 seconds
-    assert facts["prompt"].endswith("4 TFLOP without attention: 20 s at that limit")
+    assert facts["prompt"].startswith("100 tokens, 4 TFLOP without attention: 20 s at that limit; its keys and values: 1 GB")
 
 
 @pytest.mark.parametrize(

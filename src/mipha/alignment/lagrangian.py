@@ -13,7 +13,7 @@ class Multiplier:
 
     Zero is a fixed point: there a cost has no price, and never gets one.
 
-    Source: the `log_lambda` of https://github.com/PKU-Alignment/safe-rlhf, from memory.
+    Source: Dai et al. 2023, "Safe RLHF", arXiv:2310.12773; the logarithm is that of its released program.
     """
 
     def __init__(

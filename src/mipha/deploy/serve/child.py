@@ -95,6 +95,7 @@ class ChildEngine:
             ServiceError: The program failed, or we stop.
         """
         reason: Any = None
+        begun = False
         try:
             async with self._client.stream("POST", "/v1/chat/completions", json=asked) as response:
                 if response.status_code != 200:
@@ -109,7 +110,9 @@ class ChildEngine:
                         raise _refusal(self.name, 500, data.encode())
                     for choice in chunk["choices"]:
                         reason = choice.get("finish_reason") or reason
-                        if text := choice["delta"].get("content"):
+                        text = choice["delta"].get("content") or ""
+                        if text := text if begun else text.lstrip():  # as our own engine's answers: some models begin with a space
+                            begun = True
                             yield Piece(text)
                     if usage := chunk.get("usage"):
                         end = End("length" if reason == "length" else "stop", usage["prompt_tokens"], usage["completion_tokens"])
