@@ -111,18 +111,18 @@ def test_our_own_mistakes_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, 
 def test_train_gives_the_overridden_recipe_to_the_pipeline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls = []
 
-    def train(recipe: Any, folder: Path) -> Any:
-        calls.append((recipe, folder))
+    def train(recipe: Any, folder: Path, track: list[str]) -> Any:
+        calls.append((recipe, folder, track))
         return SimpleNamespace(final_checkpoint=lambda: folder / "finetune" / "checkpoint")
 
     monkeypatch.setitem(sys.modules, "mipha.training.pipeline", SimpleNamespace(train=train))  # type: ignore[arg-type]
     cards: list[Path] = []
     card = SimpleNamespace(write_model_card=lambda checkpoint, run: cards.append(checkpoint))
     monkeypatch.setitem(sys.modules, "mipha.deploy.model_card", card)  # type: ignore[arg-type]
-    done = invoke("train", "quickstart", "seed=7", "-o", str(tmp_path), "stages.finetune.learning_rate=1e-4")
+    done = invoke("train", "quickstart", "seed=7", "-o", str(tmp_path), "stages.finetune.learning_rate=1e-4", "--track", "wandb, trackio")
     assert done.exit_code == 0 and str(tmp_path / "finetune" / "checkpoint") in done.stdout
-    ((recipe, folder),) = calls
-    assert (recipe.seed, recipe.stages.finetune.learning_rate, folder) == (7, 1e-4, tmp_path)
+    ((recipe, folder, track),) = calls
+    assert (recipe.seed, recipe.stages.finetune.learning_rate, folder, track) == (7, 1e-4, tmp_path, ["wandb", "trackio"])
     assert cards == [tmp_path / "finetune" / "checkpoint"]
 
 

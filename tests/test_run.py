@@ -46,7 +46,7 @@ def test_a_new_run_says_what_it_was_made_from_and_with(tmp_path: Path) -> None:
     assert open_run(run.folder) == run
     assert run.recipe == recipe
     made_with = json.loads((run.folder / "provenance.json").read_text())
-    assert set(made_with) == {"created", "mipha-vlm", "commit", "python", "torch", "transformers", "peft", "platform", "cpus"}
+    assert set(made_with) == {"created", "mipha-vlm", "commit", "python", "torch", "transformers", "peft", "trl", "platform", "cpus"}
     assert made_with["python"].startswith("3.") and made_with["torch"].startswith("2.")
     assert set(contents(run.folder)) == {"recipe.yaml", "provenance.json"}
 

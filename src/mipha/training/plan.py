@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from math import ceil
 
 import torch
@@ -209,8 +210,8 @@ def _mends(recipe: Recipe, name: StageName, device: Device, num_devices: int, st
     for lever in levers:
         if lever.endswith("lora") and getattr(recipe.stages, name).tuning.language_model != "full":
             continue
-        if lever.endswith("qlora") and num_devices > 1:
-            continue  # one device only
+        if lever.endswith("qlora") and (num_devices > 1 or find_spec("bitsandbytes") is None):
+            continue  # one device only; and its layers are what is counted
         chosen = [*(kept for kept in chosen if kept.split("=")[0] != lever.split("=")[0]), lever]
         changed = recipe.override(*(f"stages.{name}.{one}" for one in chosen))
         stage = getattr(changed.stages, name)
