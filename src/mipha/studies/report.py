@@ -50,7 +50,8 @@ def write_report(study: Study, scale: str, out: Path) -> tuple[Path, Path]:
 def markdown(findings: Findings) -> str:
     """The report as Markdown, with `scores.png` beside it."""
     parts = [f"# {findings.study.title}\n\n{intro(findings)}\n"]
-    parts.append("## Takeaways\n")
+    if findings.judged:
+        parts.append("## Takeaways\n")
     for judged in findings.judged:
         parts.append(f"**{judged.takeaway.claim}** ({judged.takeaway.source}): **{overall(judged)}**\n\n")
         parts.append(_markdown_table(_comparison_rows(judged.comparisons, findings)) + "\n")
@@ -74,7 +75,7 @@ def page(findings: Findings, out: Path) -> str:
     figure = base64.b64encode((out / "scores.png").read_bytes()).decode()
     sections = [
         f"<h1>{html.escape(findings.study.title)}</h1><p>{html.escape(intro(findings))}</p>",
-        "<h2>Takeaways</h2>" + "".join(claims),
+        *(["<h2>Takeaways</h2>" + "".join(claims)] if claims else []),
         f'<h2>Scores</h2><div class="wide">{_html_table(score_rows(findings))}</div>'
         f'<p><img class="figure" alt="scores of every variant, a dot a seed" src="data:image/png;base64,{figure}"></p>',
         f'<h2>What differs</h2><div class="wide">{_html_table(difference_rows(findings))}</div>',
