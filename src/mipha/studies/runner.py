@@ -116,11 +116,12 @@ def make(job: Job, study: Study, scale: str, out: Path, environment: dict[str, s
     commands = (
         [] if open_run(job.folder).is_finished("finetune") else [["mipha", "train", str(job.folder / "recipe.yaml"), "-o", str(job.folder)]]
     )
-    for wanted in study.scale(scale).evaluate:
+    size = study.scale(scale)
+    for wanted in (wanted for wanted in size.evaluate if not _is_measured(job.folder, wanted)):
         options = {"--data-root": wanted.data_root, "--split": wanted.split, "--limit": wanted.limit}
         given = [part for key, value in options.items() if value is not None for part in (key, str(value))]
         commands.append(["mipha", "evaluate", str(job.folder), "-b", wanted.benchmark, *given])
-    if _wants_panel(job, study.scale(scale)):
+    if _wants_panel(job, size):
         commands.append(["mipha.studies.panel", str(job.folder), str(out / "study.yaml"), scale])
     log = _log(out, job)
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -167,13 +168,12 @@ def _claim(study: Study, scale: str, out: Path) -> None:
 
 def _is_done(job: Job, size: Scale) -> bool:
     run = open_run(job.folder)
-    answered = not _wants_panel(job, size) or (run.folder / "panel.jsonl").is_file()
-    return run.is_finished("finetune") and answered and all(_is_measured(run.folder, wanted) for wanted in size.evaluate)
+    return run.is_finished("finetune") and not _wants_panel(job, size) and all(_is_measured(run.folder, wanted) for wanted in size.evaluate)
 
 
 def _wants_panel(job: Job, size: Scale) -> bool:
-    """One run of each variant speaks for it."""
-    return bool(size.panel) and job.seed == 0
+    """Whether it has yet to answer the panel; one run of each variant speaks for it."""
+    return bool(size.panel) and job.seed == 0 and not (job.folder / "panel.jsonl").is_file()
 
 
 def _is_measured(folder: Path, wanted: Measured) -> bool:

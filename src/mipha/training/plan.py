@@ -21,6 +21,7 @@ import torch
 
 from mipha.catalog.devices import DEVICES
 from mipha.catalog.published_data import PUBLISHED_DATA, PublishedData
+from mipha.data.check.packing import num_steps
 from mipha.data.mixture import Mixture
 from mipha.lookup import did_you_mean
 from mipha.models.build import load_parts_processor, skeleton
@@ -178,8 +179,7 @@ def _plan_stage(recipe: Recipe, name: StageName, device: Device, num_devices: in
     samples, steps, step = _steps_of(recipe, stage, model, num_devices)
     flops = StepFlops(model)
     total = float(flops.total(step.work))
-    shards = 1 if recipe.sharding == "ddp" else num_devices
-    memory = memory_of(model, stage, step.widest, device.kind, device.autocast, shards)
+    memory = memory_of(model, stage, step.widest, device.kind, device.autocast, _shards(recipe, num_devices))
     rows = _largest_rows(stage, model, step, device, memory)
     seconds = None
     if device.flops:
@@ -190,15 +190,18 @@ def _plan_stage(recipe: Recipe, name: StageName, device: Device, num_devices: in
     return StagePlan(name, stage, parts, samples, steps, step, memory, total, seconds, rows, mends)
 
 
+def _shards(recipe: Recipe, num_devices: int) -> int:
+    """Devices that weights are spread over."""
+    return 1 if recipe.sharding == "ddp" else num_devices
+
+
 def _largest_rows(
     stage: StageRecipe, model: LlavaForConditionalGeneration, step: StepWork, device: Device, memory: dict[str, float]
 ) -> int:
     """The most rows of a micro-batch that fit: what is kept grows evenly with them."""
     batch = step.widest
-    one, two = (
-        kept_bytes(model, stage, MicroBatch(count * batch.rows, batch.tokens, count * batch.images), device.autocast) for count in (1, 2)
-    )
-    fixed = sum(memory.values()) - memory["activations"]
+    one, two = memory["activations"], kept_bytes(model, stage, MicroBatch(2 * batch.rows, batch.tokens, 2 * batch.images), device.autocast)
+    fixed = sum(memory.values()) - one
     room = _RESERVE * device.memory - fixed - (2 * one - two)
     return max(0, int(room / (two - one) * batch.rows)) if two > one else 0
 
@@ -220,8 +223,7 @@ def _mends(recipe: Recipe, name: StageName, device: Device, num_devices: int, st
         widest = step.widest
         rows = min(widest.rows, stage.micro_batch_rows)
         batch = MicroBatch(rows, widest.tokens, ceil(widest.images * rows / widest.rows))
-        shards = 1 if recipe.sharding == "ddp" else num_devices
-        total = sum(memory_of(model, stage, batch, device.kind, device.autocast, shards).values())
+        total = sum(memory_of(model, stage, batch, device.kind, device.autocast, _shards(recipe, num_devices)).values())
         if total <= _RESERVE * device.memory:
             return tuple(f"stages.{name}.{one}" for one in chosen)
     return (f"more than {num_devices} devices, or devices with more memory",)
@@ -251,8 +253,7 @@ def _published_steps(
 ) -> tuple[int, int, StepWork]:
     """From the facts of published sets that are not on this machine; how their lengths spread is not known, so rows are full or mean."""
     samples = sum(min(fact.samples, data.limit or fact.samples) for fact, data in zip(known, stage.data, strict=True))
-    total = max(round(stage.epochs * samples), 1)
-    steps = min(ceil(total / stage.batch_size), stage.max_steps or total)
+    steps, _ = num_steps(stage, samples)
     image_tokens, size = model.config.image_seq_length, stage.batch_size
 
     def mean(key: str) -> float:
