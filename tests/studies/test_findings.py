@@ -13,8 +13,8 @@ from mipha.comparison.seeds import SeedDifference
 from mipha.comparison.statistics import tally
 from mipha.run import create_run
 from mipha.studies.findings import find, judge
+from mipha.studies.folder import jobs_of
 from mipha.studies.report import markdown, overall
-from mipha.studies.runner import jobs_of
 from mipha.studies.study import Study, Takeaway, load_study
 
 

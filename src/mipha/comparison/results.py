@@ -101,6 +101,16 @@ def published(name: str) -> Row:
     return Row(found[0].name, facts, cells, found[0].group)
 
 
+def published_rows(name: str) -> tuple[Row, ...]:
+    """A published model, or a whole table of the paper as printed: `Mipha-3B`, `table-2`.
+
+    Raises:
+        ValueError: No such model or table.
+    """
+    number = name.lower().removeprefix("table-")
+    return published_table(int(number)) if number.isdigit() else (published(name),)
+
+
 def measured(folder: Path) -> Row:
     """The headline scores of a run, or of a folder that `mipha evaluate -o` wrote, with their intervals.
 

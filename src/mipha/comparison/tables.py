@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mipha.comparison.radar import draw_radar
-from mipha.comparison.results import FACTS, TITLES, Row, best_of, columns_of, measured
-from mipha.comparison.results import published as published_row
+from mipha.comparison.results import FACTS, TITLES, Row, best_of, columns_of, measured, published_rows
 from mipha.run import Run, write_whole
 
 FORM_OF = {".md": "markdown", ".csv": "csv", ".tex": "latex"}
@@ -47,13 +46,13 @@ def compare(runs: Iterable[str | Path | Run] = (), published: Iterable[str] = ()
 
     Args:
         runs: Run folders, or folders of results.
-        published: Names in the paper's tables.
+        published: Names in the paper's tables, or whole tables: `table-1` to `table-4`.
 
     Raises:
         FileNotFoundError: A run without scores.
         ValueError: A name that no table lists, or nothing to compare.
     """
-    theirs = [published_row(name) for name in published]
+    theirs = [row for name in published for row in published_rows(name)]
     rows = (*theirs, *(measured(run.folder if isinstance(run, Run) else Path(run)) for run in runs))
     if not rows:
         raise ValueError("nothing to compare: give at least one run or published model")
@@ -61,16 +60,18 @@ def compare(runs: Iterable[str | Path | Run] = (), published: Iterable[str] = ()
 
 
 def print_comparison(found: Comparison) -> None:
-    """On the terminal, a model a column: a line of all benchmarks would be wider than most terminals."""
+    """On the terminal, a model a column: a line of all benchmarks would be wider than most terminals. Many models are a line each."""
     from rich.console import Console
     from rich.table import Table
 
     header, body = _cells(found.rows, "[bold]{}[/bold]")
+    lines = [["", *header[1:]], *body]
+    head, *rest = lines if len(body) > len(header) else zip(*lines, strict=True)
     table = Table(box=None, pad_edge=False)
-    for number, name in enumerate(("", *(line[0] for line in body))):
+    for number, name in enumerate(head):
         table.add_column(name, justify="right" if number else "left")
-    for number, title in enumerate(header[1:], start=1):
-        table.add_row(title, *(line[number] for line in body))
+    for line in rest:
+        table.add_row(*line)
     Console().print(table)
 
 

@@ -30,9 +30,13 @@ def load_language_model(recipe: ModelRecipe, dtype: torch.dtype) -> tuple[PreTra
         ValueError: It is of a kind that cannot be used, or its template does not go with it.
     """
     name = recipe.language_model
-    folder, _, tokenizer, template = load_tokenizer(recipe)
+    folder, config, tokenizer, template = load_tokenizer(recipe)
+    entry = LANGUAGE_MODELS.get(name)
     with reading(folder, "language model", name):
-        model = load_weights(AutoModelForCausalLM, folder, dtype)
+        if entry and entry.untrained:
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        else:
+            model = load_weights(AutoModelForCausalLM, folder, dtype)
     # Gemma 2 ends in 30 * tanh(logits / 30), for which the stock LLaVA has no place: no greedy answer changes without it.
     if getattr(model.config, "final_logit_softcapping", None):
         model.config.final_logit_softcapping = None

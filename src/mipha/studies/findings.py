@@ -20,7 +20,7 @@ from mipha.comparison.statistics import Tally, holm, read_tally
 from mipha.evaluation.benchmark import load_benchmark
 from mipha.recipe import STAGES
 from mipha.run import flat, open_run, read_lines
-from mipha.studies.runner import Job, jobs_of
+from mipha.studies.folder import Job, jobs_of
 from mipha.studies.study import Study, Takeaway, Variant
 
 Verdict = Literal["holds", "does not hold", "not enough runs"]

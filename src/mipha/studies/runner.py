@@ -1,65 +1,41 @@
 """Train and measure what a study lacks: one process a run, as many at a time as there are slots; killed, it goes on where it stopped.
 
-DIR/study.yaml              the study as it was asked for, and `asked.json`: scale and digest
-    runs/<variant>/seed-<k> a run folder each
-    logs/                   what each run printed
+What another study has trained by the same recipe is taken over where its folder is given: whole runs, or their first stages.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mipha.recipe import STAGES, Recipe
-from mipha.run import create_run, open_run, write_whole
-from mipha.studies.study import Measured, Scale, Study, load_study, pretrain_digest
+from mipha.recipe import STAGES
+from mipha.run import create_run, open_run
+from mipha.studies.folder import Job, claim, is_trained, jobs_of, runs_in
+from mipha.studies.sharing import adopt_pretrain, adopt_run, pretrain_donor
+from mipha.studies.study import Measured, Scale, Study, pretrain_digest
 
 console = Console()
 
 
-@dataclass(frozen=True)
-class Job:
-    """One run of a study.
-
-    Args:
-        variant: Its name.
-        seed: Which repeat, from 0.
-        recipe: With that seed.
-        folder: Its run folder.
-    """
-
-    variant: str
-    seed: int
-    recipe: Recipe
-    folder: Path
-
-
-def jobs_of(study: Study, scale: str, out: Path, seeds: int) -> list[Job]:
-    """Every run of a study, seed by seed, so that a study that is stopped has compared all variants as often as it could."""
-    variants = study.variants(scale)
-    return [
-        Job(variant.name, seed, variant.with_seed(seed), out / "runs" / variant.name / f"seed-{seed}")
-        for seed in range(seeds)
-        for variant in variants
-    ]
-
-
 def run_study(
-    study: Study, scale: str, out: str | Path, seeds: int | None = None, slots: int = 1, slurm: dict[str, str] | None = None
+    study: Study,
+    scale: str,
+    out: str | Path,
+    seeds: int | None = None,
+    slots: int = 1,
+    slurm: dict[str, str] | None = None,
+    share: Sequence[str | Path] = (),
 ) -> Path:
     """Train and evaluate the runs that are missing.
 
@@ -70,40 +46,41 @@ def run_study(
         seeds: Repeats of every variant; null: as the study says. More of them may be asked for later.
         slots: Runs at a time; with several GPUs each run sees one of them.
         slurm: Parameters of a SLURM job for submitit, a job a run, in place of processes on this machine.
+        share: Folders of other studies, whose runs and first stages of the same recipes are taken over in place of being trained again.
 
     Returns:
         The folder.
 
     Raises:
+        FileNotFoundError: A folder to share from holds no study.
         ValueError: The folder holds another study, or a run in it was made with another recipe.
         RuntimeError: Runs failed; names their logs. The others were finished.
     """
     size, out = study.scale(scale), Path(out)
-    _claim(study, scale, out)
+    others = [job for folder in share for job in runs_in(Path(folder))]
+    claim(study, scale, out)
     jobs = jobs_of(study, scale, out, seeds or size.seeds)
     for job in jobs:
+        same = (other for other in others if other.recipe.digest() == job.recipe.digest())
+        if not job.folder.exists() and (donor := next(filter(is_trained, same), None)):
+            adopt_run(donor.folder, job.folder)
         create_run(job.folder, job.recipe)  # refuses a run of another recipe, before anything is trained
     missing = [job for job in jobs if not _is_done(job, size)]
     console.print(f"{study.title}: {len(jobs)} runs, {len(jobs) - len(missing)} of them done")
     with _progress(jobs) as watch:
         failed = _run_all(
-            missing, jobs, lambda job, environment: (make, job, study, scale, out, environment), slots, slurm, out / "logs", watch
+            missing,
+            [*jobs, *others],
+            lambda job, environment: (make, job, study, scale, out, environment),
+            slots,
+            slurm,
+            out / "logs",
+            watch,
         )
     if failed:
         logs = ", ".join(str(_log(out, job)) for job in failed)
         raise RuntimeError(f"{len(failed)} of {len(jobs)} runs failed: see {logs}, mend it and run the same command again")
     return out
-
-
-def open_study(out: Path) -> tuple[Study, str]:
-    """The study of a folder, and its scale.
-
-    Raises:
-        FileNotFoundError: The folder holds none.
-    """
-    if not (out / "asked.json").is_file():
-        raise FileNotFoundError(f"{out} holds no study: make one with `mipha study run NAME -o {out}`")
-    return load_study(out / "study.yaml"), json.loads((out / "asked.json").read_text(encoding="utf-8"))["scale"]
 
 
 def make(job: Job, study: Study, scale: str, out: Path, environment: dict[str, str]) -> None:
@@ -113,9 +90,7 @@ def make(job: Job, study: Study, scale: str, out: Path, environment: dict[str, s
         CalledProcessError: It failed; the log says why.
     """
     program = [sys.executable, "-m"]
-    commands = (
-        [] if open_run(job.folder).is_finished("finetune") else [["mipha", "train", str(job.folder / "recipe.yaml"), "-o", str(job.folder)]]
-    )
+    commands = [] if is_trained(job) else [["mipha", "train", str(job.folder / "recipe.yaml"), "-o", str(job.folder)]]
     size = study.scale(scale)
     for wanted in (wanted for wanted in size.evaluate if not _is_measured(job.folder, wanted)):
         options = {"--data-root": wanted.data_root, "--split": wanted.split, "--limit": wanted.limit}
@@ -130,45 +105,8 @@ def make(job: Job, study: Study, scale: str, out: Path, environment: dict[str, s
             subprocess.run([*program, *command], check=True, stdout=file, stderr=file, env=os.environ | environment)
 
 
-def adopt_pretrain(donor: Path, folder: Path) -> None:
-    """Give a run the first stage that another run of the same parts, data and seed has made; files are shared where the disk can."""
-    source, target = open_run(donor), open_run(folder)
-    beside = target.stage("pretrain").with_name(".pretrain.partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    shutil.copytree(source.stage("pretrain"), beside, copy_function=_link, ignore=shutil.ignore_patterns("states"))
-    content = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
-    content["pretrain"] = f"of {donor.parent.name}, {donor.name}"
-    content["data"] = {**json.loads((donor / "provenance.json").read_text(encoding="utf-8")).get("data", {}), **content.get("data", {})}
-    write_whole(folder / "provenance.json", json.dumps(content, indent=2) + "\n")
-    beside.rename(target.stage("pretrain"))
-
-
-def _link(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system
-        shutil.copy2(source, target)
-
-
-def _claim(study: Study, scale: str, out: Path) -> None:
-    asked = {"study": study.name, "scale": scale, "digest": study.digest(scale)}
-    path = out / "asked.json"
-    if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found != asked:
-            raise ValueError(
-                f"{out} holds study {found['study']} at scale {found['scale']} ({found['digest']}), not {study.name} at scale {scale} "
-                f"({asked['digest']}): choose another -o"
-            )
-    elif out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"{out} is not empty and holds no study: choose another -o")
-    write_whole(out / "study.yaml", yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, width=120))
-    write_whole(path, json.dumps(asked) + "\n")
-
-
 def _is_done(job: Job, size: Scale) -> bool:
-    run = open_run(job.folder)
-    return run.is_finished("finetune") and not _wants_panel(job, size) and all(_is_measured(run.folder, wanted) for wanted in size.evaluate)
+    return is_trained(job) and not _wants_panel(job, size) and all(_is_measured(job.folder, wanted) for wanted in size.evaluate)
 
 
 def _wants_panel(job: Job, size: Scale) -> bool:
@@ -210,12 +148,12 @@ def _run_all(
                 if slurm is None and len(running) >= slots:
                     break
                 if not open_run(job.folder).is_finished("pretrain"):
-                    if donor := _donor(job, every):
+                    if donor := pretrain_donor(job, every):
                         adopt_pretrain(donor.folder, job.folder)
                     elif any(pretrain_digest(other.recipe) == pretrain_digest(job.recipe) for other, _ in running.values()):
                         continue  # being made: it will be shared
                 gpu = gpus.pop() if gpus else None
-                environment = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
+                environment = _threads(slots) if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
                 running[submit(*call(job, environment))] = (job, gpu)
                 waiting.remove(job)
             time.sleep(0.5)
@@ -228,15 +166,6 @@ def _run_all(
     return failed
 
 
-def _donor(job: Job, jobs: Iterable[Job]) -> Job | None:
-    """Another run whose finished first stage is this one's too, and was not begun here."""
-    if open_run(job.folder).stage("pretrain").exists():
-        return None
-    wanted = pretrain_digest(job.recipe)
-    same = (other for other in jobs if other is not job and pretrain_digest(other.recipe) == wanted)
-    return next((other for other in same if open_run(other.folder).is_finished("pretrain")), None)
-
-
 def _gpus(slots: int) -> list[str]:
     """The GPU of each slot, where every run is to see one of several."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -247,6 +176,14 @@ def _gpus(slots: int) -> list[str]:
     if slots > 1 and known and slots > len(known):
         raise ValueError(f"{slots} runs at a time want {slots} GPUs, but {len(known)} are visible: lower --jobs")
     return known[:slots] if slots > 1 else []
+
+
+def _threads(slots: int) -> dict[str, str]:
+    """Runs side by side on a CPU share its cores: with all of them each, they would wait for one another."""
+    if slots == 1:
+        return {}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return {"OMP_NUM_THREADS": str(max(1, cores // slots))}
 
 
 @contextmanager
@@ -282,7 +219,7 @@ def _progress(jobs: list[Job]) -> Iterator[Callable[[], None]]:
 def _share_done(job: Job) -> float:
     """How much of a run's training is done, by its optimizer steps where the recipe says how many there are."""
     run = open_run(job.folder)
-    if run.is_finished("finetune"):
+    if is_trained(job):
         return 1.0
     planned = sum(getattr(job.recipe.stages, stage).max_steps or 0 for stage in STAGES)
     if not planned:
