@@ -11,7 +11,7 @@ install: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt requirements-quickstart.txt
 	python3 -c 'import sys; sys.exit(sys.version_info < (3, 11) and "mipha needs Python 3.11 or newer; this is " + sys.version)'
 	python3 -m venv .venv
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[quickstart,data,evaluation,gguf,serve,align,tensorboard,bench,test,lint]'
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[quickstart,data,evaluation,gguf,serve,align,slurm,tensorboard,bench,test,lint]'
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-quickstart.txt
 	touch $@
 

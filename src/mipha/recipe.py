@@ -19,13 +19,13 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    ValidationError,
     ValidationInfo,
     field_validator,
     model_validator,
 )
 
-from mipha.lookup import did_you_mean, files_in, read_named, read_yaml
+from mipha.lookup import files_in, read_named, read_yaml
+from mipha.validation import validated
 
 RECIPES = Path(__file__).parent / "catalog" / "recipes"
 
@@ -284,29 +284,7 @@ def parse_recipe(tree: Any, source: str) -> Recipe:
     Raises:
         ValueError: Names the source and, a line each, the key, the value and the mend.
     """
-    try:
-        return Recipe.model_validate(tree)
-    except ValidationError as error:
-        lines = [_explain(problem) for problem in error.errors()]
-        raise ValueError(f"{source} is not a valid recipe:\n  " + "\n  ".join(lines)) from error
-
-
-def _explain(problem: Any) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        fields = _fields_at(problem["loc"][:-1])
-        return f"{key}: unknown key; {did_you_mean(str(problem['loc'][-1]), fields)}"
-    value = "" if problem["type"] == "missing" else f" (got {problem['input']!r})"
-    return f"{key or 'recipe'}: {problem['msg'].removeprefix('Value error, ')}{value if len(value) < 100 else ''}"
-
-
-def _fields_at(path: tuple[int | str, ...]) -> list[str]:
-    model: Any = Recipe
-    for key in path:
-        if isinstance(key, int):
-            continue
-        model = {"data": DataRecipe, "lora": LoraRecipe}.get(key) or model.model_fields[key].annotation
-    return list(model.model_fields)
+    return validated(Recipe, tree, source, "recipe")
 
 
 def _assign(tree: dict[str, Any], path: list[str], value: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,23 @@ def test_another_study_takes_over_the_runs_and_first_stages_of_the_same_recipes(
     assert (new.checkpoint("pretrain") / weights).samefile(donor.checkpoint("pretrain") / weights)
     assert not (new.checkpoint("finetune") / weights).samefile(donor.checkpoint("finetune") / weights)
     assert (same.folder / "panel.jsonl").is_file() and json.loads((new.evaluation("easy_vqa") / "scores.json").read_text())["n_asked"] == 4
+
+
+@pytest.mark.skipif(shutil.which("srun") is not None, reason="would ask this cluster for a node")
+def test_jobs_go_through_submitit(study: Study, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Where there is no SLURM it starts processes of its own: all but the queue is the same."""
+    alone = study.model_copy(
+        update={"scales": {"mini": study.scales["mini"].model_copy(update={"axes": {"one": {"only": ()}}, "takeaways": ()})}}
+    )
+    with pytest.raises(ValueError, match="--slurm: Unknown argument 'partion'"):
+        run_study(alone, "mini", tmp_path / "out", slurm={"slurm_partion": "gpu"})
+    with pytest.raises(ValueError, match="--slurm: Parameter \"timeout_min\" expected type <class 'int'>"):
+        run_study(alone, "mini", tmp_path / "out", slurm={"timeout_min": "ten"})
+    run_study(alone, "mini", tmp_path / "out", slurm={"timeout_min": 10})
+    assert "no SLURM on this machine" in capsys.readouterr().out
+    (job,) = jobs_of(alone, "mini", tmp_path / "out", 1)
+    assert json.loads((open_run(job.folder).evaluation("easy_vqa") / "scores.json").read_text())["n_asked"] == 4
+    assert list((tmp_path / "out" / "logs" / "slurm").glob("*_result.pkl")), "submitit made it"
 
 
 def test_runs_side_by_side_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:

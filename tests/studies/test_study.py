@@ -80,7 +80,7 @@ def test_a_first_stage_is_shared_exactly_where_it_is_the_same() -> None:
             "exactly one of better",
         ),
         ({"scale": {"takeaways": [{**CLAIM, "better": "all"}]}}, "`than` goes with better"),
-        ({"titel": "x"}, "titel: Extra inputs"),
+        ({"titel": "x"}, "titel: unknown key; did you mean title"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(written, changes: dict[str, Any], sentence: str) -> None:

@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from mipha.lookup import did_you_mean, files_in, read_named, read_yaml
+from mipha.lookup import files_in, read_named, read_yaml
 from mipha.recipe import LoraRecipe
+from mipha.validation import validated
 
 RECIPES = Path(__file__).parent.parent / "catalog" / "alignment"
 
@@ -164,17 +165,4 @@ def parse_alignment_recipe(tree: Any, source: str) -> StepRecipe:
     step, steps = tree.get("step") if isinstance(tree, dict) else None, step_recipes()
     if step not in steps:
         raise ValueError(f"{source} is not a valid alignment recipe: step is {step!r}, but must be {', '.join(steps)}")
-    try:
-        return steps[step].model_validate(tree)
-    except ValidationError as error:
-        lines = [_explain(problem, steps[step]) for problem in error.errors()]
-        raise ValueError(f"{source} is not a valid {step} recipe:\n  " + "\n  ".join(lines)) from error
-
-
-def _explain(problem: Any, model: type[BaseModel]) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        fields = LoraRecipe.model_fields if problem["loc"][0] == "lora" else model.model_fields
-        return f"{key}: unknown key; {did_you_mean(str(problem['loc'][-1]), fields)}"
-    value = "" if problem["type"] == "missing" or not key else f" (got {problem['input']!r})"
-    return f"{key or 'recipe'}: {problem['msg'].removeprefix('Value error, ')}{value}"
+    return validated(steps[step], tree, source, f"{step} recipe")

@@ -82,7 +82,9 @@ def compare(
     runs: Annotated[
         list[Path] | None, typer.Argument(metavar="RUN...", help="Runs, folders of results, or (paired) files of `mipha score --json`.")
     ] = None,
-    published: Annotated[list[str] | None, typer.Option(help="Published models beside them, with commas: Mipha-3B,LLaVA-1.5-7B; or table-2.")] = None,
+    published: Annotated[
+        list[str] | None, typer.Option(help="Published models beside them, with commas: Mipha-3B,LLaVA-1.5-7B; or table-2.")
+    ] = None,
     paired: Annotated[bool, typer.Option("--paired", help="Two runs, question by question: differences, A minus B.")] = False,
     out: Annotated[list[Path] | None, typer.Option("-o", "--out", help="Also write .md, .csv, .tex, or a radar as .png or .svg.")] = None,
     json_out: Annotated[Path | None, typer.Option("--json", help="With --paired: write the comparison to a file too.")] = None,

@@ -25,6 +25,7 @@ def run(
     ] = None,
 ) -> None:
     """Train and evaluate what is missing, then write the report."""
+    from mipha.lookup import read_yaml
     from mipha.studies.report import write_report
     from mipha.studies.runner import run_study
     from mipha.studies.study import load_study
@@ -33,7 +34,7 @@ def run(
     if slurm:
         if wrong := [pair for pair in slurm if "=" not in pair]:
             raise ValueError(f"--slurm {wrong[0]} has no `=`: write KEY=VALUE, such as slurm_partition=gpu")
-        parameters = dict(pair.split("=", 1) for pair in slurm)
+        parameters = {key: read_yaml(value, f"--slurm {key}") for key, value in (pair.split("=", 1) for pair in slurm)}
     study = load_study(name)
     run_study(study, scale, out, seeds, jobs, parameters, share or ())
     for path in write_report(study, scale, out):

@@ -60,13 +60,22 @@ def compare(runs: Iterable[str | Path | Run] = (), published: Iterable[str] = ()
 
 
 def print_comparison(found: Comparison) -> None:
-    """On the terminal, a model a column: a line of all benchmarks would be wider than most terminals. Many models are a line each."""
+    """On the terminal, a model a column: a line of all benchmarks would be wider than most terminals.
+
+    Many models are a line each, of numbers alone.
+    """
     from rich.console import Console
     from rich.table import Table
 
     header, body = _cells(found.rows, "[bold]{}[/bold]")
     lines = [["", *header[1:]], *body]
-    head, *rest = lines if len(body) > len(header) else zip(*lines, strict=True)
+    if len(body) > len(header):
+        titles = {TITLES.get(column, column) for column in columns_of(found.rows)}
+        shown = [0, *(number for number, title in enumerate(header) if title in titles)]
+        lines = [[line[number] for number in shown] for line in lines]
+    else:
+        lines = list(zip(*lines, strict=True))
+    head, *rest = lines
     table = Table(box=None, pad_edge=False)
     for number, name in enumerate(head):
         table.add_column(name, justify="right" if number else "left")

@@ -6,6 +6,7 @@ What another study has trained by the same recipe is taken over where its folder
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -27,6 +28,9 @@ from mipha.studies.study import Measured, Scale, Study, pretrain_digest
 
 console = Console()
 
+_LOOK_EVERY = 5.0
+"""Seconds between looks into every run for the bar: on two cores more often would be felt."""
+
 
 def run_study(
     study: Study,
@@ -34,7 +38,7 @@ def run_study(
     out: str | Path,
     seeds: int | None = None,
     slots: int = 1,
-    slurm: dict[str, str] | None = None,
+    slurm: dict[str, Any] | None = None,
     share: Sequence[str | Path] = (),
 ) -> Path:
     """Train and evaluate the runs that are missing.
@@ -134,7 +138,7 @@ def _run_all(
     every: list[Job],
     call: Callable[[Job, dict[str, str]], tuple],
     slots: int,
-    slurm: dict[str, str] | None,
+    slurm: dict[str, Any] | None,
     logs: Path,
     watch: Callable[[], None],
 ) -> list[Job]:
@@ -187,19 +191,29 @@ def _threads(slots: int) -> dict[str, str]:
 
 
 @contextmanager
-def _executor(slots: int, slurm: dict[str, str] | None, logs: Path) -> Iterator[Callable[..., Any]]:
+def _executor(slots: int, slurm: dict[str, Any] | None, logs: Path) -> Iterator[Callable[..., Any]]:
     """What starts a job: a thread that waits for its processes, or SLURM."""
     if slurm is None:
         with ThreadPoolExecutor(slots) as pool:
             yield pool.submit
         return
+    yield _submitit(slurm, logs / "slurm").submit
+
+
+def _submitit(parameters: dict[str, Any], folder: Path) -> Any:
+    """SLURM, or where there is none processes of this machine."""
     try:
         import submitit
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("SLURM jobs need submitit: pip install 'mipha-vlm[slurm]'", name="submitit") from error
-    executor = submitit.AutoExecutor(folder=logs / "slurm")
-    executor.update_parameters(**slurm)
-    yield executor.submit
+    executor = submitit.AutoExecutor(folder=folder)
+    try:
+        executor.update_parameters(**parameters)
+    except (NameError, AssertionError) as error:
+        raise ValueError(f"--slurm: {str(error).splitlines()[0]}") from error
+    if executor.cluster != "slurm":
+        console.print("no SLURM on this machine: the jobs are processes here, all at once")
+    return executor
 
 
 @contextmanager
@@ -209,8 +223,13 @@ def _progress(jobs: list[Job]) -> Iterator[Callable[[], None]]:
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as progress:
         task = progress.add_task("study", total=len(jobs))
 
+        looked = -math.inf
+
         def watch() -> None:
-            progress.update(task, completed=sum(map(_share_done, jobs)))
+            nonlocal looked
+            if time.monotonic() - looked > _LOOK_EVERY:
+                looked = time.monotonic()
+                progress.update(task, completed=sum(map(_share_done, jobs)))
 
         watch()
         yield watch
@@ -225,4 +244,4 @@ def _share_done(job: Job) -> float:
     if not planned:
         return 0.0
     files = [path for path in map(run.metrics, STAGES) if path.is_file()]
-    return min(1.0, sum(path.read_bytes().count(b"\n") for path in files) / planned)  # twice a second: lines are counted, not read
+    return min(1.0, sum(path.read_bytes().count(b"\n") for path in files) / planned)  # lines are counted, not read

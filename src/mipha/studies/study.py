@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from mipha.lookup import did_you_mean, files_in, read_named
 from mipha.recipe import Recipe, load_recipe
+from mipha.validation import validated
 
 STUDIES = Path(__file__).parents[1] / "catalog" / "studies"
 
@@ -82,7 +83,7 @@ class Takeaway(_Strict):
 class Question(_Strict):
     """One cell of the qualitative panel: every variant's answer stands side by side."""
 
-    image: str = Field(description="a file, or `benchmark:question_id` of a benchmark that is measured")
+    image: str = Field(description="a file, or `benchmark:N`: the picture of question N, from 0, of a benchmark that is measured")
     question: str | None = Field(None, description="null: the benchmark's own")
     kind: str = Field(description="what it tests: counting, OCR, description ...")
 
@@ -190,11 +191,7 @@ def load_study(name: str | Path) -> Study:
         ValueError: The file is not a valid study; the message names each key.
     """
     tree, path = read_named(name, STUDIES, "study")
-    try:
-        return Study.model_validate(tree)
-    except ValidationError as error:
-        lines = [f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].removeprefix('Value error, ')}" for problem in error.errors()]
-        raise ValueError(f"{path} is not a valid study:\n  " + "\n  ".join(lines)) from error
+    return validated(Study, tree, str(path), "study")
 
 
 def _choices(axis: str, values: Axis) -> list[tuple[str, tuple[str, ...], Any]]:
