@@ -28,6 +28,12 @@ def test_lines_of_the_tables_as_printed() -> None:
     assert line in render(published_table(4))
 
 
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_the_documentation_shows_the_tables_as_they_are_rendered(number: int) -> None:
+    page = Path(__file__).parents[2] / "docs" / "published" / f"table-{number}.md"
+    assert page.read_text(encoding="utf-8") == render(published_table(number))
+
+
 def test_the_texts_claims_follow_from_the_tables() -> None:
     """Section 5.2: beats Bunny by 1.5 and 1.4 on VQAv2 and GQA, LLaVA-1.5-13B by 1.3 and 0.6, and on MMB and MMB-CN by 2.0 and 0.7."""
     ours, bunny, llava = published("Mipha-3B"), published("Bunny-3B"), published("llava-1.5-13b")

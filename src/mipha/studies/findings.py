@@ -203,7 +203,13 @@ def _cost(job: Job) -> Cost:
 
 
 def _differences(variants: Sequence[Variant]) -> dict[str, dict[str, object]]:
-    trees = {variant.name: flat(variant.recipe.model_dump(mode="json", exclude={"name", "description"})) for variant in variants}
+    trees = {variant.name: _values(variant) for variant in variants}
     keys = dict.fromkeys(key for tree in trees.values() for key in tree)
     differing = [key for key in keys if len({json.dumps(tree.get(key)) for tree in trees.values()}) > 1]
     return {name: {key: tree.get(key) for key in differing} for name, tree in trees.items()}
+
+
+def _values(variant: Variant) -> dict[str, object]:
+    """Recipe key to value; an empty group of keys says nothing."""
+    values = flat(variant.recipe.model_dump(mode="json", exclude={"name", "description"}))
+    return {key: value for key, value in values.items() if value != {}}
