@@ -33,13 +33,24 @@ def study(tmp_path: Path) -> Study:
     return load_study(path)
 
 
-def write_runs(study: Study, out: Path, ability: dict[str, float], seeds: int = 3, num_images: int = 80) -> None:
-    """Finished runs that answer as well as said, without having been trained."""
+def write_runs(
+    study: Study,
+    out: Path,
+    ability: dict[str, float],
+    seeds: int = 3,
+    num_images: int = 80,
+    also: dict[str, dict[str, float]] | None = None,
+) -> None:
+    """Finished runs that answer as well as said, without having been trained; other metrics may have numbers of their own."""
     for job in jobs_of(study, "mini", out, seeds):
         run = create_run(job.folder, job.recipe)
         rng = np.random.default_rng([job.seed, sum(job.variant.encode())])
-        right = rng.random((num_images, 4)) < ability[job.variant]
-        data = tally((f"i{image}", {"accuracy": float(one)}) for image, row in enumerate(right) for one in row)
+        right = {name: rng.random((num_images, 4)) < of[job.variant] for name, of in ({"accuracy": ability} | (also or {})).items()}
+        data = tally(
+            (f"i{image}", {name: float(found[image, place]) for name, found in right.items()})
+            for image in range(num_images)
+            for place in range(4)
+        )
         folder = run.evaluation("easy_vqa-validation")
         folder.mkdir(parents=True)
         (folder / "tally.json").write_text(json.dumps({"benchmark": "easy_vqa"} | data.as_json()))
@@ -66,6 +77,26 @@ def test_a_planted_effect_is_found_and_no_other(study: Study, tmp_path: Path) ->
     assert findings.differences["projector"]["stages.finetune.tuning.language_model"] == "frozen"
     assert findings.differences["low"]["stages.finetune.learning_rate"] == 1e-6
     assert "| all minus projector | easy_vqa | +" in markdown(findings)
+
+
+def test_variants_are_compared_by_the_metric_that_is_asked_for(study: Study, tmp_path: Path) -> None:
+    def by(metric: str) -> Study:
+        scale = study.scales["mini"]
+        measured = scale.evaluate[0].model_copy(update={"metric": metric})
+        return study.model_copy(update={"scales": {"mini": scale.model_copy(update={"evaluate": (measured,)})}})
+
+    assert by("shape").digest("mini") == study.digest("mini"), "nothing else is trained or asked"
+    out = tmp_path / "out"
+    write_runs(study, out, {"all": 0.8, "projector": 0.4, "low": 0.8}, also={"shape": {"all": 0.3, "projector": 0.9, "low": 0.3}})
+    findings = find(by("shape"), "mini", out)
+    assert [overall(judged) for judged in findings.judged] == ["does not hold", "holds"]
+    assert findings.scores["projector"]["easy_vqa"].mean == pytest.approx(90, abs=6)
+    text = markdown(findings)
+    assert "| variant | easy_vqa, shape (%) |" in text and "| accuracy | 7" in text and "| shape | 3" in text, "the others are in detail"
+    with pytest.raises(ValueError, match="runs of all were measured on easy_vqa without colour: remove their evaluation folders"):
+        find(by("colour"), "mini", out)
+    with pytest.raises(ValueError, match="benchmark easy_vqa has no metric 'color': did you mean colour"):
+        find(by("color"), "mini", out)
 
 
 def test_a_false_claim_does_not_hold_and_one_run_is_not_enough(study: Study, tmp_path: Path) -> None:

@@ -65,6 +65,14 @@ def test_a_study_runs_shares_its_first_stage_and_does_nothing_twice(study: Study
     assert {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*")} == before
 
 
+def test_an_unknown_metric_is_refused_before_anything_is_trained(study: Study, tmp_path: Path) -> None:
+    measured = study.scales["mini"].evaluate[0].model_copy(update={"metric": "acuracy"})
+    wrong = study.model_copy(update={"scales": {"mini": study.scales["mini"].model_copy(update={"evaluate": (measured,)})}})
+    with pytest.raises(ValueError, match="no metric 'acuracy': did you mean accuracy"):
+        run_study(wrong, "mini", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_another_study_takes_over_the_runs_and_first_stages_of_the_same_recipes(study: Study, tmp_path: Path) -> None:
     run_study(study, "mini", tmp_path / "first")
     axes = {"tuned": {"head": (), "norms": ("stages.finetune.tuning.language_model=last-1",)}}

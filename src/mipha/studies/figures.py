@@ -16,7 +16,7 @@ def draw_scores(findings: Findings, path: Path) -> None:
     Args:
         path: `.png` or `.svg`, written whole.
     """
-    benchmarks = list(findings.units)
+    benchmarks = list(findings.headline)
     numeric = all(variant.number is not None for variant in findings.variants)
     columns = min(4, len(benchmarks))
     rows = math.ceil(len(benchmarks) / columns)
@@ -25,7 +25,7 @@ def draw_scores(findings: Findings, path: Path) -> None:
     for axes, name in zip(panels, benchmarks, strict=False):
         (_curve if numeric else _bars)(axes, findings, name)
         axes.set_title(TITLES.get(name, name), loc="left", color=INK, fontsize=11, fontweight="bold")
-        axes.set_ylabel(f"score ({findings.units[name]})", color=GREY, fontsize=9)
+        axes.set_ylabel(f"{findings.headline[name].name} ({findings.headline[name].unit})", color=GREY, fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(colors=GREY, labelsize=8)
         axes.grid(axis="y", color=FAINT)

@@ -17,11 +17,12 @@ import numpy as np
 
 from mipha.comparison.seeds import SeedDifference, seed_difference
 from mipha.comparison.statistics import Tally, holm, read_tally
-from mipha.evaluation.benchmark import load_benchmark
+from mipha.evaluation.benchmark import Benchmark, Metric, load_benchmark
+from mipha.lookup import did_you_mean
 from mipha.recipe import STAGES
 from mipha.run import flat, open_run, read_lines
 from mipha.studies.folder import Job, jobs_of
-from mipha.studies.study import Study, Takeaway, Variant
+from mipha.studies.study import Measured, Study, Takeaway, Variant
 
 Verdict = Literal["holds", "does not hold", "not enough runs"]
 ALPHA = 0.05
@@ -83,8 +84,9 @@ class Findings:
     """All that a report shows.
 
     Args:
-        units: Benchmark to the unit of its headline.
+        headline: Benchmark to the metric that is compared.
         scores: Variant, then benchmark.
+        details: Variant, then benchmark, then every metric of it that was measured.
         costs: Variant to its runs' costs, over finished runs.
         differences: Variant to recipe keys in which variants differ, with its own values.
         num_missing: Runs that the study asks for and that are not finished.
@@ -93,8 +95,9 @@ class Findings:
     study: Study
     scale: str
     variants: tuple[Variant, ...]
-    units: dict[str, str]
+    headline: dict[str, Metric]
     scores: dict[str, dict[str, VariantScores]]
+    details: dict[str, dict[str, dict[str, VariantScores]]]
     costs: dict[str, tuple[Cost, ...]]
     differences: dict[str, dict[str, object]]
     judged: tuple[Judged, ...]
@@ -106,6 +109,7 @@ def find(study: Study, scale: str, out: Path) -> Findings:
 
     Raises:
         FileNotFoundError: No run is finished.
+        ValueError: The metric to compare by is none of the benchmark's, or was not measured.
     """
     size = study.scale(scale)
     variants = study.variants(scale)
@@ -115,14 +119,18 @@ def find(study: Study, scale: str, out: Path) -> Findings:
     tallies = {(variant.name, name): _tallies(jobs, variant.name, name) for variant in variants for name in benchmarks}
     if not any(tallies.values()):
         raise FileNotFoundError(f"{out} has no finished run: make them with `mipha study run {study.name} -o {out}`")
-    headline = {name: load_benchmark(name).METRICS[0] for name in benchmarks}
+    headline = {wanted.benchmark: compared_by(wanted) for wanted in size.evaluate}
     measures = {name: load_benchmark(name).measure for name in benchmarks}
+    details = {
+        variant.name: {name: _details(load_benchmark(name), tallies[variant.name, name]) for name in benchmarks} for variant in variants
+    }
+    for variant, name in tallies:
+        if details[variant][name] and headline[name].name not in details[variant][name]:
+            measured = f"runs of {variant} were measured on {name} without {headline[name].name}"
+            raise ValueError(f"{measured}: remove their evaluation folders and run the study again")
     scores = {
-        variant.name: {
-            name: VariantScores(tuple(float(measures[name](tally.totals())[headline[name].name]) for tally in tallies[variant.name, name]))
-            for name in benchmarks
-        }
-        for variant in variants
+        variant: {name: found.get(headline[name].name, VariantScores(())) for name, found in of_benchmark.items()}
+        for variant, of_benchmark in details.items()
     }
     compared = _compare(size.takeaways, benchmarks, tallies, measures, {name: headline[name].name for name in benchmarks})
     done = [job for job in jobs if open_run(job.folder).is_finished("finetune")]
@@ -130,13 +138,26 @@ def find(study: Study, scale: str, out: Path) -> Findings:
         study,
         scale,
         tuple(variants),
-        {name: headline[name].unit for name in benchmarks},
+        headline,
         scores,
+        details,
         {variant.name: tuple(_cost(job) for job in done if job.variant == variant.name) for variant in variants},
         _differences(variants),
         tuple(_judge(takeaway, benchmarks, compared) for takeaway in size.takeaways),
         len(jobs) - len(done),
     )
+
+
+def compared_by(wanted: Measured) -> Metric:
+    """The metric that variants are compared by.
+
+    Raises:
+        ValueError: The benchmark has no such metric.
+    """
+    metrics = {metric.name: metric for metric in load_benchmark(wanted.benchmark).METRICS}
+    if wanted.metric is not None and wanted.metric not in metrics:
+        raise ValueError(f"benchmark {wanted.benchmark} has no metric {wanted.metric!r}: {did_you_mean(wanted.metric, metrics)}")
+    return metrics[wanted.metric] if wanted.metric else next(iter(metrics.values()))
 
 
 def judge(takeaway: Takeaway, found: SeedDifference, p_holm: float) -> Verdict:
@@ -194,6 +215,13 @@ def _tallies(jobs: Sequence[Job], variant: str, benchmark: str) -> list[Tally]:
         contents = [json.loads(file.read_text(encoding="utf-8")) for file in files]
         found += [read_tally(content) for content in contents if content["benchmark"] == benchmark]
     return found
+
+
+def _details(benchmark: Benchmark, tallies: Sequence[Tally]) -> dict[str, VariantScores]:
+    """Every metric over the runs, in the benchmark's order; those that some run has no number of are left out."""
+    runs = [benchmark.measure(tally.totals()) for tally in tallies]
+    named = [metric.name for metric in benchmark.METRICS if all(metric.name in found for found in runs)] if runs else []
+    return {name: VariantScores(tuple(float(found[name]) for found in runs)) for name in named}
 
 
 def _cost(job: Job) -> Cost:

@@ -8,10 +8,11 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from mipha.comparison.results import TITLES
 from mipha.evaluation.benchmark import Question as Asked
 from mipha.run import write_whole
 from mipha.studies.figures import draw_scores
-from mipha.studies.findings import Comparison, Findings, Judged, find
+from mipha.studies.findings import Comparison, Findings, Judged, VariantScores, find
 from mipha.studies.panel import asked_of, panel_answers
 from mipha.studies.study import Study
 
@@ -56,6 +57,7 @@ def markdown(findings: Findings) -> str:
         parts.append(f"**{judged.takeaway.claim}** ({judged.takeaway.source}): **{overall(judged)}**\n\n")
         parts.append(_markdown_table(_comparison_rows(judged.comparisons, findings)) + "\n")
     parts.append("## Scores\n\n" + _markdown_table(score_rows(findings)) + "\n![scores](scores.png)\n")
+    parts.append("## In detail\n\n" + "\n".join(_markdown_table(rows) for rows in _detailed(findings)))
     parts.append("## What differs\n\n" + _markdown_table(difference_rows(findings)))
     parts.append("## Cost\n\n" + _markdown_table(cost_rows(findings)))
     return "\n".join(parts)
@@ -78,6 +80,7 @@ def page(findings: Findings, out: Path) -> str:
         *(["<h2>Takeaways</h2>" + "".join(claims)] if claims else []),
         f'<h2>Scores</h2><div class="wide">{_html_table(score_rows(findings))}</div>'
         f'<p><img class="figure" alt="scores of every variant, a dot a seed" src="data:image/png;base64,{figure}"></p>',
+        "<h2>In detail</h2>" + "".join(f'<div class="wide">{_html_table(rows)}</div>' for rows in _detailed(findings)),
         f'<h2>What differs</h2><div class="wide">{_html_table(difference_rows(findings))}</div>',
         f'<h2>Cost</h2><div class="wide">{_html_table(cost_rows(findings))}</div>',
         _panel(findings, out),
@@ -111,15 +114,30 @@ def overall(judged: Judged) -> str:
 
 def score_rows(findings: Findings) -> list[list[str]]:
     """Header, then a variant a row: mean, deviation over seeds and number of runs on each benchmark."""
-    header = ["variant", *(f"{name} ({unit})" for name, unit in findings.units.items())]
+    header = ["variant", *(f"{name}, {metric.name} ({metric.unit})" for name, metric in findings.headline.items())]
     body = []
     for variant in findings.variants:
-        cells = []
-        for scores in findings.scores[variant.name].values():
-            spread = "" if math.isnan(scores.spread) else f" ± {scores.spread:.1f}"
-            cells.append(f"{scores.mean:.1f}{spread} (n={len(scores.values)})" if scores.values else "-")
-        body.append([variant.name, *cells])
+        found = findings.scores[variant.name].values()
+        body.append([variant.name, *(f"{_spread(scores)} (n={len(scores.values)})" if scores.values else "-" for scores in found)])
     return [header, *body]
+
+
+def detail_rows(findings: Findings, benchmark: str) -> list[list[str]]:
+    """Header, then a metric of the benchmark a row with each variant's mean and deviation."""
+    found = {variant.name: findings.details[variant.name][benchmark] for variant in findings.variants}
+    metrics = dict.fromkeys(metric for scores in found.values() for metric in scores)
+    header = [TITLES.get(benchmark, benchmark), *found]
+    return [header, *([metric, *(_spread(scores[metric]) if metric in scores else "-" for scores in found.values())] for metric in metrics)]
+
+
+def _detailed(findings: Findings) -> list[list[list[str]]]:
+    """A table for each benchmark that has more than its headline."""
+    tables = [detail_rows(findings, benchmark) for benchmark in findings.headline]
+    return [rows for rows in tables if len(rows) > 2]
+
+
+def _spread(scores: VariantScores) -> str:
+    return f"{scores.mean:.1f}" + ("" if math.isnan(scores.spread) else f" ± {scores.spread:.1f}")
 
 
 def difference_rows(findings: Findings) -> list[list[str]]:
@@ -147,7 +165,7 @@ def _comparison_rows(comparisons: Sequence[Comparison], findings: Findings) -> l
         known = not math.isnan(found.p_value)
         interval = f"{found.low:+.1f} to {found.high:+.1f}" if known else "-"
         p_values = [f"{found.p_value:.3g}", f"{one.p_holm:.3g}"] if known else ["-", "-"]
-        unit = findings.units[one.benchmark]
+        unit = findings.headline[one.benchmark].unit
         rows.append([f"{one.first} minus {one.second}", one.benchmark, f"{found.difference:+.1f} {unit}", interval, *p_values])
     return rows
 

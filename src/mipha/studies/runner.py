@@ -22,6 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from mipha.recipe import STAGES
 from mipha.run import create_run, open_run
+from mipha.studies.findings import compared_by
 from mipha.studies.folder import Job, claim, is_trained, jobs_of, runs_in
 from mipha.studies.sharing import adopt_pretrain, adopt_run, pretrain_donor
 from mipha.studies.study import Measured, Scale, Study, pretrain_digest
@@ -57,10 +58,12 @@ def run_study(
 
     Raises:
         FileNotFoundError: A folder to share from holds no study.
-        ValueError: The folder holds another study, or a run in it was made with another recipe.
+        ValueError: The folder holds another study, a run in it was made with another recipe, or a benchmark has no such metric.
         RuntimeError: Runs failed; names their logs. The others were finished.
     """
     size, out = study.scale(scale), Path(out)
+    for wanted in size.evaluate:
+        compared_by(wanted)  # known before anything is trained
     others = [job for folder in share for job in runs_in(Path(folder))]
     claim(study, scale, out)
     jobs = jobs_of(study, scale, out, seeds or size.seeds)

@@ -48,6 +48,7 @@ class Measured(_Strict):
     data_root: Path | None = Field(None, description="its folder; null: the packaged copy")
     split: str | None = None
     limit: int | None = Field(None, ge=1, description="the first N questions only")
+    metric: str | None = Field(None, description="what the variants are compared by; null: the benchmark's first")
 
 
 class Takeaway(_Strict):
@@ -146,8 +147,9 @@ class Study(_Strict):
         return found
 
     def digest(self, scale: str) -> str:
-        """Twelve hex digits of what is trained and measured at a scale; texts and takeaways do not count, nor does the number of seeds."""
-        content = self.scale(scale).model_dump(mode="json", exclude={"seeds", "takeaways", "panel", "note"})
+        """Twelve hex digits of what is trained and asked at a scale, whatever is then said of it and however many seeds there are."""
+        said_only = {"seeds": True, "takeaways": True, "panel": True, "note": True, "evaluate": {"__all__": {"metric"}}}
+        content = self.scale(scale).model_dump(mode="json", exclude=said_only)
         content["recipes"] = [variant.recipe.digest() for variant in self.variants(scale)]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -100,6 +100,7 @@ def test_scores_by_hand() -> None:
     assert (scores["yes_no_minority"].value, scores["yes_no_minority"].n) == (0, 1)
     assert (scores["yes_no_usual"].value, scores["yes_no_usual"].n) == (100, 2)
     assert (scores["shape"].value, scores["colour"].value) == (100, 0)
+    assert (scores["open"].value, scores["open"].n) == (50, 2)
     assert (scores["answer_no"].value, scores["answer_no"].n, scores["answer_yes"].value) == (100, 3, 0)
     assert (scores["unreadable"].value, scores["unreadable"].low) == (1, None)
     assert "answer_teal" not in scores, "no question, no score"

@@ -40,6 +40,7 @@ METRICS = (
     Metric("yes_no", "%", "questions whose gold answer is yes or no"),
     Metric("shape", "%", "questions for the shape"),
     Metric("colour", "%", "questions for the colour"),
+    Metric("open", "%", "questions for the shape or the colour: no text gives their answer away"),
     Metric("yes_no_usual", "%", "yes/no questions whose gold answer is the usual one of this question string in the training split"),
     Metric("yes_no_minority", "%", "yes/no questions whose gold answer is the rarer one of this question string in the training split"),
     *(Metric(f"answer_{answer}", "%", f"questions whose gold answer is {answer}") for answer in ANSWERS),
@@ -154,7 +155,9 @@ def _groups(question: Question) -> list[str]:
     """Names of the metrics that the question counts for, always in the same order."""
     answer, kind, usual = (question.facts[key] for key in ("answer", "kind", "usual"))
     groups = ["accuracy", kind, f"answer_{answer}"]
-    if kind == "yes_no" and usual is not None:
+    if kind != "yes_no":
+        groups.append("open")
+    elif usual is not None:
         groups.append("yes_no_usual" if answer == usual else "yes_no_minority")
     return groups
 
