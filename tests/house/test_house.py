@@ -14,7 +14,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "mipha"
 FILES = sorted(SOURCE.rglob("*.py"))
 
 LAYERS = (
-    {"recipe", "run", "lookup", "catalog"},
+    {"recipe", "run", "lookup", "validation", "catalog"},
     {"models", "data", "world"},
     {"assistant", "comparison"},
     {"training", "evaluation", "alignment", "deploy", "integrations"},
@@ -87,7 +87,7 @@ def test_file_keeps_the_house_rules(path: Path) -> None:
 
 
 def test_the_light_rooms_do_not_load_torch() -> None:
-    light = [path for path in FILES if room_of(path) in {"recipe", "run", "lookup", "catalog", "comparison", "cli"}]
+    light = [path for path in FILES if room_of(path) in {"recipe", "run", "lookup", "validation", "catalog", "comparison", "cli"}]
     modules = [".".join(("mipha", *path.relative_to(SOURCE).with_suffix("").parts)).removesuffix(".__init__") for path in light]
     assert "mipha.cli" in modules
     program = f"import sys\nfor module in {modules}: __import__(module)\nprint({{'torch', 'transformers'}} & set(sys.modules))"
