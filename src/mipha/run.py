@@ -142,6 +142,11 @@ def create_run(folder: str | Path, recipe: Recipe) -> Run:
     return run
 
 
+def available_cores() -> int:
+    """Cores that this process may use, of those that the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def model_folder(path: str | Path) -> Path:
     """The standard model folder that a run, or a model folder itself, stands for.
 

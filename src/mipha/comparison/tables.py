@@ -70,9 +70,8 @@ def print_comparison(found: Comparison) -> None:
     header, body = _cells(found.rows, "[bold]{}[/bold]")
     lines = [["", *header[1:]], *body]
     if len(body) > len(header):
-        titles = {TITLES.get(column, column) for column in columns_of(found.rows)}
-        shown = [0, *(number for number, title in enumerate(header) if title in titles)]
-        lines = [[line[number] for number in shown] for line in lines]
+        num_columns = len(columns_of(found.rows))
+        lines = [[line[0], *line[-num_columns:]] for line in lines]
     else:
         lines = list(zip(*lines, strict=True))
     head, *rest = lines

@@ -57,7 +57,8 @@ def markdown(findings: Findings) -> str:
         parts.append(f"**{judged.takeaway.claim}** ({judged.takeaway.source}): **{overall(judged)}**\n\n")
         parts.append(_markdown_table(_comparison_rows(judged.comparisons, findings)) + "\n")
     parts.append("## Scores\n\n" + _markdown_table(score_rows(findings)) + "\n![scores](scores.png)\n")
-    parts.append("## In detail\n\n" + "\n".join(_markdown_table(rows) for rows in _detailed(findings)))
+    if detailed := _detailed(findings):
+        parts.append("## In detail\n\n" + "\n".join(map(_markdown_table, detailed)))
     parts.append("## What differs\n\n" + _markdown_table(difference_rows(findings)))
     parts.append("## Cost\n\n" + _markdown_table(cost_rows(findings)))
     return "\n".join(parts)
@@ -74,13 +75,14 @@ def page(findings: Findings, out: Path) -> str:
             f'<div class="claim {kind.replace(" ", "-")}"><b>{html.escape(judged.takeaway.claim)}: <i>{html.escape(verdict)}</i></b>'
             f'<span class="grey">{html.escape(judged.takeaway.source)}</span>{table}</div>'
         )
+    details = [f'<div class="wide">{_html_table(rows)}</div>' for rows in _detailed(findings)]
     figure = base64.b64encode((out / "scores.png").read_bytes()).decode()
     sections = [
         f"<h1>{html.escape(findings.study.title)}</h1><p>{html.escape(intro(findings))}</p>",
         *(["<h2>Takeaways</h2>" + "".join(claims)] if claims else []),
         f'<h2>Scores</h2><div class="wide">{_html_table(score_rows(findings))}</div>'
         f'<p><img class="figure" alt="scores of every variant, a dot a seed" src="data:image/png;base64,{figure}"></p>',
-        "<h2>In detail</h2>" + "".join(f'<div class="wide">{_html_table(rows)}</div>' for rows in _detailed(findings)),
+        *(["<h2>In detail</h2>", *details] if details else []),
         f'<h2>What differs</h2><div class="wide">{_html_table(difference_rows(findings))}</div>',
         f'<h2>Cost</h2><div class="wide">{_html_table(cost_rows(findings))}</div>',
         _panel(findings, out),

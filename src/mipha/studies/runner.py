@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mipha.recipe import STAGES
-from mipha.run import create_run, open_run
+from mipha.run import available_cores, create_run, open_run
 from mipha.studies.findings import compared_by
 from mipha.studies.folder import Job, claim, is_trained, jobs_of, runs_in
 from mipha.studies.sharing import adopt_pretrain, adopt_run, pretrain_donor
@@ -67,10 +67,10 @@ def run_study(
     others = [job for folder in share for job in runs_in(Path(folder))]
     claim(study, scale, out)
     jobs = jobs_of(study, scale, out, seeds or size.seeds)
+    donors = {other.recipe.digest(): other.folder for other in reversed(others) if is_trained(other)}  # the first of several
     for job in jobs:
-        same = (other for other in others if other.recipe.digest() == job.recipe.digest())
-        if not job.folder.exists() and (donor := next(filter(is_trained, same), None)):
-            adopt_run(donor.folder, job.folder)
+        if not job.folder.exists() and (donor := donors.get(job.recipe.digest())):
+            adopt_run(donor, job.folder)
         create_run(job.folder, job.recipe)  # refuses a run of another recipe, before anything is trained
     missing = [job for job in jobs if not _is_done(job, size)]
     console.print(f"{study.title}: {len(jobs)} runs, {len(jobs) - len(missing)} of them done")
@@ -189,8 +189,7 @@ def _threads(slots: int) -> dict[str, str]:
     """Runs side by side on a CPU share its cores: with all of them each, they would wait for one another."""
     if slots == 1:
         return {}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return {"OMP_NUM_THREADS": str(max(1, cores // slots))}
+    return {"OMP_NUM_THREADS": str(max(1, available_cores() // slots))}
 
 
 @contextmanager
@@ -228,14 +227,14 @@ def _progress(jobs: list[Job]) -> Iterator[Callable[[], None]]:
 
         looked = -math.inf
 
-        def watch() -> None:
+        def look() -> None:
             nonlocal looked
-            if time.monotonic() - looked > _LOOK_EVERY:
-                looked = time.monotonic()
-                progress.update(task, completed=sum(map(_share_done, jobs)))
+            looked = time.monotonic()
+            progress.update(task, completed=sum(map(_share_done, jobs)))
 
-        watch()
-        yield watch
+        look()
+        yield lambda: look() if time.monotonic() - looked > _LOOK_EVERY else None
+        look()  # what was finished since
 
 
 def _share_done(job: Job) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 import shutil
 import socket
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 from mipha.deploy.folder import read_folder
 from mipha.deploy.runtimes import runtimes
-from mipha.run import model_folder
+from mipha.run import available_cores, model_folder
 
 if TYPE_CHECKING:
     from mipha.deploy.serve.child import ChildEngine
@@ -138,7 +137,7 @@ def llama_command(source: Source, port: int, slots: int) -> list[str]:
     context = min(_MOST_CONTEXT, _context(source.gguf) or _MOST_CONTEXT)
     program = ["llama-server", "--no-webui"] if shutil.which("llama-server") else [sys.executable, "-m", "mipha.deploy.serve.llama_child"]
     # Without a number llama.cpp takes all cores, and its threads wait for each other by turning: one must be left for the front.
-    threads = max(1, len(os.sched_getaffinity(0)) - 1) if hasattr(os, "sched_getaffinity") else max(1, (os.cpu_count() or 2) - 1)
+    threads = max(1, available_cores() - 1)
     projector = ["--mmproj", str(source.mmproj)] if source.mmproj else []
     command = [*program, "--model", str(source.gguf), *projector, "--alias", source.name, "--host", "127.0.0.1", "--port", str(port)]
     return [*command, "--ctx-size", str(context * slots), "--parallel", str(slots), "--threads", str(threads), "--jinja"]
