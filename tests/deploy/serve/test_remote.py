@@ -61,6 +61,7 @@ async def _endless(writer: asyncio.StreamWriter) -> None:
     try:
         while True:
             writer.write(b"a" * 10_000)
+            await asyncio.sleep(0)  # after a failed send `drain` alone returns at once, and the loop never hears that the client left
             await writer.drain()
     except ConnectionError:
         writer.close()
