@@ -104,7 +104,8 @@ def million(number: int) -> dict[str, Any]:
 
 def read_file(file: Path) -> dict[str, Any]:
     """Index, check, order and read a file, with what this process holds after each."""
-    from mipha.data.mixture import Mixture, check_samples, epoch_order
+    from mipha.data.mixture import Mixture, check_samples
+    from mipha.data.order import epoch_order
     from mipha.recipe import DataRecipe
 
     found: dict[str, Any] = {"megabytes_before": round(_megabytes())}

@@ -75,7 +75,9 @@ class DataRecipe(_Strict):
         1.0, gt=0, allow_inf_nan=False, description="how often an epoch shows each sample; 0.5: a half of them, the other half in the next"
     )
     cap: int | None = Field(None, ge=1, description="at most N samples an epoch, others in the next")
-    blind: bool = Field(False, description="replace every image by grey: what a model learns from the questions alone")
+    images: Literal["own", "grey", "shuffled"] = Field(
+        "own", description="what samples show; grey, or the images of other samples: what a model learns from the texts alone"
+    )
 
 
 class LoraRecipe(_Strict):

@@ -1,4 +1,4 @@
-"""Several data sets as one, and an order that depends on seed and epoch alone."""
+"""Several data sets as one sequence."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import io
 import json
 import pickle
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,24 +13,9 @@ import pytest
 from PIL import Image
 
 from mipha.data.images import grey_image
-from mipha.data.mixture import Mixture, check_samples, epoch_order, list_datasets, load_dataset_module
+from mipha.data.mixture import Mixture, check_samples, list_datasets, load_dataset_module
+from mipha.data.order import epoch_order
 from mipha.recipe import DataRecipe
-
-
-def conversation(question: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": "yes"}]
-
-
-@pytest.fixture
-def write(tmp_path: Path) -> Callable[..., DataRecipe]:
-    """`write(name, images)`: a messages file with a sample for each, null for one without an image."""
-
-    def file(name: str, images: list[str | None], **options: object) -> DataRecipe:
-        lines = [{"messages": conversation(f"{name} {i}?"), "images": [image] if image else []} for i, image in enumerate(images)]
-        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-        return DataRecipe(dataset="messages", root=tmp_path / f"{name}.jsonl", **options)
-
-    return file
 
 
 def questions(mixture: Mixture) -> list[str]:
@@ -54,7 +38,7 @@ def test_limit_takes_the_first_of_its_own_data_set(write: Callable) -> None:
 
 
 def test_a_blind_data_set_shows_grey(write: Callable) -> None:
-    plain, blind = write("a", ["0.png", None]), write("b", ["0.png", None], blind=True)
+    plain, blind = write("a", ["0.png", None]), write("b", ["0.png", None], images="grey")
     mixture = Mixture([plain, blind])
     assert [len(sample.images) for sample in mixture] == [1, 0, 1, 0]
     assert isinstance(mixture[0].images[0], Path)
@@ -62,6 +46,27 @@ def test_a_blind_data_set_shows_grey(write: Callable) -> None:
     assert mixture[2].messages[0].text == "<image>\nb 0?", "the place of the image stays"
     with Image.open(io.BytesIO(grey_image())) as image:
         assert image.getcolors() == [(image.width * image.height, (127, 127, 127))]
+
+
+def test_shuffled_images_are_those_of_other_samples(write: Callable) -> None:
+    given = [f"{number}.png" if number % 5 else None for number in range(40)]
+    own, shuffled = Mixture([write("a", given)]), Mixture([write("a", given, images="shuffled")])
+    assert [sample.messages for sample in shuffled] == [sample.messages for sample in own]
+    assert [len(sample.images) for sample in shuffled] == [len(sample.images) for sample in own]
+    shown = [sample.images[0].name for sample in shuffled if sample.images]
+    assert not any(image == row for image, row in zip(shown, filter(None, given), strict=True))
+    assert len(set(shown)) > 20, "what samples without an image pass on is shown twice"
+    assert list(Mixture([write("a", given, images="shuffled")])) == list(shuffled)
+    assert len(Mixture([write("b", ["0.png"], images="shuffled")])[0].images) == 1, "there is no other"
+
+
+def test_a_sample_of_several_images_gets_as_many(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "which?"}, {"role": "assistant", "content": "that"}]
+    rows = [{"messages": turns, "images": [f"{row}-{image}.png" for image in range(row)]} for row in range(5)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    shuffled = Mixture([DataRecipe(dataset="messages", root=tmp_path / "a.jsonl", images="shuffled")])
+    assert [len(sample.images) for sample in shuffled] == [0, 1, 2, 3, 4]
+    assert all(sample.images[0].name[0] != str(row) for row, sample in enumerate(shuffled) if row)
 
 
 def test_the_format_of_a_bare_path_is_detected_and_said(tmp_path: Path) -> None:
@@ -99,40 +104,6 @@ def test_every_data_set_module_has_the_contract() -> None:
         assert callable(module.load) and callable(module.to_sample)
 
 
-IMAGES = [f"{number % 4}.png" if number % 5 else None for number in range(40)]
-
-
-@pytest.mark.parametrize("bundle", [None, 3])
-def test_the_order_is_a_permutation_and_a_function_of_seed_and_epoch(write: Callable, bundle: int | None) -> None:
-    mixture = Mixture([write("a", IMAGES)])
-    orders = {}
-    for seed in (0, 1):
-        for epoch in (0, 1):
-            orders[seed, epoch] = epoch_order(mixture, seed, epoch, bundle).tolist()
-            assert sorted(orders[seed, epoch]) == list(range(40))
-    assert len({tuple(order) for order in orders.values()}) == 4
-    np.random.seed(1)  # whatever ran before
-    assert all(epoch_order(Mixture([write("a", IMAGES)]), *key, bundle).tolist() == order for key, order in orders.items())
-
-
-def test_bundles_stand_side_by_side(write: Callable) -> None:
-    mixture = Mixture([write("a", IMAGES)])
-    order = epoch_order(mixture, 0, 0, 4)
-    images = [mixture[int(index)].images for index in order]
-    runs, counts = 0, {image: images.count(image) for image in set(images) if image}
-    for before, image in pairwise([(), *images]):
-        runs += bool(image) and image != before
-    assert runs <= sum(-(-count // 4) for count in counts.values())
-    shuffled = epoch_order(mixture, 0, 0, None)
-    assert sum(mixture[int(a)].images == mixture[int(b)].images for a, b in pairwise(shuffled)) < len(images) / 2
-    other = epoch_order(mixture, 0, 1, 4)
-
-    def bundles(order: np.ndarray) -> set[frozenset[int]]:
-        return {frozenset(order[start : start + 4].tolist()) for start in range(0, 40)}
-
-    assert bundles(order) != bundles(other), "which samples keep company is chosen anew each epoch"
-
-
 def test_missing_images_are_named_before_anything_is_trained(write: Callable, tmp_path: Path) -> None:
     rows = [
         {"messages": [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "that"}], "images": [f"{n}.png"]}
@@ -155,25 +126,6 @@ def test_weights_and_caps_say_what_an_epoch_shows(write: Callable) -> None:
     assert np.bincount(order, minlength=32).tolist()[:10] == [2] * 10
     assert order.tolist() != sorted(order.tolist())
     assert sorted(epoch_order(mixture, 0, 0, 4)) == sorted(order), "bundles are of the same samples"
-
-
-@pytest.mark.parametrize(("options", "times"), [({"weight": 0.3}, 3), ({"cap": 7}, 7), ({"weight": 1.5}, 15), ({"weight": 0.01}, 1)])
-def test_no_sample_is_shown_again_before_all_others_were(write: Callable, options: dict, times: int) -> None:
-    mixture = Mixture([write("a", [None] * 10, **options), write("b", [None] * 10, **options)])
-    shown = np.zeros(20, dtype=int)
-    parts = set()
-    for epoch in range(10):
-        order = epoch_order(mixture, 5, epoch, None)
-        assert mixture.count_sources(order) == {"a.jsonl": times, "b.jsonl": times}
-        shown += np.bincount(order, minlength=20)
-        assert shown.max() - shown.min() <= 1
-        parts.add(tuple(sorted(order)))
-    assert (shown == times).all(), "ten epochs of a tenth each are a whole"
-    assert len(parts) > 1
-    first, second = (epoch_order(mixture, seed, 0, None) for seed in (5, 6))
-    assert (epoch_order(mixture, 5, 0, None) == first).all() and sorted(first) != sorted(second)
-    own = [{int(index) % 10 for index in first if (index < 10) == is_first} for is_first in (True, False)]
-    assert times in (1, 15) or own[0] != own[1], "data sets are drawn from apart"
 
 
 def test_data_sets_of_one_name_are_told_apart(write: Callable) -> None:
@@ -211,7 +163,8 @@ def test_an_image_is_on_one_side_only(write: Callable, tmp_path: Path) -> None:
 
 
 def test_a_mixture_travels_to_another_process(write: Callable) -> None:
-    mixture = Mixture([write("a", IMAGES, weight=0.5), write("b", [None], blind=True)])
+    images = ["0.png", None, "1.png"]
+    mixture = Mixture([write("a", images, weight=0.5), write("b", images, images="grey"), write("c", images, images="shuffled")])
     copy = pickle.loads(pickle.dumps(mixture))
     assert list(copy) == list(mixture)
     assert (epoch_order(copy, 0, 0, 3) == epoch_order(mixture, 0, 0, 3)).all()
@@ -228,30 +181,3 @@ def test_the_hash_of_the_data_follows_what_is_trained_on_and_not_where_it_lies(t
     first = sha256("one")
     assert sha256("two") == first
     assert len({first, sha256("three", answer="blue"), sha256("four", image="b.png")}) == 3
-
-
-@pytest.mark.parametrize(("with_image", "without"), [(23, 14), (16, 8), (9, 0), (0, 9), (3, 2), (5, 1)])
-def test_grouped_by_modality_a_step_is_of_one_kind(write: Callable, with_image: int, without: int) -> None:
-    """Steps of 4: cut where training cuts them, over three epochs; only what is left over of both kinds is mixed."""
-    mixture = Mixture([write("a", [f"{i % 2}.png" for i in range(with_image)] + [None] * without)])
-    epochs = [epoch_order(mixture, 7, epoch, by_modality=4) for epoch in range(3)]
-    for epoch in epochs:
-        assert sorted(epoch) == list(range(with_image + without)), "every sample once"
-    steps = np.concatenate(epochs)[: 3 * len(mixture) // 4 * 4].reshape(-1, 4)
-    shows = [bool(step) for step in (mixture.image_keys[steps] != 0).all(axis=1) | (mixture.image_keys[steps] == 0).all(axis=1)]
-    # Of an epoch, fewer than 4 of each kind are left over; what completes the step before may take one step apart.
-    assert shows.count(False) <= 3 * 3
-    if not with_image or not without:
-        assert all(shows)
-    assert (epoch_order(mixture, 7, 1, by_modality=4) == epochs[1]).all(), "a function of seed and epoch"
-    if len(mixture) > 8:
-        assert (epoch_order(mixture, 8, 1, by_modality=4) != epochs[1]).any()
-        assert (epochs[0] != epochs[1]).any()
-
-
-def test_whole_steps_of_both_kinds_are_in_random_order(write: Callable) -> None:
-    mixture = Mixture([write("a", ["0.png"] * 40 + [None] * 40)])
-    order = epoch_order(mixture, 0, 0, by_modality=4).reshape(-1, 4)
-    kinds = (mixture.image_keys[order] != 0).sum(axis=1)
-    assert set(kinds) == {0, 4} and list(kinds) not in (sorted(kinds), sorted(kinds)[::-1])
-    assert len({tuple(step) for step in order}) == 20

@@ -1,4 +1,4 @@
-"""Several data sets as one sequence of samples, and the order in which training reads them."""
+"""Several data sets as one sequence of samples."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,7 +17,8 @@ import numpy as np
 
 from mipha.data.held_out import Side, side_of
 from mipha.data.images import grey_image
-from mipha.data.sample import Sample
+from mipha.data.order import dealt
+from mipha.data.sample import ImageSource, Sample
 from mipha.lookup import did_you_mean, files_in
 from mipha.recipe import DataRecipe
 
@@ -135,10 +135,34 @@ class Mixture(Sequence[Sample]):
         index %= len(self)
         number = self._source_of(index)
         source = self.sources[number]
-        sample = source.sample(index - int(self._starts[number]))
-        if source.recipe.blind:
-            return Sample(sample.id, sample.messages, (self._grey,) * len(sample.images))
-        return sample
+        place = index - int(self._starts[number])
+        sample = source.sample(place)
+        if source.recipe.images == "own" or not sample.images:
+            return sample
+        if source.recipe.images == "grey":
+            images: Sequence[ImageSource] = [self._grey] * len(sample.images)
+        else:
+            images = self._images_of_others(number, place, len(sample.images))
+        return replace(sample, images=tuple(images))
+
+    def _images_of_others(self, number: int, place: int, wanted: int) -> list[ImageSource]:
+        """Images of the samples that come behind this one when its data set is shuffled once, for all epochs."""
+        images: list[ImageSource] = []
+        while len(images) < wanted:
+            place = int(self._behind[number][place])
+            images += self.sources[number].sample(place).images
+        return images[:wanted]
+
+    @cached_property
+    def _behind(self) -> dict[int, np.ndarray]:
+        """Of every data set whose images are shuffled: which sample comes behind each, in one round through all of them."""
+        behind = {}
+        for number, source in enumerate(self.sources):
+            if source.recipe.images == "shuffled":
+                round_trip = np.random.Generator(np.random.Philox(key=[0, number])).permutation(len(source))
+                behind[number] = np.empty_like(round_trip)
+                behind[number][round_trip] = np.roll(round_trip, -1)
+        return behind
 
     @property
     def num_per_epoch(self) -> int:
@@ -165,7 +189,7 @@ class Mixture(Sequence[Sample]):
         shown = []
         for number, source in enumerate(self.sources):
             if len(source):
-                shown.append(int(self._starts[number]) + _dealt(len(source), source.num_per_epoch, seed, epoch, number))
+                shown.append(int(self._starts[number]) + dealt(len(source), source.num_per_epoch, seed, epoch, number))
         return np.concatenate(shown)
 
     def _source_of(self, index: int) -> int:
@@ -202,75 +226,6 @@ def check_samples(mixture: Mixture) -> str:
             "check the data's root and image_root, or remove those samples"
         )
     return digest.hexdigest()
-
-
-def epoch_order(
-    mixture: Mixture, seed: int, epoch: int, samples_per_image: int | None = None, by_modality: int | None = None
-) -> np.ndarray:
-    """The order of one epoch: a pure function of seed and epoch, whatever ran before and on how many processes.
-
-    Args:
-        samples_per_image: Null shuffles samples. A number keeps that many samples of one image side by side (in a new
-            choice every epoch) and shuffles those bundles: shared-image batching then finds them in one step.
-        by_modality: A step's samples: steps of samples with images, and steps of text alone, in random order. What is left over of
-            both is mixed.
-
-    Returns:
-        `(mixture.num_per_epoch,)` indices.
-    """
-    random = np.random.Generator(np.random.Philox(key=[seed, epoch]))
-    shown = mixture.epoch_samples(seed, epoch)
-    shuffled = shown[random.permutation(len(shown))]
-    if by_modality is not None:
-        return _by_modality(shuffled, mixture.image_keys[shuffled] != 0, by_modality, epoch, random)
-    if samples_per_image is None:
-        return shuffled
-    by_image: dict[int, list[int]] = {}
-    keys = mixture.image_keys
-    for index in shuffled.tolist():
-        by_image.setdefault(int(keys[index]) or -1 - index, []).append(index)
-    bundles = [
-        members[start : start + samples_per_image] for members in by_image.values() for start in range(0, len(members), samples_per_image)
-    ]
-    random.shuffle(bundles)
-    return np.fromiter(chain.from_iterable(bundles), dtype=np.int64, count=len(shuffled))
-
-
-def _by_modality(shuffled: np.ndarray, shows: np.ndarray, size: int, epoch: int, random: np.random.Generator) -> np.ndarray:
-    """Whole steps of one modality each, in random order; what is left over of both lies where steps are cut by an epoch's end.
-
-    Args:
-        shuffled: `(samples,)`.
-        shows: `(samples,)`, whether a sample has images.
-        size: Samples of a step.
-
-    Source: LLaVA's `group_by_modality_length`, whose "megabatch" is what all processes read in one optimizer step. That it sorts by
-    length within it, `make_rows` does for every step.
-    """
-    steps, left = [], []
-    for group in (shuffled[shows], shuffled[~shows]):
-        whole = len(group) // size * size
-        steps += list(group[:whole].reshape(-1, size))
-        left.append(group[whole:])
-    random.shuffle(steps)
-    # The epoch before may end within a step: what completes it comes first, so that all other steps begin with one of these.
-    missing = -epoch * len(shuffled) % size
-    while steps and sum(map(len, left)) < missing:
-        left.append(steps.pop())
-    rest = random.permutation(np.concatenate(left))
-    return np.concatenate([rest[:missing], *steps, rest[missing:]])
-
-
-def _dealt(size: int, wanted: int, seed: int, epoch: int, source: int) -> np.ndarray:
-    """`(wanted,)` numbers below `size`: the epoch's part of endlessly many shuffled packs, laid one behind another."""
-    if wanted % size == 0:
-        return np.tile(np.arange(size), wanted // size)
-    first = epoch * wanted
-    packs = range(first // size, -(-(first + wanted) // size))
-    # The counter's last word keeps these draws apart from those that shuffle the whole.
-    streams = (np.random.Philox(key=[seed, pack], counter=[0, 0, 0, source + 1]) for pack in packs)
-    laid = np.concatenate([np.random.Generator(stream).permutation(size) for stream in streams])
-    return laid[first - packs[0] * size :][:wanted]
 
 
 def _names(data: Sequence[DataRecipe]) -> list[str]:

@@ -19,7 +19,8 @@ from transformers import LlavaProcessor
 from mipha.data.collate import Substituted, collate
 from mipha.data.encode import Encoded, blank, encode
 from mipha.data.images import grey_image
-from mipha.data.mixture import Mixture, epoch_order
+from mipha.data.mixture import Mixture
+from mipha.data.order import epoch_order
 from mipha.data.packing import Row, make_rows
 from mipha.recipe import StageRecipe
 

@@ -11,7 +11,8 @@ from typing import NamedTuple, cast
 import numpy as np
 
 from mipha.data.encode import Encoded
-from mipha.data.mixture import Mixture, epoch_order
+from mipha.data.mixture import Mixture
+from mipha.data.order import epoch_order
 from mipha.data.packing import make_rows
 from mipha.recipe import StageRecipe
 
