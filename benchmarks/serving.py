@@ -1,11 +1,12 @@
 """`mipha serve` under load: answers a second, how long each takes, and whether any is lost, wrong, or costs memory that stays.
 
-    python benchmarks/serving.py RUN [--gguf FILE_OR_FOLDER] [--clients 1,4,16,64] [--seconds 120] [--out benchmarks/results]
+    python benchmarks/serving.py RUN [--gguf FILE_OR_FOLDER] [--vllm] [--clients 1,4,16,64] [--seconds 120] [--out benchmarks/results]
 
 The server is a process of its own at a free port of 127.0.0.1. Every client has a picture and a question of easy-VQA's test split of its
 own, and asks again as soon as it is answered, for the given seconds at the largest number of clients, a quarter of them at the others.
 An answer is right if it is the text that the model gives alone, in this repository's own call of it. With `--gguf`, llama.cpp serves that
-file afterwards, under the same load. The clients share the machine with the server, and their work counts against it.
+file afterwards, under the same load; with `--vllm`, vLLM serves the run, and an answer is right if it is the one of this repository. The
+clients share the machine with the server, and their work counts against it.
 """
 
 from __future__ import annotations
@@ -200,7 +201,7 @@ def _body(model: str, image: str, question: str) -> bytes:
 
 def answers_alone(source: Path, engine: str, questions: Sequence[tuple[str, str]]) -> list[str]:
     """What the model says to each question by itself."""
-    if engine == "transformers":
+    if engine != "llama.cpp":
         from mipha.assistant import load
 
         assistant = load(source)
@@ -272,6 +273,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, metavar="RUN")
     parser.add_argument("--gguf", type=Path, help="a language model's GGUF, its mmproj beside it, or a folder of both: for llama.cpp")
+    parser.add_argument("--vllm", action="store_true", help="vLLM too, if the program is on the PATH")
     parser.add_argument("--clients", default="1,4,16,64")
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -279,6 +281,7 @@ def main() -> None:
     clients = [int(number) for number in options.clients.split(",")]
     questions = easy_questions(max(clients))
     sources = {"transformers": options.source} | ({"llama.cpp": options.gguf} if options.gguf else {})
+    sources |= {"vllm": options.source} if options.vllm else {}
     for engine, source in sources.items():
         choose_engine(find_source(source), engine)  # before the first of them runs for minutes
     found = {engine: measure(source, engine, questions, clients, options.seconds) for engine, source in sources.items()}

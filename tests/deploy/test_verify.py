@@ -98,6 +98,16 @@ def test_each_thing_that_is_not_as_it_says_is_found(spoiled: Path) -> None:
     assert {row.name: row.status for row in found.runtimes}["vLLM"] == "unsupported"  # it finds weights by their names
 
 
+def test_a_tower_without_the_name_that_others_look_for_is_found(spoiled: Path) -> None:
+    weights = load_file(spoiled / "model.safetensors")
+    short = {name.replace("vision_tower.vision_model.", "vision_tower."): value for name, value in weights.items()}
+    assert short.keys() != weights.keys()
+    save_file(short, spoiled / "model.safetensors", metadata={"format": "pt"})
+    found = verify(spoiled)
+    assert "such as vision_tower.embeddings" in failed(found)["names of weights"]
+    assert {row.name: row.status for row in found.runtimes}["vLLM"] == "unsupported"
+
+
 def test_a_checkpoint_that_transformers_cannot_load_is_unsupported(spoiled: Path) -> None:
     edit(spoiled / "processor_config.json", image_processor__image_processor_type="NoSuchProcessor")
     found = verify(spoiled)

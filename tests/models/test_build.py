@@ -16,7 +16,7 @@ import transformers
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlavaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mipha.assistant import Assistant
 from mipha.data.sample import IMAGE, Message
@@ -162,14 +162,27 @@ def test_the_feature_layer_and_its_norm_matter(read_back: dict, tower: str) -> N
     assert len({round(read_back[name]["ours"]["loss"], 4) for name in kinds}) == 3
 
 
-def test_the_keys_are_those_of_stock_llava(read_back: dict, family: str, tower: str, tmp_path: Path) -> None:
-    """As `llava-hf` has them on the hub, which vLLM, SGLang and llama.cpp read by name."""
+def test_the_keys_are_those_of_llavas_on_the_hub(read_back: dict, family: str, tower: str, tmp_path: Path) -> None:
+    """As `llava-hf` has them, which vLLM, SGLang and llama.cpp read by name: `vision_model.` for the towers that they know."""
     folder = read_back[f"{family}-{tower}"]["ours"]["folder"]
-    config = LlavaConfig.from_pretrained(folder)
-    transformers.LlavaForConditionalGeneration(config).save_pretrained(tmp_path)
-    wanted = set(load_file(tmp_path / "model.safetensors")) | ({"language_model.lm_head.bias"} if family == "phi" else set())
-    assert set(load_file(folder / "model.safetensors")) == wanted
-    assert any(key.startswith("language_model.model.layers.0.") for key in wanted)
+    keys = set(load_file(folder / "model.safetensors"))
+    of_tower = "vision_tower.vision_model." if tower in ("clip", "siglip") else "vision_tower."
+    assert {key for key in keys if key.startswith("vision_tower.")} == {key for key in keys if key.startswith(of_tower)} != set()
+    assert any(key.startswith("language_model.model.layers.0.") for key in keys) or family in ("gpt_neox", "gpt2")
+    stock = transformers.LlavaForConditionalGeneration.from_pretrained(folder)
+    stock.save_pretrained(tmp_path / "stock")
+    head_bias = {"language_model.lm_head.bias"} if family == "phi" else set()
+    assert set(load_file(tmp_path / "stock" / "model.safetensors")) | head_bias == keys, "stock keeps the names that it read"
+    load_model(str(folder)).save_pretrained(tmp_path / "again")
+    assert set(load_file(tmp_path / "again" / "model.safetensors")) == keys
+
+
+def test_a_checkpoint_without_the_prefix_gets_it_back(tmp_path: Path, tiny_model: Callable) -> None:
+    model, _ = tiny_model()
+    transformers.LlavaForConditionalGeneration(model.config).save_pretrained(tmp_path / "new")
+    assert any(key.startswith("vision_tower.encoder.") for key in load_file(tmp_path / "new" / "model.safetensors")), "what stock writes"
+    load_model(str(tmp_path / "new")).save_pretrained(tmp_path / "ours")
+    assert any(key.startswith("vision_tower.vision_model.encoder.") for key in load_file(tmp_path / "ours" / "model.safetensors"))
 
 
 def test_a_checkpoint_of_the_stock_class_is_loaded(tmp_path: Path, tiny_model: Callable) -> None:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from mipha.run import open_run
-from mipha.studies.folder import jobs_of
+from mipha.studies.folder import claim, jobs_of, open_study
 from mipha.studies.report import write_report
 from mipha.studies.runner import _threads, run_study
 from mipha.studies.sharing import adopt_pretrain, pretrain_donor
@@ -125,14 +125,26 @@ def test_a_failed_run_is_named_with_its_log(study: Study, tmp_path: Path, tiny_d
 
 
 def test_a_folder_of_another_study_is_refused_before_anything_is_trained(study: Study, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "asked.json").write_text(json.dumps({"study": "other", "scale": "mini", "digest": "0"}))
-    with pytest.raises(ValueError, match=r"holds study other at scale mini \(0\), not own .*: choose another -o"):
+    claim(study.model_copy(update={"name": "other"}), "mini", tmp_path / "out")
+    with pytest.raises(ValueError, match=r"holds study other at scale mini, not study own at scale mini: choose another -o"):
         run_study(study, "mini", tmp_path / "out")
+    claim(study, "mini", tmp_path / "own")
+    changed = study.scales["mini"].model_copy(update={"overrides": (*study.scales["mini"].overrides, "seed=7")})
+    with pytest.raises(ValueError, match=r"holds study own at scale mini, not another version of it: choose another -o"):
+        run_study(study.model_copy(update={"scales": {"mini": changed}}), "mini", tmp_path / "own")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("dear")
     with pytest.raises(ValueError, match="is not empty and holds no study"):
         run_study(study, "mini", tmp_path / "full")
+
+
+def test_a_folder_is_known_again_by_a_version_that_has_more_keys(study: Study, tmp_path: Path) -> None:
+    claim(study, "mini", tmp_path / "out")
+    written = yaml.safe_load((tmp_path / "out" / "study.yaml").read_text())
+    del written["scales"]["mini"]["overrides"]  # as if it were new
+    (tmp_path / "out" / "study.yaml").write_text(yaml.safe_dump(written, sort_keys=False))
+    claim(study, "mini", tmp_path / "out")
+    assert open_study(tmp_path / "out") == (study, "mini")
 
 
 def test_a_run_that_began_its_own_first_stage_adopts_none(study: Study, tmp_path: Path) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 from transformers import Cache, LlavaConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
 from mipha.models.loss import supervised_cross_entropy
@@ -46,6 +49,14 @@ class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
     def is_custom_code(cls) -> bool:
         """Its weights are the stock class's; for custom code the host would rename only some of them when it saves."""
         return False
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """As stock, under the key names of the hub, `vision_tower.vision_model.` of CLIP and SigLIP included: vLLM asks for them.
+
+        The host by itself writes that prefix only where it has read it, and a model that was made of parts never had one.
+        """
+        self._weight_conversions = get_model_conversion_mapping(self, add_legacy=False)
+        super().save_pretrained(save_directory, **options)
 
     def forward(
         self,

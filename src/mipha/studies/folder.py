@@ -1,6 +1,6 @@
 """A study's folder, and the runs in it.
 
-DIR/study.yaml              the study as it was asked for, and `asked.json`: scale and digest
+DIR/study.yaml              the study as it was asked for, and `asked.json`: at which scale
     runs/<variant>/seed-<k> a run folder each
     logs/                   what each run printed
     report.md, report.html  what they say, and `scores.png`
@@ -52,19 +52,17 @@ def claim(study: Study, scale: str, out: Path) -> None:
     Raises:
         ValueError: It is another's, or holds other files.
     """
-    asked = {"study": study.name, "scale": scale, "digest": study.digest(scale)}
     path = out / "asked.json"
     if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if found != asked:
-            raise ValueError(
-                f"{out} holds study {found['study']} at scale {found['scale']} ({found['digest']}), not {study.name} at scale {scale} "
-                f"({asked['digest']}): choose another -o"
-            )
+        # Both are read by today's schema: a digest of another version's would refuse whatever has gained a key with a default since.
+        found, at = open_study(out)
+        if (found.name, at, found.digest(at)) != (study.name, scale, study.digest(scale)):
+            kind = "another version of it" if (found.name, at) == (study.name, scale) else f"study {study.name} at scale {scale}"
+            raise ValueError(f"{out} holds study {found.name} at scale {at}, not {kind}: choose another -o")
     elif out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no study: choose another -o")
     write_whole(out / "study.yaml", yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, width=120))
-    write_whole(path, json.dumps(asked) + "\n")
+    write_whole(path, json.dumps({"study": study.name, "scale": scale}) + "\n")
 
 
 def open_study(out: Path) -> tuple[Study, str]:
