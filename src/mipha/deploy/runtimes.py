@@ -48,10 +48,8 @@ def runtimes(config: Mapping[str, Any], processor: Mapping[str, Any], odd_keys: 
         odd_keys: Weights under other names than those of a LLaVA on the hub.
     """
     ours = Runtime("mipha", "exact", "it computes the whole checkpoint, in the class it was trained in")
-    others = [_vllm(config), _llama_cpp(config, processor)]
-    if odd_keys:
-        others = [Runtime(other.name, "unsupported", f"it finds no weight of the name {odd_keys[0]}") for other in others]
-    return ours, _transformers(config), *others
+    vllm = Runtime("vLLM", "unsupported", f"it knows no weight of the name {odd_keys[0]}") if odd_keys else _vllm(config)
+    return ours, _transformers(config), vllm, _llama_cpp(config, processor)
 
 
 def has_head_bias(config: Mapping[str, Any]) -> bool:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from mipha.deploy.serve.child import ChildEngine
 from mipha.deploy.serve.intake import ChatRequest, Turn
@@ -82,6 +84,12 @@ def test_the_engine_fits_the_source(tmp_path: Path, checkpoint: Path, tiny_model
     save_checkpoint(*tiny_model("llama", "dinov2"), tmp_path / "dino")
     with pytest.raises(ValueError, match=r"vLLM cannot serve .*only CLIP and SigLIP; use --engine transformers"):
         choose_engine(find_source(tmp_path / "dino"), "vllm")
+    weights = load_file(checkpoint / "model.safetensors")
+    shutil.copytree(checkpoint, tmp_path / "short")
+    short = {name.replace("vision_tower.vision_model.", "vision_tower."): value for name, value in weights.items()}
+    save_file(short, tmp_path / "short" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"vLLM cannot serve .*knows no weight of the name vision_tower\.embeddings"):
+        choose_engine(find_source(tmp_path / "short"), "vllm")
     with pytest.raises(ValueError, match="--batch-size has no effect on vLLM"):
         launch(ours, "vllm", slots=4)
 

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
+from mipha.deploy.checks import odd_keys
 from mipha.deploy.folder import read_folder
 from mipha.deploy.runtimes import runtimes
 from mipha.run import available_cores, model_folder
@@ -95,7 +96,7 @@ def choose_engine(source: Source, wanted: EngineName = "auto") -> EngineName:
         read_folder(source.checkpoint)
         return wanted
     content = read_folder(source.checkpoint)
-    vllm = next(runtime for runtime in runtimes(content.config, content.processor) if runtime.name == "vLLM")
+    vllm = next(runtime for runtime in runtimes(content.config, content.processor, odd_keys(content)) if runtime.name == "vLLM")
     if wanted == "auto":
         return "vllm" if vllm.status == "exact" and shutil.which("vllm") and _has_gpu() else "transformers"
     if vllm.status == "unsupported":
@@ -127,7 +128,7 @@ def launch(source: Source, engine: EngineName, slots: int | None = None) -> Chil
 
 
 def vllm_command(checkpoint: Path, name: str, port: int) -> list[str]:
-    """How vLLM's server is started. Source: `vllm serve --help`, vLLM 0.11."""
+    """How vLLM's server is started. Source: `vllm serve --help`, vLLM 0.32."""
     return ["vllm", "serve", str(checkpoint.resolve()), "--host", "127.0.0.1", "--port", str(port), "--served-model-name", name]
 
 
