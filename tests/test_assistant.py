@@ -357,6 +357,12 @@ def test_load_takes_a_checkpoint_folder(tiny_model: Callable, assistants: Callab
     loaded = load(tmp_path / "model", device="cpu")
     wanted = assistants("phi").answer(pictures[0], QUESTIONS[0], max_new_tokens=TOKENS)
     assert loaded.answer(pictures[0], QUESTIONS[0], max_new_tokens=TOKENS) == wanted
+    for dtype in ("bfloat16", torch.bfloat16):
+        rounded = load(tmp_path / "model", device="cpu", dtype=dtype)
+        assert {weight.dtype for weight in rounded.model.parameters()} == {torch.bfloat16}
+        assert rounded.answer(pictures[0], QUESTIONS[0], max_new_tokens=TOKENS).text
+    with pytest.raises(ValueError, match=r"no dtype 'int4' to answer in: use one of auto, float32, bfloat16, float16"):
+        load(tmp_path / "model", dtype="int4")
     with pytest.raises(ValueError, match=r"is neither a run .* nor a whole model"):
         load(tmp_path)
     (tmp_path / "run").mkdir()

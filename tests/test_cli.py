@@ -142,7 +142,7 @@ def test_chat_keeps_the_conversation_until_reset_or_another_picture(monkeypatch:
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     for name in ("a.png", "b c.png"):
         (tmp_path / name).write_bytes(b"")
-    fake = SimpleNamespace(load=lambda path: SimpleNamespace(chat=FakeSession))
+    fake = SimpleNamespace(load=lambda path, dtype: SimpleNamespace(chat=FakeSession))
     monkeypatch.setitem(sys.modules, "mipha.assistant", fake)  # type: ignore[arg-type]
     typed = [
         "hello",

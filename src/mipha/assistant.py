@@ -32,6 +32,9 @@ from mipha.run import Run, model_folder
 ImageLike = Path | str | bytes | Image.Image | np.ndarray
 """A path, the bytes of an image file, a PIL image, or an array `(height, width, 3)` of 0..255."""
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+"""What a model may be loaded in."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -316,20 +319,25 @@ class _Stop(StoppingCriteria):
         return torch.full((len(input_ids),), self.asked, device=input_ids.device)
 
 
-def load(path: str | Path | Run, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Assistant:
+def load(path: str | Path | Run, device: str | torch.device | None = None, dtype: torch.dtype | str | None = None) -> Assistant:
     """An assistant from a run, a run's folder or a checkpoint folder.
 
     Args:
         device: Null: the GPU where there is one.
-        dtype: Null: bfloat16 on a GPU, float32 on a CPU.
+        dtype: Of the weights and of what is computed, such as "bfloat16"; null or "auto": bfloat16 on a GPU, float32 on a CPU.
 
     Raises:
         FileNotFoundError: The run is not finished, or the folder is no checkpoint.
+        ValueError: Another dtype than float32, bfloat16 and float16.
     """
     folder = path.final_checkpoint() if isinstance(path, Run) else model_folder(path)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    return Assistant(load_model(str(folder), device, dtype), load_processor(folder))
+    name = str(dtype or "auto").removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"no dtype {name!r} to answer in: use one of {', '.join(DTYPES)}")
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    return Assistant(load_model(str(folder), device, getattr(torch, name)), load_processor(folder))
 
 
 def render_prompt(processor: LlavaProcessor, question: str, has_image: bool) -> str:

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from mipha.assistant import Assistant
 
 
+_DTYPE_HELP = "auto, float32, bfloat16 or float16; auto: bfloat16 on a GPU, float32 on a CPU."
+
+
 def import_checkpoint(
     source: Annotated[str, typer.Argument(metavar="DIR_OR_HUB_ID", help="A released Mipha, or an original LLaVA-1.5-style checkpoint.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="New folder for the standard checkpoint.")],
@@ -103,6 +106,7 @@ def serve(
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 1024,
     request_seconds: Annotated[float, typer.Option(help="Longest time for an answer.")] = 300.0,
     device: Annotated[str | None, typer.Option(help="For transformers, such as cuda:1; a GPU where there is one.")] = None,
+    dtype: Annotated[str, typer.Option(help=_DTYPE_HELP)] = "auto",
 ) -> None:
     """Serve a model with OpenAI's interface and a web page."""
     from typing import get_args
@@ -125,6 +129,7 @@ def serve(
         max_new_tokens=max_new_tokens,
         request_seconds=request_seconds,
         device=device,
+        dtype=dtype,
     )
 
 
@@ -146,7 +151,11 @@ def _compare_gguf(
     raise typer.Exit(0 if found.passed else 1)
 
 
-def chat(run: Model, image: Annotated[Path | None, typer.Option(help="The picture to talk about.")] = None) -> None:
+def chat(
+    run: Model,
+    image: Annotated[Path | None, typer.Option(help="The picture to talk about.")] = None,
+    dtype: Annotated[str, typer.Option(help=_DTYPE_HELP)] = "auto",
+) -> None:
     """Talk about a picture; /image PATH, /reset and /quit."""
     from mipha.run import model_folder
 
@@ -156,7 +165,7 @@ def chat(run: Model, image: Annotated[Path | None, typer.Option(help="The pictur
 
     from mipha.assistant import load
 
-    _converse(load(folder), image)
+    _converse(load(folder, dtype=dtype), image)
 
 
 def _converse(assistant: Assistant, image: Path | None) -> None:

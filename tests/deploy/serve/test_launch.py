@@ -92,6 +92,8 @@ def test_the_engine_fits_the_source(tmp_path: Path, checkpoint: Path, tiny_model
         choose_engine(find_source(tmp_path / "short"), "vllm")
     with pytest.raises(ValueError, match="--batch-size has no effect on vLLM"):
         launch(ours, "vllm", slots=4)
+    with pytest.raises(ValueError, match=r"--dtype has no effect on llama\.cpp, .*: export another kind"):
+        launch(theirs, "llama.cpp", dtype="float32")
 
 
 def test_other_programs_get_what_they_need(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,9 +109,9 @@ def test_other_programs_get_what_they_need(tmp_path: Path, checkpoint: Path, mon
     (tmp_path / "llama-server").write_text("#!/bin/sh\n")
     (tmp_path / "llama-server").chmod(0o755)
     assert llama_command(find_source(model), 4567, slots=3)[0] == "llama-server"
-    assert vllm_command(checkpoint, "tiny", 4567) == (
-        ["vllm", "serve", str(checkpoint.resolve()), "--host", "127.0.0.1", "--port", "4567", "--served-model-name", "tiny"]
-    )
+    command = vllm_command(checkpoint, "tiny", 4567, "float32")
+    assert command[:3] == ["vllm", "serve", str(checkpoint.resolve())]
+    assert command[3:] == ["--host", "127.0.0.1", "--port", "4567", "--served-model-name", "tiny", "--dtype", "float32"]
 
 
 def test_a_request_is_written_anew_for_another_program(picture: Callable[[int], Image.Image], tmp_path: Path) -> None:

@@ -106,14 +106,15 @@ def choose_engine(source: Source, wanted: EngineName = "auto") -> EngineName:
     return "vllm"
 
 
-def launch(source: Source, engine: EngineName, slots: int | None = None) -> ChildEngine:
+def launch(source: Source, engine: EngineName, slots: int | None = None, dtype: str = "auto") -> ChildEngine:
     """The engine that is a program of its own, not started yet.
 
     Args:
         slots: Conversations that llama.cpp answers at a time; null: 4, each with memory for its whole context.
+        dtype: What vLLM computes in.
 
     Raises:
-        ValueError: Slots for vLLM, which makes its own.
+        ValueError: Slots for vLLM, which makes its own, or a dtype for llama.cpp, whose file has one.
     """
     from mipha.deploy.serve.child import ChildEngine  # here, for it needs what the extra `serve` brings
 
@@ -122,14 +123,18 @@ def launch(source: Source, engine: EngineName, slots: int | None = None) -> Chil
         if slots is not None:
             raise ValueError("--batch-size has no effect on vLLM, which fills its batches by itself: leave it out")
         assert source.checkpoint is not None
-        return ChildEngine(engine, vllm_command(source.checkpoint, source.name, port), port, key, {"VLLM_API_KEY": key}, source.name)
+        command = vllm_command(source.checkpoint, source.name, port, dtype)
+        return ChildEngine(engine, command, port, key, {"VLLM_API_KEY": key}, source.name)
+    if dtype != "auto":
+        raise ValueError("--dtype has no effect on llama.cpp, which computes by the kind of its file: export another kind")
     assert engine == "llama.cpp" and source.gguf is not None
     return ChildEngine(engine, llama_command(source, port, slots or _LLAMA_SLOTS), port, key, {"LLAMA_API_KEY": key}, source.name)
 
 
-def vllm_command(checkpoint: Path, name: str, port: int) -> list[str]:
+def vllm_command(checkpoint: Path, name: str, port: int, dtype: str = "auto") -> list[str]:
     """How vLLM's server is started. Source: `vllm serve --help`, vLLM 0.32."""
-    return ["vllm", "serve", str(checkpoint.resolve()), "--host", "127.0.0.1", "--port", str(port), "--served-model-name", name]
+    where = ["--host", "127.0.0.1", "--port", str(port)]
+    return ["vllm", "serve", str(checkpoint.resolve()), *where, "--served-model-name", name, "--dtype", dtype]
 
 
 def llama_command(source: Source, port: int, slots: int) -> list[str]:

@@ -43,6 +43,7 @@ def serve(
     request_seconds: float = 300.0,
     shutdown_seconds: float = 30.0,
     device: str | None = None,
+    dtype: str = "auto",
 ) -> None:
     """Serve a model with OpenAI's interface until SIGTERM or Ctrl-C.
 
@@ -59,6 +60,8 @@ def serve(
         request_seconds: From a request to the end of its answer.
         shutdown_seconds: What runs is given so long to finish.
         device: For transformers; null: the GPU where there is one.
+        dtype: For transformers and vLLM: auto, float32, bfloat16 or float16. In transformers auto is bfloat16 on a GPU and float32 on a
+            CPU; vLLM rounds float32 weights to 16 bits.
 
     Raises:
         ValueError: A package is missing, the source or an option is wrong, or the port is in use.
@@ -82,7 +85,7 @@ def serve(
         metrics = Metrics()
         limits = Limits(max_new_tokens=max_new_tokens, allow_remote=allow_remote_images)
         bounds = Bounds(limits=limits, max_requests=max_requests, request_seconds=request_seconds)
-        behind, bounds = _load(found, chosen, bounds, metrics, batch_size, device)
+        behind, bounds = _load(found, chosen, bounds, metrics, batch_size, device, dtype)
         if host not in _LOOPBACK and api_key is None:
             print(f"mipha: warning: anybody who reaches {_url(listening)} may ask: give an --api-key", file=sys.stderr)
         hosts = _LOOPBACK | {host.lower()} if host in _LOOPBACK and api_key is None else None
@@ -198,20 +201,20 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def _load(
-    found: Source, engine: EngineName, bounds: Bounds, metrics: Metrics, batch_size: int | None, device: str | None
+    found: Source, engine: EngineName, bounds: Bounds, metrics: Metrics, batch_size: int | None, device: str | None, dtype: str
 ) -> tuple[Engine, Bounds]:
     if engine != "transformers":
         from mipha.deploy.serve.launch import launch
 
         if device is not None:
             raise ValueError(f"--device has no effect on {engine}: leave it out")
-        return launch(found, engine, batch_size), bounds
+        return launch(found, engine, batch_size, dtype), bounds
     from mipha.assistant import load
     from mipha.data.check.tokens import special_tokens_of
     from mipha.deploy.serve.batching import TransformersEngine
 
     assert found.checkpoint is not None
-    assistant = load(found.checkpoint, device)
+    assistant = load(found.checkpoint, device, dtype)
     limits = replace(bounds.limits, control_tokens=special_tokens_of(assistant.processor))
     return TransformersEngine(assistant, metrics, batch_size or _BATCH_SIZE), replace(bounds, limits=limits)
 
