@@ -7,20 +7,17 @@ reply_many:   whole conversations, each with its own images, length and way to d
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
-from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
-from transformers import DynamicCache, LlavaProcessor, StoppingCriteria, TextIteratorStreamer
+from transformers import DynamicCache, LlavaProcessor
 
-from mipha.data.encode import as_chat, tokens_per_image
-from mipha.data.images import open_image
+from mipha.assistant.chat import Chat
+from mipha.assistant.inputs import ImageLike, image_key, opened, templated, user_turn
+from mipha.data.encode import tokens_per_image
 from mipha.data.sample import IMAGE, Message
 from mipha.models.attention import use_grouped_sdpa
 from mipha.models.decoding import OnTokens, RowSampler, RowWatch, Sampling
@@ -28,9 +25,6 @@ from mipha.models.features import ImageFeatures
 from mipha.models.modeling import LlavaForConditionalGeneration, attention_window, load_model
 from mipha.models.processing import load_processor
 from mipha.run import Run, model_folder
-
-ImageLike = Path | str | bytes | Image.Image | np.ndarray
-"""A path, the bytes of an image file, a PIL image, or an array `(height, width, 3)` of 0..255."""
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 """What a model may be loaded in."""
@@ -108,7 +102,7 @@ class Assistant:
         window = attention_window(self.model.config)
         if window and max(map(len, prompts), default=0) + max_new_tokens > window:
             batch_size = 1  # padding would stand inside the window, and push out what it should show
-        keys = [_image_key(image) for image, _ in pairs]
+        keys = [image_key(image) for image, _ in pairs]
         same: dict[object, list[int]] = {}
         for index, (key, prompt) in enumerate(zip(keys, prompts, strict=True)):
             same.setdefault((key, tuple(prompt)), []).append(index)  # asked twice, answered once
@@ -163,7 +157,7 @@ class Assistant:
         watch = RowWatch([prompt.max_new_tokens for prompt in prompts], self.end_tokens, on_tokens)
         self.model.generate(
             input_ids=ids,
-            inputs_embeds=self._embeddings(ids, [image for prompt in prompts for image in prompt.images]),
+            inputs_embeds=self.embeddings(ids, [image for prompt in prompts for image in prompt.images]),
             attention_mask=mask,
             max_new_tokens=most,
             do_sample=False,
@@ -187,19 +181,19 @@ class Assistant:
 
     def pixels(self, image: ImageLike) -> torch.Tensor:
         """One image as the tower reads it, `(1, 3, height, width)`."""
-        pixels = self.processor.image_processor(_open(image), return_tensors="pt")["pixel_values"]
+        pixels = self.processor.image_processor(opened(image), return_tensors="pt")["pixel_values"]
         return pixels.to(self.model.device, self.model.dtype)
 
     def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
         """Token ids of a conversation that waits for the assistant, image placeholders repeated."""
-        ids = _templated(self.processor, messages, tokenize=True)
+        ids = templated(self.processor, messages, tokenize=True)
         image, repeats = self.processor.image_token_id, tokens_per_image(self.processor)
         return [token for token in ids for _ in range(repeats if token == image else 1)]
 
     def _prompt(self, question: str, has_image: bool) -> list[int]:
-        return self.prompt_ids([_ask(question, has_image)])
+        return self.prompt_ids([user_turn(question, has_image)])
 
-    def _embeddings(self, ids: torch.Tensor, pixels: Sequence[torch.Tensor]) -> torch.Tensor:
+    def embeddings(self, ids: torch.Tensor, pixels: Sequence[torch.Tensor]) -> torch.Tensor:
         """What the language model reads, `(rows, tokens, width)`: words, and image features in the place of their markers."""
         embeddings = self.model.get_input_embeddings()(ids)
         if not pixels:
@@ -241,84 +235,6 @@ class Assistant:
         return self.processor.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-class Chat:
-    """A conversation about one image; what was read before is kept, so a turn costs only its new tokens."""
-
-    def __init__(self, assistant: Assistant, image: ImageLike | None) -> None:
-        self.assistant, self.image = assistant, image
-        self.messages: list[Message] = []
-        self._forget()
-
-    def ask(self, question: str, *, max_new_tokens: int = 256) -> Iterator[str]:
-        """The answer to the next question, piece by piece; read to its end, it becomes part of the conversation."""
-        assistant, tokenizer = self.assistant, self.assistant.processor.tokenizer
-        messages = [*self.messages, _ask(question, has_image=self.image is not None and not self.messages)]
-        ids = assistant.prompt_ids(messages)
-        inputs = self._reuse(ids)
-        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=600)
-        result: dict[str, Any] = {}
-        stop = _Stop()
-        options = {"streamer": streamer, "stopping_criteria": [stop], "max_new_tokens": max_new_tokens, "do_sample": False}
-
-        def generate() -> None:
-            try:
-                with torch.inference_mode():
-                    result["ids"] = assistant.model.generate(**inputs, **options)
-            except BaseException as error:  # handed to the reader below: a thread's exception is seen by nobody
-                result["error"] = error
-                streamer.end()
-
-        thread = Thread(target=generate, daemon=True)
-        thread.start()
-        pieces = []
-        try:
-            for piece in streamer:
-                pieces.append(piece)
-                yield piece
-        finally:  # also for a reader who leaves: what was asked for nobody is not made, and the cache is known again
-            stop.asked = True
-            thread.join()
-            if "ids" in result:
-                self._cached = result["ids"][0].tolist()
-            else:
-                self._forget()
-        if "error" in result:
-            raise result["error"]
-        self.messages = [*messages, Message("assistant", "".join(pieces).strip())]
-
-    def _forget(self) -> None:
-        self._cache = DynamicCache(config=self.assistant.model.config.get_text_config())
-        self._cached: list[int] = []
-
-    def _reuse(self, ids: list[int]) -> dict[str, Any]:
-        """Inputs for `generate`, with the cache cut back to what the new prompt begins with."""
-        limit = min(self._cache.get_seq_length(), len(ids) - 1)
-        same = next((i for i, (a, b) in enumerate(zip(self._cached[:limit], ids, strict=False)) if a != b), limit)
-        device, image_token = self.assistant.model.device, self.assistant.processor.image_token_id
-        if image_token in ids[same:] or attention_window(self.assistant.model.config):
-            same = 0  # an image is read whole, and a cache that slides cannot go back
-        if not same:
-            self._forget()
-        elif same < self._cache.get_seq_length():
-            self._cache.crop(same - self._cache.get_seq_length())  # negative: how many to remove
-        inputs: dict[str, Any] = {"input_ids": torch.tensor([ids], device=device), "past_key_values": self._cache}
-        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-        if image_token in ids[same:]:
-            assert self.image is not None
-            with torch.inference_mode():
-                inputs["inputs_embeds"] = self.assistant._embeddings(inputs["input_ids"], [self.assistant.pixels(self.image)])
-        return inputs
-
-
-class _Stop(StoppingCriteria):
-    """Ends `generate` at the next token once it is asked to."""
-
-    asked = False
-
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
-        return torch.full((len(input_ids),), self.asked, device=input_ids.device)
-
-
 def load(path: str | Path | Run, device: str | torch.device | None = None, dtype: torch.dtype | str | None = None) -> Assistant:
     """An assistant from a run, a run's folder or a checkpoint folder.
 
@@ -340,27 +256,6 @@ def load(path: str | Path | Run, device: str | torch.device | None = None, dtype
     return Assistant(load_model(str(folder), device, getattr(torch, name)), load_processor(folder))
 
 
-def render_prompt(processor: LlavaProcessor, question: str, has_image: bool) -> str:
-    """The whole text that the model reads for one question, the image as one placeholder."""
-    return _templated(processor, [_ask(question, has_image)], tokenize=False)
-
-
-def _ask(question: str, has_image: bool) -> Message:
-    if IMAGE in question:
-        raise ValueError(f"question {question!r} holds {IMAGE}: leave it out, the image is put in front")
-    return Message("user", f"{IMAGE}\n{question}" if has_image else question)
-
-
-def _templated(processor: LlavaProcessor, messages: Sequence[Message], tokenize: bool) -> Any:
-    return processor.tokenizer.apply_chat_template(
-        as_chat(tuple(messages)),
-        chat_template=processor.chat_template,
-        add_generation_prompt=True,
-        tokenize=tokenize,
-        return_dict=False,
-    )
-
-
 def _batches(order: Sequence[int], keys: Sequence[str], batch_size: int) -> Iterator[list[int]]:
     """Batches in order; those without an image stand apart, for they share no prefix with the others."""
     batch: list[int] = []
@@ -371,18 +266,3 @@ def _batches(order: Sequence[int], keys: Sequence[str], batch_size: int) -> Iter
         batch.append(index)
     if batch:
         yield batch
-
-
-def _image_key(image: ImageLike | None) -> str:
-    """The same for the same image; empty without one."""
-    if image is None:
-        return ""
-    return str(image) if isinstance(image, (Path, str)) else f"{hash(image)}" if isinstance(image, bytes) else f"object {id(image)}"
-
-
-def _open(image: ImageLike) -> Image.Image:
-    if isinstance(image, (Image.Image, np.ndarray)):
-        buffer = io.BytesIO()
-        (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, format="PNG")
-        return open_image(buffer.getvalue())
-    return open_image(Path(image) if isinstance(image, str) else image)
