@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -40,6 +41,15 @@ class Serving:
         """The value of one sample, by its name and labels; 0 where it was never counted."""
         lines = [line.rpartition(" ") for line in self.metrics.text().splitlines()]
         return next((float(value) for name, _, value in lines if name == f"mipha_{sample}"), 0.0)
+
+    def comes_to_rest(self) -> bool:
+        """Whether it holds no request, or holds none soon: a client has its answer a moment before the server has put the request away."""
+        until = time.monotonic() + 10
+        while any(self.metric(gauge) for gauge in ("requests_held", "requests_waiting", "batch_size")):
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.01)
+        return True
 
 
 @pytest.fixture(scope="session")
