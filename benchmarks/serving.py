@@ -36,7 +36,7 @@ from harness import Row, report
 from inference import easy_questions
 
 from mipha.deploy.serve.launch import choose_engine, find_source
-from mipha.run import write_whole
+from mipha.run import available_cores, write_whole
 
 MAX_TOKENS = 16
 """Of an answer; easy-VQA's are a word."""
@@ -288,7 +288,7 @@ def main() -> None:
     rows = [row for engine, loads in found.items() for row in rows_of(engine, loads)]
     facts: dict[str, Any] = {f"{engine}, {load.clients} clients": sentence(load) for engine, loads in found.items() for load in loads}
     facts["slowest and fastest"] = f"of {WINDOWS} equal parts of the time"
-    facts["cores"] = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    facts["cores"] = available_cores()
     runs = {engine: [asdict(load) for load in loads] for engine, loads in found.items()}
     write_whole(options.out / "serving-runs.json", json.dumps(runs) + "\n")
     report("serving", "`mipha serve` under load", rows, options.out, facts)
