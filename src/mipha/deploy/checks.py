@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mipha.deploy.folder import CheckpointFolder, tokens_per_image
+from mipha.deploy.folder import CheckpointFolder, odd_keys, tokens_per_image
 from mipha.deploy.runtimes import has_head_bias
 
 ASKED = (("wide", "What is in the picture?"), ("tall", "Describe it in one word."), ("square", "Is it red?"), (None, "What is a picture?"))
@@ -44,13 +44,6 @@ def file_checks(files: CheckpointFolder) -> list[Check]:
         Check("type of weights", says == holds, holds if says == holds else f"{holds}, but the config says {says}"),
         Check("language model named", bool(text.get("architectures")), f"text_config.architectures is {text.get('architectures')}"),
     ]
-
-
-def odd_keys(files: CheckpointFolder) -> list[str]:
-    """Names of weights that no LLaVA on the hub has; transformers reads other spellings too, vLLM 0.32 does not."""
-    has_inner = files.config["vision_config"].get("model_type") in ("clip_vision_model", "siglip_vision_model")
-    tower = "vision_tower.vision_model." if has_inner else "vision_tower."
-    return sorted(key for key in files.keys if not key.startswith(("language_model.", tower, "multi_modal_projector.")))
 
 
 def load_checks(files: CheckpointFolder, stock: dict[str, Any]) -> list[Check]:

@@ -59,6 +59,13 @@ def read_folder(folder: Path) -> CheckpointFolder:
     return CheckpointFolder(config, processor, frozenset(headers), frozenset(headers.values()))
 
 
+def odd_keys(files: CheckpointFolder) -> list[str]:
+    """Names of weights that no LLaVA on the hub has; transformers reads other spellings too, vLLM 0.32 does not."""
+    has_inner = files.config["vision_config"].get("model_type") in ("clip_vision_model", "siglip_vision_model")
+    tower = "vision_tower.vision_model." if has_inner else "vision_tower."
+    return sorted(key for key in files.keys if not key.startswith(("language_model.", tower, "multi_modal_projector.")))
+
+
 def tokens_per_image(processor: dict[str, Any]) -> int:
     """Placeholders that the processor writes for one image, by the rule of the host's LlavaProcessor."""
     height, width = _pixels(processor)

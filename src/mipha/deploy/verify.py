@@ -24,8 +24,8 @@ from safetensors.torch import load_file
 
 from mipha.assistant import Assistant
 from mipha.data.sample import IMAGE, Message
-from mipha.deploy.checks import ASKED, Check, file_checks, load_checks, number_checks, odd_keys, prompt_checks
-from mipha.deploy.folder import read_folder
+from mipha.deploy.checks import ASKED, Check, file_checks, load_checks, number_checks, prompt_checks
+from mipha.deploy.folder import odd_keys, read_folder
 from mipha.deploy.runtimes import Runtime, Status, runtimes
 from mipha.models.language_model import end_of_turn
 from mipha.models.modeling import load_model

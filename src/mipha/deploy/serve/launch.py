@@ -11,8 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from mipha.deploy.checks import odd_keys
-from mipha.deploy.folder import read_folder
+from mipha.deploy.folder import odd_keys, read_folder
 from mipha.deploy.runtimes import runtimes
 from mipha.run import available_cores, model_folder
 
