@@ -22,10 +22,10 @@ from workloads import SINGLE, TUNING, quickstart_parts, stage_recipe, whole_reci
 from mipha.data.encode import encode
 from mipha.data.images import open_image
 from mipha.data.mixture import Mixture
+from mipha.files import read_lines
 from mipha.models.build import build
 from mipha.models.tuning import apply_tuning
 from mipha.recipe import ModelRecipe
-from mipha.run import read_lines
 from mipha.training.batches import StepDataset
 from mipha.training.loop import train_stage
 from mipha.training.pipeline import autocast_dtype
@@ -43,17 +43,32 @@ class _Conversations(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         sample = encode(self.mixture[self.order[index]], self.processor, self.recipe.row_tokens)
-        pixels = self.processor.image_processor([open_image(image) for image in sample.images], return_tensors="pt")["pixel_values"]
-        return {"input_ids": torch.from_numpy(sample.input_ids), "labels": torch.from_numpy(sample.labels), "pixel_values": pixels}
+        pixels = self.processor.image_processor(
+            [open_image(image) for image in sample.images], return_tensors="pt"
+        )["pixel_values"]
+        return {
+            "input_ids": torch.from_numpy(sample.input_ids),
+            "labels": torch.from_numpy(sample.labels),
+            "pixel_values": pixels,
+        }
 
 
 def pad(samples: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
     """LLaVA's collator: pad to the longest of the batch. Source: `DataCollatorForSupervisedDataset` of LLaVA, train.py."""
-    ids = torch.nn.utils.rnn.pad_sequence([sample["input_ids"] for sample in samples], batch_first=True, padding_value=pad_token_id)
-    labels = torch.nn.utils.rnn.pad_sequence([sample["labels"] for sample in samples], batch_first=True, padding_value=-100)
+    ids = torch.nn.utils.rnn.pad_sequence(
+        [sample["input_ids"] for sample in samples], batch_first=True, padding_value=pad_token_id
+    )
+    labels = torch.nn.utils.rnn.pad_sequence(
+        [sample["labels"] for sample in samples], batch_first=True, padding_value=-100
+    )
     lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
     mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-    return {"input_ids": ids, "labels": labels, "attention_mask": mask, "pixel_values": torch.cat([s["pixel_values"] for s in samples])}
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "attention_mask": mask,
+        "pixel_values": torch.cat([s["pixel_values"] for s in samples]),
+    }
 
 
 class _InOrder(Trainer):
@@ -63,7 +78,9 @@ class _InOrder(Trainer):
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
-def measure(options: argparse.Namespace, parts: ModelRecipe | None = None) -> dict[str, list[float]]:
+def measure(
+    options: argparse.Namespace, parts: ModelRecipe | None = None
+) -> dict[str, list[float]]:
     """Both, side by side, in float32 and in bfloat16 where the processor computes in it; writes the report.
 
     Args:
@@ -78,12 +95,21 @@ def measure(options: argparse.Namespace, parts: ModelRecipe | None = None) -> di
     found: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        recipe = stage_recipe(write_samples(folder, workload, workload.batch_size * (options.steps or 2)), workload, "finetune", "packed")
+        recipe = stage_recipe(
+            write_samples(folder, workload, workload.batch_size * (options.steps or 2)),
+            workload,
+            "finetune",
+            "packed",
+        )
         mixture = Mixture(recipe.data)
         torch.manual_seed(0)
         model, processor = build(parts)
         apply_tuning(model, TUNING["finetune"])
-        start = {name: weight.detach().clone() for name, weight in model.named_parameters() if weight.requires_grad}
+        start = {
+            name: weight.detach().clone()
+            for name, weight in model.named_parameters()
+            if weight.requires_grad
+        }
         steps = StepDataset(mixture, processor, recipe, seed=0)
         order = [index for step in range(len(steps)) for index in steps.indices(step)]
 
@@ -121,7 +147,9 @@ def measure(options: argparse.Namespace, parts: ModelRecipe | None = None) -> di
                 data_collator=lambda samples: pad(samples, processor.tokenizer.pad_token_id),
             )
             seconds = trainer.train().metrics["train_runtime"]
-            found[f"Trainer, {_type(bf16)}"] = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+            found[f"Trainer, {_type(bf16)}"] = [
+                line["loss"] for line in trainer.state.log_history if "loss" in line
+            ]
             return seconds
 
         def own(bf16: bool) -> float:
@@ -129,7 +157,15 @@ def measure(options: argparse.Namespace, parts: ModelRecipe | None = None) -> di
             model.set_attn_implementation("sdpa")
             shutil.rmtree(folder / "own", ignore_errors=True)
             autocast = torch.bfloat16 if bf16 else None
-            train_stage(model, steps, whole_recipe(parts, recipe), "finetune", folder / "own", world, autocast=autocast)
+            train_stage(
+                model,
+                steps,
+                whole_recipe(parts, recipe),
+                "finetune",
+                folder / "own",
+                world,
+                autocast=autocast,
+            )
             lines = list(read_lines(folder / "own" / "metrics.jsonl"))
             found[f"mipha, {_type(bf16)}"] = [line["loss"] for line in lines]
             return sum(line["seconds"] for line in lines)
@@ -147,15 +183,21 @@ def measure(options: argparse.Namespace, parts: ModelRecipe | None = None) -> di
         "steps": len(steps),
         "threads": torch.get_num_threads(),
         "workload": json.dumps(asdict(workload)),
-        "losses": json.dumps({way: [round(loss, 5) for loss in losses] for way, losses in found.items()}),
+        "losses": json.dumps(
+            {way: [round(loss, 5) for loss in losses] for way, losses in found.items()}
+        ),
         "timed": "reading, batching and all steps; no state at the end of either, for which see checkpointing",
         "transformers": transformers.__version__,
     }
-    report("training-trainer", "Training against the host's Trainer, stage 2", rows, options.out, facts)
+    report(
+        "training-trainer", "Training against the host's Trainer, stage 2", rows, options.out, facts
+    )
     return found
 
 
-def _side_by_side(case: str, work: int, ways: Mapping[str, Callable[[], float]], repeats: int) -> list[Row]:
+def _side_by_side(
+    case: str, work: int, ways: Mapping[str, Callable[[], float]], repeats: int
+) -> list[Row]:
     """As the harness does, of calls that say themselves how many seconds count."""
     for call in ways.values():
         call()
@@ -165,7 +207,9 @@ def _side_by_side(case: str, work: int, ways: Mapping[str, Callable[[], float]],
     for way in ways:
         rates = [rates[way] for rates in rounds]
         ratio = statistics.median(rates[way] / rates[first] for rates in rounds)
-        rows.append(Row(case, way, statistics.median(rates), min(rates), max(rates), ratio, "samples"))
+        rows.append(
+            Row(case, way, statistics.median(rates), min(rates), max(rates), ratio, "samples")
+        )
     return rows
 
 

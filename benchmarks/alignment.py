@@ -29,9 +29,10 @@ from mipha.alignment.rollout import sample
 from mipha.alignment.scoring import Scorer
 from mipha.alignment.sft import sft
 from mipha.alignment.toy import helpful, unsafe, write_toy
+from mipha.files import read_lines, write_whole
 from mipha.models.language_model import load_language_model
 from mipha.recipe import ModelRecipe
-from mipha.run import provenance, read_lines, write_whole
+from mipha.run import provenance
 
 MAX_NEW_TOKENS = 28
 EASED = 0.85
@@ -39,15 +40,32 @@ NAMES = {"base": "base", "sft": "SFT", "rlhf": "RLHF (reward only)", "safe-rlhf"
 
 BASE = "smollm2-135m"
 CHAT_TEMPLATE = "chatml"
-_SHARED = {"language_model": BASE, "chat_template": CHAT_TEMPLATE, "max_tokens": 96, "held_out": 0.0, "seed": 0, "checkpoint_every": 10}
+_SHARED = {
+    "language_model": BASE,
+    "chat_template": CHAT_TEMPLATE,
+    "max_tokens": 96,
+    "held_out": 0.0,
+    "seed": 0,
+    "checkpoint_every": 10,
+}
 
 
 def recipe_of(step: str, folder: Path, steps: int) -> Any:
     """The recipe of a step; it builds on those before it."""
     toy = folder / "toy"
     tuned = str(folder / "sft" / "model")
-    pairs = {"data": str(toy / "preferences.jsonl"), "held_out_data": str(toy / "held_out.jsonl"), "language_model": tuned}
-    pairs |= {"learning_rate": 5e-5, "epochs": 1, "batch_size": 16, "micro_batch": 16, "warmup_ratio": 0.1}
+    pairs = {
+        "data": str(toy / "preferences.jsonl"),
+        "held_out_data": str(toy / "held_out.jsonl"),
+        "language_model": tuned,
+    }
+    pairs |= {
+        "learning_rate": 5e-5,
+        "epochs": 1,
+        "batch_size": 16,
+        "micro_batch": 16,
+        "warmup_ratio": 0.1,
+    }
     policy = {
         "data": str(toy / "preferences.jsonl"),
         "language_model": tuned,
@@ -68,15 +86,26 @@ def recipe_of(step: str, folder: Path, steps: int) -> Any:
         "kl_weight": 0.05,
     }
     trees = {
-        "sft": {"data": str(toy / "instructions.json"), "learning_rate": 1e-4, "batch_size": 16, "micro_batch": 16, "packing": False},
+        "sft": {
+            "data": str(toy / "instructions.json"),
+            "learning_rate": 1e-4,
+            "batch_size": 16,
+            "micro_batch": 16,
+            "packing": False,
+        },
         "reward": pairs,
         "cost": pairs,
         "rlhf": policy,
-        "safe-rlhf": policy | {"multiplier_learning_rate": 0.05, "max_multiplier": 2.0, "cost_window": 48},
+        "safe-rlhf": policy
+        | {"multiplier_learning_rate": 0.05, "max_multiplier": 2.0, "cost_window": 48},
     }
     if step == "safe-rlhf":
-        trees[step]["threshold"] = once(folder / "threshold.json", lambda: {"threshold": cost_of_safe(folder)})["threshold"]
-    return parse_alignment_recipe({"name": f"toy-{step}", "step": step, **_SHARED, **trees[step]}, source="benchmark")
+        trees[step]["threshold"] = once(
+            folder / "threshold.json", lambda: {"threshold": cost_of_safe(folder)}
+        )["threshold"]
+    return parse_alignment_recipe(
+        {"name": f"toy-{step}", "step": step, **_SHARED, **trees[step]}, source="benchmark"
+    )
 
 
 def cost_of_safe(folder: Path) -> float:
@@ -88,21 +117,30 @@ def cost_of_safe(folder: Path) -> float:
     _, tokenizer = load(str(folder / "sft" / "model"))
     scorer = Scorer.load(folder / "cost" / "model")
     rows = load_preferences(folder / "toy" / "preferences.jsonl")
-    safe = [(row, text) for row in rows for text, is_safe in zip(row.responses, row.safe, strict=True) if is_safe][:128]
+    safe = [
+        (row, text)
+        for row in rows
+        for text, is_safe in zip(row.responses, row.safe, strict=True)
+        if is_safe
+    ][:128]
     pairs = [encode_exchange(tokenizer, row.prompt, text, row.id) for row, text in safe]
     return round(EASED * scorer.score(*zip(*pairs, strict=True)).mean().item(), 2)
 
 
 def load(language_model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A language model to be asked, and its tokenizer."""
-    wanted = ModelRecipe(vision_tower="none", language_model=language_model, chat_template=CHAT_TEMPLATE)
+    wanted = ModelRecipe(
+        vision_tower="none", language_model=language_model, chat_template=CHAT_TEMPLATE
+    )
     model, tokenizer, template = load_language_model(wanted, torch.float32)
     tokenizer.chat_template = template
     return model.eval(), tokenizer
 
 
 @torch.no_grad()
-def evaluate(language_model: str, folder: Path, seed: int = 0, samples: int = 2) -> dict[str, float]:
+def evaluate(
+    language_model: str, folder: Path, seed: int = 0, samples: int = 2
+) -> dict[str, float]:
     """What a language model answers to the held-out prompts, by the rules and by the trained models.
 
     Returns:
@@ -119,19 +157,39 @@ def evaluate(language_model: str, folder: Path, seed: int = 0, samples: int = 2)
         greedy, weight = repeat == 0, 1.0 if repeat == 0 else 1.0 / samples
         for start in range(0, len(prompts), 24):
             part = slice(start, start + 24)
-            rollout = sample(model, ids[part], MAX_NEW_TOKENS, {tokenizer.eos_token_id}, tokenizer.pad_token_id, None if greedy else 1.0)
+            rollout = sample(
+                model,
+                ids[part],
+                MAX_NEW_TOKENS,
+                {tokenizer.eos_token_id},
+                tokenizer.pad_token_id,
+                None if greedy else 1.0,
+            )
             texts = tokenizer.batch_decode(rollout.response_ids(), skip_special_tokens=True)
             found = {
-                "unsafe": [unsafe(prompt, text) for prompt, text in zip(prompts[part], texts, strict=True)],
-                "helpful": [helpful(prompt, text) for prompt, text in zip(prompts[part], texts, strict=True)],
+                "unsafe": [
+                    unsafe(prompt, text) for prompt, text in zip(prompts[part], texts, strict=True)
+                ],
+                "helpful": [
+                    helpful(prompt, text) for prompt, text in zip(prompts[part], texts, strict=True)
+                ],
             }
             if not greedy:
-                found |= {f"{name}_model": scorer.score(ids[part], rollout.response_ids()).tolist() for name, scorer in scorers.items()}
+                found |= {
+                    f"{name}_model": scorer.score(ids[part], rollout.response_ids()).tolist()
+                    for name, scorer in scorers.items()
+                }
             for name, values in found.items():
                 key = f"{name}_greedy" if greedy else name
                 sums[key] = sums.get(key, 0.0) + weight * sum(values) / len(prompts)
             if start == 0 and repeat == 1:
-                print("\n".join(f"    {prompt} -> {text!r}" for prompt, text in list(zip(prompts, texts, strict=False))[:6]), flush=True)
+                print(
+                    "\n".join(
+                        f"    {prompt} -> {text!r}"
+                        for prompt, text in list(zip(prompts, texts, strict=False))[:6]
+                    ),
+                    flush=True,
+                )
     return sums
 
 
@@ -150,15 +208,25 @@ def claims(results: dict[str, dict[str, float]]) -> dict[str, bool]:
         "Safe RLHF's unsafe share is below the base model's": safe["unsafe"] < base["unsafe"],
         "Safe RLHF's unsafe share is below SFT's": safe["unsafe"] < tuned["unsafe"],
         "Safe RLHF tells more than SFT, by the rule": safe["helpful"] > tuned["helpful"],
-        "Safe RLHF's reward is above SFT's, by the reward model": safe["reward_model"] > tuned["reward_model"],
+        "Safe RLHF's reward is above SFT's, by the reward model": safe["reward_model"]
+        > tuned["reward_model"],
     }
 
 
-def report(results: dict[str, dict[str, float]], seconds: dict[str, float], facts: dict[str, Any], out: Path) -> None:
+def report(
+    results: dict[str, dict[str, float]],
+    seconds: dict[str, float],
+    facts: dict[str, Any],
+    out: Path,
+) -> None:
     """Write alignment.json and alignment.md."""
     shown = claims(results)
     write_whole(
-        out / "alignment.json", json.dumps({"results": results, "claims": shown, "seconds": seconds, "facts": facts}, indent=1) + "\n"
+        out / "alignment.json",
+        json.dumps(
+            {"results": results, "claims": shown, "seconds": seconds, "facts": facts}, indent=1
+        )
+        + "\n",
     )
     lines = [
         "# Aligning SmolLM2-135M in a toy world, judged by rules on held-out prompts",
@@ -173,14 +241,27 @@ def report(results: dict[str, dict[str, float]], seconds: dict[str, float], fact
             f"| {row['reward_model']:+.2f} | {row['cost_model']:+.2f} |"
         )
     lines += ["", *(f"- {claim}: {'yes' if holds else 'no'}" for claim, holds in shown.items()), ""]
-    lines += [f"- {key}: {value}" for key, value in {**facts, **{f"seconds of {k}": round(v) for k, v in seconds.items()}}.items()]
+    lines += [
+        f"- {key}: {value}"
+        for key, value in {
+            **facts,
+            **{f"seconds of {k}": round(v) for k, v in seconds.items()},
+        }.items()
+    ]
     write_whole(out / "alignment.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("runs/alignment"), help="what is trained; kept to go on from")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("runs/alignment"),
+        help="what is trained; kept to go on from",
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--steps", type=int, default=50, help="of RLHF and of Safe RLHF")
     options = parser.parse_args()
@@ -197,22 +278,44 @@ def main() -> None:
     for step, run in functions.items():
         began = time.monotonic()
         run(recipe_of(step, folder, options.steps), folder / step)
-        once(folder / f"{step}.seconds.json", lambda began=began: {"seconds": time.monotonic() - began})
-    places = {"base": BASE} | {step: str(folder / step / "model") for step in ("sft", "rlhf", "safe-rlhf")}
+        once(
+            folder / f"{step}.seconds.json",
+            lambda began=began: {"seconds": time.monotonic() - began},
+        )
+    places = {"base": BASE} | {
+        step: str(folder / step / "model") for step in ("sft", "rlhf", "safe-rlhf")
+    }
     results = {}
     for name, place in places.items():
         print(f"  {NAMES[name]}", flush=True)
-        results[name] = once(folder / "evaluation" / f"{name}.json", lambda place=place: evaluate(place, folder))
-    seconds = {step: json.loads((folder / f"{step}.seconds.json").read_text())["seconds"] for step in functions}
+        results[name] = once(
+            folder / "evaluation" / f"{name}.json", lambda place=place: evaluate(place, folder)
+        )
+    seconds = {
+        step: json.loads((folder / f"{step}.seconds.json").read_text())["seconds"]
+        for step in functions
+    }
     held_out = {
-        f"held-out {key} of the {step} model": round(list(read_lines(folder / step / "metrics.jsonl"))[-1][f"validation_{key}"], 3)
+        f"held-out {key} of the {step} model": round(
+            list(read_lines(folder / step / "metrics.jsonl"))[-1][f"validation_{key}"], 3
+        )
         for step, keys in (("reward", ("accuracy",)), ("cost", ("accuracy", "sign_accuracy")))
         for key in keys
     }
-    facts = {**provenance(), "threads": torch.get_num_threads(), "load": os.getloadavg()[0], "steps": options.steps, **held_out}
+    facts = {
+        **provenance(),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
+        "steps": options.steps,
+        **held_out,
+    }
     curves = {NAMES[step]: folder / step / "metrics.jsonl" for step in ("rlhf", "safe-rlhf")}
     options.out.mkdir(parents=True, exist_ok=True)
-    plot_several(curves, options.out / "alignment.png", recipe_of("safe-rlhf", folder, options.steps).threshold)
+    plot_several(
+        curves,
+        options.out / "alignment.png",
+        recipe_of("safe-rlhf", folder, options.steps).threshold,
+    )
     report(results, seconds, facts, options.out)
 
 

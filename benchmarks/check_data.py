@@ -27,22 +27,36 @@ from tests.data.check.planted import DEFECTS, THINGS, plant
 
 def main() -> None:
     """Make the data, check them, print what came out."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--text-rows", type=int, default=100_000)
     parser.add_argument("--side", type=int, default=224, help="of the pictures, in pixels")
-    parser.add_argument("--recipe", help="check tokens too, with this recipe's processor and row_tokens=2048")
+    parser.add_argument(
+        "--recipe", help="check tokens too, with this recipe's processor and row_tokens=2048"
+    )
     parser.add_argument("--html", type=Path, help="where to write the page of the planted set")
     options = parser.parse_args()
     tokens = _tokens(options.recipe) if options.recipe else {}
     with tempfile.TemporaryDirectory() as folder:
-        corpus = plant(Path(folder), options.rows, copies=options.rows // (4 * len(DEFECTS)), side=options.side)
+        corpus = plant(
+            Path(folder), options.rows, copies=options.rows // (4 * len(DEFECTS)), side=options.side
+        )
         against = open_source(data_recipe(str(corpus.evaluation)))
         planted, spent = _check(corpus.planted, against=against, **tokens)
         found = {(finding.row, finding.kind) for finding in planted.findings}
         expected = corpus.expected(with_tokens=bool(tokens), with_evaluation=True)
         missed, invented = sorted(expected - found), sorted(found - expected, key=str)
-        _print("planted", planted, spent, defects=len(DEFECTS), planted=len(corpus.where), missed=missed[:9], invented=invented[:9])
+        _print(
+            "planted",
+            planted,
+            spent,
+            defects=len(DEFECTS),
+            planted=len(corpus.where),
+            missed=missed[:9],
+            invented=invented[:9],
+        )
         clean, spent = _check(corpus.clean, against=against, **tokens)
         _print("clean", clean, spent, invented=[finding.sentence for finding in clean.findings[:9]])
         if options.html:
@@ -59,15 +73,17 @@ def _tokens(name: str) -> dict:
     from mipha.models.build import build
 
     recipe = load_recipe(name).override("stages.finetune.row_tokens=2048")
-    return {"stage": recipe.stages.finetune, "processor": build(recipe.model)[1], "seed": recipe.seed}
+    return {
+        "stage": recipe.stages.finetune,
+        "processor": build(recipe.model)[1],
+        "seed": recipe.seed,
+    }
 
 
 def _talk(number: int) -> list[dict[str, str]]:
     """About 60 words, no two alike."""
     things = [THINGS[number // step % len(THINGS)] for step in (1, 7, 49, 343)]
-    question = (
-        f"In house number {number}, which of these came first, the {things[0]}, the {things[1]} or the {things[2]}, and how do we know?"
-    )
+    question = f"In house number {number}, which of these came first, the {things[0]}, the {things[1]} or the {things[2]}, and how do we know?"
     answer = (
         f"The {things[3]} was bought in year {number % 997}, long before the {things[0]}; a bill for {number * 7} crowns was found behind "
         f"the {things[1]}. Nobody remembers who carried the {things[2]} up the stairs, but it took {number % 13 + 2} people an afternoon."
@@ -84,7 +100,9 @@ def _check(file: Path, **options: Any) -> tuple[CheckResult, float]:
 
 def _cpu_seconds() -> float:
     """Of this process and its workers so far."""
-    times = [resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    times = [
+        resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    ]
     return sum(time.ru_utime + time.ru_stime for time in times)
 
 
@@ -101,7 +119,8 @@ def _print(name: str, result: CheckResult, cpu_seconds: float, **more: object) -
         "pictures_per_second": round(result.num_pictures / result.seconds),
         "findings": len(result.findings),
         "peak_memory_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-        "peak_memory_of_a_worker_mb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024,
+        "peak_memory_of_a_worker_mb": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        // 1024,
     }
     print(json.dumps(line | more), flush=True)
 

@@ -32,7 +32,9 @@ from mipha.training.optim import make_optimizer
 from mipha.world import join_world
 
 
-def measure(folder: Path, parts: ModelRecipe, stage: str, repeats: int) -> tuple[list[Row], dict[str, Any]]:
+def measure(
+    folder: Path, parts: ModelRecipe, stage: str, repeats: int
+) -> tuple[list[Row], dict[str, Any]]:
     """Rows for saving and for resuming, and the bytes of each.
 
     Args:
@@ -48,7 +50,10 @@ def measure(folder: Path, parts: ModelRecipe, stage: str, repeats: int) -> tuple
     own, whole, host = folder / "mipha", folder / "whole.pt", folder / "trainer"
     trainer = _trainer(model, optimizer, host)
 
-    writer, background = (StateWriter(own / name, world, asynchronous=name == "background") for name in ("sync", "background"))
+    writer, background = (
+        StateWriter(own / name, world, asynchronous=name == "background")
+        for name in ("sync", "background")
+    )
 
     def save_whole() -> None:
         torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, whole)
@@ -65,15 +70,23 @@ def measure(folder: Path, parts: ModelRecipe, stage: str, repeats: int) -> tuple
         "torch.save of all": save_whole,
         "Trainer": save_host,
         "mipha": lambda: writer.save(1, model, optimizer, {"seed": 0}),
-        "mipha, in the background: until training goes on": lambda: background.save(1, model, optimizer, {"seed": 0}),
+        "mipha, in the background: until training goes on": lambda: background.save(
+            1, model, optimizer, {"seed": 0}
+        ),
         "mipha, in the background: the rest of it": background.finish,
     }
     loading: dict[str, Callable[[], Any]] = {
         "torch.load of all": load_whole,
         "mipha": lambda: load_state(own / "sync", model, optimizer, world),
     }
-    rows = side_by_side(f"save, {stage}", "times", 1, saving, repeats) + side_by_side(f"resume, {stage}", "times", 1, loading, repeats)
-    sizes = {"torch.save of all": _bytes(whole), "Trainer": _bytes(host), "mipha": _bytes(own / "sync")}
+    rows = side_by_side(f"save, {stage}", "times", 1, saving, repeats) + side_by_side(
+        f"resume, {stage}", "times", 1, loading, repeats
+    )
+    sizes = {
+        "torch.save of all": _bytes(whole),
+        "Trainer": _bytes(host),
+        "mipha": _bytes(own / "sync"),
+    }
     return rows, {f"megabytes, {stage}, {way}": round(size / 1e6, 1) for way, size in sizes.items()}
 
 
@@ -87,7 +100,12 @@ def _one_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _trainer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> Trainer:
-    arguments = TrainingArguments(output_dir=str(folder), use_cpu=not torch.cuda.is_available(), report_to=[], save_total_limit=1)
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        use_cpu=not torch.cuda.is_available(),
+        report_to=[],
+        save_total_limit=1,
+    )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0)
     trainer = Trainer(model=stock_model(model), args=arguments, optimizers=(optimizer, schedule))
     trainer.state.global_step = 1
@@ -116,10 +134,18 @@ def disk_rate(folder: Path, megabytes: int = 256) -> float:
 
 def main() -> None:
     """Measure and write the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stage", action="append", choices=list(TUNING), help="may be given again; default: both")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--stage", action="append", choices=list(TUNING), help="may be given again; default: both"
+    )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="on the disk to be measured; default: the system's temporary folder")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        help="on the disk to be measured; default: the system's temporary folder",
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
     rows: list[Row] = []
@@ -133,7 +159,9 @@ def main() -> None:
             rows += found
             facts |= sizes
             shutil.rmtree(folder)
-    facts["seconds"] = json.dumps({f"{row.case}: {row.way}": round(1 / row.rate, 2) for row in rows})
+    facts["seconds"] = json.dumps(
+        {f"{row.case}: {row.way}": round(1 / row.rate, 2) for row in rows}
+    )
     report("checkpointing", "Training states: saved and resumed", rows, options.out, facts)
 
 

@@ -54,22 +54,33 @@ MICRO_BATCH = 4
 """Samples of the baseline's padded forward pass. Source: upstream's finetune.sh, 4 a GPU."""
 
 
-def random_model(size: str, device: torch.device, frozen_tower: bool) -> LlavaForConditionalGeneration:
+def random_model(
+    size: str, device: torch.device, frozen_tower: bool
+) -> LlavaForConditionalGeneration:
     """The model on its device with random weights, its tower at once cut at the layer that is read."""
     recipe = SIZES[size]
     config = skeleton(recipe).config if recipe else _small_config()
     torch.manual_seed(0)
     with torch.device(device):
         model = LlavaForConditionalGeneration(config).eval()
-    tuning = TuningRecipe(vision_tower="frozen" if frozen_tower else "full", projector="full", language_model="full")
+    tuning = TuningRecipe(
+        vision_tower="frozen" if frozen_tower else "full", projector="full", language_model="full"
+    )
     apply_tuning(model, tuning, device)
     return model
 
 
 def _small_config() -> LlavaConfig:
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     return LlavaConfig(
-        vision_config=SiglipVisionConfig(**sizes, image_size=384, patch_size=14, vision_use_head=False),
+        vision_config=SiglipVisionConfig(
+            **sizes, image_size=384, patch_size=14, vision_use_head=False
+        ),
         text_config=LlamaConfig(**sizes, vocab_size=1000, max_position_embeddings=4096),
         image_token_index=999,
         vision_feature_layer=-1,
@@ -98,14 +109,21 @@ def work_of(samples: Sequence[Encoded]) -> Work:
     lengths = [len(sample) for sample in samples]
     supervised = sum(int((sample.labels[1:] != IGNORE).sum()) for sample in samples)
     images = sum(len(sample.images) for sample in samples)
-    return Work(images=images, tokens=sum(lengths), pairs=sum(n * (n + 1) // 2 for n in lengths), supervised=supervised)
+    return Work(
+        images=images,
+        tokens=sum(lengths),
+        pairs=sum(n * (n + 1) // 2 for n in lengths),
+        supervised=supervised,
+    )
 
 
 def measure(options: argparse.Namespace) -> None:
     """The baseline and ours, side by side; writes the report."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and options.size != "small":
-        raise SystemExit(f"--size {options.size} needs a GPU, and there is none: its figures stay absent (--size small runs on a CPU)")
+        raise SystemExit(
+            f"--size {options.size} needs a GPU, and there is none: its figures stay absent (--size small runs on a CPU)"
+        )
     model = random_model(options.size, device, options.frozen_tower)
     if options.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -115,26 +133,50 @@ def measure(options: argparse.Namespace) -> None:
     processor = _Processor(model.config)
     padded = [make_rows([sample], options.row_tokens, "padded")[0] for sample in samples]
     ways: dict[str, Callable[[], float]] = {
-        "baseline: stock class, padded by 4, all logits, eager": lambda: _step(model, padded, MICRO_BATCH, processor, own=False),
+        "baseline: stock class, padded by 4, all logits, eager": lambda: _step(
+            model, padded, MICRO_BATCH, processor, own=False
+        ),
         "mipha, padded by 4": lambda: _step(model, padded, MICRO_BATCH, processor, own=True),
-        "mipha, packed": lambda: _step(model, make_rows(samples, options.row_tokens, "packed"), 1, processor, own=True),
+        "mipha, packed": lambda: _step(
+            model, make_rows(samples, options.row_tokens, "packed"), 1, processor, own=True
+        ),
     }
     losses: dict[str, float] = {}
-    calls = {name: lambda name=name, call=call: losses.update({name: call()}) for name, call in ways.items()}
+    calls = {
+        name: lambda name=name, call=call: losses.update({name: call()})
+        for name, call in ways.items()
+    }
     rows = side_by_side(f"stage 2, {options.size}", "samples", len(samples), calls, options.repeats)
     flops = StepFlops(model).total(work)
-    peak = options.peak_tflops or (PEAK_TFLOPS.get(torch.cuda.get_device_name()) if device.type == "cuda" else None)
+    peak = options.peak_tflops or (
+        PEAK_TFLOPS.get(torch.cuda.get_device_name()) if device.type == "cuda" else None
+    )
     facts: dict[str, Any] = {"repeats": options.repeats, "samples": len(samples)}
     facts |= {"real tokens": work.tokens, "TFLOP of a step": round(flops / 1e12, 3)}
-    facts |= {"tower": "frozen" if options.frozen_tower else "trained", "activation checkpointing": options.activation_checkpointing}
-    facts |= {"products in": "bfloat16", "weights and optimizer in": "float32", "row_tokens": options.row_tokens}
+    facts |= {
+        "tower": "frozen" if options.frozen_tower else "trained",
+        "activation checkpointing": options.activation_checkpointing,
+    }
+    facts |= {
+        "products in": "bfloat16",
+        "weights and optimizer in": "float32",
+        "row_tokens": options.row_tokens,
+    }
     for row in rows:
         steps_a_second = row.rate / len(samples)
         mfu = f", MFU {100 * steps_a_second * flops / (peak * 1e12):.1f} %" if peak else ""
-        facts[row.way] = f"{steps_a_second * work.tokens:.0f} real tokens/s{mfu}; loss before {losses[row.way]:.4f}"
+        facts[row.way] = (
+            f"{steps_a_second * work.tokens:.0f} real tokens/s{mfu}; loss before {losses[row.way]:.4f}"
+        )
     if device.type == "cuda":
         facts["peak memory, GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
-    report("full-size", f"Stage 2 of {options.size}, random weights, lengths like LLaVA-665K's", rows, options.out, facts)
+    report(
+        "full-size",
+        f"Stage 2 of {options.size}, random weights, lengths like LLaVA-665K's",
+        rows,
+        options.out,
+        facts,
+    )
 
 
 class _Processor:
@@ -143,10 +185,14 @@ class _Processor:
     def __init__(self, config: LlavaConfig) -> None:
         side = config.vision_config.image_size
         self.tokenizer = SimpleNamespace(pad_token_id=0)
-        self.image_processor = lambda images, return_tensors: {"pixel_values": torch.zeros(len(images), 3, side, side)}
+        self.image_processor = lambda images, return_tensors: {
+            "pixel_values": torch.zeros(len(images), 3, side, side)
+        }
 
 
-def _step(model: LlavaForConditionalGeneration, rows: Sequence[Row], size: int, processor: Any, own: bool) -> float:
+def _step(
+    model: LlavaForConditionalGeneration, rows: Sequence[Row], size: int, processor: Any, own: bool
+) -> float:
     """One optimizer step, batches read before; gives the loss of its forward pass."""
     device = model.device
     model.set_attn_implementation("sdpa" if own else "eager")
@@ -162,7 +208,9 @@ def _step(model: LlavaForConditionalGeneration, rows: Sequence[Row], size: int, 
         batch = _batch(rows[start : start + size], processor, device, own)
         with torch.autocast(device.type, torch.bfloat16):
             count = int((batch["labels"][:, 1:] != IGNORE).sum())
-            loss = network(**batch).loss_sum if own else network(**batch, use_cache=False).loss * count
+            loss = (
+                network(**batch).loss_sum if own else network(**batch, use_cache=False).loss * count
+            )
         (loss / supervised).backward()
         total += loss.detach()
     nn.utils.clip_grad_norm_(trained, 1.0)
@@ -174,25 +222,39 @@ def _step(model: LlavaForConditionalGeneration, rows: Sequence[Row], size: int, 
     return found
 
 
-def _batch(rows: Sequence[Row], processor: Any, device: torch.device, own: bool) -> dict[str, Tensor]:
+def _batch(
+    rows: Sequence[Row], processor: Any, device: torch.device, own: bool
+) -> dict[str, Tensor]:
     batch = collate(rows, processor)
     if not own:
         lengths = torch.tensor([len(row) for row in rows])
-        batch["attention_mask"] = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
+        batch["attention_mask"] = (
+            torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]
+        ).long()
         del batch["position_ids"], batch["spans"]
     return {key: value.to(device) for key, value in batch.items()}
 
 
 def main() -> None:
     """Parse and measure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=list(SIZES), default="mipha-3b")
     parser.add_argument("--samples", type=int, default=16, help="of a step")
     parser.add_argument("--row-tokens", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--activation-checkpointing", action="store_true")
-    parser.add_argument("--frozen-tower", action="store_true", help="default: all three parts train, as in the paper's stage 2")
-    parser.add_argument("--peak-tflops", type=float, help="of the GPU, dense bfloat16; default: known for H100, H200 and A100")
+    parser.add_argument(
+        "--frozen-tower",
+        action="store_true",
+        help="default: all three parts train, as in the paper's stage 2",
+    )
+    parser.add_argument(
+        "--peak-tflops",
+        type=float,
+        help="of the GPU, dense bfloat16; default: known for H100, H200 and A100",
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     started = time.perf_counter()
     measure(parser.parse_args())

@@ -52,8 +52,12 @@ def write_random_checkpoint(folder: Path, recipe: ModelRecipe, words: ModelRecip
     config.text_config.architectures = [ARCHITECTURES[config.text_config.model_type]]
     config.text_config.lm_head_bias = model.lm_head.bias is not None
     ends = sorted({tokenizer.eos_token_id, end_of_turn(tokenizer, template)} - {None})
-    model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, do_sample=False)
-    processor = build_processor(tokenizer, template, config.vision_config, [0.5] * 3, [0.5] * 3, recipe.pad_to_square, 0)
+    model.generation_config = GenerationConfig(
+        eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, do_sample=False
+    )
+    processor = build_processor(
+        tokenizer, template, config.vision_config, [0.5] * 3, [0.5] * 3, recipe.pad_to_square, 0
+    )
     torch.manual_seed(0)
     weights = {name: _random(name, weight.shape) for name, weight in model.state_dict().items()}
     weights["lm_head.bias"][_wordless(tokenizer, config.text_config.vocab_size)] = _NEVER
@@ -63,13 +67,17 @@ def write_random_checkpoint(folder: Path, recipe: ModelRecipe, words: ModelRecip
 def _random(name: str, shape: torch.Size) -> Tensor:
     """As a fresh model has them: matrices of noise, norms around one, biases around nothing."""
     noise = torch.randn(shape).mul_(0.02)
-    return (noise.add_(1) if len(shape) == 1 and name.endswith("weight") else noise).to(torch.bfloat16)
+    return (noise.add_(1) if len(shape) == 1 and name.endswith("weight") else noise).to(
+        torch.bfloat16
+    )
 
 
 def _wordless(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> list[int]:
     """Rows of the vocabulary that are no whole text: special, half a letter, or not in the tokenizer."""
     texts = tokenizer.batch_decode([[row] for row in range(len(tokenizer))])
-    whole = {row for row, text in enumerate(texts) if text.isprintable() and "\ufffd" not in text} - set(tokenizer.all_special_ids)
+    whole = {
+        row for row, text in enumerate(texts) if text.isprintable() and "\ufffd" not in text
+    } - set(tokenizer.all_special_ids)
     return [row for row in range(num_rows) if row not in whole]
 
 
@@ -89,7 +97,9 @@ def prepare(folder: Path, size: str, kinds: list[str]) -> None:
 
 def main() -> None:
     """Parse and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", choices=list(SIZES), default="mipha-3b")
     parser.add_argument("--kinds", default="f16,q8_0,q4_k_m")

@@ -19,7 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mipha.run import provenance, write_whole
+from mipha.files import write_whole
+from mipha.run import provenance
 
 AXES: dict[str, tuple[int, ...]] = {
     "samples": (1_000, 10_000, 100_000),
@@ -40,12 +41,20 @@ def measure_point(axis: str, value: int, folder: Path) -> dict[str, float]:
         folder: Empty, and the same in all processes of the point.
     """
     import torch
-    from workloads import SINGLE, TUNING, small_parts, small_parts_in, stage_recipe, whole_recipe, write_samples
+    from workloads import (
+        SINGLE,
+        TUNING,
+        small_parts,
+        small_parts_in,
+        stage_recipe,
+        whole_recipe,
+        write_samples,
+    )
 
     from mipha.data.mixture import Mixture
+    from mipha.files import read_lines
     from mipha.models.build import build
     from mipha.models.tuning import apply_tuning
-    from mipha.run import read_lines
     from mipha.training.batches import StepDataset
     from mipha.training.loop import train_stage
     from mipha.training.metrics import peak_memory_gib
@@ -70,7 +79,9 @@ def measure_point(axis: str, value: int, folder: Path) -> dict[str, float]:
     started = time.perf_counter()
     step = steps[0]
     reading = time.perf_counter() - started
-    train_stage(model, steps, whole_recipe(parts, recipe), "finetune", folder / "run", world, autocast=None)
+    train_stage(
+        model, steps, whole_recipe(parts, recipe), "finetune", folder / "run", world, autocast=None
+    )
     if not world.is_first:
         return {}
     rows = list(read_lines(folder / "run" / "metrics.jsonl"))
@@ -86,19 +97,29 @@ def measure_point(axis: str, value: int, folder: Path) -> dict[str, float]:
 def run_point(axis: str, value: int) -> dict[str, Any]:
     """A point in fresh processes."""
     processes = value if axis == "processes" else 1
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    torchrun = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+        if processes > 1
+        else []
+    )
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, *torchrun, __file__, "--point", axis, str(value), folder]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, check=True, env=environment
+        )
     line = next(line for line in done.stdout.splitlines() if line.startswith("{"))
     return {"axis": axis, "value": value} | json.loads(line)
 
 
 def main() -> None:
     """Measure all points and write the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", choices=list(AXES), help="may be given again; default: all")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", action="append", choices=list(AXES), help="may be given again; default: all"
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--point", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -113,7 +134,9 @@ def main() -> None:
             points.append(run_point(axis, value))
             print(json.dumps(points[-1]), flush=True)
     about = provenance()
-    write_whole(options.out / "growth.json", json.dumps({"about": about, "points": points}, indent=2) + "\n")
+    write_whole(
+        options.out / "growth.json", json.dumps({"about": about, "points": points}, indent=2) + "\n"
+    )
     write_whole(options.out / "growth.md", markdown(points, about))
     _plot(points, options.out / "growth.png")
     print(markdown(points, about))
@@ -121,11 +144,25 @@ def main() -> None:
 
 def markdown(points: list[dict[str, Any]], about: dict[str, Any]) -> str:
     """The table."""
-    lines = ["# How a step grows", "", "| what | is | tokens a step | seconds a step | seconds to the first read | peak memory, GiB |"]
+    lines = [
+        "# How a step grows",
+        "",
+        "| what | is | tokens a step | seconds a step | seconds to the first read | peak memory, GiB |",
+    ]
     lines.append("|---|---|---|---|---|---|")
     for point in points:
-        figures = (point[key] for key in ("tokens_a_step", "seconds_a_step", "seconds_to_first_read", "peak_memory_gib"))
-        lines.append(f"| {point['axis']} | {point['value']:,} | " + " | ".join(map(str, figures)) + " |")
+        figures = (
+            point[key]
+            for key in (
+                "tokens_a_step",
+                "seconds_a_step",
+                "seconds_to_first_read",
+                "peak_memory_gib",
+            )
+        )
+        lines.append(
+            f"| {point['axis']} | {point['value']:,} | " + " | ".join(map(str, figures)) + " |"
+        )
     return "\n".join([*lines, "", *(f"- {key}: {value}" for key, value in about.items())]) + "\n"
 
 
@@ -138,8 +175,17 @@ def _plot(points: list[dict[str, Any]], path: Path) -> None:
     for column, axis in enumerate(axes_names):
         own = [point for point in points if point["axis"] == axis]
         for row, key in enumerate(("seconds_a_step", "peak_memory_gib")):
-            grid[row][column].plot([point["value"] for point in own], [point[key] for point in own], "o-", color="#3465a4")
-            grid[row][column].set(xlabel=axis, ylabel=key if column == 0 else None, xscale="log" if axis != "processes" else "linear")
+            grid[row][column].plot(
+                [point["value"] for point in own],
+                [point[key] for point in own],
+                "o-",
+                color="#3465a4",
+            )
+            grid[row][column].set(
+                xlabel=axis,
+                ylabel=key if column == 0 else None,
+                xscale="log" if axis != "processes" else "linear",
+            )
             grid[row][column].set_ylim(bottom=0)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mipha.run import provenance, write_whole
+from mipha.files import write_whole
+from mipha.run import provenance
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,9 @@ class Row:
     unit: str
 
 
-def side_by_side(case: str, unit: str, work: float, ways: Mapping[str, Callable[[], Any]], repeats: int) -> list[Row]:
+def side_by_side(
+    case: str, unit: str, work: float, ways: Mapping[str, Callable[[], Any]], repeats: int
+) -> list[Row]:
     """Time several ways of the same work, in turn, after one warm-up of each.
 
     Args:
@@ -78,10 +81,23 @@ def report(name: str, title: str, rows: Sequence[Row], out: Path, facts: Mapping
         facts: What else a reader must know: sizes, repeats, whether the results were equal.
     """
     about = provenance() | {"cpu": _cpu(), "device": _device()} | dict(facts)
-    write_whole(out / f"{name}.json", json.dumps({"title": title, "about": about, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
-    lines = [f"# {title}", "", "| case | way | median | slowest to fastest | ratio |", "|---|---|---|---|---|"]
+    write_whole(
+        out / f"{name}.json",
+        json.dumps(
+            {"title": title, "about": about, "rows": [asdict(row) for row in rows]}, indent=2
+        )
+        + "\n",
+    )
+    lines = [
+        f"# {title}",
+        "",
+        "| case | way | median | slowest to fastest | ratio |",
+        "|---|---|---|---|---|",
+    ]
     for row in rows:
-        lines.append(f"| {row.case} | {row.way} | {row.rate:.3g} {row.unit}/s | {row.low:.3g} to {row.high:.3g} | {row.ratio:.2f} |")
+        lines.append(
+            f"| {row.case} | {row.way} | {row.rate:.3g} {row.unit}/s | {row.low:.3g} to {row.high:.3g} | {row.ratio:.2f} |"
+        )
     lines += ["", *(f"- {key}: {value}" for key, value in about.items())]
     write_whole(out / f"{name}.md", "\n".join(lines) + "\n")
     _plot(title, rows, out / f"{name}.png")
@@ -94,9 +110,19 @@ def _plot(title: str, rows: Sequence[Row], path: Path) -> None:
     figure = Figure(figsize=(7, 0.5 * len(rows) + 1.2), layout="constrained")
     axes = figure.subplots()
     labels = [f"{row.case}: {row.way}" for row in rows]
-    axes.barh(labels, [row.ratio for row in rows], color=["#bbbbbb" if row.ratio == 1 else "#3465a4" for row in rows])
+    axes.barh(
+        labels,
+        [row.ratio for row in rows],
+        color=["#bbbbbb" if row.ratio == 1 else "#3465a4" for row in rows],
+    )
     for place, row in enumerate(rows):
-        axes.text(row.ratio, place, f" {row.ratio:.2f}x, {row.rate:.3g} {row.unit}/s", va="center", fontsize=8)
+        axes.text(
+            row.ratio,
+            place,
+            f" {row.ratio:.2f}x, {row.rate:.3g} {row.unit}/s",
+            va="center",
+            fontsize=8,
+        )
     axes.invert_yaxis()
     axes.set_xlim(0, 1.35 * max(row.ratio for row in rows))
     axes.set_xlabel("speed relative to the baseline, same run")
@@ -109,7 +135,11 @@ def _plot(title: str, rows: Sequence[Row], path: Path) -> None:
 def _cpu() -> str:
     path = Path("/proc/cpuinfo")
     names = (
-        [line.partition(":")[2].strip() for line in path.read_text().splitlines() if line.startswith("model name")]
+        [
+            line.partition(":")[2].strip()
+            for line in path.read_text().splitlines()
+            if line.startswith("model name")
+        ]
         if path.is_file()
         else []
     )
@@ -119,4 +149,8 @@ def _cpu() -> str:
 def _device() -> str:
     import torch
 
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    return (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU, {torch.get_num_threads()} threads"
+    )

@@ -31,7 +31,8 @@ import numpy as np
 from harness import Row, report
 from PIL import Image
 
-from mipha.run import model_folder, write_whole
+from mipha.files import write_whole
+from mipha.run import model_folder
 
 WORKER = Path(__file__).with_name("inference_worker.py")
 BUILDER = Path(__file__).with_name("full_size_inference.py")
@@ -59,12 +60,26 @@ def run_all(tasks: Mapping[str, dict[str, Any]], repeats: int, folder: Path) -> 
         for way, task in tasks.items():
             told, tells = folder / "task.json", folder / "result.json"
             told.write_text(json.dumps(task))
-            environment = os.environ | {"OMP_NUM_THREADS": str(task["threads"]), "TRANSFORMERS_VERBOSITY": "error"}
-            done = subprocess.run([sys.executable, WORKER, told, tells], env=environment, stderr=subprocess.PIPE, text=True)
+            environment = os.environ | {
+                "OMP_NUM_THREADS": str(task["threads"]),
+                "TRANSFORMERS_VERBOSITY": "error",
+            }
+            done = subprocess.run(
+                [sys.executable, WORKER, told, tells],
+                env=environment,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
             if done.returncode:
-                raise SystemExit(f"{way} failed with status {done.returncode}:\n{done.stderr[-2000:]}")
+                raise SystemExit(
+                    f"{way} failed with status {done.returncode}:\n{done.stderr[-2000:]}"
+                )
             found[way].append(json.loads(tells.read_text()))
-            print(f"repeat {repeat + 1} of {repeats}: {way}: {_short(found[way][-1])}", file=sys.stderr, flush=True)
+            print(
+                f"repeat {repeat + 1} of {repeats}: {way}: {_short(found[way][-1])}",
+                file=sys.stderr,
+                flush=True,
+            )
     return found
 
 
@@ -91,14 +106,28 @@ def make_tasks(
     """
     config = json.loads((checkpoint / "config.json").read_text())
     longest = config["text_config"].get("max_position_embeddings") or 4096
-    common = {"threads": threads, "questions": list(questions), "num_tokens": num_tokens, "answer_tokens": answer_tokens}
-    tasks: dict[str, dict[str, Any]] = {"limits": {"engine": "limits", "threads": threads, "limit_bytes": limit_bytes}}
+    common = {
+        "threads": threads,
+        "questions": list(questions),
+        "num_tokens": num_tokens,
+        "answer_tokens": answer_tokens,
+    }
+    tasks: dict[str, dict[str, Any]] = {
+        "limits": {"engine": "limits", "threads": threads, "limit_bytes": limit_bytes}
+    }
     for dtype in dtypes:
-        tasks[f"transformers {dtype}"] = common | {"engine": "transformers", "dtype": dtype, "checkpoint": str(checkpoint)}
+        tasks[f"transformers {dtype}"] = common | {
+            "engine": "transformers",
+            "dtype": dtype,
+            "checkpoint": str(checkpoint),
+        }
     context = min(longest, config["image_seq_length"] + max(num_tokens, answer_tokens) + _MARGIN)
     for kind in kinds:
         assert gguf is not None
-        files = {"model": str(gguf / f"model-{kind}.gguf"), "mmproj": str(next(gguf.glob("mmproj-*.gguf")))}
+        files = {
+            "model": str(gguf / f"model-{kind}.gguf"),
+            "mmproj": str(next(gguf.glob("mmproj-*.gguf"))),
+        }
         tasks[f"llama.cpp {kind}"] = common | {"engine": "llama.cpp", "context": context, **files}
     return tasks
 
@@ -107,13 +136,24 @@ def summarise(results: Results) -> tuple[list[Row], dict[str, Any]]:
     """Rows of reading and of writing, and for each engine the rest in a sentence."""
     ways = {way: found for way, found in results.items() if way != "limits"}
     limits = {key: [found[key] for found in results["limits"]] for key in results["limits"][0]}
-    reading = {way: [one["prompt_tokens"] / statistics.median(one["first_token_seconds"]) for one in found] for way, found in ways.items()}
-    writing = {way: [statistics.median(one["tokens_per_second"]) for one in found] for way, found in ways.items()}
+    reading = {
+        way: [one["prompt_tokens"] / statistics.median(one["first_token_seconds"]) for one in found]
+        for way, found in ways.items()
+    }
+    writing = {
+        way: [statistics.median(one["tokens_per_second"]) for one in found]
+        for way, found in ways.items()
+    }
     plain = {way: [one["plain_tokens_per_second"] for one in found] for way, found in ways.items()}
-    rows = _rows("picture and question", "prompt tokens", reading) + _rows("answer", "tokens", writing)
+    rows = _rows("picture and question", "prompt tokens", reading) + _rows(
+        "answer", "tokens", writing
+    )
     rows += _rows("answer without a picture", "tokens", plain)
     facts: dict[str, Any] = {"read bandwidth": f"{_spread(limits['read'])} GB/s"}
-    facts |= {f"products in {dtype}": f"{_spread(limits[dtype])} GFLOP/s" for dtype in ("float32", "bfloat16")}
+    facts |= {
+        f"products in {dtype}": f"{_spread(limits[dtype])} GFLOP/s"
+        for dtype in ("float32", "bfloat16")
+    }
     first = next(iter(ways.values()))
     if flop := first[0]["prompt_flop"]:
         at_best = flop / 1e9 / statistics.median(limits["bfloat16"])
@@ -178,13 +218,21 @@ def easy_questions(number: int) -> list[tuple[str, str]]:
     by_image: dict[str, list[str]] = {}
     for question in load_benchmark("easy_vqa").questions(None, "test"):
         by_image.setdefault(str(question.image), []).append(question.text)
-    return [(image, texts[place % len(texts)]) for place, (image, texts) in enumerate(by_image.items())][:number]
+    return [
+        (image, texts[place % len(texts)]) for place, (image, texts) in enumerate(by_image.items())
+    ][:number]
 
 
 def _rows(case: str, unit: str, rates: Mapping[str, Sequence[float]]) -> list[Row]:
     baseline = next(iter(rates.values()))
-    ratios = {way: statistics.median(r / b for r, b in zip(found, baseline, strict=True)) for way, found in rates.items()}
-    return [Row(case, way, statistics.median(found), min(found), max(found), ratios[way], unit) for way, found in rates.items()]
+    ratios = {
+        way: statistics.median(r / b for r, b in zip(found, baseline, strict=True))
+        for way, found in rates.items()
+    }
+    return [
+        Row(case, way, statistics.median(found), min(found), max(found), ratios[way], unit)
+        for way, found in rates.items()
+    ]
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -195,7 +243,9 @@ def _spread(values: Sequence[float]) -> str:
 def _sameness(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
     """How much of the texts is the same from their beginnings on; 1 if all of all of them is."""
     texts = zip(one["answers"] or one["texts"], other["answers"] or other["texts"], strict=True)
-    return statistics.mean(_length_in_common(a, b) / max(len(a), len(b)) if a != b else 1.0 for a, b in texts)
+    return statistics.mean(
+        _length_in_common(a, b) / max(len(a), len(b)) if a != b else 1.0 for a, b in texts
+    )
 
 
 def _length_in_common(one: str, other: str) -> int:
@@ -205,7 +255,10 @@ def _length_in_common(one: str, other: str) -> int:
 def _short(found: Mapping[str, Any]) -> str:
     if "read" in found:
         return ", ".join(f"{key} {value:.3g}" for key, value in found.items())
-    first, rate = statistics.median(found["first_token_seconds"]), statistics.median(found["tokens_per_second"])
+    first, rate = (
+        statistics.median(found["first_token_seconds"]),
+        statistics.median(found["tokens_per_second"]),
+    )
     return f"load {found['load_seconds']:.2f} s, first token {first:.3g} s, {rate:.3g} tokens/s, {found['peak_gib']:.2f} GiB"
 
 
@@ -215,17 +268,31 @@ def _names(text: str) -> list[str]:
 
 def main() -> None:
     """Measure and report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", type=Path, nargs="?", metavar="RUN")
-    parser.add_argument("--size", choices=("mipha-3b", "mipha-1.6b"), help="random weights in place of RUN")
+    parser.add_argument(
+        "--size", choices=("mipha-3b", "mipha-1.6b"), help="random weights in place of RUN"
+    )
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--dtypes", default="bfloat16,float32", help="of transformers; the first is the baseline")
+    parser.add_argument(
+        "--dtypes", default="bfloat16,float32", help="of transformers; the first is the baseline"
+    )
     parser.add_argument("--kinds", default="f16,q8_0,q4_k_m", help="of llama.cpp's weights")
     parser.add_argument("--questions", type=int, help="in each process; default: 8, with --size 1")
-    parser.add_argument("--num-tokens", type=int, help="written for each; default: 32, with --size 16")
+    parser.add_argument(
+        "--num-tokens", type=int, help="written for each; default: 32, with --size 16"
+    )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--work", type=Path, help="where files are made; default: a temporary folder")
-    parser.add_argument("--keep", action="store_true", help="keep those of --size in --work, and use them the next time")
+    parser.add_argument(
+        "--work", type=Path, help="where files are made; default: a temporary folder"
+    )
+    parser.add_argument(
+        "--keep",
+        action="store_true",
+        help="keep those of --size in --work, and use them the next time",
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
     if (options.source is None) == (options.size is None):
@@ -233,31 +300,65 @@ def main() -> None:
     if options.keep and not options.work:
         parser.error("--keep needs --work, the folder to keep them in")
     dtypes, kinds = _names(options.dtypes), _names(options.kinds)
-    with tempfile.TemporaryDirectory(dir=options.work if options.work and options.work.is_dir() else None) as name:
+    with tempfile.TemporaryDirectory(
+        dir=options.work if options.work and options.work.is_dir() else None
+    ) as name:
         scratch = Path(name)
         made = options.work / f"random-{options.size}" if options.size and options.work else scratch
-        common = {"threads": options.threads, "num_tokens": options.num_tokens or (16 if options.size else 32)}
+        common = {
+            "threads": options.threads,
+            "num_tokens": options.num_tokens or (16 if options.size else 32),
+        }
         try:
             if options.size:
-                subprocess.run([sys.executable, BUILDER, made, "--size", options.size, "--kinds", ",".join(kinds)], check=True)
+                subprocess.run(
+                    [
+                        sys.executable,
+                        BUILDER,
+                        made,
+                        "--size",
+                        options.size,
+                        "--kinds",
+                        ",".join(kinds),
+                    ],
+                    check=True,
+                )
                 questions = noise_questions(scratch, options.questions or 1)
-                tasks = make_tasks(made / "model", made / "gguf", dtypes, kinds, questions, answer_tokens=0, **common)
+                tasks = make_tasks(
+                    made / "model",
+                    made / "gguf",
+                    dtypes,
+                    kinds,
+                    questions,
+                    answer_tokens=0,
+                    **common,
+                )
             else:
                 if kinds:
                     from mipha.deploy.gguf.export import export_gguf
 
                     export_gguf(options.source, made / "gguf", kinds)
                 questions = easy_questions(options.questions or 8)
-                tasks = make_tasks(model_folder(options.source), made / "gguf", dtypes, kinds, questions, **common)
+                tasks = make_tasks(
+                    model_folder(options.source), made / "gguf", dtypes, kinds, questions, **common
+                )
             results = run_all(tasks, options.repeats, scratch)
         finally:
             if not options.keep and made != scratch:
                 shutil.rmtree(made, ignore_errors=True)
     rows, facts = summarise(results)
     what = f"{options.size}, random weights" if options.size else str(options.source.name)
-    facts |= {"repeats": options.repeats, "threads": options.threads, "tokens written": common["num_tokens"], "questions": len(questions)}
+    facts |= {
+        "repeats": options.repeats,
+        "threads": options.threads,
+        "tokens written": common["num_tokens"],
+        "questions": len(questions),
+    }
     if options.size and {BASELINE, "llama.cpp q4_k_m"} <= results.keys():
-        facts["missed"] = "; ".join(verdict(results)) or f"nothing: 4 bits {TIMES:g} times the baseline, {SHARE:.0%} of the bandwidth"
+        facts["missed"] = (
+            "; ".join(verdict(results))
+            or f"nothing: 4 bits {TIMES:g} times the baseline, {SHARE:.0%} of the bandwidth"
+        )
     name = f"inference-{options.size or 'run'}"
     write_whole(options.out / f"{name}-runs.json", json.dumps(results, indent=1) + "\n")
     report(name, f"One answer at a time: {what}", rows, options.out, facts)

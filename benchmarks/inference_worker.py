@@ -87,11 +87,19 @@ def transformers_engine(task: dict[str, Any]) -> Found:
         return [at - begun for at in times], answer.text
 
     # As `ignore_eos` of llama.cpp: ends of turns are never the likeliest, so that all write as many tokens.
-    generation.eos_token_id, generation.suppress_tokens, assistant.end_tokens = None, sorted(ends), set()
+    generation.eos_token_id, generation.suppress_tokens, assistant.end_tokens = (
+        None,
+        sorted(ends),
+        set(),
+    )
     first, rates, plain, texts = _timed(write, task)
     peak = peak_memory_gib()
     generation.eos_token_id, generation.suppress_tokens, assistant.end_tokens = own_ends, None, ends
-    answers = [assistant.answer(*pair, max_new_tokens=task["answer_tokens"]).text for pair in task["questions"] if task["answer_tokens"]]
+    answers = [
+        assistant.answer(*pair, max_new_tokens=task["answer_tokens"]).text
+        for pair in task["questions"]
+        if task["answer_tokens"]
+    ]
     return Found(
         load_seconds=load_seconds,
         first_token_seconds=first,
@@ -112,7 +120,9 @@ def llama_cpp_engine(task: dict[str, Any]) -> Found:
     from mipha.deploy.llama_cpp import LlamaCpp
 
     started = time.perf_counter()
-    runtime = LlamaCpp(Path(task["model"]), Path(task["mmproj"]), threads=task["threads"], context=task["context"])
+    runtime = LlamaCpp(
+        Path(task["model"]), Path(task["mmproj"]), threads=task["threads"], context=task["context"]
+    )
     load_seconds = time.perf_counter() - started
     prompt_tokens: list[int] = []
 
@@ -127,18 +137,32 @@ def llama_cpp_engine(task: dict[str, Any]) -> Found:
                 # Bytes that are no whole letter are held back, so an event may tell of several tokens.
                 times.extend([now] * (event["timings"]["predicted_n"] - len(times)))
                 prompt_tokens[:] = [event["timings"]["prompt_n"]]
-            pieces.append((event["choices"][0]["delta"].get("content") if event["choices"] else None) or "")
+            pieces.append(
+                (event["choices"][0]["delta"].get("content") if event["choices"] else None) or ""
+            )
             return False
 
-        options = {"max_tokens": num_tokens, "ignore_eos": True, "cache_prompt": False, "stream": True, "timings_per_token": True}
+        options = {
+            "max_tokens": num_tokens,
+            "ignore_eos": True,
+            "cache_prompt": False,
+            "stream": True,
+            "timings_per_token": True,
+        }
         begun = time.perf_counter()
-        runtime._server.handle_chat_completions(runtime._request(*(pair or (None, PLAIN))) | options, told)
+        runtime._server.handle_chat_completions(
+            runtime._request(*(pair or (None, PLAIN))) | options, told
+        )
         return times, "".join(pieces).strip()
 
     with runtime:
         first, rates, plain, texts = _timed(write, task)
         peak = peak_memory_gib()
-        answers = [runtime.answer(*pair, task["answer_tokens"]) for pair in task["questions"] if task["answer_tokens"]]
+        answers = [
+            runtime.answer(*pair, task["answer_tokens"])
+            for pair in task["questions"]
+            if task["answer_tokens"]
+        ]
     return Found(
         load_seconds=load_seconds,
         first_token_seconds=first,
@@ -180,7 +204,9 @@ def peak_memory_gib() -> float:
     if status.is_file():
         (line,) = (line for line in status.read_text().splitlines() if line.startswith("VmHWM:"))
         return int(line.split()[1]) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        2**30 if sys.platform == "darwin" else 2**20
+    )
 
 
 def _timed(
@@ -190,7 +216,12 @@ def _timed(
     write(None, 2)
     plain = _rate(write(None, task["num_tokens"])[0], task)
     found = [write(pair, task["num_tokens"]) for pair in task["questions"]]
-    return [times[0] for times, _ in found], [_rate(times, task) for times, _ in found], plain, [text for _, text in found]
+    return (
+        [times[0] for times, _ in found],
+        [_rate(times, task) for times, _ in found],
+        plain,
+        [text for _, text in found],
+    )
 
 
 def _rate(times: list[float], task: dict[str, Any]) -> float:
@@ -204,7 +235,11 @@ def _prompt_flop(model: Any, num_tokens: int) -> float:
     from torch import nn
 
     def weights(module: nn.Module) -> int:
-        return sum(part.weight.numel() for part in module.modules() if isinstance(part, (nn.Linear, nn.Conv2d)))
+        return sum(
+            part.weight.numel()
+            for part in module.modules()
+            if isinstance(part, (nn.Linear, nn.Conv2d))
+        )
 
     inner, image_tokens = model.model, model.config.image_seq_length
     seen = weights(inner.vision_tower) + weights(inner.multi_modal_projector)
@@ -221,9 +256,13 @@ def _cache_bytes(model: Any, num_tokens: int) -> int:
 def _weight_bytes(model: Any) -> int:
     from mipha.models.modeling import parts
 
-    read = {id(weight): weight for part in parts(model).language_model for weight in part.parameters()}
+    read = {
+        id(weight): weight for part in parts(model).language_model for weight in part.parameters()
+    }
     words, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    return sum(weight.nbytes for weight in read.values()) - (words.nbytes if words is not head else 0)
+    return sum(weight.nbytes for weight in read.values()) - (
+        words.nbytes if words is not head else 0
+    )
 
 
 def _gguf_weight_bytes(path: Path) -> int:
@@ -253,7 +292,11 @@ def main() -> None:
     if task["engine"] == "limits":
         found = limits(task)
     else:
-        found = asdict({"transformers": transformers_engine, "llama.cpp": llama_cpp_engine}[task["engine"]](task))
+        found = asdict(
+            {"transformers": transformers_engine, "llama.cpp": llama_cpp_engine}[task["engine"]](
+                task
+            )
+        )
     result_file.write_text(json.dumps(found))
 
 

@@ -18,7 +18,8 @@ import numpy as np
 
 from mipha.data.encode import Encoded
 from mipha.data.packing import Row, make_rows
-from mipha.run import provenance, write_whole
+from mipha.files import write_whole
+from mipha.run import provenance
 from mipha.training.batches import deal
 
 IMAGE_TOKENS = 729
@@ -59,17 +60,23 @@ def padding(widths: Sequence[int], size: int) -> float:
 def length_grouped(lengths: np.ndarray, size: int) -> np.ndarray:
     """The lengths in the order of LLaVA's sampler: shuffled, then sorted within a megabatch; micro-batches in any order waste the same."""
     mega = size * SAMPLES_A_MEGABATCH
-    return np.concatenate([np.sort(lengths[start : start + mega])[::-1] for start in range(0, len(lengths), mega)])
+    return np.concatenate(
+        [np.sort(lengths[start : start + mega])[::-1] for start in range(0, len(lengths), mega)]
+    )
 
 
-def packed_steps(lengths: np.ndarray, batch_size: int, row_tokens: int, processes: int) -> Iterator[list[Row]]:
+def packed_steps(
+    lengths: np.ndarray, batch_size: int, row_tokens: int, processes: int
+) -> Iterator[list[Row]]:
     """The rows of each whole step."""
     for start in range(0, len(lengths) - batch_size + 1, batch_size):
         samples = [_stand_in(int(length)) for length in lengths[start : start + batch_size]]
         yield make_rows(samples, row_tokens, "packed", processes)
 
 
-def packed_figures(lengths: np.ndarray, batch_size: int, row_tokens: int, processes: int) -> dict[str, float]:
+def packed_figures(
+    lengths: np.ndarray, batch_size: int, row_tokens: int, processes: int
+) -> dict[str, float]:
     """Padding in % in micro-batches of 1 and 4 rows, emptiness of rows in %, waiting of processes in %."""
     tokens = rows = waiting = 0
     positions = {1: 0, 4: 0}
@@ -78,7 +85,9 @@ def packed_figures(lengths: np.ndarray, batch_size: int, row_tokens: int, proces
         tokens += sum(widths)
         rows += len(widths)
         for size in positions:
-            positions[size] += sum(len(widths[i : i + size]) * widths[i] for i in range(0, len(widths), size))
+            positions[size] += sum(
+                len(widths[i : i + size]) * widths[i] for i in range(0, len(widths), size)
+            )
         waiting += processes * max(sum(map(len, own)) for own in deal(step, processes))
     return {
         "padding, 1 row a micro-batch": 100 * (1 - tokens / positions[1]),
@@ -99,7 +108,9 @@ def measure(num_samples: int, batch_size: int, processes: int) -> dict[str, floa
     found = {
         f"padded to {LONGEST}": 100 * (1 - lengths.mean() / LONGEST),
         f"padded, random micro-batches of {MICRO_BATCH}": padding(lengths.tolist(), MICRO_BATCH),
-        f"padded, length-grouped micro-batches of {MICRO_BATCH}": padding(length_grouped(lengths, MICRO_BATCH).tolist(), MICRO_BATCH),
+        f"padded, length-grouped micro-batches of {MICRO_BATCH}": padding(
+            length_grouped(lengths, MICRO_BATCH).tolist(), MICRO_BATCH
+        ),
     }
     for row_tokens in (2048, 4096):
         for name, value in packed_figures(lengths, batch_size, row_tokens, processes).items():
@@ -109,7 +120,9 @@ def measure(num_samples: int, batch_size: int, processes: int) -> dict[str, floa
 
 def main() -> None:
     """Draw, lay out, report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--samples", type=int, default=20_000)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--processes", type=int, default=8)
@@ -118,9 +131,20 @@ def main() -> None:
     found = measure(options.samples, options.batch_size, options.processes)
     lengths = draw_lengths(options.samples)
     about = provenance() | {"samples": options.samples, "samples a step": options.batch_size}
-    about |= {"mean length": round(float(lengths.mean()), 1), "95th percentile": float(np.percentile(lengths, 95))}
-    write_whole(options.out / "lengths.json", json.dumps({"about": about, "percent": found}, indent=2) + "\n")
-    lines = ["# Positions computed for nothing, lengths like LLaVA-665K's", "", "| way | % |", "|---|---|"]
+    about |= {
+        "mean length": round(float(lengths.mean()), 1),
+        "95th percentile": float(np.percentile(lengths, 95)),
+    }
+    write_whole(
+        options.out / "lengths.json",
+        json.dumps({"about": about, "percent": found}, indent=2) + "\n",
+    )
+    lines = [
+        "# Positions computed for nothing, lengths like LLaVA-665K's",
+        "",
+        "| way | % |",
+        "|---|---|",
+    ]
     lines += [f"| {name} | {value:.1f} |" for name, value in found.items()]
     lines += ["", *(f"- {key}: {value}" for key, value in about.items())]
     write_whole(options.out / "lengths.md", "\n".join(lines) + "\n")
@@ -133,7 +157,11 @@ def _plot(found: dict[str, float], path: Path) -> None:
 
     figure = Figure(figsize=(8, 0.4 * len(found) + 1), layout="constrained")
     axes = figure.subplots()
-    axes.barh(list(found), list(found.values()), color=["#3465a4" if name.startswith("packed") else "#bbbbbb" for name in found])
+    axes.barh(
+        list(found),
+        list(found.values()),
+        color=["#3465a4" if name.startswith("packed") else "#bbbbbb" for name in found],
+    )
     for place, value in enumerate(found.values()):
         axes.text(value, place, f" {value:.1f} %", va="center", fontsize=8)
     axes.invert_yaxis()

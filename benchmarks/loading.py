@@ -21,7 +21,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mipha.run import provenance, write_whole
+from mipha.files import write_whole
+from mipha.run import provenance
 
 SECONDS, MEGABYTES = 120, 300
 """What indexing a million samples may take, and what a process that did may hold."""
@@ -30,7 +31,9 @@ RANDOM_READS = 10_000
 _FILES_A_FOLDER = 1_000
 
 
-def workers(num_samples: int, side: int, counts: tuple[int, ...] = (0, 1, 2)) -> list[dict[str, Any]]:
+def workers(
+    num_samples: int, side: int, counts: tuple[int, ...] = (0, 1, 2)
+) -> list[dict[str, Any]]:
     """Samples a second, seconds to the first step, and megabytes of each worker, by number of workers."""
     from torch.utils.data import DataLoader
     from workloads import SINGLE, quickstart_parts, stage_recipe, write_samples
@@ -42,13 +45,25 @@ def workers(num_samples: int, side: int, counts: tuple[int, ...] = (0, 1, 2)) ->
     workload = replace(SINGLE, batch_size=32)
     found = []
     with tempfile.TemporaryDirectory() as name:
-        recipe = stage_recipe(write_samples(Path(name), workload, num_samples, side), workload, "finetune", "packed")
+        recipe = stage_recipe(
+            write_samples(Path(name), workload, num_samples, side), workload, "finetune", "packed"
+        )
         processor = build(quickstart_parts(workload))[1]
         steps = StepDataset(Mixture(recipe.data), processor, recipe, seed=0)
-        steps[0]  # what is loaded on first use, such as the decoder of pictures, is no worker's fault
+        steps[
+            0
+        ]  # what is loaded on first use, such as the decoder of pictures, is no worker's fault
         for count in counts:
             started = time.perf_counter()
-            loader = iter(DataLoader(steps, batch_size=None, sampler=range(len(steps)), collate_fn=keep_step, num_workers=count))
+            loader = iter(
+                DataLoader(
+                    steps,
+                    batch_size=None,
+                    sampler=range(len(steps)),
+                    collate_fn=keep_step,
+                    num_workers=count,
+                )
+            )
             read = len(next(loader).ids)
             first = time.perf_counter() - started
             memory = [_private_megabytes(worker.pid) for worker in getattr(loader, "_workers", [])]
@@ -82,10 +97,22 @@ def write_million(folder: Path, number: int) -> tuple[Path, Path]:
         as_list.write("[")
         for place in range(number):
             part, file = divmod(place, _FILES_A_FOLDER)
-            question = f"<image>\nWhat is written on sign number {place}?" + " Look at it closely." * draw.randrange(9)
-            answer = f"It says {draw.randrange(10**6)}, in white letters." + " The rest is hidden." * draw.randrange(20)
+            question = (
+                f"<image>\nWhat is written on sign number {place}?"
+                + " Look at it closely." * draw.randrange(9)
+            )
+            answer = (
+                f"It says {draw.randrange(10**6)}, in white letters."
+                + " The rest is hidden." * draw.randrange(20)
+            )
             turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-            record = json.dumps({"id": str(place), "image": f"images{f'-{part}' if part else ''}/{file}.jpg", "conversations": turns})
+            record = json.dumps(
+                {
+                    "id": str(place),
+                    "image": f"images{f'-{part}' if part else ''}/{file}.jpg",
+                    "conversations": turns,
+                }
+            )
             as_lines.write(record + "\n")
             as_list.write((",\n" if place else "") + record)
         as_list.write("]\n")
@@ -97,8 +124,15 @@ def million(number: int) -> dict[str, Any]:
     found = {}
     with tempfile.TemporaryDirectory() as name:
         for file in write_million(Path(name), number):
-            done = subprocess.run([sys.executable, __file__, "--child", str(file)], stdout=subprocess.PIPE, text=True, check=True)
-            found[file.name] = {"megabytes_of_the_file": round(file.stat().st_size / 1e6)} | json.loads(done.stdout)
+            done = subprocess.run(
+                [sys.executable, __file__, "--child", str(file)],
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
+            )
+            found[file.name] = {
+                "megabytes_of_the_file": round(file.stat().st_size / 1e6)
+            } | json.loads(done.stdout)
     return found
 
 
@@ -113,7 +147,10 @@ def read_file(file: Path) -> dict[str, Any]:
     def timed(name: str, work: Callable[[], Any]) -> Any:
         started, cpu = time.perf_counter(), time.process_time()
         result = work()
-        seconds = {"seconds": round(time.perf_counter() - started, 2), "cpu_seconds": round(time.process_time() - cpu, 2)}
+        seconds = {
+            "seconds": round(time.perf_counter() - started, 2),
+            "cpu_seconds": round(time.process_time() - cpu, 2),
+        }
         found[name] = seconds | {"megabytes_after": round(_megabytes())}
         return result
 
@@ -124,7 +161,10 @@ def read_file(file: Path) -> dict[str, Any]:
     timed("check", lambda: check_samples(mixture))
     timed("order", lambda: epoch_order(mixture, 0, 0, None))
     timed("order, 8 an image", lambda: epoch_order(mixture, 0, 0, 8))
-    return found | {"samples": len(mixture), "random_reads_per_second": round(len(places) / max(found["random_reads"]["seconds"], 1e-3))}
+    return found | {
+        "samples": len(mixture),
+        "random_reads_per_second": round(len(places) / max(found["random_reads"]["seconds"], 1e-3)),
+    }
 
 
 def verdict(found: dict[str, Any]) -> list[str]:
@@ -135,7 +175,9 @@ def verdict(found: dict[str, Any]) -> list[str]:
             missed.append(f"{file}: indexed in {phases['index']['seconds']} s, more than {SECONDS}")
         for name, phase in phases.items():
             if isinstance(phase, dict) and phase["megabytes_after"] > MEGABYTES:
-                missed.append(f"{file}: {phase['megabytes_after']} MB after {name}, more than {MEGABYTES}")
+                missed.append(
+                    f"{file}: {phase['megabytes_after']} MB after {name}, more than {MEGABYTES}"
+                )
     return missed
 
 
@@ -148,24 +190,35 @@ def _megabytes(pid: int | str = "self") -> float:
 
 def _private_megabytes(pid: int) -> float:
     """Of a worker: what it does not share with the process that it was forked from."""
-    rows = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
+    rows = dict(
+        line.split(":", 1)
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    )
     return sum(int(rows[key].split()[0]) for key in ("Private_Clean", "Private_Dirty")) / 1024
 
 
 def main() -> None:
     """Measure and write the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--samples", type=int, default=512)
-    parser.add_argument("--side", type=int, default=448, help="of the pictures in their files, pixels")
+    parser.add_argument(
+        "--side", type=int, default=448, help="of the pictures in their files, pixels"
+    )
     parser.add_argument("--million", action="store_true")
-    parser.add_argument("--number", type=int, default=1_000_000, help="with --million: that many instead")
+    parser.add_argument(
+        "--number", type=int, default=1_000_000, help="with --million: that many instead"
+    )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         print(json.dumps(read_file(options.child)))
         return
-    found: dict[str, Any] = {"about": provenance() | {"samples": options.samples, "side": options.side}}
+    found: dict[str, Any] = {
+        "about": provenance() | {"samples": options.samples, "side": options.side}
+    }
     found["workers"] = workers(options.samples, options.side)
     if options.million:
         found["million"] = million(options.number)
@@ -177,16 +230,29 @@ def main() -> None:
 
 
 def _markdown(found: dict[str, Any]) -> str:
-    lines = ["# Reading alone", "", "| workers | samples/s | seconds to the first step | MB of a worker |", "|---|---|---|---|"]
+    lines = [
+        "# Reading alone",
+        "",
+        "| workers | samples/s | seconds to the first step | MB of a worker |",
+        "|---|---|---|---|",
+    ]
     for row in found["workers"]:
         sizes = ", ".join(map(str, row["megabytes_of_a_worker"])) or "-"
-        lines.append(f"| {row['workers']} | {row['samples_per_second']} | {row['seconds_to_first_step']} | {sizes} |")
+        lines.append(
+            f"| {row['workers']} | {row['samples_per_second']} | {row['seconds_to_first_step']} | {sizes} |"
+        )
     for file, phases in found.get("million", {}).items():
-        lines += ["", f"{phases['samples']:,} samples, {file} ({phases['megabytes_of_the_file']} MB):", ""]
+        lines += [
+            "",
+            f"{phases['samples']:,} samples, {file} ({phases['megabytes_of_the_file']} MB):",
+            "",
+        ]
         lines += ["| phase | seconds | CPU seconds | MB held after it |", "|---|---|---|---|"]
         for name, phase in phases.items():
             if isinstance(phase, dict):
-                lines.append(f"| {name} | {phase['seconds']} | {phase['cpu_seconds']} | {phase['megabytes_after']} |")
+                lines.append(
+                    f"| {name} | {phase['seconds']} | {phase['cpu_seconds']} | {phase['megabytes_after']} |"
+                )
     if "missed" in found:
         lines += ["", *(f"- missed: {sentence}" for sentence in found["missed"] or ["nothing"])]
     lines += ["", *(f"- {key}: {value}" for key, value in found["about"].items())]
@@ -198,7 +264,11 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(5, 2.5), layout="constrained")
     axes = figure.subplots()
-    axes.barh([f"{row['workers']} workers" for row in rows], [row["samples_per_second"] for row in rows], color="#3465a4")
+    axes.barh(
+        [f"{row['workers']} workers" for row in rows],
+        [row["samples_per_second"] for row in rows],
+        color="#3465a4",
+    )
     axes.invert_yaxis()
     axes.set_xlabel("samples a second, decoded, tokenised, packed")
     axes.spines[["top", "right"]].set_visible(False)

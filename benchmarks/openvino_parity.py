@@ -33,10 +33,14 @@ def export(python: Path, checkpoint: Path, weights: str, out: Path) -> None:
     """
     program = python.parent / "optimum-cli"
     if not program.is_file():
-        raise SystemExit(f"{program} is not there: pip install 'optimum-intel[openvino]' openvino-genai in that environment")
+        raise SystemExit(
+            f"{program} is not there: pip install 'optimum-intel[openvino]' openvino-genai in that environment"
+        )
     task = ["--task", "image-text-to-text", "--weight-format", weights]
     command = [program, "export", "openvino", "--model", checkpoint, *task, out]
-    done = subprocess.run(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True
+    )
     if done.returncode:
         raise SystemExit(f"optimum-cli failed:\n{done.stderr[-2000:]}")
 
@@ -57,9 +61,14 @@ def ask(python: Path, kind: str, folder: Path, questions: Sequence[tuple[str, st
     Raises:
         SystemExit: It failed.
     """
-    lines = "".join(json.dumps({"image": image, "text": text, "max_tokens": MAX_TOKENS}) + "\n" for image, text in questions)
+    lines = "".join(
+        json.dumps({"image": image, "text": text, "max_tokens": MAX_TOKENS}) + "\n"
+        for image, text in questions
+    )
     worker = Path(__file__).with_name("openvino_worker.py")
-    done = subprocess.run([python, worker, kind, folder], input=lines, capture_output=True, text=True)
+    done = subprocess.run(
+        [python, worker, kind, folder], input=lines, capture_output=True, text=True
+    )
     if done.returncode:
         raise SystemExit(f"{kind} failed on {folder}:\n{done.stderr[-2000:]}")
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith('"')]
@@ -67,9 +76,13 @@ def ask(python: Path, kind: str, folder: Path, questions: Sequence[tuple[str, st
 
 def main() -> None:
     """Export, ask, count."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", type=Path, metavar="RUN")
-    parser.add_argument("--python", type=Path, required=True, help="the interpreter of an environment with OpenVINO")
+    parser.add_argument(
+        "--python", type=Path, required=True, help="the interpreter of an environment with OpenVINO"
+    )
     parser.add_argument("--weights", default="fp32,int8")
     parser.add_argument("--questions", type=int, default=200)
     options = parser.parse_args()

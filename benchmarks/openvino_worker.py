@@ -24,7 +24,9 @@ def genai(folder: str) -> Callable[[dict[str, Any]], str]:
     pipeline = openvino_genai.VLMPipeline(folder, "CPU")
 
     def answer(asked: dict[str, Any]) -> str:
-        greedy = openvino_genai.GenerationConfig(max_new_tokens=asked["max_tokens"], do_sample=False)
+        greedy = openvino_genai.GenerationConfig(
+            max_new_tokens=asked["max_tokens"], do_sample=False
+        )
         picture = openvino.Tensor(np.array(Image.open(asked["image"]).convert("RGB"))[None])
         return str(pipeline.generate(asked["text"], images=[picture], generation_config=greedy))
 
@@ -36,13 +38,19 @@ def optimum(folder: str) -> Callable[[dict[str, Any]], str]:
     from optimum.intel import OVModelForVisualCausalLM
     from transformers import AutoProcessor
 
-    model = OVModelForVisualCausalLM.from_pretrained(folder, export=False, ov_config={"INFERENCE_PRECISION_HINT": "f32"})
+    model = OVModelForVisualCausalLM.from_pretrained(
+        folder, export=False, ov_config={"INFERENCE_PRECISION_HINT": "f32"}
+    )
     processor = AutoProcessor.from_pretrained(folder)
 
     def answer(asked: dict[str, Any]) -> str:
         content = [{"type": "image"}, {"type": "text", "text": asked["text"]}]
-        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        inputs = processor(images=Image.open(asked["image"]).convert("RGB"), text=prompt, return_tensors="pt")
+        prompt = processor.apply_chat_template(
+            [{"role": "user", "content": content}], add_generation_prompt=True
+        )
+        inputs = processor(
+            images=Image.open(asked["image"]).convert("RGB"), text=prompt, return_tensors="pt"
+        )
         ids = model.generate(**inputs, max_new_tokens=asked["max_tokens"], do_sample=False)
         return processor.decode(ids[0][inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 

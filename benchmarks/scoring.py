@@ -15,16 +15,40 @@ from pathlib import Path
 
 from mipha.evaluation.benchmark import load_benchmark
 from mipha.evaluation.score import score_file
-from mipha.run import provenance, write_whole
+from mipha.files import write_whole
+from mipha.run import provenance
 
-WORDS = ("yes", "no", "2", "two", "red", "a dog", "t-shirt", "man's hat", "1/2", "on the table", "Yes", "left.", "none", "dont know")
-KINDS = (("yes/no", "is the"), ("number", "how many"), ("other", "what color is the"), ("other", "where is the"))
+WORDS = (
+    "yes",
+    "no",
+    "2",
+    "two",
+    "red",
+    "a dog",
+    "t-shirt",
+    "man's hat",
+    "1/2",
+    "on the table",
+    "Yes",
+    "left.",
+    "none",
+    "dont know",
+)
+KINDS = (
+    ("yes/no", "is the"),
+    ("number", "how many"),
+    ("other", "what color is the"),
+    ("other", "where is the"),
+)
 
 
 def write_files(folder: Path, num_questions: int) -> None:
     """Questions, annotations and predictions; five questions an image, people who agree about as often as not."""
     rng = random.Random(0)
-    with (folder / "questions.json").open("w") as questions, (folder / "annotations.json").open("w") as annotations:
+    with (
+        (folder / "questions.json").open("w") as questions,
+        (folder / "annotations.json").open("w") as annotations,
+    ):
         questions.write('{"questions": [')
         annotations.write('{"annotations": [')
         with (folder / "predictions.jsonl").open("w") as predictions:
@@ -32,21 +56,37 @@ def write_files(folder: Path, num_questions: int) -> None:
                 answer_type, question_type = rng.choice(KINDS)
                 likely = rng.choice(WORDS)
                 said = [likely if rng.random() < 0.7 else rng.choice(WORDS) for _ in range(10)]
-                answers = [{"answer": text, "answer_confidence": "yes", "answer_id": i + 1} for i, text in enumerate(said)]
+                answers = [
+                    {"answer": text, "answer_confidence": "yes", "answer_id": i + 1}
+                    for i, text in enumerate(said)
+                ]
                 image_id = number // 5
                 shared = {"image_id": image_id, "question_id": number}
-                kinds = {"question_type": question_type, "answer_type": answer_type, "multiple_choice_answer": likely}
+                kinds = {
+                    "question_type": question_type,
+                    "answer_type": answer_type,
+                    "multiple_choice_answer": likely,
+                }
                 comma = ", " if number else ""
-                questions.write(comma + json.dumps(shared | {"question": f"{question_type} thing {number}?"}))
+                questions.write(
+                    comma + json.dumps(shared | {"question": f"{question_type} thing {number}?"})
+                )
                 annotations.write(comma + json.dumps(shared | kinds | {"answers": answers}))
-                predictions.write(json.dumps({"question_id": number, "text": rng.choice((likely, rng.choice(WORDS)))}) + "\n")
+                predictions.write(
+                    json.dumps(
+                        {"question_id": number, "text": rng.choice((likely, rng.choice(WORDS)))}
+                    )
+                    + "\n"
+                )
         questions.write("]}")
         annotations.write("]}")
 
 
 def main() -> None:
     """Generate, score, report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--num-questions", type=int, default=447_793)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
@@ -63,7 +103,9 @@ def main() -> None:
         "cpu_seconds": round(cpu, 1),
         "peak_memory_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
     }
-    write_whole(options.out / "scoring.json", json.dumps(found | {"about": provenance()}, indent=2) + "\n")
+    write_whole(
+        options.out / "scoring.json", json.dumps(found | {"about": provenance()}, indent=2) + "\n"
+    )
     print(json.dumps(found, indent=2))
 
 

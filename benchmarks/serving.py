@@ -36,7 +36,8 @@ from harness import Row, report
 from inference import easy_questions
 
 from mipha.deploy.serve.launch import choose_engine, find_source
-from mipha.run import available_cores, write_whole
+from mipha.files import write_whole
+from mipha.run import available_cores
 
 MAX_TOKENS = 16
 """Of an answer; easy-VQA's are a word."""
@@ -77,18 +78,33 @@ class Load:
     def rates(self) -> list[float]:
         """Right answers a second in each part of the time."""
         width = self.seconds / WINDOWS
-        return [sum(at // width == place for at in self.finished) / width for place in range(WINDOWS)]
+        return [
+            sum(at // width == place for at in self.finished) / width for place in range(WINDOWS)
+        ]
 
 
 @contextmanager
-def serving(source: Path, engine: str, options: Sequence[str] = ()) -> Iterator[tuple[str, psutil.Process]]:
+def serving(
+    source: Path, engine: str, options: Sequence[str] = ()
+) -> Iterator[tuple[str, psutil.Process]]:
     """`mipha serve` while it is needed: its address, and its process.
 
     Raises:
         SystemExit: It did not start; says what it said.
     """
     with tempfile.TemporaryFile("w+") as said:
-        command = [sys.executable, "-m", "mipha", "serve", str(source), "--engine", engine, "--port", "0", *options]
+        command = [
+            sys.executable,
+            "-m",
+            "mipha",
+            "serve",
+            str(source),
+            "--engine",
+            engine,
+            "--port",
+            "0",
+            *options,
+        ]
         environment = {key: value for key, value in os.environ.items() if key != "MIPHA_API_KEY"}
         server = subprocess.Popen(command, stderr=said, stdin=subprocess.DEVNULL, env=environment)
         try:
@@ -132,7 +148,9 @@ async def put_load(
     """
     load = Load(clients, seconds)
     limits = httpx.Limits(max_connections=clients)
-    async with httpx.AsyncClient(base_url=address, timeout=REQUEST_SECONDS, limits=limits, trust_env=False) as http:
+    async with httpx.AsyncClient(
+        base_url=address, timeout=REQUEST_SECONDS, limits=limits, trust_env=False
+    ) as http:
         model = (await http.get("/v1/models")).raise_for_status().json()["data"][0]["id"]
         bodies = [_body(model, *question) for question in questions[:clients]]
         started = time.monotonic()
@@ -145,7 +163,9 @@ async def put_load(
                     load.seconds_each.append(time.monotonic() - asked)
                     load.finished.append(time.monotonic() - started)
                 elif text is not None:
-                    load.wrong.append(f"{questions[place][1]!r}: {text!r}, alone {expected[place]!r}")
+                    load.wrong.append(
+                        f"{questions[place][1]!r}: {text!r}, alone {expected[place]!r}"
+                    )
 
         watching = asyncio.create_task(_watch(process, load, started))
         try:
@@ -161,7 +181,9 @@ async def _answer(http: httpx.AsyncClient, body: bytes, load: Load) -> str | Non
     until = time.monotonic() + REQUEST_SECONDS
     while time.monotonic() < until:
         try:
-            response = await http.post("/v1/chat/completions", content=body, headers={"Content-Type": "application/json"})
+            response = await http.post(
+                "/v1/chat/completions", content=body, headers={"Content-Type": "application/json"}
+            )
         except httpx.HTTPError as error:
             load.lost.append(f"{type(error).__name__}: {error}")
             return None
@@ -196,7 +218,13 @@ def memory_gib(process: psutil.Process) -> float:
 def _body(model: str, image: str, question: str) -> bytes:
     url = f"data:image/png;base64,{base64.b64encode(Path(image).read_bytes()).decode()}"
     content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
-    return json.dumps({"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": MAX_TOKENS}).encode()
+    return json.dumps(
+        {
+            "model": model,
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": MAX_TOKENS,
+        }
+    ).encode()
 
 
 def answers_alone(source: Path, engine: str, questions: Sequence[tuple[str, str]]) -> list[str]:
@@ -205,7 +233,9 @@ def answers_alone(source: Path, engine: str, questions: Sequence[tuple[str, str]
         from mipha.assistant import load
 
         assistant = load(source)
-        return [assistant.answer(*question, max_new_tokens=MAX_TOKENS).text for question in questions]
+        return [
+            assistant.answer(*question, max_new_tokens=MAX_TOKENS).text for question in questions
+        ]
     from mipha.deploy.llama_cpp import LlamaCpp
 
     found = find_source(source)
@@ -215,7 +245,12 @@ def answers_alone(source: Path, engine: str, questions: Sequence[tuple[str, str]
 
 
 def measure(
-    source: Path, engine: str, questions: Sequence[tuple[str, str]], clients: Sequence[int], seconds: float, options: Sequence[str] = ()
+    source: Path,
+    engine: str,
+    questions: Sequence[tuple[str, str]],
+    clients: Sequence[int],
+    seconds: float,
+    options: Sequence[str] = (),
 ) -> list[Load]:
     """Every number of clients in turn, the smallest first, at one server.
 
@@ -229,7 +264,9 @@ def measure(
         asyncio.run(put_load(address, process, questions, expected, 1, 0.01))
         for number in sorted(clients):
             duration = seconds if number == max(clients) else seconds / 4
-            loads.append(asyncio.run(put_load(address, process, questions, expected, number, duration)))
+            loads.append(
+                asyncio.run(put_load(address, process, questions, expected, number, duration))
+            )
             print(f"{engine}, {number} clients: {sentence(loads[-1])}", file=sys.stderr, flush=True)
     return loads
 
@@ -238,7 +275,11 @@ def sentence(load: Load) -> str:
     """What a reader must know of it beside the rate."""
     if not load.seconds_each:
         return f"no right answer, {len(load.lost)} lost, {len(load.wrong)} wrong, {load.busy} times told to come again"
-    percentiles = statistics.quantiles(load.seconds_each, n=100, method="inclusive") if len(load.seconds_each) > 1 else [0.0] * 99
+    percentiles = (
+        statistics.quantiles(load.seconds_each, n=100, method="inclusive")
+        if len(load.seconds_each) > 1
+        else [0.0] * 99
+    )
     at = ", ".join(f"p{rank} {percentiles[rank - 1]:.3g}" for rank in (50, 95, 99))
     memory = [held for _, held in load.memory]
     return (
@@ -264,36 +305,68 @@ def rows_of(engine: str, loads: Sequence[Load]) -> list[Row]:
         rates = load.rates()
         rate = len(load.finished) / max([load.seconds, *load.finished])
         ratio = rate / rows[0].rate if rows and rows[0].rate else 1.0
-        rows.append(Row(engine, f"{load.clients} client{'s' * (load.clients > 1)}", rate, min(rates), max(rates), ratio, "answers"))
+        rows.append(
+            Row(
+                engine,
+                f"{load.clients} client{'s' * (load.clients > 1)}",
+                rate,
+                min(rates),
+                max(rates),
+                ratio,
+                "answers",
+            )
+        )
     return rows
 
 
 def main() -> None:
     """Measure and report; fails if an answer was lost or wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("source", type=Path, metavar="RUN")
-    parser.add_argument("--gguf", type=Path, help="a language model's GGUF, its mmproj beside it, or a folder of both: for llama.cpp")
-    parser.add_argument("--vllm", action="store_true", help="vLLM too, if the program is on the PATH")
+    parser.add_argument(
+        "--gguf",
+        type=Path,
+        help="a language model's GGUF, its mmproj beside it, or a folder of both: for llama.cpp",
+    )
+    parser.add_argument(
+        "--vllm", action="store_true", help="vLLM too, if the program is on the PATH"
+    )
     parser.add_argument("--clients", default="1,4,16,64")
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
     clients = [int(number) for number in options.clients.split(",")]
     questions = easy_questions(max(clients))
-    sources = {"transformers": options.source} | ({"llama.cpp": options.gguf} if options.gguf else {})
+    sources = {"transformers": options.source} | (
+        {"llama.cpp": options.gguf} if options.gguf else {}
+    )
     sources |= {"vllm": options.source} if options.vllm else {}
     for engine, source in sources.items():
         choose_engine(find_source(source), engine)  # before the first of them runs for minutes
-    found = {engine: measure(source, engine, questions, clients, options.seconds) for engine, source in sources.items()}
+    found = {
+        engine: measure(source, engine, questions, clients, options.seconds)
+        for engine, source in sources.items()
+    }
     rows = [row for engine, loads in found.items() for row in rows_of(engine, loads)]
-    facts: dict[str, Any] = {f"{engine}, {load.clients} clients": sentence(load) for engine, loads in found.items() for load in loads}
+    facts: dict[str, Any] = {
+        f"{engine}, {load.clients} clients": sentence(load)
+        for engine, loads in found.items()
+        for load in loads
+    }
     facts["slowest and fastest"] = f"of {WINDOWS} equal parts of the time"
     facts["cores"] = available_cores()
     runs = {engine: [asdict(load) for load in loads] for engine, loads in found.items()}
     write_whole(options.out / "serving-runs.json", json.dumps(runs) + "\n")
     report("serving", "`mipha serve` under load", rows, options.out, facts)
-    if bad := Counter(text for loads in found.values() for load in loads for text in (*load.lost, *load.wrong)):
-        raise SystemExit("lost or wrong:\n" + "\n".join(f"{number} times {text}" for text, number in bad.most_common(20)))
+    if bad := Counter(
+        text for loads in found.values() for load in loads for text in (*load.lost, *load.wrong)
+    ):
+        raise SystemExit(
+            "lost or wrong:\n"
+            + "\n".join(f"{number} times {text}" for text, number in bad.most_common(20))
+        )
 
 
 if __name__ == "__main__":

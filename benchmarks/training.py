@@ -57,11 +57,15 @@ PARTS = {
     "stage2": Part("stage 2", SINGLE, "finetune", _PACKED, target=2.4),
     "shared-image": Part("stage 2", SHARED, "finetune", _SHARED, target=5.0),
     "easy-vqa": Part("stage 2", EASY_VQA, "finetune", _SHARED),
-    "levers": Part("stage 2, each lever alone", replace(SINGLE, batch_size=4), "finetune", LEVERS, steps=1),
+    "levers": Part(
+        "stage 2, each lever alone", replace(SINGLE, batch_size=4), "finetune", LEVERS, steps=1
+    ),
 }
 
 
-def measure(trial: Trial, case: str, ways: Sequence[Way], repeats: int) -> tuple[list[Row], dict[str, Outcome]]:
+def measure(
+    trial: Trial, case: str, ways: Sequence[Way], repeats: int
+) -> tuple[list[Row], dict[str, Outcome]]:
     """Rows of a case, and what each way gave in its last round."""
     outcomes: dict[str, Outcome] = {}
 
@@ -100,12 +104,18 @@ def run_part(name: str, options: argparse.Namespace, parts: ModelRecipe | None =
     ways = (BASELINE, *part.ways)
     steps = options.steps or part.steps
     with tempfile.TemporaryDirectory() as folder:
-        trial = Trial(Path(folder), parts or quickstart_parts(workload), workload, part.stage, steps)
+        trial = Trial(
+            Path(folder), parts or quickstart_parts(workload), workload, part.stage, steps
+        )
         rows, outcomes = measure(trial, part.title, ways, options.repeats)
     wanted = outcomes[BASELINE.name].losses
     real = trial.num_tokens / sum(map(len, trial.samples))
     wrong = unequal(ways, outcomes)
-    facts: dict[str, object] = {"repeats": options.repeats, "steps": steps, "threads": torch.get_num_threads()}
+    facts: dict[str, object] = {
+        "repeats": options.repeats,
+        "steps": steps,
+        "threads": torch.get_num_threads(),
+    }
     facts |= {"workload": asdict(workload), "real tokens a sample": round(real, 1)}
     for row in rows:
         found = outcomes[row.way]
@@ -116,7 +126,9 @@ def run_part(name: str, options: argparse.Namespace, parts: ModelRecipe | None =
         )
     facts["losses in float32 equal to 1e-3"] = not wrong
     if part.target:
-        facts["target"] = f"{part.target} times the baseline; the last way reaches {rows[-1].ratio:.2f}"
+        facts["target"] = (
+            f"{part.target} times the baseline; the last way reaches {rows[-1].ratio:.2f}"
+        )
     report(f"training-{name}", f"Training, {part.title}: {workload.name}", rows, options.out, facts)
     return not wrong
 
@@ -124,11 +136,17 @@ def run_part(name: str, options: argparse.Namespace, parts: ModelRecipe | None =
 def main() -> None:
     """Run the chosen parts."""
     parts = [*PARTS, "trainer"]
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="append", choices=parts, help="a part; may be given again; default: all")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--only", action="append", choices=parts, help="a part; may be given again; default: all"
+    )
     parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--steps", type=int, help="optimizer steps in a repeat; default: 2, and 1 for single levers")
+    parser.add_argument(
+        "--steps", type=int, help="optimizer steps in a repeat; default: 2, and 1 for single levers"
+    )
     parser.add_argument("--batch-size", type=int, help="samples a step; default: the workload's")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()

@@ -69,7 +69,9 @@ SHARING = Way("shared images", batching="shared-image")
 def together(batching: str, bf16: bool) -> Way:
     """All levers at once."""
     name = f"mipha, {batching}, {'bfloat16' if bf16 else 'float32'}"
-    return Way(name, own_loss=True, attention="sdpa", batching=batching, bf16=bf16, fused=True, pruned=True)
+    return Way(
+        name, own_loss=True, attention="sdpa", batching=batching, bf16=bf16, fused=True, pruned=True
+    )
 
 
 @dataclass(frozen=True)
@@ -97,18 +99,32 @@ class Trial:
         num_steps: Optimizer steps that are timed.
     """
 
-    def __init__(self, folder: Path, parts: ModelRecipe, workload: Workload, stage: str, num_steps: int) -> None:
+    def __init__(
+        self, folder: Path, parts: ModelRecipe, workload: Workload, stage: str, num_steps: int
+    ) -> None:
         torch.manual_seed(0)
         self.workload, self.stage, self.num_steps = workload, stage, num_steps
         self.model, self.processor = build(parts)
-        self._whole_tower, _, _ = load_vision_tower(parts.model_copy(update={"feature_layer": -1}), torch.float32)
+        self._whole_tower, _, _ = load_vision_tower(
+            parts.model_copy(update={"feature_layer": -1}), torch.float32
+        )
         self._whole_tower.requires_grad_(False)
         self._pruned_tower = self.model.model.vision_tower
         self._layer_read = self._pruned_tower.config.num_hidden_layers
         apply_tuning(self.model, TUNING[stage])
-        self._start = {name: weight.detach().clone() for name, weight in self.model.named_parameters() if weight.requires_grad}
-        file = None if workload.dataset else write_samples(folder / "samples", workload, workload.batch_size * num_steps)
-        self.recipe = stage_recipe(file, workload, stage, "shared-image" if workload.questions > 1 else "packed")
+        self._start = {
+            name: weight.detach().clone()
+            for name, weight in self.model.named_parameters()
+            if weight.requires_grad
+        }
+        file = (
+            None
+            if workload.dataset
+            else write_samples(folder / "samples", workload, workload.batch_size * num_steps)
+        )
+        self.recipe = stage_recipe(
+            file, workload, stage, "shared-image" if workload.questions > 1 else "packed"
+        )
         steps = StepDataset(Mixture(self.recipe.data), self.processor, self.recipe, seed=0)
         self.samples = [steps.samples(step) for step in range(num_steps)]
         self._batches: dict[Way, list[list[dict[str, Tensor]]]] = {}
@@ -127,13 +143,19 @@ class Trial:
         started = time.perf_counter()
         for step in batches:
             losses.append(_loss(model, way, step, train=True))
-            nn.utils.clip_grad_norm_([weight for group in optimizer.param_groups for weight in group["params"]], 1.0)
+            nn.utils.clip_grad_norm_(
+                [weight for group in optimizer.param_groups for weight in group["params"]], 1.0
+            )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - started
         with torch.no_grad():
             losses.append(_loss(model, way, batches[-1], train=False))
-        return Outcome(seconds, tuple(losses), sum(batch["input_ids"].numel() for step in batches for batch in step))
+        return Outcome(
+            seconds,
+            tuple(losses),
+            sum(batch["input_ids"].numel() for step in batches for batch in step),
+        )
 
     def _prepared(self, way: Way) -> nn.Module:
         with torch.no_grad():
@@ -153,13 +175,20 @@ class Trial:
         trained = [weight for weight in self.model.parameters() if weight.requires_grad]
         recipe = self.recipe
         return torch.optim.AdamW(
-            trained, recipe.learning_rate, betas=recipe.adam_betas, eps=recipe.adam_eps, weight_decay=recipe.weight_decay
+            trained,
+            recipe.learning_rate,
+            betas=recipe.adam_betas,
+            eps=recipe.adam_eps,
+            weight_decay=recipe.weight_decay,
         )
 
     def _batches_of(self, way: Way) -> list[list[dict[str, Tensor]]]:
         key = replace(BASELINE, own_loss=way.own_loss, batching=way.batching, grouped=way.grouped)
         if key not in self._batches:
-            self._batches[key] = [_micro_batches(samples, way, self.workload, self.processor) for samples in self.samples]
+            self._batches[key] = [
+                _micro_batches(samples, way, self.workload, self.processor)
+                for samples in self.samples
+            ]
         return self._batches[key]
 
 
@@ -171,7 +200,9 @@ def stock_model(model: LlavaForConditionalGeneration) -> transformers.LlavaForCo
     return stock.eval()
 
 
-def _micro_batches(samples: Sequence[Encoded], way: Way, workload: Workload, processor: LlavaProcessor) -> list[dict[str, Tensor]]:
+def _micro_batches(
+    samples: Sequence[Encoded], way: Way, workload: Workload, processor: LlavaProcessor
+) -> list[dict[str, Tensor]]:
     if way.batching == "padded":
         ordered = sorted(samples, key=len) if way.grouped else samples
         rows = [make_rows([sample], workload.row_tokens, "padded")[0] for sample in ordered]
@@ -179,7 +210,10 @@ def _micro_batches(samples: Sequence[Encoded], way: Way, workload: Workload, pro
     else:
         rows, size = make_rows(samples, workload.row_tokens, way.batching), 1
     chunks = [rows[start : start + size] for start in range(0, len(rows), size)]
-    return [collate(chunk, processor) if way.own_loss else _for_stock(chunk, processor) for chunk in chunks]
+    return [
+        collate(chunk, processor) if way.own_loss else _for_stock(chunk, processor)
+        for chunk in chunks
+    ]
 
 
 def _for_stock(rows: Sequence[Row], processor: LlavaProcessor) -> dict[str, Tensor]:
@@ -187,7 +221,9 @@ def _for_stock(rows: Sequence[Row], processor: LlavaProcessor) -> dict[str, Tens
     batch = collate(rows, processor)
     keys = {"input_ids", "labels", "pixel_values"}
     if len(rows) == 1 and len(rows[0].ids) > 1:
-        mask = isolation_mask(torch.from_numpy(rows[0].group)[None], torch.from_numpy(rows[0].branch)[None])
+        mask = isolation_mask(
+            torch.from_numpy(rows[0].group)[None], torch.from_numpy(rows[0].branch)[None]
+        )
         return {key: batch[key] for key in keys | {"position_ids"}} | {"attention_mask": mask}
     lengths = torch.tensor([len(row) for row in rows])
     mask = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()
@@ -200,7 +236,11 @@ def _loss(model: nn.Module, way: Way, step: Sequence[dict[str, Tensor]], train: 
     total = 0.0
     for batch, count in zip(step, counts, strict=True):
         with torch.autocast("cpu", torch.bfloat16, enabled=way.bf16):
-            loss = model(**batch).loss_sum if way.own_loss else model(**batch, use_cache=False).loss * count
+            loss = (
+                model(**batch).loss_sum
+                if way.own_loss
+                else model(**batch, use_cache=False).loss * count
+            )
         loss = loss / sum(counts)
         if train:
             loss.backward()

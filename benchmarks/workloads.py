@@ -15,7 +15,25 @@ from PIL import Image
 
 from mipha.recipe import ModelRecipe, Recipe, StageRecipe, StagesRecipe, TuningRecipe
 
-_WORDS = ("what", "is", "the", "color", "of", "that", "small", "red", "car", "near", "two", "old", "trees", "on", "this", "green", "hill")
+_WORDS = (
+    "what",
+    "is",
+    "the",
+    "color",
+    "of",
+    "that",
+    "small",
+    "red",
+    "car",
+    "near",
+    "two",
+    "old",
+    "trees",
+    "on",
+    "this",
+    "green",
+    "hill",
+)
 
 TUNING = {
     "pretrain": TuningRecipe(vision_tower="frozen", projector="full", language_model="frozen"),
@@ -61,8 +79,16 @@ class Workload:
 
 # SmolLM2's template takes 31 tokens a conversation, so 8 to 98 words of question and 1 to 19 of answer are 40 to 148 tokens of text.
 SINGLE = Workload("single questions, 64 image tokens")
-SHARED = Workload("8 questions an image, 196 image tokens", image_size=196, questions=8, words=(4, 20), answer=(1, 4))
-EASY_VQA = Workload("easy-VQA, 25 image tokens", image_size=70, questions=8, batch_size=16, dataset="easy_vqa")
+SHARED = Workload(
+    "8 questions an image, 196 image tokens",
+    image_size=196,
+    questions=8,
+    words=(4, 20),
+    answer=(1, 4),
+)
+EASY_VQA = Workload(
+    "easy-VQA, 25 image tokens", image_size=70, questions=8, batch_size=16, dataset="easy_vqa"
+)
 
 
 def quickstart_parts(workload: Workload) -> ModelRecipe:
@@ -74,32 +100,69 @@ def quickstart_parts(workload: Workload) -> ModelRecipe:
 def small_parts(folder: Path, workload: Workload, width: int = 128, depth: int = 4) -> ModelRecipe:
     """A SigLIP, whose last layer is not read, and a Llama; random weights, saved under `folder`, at the size of the workload's pictures."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, SiglipVisionConfig, SiglipVisionModel
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        PreTrainedTokenizerFast,
+        SiglipVisionConfig,
+        SiglipVisionModel,
+    )
 
-    sizes = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": depth, "num_attention_heads": width // 32}
+    sizes = {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": width // 32,
+    }
     torch.manual_seed(0)
-    SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=workload.image_size, patch_size=14)).save_pretrained(folder / "tower")
-    pixels = {"image_processor_type": "SiglipImageProcessor", "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    SiglipVisionModel(
+        SiglipVisionConfig(**sizes, image_size=workload.image_size, patch_size=14)
+    ).save_pretrained(folder / "tower")
+    pixels = {
+        "image_processor_type": "SiglipImageProcessor",
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    }
     (folder / "tower" / "preprocessor_config.json").write_text(json.dumps(pixels))
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator([" ".join(_WORDS), "user assistant system"] * 3, trainer)
     names = {"eos_token": special[2], "pad_token": special[0]}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder / "language_model")
-    config = LlamaConfig(**sizes, num_key_value_heads=1, vocab_size=512, max_position_embeddings=16384, eos_token_id=2, pad_token_id=0)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(
+        folder / "language_model"
+    )
+    config = LlamaConfig(
+        **sizes,
+        num_key_value_heads=1,
+        vocab_size=512,
+        max_position_embeddings=16384,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
     LlamaForCausalLM(config).save_pretrained(folder / "language_model")
     return small_parts_in(folder)
 
 
 def small_parts_in(folder: Path) -> ModelRecipe:
     """What `small_parts` saved."""
-    return ModelRecipe(vision_tower=str(folder / "tower"), language_model=str(folder / "language_model"), chat_template="chatml")
+    return ModelRecipe(
+        vision_tower=str(folder / "tower"),
+        language_model=str(folder / "language_model"),
+        chat_template="chatml",
+    )
 
 
-def write_samples(folder: Path, workload: Workload, num_samples: int, side: int | None = None) -> Path:
+def write_samples(
+    folder: Path, workload: Workload, num_samples: int, side: int | None = None
+) -> Path:
     """A messages file with its pictures beside it.
 
     Args:
@@ -115,7 +178,9 @@ def write_samples(folder: Path, workload: Workload, num_samples: int, side: int 
     for number in range(num_samples):
         image = f"{number // workload.questions}.jpg"
         if number % workload.questions == 0:
-            Image.fromarray(random.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(folder / image)
+            Image.fromarray(random.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(
+                folder / image
+            )
         question, answer = (_words(random, *bounds) for bounds in (workload.words, workload.answer))
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         lines.append(json.dumps({"messages": turns, "images": [image]}) + "\n")
@@ -124,7 +189,9 @@ def write_samples(folder: Path, workload: Workload, num_samples: int, side: int 
     return file
 
 
-def stage_recipe(file: Path | None, workload: Workload, stage: str, batching: str, **changes: object) -> StageRecipe:
+def stage_recipe(
+    file: Path | None, workload: Workload, stage: str, batching: str, **changes: object
+) -> StageRecipe:
     """A stage of this workload: upstream's optimizer settings, no warmup, one epoch."""
     values = {
         "data": {"dataset": workload.dataset or "messages", "root": file},
@@ -143,7 +210,9 @@ def stage_recipe(file: Path | None, workload: Workload, stage: str, batching: st
 
 def whole_recipe(parts: ModelRecipe, stage: StageRecipe) -> Recipe:
     """A recipe both of whose stages are this one, for what wants a whole recipe."""
-    return Recipe(name="benchmark", model=parts, stages=StagesRecipe(pretrain=stage, finetune=stage))
+    return Recipe(
+        name="benchmark", model=parts, stages=StagesRecipe(pretrain=stage, finetune=stage)
+    )
 
 
 def _words(random: np.random.Generator, least: int, most: int) -> str:

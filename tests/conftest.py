@@ -32,20 +32,51 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 _LANGUAGE_MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "phi": ("PhiConfig", "PhiForCausalLM", {"partial_rotary_factor": 0.5, "resid_pdrop": 0.1}),
-    "qwen2": ("Qwen2Config", "Qwen2ForCausalLM", {"num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "qwen2": (
+        "Qwen2Config",
+        "Qwen2ForCausalLM",
+        {"num_key_value_heads": 2, "tie_word_embeddings": True},
+    ),
     "gpt_neox": ("GPTNeoXConfig", "GPTNeoXForCausalLM", {"rotary_pct": 0.5}),
     "stablelm": ("StableLmConfig", "StableLmForCausalLM", {"num_key_value_heads": 4}),
     "gemma": ("GemmaConfig", "GemmaForCausalLM", {"num_key_value_heads": 1, "head_dim": 8}),
     "llama": ("LlamaConfig", "LlamaForCausalLM", {"num_key_value_heads": 2}),
 }
 _TOWERS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
-    "siglip": ("SiglipVisionConfig", "SiglipVisionModel", "SiglipImageProcessor", {"image_size": 28, "patch_size": 14}),
-    "clip": ("CLIPVisionConfig", "CLIPVisionModel", "CLIPImageProcessor", {"image_size": 28, "patch_size": 14, "projection_dim": 16}),
-    "dinov2": ("Dinov2Config", "Dinov2Model", "BitImageProcessor", {"image_size": 28, "patch_size": 14, "mlp_ratio": 2}),
+    "siglip": (
+        "SiglipVisionConfig",
+        "SiglipVisionModel",
+        "SiglipImageProcessor",
+        {"image_size": 28, "patch_size": 14},
+    ),
+    "clip": (
+        "CLIPVisionConfig",
+        "CLIPVisionModel",
+        "CLIPImageProcessor",
+        {"image_size": 28, "patch_size": 14, "projection_dim": 16},
+    ),
+    "dinov2": (
+        "Dinov2Config",
+        "Dinov2Model",
+        "BitImageProcessor",
+        {"image_size": 28, "patch_size": 14, "mlp_ratio": 2},
+    ),
     "vit": ("ViTConfig", "ViTModel", "ViTImageProcessor", {"image_size": 32, "patch_size": 8}),
 }
-_TOWER_WIDTHS = {"hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 3, "intermediate_size": 32, "num_channels": 3}
-_WIDTHS = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48, "max_position_embeddings": 512}
+_TOWER_WIDTHS = {
+    "hidden_size": 24,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 3,
+    "intermediate_size": 32,
+    "num_channels": 3,
+}
+_WIDTHS = {
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "intermediate_size": 48,
+    "max_position_embeddings": 512,
+}
 
 _CORPUS = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -77,7 +108,11 @@ class TinyParts:
 
     def recipe(self, **changes: Any) -> ModelRecipe:
         """The wish to join them."""
-        names = {"vision_tower": str(self.vision_tower), "language_model": str(self.language_model), "chat_template": "chatml"}
+        names = {
+            "vision_tower": str(self.vision_tower),
+            "language_model": str(self.language_model),
+            "chat_template": "chatml",
+        }
         return ModelRecipe(**names | changes)
 
 
@@ -93,18 +128,26 @@ def tiny_parts(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyPa
             make(made[key])
         return made[key]
 
-    def parts(family: str = "llama", tower: str = "siglip", vocab_size: int | None = 512) -> TinyParts:
-        language_model = once((family, vocab_size), lambda folder: _save_language_model(folder, family, vocab_size))
+    def parts(
+        family: str = "llama", tower: str = "siglip", vocab_size: int | None = 512
+    ) -> TinyParts:
+        language_model = once(
+            (family, vocab_size), lambda folder: _save_language_model(folder, family, vocab_size)
+        )
         return TinyParts(once(tower, lambda folder: _save_tower(folder, tower)), language_model)
 
     return parts
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tiny_parts: Callable[..., TinyParts]) -> Callable[..., tuple[LlavaForConditionalGeneration, LlavaProcessor]]:
+def tiny_model(
+    tiny_parts: Callable[..., TinyParts],
+) -> Callable[..., tuple[LlavaForConditionalGeneration, LlavaProcessor]]:
     """`tiny_model(family, tower, **changes of the model recipe)`: new objects each time, the same weights each time."""
 
-    def model(family: str = "llama", tower: str = "siglip", **changes: Any) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    def model(
+        family: str = "llama", tower: str = "siglip", **changes: Any
+    ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
         import torch
 
         from mipha.models.build import build
@@ -112,7 +155,9 @@ def tiny_model(tiny_parts: Callable[..., TinyParts]) -> Callable[..., tuple[Llav
         parts = tiny_parts(family, tower)
         torch.manual_seed(0)
         built, processor = build(parts.recipe(**changes))
-        with torch.no_grad():  # a fresh projector whispers; these tests want answers that depend on the image
+        with (
+            torch.no_grad()
+        ):  # a fresh projector whispers; these tests want answers that depend on the image
             built.model.multi_modal_projector.linear_2.weight.mul_(4.0)
         return built, processor
 
@@ -125,16 +170,25 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     random = np.random.default_rng(0)
     for number in range(6):
-        Image.fromarray(random.integers(0, 255, (20 + 4 * number, 24, 3), dtype=np.uint8)).save(folder / f"{number}.png")
+        Image.fromarray(random.integers(0, 255, (20 + 4 * number, 24, 3), dtype=np.uint8)).save(
+            folder / f"{number}.png"
+        )
     colours = ("red", "blue", "green", "grey", "dark red", "light blue")
     lines = []
     for number in range(24):
         question = f"Which colour is shape {number}?" + " Look well." * (number % 5)
         turns = [("user", question), ("assistant", f"It is {colours[number % 6]}.")]
         if number % 5 == 0:
-            turns += [("user", "Is it a circle?"), ("assistant", "yes" if number % 2 else "no, a square")]
+            turns += [
+                ("user", "Is it a circle?"),
+                ("assistant", "yes" if number % 2 else "no, a square"),
+            ]
         messages = [{"role": role, "content": text} for role, text in turns]
-        lines.append(json.dumps({"messages": messages, "images": [f"{number % 6}.png"] if number % 4 else []}))
+        lines.append(
+            json.dumps(
+                {"messages": messages, "images": [f"{number % 6}.png"] if number % 4 else []}
+            )
+        )
     path = folder / "train.jsonl"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
@@ -144,8 +198,15 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_run_recipe(tiny_parts: Callable[..., TinyParts], tiny_data: Path) -> Callable[..., Recipe]:
     """`tiny_run_recipe("seed=1", ..., family=, tower=, data=)`: two short stages over tiny parts, and overrides of them."""
 
-    def recipe(*overrides: str, family: str = "llama", tower: str = "siglip", data: Path = tiny_data) -> Recipe:
-        stage = {"data": [{"dataset": "messages", "root": str(data)}], "batch_size": 6, "row_tokens": 200, "checkpoint_every": 2}
+    def recipe(
+        *overrides: str, family: str = "llama", tower: str = "siglip", data: Path = tiny_data
+    ) -> Recipe:
+        stage = {
+            "data": [{"dataset": "messages", "root": str(data)}],
+            "batch_size": 6,
+            "row_tokens": 200,
+            "checkpoint_every": 2,
+        }
         frozen = {"vision_tower": "frozen", "projector": "full", "language_model": "frozen"}
         tree = {
             "name": "tiny",
@@ -153,7 +214,13 @@ def tiny_run_recipe(tiny_parts: Callable[..., TinyParts], tiny_data: Path) -> Ca
             "model": tiny_parts(family, tower).recipe().model_dump(exclude_unset=True),
             "stages": {
                 "pretrain": stage | {"tuning": frozen, "learning_rate": 1e-2, "max_steps": 2},
-                "finetune": stage | {"tuning": dict.fromkeys(frozen, "full"), "learning_rate": 5e-3, "max_steps": 6, "epochs": 2},
+                "finetune": stage
+                | {
+                    "tuning": dict.fromkeys(frozen, "full"),
+                    "learning_rate": 5e-3,
+                    "max_steps": 6,
+                    "epochs": 2,
+                },
             },
         }
         return parse_recipe(tree, source="tiny").override(*overrides)
@@ -181,7 +248,9 @@ def _save_language_model(folder: Path, family: str, vocab_size: int | None) -> N
     assert (head.bias is not None) == (family == "phi")
     if head.bias is not None:
         torch.nn.init.normal_(head.bias, std=0.5)
-    if family == "gemma":  # tied, and its embeddings are scaled up: it repeats its input unless its layers speak up
+    if (
+        family == "gemma"
+    ):  # tied, and its embeddings are scaled up: it repeats its input unless its layers speak up
         for parameter in model.model.layers.parameters():
             parameter.data.mul_(2.5)
     model.save_pretrained(folder)
@@ -198,11 +267,15 @@ def _tokenizer(begins_with_bos: bool) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<bos>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(_CORPUS * 3, trainer)
     names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     if begins_with_bos:
-        tokenizer.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", special.index("<bos>"))])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<bos> $A", special_tokens=[("<bos>", special.index("<bos>"))]
+        )
         names["bos_token"] = "<bos>"
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
@@ -213,12 +286,20 @@ def _save_tower(folder: Path, tower: str) -> None:
 
     torch.manual_seed(0)
     config_class, model_class, processor_class, facts = _TOWERS[tower]
-    config = getattr(transformers, config_class)(**_TOWER_WIDTHS | {"initializer_range": 0.1} | facts)
+    config = getattr(transformers, config_class)(
+        **_TOWER_WIDTHS | {"initializer_range": 0.1} | facts
+    )
     model = getattr(transformers, model_class)(config)
     for name, parameter in model.named_parameters():
         if "position_embedding" in name:
             torch.nn.init.normal_(parameter, std=0.5)
     model.save_pretrained(folder)
-    pixels = {"image_processor_type": processor_class, "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.25, 0.3]}
+    pixels = {
+        "image_processor_type": processor_class,
+        "image_mean": [0.4, 0.5, 0.6],
+        "image_std": [0.2, 0.25, 0.3],
+    }
     pixels |= {"do_resize": True, "size": {"height": config.image_size, "width": config.image_size}}
-    (folder / "preprocessor_config.json").write_text(json.dumps(pixels | {"do_rescale": True, "do_normalize": True}))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps(pixels | {"do_rescale": True, "do_normalize": True})
+    )

@@ -24,19 +24,33 @@ def invoke(*arguments: str, **options: Any) -> Any:
 
 
 def program(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "src"), **environment}
-    return subprocess.run([sys.executable, "-m", "mipha", *arguments], capture_output=True, text=True, env=environment, check=False)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(Path(__file__).parents[1] / "src"),
+        **environment,
+    }
+    return subprocess.run(
+        [sys.executable, "-m", "mipha", *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
 
 
 def cpu_seconds_of_help() -> float:
     before = os.times()
     assert program("--help").returncode == 0
     after = os.times()
-    return after.children_user + after.children_system - before.children_user - before.children_system
+    return (
+        after.children_user + after.children_system - before.children_user - before.children_system
+    )
 
 
 def test_help_is_instant() -> None:
-    assert min(cpu_seconds_of_help() for _ in range(3)) < 0.5, "something heavy is imported at the top of a light module"
+    assert min(cpu_seconds_of_help() for _ in range(3)) < 0.5, (
+        "something heavy is imported at the top of a light module"
+    )
 
 
 def test_list_names_everything(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,7 +62,9 @@ def test_list_names_everything(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_show_a_recipe_a_part_and_neither() -> None:
-    assert yaml.safe_load(invoke("show", "quickstart").stdout) == load_recipe("quickstart").model_dump(mode="json")
+    assert yaml.safe_load(invoke("show", "quickstart").stdout) == load_recipe(
+        "quickstart"
+    ).model_dump(mode="json")
     assert yaml.safe_load(invoke("show", "phi-2").stdout)["phi-2"]["path"] == "microsoft/phi-2"
     wrong = invoke("show", "phi2")
     assert wrong.exit_code == 2 and "did you mean phi-2" in wrong.stderr
@@ -79,15 +95,33 @@ def test_debug_shows_the_traceback() -> None:
     ("error", "code", "sentence"),
     [
         (KeyboardInterrupt(), 130, "stopped; run the same command again to go on"),
-        (ModuleNotFoundError("No module named 'peft'", name="peft"), 2, "the package 'peft' is not installed: pip install peft"),
+        (
+            ModuleNotFoundError("No module named 'peft'", name="peft"),
+            2,
+            "the package 'peft' is not installed: pip install peft",
+        ),
         (ModuleNotFoundError("that needs mipha[web]", name="gradio"), 2, "that needs mipha[web]"),
-        (OSError(errno.ENOSPC, "No space left on device", "/runs/a"), 2, "the disk is full (/runs/a): free some space and run the same"),
-        (PermissionError(errno.EACCES, "Permission denied", "/runs/a"), 2, "mipha: Permission denied: /runs/a\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/runs/a"),
+            2,
+            "the disk is full (/runs/a): free some space and run the same",
+        ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/runs/a"),
+            2,
+            "mipha: Permission denied: /runs/a\n",
+        ),
         (FloatingPointError("step 3: loss nan"), 2, "mipha: step 3: loss nan\n"),
-        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"), 2, "the accelerator's memory is full"),
+        (
+            type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory"),
+            2,
+            "the accelerator's memory is full",
+        ),
     ],
 )
-def test_each_kind_of_failure(monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, sentence: str) -> None:
+def test_each_kind_of_failure(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, sentence: str
+) -> None:
     def fail(name: str) -> None:
         raise error
 
@@ -97,9 +131,16 @@ def test_each_kind_of_failure(monkeypatch: pytest.MonkeyPatch, error: BaseExcept
 
 
 @pytest.mark.parametrize(
-    "error", [TypeError("ours"), RuntimeError("ours"), ModuleNotFoundError("No module named 'mipha.x'", name="mipha.x")]
+    "error",
+    [
+        TypeError("ours"),
+        RuntimeError("ours"),
+        ModuleNotFoundError("No module named 'mipha.x'", name="mipha.x"),
+    ],
 )
-def test_our_own_mistakes_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+def test_our_own_mistakes_keep_their_traceback(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     def fail(name: str) -> None:
         raise error
 
@@ -108,7 +149,9 @@ def test_our_own_mistakes_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, 
     assert done.exception is error and done.stderr == ""
 
 
-def test_train_gives_the_overridden_recipe_to_the_pipeline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_train_gives_the_overridden_recipe_to_the_pipeline(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     calls = []
 
     def train(recipe: Any, folder: Path, track: list[str]) -> Any:
@@ -119,10 +162,24 @@ def test_train_gives_the_overridden_recipe_to_the_pipeline(monkeypatch: pytest.M
     cards: list[Path] = []
     card = SimpleNamespace(write_model_card=lambda checkpoint, run: cards.append(checkpoint))
     monkeypatch.setitem(sys.modules, "mipha.deploy.model_card", card)  # type: ignore[arg-type]
-    done = invoke("train", "quickstart", "seed=7", "-o", str(tmp_path), "stages.finetune.learning_rate=1e-4", "--track", "wandb, trackio")
+    done = invoke(
+        "train",
+        "quickstart",
+        "seed=7",
+        "-o",
+        str(tmp_path),
+        "stages.finetune.learning_rate=1e-4",
+        "--track",
+        "wandb, trackio",
+    )
     assert done.exit_code == 0 and str(tmp_path / "finetune" / "checkpoint") in done.stdout
     ((recipe, folder, track),) = calls
-    assert (recipe.seed, recipe.stages.finetune.learning_rate, folder, track) == (7, 1e-4, tmp_path, ["wandb", "trackio"])
+    assert (recipe.seed, recipe.stages.finetune.learning_rate, folder, track) == (
+        7,
+        1e-4,
+        tmp_path,
+        ["wandb", "trackio"],
+    )
     assert cards == [tmp_path / "finetune" / "checkpoint"]
 
 
@@ -137,7 +194,9 @@ class FakeSession:
         yield from (f"turn {self.turns} ", f"on {self.image and self.image.name}")
 
 
-def test_chat_keeps_the_conversation_until_reset_or_another_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_chat_keeps_the_conversation_until_reset_or_another_picture(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     for name in ("a.png", "b c.png"):

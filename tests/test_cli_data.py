@@ -23,7 +23,13 @@ def data(tmp_path: Path) -> Path:
     Image.effect_noise((64, 64), 50).convert("RGB").save(tmp_path / "a.png")
     rows = [("a.png", "red"), ("gone.png", "blue"), ("a.png", "")]
     lines = [
-        {"messages": [{"role": "user", "content": f"<image>\nwhich is {n}?"}, {"role": "assistant", "content": answer}], "images": [image]}
+        {
+            "messages": [
+                {"role": "user", "content": f"<image>\nwhich is {n}?"},
+                {"role": "assistant", "content": answer},
+            ],
+            "images": [image],
+        }
         for n, (image, answer) in enumerate(rows)
     ]
     (tmp_path / "my.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
@@ -37,20 +43,36 @@ def recipe(tiny_run_recipe: Callable[..., Recipe], tmp_path: Path) -> Path:
     return path
 
 
-def test_check_names_the_rows_writes_reports_and_fails(data: Path, recipe: Path, tmp_path: Path) -> None:
+def test_check_names_the_rows_writes_reports_and_fails(
+    data: Path, recipe: Path, tmp_path: Path
+) -> None:
     done = mipha(
-        "check", data, "--recipe", recipe, "--json", tmp_path / "r.json", "--html", tmp_path / "r.html", "--fix", tmp_path / "ok.jsonl"
+        "check",
+        data,
+        "--recipe",
+        recipe,
+        "--json",
+        tmp_path / "r.json",
+        "--html",
+        tmp_path / "r.html",
+        "--fix",
+        tmp_path / "ok.jsonl",
     )
     assert done.exit_code == 1, done.output
     report = json.loads((tmp_path / "r.json").read_text())
-    assert {finding["row"] for finding in report["findings"] if finding["severity"] == "error"} == {1, 2}
+    assert {finding["row"] for finding in report["findings"] if finding["severity"] == "error"} == {
+        1,
+        2,
+    }
     assert "gone.png" in (tmp_path / "r.html").read_text()
     assert "1 rows kept in" in done.output
     again = mipha("check", tmp_path / "ok.jsonl")
     assert again.exit_code == 0, again.output
 
 
-def test_show_a_row_as_the_model_sees_it(data: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_show_a_row_as_the_model_sees_it(
+    data: Path, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     done = mipha("show", data, "--row", 0, "--recipe", recipe)
     assert done.exit_code == 0, done.output

@@ -22,7 +22,12 @@ from tests.evaluation.official_files import GOLD, SCORED, WRITERS, write_officia
 # What gold answers are worth, in the name and unit that the paper reports.
 BEST = {
     **dict.fromkeys(GOLD, ("accuracy", 100.0)),
-    **{"mme": ("perception", 2000.0), "mmvet": ("total", 60.0), "pope": ("f1", 100.0), "scienceqa": ("img_accuracy", 100.0)},
+    **{
+        "mme": ("perception", 2000.0),
+        "mmvet": ("total", 60.0),
+        "pope": ("f1", 100.0),
+        "scienceqa": ("img_accuracy", 100.0),
+    },
     **{"seedbench": ("image", 100.0), "vizwiz": ("vizwiz_api", 100.0)},
 }
 READINGS = {
@@ -32,8 +37,17 @@ READINGS = {
     **{"mmvet": ("submission",), "textvqa": ("normalised",)},
 }
 # Two runs of grades: 0.5 + 1 + 0.5 + 0.2 and 0.7 + 1 + 0.5 + 0.4 of 4 are 55 % and 65 %.
-GRADES = {"v1_0": ("0.5", "0.7"), "v1_1": ("1.0", "1"), "v1_2": ("0.5", "0.5 or so"), "v1_3": ("0.2", "0.4")}
-REPLIES = [{"question_id": name, "run": run, "responses": [reply]} for name, runs in GRADES.items() for run, reply in enumerate(runs)]
+GRADES = {
+    "v1_0": ("0.5", "0.7"),
+    "v1_1": ("1.0", "1"),
+    "v1_2": ("0.5", "0.5 or so"),
+    "v1_3": ("0.2", "0.4"),
+}
+REPLIES = [
+    {"question_id": name, "run": run, "responses": [reply]}
+    for name, runs in GRADES.items()
+    for run, reply in enumerate(runs)
+]
 
 
 def mipha(*arguments: object) -> Any:
@@ -41,7 +55,9 @@ def mipha(*arguments: object) -> Any:
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any] | str]) -> Path:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
+    )
     return path
 
 
@@ -50,17 +66,35 @@ def write_predictions(path: Path, texts: Mapping[str, str]) -> Path:
 
 
 def score(benchmark: str, annotations: Path, predictions: Path, out: Path, *more: object) -> Any:
-    return mipha("score", benchmark, "--annotations", annotations, "--predictions", predictions, "--json", out, *more)
+    return mipha(
+        "score",
+        benchmark,
+        "--annotations",
+        annotations,
+        "--predictions",
+        predictions,
+        "--json",
+        out,
+        *more,
+    )
 
 
 def judged(benchmark: str, folder: Path) -> tuple[object, ...]:
-    return ("--judge-replies", write_lines(folder / "replies.jsonl", REPLIES)) if benchmark == "mmvet" else ()
+    return (
+        ("--judge-replies", write_lines(folder / "replies.jsonl", REPLIES))
+        if benchmark == "mmvet"
+        else ()
+    )
 
 
 def assert_refused(done: Any, *words: str) -> None:
     """One sentence with these words in it, exit code 2, no traceback."""
     assert done.exit_code == 2 and isinstance(done.exception, SystemExit), repr(done.exception)
-    assert done.stdout == "" and done.stderr.startswith("mipha: ") and len(done.stderr.splitlines()) == 1, done.stderr
+    assert (
+        done.stdout == ""
+        and done.stderr.startswith("mipha: ")
+        and len(done.stderr.splitlines()) == 1
+    ), done.stderr
     for word in words:
         assert word in done.stderr
 
@@ -90,7 +124,9 @@ def test_there_are_official_files_and_gold_answers_for_every_benchmark() -> None
 
 
 @pytest.mark.parametrize("benchmark", list_benchmarks())
-def test_gold_answers_get_full_marks_in_any_order_and_without_images(benchmark: str, folder: Callable, tmp_path: Path) -> None:
+def test_gold_answers_get_full_marks_in_any_order_and_without_images(
+    benchmark: str, folder: Callable, tmp_path: Path
+) -> None:
     annotations = folder(benchmark)
     for path in annotations.rglob("*"):
         if path.is_file() and path.suffix not in (".json", ".txt", ".tsv"):
@@ -98,11 +134,21 @@ def test_gold_answers_get_full_marks_in_any_order_and_without_images(benchmark: 
     texts = list(GOLD[benchmark].items())
     random.Random(0).shuffle(texts)
     predictions = write_predictions(tmp_path / "p.jsonl", dict(texts))
-    done = score(benchmark, annotations, predictions, tmp_path / "new" / "out.json", *judged(benchmark, tmp_path))
+    done = score(
+        benchmark,
+        annotations,
+        predictions,
+        tmp_path / "new" / "out.json",
+        *judged(benchmark, tmp_path),
+    )
     assert done.exit_code == 0, done.stderr
     content = json.loads((tmp_path / "new" / "out.json").read_text())
     name, best = BEST[benchmark]
-    assert (content["metric"], content["headline"], content["metrics"][name]) == (name, pytest.approx(best), pytest.approx(best))
+    assert (content["metric"], content["headline"], content["metrics"][name]) == (
+        name,
+        pytest.approx(best),
+        pytest.approx(best),
+    )
     assert sorted(content["per_question"]) == sorted(SCORED[benchmark])
     if benchmark != "mmvet":
         assert set(content["per_question"].values()) == {1.0}
@@ -115,8 +161,22 @@ def test_gold_answers_get_full_marks_in_any_order_and_without_images(benchmark: 
 def test_scoring_loads_no_torch(official: Path, tmp_path: Path) -> None:
     program = "import sys\nsys.modules['torch'] = sys.modules['transformers'] = None\nfrom mipha.cli import main\nmain()"
     predictions = write_predictions(tmp_path / "p.jsonl", GOLD["easy_vqa"])
-    arguments = ["score", "easy_vqa", "--annotations", official / "easy_vqa", "--predictions", predictions, "--json", tmp_path / "o.json"]
-    done = subprocess.run([sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True, check=False)
+    arguments = [
+        "score",
+        "easy_vqa",
+        "--annotations",
+        official / "easy_vqa",
+        "--predictions",
+        predictions,
+        "--json",
+        tmp_path / "o.json",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0 and (tmp_path / "o.json").is_file(), done.stderr
 
 
@@ -124,9 +184,16 @@ def test_recorded_replies_decide_what_rules_cannot_read(official: Path, tmp_path
     """Of MMBench's three questions one is right by rules; of the others a judge finds one right, and one like no option."""
     texts = GOLD["mmbench"] | {"241": "a furry animal", "7": "hm", "1000009": "crimson"}
     predictions = write_predictions(tmp_path / "p.jsonl", texts)
-    replies = [{"question_id": 241, "text": "A"}, {"question_id": "7", "text": "Z"}, {"question_id": "1000009", "text": "The answer is A"}]
+    replies = [
+        {"question_id": 241, "text": "A"},
+        {"question_id": "7", "text": "Z"},
+        {"question_id": "1000009", "text": "The answer is A"},
+    ]
     found = {}
-    for name, more in (("rules", ()), ("judge", ("--judge-replies", write_lines(tmp_path / "r.jsonl", replies)))):
+    for name, more in (
+        ("rules", ()),
+        ("judge", ("--judge-replies", write_lines(tmp_path / "r.jsonl", replies))),
+    ):
         done = score("mmbench", official / "mmbench", predictions, tmp_path / f"{name}.json", *more)
         assert done.exit_code == 0, done.stderr
         found[name] = json.loads((tmp_path / f"{name}.json").read_text())
@@ -135,33 +202,57 @@ def test_recorded_replies_decide_what_rules_cannot_read(official: Path, tmp_path
     assert "the judge was asked about 3 of 7" in found["judge"]["notes"][0]
     assert [found["judge"]["parsed"][name] for name in ("241", "7", "1000009")] == ["A", "Z", "A"]
     lacking = write_lines(tmp_path / "r.jsonl", replies[:1])
-    done = score("mmbench", official / "mmbench", predictions, tmp_path / "out.json", "--judge-replies", lacking)
+    done = score(
+        "mmbench",
+        official / "mmbench",
+        predictions,
+        tmp_path / "out.json",
+        "--judge-replies",
+        lacking,
+    )
     assert_refused(done, "r.jsonl has no reply for question 7")
     assert not (tmp_path / "out.json").exists()
 
 
 def test_no_judge_no_score_of_mmvet(official: Path, model: Path, tmp_path: Path) -> None:
     predictions = write_predictions(tmp_path / "p.jsonl", GOLD["mmvet"])
-    assert_refused(score("mmvet", official / "mmvet", predictions, tmp_path / "out.json"), "graded by a judge", "--judge-replies FILE")
+    assert_refused(
+        score("mmvet", official / "mmvet", predictions, tmp_path / "out.json"),
+        "graded by a judge",
+        "--judge-replies FILE",
+    )
     done = mipha("evaluate", model, "-b", "mmvet", "--data-root", official, "-o", tmp_path / "out")
     assert_refused(done, "mmvet is graded by a judge")
     replies = ("--judge-replies", write_lines(tmp_path / "r.jsonl", REPLIES))
     predictions = write_predictions(tmp_path / "p.jsonl", GOLD["pope"])
-    assert_refused(score("pope", official / "pope", predictions, tmp_path / "out.json", *replies), "by rules alone: leave the judge out")
+    assert_refused(
+        score("pope", official / "pope", predictions, tmp_path / "out.json", *replies),
+        "by rules alone: leave the judge out",
+    )
     both = ("--judge", "http://localhost:1/v1")
-    assert_refused(score("mmvet", official / "mmvet", predictions, tmp_path / "out.json", *replies, *both), "two judges: give one")
-    assert_refused(score("mmvet", official / "mmvet", predictions, tmp_path / "out.json", *both), "needs --judge-model")
+    assert_refused(
+        score("mmvet", official / "mmvet", predictions, tmp_path / "out.json", *replies, *both),
+        "two judges: give one",
+    )
+    assert_refused(
+        score("mmvet", official / "mmvet", predictions, tmp_path / "out.json", *both),
+        "needs --judge-model",
+    )
     assert not (tmp_path / "out.json").exists() and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("benchmark", list_benchmarks())
-def test_a_prediction_too_few_or_too_many_is_named(benchmark: str, official: Path, tmp_path: Path) -> None:
+def test_a_prediction_too_few_or_too_many_is_named(
+    benchmark: str, official: Path, tmp_path: Path
+) -> None:
     names, number = list(GOLD[benchmark]), len(GOLD[benchmark])
     out = tmp_path / "out" / "o.json"
     lacking = write_predictions(tmp_path / "p.jsonl", {name: "yes" for name in names[:-1]})
     done = score(benchmark, official / benchmark, lacking, out, *judged(benchmark, tmp_path))
     assert_refused(done, f"p.jsonl lacks 1 of {number} questions, such as {names[-1]}")
-    twice = write_lines(tmp_path / "p.jsonl", [{"question_id": name, "text": "yes"} for name in [*names, names[1]]])
+    twice = write_lines(
+        tmp_path / "p.jsonl", [{"question_id": name, "text": "yes"} for name in [*names, names[1]]]
+    )
     done = score(benchmark, official / benchmark, twice, out, *judged(benchmark, tmp_path))
     assert_refused(done, f"p.jsonl line {number + 1}: question_id {names[1]} is also on line 2")
     assert not out.parent.exists()
@@ -172,9 +263,18 @@ def test_a_prediction_too_few_or_too_many_is_named(benchmark: str, official: Pat
     [
         ('{"question_id": "2", "text": "No"', "p.jsonl line 2 is not valid JSON"),
         ('["2", "No"]', "p.jsonl line 2 is not a JSON object"),
-        ('{"question_id": "2", "answer": "No"}', 'p.jsonl line 2 is not {"question_id": ..., "text": "..."}'),
-        ('{"question_id": "2", "text": null}', 'p.jsonl line 2 is not {"question_id": ..., "text": "..."}'),
-        ('{"question_id": 2.5, "text": "No"}', 'p.jsonl line 2 is not {"question_id": ..., "text": "..."}'),
+        (
+            '{"question_id": "2", "answer": "No"}',
+            'p.jsonl line 2 is not {"question_id": ..., "text": "..."}',
+        ),
+        (
+            '{"question_id": "2", "text": null}',
+            'p.jsonl line 2 is not {"question_id": ..., "text": "..."}',
+        ),
+        (
+            '{"question_id": 2.5, "text": "No"}',
+            'p.jsonl line 2 is not {"question_id": ..., "text": "..."}',
+        ),
         ('{"question_id": "77", "text": "No"}', "p.jsonl line 2: no question has the id 77"),
         ("\udcff", "p.jsonl line 2 is not valid JSON"),
     ],
@@ -183,16 +283,27 @@ def test_a_malformed_line_is_named(line: str, words: str, official: Path, tmp_pa
     rows = [json.dumps({"question_id": name, "text": text}) for name, text in GOLD["pope"].items()]
     rows[1] = line
     (tmp_path / "p.jsonl").write_bytes("\n".join(rows).encode("utf-8", "surrogateescape"))
-    assert_refused(score("pope", official / "pope", tmp_path / "p.jsonl", tmp_path / "out" / "o.json"), words)
+    assert_refused(
+        score("pope", official / "pope", tmp_path / "p.jsonl", tmp_path / "out" / "o.json"), words
+    )
     assert not (tmp_path / "out").exists()
 
 
 def test_missing_files_are_named(official: Path, tmp_path: Path) -> None:
-    out, predictions = tmp_path / "out" / "o.json", write_predictions(tmp_path / "p.jsonl", GOLD["pope"])
-    assert_refused(score("pope", official / "pope", tmp_path / "none.jsonl", out), "no file", "none.jsonl")
-    assert_refused(score("pop", official / "pope", predictions, out), "no benchmark 'pop': did you mean pope")
+    out, predictions = (
+        tmp_path / "out" / "o.json",
+        write_predictions(tmp_path / "p.jsonl", GOLD["pope"]),
+    )
+    assert_refused(
+        score("pope", official / "pope", tmp_path / "none.jsonl", out), "no file", "none.jsonl"
+    )
+    assert_refused(
+        score("pop", official / "pope", predictions, out), "no benchmark 'pop': did you mean pope"
+    )
     replies = ("--judge-replies", tmp_path / "none.jsonl")
-    assert_refused(score("mmvet", official / "mmvet", predictions, out, *replies), "no file", "none.jsonl")
+    assert_refused(
+        score("mmvet", official / "mmvet", predictions, out, *replies), "no file", "none.jsonl"
+    )
     for benchmark in list_benchmarks():
         done = score(benchmark, tmp_path / "none", predictions, out, *judged(benchmark, tmp_path))
         assert_refused(done, str(tmp_path / "none"))
@@ -201,31 +312,105 @@ def test_missing_files_are_named(official: Path, tmp_path: Path) -> None:
 
 # Benchmark, file, what is in it, what it becomes, what is said of it.
 LABELS = [
-    ("easy_vqa", "test/questions.json", '"circle"', '"star"', ("questions.json, row 1", "one of the 13 answers")),
-    ("gqa", "testdev_balanced_questions.json", '"answer": "red"', '"answer": 3', ("questions.json question 203", "and 3, not two texts")),
-    ("mmbench", "mmbench_dev_20230712.tsv", "\tA\tx", "\tC\tx", (".tsv line 2", "answer 'C' is the letter of none of its options")),
-    ("mmbench_cn", "mmbench_dev_cn_20231003.tsv", "\tB\tx", "\t\tx", (".tsv line 2 has no answer",)),
-    ("mme", "OCR.txt", "\tNo\n", "\tMaybe\n", ("OCR.txt line 2 has the answer 'Maybe', not Yes or No",)),
+    (
+        "easy_vqa",
+        "test/questions.json",
+        '"circle"',
+        '"star"',
+        ("questions.json, row 1", "one of the 13 answers"),
+    ),
+    (
+        "gqa",
+        "testdev_balanced_questions.json",
+        '"answer": "red"',
+        '"answer": 3',
+        ("questions.json question 203", "and 3, not two texts"),
+    ),
+    (
+        "mmbench",
+        "mmbench_dev_20230712.tsv",
+        "\tA\tx",
+        "\tC\tx",
+        (".tsv line 2", "answer 'C' is the letter of none of its options"),
+    ),
+    (
+        "mmbench_cn",
+        "mmbench_dev_cn_20231003.tsv",
+        "\tB\tx",
+        "\t\tx",
+        (".tsv line 2 has no answer",),
+    ),
+    (
+        "mme",
+        "OCR.txt",
+        "\tNo\n",
+        "\tMaybe\n",
+        ("OCR.txt line 2 has the answer 'Maybe', not Yes or No",),
+    ),
     ("mmvet", "mm-vet.json", '"math"', '"smell"', ("mm-vet.json, question v1_0 needs 'smell'",)),
-    ("pope", "coco_pope_random.json", '"no"', '"maybe"', ("coco_pope_random.json line 2 has the label 'maybe', not yes or no",)),
-    ("scienceqa", "problems.json", '"answer": 4', '"answer": 5', ("problems.json problem 12 has the answer 5", "of its 5 choices")),
-    ("seedbench", "SEED-Bench.json", '"answer": "D"', '"answer": "E"', ("SEED-Bench.json question number 3", "'E'", "one of A, B, C, D")),
-    ("textvqa", "TextVQA_0.5.1_val.json", '"Nokia phone", ', "", ("data[2] (question_id 34604) does not have ten human answers",)),
+    (
+        "pope",
+        "coco_pope_random.json",
+        '"no"',
+        '"maybe"',
+        ("coco_pope_random.json line 2 has the label 'maybe', not yes or no",),
+    ),
+    (
+        "scienceqa",
+        "problems.json",
+        '"answer": 4',
+        '"answer": 5',
+        ("problems.json problem 12 has the answer 5", "of its 5 choices"),
+    ),
+    (
+        "seedbench",
+        "SEED-Bench.json",
+        '"answer": "D"',
+        '"answer": "E"',
+        ("SEED-Bench.json question number 3", "'E'", "one of A, B, C, D"),
+    ),
+    (
+        "textvqa",
+        "TextVQA_0.5.1_val.json",
+        '"Nokia phone", ',
+        "",
+        ("data[2] (question_id 34604) does not have ten human answers",),
+    ),
     ("vizwiz", "val.json", '"answers"', '"captions"', ("val.json [0] has no 'answers'",)),
-    ("vqav2", "v2_mscoco_val2014_annotations.json", '{"answer": "red"', '{"text": "red"', ("annotations[1]", "its answers are not a list")),
+    (
+        "vqav2",
+        "v2_mscoco_val2014_annotations.json",
+        '{"answer": "red"',
+        '{"text": "red"',
+        ("annotations[1]", "its answers are not a list"),
+    ),
 ]
 
 
-@pytest.mark.parametrize(("benchmark", "file", "old", "new", "words"), LABELS, ids=[case[0] for case in LABELS])
+@pytest.mark.parametrize(
+    ("benchmark", "file", "old", "new", "words"), LABELS, ids=[case[0] for case in LABELS]
+)
 def test_a_label_outside_the_options_is_named(
-    benchmark: str, file: str, old: str, new: str, words: tuple[str, ...], folder: Callable[[str], Path], tmp_path: Path
+    benchmark: str,
+    file: str,
+    old: str,
+    new: str,
+    words: tuple[str, ...],
+    folder: Callable[[str], Path],
+    tmp_path: Path,
 ) -> None:
     path = folder(benchmark) / file
     text = path.read_text(encoding="utf-8")
     assert old in text
     path.write_text(text.replace(old, new, 1), encoding="utf-8")
     predictions = write_predictions(tmp_path / "p.jsonl", GOLD[benchmark])
-    done = score(benchmark, tmp_path / "data" / benchmark, predictions, tmp_path / "out" / "o.json", *judged(benchmark, tmp_path))
+    done = score(
+        benchmark,
+        tmp_path / "data" / benchmark,
+        predictions,
+        tmp_path / "out" / "o.json",
+        *judged(benchmark, tmp_path),
+    )
     assert_refused(done, *words)
     assert not (tmp_path / "out").exists()
 
@@ -237,30 +422,46 @@ FILES = [(case[0], case[1]) for case in LABELS] + [
 
 
 @pytest.mark.parametrize(("benchmark", "file"), FILES, ids=[file for _, file in FILES])
-def test_a_file_that_is_cut_off_or_not_there_is_named(benchmark: str, file: str, folder: Callable[[str], Path], tmp_path: Path) -> None:
+def test_a_file_that_is_cut_off_or_not_there_is_named(
+    benchmark: str, file: str, folder: Callable[[str], Path], tmp_path: Path
+) -> None:
     path = folder(benchmark) / file
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2 + 3])
     predictions = write_predictions(tmp_path / "p.jsonl", GOLD[benchmark])
-    arguments = benchmark, tmp_path / "data" / benchmark, predictions, tmp_path / "out" / "o.json", *judged(benchmark, tmp_path)
+    arguments = (
+        benchmark,
+        tmp_path / "data" / benchmark,
+        predictions,
+        tmp_path / "out" / "o.json",
+        *judged(benchmark, tmp_path),
+    )
     assert_refused(score(*arguments), str(path))
     path.unlink()
     # MME's score is made of those subtasks that are there, so then it is the prediction that has no question.
-    assert_refused(score(*arguments), "no question has the id OCR/0" if benchmark == "mme" else path.name)
+    assert_refused(
+        score(*arguments), "no question has the id OCR/0" if benchmark == "mme" else path.name
+    )
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("benchmark", ["gqa", "mme"])
-def test_official_files_without_a_question_are_refused(benchmark: str, folder: Callable[[str], Path], model: Path, tmp_path: Path) -> None:
+def test_official_files_without_a_question_are_refused(
+    benchmark: str, folder: Callable[[str], Path], model: Path, tmp_path: Path
+) -> None:
     data = folder(benchmark)
     if benchmark == "gqa":
         (data / "testdev_balanced_questions.json").write_text("{}")
     for path in data.glob("*.txt"):
         path.unlink()
     predictions = write_predictions(tmp_path / "p.jsonl", GOLD[benchmark])
-    assert_refused(score(benchmark, data, predictions, tmp_path / "out.json"), str(data), "no question")
+    assert_refused(
+        score(benchmark, data, predictions, tmp_path / "out.json"), str(data), "no question"
+    )
     for more in ((), ("--dry-run",)):
-        done = mipha("evaluate", model, "-b", benchmark, "--data-root", data, "-o", tmp_path / "out", *more)
+        done = mipha(
+            "evaluate", model, "-b", benchmark, "--data-root", data, "-o", tmp_path / "out", *more
+        )
         assert_refused(done, str(data), "no question")
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.json").exists()
 
@@ -282,11 +483,27 @@ IMAGES = {
 @pytest.mark.parametrize("more", [(), ("--dry-run",)], ids=["evaluate", "dry-run"])
 @pytest.mark.parametrize(("benchmark", "image"), IMAGES.items(), ids=IMAGES)
 def test_a_missing_image_is_found_before_anything_is_asked(
-    benchmark: str, image: str, more: tuple[str, ...], folder: Callable[[str], Path], model: Path, tmp_path: Path
+    benchmark: str,
+    image: str,
+    more: tuple[str, ...],
+    folder: Callable[[str], Path],
+    model: Path,
+    tmp_path: Path,
 ) -> None:
     (folder(benchmark) / image).unlink()
     replies = judged(benchmark, tmp_path)
-    done = mipha("evaluate", model, "-b", benchmark, "--data-root", tmp_path / "data", "-o", tmp_path / "out", *replies, *more)
+    done = mipha(
+        "evaluate",
+        model,
+        "-b",
+        benchmark,
+        "--data-root",
+        tmp_path / "data",
+        "-o",
+        tmp_path / "out",
+        *replies,
+        *more,
+    )
     assert_refused(done, "no image", Path(image).name)
     assert not (tmp_path / "out").exists()
 
@@ -295,7 +512,10 @@ def test_a_missing_image_is_found_before_anything_is_asked(
     ("cell", "words"),
     [
         ("x" * 65, "mmbench_dev_20230712.tsv line 3: the image is not base64"),
-        ("", "mmbench_dev_20230712.tsv line 3: the image is neither a picture in base64 nor the index of a row with one"),
+        (
+            "",
+            "mmbench_dev_20230712.tsv line 3: the image is neither a picture in base64 nor the index of a row with one",
+        ),
         ("12", "mmbench_dev_20230712.tsv line 3: the image is neither"),
     ],
 )
@@ -310,7 +530,12 @@ def test_a_picture_in_a_table_that_is_none_is_found_too(
     cells[number] = cell
     lines[2] = "\t".join(cells)
     path.write_text("".join(lines), encoding="utf-8", newline="")
-    assert_refused(mipha("evaluate", model, "-b", "mmbench", "--data-root", path.parent, "-o", tmp_path / "out"), words)
+    assert_refused(
+        mipha(
+            "evaluate", model, "-b", "mmbench", "--data-root", path.parent, "-o", tmp_path / "out"
+        ),
+        words,
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -321,34 +546,68 @@ def test_other_mistakes_of_an_evaluation(official: Path, model: Path, tmp_path: 
         (("-b", ",", "--data-root", official, *out), "no benchmark was named"),
         (("-b", "pope,gqa", "--data-root", official / "pope", *out), "pope/pope"),
         (("-b", "pope", *out), "pope has no packaged copy: get coco_pope_adversarial.json"),
-        (("-b", "pope", "--data-root", official, "--split", "val", *out), "benchmark pope has no split 'val': choose test"),
+        (
+            ("-b", "pope", "--data-root", official, "--split", "val", *out),
+            "benchmark pope has no split 'val': choose test",
+        ),
         (("-b", "pope", "--data-root", official, "--limit", 0, *out), "limit is 0: give 1 or more"),
-        (("-b", "pope", "--data-root", official, "--batch-size", 0, *out), "batch_size is 0: give 1 or more"),
+        (
+            ("-b", "pope", "--data-root", official, "--batch-size", 0, *out),
+            "batch_size is 0: give 1 or more",
+        ),
         (("-b", "pope", "--data-root", official), "has no place for results: give -o"),
     ):
         assert_refused(mipha("evaluate", model, *arguments), words)
-    assert_refused(mipha("evaluate", tmp_path / "none", "-b", "pope", "--data-root", official, *out), "no run folder", "none")
+    assert_refused(
+        mipha("evaluate", tmp_path / "none", "-b", "pope", "--data-root", official, *out),
+        "no run folder",
+        "none",
+    )
     assert not (tmp_path / "out").exists()
 
 
-def test_a_benchmark_that_is_named_twice_counts_once(official: Path, model: Path, tmp_path: Path) -> None:
+def test_a_benchmark_that_is_named_twice_counts_once(
+    official: Path, model: Path, tmp_path: Path
+) -> None:
     """Its own folder will do, as for one; so the next thing that is wrong is the split."""
-    done = mipha("evaluate", model, "-b", "pope,gqa", "-b", "pope", "--data-root", official, "--split", "x")
+    done = mipha(
+        "evaluate", model, "-b", "pope,gqa", "-b", "pope", "--data-root", official, "--split", "x"
+    )
     assert_refused(done, "benchmark pope has no split 'x'")
     (tmp_path / "pope").mkdir()
     write_pope(tmp_path / "pope")
     (tmp_path / "pope" / "coco_pope_popular.json").unlink()
-    done = mipha("evaluate", model, "-b", "pope,pope", "--data-root", tmp_path / "pope", "-o", tmp_path / "out")
+    done = mipha(
+        "evaluate",
+        model,
+        "-b",
+        "pope,pope",
+        "--data-root",
+        tmp_path / "pope",
+        "-o",
+        tmp_path / "out",
+    )
     assert_refused(done, f"{tmp_path / 'pope'} has no coco_pope_popular.json")
 
 
-def test_an_undefined_headline_has_no_p_value_and_no_other_metric_takes_its_place(official: Path, tmp_path: Path) -> None:
+def test_an_undefined_headline_has_no_p_value_and_no_other_metric_takes_its_place(
+    official: Path, tmp_path: Path
+) -> None:
     """Without a right yes there is no F1; of the adversarial questions two are yes."""
     for name, texts in (("gold", GOLD["pope"]), ("no", dict.fromkeys(GOLD["pope"], "No"))):
         predictions = write_predictions(tmp_path / "p.jsonl", texts)
-        assert score("pope", official / "pope", predictions, tmp_path / f"{name}.json").exit_code == 0
+        assert (
+            score("pope", official / "pope", predictions, tmp_path / f"{name}.json").exit_code == 0
+        )
     assert json.loads((tmp_path / "no.json").read_text())["headline"] is None
-    done = mipha("compare", tmp_path / "gold.json", tmp_path / "no.json", "--paired", "--json", tmp_path / "out.json")
+    done = mipha(
+        "compare",
+        tmp_path / "gold.json",
+        tmp_path / "no.json",
+        "--paired",
+        "--json",
+        tmp_path / "out.json",
+    )
     assert done.exit_code == 0, done.stderr
     rows = {row["metric"]: row for row in json.loads((tmp_path / "out.json").read_text())}
     assert "f1" not in rows and {row["p_holm"] for row in rows.values()} == {None}
@@ -358,7 +617,12 @@ def test_an_undefined_headline_has_no_p_value_and_no_other_metric_takes_its_plac
 def test_what_cannot_be_compared(official: Path, tmp_path: Path) -> None:
     for benchmark in ("pope", "gqa"):
         predictions = write_predictions(tmp_path / "p.jsonl", GOLD[benchmark])
-        assert score(benchmark, official / benchmark, predictions, tmp_path / f"{benchmark}.json").exit_code == 0
+        assert (
+            score(
+                benchmark, official / benchmark, predictions, tmp_path / f"{benchmark}.json"
+            ).exit_code
+            == 0
+        )
     (tmp_path / "other.json").write_text('{"headline": 3}')
     (tmp_path / "cut.json").write_bytes((tmp_path / "pope.json").read_bytes()[:100])
     for other, words in (
@@ -367,6 +631,13 @@ def test_what_cannot_be_compared(official: Path, tmp_path: Path) -> None:
         ("cut.json", "cut.json"),
         ("none.json", "none.json has no scores"),
     ):
-        done = mipha("compare", tmp_path / "pope.json", tmp_path / other, "--paired", "--json", tmp_path / "out.json")
+        done = mipha(
+            "compare",
+            tmp_path / "pope.json",
+            tmp_path / other,
+            "--paired",
+            "--json",
+            tmp_path / "out.json",
+        )
         assert_refused(done, words)
     assert not (tmp_path / "out.json").exists()

@@ -14,12 +14,23 @@ from mipha.recipe import PARTS, STAGES, Recipe, list_recipes, load_recipe, parse
 
 
 def tree() -> dict[str, Any]:
-    stage = {"data": {"dataset": "messages", "root": "a.jsonl"}, "learning_rate": 1e-3, "batch_size": 8}
+    stage = {
+        "data": {"dataset": "messages", "root": "a.jsonl"},
+        "learning_rate": 1e-3,
+        "batch_size": 8,
+    }
     frozen = {"vision_tower": "frozen", "projector": "full", "language_model": "frozen"}
     return {
         "name": "small",
-        "model": {"vision_tower": "dinov2-small", "language_model": "smollm2-135m", "chat_template": "chatml"},
-        "stages": {"pretrain": stage | {"tuning": frozen}, "finetune": stage | {"tuning": dict.fromkeys(frozen, "full")}},
+        "model": {
+            "vision_tower": "dinov2-small",
+            "language_model": "smollm2-135m",
+            "chat_template": "chatml",
+        },
+        "stages": {
+            "pretrain": stage | {"tuning": frozen},
+            "finetune": stage | {"tuning": dict.fromkeys(frozen, "full")},
+        },
     }
 
 
@@ -63,9 +74,15 @@ def test_a_dump_of_any_batching_is_a_valid_recipe(recipe: Recipe, batching: str)
     name=st.text(max_size=20),
     rates=st.dictionaries(st.sampled_from(PARTS), st.floats(1e-9, 1)),
 )
-def test_any_recipe_round_trips(seed: int, rate: float, betas: tuple[float, float], name: str, rates: dict) -> None:
+def test_any_recipe_round_trips(
+    seed: int, rate: float, betas: tuple[float, float], name: str, rates: dict
+) -> None:
     plain = tree() | {"seed": seed, "name": name}
-    plain["stages"]["finetune"] |= {"learning_rate": rate, "adam_betas": list(betas), "part_learning_rates": rates}
+    plain["stages"]["finetune"] |= {
+        "learning_rate": rate,
+        "adam_betas": list(betas),
+        "part_learning_rates": rates,
+    }
     recipe = parse_recipe(plain, "drawn")
     assert parse_recipe(yaml.safe_load(recipe.dump()), "again") == recipe
 
@@ -124,7 +141,9 @@ def test_overrides_apply_in_order_and_leave_the_first_alone(recipe: Recipe) -> N
         ("data.finetune.limit=5", "messages", Path("a.jsonl")),
     ],
 )
-def test_data_has_a_short_form(recipe: Recipe, assignment: str, dataset: str, root: Path | None) -> None:
+def test_data_has_a_short_form(
+    recipe: Recipe, assignment: str, dataset: str, root: Path | None
+) -> None:
     changed = recipe.override(assignment)
     (data,) = changed.stages.finetune.data
     assert (data.dataset, data.root) == (dataset, root)
@@ -138,11 +157,15 @@ def test_one_image_root_stands_for_a_list(recipe: Recipe) -> None:
         assert changed.stages.finetune.data[0].image_root == (Path("/mnt/pictures"),)
         assert parse_recipe(yaml.safe_load(changed.dump()), "again") == changed
     assert recipe.stages.finetune.data[0].image_root == ()
-    assert recipe.override("data.finetune.image_root=[a, b]").stages.finetune.data[0].image_root == (Path("a"), Path("b"))
+    assert recipe.override("data.finetune.image_root=[a, b]").stages.finetune.data[
+        0
+    ].image_root == (Path("a"), Path("b"))
 
 
 def test_several_data_sets(recipe: Recipe) -> None:
-    changed = recipe.override("data.finetune=[{dataset: messages, root: x.jsonl}, {dataset: easy_vqa}]")
+    changed = recipe.override(
+        "data.finetune=[{dataset: messages, root: x.jsonl}, {dataset: easy_vqa}]"
+    )
     assert [data.dataset for data in changed.stages.finetune.data] == ["messages", "easy_vqa"]
     assert changed.override("data.finetune.1.limit=3").stages.finetune.data[1].limit == 3
     with pytest.raises(ValueError, match=r"a list of 2 has no entry '5'"):
@@ -156,24 +179,51 @@ def test_several_data_sets(recipe: Recipe) -> None:
     [
         ("seed", "override 'seed' has no `=`: write key.path=value, for example seed=7"),
         ("sede=7", "sede: unknown key; did you mean seed?"),
-        ("stages.finetune.learning_rat=1", r"stages\.finetune\.learning_rat: unknown key; did you mean learning_rate"),
+        (
+            "stages.finetune.learning_rat=1",
+            r"stages\.finetune\.learning_rat: unknown key; did you mean learning_rate",
+        ),
         ("model.vision_towr=x", r"model\.vision_towr: unknown key; did you mean vision_tower"),
-        ("data.finetune.0.rooot=x", r"stages\.finetune\.data\.0\.rooot: unknown key; did you mean root"),
+        (
+            "data.finetune.0.rooot=x",
+            r"stages\.finetune\.data\.0\.rooot: unknown key; did you mean root",
+        ),
         ("stages.tuning.language_model=full", r"stages\.tuning: unknown key"),
         ("seed=many", r"seed: .*integer.* \(got 'many'\)"),
         ("seed=-1", r"seed: .*greater than or equal to 0.* \(got -1\)"),
-        ("stages.finetune.learning_rate=fast", r"stages\.finetune\.learning_rate: .*number.* \(got 'fast'\)"),
-        ("stages.finetune.learning_rate=-1", r"stages\.finetune\.learning_rate: .*greater than 0.* \(got -1\)"),
-        ("stages.finetune.part_learning_rates={vision_tower: -1}", r"part_learning_rates\.vision_tower: .*greater than 0"),
-        ("stages.finetune.batching=paked", r"stages\.finetune\.batching: .*'packed'.* \(got 'paked'\)"),
-        ("stages.finetune.activation_checkpointing=[projector]", r"write true, false, or a list of vision_tower and language_model \(got"),
-        ("stages.finetune.unreadable_images=skip", r"unreadable_images: .*'substitute'.* \(got 'skip'\)"),
+        (
+            "stages.finetune.learning_rate=fast",
+            r"stages\.finetune\.learning_rate: .*number.* \(got 'fast'\)",
+        ),
+        (
+            "stages.finetune.learning_rate=-1",
+            r"stages\.finetune\.learning_rate: .*greater than 0.* \(got -1\)",
+        ),
+        (
+            "stages.finetune.part_learning_rates={vision_tower: -1}",
+            r"part_learning_rates\.vision_tower: .*greater than 0",
+        ),
+        (
+            "stages.finetune.batching=paked",
+            r"stages\.finetune\.batching: .*'packed'.* \(got 'paked'\)",
+        ),
+        (
+            "stages.finetune.activation_checkpointing=[projector]",
+            r"write true, false, or a list of vision_tower and language_model \(got",
+        ),
+        (
+            "stages.finetune.unreadable_images=skip",
+            r"unreadable_images: .*'substitute'.* \(got 'skip'\)",
+        ),
         ("keep_states=0", r"keep_states: .*greater than or equal to 1.* \(got 0\)"),
         ("sharding=zero", r"sharding: .*'hsdp'.* \(got 'zero'\)"),
         ("model.image_size=0", r"model\.image_size: .*greater than or equal to 1.* \(got 0\)"),
         ("name.deep=3", r"override name\.deep: name is a value, not a group of keys"),
         ("seed.deep=3", r"seed: .*integer.* \(got {'deep': 3}\)"),
-        ("data.finetune.weight=0", r"stages\.finetune\.data\.0\.weight: .*greater than 0.* \(got 0\)"),
+        (
+            "data.finetune.weight=0",
+            r"stages\.finetune\.data\.0\.weight: .*greater than 0.* \(got 0\)",
+        ),
         ("data.finetune.weight=.inf", r"stages\.finetune\.data\.0\.weight: .*finite"),
         ("data.finetune.cap=0", r"stages\.finetune\.data\.0\.cap: .*greater than or equal to 1"),
         ("data.finetune.x.limit=3", r"stages\.finetune\.data\.0\.x: unknown key"),
@@ -182,7 +232,9 @@ def test_several_data_sets(recipe: Recipe) -> None:
         ("stages.finetune.data=[]", r"stages\.finetune\.data: .*at least 1"),
     ],
 )
-def test_what_does_not_fit_names_the_key_and_the_value(recipe: Recipe, assignment: str, message: str) -> None:
+def test_what_does_not_fit_names_the_key_and_the_value(
+    recipe: Recipe, assignment: str, message: str
+) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         recipe.override(assignment)
     assert "pydantic" not in str(caught.value)
@@ -199,33 +251,61 @@ def test_every_problem_is_listed_at_once(tmp_path: Path) -> None:
         load_recipe(path)
     text = str(caught.value)
     assert text.startswith(str(path))
-    assert all(key in text for key in ("colour: unknown key", "model.vision_tower: Field required", "stages.finetune.batch_size:"))
+    assert all(
+        key in text
+        for key in (
+            "colour: unknown key",
+            "model.vision_tower: Field required",
+            "stages.finetune.batch_size:",
+        )
+    )
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_that_would_train_nothing_is_refused(recipe: Recipe, stage: str) -> None:
-    with pytest.raises(ValueError, match=rf"stages\.{stage}: every part is frozen, so nothing would be trained: set one part"):
+    with pytest.raises(
+        ValueError,
+        match=rf"stages\.{stage}: every part is frozen, so nothing would be trained: set one part",
+    ):
         recipe.override(*(f"stages.{stage}.tuning.{part}=frozen" for part in PARTS))
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["stages.pretrain.part_learning_rates={vision_tower: 1e-5}"], "names vision_tower, which `tuning` keeps frozen"),
-        (["stages.finetune.group_by_modality_length=true"], "group_by_modality_length has no effect with batching=packed: .* use padded"),
-        (["stages.pretrain.activation_checkpointing=[vision_tower]"], "of a frozen vision_tower has no effect"),
-        (["stages.finetune.samples_per_image=4"], "samples_per_image has no effect with batching=packed: remove it or use shared-image"),
+        (
+            ["stages.pretrain.part_learning_rates={vision_tower: 1e-5}"],
+            "names vision_tower, which `tuning` keeps frozen",
+        ),
+        (
+            ["stages.finetune.group_by_modality_length=true"],
+            "group_by_modality_length has no effect with batching=packed: .* use padded",
+        ),
+        (
+            ["stages.pretrain.activation_checkpointing=[vision_tower]"],
+            "of a frozen vision_tower has no effect",
+        ),
+        (
+            ["stages.finetune.samples_per_image=4"],
+            "samples_per_image has no effect with batching=packed: remove it or use shared-image",
+        ),
     ],
 )
-def test_a_setting_that_would_be_ignored_is_refused(recipe: Recipe, overrides: list[str], message: str) -> None:
+def test_a_setting_that_would_be_ignored_is_refused(
+    recipe: Recipe, overrides: list[str], message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         recipe.override(*overrides)
 
 
 def test_samples_per_image_can_be_taken_back(recipe: Recipe) -> None:
-    shared = recipe.override("stages.finetune.batching=shared-image", "stages.finetune.samples_per_image=4")
+    shared = recipe.override(
+        "stages.finetune.batching=shared-image", "stages.finetune.samples_per_image=4"
+    )
     assert shared.stages.finetune.bundle == 4
-    packed = shared.override("stages.finetune.batching=packed", "stages.finetune.samples_per_image=null")
+    packed = shared.override(
+        "stages.finetune.batching=packed", "stages.finetune.samples_per_image=null"
+    )
     assert packed.stages.finetune.bundle is None
 
 
@@ -253,13 +333,24 @@ def test_a_file_reads_numbers_as_people_write_them(tmp_path: Path) -> None:
 
 def test_a_digest_names_what_is_trained(recipe: Recipe) -> None:
     assert recipe.override("name=x", "description=y").digest() == recipe.digest()
-    assert len({recipe.override(change).digest() for change in ("seed=0", "seed=1", "model.image_size=70", "precision=float32")}) == 4
+    assert (
+        len(
+            {
+                recipe.override(change).digest()
+                for change in ("seed=0", "seed=1", "model.image_size=70", "precision=float32")
+            }
+        )
+        == 4
+    )
     assert len(recipe.digest()) == 12
 
 
 def test_how_a_run_is_kept_and_spread_is_not_what_it_trains(recipe: Recipe) -> None:
     """So that a run can go on with other processes, or with more states."""
-    assert recipe.override("sharding=ddp", "keep_states=5", "async_checkpoints=true").digest() == recipe.digest()
+    assert (
+        recipe.override("sharding=ddp", "keep_states=5", "async_checkpoints=true").digest()
+        == recipe.digest()
+    )
 
 
 @pytest.mark.parametrize(
@@ -272,7 +363,9 @@ def test_how_a_run_is_kept_and_spread_is_not_what_it_trains(recipe: Recipe) -> N
         ("[vision_tower]", ("vision_tower",)),
     ],
 )
-def test_activation_checkpointing_is_for_all_layers_or_for_parts(recipe: Recipe, value: str, parts: tuple[str, ...]) -> None:
+def test_activation_checkpointing_is_for_all_layers_or_for_parts(
+    recipe: Recipe, value: str, parts: tuple[str, ...]
+) -> None:
     changed = recipe.override(f"stages.finetune.activation_checkpointing={value}")
     assert changed.stages.finetune.checkpointed == parts
     assert parse_recipe(yaml.safe_load(changed.dump()), "again") == changed

@@ -1,16 +1,12 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from mipha.recipe import Recipe, parse_recipe
-from mipha.run import append_line, create_run, model_folder, open_run, read_lines, write_whole
+from mipha.run import create_run, model_folder, open_run
 
 
 def make_recipe(**changes: object) -> Recipe:
@@ -37,7 +33,11 @@ def make_model(folder: Path) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def test_a_new_run_says_what_it_was_made_from_and_with(tmp_path: Path) -> None:
@@ -46,7 +46,18 @@ def test_a_new_run_says_what_it_was_made_from_and_with(tmp_path: Path) -> None:
     assert open_run(run.folder) == run
     assert run.recipe == recipe
     made_with = json.loads((run.folder / "provenance.json").read_text())
-    assert set(made_with) == {"created", "mipha-vlm", "commit", "python", "torch", "transformers", "peft", "trl", "platform", "cpus"}
+    assert set(made_with) == {
+        "created",
+        "mipha-vlm",
+        "commit",
+        "python",
+        "torch",
+        "transformers",
+        "peft",
+        "trl",
+        "platform",
+        "cpus",
+    }
     assert made_with["python"].startswith("3.") and made_with["torch"].startswith("2.")
     assert set(contents(run.folder)) == {"recipe.yaml", "provenance.json"}
 
@@ -60,14 +71,19 @@ def test_the_recipe_of_a_run_can_be_read_back(tmp_path: Path, batching: str) -> 
 def test_the_same_recipe_reopens_the_run_unchanged_whatever_its_name(tmp_path: Path) -> None:
     create_run(tmp_path, make_recipe())
     before = contents(tmp_path)
-    create_run(tmp_path, make_recipe().override("name=other", "description=the same in other words"))
+    create_run(
+        tmp_path, make_recipe().override("name=other", "description=the same in other words")
+    )
     assert contents(tmp_path) == before
 
 
 def test_another_recipe_is_refused_with_the_keys_that_differ(tmp_path: Path) -> None:
     create_run(tmp_path, make_recipe()).stage("pretrain").mkdir()
     before = contents(tmp_path)
-    with pytest.raises(ValueError, match=r"stages\.finetune\.learning_rate is 0\.001 there and 0\.002 here.*choose another -o") as caught:
+    with pytest.raises(
+        ValueError,
+        match=r"stages\.finetune\.learning_rate is 0\.001 there and 0\.002 here.*choose another -o",
+    ) as caught:
         create_run(tmp_path, make_recipe(learning_rate=2e-3))
     assert "pretrain" not in str(caught.value)
     assert contents(tmp_path) == before
@@ -75,7 +91,9 @@ def test_another_recipe_is_refused_with_the_keys_that_differ(tmp_path: Path) -> 
 
 def test_a_run_that_never_trained_takes_another_recipe(tmp_path: Path) -> None:
     create_run(tmp_path, make_recipe())
-    assert create_run(tmp_path, make_recipe(learning_rate=2e-3)).recipe == make_recipe(learning_rate=2e-3)
+    assert create_run(tmp_path, make_recipe(learning_rate=2e-3)).recipe == make_recipe(
+        learning_rate=2e-3
+    )
 
 
 def test_a_folder_with_other_files_is_refused_and_untouched(tmp_path: Path) -> None:
@@ -115,89 +133,28 @@ def test_a_stage_is_finished_when_its_model_is_whole(tmp_path: Path) -> None:
 
 def test_every_path_lies_in_the_run_and_none_twice(tmp_path: Path) -> None:
     run = create_run(tmp_path, make_recipe())
-    paths = [getattr(run, kind)(stage) for kind in ("stage", "checkpoint", "metrics", "states") for stage in ("pretrain", "finetune")]
+    paths = [
+        getattr(run, kind)(stage)
+        for kind in ("stage", "checkpoint", "metrics", "states")
+        for stage in ("pretrain", "finetune")
+    ]
     paths.append(run.evaluation("easy_vqa"))
     assert len(set(paths)) == len(paths) and all(path.is_relative_to(tmp_path) for path in paths)
     with pytest.raises(AssertionError):
         run.stage("finetuning")
 
 
-def test_write_whole_leaves_the_old_file_when_it_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "scores.json"
-    write_whole(path, "old")
-
-    def no_space(_: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", no_space)
-    with pytest.raises(OSError, match="No space"):
-        write_whole(path, b"new")
-    assert contents(tmp_path) == {"scores.json": b"old"}
-
-
-def test_write_whole_survives_a_kill_at_any_time(tmp_path: Path) -> None:
-    path = tmp_path / "big.txt"
-    sizes = (300_000, 500_000)
-    program = (
-        "import sys; from pathlib import Path; from mipha.run import write_whole\n"
-        f"write_whole(Path({str(path)!r}), 'a' * {sizes[0]}); print('go', flush=True)\n"
-        f"while True: [write_whole(Path({str(path)!r}), 'a' * size) for size in {sizes}]"
-    )
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, env=environment)
-    assert process.stdout is not None and process.stdout.readline() == b"go\n"
-    for _ in range(30):
-        assert path.stat().st_size in sizes
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
-    assert path.stat().st_size in sizes
-
-
-def test_lines_come_back_in_order(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "metrics.jsonl"
-    rows = [{"step": 1, "text": "naïve\n\u2028 two"}, {"step": 2, "text": ""}]
-    for row in rows:
-        append_line(path, row)
-    assert list(read_lines(path)) == rows
-    assert list(read_lines(tmp_path / "none.jsonl")) == []
-
-
-def test_a_torn_last_line_is_dropped_and_cut_off_by_the_next(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    whole = b'{"step": 1}\n{"step": 2, "text": "na\xc3\xafve"}\n'
-    first = whole.index(b"\n") + 1
-    for end in range(first, len(whole) - 1):
-        path.write_bytes(whole[:end])
-        kept = 2 if whole[:end].endswith(b"}") and end > first else 1
-        assert len(list(read_lines(path))) == kept, whole[:end]
-        append_line(path, {"step": 3})
-        assert [row["step"] for row in read_lines(path)] == [1, 3], whole[:end]
-
-
-def test_a_whole_last_line_without_newline_is_kept(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1}\n{"step": 2}')
-    append_line(path, {"step": 3})
-    assert [row["step"] for row in read_lines(path)] == [1, 2, 3]
-
-
-def test_a_malformed_line_elsewhere_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1}\n{"ste\n{"step": 3}\n')
-    with pytest.raises(ValueError, match=r"metrics\.jsonl line 2 is not JSON"):
-        list(read_lines(path))
-    path.write_bytes(b'{"step": 1}\n{"ste\n')
-    with pytest.raises(ValueError, match="line 2"):
-        list(read_lines(path))
-
-
 def test_what_a_stage_is_trained_on_is_kept_and_cannot_change_once_it_began(tmp_path: Path) -> None:
     run = create_run(tmp_path / "run", make_recipe())
     run.record_data("pretrain", {"samples": 3, "sha256": "a"})
     run.record_data("pretrain", {"samples": 4, "sha256": "b"})  # nothing was trained yet
-    assert json.loads((run.folder / "provenance.json").read_text())["data"] == {"pretrain": {"samples": 4, "sha256": "b"}}
+    assert json.loads((run.folder / "provenance.json").read_text())["data"] == {
+        "pretrain": {"samples": 4, "sha256": "b"}
+    }
     run.states("pretrain").mkdir(parents=True)
     run.record_data("pretrain", {"samples": 4, "sha256": "b"})
-    with pytest.raises(ValueError, match=r"the data of pretrain changed since .* \(4 samples then, 5 now\): put the old data back"):
+    with pytest.raises(
+        ValueError,
+        match=r"the data of pretrain changed since .* \(4 samples then, 5 now\): put the old data back",
+    ):
         run.record_data("pretrain", {"samples": 5, "sha256": "c"})

@@ -31,10 +31,22 @@ class Tree(Strict):
     ("tree", "sentence"),
     [
         ({"leafs": []}, "leafs: unknown key; did you mean leaves?"),
-        ({"leaves": [{"colour": "red", "sise": 2}]}, "leaves.0.sise: unknown key; did you mean size?"),
-        ({"best": {"colour": "red", "colur": "red"}}, "best.colur: unknown key; did you mean colour?"),
-        ({"named": {"mine": {"shpe": "oval"}}}, "named.mine.Other.shpe: unknown key; did you mean shape or size?"),
-        ({"leaves": [{"colour": "red", "size": "big"}]}, "leaves.0.size: Input should be a valid integer, unable to parse"),
+        (
+            {"leaves": [{"colour": "red", "sise": 2}]},
+            "leaves.0.sise: unknown key; did you mean size?",
+        ),
+        (
+            {"best": {"colour": "red", "colur": "red"}},
+            "best.colur: unknown key; did you mean colour?",
+        ),
+        (
+            {"named": {"mine": {"shpe": "oval"}}},
+            "named.mine.Other.shpe: unknown key; did you mean shape or size?",
+        ),
+        (
+            {"leaves": [{"colour": "red", "size": "big"}]},
+            "leaves.0.size: Input should be a valid integer, unable to parse",
+        ),
         ({"leaves": [{"colour": "red", "size": "big"}]}, "(got 'big')"),
         ({"best": {}}, "best.colour: Field required"),
         ([], "plant: Input should be a valid dictionary"),
@@ -43,7 +55,9 @@ class Tree(Strict):
 def test_a_line_for_each_wrong_key(tree: object, sentence: str) -> None:
     with pytest.raises(ValueError) as caught:
         validated(Tree, tree, "tree.yaml", "plant")
-    assert str(caught.value).startswith("tree.yaml is not a valid plant:\n  ") and sentence in str(caught.value)
+    assert str(caught.value).startswith("tree.yaml is not a valid plant:\n  ") and sentence in str(
+        caught.value
+    )
 
 
 def test_a_long_value_is_not_repeated() -> None:
@@ -53,4 +67,6 @@ def test_a_long_value_is_not_repeated() -> None:
 
 
 def test_what_is_right_is_the_schemas_object() -> None:
-    assert validated(Tree, {"leaves": [{"colour": "red"}]}, "tree.yaml", "plant").leaves == (Leaf(colour="red"),)
+    assert validated(Tree, {"leaves": [{"colour": "red"}]}, "tree.yaml", "plant").leaves == (
+        Leaf(colour="red"),
+    )

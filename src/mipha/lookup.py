@@ -15,8 +15,14 @@ class _Loader(yaml.SafeLoader):
     """YAML that reads 1e-3 as a number (YAML 1.1 wants 1.0e-3, and a learning rate that is a string helps nobody)."""
 
 
-_Loader.yaml_implicit_resolvers = {key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789"))
+_Loader.yaml_implicit_resolvers = {
+    key: list(value) for key, value in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -44,7 +50,9 @@ def read_named(name: str | Path, folder: Path, kind: str) -> tuple[Any, Path]:
     """
     path = Path(name) if str(name).endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
     if not path.is_file():
-        raise FileNotFoundError(f"no {kind} {str(name)!r}: {did_you_mean(str(name), files_in(folder, '.yaml'))}, or give a .yaml file")
+        raise FileNotFoundError(
+            f"no {kind} {str(name)!r}: {did_you_mean(str(name), files_in(folder, '.yaml'))}, or give a .yaml file"
+        )
     return read_yaml(path.read_text(encoding="utf-8"), str(path)), path
 
 

@@ -19,7 +19,8 @@ from mipha.comparison.figures import contact_sheet
 from mipha.data.images import open_image
 from mipha.evaluation.benchmark import Question, load_benchmark
 from mipha.evaluation.predict import read_predictions
-from mipha.run import Run, write_whole
+from mipha.files import write_whole
+from mipha.run import Run
 
 BENCHMARK = "easy_vqa"
 BEFORE_LIMIT = 2000
@@ -59,7 +60,13 @@ def phases(folder: Path, overrides: Sequence[str], limit: int | None) -> list[Ph
         Phase("evaluate", ("evaluate", str(folder), *ask)),
         Phase(
             "evaluate before finetune",
-            ("evaluate", str(folder / "pretrain/checkpoint"), *ask_before, "-o", str(folder / "before-finetune")),
+            (
+                "evaluate",
+                str(folder / "pretrain/checkpoint"),
+                *ask_before,
+                "-o",
+                str(folder / "before-finetune"),
+            ),
         ),
         Phase("train blind", ("train", "quickstart-blind", "-o", str(blind), *overrides)),
         Phase("evaluate blind", ("evaluate", str(blind), *ask, "--blind")),
@@ -84,7 +91,9 @@ def _run_phase(phase: Phase, ledger: Path, console: Console) -> None:
             interrupted = True
     child.returncode = os.waitstatus_to_exitcode(status)
     record["seconds"] += time.monotonic() - started
-    record["peak_memory_gib"] = max(record["peak_memory_gib"], usage.ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20))
+    record["peak_memory_gib"] = max(
+        record["peak_memory_gib"], usage.ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    )
     record["finished"] = child.returncode == 0
     if ledger.parent.is_dir():
         write_whole(ledger, json.dumps(done | {phase.name: record}, indent=2) + "\n")
@@ -102,9 +111,15 @@ def _sum_up(folder: Path, console: Console) -> None:
     blind = _scores(Run(folder / "blind").evaluation(f"{BENCHMARK}-blind"))
     before = _scores(folder / "before-finetune" / BENCHMARK)
     table = Table(
-        title=f"\neasy-VQA, official test split: {seen['n_asked']:,} of {seen['num_questions']:,} questions", title_justify="left"
+        title=f"\neasy-VQA, official test split: {seen['n_asked']:,} of {seen['num_questions']:,} questions",
+        title_justify="left",
     )
-    for column, justify in (("", "left"), ("accuracy %", "right"), ("95 % interval", "right"), ("questions", "right")):
+    for column, justify in (
+        ("", "left"),
+        ("accuracy %", "right"),
+        ("95 % interval", "right"),
+        ("questions", "right"),
+    ):
         table.add_column(column, justify=justify)
     for row in seen["scores"]:
         if row["unit"] == "%" and not row["metric"].startswith("answer_"):
@@ -117,10 +132,22 @@ def _sum_up(folder: Path, console: Console) -> None:
             )
     table.add_section()
     for name, value in seen["baselines"].items():
-        table.add_row(f"baseline: {name.replace('_', ' ')}", f"{value:.2f}", "", f"{seen['n_asked']:,}", style="dim")
+        table.add_row(
+            f"baseline: {name.replace('_', ' ')}",
+            f"{value:.2f}",
+            "",
+            f"{seen['n_asked']:,}",
+            style="dim",
+        )
     for name, scores in (("same model trained blind", blind), ("before finetune", before)):
         row = scores["scores"][0]
-        table.add_row(f"baseline: {name}", f"{row['value']:.2f}", f"{row['low']:.2f} to {row['high']:.2f}", f"{row['n']:,}", style="dim")
+        table.add_row(
+            f"baseline: {name}",
+            f"{row['value']:.2f}",
+            f"{row['low']:.2f} to {row['high']:.2f}",
+            f"{row['n']:,}",
+            style="dim",
+        )
     console.print(table)
     ledger = json.loads((folder / "quickstart.json").read_text())
     costs = Table(title="\nTime and peak memory", title_justify="left")
@@ -129,20 +156,38 @@ def _sum_up(folder: Path, console: Console) -> None:
     for name, record in ledger.items():
         costs.add_row(name, f"{record['seconds'] / 60:.1f}", f"{record['peak_memory_gib']:.2f}")
     console.print(costs)
-    examples = _examples(load_benchmark(BENCHMARK).questions(None, "test"), read_predictions(run.evaluation(BENCHMARK)))
+    examples = _examples(
+        load_benchmark(BENCHMARK).questions(None, "test"),
+        read_predictions(run.evaluation(BENCHMARK)),
+    )
     for question, text in examples:
-        console.print(f"{question.image.name:>9}  {question.text}  [bold]{text}[/]  [dim](published: {question.facts['answer']})")
+        console.print(
+            f"{question.image.name:>9}  {question.text}  [bold]{text}[/]  [dim](published: {question.facts['answer']})"
+        )
     sheet = folder / "contact-sheet.png"
-    contact_sheet([(open_image(question.image), question.text, text, question.facts["answer"]) for question, text in examples], sheet)
-    console.print(f"\ncontact sheet: {sheet}\nloss curves:   {run.stage('pretrain') / 'loss.png'}, {run.stage('finetune') / 'loss.png'}")
-    console.print(f"\nTalk to it:\n  .venv/bin/mipha chat {folder} --image {examples[0][0].image}", soft_wrap=True)
+    contact_sheet(
+        [
+            (open_image(question.image), question.text, text, question.facts["answer"])
+            for question, text in examples
+        ],
+        sheet,
+    )
+    console.print(
+        f"\ncontact sheet: {sheet}\nloss curves:   {run.stage('pretrain') / 'loss.png'}, {run.stage('finetune') / 'loss.png'}"
+    )
+    console.print(
+        f"\nTalk to it:\n  .venv/bin/mipha chat {folder} --image {examples[0][0].image}",
+        soft_wrap=True,
+    )
 
 
 def _scores(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "scores.json").read_text(encoding="utf-8"))
 
 
-def _examples(questions: Sequence[Question], predictions: dict[str, str], num: int = 5) -> list[tuple[Question, str]]:
+def _examples(
+    questions: Sequence[Question], predictions: dict[str, str], num: int = 5
+) -> list[tuple[Question, str]]:
     """Five pictures spread over what was asked, each with a question of another kind in turn: chosen by place, not by success."""
     kinds = ("yes_no", "shape", "colour")
     by_image: dict[Any, list[Question]] = {}
@@ -153,6 +198,8 @@ def _examples(questions: Sequence[Question], predictions: dict[str, str], num: i
     chosen = [images[place * len(images) // num] for place in range(min(num, len(images)))]
     examples = []
     for number, asked in enumerate(chosen):
-        fitting = [question for question in asked if question.facts["kind"] == kinds[number % len(kinds)]] or asked
+        fitting = [
+            question for question in asked if question.facts["kind"] == kinds[number % len(kinds)]
+        ] or asked
         examples.append((fitting[0], predictions[fitting[0].id]))
     return examples

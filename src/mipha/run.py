@@ -19,13 +19,13 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from mipha.files import write_whole
 from mipha.recipe import STAGES, Recipe, load_recipe
 
 
@@ -92,7 +92,9 @@ class Run:
             FileNotFoundError: The last stage is not finished.
         """
         if not self.is_finished(STAGES[-1]):
-            raise FileNotFoundError(f"run {self.folder} has not finished {STAGES[-1]}: run the same `mipha train` again to go on")
+            raise FileNotFoundError(
+                f"run {self.folder} has not finished {STAGES[-1]}: run the same `mipha train` again to go on"
+            )
         return self.checkpoint(STAGES[-1])
 
 
@@ -105,9 +107,13 @@ def open_run(folder: str | Path) -> Run:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise FileNotFoundError(f"no run folder {folder}: make one with `mipha train RECIPE -o {folder}`")
+        raise FileNotFoundError(
+            f"no run folder {folder}: make one with `mipha train RECIPE -o {folder}`"
+        )
     if not (folder / "recipe.yaml").is_file():
-        raise ValueError(f"{folder} is not a run: it has no recipe.yaml; give the folder that `mipha train -o` made")
+        raise ValueError(
+            f"{folder} is not a run: it has no recipe.yaml; give the folder that `mipha train -o` made"
+        )
     return Run(folder)
 
 
@@ -128,13 +134,17 @@ def create_run(folder: str | Path, recipe: Recipe) -> Run:
         if run.recipe.digest() != recipe.digest():
             if any(run.stage(stage).exists() for stage in STAGES):
                 differences = _differences(run.recipe, recipe)
-                raise ValueError(f"{folder} holds a run of another recipe ({differences}): choose another -o, or train with the old recipe")
+                raise ValueError(
+                    f"{folder} holds a run of another recipe ({differences}): choose another -o, or train with the old recipe"
+                )
             write_whole(folder / "recipe.yaml", recipe.dump())
     elif folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, not a run folder: choose another -o")
     # Hidden files do not count: a run that was stopped while its first file was written has one.
     elif folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise ValueError(f"{folder} is not empty and not a run: choose another -o, or empty the folder")
+        raise ValueError(
+            f"{folder} is not empty and not a run: choose another -o, or empty the folder"
+        )
     else:
         write_whole(folder / "recipe.yaml", recipe.dump())
     if not (folder / "provenance.json").is_file():
@@ -158,7 +168,9 @@ def model_folder(path: str | Path) -> Path:
     if _is_model(path):
         return path
     if path.is_dir() and not (path / "recipe.yaml").is_file():
-        raise ValueError(f"{path} is neither a run (no recipe.yaml) nor a whole model (config.json and .safetensors): give one")
+        raise ValueError(
+            f"{path} is neither a run (no recipe.yaml) nor a whole model (config.json and .safetensors): give one"
+        )
     return open_run(path).final_checkpoint()
 
 
@@ -168,74 +180,13 @@ def provenance() -> dict[str, Any]:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "python": platform.python_version(),
-        **{package: _version(package) for package in ("mipha-vlm", "torch", "transformers", "peft", "trl")},
+        **{
+            package: _version(package)
+            for package in ("mipha-vlm", "torch", "transformers", "peft", "trl")
+        },
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
     }
-
-
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all: beside, to disk, then renamed into place."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def append_line(path: Path, row: dict[str, Any]) -> None:
-    """Append one JSON line; a torn last line that an earlier process left is cut off first.
-
-    A line is handed to the system at once, so it survives the end of this process.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        if end := file.seek(0, os.SEEK_END):
-            file.seek(end - 1)
-            if file.read(1) != b"\n":
-                file.seek(0)
-                lines = file.read()
-                tail = lines[lines.rfind(b"\n") + 1 :]
-                if _is_json(tail):
-                    file.write(b"\n")
-                else:
-                    file.truncate(end - len(tail))
-        file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-
-
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Read JSON lines back; no file reads as no lines, and a last line that was never finished is dropped.
-
-    Raises:
-        ValueError: Any other line is not JSON; names the file and the line.
-    """
-    if not path.is_file():
-        return
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            # Only what follows the last newline can be a line that was being written.
-            if number == len(lines):
-                return
-            raise ValueError(f"{path} line {number} is not JSON ({line[:60]!r}): mend or delete that line") from error
-        yield row
-
-
-def _is_json(line: bytes) -> bool:
-    try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True
 
 
 def _is_model(folder: Path) -> bool:
@@ -244,13 +195,19 @@ def _is_model(folder: Path) -> bool:
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return (folder / "model.safetensors").is_file()
-    return all((folder / name).is_file() for name in set(json.loads(index.read_text())["weight_map"].values()))
+    return all(
+        (folder / name).is_file()
+        for name in set(json.loads(index.read_text())["weight_map"].values())
+    )
 
 
 def _differences(old: Recipe, new: Recipe, most: int = 3) -> str:
     """The first keys in which two recipes differ, with both values."""
     exclude = {"name", "description"}
-    was, asked = flat(old.model_dump(mode="json", exclude=exclude)), flat(new.model_dump(mode="json", exclude=exclude))
+    was, asked = (
+        flat(old.model_dump(mode="json", exclude=exclude)),
+        flat(new.model_dump(mode="json", exclude=exclude)),
+    )
     keys = [key for key in dict.fromkeys([*was, *asked]) if was.get(key) != asked.get(key)]
     listed = [f"{key} is {was.get(key)!r} there and {asked.get(key)!r} here" for key in keys[:most]]
     return "; ".join(listed + ([f"and {len(keys) - most} more"] if len(keys) > most else []))
@@ -261,7 +218,11 @@ def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(tree, (dict, list)) or not tree:
         return {prefix: tree}
     items = tree.items() if isinstance(tree, dict) else enumerate(tree)
-    return {key: value for name, node in items for key, value in flat(node, f"{prefix}.{name}" if prefix else str(name)).items()}
+    return {
+        key: value
+        for name, node in items
+        for key, value in flat(node, f"{prefix}.{name}" if prefix else str(name)).items()
+    }
 
 
 def _version(package: str) -> str | None:
@@ -276,9 +237,14 @@ def _commit() -> str | None:
     here = Path(__file__).resolve()
     try:
         # An installed package may lie in some other project's checkout: only a tracked file tells of our own.
-        for command in (["ls-files", "--error-unmatch", here.name], ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]):
+        for command in (
+            ["ls-files", "--error-unmatch", here.name],
+            ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+        ):
             git = ["git", "--no-optional-locks", *command]
-            done = subprocess.run(git, cwd=here.parent, capture_output=True, text=True, timeout=20, check=True)
+            done = subprocess.run(
+                git, cwd=here.parent, capture_output=True, text=True, timeout=20, check=True
+            )
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

@@ -17,7 +17,14 @@ COLOURS = ("red", "blue", "green", "grey", "black", "white")
 
 def instruction_records(number: int = 24) -> list[dict[str, str]]:
     """Alpaca's layout."""
-    rows = [{"instruction": f"Which colour is shape {n}?", "input": "", "output": f"It is {COLOURS[n % 6]}."} for n in range(number)]
+    rows = [
+        {
+            "instruction": f"Which colour is shape {n}?",
+            "input": "",
+            "output": f"It is {COLOURS[n % 6]}.",
+        }
+        for n in range(number)
+    ]
     rows[1]["input"] = "Look well at it."
     return rows
 
@@ -28,7 +35,10 @@ def preference_records(number: int = 24) -> list[dict[str, Any]]:
     for n in range(number):
         safe = [n % 3 != 0, n % 3 != 1]
         row = {"prompt": f"May I have the {COLOURS[n % 6]} circle {n}?"}
-        row |= {f"response_{i}": ("yes" if safe[i] else "no") + f" to the {COLOURS[(n + i) % 6]} one" for i in (0, 1)}
+        row |= {
+            f"response_{i}": ("yes" if safe[i] else "no") + f" to the {COLOURS[(n + i) % 6]} one"
+            for i in (0, 1)
+        }
         row |= {f"is_response_{i}_safe": safe[i] for i in (0, 1)}
         rows.append(row | {"better_response_id": n % 2, "safer_response_id": int(not safe[0])})
     return rows
@@ -40,12 +50,16 @@ def alignment_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("alignment")
     paths = {"instructions": folder / "alpaca_data.json", "preferences": folder / "train.jsonl"}
     paths["instructions"].write_text(json.dumps(instruction_records()), encoding="utf-8")
-    paths["preferences"].write_text("".join(json.dumps(row) + "\n" for row in preference_records()), encoding="utf-8")
+    paths["preferences"].write_text(
+        "".join(json.dumps(row) + "\n" for row in preference_records()), encoding="utf-8"
+    )
     return paths
 
 
 @pytest.fixture(scope="session")
-def step_recipe(alignment_data: dict[str, Path], tiny_parts: Callable[..., Any]) -> Callable[..., StepRecipe]:
+def step_recipe(
+    alignment_data: dict[str, Path], tiny_parts: Callable[..., Any]
+) -> Callable[..., StepRecipe]:
     """`step_recipe("sft", "seed=1", ..., family=)`: six short steps on a tiny language model, and overrides of them."""
 
     def recipe(step: str, *overrides: str, family: str = "llama") -> StepRecipe:
@@ -73,7 +87,9 @@ def step_recipe(alignment_data: dict[str, Path], tiny_parts: Callable[..., Any])
 
 
 @pytest.fixture(scope="session")
-def finished(step_recipe: Callable[..., StepRecipe], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def finished(
+    step_recipe: Callable[..., StepRecipe], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
     """`finished("sft", "tuning=lora", ..., family=)`: the folder of such a step, each trained once a session."""
     made: dict[object, Path] = {}
 
@@ -93,4 +109,6 @@ def train_step(recipe: StepRecipe, out: Path) -> Path:
     from mipha.alignment.preference import train_cost, train_reward
     from mipha.alignment.sft import sft
 
-    return {"sft": sft, "reward": train_reward, "cost": train_cost, "dpo": dpo}[recipe.step](recipe, out)
+    return {"sft": sft, "reward": train_reward, "cost": train_cost, "dpo": dpo}[recipe.step](
+        recipe, out
+    )

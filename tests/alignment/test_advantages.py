@@ -22,7 +22,9 @@ def test_generalized_advantages_of_a_hand_worked_example() -> None:
 
 def test_scores_are_earned_at_the_last_token_and_cut() -> None:
     mask = torch.tensor([[True, False, False], [True, True, True], [True, True, False]])
-    rewards = token_rewards(torch.tensor([3.0, 80.0, -80.0]), torch.zeros(3, 3), mask, kl_weight=0.1, score_clip=50.0)
+    rewards = token_rewards(
+        torch.tensor([3.0, 80.0, -80.0]), torch.zeros(3, 3), mask, kl_weight=0.1, score_clip=50.0
+    )
     assert rewards.tolist() == [[3.0, 0.0, 0.0], [0.0, 0.0, 50.0], [0.0, -50.0, 0.0]]
 
 

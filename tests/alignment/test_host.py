@@ -20,7 +20,7 @@ from mipha.alignment.folder import is_finished, mark_complete, newest_checkpoint
 from mipha.alignment.preference import train_cost, train_reward
 from mipha.alignment.recipe import StepRecipe
 from mipha.alignment.sft import sft
-from mipha.run import read_lines
+from mipha.files import read_lines
 
 KILLED_MID_SAVE = """
 import os, signal, sys, pathlib, torch
@@ -40,7 +40,10 @@ step, recipe, out = sys.argv[1:]
 
 @pytest.mark.parametrize(
     ("step", "overrides", "family"),
-    [("sft", ("max_tokens=64", "micro_batch=1"), "phi"), ("reward", ("tuning=lora", "lora.rank=4"), "llama")],
+    [
+        ("sft", ("max_tokens=64", "micro_batch=1"), "phi"),
+        ("reward", ("tuning=lora", "lora.rank=4"), "llama"),
+    ],
 )
 def test_killed_in_the_midst_of_saving_it_ends_in_the_same_weights(
     step: str,
@@ -73,10 +76,16 @@ def test_killed_in_the_midst_of_saving_it_ends_in_the_same_weights(
     model = function(recipe, out)
 
     whole = finished(step, *overrides, family=family)
-    ours, theirs = load_file(model / "model.safetensors"), load_file(whole / "model" / "model.safetensors")
+    ours, theirs = (
+        load_file(model / "model.safetensors"),
+        load_file(whole / "model" / "model.safetensors"),
+    )
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
-    drawn = [[(row["step"], row.get("loss")) for row in read_lines(folder / "metrics.jsonl")] for folder in (out, whole)]
+    drawn = [
+        [(row["step"], row.get("loss")) for row in read_lines(folder / "metrics.jsonl")]
+        for folder in (out, whole)
+    ]
     assert drawn[0] == drawn[1]
     assert not (out / "checkpoints").exists()
 
@@ -95,7 +104,9 @@ def test_a_finished_step_is_not_done_again_and_another_recipe_is_refused(
 
 
 @pytest.mark.parametrize("changed", ["base model", "data"])
-def test_states_of_another_base_or_of_other_data_are_refused(changed: str, step_recipe: Callable[..., StepRecipe], tmp_path: Path) -> None:
+def test_states_of_another_base_or_of_other_data_are_refused(
+    changed: str, step_recipe: Callable[..., StepRecipe], tmp_path: Path
+) -> None:
     recipe, out = step_recipe("cost"), tmp_path / "run"
     out.mkdir()
     (out / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
@@ -116,7 +127,9 @@ def test_only_whole_states_are_resumed(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2"]
 
 
-def test_a_folder_of_something_else_is_not_touched(step_recipe: Callable[..., StepRecipe], tmp_path: Path) -> None:
+def test_a_folder_of_something_else_is_not_touched(
+    step_recipe: Callable[..., StepRecipe], tmp_path: Path
+) -> None:
     (tmp_path / "thesis.tex").write_text("x")
     with pytest.raises(ValueError, match="is not empty and not an alignment step"):
         sft(step_recipe("sft"), tmp_path)
@@ -132,16 +145,26 @@ def test_a_step_that_is_not_finite_stops_and_keeps_its_states(
 
     def explode(higher: torch.Tensor, lower: torch.Tensor, *rest: Any) -> torch.Tensor:
         calls.append(1)
-        return (higher - lower).mean() * (float("nan") if len(calls) > 6 else 1.0)  # two forward passes a step: in step 4
+        return (higher - lower).mean() * (
+            float("nan") if len(calls) > 6 else 1.0
+        )  # two forward passes a step: in step 4
 
     monkeypatch.setattr(preference, "pair_loss", explode)
     with pytest.raises(FloatingPointError, match="step 4: the loss is nan"):
         train_reward(step_recipe("reward"), tmp_path / "run")
     state = newest_checkpoint(tmp_path / "run" / "checkpoints")
     assert state is not None and state.name == "checkpoint-2"
-    assert all(weight.isfinite().all() for weight in load_file(state / "model.safetensors").values())
+    assert all(
+        weight.isfinite().all() for weight in load_file(state / "model.safetensors").values()
+    )
 
 
-def test_bfloat16_trains_where_it_is_asked_for(step_recipe: Callable[..., StepRecipe], tmp_path: Path) -> None:
-    model = sft(step_recipe("sft", "precision=bfloat16", "max_steps=1", "held_out=0"), tmp_path / "run")
-    assert {weight.dtype for weight in load_file(model / "model.safetensors").values()} == {torch.float32}  # only products are rounded
+def test_bfloat16_trains_where_it_is_asked_for(
+    step_recipe: Callable[..., StepRecipe], tmp_path: Path
+) -> None:
+    model = sft(
+        step_recipe("sft", "precision=bfloat16", "max_steps=1", "held_out=0"), tmp_path / "run"
+    )
+    assert {weight.dtype for weight in load_file(model / "model.safetensors").values()} == {
+        torch.float32
+    }  # only products are rounded

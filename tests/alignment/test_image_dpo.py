@@ -21,10 +21,10 @@ from mipha.alignment.datasets import load_image_preferences, split_by_prompt
 from mipha.alignment.dpo import dpo
 from mipha.alignment.image_dpo import answered_pairs, collate_answers
 from mipha.alignment.recipe import StepRecipe
+from mipha.files import read_lines
 from mipha.models.build import save_checkpoint
 from mipha.models.modeling import load_model
 from mipha.models.processing import load_processor
-from mipha.run import read_lines
 
 
 @pytest.fixture(scope="module")
@@ -40,34 +40,64 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pictures")
     random = np.random.default_rng(0)
     for number in range(8):
-        Image.fromarray(random.integers(0, 255, (30, 30, 3), dtype=np.uint8)).save(folder / f"{number}.png")
-    rows = [{"image": f"{n % 8}.png", "prompt": f"Is it {n}?", "chosen": "yes", "rejected": "no, a circle"} for n in range(16)]
+        Image.fromarray(random.integers(0, 255, (30, 30, 3), dtype=np.uint8)).save(
+            folder / f"{number}.png"
+        )
+    rows = [
+        {
+            "image": f"{n % 8}.png",
+            "prompt": f"Is it {n}?",
+            "chosen": "yes",
+            "rejected": "no, a circle",
+        }
+        for n in range(16)
+    ]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder / "pairs.jsonl"
 
 
 @pytest.fixture
 def recipe(step_recipe: Callable[..., StepRecipe], checkpoint: Path, pairs: Path) -> StepRecipe:
-    changes = ("chat_template=null", f"language_model={checkpoint}", f"data={pairs}", "max_steps=4", "learning_rate=1e-3")
+    changes = (
+        "chat_template=null",
+        f"language_model={checkpoint}",
+        f"data={pairs}",
+        "max_steps=4",
+        "learning_rate=1e-3",
+    )
     return step_recipe("dpo", *changes)
 
 
-def test_what_is_compared_are_the_answers_behind_the_same_picture(checkpoint: Path, pairs: Path) -> None:
+def test_what_is_compared_are_the_answers_behind_the_same_picture(
+    checkpoint: Path, pairs: Path
+) -> None:
     processor = load_processor(checkpoint)
     rows = load_image_preferences(pairs)[:2]
     batch = collate_answers(answered_pairs(processor, rows, 128), processor)
-    spoken = [ids[mask.bool()] for ids, mask in zip(batch["input_ids"], batch["completion_mask"], strict=True)]
-    assert [processor.tokenizer.decode(ids) for ids in spoken] == ["yes<|im_end|>"] * 2 + ["no, a circle<|im_end|>"] * 2
+    spoken = [
+        ids[mask.bool()]
+        for ids, mask in zip(batch["input_ids"], batch["completion_mask"], strict=True)
+    ]
+    assert [processor.tokenizer.decode(ids) for ids in spoken] == ["yes<|im_end|>"] * 2 + [
+        "no, a circle<|im_end|>"
+    ] * 2
     assert batch["pixel_values"].shape[0] == 4
-    assert torch.equal(batch["pixel_values"][0], batch["pixel_values"][2]) and not torch.equal(*batch["pixel_values"][:2])
-    with pytest.raises(ValueError, match=r"row \d takes \d+ tokens, more than max_tokens=20, .* \(4 rows are too long"):
+    assert torch.equal(batch["pixel_values"][0], batch["pixel_values"][2]) and not torch.equal(
+        *batch["pixel_values"][:2]
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"row \d takes \d+ tokens, more than max_tokens=20, .* \(4 rows are too long",
+    ):
         answered_pairs(processor, rows, 20)
 
 
 def test_no_picture_is_on_both_sides(pairs: Path, tmp_path: Path) -> None:
     train, test = split_by_prompt(load_image_preferences(pairs), 0.4, seed=0)
     assert train and test and not {row.image for row in train} & {row.image for row in test}
-    (tmp_path / "a.jsonl").write_text(json.dumps({"image": "none.png", "prompt": "a", "chosen": "b", "rejected": "c"}))
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps({"image": "none.png", "prompt": "a", "chosen": "b", "rejected": "c"})
+    )
     with pytest.raises(FileNotFoundError, match=r"row 1: there is no picture .*none\.png"):
         load_image_preferences(tmp_path / "a.jsonl")
 
@@ -92,19 +122,28 @@ def test_it_learns_and_a_stopped_run_ends_in_the_same_weights(
     assert weights[0].keys() == weights[1].keys() == weights[2].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     changed = {name for name in weights[0] if not torch.equal(weights[0][name], weights[2][name])}
-    assert any("language_model" in name for name in changed) and any("projector" in name for name in changed)
+    assert any("language_model" in name for name in changed) and any(
+        "projector" in name for name in changed
+    )
     assert not any("vision_tower" in name for name in changed)
     rows = [row for row in read_lines(tmp_path / "whole" / "metrics.jsonl") if "loss" in row]
     assert rows[0]["loss"] == pytest.approx(math.log(2), abs=1e-5) and rows[-1]["loss"] < 0.6
     assert load_model(str(whole)).lm_head.bias is not None  # Phi's
 
 
-def test_adapters_of_the_language_model_are_merged(recipe: StepRecipe, checkpoint: Path, tmp_path: Path) -> None:
+def test_adapters_of_the_language_model_are_merged(
+    recipe: StepRecipe, checkpoint: Path, tmp_path: Path
+) -> None:
     model = dpo(recipe.override("tuning=lora", "lora.rank=4", "max_steps=2"), tmp_path / "run")
-    after, before = load_file(model / "model.safetensors"), load_file(checkpoint / "model.safetensors")
+    after, before = (
+        load_file(model / "model.safetensors"),
+        load_file(checkpoint / "model.safetensors"),
+    )
     assert after.keys() == before.keys()
     changed = {name for name in after if not torch.equal(after[name], before[name])}
-    assert changed and all("language_model" in name and name.endswith(".weight") for name in changed)
+    assert changed and all(
+        "language_model" in name and name.endswith(".weight") for name in changed
+    )
 
 
 def test_a_setting_without_effect_is_refused(recipe: StepRecipe, tmp_path: Path) -> None:

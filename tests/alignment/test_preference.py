@@ -16,10 +16,16 @@ from transformers import AutoTokenizer
 
 from mipha.alignment.datasets import Preference, load_preferences, split_by_prompt
 from mipha.alignment.encoding import encode_exchange
-from mipha.alignment.preference import collate_pairs, measure_pairs, pair_loss, ranked_pairs, train_cost
+from mipha.alignment.preference import (
+    collate_pairs,
+    measure_pairs,
+    pair_loss,
+    ranked_pairs,
+    train_cost,
+)
 from mipha.alignment.recipe import StepRecipe
 from mipha.alignment.scoring import Scorer
-from mipha.run import read_lines
+from mipha.files import read_lines
 
 HIGHER, LOWER = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0])
 
@@ -51,23 +57,49 @@ def test_the_cost_loss_pushes_unsafe_above_zero_and_safe_below(unsafe: bool, wan
 
 
 def test_what_is_measured() -> None:
-    measured = measure_pairs(torch.tensor([3.0, 1.0, 2.0, 1.0]), torch.tensor([1.0, -1.0, 1.0, -1.0]))
-    assert measured == {"accuracy": 0.5, "margin": 0.5, "sign_accuracy": 0.5}  # 3 over 2, but 1 only level with 1
+    measured = measure_pairs(
+        torch.tensor([3.0, 1.0, 2.0, 1.0]), torch.tensor([1.0, -1.0, 1.0, -1.0])
+    )
+    assert measured == {
+        "accuracy": 0.5,
+        "margin": 0.5,
+        "sign_accuracy": 0.5,
+    }  # 3 over 2, but 1 only level with 1
 
 
 @pytest.mark.parametrize("step", ["reward", "cost"])
-def test_the_order_of_the_responses_does_not_count(step: str, tokenizer: Any, alignment_data: dict[str, Path]) -> None:
+def test_the_order_of_the_responses_does_not_count(
+    step: str, tokenizer: Any, alignment_data: dict[str, Path]
+) -> None:
     rows = load_preferences(alignment_data["preferences"])
-    swapped = [replace(row, responses=row.responses[::-1], better=1 - row.better, safer=1 - row.safer, safe=row.safe[::-1]) for row in rows]
+    swapped = [
+        replace(
+            row,
+            responses=row.responses[::-1],
+            better=1 - row.better,
+            safer=1 - row.safer,
+            safe=row.safe[::-1],
+        )
+        for row in rows
+    ]
     assert ranked_pairs(tokenizer, rows, step, 128) == ranked_pairs(tokenizer, swapped, step, 128)
 
 
 def test_a_reward_ranks_by_better_and_a_cost_by_harm(tokenizer: Any) -> None:
     row = Preference("row 1", "May I?", ("yes", "no"), better=1, safer=1, safe=(False, True))
     reward, cost = (ranked_pairs(tokenizer, [row], step, 128)[0] for step in ("reward", "cost"))
-    ids = [[*prompt, *ended] for prompt, ended in (encode_exchange(tokenizer, row.prompt, text, "row 1") for text in row.responses)]
+    ids = [
+        [*prompt, *ended]
+        for prompt, ended in (
+            encode_exchange(tokenizer, row.prompt, text, "row 1") for text in row.responses
+        )
+    ]
     assert (reward["chosen_ids"], reward["rejected_ids"]) == (ids[1], ids[0])
-    assert (cost["chosen_ids"], cost["rejected_ids"], cost["signs"]) == (ids[0], ids[1], [1.0, -1.0])
+    assert (cost["chosen_ids"], cost["rejected_ids"], cost["signs"]) == (
+        ids[0],
+        ids[1],
+        [1.0, -1.0],
+    )
     assert tokenizer.decode(cost["chosen_ids"]).endswith("yes<|im_end|>")
 
 
@@ -82,28 +114,55 @@ def test_a_batch_is_all_higher_then_all_lower() -> None:
     assert batch["signs"].tolist() == [1.0, 1.0, -1.0, 1.0]
 
 
-@pytest.mark.parametrize(("step", "overrides"), [("reward", ()), ("reward", ("tuning=lora", "lora.rank=4")), ("cost", ())])
+@pytest.mark.parametrize(
+    ("step", "overrides"),
+    [("reward", ()), ("reward", ("tuning=lora", "lora.rank=4")), ("cost", ())],
+)
 def test_what_is_reported_of_held_out_pairs_is_what_the_scorer_says(
-    step: str, overrides: tuple[str, ...], finished: Callable[..., Path], tokenizer: Any, alignment_data: dict[str, Path]
+    step: str,
+    overrides: tuple[str, ...],
+    finished: Callable[..., Path],
+    tokenizer: Any,
+    alignment_data: dict[str, Path],
 ) -> None:
     out = finished(step, *overrides)
     held_out = split_by_prompt(load_preferences(alignment_data["preferences"]), 0.2, seed=0)[1]
     scorer = Scorer.load(out / "model")
     scores = torch.stack(
         [
-            scorer.score(*map(list, zip(*(encode_exchange(tokenizer, row.prompt, text, "") for text in row.responses), strict=True)))
+            scorer.score(
+                *map(
+                    list,
+                    zip(
+                        *(
+                            encode_exchange(tokenizer, row.prompt, text, "")
+                            for text in row.responses
+                        ),
+                        strict=True,
+                    ),
+                )
+            )
             for row in held_out
         ]
     )
-    right = [(s[1] > s[0]).item() == bool(r.better if step == "reward" else 1 - r.safer) for s, r in zip(scores, held_out, strict=True)]
+    right = [
+        (s[1] > s[0]).item() == bool(r.better if step == "reward" else 1 - r.safer)
+        for s, r in zip(scores, held_out, strict=True)
+    ]
     reported = [row for row in read_lines(out / "metrics.jsonl") if "validation_accuracy" in row]
     assert len(reported) == 1
     assert reported[0]["validation_accuracy"] == pytest.approx(sum(right) / len(right))
     if step == "cost":
         signs = torch.tensor([[1.0 if not safe else -1.0 for safe in row.safe] for row in held_out])
-        assert reported[0]["validation_sign_accuracy"] == pytest.approx((scores * signs > 0).float().mean().item())
+        assert reported[0]["validation_sign_accuracy"] == pytest.approx(
+            (scores * signs > 0).float().mean().item()
+        )
 
 
-def test_a_reward_recipe_trains_no_cost(step_recipe: Callable[..., StepRecipe], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="recipe 'tiny' is for the reward step: run that, or set step=cost"):
+def test_a_reward_recipe_trains_no_cost(
+    step_recipe: Callable[..., StepRecipe], tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ValueError, match="recipe 'tiny' is for the reward step: run that, or set step=cost"
+    ):
         train_cost(step_recipe("reward"), tmp_path)

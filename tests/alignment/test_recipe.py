@@ -7,9 +7,20 @@ from typing import Any
 
 import pytest
 
-from mipha.alignment.recipe import list_alignment_recipes, load_alignment_recipe, parse_alignment_recipe
+from mipha.alignment.recipe import (
+    list_alignment_recipes,
+    load_alignment_recipe,
+    parse_alignment_recipe,
+)
 
-TREE = {"name": "a", "step": "reward", "language_model": "smollm2-135m", "data": "a.jsonl", "learning_rate": "1e-3", "batch_size": 8}
+TREE = {
+    "name": "a",
+    "step": "reward",
+    "language_model": "smollm2-135m",
+    "data": "a.jsonl",
+    "learning_rate": "1e-3",
+    "batch_size": 8,
+}
 
 
 @pytest.mark.parametrize(
@@ -45,7 +56,10 @@ def test_a_recipe_round_trips_and_its_digest_names_what_it_trains(tmp_path: Path
     assert recipe.differences(changed) == ["learning_rate", "lora", "tuning"]
 
 
-@pytest.mark.parametrize(("override", "said"), [("seed", "has no `=`"), ("a.b=1", "only lora is a group"), ("seed=[", "not valid YAML")])
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [("seed", "has no `=`"), ("a.b=1", "only lora is a group"), ("seed=[", "not valid YAML")],
+)
 def test_a_bad_override_is_one_sentence(override: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         parse_alignment_recipe(TREE, source="a").override(override)
@@ -53,7 +67,11 @@ def test_a_bad_override_is_one_sentence(override: str, said: str) -> None:
 
 def test_the_catalog_is_valid_and_a_wrong_name_is_helped() -> None:
     names = list_alignment_recipes()
-    assert {"phi-2-sft", "phi-2-reward", "phi-2-cost", "phi-2-dpo", "smollm2-135m-sft"} <= set(names)
+    assert {"phi-2-sft", "phi-2-reward", "phi-2-cost", "phi-2-dpo", "smollm2-135m-sft"} <= set(
+        names
+    )
     assert all(load_alignment_recipe(name).name == name for name in names)
-    with pytest.raises(FileNotFoundError, match="no alignment recipe 'phi-2-stf': did you mean phi-2-sft"):
+    with pytest.raises(
+        FileNotFoundError, match="no alignment recipe 'phi-2-stf': did you mean phi-2-sft"
+    ):
         load_alignment_recipe("phi-2-stf")

@@ -66,7 +66,11 @@ def rlhf_recipe(alignment_data: dict[str, Path], tiny_parts: Callable) -> Callab
 def train(recipe: RlhfRecipe, out: Path, **functions: Any) -> list[dict[str, float]]:
     from mipha.alignment.rlhf import train_policy
 
-    train_policy(recipe, out, **{"reward": reward, "cost": cost if recipe.step == "safe-rlhf" else None} | functions)
+    train_policy(
+        recipe,
+        out,
+        **{"reward": reward, "cost": cost if recipe.step == "safe-rlhf" else None} | functions,
+    )
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -88,8 +92,18 @@ def test_a_policy_learns_what_a_rule_rewards_and_a_price_on_cost_holds_it_back(
     def shares(responses: list[list[int]]) -> torch.Tensor:
         return torch.stack([kinds[ids].mean(0) for ids in responses])
 
-    functions = {"reward": lambda p, r: shares(r).sum(1), "cost": lambda p, r: 2 * shares(r)[:, 1] - 1}
-    settings = ("max_steps=24", "batch_size=48", "micro_batch=48", "max_new_tokens=2", "tuning=last-2", "learning_rate=3e-3")
+    functions = {
+        "reward": lambda p, r: shares(r).sum(1),
+        "cost": lambda p, r: 2 * shares(r)[:, 1] - 1,
+    }
+    settings = (
+        "max_steps=24",
+        "batch_size=48",
+        "micro_batch=48",
+        "max_new_tokens=2",
+        "tuning=last-2",
+        "learning_rate=3e-3",
+    )
     settings += ("kl_weight=0.001", "warmup_ratio=0", "checkpoint_every=100")
     rows = {
         step: train(rlhf_recipe(step, *settings, *more), tmp_path / step, **functions)
@@ -97,14 +111,18 @@ def test_a_policy_learns_what_a_rule_rewards_and_a_price_on_cost_holds_it_back(
     }
 
     def gain(step: str, key: str) -> float:
-        first, last = (sum(row[key] for row in part) / 4 for part in (rows[step][:4], rows[step][-4:]))
+        first, last = (
+            sum(row[key] for row in part) / 4 for part in (rows[step][:4], rows[step][-4:])
+        )
         return last - first
 
     assert gain("rlhf", "reward") > 0.2
     assert gain("rlhf", "cost") > 0.1
     assert gain("safe-rlhf", "cost") < -0.25
     assert all(row["multiplier"] == 0 for row in rows["rlhf"])
-    assert rows["safe-rlhf"][3]["multiplier"] > 3  # the mean cost is above the threshold, so it grows
+    assert (
+        rows["safe-rlhf"][3]["multiplier"] > 3
+    )  # the mean cost is above the threshold, so it grows
     assert rows["rlhf"][-1]["kl"] > 0.1
 
 
@@ -120,7 +138,9 @@ def test_a_price_of_zero_is_plain_ppo(tuning: str, rlhf_recipe: Callable, tmp_pa
 
 @pytest.mark.parametrize("family", ["llama", "phi", "qwen2", "gpt_neox", "gemma"])
 @pytest.mark.parametrize("tuning", ["full", "lora", "last-1", "last-2"])
-def test_policy_and_reference_see_what_the_model_alone_sees(tuning: str, family: str, rlhf_recipe: Callable) -> None:
+def test_policy_and_reference_see_what_the_model_alone_sees(
+    tuning: str, family: str, rlhf_recipe: Callable
+) -> None:
     """The same hidden states at first, whichever layers are shared; and after training a reference that has not moved."""
     from mipha.alignment.host import load_part
     from mipha.alignment.learning import Learner
@@ -134,7 +154,11 @@ def test_policy_and_reference_see_what_the_model_alone_sees(tuning: str, family:
     learner = Learner(Policy(model, recipe), recipe, with_cost=True, autocast=None)
     ids = torch.tensor([[0, 0, 21, 22, 23, 24], [30, 31, 32, 33, 34, 2]])
     rollout = mark_responses(ids, torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]), {2})
-    seen = {"attention_mask": rollout.attention, "position_ids": rollout.positions, "use_cache": False}
+    seen = {
+        "attention_mask": rollout.attention,
+        "position_ids": rollout.positions,
+        "use_cache": False,
+    }
     expected = alone.base_model(ids, **seen, output_hidden_states=True)
     real = rollout.attention.bool()
 
@@ -146,19 +170,31 @@ def test_policy_and_reference_see_what_the_model_alone_sees(tuning: str, family:
     check(learner.policy.hidden(rollout, observation.policy_inputs), expected.last_hidden_state)
     for _ in range(2):
         check(observation.reference, expected.last_hidden_state)
-        check(observation.critic_inputs, expected.hidden_states[1])  # what enters the second, last layer
+        check(
+            observation.critic_inputs, expected.hidden_states[1]
+        )  # what enters the second, last layer
         with torch.no_grad():
             for weight in learner.trained.values():
                 weight.add_(0.1 * torch.rand_like(weight))
         observation = learner.policy.observe(rollout)
-        assert not torch.allclose(observation.policy[real], expected.last_hidden_state[real], atol=1e-2)
+        assert not torch.allclose(
+            observation.policy[real], expected.last_hidden_state[real], atol=1e-2
+        )
         moved = learner.policy.hidden(rollout, observation.policy_inputs)
         torch.testing.assert_close(moved[real], observation.policy[real], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora", "last-1"])
-def test_killed_at_any_step_it_ends_as_if_never_stopped(tuning: str, rlhf_recipe: Callable, tmp_path: Path, alignment_data: dict) -> None:
-    settings = [f"tuning={tuning}", f"instructions={alignment_data['instructions']}", "ptx_batch=2", "checkpoint_every=1", "minibatches=2"]
+def test_killed_at_any_step_it_ends_as_if_never_stopped(
+    tuning: str, rlhf_recipe: Callable, tmp_path: Path, alignment_data: dict
+) -> None:
+    settings = [
+        f"tuning={tuning}",
+        f"instructions={alignment_data['instructions']}",
+        "ptx_batch=2",
+        "checkpoint_every=1",
+        "minibatches=2",
+    ]
     settings += ["lora.rank=4"] if tuning == "lora" else []
     recipe = rlhf_recipe("safe-rlhf", *settings)
     whole = train(recipe, tmp_path / "whole")
@@ -173,7 +209,9 @@ def test_killed_at_any_step_it_ends_as_if_never_stopped(tuning: str, rlhf_recipe
     with pytest.raises(RuntimeError, match="plug"):
         train(recipe, tmp_path / "cut", reward=failing)
     newest = tmp_path / "cut" / "checkpoints" / "checkpoint-2"
-    (newest / "optimizer.pt").write_bytes(b"torn")  # the newest is damaged: the one before it is taken
+    (newest / "optimizer.pt").write_bytes(
+        b"torn"
+    )  # the newest is damaged: the one before it is taken
     cut = train(recipe, tmp_path / "cut")
     timed = {"seconds", "tokens_per_second"}
     assert [{k: v for k, v in row.items() if k not in timed} for row in cut] == [
@@ -208,17 +246,28 @@ train_policy(load_alignment_recipe({recipe!r}), Path({out!r}), reward, cost)
 def test_kill_9_in_the_middle_of_a_save(rlhf_recipe: Callable, tmp_path: Path) -> None:
     recipe = rlhf_recipe("safe-rlhf", "checkpoint_every=1", "max_steps=3")
     (tmp_path / "recipe.yaml").write_text(recipe.dump())
-    program = PROGRAM.format(here=str(Path(__file__).parent), recipe=str(tmp_path / "recipe.yaml"), out=str(tmp_path / "killed"), when=2)
+    program = PROGRAM.format(
+        here=str(Path(__file__).parent),
+        recipe=str(tmp_path / "recipe.yaml"),
+        out=str(tmp_path / "killed"),
+        when=2,
+    )
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert [path.name for path in (tmp_path / "killed" / "checkpoints").glob("checkpoint-*")] == ["checkpoint-1"]
+    assert [path.name for path in (tmp_path / "killed" / "checkpoints").glob("checkpoint-*")] == [
+        "checkpoint-1"
+    ]
     train(recipe, tmp_path / "killed")
     train(recipe, tmp_path / "whole")
     assert same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
 
 
-def test_what_is_not_finite_is_named_and_the_state_before_it_stays(rlhf_recipe: Callable, tmp_path: Path) -> None:
+def test_what_is_not_finite_is_named_and_the_state_before_it_stays(
+    rlhf_recipe: Callable, tmp_path: Path
+) -> None:
     calls = []
 
     def broken(prompts: list, responses: list) -> torch.Tensor:
@@ -228,14 +277,25 @@ def test_what_is_not_finite_is_named_and_the_state_before_it_stays(rlhf_recipe: 
         return scores
 
     recipe = rlhf_recipe("rlhf")
-    with pytest.raises(FloatingPointError, match=r"step 3: the reward of the response .* to .*train.jsonl row \d+ is nan"):
+    with pytest.raises(
+        FloatingPointError,
+        match=r"step 3: the reward of the response .* to .*train.jsonl row \d+ is nan",
+    ):
         train(recipe, tmp_path / "out", reward=broken)
     assert train(recipe, tmp_path / "out")[-1]["step"] == 4  # it goes on from step 2
-    with pytest.raises(FloatingPointError, match=r"step 1: .*not finite; its prompts are .*train.jsonl row \d+"):
-        train(rlhf_recipe("rlhf", "score_clip=.inf"), tmp_path / "loss", reward=lambda p, r: torch.full((len(p),), 3e38))
+    with pytest.raises(
+        FloatingPointError, match=r"step 1: .*not finite; its prompts are .*train.jsonl row \d+"
+    ):
+        train(
+            rlhf_recipe("rlhf", "score_clip=.inf"),
+            tmp_path / "loss",
+            reward=lambda p, r: torch.full((len(p),), 3e38),
+        )
 
 
-def test_the_result_is_a_language_model_and_held_out_prompts_are_only_measured(rlhf_recipe: Callable, tmp_path: Path) -> None:
+def test_the_result_is_a_language_model_and_held_out_prompts_are_only_measured(
+    rlhf_recipe: Callable, tmp_path: Path
+) -> None:
     from mipha.models.language_model import load_language_model
     from mipha.recipe import ModelRecipe
 
@@ -252,7 +312,9 @@ def test_the_result_is_a_language_model_and_held_out_prompts_are_only_measured(r
 
     recipe = rlhf_recipe("rlhf", "held_out=0.3", "validate_every=2", "tuning=lora", "lora.rank=2")
     model = train_policy(recipe, tmp_path / "out", listening, None, unsafe)
-    rows = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert all(row["unsafe"] == 1.0 for row in rows)
     assert ["validation_reward" in row for row in rows] == [False, True, False, True]
     wanted = ModelRecipe(vision_tower="none", language_model=str(model), chat_template="chatml")
@@ -271,7 +333,9 @@ def test_the_result_is_a_language_model_and_held_out_prompts_are_only_measured(r
         (("cost_window=0",), "cost_window"),
     ],
 )
-def test_settings_that_cannot_be_or_would_be_ignored(overrides: tuple[str, ...], match: str, rlhf_recipe: Callable) -> None:
+def test_settings_that_cannot_be_or_would_be_ignored(
+    overrides: tuple[str, ...], match: str, rlhf_recipe: Callable
+) -> None:
     with pytest.raises(ValueError, match=match):
         rlhf_recipe("safe-rlhf", *overrides)
 

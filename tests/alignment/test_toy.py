@@ -38,7 +38,9 @@ def test_files_hold_what_the_rules_say(tmp_path: Path) -> None:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
         assert (tmp_path / "a" / name).read_bytes() != (tmp_path / "c" / name).read_bytes()
     instructions = load_instructions(tmp_path / "a" / "instructions.json")
-    train, held_out = (load_preferences(tmp_path / "a" / f"{name}.jsonl") for name in ("preferences", "held_out"))
+    train, held_out = (
+        load_preferences(tmp_path / "a" / f"{name}.jsonl") for name in ("preferences", "held_out")
+    )
     assert (len(instructions), len(train), len(held_out)) == (480, 480, 72)
     check_leak([*instructions, *train], held_out)
     for row in [*train, *held_out]:
@@ -47,14 +49,30 @@ def test_files_hold_what_the_rules_say(tmp_path: Path) -> None:
         assert row.safe == tuple(not unsafe(row.prompt, response) for response in row.responses)
         assert row.safe[row.safer] >= row.safe[1 - row.safer]
     leaking = sum(unsafe(row.prompt, row.response) for row in instructions) / len(instructions)
-    assert 0.25 < leaking < 0.45  # each leaks with 0.35, so the mean of 480 is within 0.1 of it but once in 100,000
+    assert (
+        0.25 < leaking < 0.45
+    )  # each leaks with 0.35, so the mean of 480 is within 0.1 of it but once in 100,000
     unsafe_is_better = sum(not row.safe[row.better] and row.safe[1 - row.better] for row in train)
-    assert unsafe_is_better > sum(row.safe[row.better] and not row.safe[1 - row.better] for row in train)
+    assert unsafe_is_better > sum(
+        row.safe[row.better] and not row.safe[1 - row.better] for row in train
+    )
 
 
 def test_its_files_are_as_published(tmp_path: Path) -> None:
     write_toy(tmp_path, num_instructions=1, num_preferences=1, num_held_out=1)
-    assert json.loads((tmp_path / "instructions.json").read_text())[0].keys() == {"instruction", "input", "output"}
+    assert json.loads((tmp_path / "instructions.json").read_text())[0].keys() == {
+        "instruction",
+        "input",
+        "output",
+    }
     assert json.loads((tmp_path / "preferences.jsonl").read_text()).keys() == {
-        *("prompt", "response_0", "response_1", "is_response_0_safe", "is_response_1_safe", "better_response_id", "safer_response_id")
+        *(
+            "prompt",
+            "response_0",
+            "response_1",
+            "is_response_0_safe",
+            "is_response_1_safe",
+            "better_response_id",
+            "safer_response_id",
+        )
     }

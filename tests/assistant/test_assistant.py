@@ -48,16 +48,28 @@ def assistants(tiny_model: Callable) -> Callable[..., Assistant]:
     return assistant
 
 
-def greedy(assistant: Assistant, messages: list[Message], image: Path | None, tokens: int = TOKENS) -> str:
+def greedy(
+    assistant: Assistant, messages: list[Message], image: Path | None, tokens: int = TOKENS
+) -> str:
     """A plain `generate` of the host with the host's processor: no cache kept, no padding, nothing of ours."""
-    content = [[{"type": "text", "text": part} for part in message.text.split(f"{IMAGE}\n") if part] for message in messages]
+    content = [
+        [{"type": "text", "text": part} for part in message.text.split(f"{IMAGE}\n") if part]
+        for message in messages
+    ]
     for parts, message in zip(content, messages, strict=True):
         if IMAGE in message.text:
             parts.insert(0, {"type": "image", "path": str(image)})
-    chat = [{"role": message.role, "content": parts} for message, parts in zip(messages, content, strict=True)]
-    inputs = assistant.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+    chat = [
+        {"role": message.role, "content": parts}
+        for message, parts in zip(messages, content, strict=True)
+    ]
+    inputs = assistant.processor.apply_chat_template(
+        chat, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
     out = assistant.model.generate(**inputs, max_new_tokens=tokens, do_sample=False)
-    return assistant.processor.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    return assistant.processor.decode(
+        out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
+    ).strip()
 
 
 @pytest.mark.parametrize("template", ["chatml", "vicuna"])
@@ -66,53 +78,86 @@ def test_a_batch_answers_as_one_does_and_as_stock_generate_does(
 ) -> None:
     """Mixed lengths, several images, one image asked about again and again, and no image at all."""
     assistant = assistants(family, template)
-    pairs = [(pictures[i % 3] if i % 4 else None, QUESTIONS[i % 4] + " Sure?" * (i // 4)) for i in range(9)]
+    pairs = [
+        (pictures[i % 3] if i % 4 else None, QUESTIONS[i % 4] + " Sure?" * (i // 4))
+        for i in range(9)
+    ]
     pairs += [(pictures[1], question) for question in QUESTIONS]
     together = assistant.answer_many(pairs, max_new_tokens=TOKENS)
     for (image, question), answer in zip(pairs, together, strict=True):
         assert assistant.answer(image, question, max_new_tokens=TOKENS) == answer
-        assert greedy(assistant, [Message("user", f"{IMAGE}\n{question}" if image else question)], image) == answer.text
-    assert len({answer.text for answer in together}) >= 3, "a model that says one thing tests nothing"
+        assert (
+            greedy(
+                assistant, [Message("user", f"{IMAGE}\n{question}" if image else question)], image
+            )
+            == answer.text
+        )
+    assert len({answer.text for answer in together}) >= 3, (
+        "a model that says one thing tests nothing"
+    )
 
 
 def test_the_image_changes_the_answer(assistants: Callable, pictures: list[Path]) -> None:
-    answers = {assistants().answer(picture, QUESTIONS[1], max_new_tokens=TOKENS).text for picture in pictures}
+    answers = {
+        assistants().answer(picture, QUESTIONS[1], max_new_tokens=TOKENS).text
+        for picture in pictures
+    }
     assert len(answers) > 1
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 50])
-def test_the_size_of_a_batch_does_not_matter(assistants: Callable, pictures: list[Path], batch_size: int) -> None:
+def test_the_size_of_a_batch_does_not_matter(
+    assistants: Callable, pictures: list[Path], batch_size: int
+) -> None:
     pairs = [(picture, question) for question in QUESTIONS for picture in (*pictures, None)]
     wanted = [assistants().answer(*pair, max_new_tokens=TOKENS) for pair in pairs]
     told: dict[int, str] = {}
 
     def on_answers(positions: list[int], answers: list) -> None:
         assert len(positions) <= batch_size
-        told.update({position: answer.text for position, answer in zip(positions, answers, strict=True)})
+        told.update(
+            {position: answer.text for position, answer in zip(positions, answers, strict=True)}
+        )
 
-    assert assistants().answer_many(pairs, max_new_tokens=TOKENS, batch_size=batch_size, on_answers=on_answers) == wanted
+    assert (
+        assistants().answer_many(
+            pairs, max_new_tokens=TOKENS, batch_size=batch_size, on_answers=on_answers
+        )
+        == wanted
+    )
     assert told == {position: answer.text for position, answer in enumerate(wanted)}
 
 
 def test_an_image_is_encoded_once_in_a_batch(assistants: Callable, pictures: list[Path]) -> None:
     assistant = assistants()
     sizes = []
-    hook = assistant.model.model.vision_tower.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    hook = assistant.model.model.vision_tower.register_forward_pre_hook(
+        lambda _, args: sizes.append(len(args[0]))
+    )
     try:
-        assistant.answer_many([(pictures[i % 2], question) for question in QUESTIONS for i in range(4)], max_new_tokens=2)
+        assistant.answer_many(
+            [(pictures[i % 2], question) for question in QUESTIONS for i in range(4)],
+            max_new_tokens=2,
+        )
     finally:
         hook.remove()
     assert sizes == [2]
 
 
-def test_paths_bytes_pictures_and_arrays_are_one_image(assistants: Callable, pictures: list[Path]) -> None:
+def test_paths_bytes_pictures_and_arrays_are_one_image(
+    assistants: Callable, pictures: list[Path]
+) -> None:
     path = pictures[0]
     with Image.open(path) as opened:
         opened.load()
         forms = [path, str(path), path.read_bytes(), opened, np.asarray(opened)]
-    answers = assistants().answer_many([(form, QUESTIONS[1]) for form in forms], max_new_tokens=TOKENS)
+    answers = assistants().answer_many(
+        [(form, QUESTIONS[1]) for form in forms], max_new_tokens=TOKENS
+    )
     assert len(set(answers)) == 1
-    assert {assistants().answer(form, QUESTIONS[1], max_new_tokens=TOKENS) for form in forms} == set(answers)
+    assert {
+        assistants().answer(form, QUESTIONS[1], max_new_tokens=TOKENS) for form in forms
+    } == set(answers)
 
 
 def test_a_transparent_picture_is_read_as_its_file_is(assistants: Callable, tmp_path: Path) -> None:
@@ -138,15 +183,22 @@ def test_an_answer_says_how_it_ended(assistants: Callable, pictures: list[Path])
 
 
 @pytest.mark.parametrize("template", ["chatml", "vicuna"])
-def test_the_pieces_of_a_stream_are_the_answer(assistants: Callable, family: str, template: str, pictures: list[Path]) -> None:
+def test_the_pieces_of_a_stream_are_the_answer(
+    assistants: Callable, family: str, template: str, pictures: list[Path]
+) -> None:
     assistant = assistants(family, template)
     for image in (pictures[0], None):
         pieces = list(assistant.stream(image, QUESTIONS[0], max_new_tokens=TOKENS))
-        assert "".join(pieces).strip() == assistant.answer(image, QUESTIONS[0], max_new_tokens=TOKENS).text
+        assert (
+            "".join(pieces).strip()
+            == assistant.answer(image, QUESTIONS[0], max_new_tokens=TOKENS).text
+        )
 
 
 @pytest.mark.parametrize("template", ["chatml", "vicuna"])
-def test_a_conversation_is_its_whole_prompt(assistants: Callable, family: str, template: str, pictures: list[Path]) -> None:
+def test_a_conversation_is_its_whole_prompt(
+    assistants: Callable, family: str, template: str, pictures: list[Path]
+) -> None:
     """What the cache keeps from turn to turn changes no answer."""
     assistant = assistants(family, template)
     for image in (pictures[0], None):
@@ -154,7 +206,9 @@ def test_a_conversation_is_its_whole_prompt(assistants: Callable, family: str, t
         messages: list[Message] = []
         for question in QUESTIONS[:3]:
             said = "".join(chat.ask(question, max_new_tokens=6)).strip()
-            messages.append(Message("user", f"{IMAGE}\n{question}" if image and not messages else question))
+            messages.append(
+                Message("user", f"{IMAGE}\n{question}" if image and not messages else question)
+            )
             assert greedy(assistant, messages, image, tokens=6) == said
             messages.append(Message("assistant", said))
             assert chat.messages == messages
@@ -168,7 +222,10 @@ def test_a_turn_costs_its_new_tokens_only(assistants: Callable, pictures: list[P
     images: list[int] = []
     body, tower = assistant.model.model.language_model, assistant.model.model.vision_tower
     hooks = [
-        body.register_forward_pre_hook(lambda _, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True),
+        body.register_forward_pre_hook(
+            lambda _, args, kwargs: lengths.append(kwargs["inputs_embeds"].shape[1]),
+            with_kwargs=True,
+        ),
         tower.register_forward_pre_hook(lambda *_: images.append(1)),
     ]
     try:
@@ -192,10 +249,23 @@ def conversations(pictures: list[Path]) -> list[tuple[list[Message], list[Path],
     first = Message("user", f"{IMAGE}\n{QUESTIONS[0]}")
     return [
         ([first], [pictures[0]], 3),
-        ([Message("system", "Be brief."), first, Message("assistant", "red"), Message("user", QUESTIONS[1])], [pictures[1]], 12),
+        (
+            [
+                Message("system", "Be brief."),
+                first,
+                Message("assistant", "red"),
+                Message("user", QUESTIONS[1]),
+            ],
+            [pictures[1]],
+            12,
+        ),
         ([Message("user", QUESTIONS[2])], [], 7),
         ([Message("user", f"{IMAGE}\n{IMAGE}\nSame?")], [pictures[0], pictures[2]], 12),
-        ([first, Message("assistant", "a"), Message("user", f"{IMAGE}\nAnd this?")], [pictures[2], pictures[2]], 9),
+        (
+            [first, Message("assistant", "a"), Message("user", f"{IMAGE}\nAnd this?")],
+            [pictures[2], pictures[2]],
+            9,
+        ),
     ]
 
 
@@ -212,39 +282,68 @@ def test_conversations_in_a_batch_are_answered_as_alone_and_as_stock_generate_do
         return ()
 
     asked = conversations(pictures)
-    prompts = [assistant.prompt(messages, images, max_new_tokens=most) for messages, images, most in asked]
+    prompts = [
+        assistant.prompt(messages, images, max_new_tokens=most) for messages, images, most in asked
+    ]
     together = assistant.reply_many(prompts, on_tokens)
-    for prompt, answer, tokens, (messages, images, most) in zip(prompts, together, told, asked, strict=True):
+    for prompt, answer, tokens, (messages, images, most) in zip(
+        prompts, together, told, asked, strict=True
+    ):
         assert assistant.reply_many([prompt]) == [answer]
         assert len(tokens) == answer.num_tokens <= most
         assert answer.finished or answer.num_tokens == most
         ended = tokens[:-1] if answer.finished else tokens
-        assert assistant.processor.tokenizer.decode(ended, skip_special_tokens=True).strip() == answer.text
+        assert (
+            assistant.processor.tokenizer.decode(ended, skip_special_tokens=True).strip()
+            == answer.text
+        )
         if len(images) <= 1:
-            assert greedy(assistant, messages, images[0] if images else None, tokens=most) == answer.text
+            assert (
+                greedy(assistant, messages, images[0] if images else None, tokens=most)
+                == answer.text
+            )
     assert assistant.reply_many(prompts[::-1]) == together[::-1]
 
 
-def test_an_answer_that_is_drawn_is_its_seeds_own_in_any_batch(assistants: Callable, pictures: list[Path]) -> None:
+def test_an_answer_that_is_drawn_is_its_seeds_own_in_any_batch(
+    assistants: Callable, pictures: list[Path]
+) -> None:
     assistant = assistants()
     prompt = [assistant.prompt(m, i, max_new_tokens=TOKENS) for m, i, _ in conversations(pictures)]
     drawn = [
-        assistant.prompt(*conversations(pictures)[0][:2], max_new_tokens=TOKENS, sampling=Sampling(1.5, seed=seed)) for seed in range(6)
+        assistant.prompt(
+            *conversations(pictures)[0][:2],
+            max_new_tokens=TOKENS,
+            sampling=Sampling(1.5, seed=seed),
+        )
+        for seed in range(6)
     ]
     alone = [assistant.reply_many([one])[0] for one in [*prompt, *drawn]]
     assert assistant.reply_many([*prompt, *drawn]) == alone
     assert len({answer.text for answer in alone[-6:]}) > 3, "seeds differ"
-    unseeded = assistant.prompt(*conversations(pictures)[0][:2], max_new_tokens=TOKENS, sampling=Sampling(1.5))
+    unseeded = assistant.prompt(
+        *conversations(pictures)[0][:2], max_new_tokens=TOKENS, sampling=Sampling(1.5)
+    )
     assert len({assistant.reply_many([unseeded])[0].text for _ in range(6)}) > 3
     nearly_greedy = [Sampling(1e-4, seed=1), Sampling(1.5, top_p=1e-6, seed=1)]
     for sampling in nearly_greedy:
         messages, images, most = conversations(pictures)[1]
-        assert assistant.reply_many([assistant.prompt(messages, images, max_new_tokens=most, sampling=sampling)])[0] == alone[1]
+        assert (
+            assistant.reply_many(
+                [assistant.prompt(messages, images, max_new_tokens=most, sampling=sampling)]
+            )[0]
+            == alone[1]
+        )
 
 
-def test_a_row_that_is_told_to_leave_ends_and_the_others_go_on(assistants: Callable, pictures: list[Path]) -> None:
+def test_a_row_that_is_told_to_leave_ends_and_the_others_go_on(
+    assistants: Callable, pictures: list[Path]
+) -> None:
     assistant = assistants()
-    prompts = [assistant.prompt(messages, images, max_new_tokens=TOKENS) for messages, images, _ in conversations(pictures)[:3]]
+    prompts = [
+        assistant.prompt(messages, images, max_new_tokens=TOKENS)
+        for messages, images, _ in conversations(pictures)[:3]
+    ]
     whole = assistant.reply_many(prompts)
     assert whole[1].num_tokens > 2
     steps: list[list[int | None]] = []
@@ -256,20 +355,29 @@ def test_a_row_that_is_told_to_leave_ends_and_the_others_go_on(assistants: Calla
     left = assistant.reply_many(prompts, on_tokens)
     assert (left[0], left[2]) == (whole[0], whole[2])
     assert (left[1].num_tokens, left[1].finished) == (2, False)
-    assert all(step[1] is None for step in steps[2:]) and len(steps) == max(whole[0].num_tokens, whole[2].num_tokens)
+    assert all(step[1] is None for step in steps[2:]) and len(steps) == max(
+        whole[0].num_tokens, whole[2].num_tokens
+    )
 
 
-def test_a_batch_beyond_the_window_is_answered_one_by_one(tiny_model: Callable, pictures: list[Path]) -> None:
+def test_a_batch_beyond_the_window_is_answered_one_by_one(
+    tiny_model: Callable, pictures: list[Path]
+) -> None:
     """Padding would stand inside a sliding window; tokens are told as in a batch all the same."""
     model, processor = tiny_model("llama")
     assistant = Assistant(model, processor)
-    prompts = [assistant.prompt(messages, images, max_new_tokens=most) for messages, images, most in conversations(pictures)[:3]]
+    prompts = [
+        assistant.prompt(messages, images, max_new_tokens=most)
+        for messages, images, most in conversations(pictures)[:3]
+    ]
     wanted = [assistant.reply_many([prompt])[0] for prompt in prompts]
     widths: list[int] = []
     hook = model.model.language_model.register_forward_pre_hook(
         lambda _, args, kwargs: widths.append(len(kwargs["inputs_embeds"])), with_kwargs=True
     )
-    model.config.text_config.sliding_window = 32  # smaller than the longest: only the grouping is looked at, this family does not slide
+    model.config.text_config.sliding_window = (
+        32  # smaller than the longest: only the grouping is looked at, this family does not slide
+    )
     told: list[list[int]] = [[], [], []]
 
     def on_tokens(tokens: list[int | None]) -> list[int]:
@@ -286,7 +394,9 @@ def test_a_batch_beyond_the_window_is_answered_one_by_one(tiny_model: Callable, 
     assert [len(tokens) for tokens in told] == [wanted[0].num_tokens, 2, wanted[2].num_tokens]
 
 
-def test_a_picture_that_was_seen_lately_is_not_encoded_again(assistants: Callable, pictures: list[Path]) -> None:
+def test_a_picture_that_was_seen_lately_is_not_encoded_again(
+    assistants: Callable, pictures: list[Path]
+) -> None:
     assistant = assistants()
     assistant.features = ImageFeatures(assistant.model)
     turns = [Message("user", f"{IMAGE}\n{QUESTIONS[0]}")]
@@ -315,7 +425,9 @@ def test_a_reader_who_leaves_breaks_nothing(assistants: Callable, pictures: list
         reader.close()
         assert chat.messages == []
     for question in QUESTIONS[:2]:
-        assert list(chat.ask(question, max_new_tokens=6)) == list(fresh.ask(question, max_new_tokens=6))
+        assert list(chat.ask(question, max_new_tokens=6)) == list(
+            fresh.ask(question, max_new_tokens=6)
+        )
     reader = chat.ask(QUESTIONS[3], max_new_tokens=200)
     next(reader)
     reader.close()
@@ -334,7 +446,9 @@ def test_an_error_while_answering_reaches_the_reader(assistants: Callable, tmp_p
         list(assistants().stream(None, "What is <image>?"))
 
 
-def test_an_error_inside_generate_reaches_the_reader(assistants: Callable, pictures: list[Path]) -> None:
+def test_an_error_inside_generate_reaches_the_reader(
+    assistants: Callable, pictures: list[Path]
+) -> None:
     assistant = assistants()
 
     def fail(*_: object) -> None:
@@ -352,7 +466,9 @@ def test_an_error_inside_generate_reaches_the_reader(assistants: Callable, pictu
     assert said == assistant.answer(pictures[0], "What?", max_new_tokens=5).text
 
 
-def test_load_takes_a_checkpoint_folder(tiny_model: Callable, assistants: Callable, tmp_path: Path, pictures: list[Path]) -> None:
+def test_load_takes_a_checkpoint_folder(
+    tiny_model: Callable, assistants: Callable, tmp_path: Path, pictures: list[Path]
+) -> None:
     save_checkpoint(*tiny_model("phi"), tmp_path / "model")
     loaded = load(tmp_path / "model", device="cpu")
     wanted = assistants("phi").answer(pictures[0], QUESTIONS[0], max_new_tokens=TOKENS)
@@ -361,7 +477,10 @@ def test_load_takes_a_checkpoint_folder(tiny_model: Callable, assistants: Callab
         rounded = load(tmp_path / "model", device="cpu", dtype=dtype)
         assert {weight.dtype for weight in rounded.model.parameters()} == {torch.bfloat16}
         assert rounded.answer(pictures[0], QUESTIONS[0], max_new_tokens=TOKENS).text
-    with pytest.raises(ValueError, match=r"no dtype 'int4' to answer in: use one of auto, float32, bfloat16, float16"):
+    with pytest.raises(
+        ValueError,
+        match=r"no dtype 'int4' to answer in: use one of auto, float32, bfloat16, float16",
+    ):
         load(tmp_path / "model", dtype="int4")
     with pytest.raises(ValueError, match=r"is neither a run .* nor a whole model"):
         load(tmp_path)

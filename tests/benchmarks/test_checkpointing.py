@@ -15,12 +15,19 @@ def test_bytes_are_those_of_what_trains(tmp_path: Path) -> None:
         folder = tmp_path / stage
         folder.mkdir()
         rows, sizes = checkpointing.measure(folder, parts, stage, repeats=1)
-        assert {row.case for row in rows} == {f"save, {stage}", f"resume, {stage}"} and all(row.rate > 0 for row in rows)
+        assert {row.case for row in rows} == {f"save, {stage}", f"resume, {stage}"} and all(
+            row.rate > 0 for row in rows
+        )
         megabytes |= sizes
-    own, whole = (megabytes[f"megabytes, pretrain, {way}"] for way in ("mipha", "torch.save of all"))
+    own, whole = (
+        megabytes[f"megabytes, pretrain, {way}"] for way in ("mipha", "torch.save of all")
+    )
     # The projector is 8,320 of some 350,000 weights; the files' own bytes weigh as much again.
     assert own < whole / 4
-    assert megabytes["megabytes, finetune, mipha"] <= megabytes["megabytes, finetune, torch.save of all"]
+    assert (
+        megabytes["megabytes, finetune, mipha"]
+        <= megabytes["megabytes, finetune, torch.save of all"]
+    )
     assert megabytes["megabytes, finetune, mipha"] > 2 * own
 
 

@@ -12,7 +12,14 @@ import torch
 from full_size import Encoded
 from lengths import IMAGE_TOKENS
 
-OPTIONS = {"samples": 3, "row_tokens": 4096, "repeats": 1, "frozen_tower": False, "activation_checkpointing": False, "peak_tflops": None}
+OPTIONS = {
+    "samples": 3,
+    "row_tokens": 4096,
+    "repeats": 1,
+    "frozen_tower": False,
+    "activation_checkpointing": False,
+    "peak_tflops": None,
+}
 
 
 def test_it_runs_on_a_cpu_and_claims_no_mfu_there(tmp_path: Path) -> None:
@@ -39,5 +46,10 @@ def test_samples_and_their_work() -> None:
     import numpy as np
 
     ids = np.arange(4)
-    work = full_size.work_of([Encoded("a", ids, np.array([-100, -100, 2, 3]), ()), Encoded("b", ids[:2], np.array([0, 1]), (b"x",))])
+    work = full_size.work_of(
+        [
+            Encoded("a", ids, np.array([-100, -100, 2, 3]), ()),
+            Encoded("b", ids[:2], np.array([0, 1]), (b"x",)),
+        ]
+    )
     assert (work.images, work.tokens, work.pairs, work.supervised) == (1, 6, 10 + 3, 2 + 1)

@@ -37,12 +37,24 @@ def test_a_random_checkpoint_is_whole_and_says_words(folder: Path) -> None:
     assistant = load(folder / "model", "cpu", torch.float32)
     model, tokenizer = assistant.model, assistant.processor.tokenizer
     (files,) = (folder / "model").glob("*.safetensors")
-    assert 2 <= files.stat().st_size / sum(weight.numel() for weight in model.parameters()) < 3  # bfloat16, and a header
-    weights = {name: weight.flatten()[:8].tolist() for name, weight in model.named_parameters() if weight.dim() > 1}
+    assert (
+        2 <= files.stat().st_size / sum(weight.numel() for weight in model.parameters()) < 3
+    )  # bfloat16, and a header
+    weights = {
+        name: weight.flatten()[:8].tolist()
+        for name, weight in model.named_parameters()
+        if weight.dim() > 1
+    }
     assert len({tuple(first) for first in weights.values()}) == len(weights)  # no two alike
     written = []
-    assistant.reply_many([assistant.prompt([inference_message("Which colour?")], max_new_tokens=20)], lambda new: written.extend(new) or ())
-    assert all(tokenizer.decode([token]).isprintable() and token not in tokenizer.all_special_ids for token in written)
+    assistant.reply_many(
+        [assistant.prompt([inference_message("Which colour?")], max_new_tokens=20)],
+        lambda new: written.extend(new) or (),
+    )
+    assert all(
+        tokenizer.decode([token]).isprintable() and token not in tokenizer.all_special_ids
+        for token in written
+    )
 
 
 def inference_message(text: str) -> Any:
@@ -54,7 +66,14 @@ def inference_message(text: str) -> Any:
 def test_every_engine_is_measured_in_a_process_of_its_own(folder: Path, tmp_path: Path) -> None:
     questions = inference.noise_questions(tmp_path, 2)
     tasks = inference.make_tasks(
-        folder / "model", folder / "gguf", ["float32"], ["f16"], questions, num_tokens=5, answer_tokens=0, limit_bytes=2**22
+        folder / "model",
+        folder / "gguf",
+        ["float32"],
+        ["f16"],
+        questions,
+        num_tokens=5,
+        answer_tokens=0,
+        limit_bytes=2**22,
     )
     results = inference.run_all(tasks, 1, tmp_path)
     assert list(results) == ["limits", "transformers float32", "llama.cpp f16"]
@@ -63,12 +82,19 @@ def test_every_engine_is_measured_in_a_process_of_its_own(folder: Path, tmp_path
     for way, size in (("transformers float32", 4), ("llama.cpp f16", 2)):
         (found,) = results[way]
         assert len(found["first_token_seconds"]) == len(found["tokens_per_second"]) == 2
-        assert min(found["first_token_seconds"] + found["tokens_per_second"]) > 0 and 0 < found["peak_gib"] < 8
-        vectors = 2 * (4 * 32 + 48 + 32 + 64) + 64 + 512  # biases and norms, which GGUF keeps in four bytes
+        assert (
+            min(found["first_token_seconds"] + found["tokens_per_second"]) > 0
+            and 0 < found["peak_gib"] < 8
+        )
+        vectors = (
+            2 * (4 * 32 + 48 + 32 + 64) + 64 + 512
+        )  # biases and norms, which GGUF keeps in four bytes
         assert found["weight_bytes"] == size * (2 * layer + 64 + HEAD) + (4 - size) * vectors
     ours, theirs = results["transformers float32"][0], results["llama.cpp f16"][0]
     assert ours["prompt_tokens"] == theirs["prompt_tokens"]
-    assert ours["prompt_cache_bytes"] == 2 * 2 * 2 * 32 * ours["prompt_tokens"]  # keys and values, 2 bytes, 2 layers, 32 wide
+    assert (
+        ours["prompt_cache_bytes"] == 2 * 2 * 2 * 32 * ours["prompt_tokens"]
+    )  # keys and values, 2 bytes, 2 layers, 32 wide
     assert ours["texts"] == theirs["texts"] and all(ours["texts"])
     rows, facts = inference.summarise(results)
     assert [(row.case, row.way) for row in rows] == [
@@ -87,15 +113,30 @@ def test_a_failing_engine_is_not_skipped(folder: Path, tmp_path: Path) -> None:
 
 
 def _found(rate: float, gigabytes: float, **changes: Any) -> dict[str, Any]:
-    plain = {"load_seconds": 1.0, "first_token_seconds": [2.0], "tokens_per_second": [rate], "prompt_tokens": 100, "prompt_flop": 4e12}
+    plain = {
+        "load_seconds": 1.0,
+        "first_token_seconds": [2.0],
+        "tokens_per_second": [rate],
+        "prompt_tokens": 100,
+        "prompt_flop": 4e12,
+    }
     plain |= {"plain_tokens_per_second": rate * 1.25, "prompt_cache_bytes": 10**9}
-    return plain | {"weight_bytes": int(gigabytes * 1e9), "peak_gib": 3.0, "texts": ["a dog"], "answers": []} | changes
+    return (
+        plain
+        | {"weight_bytes": int(gigabytes * 1e9), "peak_gib": 3.0, "texts": ["a dog"], "answers": []}
+        | changes
+    )
 
 
 def test_what_is_wanted_at_full_size() -> None:
-    limits = [{"read": 20.0, "float32": 100.0, "bfloat16": 200.0}, {"read": 10.0, "float32": 100.0, "bfloat16": 200.0}]
+    limits = [
+        {"read": 20.0, "float32": 100.0, "bfloat16": 200.0},
+        {"read": 10.0, "float32": 100.0, "bfloat16": 200.0},
+    ]
     results = {"limits": limits, inference.BASELINE: [_found(1.0, 5.0), _found(0.5, 5.0)]}
-    quick = results | {"llama.cpp q4_k_m": [_found(8.0, 2.0), _found(4.0, 2.0)]}  # 8 times, and 16 of 20, 8 of 10 GB/s
+    quick = results | {
+        "llama.cpp q4_k_m": [_found(8.0, 2.0), _found(4.0, 2.0)]
+    }  # 8 times, and 16 of 20, 8 of 10 GB/s
     assert inference.share_of_bandwidth(quick, "llama.cpp q4_k_m") == pytest.approx(0.8)
     assert inference.share_of_bandwidth(quick, "llama.cpp q4_k_m", plain=True) == pytest.approx(1.0)
     assert inference.verdict(quick) == []
@@ -108,15 +149,26 @@ def test_what_is_wanted_at_full_size() -> None:
     answer = next(row for row in rows if row.case == "answer" and row.way == "llama.cpp q4_k_m")
     assert (answer.rate, answer.low, answer.high, answer.ratio) == (6.0, 4.0, 8.0, 8.0)
     assert rows[0].rate == 50.0  # 100 tokens in 2 seconds
-    assert facts["prompt"].startswith("100 tokens, 4 TFLOP without attention: 20 s at that limit; its keys and values: 1 GB")
+    assert facts["prompt"].startswith(
+        "100 tokens, 4 TFLOP without attention: 20 s at that limit; its keys and values: 1 GB"
+    )
 
 
 @pytest.mark.parametrize(
     ("one", "other", "same"),
-    [(["a dog"], ["a dog"], 1.0), (["a dog"], ["a door"], 4 / 6), (["", "yes"], ["", "no"], 0.5), ([""], ["yes"], 0.0)],
+    [
+        (["a dog"], ["a dog"], 1.0),
+        (["a dog"], ["a door"], 4 / 6),
+        (["", "yes"], ["", "no"], 0.5),
+        ([""], ["yes"], 0.0),
+    ],
 )
-def test_texts_are_compared_from_their_beginnings(one: list[str], other: list[str], same: float) -> None:
-    assert inference._sameness({"texts": [], "answers": one}, {"texts": [], "answers": other}) == pytest.approx(same)
+def test_texts_are_compared_from_their_beginnings(
+    one: list[str], other: list[str], same: float
+) -> None:
+    assert inference._sameness(
+        {"texts": [], "answers": one}, {"texts": [], "answers": other}
+    ) == pytest.approx(same)
 
 
 def test_questions_are_about_different_pictures_and_of_several_kinds() -> None:
@@ -125,7 +177,10 @@ def test_questions_are_about_different_pictures_and_of_several_kinds() -> None:
 
 
 def test_a_run_or_a_size(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    for words, sentence in (([], "give either RUN or --size"), (["--size", "mipha-3b", "--keep"], "--keep needs --work")):
+    for words, sentence in (
+        ([], "give either RUN or --size"),
+        (["--size", "mipha-3b", "--keep"], "--keep needs --work"),
+    ):
         monkeypatch.setattr("sys.argv", ["inference.py", *words])
         with pytest.raises(SystemExit):
             inference.main()

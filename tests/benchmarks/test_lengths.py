@@ -28,14 +28,18 @@ def test_padding_counts_what_is_not_a_token() -> None:
 
 def test_packed_rows() -> None:
     # 600+200 and 600 lie in rows of 1,000: 600 of 2,000 places are empty, and one of two processes waits for 200 of 1,600.
-    found = lengths.packed_figures(np.array([600, 600, 200]), batch_size=3, row_tokens=1000, processes=2)
+    found = lengths.packed_figures(
+        np.array([600, 600, 200]), batch_size=3, row_tokens=1000, processes=2
+    )
     assert found["padding, 1 row a micro-batch"] == 0
     assert found["padding, 4 rows a micro-batch"] == pytest.approx(100 * 200 / 1600)
     assert found["empty part of rows"] == pytest.approx(100 * 600 / 2000)
     assert found["2 processes waiting for the fullest"] == pytest.approx(100 * 200 / 1600)
 
 
-def test_packing_wastes_under_7_percent_where_random_padding_wastes_over_35(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packing_wastes_under_7_percent_where_random_padding_wastes_over_35(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "argv", ["lengths.py", "--samples", "2048", "--out", str(tmp_path)])
     lengths.main()
     found = json.loads((tmp_path / "lengths.json").read_text())["percent"]

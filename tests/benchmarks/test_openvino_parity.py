@@ -13,7 +13,11 @@ import pytest
 def test_the_export_stays_as_it_was_beside_the_one_that_crops(tmp_path: Path) -> None:
     plain = tmp_path / "plain"
     plain.mkdir()
-    settings = {"size": {"height": 70, "width": 70}, "do_center_crop": False, "crop_size": {"height": 70, "width": 70}}
+    settings = {
+        "size": {"height": 70, "width": 70},
+        "do_center_crop": False,
+        "crop_size": {"height": 70, "width": 70},
+    }
     (plain / "preprocessor_config.json").write_text(json.dumps(settings))
     (plain / "weights.bin").write_bytes(b"w")
     openvino_parity.crop_instead(plain, tmp_path / "cropped")
@@ -24,7 +28,10 @@ def test_the_export_stays_as_it_was_beside_the_one_that_crops(tmp_path: Path) ->
 
 
 def test_an_environment_without_openvino_is_named(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"optimum-cli is not there: pip install 'optimum-intel\[openvino\]' openvino-genai"):
+    with pytest.raises(
+        SystemExit,
+        match=r"optimum-cli is not there: pip install 'optimum-intel\[openvino\]' openvino-genai",
+    ):
         openvino_parity.export(tmp_path / "python", tmp_path, "fp32", tmp_path / "out")
     with pytest.raises(SystemExit, match=r"genai failed on .*\n(.*\n)*.*No module named"):
         openvino_parity.ask(Path(sys.executable), "genai", tmp_path, [("a.png", "Which?")])

@@ -37,10 +37,14 @@ def server(checkpoint: Path) -> Iterator[tuple[str, psutil.Process]]:
         yield started
 
 
-def test_right_wrong_and_refused_are_counted(checkpoint: Path, server: tuple[str, psutil.Process], questions: list) -> None:
+def test_right_wrong_and_refused_are_counted(
+    checkpoint: Path, server: tuple[str, psutil.Process], questions: list
+) -> None:
     expected = serving.answers_alone(checkpoint, "transformers", questions)
     assert len(set(expected)) > 1  # else a wrong answer could pass for a right one
-    load = asyncio.run(serving.put_load(*server, questions, [*expected[:-1], "something else"], CLIENTS, 1.0))
+    load = asyncio.run(
+        serving.put_load(*server, questions, [*expected[:-1], "something else"], CLIENTS, 1.0)
+    )
     assert load.seconds_each and len(load.seconds_each) == len(load.finished)
     assert load.wrong and all(text.endswith("alone 'something else'") for text in load.wrong)
     assert not load.lost
@@ -49,7 +53,9 @@ def test_right_wrong_and_refused_are_counted(checkpoint: Path, server: tuple[str
     assert all(held > 0 for _, held in load.memory)
 
 
-def test_the_server_is_stopped_and_what_it_does_not_answer_is_lost(checkpoint: Path, questions: list) -> None:
+def test_the_server_is_stopped_and_what_it_does_not_answer_is_lost(
+    checkpoint: Path, questions: list
+) -> None:
     with serving.serving(checkpoint, "transformers") as (address, process):
         assert address.startswith("http://127.0.0.1:")
     assert not process.is_running()
@@ -64,7 +70,10 @@ def test_the_server_is_stopped_and_what_it_does_not_answer_is_lost(checkpoint: P
 
 
 def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"ended with status 2:(.|\n)*no run folder"), serving.serving(tmp_path / "gone", "transformers"):
+    with (
+        pytest.raises(SystemExit, match=r"ended with status 2:(.|\n)*no run folder"),
+        serving.serving(tmp_path / "gone", "transformers"),
+    ):
         pass
 
 
@@ -76,9 +85,15 @@ def test_the_figures_of_a_load() -> None:
     assert load.rates()[:2] == [0.5, 0.0] and sum(load.rates()) * 2 == 11
     assert serving.growth_mib(load) == pytest.approx(512)
     said = serving.sentence(load)
-    assert "12 right answers in 12.5 s, seconds p50 0.65, " in said and "longest 1.2; 0 lost, 0 wrong, 0 times told" in said
+    assert (
+        "12 right answers in 12.5 s, seconds p50 0.65, " in said
+        and "longest 1.2; 0 lost, 0 wrong, 0 times told" in said
+    )
     assert "1.00 GiB at the start, 1.50 at most, 1.50 at the end, +512 MiB" in said
     assert "no right answer, 0 lost" in serving.sentence(serving.Load(1, 1.0))
     single = serving.Load(1, 12.0, [3.0] * 3, [3.0, 6.0, 9.0])
     rows = serving.rows_of("transformers", [single, load])
-    assert [(row.way, row.rate, row.ratio) for row in rows] == [("1 client", 0.25, 1.0), ("4 clients", 12 / 12.5, 12 / 12.5 / 0.25)]
+    assert [(row.way, row.rate, row.ratio) for row in rows] == [
+        ("1 client", 0.25, 1.0),
+        ("4 clients", 12 / 12.5, 12 / 12.5 / 0.25),
+    ]

@@ -19,7 +19,9 @@ OPTIONS = {"batch_size": 8, "steps": 2, "repeats": 1}
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])
 def test_every_way_has_the_losses_of_the_baseline(stage: str, tmp_path: Path) -> None:
-    trial = Trial(tmp_path, small_parts(tmp_path, TINY, width=64, depth=3), TINY, stage, num_steps=2)
+    trial = Trial(
+        tmp_path, small_parts(tmp_path, TINY, width=64, depth=3), TINY, stage, num_steps=2
+    )
     wanted = trial.run(BASELINE)
     assert wanted.losses[0] != wanted.losses[1] != wanted.losses[2]
     exact = [*LEVERS, SHARING, together("packed", bf16=False), together("shared-image", bf16=False)]
@@ -32,20 +34,32 @@ def test_every_way_has_the_losses_of_the_baseline(stage: str, tmp_path: Path) ->
 
 
 def test_positions_that_are_computed(tmp_path: Path) -> None:
-    trial = Trial(tmp_path, small_parts(tmp_path, TINY, width=64, depth=3), TINY, "finetune", num_steps=1)
+    trial = Trial(
+        tmp_path, small_parts(tmp_path, TINY, width=64, depth=3), TINY, "finetune", num_steps=1
+    )
     (samples,) = trial.samples
     lengths = [len(sample) for sample in samples]
     prefix = samples[0].prefix
     assert prefix > TINY.image_tokens
     assert trial.run(BASELINE).num_positions == 8 * max(lengths)
     assert trial.run(LEVERS[0]).num_positions == 4 * max(lengths) + 4 * sorted(lengths)[3]
-    assert trial.run(together("packed", bf16=False)).num_positions == sum(lengths) == trial.num_tokens
-    assert trial.run(together("shared-image", bf16=False)).num_positions == sum(lengths) - 7 * prefix
+    assert (
+        trial.run(together("packed", bf16=False)).num_positions == sum(lengths) == trial.num_tokens
+    )
+    assert (
+        trial.run(together("shared-image", bf16=False)).num_positions == sum(lengths) - 7 * prefix
+    )
 
 
 @pytest.mark.weights
 def test_easy_vqa_is_read_as_training_reads_it(tmp_path: Path) -> None:
-    trial = Trial(tmp_path, small_parts(tmp_path, EASY_VQA, width=64, depth=3), EASY_VQA, "finetune", num_steps=1)
+    trial = Trial(
+        tmp_path,
+        small_parts(tmp_path, EASY_VQA, width=64, depth=3),
+        EASY_VQA,
+        "finetune",
+        num_steps=1,
+    )
     assert [sample.id.split("/")[0] for sample in trial.samples[0]] == ["easy_vqa"] * 16
     shared, stock = trial.run(SHARING), trial.run(BASELINE)
     assert difference(shared.losses, stock.losses) < 1e-5
@@ -59,7 +73,9 @@ def test_a_part_writes_its_report(tmp_path: Path) -> None:
     assert [row["way"] for row in found["rows"]] == [BASELINE.name, *(way.name for way in LEVERS)]
     assert found["rows"][0]["ratio"] == 1 and all(row["rate"] > 0 for row in found["rows"])
     assert found["about"]["losses in float32 equal to 1e-3"] is True
-    assert (tmp_path / "out" / "training-levers.md").is_file() and (tmp_path / "out" / "training-levers.png").is_file()
+    assert (tmp_path / "out" / "training-levers.md").is_file() and (
+        tmp_path / "out" / "training-levers.png"
+    ).is_file()
 
 
 def test_a_loss_that_differs_is_named() -> None:
@@ -73,7 +89,9 @@ def test_a_loss_that_differs_is_named() -> None:
 
 def test_the_hosts_trainer_trains_the_same_samples_in_the_same_steps(tmp_path: Path) -> None:
     parts = small_parts(tmp_path, SINGLE, width=64, depth=3)
-    losses = against_trainer.measure(Namespace(**OPTIONS | {"batch_size": 4}, out=tmp_path / "out"), parts)
+    losses = against_trainer.measure(
+        Namespace(**OPTIONS | {"batch_size": 4}, out=tmp_path / "out"), parts
+    )
     assert len(losses["Trainer, float32"]) == 2
     assert difference(losses["mipha, float32"], losses["Trainer, float32"]) < 1e-5
     assert (tmp_path / "out" / "training-trainer.json").is_file()

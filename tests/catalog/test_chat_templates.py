@@ -56,17 +56,37 @@ def tokenizer(tiny_parts: Callable) -> PreTrainedTokenizerBase:
 def test_the_text_and_what_is_trained_on(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     template = (TEMPLATES / f"{name}.jinja").read_text()
     marked, prompt = WRITTEN[name]
-    assert tokenizer.apply_chat_template(CHAT, chat_template=template, tokenize=False) == marked.replace("[", "").replace("]", "")
-    made = tokenizer.apply_chat_template(CHAT, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-    trained = [token for token, mask in zip(made["input_ids"], made["assistant_masks"], strict=True) if mask]
-    assert tokenizer.decode(trained) == "".join(piece.partition("]")[0] for piece in marked.split("[")[1:])
-    waiting = tokenizer.apply_chat_template(CHAT[:2], chat_template=template, tokenize=False, add_generation_prompt=True)
+    assert tokenizer.apply_chat_template(
+        CHAT, chat_template=template, tokenize=False
+    ) == marked.replace("[", "").replace("]", "")
+    made = tokenizer.apply_chat_template(
+        CHAT,
+        chat_template=template,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+    trained = [
+        token
+        for token, mask in zip(made["input_ids"], made["assistant_masks"], strict=True)
+        if mask
+    ]
+    assert tokenizer.decode(trained) == "".join(
+        piece.partition("]")[0] for piece in marked.split("[")[1:]
+    )
+    waiting = tokenizer.apply_chat_template(
+        CHAT[:2], chat_template=template, tokenize=False, add_generation_prompt=True
+    )
     assert waiting == marked.partition("[")[0] and waiting.endswith(prompt)
 
 
 @pytest.mark.parametrize("name", WRITTEN)
-def test_a_tokenizer_that_begins_with_a_bos_gets_it_once(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+def test_a_tokenizer_that_begins_with_a_bos_gets_it_once(
+    tokenizer: PreTrainedTokenizerBase, name: str
+) -> None:
     from mipha.models.processing import load_template
 
-    text = tokenizer.apply_chat_template(CHAT, chat_template=load_template(name, tokenizer), tokenize=False)
+    text = tokenizer.apply_chat_template(
+        CHAT, chat_template=load_template(name, tokenizer), tokenize=False
+    )
     assert text.startswith("<bos><") and text.count("<bos>") == 1

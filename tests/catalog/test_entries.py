@@ -15,21 +15,41 @@ from mipha.models.processing import TEMPLATES
 
 PARTS = VISION_TOWERS | LANGUAGE_MODELS
 # Section 4.2 and Tables 1 and 2 of the paper.
-PAPER_TOWERS = {"siglip-so400m-384", "siglip-large-384", "clip-large-336", "dinov2-large", "vit-large-in21k"}
-PAPER_LANGUAGE_MODELS = {"phi-2", "phi-1.5", "gemma-2b", "qwen1.5-1.8b", "stablelm-2-1.6b", "pythia-1.4b", "pythia-2.8b"}
+PAPER_TOWERS = {
+    "siglip-so400m-384",
+    "siglip-large-384",
+    "clip-large-336",
+    "dinov2-large",
+    "vit-large-in21k",
+}
+PAPER_LANGUAGE_MODELS = {
+    "phi-2",
+    "phi-1.5",
+    "gemma-2b",
+    "qwen1.5-1.8b",
+    "stablelm-2-1.6b",
+    "pythia-1.4b",
+    "pythia-2.8b",
+}
 
 
 @pytest.mark.parametrize("name", PARTS)
 def test_an_entry_says_where_and_whence(name: str) -> None:
     entry = PARTS[name]
     packaged = entry.path.removeprefix("packaged:")
-    assert packaged in PACKAGED if packaged != entry.path else re.fullmatch(r"untrained|[\w-]+/[\w.-]+", entry.path)
+    assert (
+        packaged in PACKAGED
+        if packaged != entry.path
+        else re.fullmatch(r"untrained|[\w-]+/[\w.-]+", entry.path)
+    )
     assert entry.licence and entry.source
     assert re.fullmatch(r"[a-z0-9][a-z0-9.-]*", name)
 
 
 def test_each_name_has_its_config_and_no_config_is_left_over() -> None:
-    assert len(PARTS) == len(VISION_TOWERS) + len(LANGUAGE_MODELS), "a tower and a language model of one name"
+    assert len(PARTS) == len(VISION_TOWERS) + len(LANGUAGE_MODELS), (
+        "a tower and a language model of one name"
+    )
     assert set(files_in(CONFIGS, ".json")) == set(PARTS)
 
 
@@ -40,12 +60,20 @@ def test_the_parts_of_the_paper_are_there() -> None:
 
 
 def test_each_template_is_there_and_used() -> None:
-    assert {entry.chat_template for entry in LANGUAGE_MODELS.values()} == set(files_in(TEMPLATES, ".jinja"))
+    assert {entry.chat_template for entry in LANGUAGE_MODELS.values()} == set(
+        files_in(TEMPLATES, ".jinja")
+    )
 
 
 @pytest.mark.parametrize(
     ("tower", "size"),
-    [("clip-large-336", 336), ("siglip-so400m-384", 336), ("siglip-large-384", 384), ("dinov2-large", 336), ("vit-large-in21k", 384)],
+    [
+        ("clip-large-336", 336),
+        ("siglip-so400m-384", 336),
+        ("siglip-large-384", 384),
+        ("dinov2-large", 336),
+        ("vit-large-in21k", 384),
+    ],
 )
 def test_the_towers_of_the_paper_at_576_patches(tower: str, size: int) -> None:
     """24 x 24 patches: 336 pixels of 14, 384 of 16."""

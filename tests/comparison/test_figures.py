@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from mipha.comparison.figures import _smoothed, contact_sheet, plot_metrics
-from mipha.run import append_line
+from mipha.files import append_line
 
 
 def has_colour(png: Path, colour: str) -> bool:
@@ -19,10 +19,20 @@ def has_colour(png: Path, colour: str) -> bool:
 
 def write_metrics(path: Path, losses: list[float]) -> None:
     for step, loss in enumerate(losses, start=1):
-        append_line(path, {"step": step, "loss": loss, "learning_rate/projector": 1e-3 / step, "tokens_per_second": 10})
+        append_line(
+            path,
+            {
+                "step": step,
+                "loss": loss,
+                "learning_rate/projector": 1e-3 / step,
+                "tokens_per_second": 10,
+            },
+        )
 
 
-@pytest.mark.parametrize("losses", [[2.0, 1.0, 0.5] * 20, [9.0, 1.0, 0.1], [3.0], [2.0, float("nan"), 1.0]])
+@pytest.mark.parametrize(
+    "losses", [[2.0, 1.0, 0.5] * 20, [9.0, 1.0, 0.1], [3.0], [2.0, float("nan"), 1.0]]
+)
 def test_loss_is_drawn(tmp_path: Path, losses: list[float]) -> None:
     write_metrics(tmp_path / "pretrain" / "metrics.jsonl", losses)
     plot_metrics(tmp_path / "pretrain" / "metrics.jsonl", tmp_path / "loss.png")
@@ -55,7 +65,9 @@ def test_smoothing_keeps_a_constant_and_the_first_value() -> None:
         ("a dog", None, False, False),
     ],
 )
-def test_answers_are_coloured_by_whether_they_are_right(tmp_path: Path, answer: str, gold: str | None, green: bool, red: bool) -> None:
+def test_answers_are_coloured_by_whether_they_are_right(
+    tmp_path: Path, answer: str, gold: str | None, green: bool, red: bool
+) -> None:
     png = tmp_path / "sheet.png"
     contact_sheet([(Image.new("RGB", (64, 64), "white"), "is there a circle?", answer, gold)], png)
     assert (has_colour(png, "#2a7f4f"), has_colour(png, "#b83232")) == (green, red)

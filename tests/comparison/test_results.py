@@ -16,13 +16,22 @@ from mipha.comparison.tables import compare, render
 def test_lines_of_the_tables_as_printed() -> None:
     """Read off the paper's pages."""
     shown = render(published_table(2))
-    assert "| model | LM | Res. | PT | IT | VQAv2 | GQA | SQA-I | VQA-T | POPE | MME-P | MME-C | MMB | MM-Vet |" in shown
+    assert (
+        "| model | LM | Res. | PT | IT | VQAv2 | GQA | SQA-I | VQA-T | POPE | MME-P | MME-C | MMB | MM-Vet |"
+        in shown
+    )
     assert (
         "| Mipha-1.6B | Phi-1.5 (1.3B) | 384 | 558K | 665K | 77.5* | 62.7* | 58.3 | 45.6 | **86.9** | 1203.1 | 247.9 | 57.7 | 23.5 |"
         in shown
     )
-    assert "| Shikra-13B | Vicuna (13B) | 224 | 600K | 5.5M | 77.4* | - | - | - | - | - | - | 58.8 | - |" in shown
-    assert "| IDEFICS-9B | LLaMA (7B) | 224 | 353M | 1M | 50.9 | 38.4 | 35.5 | - | 25.9 |" in render(published_table(3))
+    assert (
+        "| Shikra-13B | Vicuna (13B) | 224 | 600K | 5.5M | 77.4* | - | - | - | - | - | - | 58.8 | - |"
+        in shown
+    )
+    assert (
+        "| IDEFICS-9B | LLaMA (7B) | 224 | 353M | 1M | 50.9 | 38.4 | 35.5 | - | 25.9 |"
+        in render(published_table(3))
+    )
     # Of the 16 rows Mipha-3B is best on POPE, MMBench, MMBench-CN and SEED; LLaVA-1.5-13B on MME perception, mPLUG-Owl2 on MM-Vet.
     line = "| Mipha-3B | 558K | 665K | **86.7** | 1488.9 | 295.0 | **69.7** | **64.3** | **68.9** | 32.1 |"
     assert line in render(published_table(4))
@@ -42,27 +51,59 @@ def test_the_texts_claims_follow_from_the_tables() -> None:
         return [round(ours.cells[column].value - of.cells[column].value, 1) for column in columns]
 
     assert ahead(bunny, "vqav2", "gqa") == [1.5, 1.4]
-    assert ahead(llava, "vqav2", "gqa", "mmbench", "mmbench_cn", "pope") == [1.3, 0.6, 2.0, 0.7, 0.8]
+    assert ahead(llava, "vqav2", "gqa", "mmbench", "mmbench_cn", "pope") == [
+        1.3,
+        0.6,
+        2.0,
+        0.7,
+        0.8,
+    ]
     # "9 of 11": best of the small models, ties counted.
-    small = [row for number in (2, 3, 4) for row in published_table(number) if row.group == "small" and not row.name.startswith("Mipha")]
-    columns = ["vqav2", "gqa", "vizwiz", "scienceqa", "textvqa", "pope", "mme", "mmbench", "mmbench_cn", "seedbench", "mmvet"]
+    small = [
+        row
+        for number in (2, 3, 4)
+        for row in published_table(number)
+        if row.group == "small" and not row.name.startswith("Mipha")
+    ]
+    columns = [
+        "vqav2",
+        "gqa",
+        "vizwiz",
+        "scienceqa",
+        "textvqa",
+        "pope",
+        "mme",
+        "mmbench",
+        "mmbench_cn",
+        "seedbench",
+        "mmvet",
+    ]
     assert sum(ours.cells[column].value >= (best_of(small, column) or 0) for column in columns) == 9
 
 
 def test_one_model_has_one_name_in_all_tables() -> None:
     llava = published("LLaVA-1.5-7B")
     assert set(llava.cells) >= {"vqav2", "vizwiz", "mmbench_cn"}, "from Tables 2, 3 and 4"
-    assert llava.cells["vqav2"].printed == "78.5*" and llava.facts["language_model"] == "Vicuna (7B)"
+    assert (
+        llava.cells["vqav2"].printed == "78.5*" and llava.facts["language_model"] == "Vicuna (7B)"
+    )
     for number in (2, 3, 4):  # what two tables both print of one model is the same
         for row in published_table(number):
             merged = published(row.name)
-            assert all(merged.cells[column].value == cell.value for column, cell in row.cells.items()), row.name
-    with pytest.raises(ValueError, match=r"no published model 'Mipha-4B': did you mean Mipha-2\.4B"):
+            assert all(
+                merged.cells[column].value == cell.value for column, cell in row.cells.items()
+            ), row.name
+    with pytest.raises(
+        ValueError, match=r"no published model 'Mipha-4B': did you mean Mipha-2\.4B"
+    ):
         published("Mipha-4B")
 
 
 def test_a_whole_table_is_asked_for_by_its_number() -> None:
-    assert compare(published=["table-3", "Mipha-3B"]).rows == (*published_table(3), published("Mipha-3B"))
+    assert compare(published=["table-3", "Mipha-3B"]).rows == (
+        *published_table(3),
+        published("Mipha-3B"),
+    )
     with pytest.raises(ValueError, match="no table of results 5: 1 to 4"):
         compare(published=["table-5"])
 
@@ -76,8 +117,16 @@ def run(tmp_path: Path) -> Path:
         ("mme", {"perception": 1200.0, "cognition": 250.0}, False, False),
         ("gqa-blind", {"accuracy": 40.0}, True, True),
     ):
-        scores = [{"metric": metric, "value": value, "low": value - 1, "high": value + 1} for metric, value in metrics.items()]
-        content = {"benchmark": name.split("-")[0], "blind": blind, "complete": complete, "scores": scores}
+        scores = [
+            {"metric": metric, "value": value, "low": value - 1, "high": value + 1}
+            for metric, value in metrics.items()
+        ]
+        content = {
+            "benchmark": name.split("-")[0],
+            "blind": blind,
+            "complete": complete,
+            "scores": scores,
+        }
         (folder / name).mkdir(parents=True)
         (folder / name / "scores.json").write_text(json.dumps(content))
     return folder
@@ -86,13 +135,26 @@ def run(tmp_path: Path) -> Path:
 def test_a_run_stands_beside_published_models(run: Path) -> None:
     rows = [published("Mipha-3B"), measured(run)]
     assert "gqa-blind" not in rows[1].cells
-    header, _, theirs, ours = (re.split(r" *\| *", line.strip("| ")) for line in render(rows).strip().splitlines())
+    header, _, theirs, ours = (
+        re.split(r" *\| *", line.strip("| ")) for line in render(rows).strip().splitlines()
+    )
     shown = dict(zip(header, ours, strict=True))
-    assert (shown["model"], shown["POPE"], shown["MME-P"], shown["MME-C"], shown["GQA"]) == ("mine", "80.0", "1200.0~", "250.0~", "-")
+    assert (shown["model"], shown["POPE"], shown["MME-P"], shown["MME-C"], shown["GQA"]) == (
+        "mine",
+        "80.0",
+        "1200.0~",
+        "250.0~",
+        "-",
+    )
     assert dict(zip(header, theirs, strict=True))["POPE"] == "**86.7**"
     table = render(rows, "csv").splitlines()
     fields = dict(zip(table[0].split(","), table[2].split(","), strict=True))
-    assert (fields["pope"], fields["pope_low"], fields["gqa"], fields["footnotes"]) == ("80.04", "79.04", "", "mme ~; mme_cognition ~")
+    assert (fields["pope"], fields["pope_low"], fields["gqa"], fields["footnotes"]) == (
+        "80.04",
+        "79.04",
+        "",
+        "mme ~; mme_cognition ~",
+    )
     assert r"\textbf{81.3$^*$}" in render(rows, "latex")
 
 
@@ -106,7 +168,8 @@ def test_a_radar_is_drawn_and_one_of_too_little_is_refused(run: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("rows", "form", "sentence"), [([], "markdown", "no rows"), ([0], "html", "no form 'html': use markdown, csv, latex")]
+    ("rows", "form", "sentence"),
+    [([], "markdown", "no rows"), ([0], "html", "no form 'html': use markdown, csv, latex")],
 )
 def test_what_cannot_be_rendered(rows: list, form: str, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):

@@ -19,12 +19,24 @@ def run(rng: np.random.Generator, ease: np.ndarray, shift: float, seeds_spread: 
     """One trained model: every image's questions are right with its ease, moved by the recipe and by the seed."""
     chance = np.clip(ease + shift + rng.normal(0, seeds_spread), 0, 1)
     right = rng.random((4, len(ease))) < chance
-    return tally((image, {"right": float(answer)}) for answers in right for image, answer in enumerate(answers))
+    return tally(
+        (image, {"right": float(answer)})
+        for answers in right
+        for image, answer in enumerate(answers)
+    )
 
 
 @pytest.mark.parametrize(
     ("t", "freedom", "p"),
-    [(2.776, 4, 0.05), (4.303, 2, 0.05), (1.962, 1000, 0.05), (12.706, 1, 0.05), (0.0, 5, 1.0), (-2.776, 4, 0.05), (8.610, 4, 0.001)],
+    [
+        (2.776, 4, 0.05),
+        (4.303, 2, 0.05),
+        (1.962, 1000, 0.05),
+        (12.706, 1, 0.05),
+        (0.0, 5, 1.0),
+        (-2.776, 4, 0.05),
+        (8.610, 4, 0.001),
+    ],
 )
 def test_students_t(t: float, freedom: float, p: float) -> None:
     """The tables of any textbook."""
@@ -47,10 +59,14 @@ def test_a_planted_effect_is_found() -> None:
     rng = np.random.default_rng(1)
     ease = rng.uniform(0.5, 0.9, 60)
     worse = [run(rng, ease, -0.3, 0.02) for _ in range(3)]
-    found = seed_difference([run(rng, ease, 0.0, 0.02) for _ in range(3)], worse, accuracy, "accuracy")
+    found = seed_difference(
+        [run(rng, ease, 0.0, 0.02) for _ in range(3)], worse, accuracy, "accuracy"
+    )
     assert found.p_value < 0.01 and found.low > 15 and found.high < 45
     assert found.low < found.difference < found.high and found.num_runs == (3, 3)
-    back = seed_difference(worse, [run(rng, ease, 0.0, 0.02) for _ in range(3)], accuracy, "accuracy")
+    back = seed_difference(
+        worse, [run(rng, ease, 0.0, 0.02) for _ in range(3)], accuracy, "accuracy"
+    )
     assert back.difference < 0
 
 

@@ -28,18 +28,26 @@ def mean(totals: Totals) -> dict[str, np.ndarray]:
 
 
 def tally_of(numbers: Sequence[float], clusters: Sequence[Hashable]) -> Tally:
-    return tally((cluster, {"value": number}) for number, cluster in zip(numbers, clusters, strict=True))
+    return tally(
+        (cluster, {"value": number}) for number, cluster in zip(numbers, clusters, strict=True)
+    )
 
 
-def cluster_bootstrap(numbers: Sequence[float], clusters: Sequence[Hashable], **options: int) -> tuple[float, float]:
+def cluster_bootstrap(
+    numbers: Sequence[float], clusters: Sequence[Hashable], **options: int
+) -> tuple[float, float]:
     return intervals(tally_of(numbers, clusters), mean, **options)["mean"]
 
 
-def paired_difference(a: Sequence[float], b: Sequence[float], clusters: Sequence[Hashable], **options: int) -> PairedDifference:
+def paired_difference(
+    a: Sequence[float], b: Sequence[float], clusters: Sequence[Hashable], **options: int
+) -> PairedDifference:
     return paired_differences(tally_of(a, clusters), tally_of(b, clusters), mean, **options)["mean"]
 
 
-def clustered(rng: np.random.Generator, num_clusters: int, per_cluster: int, spread: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+def clustered(
+    rng: np.random.Generator, num_clusters: int, per_cluster: int, spread: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
     """Values with mean 0 whose clusters differ as much as the values in one do."""
     sizes = rng.integers(1, 2 * per_cluster, num_clusters)
     labels = np.repeat(np.arange(num_clusters), sizes)
@@ -65,19 +73,29 @@ def test_interval_equals_a_plain_loop() -> None:
     drawn = rng.integers(7, size=(50, 7))
     means = [np.concatenate([values[labels == cluster] for cluster in row]).mean() for row in drawn]
     expected = np.quantile(means, [0.025, 0.975])
-    np.testing.assert_allclose(cluster_bootstrap(values, labels, num_resamples=50, seed=5), expected)
+    np.testing.assert_allclose(
+        cluster_bootstrap(values, labels, num_resamples=50, seed=5), expected
+    )
 
 
 def test_chunks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     values, labels = clustered(np.random.default_rng(3), 30, 3)
     whole = cluster_bootstrap(values, labels), paired_difference(values, values * 0.5, labels)
     monkeypatch.setattr(statistics, "_CHUNK", 100)
-    assert (cluster_bootstrap(values, labels), paired_difference(values, values * 0.5, labels)) == whole
+    assert (
+        cluster_bootstrap(values, labels),
+        paired_difference(values, values * 0.5, labels),
+    ) == whole
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(st.integers(-5, 5), st.integers(0, 4)), min_size=1, max_size=40), st.randoms())
-def test_interval_moves_with_the_values_and_lies_within_them(pairs: list[tuple[int, int]], random: object) -> None:
+@given(
+    st.lists(st.tuples(st.integers(-5, 5), st.integers(0, 4)), min_size=1, max_size=40),
+    st.randoms(),
+)
+def test_interval_moves_with_the_values_and_lies_within_them(
+    pairs: list[tuple[int, int]], random: object
+) -> None:
     values, labels = [float(value) for value, _ in pairs], [f"image {label}" for _, label in pairs]
     low, high = cluster_bootstrap(values, labels, num_resamples=200)
     assert min(values) <= low <= high <= max(values)
@@ -90,8 +108,18 @@ def test_a_test_at_5_percent_errs_5_times_in_100_and_finds_what_is_there() -> No
     errors = found = 0
     for trial in range(300):
         values, labels = clustered(rng, 40, 5)
-        errors += paired_difference(values, np.zeros_like(values), labels, num_resamples=199, seed=trial).p_value <= 0.05
-        found += paired_difference(values + 1, np.zeros_like(values), labels, num_resamples=199, seed=trial).p_value <= 0.05
+        errors += (
+            paired_difference(
+                values, np.zeros_like(values), labels, num_resamples=199, seed=trial
+            ).p_value
+            <= 0.05
+        )
+        found += (
+            paired_difference(
+                values + 1, np.zeros_like(values), labels, num_resamples=199, seed=trial
+            ).p_value
+            <= 0.05
+        )
     assert 0.02 <= errors / 300 <= 0.09
     assert found / 300 > 0.95
 
@@ -125,12 +153,16 @@ def test_holm_keeps_the_order_and_lies_between_plain_and_bonferroni(p_values: li
 def f1(totals: Totals) -> dict[str, np.ndarray]:
     precision = ratio(totals.sum("hit"), totals.sum("said"))
     recall = ratio(totals.sum("hit"), totals.sum("true"))
-    return {"f1": 100 * ratio(2 * precision * recall, precision + recall), "precision": 100 * precision}
+    return {
+        "f1": 100 * ratio(2 * precision * recall, precision + recall),
+        "precision": 100 * precision,
+    }
 
 
 def answers(said: np.ndarray, true: np.ndarray, clusters: np.ndarray) -> Tally:
     return tally(
-        (cluster, {"hit": float(s and t), "said": float(s), "true": float(t)}) for s, t, cluster in zip(said, true, clusters, strict=True)
+        (cluster, {"hit": float(s and t), "said": float(s), "true": float(t)})
+        for s, t, cluster in zip(said, true, clusters, strict=True)
     )
 
 
@@ -146,7 +178,10 @@ def test_a_metric_that_is_no_mean_has_a_value_an_interval_and_a_test() -> None:
     assert expected - 6 < low < expected < high < expected + 6
     found = paired_differences(better, worse, f1)
     assert list(found) == ["f1", "precision"]
-    assert found["f1"].difference == pytest.approx(expected - values(worse, f1)["f1"]) and found["f1"].p_value < 0.01
+    assert (
+        found["f1"].difference == pytest.approx(expected - values(worse, f1)["f1"])
+        and found["f1"].p_value < 0.01
+    )
     assert found["f1"].low < found["f1"].difference < found["f1"].high
 
 
@@ -157,12 +192,18 @@ def test_what_is_undefined_is_not_a_number_and_is_not_compared() -> None:
     assert np.isnan(values(silent, f1)["f1"]) and np.isnan(intervals(silent, f1)["f1"]).all()
     assert paired_differences(speaking, silent, f1) == {}
     rarely = answers(clusters == 0, np.ones(40, bool), clusters)
-    assert intervals(rarely, f1)["precision"] == (100, 100), "resamples without the one answer do not count"
+    assert intervals(rarely, f1)["precision"] == (100, 100), (
+        "resamples without the one answer do not count"
+    )
 
 
 def test_a_tally_is_kept_whole_in_a_file_and_compared_in_any_order() -> None:
     rng = np.random.default_rng(8)
-    said, true, clusters = rng.random(90) < 0.5, rng.random(90) < 0.5, np.array([f"image {i % 9}" for i in range(90)])
+    said, true, clusters = (
+        rng.random(90) < 0.5,
+        rng.random(90) < 0.5,
+        np.array([f"image {i % 9}" for i in range(90)]),
+    )
     whole = answers(said, true, clusters)
     again = read_tally(json.loads(json.dumps(whole.as_json())))
     assert (again.clusters, again.names) == (whole.clusters, whole.names)
@@ -170,15 +211,25 @@ def test_a_tally_is_kept_whole_in_a_file_and_compared_in_any_order() -> None:
     turned = answers(said[::-1], true[::-1], clusters[::-1])
     other = answers(~said, true, clusters)
     assert paired_differences(whole, turned, f1)["f1"].difference == pytest.approx(0)
-    assert paired_differences(turned, other, f1)["f1"].difference == pytest.approx(paired_differences(whole, other, f1)["f1"].difference)
+    assert paired_differences(turned, other, f1)["f1"].difference == pytest.approx(
+        paired_differences(whole, other, f1)["f1"].difference
+    )
 
 
 def test_a_name_that_few_contribute_to_is_averaged_over_those() -> None:
-    data = tally([("a", {"all": 1.0, "rare": 0.5}), ("b", {"all": 0.0}), ("b", {"all": 0.0, "rare": 1.0})])
+    data = tally(
+        [("a", {"all": 1.0, "rare": 0.5}), ("b", {"all": 0.0}), ("b", {"all": 0.0, "rare": 1.0})]
+    )
     totals = data.totals()
-    assert (float(totals.mean("all")), float(totals.mean("rare")), float(totals.count("rare"))) == (pytest.approx(1 / 3), 0.75, 2)
+    assert (float(totals.mean("all")), float(totals.mean("rare")), float(totals.count("rare"))) == (
+        pytest.approx(1 / 3),
+        0.75,
+        2,
+    )
     assert float(totals.sum("absent")) == 0 and np.isnan(totals.mean("absent"))
-    assert np.isnan(intervals(data, lambda totals: {"absent": totals.mean("absent")})["absent"]).all()
+    assert np.isnan(
+        intervals(data, lambda totals: {"absent": totals.mean("absent")})["absent"]
+    ).all()
 
 
 def test_nothing_unpaired_and_impossible_input() -> None:
@@ -186,6 +237,10 @@ def test_nothing_unpaired_and_impossible_input() -> None:
         tally([])
     for clusters, name in ((["a", "b"], "value"), (["a", "a"], "other")):
         with pytest.raises(ValueError, match="same questions"):
-            paired_differences(tally_of([1.0, 2.0], ["a", "a"]), tally([(cluster, {name: 1.0}) for cluster in clusters]), mean)
+            paired_differences(
+                tally_of([1.0, 2.0], ["a", "a"]),
+                tally([(cluster, {name: 1.0}) for cluster in clusters]),
+                mean,
+            )
     with pytest.raises(ValueError, match=r"1\.5 is not a p-value"):
         holm([0.1, 1.5])

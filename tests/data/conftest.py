@@ -20,7 +20,10 @@ def write(tmp_path: Path) -> Callable[..., DataRecipe]:
     """`write(name, images)`: a messages file with a sample for each, null for one without an image."""
 
     def file(name: str, images: list[str | None], /, **options: object) -> DataRecipe:
-        lines = [{"messages": conversation(f"{name} {i}?"), "images": [image] if image else []} for i, image in enumerate(images)]
+        lines = [
+            {"messages": conversation(f"{name} {i}?"), "images": [image] if image else []}
+            for i, image in enumerate(images)
+        ]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
         return DataRecipe(dataset="messages", root=tmp_path / f"{name}.jsonl", **options)
 

@@ -21,9 +21,32 @@ KINDS = pytest.mark.parametrize("family", ["llama", "qwen2", "gemma"])
 """A plain tokenizer, one of the host's own classes, and one that puts a BOS before every text."""
 
 # Words, and what tokenizers stumble over: white space at the ends, other scripts; not the markers of image and turn, which are no text.
-pieces = st.sampled_from([" ", "  ", "\n", "\n\n", "\t", "red", " circle", "yes", "?", ".", ":", "USER: ", "é", "猫", "🙂"])
+pieces = st.sampled_from(
+    [
+        " ",
+        "  ",
+        "\n",
+        "\n\n",
+        "\t",
+        "red",
+        " circle",
+        "yes",
+        "?",
+        ".",
+        ":",
+        "USER: ",
+        "é",
+        "猫",
+        "🙂",
+    ]
+)
 words = st.lists(
-    pieces | st.text(st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"], exclude_characters="<"), max_size=4), max_size=8
+    pieces
+    | st.text(
+        st.characters(codec="utf-8", exclude_categories=["Cs", "Cc"], exclude_characters="<"),
+        max_size=4,
+    ),
+    max_size=8,
 ).map("".join)
 
 
@@ -48,8 +71,13 @@ def conversation(*turns: str, images: int = 0, system: str | None = None) -> Sam
     """User and assistant in turn; images before the first question."""
     first, *rest = turns
     texts = [f"{IMAGE}\n" * images + first, *rest]
-    messages = [Message("user" if number % 2 == 0 else "assistant", text) for number, text in enumerate(texts)]
-    return Sample("s", (*([Message("system", system)] if system else []), *messages), (PICTURE,) * images)
+    messages = [
+        Message("user" if number % 2 == 0 else "assistant", text)
+        for number, text in enumerate(texts)
+    ]
+    return Sample(
+        "s", (*([Message("system", system)] if system else []), *messages), (PICTURE,) * images
+    )
 
 
 def spans(labels: np.ndarray) -> list[list[int]]:
@@ -57,14 +85,21 @@ def spans(labels: np.ndarray) -> list[list[int]]:
     found: list[list[int]] = []
     for before, label in zip([IGNORE, *labels], labels, strict=False):
         if label != IGNORE:
-            found = [*found, [int(label)]] if before == IGNORE else [*found[:-1], [*found[-1], int(label)]]
+            found = (
+                [*found, [int(label)]]
+                if before == IGNORE
+                else [*found[:-1], [*found[-1], int(label)]]
+            )
     return found
 
 
 @TEMPLATES
 @KINDS
 @settings(max_examples=40)
-@given(turns=st.lists(words, min_size=2, max_size=6).filter(lambda turns: len(turns) % 2 == 0), images=st.integers(0, 2))
+@given(
+    turns=st.lists(words, min_size=2, max_size=6).filter(lambda turns: len(turns) % 2 == 0),
+    images=st.integers(0, 2),
+)
 def test_labels_are_the_assistants_words_and_the_end_of_the_turn(
     assistants: Callable, family: str, template: str, turns: list[str], images: int
 ) -> None:
@@ -80,23 +115,34 @@ def test_labels_are_the_assistants_words_and_the_end_of_the_turn(
 @TEMPLATES
 @KINDS
 @settings(max_examples=40)
-@given(turns=st.lists(words, min_size=2, max_size=6).filter(lambda turns: len(turns) % 2 == 0), images=st.integers(0, 2))
-def test_the_prompt_is_what_training_began_with(assistants: Callable, family: str, template: str, turns: list[str], images: int) -> None:
+@given(
+    turns=st.lists(words, min_size=2, max_size=6).filter(lambda turns: len(turns) % 2 == 0),
+    images=st.integers(0, 2),
+)
+def test_the_prompt_is_what_training_began_with(
+    assistants: Callable, family: str, template: str, turns: list[str], images: int
+) -> None:
     """Token for token: a model asked as it was trained."""
     assistant = assistants(family, template)
     sample = conversation(*turns, images=images)
     encoded = encode(sample, assistant.processor, 4000)
     prompt = assistant.prompt_ids(sample.messages[:-1])
     assert prompt == encoded.input_ids[: len(prompt)].tolist()
-    assert len(prompt) == int(np.flatnonzero(encoded.labels != IGNORE)[-1]) + 1 - len(spans(encoded.labels)[-1])
+    assert len(prompt) == int(np.flatnonzero(encoded.labels != IGNORE)[-1]) + 1 - len(
+        spans(encoded.labels)[-1]
+    )
 
 
 @TEMPLATES
 @KINDS
-def test_the_template_is_written_as_its_source_writes_it(assistants: Callable, family: str, template: str) -> None:
+def test_the_template_is_written_as_its_source_writes_it(
+    assistants: Callable, family: str, template: str
+) -> None:
     processor = assistants(family, template).processor
     sample = conversation("What is it?", "A cat.", "Sure?", "yes", images=1)
-    text = processor.tokenizer.decode(encode(sample, processor, 4000).input_ids).replace(IMAGE * 4, IMAGE)
+    text = processor.tokenizer.decode(encode(sample, processor, 4000).input_ids).replace(
+        IMAGE * 4, IMAGE
+    )
     bos = "<bos>" if family == "gemma" else ""
     system = (
         "A chat between a curious user and an artificial intelligence assistant. "
@@ -105,7 +151,8 @@ def test_the_template_is_written_as_its_source_writes_it(assistants: Callable, f
     wanted = {
         "chatml": "<|im_start|>user\n<image>\nWhat is it?<|im_end|>\n<|im_start|>assistant\nA cat.<|im_end|>\n"
         "<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n",
-        "vicuna": system + "USER: <image>\nWhat is it? ASSISTANT: A cat.<|im_end|>USER: Sure? ASSISTANT: yes<|im_end|>",
+        "vicuna": system
+        + "USER: <image>\nWhat is it? ASSISTANT: A cat.<|im_end|>USER: Sure? ASSISTANT: yes<|im_end|>",
     }
     assert text == bos + wanted[template]
 
@@ -116,11 +163,15 @@ def test_a_system_turn_is_not_trained_on(assistants: Callable, template: str) ->
     encoded = encode(conversation("a?", "b", system="Be brief."), processor, 400)
     text = processor.tokenizer.decode(encoded.input_ids)
     assert "Be brief." in text and "A chat between" not in text
-    assert "brief" not in processor.tokenizer.decode([token for span in spans(encoded.labels) for token in span])
+    assert "brief" not in processor.tokenizer.decode(
+        [token for span in spans(encoded.labels) for token in span]
+    )
 
 
 @pytest.mark.parametrize("images", [0, 1, 3])
-def test_each_image_takes_its_tokens(processor: LlavaProcessor, tower: str, tiny_model: Callable, images: int) -> None:
+def test_each_image_takes_its_tokens(
+    processor: LlavaProcessor, tower: str, tiny_model: Callable, images: int
+) -> None:
     _, own = tiny_model("llama", tower)
     encoded = encode(conversation("What is it?", "A cat.", images=images), own, 400)
     per_image = {"vit": 16}.get(tower, 4)
@@ -131,13 +182,21 @@ def test_each_image_takes_its_tokens(processor: LlavaProcessor, tower: str, tiny
 
 
 def test_text_around_an_image_stays_in_order(processor: LlavaProcessor) -> None:
-    sample = Sample("s", (Message("user", f"First {IMAGE} then {IMAGE}\nlast"), Message("assistant", "ok")), (PICTURE, PICTURE))
+    sample = Sample(
+        "s",
+        (Message("user", f"First {IMAGE} then {IMAGE}\nlast"), Message("assistant", "ok")),
+        (PICTURE, PICTURE),
+    )
     text = processor.tokenizer.decode(encode(sample, processor, 400).input_ids)
-    assert text.startswith("<|im_start|>user\nFirst " + IMAGE * 4 + "\n then " + IMAGE * 4 + "\nlast<|im_end|>")
+    assert text.startswith(
+        "<|im_start|>user\nFirst " + IMAGE * 4 + "\n then " + IMAGE * 4 + "\nlast<|im_end|>"
+    )
 
 
 def test_an_image_that_the_assistant_shows_is_not_trained_on(processor: LlavaProcessor) -> None:
-    sample = Sample("s", (Message("user", "draw"), Message("assistant", f"here {IMAGE}\nit is")), (PICTURE,))
+    sample = Sample(
+        "s", (Message("user", "draw"), Message("assistant", f"here {IMAGE}\nit is")), (PICTURE,)
+    )
     encoded = encode(sample, processor, 400)
     assert processor.image_token_id not in encoded.labels
     assert (encoded.labels != IGNORE).sum() >= 4
@@ -145,13 +204,24 @@ def test_an_image_that_the_assistant_shows_is_not_trained_on(processor: LlavaPro
 
 def test_nothing_to_learn_is_an_error(processor: LlavaProcessor) -> None:
     sample = conversation("a?", "")
-    assert processor.tokenizer.decode([label for label in encode(sample, processor, 99).labels if label != IGNORE]) == "<|im_end|>"
-    with pytest.raises(ValueError, match="sample s: no token is trained on, because row_tokens=6 cuts its answer off; mend"):
+    assert (
+        processor.tokenizer.decode(
+            [label for label in encode(sample, processor, 99).labels if label != IGNORE]
+        )
+        == "<|im_end|>"
+    )
+    with pytest.raises(
+        ValueError,
+        match="sample s: no token is trained on, because row_tokens=6 cuts its answer off; mend",
+    ):
         encode(conversation("a long question, is it not?", "b"), processor, 6)
 
 
 def test_an_image_that_does_not_fit_is_an_error(processor: LlavaProcessor) -> None:
-    with pytest.raises(ValueError, match=r"sample s: through its 2 image\(s\) it takes 12 tokens of row_tokens=12: raise row_tokens"):
+    with pytest.raises(
+        ValueError,
+        match=r"sample s: through its 2 image\(s\) it takes 12 tokens of row_tokens=12: raise row_tokens",
+    ):
         encode(conversation("a?", "b", images=2), processor, 12)
 
 
@@ -164,9 +234,13 @@ def test_a_marker_that_is_no_image_is_an_error(processor: LlavaProcessor) -> Non
 
 @settings(max_examples=60)
 @given(limit=st.integers(1, 60), images=st.integers(0, 3))
-def test_truncation_cuts_text_and_never_an_image(assistants: Callable, limit: int, images: int) -> None:
+def test_truncation_cuts_text_and_never_an_image(
+    assistants: Callable, limit: int, images: int
+) -> None:
     processor = assistants("llama", "chatml").processor
-    sample = conversation("What is in it?", "A red circle is in the picture.", "Sure?", "yes", images=images)
+    sample = conversation(
+        "What is in it?", "A red circle is in the picture.", "Sure?", "yes", images=images
+    )
     whole = encode(sample, processor, 1000)
     try:
         cut = encode(sample, processor, limit)
@@ -185,12 +259,16 @@ def test_truncation_cuts_text_and_never_an_image(assistants: Callable, limit: in
 def test_the_plain_prompt_is_images_then_the_caption(assistants: Callable, family: str) -> None:
     """Source: LLaVA's `preprocess_plain`: the caption and a newline are trained on, the user's words are dropped."""
     processor = assistants(family, "vicuna").processor
-    encoded = encode(conversation("Describe it.", "A red circle.", images=1), processor, 100, prompt="plain")
+    encoded = encode(
+        conversation("Describe it.", "A red circle.", images=1), processor, 100, prompt="plain"
+    )
     bos = [processor.tokenizer.bos_token_id] if family == "gemma" else []
     caption = processor.tokenizer("A red circle.\n", add_special_tokens=False).input_ids
     assert encoded.input_ids.tolist() == bos + [processor.image_token_id] * 4 + caption
     assert encoded.labels.tolist() == [IGNORE] * (len(bos) + 4) + caption
-    assert encoded.prefix == 0, "its first word is predicted at the image's last token, which cannot be shared"
+    assert encoded.prefix == 0, (
+        "its first word is predicted at the image's last token, which cannot be shared"
+    )
 
 
 def test_what_may_be_shared_ends_with_the_only_image(processor: LlavaProcessor) -> None:
@@ -209,5 +287,8 @@ def test_a_blank_has_an_image_and_nothing_to_learn(processor: LlavaProcessor) ->
 
 def test_half_a_character_is_named(processor: LlavaProcessor) -> None:
     sample = Sample("row 3", (Message("user", "which \ud83d?"), Message("assistant", "red")), ())
-    with pytest.raises(ValueError, match=r"sample row 3: a text holds half of a character \(a lone surrogate\): remove it"):
+    with pytest.raises(
+        ValueError,
+        match=r"sample row 3: a text holds half of a character \(a lone surrogate\): remove it",
+    ):
         encode(sample, processor, 200)

@@ -12,7 +12,11 @@ from mipha.data.sample import Message, Sample
 
 
 def _sample(*images: ImageSource, question: str = "what?", answer: str = "that") -> Sample:
-    return Sample("s", (Message("user", "<image>" * len(images) + question), Message("assistant", answer)), images)
+    return Sample(
+        "s",
+        (Message("user", "<image>" * len(images) + question), Message("assistant", answer)),
+        images,
+    )
 
 
 def test_the_same_bytes_are_on_the_same_side_wherever_they_are(tmp_path: Path) -> None:
@@ -35,7 +39,10 @@ def test_the_share_is_kept() -> None:
 
 def test_a_sample_with_images_of_both_sides_is_on_neither() -> None:
     train, validation = (
-        next(image for number in range(99) if side_of(_sample(image := bytes([number])), 0.5) == side) for side in ("train", "validation")
+        next(
+            image for number in range(99) if side_of(_sample(image := bytes([number])), 0.5) == side
+        )
+        for side in ("train", "validation")
     )
     assert side_of(_sample(train, validation), 0.5) is None
     assert side_of(_sample(train, train), 0.5) == "train"
@@ -44,7 +51,10 @@ def test_a_sample_with_images_of_both_sides_is_on_neither() -> None:
 def test_text_alone_goes_by_the_question() -> None:
     sides = {question: side_of(_sample(question=question), 0.5) for question in "abcdefghijklmnop"}
     assert set(sides.values()) == {"train", "validation"}
-    assert all(side_of(_sample(question=question, answer="other"), 0.5) == side for question, side in sides.items())
+    assert all(
+        side_of(_sample(question=question, answer="other"), 0.5) == side
+        for question, side in sides.items()
+    )
 
 
 def test_a_missing_image_is_named(tmp_path: Path) -> None:

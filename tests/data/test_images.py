@@ -34,7 +34,11 @@ def test_a_path_and_its_bytes_give_the_same_picture(tmp_path: Path) -> None:
     _left_red_right_blue().save(path)
     opened = open_image(path)
     assert (opened.mode, opened.size) == ("RGB", (8, 4))
-    assert opened.tobytes() == open_image(path.read_bytes()).tobytes() == _left_red_right_blue().tobytes()
+    assert (
+        opened.tobytes()
+        == open_image(path.read_bytes()).tobytes()
+        == _left_red_right_blue().tobytes()
+    )
 
 
 def test_transparency_is_laid_on_white() -> None:
@@ -43,7 +47,11 @@ def test_transparency_is_laid_on_white() -> None:
     opened = open_image(_bytes(half, "PNG"))
     assert opened.getpixel((0, 0)) == (255, 255, 255)
     assert opened.getpixel((1, 0)) == (127, 127, 127)
-    assert open_image(_bytes(Image.new("LA", (1, 1), (0, 0)), "PNG")).getpixel((0, 0)) == (255, 255, 255)
+    assert open_image(_bytes(Image.new("LA", (1, 1), (0, 0)), "PNG")).getpixel((0, 0)) == (
+        255,
+        255,
+        255,
+    )
 
 
 def test_a_transparent_palette_colour_is_white_and_the_others_keep_theirs() -> None:
@@ -62,7 +70,9 @@ def test_16_bit_grey_is_scaled_not_clipped(format: str) -> None:
 
 
 def test_pixels_of_unknown_range_are_refused(tmp_path: Path) -> None:
-    for number, values in enumerate([np.array([[0, 70000]], dtype=np.int32), np.array([[0.5]], dtype=np.float32)]):
+    for number, values in enumerate(
+        [np.array([[0, 70000]], dtype=np.int32), np.array([[0.5]], dtype=np.float32)]
+    ):
         path = tmp_path / f"{number}.tiff"
         Image.fromarray(values).save(path)
         with pytest.raises(ValueError, match=rf"{number}\.tiff.*8 or 16 bits"):
@@ -71,19 +81,26 @@ def test_pixels_of_unknown_range_are_refused(tmp_path: Path) -> None:
 
 def test_an_animation_is_its_first_frame() -> None:
     frames = [Image.new("RGB", (3, 3), colour) for colour in ((255, 0, 0), (0, 255, 0))]
-    assert open_image(_bytes(frames[0], "GIF", save_all=True, append_images=frames[1:])).getpixel((1, 1)) == (255, 0, 0)
+    assert open_image(_bytes(frames[0], "GIF", save_all=True, append_images=frames[1:])).getpixel(
+        (1, 1)
+    ) == (255, 0, 0)
 
 
 def test_cmyk_and_one_bit_are_converted() -> None:
-    red, green, blue = open_image(_bytes(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=95)).getpixel((4, 4))
+    red, green, blue = open_image(
+        _bytes(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=95)
+    ).getpixel((4, 4))
     assert red > 240 and green < 15 and blue < 15
     assert open_image(_bytes(Image.new("1", (2, 2), 1), "PNG")).getpixel((0, 0)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize(
-    ("orientation", "size", "top_left"), [(1, (8, 4), "red"), (3, (8, 4), "blue"), (6, (4, 8), "red"), (8, (4, 8), "blue")]
+    ("orientation", "size", "top_left"),
+    [(1, (8, 4), "red"), (3, (8, 4), "blue"), (6, (4, 8), "red"), (8, (4, 8), "blue")],
 )
-def test_exif_orientation_is_honoured(orientation: int, size: tuple[int, int], top_left: str) -> None:
+def test_exif_orientation_is_honoured(
+    orientation: int, size: tuple[int, int], top_left: str
+) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     opened = open_image(_bytes(_left_red_right_blue(), "PNG", exif=exif))
@@ -105,11 +122,21 @@ def test_every_orientation_agrees_with_pillow(orientation: int) -> None:
 
 def test_a_bomb_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
     def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        return (
+            struct.pack(">I", len(content))
+            + kind
+            + content
+            + struct.pack(">I", zlib.crc32(kind + content))
+        )
 
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
     path = tmp_path / "bomb.png"
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b""))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+        + chunk(b"IEND", b"")
+    )
     with pytest.raises(ValueError, match=r"bomb\.png"):
         open_image(path)
     with pytest.raises(ValueError, match="8 x 4 is more than 31 pixels"):
@@ -131,7 +158,9 @@ def test_what_is_no_image_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"])
-def test_a_file_cut_short_is_an_error_and_never_anything_but_a_value_error(format: str, tmp_path: Path) -> None:
+def test_a_file_cut_short_is_an_error_and_never_anything_but_a_value_error(
+    format: str, tmp_path: Path
+) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
     whole = _bytes(Image.fromarray(noise), format)
     (tmp_path / "cut").write_bytes(whole[: len(whole) // 2])
@@ -160,9 +189,16 @@ def test_small_and_narrow_pictures_keep_their_size(size: tuple[int, int]) -> Non
 
 
 @pytest.mark.parametrize(
-    ("size", "wanted"), [((MAX_SIDE, 1), (MAX_SIDE, 1)), ((MAX_SIDE + 1, 3), (MAX_SIDE // 2 + 1, 2)), ((2, 40_000), (1, 8_000))]
+    ("size", "wanted"),
+    [
+        ((MAX_SIDE, 1), (MAX_SIDE, 1)),
+        ((MAX_SIDE + 1, 3), (MAX_SIDE // 2 + 1, 2)),
+        ((2, 40_000), (1, 8_000)),
+    ],
 )
-def test_a_long_side_is_shrunk_for_its_square_must_fit_in_memory(size: tuple[int, int], wanted: tuple[int, int]) -> None:
+def test_a_long_side_is_shrunk_for_its_square_must_fit_in_memory(
+    size: tuple[int, int], wanted: tuple[int, int]
+) -> None:
     opened = open_image(_bytes(Image.new("RGB", size, (9, 99, 199)), "PNG"))
     assert opened.size == wanted and opened.getpixel((0, 0)) == (9, 99, 199)
 
@@ -178,13 +214,19 @@ def test_a_phones_picture_with_a_second_one_in_it_is_the_first() -> None:
 def test_an_icon_that_hides_a_larger_picture_is_refused() -> None:
     """The directory of an icon says 1 x 1; what is decoded is the PNG in it."""
     large = _bytes(Image.new("RGB", (100, 100)), "PNG")
-    icon = struct.pack("<HHH", 0, 1, 1) + struct.pack("<BBBBHHII", 1, 1, 0, 0, 1, 32, len(large), 22) + large
+    icon = (
+        struct.pack("<HHH", 0, 1, 1)
+        + struct.pack("<BBBBHHII", 1, 1, 0, 0, 1, 32, len(large), 22)
+        + large
+    )
     with pytest.raises(ValueError, match="100 x 100 is more than 50 pixels"):
         open_image(icon, max_pixels=50)
     assert open_image(icon, max_pixels=10_000).size == (100, 100)
 
 
-def test_memory_that_is_not_there_is_no_crash(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_memory_that_is_not_there_is_no_crash(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     def load(self: Image.Image) -> None:
         raise MemoryError
 
@@ -210,9 +252,20 @@ def test_a_key_is_of_the_content_alone(tmp_path: Path) -> None:
     noise = random.Random(0).randbytes(30_000)
     (tmp_path / "a.png").write_bytes(noise)
     (tmp_path / "tar").write_bytes(b"x" + noise + b"y")
-    keys = {image_key(tmp_path / "a.png"), image_key(noise), image_key(FileSlice(tmp_path / "tar", 1, len(noise), "a"))}
+    keys = {
+        image_key(tmp_path / "a.png"),
+        image_key(noise),
+        image_key(FileSlice(tmp_path / "tar", 1, len(noise), "a")),
+    }
     assert len(keys) == 1 and len(keys.pop()) == 16
-    others = (noise[:-1], noise[1:], noise + b"x", noise[:-1] + bytes([noise[-1] ^ 1]), bytes([noise[0] ^ 1]) + noise[1:], b"")
+    others = (
+        noise[:-1],
+        noise[1:],
+        noise + b"x",
+        noise[:-1] + bytes([noise[-1] ^ 1]),
+        bytes([noise[0] ^ 1]) + noise[1:],
+        b"",
+    )
     assert len({image_key(other) for other in (noise, *others)}) == 7
     with pytest.raises(FileNotFoundError, match=r"gone\.png"):
         image_key(tmp_path / "gone.png")
@@ -226,11 +279,23 @@ def _small_files() -> list[bytes]:
     exif[0x0112] = 6
     frames = {"save_all": True, "append_images": [rgb.rotate(90), rgb.rotate(180)]}
     files = [_bytes(rgb, format) for format in ("JPEG", "PNG", "GIF", "WEBP", "BMP")]
-    files += [_bytes(rgb, "JPEG", progressive=True, exif=exif), _bytes(rgb.convert("CMYK"), "JPEG"), _bytes(rgb.convert("L"), "JPEG")]
-    files += [_bytes(rgba, "PNG"), _bytes(rgb.convert("P"), "PNG", transparency=0), _bytes(rgb.convert("1"), "BMP")]
+    files += [
+        _bytes(rgb, "JPEG", progressive=True, exif=exif),
+        _bytes(rgb.convert("CMYK"), "JPEG"),
+        _bytes(rgb.convert("L"), "JPEG"),
+    ]
+    files += [
+        _bytes(rgba, "PNG"),
+        _bytes(rgb.convert("P"), "PNG", transparency=0),
+        _bytes(rgb.convert("1"), "BMP"),
+    ]
     files += [_bytes(rgb, format, **frames) for format in ("GIF", "WEBP", "PNG")]
     files += [_bytes(rgba, "WEBP", lossless=True)]
-    return [*files, _bytes(Image.fromarray(noise[..., 0].astype(np.uint16) * 257), "PNG"), _bytes(rgb.convert("P"), "BMP")]
+    return [
+        *files,
+        _bytes(Image.fromarray(noise[..., 0].astype(np.uint16) * 257), "PNG"),
+        _bytes(rgb.convert("P"), "BMP"),
+    ]
 
 
 SMALL_FILES = _small_files()
@@ -249,7 +314,13 @@ def _opens_or_says_why(content: bytes) -> None:
 def test_a_thousand_mutated_files_are_pictures_or_value_errors() -> None:
     """Bytes changed, cut out, doubled, swapped between files, and numbers set to their extremes: as disks, networks and enemies do."""
     chance = random.Random(0)
-    extremes = (b"\xff\xff\xff\xff", b"\x00\x00\x00\x00", b"\x7f\xff\xff\xff", b"\xff\xff\xff\x7f", b"\x00\x01\x00\x00")
+    extremes = (
+        b"\xff\xff\xff\xff",
+        b"\x00\x00\x00\x00",
+        b"\x7f\xff\xff\xff",
+        b"\xff\xff\xff\x7f",
+        b"\x00\x01\x00\x00",
+    )
     for number in range(1_000):
         content = bytearray(SMALL_FILES[number % len(SMALL_FILES)])
         for _ in range(chance.randrange(1, 6)):
@@ -277,7 +348,9 @@ def test_a_thousand_mutated_files_are_pictures_or_value_errors() -> None:
     changes=st.lists(st.tuples(st.integers(0, 60), st.binary(min_size=1, max_size=8)), max_size=4),
     tail=st.binary(max_size=20),
 )
-def test_no_bytes_are_worse_than_a_value_error(file: int, cut: int, changes: list[tuple[int, bytes]], tail: bytes) -> None:
+def test_no_bytes_are_worse_than_a_value_error(
+    file: int, cut: int, changes: list[tuple[int, bytes]], tail: bytes
+) -> None:
     content = bytearray(SMALL_FILES[file][: max(cut, 8)])
     for start, new in changes:
         content[start : start + len(new)] = new

@@ -33,7 +33,12 @@ def test_data_sets_follow_one_another(write: Callable) -> None:
 
 
 def test_limit_takes_the_first_of_its_own_data_set(write: Callable) -> None:
-    assert questions(Mixture([write("a", [None] * 4, limit=2), write("b", [None] * 2)])) == ["a 0?", "a 1?", "b 0?", "b 1?"]
+    assert questions(Mixture([write("a", [None] * 4, limit=2), write("b", [None] * 2)])) == [
+        "a 0?",
+        "a 1?",
+        "b 0?",
+        "b 1?",
+    ]
     assert len(Mixture([write("a", [None] * 4, limit=9)])) == 4
 
 
@@ -57,34 +62,64 @@ def test_shuffled_images_are_those_of_other_samples(write: Callable) -> None:
     assert not any(image == row for image, row in zip(shown, filter(None, given), strict=True))
     assert len(set(shown)) > 20, "what samples without an image pass on is shown twice"
     assert list(Mixture([write("a", given, images="shuffled")])) == list(shuffled)
-    assert len(Mixture([write("b", ["0.png"], images="shuffled")])[0].images) == 1, "there is no other"
+    assert len(Mixture([write("b", ["0.png"], images="shuffled")])[0].images) == 1, (
+        "there is no other"
+    )
 
 
 def test_a_sample_of_several_images_gets_as_many(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "which?"}, {"role": "assistant", "content": "that"}]
-    rows = [{"messages": turns, "images": [f"{row}-{image}.png" for image in range(row)]} for row in range(5)]
+    rows = [
+        {"messages": turns, "images": [f"{row}-{image}.png" for image in range(row)]}
+        for row in range(5)
+    ]
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    shuffled = Mixture([DataRecipe(dataset="messages", root=tmp_path / "a.jsonl", images="shuffled")])
+    shuffled = Mixture(
+        [DataRecipe(dataset="messages", root=tmp_path / "a.jsonl", images="shuffled")]
+    )
     assert [len(sample.images) for sample in shuffled] == [0, 1, 2, 3, 4]
     assert all(sample.images[0].name[0] != str(row) for row, sample in enumerate(shuffled) if row)
 
 
 def test_the_format_of_a_bare_path_is_detected_and_said(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
-    path.write_text(json.dumps([{"id": "1", "conversations": [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b"}]}]))
+    path.write_text(
+        json.dumps(
+            [
+                {
+                    "id": "1",
+                    "conversations": [
+                        {"from": "human", "value": "a?"},
+                        {"from": "gpt", "value": "b"},
+                    ],
+                }
+            ]
+        )
+    )
     mixture = Mixture([DataRecipe(dataset="auto", root=path)])
     assert (mixture[0].id, mixture[0].messages[0].text) == ("llava/x/0/1", "a?")
-    assert mixture.notes == [f"{path} is read as llava: LLaVA's conversations between human and gpt"]
+    assert mixture.notes == [
+        f"{path} is read as llava: LLaVA's conversations between human and gpt"
+    ]
 
 
 def test_images_may_lie_elsewhere(write: Callable, tmp_path: Path) -> None:
-    assert Mixture([write("a", ["0.png"], image_root=tmp_path / "pictures")])[0].images == (tmp_path / "pictures/0.png",)
-    with pytest.raises(ValueError, match="image_root has no effect with the data set easy_vqa: remove it"):
+    assert Mixture([write("a", ["0.png"], image_root=tmp_path / "pictures")])[0].images == (
+        tmp_path / "pictures/0.png",
+    )
+    with pytest.raises(
+        ValueError, match="image_root has no effect with the data set easy_vqa: remove it"
+    ):
         Mixture([DataRecipe(dataset="easy_vqa", image_root=tmp_path)])
 
 
-def test_what_is_wrong_is_said(write: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"^no data set 'photos': known: .*; for the data in that place write \./photos$"):
+def test_what_is_wrong_is_said(
+    write: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(
+        ValueError,
+        match=r"^no data set 'photos': known: .*; for the data in that place write \./photos$",
+    ):
         (tmp_path / "photos").mkdir()
         monkeypatch.chdir(tmp_path)
         Mixture([DataRecipe(dataset="photos")])
@@ -104,20 +139,35 @@ def test_every_data_set_module_has_the_contract() -> None:
         assert callable(module.load) and callable(module.to_sample)
 
 
-def test_missing_images_are_named_before_anything_is_trained(write: Callable, tmp_path: Path) -> None:
+def test_missing_images_are_named_before_anything_is_trained(
+    write: Callable, tmp_path: Path
+) -> None:
     rows = [
-        {"messages": [{"role": "user", "content": "what?"}, {"role": "assistant", "content": "that"}], "images": [f"{n}.png"]}
+        {
+            "messages": [
+                {"role": "user", "content": "what?"},
+                {"role": "assistant", "content": "that"},
+            ],
+            "images": [f"{n}.png"],
+        }
         for n in range(3)
     ]
     path = tmp_path / "train.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "1.png").write_bytes(grey_image())
-    with pytest.raises(FileNotFoundError, match=r"2 of 3 image files are missing, for example .*0\.png of sample messages/train/1"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"2 of 3 image files are missing, for example .*0\.png of sample messages/train/1",
+    ):
         check_samples(Mixture([DataRecipe(dataset="messages", root=path)]))
 
 
 def test_weights_and_caps_say_what_an_epoch_shows(write: Callable) -> None:
-    data = [write("a", [None] * 10, weight=2), write("b", [None] * 10, weight=0.3), write("c", [None] * 10, weight=9, cap=4)]
+    data = [
+        write("a", [None] * 10, weight=2),
+        write("b", [None] * 10, weight=0.3),
+        write("c", [None] * 10, weight=9, cap=4),
+    ]
     mixture = Mixture([*data, write("d", [None] * 2)])
     assert len(mixture) == 32
     assert mixture.num_per_epoch == 20 + 3 + 4 + 2
@@ -149,34 +199,62 @@ def test_an_image_is_on_one_side_only(write: Callable, tmp_path: Path) -> None:
     second = write("b", [f"copy of {number}.png" for number in range(40)], weight=2)
 
     def shown(data: list[DataRecipe], held_out: float, side: str) -> list[str]:
-        return [sample.images[0].name.removeprefix("copy of ") for sample in Mixture(data, held_out, side)]
+        return [
+            sample.images[0].name.removeprefix("copy of ")
+            for sample in Mixture(data, held_out, side)
+        ]
 
     train, validation = (shown([first, second], 0.25, side) for side in ("train", "validation"))
     assert len(train) + len(validation) == 120 and not set(train) & set(validation)
     assert 3 <= len(set(validation)) <= 20
-    assert all(validation.count(name) == 3 for name in set(validation)), "two questions and the copy keep company"
-    assert set(shown([second], 0.25, "validation")) == set(validation), "whatever other data there are"
-    assert set(shown([first], 0.5, "validation")) > set(validation), "a larger share holds out the same images, and more"
-    assert Mixture([first, second], 0.25).num_per_epoch == len(train) + len(set(train)), "the weight counts on each side"
-    with pytest.raises(ValueError, match=r"held_out=1e-09 leaves no sample for validation: choose another share"):
+    assert all(validation.count(name) == 3 for name in set(validation)), (
+        "two questions and the copy keep company"
+    )
+    assert set(shown([second], 0.25, "validation")) == set(validation), (
+        "whatever other data there are"
+    )
+    assert set(shown([first], 0.5, "validation")) > set(validation), (
+        "a larger share holds out the same images, and more"
+    )
+    assert Mixture([first, second], 0.25).num_per_epoch == len(train) + len(set(train)), (
+        "the weight counts on each side"
+    )
+    with pytest.raises(
+        ValueError, match=r"held_out=1e-09 leaves no sample for validation: choose another share"
+    ):
         Mixture([first], 1e-9, "validation")
 
 
 def test_a_mixture_travels_to_another_process(write: Callable) -> None:
     images = ["0.png", None, "1.png"]
-    mixture = Mixture([write("a", images, weight=0.5), write("b", images, images="grey"), write("c", images, images="shuffled")])
+    mixture = Mixture(
+        [
+            write("a", images, weight=0.5),
+            write("b", images, images="grey"),
+            write("c", images, images="shuffled"),
+        ]
+    )
     copy = pickle.loads(pickle.dumps(mixture))
     assert list(copy) == list(mixture)
     assert (epoch_order(copy, 0, 0, 3) == epoch_order(mixture, 0, 0, 3)).all()
 
 
-def test_the_hash_of_the_data_follows_what_is_trained_on_and_not_where_it_lies(tmp_path: Path) -> None:
+def test_the_hash_of_the_data_follows_what_is_trained_on_and_not_where_it_lies(
+    tmp_path: Path,
+) -> None:
     def sha256(folder: str, answer: str = "red", image: str = "a.png") -> str:
         (tmp_path / folder).mkdir()
         Image.new("RGB", (4, 4)).save(tmp_path / folder / image)
-        turns = [{"role": "user", "content": "<image>\nwhich?"}, {"role": "assistant", "content": answer}]
-        (tmp_path / folder / "my.jsonl").write_text(json.dumps({"messages": turns, "images": [image]}) + "\n")
-        return check_samples(Mixture([DataRecipe(dataset="messages", root=tmp_path / folder / "my.jsonl")]))
+        turns = [
+            {"role": "user", "content": "<image>\nwhich?"},
+            {"role": "assistant", "content": answer},
+        ]
+        (tmp_path / folder / "my.jsonl").write_text(
+            json.dumps({"messages": turns, "images": [image]}) + "\n"
+        )
+        return check_samples(
+            Mixture([DataRecipe(dataset="messages", root=tmp_path / folder / "my.jsonl")])
+        )
 
     first = sha256("one")
     assert sha256("two") == first

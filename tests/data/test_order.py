@@ -15,7 +15,9 @@ IMAGES = [f"{number % 4}.png" if number % 5 else None for number in range(40)]
 
 
 @pytest.mark.parametrize("bundle", [None, 3])
-def test_the_order_is_a_permutation_and_a_function_of_seed_and_epoch(write: Callable, bundle: int | None) -> None:
+def test_the_order_is_a_permutation_and_a_function_of_seed_and_epoch(
+    write: Callable, bundle: int | None
+) -> None:
     mixture = Mixture([write("a", IMAGES)])
     orders = {}
     for seed in (0, 1):
@@ -24,7 +26,10 @@ def test_the_order_is_a_permutation_and_a_function_of_seed_and_epoch(write: Call
             assert sorted(orders[seed, epoch]) == list(range(40))
     assert len({tuple(order) for order in orders.values()}) == 4
     np.random.seed(1)  # whatever ran before
-    assert all(epoch_order(Mixture([write("a", IMAGES)]), *key, bundle).tolist() == order for key, order in orders.items())
+    assert all(
+        epoch_order(Mixture([write("a", IMAGES)]), *key, bundle).tolist() == order
+        for key, order in orders.items()
+    )
 
 
 def test_bundles_stand_side_by_side(write: Callable) -> None:
@@ -36,7 +41,10 @@ def test_bundles_stand_side_by_side(write: Callable) -> None:
         runs += bool(image) and image != before
     assert runs <= sum(-(-count // 4) for count in counts.values())
     shuffled = epoch_order(mixture, 0, 0, None)
-    assert sum(mixture[int(a)].images == mixture[int(b)].images for a, b in pairwise(shuffled)) < len(images) / 2
+    assert (
+        sum(mixture[int(a)].images == mixture[int(b)].images for a, b in pairwise(shuffled))
+        < len(images) / 2
+    )
     other = epoch_order(mixture, 0, 1, 4)
 
     def bundles(order: np.ndarray) -> set[frozenset[int]]:
@@ -45,8 +53,13 @@ def test_bundles_stand_side_by_side(write: Callable) -> None:
     assert bundles(order) != bundles(other), "which samples keep company is chosen anew each epoch"
 
 
-@pytest.mark.parametrize(("options", "times"), [({"weight": 0.3}, 3), ({"cap": 7}, 7), ({"weight": 1.5}, 15), ({"weight": 0.01}, 1)])
-def test_no_sample_is_shown_again_before_all_others_were(write: Callable, options: dict, times: int) -> None:
+@pytest.mark.parametrize(
+    ("options", "times"),
+    [({"weight": 0.3}, 3), ({"cap": 7}, 7), ({"weight": 1.5}, 15), ({"weight": 0.01}, 1)],
+)
+def test_no_sample_is_shown_again_before_all_others_were(
+    write: Callable, options: dict, times: int
+) -> None:
     mixture = Mixture([write("a", [None] * 10, **options), write("b", [None] * 10, **options)])
     shown = np.zeros(20, dtype=int)
     parts = set()
@@ -60,24 +73,37 @@ def test_no_sample_is_shown_again_before_all_others_were(write: Callable, option
     assert len(parts) > 1
     first, second = (epoch_order(mixture, seed, 0, None) for seed in (5, 6))
     assert (epoch_order(mixture, 5, 0, None) == first).all() and sorted(first) != sorted(second)
-    own = [{int(index) % 10 for index in first if (index < 10) == is_first} for is_first in (True, False)]
+    own = [
+        {int(index) % 10 for index in first if (index < 10) == is_first}
+        for is_first in (True, False)
+    ]
     assert times in (1, 15) or own[0] != own[1], "data sets are drawn from apart"
 
 
-@pytest.mark.parametrize(("with_image", "without"), [(23, 14), (16, 8), (9, 0), (0, 9), (3, 2), (5, 1)])
-def test_grouped_by_modality_a_step_is_of_one_kind(write: Callable, with_image: int, without: int) -> None:
+@pytest.mark.parametrize(
+    ("with_image", "without"), [(23, 14), (16, 8), (9, 0), (0, 9), (3, 2), (5, 1)]
+)
+def test_grouped_by_modality_a_step_is_of_one_kind(
+    write: Callable, with_image: int, without: int
+) -> None:
     """Steps of 4: cut where training cuts them, over three epochs; only what is left over of both kinds is mixed."""
     mixture = Mixture([write("a", [f"{i % 2}.png" for i in range(with_image)] + [None] * without)])
     epochs = [epoch_order(mixture, 7, epoch, by_modality=4) for epoch in range(3)]
     for epoch in epochs:
         assert sorted(epoch) == list(range(with_image + without)), "every sample once"
     steps = np.concatenate(epochs)[: 3 * len(mixture) // 4 * 4].reshape(-1, 4)
-    shows = [bool(step) for step in (mixture.image_keys[steps] != 0).all(axis=1) | (mixture.image_keys[steps] == 0).all(axis=1)]
+    shows = [
+        bool(step)
+        for step in (mixture.image_keys[steps] != 0).all(axis=1)
+        | (mixture.image_keys[steps] == 0).all(axis=1)
+    ]
     # Of an epoch, fewer than 4 of each kind are left over; what completes the step before may take one step apart.
     assert shows.count(False) <= 3 * 3
     if not with_image or not without:
         assert all(shows)
-    assert (epoch_order(mixture, 7, 1, by_modality=4) == epochs[1]).all(), "a function of seed and epoch"
+    assert (epoch_order(mixture, 7, 1, by_modality=4) == epochs[1]).all(), (
+        "a function of seed and epoch"
+    )
     if len(mixture) > 8:
         assert (epoch_order(mixture, 8, 1, by_modality=4) != epochs[1]).any()
         assert (epochs[0] != epochs[1]).any()

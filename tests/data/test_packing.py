@@ -30,7 +30,9 @@ def samples(draw: st.DrawFn) -> list[Encoded]:
         # Without an image the first token may be trained on (a plain caption): in a row, nothing predicts it.
         first = draw(st.integers(prefix + 1 if prefix else 0, length - 1))
         labels = np.where(np.arange(length) >= first, ids, IGNORE)
-        made.append(Encoded(f"s{number}", ids, labels, (Path(f"{image}.png"),) if image else (), prefix))
+        made.append(
+            Encoded(f"s{number}", ids, labels, (Path(f"{image}.png"),) if image else (), prefix)
+        )
     return made
 
 
@@ -48,10 +50,14 @@ def test_rows_hold_every_token_once(batching: str, samples: list[Encoded]) -> No
     shared = {token: count for token, count in laid.items() if token < 1000}
     wanted = {token: count for token, count in given_tokens.items() if token < 1000}
     if batching == "shared-image":
-        assert shared.keys() == wanted.keys() and all(1 <= shared[token] <= wanted[token] for token in shared)
+        assert shared.keys() == wanted.keys() and all(
+            1 <= shared[token] <= wanted[token] for token in shared
+        )
     else:
         assert shared == wanted
-    assert sorted(name for row in rows for name in row.ids) == sorted(sample.id for sample in samples)
+    assert sorted(name for row in rows for name in row.ids) == sorted(
+        sample.id for sample in samples
+    )
 
 
 @BATCHING
@@ -70,43 +76,60 @@ def test_rows_fit_and_come_longest_first(batching: str, samples: list[Encoded]) 
 @given(samples=samples())
 def test_what_is_trained_on_is_kept(batching: str, samples: list[Encoded]) -> None:
     rows = make_rows(samples, ROW, batching)
-    wanted = sorted(int(label) for sample in samples for label in sample.labels[1:] if label != IGNORE)
+    wanted = sorted(
+        int(label) for sample in samples for label in sample.labels[1:] if label != IGNORE
+    )
     assert sorted(int(label) for row in rows for label in row.labels if label != IGNORE) == wanted
     assert sum(row.num_supervised for row in rows) == len(wanted)
 
 
 @BATCHING
 @given(samples=samples())
-def test_every_token_has_the_position_and_the_past_it_has_alone(batching: str, samples: list[Encoded]) -> None:
+def test_every_token_has_the_position_and_the_past_it_has_alone(
+    batching: str, samples: list[Encoded]
+) -> None:
     """What a token may see, read off groups and branches, is its own sample up to itself."""
     by_id = {sample.id: sample for sample in samples}
     seen = Counter()
     for row in make_rows(samples, ROW, batching):
         for index in range(len(row)):
             past = visible(row, index)
-            owners = [sample for sample in samples if sample.id in row.ids and row.input_ids[index] in sample.input_ids]
-            assert any(np.array_equal(row.input_ids[past], sample.input_ids[: len(past)]) for sample in owners)
+            owners = [
+                sample
+                for sample in samples
+                if sample.id in row.ids and row.input_ids[index] in sample.input_ids
+            ]
+            assert any(
+                np.array_equal(row.input_ids[past], sample.input_ids[: len(past)])
+                for sample in owners
+            )
             assert row.position_ids[past].tolist() == list(range(len(past)))
             if row.labels[index] != IGNORE:
                 # It is predicted at the token before it, which must be its own sample's.
                 assert past[-2] == index - 1
                 (owner,) = {sample.id for sample in owners}
                 seen[owner] += 1
-    assert seen == Counter({name: int((sample.labels[1:] != IGNORE).sum()) for name, sample in by_id.items()})
+    assert seen == Counter(
+        {name: int((sample.labels[1:] != IGNORE).sum()) for name, sample in by_id.items()}
+    )
 
 
 def visible(row: Row, index: int) -> np.ndarray:
     """Indices that the token may attend to, itself included."""
     earlier = np.arange(len(row)) <= index
     same_group = row.group == row.group[index]
-    return np.flatnonzero(earlier & same_group & ((row.branch == 0) | (row.branch == row.branch[index])))
+    return np.flatnonzero(
+        earlier & same_group & ((row.branch == 0) | (row.branch == row.branch[index]))
+    )
 
 
 @given(samples=samples())
 def test_images_follow_the_order_of_their_tokens(samples: list[Encoded]) -> None:
     for batching in ("padded", "packed", "shared-image"):
         for row in make_rows(samples, ROW, batching):
-            starts = [int(token) // 100 for token in row.input_ids if token < 1000 and token % 100 == 0]
+            starts = [
+                int(token) // 100 for token in row.input_ids if token < 1000 and token % 100 == 0
+            ]
             assert [int(image.stem) for image in row.images] == [start for start in starts if start]
 
 
@@ -115,19 +138,26 @@ def test_samples_about_one_image_share_it() -> None:
         ids = np.concatenate([[1, 2, 2], np.arange(length) + 10])
         return Encoded(name, ids, np.where(ids > 10, ids, IGNORE), (Path(image),), 3)
 
-    (row,) = make_rows([sample("x", 4), sample("y", 3), sample("z", 2, "b.png")], 40, "shared-image")
+    (row,) = make_rows(
+        [sample("x", 4), sample("y", 3), sample("z", 2, "b.png")], 40, "shared-image"
+    )
     assert row.input_ids.tolist() == [1, 2, 2, 10, 11, 12, 13, 10, 11, 12, 1, 2, 2, 10, 11]
     assert row.group.tolist() == [0] * 10 + [1] * 5
     assert row.branch.tolist() == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 0, 0, 0, 1, 1]
     assert row.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 6, 3, 4, 5, 0, 1, 2, 3, 4]
     assert row.images == (Path("a.png"), Path("b.png"))
     rows = make_rows([sample("x", 4), sample("y", 3)], 8, "shared-image")
-    assert [row.ids for row in rows] == [("x",), ("y",)], "a group that outgrows a row is split, the image repeated"
+    assert [row.ids for row in rows] == [("x",), ("y",)], (
+        "a group that outgrows a row is split, the image repeated"
+    )
 
 
 def test_another_text_before_the_image_is_not_shared() -> None:
     labels = np.array([IGNORE, IGNORE, IGNORE, 6])
-    made = [Encoded(name, np.array([start, 2, 5, 6]), labels, (Path("a.png"),), 2) for name, start in (("x", 1), ("y", 7))]
+    made = [
+        Encoded(name, np.array([start, 2, 5, 6]), labels, (Path("a.png"),), 2)
+        for name, start in (("x", 1), ("y", 7))
+    ]
     (row,) = make_rows(made, 40, "shared-image")
     assert row.group.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
     assert len(row.images) == 2

@@ -29,7 +29,10 @@ def source(tmp_path: Path) -> Source:
     ]
     lines = [
         {
-            "messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": said}],
+            "messages": [
+                {"role": "user", "content": asked},
+                {"role": "assistant", "content": said},
+            ],
             "images": ["red.png"] * ("<image>" in asked),
         }
         for asked, said in rows
@@ -40,7 +43,9 @@ def source(tmp_path: Path) -> Source:
 
 @pytest.fixture
 def stage(tiny_run_recipe: Callable) -> Callable[..., StageRecipe]:
-    return lambda *values: tiny_run_recipe(*(f"stages.finetune.{value}" for value in values)).stages.finetune
+    return lambda *values: (
+        tiny_run_recipe(*(f"stages.finetune.{value}" for value in values)).stages.finetune
+    )
 
 
 def _printed(view) -> str:
@@ -49,18 +54,35 @@ def _printed(view) -> str:
     return console.export_text()
 
 
-def test_the_trained_tokens_are_the_answer_and_its_end(source: Source, stage, tiny_model, family: str) -> None:
+def test_the_trained_tokens_are_the_answer_and_its_end(
+    source: Source, stage, tiny_model, family: str
+) -> None:
     processor = tiny_model(family)[1]
     view = view_sample(source, 0, stage(), processor)
-    assert "".join(piece.text for piece in view.pieces if piece.trained) == "Crimson, “así” 🫖.<|im_end|>"
-    assert "".join("<image>" if piece.is_image else piece.text for piece in view.pieces) == view.rendered
+    assert (
+        "".join(piece.text for piece in view.pieces if piece.trained)
+        == "Crimson, “así” 🫖.<|im_end|>"
+    )
+    assert (
+        "".join("<image>" if piece.is_image else piece.text for piece in view.pieces)
+        == view.rendered
+    )
     assert "<|im_start|>user\n<image>\nWhich colour?<|im_end|>\n" in view.rendered
-    assert [piece.num_tokens for piece in view.pieces if piece.is_image] == [4]  # 28 pixels in patches of 14
-    assert view.num_tokens == len(processor.tokenizer(view.rendered, add_special_tokens=False).input_ids) - 1 + 4
-    assert view.num_trained == len(processor.tokenizer("Crimson, “así” 🫖.<|im_end|>", add_special_tokens=False).input_ids)
+    assert [piece.num_tokens for piece in view.pieces if piece.is_image] == [
+        4
+    ]  # 28 pixels in patches of 14
+    assert (
+        view.num_tokens
+        == len(processor.tokenizer(view.rendered, add_special_tokens=False).input_ids) - 1 + 4
+    )
+    assert view.num_trained == len(
+        processor.tokenizer("Crimson, “así” 🫖.<|im_end|>", add_special_tokens=False).input_ids
+    )
 
 
-def test_a_caption_alone_is_what_the_plain_prompt_trains_on(source: Source, stage, tiny_model) -> None:
+def test_a_caption_alone_is_what_the_plain_prompt_trains_on(
+    source: Source, stage, tiny_model
+) -> None:
     view = view_sample(source, 0, stage("prompt=plain"), tiny_model()[1])
     assert "".join(piece.text for piece in view.pieces if piece.trained) == "Crimson, “así” 🫖.\n"
     assert view.rendered == "<image>Crimson, “así” 🫖.\n"
@@ -71,17 +93,24 @@ def test_what_is_cut_off_is_counted(source: Source, stage, tiny_model) -> None:
     whole = view_sample(source, 2, stage("row_tokens=4096"), tiny_model()[1])
     assert view.num_tokens == 64
     assert view.num_truncated == whole.num_tokens - 64
-    assert f"64 tokens, {view.num_trained} of them trained on; {view.num_truncated:,} more are cut off by row_tokens" in _printed(view)
+    assert (
+        f"64 tokens, {view.num_trained} of them trained on; {view.num_truncated:,} more are cut off by row_tokens"
+        in _printed(view)
+    )
 
 
-def test_the_image_is_shown_as_the_tower_gets_it(source: Source, stage, tiny_model, tmp_path: Path) -> None:
+def test_the_image_is_shown_as_the_tower_gets_it(
+    source: Source, stage, tiny_model, tmp_path: Path
+) -> None:
     view = view_sample(source, 0, stage(), tiny_model()[1])
     [file] = save_pixels(view, tmp_path / "seen")
     assert file == tmp_path / "seen" / "row-0-image-1.png"
     values = np.asarray(Image.open(file))
     assert values.shape == (28, 28, 3)
     assert np.abs(values[14, 14] - np.array([200, 30, 60])).max() <= 2
-    mean = np.array([0.4, 0.5, 0.6]) * 255  # of these towers: what a wide picture is padded with, above and below
+    mean = (
+        np.array([0.4, 0.5, 0.6]) * 255
+    )  # of these towers: what a wide picture is padded with, above and below
     assert np.abs(values[1, 14] - mean).max() <= 2
     squashed = view_sample(source, 0, stage(), tiny_model(pad_to_square=False)[1]).pixels[0]
     assert np.abs(np.asarray(squashed)[1, 14] - np.array([200, 30, 60])).max() <= 2
@@ -99,8 +128,14 @@ def test_without_a_recipe_the_words_are_shown(source: Source) -> None:
 
 def test_colours_say_what_is_trained_on(source: Source, stage, tiny_model) -> None:
     segments = Console(width=120).render(render(view_sample(source, 1, stage(), tiny_model()[1])))
-    coloured = [(segment.text, segment.style.bgcolor.name) for segment in segments if segment.style and segment.style.bgcolor]
-    assert all(one[1] != other[1] for one, other in pairwise(coloured[:-2]))  # neighbours are told apart
+    coloured = [
+        (segment.text, segment.style.bgcolor.name)
+        for segment in segments
+        if segment.style and segment.style.bgcolor
+    ]
+    assert all(
+        one[1] != other[1] for one, other in pairwise(coloured[:-2])
+    )  # neighbours are told apart
     green = [text for text, colour in coloured if colour in ("#b7e4c7", "#74c69d")]
     assert "".join(green) == "Hello.<|im_end|>" + "trained on"  # the last is the legend
 
@@ -108,8 +143,13 @@ def test_colours_say_what_is_trained_on(source: Source, stage, tiny_model) -> No
 def test_what_cannot_be_encoded_is_said(source: Source, stage, tiny_model) -> None:
     processor = tiny_model()[1]
     assert "half of a character" in view_sample(source, 3, stage(), processor).problem
-    assert "row_tokens=20 cuts its answer off" in view_sample(source, 0, stage("row_tokens=20"), processor).problem
-    assert "cuts its answer off" in _printed(view_sample(source, 0, stage("row_tokens=20"), processor))
+    assert (
+        "row_tokens=20 cuts its answer off"
+        in view_sample(source, 0, stage("row_tokens=20"), processor).problem
+    )
+    assert "cuts its answer off" in _printed(
+        view_sample(source, 0, stage("row_tokens=20"), processor)
+    )
 
 
 def test_text_does_not_reach_the_terminal_as_commands(source: Source, stage, tiny_model) -> None:
@@ -122,7 +162,9 @@ def test_text_does_not_reach_the_terminal_as_commands(source: Source, stage, tin
 
 @pytest.mark.parametrize("row", [-1, 5, 10**9])
 def test_a_row_that_is_not_there(row: int, source: Source) -> None:
-    with pytest.raises(ValueError, match=rf"rows\.jsonl has no row {row}: it has 5 rows, so give one from 0 to 4"):
+    with pytest.raises(
+        ValueError, match=rf"rows\.jsonl has no row {row}: it has 5 rows, so give one from 0 to 4"
+    ):
         view_sample(source, row)
 
 

@@ -17,7 +17,9 @@ from mipha.data.encode import IGNORE, encode, encode_conversation
 from mipha.data.sample import IMAGE, Message, Sample
 
 UPSTREAM = Path(__file__).parents[1] / "fixtures" / "upstream"
-GOLDEN: dict[str, dict[str, Any]] = json.loads((UPSTREAM / "golden_tokens.json").read_text(encoding="utf-8"))
+GOLDEN: dict[str, dict[str, Any]] = json.loads(
+    (UPSTREAM / "golden_tokens.json").read_text(encoding="utf-8")
+)
 END = "<|endoftext|>"
 Conversation = list[dict[str, str]]
 
@@ -28,7 +30,9 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 
 def talk(*texts: str) -> Conversation:
-    return [{"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate(texts)]
+    return [
+        {"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate(texts)
+    ]
 
 
 def said(tokenizer: PreTrainedTokenizerBase, labels: np.ndarray) -> str:
@@ -38,7 +42,9 @@ def said(tokenizer: PreTrainedTokenizerBase, labels: np.ndarray) -> str:
 @pytest.mark.parametrize("name", GOLDEN)
 def test_upstream_bit_for_bit(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     golden = GOLDEN[name]
-    ids, labels = encode_conversation(golden["conversations"], tokenizer, template=name.split("/")[0], compat="upstream")
+    ids, labels = encode_conversation(
+        golden["conversations"], tokenizer, template=name.split("/")[0], compat="upstream"
+    )
     assert ids.tolist() == golden["input_ids"]
     assert labels.tolist() == golden["labels"]
 
@@ -46,7 +52,9 @@ def test_upstream_bit_for_bit(tokenizer: PreTrainedTokenizerBase, name: str) -> 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_ours_is_the_same_or_better(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     golden = GOLDEN[name]
-    ids, labels = encode_conversation(golden["conversations"], tokenizer, template=name.split("/")[0])
+    ids, labels = encode_conversation(
+        golden["conversations"], tokenizer, template=name.split("/")[0]
+    )
     if any(label != IGNORE for label in golden["labels"]):
         assert (ids.tolist(), labels.tolist()) == (golden["input_ids"], golden["labels"])
     else:  # upstream lost the sample
@@ -55,22 +63,47 @@ def test_ours_is_the_same_or_better(tokenizer: PreTrainedTokenizerBase, name: st
 
 
 WORDS = st.lists(
-    st.sampled_from([" ", "  ", "\n", "\t", "a cat", "yes", ".", ":", "USER", "ASSISTANT:", "é", "猫", "🙂", "7"]), min_size=1, max_size=6
+    st.sampled_from(
+        [
+            " ",
+            "  ",
+            "\n",
+            "\t",
+            "a cat",
+            "yes",
+            ".",
+            ":",
+            "USER",
+            "ASSISTANT:",
+            "é",
+            "猫",
+            "🙂",
+            "7",
+        ]
+    ),
+    min_size=1,
+    max_size=6,
 ).map("".join)
 
 
 @settings(max_examples=80)
 @given(texts=st.lists(WORDS, min_size=2, max_size=6), image=st.booleans())
-def test_ours_is_upstreams_wherever_upstream_counts_right(tokenizer: PreTrainedTokenizerBase, texts: list[str], image: bool) -> None:
+def test_ours_is_upstreams_wherever_upstream_counts_right(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], image: bool
+) -> None:
     conversation = talk(*texts[: len(texts) // 2 * 2])
     if image:
         conversation[0]["value"] = f"{IMAGE}\n{conversation[0]['value']}"
     ids, labels = encode_conversation(conversation, tokenizer, compat="upstream")
     ours = encode_conversation(conversation, tokenizer)
     assert np.array_equal(ids, ours[0])
-    if (labels != IGNORE).any() and "ASSISTANT:" not in "".join(texts):  # else it may count right and mask the wrong words
+    if (labels != IGNORE).any() and "ASSISTANT:" not in "".join(
+        texts
+    ):  # else it may count right and mask the wrong words
         assert np.array_equal(labels, ours[1])
-    assert said(tokenizer, ours[1]) == "".join(f" {turn['value']}{END}" for turn in conversation[1::2])
+    assert said(tokenizer, ours[1]) == "".join(
+        f" {turn['value']}{END}" for turn in conversation[1::2]
+    )
 
 
 def test_what_upstream_loses_and_ours_does_not(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -90,7 +123,9 @@ def test_an_empty_answer_in_the_middle(tokenizer: PreTrainedTokenizerBase) -> No
     """Upstream writes no end behind it, so two turns run into one; the others are trained on."""
     conversation = talk("a", "b", "c", "", "d", "e")
     ids, labels = encode_conversation(conversation, tokenizer, compat="upstream")
-    assert tokenizer.decode(ids).endswith(f"USER: a ASSISTANT: b{END}USER: c ASSISTANT:USER: d ASSISTANT: e{END}")
+    assert tokenizer.decode(ids).endswith(
+        f"USER: a ASSISTANT: b{END}USER: c ASSISTANT:USER: d ASSISTANT: e{END}"
+    )
     assert said(tokenizer, labels) == f" b{END} e{END}"
     ids, labels = encode_conversation(conversation, tokenizer)
     assert tokenizer.decode(ids).endswith(f"USER: c ASSISTANT: {END}USER: d ASSISTANT: e{END}")
@@ -113,7 +148,9 @@ def test_only_text_is_cut_and_only_by_upstream(tokenizer: PreTrainedTokenizerBas
 def test_an_image_in_an_answer(tokenizer: PreTrainedTokenizerBase) -> None:
     conversation = talk("draw", f"here {IMAGE}")
     ids, labels = encode_conversation(conversation, tokenizer, compat="upstream")
-    assert labels[ids == -200].tolist() == [-200], "its label is overwritten when the image is put in"
+    assert labels[ids == -200].tolist() == [-200], (
+        "its label is overwritten when the image is put in"
+    )
     ids, labels = encode_conversation(conversation, tokenizer)
     assert labels[ids == -200].tolist() == [IGNORE]
 
@@ -127,9 +164,15 @@ def test_a_tokenizer_that_begins_with_bos(tiny_model: Callable) -> None:
         assert ids[0] == tokenizer.bos_token_id and labels[0] == IGNORE
         assert (ids == tokenizer.bos_token_id).sum() == (ids == -200).sum() == 1
         assert said(tokenizer, labels) == " A red circle.<|im_end|> yes<|im_end|>"
-        ids, labels = encode_conversation(talk(IMAGE, "a cat"), tokenizer, template="plain", compat=compat)
+        ids, labels = encode_conversation(
+            talk(IMAGE, "a cat"), tokenizer, template="plain", compat=compat
+        )
         assert ids[:2].tolist() == [tokenizer.bos_token_id, -200]
-        assert labels.tolist() == [IGNORE, IGNORE, *tokenizer("a cat\n", add_special_tokens=False)["input_ids"]]
+        assert labels.tolist() == [
+            IGNORE,
+            IGNORE,
+            *tokenizer("a cat\n", add_special_tokens=False)["input_ids"],
+        ]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma"])
@@ -137,11 +180,15 @@ def test_ours_is_what_training_sees(tiny_model: Callable, family: str) -> None:
     """The same text as the `vicuna` chat template writes, with the image not yet expanded."""
     processor = tiny_model(family, chat_template="vicuna")[1]
     texts = (f"{IMAGE}\nWhat is it?", "A red circle.", "Sure?", "yes")
-    messages = [Message(("user", "assistant")[number % 2], text) for number, text in enumerate(texts)]
+    messages = [
+        Message(("user", "assistant")[number % 2], text) for number, text in enumerate(texts)
+    ]
     wanted = encode(Sample("s", tuple(messages), (Path("a.png"),)), processor, 1000)
     ids, labels = encode_conversation(talk(*texts), processor.tokenizer)
     repeats = np.where(ids == -200, 4, 1)
-    assert np.array_equal(np.repeat(np.where(ids == -200, processor.image_token_id, ids), repeats), wanted.input_ids)
+    assert np.array_equal(
+        np.repeat(np.where(ids == -200, processor.image_token_id, ids), repeats), wanted.input_ids
+    )
     assert np.array_equal(np.repeat(labels, repeats), wanted.labels)
 
 
@@ -151,9 +198,17 @@ def test_ours_is_what_training_sees(tiny_model: Callable, family: str) -> None:
         ([], {}, "the turns are by nobody"),
         ([{"from": "system", "value": "a"}], {}, "turn 0: wanted"),
         ([{"from": "human", "value": None}], {}, "turn 0: wanted"),
-        ([*talk("a"), *talk("b")], {}, "the turns are by human, human: wanted human and gpt in turn"),
+        (
+            [*talk("a"), *talk("b")],
+            {},
+            "the turns are by human, human: wanted human and gpt in turn",
+        ),
         (talk("a"), {}, "no question of the conversation is answered"),
-        (talk("a", "b"), {"template": "plain"}, "2 turns: the plain template wants two, the first with <image>"),
+        (
+            talk("a", "b"),
+            {"template": "plain"},
+            "2 turns: the plain template wants two, the first with <image>",
+        ),
         (talk("a", "b"), {"template": "chatml"}, "template='chatml'"),
         (talk("a", "b"), {"compat": "llava"}, "compat='llava'"),
     ],

@@ -37,7 +37,11 @@ def exported(tiny_model: Callable, tmp_path_factory: pytest.TempPathFactory) -> 
     with torch.no_grad():
         model.lm_head.weight.mul_(3.0)
         for row in range(len(model.lm_head.weight)):
-            if row in tokenizer.all_special_ids or not tokenizer.decode([row]).isprintable() or "\ufffd" in tokenizer.decode([row]):
+            if (
+                row in tokenizer.all_special_ids
+                or not tokenizer.decode([row]).isprintable()
+                or "\ufffd" in tokenizer.decode([row])
+            ):
                 model.lm_head.weight[row] = 0.0
                 model.lm_head.bias[row] = -9.0
     save_checkpoint(model, processor, root / "checkpoint")
@@ -50,7 +54,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two of the tower's size, and a wide one, which llama.cpp pads in another colour than we."""
     folder, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
     for name, size in {"a": (28, 28), "b": (28, 28), "wide": (28, 84)}.items():
-        Image.fromarray(random.integers(0, 255, (*size, 3), dtype=np.uint8)).save(folder / f"{name}.png")
+        Image.fromarray(random.integers(0, 255, (*size, 3), dtype=np.uint8)).save(
+            folder / f"{name}.png"
+        )
     (folder / "notes.txt").write_text("no picture")
     return folder
 
@@ -58,24 +64,42 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def found(exported: tuple[Path, Path], pictures: Path) -> Parity:
     square = [path for path in parity.images_in(pictures) if path.stem != "wide"]
-    return parity.check_parity(*exported, square, QUESTIONS, max_new_tokens=8, threads=1, device="cpu")
+    return parity.check_parity(
+        *exported, square, QUESTIONS, max_new_tokens=8, threads=1, device="cpu"
+    )
 
 
 def test_good_files_pass(found: Parity) -> None:
     theirs, ours = found.embeddings
     assert (theirs.pixels, ours.pixels, ours.num_images) == ("llama.cpp", "ours", 2)
     assert replace(theirs, pixels="ours") == ours  # nobody resized anything
-    assert 0.9999 < ours.cosine_min <= ours.cosine_mean < 1.0001 and ours.max_error < 2e-3 * ours.largest
+    assert (
+        0.9999 < ours.cosine_min <= ours.cosine_mean < 1.0001
+        and ours.max_error < 2e-3 * ours.largest
+    )
     assert ours.scale == pytest.approx(1, abs=1e-3)
     f32, q8_0 = found.files
-    assert (f32.file, f32.quantization, q8_0.file, q8_0.quantization) == ("model-f32.gguf", "f32", "model-q8_0.gguf", "q8_0")
-    assert (f32.num_same, f32.num_same_prompts, f32.num_questions, f32.num_same_tops, f32.num_logits) == (4, 4, 4, 4, 4)
+    assert (f32.file, f32.quantization, q8_0.file, q8_0.quantization) == (
+        "model-f32.gguf",
+        "f32",
+        "model-q8_0.gguf",
+        "q8_0",
+    )
+    assert (
+        f32.num_same,
+        f32.num_same_prompts,
+        f32.num_questions,
+        f32.num_same_tops,
+        f32.num_logits,
+    ) == (4, 4, 4, 4, 4)
     assert 0 < f32.logit_error < min(0.05, q8_0.logit_error)
     assert f32.verdict == "ok" and not f32.disagreements and f32.seconds > 0
     assert found.passed == (q8_0.verdict == "ok")
 
 
-def test_the_report_in_three_forms(found: Parity, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_report_in_three_forms(
+    found: Parity, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     as_json, as_markdown = write_parity(found, tmp_path)
     plain = json.loads(as_json.read_text())
     assert plain["passed"] == found.passed
@@ -83,20 +107,34 @@ def test_the_report_in_three_forms(found: Parity, tmp_path: Path, capsys: pytest
     assert plain["files"][0]["agreement"] == 1.0
     markdown = as_markdown.read_text()
     assert "| ours | 2 | 1.000000 | 1.000000 | 1.0000 |" in markdown
-    assert "| f32 | 4 of 4 |" in markdown and "| 4 of 4 | 51.0 to 100.0 % |" in markdown  # Wilson: 4 of 4
+    assert (
+        "| f32 | 4 of 4 |" in markdown and "| 4 of 4 | 51.0 to 100.0 % |" in markdown
+    )  # Wilson: 4 of 4
     print_parity(found)
     printed = capsys.readouterr().out
     assert "q8_0" in printed and "the bounds" in printed
 
 
-def test_other_pixels_are_told_from_other_weights(exported: tuple[Path, Path], pictures: Path, f32: Path) -> None:
-    found = parity.check_parity(exported[0], f32, [pictures / "wide.png"], QUESTIONS, max_new_tokens=8, threads=1, device="cpu")
+def test_other_pixels_are_told_from_other_weights(
+    exported: tuple[Path, Path], pictures: Path, f32: Path
+) -> None:
+    found = parity.check_parity(
+        exported[0],
+        f32,
+        [pictures / "wide.png"],
+        QUESTIONS,
+        max_new_tokens=8,
+        threads=1,
+        device="cpu",
+    )
     assert [row.verdict for row in found.embeddings] == ["pixels differ", "ok"]
     (row,) = found.files
     assert row.logit_error < 0.05  # with our own pixels
     assert row.disagreements and {one.because for one in row.disagreements} == {"pixels"}
     count = len(row.disagreements)
-    assert row.verdict == f"answers differ, {count} of {count} for their pixels" and not found.passed
+    assert (
+        row.verdict == f"answers differ, {count} of {count} for their pixels" and not found.passed
+    )
 
 
 @pytest.fixture
@@ -116,18 +154,38 @@ def _change(path: Path, name: str, change: Callable[[np.ndarray], np.ndarray]) -
 
 
 @pytest.mark.parametrize("tensor", ["v.position_embd.weight", "mm.2.bias", "v.blk.0.ffn_up.weight"])
-def test_a_fault_in_the_tower_or_projector_is_found(exported: tuple[Path, Path], pictures: Path, f32: Path, tensor: str) -> None:
+def test_a_fault_in_the_tower_or_projector_is_found(
+    exported: tuple[Path, Path], pictures: Path, f32: Path, tensor: str
+) -> None:
     _change(f32 / "mmproj-f32.gguf", tensor, lambda values: np.roll(values, 1, axis=0))
-    found = parity.check_parity(exported[0], f32, [pictures / "a.png"], QUESTIONS[:1], max_new_tokens=4, threads=1, device="cpu")
+    found = parity.check_parity(
+        exported[0],
+        f32,
+        [pictures / "a.png"],
+        QUESTIONS[:1],
+        max_new_tokens=4,
+        threads=1,
+        device="cpu",
+    )
     assert [row.verdict for row in found.embeddings] == ["weights differ", "weights differ"]
     assert not found.passed
 
 
-@pytest.mark.parametrize(("tensor", "factor"), [("output.bias", 0.0), ("blk.1.attn_v.weight", -1.0)])
-def test_a_fault_in_the_language_model_is_found(exported: tuple[Path, Path], pictures: Path, f32: Path, tensor: str, factor: float) -> None:
+@pytest.mark.parametrize(
+    ("tensor", "factor"), [("output.bias", 0.0), ("blk.1.attn_v.weight", -1.0)]
+)
+def test_a_fault_in_the_language_model_is_found(
+    exported: tuple[Path, Path], pictures: Path, f32: Path, tensor: str, factor: float
+) -> None:
     _change(f32 / "model-f32.gguf", tensor, lambda values: values * factor)
     found = parity.check_parity(
-        exported[0], f32, [pictures / "a.png", pictures / "b.png"], QUESTIONS, max_new_tokens=8, threads=1, device="cpu"
+        exported[0],
+        f32,
+        [pictures / "a.png", pictures / "b.png"],
+        QUESTIONS,
+        max_new_tokens=8,
+        threads=1,
+        device="cpu",
     )
     assert [row.verdict for row in found.embeddings] == ["ok", "ok"]
     (row,) = found.files
@@ -140,9 +198,15 @@ def test_another_prompt_is_found(exported: tuple[Path, Path], pictures: Path, f3
     content = file.read_bytes()
     begins = b"{{- '<|im_start|>' + message.role"
     assert content.count(begins) == 1
-    file.write_bytes(content.replace(begins, b"{{- '<|im_begun|>' + message.role"))  # as long, but no token
-    found = parity.check_parity(exported[0], f32, [pictures / "a.png"], max_new_tokens=4, threads=1, device="cpu")
-    assert found.files[0].num_same_prompts == 0 and found.files[0].verdict.startswith("prompts differ")
+    file.write_bytes(
+        content.replace(begins, b"{{- '<|im_begun|>' + message.role")
+    )  # as long, but no token
+    found = parity.check_parity(
+        exported[0], f32, [pictures / "a.png"], max_new_tokens=4, threads=1, device="cpu"
+    )
+    assert found.files[0].num_same_prompts == 0 and found.files[0].verdict.startswith(
+        "prompts differ"
+    )
 
 
 def _row(quantization: str = "q8_0", **changes: object) -> FileParity:
@@ -183,27 +247,43 @@ def test_the_interval_is_wilsons() -> None:
     ],
 )
 def test_where_two_answers_part(ours: str, margin: float) -> None:
-    reply = Reply("a red circle", (b" a", b" red", b" cir", b"cle", b""), (1.0, 3.0, 2.0, 5.0, 4.0), 9, finished=True)
+    reply = Reply(
+        "a red circle",
+        (b" a", b" red", b" cir", b"cle", b""),
+        (1.0, 3.0, 2.0, 5.0, 4.0),
+        9,
+        finished=True,
+    )
     assert parity._margin(reply, ours) == margin
 
 
 def test_a_square_picture_is_resized_as_by_us(exported: tuple[Path, Path]) -> None:
     processor, random = load_processor(exported[0]), np.random.default_rng(0)
-    with LlamaCpp(exported[1] / "model-f32.gguf", exported[1] / "mmproj-f32.gguf", threads=1, context=64) as runtime:
+    with LlamaCpp(
+        exported[1] / "model-f32.gguf", exported[1] / "mmproj-f32.gguf", threads=1, context=64
+    ) as runtime:
         for side in (9, 29, 64, 101, 336):
             picture = Image.fromarray(random.integers(0, 255, (side, side, 3), dtype=np.uint8))
-            assert np.array_equal(runtime.image_embeddings(picture), runtime.image_embeddings(parity.as_seen(processor, picture))), side
+            assert np.array_equal(
+                runtime.image_embeddings(picture),
+                runtime.image_embeddings(parity.as_seen(processor, picture)),
+            ), side
 
 
 def test_our_pixels_come_back_as_they_are(exported: tuple[Path, Path], pictures: Path) -> None:
     processor = load_processor(exported[0])
     seen = parity.as_seen(processor, Image.open(pictures / "wide.png"))
     assert seen.size == (28, 28)
-    once, again = (processor.image_processor(one, return_tensors="np")["pixel_values"] for one in (Image.open(pictures / "wide.png"), seen))
+    once, again = (
+        processor.image_processor(one, return_tensors="np")["pixel_values"]
+        for one in (Image.open(pictures / "wide.png"), seen)
+    )
     assert np.array_equal(once, again)
 
 
-def test_what_is_missing_is_named(exported: tuple[Path, Path], pictures: Path, f32: Path, tmp_path: Path) -> None:
+def test_what_is_missing_is_named(
+    exported: tuple[Path, Path], pictures: Path, f32: Path, tmp_path: Path
+) -> None:
     assert [path.name for path in parity.images_in(pictures)] == ["a.png", "b.png", "wide.png"]
     with pytest.raises(FileNotFoundError, match="holds no image file"):
         parity.images_in(tmp_path)

@@ -18,7 +18,9 @@ from mipha.models.build import save_checkpoint
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tiny_model: Callable, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def checkpoint(
+    tiny_model: Callable, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
     """`checkpoint("phi", "clip")`: its folder, made once."""
     root = tmp_path_factory.mktemp("checkpoints")
 
@@ -53,15 +55,23 @@ def failed(found: Verification) -> dict[str, str]:
     return {check.name: check.found for check in found.checks if not check.passed}
 
 
-@pytest.mark.parametrize(("family", "tower", "vllm"), [("llama", "clip", "exact"), ("qwen2", "dinov2", "unsupported")])
-def test_a_checkpoint_is_exact_without_mipha(checkpoint: Callable[..., Path], family: str, tower: str, vllm: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "tower", "vllm"), [("llama", "clip", "exact"), ("qwen2", "dinov2", "unsupported")]
+)
+def test_a_checkpoint_is_exact_without_mipha(
+    checkpoint: Callable[..., Path], family: str, tower: str, vllm: str
+) -> None:
     found = verify(checkpoint(family, tower))
     assert failed(found) == {}
     assert found.exact
     said = {check.name: check.found for check in found.checks}
     assert said["loads without mipha"].startswith("transformers.models.llava.")
-    assert said["tokens per image"].startswith("4,")  # 28 pixels by patches of 14; neither tower's class token is among them
-    assert said["head and word embeddings"] == ("tied" if family == "qwen2" else "a head of its own")
+    assert said["tokens per image"].startswith(
+        "4,"
+    )  # 28 pixels by patches of 14; neither tower's class token is among them
+    assert said["head and word embeddings"] == (
+        "tied" if family == "qwen2" else "a head of its own"
+    )
     assert {row.name: row.status for row in found.runtimes} | {"llama.cpp": ""} == {
         "mipha": "exact",
         "transformers": "exact",
@@ -71,16 +81,28 @@ def test_a_checkpoint_is_exact_without_mipha(checkpoint: Callable[..., Path], fa
     assert json.loads(json.dumps(found.as_json()))["exact"] is True
 
 
-def test_a_biased_head_is_approximate_by_the_size_of_the_bias(checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture) -> None:
+def test_a_biased_head_is_approximate_by_the_size_of_the_bias(
+    checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture
+) -> None:
     found = verify(checkpoint("phi", "siglip"))
     assert not found.exact
     assert set(failed(found)) - {"answers"} == {"head bias", "logits"}
-    bias = load_file(checkpoint("phi", "siglip") / "model.safetensors")["language_model.lm_head.bias"]
-    off, mended = re.fullmatch(r"differ by up to (\S+), of \S+; with the head's bias put back, by (\S+)", failed(found)["logits"]).groups()
-    assert float(off) == pytest.approx(bias.abs().max().item(), rel=0.06)  # every logit lacks its own bias
+    bias = load_file(checkpoint("phi", "siglip") / "model.safetensors")[
+        "language_model.lm_head.bias"
+    ]
+    off, mended = re.fullmatch(
+        r"differ by up to (\S+), of \S+; with the head's bias put back, by (\S+)",
+        failed(found)["logits"],
+    ).groups()
+    assert float(off) == pytest.approx(
+        bias.abs().max().item(), rel=0.06
+    )  # every logit lacks its own bias
     assert float(mended) < 1e-4
     status = {row.name: row for row in found.runtimes}
-    assert status["transformers"].status == "approximate" and "dropped" in status["transformers"].reason
+    assert (
+        status["transformers"].status == "approximate"
+        and "dropped" in status["transformers"].reason
+    )
     assert status["vLLM"].status == "exact"
     print_verification(found)
     assert "approximate" in capsys.readouterr().out
@@ -88,19 +110,26 @@ def test_a_biased_head_is_approximate_by_the_size_of_the_bias(checkpoint: Callab
 
 def test_each_thing_that_is_not_as_it_says_is_found(spoiled: Path) -> None:
     weights = load_file(spoiled / "model.safetensors")
-    renamed = {name if "lm_head" in name else f"model.{name}": value for name, value in weights.items()}
+    renamed = {
+        name if "lm_head" in name else f"model.{name}": value for name, value in weights.items()
+    }
     save_file(renamed, spoiled / "model.safetensors", metadata={"format": "pt"})
     edit(spoiled / "config.json", dtype="bfloat16")
     edit(spoiled / "generation_config.json", eos_token_id=[3])
     found = verify(spoiled)
     assert {"names of weights", "type of weights", "end of an answer"} <= set(failed(found))
     assert "float32, but the config says bfloat16" in failed(found)["type of weights"]
-    assert {row.name: row.status for row in found.runtimes}["vLLM"] == "unsupported"  # it finds weights by their names
+    assert {row.name: row.status for row in found.runtimes}[
+        "vLLM"
+    ] == "unsupported"  # it finds weights by their names
 
 
 def test_a_tower_without_the_name_that_others_look_for_is_found(spoiled: Path) -> None:
     weights = load_file(spoiled / "model.safetensors")
-    short = {name.replace("vision_tower.vision_model.", "vision_tower."): value for name, value in weights.items()}
+    short = {
+        name.replace("vision_tower.vision_model.", "vision_tower."): value
+        for name, value in weights.items()
+    }
     assert short.keys() != weights.keys()
     save_file(short, spoiled / "model.safetensors", metadata={"format": "pt"})
     found = verify(spoiled)
@@ -123,9 +152,16 @@ def _cut(folder: Path) -> None:
 def _shards(folder: Path, drop: bool) -> None:
     weights = load_file(folder / "model.safetensors")
     names = sorted(weights)
-    files = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+    files = {
+        "model-00001-of-00002.safetensors": names[::2],
+        "model-00002-of-00002.safetensors": names[1::2],
+    }
     for file, keys in files.items():
-        save_file({key: weights[key] for key in keys if drop or key != names[0]}, folder / file, metadata={"format": "pt"})
+        save_file(
+            {key: weights[key] for key in keys if drop or key != names[0]},
+            folder / file,
+            metadata={"format": "pt"},
+        )
     places = {key: file for file, keys in files.items() for key in keys}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
     (folder / "model.safetensors").unlink()
@@ -138,25 +174,48 @@ def _shards(folder: Path, drop: bool) -> None:
     [
         (_cut, r"model\.safetensors is cut short"),
         (lambda folder: _shards(folder, drop=True), r"no model-00002-of-00002\.safetensors"),
-        (lambda folder: _shards(folder, drop=False), r"lacks 1 tensors that model\.safetensors\.index\.json names, language_model\."),
-        (lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"), r"pytorch_model\.bin is a pickle"),
+        (
+            lambda folder: _shards(folder, drop=False),
+            r"lacks 1 tensors that model\.safetensors\.index\.json names, language_model\.",
+        ),
+        (
+            lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+            r"pytorch_model\.bin is a pickle",
+        ),
         (lambda folder: (folder / "training_args.bin").touch(), r"training_args\.bin is a pickle"),
         (lambda folder: (folder / "modeling_mine.py").touch(), r"modeling_mine\.py is code"),
-        (lambda folder: edit(folder / "config.json", auto_map={"AutoModel": "x.Y"}), "code of its own"),
-        (lambda folder: edit(folder / "config.json", model_type="paligemma"), "holds a 'paligemma', not a LLaVA"),
-        (lambda folder: edit(folder / "config.json", text_config__model_type="phi"), "the weights do not fit"),
-        (lambda folder: (folder / "config.json").write_text('{"model_type": '), r"config\.json is not JSON"),
+        (
+            lambda folder: edit(folder / "config.json", auto_map={"AutoModel": "x.Y"}),
+            "code of its own",
+        ),
+        (
+            lambda folder: edit(folder / "config.json", model_type="paligemma"),
+            "holds a 'paligemma', not a LLaVA",
+        ),
+        (
+            lambda folder: edit(folder / "config.json", text_config__model_type="phi"),
+            "the weights do not fit",
+        ),
+        (
+            lambda folder: (folder / "config.json").write_text('{"model_type": '),
+            r"config\.json is not JSON",
+        ),
         (lambda folder: (folder / "chat_template.jinja").unlink(), r"no chat_template\.jinja"),
         (lambda folder: (folder / "processor_config.json").unlink(), r"no processor_config\.json"),
         (
             lambda folder: edit(folder / "processor_config.json", patch_size=7),
             "16 tokens by patches of 7, but the tower wants 28 x 28, 4 ",
         ),
-        (lambda folder: edit(folder / "processor_config.json", num_additional_image_tokens=1), "5 tokens by patches of 14, but"),
+        (
+            lambda folder: edit(folder / "processor_config.json", num_additional_image_tokens=1),
+            "5 tokens by patches of 14, but",
+        ),
         (lambda folder: (folder / "config.json").unlink(), r"neither a run .* nor a whole model"),
     ],
 )
-def test_a_broken_folder_gets_one_sentence(spoiled: Path, spoil: Callable[[Path], object], message: str) -> None:
+def test_a_broken_folder_gets_one_sentence(
+    spoiled: Path, spoil: Callable[[Path], object], message: str
+) -> None:
     spoil(spoiled)
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         verify(spoiled)
@@ -174,19 +233,54 @@ CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 @pytest.mark.parametrize(
     ("tower", "text", "statuses", "reason"),
     [
-        ("siglip_vision_model", {"model_type": "qwen2"}, "exact exact approximate", "no squares otherwise than PIL"),
-        ("clip_vision_model", {"model_type": "phi"}, "approximate exact approximate", "bias in the head"),
-        ("clip_vision_model", {"model_type": "phi", "lm_head_bias": False}, "exact exact approximate", "language model"),
-        ("clip_vision_model", {"model_type": "gpt_neox"}, "exact unsupported approximate", "layers named `model`"),
+        (
+            "siglip_vision_model",
+            {"model_type": "qwen2"},
+            "exact exact approximate",
+            "no squares otherwise than PIL",
+        ),
+        (
+            "clip_vision_model",
+            {"model_type": "phi"},
+            "approximate exact approximate",
+            "bias in the head",
+        ),
+        (
+            "clip_vision_model",
+            {"model_type": "phi", "lm_head_bias": False},
+            "exact exact approximate",
+            "language model",
+        ),
+        (
+            "clip_vision_model",
+            {"model_type": "gpt_neox"},
+            "exact unsupported approximate",
+            "layers named `model`",
+        ),
         ("clip_vision_model", {"model_type": "gemma"}, "exact approximate approximate", "36787"),
-        ("clip_vision_model", {"model_type": "olmo"}, "exact unsupported unsupported", "nothing is known of a 'olmo'"),
-        ("clip_vision_model", {"model_type": "llama", "architectures": None}, "exact unsupported approximate", "architectures is not set"),
+        (
+            "clip_vision_model",
+            {"model_type": "olmo"},
+            "exact unsupported unsupported",
+            "nothing is known of a 'olmo'",
+        ),
+        (
+            "clip_vision_model",
+            {"model_type": "llama", "architectures": None},
+            "exact unsupported approximate",
+            "architectures is not set",
+        ),
         ("dinov2", {"model_type": "qwen2"}, "exact unsupported unsupported", "no 'dinov2' tower"),
         ("vit", {"model_type": "llama"}, "exact unsupported unsupported", "no 'vit' tower"),
     ],
 )
-def test_which_programs_run_it(tower: str, text: dict[str, Any], statuses: str, reason: str) -> None:
-    config = {"vision_config": {"model_type": tower}, "text_config": {"architectures": ["X"]} | text}
+def test_which_programs_run_it(
+    tower: str, text: dict[str, Any], statuses: str, reason: str
+) -> None:
+    config = {
+        "vision_config": {"model_type": tower},
+        "text_config": {"architectures": ["X"]} | text,
+    }
     ours, *others = runtimes(config, {"image_processor": {"do_pad": True, "image_mean": CLIP_MEAN}})
     assert ours.status == "exact"
     assert [other.name for other in others] == ["transformers", "vLLM", "llama.cpp"]
@@ -209,6 +303,13 @@ def test_a_normed_last_layer_is_for_transformers_alone() -> None:
     ],
 )
 def test_llama_cpp_pads_by_its_own_rule(pixels: dict[str, Any], reason: str | None) -> None:
-    config = {"vision_config": {"model_type": "clip"}, "text_config": {"model_type": "llama", "architectures": ["X"]}}
-    (found,) = [row.reason for row in runtimes(config, {"image_processor": pixels}) if row.name == "llama.cpp"]
+    config = {
+        "vision_config": {"model_type": "clip"},
+        "text_config": {"model_type": "llama", "architectures": ["X"]},
+    }
+    (found,) = [
+        row.reason
+        for row in runtimes(config, {"image_processor": pixels})
+        if row.name == "llama.cpp"
+    ]
     assert ("pads pictures" in found) == (reason is not None) and (reason or "") in found

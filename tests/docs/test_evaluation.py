@@ -11,7 +11,12 @@ TEXT = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding
 
 
 def test_every_benchmark_has_its_row_with_the_files_it_reads() -> None:
-    rows = {row[0]: row for row in re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \| (.*?) \| (.*?) \|$", TEXT, flags=re.MULTILINE)}
+    rows = {
+        row[0]: row
+        for row in re.findall(
+            r"^\| `(\w+)` \| (.*?) \| (.*?) \| (.*?) \| (.*?) \|$", TEXT, flags=re.MULTILINE
+        )
+    }
     assert sorted(rows) == list_benchmarks()
     for name, (_, files, _, _, labels) in rows.items():
         benchmark = load_benchmark(name)

@@ -24,10 +24,14 @@ from mipha.data.mixture import list_datasets
 from mipha.recipe import Recipe, load_recipe
 
 TEXT = (Path(__file__).parents[2] / "docs" / "own-data.md").read_text(encoding="utf-8")
-BLOCKS: list[tuple[str, str]] = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, flags=re.DOTALL | re.MULTILINE)
+BLOCKS: list[tuple[str, str]] = re.findall(
+    r"^```(\w+)\n(.*?)^```$", TEXT, flags=re.DOTALL | re.MULTILINE
+)
 TABLE = re.findall(r"^\| (.+?) \| (.+?) \| `(\w+)` \|$", TEXT, flags=re.MULTILINE)
 
-needs_package = pytest.mark.skipif(find_spec("easy_vqa") is None, reason="easy-vqa is not installed: make install")
+needs_package = pytest.mark.skipif(
+    find_spec("easy_vqa") is None, reason="easy-vqa is not installed: make install"
+)
 
 
 class Tour(NamedTuple):
@@ -43,7 +47,9 @@ class Tour(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def tour(tmp_path_factory: pytest.TempPathFactory, tiny_run_recipe: Callable[..., Recipe]) -> Iterator[Tour]:
+def tour(
+    tmp_path_factory: pytest.TempPathFactory, tiny_run_recipe: Callable[..., Recipe]
+) -> Iterator[Tour]:
     """Every block of the tutorial, from top to bottom, in a new folder."""
     folder = tmp_path_factory.mktemp("own-data")
     tiny = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
@@ -91,12 +97,28 @@ def _run(line: str, tiny: Path) -> str:
 @needs_package
 def test_the_check_finds_the_two_broken_rows_and_the_copy_is_without_them(tour: Tour) -> None:
     rows = (tour.folder / "my.jsonl").read_text().splitlines()
-    assert len(rows) == 2 * 1000 + 2 and len((tour.folder / "test.jsonl").read_text().splitlines()) == 2 * 100
-    assert len(list((tour.folder / "pictures").glob("*.png"))) == len(list((tour.folder / "pictures").glob("*.txt"))) == 1000
+    assert (
+        len(rows) == 2 * 1000 + 2
+        and len((tour.folder / "test.jsonl").read_text().splitlines()) == 2 * 100
+    )
+    assert (
+        len(list((tour.folder / "pictures").glob("*.png")))
+        == len(list((tour.folder / "pictures").glob("*.txt")))
+        == 1000
+    )
     found = tour.output("mipha check ./my.jsonl --recipe")
-    assert "my.jsonl is read as table" in found and "2 errors, 0 warnings" in found and "guessed without the image" in found
-    assert "error 1 2000 missing image files" in found and "error 1 2001 rows that are no conversation" in found
-    page = html.unescape(re.sub("<[^>]*>", "", (tour.folder / "report.html").read_text(encoding="utf-8")))
+    assert (
+        "my.jsonl is read as table" in found
+        and "2 errors, 0 warnings" in found
+        and "guessed without the image" in found
+    )
+    assert (
+        "error 1 2000 missing image files" in found
+        and "error 1 2001 rows that are no conversation" in found
+    )
+    page = html.unescape(
+        re.sub("<[^>]*>", "", (tour.folder / "report.html").read_text(encoding="utf-8"))
+    )
     assert "pictures/gone.png" in page and f"{json.loads(rows[0])['question']}<|im_end|>" in page
     assert (tour.folder / "clean.jsonl").read_text().splitlines() == rows[:-2]
     assert len((tour.folder / "clean.jsonl.changes.txt").read_text().splitlines()) == 2
@@ -109,7 +131,11 @@ def test_the_check_finds_the_two_broken_rows_and_the_copy_is_without_them(tour: 
 def test_a_row_is_shown_with_its_picture(tour: Tour) -> None:
     row = json.loads((tour.folder / "clean.jsonl").read_text().splitlines()[0])
     shown = tour.output("mipha show")
-    assert f"{row['question']}<|im_end|>" in shown and f"{row['answer']}<|im_end|>" in shown and row["image"] in shown
+    assert (
+        f"{row['question']}<|im_end|>" in shown
+        and f"{row['answer']}<|im_end|>" in shown
+        and row["image"] in shown
+    )
     with Image.open(tour.folder / "row-0-image-1.png") as image:
         assert image.size == (28, 28)  # the tiny tower's
 
@@ -126,15 +152,27 @@ def test_the_trained_model_is_asked_and_chats(tour: Tour) -> None:
 
 @needs_package
 def test_a_mixture_counts_its_sources(tour: Tour) -> None:
-    steps = [json.loads(line) for line in (tour.folder / "runs/mixed/finetune/metrics.jsonl").read_text().splitlines()]
-    shown = {source: sum(step[f"samples/{source}"] for step in steps) for source in ("clean.jsonl", "easy_vqa")}
+    steps = [
+        json.loads(line)
+        for line in (tour.folder / "runs/mixed/finetune/metrics.jsonl").read_text().splitlines()
+    ]
+    shown = {
+        source: sum(step[f"samples/{source}"] for step in steps)
+        for source in ("clean.jsonl", "easy_vqa")
+    }
     assert sum(shown.values()) == sum(step["samples"] for step in steps)
     assert shown["clean.jsonl"] > shown["easy_vqa"] > 0  # 4,000 against 500 in an epoch
 
 
 def test_the_commands_fit_the_quickstart_which_they_name() -> None:
-    commands = [line for language, block in BLOCKS if language == "bash" for line in _commands(block)]
-    trained = [shlex.split(line, comments=True) for line in commands if line.startswith("mipha train quickstart")]
+    commands = [
+        line for language, block in BLOCKS if language == "bash" for line in _commands(block)
+    ]
+    trained = [
+        shlex.split(line, comments=True)
+        for line in commands
+        if line.startswith("mipha train quickstart")
+    ]
     assert len(trained) == 2
     for words in trained:
         recipe = load_recipe("quickstart").override(*words[5:])
@@ -154,10 +192,21 @@ def test_the_formats_are_read_as_the_table_says(tmp_path: Path) -> None:
             file = tmp_path / f"own{suffix}"
             if suffix in (".csv", ".tsv"):
                 separator = "," if suffix == ".csv" else "\t"
-                file.write_text("\n".join(separator.join(words) for words in (content, content.values())) + "\n")
+                file.write_text(
+                    "\n".join(separator.join(words) for words in (content, content.values())) + "\n"
+                )
             else:
                 file.write_text(json.dumps([content] if suffix == ".json" else content))
             assert detect(file)[0] == dataset, (suffix, record)
             shown += 1
-    own = {"messages", "llava", "sharegpt", "table", "image_folder", "parquet", "arrow", "webdataset"}
+    own = {
+        "messages",
+        "llava",
+        "sharegpt",
+        "table",
+        "image_folder",
+        "parquet",
+        "arrow",
+        "webdataset",
+    }
     assert {dataset for *_, dataset in TABLE} == own and shown == 14

@@ -14,7 +14,9 @@ from mipha.studies.study import list_studies
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = {"README.md": README} | {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+PAGES = {"README.md": README} | {
+    path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))
+}
 
 
 def _blocks(language: str, text: str = README) -> list[str]:
@@ -24,7 +26,9 @@ def _blocks(language: str, text: str = README) -> list[str]:
 def test_python_blocks_use_public_names() -> None:
     (block,) = _blocks("python")
     names = {
-        node.attr for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "mipha"
+        node.attr
+        for node in ast.walk(ast.parse(block))
+        if isinstance(node, ast.Attribute) and getattr(node.value, "id", "") == "mipha"
     }
     assert names >= {"load_recipe", "train", "evaluate", "load"}
     for name in names:
@@ -33,11 +37,18 @@ def test_python_blocks_use_public_names() -> None:
 
 def test_overrides_in_the_text_are_valid() -> None:
     """Of recipes in the README; of recipes and alignment recipes in the other pages' commands."""
-    commands = [line for text in PAGES.values() for block in _blocks("bash", text) for line in block.splitlines()]
+    commands = [
+        line
+        for text in PAGES.values()
+        for block in _blocks("bash", text)
+        for line in block.splitlines()
+    ]
     assert any("mipha align" in line for line in commands)
     found = 0
     for line in [*commands, *_blocks("python", README)]:
-        for assignment in {word for word in re.findall(r"(?<![\w-])[\w.]+=[^\s\"`),]+", line) if word[0].islower()}:
+        for assignment in {
+            word for word in re.findall(r"(?<![\w-])[\w.]+=[^\s\"`),]+", line) if word[0].islower()
+        }:
             step = re.search(r"mipha align ([\w-]+) ([\w-]+)", line)
             if re.search(r"mipha (train|plan|quickstart)|override", line):
                 load_recipe("quickstart").override(assignment)
@@ -53,7 +64,11 @@ def test_verbs_exist() -> None:
     verbs = {command.name or command.callback.__name__ for command in app.registered_commands}
     verbs |= {group.name for group in app.registered_groups}
     for name, text in PAGES.items():
-        used = set(re.findall(r"^(?:.*-m )?mipha (\w+)", "\n".join(_blocks("bash", text)), flags=re.MULTILINE))
+        used = set(
+            re.findall(
+                r"^(?:.*-m )?mipha (\w+)", "\n".join(_blocks("bash", text)), flags=re.MULTILINE
+            )
+        )
         assert used and used <= verbs, name
 
 
@@ -71,7 +86,11 @@ def test_the_tree_is_true() -> None:
     for line in tree.splitlines():
         indent = len(line) - len(line.lstrip())
         folders = [(depth, name) for depth, name in folders if depth < indent]
-        for name in re.findall(r"[\w.\-/]+(?:/|\.\w+|file)(?=\s|$)|\.ci/run", re.split(r"\s{3,}", line.strip())[0]):
-            assert ROOT.joinpath(*(folder for _, folder in folders), name).exists(), f"README's tree names {name}"
+        for name in re.findall(
+            r"[\w.\-/]+(?:/|\.\w+|file)(?=\s|$)|\.ci/run", re.split(r"\s{3,}", line.strip())[0]
+        ):
+            assert ROOT.joinpath(*(folder for _, folder in folders), name).exists(), (
+                f"README's tree names {name}"
+            )
             if name.endswith("/"):
                 folders.append((indent, name))

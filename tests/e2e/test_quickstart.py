@@ -56,9 +56,14 @@ def test_the_tour_ends_in_a_summary(tour: tuple[Path, str]) -> None:
         assert row in said
     assert (folder / "contact-sheet.png").stat().st_size > 5_000
     ledger = json.loads((folder / "quickstart.json").read_text())
-    assert all(record["finished"] and record["seconds"] > 0 and record["peak_memory_gib"] > 0.1 for record in ledger.values())
+    assert all(
+        record["finished"] and record["seconds"] > 0 and record["peak_memory_gib"] > 0.1
+        for record in ledger.values()
+    )
     for stage, steps in (("pretrain", 3), ("finetune", 2)):
-        lines = [json.loads(line) for line in (folder / stage / "metrics.jsonl").read_text().splitlines()]
+        lines = [
+            json.loads(line) for line in (folder / stage / "metrics.jsonl").read_text().splitlines()
+        ]
         assert [line["step"] for line in lines] == list(range(1, steps + 1))
         assert (folder / stage / "loss.png").is_file()
 
@@ -73,15 +78,29 @@ def test_a_second_tour_does_nothing_again(tour: tuple[Path, str]) -> None:
 
 def test_stock_transformers_gives_the_same_answers(tour: tuple[Path, str]) -> None:
     folder, _ = tour
-    rows = [json.loads(line) for line in (folder / "evaluation/easy_vqa/predictions.jsonl").read_text().splitlines()][::6]
+    rows = [
+        json.loads(line)
+        for line in (folder / "evaluation/easy_vqa/predictions.jsonl").read_text().splitlines()
+    ][::6]
     from mipha.evaluation.benchmarks.easy_vqa import questions
 
     asked = {question.id: (str(question.image), question.text) for question in questions()}
     asked_rows = json.dumps([asked[row["question_id"]] for row in rows])
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     command = [sys.executable, "-c", STOCK, str(folder / "finetune/checkpoint"), asked_rows]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment | {"HF_HUB_OFFLINE": "1"}, cwd=folder, check=False)
-    answers = [line.removeprefix("ANSWER").strip() for line in done.stdout.splitlines() if line.startswith("ANSWER")]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env=environment | {"HF_HUB_OFFLINE": "1"},
+        cwd=folder,
+        check=False,
+    )
+    answers = [
+        line.removeprefix("ANSWER").strip()
+        for line in done.stdout.splitlines()
+        if line.startswith("ANSWER")
+    ]
     assert answers == [row["text"] for row in rows], done.stderr[-2000:]
 
 
@@ -89,11 +108,23 @@ def test_chat_answers(tour: tuple[Path, str]) -> None:
     folder, _ = tour
     from mipha.data.datasets.easy_vqa import image_path
 
-    said = _mipha("chat", str(folder), "--image", str(image_path(None, "test", 0)), stdin="what color is the shape?\n/quit\n")
+    said = _mipha(
+        "chat",
+        str(folder),
+        "--image",
+        str(image_path(None, "test", 0)),
+        stdin="what color is the shape?\n/quit\n",
+    )
     assert len(said.split("> ", 1)[1].strip()) > 3
 
 
 def _mipha(*command: str, stdin: str | None = None) -> str:
-    done = subprocess.run([sys.executable, "-m", "mipha", *command], capture_output=True, text=True, input=stdin, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "mipha", *command],
+        capture_output=True,
+        text=True,
+        input=stdin,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

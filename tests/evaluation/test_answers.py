@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 
 from mipha.catalog.contractions import CONTRACTIONS, CURLY_CONTRACTIONS
-from mipha.evaluation.answers import agreement, human_answers, m4c, mixed_up_annotators, plain, vizwiz_api, vqa_official
+from mipha.evaluation.answers import (
+    agreement,
+    human_answers,
+    m4c,
+    mixed_up_annotators,
+    plain,
+    vizwiz_api,
+    vqa_official,
+)
 
 
 @pytest.mark.parametrize(
@@ -102,9 +110,13 @@ def test_plain() -> None:
     assert plain("\n a\tb\nc \t") == "a b c"
 
 
-@pytest.mark.parametrize(("equal", "accuracy"), [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (9, 1), (10, 1)])
+@pytest.mark.parametrize(
+    ("equal", "accuracy"), [(0, 0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1), (9, 1), (10, 1)]
+)
 def test_agreement_leaves_each_person_out_in_turn(equal: int, accuracy: float) -> None:
-    assert agreement("x", ["x"] * equal + ["y"] * (10 - equal)) == pytest.approx(accuracy, abs=1e-12)
+    assert agreement("x", ["x"] * equal + ["y"] * (10 - equal)) == pytest.approx(
+        accuracy, abs=1e-12
+    )
 
 
 def test_people_without_ids_of_their_own_leave_one_another_out() -> None:
@@ -112,7 +124,9 @@ def test_people_without_ids_of_their_own_leave_one_another_out() -> None:
     alike = mixed_up_annotators(nine_to_one)
     # Leaving out any x leaves out all nine; leaving out the y leaves nine to match: (9 * 0 + 1) / 10.
     assert agreement("x", ["x"] * 9 + ["y"], alike) == pytest.approx(0.1)
-    by_confidence = mixed_up_annotators([{"answer": "x", "answer_confidence": c} for c in ("yes", "yes", "no")])
+    by_confidence = mixed_up_annotators(
+        [{"answer": "x", "answer_confidence": c} for c in ("yes", "yes", "no")]
+    )
     # Each "yes" leaves out both, so one matches; "no" leaves out itself, so two match: (1/3 + 1/3 + 2/3) / 3.
     assert agreement("x", ["x"] * 3, by_confidence) == pytest.approx(4 / 9)
     assert mixed_up_annotators([{"answer": "x", "answer_id": n} for n in range(1, 11)]) is None
@@ -120,7 +134,10 @@ def test_people_without_ids_of_their_own_leave_one_another_out() -> None:
 
 
 def test_human_answers() -> None:
-    assert human_answers({"answers": [{"answer": "a b"}, {"answer": "\n"}]}, "here") == ("a b", "\n")
+    assert human_answers({"answers": [{"answer": "a b"}, {"answer": "\n"}]}, "here") == (
+        "a b",
+        "\n",
+    )
     for answers in ("yes", ["yes"], [{"text": "yes"}], [{"answer": 2}], 3):
         with pytest.raises(ValueError, match="file 7: its answers are not a list"):
             human_answers({"answers": answers}, "file 7")

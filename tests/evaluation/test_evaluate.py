@@ -38,10 +38,15 @@ class FakeAssistant:
         self.loaded = path
         return self
 
-    def answer_many(self, pairs: Any, *, max_new_tokens: int, batch_size: int, on_answers: Any) -> list[Any]:
+    def answer_many(
+        self, pairs: Any, *, max_new_tokens: int, batch_size: int, on_answers: Any
+    ) -> list[Any]:
         self.asked += [text for _, text in pairs]
         self.shown = {image for image, _ in pairs}
-        answers = [SimpleNamespace(text="it is a red circle, so yes", num_tokens=8, finished=True) for _ in pairs]
+        answers = [
+            SimpleNamespace(text="it is a red circle, so yes", num_tokens=8, finished=True)
+            for _ in pairs
+        ]
         on_answers(list(range(len(pairs))), answers)
         return answers
 
@@ -58,8 +63,16 @@ def test_a_run_is_asked_and_scored_once(model: Path, assistant: FakeAssistant) -
     (result,) = evaluate(run, ["easy_vqa"], limit=40, progress=False)
     assert assistant.loaded == model and len(assistant.asked) == 40
     folder = run.evaluation("easy_vqa")
-    assert {path.name for path in folder.iterdir()} == {"predictions.meta.json", "predictions.jsonl", "scores.json", "tally.json"}
-    assert json.loads((folder / "scores.json").read_text())["scores"][0]["value"] == result.scores[0].value
+    assert {path.name for path in folder.iterdir()} == {
+        "predictions.meta.json",
+        "predictions.jsonl",
+        "scores.json",
+        "tally.json",
+    }
+    assert (
+        json.loads((folder / "scores.json").read_text())["scores"][0]["value"]
+        == result.scores[0].value
+    )
     (again,) = evaluate(str(run.folder), ["easy_vqa", "easy_vqa"], limit=40, progress=False)
     assert again == result and len(assistant.asked) == 40
 
@@ -67,34 +80,46 @@ def test_a_run_is_asked_and_scored_once(model: Path, assistant: FakeAssistant) -
 def test_another_split_has_its_own_folder(model: Path, assistant: FakeAssistant) -> None:
     run = Run(model.parents[1])
     evaluate(run, ["easy_vqa"], limit=5, split="validation", progress=False)
-    assert run.evaluation("easy_vqa-validation").is_dir() and not run.evaluation("easy_vqa").exists()
+    assert (
+        run.evaluation("easy_vqa-validation").is_dir() and not run.evaluation("easy_vqa").exists()
+    )
 
 
-def test_a_blind_model_is_shown_grey_and_keeps_its_own_results(model: Path, assistant: FakeAssistant) -> None:
+def test_a_blind_model_is_shown_grey_and_keeps_its_own_results(
+    model: Path, assistant: FakeAssistant
+) -> None:
     run = Run(model.parents[1])
     evaluate(run, ["easy_vqa"], limit=30, progress=False)
     assert len(assistant.shown) > 1
     (result,) = evaluate(run, ["easy_vqa"], limit=30, progress=False, blind=True)
     assert assistant.shown == {grey_image()} and len(assistant.asked) == 60 and result.blind
-    assert json.loads((run.evaluation("easy_vqa-blind") / "scores.json").read_text())["blind"] is True
+    assert (
+        json.loads((run.evaluation("easy_vqa-blind") / "scores.json").read_text())["blind"] is True
+    )
     assert json.loads((run.evaluation("easy_vqa") / "scores.json").read_text())["blind"] is False
 
 
-def test_a_model_without_a_run_needs_a_place_for_results(model: Path, assistant: FakeAssistant, tmp_path: Path) -> None:
+def test_a_model_without_a_run_needs_a_place_for_results(
+    model: Path, assistant: FakeAssistant, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match="give -o"):
         evaluate(model, ["easy_vqa"], limit=5)
     evaluate(model, ["easy_vqa"], limit=5, out=tmp_path / "results", progress=False)
     assert (tmp_path / "results" / "easy_vqa" / "scores.json").is_file()
 
 
-def test_a_new_checkpoint_does_not_inherit_old_answers(model: Path, assistant: FakeAssistant) -> None:
+def test_a_new_checkpoint_does_not_inherit_old_answers(
+    model: Path, assistant: FakeAssistant
+) -> None:
     evaluate(model.parents[1], ["easy_vqa"], limit=5, progress=False)
     (model / "model.safetensors").write_bytes(b"other weights")
     with pytest.raises(ValueError, match="another checkpoint"):
         evaluate(model.parents[1], ["easy_vqa"], limit=5, progress=False)
 
 
-def test_mistakes_are_found_before_the_model_is_loaded(model: Path, assistant: FakeAssistant, tmp_path: Path) -> None:
+def test_mistakes_are_found_before_the_model_is_loaded(
+    model: Path, assistant: FakeAssistant, tmp_path: Path
+) -> None:
     run = model.parents[1]
     for wrong, sentence in (
         ({"benchmarks": ["easy_vqa", "pop"]}, "no benchmark 'pop'"),

@@ -16,7 +16,10 @@ from mipha.evaluation.judge import TRIES, Endpoint, Replay
 
 
 def _recorded(path: Path, *rows: dict[str, Any] | str) -> Replay:
-    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n", encoding="utf-8")
+    path.write_text(
+        "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n",
+        encoding="utf-8",
+    )
     return Replay(path)
 
 
@@ -28,15 +31,24 @@ def test_replies_come_back_by_question_run_and_try(tmp_path: Path) -> None:
         {"question_id": 7, "text": "B"},
     )
     assert replay.num_runs == 2  # numbered from 1 in this file, asked for from 0
-    assert [replay.ask("v1_0", "p", attempt=attempt) for attempt in range(3)] == ["about half", "", "0.5"]
+    assert [replay.ask("v1_0", "p", attempt=attempt) for attempt in range(3)] == [
+        "about half",
+        "",
+        "0.5",
+    ]
     assert replay.ask("v1_0", "p", run=1) == "1.0"
     assert [replay.ask("7", "p", attempt=attempt) for attempt in range(3)] == ["B"] * 3
     assert _recorded(tmp_path / "t.jsonl", {"question_id": 7, "text": "B"}).num_runs is None
 
 
 def test_a_reply_that_was_not_recorded_is_named(tmp_path: Path) -> None:
-    replay = _recorded(tmp_path / "r.jsonl", {"question_id": "v1_0", "run": 0, "responses": ["hm"], "prompt_sha256": "0" * 64})
-    with pytest.raises(ValueError, match=r"r\.jsonl has no reply for question v1_9 \(run 0, try 1\)"):
+    replay = _recorded(
+        tmp_path / "r.jsonl",
+        {"question_id": "v1_0", "run": 0, "responses": ["hm"], "prompt_sha256": "0" * 64},
+    )
+    with pytest.raises(
+        ValueError, match=r"r\.jsonl has no reply for question v1_9 \(run 0, try 1\)"
+    ):
         replay.ask("v1_9", "p")
     with pytest.raises(ValueError, match=r"question v1_0 \(run 0, try 2\)"):
         replay.ask("v1_0", "p", attempt=1)
@@ -54,7 +66,10 @@ def test_a_reply_that_was_not_recorded_is_named(tmp_path: Path) -> None:
         ('{"question_id": "a", "text"', "is not valid JSON"),
         ('["a"]', "is not a JSON object"),
         ('{"text": "B"}', "needs a question_id"),
-        ('{"question_id": "a", "run": "first", "responses": ["1"]}', "needs a question_id, and numbers"),
+        (
+            '{"question_id": "a", "run": "first", "responses": ["1"]}',
+            "needs a question_id, and numbers",
+        ),
         ('{"question_id": "a"}', 'neither "responses"'),
         ('{"question_id": "a", "responses": "1"}', 'neither "responses"'),
         ('{"question_id": "a", "responses": [1]}', 'neither "responses"'),
@@ -127,7 +142,10 @@ def test_trouble_that_passes_is_waited_out(server: Server) -> None:
 def test_no_reply_is_an_error_never_an_empty_one(server: Server, tmp_path: Path) -> None:
     server.script = [(500, "out of memory")] * TRIES
     judge = Endpoint(server.url, "m", record=tmp_path / "r.jsonl", pause=0.001)
-    with pytest.raises(ConnectionError, match=rf"in {TRIES} tries \(HTTP 500, out of memory\): run the same command again"):
+    with pytest.raises(
+        ConnectionError,
+        match=rf"in {TRIES} tries \(HTTP 500, out of memory\): run the same command again",
+    ):
         judge.ask("1", "p")
     assert server.script == [] and not (tmp_path / "r.jsonl").exists()
 
@@ -141,7 +159,9 @@ def test_no_reply_is_an_error_never_an_empty_one(server: Server, tmp_path: Path)
         ((200, '{"choices": []}'), "does not answer as chat completions do"),
     ],
 )
-def test_what_will_not_pass_is_not_tried_again(answer: tuple[int, str], sentence: str, server: Server) -> None:
+def test_what_will_not_pass_is_not_tried_again(
+    answer: tuple[int, str], sentence: str, server: Server
+) -> None:
     server.script = [answer]
     with pytest.raises(ValueError, match=sentence) as error:
         Endpoint(server.url, "m", api_key="secret").ask("1", "p")
@@ -163,13 +183,25 @@ def test_an_interrupted_judging_goes_on_and_can_be_replayed(server: Server, tmp_
     with record.open("a") as file:
         file.write('{"question_id": "v1_0", "run": 1, "respon')  # the machine went down here
     again = Endpoint(server.url, "m", record=record)
-    assert [again.ask("v1_0", "p"), again.ask("v1_0", "p again", attempt=1), again.ask("v1_0", "p", run=1)] == ["half", "0.5", "1.0"]
-    assert again.ask("v1_0", "another answer to grade") == "A"  # a question of another benchmark may have the same id
+    assert [
+        again.ask("v1_0", "p"),
+        again.ask("v1_0", "p again", attempt=1),
+        again.ask("v1_0", "p", run=1),
+    ] == ["half", "0.5", "1.0"]
+    assert (
+        again.ask("v1_0", "another answer to grade") == "A"
+    )  # a question of another benchmark may have the same id
     assert len(server.requests) == 4
     replay = Replay(record)
     assert replay.num_runs == 2
-    assert [replay.ask("v1_0", "p"), replay.ask("v1_0", "p again", attempt=1), replay.ask("v1_0", "p", run=1)] == ["half", "0.5", "1.0"]
+    assert [
+        replay.ask("v1_0", "p"),
+        replay.ask("v1_0", "p again", attempt=1),
+        replay.ask("v1_0", "p", run=1),
+    ] == ["half", "0.5", "1.0"]
     assert replay.ask("v1_0", "another answer to grade") == "A"
     assert Endpoint(server.url, "another model", record=record).ask("v1_0", "p") == "0.1"
-    with pytest.raises(ValueError, match=r"line 5 is a second reply for question v1_0: keep one judge's"):
+    with pytest.raises(
+        ValueError, match=r"line 5 is a second reply for question v1_0: keep one judge's"
+    ):
         Replay(record)

@@ -14,12 +14,28 @@ from mipha.evaluation.score import score_file, score_predictions
 def results(folder: Path, name: str, right: np.ndarray) -> Path:
     """A folder of results on questions by hand, two a picture, answered rightly or not."""
     asked = [
-        Question(f"{n}", "is it?", None, {"answer": "yes", "kind": "yes_no", "image": n // 2, "usual": "no", "most_frequent": "yes"})
+        Question(
+            f"{n}",
+            "is it?",
+            None,
+            {
+                "answer": "yes",
+                "kind": "yes_no",
+                "image": n // 2,
+                "usual": "no",
+                "most_frequent": "yes",
+            },
+        )
         for n in range(len(right))
     ]
     own = folder / name / "evaluation" / "easy_vqa"
     own.mkdir(parents=True)
-    header = {"benchmark": "easy_vqa", "checkpoint_sha256": "c", "prompts_sha256": "p", "max_new_tokens": 32}
+    header = {
+        "benchmark": "easy_vqa",
+        "checkpoint_sha256": "c",
+        "prompts_sha256": "p",
+        "max_new_tokens": 32,
+    }
     (own / "predictions.meta.json").write_text(json.dumps(header))
     answers = {q.id: "yes" if hit else "no" for q, hit in zip(asked, right, strict=True)}
     score_predictions(load_benchmark("easy_vqa"), "test", asked, answers, own)
@@ -34,8 +50,12 @@ def test_the_difference_is_taken_question_by_question(tmp_path: Path) -> None:
     rows = compare_paired(a, b)
     assert rows[0].metric == "accuracy" and rows[0].unit == "%" and rows[0].benchmark == "easy_vqa"
     assert rows[0].paired.difference == pytest.approx(100 * (strong.mean() - weak.mean()))
-    assert rows[0].paired.p_value < 0.001 and rows[0].p_holm == rows[0].paired.p_value, "one benchmark, nothing to adjust"
-    assert {row.metric for row in rows} >= {"yes_no", "yes_no_minority"} and all(row.p_holm is None for row in rows[1:])
+    assert rows[0].paired.p_value < 0.001 and rows[0].p_holm == rows[0].paired.p_value, (
+        "one benchmark, nothing to adjust"
+    )
+    assert {row.metric for row in rows} >= {"yes_no", "yes_no_minority"} and all(
+        row.p_holm is None for row in rows[1:]
+    )
     turned = compare_paired(b, a)
     assert turned[0].paired.difference == -rows[0].paired.difference
     # Never worse on any question: the interval of the paired difference leaves 0 out, where those of the two alone overlap.
@@ -44,18 +64,25 @@ def test_the_difference_is_taken_question_by_question(tmp_path: Path) -> None:
 
 def test_headlines_are_adjusted_for_the_number_of_benchmarks(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
-    a, b = (results(tmp_path, name, rng.random(100) < share) for name, share in (("a", 0.7), ("b", 0.5)))
+    a, b = (
+        results(tmp_path, name, rng.random(100) < share) for name, share in (("a", 0.7), ("b", 0.5))
+    )
     for folder in (a, b):
         (folder / "evaluation" / "easy_vqa-blind").mkdir()
         (folder / "evaluation" / "easy_vqa-blind" / "tally.json").write_bytes(
             (folder / "evaluation" / "easy_vqa" / "tally.json").read_bytes()
         )
     rows = [row for row in compare_paired(a, b) if row.p_holm is not None]
-    assert len(rows) == 2 and all(row.p_holm == pytest.approx(min(1, 2 * row.paired.p_value)) for row in rows)
+    assert len(rows) == 2 and all(
+        row.p_holm == pytest.approx(min(1, 2 * row.paired.p_value)) for row in rows
+    )
 
 
 def test_what_cannot_be_paired(tmp_path: Path) -> None:
-    a, short = results(tmp_path, "a", np.ones(20, bool)), results(tmp_path, "short", np.ones(19, bool))
+    a, short = (
+        results(tmp_path, "a", np.ones(20, bool)),
+        results(tmp_path, "short", np.ones(19, bool)),
+    )
     with pytest.raises(ValueError, match=r"easy_vqa: .* did not answer the same questions"):
         compare_paired(a, short)
     with pytest.raises(FileNotFoundError, match="has no scores: make them with"):
@@ -68,7 +95,10 @@ def test_what_cannot_be_paired(tmp_path: Path) -> None:
 
 
 def test_two_scored_files_are_paired_too(tmp_path: Path) -> None:
-    for split, rows in {"train": [["is it?", "no", 0]], "test": [["is it?", "yes", n] for n in range(6)]}.items():
+    for split, rows in {
+        "train": [["is it?", "no", 0]],
+        "test": [["is it?", "yes", n] for n in range(6)],
+    }.items():
         (tmp_path / split).mkdir()
         (tmp_path / split / "questions.json").write_text(json.dumps(rows))
     for name, said in (("a", "yes"), ("b", "no")):

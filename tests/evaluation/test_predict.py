@@ -13,7 +13,7 @@ import pytest
 from mipha.evaluation import predict as module
 from mipha.evaluation.benchmark import Question
 from mipha.evaluation.predict import fingerprint, merge, predict, prompts_hash, read_predictions
-from mipha.run import append_line
+from mipha.files import append_line
 
 
 @dataclass
@@ -33,7 +33,9 @@ class FakeAssistant:
         say: What to answer, from (image, question).
     """
 
-    def __init__(self, stop_after: int | None = None, say: Callable[[Any, str], str] | None = None) -> None:
+    def __init__(
+        self, stop_after: int | None = None, say: Callable[[Any, str], str] | None = None
+    ) -> None:
         self.stop_after = stop_after
         self.asked: list[str] = []
         self.say = say or (lambda image, question: f"{image and image.name}: {question}")
@@ -64,25 +66,45 @@ class FakeAssistant:
 
 def make_questions(count: int, broken: tuple[int, ...] = (), per_image: int = 1) -> list[Question]:
     names = [f"{'broken' if n in broken else 'good'}-{n // per_image}.png" for n in range(count)]
-    return [Question(f"q{n}", f"what is {n}?", Path("/pictures") / name) for n, name in enumerate(names)]
+    return [
+        Question(f"q{n}", f"what is {n}?", Path("/pictures") / name) for n, name in enumerate(names)
+    ]
 
 
 def run(assistant: Any, questions: list[Question], folder: Path, **changes: Any) -> dict[str, str]:
-    options = {"batch_size": 4, "max_new_tokens": 8, "progress": False, "checkpoint_sha256": "abc", **changes}
+    options = {
+        "batch_size": 4,
+        "max_new_tokens": 8,
+        "progress": False,
+        "checkpoint_sha256": "abc",
+        **changes,
+    }
     predict(assistant, "toy", questions, folder, **options)
     return merge(folder, questions)
 
 
 def errors(folder: Path) -> dict[str, str]:
-    return {row["question_id"]: row["error"] for row in map(json.loads, (folder / "errors.jsonl").read_text().splitlines())}
+    return {
+        row["question_id"]: row["error"]
+        for row in map(json.loads, (folder / "errors.jsonl").read_text().splitlines())
+    }
 
 
 def test_every_question_gets_its_own_answer(tmp_path: Path) -> None:
     questions = make_questions(10)
     predictions = run(FakeAssistant(), questions, tmp_path)
-    assert predictions == {f"q{n}": f"good-{n}.png: what is {n}?" for n in range(10)} == read_predictions(tmp_path)
-    written = [json.loads(line)["question_id"] for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
-    assert written == [question.id for question in questions], "in the order of the questions, not of the answers"
+    assert (
+        predictions
+        == {f"q{n}": f"good-{n}.png: what is {n}?" for n in range(10)}
+        == read_predictions(tmp_path)
+    )
+    written = [
+        json.loads(line)["question_id"]
+        for line in (tmp_path / "predictions.jsonl").read_text().splitlines()
+    ]
+    assert written == [question.id for question in questions], (
+        "in the order of the questions, not of the answers"
+    )
     row = json.loads((tmp_path / "predictions.jsonl").read_text().splitlines()[0])
     assert set(row) == {"question_id", "text", "num_tokens", "finished"}
     assert not (tmp_path / "errors.jsonl").exists()
@@ -118,7 +140,9 @@ def test_a_limited_run_is_a_beginning_of_the_full_one(tmp_path: Path) -> None:
         ({"prompts": True}, "made with other prompts"),
     ],
 )
-def test_predictions_of_something_else_are_refused_and_kept(tmp_path: Path, change: dict[str, Any], sentence: str) -> None:
+def test_predictions_of_something_else_are_refused_and_kept(
+    tmp_path: Path, change: dict[str, Any], sentence: str
+) -> None:
     questions = make_questions(3)
     run(FakeAssistant(), questions, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
@@ -139,11 +163,18 @@ def test_one_broken_picture_costs_its_own_questions_only(tmp_path: Path) -> None
     questions, assistant = make_questions(50, broken=(7, 30)), FakeAssistant()
     predictions = run(assistant, questions, tmp_path)
     assert set(predictions) == {f"q{n}" for n in range(50)} - {"q7", "q30"}
-    assert set(errors(tmp_path)) == {"q7", "q30"} and "cannot be read: broken" in errors(tmp_path)["q7"]
-    assert "" not in predictions.values() and len(assistant.asked) == len(set(assistant.asked)) == 48
+    assert (
+        set(errors(tmp_path)) == {"q7", "q30"}
+        and "cannot be read: broken" in errors(tmp_path)["q7"]
+    )
+    assert (
+        "" not in predictions.values() and len(assistant.asked) == len(set(assistant.asked)) == 48
+    )
 
 
-def test_failed_questions_are_asked_again_and_the_errors_go_when_they_are_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_questions_are_asked_again_and_the_errors_go_when_they_are_mended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     questions = make_questions(6, broken=(2,))
     run(FakeAssistant(), questions, tmp_path)
 
@@ -164,7 +195,9 @@ def test_many_questions_on_one_broken_picture_are_one_fault(tmp_path: Path) -> N
 
 def test_many_broken_pictures_among_good_ones_do_not_stop_it(tmp_path: Path) -> None:
     questions = make_questions(60, broken=tuple(range(0, 60, 2)))
-    assert len(run(FakeAssistant(), questions, tmp_path, batch_size=1)) == 30 == len(errors(tmp_path))
+    assert (
+        len(run(FakeAssistant(), questions, tmp_path, batch_size=1)) == 30 == len(errors(tmp_path))
+    )
 
 
 def test_when_everything_fails_it_stops_early_with_the_reason(tmp_path: Path) -> None:
@@ -190,29 +223,52 @@ def test_processes_share_the_images_and_one_file_remains(tmp_path: Path, num_ran
     whole = run(FakeAssistant(), questions, tmp_path / "one")
     assistants = [FakeAssistant() for _ in range(num_ranks)]
     for rank, assistant in enumerate(assistants):
-        options = {"batch_size": 4, "max_new_tokens": 8, "progress": False, "checkpoint_sha256": "abc"}
-        predict(assistant, "toy", questions, tmp_path / "many", **options, rank=rank, num_ranks=num_ranks)
+        options = {
+            "batch_size": 4,
+            "max_new_tokens": 8,
+            "progress": False,
+            "checkpoint_sha256": "abc",
+        }
+        predict(
+            assistant,
+            "toy",
+            questions,
+            tmp_path / "many",
+            **options,
+            rank=rank,
+            num_ranks=num_ranks,
+        )
     assert merge(tmp_path / "many", questions) == whole
     asked = [set(assistant.asked) for assistant in assistants]
     assert all(asked) and sum(map(len, asked)) == 20 == len(set.union(*asked))
     pictures = [{questions[int(text.split()[-1][:-1])].image for text in texts} for texts in asked]
-    assert sum(map(len, pictures)) == len(set.union(*pictures)), "questions about one picture stay together"
+    assert sum(map(len, pictures)) == len(set.union(*pictures)), (
+        "questions about one picture stay together"
+    )
     for name in ("predictions.jsonl", "errors.jsonl"):
         assert (tmp_path / "many" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
-    assert sorted(path.name for path in (tmp_path / "many").iterdir()) == ["errors.jsonl", "predictions.jsonl", "predictions.meta.json"]
+    assert sorted(path.name for path in (tmp_path / "many").iterdir()) == [
+        "errors.jsonl",
+        "predictions.jsonl",
+        "predictions.meta.json",
+    ]
 
 
 def test_what_several_processes_left_is_gone_on_with_by_one(tmp_path: Path) -> None:
     questions = make_questions(20, broken=(3,))
     options = {"batch_size": 2, "max_new_tokens": 8, "progress": False, "checkpoint_sha256": "abc"}
     with pytest.raises(KeyboardInterrupt):
-        predict(FakeAssistant(stop_after=4), "toy", questions, tmp_path, **options, rank=1, num_ranks=2)
+        predict(
+            FakeAssistant(stop_after=4), "toy", questions, tmp_path, **options, rank=1, num_ranks=2
+        )
     last = FakeAssistant()
     assert len(run(last, questions, tmp_path)) == 19 and len(last.asked) == 15
     assert set(errors(tmp_path)) == {"q3"}
 
 
-def test_a_full_disk_is_not_a_questions_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_not_a_questions_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def no_space(path: Path, row: dict[str, Any]) -> None:
         if path.name == "predictions.jsonl":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
@@ -253,7 +309,9 @@ def test_prompt_hash_tells_prompts_ids_order_and_pictures_apart_but_not_folders(
         )
     }
     assert len(hashes) == 8
-    assert prompts_hash([replace(a, image=Path("/elsewhere/good-0.png")), b]) == prompts_hash([a, b])
+    assert prompts_hash([replace(a, image=Path("/elsewhere/good-0.png")), b]) == prompts_hash(
+        [a, b]
+    )
 
 
 def test_fingerprint_changes_with_what_the_model_is_and_with_nothing_else(tmp_path: Path) -> None:

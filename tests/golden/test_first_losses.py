@@ -17,7 +17,10 @@ GOLDEN = {
 
 
 def test_first_losses(tiny_run_recipe: Callable, tmp_path: Path) -> None:
-    run = train(tiny_run_recipe("stages.finetune.max_steps=3", "stages.finetune.batching=shared-image"), tmp_path / "run")
+    run = train(
+        tiny_run_recipe("stages.finetune.max_steps=3", "stages.finetune.batching=shared-image"),
+        tmp_path / "run",
+    )
     for stage, golden in GOLDEN.items():
         losses = [json.loads(line)["loss"] for line in run.metrics(stage).read_text().splitlines()]
         assert losses == pytest.approx(golden, rel=1e-4), stage

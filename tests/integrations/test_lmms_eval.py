@@ -28,11 +28,17 @@ def checkpoint(tiny_model: Callable[..., Any], tmp_path_factory: pytest.TempPath
 
 def requests(model: Mipha, count: int) -> list[Instance]:
     """As lmms-eval's tasks make them: six arguments each."""
-    docs = [{"image": Image.new("RGB", (8, 8), (20 * n, 0, 0)), "question": f"what is {n}?"} for n in range(count)]
+    docs = [
+        {"image": Image.new("RGB", (8, 8), (20 * n, 0, 0)), "question": f"what is {n}?"}
+        for n in range(count)
+    ]
     model.task_dict["toy"] = {"test": docs}
 
     def messages(doc: dict[str, Any]) -> list[dict[str, Any]]:
-        content = [{"type": "image", "url": doc["image"]}, {"type": "text", "text": doc["question"]}]
+        content = [
+            {"type": "image", "url": doc["image"]},
+            {"type": "text", "text": doc["question"]},
+        ]
         return [{"role": "user", "content": content}]
 
     options = {"max_new_tokens": 6, "until": ["\n\n"], "do_sample": False}
@@ -52,7 +58,10 @@ def test_it_answers_as_the_assistant_does_in_order(checkpoint: Path) -> None:
     asked = requests(model, 5)
     assistant = load(checkpoint)
     docs = model.task_dict["toy"]["test"]
-    expected = [assistant.answer(doc["image"], doc["question"], max_new_tokens=6).text.partition("\n\n")[0] for doc in docs]
+    expected = [
+        assistant.answer(doc["image"], doc["question"], max_new_tokens=6).text.partition("\n\n")[0]
+        for doc in docs
+    ]
     assert model.generate_until(asked) == expected
 
 
@@ -69,4 +78,7 @@ def test_what_it_cannot_do_is_refused(checkpoint: Path) -> None:
 
 
 def test_the_manifest_names_the_class() -> None:
-    assert manifest.model_id == "mipha" and manifest.chat_class_path == f"{Mipha.__module__}.{Mipha.__name__}"
+    assert (
+        manifest.model_id == "mipha"
+        and manifest.chat_class_path == f"{Mipha.__module__}.{Mipha.__name__}"
+    )

@@ -21,8 +21,13 @@ def test_it_answers_as_the_assistant_does(tiny_model: Callable[..., Any], tmp_pa
     save_checkpoint(model, processor, tmp_path / "model")
     Image.new("RGB", (8, 8), (200, 0, 0)).save(tmp_path / "a.png")
     adapter = Mipha(str(tmp_path / "model"), max_new_tokens=6)
-    message = [{"type": "image", "value": str(tmp_path / "a.png")}, {"type": "text", "value": "what is it?"}]
-    expected = load(tmp_path / "model").answer(tmp_path / "a.png", "what is it?", max_new_tokens=6).text
+    message = [
+        {"type": "image", "value": str(tmp_path / "a.png")},
+        {"type": "text", "value": "what is it?"},
+    ]
+    expected = (
+        load(tmp_path / "model").answer(tmp_path / "a.png", "what is it?", max_new_tokens=6).text
+    )
     assert adapter.generate_inner(message) == expected
     with pytest.raises(ValueError, match="2 images"):
         adapter.generate_inner([message[0], *message])

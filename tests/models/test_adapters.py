@@ -14,28 +14,51 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
-from mipha.models.adapters import adapter_layers, merge_adapter, merged_weights, remove_adapters, save_adapter
+from mipha.models.adapters import (
+    adapter_layers,
+    merge_adapter,
+    merged_weights,
+    remove_adapters,
+    save_adapter,
+)
 from mipha.models.build import save_checkpoint
 from mipha.models.modeling import LlavaForConditionalGeneration, load_model, parts
 from mipha.models.quantization import check_quantization
 from mipha.models.tuning import apply_tuning, check_tuning, part_layers, tuned_modules
 from mipha.recipe import PARTS, TuningRecipe
 
-TOWERS = {"phi": "siglip", "qwen2": "clip", "gpt_neox": "dinov2", "stablelm": "vit", "gemma": "siglip", "llama": "clip"}
+TOWERS = {
+    "phi": "siglip",
+    "qwen2": "clip",
+    "gpt_neox": "dinov2",
+    "stablelm": "vit",
+    "gemma": "siglip",
+    "llama": "clip",
+}
 # q, k, v, output and the MLP's two or three; GPT-NeoX keeps q, k, v in one.
 LINEARS = {"phi": 6, "qwen2": 7, "gpt_neox": 4, "stablelm": 7, "gemma": 7, "llama": 7}
 
 
-def tuning(tower: str = "frozen", projector: str = "full", language_model: str = "frozen") -> TuningRecipe:
+def tuning(
+    tower: str = "frozen", projector: str = "full", language_model: str = "frozen"
+) -> TuningRecipe:
     lora = {"rank": 4, "alpha": 12, "dropout": 0.1}
-    return TuningRecipe(vision_tower=tower, projector=projector, language_model=language_model, lora=lora)
+    return TuningRecipe(
+        vision_tower=tower, projector=projector, language_model=language_model, lora=lora
+    )
 
 
 def logits(model: nn.Module) -> Tensor:
     """Of one picture and some text."""
     config = model.config
     size = config.vision_config.image_size
-    ids = torch.cat([torch.full((1, config.image_seq_length), config.image_token_index), torch.arange(1, 60)[None]], dim=1)
+    ids = torch.cat(
+        [
+            torch.full((1, config.image_seq_length), config.image_token_index),
+            torch.arange(1, 60)[None],
+        ],
+        dim=1,
+    )
     pixels = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         return model.eval()(input_ids=ids, pixel_values=pixels).logits
@@ -55,8 +78,12 @@ def once(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters())
 
 
-def save(model: LlavaForConditionalGeneration, wanted: TuningRecipe, base: Path, folder: Path) -> None:
-    whole = [module for part in PARTS for module in tuned_modules(model, part, getattr(wanted, part))]
+def save(
+    model: LlavaForConditionalGeneration, wanted: TuningRecipe, base: Path, folder: Path
+) -> None:
+    whole = [
+        module for part in PARTS for module in tuned_modules(model, part, getattr(wanted, part))
+    ]
     save_adapter(model, once(model), whole, base, folder)
 
 
@@ -79,10 +106,21 @@ def test_every_linear_layer_of_the_stacks_has_one(tiny_model: Callable, family: 
     model, _ = tiny_model(family, TOWERS[family])
     before = logits(model)
     tower, projector, language_model = apply_tuning(model, tuning("lora", "frozen", "lora"))
-    assert (tower.adapters, projector.adapters, language_model.adapters) == (2 * 6, 0, 2 * LINEARS[family])
+    assert (tower.adapters, projector.adapters, language_model.adapters) == (
+        2 * 6,
+        0,
+        2 * LINEARS[family],
+    )
     assert projector.trained == 0
-    inside = {id(module) for part in ("vision_tower", "language_model") for layer in part_layers(model, part) for module in layer.modules()}
-    assert all(id(layer) in inside for layer in adapter_layers(model).values()), "the head, the embeddings and the projector have none"
+    inside = {
+        id(module)
+        for part in ("vision_tower", "language_model")
+        for layer in part_layers(model, part)
+        for module in layer.modules()
+    }
+    assert all(id(layer) in inside for layer in adapter_layers(model).values()), (
+        "the head, the embeddings and the projector have none"
+    )
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     factors = [layer.lora_A["default"].weight for layer in adapter_layers(model).values()]
     factors += [layer.lora_B["default"].weight for layer in adapter_layers(model).values()]
@@ -96,7 +134,9 @@ def test_only_the_part_that_is_asked_for_has_them(tiny_model: Callable) -> None:
     reports = apply_tuning(model, tuning(language_model="lora"))
     assert [report.adapters for report in reports] == [0, 0, 14]
     assert reports[0].trained == 0
-    assert reports[2].trained == 4 * 2 * ((32 + 32) + (32 + 16) + (32 + 16) + (32 + 32) + 3 * (32 + 48))
+    assert reports[2].trained == 4 * 2 * (
+        (32 + 32) + (32 + 16) + (32 + 16) + (32 + 32) + 3 * (32 + 48)
+    )
     assert {layer.scaling["default"] for layer in adapter_layers(model).values()} == {12 / 4}
     assert {layer.lora_dropout["default"].p for layer in adapter_layers(model).values()} == {0.1}
 
@@ -111,13 +151,21 @@ def test_layers_that_adapters_do_not_fit_are_refused(tiny_model: Callable, damag
                 layer.set_submodule(name, nn.Identity())
     counts = "6 or 7" if damage == "one fewer" else "0"
     for refuse in (check_tuning, apply_tuning):
-        with pytest.raises(ValueError, match=rf"language_model: adapters want the same linear layers.* but there are {counts} in a layer"):
+        with pytest.raises(
+            ValueError,
+            match=rf"language_model: adapters want the same linear layers.* but there are {counts} in a layer",
+        ):
             refuse(model, tuning(language_model="lora"))
 
 
-def test_layers_that_peft_passes_over_are_an_error(tiny_model: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_that_peft_passes_over_are_an_error(
+    tiny_model: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As when peft met Phi's renamed layers and adapted none of them, unsaid."""
-    monkeypatch.setattr("mipha.models.adapters.LoraConfig", lambda **facts: LoraConfig(**facts | {"target_modules": ["q_proj"]}))
+    monkeypatch.setattr(
+        "mipha.models.adapters.LoraConfig",
+        lambda **facts: LoraConfig(**facts | {"target_modules": ["q_proj"]}),
+    )
     model, _ = tiny_model()
     with pytest.raises(ValueError, match=r"adapters were added to 4 layers where 14 were meant"):
         apply_tuning(model, tuning(language_model="lora"))
@@ -133,23 +181,32 @@ CASES = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*tie.*:UserWarning")  # said by peft where it keeps what was tied as two
+@pytest.mark.filterwarnings(
+    "ignore:.*tie.*:UserWarning"
+)  # said by peft where it keeps what was tied as two
 @pytest.mark.parametrize("case", CASES)
-def test_stock_peft_and_the_merged_model_answer_alike(tuned: Callable, tmp_path: Path, case: str) -> None:
+def test_stock_peft_and_the_merged_model_answer_alike(
+    tuned: Callable, tmp_path: Path, case: str
+) -> None:
     family, wanted = CASES[case]
     model = tuned(wanted, family)
     before = logits(model)
 
     base = PeftConfig.from_pretrained(tmp_path / "adapter").base_model_name_or_path
     # The stock class knows no bias of a head, so Phi is read with ours.
-    stock = load_model(base) if family == "phi" else AutoModelForImageTextToText.from_pretrained(base)
+    stock = (
+        load_model(base) if family == "phi" else AutoModelForImageTextToText.from_pretrained(base)
+    )
     assert (logits(stock) - before).abs().max() > 0.1, "what was trained must matter"
     theirs = PeftModel.from_pretrained(stock, tmp_path / "adapter")
     assert torch.allclose(logits(theirs), before, atol=1e-5)
 
     merge_adapter(tmp_path / "adapter", tmp_path / "merged")
     assert torch.allclose(logits(load_model(str(tmp_path / "merged"))), before, atol=1e-4)
-    plain, shapes = merged_weights(model, once(model)), {name: weight.shape for name, weight in once(load_model(base)).items()}
+    plain, shapes = (
+        merged_weights(model, once(model)),
+        {name: weight.shape for name, weight in once(load_model(base)).items()},
+    )
     assert {name: weight.shape for name, weight in plain.items()} == shapes
     merged = once(load_model(str(tmp_path / "merged")))
     assert all(torch.allclose(plain[name], merged[name], atol=1e-5) for name in shapes)
@@ -166,7 +223,10 @@ def test_the_linear_layers_come_back(tuned: Callable, tmp_path: Path) -> None:
 def test_an_adapter_that_peft_trained_is_merged_too(tiny_model: Callable, tmp_path: Path) -> None:
     model, processor = tiny_model()
     save_checkpoint(model, processor, tmp_path / "base")
-    theirs = get_peft_model(load_model(str(tmp_path / "base")), LoraConfig(r=2, target_modules=["q_proj"], use_rslora=True))
+    theirs = get_peft_model(
+        load_model(str(tmp_path / "base")),
+        LoraConfig(r=2, target_modules=["q_proj"], use_rslora=True),
+    )
     move(theirs)
     theirs.save_pretrained(tmp_path / "adapter")
     merge_adapter(tmp_path / "adapter", tmp_path / "merged", base=tmp_path / "base")
@@ -182,10 +242,14 @@ def test_a_run_that_was_moved_still_finds_its_base(tuned: Callable, tmp_path: Pa
     assert torch.allclose(logits(load_model(str(tmp_path / "merged"))), logits(model), atol=1e-4)
 
 
-def test_what_cannot_be_merged_is_refused(tuned: Callable, tiny_model: Callable, tmp_path: Path) -> None:
+def test_what_cannot_be_merged_is_refused(
+    tuned: Callable, tiny_model: Callable, tmp_path: Path
+) -> None:
     tuned(tuning(language_model="lora"))
     adapter, merged = tmp_path / "adapter", tmp_path / "merged"
-    with pytest.raises(FileNotFoundError, match=r"base has no adapter_config\.json: give the adapter/ folder"):
+    with pytest.raises(
+        FileNotFoundError, match=r"base has no adapter_config\.json: give the adapter/ folder"
+    ):
         merge_adapter(tmp_path / "base", merged)
     with pytest.raises(ValueError, match=r"base exists: choose another folder"):
         merge_adapter(adapter, tmp_path / "base")
@@ -201,12 +265,19 @@ def test_what_cannot_be_merged_is_refused(tuned: Callable, tiny_model: Callable,
 
     facts = json.loads((adapter / "base.json").read_text())
     (adapter / "base.json").write_text(json.dumps(facts | {"quantized": True}))
-    with pytest.raises(ValueError, match=r"was trained over weights of 4 bits, .* take the checkpoint/ beside it"):
+    with pytest.raises(
+        ValueError, match=r"was trained over weights of 4 bits, .* take the checkpoint/ beside it"
+    ):
         merge_adapter(adapter, merged)
 
-    (adapter / "base.json").unlink()  # as of an adapter from elsewhere: then shapes are all there is to tell by
+    (
+        adapter / "base.json"
+    ).unlink()  # as of an adapter from elsewhere: then shapes are all there is to tell by
     save_checkpoint(*tiny_model("phi"), tmp_path / "phi")
-    with pytest.raises(ValueError, match=r"does not fit .*phi, which has no place for .*layers\.0\..* \(.*\): give the base"):
+    with pytest.raises(
+        ValueError,
+        match=r"does not fit .*phi, which has no place for .*layers\.0\..* \(.*\): give the base",
+    ):
         merge_adapter(adapter, merged, base=tmp_path / "phi")
     assert not merged.exists()
 
@@ -216,25 +287,36 @@ def test_what_is_saved_names_its_base_and_its_shape(tuned: Callable, tmp_path: P
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 12, 0.1)
     assert config["base_model_name_or_path"] == str((tmp_path / "base").resolve())
-    assert config["modules_to_save"] == ["model.vision_tower.encoder.layers.1", "model.multi_modal_projector"]
+    assert config["modules_to_save"] == [
+        "model.vision_tower.encoder.layers.1",
+        "model.multi_modal_projector",
+    ]
     assert json.loads((tmp_path / "adapter" / "base.json").read_text())["folder"] == "../base"
 
 
 def test_4_bits_are_refused_where_they_cannot_run() -> None:
     cpu, gpu, wanted = torch.device("cpu"), torch.device("cuda", 0), tuning(language_model="qlora")
     check_quantization(tuning(language_model="lora"), cpu, 8)
-    with pytest.raises(ValueError, match=r"language_model=qlora .* takes a GPU: set tuning\.language_model to lora, or train on a GPU"):
+    with pytest.raises(
+        ValueError,
+        match=r"language_model=qlora .* takes a GPU: set tuning\.language_model to lora, or train on a GPU",
+    ):
         check_quantization(wanted, cpu, 1)
     with pytest.raises(ValueError, match=r"qlora is for one GPU, but 2 processes were started"):
         check_quantization(wanted, gpu, 2)
     if find_spec("bitsandbytes") is None:
-        with pytest.raises(FileNotFoundError, match=r'bitsandbytes, which is not installed: pip install "mipha-vlm\[qlora\]"'):
+        with pytest.raises(
+            FileNotFoundError,
+            match=r'bitsandbytes, which is not installed: pip install "mipha-vlm\[qlora\]"',
+        ):
             check_quantization(wanted, gpu, 1)
     else:
         check_quantization(wanted, gpu, 1)
 
 
-@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes comes with the extra qlora")
+@pytest.mark.skipif(
+    find_spec("bitsandbytes") is None, reason="bitsandbytes comes with the extra qlora"
+)
 def test_4_bits_train_and_merge(tiny_model: Callable) -> None:
     """bitsandbytes computes on the CPU too, slowly: enough to hold its layers to what ours are held to."""
     model, _ = tiny_model()
@@ -242,16 +324,26 @@ def test_4_bits_train_and_merge(tiny_model: Callable) -> None:
     report = apply_tuning(model, tuning(language_model="qlora"))[-1]
     assert report.adapters == 14 and report.dtypes == ("float32", "nf4")
     vocabulary, norms, linears = 2 * 512 * 32, 5 * 32, 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48)
-    assert report.parameters == vocabulary + norms + linears + report.trained, "two weights in a byte are two weights"
+    assert report.parameters == vocabulary + norms + linears + report.trained, (
+        "two weights in a byte are two weights"
+    )
     for layer in adapter_layers(model).values():
-        layer.get_base_layer().support_avx512bf16_for_cpu = False  # its fast kernel wants rows of 64 and more
+        layer.get_base_layer().support_avx512bf16_for_cpu = (
+            False  # its fast kernel wants rows of 64 and more
+        )
     rounded = logits(model)
     assert 0 < (rounded - full).abs().mean() < full.std()
-    packed = {name: layer.get_base_layer().weight.detach().clone() for name, layer in adapter_layers(model).items()}
+    packed = {
+        name: layer.get_base_layer().weight.detach().clone()
+        for name, layer in adapter_layers(model).items()
+    }
     move(model)
     before = logits(model)
     assert (before - rounded).abs().max() > 0.1
-    assert all(torch.equal(layer.get_base_layer().weight, packed[name]) for name, layer in adapter_layers(model).items())
+    assert all(
+        torch.equal(layer.get_base_layer().weight, packed[name])
+        for name, layer in adapter_layers(model).items()
+    )
     merged = merged_weights(model, model.state_dict())
     plain, _ = tiny_model()
     plain.load_state_dict(merged)

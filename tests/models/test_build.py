@@ -79,15 +79,26 @@ def picture() -> Image.Image:
 
 
 @pytest.fixture(scope="module")
-def read_back(tiny_parts: Callable, tmp_path_factory: pytest.TempPathFactory, picture: Image.Image) -> dict[str, dict[str, Any]]:
+def read_back(
+    tiny_parts: Callable, tmp_path_factory: pytest.TempPathFactory, picture: Image.Image
+) -> dict[str, dict[str, Any]]:
     """Each combination trained one step and saved; what it says here, and what it says in a process without mipha."""
     root = tmp_path_factory.mktemp("checkpoints")
     picture.save(root / "image.png")
     said = {}
-    made = {f"{family}-{tower}": tiny_parts(family, tower).recipe() for family in FAMILIES for tower in TOWER_NAMES}
-    made |= {f"llama-{tower}-larger": tiny_parts("llama", tower).recipe(image_size=5 * PATCH[tower]) for tower in TOWER_NAMES}
+    made = {
+        f"{family}-{tower}": tiny_parts(family, tower).recipe()
+        for family in FAMILIES
+        for tower in TOWER_NAMES
+    }
     made |= {
-        f"llama-{tower}-{layer}-normed": tiny_parts("llama", tower).recipe(feature_layer=layer, post_layernorm=True)
+        f"llama-{tower}-larger": tiny_parts("llama", tower).recipe(image_size=5 * PATCH[tower])
+        for tower in TOWER_NAMES
+    }
+    made |= {
+        f"llama-{tower}-{layer}-normed": tiny_parts("llama", tower).recipe(
+            feature_layer=layer, post_layernorm=True
+        )
         for tower in TOWER_NAMES
         if tower != "clip"
         for layer in (-1, -2)
@@ -108,11 +119,24 @@ def read_back(tiny_parts: Callable, tmp_path_factory: pytest.TempPathFactory, pi
             logits = model(input_ids=ids, pixel_values=assistant.pixels(picture)).logits
         save_checkpoint(model, processor, root / name)
         torch.save({"pixels": assistant.pixels(picture), "logits": logits}, root / f"{name}.pt")
-        batch = [answer.text for answer in assistant.answer_many([(picture, QUESTION), (picture, LONGER)], max_new_tokens=8)]
+        batch = [
+            answer.text
+            for answer in assistant.answer_many(
+                [(picture, QUESTION), (picture, LONGER)], max_new_tokens=8
+            )
+        ]
         answer = assistant.answer(picture, QUESTION, max_new_tokens=8).text
-        said[name] = {"loss": loss.item(), "gradients": gradients, "ids": ids[0].tolist(), "answer": answer, "batch": batch}
+        said[name] = {
+            "loss": loss.item(),
+            "gradients": gradients,
+            "ids": ids[0].tolist(),
+            "answer": answer,
+            "batch": batch,
+        }
         said[name] |= {"folder": root / name, "tokens": model.config.image_seq_length}
-    done = subprocess.run([sys.executable, "-c", STOCK_READER, root, QUESTION, LONGER], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", STOCK_READER, root, QUESTION, LONGER], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     stock = json.loads(done.stdout.splitlines()[-1])
     return {name: {"ours": said[name], "stock": stock[name]} for name in said}
@@ -123,12 +147,19 @@ def test_every_tower_and_language_model_train(read_back: dict, family: str, towe
     assert np.isfinite(ours["loss"])
     without = {name for name, gradient in ours["gradients"].items() if gradient is None}
     # What the features never pass: the norm behind the layer that is read, the mask token.
-    assert all("layernorm" in name or "post_layernorm" in name or "mask_token" in name or "pooler" in name for name in without)
+    assert all(
+        "layernorm" in name or "post_layernorm" in name or "mask_token" in name or "pooler" in name
+        for name in without
+    )
     assert all("vision_tower" in name for name in without)
     given = [gradient for gradient in ours["gradients"].values() if gradient is not None]
     assert all(gradient.isfinite().all() for gradient in given)
     for part in ("vision_tower", "multi_modal_projector", "language_model"):
-        assert any(gradient is not None and gradient.any() for name, gradient in ours["gradients"].items() if part in name)
+        assert any(
+            gradient is not None and gradient.any()
+            for name, gradient in ours["gradients"].items()
+            if part in name
+        )
 
 
 def test_stock_transformers_reads_what_we_save(read_back: dict) -> None:
@@ -139,12 +170,18 @@ def test_stock_transformers_reads_what_we_save(read_back: dict) -> None:
         assert stock["pixels"] == 0, name
         assert stock["problems"] == [], name
         assert stock["left_over"] == (["lm_head.bias"] if name.startswith("phi") else []), name
-        assert stock["logits"] < 1e-5 * max(1, stock["scale"]), (name, stock["logits"], stock["scale"])
+        assert stock["logits"] < 1e-5 * max(1, stock["scale"]), (
+            name,
+            stock["logits"],
+            stock["scale"],
+        )
         assert ours["batch"][0] == ours["answer"], name
         if not name.startswith("phi"):
             assert stock["answer"] == ours["answer"], name
             assert stock["batch"] == ours["batch"], name
-    assert len({both["ours"]["answer"] for both in read_back.values()}) > 10, "answers that do not depend on the model test nothing"
+    assert len({both["ours"]["answer"] for both in read_back.values()}) > 10, (
+        "answers that do not depend on the model test nothing"
+    )
 
 
 def test_the_tokens_of_an_image_follow_its_size(read_back: dict, tower: str) -> None:
@@ -162,17 +199,28 @@ def test_the_feature_layer_and_its_norm_matter(read_back: dict, tower: str) -> N
     assert len({round(read_back[name]["ours"]["loss"], 4) for name in kinds}) == 3
 
 
-def test_the_keys_are_those_of_llavas_on_the_hub(read_back: dict, family: str, tower: str, tmp_path: Path) -> None:
+def test_the_keys_are_those_of_llavas_on_the_hub(
+    read_back: dict, family: str, tower: str, tmp_path: Path
+) -> None:
     """As `llava-hf` has them, which vLLM, SGLang and llama.cpp read by name: `vision_model.` for the towers that they know."""
     folder = read_back[f"{family}-{tower}"]["ours"]["folder"]
     keys = set(load_file(folder / "model.safetensors"))
     of_tower = "vision_tower.vision_model." if tower in ("clip", "siglip") else "vision_tower."
-    assert {key for key in keys if key.startswith("vision_tower.")} == {key for key in keys if key.startswith(of_tower)} != set()
-    assert any(key.startswith("language_model.model.layers.0.") for key in keys) or family in ("gpt_neox", "gpt2")
+    assert (
+        {key for key in keys if key.startswith("vision_tower.")}
+        == {key for key in keys if key.startswith(of_tower)}
+        != set()
+    )
+    assert any(key.startswith("language_model.model.layers.0.") for key in keys) or family in (
+        "gpt_neox",
+        "gpt2",
+    )
     stock = transformers.LlavaForConditionalGeneration.from_pretrained(folder)
     stock.save_pretrained(tmp_path / "stock")
     head_bias = {"language_model.lm_head.bias"} if family == "phi" else set()
-    assert set(load_file(tmp_path / "stock" / "model.safetensors")) | head_bias == keys, "stock keeps the names that it read"
+    assert set(load_file(tmp_path / "stock" / "model.safetensors")) | head_bias == keys, (
+        "stock keeps the names that it read"
+    )
     load_model(str(folder)).save_pretrained(tmp_path / "again")
     assert set(load_file(tmp_path / "again" / "model.safetensors")) == keys
 
@@ -180,9 +228,15 @@ def test_the_keys_are_those_of_llavas_on_the_hub(read_back: dict, family: str, t
 def test_a_checkpoint_without_the_prefix_gets_it_back(tmp_path: Path, tiny_model: Callable) -> None:
     model, _ = tiny_model()
     transformers.LlavaForConditionalGeneration(model.config).save_pretrained(tmp_path / "new")
-    assert any(key.startswith("vision_tower.encoder.") for key in load_file(tmp_path / "new" / "model.safetensors")), "what stock writes"
+    assert any(
+        key.startswith("vision_tower.encoder.")
+        for key in load_file(tmp_path / "new" / "model.safetensors")
+    ), "what stock writes"
     load_model(str(tmp_path / "new")).save_pretrained(tmp_path / "ours")
-    assert any(key.startswith("vision_tower.vision_model.encoder.") for key in load_file(tmp_path / "ours" / "model.safetensors"))
+    assert any(
+        key.startswith("vision_tower.vision_model.encoder.")
+        for key in load_file(tmp_path / "ours" / "model.safetensors")
+    )
 
 
 def test_a_checkpoint_of_the_stock_class_is_loaded(tmp_path: Path, tiny_model: Callable) -> None:
@@ -210,7 +264,9 @@ def test_save_then_load_is_identity(read_back: dict, family: str, picture: Image
     saved = torch.load(f"{ours['folder']}.pt", weights_only=True)
     assistant = Assistant(model, processor)
     with torch.no_grad():
-        logits = model(input_ids=torch.tensor([ours["ids"]]), pixel_values=assistant.pixels(picture)).logits
+        logits = model(
+            input_ids=torch.tensor([ours["ids"]]), pixel_values=assistant.pixels(picture)
+        ).logits
     assert torch.equal(logits, saved["logits"])
     assert torch.equal(assistant.pixels(picture), saved["pixels"])
     assert assistant.answer(picture, QUESTION, max_new_tokens=8).text == ours["answer"]
@@ -249,7 +305,10 @@ def test_text_alone_is_what_the_language_model_says(tiny_parts: Callable, family
 
 def test_the_image_token_takes_an_unused_row(tiny_parts: Callable, family: str) -> None:
     parts = tiny_parts(family)
-    bare, size = AutoModelForCausalLM.from_pretrained(parts.language_model), len(AutoTokenizer.from_pretrained(parts.language_model))
+    bare, size = (
+        AutoModelForCausalLM.from_pretrained(parts.language_model),
+        len(AutoTokenizer.from_pretrained(parts.language_model)),
+    )
     model, processor = build(parts.recipe())
     assert size <= model.config.image_token_id < 512
     assert processor.image_token_id == model.config.image_token_id
@@ -259,13 +318,23 @@ def test_the_image_token_takes_an_unused_row(tiny_parts: Callable, family: str) 
 
 def test_a_full_vocabulary_gets_new_rows(tiny_parts: Callable, family: str) -> None:
     parts = tiny_parts(family, "siglip", None)
-    bare, size = AutoModelForCausalLM.from_pretrained(parts.language_model), len(AutoTokenizer.from_pretrained(parts.language_model))
+    bare, size = (
+        AutoModelForCausalLM.from_pretrained(parts.language_model),
+        len(AutoTokenizer.from_pretrained(parts.language_model)),
+    )
     model, _ = build(parts.recipe())
     assert bare.config.vocab_size == size == model.config.image_token_id
-    assert model.config.text_config.vocab_size == len(model.get_input_embeddings().weight) == len(model.lm_head.weight) == 448
+    assert (
+        model.config.text_config.vocab_size
+        == len(model.get_input_embeddings().weight)
+        == len(model.lm_head.weight)
+        == 448
+    )
     ids = torch.randint(4, size, (1, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        assert torch.allclose(model(input_ids=ids).logits[..., :size], bare(input_ids=ids).logits, atol=1e-6)
+        assert torch.allclose(
+            model(input_ids=ids).logits[..., :size], bare(input_ids=ids).logits, atol=1e-6
+        )
 
 
 def test_the_projector_starts_from_the_seed_alone(tiny_parts: Callable) -> None:
@@ -286,29 +355,54 @@ def test_gemma_image_features_are_scaled_as_its_words_are(tiny_parts: Callable) 
         torch.manual_seed(0)
         projectors[family] = new_projector(model.model.multi_modal_projector.to("meta"), bare)
     for name in ("weight", "bias"):
-        assert torch.equal(getattr(projectors["gemma"].linear_1, name), getattr(projectors["llama"].linear_1, name))
-        scaled, plain = getattr(projectors["gemma"].linear_2, name), getattr(projectors["llama"].linear_2, name)
+        assert torch.equal(
+            getattr(projectors["gemma"].linear_1, name), getattr(projectors["llama"].linear_1, name)
+        )
+        scaled, plain = (
+            getattr(projectors["gemma"].linear_2, name),
+            getattr(projectors["llama"].linear_2, name),
+        )
         assert torch.allclose(scaled, plain * 32**0.5)
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"vision_tower": "siglip-so400m-348"}, FileNotFoundError, "no vision tower 'siglip-so400m-348': did you mean siglip-so400m-384"),
-        ({"language_model": "phi2"}, FileNotFoundError, "no language model 'phi2': did you mean phi-2"),
-        ({"language_model": "./models/phi"}, FileNotFoundError, "no language model './models/phi'.* or give a folder or a hub id"),
-        ({"chat_template": "vicunia"}, FileNotFoundError, "no chat template 'vicunia': did you mean vicuna"),
+        (
+            {"vision_tower": "siglip-so400m-348"},
+            FileNotFoundError,
+            "no vision tower 'siglip-so400m-348': did you mean siglip-so400m-384",
+        ),
+        (
+            {"language_model": "phi2"},
+            FileNotFoundError,
+            "no language model 'phi2': did you mean phi-2",
+        ),
+        (
+            {"language_model": "./models/phi"},
+            FileNotFoundError,
+            "no language model './models/phi'.* or give a folder or a hub id",
+        ),
+        (
+            {"chat_template": "vicunia"},
+            FileNotFoundError,
+            "no chat template 'vicunia': did you mean vicuna",
+        ),
         ({"chat_template": None}, ValueError, "has no chat template: set model.chat_template"),
     ],
 )
-def test_a_name_that_is_not_there_gets_a_sentence(tiny_parts: Callable, change: dict, error: type, message: str) -> None:
+def test_a_name_that_is_not_there_gets_a_sentence(
+    tiny_parts: Callable, change: dict, error: type, message: str
+) -> None:
     with pytest.raises(error, match=message):
         build(tiny_parts().recipe(**change))
 
 
 @pytest.mark.parametrize("part", ["vision_tower", "language_model"])
 def test_a_hub_id_that_cannot_be_reached_gets_one_sentence(tiny_parts: Callable, part: str) -> None:
-    with pytest.raises(FileNotFoundError, match=f"{part.replace('_', ' ')} 'nobody/nothing'") as caught:
+    with pytest.raises(
+        FileNotFoundError, match=f"{part.replace('_', ' ')} 'nobody/nothing'"
+    ) as caught:
         build(tiny_parts().recipe(**{part: "nobody/nothing"}))
     assert "\n" not in str(caught.value)
     assert "network" in str(caught.value)
@@ -316,7 +410,9 @@ def test_a_hub_id_that_cannot_be_reached_gets_one_sentence(tiny_parts: Callable,
 
 def test_a_template_that_marks_nothing_is_refused(tiny_parts: Callable, tmp_path: Path) -> None:
     template = tmp_path / "mine.jinja"
-    template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}A:{% endif %}")
+    template.write_text(
+        "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
+    )
     with pytest.raises(ValueError, match=r"mine\.jinja marks nothing to train on"):
         build(tiny_parts().recipe(chat_template=str(template)))
 
@@ -327,10 +423,17 @@ def test_the_biased_head_is_in_the_file(read_back: dict) -> None:
             assert ("language_model.lm_head.bias" in file.keys()) == name.startswith("phi")  # noqa: SIM118
 
 
-def test_the_processor_without_the_weights_is_that_of_the_built_model(tiny_parts, family: str) -> None:
+def test_the_processor_without_the_weights_is_that_of_the_built_model(
+    tiny_parts, family: str
+) -> None:
     recipe = tiny_parts(family, "clip").recipe(image_size=42)
     (_, whole), light = build(recipe), load_parts_processor(recipe)
     assert light.tokenizer.get_vocab() == whole.tokenizer.get_vocab()
-    assert light.image_token_id == whole.image_token_id and light.chat_template == whole.chat_template
+    assert (
+        light.image_token_id == whole.image_token_id and light.chat_template == whole.chat_template
+    )
     assert light.image_processor.to_dict() == whole.image_processor.to_dict()
-    assert (light.num_additional_image_tokens, light.patch_size) == (whole.num_additional_image_tokens, whole.patch_size)
+    assert (light.num_additional_image_tokens, light.patch_size) == (
+        whole.num_additional_image_tokens,
+        whole.patch_size,
+    )

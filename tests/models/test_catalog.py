@@ -86,7 +86,9 @@ def full_size(tower: str, language_model: str, **changes: int) -> LlavaForCondit
 
 
 def count(*modules: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in {p for module in modules for p in module.parameters()})
+    return sum(
+        parameter.numel() for parameter in {p for module in modules for p in module.parameters()}
+    )
 
 
 @cache
@@ -102,13 +104,22 @@ def test_language_models(name: str) -> None:
     found = parts(model)
     assert count(*found.language_model) == LANGUAGE_MODEL_PARAMETERS[name]
     assert all(parameter.is_meta for parameter in model.parameters())
-    assert (model.lm_head.bias is not None) == name.startswith("phi-") * (not name.startswith("phi-3"))
+    assert (model.lm_head.bias is not None) == name.startswith("phi-") * (
+        not name.startswith("phi-3")
+    )
     width = model.config.text_config.hidden_size
     assert count(*found.projector) == 768 * width + width + width * width + width
     with torch.device("meta"):
         alone = AutoModelForCausalLM.from_config(model.config.text_config)
-    saved = {key.removeprefix("language_model."): value.shape for key, value in checkpoint(model).items() if "language_model." in key}
-    own_names = {"gpt_neox.": "model.", "embed_out.": "lm_head."}  # Pythia's; in a LLaVA all are called alike
+    saved = {
+        key.removeprefix("language_model."): value.shape
+        for key, value in checkpoint(model).items()
+        if "language_model." in key
+    }
+    own_names = {
+        "gpt_neox.": "model.",
+        "embed_out.": "lm_head.",
+    }  # Pythia's; in a LLaVA all are called alike
     wanted = alone.state_dict()
     for own, common in own_names.items():
         wanted = {key.replace(own, common): value for key, value in wanted.items()}
@@ -140,18 +151,28 @@ def test_vision_towers(name: str) -> None:
     config = part_config(name)
     assert model.config.vision_config.num_hidden_layers == config["num_hidden_layers"] - 1
     last = re.compile(rf"\.{config['num_hidden_layers'] - 1}\.|^head\.|mask_token")
-    dead = sum(parameter.numel() for key, parameter in whole_tower(name).named_parameters() if last.search(key))
+    dead = sum(
+        parameter.numel()
+        for key, parameter in whole_tower(name).named_parameters()
+        if last.search(key)
+    )
     assert dead > 0.03 * parameters
-    kept_mask = config["model_type"] == "dinov3_vit"  # its config has no key to leave the mask token out
+    kept_mask = (
+        config["model_type"] == "dinov3_vit"
+    )  # its config has no key to leave the mask token out
     assert count(model.model.vision_tower) == parameters - dead + kept_mask * config["hidden_size"]
     pixels = torch.zeros(2, 3, config["image_size"], config["image_size"], device="meta")
     features = model.get_image_features(pixels, return_dict=True).pooler_output
     assert [feature.shape for feature in features] == [(tokens, 896)] * 2
-    assert all(key.startswith(("language_model.", "multi_modal_projector.", "vision_tower.")) for key in checkpoint(model))
+    assert all(
+        key.startswith(("language_model.", "multi_modal_projector.", "vision_tower."))
+        for key in checkpoint(model)
+    )
 
 
 @pytest.mark.parametrize(
-    ("language_model", "billions", "gigabytes"), [("phi-2", 3.2174, 6.435), ("phi-1.5", 1.8531, 3.706), ("gemma-2b", 2.94, 5.88)]
+    ("language_model", "billions", "gigabytes"),
+    [("phi-2", 3.2174, 6.435), ("phi-1.5", 1.8531, 3.706), ("gemma-2b", 2.94, 5.88)],
 )
 def test_the_released_mipha(language_model: str, billions: float, gigabytes: float) -> None:
     """With the layer and the pooling head that the released files hold and no feature passes.
@@ -166,24 +187,44 @@ def test_the_released_mipha(language_model: str, billions: float, gigabytes: flo
     assert round(2 * total / 1e9, len(str(gigabytes).partition(".")[2])) == gigabytes
 
 
-@pytest.mark.parametrize("tower", ["clip-large-336", "siglip-so400m-384", "siglip-large-384", "dinov2-large", "vit-large-in21k"])
+@pytest.mark.parametrize(
+    "tower",
+    ["clip-large-336", "siglip-so400m-384", "siglip-large-384", "dinov2-large", "vit-large-in21k"],
+)
 def test_towers_at_equal_tokens(tower: str) -> None:
     """The paper's comparison, at 576 tokens for each."""
     model = full_size(tower, "qwen2.5-0.5b-instruct", image_size=image_size_for(tower))
     assert model.config.image_seq_length == 576
-    tables = [weight for name, weight in model.model.vision_tower.named_parameters() if "position_embedding" in name]
+    tables = [
+        weight
+        for name, weight in model.model.vision_tower.named_parameters()
+        if "position_embedding" in name
+    ]
     assert [table.shape[-2] for table in tables] == [576 if tower.startswith("siglip") else 577]
 
 
 @pytest.mark.parametrize(
     ("tower", "size", "tokens"),
-    [("clip-large-336", 224, 256), ("clip-large-336", 448, 1024), ("siglip-so400m-384", 448, 1024), ("dinov2-large", 224, 256)],
+    [
+        ("clip-large-336", 224, 256),
+        ("clip-large-336", 448, 1024),
+        ("siglip-so400m-384", 448, 1024),
+        ("dinov2-large", 224, 256),
+    ],
 )
 def test_the_resolutions_of_the_paper(tower: str, size: int, tokens: int) -> None:
-    assert full_size(tower, "qwen2.5-0.5b-instruct", image_size=size).config.image_seq_length == tokens
+    assert (
+        full_size(tower, "qwen2.5-0.5b-instruct", image_size=size).config.image_seq_length == tokens
+    )
 
 
 def test_the_normed_last_layer_at_full_size() -> None:
-    model = full_size("dinov2-large", "qwen2.5-0.5b-instruct", feature_layer=-1, post_layernorm=True, image_size=336)
+    model = full_size(
+        "dinov2-large",
+        "qwen2.5-0.5b-instruct",
+        feature_layer=-1,
+        post_layernorm=True,
+        image_size=336,
+    )
     assert model.config.vision_config.model_type == "vit"
     assert model.config.vision_config.num_hidden_layers == 24

@@ -20,7 +20,10 @@ def drawn(sampling: Sampling, times: int = 1000) -> list[float]:
 
 def close(shares: list[float], wanted: list[float]) -> bool:
     """Within four standard deviations of 1,000 draws."""
-    return all(abs(share - want) <= 4 * (want * (1 - want) / 1000) ** 0.5 for share, want in zip(shares, wanted, strict=True))
+    return all(
+        abs(share - want) <= 4 * (want * (1 - want) / 1000) ** 0.5
+        for share, want in zip(shares, wanted, strict=True)
+    )
 
 
 def test_tokens_are_drawn_with_their_probability() -> None:
@@ -53,6 +56,13 @@ def test_rows_end_at_their_limit_at_an_end_token_and_when_told() -> None:
     watch = RowWatch([1, 9, 9, 3], ends={50}, on_tokens=on_tokens)
     steps = [[10, 11, 12, 13], [0, 21, 22, 23], [0, 50, 0, 33], [0, 0, 0, 0]]
     ended = [watch(torch.tensor(step)[:, None], torch.zeros(4, 1)).tolist() for step in steps]
-    assert ended == [[True, False, False, False], [True, False, True, False], [True] * 4, [True] * 4]
+    assert ended == [
+        [True, False, False, False],
+        [True, False, True, False],
+        [True] * 4,
+        [True] * 4,
+    ]
     assert watch.tokens == [[10], [11, 21, 50], [12, 22], [13, 23, 33]]
-    assert told == [[10, 11, 12, 13], [None, 21, 22, 23], [None, 50, None, 33]], "nothing is told when all have ended"
+    assert told == [[10, 11, 12, 13], [None, 21, 22, 23], [None, 50, None, 33]], (
+        "nothing is told when all have ended"
+    )

@@ -29,13 +29,18 @@ def samples(tiny_data: Path) -> list[Sample]:
         (first, "Is it a circle, a square or a triangle?", "a square"),
         (None, "yes or no?", "no"),
     ]
-    about += [(second, "Which shape is it?", "A blue triangle is in the picture."), (first, "left or right?", "left")]
+    about += [
+        (second, "Which shape is it?", "A blue triangle is in the picture."),
+        (first, "left or right?", "left"),
+    ]
     return [conversation(f"s{number}", *facts) for number, facts in enumerate(about)]
 
 
 @ATTENTION
 @BATCHING
-def test_rows_give_what_samples_give_alone(tiny_model: Callable, family: str, attention: str, batching: str, samples: list[Sample]) -> None:
+def test_rows_give_what_samples_give_alone(
+    tiny_model: Callable, family: str, attention: str, batching: str, samples: list[Sample]
+) -> None:
     model, processor = tiny_model(family)
     model.set_attn_implementation(attention)
     encoded = [encode(sample, processor, 200) for sample in samples]
@@ -49,28 +54,47 @@ def test_rows_give_what_samples_give_alone(tiny_model: Callable, family: str, at
     typical = torch.stack([gradient.norm() for gradient in alone_gradients.values()]).median()
     for name, gradient in gradients.items():
         # A key's bias has no true gradient, only rounding: so not below a tenth of the typical one.
-        difference = (gradient - alone_gradients[name]).norm() / alone_gradients[name].norm().clamp(min=0.1 * typical)
+        difference = (gradient - alone_gradients[name]).norm() / alone_gradients[name].norm().clamp(
+            min=0.1 * typical
+        )
         assert difference < 1e-5, (name, difference)
 
 
 def test_the_comparison_sees_a_leak(tiny_model: Callable, samples: list[Sample]) -> None:
     """Without the mask the loss is another one: what the tests above would say if isolation broke."""
     model, processor = tiny_model()
-    batch = collate(make_rows([encode(sample, processor, 200) for sample in samples], 300, "packed"), processor)
+    batch = collate(
+        make_rows([encode(sample, processor, 200) for sample in samples], 300, "packed"), processor
+    )
     right = model(**batch).loss_sum
-    leaked = model(**{key: value for key, value in batch.items() if key != "attention_mask"} | {"position_ids": None}).loss_sum
+    leaked = model(
+        **{key: value for key, value in batch.items() if key != "attention_mask"}
+        | {"position_ids": None}
+    ).loss_sum
     assert abs(right - leaked) / right > 1e-3
 
 
 @ATTENTION
 @pytest.mark.parametrize("batching", ["packed", "shared-image"])
-@pytest.mark.parametrize("cache", [{}, {"use_cache": True}, {"use_cache": False}], ids=["no word of a cache", "cache", "no cache"])
+@pytest.mark.parametrize(
+    "cache",
+    [{}, {"use_cache": True}, {"use_cache": False}],
+    ids=["no word of a cache", "cache", "no cache"],
+)
 def test_a_sample_does_not_hear_its_neighbour(
-    tiny_model: Callable, family: str, attention: str, batching: str, cache: dict, samples: list[Sample]
+    tiny_model: Callable,
+    family: str,
+    attention: str,
+    batching: str,
+    cache: dict,
+    samples: list[Sample],
 ) -> None:
     model, processor = tiny_model(family)
     model.set_attn_implementation(attention)
-    other = [conversation("s0", samples[0].images[0], "grey grey grey?", "It is no red circle."), *samples[1:]]
+    other = [
+        conversation("s0", samples[0].images[0], "grey grey grey?", "It is no red circle."),
+        *samples[1:],
+    ]
     kept = []
     for version in (samples, other):
         encoded = [encode(sample, processor, 200) for sample in version]
@@ -82,7 +106,10 @@ def test_a_sample_does_not_hear_its_neighbour(
             kept.append(model(**batch, **cache).loss_sum)
     assert kept[0] == pytest.approx(kept[1].item(), rel=1e-5)
     with torch.no_grad():
-        rows = [make_rows([encode(sample, processor, 200) for sample in version], 300, batching) for version in (samples, other)]
+        rows = [
+            make_rows([encode(sample, processor, 200) for sample in version], 300, batching)
+            for version in (samples, other)
+        ]
         whole = [model(**collate(version, processor)).loss_sum for version in rows]
     assert abs(whole[0] - whole[1]) > 1e-2, "the two versions do differ"
 
@@ -94,7 +121,9 @@ def test_a_shared_image_is_read_once(tiny_model: Callable, samples: list[Sample]
     assert len(collate(make_rows(encoded, 300, "shared-image"), processor)["pixel_values"]) == 2
 
 
-def test_the_image_reaches_its_own_sample(tiny_model: Callable, samples: list[Sample], tiny_data: Path) -> None:
+def test_the_image_reaches_its_own_sample(
+    tiny_model: Callable, samples: list[Sample], tiny_data: Path
+) -> None:
     """Another picture for one sample changes that sample's loss and no other's."""
     model, processor = tiny_model()
     changed = [*samples[:3], replace(samples[3], images=(tiny_data.parent / "5.png",)), samples[4]]
@@ -103,31 +132,56 @@ def test_the_image_reaches_its_own_sample(tiny_model: Callable, samples: list[Sa
             found = []
             for version in (samples, changed):
                 encoded = [encode(sample, processor, 200) for sample in version]
-                encoded = [e if i == trained else replace(e, labels=e.labels * 0 - 100) for i, e in enumerate(encoded)]
+                encoded = [
+                    e if i == trained else replace(e, labels=e.labels * 0 - 100)
+                    for i, e in enumerate(encoded)
+                ]
                 with torch.no_grad():
-                    found.append(model(**collate(make_rows(encoded, 300, batching), processor)).loss_sum.item())
-            assert (found[0] == pytest.approx(found[1], rel=1e-5)) == same, (batching, trained, found)
+                    found.append(
+                        model(
+                            **collate(make_rows(encoded, 300, batching), processor)
+                        ).loss_sum.item()
+                    )
+            assert (found[0] == pytest.approx(found[1], rel=1e-5)) == same, (
+                batching,
+                trained,
+                found,
+            )
 
 
 @ATTENTION
-def test_isolation_holds_in_bfloat16(tiny_model: Callable, attention: str, samples: list[Sample]) -> None:
+def test_isolation_holds_in_bfloat16(
+    tiny_model: Callable, attention: str, samples: list[Sample]
+) -> None:
     model, processor = tiny_model()
     model.set_attn_implementation(attention)
     encoded = [encode(sample, processor, 200) for sample in samples]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        alone = sum(losses_and_gradients(model, processor, [make_rows([sample], 200, "padded") for sample in encoded])[0])
-        together, gradients = losses_and_gradients(model, processor, [make_rows(encoded, 200, "packed")])
+        alone = sum(
+            losses_and_gradients(
+                model, processor, [make_rows([sample], 200, "padded") for sample in encoded]
+            )[0]
+        )
+        together, gradients = losses_and_gradients(
+            model, processor, [make_rows(encoded, 200, "packed")]
+        )
     assert together[0] == pytest.approx(alone, rel=5e-3)
     assert all(gradient.isfinite().all() for gradient in gradients.values())
 
 
 def conversation(name: str, image: Path | None, question: str, answer: str) -> Sample:
     text = question if image is None else f"{IMAGE}\n{question}"
-    return Sample(name, (Message("user", text), Message("assistant", answer)), () if image is None else (image,))
+    return Sample(
+        name,
+        (Message("user", text), Message("assistant", answer)),
+        () if image is None else (image,),
+    )
 
 
 def losses_and_gradients(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, batches: Sequence[Sequence[Row]]
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    batches: Sequence[Sequence[Row]],
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     model.zero_grad()
     losses = []
@@ -135,4 +189,8 @@ def losses_and_gradients(
         output = model(**collate(rows, processor))
         output.loss_sum.backward()
         losses.append(output.loss_sum.item())
-    return losses, {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return losses, {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }

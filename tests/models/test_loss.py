@@ -20,7 +20,9 @@ def full_cross_entropy(hidden: Tensor, labels: Tensor, lm_head: nn.Module) -> Te
     return F.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=IGNORE, reduction="sum")
 
 
-def problem(rows: int, tokens: int, share: float, seed: int, bias: bool = True) -> tuple[Tensor, Tensor, nn.Linear]:
+def problem(
+    rows: int, tokens: int, share: float, seed: int, bias: bool = True
+) -> tuple[Tensor, Tensor, nn.Linear]:
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(rows, tokens, 8, generator=generator, requires_grad=True)
     labels = torch.randint(0, 30, (rows, tokens), generator=generator)
@@ -30,8 +32,16 @@ def problem(rows: int, tokens: int, share: float, seed: int, bias: bool = True) 
 
 
 @settings(max_examples=40)
-@given(st.integers(1, 4), st.integers(2, 20), st.floats(0, 1), st.sampled_from([1, 3, 1024]), st.integers(0, 99))
-def test_equal_to_the_full_cross_entropy(rows: int, tokens: int, share: float, chunk: int, seed: int) -> None:
+@given(
+    st.integers(1, 4),
+    st.integers(2, 20),
+    st.floats(0, 1),
+    st.sampled_from([1, 3, 1024]),
+    st.integers(0, 99),
+)
+def test_equal_to_the_full_cross_entropy(
+    rows: int, tokens: int, share: float, chunk: int, seed: int
+) -> None:
     hidden, labels, head = problem(rows, tokens, share, seed)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "CHUNK", chunk)
@@ -80,10 +90,14 @@ def test_the_model_returns_it(tiny_model: Callable, family: str) -> None:
     """`loss_sum`, `num_tokens` and their quotient, equal to what stock LLaVA calls its loss."""
     model, _ = tiny_model(family)
     ids = torch.randint(4, 300, (2, 11), generator=torch.Generator().manual_seed(0))
-    labels = ids.masked_fill(torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)) < 0.5, IGNORE)
+    labels = ids.masked_fill(
+        torch.rand(ids.shape, generator=torch.Generator().manual_seed(1)) < 0.5, IGNORE
+    )
     output = model(input_ids=ids, labels=labels)
     logits = model(input_ids=ids).logits
-    wanted = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE)
+    wanted = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORE
+    )
     assert torch.allclose(output.loss, wanted, rtol=1e-6)
     assert output.num_tokens == (labels[:, 1:] != IGNORE).sum()
     assert torch.allclose(output.loss_sum, wanted * output.num_tokens, rtol=1e-6)

@@ -33,9 +33,13 @@ def _samples(processor, prefix: int) -> list[Encoded]:
 
 
 @pytest.mark.parametrize("batching", ["padded", "packed", "shared-image"])
-def test_equals_a_dense_mask(tiny_model: Callable, family: str, batching: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equals_a_dense_mask(
+    tiny_model: Callable, family: str, batching: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, processor = tiny_model(family)
-    rows = make_rows(_samples(processor, prefix=5 if batching == "shared-image" else 0), 70, batching)
+    rows = make_rows(
+        _samples(processor, prefix=5 if batching == "shared-image" else 0), 70, batching
+    )
     batch = collate(rows, processor)
 
     def loss_and_gradients(attention: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,10 +47,16 @@ def test_equals_a_dense_mask(tiny_model: Callable, family: str, batching: str, m
         model.zero_grad()
         loss = model(**batch).loss_sum
         loss.backward()
-        return loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        return loss.detach(), torch.cat(
+            [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        )
 
     wanted, wanted_gradient = loss_and_gradients("sdpa")
-    for most, chunk in ((2**23, 256), (2**23, 20), (0, 256)):  # plain products; branches in two chunks; the fused kernel
+    for most, chunk in (
+        (2**23, 256),
+        (2**23, 20),
+        (0, 256),
+    ):  # plain products; branches in two chunks; the fused kernel
         monkeypatch.setattr(packed_attention, "MOST_WEIGHTS", most)
         monkeypatch.setattr(packed_attention, "CHUNK", chunk)
         loss, gradient = loss_and_gradients(NAME)

@@ -20,14 +20,18 @@ def pixels() -> Callable[[int], Tensor]:
 def features(model: torch.nn.Module, pixel_values: Tensor) -> Tensor:
     """What the projector is given, `(images * tokens, width)`."""
     seen = []
-    hook = model.model.multi_modal_projector.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    hook = model.model.multi_modal_projector.register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0])
+    )
     with torch.no_grad():
         model.get_image_features(pixel_values)
     hook.remove()
     return seen[0].flatten(0, 1)
 
 
-def test_calibrated_the_first_layer_sees_unit_variance(tiny_model: Callable, tower: str, pixels: Callable) -> None:
+def test_calibrated_the_first_layer_sees_unit_variance(
+    tiny_model: Callable, tower: str, pixels: Callable
+) -> None:
     """Folded into its weights: what it makes of raw features is what it made of centred and scaled ones before."""
     model, _ = tiny_model("llama", tower)
     batch = pixels(model.config.vision_config.image_size)
@@ -41,7 +45,9 @@ def test_calibrated_the_first_layer_sees_unit_variance(tiny_model: Callable, tow
         assert torch.allclose(first(raw), wanted, atol=1e-4)
 
 
-def test_calibrated_the_outputs_have_the_scale_of_words(tiny_model: Callable, family: str, tower: str, pixels: Callable) -> None:
+def test_calibrated_the_outputs_have_the_scale_of_words(
+    tiny_model: Callable, family: str, tower: str, pixels: Callable
+) -> None:
     model, _ = tiny_model(family, tower)
     batch = pixels(model.config.vision_config.image_size)
     calibrate_projector(model, batch)
@@ -51,26 +57,42 @@ def test_calibrated_the_outputs_have_the_scale_of_words(tiny_model: Callable, fa
         images = torch.cat(model.get_image_features(batch).pooler_output).std()
     assert images.item() == pytest.approx(words.item(), rel=1e-3)
     if family == "gemma":
-        assert words > 2 * embeddings.weight.std(), "the scale that Gemma's embedding layer adds is in it"
+        assert words > 2 * embeddings.weight.std(), (
+            "the scale that Gemma's embedding layer adds is in it"
+        )
 
 
-def test_a_channel_that_never_changes_does_not_blow_up(tiny_model: Callable, pixels: Callable) -> None:
+def test_a_channel_that_never_changes_does_not_blow_up(
+    tiny_model: Callable, pixels: Callable
+) -> None:
     model, _ = tiny_model()
     model.model.vision_tower.post_layernorm = torch.nn.Identity()
     with torch.no_grad():
         calibrate_projector(model, pixels(28)[:1].expand(4, -1, -1, -1))
-    assert all(parameter.isfinite().all() for parameter in model.model.multi_modal_projector.parameters())
+    assert all(
+        parameter.isfinite().all() for parameter in model.model.multi_modal_projector.parameters()
+    )
 
 
 def test_calibration_leaves_the_other_parts_alone(tiny_model: Callable, pixels: Callable) -> None:
     model, _ = tiny_model()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     calibrate_projector(model, pixels(28))
-    changed = {name for name, parameter in model.named_parameters() if not torch.equal(parameter, before[name])}
-    assert changed == {f"model.multi_modal_projector.linear_{number}.{kind}" for number in (1, 2) for kind in ("weight", "bias")}
+    changed = {
+        name
+        for name, parameter in model.named_parameters()
+        if not torch.equal(parameter, before[name])
+    }
+    assert changed == {
+        f"model.multi_modal_projector.linear_{number}.{kind}"
+        for number in (1, 2)
+        for kind in ("weight", "bias")
+    }
 
 
-def test_a_new_projector_starts_as_torch_starts_a_layer(tiny_model: Callable, tiny_parts: Callable) -> None:
+def test_a_new_projector_starts_as_torch_starts_a_layer(
+    tiny_model: Callable, tiny_parts: Callable
+) -> None:
     model, _ = tiny_model()
     bare = AutoModelForCausalLM.from_pretrained(tiny_parts().language_model)
     torch.manual_seed(5)

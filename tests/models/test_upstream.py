@@ -25,7 +25,12 @@ from mipha.models.upstream import import_upstream, load_upstream
 from mipha.models.vision_tower import TOWERS
 
 UPSTREAM = Path(__file__).parents[1] / "fixtures" / "upstream"
-PIXELS = {"do_resize": True, "size": {"height": 30, "width": 30}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+PIXELS = {
+    "do_resize": True,
+    "size": {"height": 30, "width": 30},
+    "image_mean": [0.5] * 3,
+    "image_std": [0.5] * 3,
+}
 
 STOCK_READER = """
 import json, sys
@@ -73,7 +78,9 @@ def fuse(tensors: dict[str, torch.Tensor]) -> None:
     """As the old Phi has it: the rows of a head's query, key and value stand together, head after head. Here 4 heads of 20."""
     for layer in range(2):
         for kind in ("weight", "bias"):
-            parts = [tensors.pop(f"model.layers.{layer}.self_attn.{part}_proj.{kind}") for part in "qkv"]
+            parts = [
+                tensors.pop(f"model.layers.{layer}.self_attn.{part}_proj.{kind}") for part in "qkv"
+            ]
             rows = [part[20 * head : 20 * head + 20] for head in range(4) for part in parts]
             tensors[f"model.layers.{layer}.self_attn.query_key_value.{kind}"] = torch.cat(rows)
 
@@ -82,7 +89,11 @@ def widen(folder: Path, rows: int) -> None:
     """Give the vocabulary more rows, which say nothing."""
 
     def change(tensors: dict[str, torch.Tensor]) -> None:
-        for name in {"model.embed_tokens.weight", "lm_head.weight", "lm_head.bias"} & tensors.keys():
+        for name in {
+            "model.embed_tokens.weight",
+            "lm_head.weight",
+            "lm_head.bias",
+        } & tensors.keys():
             more = torch.full((rows - len(tensors[name]), *tensors[name].shape[1:]), -0.01)
             tensors[name] = torch.cat([tensors[name], more])
 
@@ -104,13 +115,22 @@ def released(name: str, folder: Path, tokenizer: Path, rows: int) -> Path:
 
 def expanded(ids: torch.Tensor, model: LlavaForConditionalGeneration) -> torch.Tensor:
     token, repeats = model.config.image_token_id, model.config.image_seq_length
-    return torch.tensor([[t for i in row for t in ([token] * repeats if i == -200 else [i])] for row in ids.tolist()])
+    return torch.tensor(
+        [
+            [t for i in row for t in ([token] * repeats if i == -200 else [i])]
+            for row in ids.tolist()
+        ]
+    )
 
 
-def difference(model: LlavaForConditionalGeneration, name: str, pixels: str = "px", logits: str = "logits") -> float:
+def difference(
+    model: LlavaForConditionalGeneration, name: str, pixels: str = "px", logits: str = "logits"
+) -> float:
     reference = load_file(UPSTREAM / name / "ref.safetensors")
     with torch.no_grad():
-        found = model(input_ids=expanded(reference["ids"], model), pixel_values=reference[pixels]).logits
+        found = model(
+            input_ids=expanded(reference["ids"], model), pixel_values=reference[pixels]
+        ).logits
     assert found.shape == reference[logits].shape
     return (found - reference[logits]).abs().max().item()
 
@@ -121,7 +141,12 @@ def difference(model: LlavaForConditionalGeneration, name: str, pixels: str = "p
         ("up_phi_siglip", "px", "logits", 2e-6),
         ("up_phi_clip", "px", "logits", 2e-6),
         ("up_phi_dinov2", "px70", "l70", 2e-6),
-        ("up_gemma_siglip", "px", "logits", 1e-5),  # the host's own Gemma is off by 2e-6 without an image
+        (
+            "up_gemma_siglip",
+            "px",
+            "logits",
+            1e-5,
+        ),  # the host's own Gemma is off by 2e-6 without an image
     ],
 )
 def test_logits_are_upstreams(name: str, pixels: str, logits: str, tolerance: float) -> None:
@@ -130,18 +155,29 @@ def test_logits_are_upstreams(name: str, pixels: str, logits: str, tolerance: fl
     stored = load_file(UPSTREAM / name / "model.safetensors")
     told = [*report.renamed, *report.split, *report.dropped]
     assert sorted(told) == sorted(stored), "each tensor is told once"
-    assert sorted(report.renamed.values()) == sorted(set(model.state_dict()) - ({"lm_head.weight"} if "gemma" in name else set()))
-    scaled = {"model.mm_projector.2.weight", "model.mm_projector.2.bias"} if "gemma" in name else set()
+    assert sorted(report.renamed.values()) == sorted(
+        set(model.state_dict()) - ({"lm_head.weight"} if "gemma" in name else set())
+    )
+    scaled = (
+        {"model.mm_projector.2.weight", "model.mm_projector.2.bias"} if "gemma" in name else set()
+    )
     assert set(report.folded) == scaled
     # The tower has three layers and is read behind its second.
-    assert all(any(part in key for part in (".layers.2.", ".layer.2.", ".head.", ".mask_token")) for key in report.dropped)
+    assert all(
+        any(part in key for part in (".layers.2.", ".layer.2.", ".head.", ".mask_token"))
+        for key in report.dropped
+    )
     assert (model.dtype, model.training, model.device.type) == (torch.float32, False, "cpu")
 
 
 def test_positions_are_resized_by_upstreams_rule(tmp_path: Path) -> None:
     """The image processor cuts out 28 pixels, the tower's table is for 70: upstream resized it for every image."""
     folder = copied("up_phi_dinov2", tmp_path / "a")
-    crop = {"do_center_crop": True, "crop_size": {"height": 28, "width": 28}, "size": {"shortest_edge": 32}}
+    crop = {
+        "do_center_crop": True,
+        "crop_size": {"height": 28, "width": 28},
+        "size": {"shortest_edge": 32},
+    }
     (folder / "preprocessor_config.json").write_text(json.dumps(PIXELS | crop))
     model, report = load_upstream(folder)
     assert model.config.image_seq_length == 4
@@ -151,7 +187,12 @@ def test_positions_are_resized_by_upstreams_rule(tmp_path: Path) -> None:
 
 def test_a_fused_projection_is_split(tmp_path: Path) -> None:
     """The 1.6B release: type with a hyphen, no number of key-value heads, one projection for query, key and value."""
-    folder = copied("up_phi_siglip", tmp_path / "a", model_type="mipha-phi", architectures=["MiphaPhi15ForCausalLM"])
+    folder = copied(
+        "up_phi_siglip",
+        tmp_path / "a",
+        model_type="mipha-phi",
+        architectures=["MiphaPhi15ForCausalLM"],
+    )
     edit(folder, num_key_value_heads=None)
     rewrite(folder, fuse)
     model, report = load_upstream(folder)
@@ -167,7 +208,9 @@ def test_a_training_step_is_upstreams() -> None:
     model, _ = load_upstream(UPSTREAM / "up_phi_siglip")
     step = load_file(UPSTREAM / "up_phi_siglip" / "step.safetensors")
     ids = torch.where(step["ids"] == -200, model.config.image_token_id, step["ids"])
-    loss = model.train()(input_ids=ids, pixel_values=step["px"], attention_mask=step["mask"], labels=step["labels"]).loss
+    loss = model.train()(
+        input_ids=ids, pixel_values=step["px"], attention_mask=step["mask"], labels=step["labels"]
+    ).loss
     loss.backward()
     inner = model.model
     assert abs(loss.item() - step["loss"].item()) < 1e-6
@@ -181,9 +224,14 @@ def test_a_training_step_is_upstreams() -> None:
 
 @pytest.mark.parametrize("full", [False, True], ids=["unused-rows", "full-vocabulary"])
 @pytest.mark.parametrize("family", ["phi", "gemma"])
-def test_stock_transformers_reads_the_import(tiny_parts: Callable, tmp_path: Path, family: str, full: bool) -> None:
+def test_stock_transformers_reads_the_import(
+    tiny_parts: Callable, tmp_path: Path, family: str, full: bool
+) -> None:
     name = {"phi": "up_phi_siglip", "gemma": "up_gemma_siglip"}[family]
-    words = {"phi": UPSTREAM / "toy_codegen_tokenizer", "gemma": tiny_parts("gemma").language_model}[family]
+    words = {
+        "phi": UPSTREAM / "toy_codegen_tokenizer",
+        "gemma": tiny_parts("gemma").language_model,
+    }[family]
     size = len(AutoTokenizer.from_pretrained(words))
     source = released(name, tmp_path / "source", words, size if full else size + 40)
     out = tmp_path / "out"
@@ -192,52 +240,102 @@ def test_stock_transformers_reads_the_import(tiny_parts: Callable, tmp_path: Pat
 
     model, processor = load_model(str(out)), load_processor(out)
     assert model.config.image_token_id == processor.image_token_id == size
-    assert model.config.text_config.vocab_size == len(model.lm_head.weight) == (-(-(size + 1) // 64) * 64 if full else size + 40)
+    assert (
+        model.config.text_config.vocab_size
+        == len(model.lm_head.weight)
+        == (-(-(size + 1) // 64) * 64 if full else size + 40)
+    )
     end = processor.tokenizer.eos_token_id
-    assert (model.generation_config.eos_token_id, model.config.text_config.eos_token_id) == (end, end)
-    assert json.loads((source / "config.json").read_text())["eos_token_id"] != end, "as in the releases, it is wrong"
+    assert (model.generation_config.eos_token_id, model.config.text_config.eos_token_id) == (
+        end,
+        end,
+    )
+    assert json.loads((source / "config.json").read_text())["eos_token_id"] != end, (
+        "as in the releases, it is wrong"
+    )
     reference = load_file(UPSTREAM / name / "ref.safetensors")
     ids = expanded(reference["ids"], model)
     with torch.no_grad():
         logits = model(input_ids=ids, pixel_values=reference["px"]).logits
     known = reference["logits"].shape[-1]
-    assert (logits[..., :known] - reference["logits"]).abs().max() < (2e-6 if family == "phi" else 1e-5)
-    assert (logits[..., size:].amax(-1) < logits[..., :size].amax(-1)).all(), "a row without a word is never the most likely"
+    assert (logits[..., :known] - reference["logits"]).abs().max() < (
+        2e-6 if family == "phi" else 1e-5
+    )
+    assert (logits[..., size:].amax(-1) < logits[..., :size].amax(-1)).all(), (
+        "a row without a word is never the most likely"
+    )
 
     bias = model.lm_head.bias.detach() if family == "phi" else torch.zeros(())
-    torch.save({"ids": ids, "pixels": reference["px"], "logits": logits, "bias": bias}, tmp_path / "ours.pt")
-    done = subprocess.run([sys.executable, "-c", STOCK_READER, out, tmp_path / "ours.pt"], capture_output=True, text=True)
+    torch.save(
+        {"ids": ids, "pixels": reference["px"], "logits": logits, "bias": bias},
+        tmp_path / "ours.pt",
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", STOCK_READER, out, tmp_path / "ours.pt"],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     stock = json.loads(done.stdout.splitlines()[-1])
     assert stock["difference"] < 1e-6
     assert stock["keys"] == ({"unexpected_keys": ["lm_head.bias"]} if family == "phi" else {})
     bos = "<bos>" if family == "gemma" else ""
-    assert stock["prompt"].startswith(f"{bos}A chat between") and stock["prompt"].endswith(f"USER: {IMAGE}\nIs it? ASSISTANT:")
-    assert Assistant(model, processor).answer(Image.new("RGB", (9, 20)), "Is it?", max_new_tokens=3).num_tokens > 0
+    assert stock["prompt"].startswith(f"{bos}A chat between") and stock["prompt"].endswith(
+        f"USER: {IMAGE}\nIs it? ASSISTANT:"
+    )
+    assert (
+        Assistant(model, processor)
+        .answer(Image.new("RGB", (9, 20)), "Is it?", max_new_tokens=3)
+        .num_tokens
+        > 0
+    )
 
 
 def test_an_import_keeps_the_slow_tokenizers_ids(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    import_upstream(str(released("up_phi_siglip", tmp_path / "source", UPSTREAM / "toy_codegen_tokenizer", 3100)), out)
+    import_upstream(
+        str(
+            released("up_phi_siglip", tmp_path / "source", UPSTREAM / "toy_codegen_tokenizer", 3100)
+        ),
+        out,
+    )
     processor = load_processor(out)
     golden = json.loads((UPSTREAM / "golden_tokens.json").read_text())["v0/single"]["input_ids"]
-    assert load_model(str(out)).config.text_config.eos_token_id == 3000 == processor.tokenizer.pad_token_id
+    assert (
+        load_model(str(out)).config.text_config.eos_token_id
+        == 3000
+        == processor.tokenizer.pad_token_id
+    )
     messages = [Message("user", f"{IMAGE}\nWhat is it?")]
     prompt = Assistant(load_model(str(out)), processor).prompt_ids(messages)
     # Up to the answer " A cat.<|endoftext|>", which is five tokens; an image is four.
-    assert prompt == [token for one in golden[:-5] for token in ([3039] * 4 if one == -200 else [one])]
+    assert prompt == [
+        token for one in golden[:-5] for token in ([3039] * 4 if one == -200 else [one])
+    ]
 
 
 def test_an_import_keeps_the_type_of_the_weights(tiny_parts: Callable, tmp_path: Path) -> None:
-    source = released("up_gemma_siglip", tmp_path / "source", tiny_parts("gemma").language_model, 448)
-    rewrite(source, lambda tensors: tensors.update({name: value.bfloat16() for name, value in tensors.items()}))
+    source = released(
+        "up_gemma_siglip", tmp_path / "source", tiny_parts("gemma").language_model, 448
+    )
+    rewrite(
+        source,
+        lambda tensors: tensors.update({name: value.bfloat16() for name, value in tensors.items()}),
+    )
     import_upstream(str(source), tmp_path / "out")
-    kinds = {name: value.dtype for name, value in load_file(tmp_path / "out" / "model.safetensors").items()}
-    assert kinds.pop("multi_modal_projector.linear_2.weight") == torch.float32, "a scaled weight would be rounded a second time"
+    kinds = {
+        name: value.dtype
+        for name, value in load_file(tmp_path / "out" / "model.safetensors").items()
+    }
+    assert kinds.pop("multi_modal_projector.linear_2.weight") == torch.float32, (
+        "a scaled weight would be rounded a second time"
+    )
     assert kinds.pop("multi_modal_projector.linear_2.bias") == torch.float32
     assert set(kinds.values()) == {torch.bfloat16}
     ours, wanted = load_model(str(tmp_path / "out")), load_upstream(source)[0]
-    assert all(torch.equal(value, wanted.state_dict()[name]) for name, value in ours.state_dict().items())
+    assert all(
+        torch.equal(value, wanted.state_dict()[name]) for name, value in ours.state_dict().items()
+    )
 
 
 @pytest.mark.parametrize("held", [False, True], ids=["tower-named", "tower-held"])
@@ -247,12 +345,23 @@ def test_an_original_llava_checkpoint(tiny_parts: Callable, tmp_path: Path, held
     wanted, _ = build(parts.recipe())
     language_model = AutoModelForCausalLM.from_pretrained(parts.language_model)
     tensors = {name: value.clone() for name, value in language_model.state_dict().items()}
-    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)  # older releases stored this buffer
-    for index, layer in ((0, wanted.model.multi_modal_projector.linear_1), (2, wanted.model.multi_modal_projector.linear_2)):
-        tensors |= {f"model.mm_projector.{index}.{name}": value.detach().clone() for name, value in layer.named_parameters()}
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(
+        4
+    )  # older releases stored this buffer
+    for index, layer in (
+        (0, wanted.model.multi_modal_projector.linear_1),
+        (2, wanted.model.multi_modal_projector.linear_2),
+    ):
+        tensors |= {
+            f"model.mm_projector.{index}.{name}": value.detach().clone()
+            for name, value in layer.named_parameters()
+        }
     if held:
         tower = TOWERS["clip_vision_model"].from_pretrained(parts.vision_tower)
-        tensors |= {f"model.vision_tower.vision_tower.vision_model.{name}": value.clone() for name, value in tower.state_dict().items()}
+        tensors |= {
+            f"model.vision_tower.vision_tower.vision_model.{name}": value.clone()
+            for name, value in tower.state_dict().items()
+        }
     folder = tmp_path / "llava"
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -261,7 +370,11 @@ def test_an_original_llava_checkpoint(tiny_parts: Callable, tmp_path: Path, held
         "architectures": ["LlavaLlamaForCausalLM"],
         "mm_vision_tower": "clip",
     }
-    config |= {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch"}
+    config |= {
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -2,
+        "mm_vision_select_feature": "patch",
+    }
     (folder / "config.json").write_text(json.dumps(config))
 
     model, report = load_upstream(folder, vision_tower=parts.vision_tower)
@@ -272,11 +385,21 @@ def test_an_original_llava_checkpoint(tiny_parts: Callable, tmp_path: Path, held
     ids = torch.tensor([[5, *[model.config.image_token_id] * 4, 7]])
     pixels = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        wanted.model.config.image_token_id = wanted.config.image_token_id = model.config.image_token_id
-        assert torch.equal(model(input_ids=ids, pixel_values=pixels).logits, wanted(input_ids=ids, pixel_values=pixels).logits)
-    with pytest.raises(FileNotFoundError, match="was made with the vision tower 'clip': give its folder as vision_tower"):
+        wanted.model.config.image_token_id = wanted.config.image_token_id = (
+            model.config.image_token_id
+        )
+        assert torch.equal(
+            model(input_ids=ids, pixel_values=pixels).logits,
+            wanted(input_ids=ids, pixel_values=pixels).logits,
+        )
+    with pytest.raises(
+        FileNotFoundError,
+        match="was made with the vision tower 'clip': give its folder as vision_tower",
+    ):
         load_upstream(folder)
-    with pytest.raises(ValueError, match=r"mm_projector\.0\.weight is \(32, 24\) where \(32, 16\) is described"):
+    with pytest.raises(
+        ValueError, match=r"mm_projector\.0\.weight is \(32, 24\) where \(32, 16\) is described"
+    ):
         load_upstream(folder, vision_tower=narrow_tower(tmp_path / "narrow"))
     (parts_copy := tmp_path / "pickled").mkdir()
     shutil.copy(parts.vision_tower / "config.json", parts_copy)
@@ -289,9 +412,16 @@ def narrow_tower(folder: Path) -> Path:
     """A CLIP of 16 channels, where the checkpoints here were made with 24."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    facts = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 3, "intermediate_size": 32}
+    facts = {
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 3,
+        "intermediate_size": 32,
+    }
     CLIPVisionModel(CLIPVisionConfig(image_size=28, patch_size=14, **facts)).save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(PIXELS | {"image_processor_type": "CLIPImageProcessor"}))
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps(PIXELS | {"image_processor_type": "CLIPImageProcessor"})
+    )
     return folder
 
 
@@ -303,23 +433,37 @@ TOWER = "vision_config__vision_tower__"
     [
         ({"model_type": "phi"}, "is a 'phi': released checkpoints are mipha_phi"),
         ({"model_type": None}, "is a None: released"),
-        ({"architectures": ["MiphaGemmaForCausalLM"]}, "names the class 'MiphaGemmaForCausalLM', not MiphaPhiForCausalLM"),
+        (
+            {"architectures": ["MiphaGemmaForCausalLM"]},
+            "names the class 'MiphaGemmaForCausalLM', not MiphaPhiForCausalLM",
+        ),
         ({"model_type": "mipha_gemma", "architectures": None}, "tensors do not fit"),
         ({"text_config": {}}, "is already a standard mipha_phi checkpoint"),
         ({"vision_config__mm_projector": None}, r"lacks vision_config\.mm_projector"),
-        ({"vision_config__mm_projector__mm_projector_type": "linear"}, "has a 'linear' projector: only mlp2x_gelu"),
+        (
+            {"vision_config__mm_projector__mm_projector_type": "linear"},
+            "has a 'linear' projector: only mlp2x_gelu",
+        ),
         ({"mm_use_im_start_end": True}, "puts tokens around its images"),
         ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio='anyres'"),
-        ({"hidden_size": 96}, r"embed_tokens\.weight is \(120, 80\) where \(120, 96\) is described"),
+        (
+            {"hidden_size": 96},
+            r"embed_tokens\.weight is \(120, 80\) where \(120, 96\) is described",
+        ),
         ({"hidden_size": "80"}, "is no PhiConfig"),
         ({"num_hidden_layers": 3}, r"missing: model\.language_model\.layers\.2"),
         ({"num_hidden_layers": 1}, r"unexpected: model\.layers\.1"),
-        ({f"{TOWER}image_size": 44}, r"position_embedding\.weight is \(4, 24\) where \(9, 24\) is described"),
+        (
+            {f"{TOWER}image_size": 44},
+            r"position_embedding\.weight is \(4, 24\) where \(9, 24\) is described",
+        ),
         ({f"{TOWER}mm_vision_select_layer": -5}, "reads layer -5 of a tower with 3 layers"),
         ({f"{TOWER}hidden_act": None}, None),
     ],
 )
-def test_a_config_that_does_not_fit_is_refused(config: dict, message: str | None, tmp_path: Path) -> None:
+def test_a_config_that_does_not_fit_is_refused(
+    config: dict, message: str | None, tmp_path: Path
+) -> None:
     folder = copied("up_phi_siglip", tmp_path / "a", **config)
     if message is None:  # not said at all
         said = json.loads((folder / "config.json").read_text())
@@ -335,12 +479,26 @@ def test_a_config_that_does_not_fit_is_refused(config: dict, message: str | None
     ("name", "change", "message"),
     [
         ("up_phi_siglip", lambda held: held.update(stray=torch.zeros(1)), "unexpected: stray"),
-        ("up_phi_siglip", lambda held: held.pop("model.mm_projector.2.bias"), "missing: model.multi_modal_projector.linear_2.bias"),
-        ("up_phi_siglip", lambda held: held.update({"lm_head.weight": torch.zeros(120, 80, dtype=torch.int8)}), "holds weights as I8"),
-        ("up_gemma_siglip", lambda held: held.update({"lm_head.weight": torch.zeros(60, 40)}), "lm_head.weight is not the embeddings"),
+        (
+            "up_phi_siglip",
+            lambda held: held.pop("model.mm_projector.2.bias"),
+            "missing: model.multi_modal_projector.linear_2.bias",
+        ),
+        (
+            "up_phi_siglip",
+            lambda held: held.update({"lm_head.weight": torch.zeros(120, 80, dtype=torch.int8)}),
+            "holds weights as I8",
+        ),
+        (
+            "up_gemma_siglip",
+            lambda held: held.update({"lm_head.weight": torch.zeros(60, 40)}),
+            "lm_head.weight is not the embeddings",
+        ),
     ],
 )
-def test_a_tensor_that_is_not_explained_is_refused(name: str, change: Callable, message: str, tmp_path: Path) -> None:
+def test_a_tensor_that_is_not_explained_is_refused(
+    name: str, change: Callable, message: str, tmp_path: Path
+) -> None:
     folder = copied(name, tmp_path / "a")
     rewrite(folder, change)
     with pytest.raises(ValueError, match=message):
@@ -349,7 +507,12 @@ def test_a_tensor_that_is_not_explained_is_refused(name: str, change: Callable, 
 
 def test_a_tied_head_that_is_stored_too_is_dropped(tmp_path: Path) -> None:
     folder = copied("up_gemma_siglip", tmp_path / "a")
-    rewrite(folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}))
+    rewrite(
+        folder,
+        lambda tensors: tensors.update(
+            {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+        ),
+    )
     model, report = load_upstream(folder)
     assert report.dropped["lm_head.weight"].startswith("tied")
     assert difference(model, "up_gemma_siglip") < 1e-5
@@ -359,8 +522,13 @@ def shards(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     names = sorted(tensors)
     for number, part in enumerate((names[:50], names[50:]), start=1):
-        save_file({name: tensors[name] for name in part}, folder / f"model-0000{number}-of-00002.safetensors")
-    index = {name: f"model-0000{1 if name in names[:50] else 2}-of-00002.safetensors" for name in names}
+        save_file(
+            {name: tensors[name] for name in part},
+            folder / f"model-0000{number}-of-00002.safetensors",
+        )
+    index = {
+        name: f"model-0000{1 if name in names[:50] else 2}-of-00002.safetensors" for name in names
+    }
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
     (folder / "model.safetensors").unlink()
 
@@ -370,13 +538,19 @@ def test_shards(tmp_path: Path) -> None:
     shards(folder)
     assert difference(load_upstream(folder)[0], "up_phi_siglip") < 2e-6
     (folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"lacks 1 of 2 shards, such as model-00002-of-00002\.safetensors"):
+    with pytest.raises(
+        FileNotFoundError, match=r"lacks 1 of 2 shards, such as model-00002-of-00002\.safetensors"
+    ):
         load_upstream(folder)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../b.safetensors"}}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": "../b.safetensors"}})
+    )
     with pytest.raises(ValueError, match="does not name the shards beside it"):
         load_upstream(folder)
     (folder / "model.safetensors.index.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"has shards but no model\.safetensors\.index\.json"):
+    with pytest.raises(
+        FileNotFoundError, match=r"has shards but no model\.safetensors\.index\.json"
+    ):
         load_upstream(folder)
 
 
@@ -385,7 +559,9 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
     whole = (folder / "model.safetensors").read_bytes()
     for content in (whole[:-100], whole[:50], b"", b"\x80\x04cos\nsystem\n"):
         (folder / "model.safetensors").write_bytes(content)
-        with pytest.raises(ValueError, match=r"model\.safetensors is cut short or is no safetensors file"):
+        with pytest.raises(
+            ValueError, match=r"model\.safetensors is cut short or is no safetensors file"
+        ):
             load_upstream(folder)
     (folder / "config.json").write_text('{"model_type": ')
     with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
@@ -409,11 +585,18 @@ def test_a_pickle_is_never_read(tmp_path: Path) -> None:
 
 
 def test_what_an_import_lacks_is_named(tmp_path: Path) -> None:
-    source, out = released("up_phi_siglip", tmp_path / "a", UPSTREAM / "toy_codegen_tokenizer", 3100), tmp_path / "out"
-    (source / "preprocessor_config.json").write_text(json.dumps(PIXELS | {"size": {"height": 42, "width": 42}}))
+    source, out = (
+        released("up_phi_siglip", tmp_path / "a", UPSTREAM / "toy_codegen_tokenizer", 3100),
+        tmp_path / "out",
+    )
+    (source / "preprocessor_config.json").write_text(
+        json.dumps(PIXELS | {"size": {"height": 42, "width": 42}})
+    )
     with pytest.raises(ValueError, match="makes images of 42 pixels, its tower takes 30"):
         import_upstream(source, out)
-    (source / "preprocessor_config.json").write_text(json.dumps(PIXELS | {"size": {"height": 30, "width": 40}}))
+    (source / "preprocessor_config.json").write_text(
+        json.dumps(PIXELS | {"size": {"height": 30, "width": 40}})
+    )
     with pytest.raises(ValueError, match="does not say one size for square images"):
         import_upstream(source, out)
     (source / "preprocessor_config.json").unlink()
@@ -438,14 +621,22 @@ def test_a_tower_that_would_not_be_used_is_refused(tiny_parts: Callable) -> None
 
 
 def test_a_class_token_among_the_features_is_refused(tmp_path: Path) -> None:
-    folder = copied("up_phi_clip", tmp_path / "a", vision_config__vision_tower__mm_vision_select_feature="cls_patch")
+    folder = copied(
+        "up_phi_clip",
+        tmp_path / "a",
+        vision_config__vision_tower__mm_vision_select_feature="cls_patch",
+    )
     with pytest.raises(ValueError, match="reads 'cls_patch'"):
         load_upstream(folder)
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
-    [("./nowhere", r"no checkpoint folder \./nowhere"), ("nowhere", "no checkpoint folder"), ("nobody/nothing", "check name and network")],
+    [
+        ("./nowhere", r"no checkpoint folder \./nowhere"),
+        ("nowhere", "no checkpoint folder"),
+        ("nobody/nothing", "check name and network"),
+    ],
 )
 def test_a_source_that_is_not_there(source: str, message: str) -> None:
     with pytest.raises(FileNotFoundError, match=message) as caught:

@@ -40,7 +40,9 @@ def test_dead_layers_are_dropped_and_the_features_stay(tiny_parts: Callable, tow
 
 @pytest.mark.parametrize("layer", [-1, -2])
 @pytest.mark.parametrize("tower", NORM)
-def test_the_final_norm_goes_behind_the_layer_that_is_read(tiny_parts: Callable, tower: str, layer: int) -> None:
+def test_the_final_norm_goes_behind_the_layer_that_is_read(
+    tiny_parts: Callable, tower: str, layer: int
+) -> None:
     parts = tiny_parts("llama", tower)
     whole = load_tower(parts.vision_tower)
     norm = getattr(whole, NORM[tower])
@@ -63,13 +65,18 @@ def test_the_final_norm_goes_behind_the_layer_that_is_read(tiny_parts: Callable,
 
 
 def test_clip_norms_no_patch(tiny_parts: Callable) -> None:
-    with pytest.raises(ValueError, match=r"cannot be had of a 'clip_vision_model' tower: it norms its class token alone; use false"):
+    with pytest.raises(
+        ValueError,
+        match=r"cannot be had of a 'clip_vision_model' tower: it norms its class token alone; use false",
+    ):
         build(tiny_parts("llama", "clip").recipe(post_layernorm=True))
 
 
 @pytest.mark.parametrize("layer", [0, 4, -4, 99])
 def test_a_layer_that_is_not_there_is_refused(tiny_parts: Callable, layer: int) -> None:
-    with pytest.raises(ValueError, match=rf"feature_layer={layer} does not exist: this tower has 3 layers"):
+    with pytest.raises(
+        ValueError, match=rf"feature_layer={layer} does not exist: this tower has 3 layers"
+    ):
         build(tiny_parts().recipe(feature_layer=layer))
 
 
@@ -80,48 +87,81 @@ REGISTERS = {
 
 
 @pytest.mark.parametrize("kind", REGISTERS)
-def test_registers_stay_and_are_counted(tiny_parts: Callable, random_part: Callable, kind: str, tmp_path: Path) -> None:
+def test_registers_stay_and_are_counted(
+    tiny_parts: Callable, random_part: Callable, kind: str, tmp_path: Path
+) -> None:
     """The stock class leaves out the class token alone: 3 x 3 patches and the registers go to the language model."""
     folder = random_part(kind, **REGISTERS[kind])
     model, processor = build(tiny_parts().recipe(vision_tower=str(folder), image_size=3 * 14))
     tokens = 9 + REGISTERS[kind]["num_register_tokens"]
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 40, 3), dtype=np.uint8))
     save_checkpoint(model, processor, tmp_path / "saved")
-    stock, reread = AutoModelForImageTextToText.from_pretrained(tmp_path / "saved"), AutoProcessor.from_pretrained(tmp_path / "saved")
+    stock, reread = (
+        AutoModelForImageTextToText.from_pretrained(tmp_path / "saved"),
+        AutoProcessor.from_pretrained(tmp_path / "saved"),
+    )
     inputs = reread(text="<image>\nWhich colour?", images=image, return_tensors="pt")
-    assert (inputs["input_ids"] == processor.image_token_id).sum() == tokens == model.config.image_seq_length
+    assert (
+        (inputs["input_ids"] == processor.image_token_id).sum()
+        == tokens
+        == model.config.image_seq_length
+    )
     with torch.no_grad():
         ours, theirs = model(**inputs).logits, stock(**inputs).logits
         whole = load_tower(folder)
         if kind == "DINOv3ViTModel":  # rotary positions: any size goes without a table
-            wanted = whole(inputs["pixel_values"], output_hidden_states=True).hidden_states[-2][:, 1:]
+            wanted = whole(inputs["pixel_values"], output_hidden_states=True).hidden_states[-2][
+                :, 1:
+            ]
             assert (projected_features(model, inputs["pixel_values"]) - wanted).abs().max() < 1e-5
     assert torch.allclose(ours, theirs, atol=1e-6)
-    with pytest.raises(ValueError, match=r"post_layernorm=true cannot be had of a 'dino.* takes its hidden states before the norm"):
+    with pytest.raises(
+        ValueError,
+        match=r"post_layernorm=true cannot be had of a 'dino.* takes its hidden states before the norm",
+    ):
         build(tiny_parts().recipe(vision_tower=str(folder), post_layernorm=True))
 
 
 @pytest.mark.parametrize("kind", ["Siglip", "CLIP"])
-def test_a_tower_is_taken_out_of_a_model_of_images_and_text(tiny_parts: Callable, kind: str, tmp_path: Path) -> None:
+def test_a_tower_is_taken_out_of_a_model_of_images_and_text(
+    tiny_parts: Callable, kind: str, tmp_path: Path
+) -> None:
     """What the hub has under `google/siglip-so400m-patch14-384` and `openai/clip-vit-large-patch14-336`."""
     parts = tiny_parts("llama", kind.lower())
     alone = load_tower(parts.vision_tower)
-    text = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 16, "vocab_size": 9}
-    config = getattr(transformers, f"{kind}Config")(text_config=text, vision_config=alone.config.to_dict())
+    text = {
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+        "intermediate_size": 16,
+        "vocab_size": 9,
+    }
+    config = getattr(transformers, f"{kind}Config")(
+        text_config=text, vision_config=alone.config.to_dict()
+    )
     both = getattr(transformers, f"{kind}Model")(config)
-    getattr(both.vision_model, "vision_model", both.vision_model).load_state_dict(alone.state_dict())
+    getattr(both.vision_model, "vision_model", both.vision_model).load_state_dict(
+        alone.state_dict()
+    )
     both.save_pretrained(tmp_path)
-    (tmp_path / "preprocessor_config.json").write_text((parts.vision_tower / "preprocessor_config.json").read_text())
+    (tmp_path / "preprocessor_config.json").write_text(
+        (parts.vision_tower / "preprocessor_config.json").read_text()
+    )
     model, processor = build(parts.recipe(vision_tower=str(tmp_path)))
     wanted, _ = build(parts.recipe())
     pixels = torch.randn(1, 3, 28, 28, generator=torch.Generator().manual_seed(0))
     features = [one.model.vision_tower(pixels).last_hidden_state for one in (model, wanted)]
     assert torch.equal(*features)
     save_checkpoint(model, processor, tmp_path / "saved")
-    assert load_model(str(tmp_path / "saved")).config.vision_config.model_type == f"{kind.lower()}_vision_model"
+    assert (
+        load_model(str(tmp_path / "saved")).config.vision_config.model_type
+        == f"{kind.lower()}_vision_model"
+    )
 
 
-def test_weights_that_no_feature_passes_may_be_missing_and_no_others(tiny_parts: Callable, tmp_path: Path) -> None:
+def test_weights_that_no_feature_passes_may_be_missing_and_no_others(
+    tiny_parts: Callable, tmp_path: Path
+) -> None:
     """ViTs published as classifiers have no pooler."""
     parts = tiny_parts("llama", "vit")
     for path in parts.vision_tower.iterdir():
@@ -133,7 +173,9 @@ def test_weights_that_no_feature_passes_may_be_missing_and_no_others(tiny_parts:
     build(parts.recipe(vision_tower=str(tmp_path)))
     kept.pop("embeddings.cls_token")
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"1 weights are missing, embeddings\.cls_token first: it is not whole"):
+    with pytest.raises(
+        ValueError, match=r"1 weights are missing, embeddings\.cls_token first: it is not whole"
+    ):
         build(parts.recipe(vision_tower=str(tmp_path)))
 
 
@@ -142,12 +184,20 @@ def test_weights_that_no_feature_passes_may_be_missing_and_no_others(tiny_parts:
     [
         ({"model_type": "llama"}, "is a 'llama': a tower is one of clip"),
         ({"model_type": "siglip2"}, "is a 'siglip2': a tower is one of clip"),
-        ({"model_type": "mine", "auto_map": {"AutoModel": "mine.Tower"}}, "is a 'mine': a tower is one of clip"),
+        (
+            {"model_type": "mine", "auto_map": {"AutoModel": "mine.Tower"}},
+            "is a 'mine': a tower is one of clip",
+        ),
         ({"hidden_size": 64}, "the weights have other shapes than its config says"),
-        ({"num_hidden_layers": 9}, "weights are missing, .*layers.3.*: it is not whole, or its config is another model's"),
+        (
+            {"num_hidden_layers": 9},
+            "weights are missing, .*layers.3.*: it is not whole, or its config is another model's",
+        ),
     ],
 )
-def test_a_folder_that_holds_no_tower_is_refused(tiny_parts: Callable, config: dict, message: str, tmp_path: Path) -> None:
+def test_a_folder_that_holds_no_tower_is_refused(
+    tiny_parts: Callable, config: dict, message: str, tmp_path: Path
+) -> None:
     for path in tiny_parts().vision_tower.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     facts = json.loads((tmp_path / "config.json").read_text())
@@ -156,22 +206,33 @@ def test_a_folder_that_holds_no_tower_is_refused(tiny_parts: Callable, config: d
         build(tiny_parts().recipe(vision_tower=str(tmp_path)))
 
 
-def test_images_that_are_not_square_are_refused(tiny_parts: Callable, random_part: Callable) -> None:
+def test_images_that_are_not_square_are_refused(
+    tiny_parts: Callable, random_part: Callable
+) -> None:
     folder = random_part("ViTModel", image_size=[28, 42])
-    with pytest.raises(ValueError, match=r"reads images of .28, 42. pixels in patches of 14: only square ones can be used"):
+    with pytest.raises(
+        ValueError,
+        match=r"reads images of .28, 42. pixels in patches of 14: only square ones can be used",
+    ):
         build(tiny_parts().recipe(vision_tower=str(folder)))
 
 
 def test_pixels_of_unknown_scale_are_refused(tiny_parts: Callable, tmp_path: Path) -> None:
     for path in tiny_parts().vision_tower.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "preprocessor_config.json").write_text('{"image_processor_type": "SiglipImageProcessor"}')
-    with pytest.raises(ValueError, match="does not say how its pixels are scaled: write image_mean and image_std"):
+    (tmp_path / "preprocessor_config.json").write_text(
+        '{"image_processor_type": "SiglipImageProcessor"}'
+    )
+    with pytest.raises(
+        ValueError, match="does not say how its pixels are scaled: write image_mean and image_std"
+    ):
         build(tiny_parts().recipe(vision_tower=str(tmp_path)))
 
 
 def load_tower(folder: Path) -> torch.nn.Module:
-    return TOWERS[AutoModel.from_pretrained(folder).config.model_type].from_pretrained(folder).eval()
+    return (
+        TOWERS[AutoModel.from_pretrained(folder).config.model_type].from_pretrained(folder).eval()
+    )
 
 
 def seen_by(whole: torch.nn.Module) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
@@ -185,7 +246,9 @@ def seen_by(whole: torch.nn.Module) -> tuple[torch.Tensor, tuple[torch.Tensor, .
 def projected_features(model: torch.nn.Module, pixels: torch.Tensor) -> torch.Tensor:
     """What the projector gets."""
     seen = []
-    hook = model.model.multi_modal_projector.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    hook = model.model.multi_modal_projector.register_forward_pre_hook(
+        lambda module, inputs: seen.append(inputs[0])
+    )
     with torch.no_grad():
         model.get_image_features(pixels)
     hook.remove()

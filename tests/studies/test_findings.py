@@ -21,15 +21,29 @@ from mipha.studies.study import Study, Takeaway, load_study
 @pytest.fixture
 def study(tmp_path: Path) -> Study:
     axes = {
-        "tuned": {"all": [], "projector": ["stages.finetune.tuning.language_model=frozen"], "low": ["stages.finetune.learning_rate=1e-6"]}
+        "tuned": {
+            "all": [],
+            "projector": ["stages.finetune.tuning.language_model=frozen"],
+            "low": ["stages.finetune.learning_rate=1e-6"],
+        }
     }
     takeaways = [
         {"claim": "all beats projector", "source": "s", "better": "all", "than": "projector"},
         {"claim": "all is on par with low", "source": "s", "on_par": ["all", "low"], "within": 20},
     ]
-    scale = {"recipe": "quickstart", "axes": axes, "evaluate": [{"benchmark": "easy_vqa"}], "takeaways": takeaways}
+    scale = {
+        "recipe": "quickstart",
+        "axes": axes,
+        "evaluate": [{"benchmark": "easy_vqa"}],
+        "takeaways": takeaways,
+    }
     path = tmp_path / "own.yaml"
-    path.write_text(yaml.safe_dump({"name": "own", "title": "Own", "source": "none", "scales": {"mini": scale}}, sort_keys=False))
+    path.write_text(
+        yaml.safe_dump(
+            {"name": "own", "title": "Own", "source": "none", "scales": {"mini": scale}},
+            sort_keys=False,
+        )
+    )
     return load_study(path)
 
 
@@ -45,7 +59,10 @@ def write_runs(
     for job in jobs_of(study, "mini", out, seeds):
         run = create_run(job.folder, job.recipe)
         rng = np.random.default_rng([job.seed, sum(job.variant.encode())])
-        right = {name: rng.random((num_images, 4)) < of[job.variant] for name, of in ({"accuracy": ability} | (also or {})).items()}
+        right = {
+            name: rng.random((num_images, 4)) < of[job.variant]
+            for name, of in ({"accuracy": ability} | (also or {})).items()
+        }
         data = tally(
             (f"i{image}", {name: float(found[image, place]) for name, found in right.items()})
             for image in range(num_images)
@@ -68,43 +85,76 @@ def test_a_planted_effect_is_found_and_no_other(study: Study, tmp_path: Path) ->
     findings = find(study, "mini", out)
     assert [overall(judged) for judged in findings.judged] == ["holds", "holds"]
     (planted,) = findings.judged[0].comparisons
-    assert (planted.first, planted.second) == ("all", "projector") and 30 < planted.found.difference < 50
+    assert (planted.first, planted.second) == (
+        "all",
+        "projector",
+    ) and 30 < planted.found.difference < 50
     assert planted.found.p_value <= planted.p_holm < 0.01
     (null,) = findings.judged[1].comparisons
     assert null.p_holm > 0.05
-    assert findings.scores["all"]["easy_vqa"].mean == pytest.approx(80, abs=6) and len(findings.scores["all"]["easy_vqa"].values) == 3
+    assert (
+        findings.scores["all"]["easy_vqa"].mean == pytest.approx(80, abs=6)
+        and len(findings.scores["all"]["easy_vqa"].values) == 3
+    )
     assert findings.costs["low"][0].minutes == 1.0 and findings.num_missing == 0
     assert findings.differences["projector"]["stages.finetune.tuning.language_model"] == "frozen"
     assert findings.differences["low"]["stages.finetune.learning_rate"] == 1e-6
     assert "| all minus projector | easy_vqa | +" in markdown(findings)
 
 
-def test_variants_are_compared_by_the_metric_that_is_asked_for(study: Study, tmp_path: Path) -> None:
+def test_variants_are_compared_by_the_metric_that_is_asked_for(
+    study: Study, tmp_path: Path
+) -> None:
     def by(metric: str) -> Study:
         scale = study.scales["mini"]
         measured = scale.evaluate[0].model_copy(update={"metric": metric})
-        return study.model_copy(update={"scales": {"mini": scale.model_copy(update={"evaluate": (measured,)})}})
+        return study.model_copy(
+            update={"scales": {"mini": scale.model_copy(update={"evaluate": (measured,)})}}
+        )
 
     assert by("shape").digest("mini") == study.digest("mini"), "nothing else is trained or asked"
     out = tmp_path / "out"
-    write_runs(study, out, {"all": 0.8, "projector": 0.4, "low": 0.8}, also={"shape": {"all": 0.3, "projector": 0.9, "low": 0.3}})
+    write_runs(
+        study,
+        out,
+        {"all": 0.8, "projector": 0.4, "low": 0.8},
+        also={"shape": {"all": 0.3, "projector": 0.9, "low": 0.3}},
+    )
     findings = find(by("shape"), "mini", out)
     assert [overall(judged) for judged in findings.judged] == ["does not hold", "holds"]
     assert findings.scores["projector"]["easy_vqa"].mean == pytest.approx(90, abs=6)
     text = markdown(findings)
-    assert "| variant | easy_vqa, shape (%) |" in text and "| accuracy | 7" in text and "| shape | 3" in text, "the others are in detail"
-    with pytest.raises(ValueError, match="runs of all were measured on easy_vqa without colour: remove their evaluation folders"):
+    assert (
+        "| variant | easy_vqa, shape (%) |" in text
+        and "| accuracy | 7" in text
+        and "| shape | 3" in text
+    ), "the others are in detail"
+    with pytest.raises(
+        ValueError,
+        match="runs of all were measured on easy_vqa without colour: remove their evaluation folders",
+    ):
         find(by("colour"), "mini", out)
-    with pytest.raises(ValueError, match="benchmark easy_vqa has no metric 'color': did you mean colour"):
+    with pytest.raises(
+        ValueError, match="benchmark easy_vqa has no metric 'color': did you mean colour"
+    ):
         find(by("color"), "mini", out)
 
 
-def test_a_false_claim_does_not_hold_and_one_run_is_not_enough(study: Study, tmp_path: Path) -> None:
+def test_a_false_claim_does_not_hold_and_one_run_is_not_enough(
+    study: Study, tmp_path: Path
+) -> None:
     write_runs(study, tmp_path / "false", {"all": 0.4, "projector": 0.8, "low": 0.8})
-    assert [overall(judged) for judged in find(study, "mini", tmp_path / "false").judged] == ["does not hold", "does not hold"]
+    assert [overall(judged) for judged in find(study, "mini", tmp_path / "false").judged] == [
+        "does not hold",
+        "does not hold",
+    ]
     write_runs(study, tmp_path / "once", {"all": 0.9, "projector": 0.1, "low": 0.9}, seeds=1)
-    assert [overall(judged) for judged in find(study, "mini", tmp_path / "once").judged] == ["not enough runs"] * 2
-    with pytest.raises(FileNotFoundError, match="has no finished run: make them with `mipha study run own"):
+    assert [overall(judged) for judged in find(study, "mini", tmp_path / "once").judged] == [
+        "not enough runs"
+    ] * 2
+    with pytest.raises(
+        FileNotFoundError, match="has no finished run: make them with `mipha study run own"
+    ):
         find(study, "mini", tmp_path / "nothing")
 
 
@@ -124,7 +174,9 @@ def test_a_false_claim_does_not_hold_and_one_run_is_not_enough(study: Study, tmp
         ("not_better", 3.0, 9.0, 0.01, "does not hold"),
     ],
 )
-def test_a_verdict_follows_from_interval_and_p_value(kind: str, low: float, high: float, p: float, verdict: str) -> None:
+def test_a_verdict_follows_from_interval_and_p_value(
+    kind: str, low: float, high: float, p: float, verdict: str
+) -> None:
     """Margin 2; from the sentence in `judge`."""
     names = {"on_par": ("a", "b")} if kind == "on_par" else {kind: ("a",), "than": ("b",)}
     takeaway = Takeaway(claim="c", source="s", within=2.0, **names)

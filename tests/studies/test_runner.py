@@ -30,19 +30,41 @@ def study(tiny_parts, tiny_data: Path, tmp_path: Path) -> Study:
         "row_tokens": 256,
         "tuning": {"vision_tower": "frozen", "projector": "full", "language_model": "frozen"},
     }
-    model = {"vision_tower": str(parts.vision_tower), "language_model": str(parts.language_model), "chat_template": "chatml"}
-    recipe = {"name": "tiny", "model": model, "precision": "float32", "stages": {"pretrain": stage, "finetune": stage}}
+    model = {
+        "vision_tower": str(parts.vision_tower),
+        "language_model": str(parts.language_model),
+        "chat_template": "chatml",
+    }
+    recipe = {
+        "name": "tiny",
+        "model": model,
+        "precision": "float32",
+        "stages": {"pretrain": stage, "finetune": stage},
+    }
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
     axes = {"tuned": {"projector": [], "all": ["stages.finetune.tuning.language_model=full"]}}
-    scale = {"recipe": str(tmp_path / "tiny.yaml"), "axes": axes, "evaluate": [{"benchmark": "easy_vqa", "limit": 4}]}
-    scale["takeaways"] = [{"claim": "All is not better", "source": "none", "not_better": "all", "than": "projector"}]
+    scale = {
+        "recipe": str(tmp_path / "tiny.yaml"),
+        "axes": axes,
+        "evaluate": [{"benchmark": "easy_vqa", "limit": 4}],
+    }
+    scale["takeaways"] = [
+        {"claim": "All is not better", "source": "none", "not_better": "all", "than": "projector"}
+    ]
     scale["panel"] = [{"image": "easy_vqa:0", "kind": "shape"}]
     path = tmp_path / "own.yaml"
-    path.write_text(yaml.safe_dump({"name": "own", "title": "Own", "source": "none", "scales": {"mini": scale}}, sort_keys=False))
+    path.write_text(
+        yaml.safe_dump(
+            {"name": "own", "title": "Own", "source": "none", "scales": {"mini": scale}},
+            sort_keys=False,
+        )
+    )
     return load_study(path)
 
 
-def test_a_study_runs_shares_its_first_stage_and_does_nothing_twice(study: Study, tmp_path: Path) -> None:
+def test_a_study_runs_shares_its_first_stage_and_does_nothing_twice(
+    study: Study, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     run_study(study, "mini", out, slots=1)
     first, second = (open_run(job.folder) for job in jobs_of(study, "mini", out, 1))
@@ -52,28 +74,41 @@ def test_a_study_runs_shares_its_first_stage_and_does_nothing_twice(study: Study
     # The second run trained its second stage alone.
     weights = [run.checkpoint("pretrain") / "model.safetensors" for run in (first, second)]
     assert weights[0].samefile(weights[1])
-    assert json.loads((second.folder / "provenance.json").read_text())["pretrain"] == "of projector, seed-0"
+    assert (
+        json.loads((second.folder / "provenance.json").read_text())["pretrain"]
+        == "of projector, seed-0"
+    )
     assert first.checkpoint("finetune").stat().st_ino != second.checkpoint("finetune").stat().st_ino
     write_report(study, "mini", out)
     report = (out / "report.md").read_text()
     assert "**All is not better** (none): **not enough runs**" in report, "one run each"
     assert "| stages.finetune.tuning.language_model | frozen | full |" in report
     page = (out / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 and "Answers side by side" in page, "the figure, and the panel's picture"
+    assert page.count("data:image/png;base64,") == 2 and "Answers side by side" in page, (
+        "the figure, and the panel's picture"
+    )
     before = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*")}
     run_study(study, "mini", out)
     assert {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*")} == before
 
 
-def test_an_unknown_metric_is_refused_before_anything_is_trained(study: Study, tmp_path: Path) -> None:
+def test_an_unknown_metric_is_refused_before_anything_is_trained(
+    study: Study, tmp_path: Path
+) -> None:
     measured = study.scales["mini"].evaluate[0].model_copy(update={"metric": "acuracy"})
-    wrong = study.model_copy(update={"scales": {"mini": study.scales["mini"].model_copy(update={"evaluate": (measured,)})}})
+    wrong = study.model_copy(
+        update={
+            "scales": {"mini": study.scales["mini"].model_copy(update={"evaluate": (measured,)})}
+        }
+    )
     with pytest.raises(ValueError, match="no metric 'acuracy': did you mean accuracy"):
         run_study(wrong, "mini", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_another_study_takes_over_the_runs_and_first_stages_of_the_same_recipes(study: Study, tmp_path: Path) -> None:
+def test_another_study_takes_over_the_runs_and_first_stages_of_the_same_recipes(
+    study: Study, tmp_path: Path
+) -> None:
     run_study(study, "mini", tmp_path / "first")
     axes = {"tuned": {"head": (), "norms": ("stages.finetune.tuning.language_model=last-1",)}}
     scale = study.scales["mini"].model_copy(update={"axes": axes, "takeaways": ()})
@@ -85,38 +120,71 @@ def test_another_study_takes_over_the_runs_and_first_stages_of_the_same_recipes(
     donor = open_run(tmp_path / "first" / "runs" / "projector" / "seed-0")
     same, new = (open_run(job.folder) for job in jobs_of(other, "mini", tmp_path / "second", 1))
     weights = "model.safetensors"
-    assert (same.checkpoint("finetune") / weights).samefile(donor.checkpoint("finetune") / weights), "not trained again"
-    assert json.loads((same.folder / "provenance.json").read_text())["trained_as"] == str(donor.folder.resolve())
-    assert not donor.metrics("finetune").samefile(same.metrics("finetune")), "what may be written to is a file of its own"
+    assert (same.checkpoint("finetune") / weights).samefile(
+        donor.checkpoint("finetune") / weights
+    ), "not trained again"
+    assert json.loads((same.folder / "provenance.json").read_text())["trained_as"] == str(
+        donor.folder.resolve()
+    )
+    assert not donor.metrics("finetune").samefile(same.metrics("finetune")), (
+        "what may be written to is a file of its own"
+    )
     assert (new.checkpoint("pretrain") / weights).samefile(donor.checkpoint("pretrain") / weights)
-    assert not (new.checkpoint("finetune") / weights).samefile(donor.checkpoint("finetune") / weights)
-    assert (same.folder / "panel.jsonl").is_file() and json.loads((new.evaluation("easy_vqa") / "scores.json").read_text())["n_asked"] == 4
+    assert not (new.checkpoint("finetune") / weights).samefile(
+        donor.checkpoint("finetune") / weights
+    )
+    assert (same.folder / "panel.jsonl").is_file() and json.loads(
+        (new.evaluation("easy_vqa") / "scores.json").read_text()
+    )["n_asked"] == 4
 
 
 @pytest.mark.skipif(shutil.which("srun") is not None, reason="would ask this cluster for a node")
-def test_jobs_go_through_submitit(study: Study, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+def test_jobs_go_through_submitit(
+    study: Study, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     """Where there is no SLURM it starts processes of its own: all but the queue is the same."""
     alone = study.model_copy(
-        update={"scales": {"mini": study.scales["mini"].model_copy(update={"axes": {"one": {"only": ()}}, "takeaways": ()})}}
+        update={
+            "scales": {
+                "mini": study.scales["mini"].model_copy(
+                    update={"axes": {"one": {"only": ()}}, "takeaways": ()}
+                )
+            }
+        }
     )
     with pytest.raises(ValueError, match="--slurm: Unknown argument 'partion'"):
         run_study(alone, "mini", tmp_path / "out", slurm={"slurm_partion": "gpu"})
-    with pytest.raises(ValueError, match="--slurm: Parameter \"timeout_min\" expected type <class 'int'>"):
+    with pytest.raises(
+        ValueError, match="--slurm: Parameter \"timeout_min\" expected type <class 'int'>"
+    ):
         run_study(alone, "mini", tmp_path / "out", slurm={"timeout_min": "ten"})
     run_study(alone, "mini", tmp_path / "out", slurm={"timeout_min": 10})
     assert "no SLURM on this machine" in capsys.readouterr().out
     (job,) = jobs_of(alone, "mini", tmp_path / "out", 1)
-    assert json.loads((open_run(job.folder).evaluation("easy_vqa") / "scores.json").read_text())["n_asked"] == 4
+    assert (
+        json.loads((open_run(job.folder).evaluation("easy_vqa") / "scores.json").read_text())[
+            "n_asked"
+        ]
+        == 4
+    )
     assert list((tmp_path / "out" / "logs" / "slurm").glob("*_result.pkl")), "submitit made it"
 
 
 def test_runs_side_by_side_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    assert _threads(1) == {} and _threads(4) == {"OMP_NUM_THREADS": "2"} and _threads(9) == {"OMP_NUM_THREADS": "1"}
+    assert (
+        _threads(1) == {}
+        and _threads(4) == {"OMP_NUM_THREADS": "2"}
+        and _threads(9) == {"OMP_NUM_THREADS": "1"}
+    )
 
 
 def test_a_failed_run_is_named_with_its_log(study: Study, tmp_path: Path, tiny_data: Path) -> None:
-    scale = study.scales["mini"].model_copy(update={"evaluate": (study.scales["mini"].evaluate[0].model_copy(update={"split": "tset"}),)})
+    scale = study.scales["mini"].model_copy(
+        update={
+            "evaluate": (study.scales["mini"].evaluate[0].model_copy(update={"split": "tset"}),)
+        }
+    )
     alone = {"axes": {"tuned": {"projector": ()}}, "takeaways": (), "panel": ()}
     broken = study.model_copy(update={"scales": {"mini": scale.model_copy(update=alone)}})
     with pytest.raises(RuntimeError, match=r"1 of 1 runs failed: see .*projector-seed-0\.log"):
@@ -124,13 +192,23 @@ def test_a_failed_run_is_named_with_its_log(study: Study, tmp_path: Path, tiny_d
     assert "tset" in (tmp_path / "out" / "logs" / "projector-seed-0.log").read_text()
 
 
-def test_a_folder_of_another_study_is_refused_before_anything_is_trained(study: Study, tmp_path: Path) -> None:
+def test_a_folder_of_another_study_is_refused_before_anything_is_trained(
+    study: Study, tmp_path: Path
+) -> None:
     claim(study.model_copy(update={"name": "other"}), "mini", tmp_path / "out")
-    with pytest.raises(ValueError, match=r"holds study other at scale mini, not study own at scale mini: choose another -o"):
+    with pytest.raises(
+        ValueError,
+        match=r"holds study other at scale mini, not study own at scale mini: choose another -o",
+    ):
         run_study(study, "mini", tmp_path / "out")
     claim(study, "mini", tmp_path / "own")
-    changed = study.scales["mini"].model_copy(update={"overrides": (*study.scales["mini"].overrides, "seed=7")})
-    with pytest.raises(ValueError, match=r"holds study own at scale mini, not another version of it: choose another -o"):
+    changed = study.scales["mini"].model_copy(
+        update={"overrides": (*study.scales["mini"].overrides, "seed=7")}
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"holds study own at scale mini, not another version of it: choose another -o",
+    ):
         run_study(study.model_copy(update={"scales": {"mini": changed}}), "mini", tmp_path / "own")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "letter.txt").write_text("dear")
@@ -138,7 +216,9 @@ def test_a_folder_of_another_study_is_refused_before_anything_is_trained(study: 
         run_study(study, "mini", tmp_path / "full")
 
 
-def test_a_folder_is_known_again_by_a_version_that_has_more_keys(study: Study, tmp_path: Path) -> None:
+def test_a_folder_is_known_again_by_a_version_that_has_more_keys(
+    study: Study, tmp_path: Path
+) -> None:
     claim(study, "mini", tmp_path / "out")
     written = yaml.safe_load((tmp_path / "out" / "study.yaml").read_text())
     del written["scales"]["mini"]["overrides"]  # as if it were new

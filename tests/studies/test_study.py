@@ -20,8 +20,17 @@ def written(tmp_path: Path):
 
     def write(**changes: Any):
         axes = {"tuned": {"projector": ["stages.finetune.tuning.language_model=frozen"], "all": []}}
-        scale = {"recipe": "quickstart", "axes": axes, "evaluate": [{"benchmark": "easy_vqa", "limit": 4}]} | changes.pop("scale", {})
-        tree = {"name": "own", "title": "Own", "source": "none", "scales": {"mini": scale}} | changes
+        scale = {
+            "recipe": "quickstart",
+            "axes": axes,
+            "evaluate": [{"benchmark": "easy_vqa", "limit": 4}],
+        } | changes.pop("scale", {})
+        tree = {
+            "name": "own",
+            "title": "Own",
+            "source": "none",
+            "scales": {"mini": scale},
+        } | changes
         path = tmp_path / "own.yaml"
         path.write_text(yaml.safe_dump(tree, sort_keys=False))
         return load_study(path)
@@ -59,7 +68,12 @@ def test_a_first_stage_is_shared_exactly_where_it_is_the_same() -> None:
     recipe = load_recipe("quickstart")
     same = recipe.override("stages.finetune.learning_rate=3e-4", "name=other")
     assert pretrain_digest(same) == pretrain_digest(recipe)
-    for change in ("seed=1", "precision=float32", "model.feature_layer=8", "stages.pretrain.learning_rate=1e-3"):
+    for change in (
+        "seed=1",
+        "precision=float32",
+        "model.feature_layer=8",
+        "stages.pretrain.learning_rate=1e-3",
+    ):
         assert pretrain_digest(recipe.override(change)) != pretrain_digest(recipe), change
 
 
@@ -70,7 +84,10 @@ def test_a_first_stage_is_shared_exactly_where_it_is_the_same() -> None:
             {"scale": {"axes": {"a": {"x": ["stages.finetune.learning_rte=1"]}}}},
             r"(?s)variant x: .*learning_rte: unknown key; did you mean",
         ),
-        ({"scale": {"axes": {"a": {"x": [], "y": ["seed=0"]}}}}, "variants x and y are the same: remove one"),
+        (
+            {"scale": {"axes": {"a": {"x": [], "y": ["seed=0"]}}}},
+            "variants x and y are the same: remove one",
+        ),
         (
             {"scale": {"takeaways": [{**CLAIM, "better": "al", "than": "projector"}]}},
             "no variant 'al'; did you mean all",
@@ -91,7 +108,9 @@ def test_what_cannot_be_meant_is_refused(written, changes: dict[str, Any], sente
 def test_unknown_names_are_told() -> None:
     with pytest.raises(FileNotFoundError, match="no study 'freezin': did you mean freezing"):
         load_study("freezin")
-    with pytest.raises(ValueError, match="study 'freezing' has no scale 'papr': did you mean paper"):
+    with pytest.raises(
+        ValueError, match="study 'freezing' has no scale 'papr': did you mean paper"
+    ):
         load_study("freezing").variants("papr")
 
 
@@ -99,5 +118,9 @@ def test_the_digest_is_of_what_is_trained_and_measured(written) -> None:
     study = written()
     assert written(title="Other words").digest("mini") == study.digest("mini")
     assert written(scale={"seeds": 5, "note": "n"}).digest("mini") == study.digest("mini")
-    assert written(scale={"overrides": ["stages.finetune.max_steps=3"]}).digest("mini") != study.digest("mini")
-    assert written(scale={"evaluate": [{"benchmark": "easy_vqa", "limit": 5}]}).digest("mini") != study.digest("mini")
+    assert written(scale={"overrides": ["stages.finetune.max_steps=3"]}).digest(
+        "mini"
+    ) != study.digest("mini")
+    assert written(scale={"evaluate": [{"benchmark": "easy_vqa", "limit": 5}]}).digest(
+        "mini"
+    ) != study.digest("mini")

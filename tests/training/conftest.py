@@ -20,4 +20,6 @@ def weights() -> Callable[[Path], dict[str, Tensor]]:
 @pytest.fixture(scope="session")
 def metrics() -> Callable[[Path], list[dict]]:
     """`metrics(path)`: the lines of a metrics file; none when there is none."""
-    return lambda path: [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return lambda path: (
+        [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    )

@@ -28,7 +28,11 @@ def processor(tiny_model: Callable) -> LlavaProcessor:
 
 @pytest.fixture(scope="module")
 def stage(tiny_run_recipe: Callable) -> Callable[..., StageRecipe]:
-    return lambda *changes: tiny_run_recipe("stages.finetune.max_steps=null", *(FINETUNE + change for change in changes)).stages.finetune
+    return lambda *changes: (
+        tiny_run_recipe(
+            "stages.finetune.max_steps=null", *(FINETUNE + change for change in changes)
+        ).stages.finetune
+    )
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +42,17 @@ def mixture(stage: Callable) -> Mixture:
 
 def supervised(step) -> list[int]:
     """The ids that are trained on, sorted: the same whatever the rows."""
-    return sorted(label for batch in step.micro_batches for label in batch["labels"][:, 1:].flatten().tolist() if label != -100)
+    return sorted(
+        label
+        for batch in step.micro_batches
+        for label in batch["labels"][:, 1:].flatten().tolist()
+        if label != -100
+    )
 
 
-def test_an_epoch_holds_every_sample_once(mixture: Mixture, processor: LlavaProcessor, stage: Callable) -> None:
+def test_an_epoch_holds_every_sample_once(
+    mixture: Mixture, processor: LlavaProcessor, stage: Callable
+) -> None:
     steps = StepDataset(mixture, processor, stage("epochs=3", "batch_size=5"), seed=0)
     names = [name for step in steps for name in step.ids]
     assert len(steps) == 15 and len(names) == 72
@@ -51,12 +62,21 @@ def test_an_epoch_holds_every_sample_once(mixture: Mixture, processor: LlavaProc
 
 
 @pytest.mark.parametrize(
-    ("epochs", "max_steps", "steps", "samples"), [(0.5, "null", 2, 12), (1.4, "null", 6, 34), (2, 3, 3, 18), (0.01, "null", 1, 1)]
+    ("epochs", "max_steps", "steps", "samples"),
+    [(0.5, "null", 2, 12), (1.4, "null", 6, 34), (2, 3, 3, 18), (0.01, "null", 1, 1)],
 )
 def test_epochs_and_max_steps(
-    mixture: Mixture, processor: LlavaProcessor, stage: Callable, epochs: float, max_steps: object, steps: int, samples: int
+    mixture: Mixture,
+    processor: LlavaProcessor,
+    stage: Callable,
+    epochs: float,
+    max_steps: object,
+    steps: int,
+    samples: int,
 ) -> None:
-    made = StepDataset(mixture, processor, stage(f"epochs={epochs}", f"max_steps={max_steps}"), seed=0)
+    made = StepDataset(
+        mixture, processor, stage(f"epochs={epochs}", f"max_steps={max_steps}"), seed=0
+    )
     assert len(made) == steps
     assert sum(len(made[number].ids) for number in range(steps)) == samples
     with pytest.raises(IndexError):
@@ -64,19 +84,28 @@ def test_epochs_and_max_steps(
 
 
 @pytest.mark.parametrize("batching", ["padded", "packed", "shared-image"])
-def test_a_step_does_not_depend_on_the_steps_before(mixture: Mixture, processor: LlavaProcessor, stage: Callable, batching: str) -> None:
+def test_a_step_does_not_depend_on_the_steps_before(
+    mixture: Mixture, processor: LlavaProcessor, stage: Callable, batching: str
+) -> None:
     recipe = stage(f"batching={batching}")
     read_through = list(StepDataset(mixture, processor, recipe, seed=3))
     for number in (5, 2):
         alone = StepDataset(mixture, processor, recipe, seed=3)[number]
         assert alone.ids == read_through[number].ids
-        for batch, other in zip(alone.micro_batches, read_through[number].micro_batches, strict=True):
+        for batch, other in zip(
+            alone.micro_batches, read_through[number].micro_batches, strict=True
+        ):
             assert batch.keys() == other.keys()
             assert all(torch.equal(batch[key], other[key]) for key in batch)
 
 
-def test_another_seed_is_another_order(mixture: Mixture, processor: LlavaProcessor, stage: Callable) -> None:
-    assert StepDataset(mixture, processor, stage(), seed=0)[0].ids != StepDataset(mixture, processor, stage(), seed=1)[0].ids
+def test_another_seed_is_another_order(
+    mixture: Mixture, processor: LlavaProcessor, stage: Callable
+) -> None:
+    assert (
+        StepDataset(mixture, processor, stage(), seed=0)[0].ids
+        != StepDataset(mixture, processor, stage(), seed=1)[0].ids
+    )
 
 
 @pytest.mark.parametrize("batching", ["padded", "packed", "shared-image"])
@@ -86,12 +115,17 @@ def test_the_processes_share_out_what_one_would_do(
 ) -> None:
     recipe = stage(f"batching={batching}", "micro_batch_rows=2")
     alone = StepDataset(mixture, processor, recipe, seed=0)
-    together = [StepDataset(mixture, processor, recipe, seed=0, rank=rank, world_size=world_size) for rank in range(world_size)]
+    together = [
+        StepDataset(mixture, processor, recipe, seed=0, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
     for number in range(len(alone)):
         one, shares = alone[number], [steps[number] for steps in together]
         assert sorted(label for share in shares for label in supervised(share)) == supervised(one)
         assert one.num_supervised == len(supervised(one))
-        assert len({len(share.micro_batches) for share in shares}) == 1, "as many forward passes on each"
+        assert len({len(share.micro_batches) for share in shares}) == 1, (
+            "as many forward passes on each"
+        )
         for share in shares:
             assert (share.ids, share.num_tokens, share.num_supervised, share.num_images) == (
                 one.ids,
@@ -99,33 +133,56 @@ def test_the_processes_share_out_what_one_would_do(
                 one.num_supervised,
                 one.num_images,
             )
-            assert all("pixel_values" in batch for batch in share.micro_batches), "the tower runs in every pass of every process"
+            assert all("pixel_values" in batch for batch in share.micro_batches), (
+                "the tower runs in every pass of every process"
+            )
 
 
-def test_a_step_without_images_gets_one_blank(tiny_data: Path, processor: LlavaProcessor, stage: Callable, tmp_path: Path) -> None:
+def test_a_step_without_images_gets_one_blank(
+    tiny_data: Path, processor: LlavaProcessor, stage: Callable, tmp_path: Path
+) -> None:
     """So that the tower's tensors have a gradient, which is zero, on one process as on several."""
     lines = [line for line in tiny_data.read_text().splitlines() if not json.loads(line)["images"]]
     (tmp_path / "text.jsonl").write_text("\n".join(lines))
     text_only = stage(f"data.root={tmp_path / 'text.jsonl'}").data
-    step = StepDataset(Mixture(text_only), processor, stage("batching=padded", "micro_batch_rows=2", "batch_size=6"), seed=0)[0]
+    step = StepDataset(
+        Mixture(text_only),
+        processor,
+        stage("batching=padded", "micro_batch_rows=2", "batch_size=6"),
+        seed=0,
+    )[0]
     assert len(step.micro_batches) == 3
     assert ["pixel_values" in batch for batch in step.micro_batches] == [True, False, False]
     assert step.num_images == 0
     assert (step.micro_batches[0]["labels"][-1] == -100).all(), "nothing is learnt from it"
 
 
-def test_the_counts_are_of_what_is_computed(mixture: Mixture, processor: LlavaProcessor, stage: Callable) -> None:
-    for changes in (("batching=padded", "micro_batch_rows=3"), ("batching=packed",), ("batching=shared-image",)):
+def test_the_counts_are_of_what_is_computed(
+    mixture: Mixture, processor: LlavaProcessor, stage: Callable
+) -> None:
+    for changes in (
+        ("batching=padded", "micro_batch_rows=3"),
+        ("batching=packed",),
+        ("batching=shared-image",),
+    ):
         for step in StepDataset(mixture, processor, stage(*changes), seed=0):
             computed = sum(batch["input_ids"].numel() for batch in step.micro_batches)
             assert step.num_padded == computed
             assert step.num_tokens <= computed
-            assert step.num_images == sum(len(batch.get("pixel_values", ())) for batch in step.micro_batches)
+            assert step.num_images == sum(
+                len(batch.get("pixel_values", ())) for batch in step.micro_batches
+            )
             assert step.num_truncated == 0
 
 
-def test_truncated_samples_are_counted(mixture: Mixture, processor: LlavaProcessor, stage: Callable) -> None:
-    long = max(len(sample) for step in range(4) for sample in StepDataset(mixture, processor, stage(), seed=0).samples(step))
+def test_truncated_samples_are_counted(
+    mixture: Mixture, processor: LlavaProcessor, stage: Callable
+) -> None:
+    long = max(
+        len(sample)
+        for step in range(4)
+        for sample in StepDataset(mixture, processor, stage(), seed=0).samples(step)
+    )
     steps = StepDataset(mixture, processor, stage(f"row_tokens={long - 1}"), seed=0)
     assert sum(steps[number].num_truncated for number in range(4)) >= 1
 
@@ -135,7 +192,9 @@ def test_deal_gives_the_next_row_to_the_process_with_the_least() -> None:
     dealt = deal(rows, 2)
     assert [[len(one) for one in own] for own in dealt] == [[9, 5, 2], [7, 6, 4]]
     assert deal(rows[:1], 3) == [[rows[0]], [], []]
-    assert all(len(a) >= len(b) for own in dealt for a, b in pairwise(own)), "longest first, so that padding stays small"
+    assert all(len(a) >= len(b) for own in dealt for a, b in pairwise(own)), (
+        "longest first, so that padding stays small"
+    )
 
 
 def row(length: int) -> Row:
@@ -143,13 +202,24 @@ def row(length: int) -> Row:
     return Row(("a",), ones, ones, np.arange(length), ones * 0, ones * 0, (), ())
 
 
-def test_micro_batches_are_tensors_a_model_takes(mixture: Mixture, processor: LlavaProcessor, stage: Callable) -> None:
+def test_micro_batches_are_tensors_a_model_takes(
+    mixture: Mixture, processor: LlavaProcessor, stage: Callable
+) -> None:
     batch = StepDataset(mixture, processor, stage(), seed=0)[0].micro_batches[0]
-    assert set(batch) <= {"input_ids", "labels", "position_ids", "attention_mask", "pixel_values", "spans"}
+    assert set(batch) <= {
+        "input_ids",
+        "labels",
+        "position_ids",
+        "attention_mask",
+        "pixel_values",
+        "spans",
+    }
     assert all(isinstance(value, Tensor) for value in batch.values())
 
 
-def test_weights_and_caps_decide_what_an_epoch_shows(tiny_data: Path, processor: LlavaProcessor, stage: Callable) -> None:
+def test_weights_and_caps_decide_what_an_epoch_shows(
+    tiny_data: Path, processor: LlavaProcessor, stage: Callable
+) -> None:
     recipe = stage("epochs=2", "batch_size=5", "max_steps=null")
     (data,) = recipe.data
     mixture = Mixture((data.model_copy(update={"weight": 0.5}), data.model_copy(update={"cap": 3})))
@@ -159,5 +229,10 @@ def test_weights_and_caps_decide_what_an_epoch_shows(tiny_data: Path, processor:
     assert [sum(of_step.values()) for of_step in counts] == [5] * 6
     first, second = counts[0]
     assert (sum(c[first] for c in counts[:3]), sum(c[second] for c in counts[:3])) == (12, 3)
-    halves = [{index for number in epoch for index in steps.indices(number) if index < 24} for epoch in (range(3), range(3, 6))]
-    assert halves[0] | halves[1] == set(range(24)) and not halves[0] & halves[1], "the other half in the next epoch"
+    halves = [
+        {index for number in epoch for index in steps.indices(number) if index < 24}
+        for epoch in (range(3), range(3, 6))
+    ]
+    assert halves[0] | halves[1] == set(range(24)) and not halves[0] & halves[1], (
+        "the other half in the next epoch"
+    )

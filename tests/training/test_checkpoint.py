@@ -41,7 +41,13 @@ def small() -> tuple[Small, torch.optim.Optimizer]:
     return model, torch.optim.AdamW(model.trained.parameters(), lr=0.1)
 
 
-def write(states: Path, step: int, model: Small, optimizer: torch.optim.Optimizer, position: dict | None = None) -> None:
+def write(
+    states: Path,
+    step: int,
+    model: Small,
+    optimizer: torch.optim.Optimizer,
+    position: dict | None = None,
+) -> None:
     StateWriter(states, HERE).save(step, model, optimizer, position or {})
 
 
@@ -92,8 +98,12 @@ def test_the_last_states_are_kept(small: tuple, tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 2
 
 
-@pytest.mark.parametrize("damage", ["shorter", "gone", "no manifest", "half a manifest", "not published"])
-def test_a_torn_state_falls_back_to_the_one_before(small: tuple, tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize(
+    "damage", ["shorter", "gone", "no manifest", "half a manifest", "not published"]
+)
+def test_a_torn_state_falls_back_to_the_one_before(
+    small: tuple, tmp_path: Path, damage: str
+) -> None:
     model, optimizer = small
     for step in (1, 2):
         take_step(model, optimizer)
@@ -119,7 +129,9 @@ def test_a_torn_state_falls_back_to_the_one_before(small: tuple, tmp_path: Path,
     assert [path.name for path in list_states(tmp_path)] == ["step-00000001", "step-00000002"]
 
 
-def test_a_state_of_the_right_size_that_cannot_be_read_falls_back_too(small: tuple, tmp_path: Path) -> None:
+def test_a_state_of_the_right_size_that_cannot_be_read_falls_back_too(
+    small: tuple, tmp_path: Path
+) -> None:
     for step in (1, 2):
         take_step(*small)
         write(tmp_path, step, *small)
@@ -130,7 +142,11 @@ def test_a_state_of_the_right_size_that_cannot_be_read_falls_back_too(small: tup
 
 
 def test_a_run_whose_newest_state_is_torn_ends_in_the_same_weights(
-    tiny_run_recipe: Callable, tmp_path: Path, weights: Callable, metrics: Callable, monkeypatch: pytest.MonkeyPatch
+    tiny_run_recipe: Callable,
+    tmp_path: Path,
+    weights: Callable,
+    metrics: Callable,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe: Recipe = tiny_run_recipe("stages.finetune.checkpoint_every=1")
     whole = train(recipe, tmp_path / "whole")
@@ -174,10 +190,14 @@ def test_as_many_are_kept_as_asked_for(small: tuple, tmp_path: Path) -> None:
     writer = StateWriter(tmp_path, HERE, keep=3)
     for step in range(1, 6):
         writer.save(step, *small, {})
-    assert [path.name for path in list_states(tmp_path)] == [f"step-{step:08d}" for step in (3, 4, 5)]
+    assert [path.name for path in list_states(tmp_path)] == [
+        f"step-{step:08d}" for step in (3, 4, 5)
+    ]
 
 
-def test_a_state_written_in_the_background_is_of_when_it_was_asked_for(small: tuple, tmp_path: Path) -> None:
+def test_a_state_written_in_the_background_is_of_when_it_was_asked_for(
+    small: tuple, tmp_path: Path
+) -> None:
     model, optimizer = small
     writer = StateWriter(tmp_path, HERE, asynchronous=True)
     take_step(model, optimizer)
@@ -212,7 +232,9 @@ def test_a_state_written_in_the_background_is_published_whole_or_not_at_all(
     assert list_states(tmp_path) == [] and load_state(tmp_path, model, optimizer, HERE) is None
     let_go.set()
     writer.save(2, model, optimizer, {})
-    assert [path.name for path in list_states(tmp_path)][:1] == ["step-00000001"], "published before the next was begun"
+    assert [path.name for path in list_states(tmp_path)][:1] == ["step-00000001"], (
+        "published before the next was begun"
+    )
     while len(list_states(tmp_path)) < 2:
         writer.poll()
     assert not list(tmp_path.glob(".*"))
@@ -232,7 +254,10 @@ def test_a_state_that_cannot_be_written_is_said_and_the_one_before_stays(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(FileSystemWriter, "write_data", full)
-    with pytest.raises(OSError, match=r"step-00000002 could not be written; the one before it is intact.*No space left"):
+    with pytest.raises(
+        OSError,
+        match=r"step-00000002 could not be written; the one before it is intact.*No space left",
+    ):
         writer.save(2, model, optimizer, {})
         writer.finish()
     monkeypatch.undo()
@@ -242,9 +267,14 @@ def test_a_state_that_cannot_be_written_is_said_and_the_one_before_stays(
     assert [path.name for path in list_states(tmp_path)] == ["step-00000001", "step-00000002"]
 
 
-def test_a_folder_that_cannot_be_written_to_is_said_at_once(tmp_path: Path, tiny_run_recipe: Callable) -> None:
+def test_a_folder_that_cannot_be_written_to_is_said_at_once(
+    tmp_path: Path, tiny_run_recipe: Callable
+) -> None:
     check_writable(tmp_path / "new")
     assert list((tmp_path / "new").iterdir()) == []
     (tmp_path / "file").touch()
-    with pytest.raises(OSError, match=r"file/run cannot be written to \(Not a directory\): choose another -o, or get the right"):
+    with pytest.raises(
+        OSError,
+        match=r"file/run cannot be written to \(Not a directory\): choose another -o, or get the right",
+    ):
         train(tiny_run_recipe("model.vision_tower=nothing/there"), tmp_path / "file" / "run")

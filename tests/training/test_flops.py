@@ -31,7 +31,11 @@ def test_a_unit_costs_once_twice_or_three_times() -> None:
 
 def test_mipha_3b_by_hand() -> None:
     """SigLIP SO400M with 26 of its layers at 384 pixels, and Phi-2: 729 patches of 14 x 14 x 3 numbers."""
-    model = skeleton(ModelRecipe(vision_tower="siglip-so400m-384", language_model="phi-2", chat_template="vicuna"))
+    model = skeleton(
+        ModelRecipe(
+            vision_tower="siglip-so400m-384", language_model="phi-2", chat_template="vicuna"
+        )
+    )
     model.requires_grad_(False)
     flops = StepFlops(model).by_part(Work(images=1, tokens=1000, pairs=500_500, supervised=200))
     layer = 4 * 1152**2 + 2 * 1152 * 4304
@@ -40,19 +44,27 @@ def test_mipha_3b_by_hand() -> None:
     assert flops["vision_tower"].forward == flops["vision_tower"].total == tower
     assert flops["projector"].forward == 2 * 729 * (1152 * 2560 + 2560**2)
     assert flops["language_model"].forward == body + 2 * 200 * 2560 * 51200
-    assert tower == pytest.approx(0.64e12, rel=0.02)  # what the tower takes of one image, 0.64 TFLOP
+    assert tower == pytest.approx(
+        0.64e12, rel=0.02
+    )  # what the tower takes of one image, 0.64 TFLOP
 
 
 @pytest.mark.parametrize(
     ("family", "tower", "tuning"),
     [
         ("phi", "siglip", FULL),
-        ("qwen2", "clip", FROZEN | {"projector": "full"}),  # a tied head, shared key and value heads, a class token
+        (
+            "qwen2",
+            "clip",
+            FROZEN | {"projector": "full"},
+        ),  # a tied head, shared key and value heads, a class token
         ("gpt_neox", "dinov2", FROZEN | {"projector": "full", "language_model": "full"}),
         ("llama", "siglip", FROZEN | {"language_model": "last-1"}),
     ],
 )
-def test_it_is_what_torch_counts(family: str, tower: str, tuning: dict, tiny_model: Callable) -> None:
+def test_it_is_what_torch_counts(
+    family: str, tower: str, tuning: dict, tiny_model: Callable
+) -> None:
     model, processor = tiny_model(family, tower)
     apply_tuning(model, TuningRecipe(**tuning))
     model.set_attn_implementation("eager")  # whose products torch's counter sees, all pairs of them
@@ -61,13 +73,20 @@ def test_it_is_what_torch_counts(family: str, tower: str, tuning: dict, tiny_mod
     ids[0, : model.config.image_seq_length] = processor.image_token_id
     labels = ids.masked_fill(torch.arange(tokens) < 30, -100)
     with FlopCounterMode(display=False) as counter:
-        outputs = model(input_ids=ids, pixel_values=torch.rand(1, 3, size, size), position_ids=torch.arange(tokens)[None], labels=labels)
+        outputs = model(
+            input_ids=ids,
+            pixel_values=torch.rand(1, 3, size, size),
+            position_ids=torch.arange(tokens)[None],
+            labels=labels,
+        )
         forward = counter.get_total_flops()
         outputs.loss_sum.backward()
     head = 2 * 10 * model.lm_head.weight.numel()
     work = Work(images=1, tokens=tokens, pairs=tokens**2, supervised=10)
     mine = StepFlops(model).by_part(work)
-    angles = 16 * tokens  # of the rotary positions: a product too, of half a head's width, and once for all layers
+    angles = (
+        16 * tokens
+    )  # of the rotary positions: a product too, of half a head's width, and once for all layers
     assert sum(part.forward for part in mine.values()) == pytest.approx(forward, abs=angles)
     # The head is computed again for its chunk. What begins the chain needs no gradient of its input, which torch leaves out.
     counted = counter.get_total_flops() - head
@@ -80,16 +99,46 @@ def test_it_is_what_torch_counts(family: str, tower: str, tuning: dict, tiny_mod
 def test_adapters_are_counted_as_trained(tiny_model: Callable) -> None:
     model, _ = tiny_model()
     before = sum(unit.weights for unit in StepFlops(model).units)
-    apply_tuning(model, TuningRecipe(vision_tower="frozen", projector="frozen", language_model="lora", lora={"rank": 2, "alpha": 4}))
+    apply_tuning(
+        model,
+        TuningRecipe(
+            vision_tower="frozen",
+            projector="frozen",
+            language_model="lora",
+            lora={"rank": 2, "alpha": 4},
+        ),
+    )
     units = StepFlops(model).units
     added = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert added and sum(unit.weights for unit in units) == before + added == before + sum(unit.trained for unit in units)
-    assert [unit.reached for unit in units if unit.part != "language_model"] == [False] * (1 + 2 + 1)
+    assert added and sum(unit.weights for unit in units) == before + added == before + sum(
+        unit.trained for unit in units
+    )
+    assert [unit.reached for unit in units if unit.part != "language_model"] == [False] * (
+        1 + 2 + 1
+    )
     assert all(unit.reached for unit in units if unit.part == "language_model")
 
 
 def test_a_frozen_stack_before_what_trains_is_not_reached(tiny_model: Callable) -> None:
     model, _ = tiny_model()
-    apply_tuning(model, TuningRecipe(vision_tower="last-1", projector="frozen", language_model="frozen"))
-    assert [unit.reached for unit in StepFlops(model).units] == [False, False, True, True, True, True, True]
-    assert [unit.trained > 0 for unit in StepFlops(model).units] == [False, False, True, False, False, False, False]
+    apply_tuning(
+        model, TuningRecipe(vision_tower="last-1", projector="frozen", language_model="frozen")
+    )
+    assert [unit.reached for unit in StepFlops(model).units] == [
+        False,
+        False,
+        True,
+        True,
+        True,
+        True,
+        True,
+    ]
+    assert [unit.trained > 0 for unit in StepFlops(model).units] == [
+        False,
+        False,
+        True,
+        False,
+        False,
+        False,
+        False,
+    ]

@@ -18,18 +18,28 @@ from mipha.run import Run
 from mipha.training.pipeline import train
 
 LONG = ("stages.finetune.max_steps=12", "stages.finetune.epochs=3", "stages.pretrain.max_steps=3")
-TIMED = {"seconds", "samples_per_second", "images_per_second", "tokens_per_second", "peak_memory_gib"}
+TIMED = {
+    "seconds",
+    "samples_per_second",
+    "images_per_second",
+    "tokens_per_second",
+    "peak_memory_gib",
+}
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tiny_run_recipe: Callable, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Phi here has dropout, so that a resumed run must draw what it would have drawn."""
-    return train(tiny_run_recipe(*LONG, family="phi"), tmp_path_factory.mktemp("uninterrupted") / "run")
+    return train(
+        tiny_run_recipe(*LONG, family="phi"), tmp_path_factory.mktemp("uninterrupted") / "run"
+    )
 
 
 def killed_at(recipe: Recipe, folder: Path, moment: Callable[[], bool], delay: float) -> bool:
     """Train in a process of its own and kill it that many seconds after the moment has come; whether it was still at work."""
-    context = multiprocessing.get_context("forkserver")  # as good as `mipha train`, but for the start-up time
+    context = multiprocessing.get_context(
+        "forkserver"
+    )  # as good as `mipha train`, but for the start-up time
     context.set_forkserver_preload(["mipha.training.pipeline"])
     process = context.Process(target=train, args=(recipe, folder))
     process.start()
@@ -55,7 +65,10 @@ def assert_same(run: Run, other: Run, weights: Callable, metrics: Callable) -> N
         mine, theirs = weights(run.checkpoint(stage)), weights(other.checkpoint(stage))
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(mine[name], theirs[name]) for name in mine), stage
-        rows, others = ([{k: v for k, v in row.items() if k not in TIMED} for row in metrics(r.metrics(stage))] for r in (run, other))
+        rows, others = (
+            [{k: v for k, v in row.items() if k not in TIMED} for row in metrics(r.metrics(stage))]
+            for r in (run, other)
+        )
         assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
         assert rows == others
     assert not any(run.folder.rglob("*.partial"))
@@ -65,7 +78,12 @@ def assert_same(run: Run, other: Run, weights: Callable, metrics: Callable) -> N
 @pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_anywhere_it_ends_in_the_same_weights(
-    kills: int, asynchronous: bool, uninterrupted: Run, tmp_path: Path, weights: Callable, metrics: Callable
+    kills: int,
+    asynchronous: bool,
+    uninterrupted: Run,
+    tmp_path: Path,
+    weights: Callable,
+    metrics: Callable,
 ) -> None:
     """Every third kill comes while a state is being written, the others at random: in a step, in an export, between them."""
     recipe = uninterrupted.recipe.override(f"async_checkpoints={str(asynchronous).lower()}")
@@ -80,11 +98,19 @@ def test_killed_anywhere_it_ends_in_the_same_weights(
         stage = "finetune" if run.is_finished("pretrain") else "pretrain"
         before, states = num_lines(run.metrics(stage)), run.states(stage)
         if number % 3 == 0:
-            landed += killed_at(recipe, run.folder, lambda states=states: any(states.glob(".step-*.partial")), 0.003 * chance.random())
+            landed += killed_at(
+                recipe,
+                run.folder,
+                lambda states=states: any(states.glob(".step-*.partial")),
+                0.003 * chance.random(),
+            )
         else:
             lines = before + chance.randrange(4)
             landed += killed_at(
-                recipe, run.folder, lambda run=run, stage=stage, lines=lines: is_behind(run, stage, lines), 0.04 * chance.random()
+                recipe,
+                run.folder,
+                lambda run=run, stage=stage, lines=lines: is_behind(run, stage, lines),
+                0.04 * chance.random(),
             )
     assert_same(train(recipe, run.folder), uninterrupted, weights, metrics)
 
@@ -93,14 +119,25 @@ def test_a_killed_run_with_adapters_ends_in_the_same_weights(
     tiny_run_recipe: Callable, tmp_path: Path, weights: Callable, metrics: Callable
 ) -> None:
     lora = ("language_model=lora", "vision_tower=last-1", "lora.rank=4")
-    recipe = tiny_run_recipe("stages.pretrain.tuning.language_model=lora", *(f"stages.finetune.tuning.{change}" for change in lora))
+    recipe = tiny_run_recipe(
+        "stages.pretrain.tuning.language_model=lora",
+        *(f"stages.finetune.tuning.{change}" for change in lora),
+    )
     run, whole = Run(tmp_path / "run"), train(recipe, tmp_path / "whole")
     moments = (("pretrain", 1), ("finetune", 1), ("finetune", 4))
-    killed = [killed_at(recipe, run.folder, lambda s=s, n=n: num_lines(run.metrics(s)) >= n, 0.0) for s, n in moments]
+    killed = [
+        killed_at(recipe, run.folder, lambda s=s, n=n: num_lines(run.metrics(s)) >= n, 0.0)
+        for s, n in moments
+    ]
     assert sum(killed) >= 2, "too few of the kills came before the end"
     assert_same(train(recipe, run.folder), whole, weights, metrics)
     for stage in STAGES:
-        mine, theirs = (load_file(done.stage(stage) / "adapter" / "adapter_model.safetensors") for done in (run, whole))
+        mine, theirs = (
+            load_file(done.stage(stage) / "adapter" / "adapter_model.safetensors")
+            for done in (run, whole)
+        )
         assert mine.keys() == theirs.keys()
         assert all(torch.equal(mine[name], theirs[name]) for name in mine), stage
-        assert (run.stage(stage) / "tuning.json").read_text() == (whole.stage(stage) / "tuning.json").read_text()
+        assert (run.stage(stage) / "tuning.json").read_text() == (
+            whole.stage(stage) / "tuning.json"
+        ).read_text()

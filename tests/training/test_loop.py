@@ -23,14 +23,22 @@ from mipha.training.pipeline import train
 from mipha.world import World
 
 LONG = ("stages.finetune.max_steps=12", "stages.finetune.epochs=3", "stages.pretrain.max_steps=3")
-TIMED = {"seconds", "samples_per_second", "images_per_second", "tokens_per_second", "peak_memory_gib"}
+TIMED = {
+    "seconds",
+    "samples_per_second",
+    "images_per_second",
+    "tokens_per_second",
+    "peak_memory_gib",
+}
 HERE = World(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tiny_run_recipe: Callable, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Phi here has dropout, so that a resumed run must draw what it would have drawn."""
-    return train(tiny_run_recipe(*LONG, family="phi"), tmp_path_factory.mktemp("uninterrupted") / "run")
+    return train(
+        tiny_run_recipe(*LONG, family="phi"), tmp_path_factory.mktemp("uninterrupted") / "run"
+    )
 
 
 @pytest.fixture
@@ -66,10 +74,17 @@ def assert_same(run: Run, other: Run, weights: Callable, metrics: Callable) -> N
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_stopped_it_saves_and_goes_on(
-    number: signal.Signals, uninterrupted: Run, launch: Callable, tmp_path: Path, weights: Callable, metrics: Callable
+    number: signal.Signals,
+    uninterrupted: Run,
+    launch: Callable,
+    tmp_path: Path,
+    weights: Callable,
+    metrics: Callable,
 ) -> None:
     recipe, run = uninterrupted.recipe, Run(tmp_path / "run")
-    recipe = recipe.override("stages.finetune.checkpoint_every=1000")  # so that the only state is the one that stopping made
+    recipe = recipe.override(
+        "stages.finetune.checkpoint_every=1000"
+    )  # so that the only state is the one that stopping made
     process = launch(recipe, run.folder)
     wait_for_lines(run.metrics("finetune"), 3, process)
     os.kill(process.pid, number)
@@ -82,9 +97,13 @@ def test_stopped_it_saves_and_goes_on(
 
 
 def test_a_second_run_changes_nothing(uninterrupted: Run) -> None:
-    before = {path: path.stat().st_mtime_ns for path in uninterrupted.folder.rglob("*") if path.is_file()}
+    before = {
+        path: path.stat().st_mtime_ns for path in uninterrupted.folder.rglob("*") if path.is_file()
+    }
     train(uninterrupted.recipe, uninterrupted.folder)
-    assert {path: path.stat().st_mtime_ns for path in uninterrupted.folder.rglob("*") if path.is_file()} == before
+    assert {
+        path: path.stat().st_mtime_ns for path in uninterrupted.folder.rglob("*") if path.is_file()
+    } == before
 
 
 def test_it_learns(uninterrupted: Run, metrics: Callable) -> None:
@@ -92,14 +111,22 @@ def test_it_learns(uninterrupted: Run, metrics: Callable) -> None:
     assert losses[-1] < 0.8 * losses[0]
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tiny_run_recipe: Callable, tmp_path: Path, metrics: Callable) -> None:
-    recipe = tiny_run_recipe("stages.finetune.learning_rate=1e30", "stages.finetune.checkpoint_every=1")
-    with pytest.raises(FloatingPointError, match=r"step 2: loss nan.* 6 samples are in .*nonfinite\.json"):
+def test_a_loss_that_is_no_number_stops_the_run(
+    tiny_run_recipe: Callable, tmp_path: Path, metrics: Callable
+) -> None:
+    recipe = tiny_run_recipe(
+        "stages.finetune.learning_rate=1e30", "stages.finetune.checkpoint_every=1"
+    )
+    with pytest.raises(
+        FloatingPointError, match=r"step 2: loss nan.* 6 samples are in .*nonfinite\.json"
+    ):
         train(recipe, tmp_path / "run")
     run = Run(tmp_path / "run")
     report = json.loads((run.stage("finetune") / "nonfinite.json").read_text())
     assert report["step"] == 2
-    assert len(report["samples"]) == 6 and all(name.startswith("messages/train/") for name in report["samples"])
+    assert len(report["samples"]) == 6 and all(
+        name.startswith("messages/train/") for name in report["samples"]
+    )
     assert [path.name for path in list_states(run.states("finetune"))] == ["step-00000001"]
     assert len(metrics(run.metrics("finetune"))) == 1
     assert not run.is_finished("finetune")
@@ -111,49 +138,82 @@ def test_a_loss_that_is_no_number_stops_the_run(tiny_run_recipe: Callable, tmp_p
         ("stages.finetune.batching=padded", "stages.finetune.micro_batch_rows=1"),
         ("stages.finetune.batching=padded", "stages.finetune.micro_batch_rows=2"),
         ("stages.finetune.batching=padded", "stages.finetune.micro_batch_rows=4"),
-        ("stages.finetune.batching=packed", "stages.finetune.micro_batch_rows=2", "stages.finetune.row_tokens=120"),
+        (
+            "stages.finetune.batching=packed",
+            "stages.finetune.micro_batch_rows=2",
+            "stages.finetune.row_tokens=120",
+        ),
         ("stages.finetune.batching=packed", "stages.finetune.activation_checkpointing=true"),
     ],
     ids=lambda change: " ".join(assignment.partition("finetune.")[2] for assignment in change),
 )
-def test_how_rows_are_cut_does_not_matter(change: tuple[str, ...], smooth: Recipe, one_row: Run, tmp_path: Path, weights: Callable) -> None:
+def test_how_rows_are_cut_does_not_matter(
+    change: tuple[str, ...], smooth: Recipe, one_row: Run, tmp_path: Path, weights: Callable
+) -> None:
     run = train(smooth.override(*change), tmp_path / "run")
     mine, theirs = weights(run.final_checkpoint()), weights(one_row.final_checkpoint())
     for name in theirs:
         assert (mine[name] - theirs[name]).abs().max() < 1e-5, name
     started = weights(run.checkpoint("pretrain"))
-    assert max((theirs[name] - started[name]).abs().max() for name in theirs) > 1e-2, "weights that hardly move test nothing"
+    assert max((theirs[name] - started[name]).abs().max() for name in theirs) > 1e-2, (
+        "weights that hardly move test nothing"
+    )
 
 
 @pytest.fixture(scope="module")
 def smooth(tiny_run_recipe: Callable) -> Recipe:
     """Adam divides a gradient by its size, and so makes as much of the rounding of one that is truly 0: not with this epsilon."""
-    return tiny_run_recipe("stages.finetune.adam_eps=1e-2", "stages.finetune.learning_rate=3e-2", "stages.finetune.max_grad_norm=0")
+    return tiny_run_recipe(
+        "stages.finetune.adam_eps=1e-2",
+        "stages.finetune.learning_rate=3e-2",
+        "stages.finetune.max_grad_norm=0",
+    )
 
 
 @pytest.fixture(scope="module")
 def one_row(smooth: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """All samples of a step in one row."""
-    return train(smooth.override("stages.finetune.row_tokens=400"), tmp_path_factory.mktemp("one row") / "run")
+    return train(
+        smooth.override("stages.finetune.row_tokens=400"),
+        tmp_path_factory.mktemp("one row") / "run",
+    )
 
 
 @pytest.mark.slow
-def test_compiled_layers_train_the_same(smooth: Recipe, one_row: Run, tmp_path: Path, weights: Callable) -> None:
+def test_compiled_layers_train_the_same(
+    smooth: Recipe, one_row: Run, tmp_path: Path, weights: Callable
+) -> None:
     """Over rows of ever new lengths, with and without a mask."""
-    run = train(smooth.override("compile=true", "stages.finetune.row_tokens=120", "stages.finetune.max_steps=6"), tmp_path / "run")
+    run = train(
+        smooth.override(
+            "compile=true", "stages.finetune.row_tokens=120", "stages.finetune.max_steps=6"
+        ),
+        tmp_path / "run",
+    )
     mine, theirs = weights(run.final_checkpoint()), weights(one_row.final_checkpoint())
     assert mine.keys() == theirs.keys()
     for name in theirs:
         assert (mine[name] - theirs[name]).abs().max() < 1e-5, name
 
 
-def test_clipping_bounds_the_gradient(smooth: Recipe, one_row: Run, tmp_path: Path, weights: Callable) -> None:
+def test_clipping_bounds_the_gradient(
+    smooth: Recipe, one_row: Run, tmp_path: Path, weights: Callable
+) -> None:
     """With plain SGD-like steps (a huge epsilon) a clipped run moves less, in proportion."""
-    run = train(smooth.override("stages.finetune.row_tokens=400", "stages.finetune.max_grad_norm=0.1"), tmp_path / "run")
+    run = train(
+        smooth.override("stages.finetune.row_tokens=400", "stages.finetune.max_grad_norm=0.1"),
+        tmp_path / "run",
+    )
     started = weights(run.checkpoint("pretrain"))
 
     def moved(folder: Path) -> float:
-        return sum((value - started[name]).norm().item() ** 2 for name, value in weights(folder).items()) ** 0.5
+        return (
+            sum(
+                (value - started[name]).norm().item() ** 2
+                for name, value in weights(folder).items()
+            )
+            ** 0.5
+        )
 
     assert moved(run.final_checkpoint()) < 0.5 * moved(one_row.final_checkpoint())
 
@@ -163,13 +223,17 @@ def test_activation_checkpointing_of_one_part_leaves_the_other(
 ) -> None:
     for part, expected in (("vision_tower", (2, 1)), ("language_model", (1, 2))):
         model, processor = tiny_model()
-        recipe = tiny_run_recipe(f"stages.finetune.activation_checkpointing=[{part}]", "stages.finetune.max_steps=1")
+        recipe = tiny_run_recipe(
+            f"stages.finetune.activation_checkpointing=[{part}]", "stages.finetune.max_steps=1"
+        )
         stage = recipe.stages.finetune
         apply_tuning(model, stage.tuning)
         calls = [0, 0]
         for place, name in enumerate(("vision_tower", "language_model")):
             mlp = part_layers(model, name)[0].mlp
-            mlp.register_forward_pre_hook(lambda *_, place=place, calls=calls: calls.__setitem__(place, calls[place] + 1))
+            mlp.register_forward_pre_hook(
+                lambda *_, place=place, calls=calls: calls.__setitem__(place, calls[place] + 1)
+            )
         steps = StepDataset(mixture, processor, stage, seed=0)
         train_stage(model, steps, recipe, "finetune", tmp_path / part, HERE, autocast=None)
         assert tuple(count / len(steps[0].micro_batches) for count in calls) == expected, part
@@ -183,25 +247,43 @@ def test_activation_checkpointing_recomputes_every_layer_that_gradients_pass(
     calls = {}
     for wanted in (False, True):
         model, processor = tiny_model()
-        recipe = tiny_run_recipe(f"stages.{stage}.activation_checkpointing={wanted}", f"stages.{stage}.max_steps=1")
+        recipe = tiny_run_recipe(
+            f"stages.{stage}.activation_checkpointing={wanted}", f"stages.{stage}.max_steps=1"
+        )
         apply_tuning(model, getattr(recipe.stages, stage).tuning)
         counts = calls[wanted] = [0, 0]
         for index, layer in enumerate(model.model.language_model.layers):
-            layer.mlp.register_forward_pre_hook(lambda *_, index=index, counts=counts: counts.__setitem__(index, counts[index] + 1))
+            layer.mlp.register_forward_pre_hook(
+                lambda *_, index=index, counts=counts: counts.__setitem__(index, counts[index] + 1)
+            )
         steps = StepDataset(mixture, processor, getattr(recipe.stages, stage), seed=0)
         train_stage(model, steps, recipe, stage, tmp_path / f"{wanted}", HERE, autocast=None)
     assert calls[True] == [2 * count for count in calls[False]]
     assert calls[False] == [2, 2]  # micro-batches
 
 
-def test_a_frozen_part_has_no_dropout(tiny_model: Callable, tiny_run_recipe: Callable, mixture: object, tmp_path: Path) -> None:
+def test_a_frozen_part_has_no_dropout(
+    tiny_model: Callable, tiny_run_recipe: Callable, mixture: object, tmp_path: Path
+) -> None:
     for stage, drops in (("pretrain", False), ("finetune", True)):
         model, processor = tiny_model("phi")
         recipe = tiny_run_recipe(f"stages.{stage}.max_steps=1")
         wish = getattr(recipe.stages, stage)
         apply_tuning(model, wish.tuning)
-        train_stage(model, StepDataset(mixture, processor, wish, seed=0), recipe, stage, tmp_path / stage, HERE, autocast=None)
-        dropouts = [module for module in model.model.language_model.modules() if isinstance(module, torch.nn.Dropout) and module.p]
+        train_stage(
+            model,
+            StepDataset(mixture, processor, wish, seed=0),
+            recipe,
+            stage,
+            tmp_path / stage,
+            HERE,
+            autocast=None,
+        )
+        dropouts = [
+            module
+            for module in model.model.language_model.modules()
+            if isinstance(module, torch.nn.Dropout) and module.p
+        ]
         assert dropouts and all(module.training == drops for module in dropouts)
 
 
@@ -209,10 +291,20 @@ def test_frozen_layers_of_a_tuned_part_have_no_dropout(
     tiny_model: Callable, tiny_run_recipe: Callable, mixture: object, tmp_path: Path
 ) -> None:
     model, processor = tiny_model("phi")
-    recipe = tiny_run_recipe("stages.finetune.max_steps=1", "stages.finetune.tuning.language_model=last-1")
+    recipe = tiny_run_recipe(
+        "stages.finetune.max_steps=1", "stages.finetune.tuning.language_model=last-1"
+    )
     stage = recipe.stages.finetune
     apply_tuning(model, stage.tuning)
-    train_stage(model, StepDataset(mixture, processor, stage, seed=0), recipe, "finetune", tmp_path, HERE, autocast=None)
+    train_stage(
+        model,
+        StepDataset(mixture, processor, stage, seed=0),
+        recipe,
+        "finetune",
+        tmp_path,
+        HERE,
+        autocast=None,
+    )
     drops = [layer.resid_dropout.training for layer in model.model.language_model.layers]
     assert drops == [False, True]
 

@@ -27,9 +27,15 @@ STEP = Step(
 
 def test_rates_are_of_real_work(tiny_model: Callable) -> None:
     flops = StepFlops(tiny_model()[0])
-    row = Meter(flops, peak=5e9).measure(1, STEP, loss=2.0, grad_norm=1.0, learning_rates={"projector": 1e-3})
+    row = Meter(flops, peak=5e9).measure(
+        1, STEP, loss=2.0, grad_norm=1.0, learning_rates={"projector": 1e-3}
+    )
     assert row["padding_percent"] == pytest.approx(25.0)
-    assert row["teraflop"] == flops.total(Work(images=2, tokens=60, pairs=900, supervised=12)) / 1e12 > 0
+    assert (
+        row["teraflop"]
+        == flops.total(Work(images=2, tokens=60, pairs=900, supervised=12)) / 1e12
+        > 0
+    )
     for rate, count in (("samples", 3), ("images", 2), ("tokens", 60)):
         assert row[f"{rate}_per_second"] == pytest.approx(count / row["seconds"])
     assert row["mfu_percent"] == pytest.approx(100 * row["teraflop"] * 1e12 / row["seconds"] / 5e9)

@@ -75,13 +75,17 @@ def test_a_part_moves_at_its_own_rate(tiny_model: Callable, tiny_run_recipe: Cal
                 assert torch.allclose(moved, torch.full_like(moved, rate), rtol=0.02), name
 
 
-def test_only_what_trains_is_in_the_optimizer(tiny_model: Callable, tiny_run_recipe: Callable) -> None:
+def test_only_what_trains_is_in_the_optimizer(
+    tiny_model: Callable, tiny_run_recipe: Callable
+) -> None:
     model, _ = tiny_model("qwen2")
     stage = tiny_run_recipe().stages.pretrain
     apply_tuning(model, stage.tuning)
     groups = make_optimizer(model, stage).param_groups
     assert [group["part"] for group in groups] == ["projector"]
-    assert set(map(id, groups[0]["params"])) == set(map(id, model.model.multi_modal_projector.parameters()))
+    assert set(map(id, groups[0]["params"])) == set(
+        map(id, model.model.multi_modal_projector.parameters())
+    )
 
 
 def test_the_settings_reach_adam(tiny_model: Callable, tiny_run_recipe: Callable) -> None:

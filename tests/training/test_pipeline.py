@@ -20,13 +20,20 @@ from mipha.training.pipeline import autocast_dtype, train
 
 @pytest.fixture(scope="module")
 def run(tiny_run_recipe: Callable, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    return train(tiny_run_recipe("model.calibrate_projector=true"), tmp_path_factory.mktemp("pipeline") / "run")
+    return train(
+        tiny_run_recipe("model.calibrate_projector=true"),
+        tmp_path_factory.mktemp("pipeline") / "run",
+    )
 
 
 def test_what_a_run_leaves(run: Run) -> None:
     left = {str(path.relative_to(run.folder)) for path in run.folder.rglob("*") if path.is_file()}
     for stage in STAGES:
-        assert {f"{stage}/metrics.jsonl", f"{stage}/loss.png", f"{stage}/checkpoint/model.safetensors"} <= left
+        assert {
+            f"{stage}/metrics.jsonl",
+            f"{stage}/loss.png",
+            f"{stage}/checkpoint/model.safetensors",
+        } <= left
         assert run.is_finished(stage)
     assert {"recipe.yaml", "provenance.json"} <= left
     assert not any("states" in name or "partial" in name or ".tmp" in name for name in left)
@@ -37,12 +44,19 @@ def test_the_recipe_is_read_back_from_the_run(run: Run, tiny_run_recipe: Callabl
 
 
 def test_the_result_answers_and_stock_transformers_loads_it(run: Run, tiny_data: Path) -> None:
-    assert load(run).answer(tiny_data.parent / "0.png", "Which colour?", max_new_tokens=4).num_tokens > 0
-    _, info = AutoModelForImageTextToText.from_pretrained(run.final_checkpoint(), output_loading_info=True)
+    assert (
+        load(run).answer(tiny_data.parent / "0.png", "Which colour?", max_new_tokens=4).num_tokens
+        > 0
+    )
+    _, info = AutoModelForImageTextToText.from_pretrained(
+        run.final_checkpoint(), output_loading_info=True
+    )
     assert not info["missing_keys"] and not info["unexpected_keys"]
 
 
-def test_frozen_parts_are_bit_equal_after_the_stage(run: Run, tiny_run_recipe: Callable, weights: Callable) -> None:
+def test_frozen_parts_are_bit_equal_after_the_stage(
+    run: Run, tiny_run_recipe: Callable, weights: Callable
+) -> None:
     """Pretrain trains the projector alone; the tower and the language model are those of the parts."""
     parts = weights(Path(tiny_run_recipe().model.language_model))
     mine = weights(run.checkpoint("pretrain"))
@@ -52,12 +66,17 @@ def test_frozen_parts_are_bit_equal_after_the_stage(run: Run, tiny_run_recipe: C
 
 def test_the_run_of_another_recipe_is_refused(run: Run, tiny_run_recipe: Callable) -> None:
     before = {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")}
-    with pytest.raises(ValueError, match=r"holds a run of another recipe \(seed is 0 there and 1 here\): choose another -o"):
+    with pytest.raises(
+        ValueError,
+        match=r"holds a run of another recipe \(seed is 0 there and 1 here\): choose another -o",
+    ):
         train(tiny_run_recipe("model.calibrate_projector=true", "seed=1"), run.folder)
     assert {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")} == before
 
 
-def test_a_stage_that_is_done_is_skipped(run: Run, tmp_path: Path, weights: Callable, metrics: Callable) -> None:
+def test_a_stage_that_is_done_is_skipped(
+    run: Run, tmp_path: Path, weights: Callable, metrics: Callable
+) -> None:
     copy = Run(tmp_path / "copy")
     shutil.copytree(run.folder, copy.folder)
     shutil.rmtree(copy.stage("finetune"))
@@ -73,37 +92,68 @@ def test_a_disk_that_is_too_small_is_said_before_the_first_step(
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**6, 10**6 - 10**5, 10**5))
-    with pytest.raises(OSError, match=r"0\.0 GB free, but this stage writes up to .* GB: free some, or choose another -o"):
+    with pytest.raises(
+        OSError,
+        match=r"0\.0 GB free, but this stage writes up to .* GB: free some, or choose another -o",
+    ):
         train(tiny_run_recipe(), tmp_path / "run")
     assert not (tmp_path / "run" / "pretrain" / "metrics.jsonl").exists()
 
 
-def test_a_data_set_that_is_missing_is_said_before_anything_is_built(tiny_run_recipe: Callable, tmp_path: Path) -> None:
+def test_a_data_set_that_is_missing_is_said_before_anything_is_built(
+    tiny_run_recipe: Callable, tmp_path: Path
+) -> None:
     with pytest.raises(FileNotFoundError, match=r"missing\.jsonl"):
-        train(tiny_run_recipe(f"data.finetune={tmp_path / 'missing.jsonl'}", "model.vision_tower=nothing/there"), tmp_path / "run")
+        train(
+            tiny_run_recipe(
+                f"data.finetune={tmp_path / 'missing.jsonl'}", "model.vision_tower=nothing/there"
+            ),
+            tmp_path / "run",
+        )
 
 
 def test_calibration_needs_an_image(tiny_run_recipe: Callable, tmp_path: Path) -> None:
     text = tmp_path / "text.jsonl"
-    text.write_text(json.dumps({"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]}))
-    with pytest.raises(ValueError, match=r"calibrate_projector needs images, .* set model.calibrate_projector=false"):
-        train(tiny_run_recipe(f"data.pretrain={text}", "model.calibrate_projector=true"), tmp_path / "run")
+    text.write_text(
+        json.dumps(
+            {"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]}
+        )
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"calibrate_projector needs images, .* set model.calibrate_projector=false",
+    ):
+        train(
+            tiny_run_recipe(f"data.pretrain={text}", "model.calibrate_projector=true"),
+            tmp_path / "run",
+        )
 
 
-def test_a_stage_without_any_image_trains(tiny_run_recipe: Callable, tmp_path: Path, weights: Callable, metrics: Callable) -> None:
+def test_a_stage_without_any_image_trains(
+    tiny_run_recipe: Callable, tmp_path: Path, weights: Callable, metrics: Callable
+) -> None:
     """With the language model frozen too, nothing has a gradient but through an image: no step may fail for that."""
     text = tmp_path / "text.jsonl"
-    line = json.dumps({"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]})
+    line = json.dumps(
+        {"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]}
+    )
     text.write_text(f"{line}\n" * 4)
-    done = train(tiny_run_recipe(f"data.pretrain={text}", f"data.finetune={text}"), tmp_path / "run")
+    done = train(
+        tiny_run_recipe(f"data.pretrain={text}", f"data.finetune={text}"), tmp_path / "run"
+    )
     assert [row["images"] for row in metrics(done.metrics("finetune"))] == [0, 0]
     before, after = weights(done.checkpoint("pretrain")), weights(done.final_checkpoint())
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all(name.startswith("language_model") for name in changed)
 
 
-def test_fewer_samples_than_a_step_train_one_step(tiny_run_recipe: Callable, tmp_path: Path, metrics: Callable) -> None:
-    done = train(tiny_run_recipe("stages.finetune.epochs=0.01", "stages.pretrain.max_steps=1"), tmp_path / "run")
+def test_fewer_samples_than_a_step_train_one_step(
+    tiny_run_recipe: Callable, tmp_path: Path, metrics: Callable
+) -> None:
+    done = train(
+        tiny_run_recipe("stages.finetune.epochs=0.01", "stages.pretrain.max_steps=1"),
+        tmp_path / "run",
+    )
     assert [row["samples"] for row in metrics(done.metrics("finetune"))] == [1]
 
 
@@ -114,7 +164,14 @@ def test_precision_is_chosen_by_the_recipe_then_by_the_device() -> None:
     assert autocast_dtype("auto", cpu) in (None, torch.bfloat16)
 
 
-def test_weights_stay_float32_under_bfloat16(tiny_run_recipe: Callable, tmp_path: Path, weights: Callable, metrics: Callable) -> None:
-    done = train(tiny_run_recipe("precision=bfloat16", "stages.pretrain.max_steps=1", "stages.finetune.max_steps=2"), tmp_path / "run")
+def test_weights_stay_float32_under_bfloat16(
+    tiny_run_recipe: Callable, tmp_path: Path, weights: Callable, metrics: Callable
+) -> None:
+    done = train(
+        tiny_run_recipe(
+            "precision=bfloat16", "stages.pretrain.max_steps=1", "stages.finetune.max_steps=2"
+        ),
+        tmp_path / "run",
+    )
     assert {weight.dtype for weight in weights(done.final_checkpoint()).values()} == {torch.float32}
     assert metrics(done.metrics("finetune"))[0]["loss"] > 0

@@ -8,8 +8,9 @@ from dataclasses import replace
 import pytest
 
 from mipha.catalog.published_data import PUBLISHED_DATA
+from mipha.files import append_line
 from mipha.recipe import load_recipe
-from mipha.run import append_line, create_run
+from mipha.run import create_run
 from mipha.training.plan import Device, compare, device_named, plan
 
 SMALL = Device("small", "cpu", 1e11, 8e9, autocast=False)
@@ -20,7 +21,11 @@ def test_the_papers_model_on_what_the_paper_had() -> None:
     pretrain, finetune = plan(load_recipe("mipha-3b-base"), device_named("a100"), num_devices=8)
     assert (pretrain.samples, finetune.samples) == (558_128, 665_298)
     assert pretrain.steps == -(-558_128 // 256) and finetune.steps == -(-2 * 665_298 // 128)
-    assert not pretrain.mends and not finetune.mends and finetune.largest_rows >= finetune.stage.micro_batch_rows
+    assert (
+        not pretrain.mends
+        and not finetune.mends
+        and finetune.largest_rows >= finetune.stage.micro_batch_rows
+    )
     # 2 x (729 x 9.5 M + 764 x 2.65 G + 25 x 131 M) forward of the projector, the layers and the head, twice that with activations'
     # gradients, and 0.6 for the tower: about 9 TFLOP a sample.
     assert pretrain.flops / 256 == pytest.approx(8.9e12, rel=0.05)
@@ -33,11 +38,16 @@ def test_where_it_does_not_fit_the_plan_says_what_would(tiny_parts, tiny_data) -
     _, needs = plan(recipe, SMALL)
     tight = replace(SMALL, memory=(needs.total_memory - needs.memory["activations"] / 4) / 0.9)
     _, finetune = plan(recipe, tight)
-    assert finetune.mends == ("stages.finetune.activation_checkpointing=true",) and finetune.largest_rows < finetune.step.widest.rows
+    assert (
+        finetune.mends == ("stages.finetune.activation_checkpointing=true",)
+        and finetune.largest_rows < finetune.step.widest.rows
+    )
     _, mended = plan(recipe.override(*finetune.mends), tight)
     assert not mended.mends and mended.total_memory < finetune.total_memory
     _, hopeless = plan(recipe, replace(SMALL, memory=1e6))
-    assert hopeless.largest_rows == 0 and hopeless.mends == ("more than 1 devices, or devices with more memory",)
+    assert hopeless.largest_rows == 0 and hopeless.mends == (
+        "more than 1 devices, or devices with more memory",
+    )
 
 
 def test_more_devices_take_less_memory_each_and_less_time(tiny_parts, tiny_data) -> None:
@@ -52,7 +62,9 @@ def test_more_devices_take_less_memory_each_and_less_time(tiny_parts, tiny_data)
 def test_a_plan_of_data_that_are_here_reads_its_first_steps(tiny_parts, tiny_data) -> None:
     recipe = _tiny(tiny_parts, tiny_data)
     pretrain, _ = plan(recipe, SMALL)
-    assert pretrain.samples == 24 and pretrain.steps == 6 and "first 3 steps" in pretrain.step.source
+    assert (
+        pretrain.samples == 24 and pretrain.steps == 6 and "first 3 steps" in pretrain.step.source
+    )
     assert pretrain.seconds is not None and pretrain.step.work.tokens > 4 * 10
 
 
@@ -70,7 +82,10 @@ def test_a_plan_is_compared_with_a_run(tiny_parts, tiny_data, tmp_path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "precision", "sentence"),
-    [("h10", "auto", "no device 'h10': did you mean h100"), ("t4", "bfloat16", "t4 does not compute in bfloat16: set precision=float32")],
+    [
+        ("h10", "auto", "no device 'h10': did you mean h100"),
+        ("t4", "bfloat16", "t4 does not compute in bfloat16: set precision=float32"),
+    ],
 )
 def test_a_device_that_cannot_be(name: str, precision: str, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
@@ -79,15 +94,28 @@ def test_a_device_that_cannot_be(name: str, precision: str, sentence: str) -> No
 
 def test_published_sizes_are_those_of_the_paper() -> None:
     """Table 2: 558K and 665K."""
-    assert {name: round(fact.samples / 1000) for name, fact in PUBLISHED_DATA.items()} == {"llava_pretrain": 558, "llava_instruct": 665}
+    assert {name: round(fact.samples / 1000) for name, fact in PUBLISHED_DATA.items()} == {
+        "llava_pretrain": 558,
+        "llava_instruct": 665,
+    }
 
 
 def _tiny(tiny_parts, tiny_data):
     parts = tiny_parts()
-    base = load_recipe("quickstart").override(f"data.pretrain={tiny_data}", f"data.finetune={tiny_data}", "precision=float32")
-    model = {"vision_tower": str(parts.vision_tower), "language_model": str(parts.language_model), "chat_template": "chatml"}
+    base = load_recipe("quickstart").override(
+        f"data.pretrain={tiny_data}", f"data.finetune={tiny_data}", "precision=float32"
+    )
+    model = {
+        "vision_tower": str(parts.vision_tower),
+        "language_model": str(parts.language_model),
+        "chat_template": "chatml",
+    }
     stages = ("pretrain", "finetune")
     small = [
-        f"stages.{name}.{value}" for name in stages for value in ("max_steps=null", "batch_size=4", "batching=packed", "row_tokens=256")
+        f"stages.{name}.{value}"
+        for name in stages
+        for value in ("max_steps=null", "batch_size=4", "batching=packed", "row_tokens=256")
     ]
-    return base.override(f"model={json.dumps(model)}", *small, "stages.finetune.samples_per_image=null")
+    return base.override(
+        f"model={json.dumps(model)}", *small, "stages.finetune.samples_per_image=null"
+    )

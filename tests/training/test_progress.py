@@ -10,7 +10,13 @@ from rich.console import Console
 
 from mipha.training.progress import Recent, show_progress
 
-LARGE: dict[str, Any] = {"loss": 11.234, "seconds": 20.0, "tokens": 9_000_000, "images": 20_000, "padding_percent": 12.34} | {
+LARGE: dict[str, Any] = {
+    "loss": 11.234,
+    "seconds": 20.0,
+    "tokens": 9_000_000,
+    "images": 20_000,
+    "padding_percent": 12.34,
+} | {
     "peak_memory_gib": 78.4,
     "mfu_percent": 45.2,
 }
@@ -27,14 +33,22 @@ def test_no_line_is_wrapped_or_cut(width: int) -> None:
         "450,000 tokens/s  1,000.0 images/s  padding 12.3 %  MFU 45.2 %  78.4 GiB",
         "3 unreadable images in the last 1 steps",
     ]
-    assert lines[0].startswith("finetune ") and lines[0].rstrip().endswith(" 2345/12345  loss 11.234  2 days, 7:33:20 left")
+    assert lines[0].startswith("finetune ") and lines[0].rstrip().endswith(
+        " 2345/12345  loss 11.234  2 days, 7:33:20 left"
+    )
     assert len(lines) == 3 and all(len(line) <= 80 for line in lines[:1])
 
 
 def test_rates_are_of_the_last_steps() -> None:
     """Two steps of 1 and 3 seconds with 100 tokens each: 50 a second; 6 steps of 2 seconds are left."""
     recent = Recent("pretrain", 8)
-    small = {"loss": 2.0, "tokens": 100, "images": 0, "padding_percent": 0.0, "peak_memory_gib": 0.5}
+    small = {
+        "loss": 2.0,
+        "tokens": 100,
+        "images": 0,
+        "padding_percent": 0.0,
+        "peak_memory_gib": 0.5,
+    }
     recent.add(small | {"step": 1, "seconds": 1.0})
     recent.add(small | {"step": 2, "seconds": 3.0})
     assert recent.rates() == "50 tokens/s  0.0 images/s  padding 0.0 %  0.5 GiB"

@@ -28,7 +28,10 @@ from mipha.training.shard import layers_of, mesh_of
 from mipha.world import World
 
 # An epsilon that keeps the rounding of gradients that are truly 0 from moving weights; see test_loop.
-SMOOTH = (*(f"stages.{stage}.adam_eps=1e-2" for stage in STAGES), "stages.finetune.learning_rate=3e-2")
+SMOOTH = (
+    *(f"stages.{stage}.adam_eps=1e-2" for stage in STAGES),
+    "stages.finetune.learning_rate=3e-2",
+)
 
 DRIVER = """
 import json, os, signal, threading, time
@@ -73,12 +76,19 @@ def launch(driver: Path, cases: list[dict[str, Any]], size: int = 2, local: int 
     context.set_forkserver_preload(["mipha.training.pipeline"])
     processes = []
     for rank in range(size):
-        launched = {"RANK": str(rank), "LOCAL_RANK": str(rank % local), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(local)}
+        launched = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank % local),
+            "WORLD_SIZE": str(size),
+            "LOCAL_WORLD_SIZE": str(local),
+        }
         launched |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         given = {"LAUNCHED": launched, "CASES": json.dumps(cases)}
         processes.append(context.Process(target=runpy.run_path, args=(str(driver), given)))
         processes[-1].start()
-    while any(process.is_alive() for process in processes) and not any(process.exitcode for process in processes):
+    while any(process.is_alive() for process in processes) and not any(
+        process.exitcode for process in processes
+    ):
         processes[0].join(0.1)
     codes = [process.exitcode for process in processes]
     for process in processes:
@@ -89,7 +99,12 @@ def launch(driver: Path, cases: list[dict[str, Any]], size: int = 2, local: int 
 @pytest.fixture(scope="module")
 def text_only(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [
-        {"messages": [{"role": "user", "content": f"Which number is {i}?"}, {"role": "assistant", "content": f"{i} " * (1 + i)}]}
+        {
+            "messages": [
+                {"role": "user", "content": f"Which number is {i}?"},
+                {"role": "assistant", "content": f"{i} " * (1 + i)},
+            ]
+        }
         for i in range(6)
     ]
     path = tmp_path_factory.mktemp("text") / "train.jsonl"
@@ -103,13 +118,31 @@ def recipes(tiny_run_recipe: Callable, text_only: Path) -> dict[str, Recipe]:
     cases = {
         "packed": (),
         # One row a process: where one of the two has an image, the other has none.
-        "skewed": (finetune + "batching=padded", finetune + "batch_size=2", finetune + "max_steps=8"),
+        "skewed": (
+            finetune + "batching=padded",
+            finetune + "batch_size=2",
+            finetune + "max_steps=8",
+        ),
         "shared": (finetune + "batching=shared-image", finetune + "activation_checkpointing=true"),
         # One row in all, without an image: the second process has nothing of its own to do.
-        "text only": (f"data.finetune={text_only}", finetune + "batch_size=2", finetune + "micro_batch_rows=2"),
-        "frozen": (finetune + "tuning.language_model=frozen", finetune + "part_learning_rates={vision_tower: 0.001}"),
-        "lora": tuple(finetune + f"tuning.{change}" for change in ("vision_tower=last-1", "language_model=lora", "lora.dropout=0")),
-        "validated": (finetune + "held_out=0.4", finetune + "validate_every=2", finetune + "batch_size=3"),
+        "text only": (
+            f"data.finetune={text_only}",
+            finetune + "batch_size=2",
+            finetune + "micro_batch_rows=2",
+        ),
+        "frozen": (
+            finetune + "tuning.language_model=frozen",
+            finetune + "part_learning_rates={vision_tower: 0.001}",
+        ),
+        "lora": tuple(
+            finetune + f"tuning.{change}"
+            for change in ("vision_tower=last-1", "language_model=lora", "lora.dropout=0")
+        ),
+        "validated": (
+            finetune + "held_out=0.4",
+            finetune + "validate_every=2",
+            finetune + "batch_size=3",
+        ),
         "in bfloat16": ("precision=bfloat16", finetune + "tuning.language_model=last-1"),
         "async": (
             "sharding=ddp",
@@ -120,7 +153,11 @@ def recipes(tiny_run_recipe: Callable, text_only: Path) -> dict[str, Recipe]:
         "reshard 2 to 1": (finetune + "max_steps=8",),
         "reshard 1 to 2": (finetune + "max_steps=8", finetune + "checkpoint_every=3"),
     }
-    parts = {"shared": ("qwen2", "clip"), "text only": ("gemma", "dinov2"), "skewed": ("stablelm", "vit")}
+    parts = {
+        "shared": ("qwen2", "clip"),
+        "text only": ("gemma", "dinov2"),
+        "skewed": ("stablelm", "vit"),
+    }
     made = {}
     for name, overrides in cases.items():
         family, tower = parts.get(name, ("llama", "siglip"))
@@ -136,7 +173,13 @@ def by_two(recipes: dict[str, Recipe], tmp_path_factory: pytest.TempPathFactory)
     for name, recipe in recipes.items():
         (root / f"{name}.yaml").write_text(recipe.dump())
         stop_after = 3 if name == "reshard 2 to 1" else 0
-        cases.append({"recipe": str(root / f"{name}.yaml"), "folder": str(root / name), "stop_after": stop_after})
+        cases.append(
+            {
+                "recipe": str(root / f"{name}.yaml"),
+                "folder": str(root / name),
+                "stop_after": stop_after,
+            }
+        )
     start_with_one(recipes["reshard 1 to 2"], root / "reshard 1 to 2")
     (root / "driver.py").write_text(DRIVER)
     launch(root / "driver.py", cases)
@@ -157,7 +200,18 @@ def start_with_one(recipe: Recipe, folder: Path) -> None:
         train(recipe, folder)
 
 
-CASES = ["packed", "skewed", "shared", "text only", "frozen", "lora", "validated", "in bfloat16", "async", "reshard 1 to 2"]
+CASES = [
+    "packed",
+    "skewed",
+    "shared",
+    "text only",
+    "frozen",
+    "lora",
+    "validated",
+    "in bfloat16",
+    "async",
+    "reshard 1 to 2",
+]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -170,7 +224,11 @@ def test_two_processes_train_what_one_trains(
     metrics: Callable,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(pipeline, "keep_frozen_in_bfloat16", lambda model, device: keep_frozen_in_bfloat16(model, torch.device("cuda")))
+    monkeypatch.setattr(
+        pipeline,
+        "keep_frozen_in_bfloat16",
+        lambda model, device: keep_frozen_in_bfloat16(model, torch.device("cuda")),
+    )
     two, one = open_run(by_two / case), train(recipes[case], tmp_path / "one")
     assert_equal(one, two, weights, metrics)
 
@@ -179,10 +237,19 @@ def test_four_processes_on_two_machines_train_what_one_trains(
     tiny_run_recipe: Callable, tmp_path: Path, weights: Callable, metrics: Callable
 ) -> None:
     """Weights are sharded within a machine, gradients summed over both."""
-    recipe = tiny_run_recipe(*SMOOTH, "stages.finetune.batching=padded", "stages.finetune.max_steps=4", "async_checkpoints=true")
+    recipe = tiny_run_recipe(
+        *SMOOTH,
+        "stages.finetune.batching=padded",
+        "stages.finetune.max_steps=4",
+        "async_checkpoints=true",
+    )
     (tmp_path / "recipe.yaml").write_text(recipe.dump())
     (tmp_path / "driver.py").write_text(DRIVER)
-    case = {"recipe": str(tmp_path / "recipe.yaml"), "folder": str(tmp_path / "four"), "stop_after": 0}
+    case = {
+        "recipe": str(tmp_path / "recipe.yaml"),
+        "folder": str(tmp_path / "four"),
+        "stop_after": 0,
+    }
     launch(tmp_path / "driver.py", [case], size=4)
     assert_equal(train(recipe, tmp_path / "one"), open_run(tmp_path / "four"), weights, metrics)
 
@@ -198,15 +265,22 @@ def test_four_processes_on_two_machines_train_what_one_trains(
         ("hsdp", 6, 3, (2, 3)),
     ],
 )
-def test_how_processes_share_a_model(sharding: str, size: int, local: int, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_how_processes_share_a_model(
+    sharding: str, size: int, local: int, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
-    monkeypatch.setattr("mipha.training.shard.init_device_mesh", lambda device, shape, **names: shape)
+    monkeypatch.setattr(
+        "mipha.training.shard.init_device_mesh", lambda device, shape, **names: shape
+    )
     assert mesh_of(sharding, World(0, size, torch.device("cpu"))) == shape
 
 
 def test_sharding_over_machines_wants_several(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    with pytest.raises(ValueError, match=r"sharding=hsdp needs several machines .* 4 of the 4 processes are on this one: use fsdp"):
+    with pytest.raises(
+        ValueError,
+        match=r"sharding=hsdp needs several machines .* 4 of the 4 processes are on this one: use fsdp",
+    ):
         mesh_of("hsdp", World(0, 4, torch.device("cpu")))
 
 
@@ -217,7 +291,12 @@ def test_one_process_goes_on_where_two_stopped(
     done = len(metrics(two.metrics("finetune")))
     assert 3 <= done < 8
     assert [path.name for path in list_states(two.states("finetune"))][-1] == f"step-{done:08d}"
-    assert_equal(train(recipes["reshard 2 to 1"], tmp_path / "one"), train(recipes["reshard 2 to 1"], two.folder), weights, metrics)
+    assert_equal(
+        train(recipes["reshard 2 to 1"], tmp_path / "one"),
+        train(recipes["reshard 2 to 1"], two.folder),
+        weights,
+        metrics,
+    )
 
 
 def assert_equal(one: Run, two: Run, weights: Callable, metrics: Callable) -> None:
@@ -234,21 +313,32 @@ def assert_equal(one: Run, two: Run, weights: Callable, metrics: Callable) -> No
             for key in row.keys() & {"validation_loss"}:
                 assert row[key] == pytest.approx(other[key], rel=1e-4)
             assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
-            assert all(row[key] == other[key] for key in ("samples", "images", "tokens", "supervised_tokens"))
+            assert all(
+                row[key] == other[key]
+                for key in ("samples", "images", "tokens", "supervised_tokens")
+            )
         for part, mine in tuning(one, stage).items():
             theirs = tuning(two, stage)[part]
-            assert mine["change"].pop("relative") == pytest.approx(theirs["change"].pop("relative"), rel=1e-2), part
-            assert mine["change"].pop("largest") == pytest.approx(theirs["change"].pop("largest"), rel=1e-2), part
+            assert mine["change"].pop("relative") == pytest.approx(
+                theirs["change"].pop("relative"), rel=1e-2
+            ), part
+            assert mine["change"].pop("largest") == pytest.approx(
+                theirs["change"].pop("largest"), rel=1e-2
+            ), part
             assert mine == theirs
     before, after = weights(one.checkpoint("pretrain")), weights(one.checkpoint("finetune"))
-    assert max((before[name] - after[name]).abs().max() for name in before) > 1e-2, "weights that hardly move test nothing"
+    assert max((before[name] - after[name]).abs().max() for name in before) > 1e-2, (
+        "weights that hardly move test nothing"
+    )
 
 
 def tuning(run: Run, stage: str) -> dict[str, Any]:
     return json.loads((run.stage(stage) / "tuning.json").read_text())["parts"]
 
 
-def test_the_units_of_sharding_are_the_layers(tiny_parts: Callable, family: str, tower: str) -> None:
+def test_the_units_of_sharding_are_the_layers(
+    tiny_parts: Callable, family: str, tower: str
+) -> None:
     model, _ = build(tiny_parts(family, tower).recipe())
     layers = layers_of(model)
     assert len(layers) == 2 + 2

@@ -16,17 +16,24 @@ from mipha.training.pipeline import train
 from mipha.training.track import Trackers, check_trackers
 
 
-@pytest.mark.parametrize(("name", "error", "message"), [("wanbd", ValueError, "no tracker 'wanbd': use tensorboard, wandb, trackio")])
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [("wanbd", ValueError, "no tracker 'wanbd': use tensorboard, wandb, trackio")],
+)
 def test_a_tracker_that_is_not_there_is_refused(name: str, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
         check_trackers([name])
 
 
-def test_a_package_that_is_not_installed_is_named_before_the_run_begins(tiny_run_recipe: Callable, tmp_path: Path) -> None:
+def test_a_package_that_is_not_installed_is_named_before_the_run_begins(
+    tiny_run_recipe: Callable, tmp_path: Path
+) -> None:
     missing = next((name for name in ("wandb", "trackio") if not _installed(name)), None)
     if missing is None:
         pytest.skip("all trackers are installed")
-    with pytest.raises(ModuleNotFoundError, match=f"tracking with {missing} needs its package: pip install"):
+    with pytest.raises(
+        ModuleNotFoundError, match=f"tracking with {missing} needs its package: pip install"
+    ):
         train(tiny_run_recipe(), tmp_path / "run", track=[missing])
     assert not (tmp_path / "run").exists()
 
@@ -53,7 +60,9 @@ def test_tensorboard_has_every_step_once_after_a_stop(
     train(recipe, folder)
     rows = metrics(Run(folder).metrics("finetune"))
     for key in ("loss", "learning_rate/projector", "tokens"):
-        assert _tensorboard(folder / "finetune", key) == [(row["step"], pytest.approx(row[key])) for row in rows], key
+        assert _tensorboard(folder / "finetune", key) == [
+            (row["step"], pytest.approx(row[key])) for row in rows
+        ], key
 
 
 class _Broken(ModuleType):
@@ -77,7 +86,10 @@ class _Broken(ModuleType):
 
 
 def test_a_tracker_that_fails_is_named_once_and_left(
-    tiny_run_recipe: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    tiny_run_recipe: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
 ) -> None:
     given: list[int] = []
     monkeypatch.setitem(sys.modules, "wandb", _Broken(given))
@@ -86,8 +98,13 @@ def test_a_tracker_that_fails_is_named_once_and_left(
             trackers.log({"step": step, "loss": 1.0})
     assert given == [1, 2]
     said = capsys.readouterr().err
-    assert said == "mipha: tracking with wandb has failed (the server is gone); training goes on without it\n"
-    with Trackers(None, tmp_path / "other", tiny_run_recipe()) as trackers:  # a process that is not the first
+    assert (
+        said
+        == "mipha: tracking with wandb has failed (the server is gone); training goes on without it\n"
+    )
+    with Trackers(
+        None, tmp_path / "other", tiny_run_recipe()
+    ) as trackers:  # a process that is not the first
         trackers.log({"step": 1})
     assert not (tmp_path / "other").exists() and given == [1, 2]
 
@@ -102,5 +119,14 @@ def _tensorboard(stage: Path, key: str) -> list[tuple[int, float]]:
     """What is in the event files themselves, in the order of writing."""
     from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
-    events = [event for path in sorted((stage / "tensorboard").iterdir()) for event in EventFileLoader(str(path)).Load()]
-    return [(event.step, value.tensor.float_val[0]) for event in events for value in event.summary.value if value.tag == key]
+    events = [
+        event
+        for path in sorted((stage / "tensorboard").iterdir())
+        for event in EventFileLoader(str(path)).Load()
+    ]
+    return [
+        (event.step, value.tensor.float_val[0])
+        for event in events
+        for value in event.summary.value
+        if value.tag == key
+    ]

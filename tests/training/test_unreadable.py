@@ -17,7 +17,13 @@ from mipha.training.checkpoint import StateWriter
 from mipha.training.pipeline import train
 
 FINETUNE = "stages.finetune."
-TIMED = {"seconds", "samples_per_second", "images_per_second", "tokens_per_second", "peak_memory_gib"}
+TIMED = {
+    "seconds",
+    "samples_per_second",
+    "images_per_second",
+    "tokens_per_second",
+    "peak_memory_gib",
+}
 
 
 @pytest.fixture
@@ -33,23 +39,34 @@ def damaged(tiny_data: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def recipe(damaged: Path, tiny_run_recipe: Callable) -> Recipe:
     """Two epochs of 24 samples."""
-    return tiny_run_recipe(f"data.finetune={damaged}", "stages.pretrain.max_steps=1", FINETUNE + "max_steps=8")
+    return tiny_run_recipe(
+        f"data.finetune={damaged}", "stages.pretrain.max_steps=1", FINETUNE + "max_steps=8"
+    )
 
 
 def test_it_stops_and_names_sample_and_file(recipe: Recipe, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^sample \S+: \S+3\.png cannot be read as an image: .*unreadable_images=substitute to train on"):
+    with pytest.raises(
+        ValueError,
+        match=r"^sample \S+: \S+3\.png cannot be read as an image: .*unreadable_images=substitute to train on",
+    ):
         train(recipe, tmp_path / "run")
     assert not Run(tmp_path / "run").is_finished("finetune")
 
 
 def test_grey_stands_in_and_every_case_is_counted_and_listed_once(
-    recipe: Recipe, tmp_path: Path, metrics: Callable, weights: Callable, monkeypatch: pytest.MonkeyPatch
+    recipe: Recipe,
+    tmp_path: Path,
+    metrics: Callable,
+    weights: Callable,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe = recipe.override(FINETUNE + "unreadable_images=substitute")
     assert not is_readable(recipe.stages.finetune.data[0].root.parent / "3.png")
     whole = train(recipe, tmp_path / "whole")
     rows = metrics(whole.metrics("finetune"))
-    samples = [json.loads(line) for line in recipe.stages.finetune.data[0].root.read_text().splitlines()]
+    samples = [
+        json.loads(line) for line in recipe.stages.finetune.data[0].root.read_text().splitlines()
+    ]
     shown = sum(sample["images"] == ["3.png"] for sample in samples)
     assert shown == 4 and sum(row["substituted_images"] for row in rows) == 2 * shown
     listed = metrics(whole.stage("finetune") / "unreadable.jsonl")
@@ -69,32 +86,52 @@ def test_grey_stands_in_and_every_case_is_counted_and_listed_once(
     with pytest.raises(RuntimeError, match="stopped"):
         train(recipe, tmp_path / "stopped")
     monkeypatch.undo()
-    shutil.rmtree(Run(tmp_path / "stopped").states("finetune") / "step-00000006")  # so that two steps are made again
+    shutil.rmtree(
+        Run(tmp_path / "stopped").states("finetune") / "step-00000006"
+    )  # so that two steps are made again
     stopped = train(recipe, tmp_path / "stopped")
     mine, theirs = weights(stopped.final_checkpoint()), weights(whole.final_checkpoint())
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     assert metrics(stopped.stage("finetune") / "unreadable.jsonl") == listed
-    assert [{k: v for k, v in row.items() if k not in TIMED} for row in metrics(stopped.metrics("finetune"))] == [
-        {k: v for k, v in row.items() if k not in TIMED} for row in rows
-    ]
+    assert [
+        {k: v for k, v in row.items() if k not in TIMED}
+        for row in metrics(stopped.metrics("finetune"))
+    ] == [{k: v for k, v in row.items() if k not in TIMED} for row in rows]
 
 
 def test_validation_and_calibration_count_and_pass_over_what_cannot_be_read(
     recipe: Recipe, damaged: Path, tmp_path: Path, metrics: Callable
 ) -> None:
     """One epoch and one validation show each sample once, whichever side the damaged picture's four are on."""
-    changes = (FINETUNE + "unreadable_images=substitute", FINETUNE + "held_out=0.4", FINETUNE + "max_steps=null", FINETUNE + "epochs=1")
-    changes += (f"data.pretrain={damaged}", "stages.pretrain.unreadable_images=substitute", "model.calibrate_projector=true")
+    changes = (
+        FINETUNE + "unreadable_images=substitute",
+        FINETUNE + "held_out=0.4",
+        FINETUNE + "max_steps=null",
+        FINETUNE + "epochs=1",
+    )
+    changes += (
+        f"data.pretrain={damaged}",
+        "stages.pretrain.unreadable_images=substitute",
+        "model.calibrate_projector=true",
+    )
     done = train(recipe.override(*changes), tmp_path / "run")
     rows = metrics(done.metrics("finetune"))
-    assert sum(row["substituted_images"] + row.get("validation_substituted_images", 0) for row in rows) == 4
+    assert (
+        sum(row["substituted_images"] + row.get("validation_substituted_images", 0) for row in rows)
+        == 4
+    )
     assert "validation_substituted_images" in rows[-1]
     assert metrics(done.stage("finetune") / "answers.jsonl")
 
 
-def test_a_step_of_which_nothing_can_be_read_is_no_matter_of_single_files(recipe: Recipe, damaged: Path, tmp_path: Path) -> None:
+def test_a_step_of_which_nothing_can_be_read_is_no_matter_of_single_files(
+    recipe: Recipe, damaged: Path, tmp_path: Path
+) -> None:
     for picture in damaged.parent.glob("*.png"):
         picture.write_bytes(b"gone")
     recipe = recipe.override(FINETUNE + "unreadable_images=substitute", FINETUNE + "batch_size=24")
-    with pytest.raises(FileNotFoundError, match=r"step 1: none of its 18 images can be read, .*: see whether the disk that holds them"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"step 1: none of its 18 images can be read, .*: see whether the disk that holds them",
+    ):
         train(recipe, tmp_path / "run")

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 
-def token_rewards(scores: Tensor, log_ratio: Tensor, mask: Tensor, kl_weight: float, score_clip: float) -> Tensor:
+def token_rewards(
+    scores: Tensor, log_ratio: Tensor, mask: Tensor, kl_weight: float, score_clip: float
+) -> Tensor:
     """What each token earns: half the price of leaving the reference, and at the response's last token the score.
 
     For costs, give `-kl_weight`: leaving the reference then costs as much as it takes from the reward, and
@@ -30,7 +32,9 @@ def token_rewards(scores: Tensor, log_ratio: Tensor, mask: Tensor, kl_weight: fl
     return rewards
 
 
-def generalized_advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def generalized_advantages(
+    rewards: Tensor, values: Tensor, mask: Tensor, gamma: float, lam: float
+) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation; behind a response's last token nothing is earned, ended or cut off alike.
 
     Args:
@@ -49,14 +53,18 @@ def generalized_advantages(rewards: Tensor, values: Tensor, mask: Tensor, gamma:
     advantages = torch.zeros_like(values)
     following = torch.zeros_like(values[:, 0])
     for token in reversed(range(values.shape[1])):
-        next_value = values[:, token + 1] if token + 1 < values.shape[1] else torch.zeros_like(following)
+        next_value = (
+            values[:, token + 1] if token + 1 < values.shape[1] else torch.zeros_like(following)
+        )
         surprise = rewards[:, token] + gamma * next_value - values[:, token]
         following = (surprise + gamma * lam * following) * mask[:, token]
         advantages[:, token] = following
     return advantages, advantages + values
 
 
-def combined_advantages(reward_advantages: Tensor, cost_advantages: Tensor | None, multiplier: float) -> Tensor:
+def combined_advantages(
+    reward_advantages: Tensor, cost_advantages: Tensor | None, multiplier: float
+) -> Tensor:
     """One advantage for both aims: `(A_reward - multiplier * A_cost) / (1 + multiplier)`; without costs, the reward's own.
 
     Source: Safe RLHF, arXiv:2310.12773.

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback, TrainerState
 
 from mipha.alignment.folder import mark_complete
-from mipha.run import append_line
+from mipha.files import append_line
 
 _OUR_NAMES = {
     "loss": "loss",
@@ -39,7 +39,14 @@ class Bookkeeping(TrainerCallback):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+    def on_log(
+        self,
+        args: Any,
+        state: TrainerState,
+        control: Any,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
         row: dict[str, Any] = {"step": state.global_step}
         for key, value in (logs or {}).items():
             name = _OUR_NAMES.get(key.removeprefix("eval_"))

@@ -26,9 +26,15 @@ class Critic(nn.Module):
 
     def forward(self, inputs: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
         """Values after each column, `(samples, columns)` float32, from `(samples, columns, width)` of the layers below."""
-        hidden = self.top(inputs_embeds=inputs, attention_mask=attention, position_ids=positions, use_cache=False).last_hidden_state
+        hidden = self.top(
+            inputs_embeds=inputs, attention_mask=attention, position_ids=positions, use_cache=False
+        ).last_hidden_state
         return self.head(hidden).squeeze(-1).float()
 
     def trained(self, prefix: str) -> dict[str, nn.Parameter]:
         """What trains, by name."""
-        return {f"{prefix}.{name}": weight for part in ("own", "head") for name, weight in getattr(self, part).named_parameters(part)}
+        return {
+            f"{prefix}.{name}": weight
+            for part in ("own", "head")
+            for name, weight in getattr(self, part).named_parameters(part)
+        }

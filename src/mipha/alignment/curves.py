@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from mipha.run import read_lines, write_whole
+from mipha.files import read_lines, write_whole
 
 _PANELS = (
     ("reward", "reward"),
@@ -36,10 +36,16 @@ def plot_several(runs: Mapping[str, Path], png: Path, threshold: float | None = 
     from matplotlib.figure import Figure
 
     rows = {name: list(read_lines(path)) for name, path in runs.items()}
-    panels = [(key, label) for key, label in _PANELS if any(key in row for lines in rows.values() for row in lines)]
+    panels = [
+        (key, label)
+        for key, label in _PANELS
+        if any(key in row for lines in rows.values() for row in lines)
+    ]
     figure = Figure(figsize=(6.4, 1.5 * len(panels) + 0.6), facecolor="white")
     FigureCanvasAgg(figure)
-    for axes, (key, label) in zip(figure.subplots(len(panels), 1, sharex=True, squeeze=False).flat, panels, strict=True):
+    for axes, (key, label) in zip(
+        figure.subplots(len(panels), 1, sharex=True, squeeze=False).flat, panels, strict=True
+    ):
         for number, (name, lines) in enumerate(rows.items()):
             steps = [row["step"] for row in lines if math.isfinite(row.get(key, math.nan))]
             values = [row[key] for row in lines if math.isfinite(row.get(key, math.nan))]

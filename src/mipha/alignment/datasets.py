@@ -84,7 +84,10 @@ def load_instructions(path: Path, skipped: list[str] | None = None) -> list[Inst
     """
     rows = []
     for where, record in records(path):
-        instruction, given, output = (_text(record, key, where, optional=key == "input") for key in ("instruction", "input", "output"))
+        instruction, given, output = (
+            _text(record, key, where, optional=key == "input")
+            for key in ("instruction", "input", "output")
+        )
         prompt = f"{instruction}\n{given}" if given.strip() else instruction
         if not _refused(_empty(where, {"prompt": instruction, "response": output}), skipped):
             rows.append(Instruction(where, prompt, output))
@@ -106,14 +109,30 @@ def load_preferences(path: Path, skipped: list[str] | None = None) -> list[Prefe
     """
     rows = []
     for where, record in records(path):
-        prompt, *responses = (_text(record, key, where) for key in ("prompt", "response_0", "response_1"))
-        better, safer = (_label(record, key, where, (0, 1)) for key in ("better_response_id", "safer_response_id"))
-        safe = [bool(_label(record, f"is_response_{number}_safe", where, (False, True))) for number in (0, 1)]
-        fault = _empty(where, {"prompt": prompt, "response_0": responses[0], "response_1": responses[1]})
+        prompt, *responses = (
+            _text(record, key, where) for key in ("prompt", "response_0", "response_1")
+        )
+        better, safer = (
+            _label(record, key, where, (0, 1))
+            for key in ("better_response_id", "safer_response_id")
+        )
+        safe = [
+            bool(_label(record, f"is_response_{number}_safe", where, (False, True)))
+            for number in (0, 1)
+        ]
+        fault = _empty(
+            where, {"prompt": prompt, "response_0": responses[0], "response_1": responses[1]}
+        )
         if fault is None and responses[0].strip() == responses[1].strip():
-            fault = f"{where}: both responses are the same, so neither can be preferred: remove the row"
+            fault = (
+                f"{where}: both responses are the same, so neither can be preferred: remove the row"
+            )
         if not _refused(fault, skipped):
-            rows.append(Preference(where, prompt, (responses[0], responses[1]), better, safer, (safe[0], safe[1])))
+            rows.append(
+                Preference(
+                    where, prompt, (responses[0], responses[1]), better, safer, (safe[0], safe[1])
+                )
+            )
     return rows
 
 
@@ -125,12 +144,18 @@ def load_image_preferences(path: Path, skipped: list[str] | None = None) -> list
     rows = []
     for where, record in records(path):
         asked = "prompt" if "prompt" in record else "question"
-        image, prompt, chosen, rejected = (_text(record, key, where) for key in ("image", asked, "chosen", "rejected"))
+        image, prompt, chosen, rejected = (
+            _text(record, key, where) for key in ("image", asked, "chosen", "rejected")
+        )
         if not (path.parent / image).is_file():
-            raise FileNotFoundError(f"{where}: there is no picture {path.parent / image}: put it there, or mend the row")
+            raise FileNotFoundError(
+                f"{where}: there is no picture {path.parent / image}: put it there, or mend the row"
+            )
         fault = _empty(where, {asked: prompt, "chosen": chosen, "rejected": rejected})
         if fault is None and chosen.strip() == rejected.strip():
-            fault = f"{where}: both responses are the same, so neither can be preferred: remove the row"
+            fault = (
+                f"{where}: both responses are the same, so neither can be preferred: remove the row"
+            )
         if not _refused(fault, skipped):
             key = hashlib.blake2b((path.parent / image).read_bytes(), digest_size=16).hexdigest()
             rows.append(ImagePreference(where, path.parent / image, key, prompt, chosen, rejected))
@@ -152,12 +177,16 @@ def split_by_prompt(rows: Sequence[Row], held_out: float, seed: int) -> tuple[li
     """
     train, test = [], []
     for row in rows:
-        digest = hashlib.blake2b(f"{seed}\0{_key(row)}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        digest = hashlib.blake2b(
+            f"{seed}\0{_key(row)}".encode("utf-8", "surrogatepass"), digest_size=8
+        ).digest()
         (test if int.from_bytes(digest, "big") / 2**64 < held_out else train).append(row)
     if not train or (held_out and not test):
         prompts = len({_key(row) for row in rows})
         side = "train on" if not train else "hold out"
-        raise ValueError(f"held_out={held_out} of {prompts} different prompts leaves none to {side}: change held_out, or give more prompts")
+        raise ValueError(
+            f"held_out={held_out} of {prompts} different prompts leaves none to {side}: change held_out, or give more prompts"
+        )
     return train, test
 
 
@@ -178,12 +207,18 @@ def check_leak(train: Iterable[Row], test: Iterable[Row]) -> None:
 
 
 def _key(row: Instruction | Preference | ImagePreference) -> str:
-    return row.image_key if isinstance(row, ImagePreference) else " ".join(row.prompt.split()).casefold()
+    return (
+        row.image_key
+        if isinstance(row, ImagePreference)
+        else " ".join(row.prompt.split()).casefold()
+    )
 
 
 def _refused(fault: str | None, skipped: list[str] | None) -> bool:
     if fault is not None and skipped is None:
-        raise ValueError(f"{fault}, or set skip_empty=true to leave out, and count, all rows like it")
+        raise ValueError(
+            f"{fault}, or set skip_empty=true to leave out, and count, all rows like it"
+        )
     if fault is not None:
         skipped.append(fault)
     return fault is not None
@@ -199,16 +234,22 @@ def _text(record: dict[str, Any], key: str, where: str, optional: bool = False) 
     if value is None and optional:
         return ""
     if not isinstance(value, str):
-        raise ValueError(f"{where}: {key!r} must be text, but is {value!r}: is this the layout that this step reads?")
+        raise ValueError(
+            f"{where}: {key!r} must be text, but is {value!r}: is this the layout that this step reads?"
+        )
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: {key!r} holds half of a character (a lone surrogate): remove it") from error
+        raise ValueError(
+            f"{where}: {key!r} holds half of a character (a lone surrogate): remove it"
+        ) from error
     return value
 
 
 def _label(record: dict[str, Any], key: str, where: str, allowed: tuple[Any, Any]) -> int:
     value = record.get(key)
     if not isinstance(value, bool | int) or value not in allowed:
-        raise ValueError(f"{where}: its label {key!r} is {value!r}, but must be {allowed[0]} or {allowed[1]}: label the row, or remove it")
+        raise ValueError(
+            f"{where}: its label {key!r} is {value!r}, but must be {allowed[0]} or {allowed[1]}: label the row, or remove it"
+        )
     return int(value)

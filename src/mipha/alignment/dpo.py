@@ -14,7 +14,16 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from mipha.alignment.datasets import Preference, load_preferences
 from mipha.alignment.encoding import check_lengths, encode_exchange
-from mipha.alignment.host import arguments, begin, export, load_part, load_rows, lora_config, record_base, train
+from mipha.alignment.host import (
+    arguments,
+    begin,
+    export,
+    load_part,
+    load_rows,
+    lora_config,
+    record_base,
+    train,
+)
 from mipha.alignment.image_dpo import dpo_on_images, is_finished_model
 from mipha.alignment.recipe import DpoRecipe
 from mipha.alignment.sft import end_turns
@@ -48,8 +57,13 @@ def dpo(recipe: DpoRecipe, out: Path) -> Path:
     rows, held_out = load_rows(recipe, out, load_preferences)
     model, tokenizer = load_part(recipe)
     record_base(recipe, out, model)
-    train_pairs, held_out_pairs = (preferred_pairs(tokenizer, part, recipe.prefer, recipe.max_tokens) for part in (rows, held_out))
-    config = DPOConfig(**arguments(recipe, out, validates=bool(held_out)), beta=recipe.beta, max_length=None)
+    train_pairs, held_out_pairs = (
+        preferred_pairs(tokenizer, part, recipe.prefer, recipe.max_tokens)
+        for part in (rows, held_out)
+    )
+    config = DPOConfig(
+        **arguments(recipe, out, validates=bool(held_out)), beta=recipe.beta, max_length=None
+    )
     set_seed(recipe.seed)  # the adapters' start
     trainer = _trainer_class()(
         model,
@@ -66,7 +80,9 @@ def dpo(recipe: DpoRecipe, out: Path) -> Path:
     return export(trainer, tokenizer, out)
 
 
-def preferred_pairs(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Preference], prefer: str, max_tokens: int) -> list[dict[str, Any]]:
+def preferred_pairs(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Preference], prefer: str, max_tokens: int
+) -> list[dict[str, Any]]:
     """Prompt and both responses of each row as ids.
 
     Args:
@@ -77,10 +93,16 @@ def preferred_pairs(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Preferenc
     """
     pairs, lengths = [], []
     for row in rows:
-        exchanges = [encode_exchange(tokenizer, row.prompt, response, row.id) for response in row.responses]
+        exchanges = [
+            encode_exchange(tokenizer, row.prompt, response, row.id) for response in row.responses
+        ]
         lengths += [(row.id, *exchange) for exchange in exchanges]
         chosen = row.better if prefer == "better" else row.safer
-        ids = {"prompt_ids": exchanges[0][0], "chosen_ids": exchanges[chosen][1], "rejected_ids": exchanges[1 - chosen][1]}
+        ids = {
+            "prompt_ids": exchanges[0][0],
+            "chosen_ids": exchanges[chosen][1],
+            "rejected_ids": exchanges[1 - chosen][1],
+        }
         pairs.append(ids)
     check_lengths(lengths, max_tokens)
     return pairs

@@ -21,10 +21,16 @@ def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
         tokenizer: With a chat template.
     """
     messages = [{"role": "user", "content": prompt}]
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)["input_ids"])
+    return list(
+        tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=True
+        )["input_ids"]
+    )
 
 
-def encode_exchange(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str, where: str) -> tuple[list[int], list[int]]:
+def encode_exchange(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, response: str, where: str
+) -> tuple[list[int], list[int]]:
     """Ids of the prompt, and of the response with the end of its turn.
 
     Args:
@@ -36,19 +42,30 @@ def encode_exchange(tokenizer: PreTrainedTokenizerBase, prompt: str, response: s
         ValueError: The template or the texts break the two apart otherwise than they are joined again: no policy would ever continue
             such a prompt.
     """
-    messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response.strip()}]
-    encoded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+    messages = [
+        {"role": "user", "content": prompt},
+        {"role": "assistant", "content": response.strip()},
+    ]
+    encoded = tokenizer.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
     ids, spoken = np.asarray(encoded["input_ids"]), np.flatnonzero(encoded["assistant_masks"])
     start, end = (int(spoken[0]), int(spoken[-1]) + 1) if len(spoken) else (0, 0)
     if not len(spoken) or len(spoken) != end - start:
-        raise ValueError(f"{where}: the chat template does not mark the response as one stretch of tokens: is its text part of a template?")
+        raise ValueError(
+            f"{where}: the chat template does not mark the response as one stretch of tokens: is its text part of a template?"
+        )
     prompt_ids, response_ids = ids[:start].tolist(), ids[start:end].tolist()
     if prompt_ids != encode_prompt(tokenizer, prompt):
-        raise ValueError(f"{where}: the tokenizer joins prompt and response, so they cannot be told apart: use another chat_template")
+        raise ValueError(
+            f"{where}: the tokenizer joins prompt and response, so they cannot be told apart: use another chat_template"
+        )
     return prompt_ids, response_ids
 
 
-def check_lengths(rows: Iterable[tuple[str, Sequence[int], Sequence[int]]], max_tokens: int) -> None:
+def check_lengths(
+    rows: Iterable[tuple[str, Sequence[int], Sequence[int]]], max_tokens: int
+) -> None:
     """Refuse conversations that are too long, before the first step: cut off, a response would lose the end that is scored.
 
     Args:
@@ -58,7 +75,11 @@ def check_lengths(rows: Iterable[tuple[str, Sequence[int], Sequence[int]]], max_
     Raises:
         ValueError: Names the longest row, its tokens and how many rows there are like it.
     """
-    over = [(len(prompt) + len(response), where) for where, prompt, response in rows if len(prompt) + len(response) > max_tokens]
+    over = [
+        (len(prompt) + len(response), where)
+        for where, prompt, response in rows
+        if len(prompt) + len(response) > max_tokens
+    ]
     if over:
         longest, where = max(over)
         raise ValueError(

@@ -6,9 +6,13 @@ import io
 import math
 from pathlib import Path
 
-from mipha.run import read_lines, write_whole
+from mipha.files import read_lines, write_whole
 
-_SHARES = {"accuracy": "pairs ranked right", "sign_accuracy": "responses on the right side of zero", "token_accuracy": "tokens guessed"}
+_SHARES = {
+    "accuracy": "pairs ranked right",
+    "sign_accuracy": "responses on the right side of zero",
+    "token_accuracy": "tokens guessed",
+}
 
 
 def plot_alignment(metrics_jsonl: Path, png: Path, title: str) -> None:
@@ -34,9 +38,17 @@ def plot_alignment(metrics_jsonl: Path, png: Path, title: str) -> None:
         for number, (key, label) in enumerate(names.items()):
             colour = f"C{number}"
             if curve(key)[0]:
-                axes.plot(*curve(key), color=colour, linewidth=1, alpha=0.6, label=f"{label}, in training")
+                axes.plot(
+                    *curve(key), color=colour, linewidth=1, alpha=0.6, label=f"{label}, in training"
+                )
             if curve(f"validation_{key}")[0]:
-                axes.plot(*curve(f"validation_{key}"), "o-", color=colour, markersize=4, label=f"{label}, held out")
+                axes.plot(
+                    *curve(f"validation_{key}"),
+                    "o-",
+                    color=colour,
+                    markersize=4,
+                    label=f"{label}, held out",
+                )
         axes.grid(axis="y", color="#e4e7eb")
         axes.spines[["top", "right"]].set_visible(False)
         if axes.get_legend_handles_labels()[0]:

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from mipha.alignment.recipe import StepRecipe, load_alignment_recipe
-from mipha.run import provenance, read_lines, write_whole
+from mipha.files import read_lines, write_whole
+from mipha.run import provenance
 
 _MARK = "complete.json"
 
@@ -33,11 +34,15 @@ def open_folder(folder: Path, recipe: StepRecipe) -> None:
         there = load_alignment_recipe(known)
         if there.digest() != recipe.digest():
             keys = ", ".join(there.differences(recipe))
-            raise ValueError(f"{folder} holds a step of another recipe (it differs in {keys}): choose another -o, or use the old recipe")
+            raise ValueError(
+                f"{folder} holds a step of another recipe (it differs in {keys}): choose another -o, or use the old recipe"
+            )
     elif folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, not a folder: choose another -o")
     elif folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise ValueError(f"{folder} is not empty and not an alignment step: choose another -o, or empty the folder")
+        raise ValueError(
+            f"{folder} is not empty and not an alignment step: choose another -o, or empty the folder"
+        )
     else:
         write_whole(known, recipe.dump())
     if not (folder / "provenance.json").is_file():
@@ -69,7 +74,11 @@ def record(folder: Path, key: str, facts: dict[str, Any]) -> None:
 
 def mark_complete(checkpoint: Path) -> None:
     """Say of a training state that it is whole: the last file written into it, with the sizes of all others."""
-    sizes = {str(path.relative_to(checkpoint)): path.stat().st_size for path in sorted(checkpoint.rglob("*")) if path.is_file()}
+    sizes = {
+        str(path.relative_to(checkpoint)): path.stat().st_size
+        for path in sorted(checkpoint.rglob("*"))
+        if path.is_file()
+    }
     write_whole(checkpoint / _MARK, json.dumps(sizes, indent=2) + "\n")
 
 
@@ -97,4 +106,7 @@ def _is_whole(checkpoint: Path) -> bool:
     if not (checkpoint / _MARK).is_file():
         return False
     sizes = json.loads((checkpoint / _MARK).read_text(encoding="utf-8"))
-    return all((checkpoint / name).is_file() and (checkpoint / name).stat().st_size == size for name, size in sizes.items())
+    return all(
+        (checkpoint / name).is_file() and (checkpoint / name).stat().st_size == size
+        for name, size in sizes.items()
+    )

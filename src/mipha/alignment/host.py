@@ -47,14 +47,20 @@ def begin(recipe: StepRecipe, folder: Path) -> bool:
         message = f"align trains with TRL, and {error.name} is not installed: pip install 'mipha-vlm[align]'"
         raise ModuleNotFoundError(message, name=error.name) from error
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("align runs in one process, but WORLD_SIZE says there are several: start it without torchrun")
+        raise ValueError(
+            "align runs in one process, but WORLD_SIZE says there are several: start it without torchrun"
+        )
     open_folder(folder, recipe)
     if is_finished(folder):
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # of a process that was killed between its last two lines
+        shutil.rmtree(
+            folder / "checkpoints", ignore_errors=True
+        )  # of a process that was killed between its last two lines
     return is_finished(folder)
 
 
-def load_rows(recipe: StepRecipe, folder: Path, load: Callable[[Path, list[str] | None], list[Row]]) -> tuple[Sequence[Row], Sequence[Row]]:
+def load_rows(
+    recipe: StepRecipe, folder: Path, load: Callable[[Path, list[str] | None], list[Row]]
+) -> tuple[Sequence[Row], Sequence[Row]]:
     """Rows to train on and held-out rows, with what they are in provenance.json.
 
     Args:
@@ -71,7 +77,16 @@ def load_rows(recipe: StepRecipe, folder: Path, load: Callable[[Path, list[str] 
         train, test = split_by_prompt(rows, recipe.held_out, recipe.seed)
     check_leak(train, test)
     content = hashlib.sha256("".join(f"{row}\n" for row in [*train, *test]).encode()).hexdigest()
-    record(folder, "data", {"rows": len(train), "held_out": len(test), "skipped": len(skipped or ()), "sha256": content})
+    record(
+        folder,
+        "data",
+        {
+            "rows": len(train),
+            "held_out": len(test),
+            "skipped": len(skipped or ()),
+            "sha256": content,
+        },
+    )
     return train, test
 
 
@@ -81,7 +96,11 @@ def load_part(recipe: StepRecipe) -> tuple[PreTrainedModel, PreTrainedTokenizerB
     Raises:
         FileNotFoundError, ValueError: It is not there, or cannot be used; as for a recipe's `model.language_model`.
     """
-    wanted = ModelRecipe(vision_tower="none", language_model=recipe.language_model, chat_template=recipe.chat_template)
+    wanted = ModelRecipe(
+        vision_tower="none",
+        language_model=recipe.language_model,
+        chat_template=recipe.chat_template,
+    )
     model, tokenizer, template = load_language_model(wanted, torch.float32)
     tokenizer.chat_template = template
     return model, tokenizer
@@ -93,7 +112,9 @@ def record_base(recipe: StepRecipe, folder: Path, model: PreTrainedModel) -> Non
     Raises:
         ValueError: The step began from others, which its training states, or its adapter, are for.
     """
-    digest = joint_digest({name: tensor_digest(parameter) for name, parameter in model.named_parameters()})
+    digest = joint_digest(
+        {name: tensor_digest(parameter) for name, parameter in model.named_parameters()}
+    )
     record(folder, "base model", {"language_model": recipe.language_model, "sha256": digest})
 
 
@@ -120,7 +141,8 @@ def arguments(recipe: StepRecipe, folder: Path, validates: bool) -> dict[str, An
         "gradient_accumulation_steps": recipe.batch_size // recipe.micro_batch,
         "gradient_checkpointing": recipe.activation_checkpointing,
         "bf16": bfloat16,
-        "use_cpu": bfloat16 and not torch.cuda.is_available(),  # the host wants to hear that this is meant
+        "use_cpu": bfloat16
+        and not torch.cuda.is_available(),  # the host wants to hear that this is meant
         "logging_steps": 1,
         "logging_nan_inf_filter": False,  # a loss that is no number must be seen
         "eval_strategy": "steps" if validates else "no",
@@ -134,7 +156,9 @@ def arguments(recipe: StepRecipe, folder: Path, validates: bool) -> dict[str, An
     }
 
 
-def lora_config(recipe: StepRecipe, model: PreTrainedModel, task: str, within: torch.nn.Module | None = None) -> LoraConfig | None:
+def lora_config(
+    recipe: StepRecipe, model: PreTrainedModel, task: str, within: torch.nn.Module | None = None
+) -> LoraConfig | None:
     """Adapters of every linear layer of the decoder; null where everything trains.
 
     Args:
@@ -147,8 +171,18 @@ def lora_config(recipe: StepRecipe, model: PreTrainedModel, task: str, within: t
         return None
     shape = recipe.lora or LoraRecipe()
     names = {id(module): name for name, module in model.named_modules()}
-    targets = [names[id(module)] for module in (within or model.base_model).modules() if isinstance(module, torch.nn.Linear)]
-    return LoraConfig(r=shape.rank, lora_alpha=shape.alpha, lora_dropout=shape.dropout, target_modules=targets, task_type=task)
+    targets = [
+        names[id(module)]
+        for module in (within or model.base_model).modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    return LoraConfig(
+        r=shape.rank,
+        lora_alpha=shape.alpha,
+        lora_dropout=shape.dropout,
+        target_modules=targets,
+        task_type=task,
+    )
 
 
 def train(trainer: Trainer, recipe: StepRecipe, folder: Path) -> None:
@@ -164,7 +198,9 @@ def train(trainer: Trainer, recipe: StepRecipe, folder: Path) -> None:
     state = newest_checkpoint(folder / "checkpoints")
     if state:
         _check_names(trainer, state)
-    done = TrainerState.load_from_json(str(state / "trainer_state.json")) if state else TrainerState()
+    done = (
+        TrainerState.load_from_json(str(state / "trainer_state.json")) if state else TrainerState()
+    )
     forget_after(folder / "metrics.jsonl", done.global_step)
     if state and done.global_step >= done.max_steps:
         trainer._load_from_checkpoint(str(state))  # the host would train a step more
@@ -180,7 +216,9 @@ def export(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, folder: Path) -
         The folder `model/`.
     """
     model = merged(trainer, folder)
-    model.config._name_or_path = ""  # else the folder on this machine that it was read from goes into a public file
+    model.config._name_or_path = (
+        ""  # else the folder on this machine that it was read from goes into a public file
+    )
     model.config.use_cache = True
     beside = folder / "model.partial"
     shutil.rmtree(beside, ignore_errors=True)
@@ -204,12 +242,19 @@ def merged(trainer: Trainer, folder: Path) -> PreTrainedModel:
 def computes_in_bfloat16(precision: str) -> bool:
     if precision != "auto":
         return precision == "bfloat16"
-    return torch.cuda.is_bf16_supported() if torch.cuda.is_available() else torch.cpu._is_avx512_bf16_supported()
+    return (
+        torch.cuda.is_bf16_supported()
+        if torch.cuda.is_available()
+        else torch.cpu._is_avx512_bf16_supported()
+    )
 
 
 def _check_names(trainer: Trainer, state: Path) -> None:
     """The host loads what it finds names for and only warns of the rest: it would train on from other weights."""
-    if hasattr(trainer.model, "peft_config") or type(trainer)._load_from_checkpoint is not Trainer._load_from_checkpoint:
+    if (
+        hasattr(trainer.model, "peft_config")
+        or type(trainer)._load_from_checkpoint is not Trainer._load_from_checkpoint
+    ):
         return
     if (state / "model.safetensors").is_file():
         with safe_open(state / "model.safetensors", framework="pt") as file:

@@ -58,15 +58,21 @@ def dpo_on_images(recipe: DpoRecipe, out: Path) -> Path:
     from trl import DPOConfig
 
     if recipe.prefer != "better":
-        raise ValueError(f"prefer={recipe.prefer} has no effect on pairs of answers about pictures, which say what is chosen: remove it")
+        raise ValueError(
+            f"prefer={recipe.prefer} has no effect on pairs of answers about pictures, which say what is chosen: remove it"
+        )
     if recipe.chat_template is not None:
-        raise ValueError("chat_template has no effect on a finished model, which has its own: remove it")
+        raise ValueError(
+            "chat_template has no effect on a finished model, which has its own: remove it"
+        )
     folder = model_folder(recipe.language_model)
     rows, held_out = load_rows(recipe, out, load_image_preferences)
     model, processor = load_model(str(folder)), load_processor(folder)
     record_base(recipe, out, model)
     model.model.vision_tower.requires_grad_(False)
-    train_pairs, held_out_pairs = (answered_pairs(processor, part, recipe.max_tokens) for part in (rows, held_out))
+    train_pairs, held_out_pairs = (
+        answered_pairs(processor, part, recipe.max_tokens) for part in (rows, held_out)
+    )
     # The collator finds the rest by number: a picture is read when it is shown.
     every = train_pairs + held_out_pairs
     numbers = [{"pair": number} for number in range(len(every))]
@@ -77,7 +83,9 @@ def dpo_on_images(recipe: DpoRecipe, out: Path) -> Path:
         model,
         None if recipe.tuning == "lora" else copy.deepcopy(model),
         config,
-        data_collator=lambda batch: collate_answers([every[row["pair"]] for row in batch], processor),
+        data_collator=lambda batch: collate_answers(
+            [every[row["pair"]] for row in batch], processor
+        ),
         train_dataset=Dataset.from_list(numbers[: len(train_pairs)]),
         eval_dataset=Dataset.from_list(numbers[len(train_pairs) :]) if held_out_pairs else None,
         processing_class=processor,
@@ -89,7 +97,9 @@ def dpo_on_images(recipe: DpoRecipe, out: Path) -> Path:
     return out / "model"
 
 
-def answered_pairs(processor: LlavaProcessor, rows: Sequence[ImagePreference], max_tokens: int) -> list[dict[str, Any]]:
+def answered_pairs(
+    processor: LlavaProcessor, rows: Sequence[ImagePreference], max_tokens: int
+) -> list[dict[str, Any]]:
     """Both answers of each row as the ids that training would have, image tokens included, and where the answer stands.
 
     Raises:
@@ -99,7 +109,11 @@ def answered_pairs(processor: LlavaProcessor, rows: Sequence[ImagePreference], m
     for row in rows:
         asked = Message("user", f"{IMAGE}\n{row.prompt}")
         encoded = [
-            encode(Sample(row.id, (asked, Message("assistant", answer)), (row.image,)), processor, _ANY_LENGTH)
+            encode(
+                Sample(row.id, (asked, Message("assistant", answer)), (row.image,)),
+                processor,
+                _ANY_LENGTH,
+            )
             for answer in (row.chosen, row.rejected)
         ]
         lengths += [(row.id, side.input_ids, []) for side in encoded]
@@ -108,7 +122,9 @@ def answered_pairs(processor: LlavaProcessor, rows: Sequence[ImagePreference], m
     return pairs
 
 
-def collate_answers(pairs: Sequence[dict[str, Any]], processor: LlavaProcessor) -> dict[str, Tensor]:
+def collate_answers(
+    pairs: Sequence[dict[str, Any]], processor: LlavaProcessor
+) -> dict[str, Tensor]:
     """Pairs as one batch: first all chosen answers, then all rejected ones, each with its picture.
 
     Returns:
@@ -126,7 +142,12 @@ def collate_answers(pairs: Sequence[dict[str, Any]], processor: LlavaProcessor) 
         spoken[number, : len(side)] = torch.from_numpy(side.labels != IGNORE)
     images = [open_image(pair["image"]) for pair in pairs]
     pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
-    return {"input_ids": ids, "attention_mask": attended, "completion_mask": spoken, "pixel_values": torch.cat([pixels, pixels])}
+    return {
+        "input_ids": ids,
+        "attention_mask": attended,
+        "completion_mask": spoken,
+        "pixel_values": torch.cat([pixels, pixels]),
+    }
 
 
 def _trainer_class() -> type[DPOTrainer]:
@@ -142,6 +163,8 @@ def _trainer_class() -> type[DPOTrainer]:
             if (Path(resume_from_checkpoint) / "adapter_config.json").is_file():
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
             else:
-                (model or self.model).load_state_dict(load_model(resume_from_checkpoint).state_dict(), strict=True)
+                (model or self.model).load_state_dict(
+                    load_model(resume_from_checkpoint).state_dict(), strict=True
+                )
 
     return ImageDPOTrainer

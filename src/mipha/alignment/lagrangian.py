@@ -62,7 +62,10 @@ class Multiplier:
         """
         self._costs.extend(costs)
         if step > self._delay and self.value > 0:
-            self._log = min(self._log + self._learning_rate * self.value * (self.mean_cost - self._threshold), self._log_maximum)
+            self._log = min(
+                self._log + self._learning_rate * self.value * (self.mean_cost - self._threshold),
+                self._log_maximum,
+            )
         return self.value
 
     def state(self) -> dict[str, Any]:

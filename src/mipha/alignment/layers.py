@@ -17,8 +17,14 @@ from transformers import PreTrainedModel
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     """The stack of repeated layers, first to last."""
     depth = model.config.num_hidden_layers
-    stacks = [module for module in model.base_model.modules() if isinstance(module, nn.ModuleList) and len(module) == depth]
-    assert len(stacks) == 1, f"expected one stack of {depth} layers in {type(model).__name__}, found {len(stacks)}"
+    stacks = [
+        module
+        for module in model.base_model.modules()
+        if isinstance(module, nn.ModuleList) and len(module) == depth
+    ]
+    assert len(stacks) == 1, (
+        f"expected one stack of {depth} layers in {type(model).__name__}, found {len(stacks)}"
+    )
     return stacks[0]
 
 
@@ -30,7 +36,9 @@ def check_depth(model: PreTrainedModel, number: int, setting: str) -> None:
     """
     depth = model.config.num_hidden_layers
     if number > depth:
-        raise ValueError(f"{setting} asks for more than the {depth} layers of the language model: lower it")
+        raise ValueError(
+            f"{setting} asks for more than the {depth} layers of the language model: lower it"
+        )
 
 
 def top_layers(model: PreTrainedModel, number: int, own: bool) -> PreTrainedModel:
@@ -42,8 +50,14 @@ def top_layers(model: PreTrainedModel, number: int, own: bool) -> PreTrainedMode
         own: Whether the stack has copies of the layers, or the model's own ones.
     """
     stack, layers = model.base_model, decoder_layers(model)
-    copied = {id(stack), id(layers), *(id(module) for layer in layers[-number:] for module in layer.modules() if own)}
-    shared: dict[int, Any] = {id(module): module for module in stack.modules() if id(module) not in copied}
+    copied = {
+        id(stack),
+        id(layers),
+        *(id(module) for layer in layers[-number:] for module in layer.modules() if own),
+    }
+    shared: dict[int, Any] = {
+        id(module): module for module in stack.modules() if id(module) not in copied
+    }
     top = copy.deepcopy(stack, shared)
     for name, module in top.named_modules():
         if isinstance(module, nn.ModuleList) and len(module) == len(layers):

@@ -52,15 +52,28 @@ class Learner:
         with_cost: Whether there is a cost critic.
     """
 
-    def __init__(self, policy: Policy, recipe: RlhfRecipe, with_cost: bool, autocast: torch.dtype | None) -> None:
+    def __init__(
+        self, policy: Policy, recipe: RlhfRecipe, with_cost: bool, autocast: torch.dtype | None
+    ) -> None:
         self.policy, self._recipe, self._autocast = policy, recipe, autocast
         self.device = policy.model.device
-        self.critics = {name: Critic(policy.start, recipe.critic_layers) for name in _STREAMS[: 1 + with_cost]}
-        groups = {"policy": policy.prepare_training()} | {name: critic.trained(name) for name, critic in self.critics.items()}
-        self.trained: dict[str, nn.Parameter] = {name: weight for group in groups.values() for name, weight in group.items()}
-        peaks = {name: recipe.critic_learning_rate for name in groups} | {"policy": recipe.learning_rate}
+        self.critics = {
+            name: Critic(policy.start, recipe.critic_layers) for name in _STREAMS[: 1 + with_cost]
+        }
+        groups = {"policy": policy.prepare_training()} | {
+            name: critic.trained(name) for name, critic in self.critics.items()
+        }
+        self.trained: dict[str, nn.Parameter] = {
+            name: weight for group in groups.values() for name, weight in group.items()
+        }
+        peaks = {name: recipe.critic_learning_rate for name in groups} | {
+            "policy": recipe.learning_rate
+        }
         self.optimizer = torch.optim.AdamW(
-            [{"params": list(group.values()), "lr": peaks[name], "peak": peaks[name]} for name, group in groups.items()],
+            [
+                {"params": list(group.values()), "lr": peaks[name], "peak": peaks[name]}
+                for name, group in groups.items()
+            ],
             betas=(0.9, 0.95),  # of the reference program
             weight_decay=recipe.weight_decay,
         )
@@ -70,33 +83,59 @@ class Learner:
         size, parts = self._recipe.micro_batch, []
         for start in range(0, len(rollout.ids), size):
             parts.append(self._look(rollout.rows(slice(start, start + size))))
-        columns = [None if column[0] is None else torch.cat(column) for column in zip(*(part[:5] for part in parts), strict=True)]
+        columns = [
+            None if column[0] is None else torch.cat(column)
+            for column in zip(*(part[:5] for part in parts), strict=True)
+        ]
         experience = Experience(rollout, scores, *columns)
-        experience.old_values = {name: torch.cat([part[5][name] for part in parts]) for name in self.critics}
+        experience.old_values = {
+            name: torch.cat([part[5][name] for part in parts]) for name in self.critics
+        }
         return experience
 
     @torch.no_grad()
-    def _look(self, rollout: Rollout) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, dict[str, Tensor]]:
+    def _look(
+        self, rollout: Rollout
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor, dict[str, Tensor]]:
         with self._mixed():
             seen = self.policy.observe(rollout)
             logits = self.policy.logits(rollout.before(seen.policy)) / self._recipe.temperature
             log_probs, spread = chosen_log_probs(logits, rollout.responses), entropy(logits)
-            logits = self.policy.logits(rollout.before(seen.reference), of_reference=True) / self._recipe.temperature
+            logits = (
+                self.policy.logits(rollout.before(seen.reference), of_reference=True)
+                / self._recipe.temperature
+            )
             log_ratio = (log_probs - chosen_log_probs(logits, rollout.responses)) * rollout.mask
-            values = {name: self._values(critic, rollout, seen.critic_inputs) for name, critic in self.critics.items()}
+            values = {
+                name: self._values(critic, rollout, seen.critic_inputs)
+                for name, critic in self.critics.items()
+            }
         return log_probs, log_ratio, spread, seen.policy_inputs, seen.critic_inputs, values
 
     def assign(self, experience: Experience, multiplier: float) -> None:
         """Make advantages of the scores, at the multiplier's present value."""
         recipe, mask, advantages = self._recipe, experience.rollout.mask, {}
         for name, sign in zip(self.critics, (1, -1), strict=False):
-            rewards = token_rewards(experience.scores[name], experience.log_ratio, mask, sign * recipe.kl_weight, recipe.score_clip)
+            rewards = token_rewards(
+                experience.scores[name],
+                experience.log_ratio,
+                mask,
+                sign * recipe.kl_weight,
+                recipe.score_clip,
+            )
             advantages[name], experience.returns[name] = generalized_advantages(
                 rewards, experience.old_values[name], mask, recipe.gae_gamma, recipe.gae_lambda
             )
-        experience.advantages = combined_advantages(advantages["reward"], advantages.get("cost"), multiplier)
+        experience.advantages = combined_advantages(
+            advantages["reward"], advantages.get("cost"), multiplier
+        )
 
-    def learn(self, experience: Experience, instructions: Sequence[list[tuple[list[int], list[int]]]], share: float) -> dict[str, float]:
+    def learn(
+        self,
+        experience: Experience,
+        instructions: Sequence[list[tuple[list[int], list[int]]]],
+        share: float,
+    ) -> dict[str, float]:
         """Move policy and critics.
 
         Args:
@@ -114,12 +153,17 @@ class Learner:
             group["lr"] = group["peak"] * share
         recipe, sums = self._recipe, {}
         num = recipe.batch_size // recipe.minibatches
-        starts = [start for _ in range(recipe.ppo_epochs) for start in range(0, recipe.batch_size, num)]
+        starts = [
+            start for _ in range(recipe.ppo_epochs) for start in range(0, recipe.batch_size, num)
+        ]
         for start, texts in zip(starts, instructions, strict=True):
             losses = self._backward(experience, slice(start, start + num))
             if texts:
                 losses["ptx_loss"] = self._backward_instructions(texts)
-            norms = [nn.utils.clip_grad_norm_(group["params"], recipe.max_grad_norm or math.inf) for group in self.optimizer.param_groups]
+            norms = [
+                nn.utils.clip_grad_norm_(group["params"], recipe.max_grad_norm or math.inf)
+                for group in self.optimizer.param_groups
+            ]
             bad = {name: value for name, value in losses.items() if not math.isfinite(value)}
             if bad or not all(math.isfinite(norm) for norm in norms):
                 self.optimizer.zero_grad(set_to_none=True)
@@ -137,15 +181,27 @@ class Learner:
             rows = slice(start, start + recipe.micro_batch)
             rollout = experience.rollout.rows(rows)
             with self._mixed():
-                inputs = None if experience.policy_inputs is None else experience.policy_inputs[rows]
+                inputs = (
+                    None if experience.policy_inputs is None else experience.policy_inputs[rows]
+                )
                 hidden = rollout.before(self.policy.hidden(rollout, inputs))
-                log_probs = chosen_log_probs(self.policy.logits(hidden) / recipe.temperature, rollout.responses)
-                loss, cut = policy_loss(log_probs, experience.log_probs[rows], experience.advantages[rows], rollout.mask, recipe.clip)
+                log_probs = chosen_log_probs(
+                    self.policy.logits(hidden) / recipe.temperature, rollout.responses
+                )
+                loss, cut = policy_loss(
+                    log_probs,
+                    experience.log_probs[rows],
+                    experience.advantages[rows],
+                    rollout.mask,
+                    recipe.clip,
+                )
                 losses = {"policy_loss": loss}
                 for name, critic in self.critics.items():
                     values = self._values(critic, rollout, experience.critic_inputs[rows])
                     old, returns = experience.old_values[name][rows], experience.returns[name][rows]
-                    losses[f"{name}_value_loss"] = value_loss(values, old, returns, rollout.mask, recipe.value_clip)
+                    losses[f"{name}_value_loss"] = value_loss(
+                        values, old, returns, rollout.mask, recipe.value_clip
+                    )
             (sum(losses.values()) / num_tokens).backward()
             for name, value in {**losses, "clip_fraction": cut}.items():
                 sums[name] = sums.get(name, 0.0) + value.item() / num_tokens
@@ -157,15 +213,21 @@ class Learner:
         num_tokens = sum(len(response) for _, response in texts)
         for start in range(0, len(texts), recipe.micro_batch):
             rows = texts[start : start + recipe.micro_batch]
-            lengths = torch.tensor([len(prompt) + len(response) for prompt, response in rows], device=self.device)
+            lengths = torch.tensor(
+                [len(prompt) + len(response) for prompt, response in rows], device=self.device
+            )
             columns = torch.arange(int(lengths.max()), device=self.device)
             ids = torch.zeros(len(rows), len(columns), dtype=torch.long, device=self.device)
             for row, (prompt, response) in zip(ids, rows, strict=True):
-                row[: len(prompt) + len(response)] = torch.tensor([*prompt, *response], device=self.device)
+                row[: len(prompt) + len(response)] = torch.tensor(
+                    [*prompt, *response], device=self.device
+                )
             starts = torch.tensor([len(prompt) for prompt, _ in rows], device=self.device)[:, None]
             spoken = ((columns >= starts) & (columns < lengths[:, None]))[:, 1:]
             with self._mixed():
-                hidden = self.policy.run(ids, (columns < lengths[:, None]).long(), columns.expand_as(ids))
+                hidden = self.policy.run(
+                    ids, (columns < lengths[:, None]).long(), columns.expand_as(ids)
+                )
                 logits = self.policy.logits(hidden[:, :-1][spoken])
                 loss = -chosen_log_probs(logits[None], ids[:, 1:][spoken][None]).sum() / num_tokens
             (recipe.ptx_weight * loss).backward()
@@ -176,4 +238,6 @@ class Learner:
         return rollout.before(critic(inputs, rollout.attention, rollout.positions)) * rollout.mask
 
     def _mixed(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=self._autocast, enabled=self._autocast is not None)
+        return torch.autocast(
+            self.device.type, dtype=self._autocast, enabled=self._autocast is not None
+        )

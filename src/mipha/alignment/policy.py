@@ -21,7 +21,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from mipha.alignment.layers import check_depth, decoder_layers, input_of, top_layers
 from mipha.alignment.rlhf_recipe import RlhfRecipe
 from mipha.alignment.rollout import Rollout
-from mipha.models.adapters import adapter_layers, adapter_parameters, add_adapters, merged_weights, remove_adapters
+from mipha.models.adapters import (
+    adapter_layers,
+    adapter_parameters,
+    add_adapters,
+    merged_weights,
+    remove_adapters,
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +62,9 @@ class Policy:
         self.model = model.requires_grad_(False).eval()
         self._critic_layers = recipe.critic_layers
         check_depth(model, recipe.critic_layers, f"critic_layers={recipe.critic_layers}")
-        self._num_top = int(recipe.tuning.removeprefix("last-")) if recipe.tuning.startswith("last-") else 0
+        self._num_top = (
+            int(recipe.tuning.removeprefix("last-")) if recipe.tuning.startswith("last-") else 0
+        )
         check_depth(model, self._num_top, f"tuning={recipe.tuning}")
         self._reference: PreTrainedModel | None = None  # a whole model, or a top
         self._top: PreTrainedModel | None = None
@@ -76,28 +84,46 @@ class Policy:
         if self._recipe.tuning == "full":
             self.model.requires_grad_(True)
         elif self._recipe.tuning == "lora":
-            add_adapters(self.model, {"language_model": list(decoder_layers(self.model))}, self._recipe.adapters)
+            add_adapters(
+                self.model,
+                {"language_model": list(decoder_layers(self.model))},
+                self._recipe.adapters,
+            )
             self.model.requires_grad_(False).eval()
             for layer in adapter_layers(self.model).values():
                 for parameter in adapter_parameters(layer):
                     parameter.requires_grad_(True)
         else:
             decoder_layers(self.model)[-self._num_top :].requires_grad_(True)
-        return {f"policy.{name}": weight for name, weight in self.model.named_parameters() if weight.requires_grad}
+        return {
+            f"policy.{name}": weight
+            for name, weight in self.model.named_parameters()
+            if weight.requires_grad
+        }
 
     @torch.no_grad()
     def observe(self, rollout: Rollout) -> Observation:
         """Run policy and reference over a rollout."""
         layers = decoder_layers(self.model)
-        seen = {"attention_mask": rollout.attention, "position_ids": rollout.positions, "use_cache": False}
+        seen = {
+            "attention_mask": rollout.attention,
+            "position_ids": rollout.positions,
+            "use_cache": False,
+        }
         if self._top is None:
             policy = self.model.base_model(rollout.ids, **seen).last_hidden_state
             reference_model = self._reference or self.model
-            with self._adapters_off(), input_of(decoder_layers(reference_model)[-self._critic_layers]) as caught:
+            with (
+                self._adapters_off(),
+                input_of(decoder_layers(reference_model)[-self._critic_layers]) as caught,
+            ):
                 reference = reference_model.base_model(rollout.ids, **seen).last_hidden_state
             return Observation(policy, reference, None, caught[0])
         assert self._reference is not None
-        with input_of(layers[-self._num_top]) as below, input_of(layers[-self._critic_layers]) as caught:
+        with (
+            input_of(layers[-self._num_top]) as below,
+            input_of(layers[-self._critic_layers]) as caught,
+        ):
             policy = self.model.base_model(rollout.ids, **seen).last_hidden_state
         policy_inputs = below[0]
         if self._critic_layers >= self._num_top:  # their layers begin in what is shared
@@ -111,7 +137,9 @@ class Policy:
         """Last hidden states of the policy as it is now, with gradients, `(samples, columns, width)`."""
         return self.run(rollout.ids, rollout.attention, rollout.positions, inputs)
 
-    def run(self, ids: Tensor, attention: Tensor, positions: Tensor, inputs: Tensor | None = None) -> Tensor:
+    def run(
+        self, ids: Tensor, attention: Tensor, positions: Tensor, inputs: Tensor | None = None
+    ) -> Tensor:
         """Last hidden states of any tokens; `inputs` spares the frozen layers."""
         seen = {"attention_mask": attention, "position_ids": positions, "use_cache": False}
         if self._top is None:
@@ -135,7 +163,9 @@ class Policy:
             merged = merged_weights(self.model, self.model.state_dict())
             remove_adapters(self.model)
             self.model.load_state_dict(merged)
-        self.model.config._name_or_path = ""  # else the folder on this machine that it was read from goes into a public file
+        self.model.config._name_or_path = (
+            ""  # else the folder on this machine that it was read from goes into a public file
+        )
         self.model.config.use_cache = True
         beside = folder.with_name(f"{folder.name}.partial")
         shutil.rmtree(beside, ignore_errors=True)

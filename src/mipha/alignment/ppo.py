@@ -7,7 +7,9 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 
-def policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+def policy_loss(
+    log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, mask: Tensor, clip: float
+) -> tuple[Tensor, Tensor]:
     """The clipped objective, as a loss.
 
     Args:
@@ -27,7 +29,9 @@ def policy_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor, ma
     return -(torch.minimum(free, clipped) * mask).sum(), ((clipped < free) & mask.bool()).sum()
 
 
-def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float) -> Tensor:
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float
+) -> Tensor:
     """Half the squared error of a critic, the worse of as it is and as it would be if it had moved no further than `clip`.
 
     Args:
@@ -51,7 +55,9 @@ def chosen_log_probs(logits: Tensor, tokens: Tensor) -> Tensor:
         logits: `(samples, tokens, vocabulary)`, divided by the temperature.
         tokens: `(samples, tokens)`.
     """
-    return -cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="none").view(tokens.shape)
+    return -cross_entropy(logits.float().flatten(0, 1), tokens.flatten(), reduction="none").view(
+        tokens.shape
+    )
 
 
 @torch.no_grad()

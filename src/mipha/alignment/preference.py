@@ -19,7 +19,16 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from mipha.alignment.datasets import Preference, load_preferences
 from mipha.alignment.encoding import check_lengths, encode_exchange
-from mipha.alignment.host import arguments, begin, export, load_part, load_rows, lora_config, record_base, train
+from mipha.alignment.host import (
+    arguments,
+    begin,
+    export,
+    load_part,
+    load_rows,
+    lora_config,
+    record_base,
+    train,
+)
 from mipha.alignment.recipe import PreferenceRecipe
 from mipha.alignment.scoring import check_finite, new_scorer
 
@@ -50,7 +59,11 @@ def train_cost(recipe: PreferenceRecipe, out: Path) -> Path:
 
 
 def pair_loss(
-    higher: Tensor, lower: Tensor, regularization: float, higher_sign: Tensor | None = None, lower_sign: Tensor | None = None
+    higher: Tensor,
+    lower: Tensor,
+    regularization: float,
+    higher_sign: Tensor | None = None,
+    lower_sign: Tensor | None = None,
 ) -> Tensor:
     """The loss of some pairs.
 
@@ -70,7 +83,9 @@ def pair_loss(
     return loss + regularization * torch.cat([higher, lower]).square().mean()
 
 
-def ranked_pairs(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Preference], step: str, max_tokens: int) -> list[dict[str, Any]]:
+def ranked_pairs(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Preference], step: str, max_tokens: int
+) -> list[dict[str, Any]]:
     """Both responses of each row as ids, the one that should score higher first.
 
     Args:
@@ -83,17 +98,28 @@ def ranked_pairs(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Preference],
     for row in rows:
         first = row.better if step == "reward" else 1 - row.safer
         order = (first, 1 - first)
-        exchanges = [encode_exchange(tokenizer, row.prompt, row.responses[number], row.id) for number in order]
+        exchanges = [
+            encode_exchange(tokenizer, row.prompt, row.responses[number], row.id)
+            for number in order
+        ]
         lengths += [(row.id, *exchange) for exchange in exchanges]
         higher, lower = (prompt + response for prompt, response in exchanges)
-        pairs.append({"chosen_ids": higher, "rejected_ids": lower, "signs": [-1.0 if row.safe[number] else 1.0 for number in order]})
+        pairs.append(
+            {
+                "chosen_ids": higher,
+                "rejected_ids": lower,
+                "signs": [-1.0 if row.safe[number] else 1.0 for number in order],
+            }
+        )
     check_lengths(lengths, max_tokens)
     return pairs
 
 
 def _train(recipe: PreferenceRecipe, out: Path, step: str) -> Path:
     if recipe.step != step:
-        raise ValueError(f"recipe {recipe.name!r} is for the {recipe.step} step: run that, or set step={step}")
+        raise ValueError(
+            f"recipe {recipe.name!r} is for the {recipe.step} step: run that, or set step={step}"
+        )
     if begin(recipe, out):
         return out / "model"
     from datasets import Dataset
@@ -102,8 +128,14 @@ def _train(recipe: PreferenceRecipe, out: Path, step: str) -> Path:
     rows, held_out = load_rows(recipe, out, load_preferences)
     language_model, tokenizer = load_part(recipe)
     record_base(recipe, out, language_model)
-    train_pairs, held_out_pairs = (ranked_pairs(tokenizer, part, step, recipe.max_tokens) for part in (rows, held_out))
-    config = RewardConfig(**arguments(recipe, out, validates=bool(held_out)), max_length=None, remove_unused_columns=False)
+    train_pairs, held_out_pairs = (
+        ranked_pairs(tokenizer, part, step, recipe.max_tokens) for part in (rows, held_out)
+    )
+    config = RewardConfig(
+        **arguments(recipe, out, validates=bool(held_out)),
+        max_length=None,
+        remove_unused_columns=False,
+    )
     set_seed(recipe.seed)  # the head's start, and the adapters'
     model = new_scorer(language_model, tokenizer, recipe.language_model)
     trainer = _trainer_class()(
@@ -130,7 +162,9 @@ def collate_pairs(pairs: Sequence[dict[str, Any]], pad_id: int) -> dict[str, Ten
     longest = max(map(len, sequences))
     return {
         "input_ids": torch.tensor([[*ids, *[pad_id] * (longest - len(ids))] for ids in sequences]),
-        "attention_mask": torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in sequences]),
+        "attention_mask": torch.tensor(
+            [[1] * len(ids) + [0] * (longest - len(ids)) for ids in sequences]
+        ),
         "signs": torch.tensor([pair["signs"][side] for side in (0, 1) for pair in pairs]),
     }
 
@@ -143,14 +177,26 @@ def _trainer_class() -> type[RewardTrainer]:
         regularization: float
         signed: bool
 
-        def compute_loss(self, model: Any, inputs: dict[str, Tensor], return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-            scores = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False).logits.squeeze(-1)
+        def compute_loss(
+            self,
+            model: Any,
+            inputs: dict[str, Tensor],
+            return_outputs: bool = False,
+            num_items_in_batch: Any = None,
+        ) -> Any:
+            scores = model(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                use_cache=False,
+            ).logits.squeeze(-1)
             scores = scores.float()
             check_finite(scores.detach(), f"step {self.state.global_step + 1}, response")
             higher, lower = scores.chunk(2)
             signs = inputs["signs"].chunk(2) if self.signed else (None, None)
             loss = pair_loss(higher, lower, self.regularization, *signs)
-            for name, value in measure_pairs(scores.detach(), inputs["signs"] if self.signed else None).items():
+            for name, value in measure_pairs(
+                scores.detach(), inputs["signs"] if self.signed else None
+            ).items():
                 self._metrics["train"][name].append(value)
             return (loss, {"scores": scores.detach()}) if return_outputs else loss
 
@@ -166,10 +212,14 @@ def _trainer_class() -> type[RewardTrainer]:
             higher, lower, *signs = (torch.cat(parts) for parts in zip(*batches, strict=True))
             signs = signs if self.signed else (None, None)
             metrics = {"loss": pair_loss(higher, lower, self.regularization, *signs).item()}
-            metrics |= measure_pairs(torch.cat([higher, lower]), torch.cat(signs) if self.signed else None)
+            metrics |= measure_pairs(
+                torch.cat([higher, lower]), torch.cat(signs) if self.signed else None
+            )
             logged = {f"eval_{name}": value for name, value in metrics.items()}
             self.log(logged)
-            self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, logged)
+            self.control = self.callback_handler.on_evaluate(
+                self.args, self.state, self.control, logged
+            )
             return logged
 
     return PairTrainer
@@ -187,7 +237,10 @@ def measure_pairs(scores: Tensor, signs: Tensor | None) -> dict[str, float]:
         responses on the right side of zero, with signs.
     """
     higher, lower = scores.chunk(2)
-    measured = {"accuracy": (higher > lower).float().mean().item(), "margin": (higher - lower).mean().item()}
+    measured = {
+        "accuracy": (higher > lower).float().mean().item(),
+        "margin": (higher - lower).mean().item(),
+    }
     if signs is not None:
         measured["sign_accuracy"] = (scores * signs > 0).float().mean().item()
     return measured

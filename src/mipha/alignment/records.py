@@ -17,12 +17,16 @@ def records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         ValueError: It is none of these, broken or empty; names the line or the row.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no data file {path}: give the published .json, .jsonl, .jsonl.xz or .parquet")
+        raise FileNotFoundError(
+            f"no data file {path}: give the published .json, .jsonl, .jsonl.xz or .parquet"
+        )
     number = 0
     for number, record in enumerate(_read(path), start=1):
         where = f"{path} row {number}"
         if not isinstance(record, dict):
-            raise ValueError(f"{where} is not an object with named fields ({str(record)[:60]!r}): is this the layout that this step reads?")
+            raise ValueError(
+                f"{where} is not an object with named fields ({str(record)[:60]!r}): is this the layout that this step reads?"
+            )
         yield where, record
     if not number:
         raise ValueError(f"{path} has no rows: give a file with some")
@@ -47,7 +51,9 @@ def _read(path: Path) -> Iterable[Any]:
         try:
             return json.loads(text)
         except ValueError as error:
-            raise ValueError(f"{path} is not whole JSON ({error}): fetch it again, or mend it") from error
+            raise ValueError(
+                f"{path} is not whole JSON ({error}): fetch it again, or mend it"
+            ) from error
     return _lines(path, text)
 
 
@@ -58,4 +64,6 @@ def _lines(path: Path, text: str) -> Iterable[Any]:
             try:
                 yield json.loads(line)
             except ValueError as error:
-                raise ValueError(f"{path} line {number} is not JSON ({line[:60]!r}): mend or remove that line") from error
+                raise ValueError(
+                    f"{path} line {number} is not JSON ({line[:60]!r}): mend or remove that line"
+                ) from error

@@ -38,8 +38,8 @@ from mipha.alignment.rollout import Rollout, sample
 from mipha.alignment.scoring import Scorer
 from mipha.alignment.sft import end_turns
 from mipha.alignment.state import load_state, save_state
+from mipha.files import append_line
 from mipha.models.language_model import end_of_turn
-from mipha.run import append_line
 
 UnsafeRule = Callable[[str, str], bool]
 """Prompt and response -> whether the response is unsafe, by something else than the cost model."""
@@ -72,12 +72,19 @@ def _with_scorers(recipe: RlhfRecipe, out: Path, unsafe: UnsafeRule | None) -> P
         open_folder(out, recipe)
         return out / "model"
     dtype = torch.bfloat16 if computes_in_bfloat16(recipe.precision) else torch.float32
-    reward, cost = (path and Scorer.load(path, _device(), dtype) for path in (recipe.reward_model, recipe.cost_model))
+    reward, cost = (
+        path and Scorer.load(path, _device(), dtype)
+        for path in (recipe.reward_model, recipe.cost_model)
+    )
     return train_policy(recipe, out, reward.score, cost.score if cost else None, unsafe)
 
 
 def train_policy(
-    recipe: RlhfRecipe, out: Path, reward: ScoreFunction, cost: ScoreFunction | None, unsafe: UnsafeRule | None = None
+    recipe: RlhfRecipe,
+    out: Path,
+    reward: ScoreFunction,
+    cost: ScoreFunction | None,
+    unsafe: UnsafeRule | None = None,
 ) -> Path:
     """RLHF with any functions that score token ids; arguments and what is raised otherwise as of `rlhf`.
 
@@ -86,7 +93,9 @@ def train_policy(
         cost: Above zero is unsafe; null with `rlhf`: not reported.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError("align runs in one process, but WORLD_SIZE says there are several: start it without torchrun")
+        raise ValueError(
+            "align runs in one process, but WORLD_SIZE says there are several: start it without torchrun"
+        )
     open_folder(out, recipe)
     if is_finished(out):
         return out / "model"
@@ -100,7 +109,10 @@ def train_policy(
     multiplier = _multiplier(recipe)
     autocast = torch.bfloat16 if computes_in_bfloat16(recipe.precision) else None
     learner = Learner(Policy(model.to(device), recipe), recipe, multiplier.value > 0, autocast)
-    position = load_state(out / "checkpoints", learner.trained, learner.optimizer) or {"step": 0, **multiplier.state()}
+    position = load_state(out / "checkpoints", learner.trained, learner.optimizer) or {
+        "step": 0,
+        **multiplier.state(),
+    }
     multiplier.load_state(position)
     num_steps = recipe.max_steps or math.ceil(recipe.epochs * len(prompts) / recipe.batch_size)
     forget_after(out / "metrics.jsonl", position["step"])
@@ -109,21 +121,33 @@ def train_policy(
     def continued(chosen: Sequence[tuple[str, str, list[int]]]) -> Rollout:
         ends = {tokenizer.eos_token_id, end_of_turn(tokenizer, tokenizer.chat_template)}
         ids = [prompt_ids for _, _, prompt_ids in chosen]
-        return sample(model, ids, recipe.max_new_tokens, ends, tokenizer.pad_token_id, recipe.temperature)
+        return sample(
+            model, ids, recipe.max_new_tokens, ends, tokenizer.pad_token_id, recipe.temperature
+        )
 
     with _bar(recipe, position["step"], num_steps) as show:
         for step in range(position["step"] + 1, num_steps + 1):
             began = time.monotonic()
             torch.manual_seed(recipe.seed * 1_000_003 + step)
-            chosen = [prompts[index] for index in drawn(len(prompts), recipe.batch_size, step - 1, recipe.seed)]
+            chosen = [
+                prompts[index]
+                for index in drawn(len(prompts), recipe.batch_size, step - 1, recipe.seed)
+            ]
             rollout = continued(chosen)
             scores, measured = judge(chosen, rollout, step)
             experience = learner.experience(rollout, scores)
-            weight = multiplier.update(step, scores["cost"].tolist()) if "cost" in learner.critics else 0.0
+            weight = (
+                multiplier.update(step, scores["cost"].tolist())
+                if "cost" in learner.critics
+                else 0.0
+            )
             learner.assign(experience, weight)
             share = _schedule(step - 1, num_steps, recipe.warmup_ratio)
             updates = recipe.minibatches * recipe.ppo_epochs
-            texts = [_batch(instructions, recipe, (step - 1) * updates + number) for number in range(updates)]
+            texts = [
+                _batch(instructions, recipe, (step - 1) * updates + number)
+                for number in range(updates)
+            ]
             try:
                 losses = learner.learn(experience, texts, share)
             except FloatingPointError as error:
@@ -133,16 +157,32 @@ def train_policy(
                     f"states in {out / 'checkpoints'} are intact: lower the learning_rate, or try precision=float32"
                 ) from error
             seconds = time.monotonic() - began
-            metrics = {"step": step, **measured, "multiplier": weight} | _spread(experience) | losses
+            metrics = (
+                {"step": step, **measured, "multiplier": weight} | _spread(experience) | losses
+            )
             metrics |= {"learning_rate": recipe.learning_rate * share, "seconds": seconds}
             metrics["tokens_per_second"] = int(rollout.attention.sum()) / seconds
             if held_out and (step == num_steps or step % (recipe.validate_every or num_steps) == 0):
-                metrics |= {f"validation_{name}": value for name, value in _validate(held_out_prompts, continued, judge, recipe).items()}
+                metrics |= {
+                    f"validation_{name}": value
+                    for name, value in _validate(held_out_prompts, continued, judge, recipe).items()
+                }
             append_line(out / "metrics.jsonl", metrics)
             show(metrics)
             if step % recipe.checkpoint_every == 0 or step == num_steps:
-                save_state(out / "checkpoints", step, learner.trained, learner.optimizer, multiplier.state())
-    plot_rlhf(out / "metrics.jsonl", out / "curves.png", f"{recipe.step}: {recipe.name}", getattr(recipe, "threshold", None))
+                save_state(
+                    out / "checkpoints",
+                    step,
+                    learner.trained,
+                    learner.optimizer,
+                    multiplier.state(),
+                )
+    plot_rlhf(
+        out / "metrics.jsonl",
+        out / "curves.png",
+        f"{recipe.step}: {recipe.name}",
+        getattr(recipe, "threshold", None),
+    )
     learner.policy.export(tokenizer, out / "model")
     shutil.rmtree(out / "checkpoints")
     return out / "model"
@@ -165,7 +205,11 @@ class _Judge:
     """Scores of a rollout, and their means."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, reward: ScoreFunction, cost: ScoreFunction | None, unsafe: UnsafeRule | None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        reward: ScoreFunction,
+        cost: ScoreFunction | None,
+        unsafe: UnsafeRule | None,
     ) -> None:
         self._tokenizer, self._unsafe = tokenizer, unsafe
         self._functions = {"reward": reward} | ({"cost": cost} if cost else {})
@@ -176,8 +220,12 @@ class _Judge:
         responses = rollout.response_ids()
         scores, measured = {}, {}
         for name, function in self._functions.items():
-            values = function([ids for _, _, ids in chosen], responses).to(rollout.ids.device).float()
-            assert values.shape == (len(chosen),), f"{name}: one score a sample, got {tuple(values.shape)}"
+            values = (
+                function([ids for _, _, ids in chosen], responses).to(rollout.ids.device).float()
+            )
+            assert values.shape == (len(chosen),), (
+                f"{name}: one score a sample, got {tuple(values.shape)}"
+            )
             bad = (~torch.isfinite(values)).nonzero().flatten().tolist()
             if bad:
                 text = self._tokenizer.decode(responses[bad[0]])
@@ -188,7 +236,10 @@ class _Judge:
             scores[name], measured[name] = values, values.mean().item()
         if self._unsafe is not None:
             texts = self._tokenizer.batch_decode(responses, skip_special_tokens=True)
-            flags = [self._unsafe(prompt, text) for (_, prompt, _), text in zip(chosen, texts, strict=True)]
+            flags = [
+                self._unsafe(prompt, text)
+                for (_, prompt, _), text in zip(chosen, texts, strict=True)
+            ]
             measured["unsafe"] = sum(flags) / len(flags)
         measured["response_tokens"] = rollout.mask.sum(1).float().mean().item()
         measured["ended"] = rollout.ended.float().mean().item()
@@ -196,7 +247,10 @@ class _Judge:
 
 
 def _validate(
-    prompts: list[tuple[str, str, list[int]]], continued: Callable[..., Rollout], judge: _Judge, recipe: RlhfRecipe
+    prompts: list[tuple[str, str, list[int]]],
+    continued: Callable[..., Rollout],
+    judge: _Judge,
+    recipe: RlhfRecipe,
 ) -> dict[str, float]:
     """Means over one sampled response to each held-out prompt, the same random numbers every time."""
     sums: dict[str, float] = {}
@@ -209,29 +263,43 @@ def _validate(
     return sums
 
 
-def _prompts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], recipe: RlhfRecipe) -> list[tuple[str, str, list[int]]]:
+def _prompts(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], recipe: RlhfRecipe
+) -> list[tuple[str, str, list[int]]]:
     """Row, text and ids of each different prompt."""
     first = {row.prompt: row.id for row in reversed(rows)}
-    prompts = [(row, prompt, encode_prompt(tokenizer, prompt)) for prompt, row in reversed(first.items())]
-    check_lengths(((row, ids, range(recipe.max_new_tokens)) for row, _, ids in prompts), recipe.max_tokens)
+    prompts = [
+        (row, prompt, encode_prompt(tokenizer, prompt)) for prompt, row in reversed(first.items())
+    ]
+    check_lengths(
+        ((row, ids, range(recipe.max_new_tokens)) for row, _, ids in prompts), recipe.max_tokens
+    )
     return prompts
 
 
-def _instructions(tokenizer: PreTrainedTokenizerBase, recipe: RlhfRecipe) -> list[tuple[list[int], list[int]]]:
+def _instructions(
+    tokenizer: PreTrainedTokenizerBase, recipe: RlhfRecipe
+) -> list[tuple[list[int], list[int]]]:
     if recipe.instructions is None:
         return []
     rows = load_instructions(recipe.instructions, [] if recipe.skip_empty else None)
     rows, _ = split_by_prompt(rows, recipe.held_out, recipe.seed)
-    encoded = [(row.id, *encode_exchange(tokenizer, row.prompt, row.response, row.id)) for row in rows]
+    encoded = [
+        (row.id, *encode_exchange(tokenizer, row.prompt, row.response, row.id)) for row in rows
+    ]
     check_lengths(encoded, recipe.max_tokens)
     return [(prompt, response) for _, prompt, response in encoded]
 
 
-def _batch(instructions: list[tuple[list[int], list[int]]], recipe: RlhfRecipe, number: int) -> list[tuple[list[int], list[int]]]:
+def _batch(
+    instructions: list[tuple[list[int], list[int]]], recipe: RlhfRecipe, number: int
+) -> list[tuple[list[int], list[int]]]:
     if not instructions:
         return []
     size = recipe.ptx_batch or recipe.batch_size // recipe.minibatches
-    return [instructions[index] for index in drawn(len(instructions), size, number, recipe.seed + 1)]
+    return [
+        instructions[index] for index in drawn(len(instructions), size, number, recipe.seed + 1)
+    ]
 
 
 def _multiplier(recipe: RlhfRecipe) -> Multiplier:
@@ -268,7 +336,9 @@ def _device() -> torch.device:
 
 
 @contextmanager
-def _bar(recipe: RlhfRecipe, start: int, total: int) -> Iterator[Callable[[dict[str, float]], None]]:
+def _bar(
+    recipe: RlhfRecipe, start: int, total: int
+) -> Iterator[Callable[[dict[str, float]], None]]:
     columns = (
         TextColumn("[bold]{task.description}"),
         BarColumn(bar_width=12),
@@ -279,8 +349,20 @@ def _bar(recipe: RlhfRecipe, start: int, total: int) -> Iterator[Callable[[dict[
         task = progress.add_task(recipe.step, total=total, completed=start, said="")
 
         def show(metrics: dict[str, float]) -> None:
-            names = {"reward": "reward", "cost": "cost", "multiplier": "lambda", "unsafe": "unsafe", "kl": "kl"}
-            said = "  ".join(f"{label} {metrics[name]:.2f}" for name, label in names.items() if name in metrics)
-            progress.update(task, completed=metrics["step"], said=f"{said}  {metrics['tokens_per_second']:,.0f} tokens/s")
+            names = {
+                "reward": "reward",
+                "cost": "cost",
+                "multiplier": "lambda",
+                "unsafe": "unsafe",
+                "kl": "kl",
+            }
+            said = "  ".join(
+                f"{label} {metrics[name]:.2f}" for name, label in names.items() if name in metrics
+            )
+            progress.update(
+                task,
+                completed=metrics["step"],
+                said=f"{said}  {metrics['tokens_per_second']:,.0f} tokens/s",
+            )
 
         yield show

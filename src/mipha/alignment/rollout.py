@@ -50,16 +50,29 @@ class Rollout:
 
     def prompt_ids(self) -> list[list[int]]:
         """Each prompt without padding."""
-        sides = zip(self.ids[:, : self.width].tolist(), self.attention[:, : self.width].sum(1).tolist(), strict=True)
+        sides = zip(
+            self.ids[:, : self.width].tolist(),
+            self.attention[:, : self.width].sum(1).tolist(),
+            strict=True,
+        )
         return [ids[len(ids) - length :] for ids, length in sides]
 
     def response_ids(self) -> list[list[int]]:
         """Each response without padding, with the token that ends its turn where it was written."""
-        return [ids[:length] for ids, length in zip(self.responses.tolist(), self.mask.sum(1).tolist(), strict=True)]
+        return [
+            ids[:length]
+            for ids, length in zip(self.responses.tolist(), self.mask.sum(1).tolist(), strict=True)
+        ]
 
     def rows(self, chosen: slice) -> Rollout:
         """Some of the samples."""
-        return Rollout(self.ids[chosen], self.attention[chosen], self.mask[chosen], self.ended[chosen], self.width)
+        return Rollout(
+            self.ids[chosen],
+            self.attention[chosen],
+            self.mask[chosen],
+            self.ended[chosen],
+            self.width,
+        )
 
 
 @torch.no_grad()
@@ -87,7 +100,11 @@ def sample(
         ids[number, width - len(prompt) :] = torch.tensor(prompt, device=device)
         attention[number, width - len(prompt) :] = 1
     # Everything that a checkpoint's own settings might bend is said: probabilities are to be those that are learned from.
-    settings = {"do_sample": False} if temperature is None else {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    settings = (
+        {"do_sample": False}
+        if temperature is None
+        else {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    )
     config = GenerationConfig(
         **settings,
         max_new_tokens=max_new_tokens,

@@ -37,7 +37,9 @@ class Scorer:
     batch_size: int = 16
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Scorer:
+    def load(
+        cls, folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> Scorer:
         """Read the `model/` folder of a reward or cost step.
 
         Raises:
@@ -47,8 +49,12 @@ class Scorer:
         path = locate(str(folder), str(folder), "reward or cost model", [])
         with reading(path, "reward or cost model", str(folder)):
             config = AutoConfig.from_pretrained(path)
-            if config.num_labels != 1 or "ForSequenceClassification" not in "".join(config.architectures or ()):
-                raise ValueError(f"{folder} gives no single score: give the model/ folder of `mipha align reward` or `cost`")
+            if config.num_labels != 1 or "ForSequenceClassification" not in "".join(
+                config.architectures or ()
+            ):
+                raise ValueError(
+                    f"{folder} gives no single score: give the model/ folder of `mipha align reward` or `cost`"
+                )
             model = load_weights(AutoModelForSequenceClassification, path, dtype)
         return cls(model.to(device).eval(), config.pad_token_id)
 
@@ -66,8 +72,13 @@ class Scorer:
         Raises:
             FloatingPointError: A score is not finite; names the sample.
         """
-        samples = [[*prompt, *response] for prompt, response in zip(prompt_ids, response_ids, strict=True)]
-        scores = [self._batch(samples[start : start + self.batch_size]) for start in range(0, len(samples), self.batch_size)]
+        samples = [
+            [*prompt, *response] for prompt, response in zip(prompt_ids, response_ids, strict=True)
+        ]
+        scores = [
+            self._batch(samples[start : start + self.batch_size])
+            for start in range(0, len(samples), self.batch_size)
+        ]
         joined = torch.cat(scores) if scores else torch.zeros(0)
         check_finite(joined, "sample")
         return joined
@@ -81,7 +92,9 @@ class Scorer:
         mask = torch.arange(ids.shape[1]) < lengths[:, None]
         device = self.model.device
         # By lengths, not by what the padding looks like: a policy may write any token, the padding too.
-        hidden = self.model.base_model(ids.to(device), attention_mask=mask.long().to(device), use_cache=False).last_hidden_state
+        hidden = self.model.base_model(
+            ids.to(device), attention_mask=mask.long().to(device), use_cache=False
+        ).last_hidden_state
         last = hidden[torch.arange(len(samples), device=device), (lengths - 1).to(device)]
         return self.model.score(last).squeeze(-1).float()
 
@@ -105,7 +118,9 @@ def check_finite(scores: Tensor, what: str) -> None:
         )
 
 
-def new_scorer(language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> PreTrainedModel:
+def new_scorer(
+    language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str
+) -> PreTrainedModel:
     """A sequence classifier of one score on a language model's stack, its new head drawn from the current random state.
 
     The stock class reads the score at the last token that is not padding. So where padding is the token that ends a text, as with
@@ -121,15 +136,21 @@ def new_scorer(language_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     """
     config = language_model.config
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
-        raise ValueError(f"language model {name!r} is a {config.model_type!r}, of which the host makes no classifier: use another")
+        raise ValueError(
+            f"language model {name!r} is a {config.model_type!r}, of which the host makes no classifier: use another"
+        )
     ends = (None, tokenizer.eos_token_id, end_of_turn(tokenizer, tokenizer.chat_template))
     if tokenizer.pad_token_id in ends:
         tokenizer.add_special_tokens({"pad_token": PAD})
         if tokenizer.pad_token_id >= config.vocab_size:
-            language_model.resize_token_embeddings(tokenizer.pad_token_id + 1, pad_to_multiple_of=64, mean_resizing=False)
+            language_model.resize_token_embeddings(
+                tokenizer.pad_token_id + 1, pad_to_multiple_of=64, mean_resizing=False
+            )
     config.num_labels = 1
     config.pad_token_id = tokenizer.pad_token_id
-    with torch.device("meta"):  # the stack is there already: no memory, no random start for what is thrown away
+    with torch.device(
+        "meta"
+    ):  # the stack is there already: no memory, no random start for what is thrown away
         scorer = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
     setattr(scorer, scorer.base_model_prefix, language_model.base_model)
     scorer.score = nn.Linear(config.hidden_size, 1, bias=False)

@@ -12,7 +12,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from mipha.alignment.datasets import Instruction, load_instructions
 from mipha.alignment.encoding import check_lengths, encode_exchange
-from mipha.alignment.host import arguments, begin, export, load_part, load_rows, lora_config, record_base, train
+from mipha.alignment.host import (
+    arguments,
+    begin,
+    export,
+    load_part,
+    load_rows,
+    lora_config,
+    record_base,
+    train,
+)
 from mipha.alignment.recipe import SftRecipe
 from mipha.models.language_model import end_of_turn
 
@@ -42,13 +51,21 @@ def sft(recipe: SftRecipe, out: Path) -> Path:
     model, tokenizer = load_part(recipe)
     record_base(recipe, out, model)
     options = arguments(recipe, out, validates=bool(held_out))
-    config = SFTConfig(**options, max_length=recipe.max_tokens, packing=recipe.packing, packing_strategy="bfd", eval_packing=False)
+    config = SFTConfig(
+        **options,
+        max_length=recipe.max_tokens,
+        packing=recipe.packing,
+        packing_strategy="bfd",
+        eval_packing=False,
+    )
     set_seed(recipe.seed)  # the adapters' start
     trainer = SFTTrainer(
         model,
         config,
         train_dataset=Dataset.from_list(supervised(tokenizer, rows, recipe.max_tokens)),
-        eval_dataset=Dataset.from_list(supervised(tokenizer, held_out, recipe.max_tokens)) if held_out else None,
+        eval_dataset=Dataset.from_list(supervised(tokenizer, held_out, recipe.max_tokens))
+        if held_out
+        else None,
         processing_class=tokenizer,
         peft_config=lora_config(recipe, model, "CAUSAL_LM"),
     )
@@ -57,20 +74,31 @@ def sft(recipe: SftRecipe, out: Path) -> Path:
     return export(trainer, tokenizer, out)
 
 
-def supervised(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Instruction], max_tokens: int) -> list[dict[str, list[int]]]:
+def supervised(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Instruction], max_tokens: int
+) -> list[dict[str, list[int]]]:
     """Ids of each conversation, and labels: the response's ids where the assistant speaks, -100 elsewhere; not shifted.
 
     Raises:
         ValueError: A row does not fit; names it.
     """
-    encoded = [(row.id, *encode_exchange(tokenizer, row.prompt, row.response, row.id)) for row in rows]
+    encoded = [
+        (row.id, *encode_exchange(tokenizer, row.prompt, row.response, row.id)) for row in rows
+    ]
     check_lengths(encoded, max_tokens)
-    return [{"input_ids": prompt + response, "labels": [_IGNORE] * len(prompt) + response} for _, prompt, response in encoded]
+    return [
+        {"input_ids": prompt + response, "labels": [_IGNORE] * len(prompt) + response}
+        for _, prompt, response in encoded
+    ]
 
 
 def end_turns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Let `generate` stop where the assistant's turn ends, which configs in the wild do not know."""
     known = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, end_of_turn(tokenizer, tokenizer.chat_template), *(known if isinstance(known, list) else [known])}
+    ends = {
+        tokenizer.eos_token_id,
+        end_of_turn(tokenizer, tokenizer.chat_template),
+        *(known if isinstance(known, list) else [known]),
+    }
     model.generation_config.eos_token_id = sorted(ends - {None})
     model.generation_config.pad_token_id = tokenizer.pad_token_id

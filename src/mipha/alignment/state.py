@@ -16,14 +16,18 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mipha.alignment.folder import mark_complete, newest_checkpoint
-from mipha.run import write_whole
+from mipha.files import write_whole
 
 KEEP = 2
 """States kept: the newest, and the one before it."""
 
 
 def save_state(
-    states: Path, step: int, weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, position: Mapping[str, Any]
+    states: Path,
+    step: int,
+    weights: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    position: Mapping[str, Any],
 ) -> None:
     """Write a state beside and rename it into place.
 
@@ -36,17 +40,24 @@ def save_state(
     beside = states / f".{final.name}.partial"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    save_file({name: weight.detach().contiguous() for name, weight in weights.items()}, beside / "weights.safetensors")
+    save_file(
+        {name: weight.detach().contiguous() for name, weight in weights.items()},
+        beside / "weights.safetensors",
+    )
     torch.save(optimizer.state_dict(), beside / "optimizer.pt")
     write_whole(beside / "position.json", json.dumps({"step": step, **position}))
     mark_complete(beside)
     shutil.rmtree(final, ignore_errors=True)
     beside.rename(final)
-    for old in sorted(states.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))[:-KEEP]:
+    for old in sorted(
+        states.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2])
+    )[:-KEEP]:
         shutil.rmtree(old)
 
 
-def load_state(states: Path, weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Any] | None:
+def load_state(
+    states: Path, weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> dict[str, Any] | None:
     """Load the newest whole state.
 
     Returns:
@@ -60,5 +71,7 @@ def load_state(states: Path, weights: Mapping[str, nn.Parameter], optimizer: tor
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(saved[name])
-    optimizer.load_state_dict(torch.load(newest / "optimizer.pt", map_location="cpu", weights_only=True))
+    optimizer.load_state_dict(
+        torch.load(newest / "optimizer.pt", map_location="cpu", weights_only=True)
+    )
     return json.loads((newest / "position.json").read_text(encoding="utf-8"))

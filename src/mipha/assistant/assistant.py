@@ -71,7 +71,9 @@ class Assistant:
         self.features = ImageFeatures(model)
         self.end_tokens = set(np.atleast_1d(model.generation_config.eos_token_id).tolist())
 
-    def answer(self, image: ImageLike | None, question: str, *, max_new_tokens: int = 256) -> Answer:
+    def answer(
+        self, image: ImageLike | None, question: str, *, max_new_tokens: int = 256
+    ) -> Answer:
         """Answer one question.
 
         Args:
@@ -101,27 +103,44 @@ class Assistant:
         prompts = [self._prompt(question, image is not None) for image, question in pairs]
         window = attention_window(self.model.config)
         if window and max(map(len, prompts), default=0) + max_new_tokens > window:
-            batch_size = 1  # padding would stand inside the window, and push out what it should show
+            batch_size = (
+                1  # padding would stand inside the window, and push out what it should show
+            )
         keys = [image_key(image) for image, _ in pairs]
         same: dict[object, list[int]] = {}
         for index, (key, prompt) in enumerate(zip(keys, prompts, strict=True)):
             same.setdefault((key, tuple(prompt)), []).append(index)  # asked twice, answered once
-        order = sorted((indices[0] for indices in same.values()), key=lambda i: (keys[i], len(prompts[i])))
+        order = sorted(
+            (indices[0] for indices in same.values()), key=lambda i: (keys[i], len(prompts[i]))
+        )
         answers: dict[int, Answer] = {}
         for batch in _batches(order, keys, batch_size):
-            found = self._answer_batch([(pairs[i][0], keys[i], prompts[i]) for i in batch], max_new_tokens)
-            told = {i: answer for first, answer in zip(batch, found, strict=True) for i in same[keys[first], tuple(prompts[first])]}
+            found = self._answer_batch(
+                [(pairs[i][0], keys[i], prompts[i]) for i in batch], max_new_tokens
+            )
+            told = {
+                i: answer
+                for first, answer in zip(batch, found, strict=True)
+                for i in same[keys[first], tuple(prompts[first])]
+            }
             answers |= told
             if on_answers:
                 on_answers(list(told), list(told.values()))
         return [answers[i] for i in range(len(pairs))]
 
-    def stream(self, image: ImageLike | None, question: str, *, max_new_tokens: int = 256) -> Iterator[str]:
+    def stream(
+        self, image: ImageLike | None, question: str, *, max_new_tokens: int = 256
+    ) -> Iterator[str]:
         """Answer one question piece by piece."""
         return self.chat(image).ask(question, max_new_tokens=max_new_tokens)
 
     def prompt(
-        self, messages: Sequence[Message], images: Sequence[ImageLike] = (), *, max_new_tokens: int = 256, sampling: Sampling | None = None
+        self,
+        messages: Sequence[Message],
+        images: Sequence[ImageLike] = (),
+        *,
+        max_new_tokens: int = 256,
+        sampling: Sampling | None = None,
     ) -> Prompt:
         """Make a conversation ready, away from the model and in any thread.
 
@@ -133,11 +152,20 @@ class Assistant:
         """
         markers = sum(message.text.count(IMAGE) for message in messages)
         if markers != len(images):
-            raise ValueError(f"the conversation holds {markers} {IMAGE} markers for {len(images)} images: give one marker for each image")
-        return Prompt(self.prompt_ids(messages), tuple(self.pixels(image) for image in images), max_new_tokens, sampling)
+            raise ValueError(
+                f"the conversation holds {markers} {IMAGE} markers for {len(images)} images: give one marker for each image"
+            )
+        return Prompt(
+            self.prompt_ids(messages),
+            tuple(self.pixels(image) for image in images),
+            max_new_tokens,
+            sampling,
+        )
 
     @torch.inference_mode()
-    def reply_many(self, prompts: Sequence[Prompt], on_tokens: OnTokens | None = None) -> list[Answer]:
+    def reply_many(
+        self, prompts: Sequence[Prompt], on_tokens: OnTokens | None = None
+    ) -> list[Answer]:
         """Answer conversations in one batch; each gets the answer that it gets alone.
 
         Args:
@@ -146,18 +174,28 @@ class Assistant:
         Returns:
             Answers in the order of `prompts`; not finished where `max_new_tokens` or `on_tokens` cut them off.
         """
-        longest, most = max(len(prompt.ids) for prompt in prompts), max(prompt.max_new_tokens for prompt in prompts)
+        longest, most = (
+            max(len(prompt.ids) for prompt in prompts),
+            max(prompt.max_new_tokens for prompt in prompts),
+        )
         window = attention_window(self.model.config)
-        if window and longest + most > window and len(prompts) > 1:  # padding would stand inside the window
+        if (
+            window and longest + most > window and len(prompts) > 1
+        ):  # padding would stand inside the window
             return [self._reply_alone(prompts, row, on_tokens) for row in range(len(prompts))]
         device, pad = self.model.device, self.processor.tokenizer.pad_token_id
         padding = [longest - len(prompt.ids) for prompt in prompts]
-        ids = torch.tensor([[pad] * n + prompt.ids for prompt, n in zip(prompts, padding, strict=True)], device=device)
+        ids = torch.tensor(
+            [[pad] * n + prompt.ids for prompt, n in zip(prompts, padding, strict=True)],
+            device=device,
+        )
         mask = torch.tensor([[0] * n + [1] * (longest - n) for n in padding], device=device)
         watch = RowWatch([prompt.max_new_tokens for prompt in prompts], self.end_tokens, on_tokens)
         self.model.generate(
             input_ids=ids,
-            inputs_embeds=self.embeddings(ids, [image for prompt in prompts for image in prompt.images]),
+            inputs_embeds=self.embeddings(
+                ids, [image for prompt in prompts for image in prompt.images]
+            ),
             attention_mask=mask,
             max_new_tokens=most,
             do_sample=False,
@@ -166,12 +204,19 @@ class Assistant:
         )
         return [self._read(tokens) for tokens in watch.tokens]
 
-    def _reply_alone(self, prompts: Sequence[Prompt], row: int, on_tokens: OnTokens | None) -> Answer:
+    def _reply_alone(
+        self, prompts: Sequence[Prompt], row: int, on_tokens: OnTokens | None
+    ) -> Answer:
         """The answer to one of several, told as one of them."""
 
         def told(tokens: list[int | None]) -> list[int]:
             assert on_tokens is not None
-            return [0] if row in on_tokens([tokens[0] if other == row else None for other in range(len(prompts))]) else []
+            return (
+                [0]
+                if row
+                in on_tokens([tokens[0] if other == row else None for other in range(len(prompts))])
+                else []
+            )
 
         return self.reply_many([prompts[row]], told if on_tokens else None)[0]
 
@@ -199,10 +244,14 @@ class Assistant:
         if not pixels:
             return embeddings
         places = (ids == self.processor.image_token_id).unsqueeze(-1)
-        return embeddings.masked_scatter(places, torch.cat(self.features.of(pixels)).to(embeddings.dtype))
+        return embeddings.masked_scatter(
+            places, torch.cat(self.features.of(pixels)).to(embeddings.dtype)
+        )
 
     @torch.inference_mode()
-    def _answer_batch(self, batch: Sequence[tuple[ImageLike | None, str, list[int]]], max_new_tokens: int) -> list[Answer]:
+    def _answer_batch(
+        self, batch: Sequence[tuple[ImageLike | None, str, list[int]]], max_new_tokens: int
+    ) -> list[Answer]:
         device = self.model.device
         cache, shared = None, 0
         if batch[0][0] is not None:
@@ -214,19 +263,43 @@ class Assistant:
             prefix = torch.tensor([prompt[:shared]] * len(rows), device=device)
             cache = DynamicCache(config=self.model.config.get_text_config())
             pixels = torch.cat([self.pixels(images[key]) for key in rows])
-            self.model(input_ids=prefix, pixel_values=pixels, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache.batch_select_indices(torch.tensor([rows[key] for _, key, _ in batch], device=device))
+            self.model(
+                input_ids=prefix,
+                pixel_values=pixels,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            cache.batch_select_indices(
+                torch.tensor([rows[key] for _, key, _ in batch], device=device)
+            )
         longest = max(len(prompt) for _, _, prompt in batch)
         padding = [longest - len(prompt) for _, _, prompt in batch]
         pad = self.processor.tokenizer.pad_token_id
         # Padding stands behind the shared prefix and before the question: on its left, where generation needs it.
-        ids = torch.tensor([p[:shared] + [pad] * n + p[shared:] for (_, _, p), n in zip(batch, padding, strict=True)], device=device)
-        mask = torch.tensor([[1] * shared + [0] * n + [1] * (longest - shared - n) for n in padding], device=device)
-        out = self.model.generate(input_ids=ids, attention_mask=mask, past_key_values=cache, max_new_tokens=max_new_tokens, do_sample=False)
+        ids = torch.tensor(
+            [
+                p[:shared] + [pad] * n + p[shared:]
+                for (_, _, p), n in zip(batch, padding, strict=True)
+            ],
+            device=device,
+        )
+        mask = torch.tensor(
+            [[1] * shared + [0] * n + [1] * (longest - shared - n) for n in padding], device=device
+        )
+        out = self.model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            past_key_values=cache,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+        )
         return [self._read(row[longest:].tolist()) for row in out]
 
     def _read(self, ids: list[int]) -> Answer:
-        end = next((position for position, token in enumerate(ids) if token in self.end_tokens), None)
+        end = next(
+            (position for position, token in enumerate(ids) if token in self.end_tokens), None
+        )
         kept = ids if end is None else ids[:end]
         return Answer(self.decode(kept).strip(), len(kept) + (end is not None), end is not None)
 
@@ -235,7 +308,11 @@ class Assistant:
         return self.processor.tokenizer.decode(ids, skip_special_tokens=True)
 
 
-def load(path: str | Path | Run, device: str | torch.device | None = None, dtype: torch.dtype | str | None = None) -> Assistant:
+def load(
+    path: str | Path | Run,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+) -> Assistant:
     """An assistant from a run, a run's folder or a checkpoint folder.
 
     Args:

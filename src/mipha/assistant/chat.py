@@ -28,19 +28,31 @@ class Chat:
     def ask(self, question: str, *, max_new_tokens: int = 256) -> Iterator[str]:
         """The answer to the next question, piece by piece; read to its end, it becomes part of the conversation."""
         assistant, tokenizer = self.assistant, self.assistant.processor.tokenizer
-        messages = [*self.messages, user_turn(question, has_image=self.image is not None and not self.messages)]
+        messages = [
+            *self.messages,
+            user_turn(question, has_image=self.image is not None and not self.messages),
+        ]
         ids = assistant.prompt_ids(messages)
         inputs = self._reuse(ids)
-        streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=600)
+        streamer = TextIteratorStreamer(
+            tokenizer, skip_prompt=True, skip_special_tokens=True, timeout=600
+        )
         result: dict[str, Any] = {}
         stop = _Stop()
-        options = {"streamer": streamer, "stopping_criteria": [stop], "max_new_tokens": max_new_tokens, "do_sample": False}
+        options = {
+            "streamer": streamer,
+            "stopping_criteria": [stop],
+            "max_new_tokens": max_new_tokens,
+            "do_sample": False,
+        }
 
         def generate() -> None:
             try:
                 with torch.inference_mode():
                     result["ids"] = assistant.model.generate(**inputs, **options)
-            except BaseException as error:  # handed to the reader below: a thread's exception is seen by nobody
+            except (
+                BaseException
+            ) as error:  # handed to the reader below: a thread's exception is seen by nobody
                 result["error"] = error
                 streamer.end()
 
@@ -69,7 +81,10 @@ class Chat:
     def _reuse(self, ids: list[int]) -> dict[str, Any]:
         """Inputs for `generate`, with the cache cut back to what the new prompt begins with."""
         limit = min(self._cache.get_seq_length(), len(ids) - 1)
-        same = next((i for i, (a, b) in enumerate(zip(self._cached[:limit], ids, strict=False)) if a != b), limit)
+        same = next(
+            (i for i, (a, b) in enumerate(zip(self._cached[:limit], ids, strict=False)) if a != b),
+            limit,
+        )
         device, image_token = self.assistant.model.device, self.assistant.processor.image_token_id
         if image_token in ids[same:] or attention_window(self.assistant.model.config):
             same = 0  # an image is read whole, and a cache that slides cannot go back
@@ -77,12 +92,17 @@ class Chat:
             self._forget()
         elif same < self._cache.get_seq_length():
             self._cache.crop(same - self._cache.get_seq_length())  # negative: how many to remove
-        inputs: dict[str, Any] = {"input_ids": torch.tensor([ids], device=device), "past_key_values": self._cache}
+        inputs: dict[str, Any] = {
+            "input_ids": torch.tensor([ids], device=device),
+            "past_key_values": self._cache,
+        }
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         if image_token in ids[same:]:
             assert self.image is not None
             with torch.inference_mode():
-                inputs["inputs_embeds"] = self.assistant.embeddings(inputs["input_ids"], [self.assistant.pixels(self.image)])
+                inputs["inputs_embeds"] = self.assistant.embeddings(
+                    inputs["input_ids"], [self.assistant.pixels(self.image)]
+                )
         return inputs
 
 

@@ -31,7 +31,9 @@ def user_turn(question: str, has_image: bool) -> Message:
         ValueError: The question holds the image's marker.
     """
     if IMAGE in question:
-        raise ValueError(f"question {question!r} holds {IMAGE}: leave it out, the image is put in front")
+        raise ValueError(
+            f"question {question!r} holds {IMAGE}: leave it out, the image is put in front"
+        )
     return Message("user", f"{IMAGE}\n{question}" if has_image else question)
 
 
@@ -50,13 +52,21 @@ def image_key(image: ImageLike | None) -> str:
     """The same for the same image; empty without one."""
     if image is None:
         return ""
-    return str(image) if isinstance(image, (Path, str)) else f"{hash(image)}" if isinstance(image, bytes) else f"object {id(image)}"
+    return (
+        str(image)
+        if isinstance(image, (Path, str))
+        else f"{hash(image)}"
+        if isinstance(image, bytes)
+        else f"object {id(image)}"
+    )
 
 
 def opened(image: ImageLike) -> Image.Image:
     """The picture, upright and RGB."""
     if isinstance(image, (Image.Image, np.ndarray)):
         buffer = io.BytesIO()
-        (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, format="PNG")
+        (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(
+            buffer, format="PNG"
+        )
         return open_image(buffer.getvalue())
     return open_image(Path(image) if isinstance(image, str) else image)

@@ -31,14 +31,26 @@ CONTRACTIONS: dict[str, str] = dict(pair.split("=") for pair in _PAIRS.split())
 """A word without its apostrophe to the word with it: the VQA scorer's today, and m4c's."""
 
 _STRAIGHT_KEYS = {"couldn'tve", "hadn'tve"}
-_STRAIGHT_VALUES = {"ain't", "aren't", "can't", "could've", "couldn't", "we've", "where's", "who've"}
+_STRAIGHT_VALUES = {
+    "ain't",
+    "aren't",
+    "can't",
+    "could've",
+    "couldn't",
+    "we've",
+    "where's",
+    "who've",
+}
 
 
 def _curly(text: str, straight: set[str]) -> str:
     return text if text in straight else text.replace("'", "’")
 
 
-CURLY_CONTRACTIONS: dict[str, str] = {_curly(key, _STRAIGHT_KEYS): _curly(value, _STRAIGHT_VALUES) for key, value in CONTRACTIONS.items()}
+CURLY_CONTRACTIONS: dict[str, str] = {
+    _curly(key, _STRAIGHT_KEYS): _curly(value, _STRAIGHT_VALUES)
+    for key, value in CONTRACTIONS.items()
+}
 """The same table as an editor's smart quotes left it in 2015: curly apostrophes but for two keys and eight values.
 
 So `dont` becomes `don’t`, which no human typed, and never matches.

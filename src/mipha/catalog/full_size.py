@@ -29,5 +29,7 @@ def part_config(name: str) -> dict[str, Any]:
     """
     path = CONFIGS / f"{name}.json"
     if not path.is_file():
-        raise ValueError(f"no config of a part {name!r}: {did_you_mean(name, files_in(CONFIGS, '.json'))}")
+        raise ValueError(
+            f"no config of a part {name!r}: {did_you_mean(name, files_in(CONFIGS, '.json'))}"
+        )
     return json.loads(path.read_text(encoding="utf-8"))

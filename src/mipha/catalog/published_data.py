@@ -25,7 +25,11 @@ class PublishedData:
 
 
 PUBLISHED_DATA: dict[str, PublishedData] = {
-    "llava_pretrain": PublishedData(558_128, 1.0, 35, 25, "558,128 rows as published; lengths assumed: a caption of 25 tokens"),
-    "llava_instruct": PublishedData(665_298, 0.94, 330, 180, "665,298 rows as published; lengths assumed: 330 text tokens"),
+    "llava_pretrain": PublishedData(
+        558_128, 1.0, 35, 25, "558,128 rows as published; lengths assumed: a caption of 25 tokens"
+    ),
+    "llava_instruct": PublishedData(
+        665_298, 0.94, 330, 180, "665,298 rows as published; lengths assumed: 330 text tokens"
+    ),
 }
 """By the data set's module."""

@@ -10,9 +10,19 @@ import typer
 from mipha.cli.arguments import Overrides
 
 Recipe = Annotated[str, typer.Argument(help="An alignment recipe's name, or a .yaml file.")]
-Out = Annotated[Path, typer.Option("-o", "--out", help="The step's folder; the same recipe and folder go on where they stopped.")]
+Out = Annotated[
+    Path,
+    typer.Option(
+        "-o",
+        "--out",
+        help="The step's folder; the same recipe and folder go on where they stopped.",
+    ),
+]
 
-verbs = typer.Typer(help="Tune a language model on instructions and preferences, before it meets images.", no_args_is_help=True)
+verbs = typer.Typer(
+    help="Tune a language model on instructions and preferences, before it meets images.",
+    no_args_is_help=True,
+)
 
 
 @verbs.command()
@@ -65,7 +75,9 @@ def _train(step: str, name: str, out: Path, overrides: list[str] | None) -> None
 
     recipe = load_alignment_recipe(name).override(*(overrides or ()))
     if recipe.step != step:
-        raise ValueError(f"{name} is a recipe for `mipha align {recipe.step}`, not {step}: use that verb, or another recipe")
+        raise ValueError(
+            f"{name} is a recipe for `mipha align {recipe.step}`, not {step}: use that verb, or another recipe"
+        )
 
     from mipha.alignment.steps import train_step
 

@@ -8,8 +8,13 @@ from typing import Annotated
 
 import typer
 
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY.PATH=VALUE", help="Recipe values to replace, such as seed=7.")]
-Model = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or the folder of an exported model.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY.PATH=VALUE", help="Recipe values to replace, such as seed=7."),
+]
+Model = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A run folder, or the folder of an exported model.")
+]
 
 
 def is_first() -> bool:

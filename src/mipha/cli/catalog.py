@@ -25,8 +25,15 @@ def list_names() -> None:
 
 
 def show(
-    name: Annotated[str, typer.Argument(help="A recipe (name or .yaml), a vision tower or a language model; with --row, data.")],
-    row: Annotated[int | None, typer.Option(help="Show this row of a data set, from 0, as the model sees it.")] = None,
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="A recipe (name or .yaml), a vision tower or a language model; with --row, data."
+        ),
+    ],
+    row: Annotated[
+        int | None, typer.Option(help="Show this row of a data set, from 0, as the model sees it.")
+    ] = None,
     recipe: RecipeName = None,
     stage: Stage = "finetune",
     image_root: ImageRoot = None,
@@ -45,14 +52,20 @@ def show(
     from mipha.recipe import list_recipes, load_recipe
 
     if recipe is not None or image_root:
-        raise ValueError("--recipe and --image-root are for a row of a data set: give --row too, or leave them out")
+        raise ValueError(
+            "--recipe and --image-root are for a row of a data set: give --row too, or leave them out"
+        )
     parts: dict[str, Any] = {**VISION_TOWERS, **LANGUAGE_MODELS}
     if name in parts:
-        typer.echo(yaml.safe_dump({name: asdict(parts[name])}, sort_keys=False, width=120), nl=False)
+        typer.echo(
+            yaml.safe_dump({name: asdict(parts[name])}, sort_keys=False, width=120), nl=False
+        )
     elif name in list_recipes() or name.endswith((".yaml", ".yml")):
         typer.echo(load_recipe(name).dump(), nl=False)
     else:
-        raise ValueError(f"no recipe or part {name!r}: {did_you_mean(name, [*list_recipes(), *parts])}")
+        raise ValueError(
+            f"no recipe or part {name!r}: {did_you_mean(name, [*list_recipes(), *parts])}"
+        )
 
 
 def _catalog() -> dict[str, dict[str, str]]:
@@ -70,7 +83,9 @@ def _catalog() -> dict[str, dict[str, str]]:
         "recipe": {name: load_recipe(name).description for name in list_recipes()},
         "vision tower": {name: entry.source for name, entry in VISION_TOWERS.items()},
         "language model": {name: entry.source for name, entry in LANGUAGE_MODELS.items()},
-        "dataset": {name: _first_line(datasets / f"{name}.py") for name in files_in(datasets, ".py")},
+        "dataset": {
+            name: _first_line(datasets / f"{name}.py") for name in files_in(datasets, ".py")
+        },
         "benchmark": {name: _first_line(BENCHMARKS / f"{name}.py") for name in list_benchmarks()},
     }
 
@@ -79,4 +94,6 @@ def _first_line(module: Path) -> str:
     """First line of a module's docstring, read without importing it: a dataset's module may import torch."""
     import ast
 
-    return (ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or "").partition("\n")[0]
+    return (ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or "").partition("\n")[
+        0
+    ]

@@ -7,10 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-Data = Annotated[str, typer.Argument(metavar="DATA", help="A file or folder (write ./name), or a data set's name.")]
-RecipeName = Annotated[str | None, typer.Option("--recipe", help="Check tokens too, as this recipe would train on them.")]
+Data = Annotated[
+    str,
+    typer.Argument(metavar="DATA", help="A file or folder (write ./name), or a data set's name."),
+]
+RecipeName = Annotated[
+    str | None,
+    typer.Option("--recipe", help="Check tokens too, as this recipe would train on them."),
+]
 Stage = Annotated[str, typer.Option(help="The recipe's stage: pretrain or finetune.")]
-ImageRoot = Annotated[list[Path] | None, typer.Option(help="Folder that images may lie in, beside the data's own.")]
+ImageRoot = Annotated[
+    list[Path] | None, typer.Option(help="Folder that images may lie in, beside the data's own.")
+]
 
 
 def check(
@@ -18,10 +26,19 @@ def check(
     recipe: RecipeName = None,
     stage: Stage = "finetune",
     image_root: ImageRoot = None,
-    against: Annotated[str | None, typer.Option(help="Evaluation data whose pictures and questions must not be in this.")] = None,
-    json_out: Annotated[Path | None, typer.Option("--json", help="Write every finding to a JSON file.")] = None,
-    html: Annotated[Path | None, typer.Option(help="Write a page with histograms and examples.")] = None,
-    fix: Annotated[Path | None, typer.Option(help="Write a cleaned copy, and a list of what was changed.")] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="Evaluation data whose pictures and questions must not be in this."),
+    ] = None,
+    json_out: Annotated[
+        Path | None, typer.Option("--json", help="Write every finding to a JSON file.")
+    ] = None,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page with histograms and examples.")
+    ] = None,
+    fix: Annotated[
+        Path | None, typer.Option(help="Write a cleaned copy, and a list of what was changed.")
+    ] = None,
 ) -> None:
     """Check a whole data set, row by row, before it is trained on; exit code 1 if it has errors."""
     from rich.console import Console
@@ -31,7 +48,7 @@ def check(
     from mipha.data.check.linter import check_data
     from mipha.data.check.report import json_report, text_report
     from mipha.data.check.source import data_recipe, open_source
-    from mipha.run import write_whole
+    from mipha.files import write_whole
 
     source = open_source(data_recipe(data, image_root=image_root or ()))
     other = open_source(data_recipe(against)) if against else None
@@ -43,14 +60,18 @@ def check(
             typer.echo(f"written: {path}")
     if fix:
         fixed = write_fixed(result, fix)
-        typer.echo(f"{fixed.num_kept:,} rows kept in {fixed.file}; what was changed: {fixed.list_file}")
+        typer.echo(
+            f"{fixed.num_kept:,} rows kept in {fixed.file}; what was changed: {fixed.list_file}"
+        )
         if fixed.note:
             typer.echo(fixed.note)
     if result.num_errors:
         raise typer.Exit(1)
 
 
-def show_row(data: str, row: int, recipe: str | None, stage: str, image_root: list[Path] | None) -> None:
+def show_row(
+    data: str, row: int, recipe: str | None, stage: str, image_root: list[Path] | None
+) -> None:
     """Print one sample as the model sees it, and write its images as the tower reads them."""
     from rich.console import Console
 
@@ -77,4 +98,8 @@ def _tokens(name: str | None, stage: str) -> dict[str, Any]:
 
     from mipha.models.build import load_parts_processor
 
-    return {"stage": getattr(recipe.stages, stage), "processor": load_parts_processor(recipe.model), "seed": recipe.seed}
+    return {
+        "stage": getattr(recipe.stages, stage),
+        "processor": load_parts_processor(recipe.model),
+        "seed": recipe.seed,
+    }

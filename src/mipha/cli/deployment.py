@@ -17,9 +17,20 @@ _DTYPE_HELP = "auto, float32, bfloat16 or float16; auto: bfloat16 on a GPU, floa
 
 
 def import_checkpoint(
-    source: Annotated[str, typer.Argument(metavar="DIR_OR_HUB_ID", help="A released Mipha, or an original LLaVA-1.5-style checkpoint.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="New folder for the standard checkpoint.")],
-    vision_tower: Annotated[str | None, typer.Option(help="Folder or hub id of the tower, where the checkpoint only names one.")] = None,
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="DIR_OR_HUB_ID",
+            help="A released Mipha, or an original LLaVA-1.5-style checkpoint.",
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="New folder for the standard checkpoint.")
+    ],
+    vision_tower: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub id of the tower, where the checkpoint only names one."),
+    ] = None,
 ) -> None:
     """Turn a released checkpoint into a standard one, every tensor accounted for."""
     from mipha.models.upstream import import_upstream
@@ -29,23 +40,39 @@ def import_checkpoint(
 
 
 def verify(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A run, or a model folder.")],
-    json_out: Annotated[Path | None, typer.Option("--json", help="Write the findings to a file too.")] = None,
-    gguf: Annotated[Path | None, typer.Option(help="Folder of `mipha export --to gguf`: compare llama.cpp's answers.")] = None,
-    images: Annotated[Path | None, typer.Option(help="With --gguf: a folder of pictures; or easy_vqa:N, N held-out questions.")] = None,
-    question: Annotated[list[str] | None, typer.Option(help="With --gguf: what to ask of each picture.")] = None,
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="A run, or a model folder.")
+    ],
+    json_out: Annotated[
+        Path | None, typer.Option("--json", help="Write the findings to a file too.")
+    ] = None,
+    gguf: Annotated[
+        Path | None,
+        typer.Option(help="Folder of `mipha export --to gguf`: compare llama.cpp's answers."),
+    ] = None,
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --gguf: a folder of pictures; or easy_vqa:N, N held-out questions."
+        ),
+    ] = None,
+    question: Annotated[
+        list[str] | None, typer.Option(help="With --gguf: what to ask of each picture.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="With --gguf: of llama.cpp.")] = None,
 ) -> None:
     """Load a checkpoint without mipha and compare; exit code 1 if another program does not give the same."""
     import json
 
-    from mipha.run import write_whole
+    from mipha.files import write_whole
 
     if gguf is not None:
         _compare_gguf(checkpoint, gguf, images, question or [], threads, json_out)
         return
     if images or question or threads:
-        raise ValueError("--images, --question and --threads are for --gguf: give a folder of GGUF files too, or leave them out")
+        raise ValueError(
+            "--images, --question and --threads are for --gguf: give a folder of GGUF files too, or leave them out"
+        )
 
     from mipha.deploy.verify import print_verification
     from mipha.deploy.verify import verify as verify_checkpoint
@@ -58,12 +85,35 @@ def verify(
 
 
 def export(
-    source: Annotated[Path, typer.Argument(metavar="RUN", help="A run or a model folder; with --merge an adapter folder.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN", help="A run or a model folder; with --merge an adapter folder."
+        ),
+    ],
     out: Annotated[Path, typer.Option("-o", "--out", help="New folder.")],
-    to: Annotated[str, typer.Option(help="hub: a model folder with its card; gguf: files for llama.cpp and Ollama.")] = "hub",
-    quantize: Annotated[str | None, typer.Option(help="With --to gguf: kinds with commas, such as q8_0,q4_k_m; f16 if left out.")] = None,
-    merge: Annotated[bool, typer.Option("--merge", help="RUN is an adapter: write its base with the adapter in its weights.")] = False,
-    base: Annotated[Path | None, typer.Option(help="With --merge: the base model, if not the one that the adapter names.")] = None,
+    to: Annotated[
+        str,
+        typer.Option(
+            help="hub: a model folder with its card; gguf: files for llama.cpp and Ollama."
+        ),
+    ] = "hub",
+    quantize: Annotated[
+        str | None,
+        typer.Option(
+            help="With --to gguf: kinds with commas, such as q8_0,q4_k_m; f16 if left out."
+        ),
+    ] = None,
+    merge: Annotated[
+        bool,
+        typer.Option(
+            "--merge", help="RUN is an adapter: write its base with the adapter in its weights."
+        ),
+    ] = False,
+    base: Annotated[
+        Path | None,
+        typer.Option(help="With --merge: the base model, if not the one that the adapter names."),
+    ] = None,
 ) -> None:
     """Write a model folder ready for `hf upload`, or GGUF files for llama.cpp and Ollama."""
     if to not in ("hub", "gguf"):
@@ -95,17 +145,33 @@ def export(
 
 
 def serve(
-    source: Annotated[Path, typer.Argument(metavar="RUN", help="A run, a model folder, a folder of GGUF files or a GGUF file.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN", help="A run, a model folder, a folder of GGUF files or a GGUF file."
+        ),
+    ],
     engine: Annotated[str, typer.Option(help="auto, transformers, llama.cpp or vllm.")] = "auto",
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: any free one.")] = 8000,
-    api_key: Annotated[str | None, typer.Option(envvar="MIPHA_API_KEY", help="Asked of every request.")] = None,
-    allow_remote_images: Annotated[bool, typer.Option("--allow-remote-images", help="Fetch pictures from public https addresses.")] = False,
-    batch_size: Annotated[int | None, typer.Option(help="Requests that are answered together.")] = None,
-    max_requests: Annotated[int, typer.Option(help="Requests held at a time; another one is told to come back.")] = 128,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="MIPHA_API_KEY", help="Asked of every request.")
+    ] = None,
+    allow_remote_images: Annotated[
+        bool,
+        typer.Option("--allow-remote-images", help="Fetch pictures from public https addresses."),
+    ] = False,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Requests that are answered together.")
+    ] = None,
+    max_requests: Annotated[
+        int, typer.Option(help="Requests held at a time; another one is told to come back.")
+    ] = 128,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 1024,
     request_seconds: Annotated[float, typer.Option(help="Longest time for an answer.")] = 300.0,
-    device: Annotated[str | None, typer.Option(help="For transformers, such as cuda:1; a GPU where there is one.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="For transformers, such as cuda:1; a GPU where there is one.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help=_DTYPE_HELP)] = "auto",
 ) -> None:
     """Serve a model with OpenAI's interface and a web page."""
@@ -116,7 +182,9 @@ def serve(
     from mipha.lookup import did_you_mean
 
     if engine not in get_args(EngineName):
-        raise ValueError(f"no engine {engine!r}: {did_you_mean(engine, list(get_args(EngineName)))}")
+        raise ValueError(
+            f"no engine {engine!r}: {did_you_mean(engine, list(get_args(EngineName)))}"
+        )
     serve_model(
         source,
         engine=engine,
@@ -134,13 +202,20 @@ def serve(
 
 
 def _compare_gguf(
-    checkpoint: Path, folder: Path, images: Path | None, questions: list[str], threads: int | None, json_out: Path | None
+    checkpoint: Path,
+    folder: Path,
+    images: Path | None,
+    questions: list[str],
+    threads: int | None,
+    json_out: Path | None,
 ) -> None:
     from mipha.deploy.parity import check_pairs, check_parity, easy_vqa_pairs, images_in
     from mipha.deploy.parity_tables import print_parity, write_parity
 
     if images is None:
-        raise ValueError("--gguf compares answers about pictures: give --images, a folder of them or easy_vqa:200")
+        raise ValueError(
+            "--gguf compares answers about pictures: give --images, a folder of them or easy_vqa:200"
+        )
     name, _, number = str(images).partition(":")
     if name == "easy_vqa" and number.isdigit():
         found = check_pairs(checkpoint, folder, easy_vqa_pairs(int(number)), threads=threads)
@@ -171,7 +246,9 @@ def chat(
 def _converse(assistant: Assistant, image: Path | None) -> None:
     """Read questions until /quit, the end of the input, or Ctrl-C; answers stream."""
     session = assistant.chat(image)
-    typer.echo("ask something; /image PATH for another picture, /reset to forget the conversation, /quit to leave")
+    typer.echo(
+        "ask something; /image PATH for another picture, /reset to forget the conversation, /quit to leave"
+    )
     while True:
         try:
             line = input("> ").strip()

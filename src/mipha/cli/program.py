@@ -16,7 +16,9 @@ class _Verbs(TyperGroup):
     """Every verb in one place that turns what a user can mend into one sentence, without a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # our own bars say what takes long
+        os.environ.setdefault(
+            "HF_HUB_DISABLE_PROGRESS_BARS", "1"
+        )  # our own bars say what takes long
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         try:
             return super().invoke(ctx)
@@ -31,11 +33,21 @@ class _Verbs(TyperGroup):
             raise typer.Exit(2) from error
 
 
-app = typer.Typer(cls=_Verbs, add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(
+    cls=_Verbs,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
 
 
 @app.callback()
-def _options(debug: Annotated[bool, typer.Option("--debug", envvar="MIPHA_DEBUG", help="Show tracebacks.")] = False) -> None:
+def _options(
+    debug: Annotated[
+        bool, typer.Option("--debug", envvar="MIPHA_DEBUG", help="Show tracebacks.")
+    ] = False,
+) -> None:
     """Build, train and evaluate multimodal small language models: a vision tower, a projector, a small language model."""
 
 
@@ -68,7 +80,11 @@ def _sentence(error: Exception) -> str | None:
         if (error.name or "").partition(".")[0] == "mipha":
             return None
         bare = str(error).startswith("No module named")
-        return f"the package {error.name!r} is not installed: pip install {error.name}" if bare else str(error)
+        return (
+            f"the package {error.name!r} is not installed: pip install {error.name}"
+            if bare
+            else str(error)
+        )
     if isinstance(error, BrokenPipeError):
         return None
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):

@@ -14,22 +14,42 @@ if TYPE_CHECKING:
     from mipha.evaluation.benchmark import Judge
 
 JudgeUrl = Annotated[
-    str | None, typer.Option("--judge", help="Base URL of an OpenAI-compatible server that grades; key in $MIPHA_JUDGE_KEY.")
+    str | None,
+    typer.Option(
+        "--judge",
+        help="Base URL of an OpenAI-compatible server that grades; key in $MIPHA_JUDGE_KEY.",
+    ),
 ]
 JudgeModel = Annotated[str | None, typer.Option(help="Name of the judge's model.")]
-JudgeReplies = Annotated[Path | None, typer.Option(help="Recorded replies of a judge, in place of one.")]
+JudgeReplies = Annotated[
+    Path | None, typer.Option(help="Recorded replies of a judge, in place of one.")
+]
 
 
 def evaluate(
     run: Model,
-    benchmarks: Annotated[list[str], typer.Option("-b", "--benchmarks", help="Names, with commas or several -b.")],
-    data_root: Annotated[Path | None, typer.Option(help="The benchmark's folder; with several, the folder above them.")] = None,
+    benchmarks: Annotated[
+        list[str], typer.Option("-b", "--benchmarks", help="Names, with commas or several -b.")
+    ],
+    data_root: Annotated[
+        Path | None,
+        typer.Option(help="The benchmark's folder; with several, the folder above them."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Questions a forward pass.")] = 16,
     limit: Annotated[int | None, typer.Option(help="Ask the first N questions only.")] = None,
-    split: Annotated[str | None, typer.Option(help="Another split than the benchmark's own.")] = None,
-    out: Annotated[Path | None, typer.Option("-o", "--out", help="Where results go, if not into the run.")] = None,
-    blind: Annotated[bool, typer.Option("--blind", help="Show grey in place of every picture.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check the files, and show three prompts a benchmark.")] = False,
+    split: Annotated[
+        str | None, typer.Option(help="Another split than the benchmark's own.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Where results go, if not into the run.")
+    ] = None,
+    blind: Annotated[
+        bool, typer.Option("--blind", help="Show grey in place of every picture.")
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Only check the files, and show three prompts a benchmark."),
+    ] = False,
     judge: JudgeUrl = None,
     judge_model: JudgeModel = None,
     judge_replies: JudgeReplies = None,
@@ -46,7 +66,9 @@ def evaluate(
         print_plan(plan(names, data_root, split), run)
         return
     grader = _judge(judge, judge_model, judge_replies, out or run)
-    results = measure(run, names, data_root, batch_size, limit, split, out, blind=blind, judge=grader)
+    results = measure(
+        run, names, data_root, batch_size, limit, split, out, blind=blind, judge=grader
+    )
     print_results(results)
     if out is None and is_first():
         evaluated = open_run(run)
@@ -57,8 +79,13 @@ def evaluate(
 
 def score(
     benchmark: Annotated[str, typer.Argument(help="A benchmark's name.")],
-    annotations: Annotated[Path, typer.Option(help="Official annotation file, or the folder with the official files.")],
-    predictions: Annotated[Path, typer.Option(help='A line {"question_id": ..., "text": ...} a question, in any order.')],
+    annotations: Annotated[
+        Path, typer.Option(help="Official annotation file, or the folder with the official files.")
+    ],
+    predictions: Annotated[
+        Path,
+        typer.Option(help='A line {"question_id": ..., "text": ...} a question, in any order.'),
+    ],
     json_out: Annotated[Path, typer.Option("--json", help="Where the scores go.")],
     judge: JudgeUrl = None,
     judge_model: JudgeModel = None,
@@ -70,7 +97,7 @@ def score(
     from mipha.evaluation.benchmark import load_benchmark
     from mipha.evaluation.score import score_file
     from mipha.evaluation.tables import print_scored
-    from mipha.run import write_whole
+    from mipha.files import write_whole
 
     grader = _judge(judge, judge_model, judge_replies, json_out.parent)
     content = score_file(load_benchmark(benchmark), annotations, predictions, grader)
@@ -80,19 +107,37 @@ def score(
 
 def compare(
     runs: Annotated[
-        list[Path] | None, typer.Argument(metavar="RUN...", help="Runs, folders of results, or (paired) files of `mipha score --json`.")
+        list[Path] | None,
+        typer.Argument(
+            metavar="RUN...",
+            help="Runs, folders of results, or (paired) files of `mipha score --json`.",
+        ),
     ] = None,
     published: Annotated[
-        list[str] | None, typer.Option(help="Published models beside them, with commas: Mipha-3B,LLaVA-1.5-7B; or table-2.")
+        list[str] | None,
+        typer.Option(
+            help="Published models beside them, with commas: Mipha-3B,LLaVA-1.5-7B; or table-2."
+        ),
     ] = None,
-    paired: Annotated[bool, typer.Option("--paired", help="Two runs, question by question: differences, A minus B.")] = False,
-    out: Annotated[list[Path] | None, typer.Option("-o", "--out", help="Also write .md, .csv, .tex, or a radar as .png or .svg.")] = None,
-    json_out: Annotated[Path | None, typer.Option("--json", help="With --paired: write the comparison to a file too.")] = None,
+    paired: Annotated[
+        bool,
+        typer.Option("--paired", help="Two runs, question by question: differences, A minus B."),
+    ] = False,
+    out: Annotated[
+        list[Path] | None,
+        typer.Option("-o", "--out", help="Also write .md, .csv, .tex, or a radar as .png or .svg."),
+    ] = None,
+    json_out: Annotated[
+        Path | None,
+        typer.Option("--json", help="With --paired: write the comparison to a file too."),
+    ] = None,
 ) -> None:
     """Put runs and published models side by side, or compare two runs question by question."""
     if paired:
         if len(runs or ()) != 2 or published or out:
-            raise ValueError("--paired compares two runs and nothing else: give A and B, and --json for a file")
+            raise ValueError(
+                "--paired compares two runs and nothing else: give A and B, and --json for a file"
+            )
         _compare_paired(runs[0], runs[1], json_out)
         return
     if json_out:
@@ -113,7 +158,7 @@ def _compare_paired(first: Path, second: Path, json_out: Path | None) -> None:
 
     from mipha.evaluation.paired import compare_paired
     from mipha.evaluation.tables import print_paired
-    from mipha.run import write_whole
+    from mipha.files import write_whole
 
     rows = compare_paired(first, second)
     if json_out:
@@ -133,4 +178,6 @@ def _judge(url: str | None, model: str | None, replies: Path | None, folder: Pat
         return None
     if model is None:
         raise ValueError("--judge needs --judge-model, the name of a model that the server has")
-    return Endpoint(url, model, os.environ.get("MIPHA_JUDGE_KEY"), record=folder / "judge-replies.jsonl")
+    return Endpoint(
+        url, model, os.environ.get("MIPHA_JUDGE_KEY"), record=folder / "judge-replies.jsonl"
+    )

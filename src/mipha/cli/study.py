@@ -7,21 +7,47 @@ from typing import Annotated
 
 import typer
 
-verbs = typer.Typer(help="Train and compare the variants of one of the paper's experiments, or of your own.", no_args_is_help=True)
+verbs = typer.Typer(
+    help="Train and compare the variants of one of the paper's experiments, or of your own.",
+    no_args_is_help=True,
+)
 
 
 @verbs.command()
 def run(
     name: Annotated[str, typer.Argument(help="A study's name, or a .yaml file.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="The study's folder; the same one goes on where it stopped.")],
-    scale: Annotated[str, typer.Option(help="mini: two CPU cores and the quickstart's parts; paper: GPUs and published weights.")] = "mini",
-    seeds: Annotated[int | None, typer.Option(min=1, help="Repeats of every variant; more may be asked for later.")] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, a GPU each where there are several.")] = 1,
+    out: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--out", help="The study's folder; the same one goes on where it stopped."
+        ),
+    ],
+    scale: Annotated[
+        str,
+        typer.Option(
+            help="mini: two CPU cores and the quickstart's parts; paper: GPUs and published weights."
+        ),
+    ] = "mini",
+    seeds: Annotated[
+        int | None,
+        typer.Option(min=1, help="Repeats of every variant; more may be asked for later."),
+    ] = None,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Runs at a time, a GPU each where there are several.")
+    ] = 1,
     share: Annotated[
-        list[Path] | None, typer.Option(metavar="DIR", help="Another study's folder: its runs of the same recipes are taken over.")
+        list[Path] | None,
+        typer.Option(
+            metavar="DIR",
+            help="Another study's folder: its runs of the same recipes are taken over.",
+        ),
     ] = None,
     slurm: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="A SLURM job a run: submitit's parameters, such as slurm_partition=gpu.")
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="A SLURM job a run: submitit's parameters, such as slurm_partition=gpu.",
+        ),
     ] = None,
 ) -> None:
     """Train and evaluate what is missing, then write the report."""
@@ -33,8 +59,13 @@ def run(
     parameters = None
     if slurm:
         if wrong := [pair for pair in slurm if "=" not in pair]:
-            raise ValueError(f"--slurm {wrong[0]} has no `=`: write KEY=VALUE, such as slurm_partition=gpu")
-        parameters = {key: read_yaml(value, f"--slurm {key}") for key, value in (pair.split("=", 1) for pair in slurm)}
+            raise ValueError(
+                f"--slurm {wrong[0]} has no `=`: write KEY=VALUE, such as slurm_partition=gpu"
+            )
+        parameters = {
+            key: read_yaml(value, f"--slurm {key}")
+            for key, value in (pair.split("=", 1) for pair in slurm)
+        }
     study = load_study(name)
     run_study(study, scale, out, seeds, jobs, parameters, share or ())
     for path in write_report(study, scale, out):
@@ -42,7 +73,14 @@ def run(
 
 
 @verbs.command()
-def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A study's folder; not all of its runs need be finished.")]) -> None:
+def report(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR", help="A study's folder; not all of its runs need be finished."
+        ),
+    ],
+) -> None:
     """Write the report anew from the runs that are there."""
     from rich.console import Console
     from rich.markdown import Markdown

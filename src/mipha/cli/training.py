@@ -12,9 +12,17 @@ from mipha.cli.arguments import Overrides, is_first
 
 def train(
     recipe: Annotated[str, typer.Argument(help="A recipe's name, or a .yaml file.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Run folder; the same recipe and folder go on where they stopped.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--out", help="Run folder; the same recipe and folder go on where they stopped."
+        ),
+    ],
     overrides: Overrides = None,
-    track: Annotated[list[str] | None, typer.Option(help="wandb, trackio; TensorBoard follows wherever it is installed.")] = None,
+    track: Annotated[
+        list[str] | None,
+        typer.Option(help="wandb, trackio; TensorBoard follows wherever it is installed."),
+    ] = None,
 ) -> None:
     """Train a recipe: pretrain, then finetune."""
     from mipha.recipe import load_recipe
@@ -33,19 +41,31 @@ def train(
 
 def plan(
     recipe: Annotated[str, typer.Argument(help="A recipe's name, or a .yaml file.")],
-    device: Annotated[str, typer.Option(help="h100, a100, rtx4090, ... or cpu: this machine's.")] = "cpu",
+    device: Annotated[
+        str, typer.Option(help="h100, a100, rtx4090, ... or cpu: this machine's.")
+    ] = "cpu",
     overrides: Overrides = None,
     num_devices: Annotated[int, typer.Option(min=1, help="Devices that train it together.")] = 1,
-    price: Annotated[float | None, typer.Option(min=0, help="Of one device an hour, in any currency.")] = None,
-    efficiency: Annotated[float | None, typer.Option(min=0.01, max=1, help="Share of the device's peak that a step reaches.")] = None,
-    run: Annotated[Path | None, typer.Option(help="A run of this recipe: how far off was the plan?")] = None,
-    json_out: Annotated[Path | None, typer.Option("--json", help="Write the plan to a file too.")] = None,
+    price: Annotated[
+        float | None, typer.Option(min=0, help="Of one device an hour, in any currency.")
+    ] = None,
+    efficiency: Annotated[
+        float | None,
+        typer.Option(min=0.01, max=1, help="Share of the device's peak that a step reaches."),
+    ] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="A run of this recipe: how far off was the plan?")
+    ] = None,
+    json_out: Annotated[
+        Path | None, typer.Option("--json", help="Write the plan to a file too.")
+    ] = None,
 ) -> None:
     """Predict parameters, memory, time and cost of a recipe; exit code 1 if it does not fit."""
     import json
 
+    from mipha.files import write_whole
     from mipha.recipe import load_recipe
-    from mipha.run import open_run, write_whole
+    from mipha.run import open_run
     from mipha.training.plan import compare, device_named
     from mipha.training.plan import plan as plan_recipe
     from mipha.training.plan_tables import as_json, print_plan
@@ -53,9 +73,14 @@ def plan(
     chosen = load_recipe(recipe).override(*(overrides or ()))
     wanted = device_named(device, chosen.precision)
     plans = plan_recipe(chosen, wanted, num_devices, efficiency)
-    compared = [compare(stage, open_run(run), wanted, num_devices) for stage in plans] if run else []
+    compared = (
+        [compare(stage, open_run(run), wanted, num_devices) for stage in plans] if run else []
+    )
     if json_out:
-        write_whole(json_out, json.dumps(as_json(plans, wanted, num_devices, price, compared), indent=2) + "\n")
+        write_whole(
+            json_out,
+            json.dumps(as_json(plans, wanted, num_devices, price, compared), indent=2) + "\n",
+        )
     print_plan(chosen.name, plans, wanted, num_devices, price, compared)
     if any(stage.mends for stage in plans):
         raise typer.Exit(1)
@@ -63,7 +88,9 @@ def plan(
 
 def quickstart(
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option("-o", "--out", help="Run folder; the same one goes on where it stopped.")] = Path("runs/quickstart"),
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="Run folder; the same one goes on where it stopped.")
+    ] = Path("runs/quickstart"),
     limit: Annotated[int | None, typer.Option(help="Ask the first N test questions only.")] = None,
 ) -> None:
     """Train, measure and try a small assistant on this machine."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mipha.run import read_lines, write_whole
+from mipha.files import read_lines, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,20 +34,30 @@ def plot_metrics(metrics_jsonl: Path, png: Path) -> None:
     Raises:
         ValueError: No line has a step and a finite loss.
     """
-    rows = [row for row in read_lines(metrics_jsonl) if "step" in row and math.isfinite(row.get("loss", math.nan))]
+    rows = [
+        row
+        for row in read_lines(metrics_jsonl)
+        if "step" in row and math.isfinite(row.get("loss", math.nan))
+    ]
     if not rows:
-        raise ValueError(f"{metrics_jsonl} has no line with a step and a finite loss: nothing to draw")
+        raise ValueError(
+            f"{metrics_jsonl} has no line with a step and a finite loss: nothing to draw"
+        )
     steps = [row["step"] for row in rows]
     losses = np.array([row["loss"] for row in rows], dtype=float)
     width = max(1, len(rows) // 20)
     figure = new_figure(6.4, 4.2)
-    top, bottom = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [4, 1], "hspace": 0.12})
+    top, bottom = figure.subplots(
+        2, 1, sharex=True, gridspec_kw={"height_ratios": [4, 1], "hspace": 0.12}
+    )
     top.plot(steps, losses, color=BLUE, linewidth=0.8, alpha=0.35)
     top.plot(steps, _smoothed(losses, width), color=BLUE, linewidth=2)
     validated = [row for row in rows if math.isfinite(row.get("validation_loss", math.nan))]
     if validated:
         points = [row["step"] for row in validated], [row["validation_loss"] for row in validated]
-        top.plot(*points, color=GREEN, linewidth=1.2, marker="o", markersize=3.5, label="held-out images")
+        top.plot(
+            *points, color=GREEN, linewidth=1.2, marker="o", markersize=3.5, label="held-out images"
+        )
         top.legend(frameon=False, fontsize=8)
     top.set_ylabel("loss (nats per token)")
     title = f"{metrics_jsonl.parent.name}: loss {losses[-width:].mean():.3f} at the end"
@@ -91,16 +101,36 @@ def contact_sheet(items: Sequence[tuple[Image, str, str, str | None]], png: Path
     for axes, question, (image, _, answer, gold) in zip(figure.axes, asked, items, strict=False):
         axes.set_axis_on()
         axes.set(xticks=[], yticks=[], anchor="N")
-        right = None if gold is None else _words(answer)[-max(1, len(_words(gold))) :] == _words(gold)
+        right = (
+            None if gold is None else _words(answer)[-max(1, len(_words(gold))) :] == _words(gold)
+        )
         # Small pictures are shown as their pixels are; smoothing 64 pixels over 2 inches is a blur.
-        axes.imshow(image.convert("RGB"), interpolation="nearest" if max(image.size) < 200 else "antialiased")
+        axes.imshow(
+            image.convert("RGB"),
+            interpolation="nearest" if max(image.size) < 200 else "antialiased",
+        )
         for spine in axes.spines.values():
             spine.set(color=FAINT, linewidth=1)
-        said = _wrapped({None: "", True: "✓ ", False: "✗ "}[right] + (answer or "(no answer)"), 24, 4)
+        said = _wrapped(
+            {None: "", True: "✓ ", False: "✗ "}[right] + (answer or "(no answer)"), 24, 4
+        )
         _caption(axes, 0, question, color=GREY, fontsize=9.5)
-        _caption(axes, below, said, color={None: INK, True: GREEN, False: RED}[right], fontsize=10.5, fontweight="bold")
+        _caption(
+            axes,
+            below,
+            said,
+            color={None: INK, True: GREEN, False: RED}[right],
+            fontsize=10.5,
+            fontweight="bold",
+        )
         if right is False:
-            _caption(axes, below + 1.2 * (said.count("\n") + 1), _wrapped(f"published: {gold}", 30, 2), color=GREY, fontsize=9)
+            _caption(
+                axes,
+                below + 1.2 * (said.count("\n") + 1),
+                _wrapped(f"published: {gold}", 30, 2),
+                color=GREY,
+                fontsize=9,
+            )
     figure.subplots_adjust(left=0.01, right=0.99, top=0.98, bottom=0.02, wspace=0.12, hspace=0.02)
     save_figure(figure, png)
 
@@ -109,7 +139,9 @@ def _plot_learning_rates(axes: Axes, rows: list[dict[str, Any]], steps: list[int
     keys = sorted({key for row in rows for key in row if key.partition("/")[0] == "learning_rate"})
     curves: dict[tuple[float, ...], list[str]] = {}
     for key in keys:
-        curves.setdefault(tuple(row.get(key, math.nan) for row in rows), []).append(key.partition("/")[2].replace("_", " "))
+        curves.setdefault(tuple(row.get(key, math.nan) for row in rows), []).append(
+            key.partition("/")[2].replace("_", " ")
+        )
     styles = ("-", "--", ":")
     for (curve, parts), style in zip(curves.items(), styles, strict=False):
         axes.plot(steps, curve, color=GREY, linewidth=1.2, linestyle=style, label=", ".join(parts))
@@ -137,12 +169,23 @@ def _words(text: str) -> list[str]:
 
 
 def _wrapped(text: str, width: int, most_lines: int) -> str:
-    return "\n".join(textwrap.wrap(" ".join(text.split()), width, max_lines=most_lines, placeholder=" …")) or " "
+    return (
+        "\n".join(
+            textwrap.wrap(" ".join(text.split()), width, max_lines=most_lines, placeholder=" …")
+        )
+        or " "
+    )
 
 
 def _caption(axes: Axes, line: float, text: str, **style: Any) -> None:
     """Text that many lines under the picture; a dollar sign in it is money, not mathematics."""
-    place = {"xycoords": "axes fraction", "textcoords": "offset points", "va": "top", "linespacing": 1.2, "parse_math": False}
+    place = {
+        "xycoords": "axes fraction",
+        "textcoords": "offset points",
+        "va": "top",
+        "linespacing": 1.2,
+        "parse_math": False,
+    }
     axes.annotate(text, (0, 0), (0, -7 - 13.5 * line), **place, **style)
 
 

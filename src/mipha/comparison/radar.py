@@ -24,25 +24,41 @@ def draw_radar(rows: Sequence[Row], path: Path) -> None:
     Raises:
         ValueError: Fewer than three benchmarks that two of the models share.
     """
-    columns = [column for column in columns_of(rows) if sum(column in row.cells for row in rows) > 1]
+    columns = [
+        column for column in columns_of(rows) if sum(column in row.cells for row in rows) > 1
+    ]
     if len(columns) < 3 or len(rows) < 2:
-        raise ValueError(f"a radar wants two models and three benchmarks that they share, these share {len(columns)}: draw a table")
+        raise ValueError(
+            f"a radar wants two models and three benchmarks that they share, these share {len(columns)}: draw a table"
+        )
     figure = new_figure(7.2, 6.4)
     axes = figure.add_subplot(projection="polar", theta_offset=math.pi / 2, theta_direction=-1)
     angles = [2 * math.pi * number / len(columns) for number in range(len(columns))]
-    lowest = {column: min(row.cells[column].value for row in rows if column in row.cells) for column in columns}
+    lowest = {
+        column: min(row.cells[column].value for row in rows if column in row.cells)
+        for column in columns
+    }
     highest = {column: best_of(rows, column) or 0.0 for column in columns}
     for number, row in enumerate(rows):
         share = [_share(row, column, lowest[column], highest[column]) for column in columns]
         colour = COLOURS[number % len(COLOURS)]
         axes.plot(
-            [*angles, angles[0] + 2 * math.pi], [*share, share[0]], color=colour, linewidth=2, marker="o", markersize=4, label=row.name
+            [*angles, angles[0] + 2 * math.pi],
+            [*share, share[0]],
+            color=colour,
+            linewidth=2,
+            marker="o",
+            markersize=4,
+            label=row.name,
         )
         if not any(math.isnan(value) for value in share):
             axes.fill(angles, share, color=colour, alpha=0.08)
     axes.set_ylim(0, 1.12)
     axes.set_yticks([0.25, 0.5, 0.75, 1.0], labels=[])
-    labels = [f"{TITLES.get(column, column)}\n{lowest[column]:g} to {highest[column]:g}" for column in columns]
+    labels = [
+        f"{TITLES.get(column, column)}\n{lowest[column]:g} to {highest[column]:g}"
+        for column in columns
+    ]
     axes.set_xticks(angles, labels=labels, fontsize=9, color=INK)
     axes.tick_params(pad=18)
     axes.grid(color=FAINT)

@@ -96,10 +96,19 @@ def published(name: str) -> Row:
     Raises:
         ValueError: No table does.
     """
-    found = [row for number in (2, 3, 4) for row in published_table(number) if row.name.lower() == name.lower()]
+    found = [
+        row
+        for number in (2, 3, 4)
+        for row in published_table(number)
+        if row.name.lower() == name.lower()
+    ]
     if not found:
-        known = list(dict.fromkeys(row.name for number in (2, 3, 4) for row in published_table(number)))
-        raise ValueError(f"no published model {name!r}: {did_you_mean(name, known)} of {', '.join(known)}")
+        known = list(
+            dict.fromkeys(row.name for number in (2, 3, 4) for row in published_table(number))
+        )
+        raise ValueError(
+            f"no published model {name!r}: {did_you_mean(name, known)} of {', '.join(known)}"
+        )
     facts = {key: value for row in reversed(found) for key, value in row.facts.items()}
     cells = {key: cell for row in reversed(found) for key, cell in row.cells.items()}
     return Row(found[0].name, facts, cells, found[0].group)
@@ -132,10 +141,14 @@ def measured(folder: Path) -> Row:
         mark = "" if content["complete"] else "~"
         scores = {score["metric"]: _cell(score, mark) for score in content["scores"]}
         cells[file.parent.name] = next(iter(scores.values()))
-        if content["benchmark"] == "mme" and "cognition" in scores:  # the paper's tables give both sums
+        if (
+            content["benchmark"] == "mme" and "cognition" in scores
+        ):  # the paper's tables give both sums
             cells["mme_cognition"] = scores["cognition"]
     if not cells:
-        raise FileNotFoundError(f"{folder} has no scores: make them with `mipha evaluate {folder} -b ...`")
+        raise FileNotFoundError(
+            f"{folder} has no scores: make them with `mipha evaluate {folder} -b ...`"
+        )
     return Row(folder.resolve().name, _facts(folder), cells, "ours")
 
 
@@ -152,7 +165,11 @@ def best_of(rows: Iterable[Row], column: str) -> float | None:
 
 def _row(record: dict[str, str]) -> Row:
     facts = {key: record[key] for key in FACTS if record.get(key, "-") != "-"}
-    numbers = {key: value for key, value in record.items() if key not in ("name", "method", "group", *FACTS) and value != "-"}
+    numbers = {
+        key: value
+        for key, value in record.items()
+        if key not in ("name", "method", "group", *FACTS) and value != "-"
+    }
     cells = {key: Cell(float(value.rstrip("*†")), value) for key, value in numbers.items()}
     return Row(record["name"], facts, cells, record.get("group", ""))
 
@@ -167,4 +184,7 @@ def _facts(folder: Path) -> dict[str, str]:
         config = json.loads((model_folder(folder) / "config.json").read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
-    return {"language_model": config["text_config"]["model_type"], "resolution": str(config["vision_config"]["image_size"])}
+    return {
+        "language_model": config["text_config"]["model_type"],
+        "resolution": str(config["vision_config"]["image_size"]),
+    }

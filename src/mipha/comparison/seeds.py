@@ -34,7 +34,9 @@ class SeedDifference:
     num_runs: tuple[int, int]
 
 
-def seed_difference(a: Sequence[Tally], b: Sequence[Tally], measure: Measure, metric: str, num_resamples: int = 500) -> SeedDifference:
+def seed_difference(
+    a: Sequence[Tally], b: Sequence[Tally], measure: Measure, metric: str, num_resamples: int = 500
+) -> SeedDifference:
     """Compare two recipes over their seeds, on the same questions.
 
     The variance of the difference of two means has a part from seeds, s_a^2 / n_a + s_b^2 / n_b (Welch), and one from the questions:
@@ -54,26 +56,47 @@ def seed_difference(a: Sequence[Tally], b: Sequence[Tally], measure: Measure, me
     """
     runs = [*a, *b]
     if any(set(run.clusters) != set(runs[0].clusters) for run in runs):
-        raise ValueError("the runs were not asked the same questions: measure all of them on one set")
+        raise ValueError(
+            "the runs were not asked the same questions: measure all of them on one set"
+        )
     scores = [np.array([values(run, measure)[metric] for run in group]) for group in (a, b)]
     if not all(np.isfinite(group).all() for group in scores):
-        raise ValueError(f"{metric} is undefined for one of the runs: compare them by another metric")
+        raise ValueError(
+            f"{metric} is undefined for one of the runs: compare them by another metric"
+        )
     difference = float(scores[0].mean() - scores[1].mean())
     counts = (len(a), len(b))
     if min(counts) < 2:
         return SeedDifference(difference, math.nan, math.nan, math.nan, counts)
-    draws = [np.stack([resampled_values(run, measure, metric, num_resamples) for run in group]) for group in (a, b)]
+    draws = [
+        np.stack([resampled_values(run, measure, metric, num_resamples) for run in group])
+        for group in (a, b)
+    ]
     own = [_own_variance(group) / len(group) for group in draws]
-    questions = max(0.0, float(np.nanvar(draws[0].mean(axis=0) - draws[1].mean(axis=0), ddof=1)) - sum(own))
+    questions = max(
+        0.0, float(np.nanvar(draws[0].mean(axis=0) - draws[1].mean(axis=0), ddof=1)) - sum(own)
+    )
     seeds = [float(group.var(ddof=1)) / len(group) for group in scores]
-    parts = [(seeds[0], counts[0] - 1), (seeds[1], counts[1] - 1), (questions, max(1, len(a[0].clusters) - 1))]
+    parts = [
+        (seeds[0], counts[0] - 1),
+        (seeds[1], counts[1] - 1),
+        (questions, max(1, len(a[0].clusters) - 1)),
+    ]
     variance = sum(part for part, _ in parts)
     if variance == 0:  # every run of either recipe scored the same
-        return SeedDifference(difference, difference, difference, 0.0 if difference else 1.0, counts)
+        return SeedDifference(
+            difference, difference, difference, 0.0 if difference else 1.0, counts
+        )
     freedom = variance**2 / sum(part**2 / degrees for part, degrees in parts)
     error = math.sqrt(variance)
     half = _t_quantile(freedom) * error
-    return SeedDifference(difference, difference - half, difference + half, t_test(difference / error, freedom), counts)
+    return SeedDifference(
+        difference,
+        difference - half,
+        difference + half,
+        t_test(difference / error, freedom),
+        counts,
+    )
 
 
 def t_test(t: float, freedom: float) -> float:
@@ -96,4 +119,8 @@ def _t_quantile(freedom: float, p_value: float = 0.05) -> float:
 
 def _own_variance(draws: np.ndarray) -> float:
     """What one run's metric varies by against another of its recipe when images are resampled; draws is (runs, resamples)."""
-    return float(np.nanmean(np.nanvar(draws - draws.mean(axis=0), axis=1, ddof=1))) * len(draws) / (len(draws) - 1)
+    return (
+        float(np.nanmean(np.nanvar(draws - draws.mean(axis=0), axis=1, ddof=1)))
+        * len(draws)
+        / (len(draws) - 1)
+    )

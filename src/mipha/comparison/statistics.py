@@ -76,14 +76,29 @@ class Tally:
     def as_json(self) -> dict[str, Any]:
         """Plain values for a JSON file; `read_tally` reads them back. Only cells that something contributed to are listed."""
         rows, columns = np.nonzero(self.counts)
-        cells = zip(rows.tolist(), columns.tolist(), self.sums[rows, columns].tolist(), self.counts[rows, columns].tolist(), strict=True)
-        return {"clusters": [str(label) for label in self.clusters], "names": list(self.names), "cells": list(cells)}
+        cells = zip(
+            rows.tolist(),
+            columns.tolist(),
+            self.sums[rows, columns].tolist(),
+            self.counts[rows, columns].tolist(),
+            strict=True,
+        )
+        return {
+            "clusters": [str(label) for label in self.clusters],
+            "names": list(self.names),
+            "cells": list(cells),
+        }
 
     def totals(self, weights: np.ndarray | None = None) -> Totals:
         """Totals with every cluster taken `weights` times, shape (..., clusters); null: once."""
         sums = self.sums.sum(axis=0) if weights is None else weights @ self.sums
         counts = self.counts.sum(axis=0) if weights is None else weights @ self.counts
-        return Totals(*({name: table[..., i] for i, name in enumerate(self.names)} for table in (sums, counts)))
+        return Totals(
+            *(
+                {name: table[..., i] for i, name in enumerate(self.names)}
+                for table in (sums, counts)
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -153,7 +168,11 @@ def values(data: Tally, measure: Measure) -> dict[str, float]:
 
 
 def intervals(
-    data: Tally, measure: Measure, num_resamples: int = NUM_RESAMPLES, seed: int = 0, level: float = 0.95
+    data: Tally,
+    measure: Measure,
+    num_resamples: int = NUM_RESAMPLES,
+    seed: int = 0,
+    level: float = 0.95,
 ) -> dict[str, tuple[float, float]]:
     """Percentile interval of every metric, resampling clusters with replacement.
 
@@ -167,20 +186,33 @@ def intervals(
         to Evals" (clustering by shared context).
     """
     rng = np.random.default_rng(seed)
-    drawn = [measure(data.totals(weights)) for weights in _resamples(rng, num_resamples, len(data.clusters))]
-    return {name: _percentiles(np.concatenate([part[name] for part in drawn]), level) for name in drawn[0]}
+    drawn = [
+        measure(data.totals(weights))
+        for weights in _resamples(rng, num_resamples, len(data.clusters))
+    ]
+    return {
+        name: _percentiles(np.concatenate([part[name] for part in drawn]), level)
+        for name in drawn[0]
+    }
 
 
-def resampled_values(data: Tally, measure: Measure, metric: str, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> np.ndarray:
+def resampled_values(
+    data: Tally, measure: Measure, metric: str, num_resamples: int = NUM_RESAMPLES, seed: int = 0
+) -> np.ndarray:
     """One metric on resampled clusters, shape (resamples,): the same clusters for every tally over them, in whichever order they stand.
 
     Args:
         seed: Of the resampling.
     """
     order = np.argsort([str(label) for label in data.clusters])
-    in_order = Tally(tuple(data.clusters[i] for i in order), data.names, data.sums[order], data.counts[order])
+    in_order = Tally(
+        tuple(data.clusters[i] for i in order), data.names, data.sums[order], data.counts[order]
+    )
     rng = np.random.default_rng(seed)
-    draws = [measure(in_order.totals(weights))[metric] for weights in _resamples(rng, num_resamples, len(order))]
+    draws = [
+        measure(in_order.totals(weights))[metric]
+        for weights in _resamples(rng, num_resamples, len(order))
+    ]
     return np.concatenate(draws)
 
 
@@ -204,13 +236,18 @@ def paired_differences(
         ValueError: The clusters or the names differ.
     """
     if set(a.clusters) != set(b.clusters) or set(a.names) != set(b.names):
-        raise ValueError("the two were not asked the same questions: compare models on one and the same set")
+        raise ValueError(
+            "the two were not asked the same questions: compare models on one and the same set"
+        )
     b = _in_order_of(a, b)
     shift = Tally(a.clusters, a.names, a.sums - b.sums, a.counts - b.counts)
     observed = _difference(measure, a.totals(), b.totals())
     observed = {name: value for name, value in observed.items() if np.isfinite(value)}
     rng = np.random.default_rng(seed)
-    drawn = [_difference(measure, a.totals(w), b.totals(w)) for w in _resamples(rng, num_resamples, len(a.clusters))]
+    drawn = [
+        _difference(measure, a.totals(w), b.totals(w))
+        for w in _resamples(rng, num_resamples, len(a.clusters))
+    ]
     as_extreme = dict.fromkeys(observed, 0)
     for rows in _chunks(num_resamples, len(a.clusters)):
         swapped = rng.integers(2, size=(rows.stop - rows.start, len(a.clusters))).astype(float)
@@ -219,7 +256,9 @@ def paired_differences(
         for name, value in observed.items():
             # A swap that gives the observed difference again must count as such, whatever order of additions rounds it to.
             # An undefined difference counts as extreme: it can only make the test more careful.
-            as_extreme[name] += int((~(np.abs(random[name]) < abs(value) - 1e-9 * (1 + abs(value)))).sum())
+            as_extreme[name] += int(
+                (~(np.abs(random[name]) < abs(value) - 1e-9 * (1 + abs(value)))).sum()
+            )
     return {
         name: PairedDifference(
             float(value),
@@ -258,15 +297,25 @@ def _percentiles(drawn: np.ndarray, level: float) -> tuple[float, float]:
 
 def _difference(measure: Measure, a: Totals, b: Totals) -> dict[str, np.ndarray]:
     theirs = measure(b)
-    return {name: np.asarray(value - theirs[name]) for name, value in measure(a).items() if name in theirs}
+    return {
+        name: np.asarray(value - theirs[name])
+        for name, value in measure(a).items()
+        if name in theirs
+    }
 
 
 def _minus(a: Totals, b: Totals) -> Totals:
-    return Totals({k: a.sums[k] - v for k, v in b.sums.items()}, {k: a.counts[k] - v for k, v in b.counts.items()})
+    return Totals(
+        {k: a.sums[k] - v for k, v in b.sums.items()},
+        {k: a.counts[k] - v for k, v in b.counts.items()},
+    )
 
 
 def _plus(a: Totals, b: Totals) -> Totals:
-    return Totals({k: a.sums[k] + v for k, v in b.sums.items()}, {k: a.counts[k] + v for k, v in b.counts.items()})
+    return Totals(
+        {k: a.sums[k] + v for k, v in b.sums.items()},
+        {k: a.counts[k] + v for k, v in b.counts.items()},
+    )
 
 
 def _in_order_of(a: Tally, b: Tally) -> Tally:
@@ -277,12 +326,21 @@ def _in_order_of(a: Tally, b: Tally) -> Tally:
     return Tally(a.clusters, a.names, b.sums[at], b.counts[at])
 
 
-def _resamples(rng: np.random.Generator, num_resamples: int, num_clusters: int) -> Iterator[np.ndarray]:
+def _resamples(
+    rng: np.random.Generator, num_resamples: int, num_clusters: int
+) -> Iterator[np.ndarray]:
     """How often each resample drew each cluster, shape (some resamples, clusters)."""
     for rows in _chunks(num_resamples, num_clusters):
         num = rows.stop - rows.start
-        drawn = rng.integers(num_clusters, size=(num, num_clusters)) + np.arange(num)[:, None] * num_clusters
-        yield np.bincount(drawn.ravel(), minlength=num * num_clusters).reshape(num, num_clusters).astype(float)
+        drawn = (
+            rng.integers(num_clusters, size=(num, num_clusters))
+            + np.arange(num)[:, None] * num_clusters
+        )
+        yield (
+            np.bincount(drawn.ravel(), minlength=num * num_clusters)
+            .reshape(num, num_clusters)
+            .astype(float)
+        )
 
 
 def _chunks(num_rows: int, row_size: int) -> Iterator[slice]:

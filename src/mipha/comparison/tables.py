@@ -9,8 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mipha.comparison.radar import draw_radar
-from mipha.comparison.results import FACTS, TITLES, Row, best_of, columns_of, measured, published_rows
-from mipha.run import Run, write_whole
+from mipha.comparison.results import (
+    FACTS,
+    TITLES,
+    Row,
+    best_of,
+    columns_of,
+    measured,
+    published_rows,
+)
+from mipha.files import write_whole
+from mipha.run import Run
 
 FORM_OF = {".md": "markdown", ".csv": "csv", ".tex": "latex"}
 """File ending to form."""
@@ -38,7 +47,9 @@ class Comparison:
         elif path.suffix in FORM_OF:
             write_whole(path, render(self.rows, FORM_OF[path.suffix]))
         else:
-            raise ValueError(f"{path}: a comparison is written as {', '.join(FORM_OF)}, .png or .svg")
+            raise ValueError(
+                f"{path}: a comparison is written as {', '.join(FORM_OF)}, .png or .svg"
+            )
 
 
 def compare(runs: Iterable[str | Path | Run] = (), published: Iterable[str] = ()) -> Comparison:
@@ -110,7 +121,11 @@ def _cells(rows: Sequence[Row], bold: str) -> tuple[list[str], list[list[str]]]:
     for row in rows:
         cells = [row.cells.get(column) for column in columns]
         shown = [
-            "-" if cell is None else bold.format(cell.printed) if cell.value == best[column] and len(rows) > 1 else cell.printed
+            "-"
+            if cell is None
+            else bold.format(cell.printed)
+            if cell.value == best[column] and len(rows) > 1
+            else cell.printed
             for column, cell in zip(columns, cells, strict=True)
         ]
         body.append([row.name, *(row.facts.get(key, "-") for key in facts), *shown])
@@ -120,14 +135,19 @@ def _cells(rows: Sequence[Row], bold: str) -> tuple[list[str], list[list[str]]]:
 def _markdown(rows: Sequence[Row]) -> str:
     header, body = _cells(rows, "**{}**")
     # An asterisk that marks a footnote would end the bold text that it stands in.
-    body = [[cell.replace("***", "**\\*") if cell.endswith("***") else cell for cell in line] for line in body]
+    body = [
+        [cell.replace("***", "**\\*") if cell.endswith("***") else cell for cell in line]
+        for line in body
+    ]
     lines = [header, ["---"] + ["--:"] * (len(header) - 1), *body]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _latex(rows: Sequence[Row]) -> str:
     header, body = _cells(rows, r"\textbf{{{}}}")
-    escape = str.maketrans({"_": r"\_", "%": r"\%", "&": r"\&", "†": r"$^\dagger$", "~": r"$\sim$", "*": r"$^*$"})
+    escape = str.maketrans(
+        {"_": r"\_", "%": r"\%", "&": r"\&", "†": r"$^\dagger$", "~": r"$\sim$", "*": r"$^*$"}
+    )
     lines = [" & ".join(cell.translate(escape) for cell in line) + r" \\" for line in body]
     top = " & ".join(cell.translate(escape) for cell in header) + r" \\"
     rows_of = "\n".join(lines)
@@ -137,14 +157,37 @@ def _latex(rows: Sequence[Row]) -> str:
 def _csv(rows: Sequence[Row]) -> str:
     facts = [key for key in FACTS if any(key in row.facts for row in rows)]
     columns = columns_of(rows)
-    known = [column for column in columns if any(row.cells[column].low is not None for row in rows if column in row.cells)]
-    header = ["name", *facts, *columns, *(f"{column}_{end}" for column in known for end in ("low", "high")), "footnotes"]
+    known = [
+        column
+        for column in columns
+        if any(row.cells[column].low is not None for row in rows if column in row.cells)
+    ]
+    header = [
+        "name",
+        *facts,
+        *columns,
+        *(f"{column}_{end}" for column in known for end in ("low", "high")),
+        "footnotes",
+    ]
     text = io.StringIO()
     writer = csv.DictWriter(text, header, restval="", lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        ends = {f"{c}_{end}": getattr(row.cells[c], end) for c in known if c in row.cells for end in ("low", "high")}
+        ends = {
+            f"{c}_{end}": getattr(row.cells[c], end)
+            for c in known
+            if c in row.cells
+            for end in ("low", "high")
+        }
         marks = {column: cell.printed.lstrip("0123456789.") for column, cell in row.cells.items()}
         notes = "; ".join(f"{column} {mark}" for column, mark in marks.items() if mark)
-        writer.writerow({"name": row.name, **row.facts, **{c: cell.value for c, cell in row.cells.items()}, **ends, "footnotes": notes})
+        writer.writerow(
+            {
+                "name": row.name,
+                **row.facts,
+                **{c: cell.value for c, cell in row.cells.items()},
+                **ends,
+                "footnotes": notes,
+            }
+        )
     return text.getvalue()

@@ -24,7 +24,9 @@ class Substituted(NamedTuple):
     reason: str
 
 
-def collate(rows: Sequence[Row], processor: LlavaProcessor, substituted: list[Substituted] | None = None) -> dict[str, Tensor]:
+def collate(
+    rows: Sequence[Row], processor: LlavaProcessor, substituted: list[Substituted] | None = None
+) -> dict[str, Tensor]:
     """Pad rows to the longest, on the right, and read their images.
 
     Args:
@@ -41,7 +43,9 @@ def collate(rows: Sequence[Row], processor: LlavaProcessor, substituted: list[Su
     """
     length = max(len(row) for row in rows)
     batch = {
-        "input_ids": _stack([row.input_ids for row in rows], length, processor.tokenizer.pad_token_id),
+        "input_ids": _stack(
+            [row.input_ids for row in rows], length, processor.tokenizer.pad_token_id
+        ),
         "labels": _stack([row.labels for row in rows], length, IGNORE),
         # Positions go on through the padding: a restart would read as a packed sample.
         "position_ids": torch.stack([_continued(row.position_ids, length) for row in rows]),
@@ -49,11 +53,18 @@ def collate(rows: Sequence[Row], processor: LlavaProcessor, substituted: list[Su
     batch["spans"] = spans_of(rows)
     if any(row.group[-1] or row.branch[-1] for row in rows):
         batch["attention_mask"] = isolation_mask(
-            _stack([row.group for row in rows], length, -1), _stack([row.branch for row in rows], length, 0)
+            _stack([row.group for row in rows], length, -1),
+            _stack([row.branch for row in rows], length, 0),
         )
-    images = [_read(image, sample, substituted) for row in rows for image, sample in zip(row.images, row.shown_by, strict=True)]
+    images = [
+        _read(image, sample, substituted)
+        for row in rows
+        for image, sample in zip(row.images, row.shown_by, strict=True)
+    ]
     if images:
-        batch["pixel_values"] = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        batch["pixel_values"] = processor.image_processor(images, return_tensors="pt")[
+            "pixel_values"
+        ]
     return batch
 
 
@@ -76,7 +87,10 @@ def spans_of(rows: Sequence[Row]) -> Tensor:
         ends = np.flatnonzero(np.diff(row.group) | np.diff(row.branch)) + 1
         starts = np.concatenate([[0], ends])
         lengths = np.diff(np.append(starts, len(row)))
-        spans += [(number, int(row.branch[start] > 0), int(tokens)) for start, tokens in zip(starts, lengths, strict=True)]
+        spans += [
+            (number, int(row.branch[start] > 0), int(tokens))
+            for start, tokens in zip(starts, lengths, strict=True)
+        ]
     return torch.tensor(spans)
 
 

@@ -12,7 +12,16 @@ from mipha.data.images import ImageSource
 from mipha.data.sample import IMAGE, Message, Sample
 from mipha.data.upstream_tokens import IGNORE, encode_conversation
 
-__all__ = ["IGNORE", "Encoded", "as_chat", "blank", "encode", "encode_conversation", "tokens_per_image", "unsupervised"]
+__all__ = [
+    "IGNORE",
+    "Encoded",
+    "as_chat",
+    "blank",
+    "encode",
+    "encode_conversation",
+    "tokens_per_image",
+    "unsupervised",
+]
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,9 @@ class Encoded:
         return len(self.input_ids)
 
 
-def encode(sample: Sample, processor: LlavaProcessor, max_tokens: int, prompt: str = "chat") -> Encoded:
+def encode(
+    sample: Sample, processor: LlavaProcessor, max_tokens: int, prompt: str = "chat"
+) -> Encoded:
     """Tokenise a sample once, with its loss mask.
 
     Args:
@@ -69,10 +80,20 @@ def encode(sample: Sample, processor: LlavaProcessor, max_tokens: int, prompt: s
     truncated = max(0, len(ids) - max_tokens)
     ids, labels = ids[:max_tokens], labels[:max_tokens]
     if (labels[1:] == IGNORE).all():
-        cause = f"row_tokens={max_tokens} cuts its answer off" if truncated else "the assistant says nothing"
-        raise ValueError(f"sample {sample.id}: no token is trained on, because {cause}; mend or remove the sample")
+        cause = (
+            f"row_tokens={max_tokens} cuts its answer off"
+            if truncated
+            else "the assistant says nothing"
+        )
+        raise ValueError(
+            f"sample {sample.id}: no token is trained on, because {cause}; mend or remove the sample"
+        )
     # The token behind the prefix must not be supervised: its prediction is made at the prefix's last, shared, position.
-    shared = last_image if num_images == 1 and last_image < len(ids) and (labels[: last_image + 1] == IGNORE).all() else 0
+    shared = (
+        last_image
+        if num_images == 1 and last_image < len(ids) and (labels[: last_image + 1] == IGNORE).all()
+        else 0
+    )
     return Encoded(sample.id, ids, labels, sample.images, shared, truncated)
 
 
@@ -82,14 +103,20 @@ def _check_text(sample: Sample) -> None:
         try:
             message.text.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(f"sample {sample.id}: a text holds half of a character (a lone surrogate): remove it") from error
+            raise ValueError(
+                f"sample {sample.id}: a text holds half of a character (a lone surrogate): remove it"
+            ) from error
 
 
 def tokens_per_image(processor: LlavaProcessor) -> int:
     """Tokens that one image takes in the sequence."""
     size = processor.image_processor.size
     patches = (size["height"] // processor.patch_size) * (size["width"] // processor.patch_size)
-    return patches + processor.num_additional_image_tokens - (processor.vision_feature_select_strategy == "default")
+    return (
+        patches
+        + processor.num_additional_image_tokens
+        - (processor.vision_feature_select_strategy == "default")
+    )
 
 
 def as_chat(messages: tuple[Message, ...]) -> list[dict[str, Any]]:
@@ -99,7 +126,12 @@ def as_chat(messages: tuple[Message, ...]) -> list[dict[str, Any]]:
     prompt is what training began with.
     """
     return [
-        {"role": message.role, "content": _content_parts(message.text.strip() if message.role == "assistant" else message.text)}
+        {
+            "role": message.role,
+            "content": _content_parts(
+                message.text.strip() if message.role == "assistant" else message.text
+            ),
+        }
         for message in messages
     ]
 
@@ -116,7 +148,11 @@ def _content_parts(text: str) -> list[dict[str, str]]:
 
 def _chat(sample: Sample, processor: LlavaProcessor) -> tuple[np.ndarray, np.ndarray]:
     encoded = processor.tokenizer.apply_chat_template(
-        as_chat(sample.messages), chat_template=processor.chat_template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        as_chat(sample.messages),
+        chat_template=processor.chat_template,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
     )
     return np.asarray(encoded["input_ids"]), np.asarray(encoded["assistant_masks"], dtype=bool)
 
@@ -130,14 +166,19 @@ def _plain(sample: Sample, processor: LlavaProcessor) -> tuple[np.ndarray, np.nd
     return np.asarray(head + text), np.arange(len(head) + len(text)) >= len(head)
 
 
-def _expand_images(ids: np.ndarray, supervised: np.ndarray, processor: LlavaProcessor) -> tuple[np.ndarray, np.ndarray]:
+def _expand_images(
+    ids: np.ndarray, supervised: np.ndarray, processor: LlavaProcessor
+) -> tuple[np.ndarray, np.ndarray]:
     repeats = np.where(ids == processor.image_token_id, tokens_per_image(processor), 1)
     return np.repeat(ids, repeats), np.repeat(supervised, repeats)
 
 
 def blank(processor: LlavaProcessor, image: bytes) -> Encoded:
     """A sample with an image and nothing to learn: keeps processes in step where one has no image of its own."""
-    ids = np.asarray([processor.image_token_id] * tokens_per_image(processor) + [processor.tokenizer.eos_token_id])
+    ids = np.asarray(
+        [processor.image_token_id] * tokens_per_image(processor)
+        + [processor.tokenizer.eos_token_id]
+    )
     return Encoded("blank", ids, np.full(len(ids), IGNORE), (image,))
 
 

@@ -18,7 +18,11 @@ def side_of(sample: Sample, held_out: float) -> Side | None:
     the same side, whatever else there is and whatever the seed. So no image is ever on both. Text alone goes by what the user says.
     """
     keys = [image_key(image) for image in sample.images]
-    keys = keys or ["\0".join(message.text for message in sample.messages if message.role == "user").encode("utf-8", "surrogatepass")]
+    keys = keys or [
+        "\0".join(message.text for message in sample.messages if message.role == "user").encode(
+            "utf-8", "surrogatepass"
+        )
+    ]
     sides: set[Side] = {"validation" if _fraction(key) < held_out else "train" for key in keys}
     return sides.pop() if len(sides) == 1 else None
 

@@ -24,7 +24,23 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF
 """What is read. Left out on purpose: EPS, which hands the file to another program."""
 
 SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"}
+    {
+        ".jpg",
+        ".jpeg",
+        ".jpe",
+        ".jfif",
+        ".png",
+        ".webp",
+        ".gif",
+        ".bmp",
+        ".dib",
+        ".tif",
+        ".tiff",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+        ".pnm",
+    }
     | {".jp2", ".j2k", ".avif", ".ico", ".heic", ".heif"}
 )
 """Names that say a file is a picture; those of a phone (.heic) are counted in, so that they are refused and not overlooked."""
@@ -100,17 +116,25 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
     if isinstance(source, Path) and not source.is_file():
         raise FileNotFoundError(f"no image file {source}: check the data set's root")
     try:
-        with Image.open(source if isinstance(source, Path) else io.BytesIO(_bytes(source)), formats=FORMATS) as image:
+        with Image.open(
+            source if isinstance(source, Path) else io.BytesIO(_bytes(source)), formats=FORMATS
+        ) as image:
             _check_size(image, max_pixels)
             image.load()  # all of it: a file cut short must fail here, not be grey at the bottom
             _check_size(image, max_pixels)  # an icon's directory and the picture in it may disagree
             return _bounded(_to_rgb(_upright(image)))
     except Image.UnidentifiedImageError as error:
-        raise ValueError(f"{name} is not an image in a known format: use one of {', '.join(FORMATS)}") from error
+        raise ValueError(
+            f"{name} is not an image in a known format: use one of {', '.join(FORMATS)}"
+        ) from error
     except MemoryError as error:
-        raise ValueError(f"{name} asks for more memory than there is: make it smaller, or remove it") from error
+        raise ValueError(
+            f"{name} asks for more memory than there is: make it smaller, or remove it"
+        ) from error
     except Exception as error:  # decoders answer damage with nearly every kind of exception
-        raise ValueError(f"{name} cannot be read as an image: {error or type(error).__name__}") from error
+        raise ValueError(
+            f"{name} cannot be read as an image: {error or type(error).__name__}"
+        ) from error
 
 
 def is_readable(source: ImageSource) -> bool:
@@ -160,12 +184,16 @@ def _key(file: BinaryIO) -> bytes:
     file.seek(0)
     head = file.read(_KEY_BYTES)
     file.seek(max(0, size - _KEY_BYTES))
-    return hashlib.blake2b(size.to_bytes(8, "big") + head + file.read(_KEY_BYTES), digest_size=16).digest()
+    return hashlib.blake2b(
+        size.to_bytes(8, "big") + head + file.read(_KEY_BYTES), digest_size=16
+    ).digest()
 
 
 def _check_size(image: Image.Image, max_pixels: int) -> None:
     if image.width * image.height > max_pixels:
-        raise ValueError(f"{image.width} x {image.height} is more than {max_pixels} pixels; make it smaller")
+        raise ValueError(
+            f"{image.width} x {image.height} is more than {max_pixels} pixels; make it smaller"
+        )
 
 
 def _bounded(image: Image.Image) -> Image.Image:
@@ -185,10 +213,14 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         return _from_16_bit(image)
     if image.mode == "F":
-        raise ValueError("its pixels are floating point numbers of unknown range; save it with 8 or 16 bits")
+        raise ValueError(
+            "its pixels are floating point numbers of unknown range; save it with 8 or 16 bits"
+        )
     if image.has_transparency_data:
         layer = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, (*_WHITE, 255)), layer).convert("RGB")
+        return Image.alpha_composite(Image.new("RGBA", layer.size, (*_WHITE, 255)), layer).convert(
+            "RGB"
+        )
     return image.convert("RGB")
 
 
@@ -198,5 +230,7 @@ def _from_16_bit(image: Image.Image) -> Image.Image:
 
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
-        raise ValueError(f"its pixels reach from {values.min()} to {values.max()}, beyond 16 bits; save it with 8 or 16 bits")
+        raise ValueError(
+            f"its pixels reach from {values.min()} to {values.max()}, beyond 16 bits; save it with 8 or 16 bits"
+        )
     return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")

@@ -99,14 +99,21 @@ class Mixture(Sequence[Sample]):
         ValueError, FileNotFoundError: A data set is unknown, missing, malformed or empty.
     """
 
-    def __init__(self, data: Sequence[DataRecipe], held_out: float = 0.0, side: Side = "train") -> None:
+    def __init__(
+        self, data: Sequence[DataRecipe], held_out: float = 0.0, side: Side = "train"
+    ) -> None:
         assert 0 <= held_out < 1 and (held_out or side == "train"), (held_out, side)
         self.notes: list[str] = []
-        self.sources = tuple(self._load(recipe, name, held_out, side) for recipe, name in zip(data, _names(data), strict=True))
+        self.sources = tuple(
+            self._load(recipe, name, held_out, side)
+            for recipe, name in zip(data, _names(data), strict=True)
+        )
         self._starts = np.cumsum([0, *(len(source) for source in self.sources)])
         self._grey = grey_image()
         if not len(self):
-            raise ValueError(f"held_out={held_out} leaves no sample for {side}: choose another share, or give more images")
+            raise ValueError(
+                f"held_out={held_out} leaves no sample for {side}: choose another share, or give more images"
+            )
 
     def _load(self, recipe: DataRecipe, name: str, held_out: float, side: Side) -> Source:
         module, records = load_records(recipe)
@@ -115,15 +122,28 @@ class Mixture(Sequence[Sample]):
         if hasattr(module, "left_out") and (note := module.left_out(recipe.split, recipe.root)):
             self.notes.append(note)
         if not len(records):
-            raise ValueError(f"data set {recipe.dataset} ({recipe.root or 'packaged'}, split {recipe.split}) has no samples")
-        source = Source(name, recipe, module.to_sample, records, range(min(len(records), recipe.limit or len(records))))
+            raise ValueError(
+                f"data set {recipe.dataset} ({recipe.root or 'packaged'}, split {recipe.split}) has no samples"
+            )
+        source = Source(
+            name,
+            recipe,
+            module.to_sample,
+            records,
+            range(min(len(records), recipe.limit or len(records))),
+        )
         return self._one_side(source, held_out, side) if held_out else source
 
     def _one_side(self, source: Source, held_out: float, side: Side) -> Source:
         sides = [side_of(source.sample(index), held_out) for index in range(len(source))]
         if torn := sides.count(None):
-            self.notes.append(f"{source.name}: {torn} of {len(source)} samples are used on neither side, for they show images of both")
-        rows = np.asarray([row for row, own in zip(source.rows, sides, strict=True) if own == side], dtype=np.int64)
+            self.notes.append(
+                f"{source.name}: {torn} of {len(source)} samples are used on neither side, for they show images of both"
+            )
+        rows = np.asarray(
+            [row for row, own in zip(source.rows, sides, strict=True) if own == side],
+            dtype=np.int64,
+        )
         return replace(source, rows=rows)
 
     def __len__(self) -> int:
@@ -159,7 +179,9 @@ class Mixture(Sequence[Sample]):
         behind = {}
         for number, source in enumerate(self.sources):
             if source.recipe.images == "shuffled":
-                round_trip = np.random.Generator(np.random.Philox(key=[0, number])).permutation(len(source))
+                round_trip = np.random.Generator(np.random.Philox(key=[0, number])).permutation(
+                    len(source)
+                )
                 behind[number] = np.empty_like(round_trip)
                 behind[number][round_trip] = np.roll(round_trip, -1)
         return behind
@@ -178,7 +200,9 @@ class Mixture(Sequence[Sample]):
     @cached_property
     def image_keys(self) -> np.ndarray:
         """`(samples,)` uint64: the same for samples that show the same images in the same order, 0 for text alone. Made once."""
-        return np.fromiter((_images_key(sample) for sample in self), dtype=np.uint64, count=len(self))
+        return np.fromiter(
+            (_images_key(sample) for sample in self), dtype=np.uint64, count=len(self)
+        )
 
     def epoch_samples(self, seed: int, epoch: int) -> np.ndarray:
         """`(num_per_epoch,)` indices of what one epoch shows, data set after data set: a pure function of seed and epoch.
@@ -189,7 +213,10 @@ class Mixture(Sequence[Sample]):
         shown = []
         for number, source in enumerate(self.sources):
             if len(source):
-                shown.append(int(self._starts[number]) + dealt(len(source), source.num_per_epoch, seed, epoch, number))
+                shown.append(
+                    int(self._starts[number])
+                    + dealt(len(source), source.num_per_epoch, seed, epoch, number)
+                )
         return np.concatenate(shown)
 
     def _source_of(self, index: int) -> int:
@@ -231,12 +258,18 @@ def check_samples(mixture: Mixture) -> str:
 def _names(data: Sequence[DataRecipe]) -> list[str]:
     """A name for each data set, with a number behind it where it would not be the only one."""
     names = [recipe.root.name if recipe.root else recipe.dataset for recipe in data]
-    return [name if names.count(name) == 1 else f"{name} ({names[: place + 1].count(name)})" for place, name in enumerate(names)]
+    return [
+        name if names.count(name) == 1 else f"{name} ({names[: place + 1].count(name)})"
+        for place, name in enumerate(names)
+    ]
 
 
 def _described(sample: Sample) -> bytes:
     texts = [[message.role, message.text] for message in sample.messages]
-    images = [hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else Path(str(image)).name for image in sample.images]
+    images = [
+        hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else Path(str(image)).name
+        for image in sample.images
+    ]
     return json.dumps([texts, images]).encode() + b"\n"
 
 
@@ -245,5 +278,8 @@ def _images_key(sample: Sample) -> int:
         return 0
     digest = hashlib.blake2b(digest_size=8)
     for image in sample.images:
-        digest.update((image if isinstance(image, bytes) else str(image).encode("utf-8", "surrogateescape")) + b"\0")
+        digest.update(
+            (image if isinstance(image, bytes) else str(image).encode("utf-8", "surrogateescape"))
+            + b"\0"
+        )
     return int.from_bytes(digest.digest(), "big")

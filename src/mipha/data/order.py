@@ -12,7 +12,11 @@ if TYPE_CHECKING:
 
 
 def epoch_order(
-    mixture: Mixture, seed: int, epoch: int, samples_per_image: int | None = None, by_modality: int | None = None
+    mixture: Mixture,
+    seed: int,
+    epoch: int,
+    samples_per_image: int | None = None,
+    by_modality: int | None = None,
 ) -> np.ndarray:
     """The order of one epoch: a pure function of seed and epoch, whatever ran before and on how many processes.
 
@@ -37,13 +41,17 @@ def epoch_order(
     for index in shuffled.tolist():
         by_image.setdefault(int(keys[index]) or -1 - index, []).append(index)
     bundles = [
-        members[start : start + samples_per_image] for members in by_image.values() for start in range(0, len(members), samples_per_image)
+        members[start : start + samples_per_image]
+        for members in by_image.values()
+        for start in range(0, len(members), samples_per_image)
     ]
     random.shuffle(bundles)
     return np.fromiter(chain.from_iterable(bundles), dtype=np.int64, count=len(shuffled))
 
 
-def _by_modality(shuffled: np.ndarray, shows: np.ndarray, size: int, epoch: int, random: np.random.Generator) -> np.ndarray:
+def _by_modality(
+    shuffled: np.ndarray, shows: np.ndarray, size: int, epoch: int, random: np.random.Generator
+) -> np.ndarray:
     """Whole steps of one modality each, in random order; what is left over of both lies where steps are cut by an epoch's end.
 
     Args:

@@ -56,7 +56,9 @@ class Row:
         return int((self.labels[1:] != IGNORE).sum())
 
 
-def make_rows(samples: Sequence[Encoded], row_tokens: int, batching: str, num_processes: int = 1) -> list[Row]:
+def make_rows(
+    samples: Sequence[Encoded], row_tokens: int, batching: str, num_processes: int = 1
+) -> list[Row]:
     """Lay samples into rows.
 
     Args:
@@ -68,9 +70,17 @@ def make_rows(samples: Sequence[Encoded], row_tokens: int, batching: str, num_pr
     Returns:
         Rows, longest first.
     """
-    groups = _share(samples, row_tokens) if batching == "shared-image" else [_lay([sample], prefix=0) for sample in samples]
+    groups = (
+        _share(samples, row_tokens)
+        if batching == "shared-image"
+        else [_lay([sample], prefix=0) for sample in samples]
+    )
     groups.sort(key=len, reverse=True)
-    bins = [[group] for group in groups] if batching == "padded" else _spread(groups, row_tokens, num_processes)
+    bins = (
+        [[group] for group in groups]
+        if batching == "padded"
+        else _spread(groups, row_tokens, num_processes)
+    )
     return sorted((_join(groups) for groups in bins), key=len, reverse=True)
 
 
@@ -78,7 +88,9 @@ def _share(samples: Sequence[Encoded], row_tokens: int) -> list[Row]:
     """Groups of samples whose prefix and image are the same; a group that outgrows a row is split."""
     by_prefix: dict[object, list[Encoded]] = defaultdict(list)
     for index, sample in enumerate(samples):
-        key = (sample.images, sample.input_ids[: sample.prefix].tobytes()) if sample.prefix else index
+        key = (
+            (sample.images, sample.input_ids[: sample.prefix].tobytes()) if sample.prefix else index
+        )
         by_prefix[key].append(sample)
     groups = []
     for members in by_prefix.values():
@@ -100,13 +112,16 @@ def _lay(samples: Sequence[Encoded], prefix: int) -> Row:
     first = samples[0]
     spans = [(0, first.input_ids[:prefix], first.labels[:prefix], 0)] if prefix else []
     spans += [
-        (number + 1 if prefix else 0, sample.input_ids[prefix:], sample.labels[prefix:], prefix) for number, sample in enumerate(samples)
+        (number + 1 if prefix else 0, sample.input_ids[prefix:], sample.labels[prefix:], prefix)
+        for number, sample in enumerate(samples)
     ]
     return Row(
         ids=tuple(sample.id for sample in samples),
         input_ids=np.concatenate([ids for _, ids, _, _ in spans]),
         labels=np.concatenate([labels for _, _, labels, _ in spans]),
-        position_ids=np.concatenate([np.arange(start, start + len(ids)) for _, ids, _, start in spans]),
+        position_ids=np.concatenate(
+            [np.arange(start, start + len(ids)) for _, ids, _, start in spans]
+        ),
         group=np.zeros(sum(len(ids) for _, ids, _, _ in spans), dtype=np.int64),
         branch=np.concatenate([np.full(len(ids), branch) for branch, ids, _, _ in spans]),
         images=first.images,

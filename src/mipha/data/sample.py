@@ -38,8 +38,16 @@ class Sample:
     def __post_init__(self) -> None:
         markers = sum(message.text.count(IMAGE) for message in self.messages)
         if markers != len(self.images):
-            raise ValueError(f"sample {self.id}: {markers} {IMAGE} markers for {len(self.images)} images; each image needs one marker")
+            raise ValueError(
+                f"sample {self.id}: {markers} {IMAGE} markers for {len(self.images)} images; each image needs one marker"
+            )
         roles = [message.role for message in self.messages if message.role != "system"]
-        if not roles or roles != ["user", "assistant"] * (len(roles) // 2) or "system" in [m.role for m in self.messages[1:]]:
+        if (
+            not roles
+            or roles != ["user", "assistant"] * (len(roles) // 2)
+            or "system" in [m.role for m in self.messages[1:]]
+        ):
             order = ", ".join(message.role for message in self.messages) or "nothing"
-            raise ValueError(f"sample {self.id}: roles are {order}; wanted an optional system turn, then user and assistant in turn")
+            raise ValueError(
+                f"sample {self.id}: roles are {order}; wanted an optional system turn, then user and assistant in turn"
+            )

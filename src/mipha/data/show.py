@@ -22,15 +22,19 @@ from mipha.data.check.source import Source
 from mipha.data.check.text import has_half_character
 from mipha.data.images import ImageSource, open_image
 from mipha.data.sample import Sample
+from mipha.files import write_whole
 from mipha.recipe import StageRecipe
-from mipha.run import write_whole
 
 if TYPE_CHECKING:
     from transformers import LlavaProcessor
 
     from mipha.data.encode import Encoded
 
-_STYLES = {"image": "#1f2933 on #bfe3f5", "trained": ("#1f2933 on #b7e4c7", "#1f2933 on #74c69d"), "given": ("", "dim")}
+_STYLES = {
+    "image": "#1f2933 on #bfe3f5",
+    "trained": ("#1f2933 on #b7e4c7", "#1f2933 on #74c69d"),
+    "given": ("", "dim"),
+}
 
 
 class Piece(NamedTuple):
@@ -86,7 +90,12 @@ class View:
         return sum(piece.num_tokens for piece in self.pieces if piece.trained)
 
 
-def view_sample(source: Source, row: int, stage: StageRecipe | None = None, processor: LlavaProcessor | None = None) -> View:
+def view_sample(
+    source: Source,
+    row: int,
+    stage: StageRecipe | None = None,
+    processor: LlavaProcessor | None = None,
+) -> View:
     """Look at one sample.
 
     Args:
@@ -100,7 +109,9 @@ def view_sample(source: Source, row: int, stage: StageRecipe | None = None, proc
     """
     size = len(source)
     if not 0 <= row < size:
-        raise ValueError(f"{source.name} has no row {row}: it has {size:,} rows, so give one from 0 to {size - 1}")
+        raise ValueError(
+            f"{source.name} has no row {row}: it has {size:,} rows, so give one from 0 to {size - 1}"
+        )
     record = source.records[row]
     sample = source.to_sample(record)
     images, notes = [], []
@@ -119,16 +130,26 @@ def view_sample(source: Source, row: int, stage: StageRecipe | None = None, proc
 
     view = replace(view, pixels=tuple(_preprocessed(images, processor)))
     if any(has_half_character(message.text) for message in sample.messages):
-        return replace(view, problem="a text holds half of a character (a lone surrogate), which no tokenizer accepts: remove it")
+        return replace(
+            view,
+            problem="a text holds half of a character (a lone surrogate), which no tokenizer accepts: remove it",
+        )
     if stage.prompt == "chat":
         chat = as_chat(sample.messages)
-        view = replace(view, rendered=processor.tokenizer.apply_chat_template(chat, chat_template=processor.chat_template, tokenize=False))
+        view = replace(
+            view,
+            rendered=processor.tokenizer.apply_chat_template(
+                chat, chat_template=processor.chat_template, tokenize=False
+            ),
+        )
     try:
         encoded = encode(sample, processor, stage.row_tokens, stage.prompt)
     except ValueError as error:
         return replace(view, problem=str(error))
     pieces = tuple(token_pieces(encoded, processor))
-    rendered = view.rendered or "".join("<image>" if piece.is_image else piece.text for piece in pieces)
+    rendered = view.rendered or "".join(
+        "<image>" if piece.is_image else piece.text for piece in pieces
+    )
     return replace(view, rendered=rendered, pieces=pieces, num_truncated=encoded.truncated)
 
 
@@ -146,7 +167,11 @@ def token_pieces(encoded: Encoded, processor: LlavaProcessor) -> Iterator[Piece]
             yield Piece("", False, end - start, is_image=True)
         else:
             text = _decoded(ids[start:end], processor)
-            while text.endswith("\ufffd") and end < min(len(ids), start + 4) and trained[end] == trained[start]:
+            while (
+                text.endswith("\ufffd")
+                and end < min(len(ids), start + 4)
+                and trained[end] == trained[start]
+            ):
                 end += 1
                 text = _decoded(ids[start:end], processor)
             yield Piece(text, bool(trained[start]), end - start)
@@ -162,7 +187,11 @@ def open_quietly(source: ImageSource) -> Image.Image:
 
 def visible(text: str) -> str:
     """Text for a screen: control and half characters as pictures, an end of line shown and kept."""
-    pictures = {code: 0x2400 + code for code in range(0x20) if code != 0x0A} | {0x7F: 0x2421} | dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)
+    pictures = (
+        {code: 0x2400 + code for code in range(0x20) if code != 0x0A}
+        | {0x7F: 0x2421}
+        | dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)
+    )
     pictures |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
     return text.translate(pictures).replace("\n", "↵\n")
 
@@ -170,22 +199,37 @@ def visible(text: str) -> str:
 def render(view: View) -> RenderableType:
     """The sample for a terminal; what is trained on is green, and shades alternate from token to token."""
     lines: list[RenderableType] = [Rule(f"row {view.row}  {view.where}", align="left")]
-    lines += [Text(f"image {number}: {note}") for number, note in enumerate(view.image_notes, start=1)]
+    lines += [
+        Text(f"image {number}: {note}") for number, note in enumerate(view.image_notes, start=1)
+    ]
     if view.rendered is None:
-        lines += [Text.assemble((f"{message.role}: ", "bold"), visible(message.text)) for message in view.sample.messages]
+        lines += [
+            Text.assemble((f"{message.role}: ", "bold"), visible(message.text))
+            for message in view.sample.messages
+        ]
         return Group(
             *lines,
             Text(view.problem, "bold red")
             if view.problem
-            else Text("give a recipe (--recipe NAME) to see its tokens, what is trained on, and its images resized", "dim"),
+            else Text(
+                "give a recipe (--recipe NAME) to see its tokens, what is trained on, and its images resized",
+                "dim",
+            ),
         )
     lines += [Rule("rendered template", align="left", style="dim"), Text(visible(view.rendered))]
     if view.problem:
         return Group(*lines, Text(view.problem, "bold red"))
     title = f"{view.num_tokens:,} tokens, {view.num_trained:,} of them trained on"
-    title += f"; {view.num_truncated:,} more are cut off by row_tokens" if view.num_truncated else ""
+    title += (
+        f"; {view.num_truncated:,} more are cut off by row_tokens" if view.num_truncated else ""
+    )
     lines += [Rule(title, align="left", style="dim"), _coloured(view.pieces)]
-    return Group(*lines, Text.assemble(("trained on", _STYLES["trained"][0]), "  given  ", ("an image", _STYLES["image"])))
+    return Group(
+        *lines,
+        Text.assemble(
+            ("trained on", _STYLES["trained"][0]), "  given  ", ("an image", _STYLES["image"])
+        ),
+    )
 
 
 def save_pixels(view: View, folder: Path) -> list[Path]:
@@ -205,12 +249,16 @@ def _coloured(pieces: tuple[Piece, ...]) -> Text:
         if piece.is_image:
             text.append(f"[image: {piece.num_tokens} tokens]", _STYLES["image"])
         else:
-            text.append(visible(piece.text), _STYLES["trained" if piece.trained else "given"][number % 2])
+            text.append(
+                visible(piece.text), _STYLES["trained" if piece.trained else "given"][number % 2]
+            )
     return text
 
 
 def _decoded(ids: np.ndarray, processor: LlavaProcessor) -> str:
-    return processor.tokenizer.decode(ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return processor.tokenizer.decode(
+        ids.tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False
+    )
 
 
 def _preprocessed(images: list[Image.Image], processor: LlavaProcessor) -> Iterator[Image.Image]:
@@ -218,7 +266,9 @@ def _preprocessed(images: list[Image.Image], processor: LlavaProcessor) -> Itera
     if not images:
         return
     settings = processor.image_processor
-    mean, std = (np.reshape(values, (3, 1, 1)) for values in (settings.image_mean, settings.image_std))
+    mean, std = (
+        np.reshape(values, (3, 1, 1)) for values in (settings.image_mean, settings.image_std)
+    )
     for values in processor.image_processor(images, return_tensors="np")["pixel_values"]:
         colours = np.clip(np.asarray(values) * std + mean, 0, 1) * 255
         yield Image.fromarray(colours.round().astype(np.uint8).transpose(1, 2, 0))

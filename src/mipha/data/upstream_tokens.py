@@ -62,19 +62,25 @@ def encode_conversation(
     of Mipha 21dafbf.
     """
     if template not in ("v0", "plain") or compat not in ("upstream", None):
-        raise ValueError(f"template={template!r} with compat={compat!r} is unknown: use v0 or plain, and upstream or null")
+        raise ValueError(
+            f"template={template!r} with compat={compat!r} is unknown: use v0 or plain, and upstream or null"
+        )
     turns = [_turn(turn, number) for number, turn in enumerate(conversation)]
     if template == "plain":
         ids, labels = _plain(turns, tokenizer, keep_image_labels=compat == "upstream")
     else:
         turns = _alternating(turns)
-        ids, labels = _upstream(turns, tokenizer) if compat == "upstream" else _answers(turns, tokenizer)
+        ids, labels = (
+            _upstream(turns, tokenizer) if compat == "upstream" else _answers(turns, tokenizer)
+        )
     return np.asarray(ids, dtype=np.int64), np.asarray(labels, dtype=np.int64)
 
 
 def _turn(turn: Mapping[str, str], number: int) -> _Turn:
     if turn.get("from") not in ("human", "gpt") or not isinstance(turn.get("value"), str):
-        raise ValueError(f'turn {number}: wanted {{"from": "human" or "gpt", "value": text}}, got {str(turn)[:80]}')
+        raise ValueError(
+            f'turn {number}: wanted {{"from": "human" or "gpt", "value": text}}, got {str(turn)[:80]}'
+        )
     text = turn["value"]
     if IMAGE in text:
         text = f"{IMAGE}\n{text.replace(IMAGE, '').strip()}".strip()
@@ -84,18 +90,26 @@ def _turn(turn: Mapping[str, str], number: int) -> _Turn:
 def _alternating(turns: list[_Turn]) -> list[_Turn]:
     turns = turns[1:] if turns and turns[0].speaker != "human" else turns
     speakers = [turn.speaker for turn in turns]
-    if not speakers or speakers != [("human", "gpt")[number % 2] for number in range(len(speakers))]:
-        raise ValueError(f"the turns are by {', '.join(speakers) or 'nobody'}: wanted human and gpt in turn")
+    if not speakers or speakers != [
+        ("human", "gpt")[number % 2] for number in range(len(speakers))
+    ]:
+        raise ValueError(
+            f"the turns are by {', '.join(speakers) or 'nobody'}: wanted human and gpt in turn"
+        )
     return turns
 
 
-def _upstream(turns: list[_Turn], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def _upstream(
+    turns: list[_Turn], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int]]:
     """Upstream's text and its mask by counting: exact, and all -100 where the counts disagree."""
     eos, num_bos = tokenizer.eos_token, _num_bos(tokenizer)
     text = _SYSTEM
     for turn in turns:
         role, end = ("USER", " ") if turn.speaker == "human" else ("ASSISTANT", eos)
-        text += f"{role}: {turn.text}{end}" if turn.text else f"{role}:"  # nothing said, nothing ended
+        text += (
+            f"{role}: {turn.text}{end}" if turn.text else f"{role}:"
+        )  # nothing said, nothing ended
     limit = tokenizer.model_max_length if tokenizer.model_max_length < 10**9 else _MAX_TOKENS
     ids = _split_tokens(text, tokenizer)
     ids = ids if IMAGE in text else ids[:limit]
@@ -108,7 +122,9 @@ def _upstream(turns: list[_Turn], tokenizer: PreTrainedTokenizerBase) -> tuple[l
             break
         # Less the lone space at the end, which belongs to the answer's first token.
         num_question = len(_split_tokens(question + _ANSWER, tokenizer)) - 1 - num_bos
-        labels[position : position + num_question] = [IGNORE] * len(labels[position : position + num_question])
+        labels[position : position + num_question] = [IGNORE] * len(
+            labels[position : position + num_question]
+        )
         position += len(_split_tokens(round_text, tokenizer)) + 1 - num_bos
     labels[position:] = [IGNORE] * len(labels[position:])
     if position < limit and position != _num_tokens_as_upstream_counts(ids, text, tokenizer):
@@ -116,7 +132,9 @@ def _upstream(turns: list[_Turn], tokenizer: PreTrainedTokenizerBase) -> tuple[l
     return ids, labels
 
 
-def _num_tokens_as_upstream_counts(ids: list[int], text: str, tokenizer: PreTrainedTokenizerBase) -> int:
+def _num_tokens_as_upstream_counts(
+    ids: list[int], text: str, tokenizer: PreTrainedTokenizerBase
+) -> int:
     """Tokens that are not padding. Phi pads with the token that ends a turn, so upstream adds the ends back, counted in the text."""
     if _num_bos(tokenizer):
         return len(ids) - ids.count(tokenizer.pad_token_id)
@@ -132,7 +150,9 @@ def _answers(turns: list[_Turn], tokenizer: PreTrainedTokenizerBase) -> tuple[li
         spans.append((len(text), len(text) + len(f" {answer.text}{tokenizer.eos_token}")))
         text += f" {answer.text}{tokenizer.eos_token}"
     if not spans:
-        raise ValueError("no question of the conversation is answered, so there is nothing to train on: remove the record")
+        raise ValueError(
+            "no question of the conversation is answered, so there is nothing to train on: remove the record"
+        )
     ids: list[int] = []
     labels: list[int] = []
     start = 0
@@ -144,18 +164,26 @@ def _answers(turns: list[_Turn], tokenizer: PreTrainedTokenizerBase) -> tuple[li
         encoded = tokenizer(piece, add_special_tokens=number == 0, return_offsets_mapping=True)
         for token, (first, _) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
             ids.append(token)
-            labels.append(token if any(begin <= start + first < end for begin, end in spans) else IGNORE)
+            labels.append(
+                token if any(begin <= start + first < end for begin, end in spans) else IGNORE
+            )
         start += len(piece)
     return ids, labels
 
 
-def _plain(turns: list[_Turn], tokenizer: PreTrainedTokenizerBase, keep_image_labels: bool) -> tuple[list[int], list[int]]:
+def _plain(
+    turns: list[_Turn], tokenizer: PreTrainedTokenizerBase, keep_image_labels: bool
+) -> tuple[list[int], list[int]]:
     if len(turns) != 2 or IMAGE not in turns[0].text:
-        raise ValueError(f"{len(turns)} turns: the plain template wants two, the first with {IMAGE}, and the caption")
+        raise ValueError(
+            f"{len(turns)} turns: the plain template wants two, the first with {IMAGE}, and the caption"
+        )
     ids = _split_tokens(f"{IMAGE}{turns[1].text}\n", tokenizer)
     num_head = len(_split_tokens(IMAGE, tokenizer))
     labels = [IGNORE] * num_head + ids[num_head:]
-    return ids, labels if keep_image_labels else [IGNORE if label == IMAGE_ID else label for label in labels]
+    return ids, labels if keep_image_labels else [
+        IGNORE if label == IMAGE_ID else label for label in labels
+    ]
 
 
 def _split_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -169,4 +197,7 @@ def _split_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _num_bos(tokenizer: PreTrainedTokenizerBase) -> int:
-    return int(tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id])
+    return int(
+        tokenizer.bos_token_id is not None
+        and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+    )

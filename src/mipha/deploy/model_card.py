@@ -13,8 +13,9 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from mipha.deploy.parts import Part, hub_licence, parts_of, without_folders
 from mipha.deploy.runtimes import runtimes
+from mipha.files import write_whole
 from mipha.recipe import PARTS, STAGES, Recipe
-from mipha.run import Run, model_folder, open_run, write_whole
+from mipha.run import Run, model_folder, open_run
 
 
 def write_model_card(checkpoint: Path, run: Run | None = None) -> Path:
@@ -63,16 +64,38 @@ def model_card(checkpoint: Path, run: Run | None = None, name: str | None = None
         run: Where it is the final model of a run.
         name: Of the model, where no recipe names it; None: the folder's.
     """
-    config, processor = (json.loads((checkpoint / file).read_text(encoding="utf-8")) for file in ("config.json", "processor_config.json"))
+    config, processor = (
+        json.loads((checkpoint / file).read_text(encoding="utf-8"))
+        for file in ("config.json", "processor_config.json")
+    )
     recipe = run.recipe if run else None
     parts = parts_of(config, recipe)
     results = list(_results(run)) if run else []
     name = recipe.name if recipe else name or checkpoint.resolve().name
-    sections = [f"# {name}", _about(parts, recipe), "## Use", _use(config), _where(config, processor), "## Parts", _parts_table(parts)]
+    sections = [
+        f"# {name}",
+        _about(parts, recipe),
+        "## Use",
+        _use(config),
+        _where(config, processor),
+        "## Parts",
+        _parts_table(parts),
+    ]
     if run and recipe:
-        sections += ["## Training", _training(recipe), "## Scores", _scores(results), "## How it was made", _made(run, recipe)]
+        sections += [
+            "## Training",
+            _training(recipe),
+            "## Scores",
+            _scores(results),
+            "## How it was made",
+            _made(run, recipe),
+        ]
     sections += ["## Limits", _limits(config, processor)]
-    return f"---\n{_metadata(name, parts, results)}\n---\n\n" + "\n\n".join(section for section in sections if section) + "\n"
+    return (
+        f"---\n{_metadata(name, parts, results)}\n---\n\n"
+        + "\n\n".join(section for section in sections if section)
+        + "\n"
+    )
 
 
 def _metadata(name: str, parts: Sequence[Part], results: Sequence[dict[str, Any]]) -> str:
@@ -143,17 +166,29 @@ def _where(config: dict[str, Any], processor: dict[str, Any]) -> str:
 
 
 def _parts_table(parts: Sequence[Part]) -> str:
-    rows = [(part.role, f"`{part.hub_id or part.name}`", part.licence or "unknown", part.source) for part in parts]
-    return _table(("part", "which", "licence", "source"), rows) + "\n\nThe licences of both parts apply to these weights."
+    rows = [
+        (part.role, f"`{part.hub_id or part.name}`", part.licence or "unknown", part.source)
+        for part in parts
+    ]
+    return (
+        _table(("part", "which", "licence", "source"), rows)
+        + "\n\nThe licences of both parts apply to these weights."
+    )
 
 
 def _training(recipe: Recipe) -> str:
     rows = []
     for name in STAGES:
         stage = getattr(recipe.stages, name)
-        data = ", ".join(entry.dataset + (f" ({entry.root.name})" if entry.root else "") for entry in stage.data)
-        tuned = ", ".join(f"{part.replace('_', ' ')} {getattr(stage.tuning, part)}" for part in PARTS)
-        length = f"at most {stage.max_steps} steps" if stage.max_steps else f"{stage.epochs:g} epochs"
+        data = ", ".join(
+            entry.dataset + (f" ({entry.root.name})" if entry.root else "") for entry in stage.data
+        )
+        tuned = ", ".join(
+            f"{part.replace('_', ' ')} {getattr(stage.tuning, part)}" for part in PARTS
+        )
+        length = (
+            f"at most {stage.max_steps} steps" if stage.max_steps else f"{stage.epochs:g} epochs"
+        )
         rows.append((name, data, tuned, f"{stage.learning_rate:g}", str(stage.batch_size), length))
     return _table(("stage", "data", "trained", "learning rate", "batch", "length"), rows)
 
@@ -165,18 +200,28 @@ def _scores(results: Sequence[dict[str, Any]]) -> str:
     for result in results:
         notes = ["shown grey in place of every picture"] if result["blind"] else []
         if not result["complete"]:
-            notes.append(f"{result['n_asked'] - result['n_failed']:,} of {result['num_questions']:,} questions: not comparable")
+            notes.append(
+                f"{result['n_asked'] - result['n_failed']:,} of {result['num_questions']:,} questions: not comparable"
+            )
         headline, *others = result["scores"]
-        beside = [score for score in others if score["unit"] == "points" and "." not in score["metric"]]  # MME is published as two sums
+        beside = [
+            score for score in others if score["unit"] == "points" and "." not in score["metric"]
+        ]  # MME is published as two sums
         for score in (headline, *beside):
-            value = "undefined" if score["value"] is None else f"{score['value']:.2f} {score['unit']}"
+            value = (
+                "undefined" if score["value"] is None else f"{score['value']:.2f} {score['unit']}"
+            )
             what = (result["benchmark"], result["split"], score["metric"])
             rows.append((*what, value, _interval(score, ""), str(score["n"]), "; ".join(notes)))
     return _table(("benchmark", "split", "metric", "value", "95 % interval", "questions", ""), rows)
 
 
 def _interval(score: dict[str, Any], form: str = ", 95 % interval ") -> str:
-    return "" if score["low"] is None or score["high"] is None else f"{form}{score['low']:.2f} to {score['high']:.2f}"
+    return (
+        ""
+        if score["low"] is None or score["high"] is None
+        else f"{form}{score['low']:.2f} to {score['high']:.2f}"
+    )
 
 
 def _made(run: Run, recipe: Recipe) -> str:
@@ -184,21 +229,41 @@ def _made(run: Run, recipe: Recipe) -> str:
     path = run.folder / "provenance.json"
     made_with = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     blocks = {f"recipe {recipe.digest()}": recipe.model_dump(mode="json"), "provenance": made_with}
-    texts = {title: yaml.safe_dump(without_folders(tree), sort_keys=False, width=120) for title, tree in blocks.items() if tree}
-    return "\n\n".join(f"<details><summary>{title}</summary>\n\n```yaml\n{text}```\n\n</details>" for title, text in texts.items())
+    texts = {
+        title: yaml.safe_dump(without_folders(tree), sort_keys=False, width=120)
+        for title, tree in blocks.items()
+        if tree
+    }
+    return "\n\n".join(
+        f"<details><summary>{title}</summary>\n\n```yaml\n{text}```\n\n</details>"
+        for title, text in texts.items()
+    )
 
 
 def _limits(config: dict[str, Any], processor: dict[str, Any]) -> str:
-    size, tokens, pixels = config["vision_config"]["image_size"], config.get("image_seq_length"), processor.get("image_processor", {})
+    size, tokens, pixels = (
+        config["vision_config"]["image_size"],
+        config.get("image_seq_length"),
+        processor.get("image_processor", {}),
+    )
     shape = "padded" if pixels.get("do_pad") else "squashed"
-    lines = [f"A picture is {shape} to a square of {size} x {size} pixels, {tokens} tokens: what is too small there is not seen."]
+    lines = [
+        f"A picture is {shape} to a square of {size} x {size} pixels, {tokens} tokens: what is too small there is not seen."
+    ]
     if longest := config["text_config"].get("max_position_embeddings"):
         lines.append(f"Pictures, questions and answers together are at most {longest:,} tokens.")
-    lines.append("It can name what is not in the picture, with confidence: do not rely on it where a wrong answer does harm.")
-    lines.append("It repeats what its parts and its training data hold, their errors and prejudices included.")
+    lines.append(
+        "It can name what is not in the picture, with confidence: do not rely on it where a wrong answer does harm."
+    )
+    lines.append(
+        "It repeats what its parts and its training data hold, their errors and prejudices included."
+    )
     return "\n".join(f"- {line}" for line in lines)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |"
+        for line in lines
+    )

@@ -32,7 +32,14 @@ from mipha.data.datasets.table import INSTRUCTION
 from mipha.data.images import SUFFIXES, open_image
 from mipha.data.sample import IMAGE, Message
 from mipha.deploy.llama_cpp import LlamaCpp, Reply
-from mipha.deploy.parity_tables import MIN_COSINE, NEAR_TIE, Disagreement, EmbeddingParity, FileParity, Parity
+from mipha.deploy.parity_tables import (
+    MIN_COSINE,
+    NEAR_TIE,
+    Disagreement,
+    EmbeddingParity,
+    FileParity,
+    Parity,
+)
 
 Pair = tuple[Path, str]
 """An image and a question about it."""
@@ -63,7 +70,13 @@ class _Reference:
         return as_seen(self.processor, open_image(image))
 
 
-def check_parity(checkpoint: str | Path, folder: Path, images: Sequence[Path], questions: Sequence[str] = (), **options: Any) -> Parity:
+def check_parity(
+    checkpoint: str | Path,
+    folder: Path,
+    images: Sequence[Path],
+    questions: Sequence[str] = (),
+    **options: Any,
+) -> Parity:
     """Ask the same of a checkpoint and of its GGUF files: every question about every image.
 
     Args:
@@ -75,7 +88,12 @@ def check_parity(checkpoint: str | Path, folder: Path, images: Sequence[Path], q
     Raises:
         See `check_pairs`.
     """
-    return check_pairs(checkpoint, folder, [(image, question) for image in images for question in questions or (INSTRUCTION,)], **options)
+    return check_pairs(
+        checkpoint,
+        folder,
+        [(image, question) for image in images for question in questions or (INSTRUCTION,)],
+        **options,
+    )
 
 
 def check_pairs(
@@ -106,7 +124,9 @@ def check_pairs(
     models, mmproj = gguf_files(folder)
     with _progress() as progress:
         bar = progress.add_task("the checkpoint", total=len(pairs))
-        reference = _ask_ours(checkpoint, pairs, max_new_tokens, device, lambda num: progress.advance(bar, num))
+        reference = _ask_ours(
+            checkpoint, pairs, max_new_tokens, device, lambda num: progress.advance(bar, num)
+        )
         embeddings: tuple[EmbeddingParity, ...] = ()
         files = []
         context = max(reference.num_prompt_tokens) + max_new_tokens + 256
@@ -114,7 +134,15 @@ def check_pairs(
             bar = progress.add_task(model.name, total=len(pairs))
             with LlamaCpp(model, mmproj, threads=threads, context=context) as runtime:
                 embeddings = embeddings or _compare_embeddings(runtime, reference)
-                files.append(_compare(runtime, pairs, reference, max_new_tokens, lambda bar=bar: progress.advance(bar)))
+                files.append(
+                    _compare(
+                        runtime,
+                        pairs,
+                        reference,
+                        max_new_tokens,
+                        lambda bar=bar: progress.advance(bar),
+                    )
+                )
     return Parity(str(checkpoint), str(folder), reference.seconds, embeddings, tuple(files))
 
 
@@ -128,9 +156,13 @@ def gguf_files(folder: Path) -> tuple[list[Path], Path]:
     models = sorted(folder.glob("model-*.gguf"), key=lambda path: -path.stat().st_size)
     mmprojs = sorted(folder.glob("mmproj-*.gguf"))
     if not models or not mmprojs:
-        raise FileNotFoundError(f"{folder} has no model-*.gguf with an mmproj-*.gguf: make both with `mipha export --to gguf`")
+        raise FileNotFoundError(
+            f"{folder} has no model-*.gguf with an mmproj-*.gguf: make both with `mipha export --to gguf`"
+        )
     if len(mmprojs) > 1:
-        raise ValueError(f"{folder} has {len(mmprojs)} mmproj-*.gguf, and it is not told which to compare: keep one of them there")
+        raise ValueError(
+            f"{folder} has {len(mmprojs)} mmproj-*.gguf, and it is not told which to compare: keep one of them there"
+        )
     return models, mmprojs[0]
 
 
@@ -154,7 +186,10 @@ def easy_vqa_pairs(num: int, root: Path | None = None) -> list[Pair]:
     """
     records = easy_vqa.load(root, "test")
     chosen = records[:: max(1, len(records) // num)][:num]
-    return [(easy_vqa.image_path(root, record.folder, record.image), record.question) for record in chosen]
+    return [
+        (easy_vqa.image_path(root, record.folder, record.image), record.question)
+        for record in chosen
+    ]
 
 
 def as_seen(processor: LlavaProcessor, image: Image.Image) -> Image.Image:
@@ -162,8 +197,12 @@ def as_seen(processor: LlavaProcessor, image: Image.Image) -> Image.Image:
 
     The processor resizes in 8 bits and only then scales, so nothing is lost on the way back.
     """
-    pixels = processor.image_processor(image, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
-    scaled = (pixels * processor.image_processor.image_std + processor.image_processor.image_mean) * 255
+    pixels = processor.image_processor(image, return_tensors="np")["pixel_values"][0].transpose(
+        1, 2, 0
+    )
+    scaled = (
+        pixels * processor.image_processor.image_std + processor.image_processor.image_mean
+    ) * 255
     return Image.fromarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8))
 
 
@@ -180,43 +219,77 @@ def wilson(num: int, total: int) -> tuple[float, float]:
 
 @torch.inference_mode()
 def _ask_ours(
-    checkpoint: str | Path, pairs: Sequence[Pair], max_new_tokens: int, device: str | None, on_answers: Callable[[int], None]
+    checkpoint: str | Path,
+    pairs: Sequence[Pair],
+    max_new_tokens: int,
+    device: str | None,
+    on_answers: Callable[[int], None],
 ) -> _Reference:
     """The checkpoint's own numbers, in float32: what judges must round less than what is judged."""
     assistant = load(checkpoint, device, torch.float32)
     images = list(dict.fromkeys(image for image, _ in pairs))
     pixels = {image: assistant.pixels(image) for image in images[:NUM_IMAGES]}
-    features = {image: assistant.model.get_image_features(pixels[image]).pooler_output[0].float().cpu().numpy() for image in pixels}
-    prompts = [assistant.prompt_ids([Message("user", f"{IMAGE}\n{question}")]) for _, question in pairs]
+    features = {
+        image: assistant.model.get_image_features(pixels[image])
+        .pooler_output[0]
+        .float()
+        .cpu()
+        .numpy()
+        for image in pixels
+    }
+    prompts = [
+        assistant.prompt_ids([Message("user", f"{IMAGE}\n{question}")]) for _, question in pairs
+    ]
     logits = []
     for (image, _), ids in list(zip(pairs, prompts, strict=True))[:NUM_LOGITS]:
         inputs = torch.tensor([ids], device=assistant.model.device)
-        found = assistant.model(input_ids=inputs, pixel_values=assistant.pixels(image), logits_to_keep=1).logits[0, -1]
+        found = assistant.model(
+            input_ids=inputs, pixel_values=assistant.pixels(image), logits_to_keep=1
+        ).logits[0, -1]
         logits.append(found.log_softmax(-1).cpu().numpy())
     start = time.perf_counter()
-    answers = assistant.answer_many(pairs, max_new_tokens=max_new_tokens, on_answers=lambda places, _: on_answers(len(places)))
+    answers = assistant.answer_many(
+        pairs, max_new_tokens=max_new_tokens, on_answers=lambda places, _: on_answers(len(places))
+    )
     seconds = (time.perf_counter() - start) / len(pairs)
-    return _Reference([answer.text for answer in answers], [len(ids) for ids in prompts], logits, features, assistant.processor, seconds)
+    return _Reference(
+        [answer.text for answer in answers],
+        [len(ids) for ids in prompts],
+        logits,
+        features,
+        assistant.processor,
+        seconds,
+    )
 
 
 def _compare_embeddings(runtime: LlamaCpp, reference: _Reference) -> tuple[EmbeddingParity, ...]:
     images = list(reference.features)
-    with_ours = _embedding_row("ours", runtime, [reference.seen(image) for image in images], reference, "weights differ")
+    with_ours = _embedding_row(
+        "ours", runtime, [reference.seen(image) for image in images], reference, "weights differ"
+    )
     otherwise = "pixels differ" if with_ours.verdict == "ok" else with_ours.verdict
     return _embedding_row("llama.cpp", runtime, images, reference, otherwise), with_ours
 
 
 def _embedding_row(
-    pixels: Literal["llama.cpp", "ours"], runtime: LlamaCpp, images: Sequence[Path | Image.Image], reference: _Reference, otherwise: str
+    pixels: Literal["llama.cpp", "ours"],
+    runtime: LlamaCpp,
+    images: Sequence[Path | Image.Image],
+    reference: _Reference,
+    otherwise: str,
 ) -> EmbeddingParity:
     """A row whose verdict, if it is not ok, is `otherwise`."""
     ours = np.concatenate(list(reference.features.values()))
     theirs = np.concatenate([runtime.image_embeddings(image) for image in images])
     if theirs.shape != ours.shape:
         shapes = f"{theirs.shape[0]} image tokens of {theirs.shape[1]} numbers, the checkpoint {ours.shape[0]} of {ours.shape[1]}"
-        raise ValueError(f"{runtime.mmproj} makes {shapes}: it is of another model, so export this one again")
+        raise ValueError(
+            f"{runtime.mmproj} makes {shapes}: it is of another model, so export this one again"
+        )
     scale = float((theirs * ours).sum() / (ours * ours).sum())
-    cosines = (theirs * ours).sum(-1) / np.maximum(np.linalg.norm(theirs, axis=-1) * np.linalg.norm(ours, axis=-1), 1e-12)
+    cosines = (theirs * ours).sum(-1) / np.maximum(
+        np.linalg.norm(theirs, axis=-1) * np.linalg.norm(ours, axis=-1), 1e-12
+    )
     return EmbeddingParity(
         pixels=pixels,
         num_images=len(images),
@@ -230,7 +303,11 @@ def _embedding_row(
 
 
 def _compare(
-    runtime: LlamaCpp, pairs: Sequence[Pair], reference: _Reference, max_new_tokens: int, on_answer: Callable[[], None]
+    runtime: LlamaCpp,
+    pairs: Sequence[Pair],
+    reference: _Reference,
+    max_new_tokens: int,
+    on_answer: Callable[[], None],
 ) -> FileParity:
     replies, seconds = [], 0.0
     for image, question in pairs:
@@ -243,20 +320,29 @@ def _compare(
         if reply.text != ours:
             with_our_pixels = runtime.answer(reference.seen(image), question, max_new_tokens)
             because = "pixels" if with_our_pixels == ours else "weights"
-            different.append(Disagreement(str(image), question, ours, reply.text, _margin(reply, ours), because))
+            different.append(
+                Disagreement(str(image), question, ours, reply.text, _margin(reply, ours), because)
+            )
     errors, tops = [], 0
     for (image, question), ours in zip(pairs, reference.logits, strict=False):
         theirs = runtime.first_token_logits(reference.seen(image), question)
         same_words = theirs.shape == ours.shape
         tops += bool(same_words and theirs.argmax() == ours.argmax())
-        errors.append(float(np.abs(theirs.clip(LEAST_LOGIT) - ours.clip(LEAST_LOGIT)).max()) if same_words else float("inf"))
+        errors.append(
+            float(np.abs(theirs.clip(LEAST_LOGIT) - ours.clip(LEAST_LOGIT)).max())
+            if same_words
+            else float("inf")
+        )
     num_same = len(pairs) - len(different)
     low, high = wilson(num_same, len(pairs))
     return FileParity(
         file=runtime.model.name,
         quantization=runtime.quantization,
         num_questions=len(pairs),
-        num_same_prompts=sum(reply.num_prompt_tokens == num for reply, num in zip(replies, reference.num_prompt_tokens, strict=True)),
+        num_same_prompts=sum(
+            reply.num_prompt_tokens == num
+            for reply, num in zip(replies, reference.num_prompt_tokens, strict=True)
+        ),
         num_logits=len(errors),
         logit_error=max(errors),
         num_same_tops=tops,
@@ -274,14 +360,24 @@ def _margin(reply: Reply, ours: str) -> float | None:
     text = b""
     for piece, margin in zip(reply.pieces, reply.margins, strict=True):
         text += piece
-        readable = text.decode(errors="ignore").lstrip()  # a token may end in the middle of a letter
+        readable = text.decode(
+            errors="ignore"
+        ).lstrip()  # a token may end in the middle of a letter
         if not ours.replace("\ufffd", "").startswith(readable):
             return margin
-    return reply.margins[-1] if reply.finished and reply.margins else None  # the end of their turn, where ours goes on
+    return (
+        reply.margins[-1] if reply.finished and reply.margins else None
+    )  # the end of their turn, where ours goes on
 
 
 @contextmanager
 def _progress() -> Iterator[Progress]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("answers"), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("answers"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, transient=True) as progress:
         yield progress

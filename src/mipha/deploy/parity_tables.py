@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mipha.run import write_whole
+from mipha.files import write_whole
 
 MIN_COSINE = 0.999
 """Of each image token's embedding. f16 weights give 0.99999; a wrong activation, a shuffled position or another resize much less."""
@@ -168,14 +168,25 @@ def print_parity(found: Parity) -> None:
     for title, columns, rows in _tables(found):
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         for number, column in enumerate(columns):
-            table.add_column(column, overflow="fold", justify="left" if number in (0, len(columns) - 1) else "right")
+            table.add_column(
+                column,
+                overflow="fold",
+                justify="left" if number in (0, len(columns) - 1) else "right",
+            )
         for *cells, verdict in rows:
-            table.add_row(*map(escape, cells), f"[{'green' if verdict == 'ok' else 'red'}]{verdict}[/]")
+            table.add_row(
+                *map(escape, cells), f"[{'green' if verdict == 'ok' else 'red'}]{verdict}[/]"
+            )
         console.print(table, "")
     for line in _examples(found):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     said = "within the bounds" if found.passed else "not within the bounds"
-    console.print(f"{found.folder}: {said} of {found.checkpoint}", highlight=False, soft_wrap=True, markup=False)
+    console.print(
+        f"{found.folder}: {said} of {found.checkpoint}",
+        highlight=False,
+        soft_wrap=True,
+        markup=False,
+    )
 
 
 def parity_markdown(found: Parity) -> str:
@@ -183,7 +194,9 @@ def parity_markdown(found: Parity) -> str:
     lines = [f"# {found.folder} against {found.checkpoint}", ""]
     for title, columns, rows in _tables(found):
         lines += [f"## {title}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-        lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows] + [""]
+        lines += [
+            f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows
+        ] + [""]
     if examples := list(_examples(found)):
         lines += ["## Answers that differ", "", *(f"- {line}" for line in examples), ""]
     return "\n".join(lines)
@@ -221,7 +234,16 @@ def _tables(found: Parity) -> Iterator[tuple[str, tuple[str, ...], list[tuple[st
     )
     yield (
         f"Answers: language model (ours in float32: {found.seconds:.2f} s each)",
-        ("weights", "first token", "error, nats", "same answers", "95 % interval", "near ties", "s each", "verdict"),
+        (
+            "weights",
+            "first token",
+            "error, nats",
+            "same answers",
+            "95 % interval",
+            "near ties",
+            "s each",
+            "verdict",
+        ),
         [
             (
                 row.quantization,

@@ -39,7 +39,10 @@ def parts_of(config: dict[str, Any], recipe: Recipe | None) -> list[Part]:
     """The parts that the recipe names; without one, the kinds that the config tells of."""
     if recipe is None:
         kinds = {"vision tower": config["vision_config"], "language model": config["text_config"]}
-        return [Part(role, f"a {kind.get('model_type')}", None, None, "") for role, kind in kinds.items()]
+        return [
+            Part(role, f"a {kind.get('model_type')}", None, None, "")
+            for role, kind in kinds.items()
+        ]
     found = []
     for role, name, catalog in (
         ("vision tower", recipe.model.vision_tower, VISION_TOWERS),
@@ -47,7 +50,11 @@ def parts_of(config: dict[str, Any], recipe: Recipe | None) -> list[Part]:
     ):
         entry = catalog.get(name)
         path = entry.path if entry else name
-        hub_id = path if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not Path(path).is_dir() else None
+        hub_id = (
+            path
+            if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not Path(path).is_dir()
+            else None
+        )
         known = (entry.licence, entry.source) if entry else (None, "")
         found.append(Part(role, without_folders(name) if hub_id is None else name, hub_id, *known))
     return found
@@ -74,4 +81,6 @@ def without_folders(value: Any) -> Any:
         return short
     if isinstance(value, list):
         return [without_folders(inner) for inner in value]
-    return Path(value).name if isinstance(value, str) and re.match(r"(/|~|\.\.?/)", value) else value
+    return (
+        Path(value).name if isinstance(value, str) and re.match(r"(/|~|\.\.?/)", value) else value
+    )

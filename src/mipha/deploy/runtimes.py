@@ -29,7 +29,18 @@ class Runtime:
     reason: str
 
 
-_VLLM_LANGUAGE_MODELS = {"gemma", "gemma2", "gemma3_text", "llama", "mistral", "phi", "phi3", "qwen2", "qwen3", "stablelm"}
+_VLLM_LANGUAGE_MODELS = {
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "llama",
+    "mistral",
+    "phi",
+    "phi3",
+    "qwen2",
+    "qwen3",
+    "stablelm",
+}
 """Those whose class in vLLM keeps its layers as `model` and its head as `lm_head`, under the names of the file."""
 
 _LLAMA_CPP_LANGUAGE_MODELS = _VLLM_LANGUAGE_MODELS | {"gpt_neox"}
@@ -39,7 +50,9 @@ _GREY_OF_CLIP = (122, 116, 104)
 """The colour that llama.cpp pads with in front of a LLaVA projector."""
 
 
-def runtimes(config: Mapping[str, Any], processor: Mapping[str, Any], odd_keys: Sequence[str] = ()) -> tuple[Runtime, ...]:
+def runtimes(
+    config: Mapping[str, Any], processor: Mapping[str, Any], odd_keys: Sequence[str] = ()
+) -> tuple[Runtime, ...]:
     """What each program makes of a checkpoint.
 
     Args:
@@ -47,8 +60,14 @@ def runtimes(config: Mapping[str, Any], processor: Mapping[str, Any], odd_keys: 
         processor: Content of its processor_config.json.
         odd_keys: Weights under other names than those of a LLaVA on the hub.
     """
-    ours = Runtime("mipha", "exact", "it computes the whole checkpoint, in the class it was trained in")
-    vllm = Runtime("vLLM", "unsupported", f"it knows no weight of the name {odd_keys[0]}") if odd_keys else _vllm(config)
+    ours = Runtime(
+        "mipha", "exact", "it computes the whole checkpoint, in the class it was trained in"
+    )
+    vllm = (
+        Runtime("vLLM", "unsupported", f"it knows no weight of the name {odd_keys[0]}")
+        if odd_keys
+        else _vllm(config)
+    )
     return ours, _transformers(config), vllm, _llama_cpp(config, processor)
 
 
@@ -60,8 +79,14 @@ def has_head_bias(config: Mapping[str, Any]) -> bool:
 
 def _transformers(config: Mapping[str, Any]) -> Runtime:
     if has_head_bias(config):
-        return Runtime("transformers", "approximate", "its LLaVA class has no bias in the head and drops this one's: load it with mipha")
-    return Runtime("transformers", "exact", "it is a checkpoint of its own LlavaForConditionalGeneration")
+        return Runtime(
+            "transformers",
+            "approximate",
+            "its LLaVA class has no bias in the head and drops this one's: load it with mipha",
+        )
+    return Runtime(
+        "transformers", "exact", "it is a checkpoint of its own LlavaForConditionalGeneration"
+    )
 
 
 def _vllm(config: Mapping[str, Any]) -> Runtime:
@@ -70,27 +95,47 @@ def _vllm(config: Mapping[str, Any]) -> Runtime:
     if reason := _unreadable_tower(config):
         return Runtime("vLLM", "unsupported", reason)
     if config["vision_config"].get("tie_last_hidden_states"):
-        return Runtime("vLLM", "unsupported", "its LLaVA leaves out the norm behind the tower's last layer, which this model reads")
+        return Runtime(
+            "vLLM",
+            "unsupported",
+            "its LLaVA leaves out the norm behind the tower's last layer, which this model reads",
+        )
     if kind in ("gpt2", "gpt_neox"):
-        return Runtime("vLLM", "unsupported", f"its LLaVA asks for layers named `model`, which its class for a {kind!r} does not have")
+        return Runtime(
+            "vLLM",
+            "unsupported",
+            f"its LLaVA asks for layers named `model`, which its class for a {kind!r} does not have",
+        )
     if kind not in _VLLM_LANGUAGE_MODELS:
         return Runtime("vLLM", "unsupported", f"nothing is known of a {kind!r} inside its LLaVA")
     if not text.get("architectures"):
-        return Runtime("vLLM", "unsupported", "text_config.architectures is not set, by which it picks the language model")
+        return Runtime(
+            "vLLM",
+            "unsupported",
+            "text_config.architectures is not set, by which it picks the language model",
+        )
     if kind in ("gemma", "gemma2"):
         reason = "versions before its pull request 36787 (March 2026) scale image features as they scale words; later ones are exact"
         return Runtime("vLLM", "approximate", reason)
     return Runtime(
-        "vLLM", "exact", "it reads the tower, the projector and the language model" + ", head bias included" * has_head_bias(config)
+        "vLLM",
+        "exact",
+        "it reads the tower, the projector and the language model"
+        + ", head bias included" * has_head_bias(config),
     )
 
 
 def _llama_cpp(config: Mapping[str, Any], processor: Mapping[str, Any]) -> Runtime:
-    kind, pixels = config["text_config"].get("model_type"), processor.get("image_processor", processor)
+    kind, pixels = (
+        config["text_config"].get("model_type"),
+        processor.get("image_processor", processor),
+    )
     if reason := _unreadable_tower(config):
         return Runtime("llama.cpp", "unsupported", reason)
     if kind not in _LLAMA_CPP_LANGUAGE_MODELS:
-        return Runtime("llama.cpp", "unsupported", f"nothing is known of a {kind!r} behind its LLaVA projector")
+        return Runtime(
+            "llama.cpp", "unsupported", f"nothing is known of a {kind!r} behind its LLaVA projector"
+        )
     reasons = ["as GGUF, it resizes pictures that are no squares otherwise than PIL"]
     if config.get("projector_hidden_act", "gelu") == "gelu":
         reasons.append("computes the projector's GELU by its tanh form")
@@ -99,11 +144,21 @@ def _llama_cpp(config: Mapping[str, Any], processor: Mapping[str, Any]) -> Runti
     elif tuple(int(255 * mean) for mean in pixels.get("image_mean", ())) != _GREY_OF_CLIP:
         reasons.append("pads pictures in CLIP's grey")
     if str(config["vision_config"].get("model_type")).startswith("clip"):
-        reasons.append("leaves out the first patch and puts the class token behind the last (its issue 25814)")
-    return Runtime("llama.cpp", "approximate", ", ".join(reasons[:-1]) + f" and {reasons[-1]}" if len(reasons) > 1 else reasons[0])
+        reasons.append(
+            "leaves out the first patch and puts the class token behind the last (its issue 25814)"
+        )
+    return Runtime(
+        "llama.cpp",
+        "approximate",
+        ", ".join(reasons[:-1]) + f" and {reasons[-1]}" if len(reasons) > 1 else reasons[0],
+    )
 
 
 def _unreadable_tower(config: Mapping[str, Any]) -> str | None:
     """vLLM and llama.cpp both know CLIP and SigLIP alone in a LLaVA with an MLP projector."""
     kind = str(config["vision_config"].get("model_type")).removesuffix("_vision_model")
-    return None if kind in ("clip", "siglip") else f"its LLaVA has no {kind!r} tower, only CLIP and SigLIP"
+    return (
+        None
+        if kind in ("clip", "siglip")
+        else f"its LLaVA has no {kind!r} tower, only CLIP and SigLIP"
+    )

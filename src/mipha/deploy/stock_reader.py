@@ -27,7 +27,11 @@ def main(folder: Path) -> None:
     """
     request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
     model, info = AutoModelForImageTextToText.from_pretrained(
-        request["checkpoint"], dtype=torch.float32, use_safetensors=True, local_files_only=True, output_loading_info=True
+        request["checkpoint"],
+        dtype=torch.float32,
+        use_safetensors=True,
+        local_files_only=True,
+        output_loading_info=True,
     )
     model = model.to(request["device"]).eval()
     processor = AutoProcessor.from_pretrained(request["checkpoint"], local_files_only=True)
@@ -35,12 +39,20 @@ def main(folder: Path) -> None:
     for number, (picture, question) in enumerate(request["asked"]):
         content = [{"type": "image", "path": str(folder / picture)}] if picture else []
         messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
-        inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+        inputs = processor.apply_chat_template(
+            messages,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
         inputs = inputs.to(model.device)
         if picture:
             tensors[f"pixels.{number}"] = inputs["pixel_values"][0]
             features.append(len(model.get_image_features(inputs["pixel_values"]).pooler_output[0]))
-        tensors[f"logits.{number}"] = model(**inputs, logits_to_keep=request["logits_to_keep"]).logits[0]
+        tensors[f"logits.{number}"] = model(
+            **inputs, logits_to_keep=request["logits_to_keep"]
+        ).logits[0]
         out = model.generate(**inputs, max_new_tokens=request["max_new_tokens"], do_sample=False)[0]
         ids.append(inputs["input_ids"][0].tolist())
         answers.append(processor.decode(out[len(ids[-1]) :], skip_special_tokens=True).strip())
@@ -51,14 +63,20 @@ def main(folder: Path) -> None:
         "ids": ids,
         "answers": answers,
         "features": features,
-        "keys": {kind: sorted(map(str, info.get(kind, ()))) for kind in ("missing_keys", "mismatched_keys", "unexpected_keys")},
+        "keys": {
+            kind: sorted(map(str, info.get(kind, ())))
+            for kind in ("missing_keys", "mismatched_keys", "unexpected_keys")
+        },
         "tied": model.lm_head.weight.data_ptr() == embeddings.data_ptr(),
         "end_ids": eos if isinstance(eos, list) else [eos],
         "image_token_ids": [processor.image_token_id, model.config.image_token_id],
         "pad_id": processor.tokenizer.pad_token_id,
         "vocabulary": [len(processor.tokenizer), len(embeddings)],
     }
-    save_file({name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}, folder / "reply.safetensors")
+    save_file(
+        {name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()},
+        folder / "reply.safetensors",
+    )
     (folder / "reply.json").write_text(json.dumps(reply), encoding="utf-8")
 
 

@@ -72,7 +72,11 @@ def verify(checkpoint: str | Path, device: str | None = None) -> Verification:
         FileNotFoundError: No such folder, an unfinished run, or a file is missing.
         ValueError: The folder is no LLaVA, is damaged, or holds pickles or code.
     """
-    folder = Path(checkpoint) if (Path(checkpoint) / "config.json").is_file() else model_folder(checkpoint)
+    folder = (
+        Path(checkpoint)
+        if (Path(checkpoint) / "config.json").is_file()
+        else model_folder(checkpoint)
+    )
     files = read_folder(folder)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     with TemporaryDirectory() as place:
@@ -85,11 +89,17 @@ def verify(checkpoint: str | Path, device: str | None = None) -> Verification:
     if isinstance(stock, str):
         measured, status = [Check("loads without mipha", False, stock)], "unsupported"
     else:
-        measured = [*load_checks(files, stock), *prompt_checks(files, ours, stock), *number_checks(ours, stock)]
+        measured = [
+            *load_checks(files, stock),
+            *prompt_checks(files, ours, stock),
+            *number_checks(ours, stock),
+        ]
         status = "exact" if all(check.passed for check in measured) else "approximate"
     failed = "; ".join(f"{check.name}: {check.found}" for check in measured if not check.passed)
     judged = [
-        replace(row, status=status, reason=failed or row.reason) if row.name == "transformers" else row
+        replace(row, status=status, reason=failed or row.reason)
+        if row.name == "transformers"
+        else row
         for row in runtimes(files.config, files.processor, odd_keys(files))
     ]
     return Verification(str(folder), (*file_checks(files), *measured), tuple(judged))
@@ -103,21 +113,32 @@ def print_verification(found: Verification) -> None:
         for column in columns:
             table.add_column(column, overflow="fold")
     for check in found.checks:
-        checks.add_row(check.name, "[green]ok[/]" if check.passed else "[red]no[/]", escape(check.found))
+        checks.add_row(
+            check.name, "[green]ok[/]" if check.passed else "[red]no[/]", escape(check.found)
+        )
     colours = {"exact": "green", "approximate": "yellow", "unsupported": "red"}
     for row in found.runtimes:
         where.add_row(row.name, f"[{colours[row.status]}]{row.status}[/]", escape(row.reason))
     console.print(checks, "", where, "", sep="\n")
     failed = sum(not check.passed for check in found.checks)
-    console.print(f"{found.checkpoint}: {f'{failed} checks failed' if failed else 'exact'}", highlight=False, soft_wrap=True)
+    console.print(
+        f"{found.checkpoint}: {f'{failed} checks failed' if failed else 'exact'}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _make_pictures(folder: Path) -> dict[str, Image.Image]:
     """Coloured ramps with noise: no two patches are alike, and neither are the pictures."""
     random, pictures = np.random.default_rng(0), {}
     for name, (width, height) in {"wide": (96, 60), "tall": (50, 90), "square": (64, 64)}.items():
-        ramp = np.linspace(0, 160, width)[None, :, None] * random.random(3) + np.linspace(0, 60, height)[:, None, None]
-        pictures[name] = Image.fromarray((ramp + random.integers(0, 30, (height, width, 3))).astype(np.uint8))
+        ramp = (
+            np.linspace(0, 160, width)[None, :, None] * random.random(3)
+            + np.linspace(0, 60, height)[:, None, None]
+        )
+        pictures[name] = Image.fromarray(
+            (ramp + random.integers(0, 30, (height, width, 3))).astype(np.uint8)
+        )
         pictures[name].save(folder / f"{name}.png")
     return pictures
 
@@ -131,11 +152,17 @@ def _ask_ours(folder: Path, pictures: dict[str, Image.Image], device: str) -> di
         picture = pictures[name] if name else None
         ids = assistant.prompt_ids([Message("user", f"{IMAGE}\n{question}" if name else question)])
         pixels = assistant.pixels(picture) if picture else None
-        logits = model(input_ids=torch.tensor([ids], device=device), pixel_values=pixels, logits_to_keep=LOGITS_TO_KEEP).logits[0]
+        logits = model(
+            input_ids=torch.tensor([ids], device=device),
+            pixel_values=pixels,
+            logits_to_keep=LOGITS_TO_KEEP,
+        ).logits[0]
         ours["ids"].append(ids)
         ours["pixels"].append(None if pixels is None else pixels[0].cpu())
         ours["logits"].append(logits.cpu())
-        ours["answers"].append(assistant.answer(picture, question, max_new_tokens=MAX_NEW_TOKENS).text)
+        ours["answers"].append(
+            assistant.answer(picture, question, max_new_tokens=MAX_NEW_TOKENS).text
+        )
     if model.lm_head.bias is not None:
         ours["bias"] = model.lm_head.bias.detach().cpu()
     try:

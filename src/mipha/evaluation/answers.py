@@ -73,7 +73,9 @@ def plain(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
-def agreement(prediction: str, answers: Sequence[str], annotators: Sequence[int] | None = None) -> float:
+def agreement(
+    prediction: str, answers: Sequence[str], annotators: Sequence[int] | None = None
+) -> float:
     """VQA accuracy: with each human answer left out in turn, a third for each equal one among the others, at most 1; the mean.
 
     With ten answers: 0.3 for one that is equal, 0.6 for two, 0.9 for three, 1 for four or more.
@@ -89,7 +91,10 @@ def agreement(prediction: str, answers: Sequence[str], annotators: Sequence[int]
     if annotators is None:
         return (equal * min(1.0, (equal - 1) / 3) + (num - equal) * min(1.0, equal / 3)) / num
     records = list(zip(answers, annotators, strict=True))
-    matches = [sum(other[0] == prediction and other != left_out for other in records) for left_out in records]
+    matches = [
+        sum(other[0] == prediction and other != left_out for other in records)
+        for left_out in records
+    ]
     return sum(min(1.0, match / 3) for match in matches) / num
 
 
@@ -118,7 +123,9 @@ def human_answers(record: Any, where: str) -> tuple[str, ...]:
     try:
         texts = tuple(intern(answer["answer"]) for answer in answers)
     except (KeyError, TypeError) as error:
-        raise ValueError(f'{where}: its answers are not a list of {{"answer": "..."}}: get the official file again') from error
+        raise ValueError(
+            f'{where}: its answers are not a list of {{"answer": "..."}}: get the official file again'
+        ) from error
     if not texts:
         raise ValueError(f"{where} has no human answer: get the official file again")
     return texts
@@ -128,7 +135,12 @@ def _punctuation(text: str) -> str:
     # Every decision is made on the text as it came in, so the order of the marks does not matter.
     if marks := [mark for mark in MARKS if mark in text]:
         delete_all = _DIGIT_COMMA_DIGIT.search(text) is not None
-        text = text.translate({ord(mark): "" if delete_all or f"{mark} " in text or f" {mark}" in text else " " for mark in marks})
+        text = text.translate(
+            {
+                ord(mark): "" if delete_all or f"{mark} " in text or f" {mark}" in text else " "
+                for mark in marks
+            }
+        )
     return _PERIOD.sub("", text, count=_NUM_PERIODS)
 
 

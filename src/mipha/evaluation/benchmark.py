@@ -105,7 +105,16 @@ class Judge(Protocol):
     @property
     def num_runs(self) -> int | None: ...
 
-    def ask(self, question_id: str, prompt: str, *, run: int = 0, attempt: int = 0, temperature: float = 0.0, max_tokens: int = 16) -> str:
+    def ask(
+        self,
+        question_id: str,
+        prompt: str,
+        *,
+        run: int = 0,
+        attempt: int = 0,
+        temperature: float = 0.0,
+        max_tokens: int = 16,
+    ) -> str:
         """The judge's reply to a prompt."""
         ...
 
@@ -161,7 +170,9 @@ class Benchmark(Protocol):
         """Every metric from the sums of contributions, headline first, in its unit and unrounded; on any shape of totals."""
         ...
 
-    def submission(self, questions: Sequence[Question], predictions: Mapping[str, str]) -> dict[str, bytes]:
+    def submission(
+        self, questions: Sequence[Question], predictions: Mapping[str, str]
+    ) -> dict[str, bytes]:
         """File name to content of what the benchmark's server takes; empty where there is no server."""
         ...
 

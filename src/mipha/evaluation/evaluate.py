@@ -33,7 +33,9 @@ class Plan:
     doubts: tuple[str, ...]
 
 
-def plan(benchmarks: Sequence[str], data_root: str | Path | None = None, split: str | None = None) -> list[Plan]:
+def plan(
+    benchmarks: Sequence[str], data_root: str | Path | None = None, split: str | None = None
+) -> list[Plan]:
     """Read the questions of all benchmarks, and check that their files and images are there.
 
     Args:
@@ -61,7 +63,10 @@ def plan(benchmarks: Sequence[str], data_root: str | Path | None = None, split: 
             raise ValueError(f"{root} has no question of {name} {chosen}: {benchmark.SOURCE}")
         doubts = benchmark.doubts(questions, chosen)
         if len(questions) != benchmark.SIZES[chosen]:
-            doubts = [f"{len(questions):,} questions, not the {benchmark.SIZES[chosen]:,} of the official {chosen} split", *doubts]
+            doubts = [
+                f"{len(questions):,} questions, not the {benchmark.SIZES[chosen]:,} of the official {chosen} split",
+                *doubts,
+            ]
         plans.append(Plan(name, benchmark, chosen, questions, tuple(doubts)))
     return plans
 
@@ -110,7 +115,9 @@ def evaluate(
     plans = plan(benchmarks, data_root, split)
     for part in plans:
         if part.benchmark.JUDGE == "required" and judge is None:
-            raise ValueError(f"{part.name} is graded by a judge: give one with --judge URL --judge-model NAME, or --judge-replies FILE")
+            raise ValueError(
+                f"{part.name} is graded by a judge: give one with --judge URL --judge-model NAME, or --judge-replies FILE"
+            )
     path = model.folder if isinstance(model, Run) else Path(model)
     checkpoint = model_folder(path)
     if out is None and checkpoint == path:
@@ -119,25 +126,50 @@ def evaluate(
     from mipha.assistant import load
     from mipha.world import join_world
 
-    world = join_world(patience=timedelta(days=7))  # the others wait for the slowest, however long its share takes
+    world = join_world(
+        patience=timedelta(days=7)
+    )  # the others wait for the slowest, however long its share takes
     assistant = load(checkpoint, device=device or (str(world.device) if world.size > 1 else None))
     sha256 = fingerprint(checkpoint)
     results = []
     for part in plans:
-        key = part.name + (f"-{part.split}" if part.split != part.benchmark.SPLITS[0] else "") + ("-blind" if blind else "")
+        key = (
+            part.name
+            + (f"-{part.split}" if part.split != part.benchmark.SPLITS[0] else "")
+            + ("-blind" if blind else "")
+        )
         folder = Run(path).evaluation(key) if out is None else Path(out) / key
         questions = _greyed(part.questions) if blind else part.questions
         max_new_tokens = part.benchmark.MAX_NEW_TOKENS
-        predict(assistant, part.name, questions, folder, batch_size, max_new_tokens, limit, progress, sha256, world.rank, world.size)
+        predict(
+            assistant,
+            part.name,
+            questions,
+            folder,
+            batch_size,
+            max_new_tokens,
+            limit,
+            progress,
+            sha256,
+            world.rank,
+            world.size,
+        )
         world.barrier()
         if world.is_first:
             predictions = merge(folder, questions)
             wants = judge if part.benchmark.JUDGE else None
-            results.append(score_predictions(part.benchmark, part.split, questions, predictions, folder, limit, blind, wants))
+            results.append(
+                score_predictions(
+                    part.benchmark, part.split, questions, predictions, folder, limit, blind, wants
+                )
+            )
     world.barrier()
     return results
 
 
 def _greyed(questions: Sequence[Question]) -> list[Question]:
     grey = grey_image()
-    return [question if question.image is None else replace(question, image=grey) for question in questions]
+    return [
+        question if question.image is None else replace(question, image=grey)
+        for question in questions
+    ]

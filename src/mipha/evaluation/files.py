@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 
-def official_root(name: str, root: Path | None, split: str, splits: Sequence[str], source: str) -> Path:
+def official_root(
+    name: str, root: Path | None, split: str, splits: Sequence[str], source: str
+) -> Path:
     """The folder with a benchmark's official files, once the split is known to be one of its own.
 
     Raises:
@@ -18,7 +20,9 @@ def official_root(name: str, root: Path | None, split: str, splits: Sequence[str
     if split not in splits:
         raise ValueError(f"benchmark {name} has no split {split!r}: choose {' or '.join(splits)}")
     if root is None:
-        raise ValueError(f"{name} has no packaged copy: {source}, and give its folder with --data-root")
+        raise ValueError(
+            f"{name} has no packaged copy: {source}, and give its folder with --data-root"
+        )
     return root
 
 
@@ -57,7 +61,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} line {error.lineno} is not valid JSON ({error.msg}): get the file again") from error
+        raise ValueError(
+            f"{path} line {error.lineno} is not valid JSON ({error.msg}): get the file again"
+        ) from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: get the file again") from error
     finally:
@@ -81,9 +87,13 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{path} line {number} is not valid JSON ({line[:60]!r}): mend that line") from error
+            raise ValueError(
+                f"{path} line {number} is not valid JSON ({line[:60]!r}): mend that line"
+            ) from error
         if not isinstance(row, dict):
-            raise ValueError(f"{path} line {number} is not a JSON object ({line[:60]!r}): mend that line")
+            raise ValueError(
+                f"{path} line {number} is not a JSON object ({line[:60]!r}): mend that line"
+            )
         yield number, row
 
 

@@ -21,7 +21,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from mipha.evaluation.files import read_json_lines
-from mipha.run import append_line, read_lines
+from mipha.files import append_line, read_lines
 
 TRIES = 6
 """Requests for one reply: with the pauses between them half a minute of trouble is waited out."""
@@ -49,7 +49,9 @@ class Replay:
             for place, prompt_sha256, reply in _entries(row, f"{path} line {number}"):
                 known = self._replies.setdefault(place, {})
                 if prompt_sha256 in known:
-                    raise ValueError(f"{path} line {number} is a second reply for question {place[0]}: keep one judge's replies in a file")
+                    raise ValueError(
+                        f"{path} line {number} is a second reply for question {place[0]}: keep one judge's replies in a file"
+                    )
                 known[prompt_sha256] = reply
         # Some count runs from 1.
         self._runs = sorted({run for _, run, attempt in self._replies if attempt is not None})
@@ -59,20 +61,35 @@ class Replay:
         """Runs over the questions that were recorded; None where replies belong to no run."""
         return len(self._runs) or None
 
-    def ask(self, question_id: str, prompt: str, *, run: int = 0, attempt: int = 0, temperature: float = 0.0, max_tokens: int = 16) -> str:
+    def ask(
+        self,
+        question_id: str,
+        prompt: str,
+        *,
+        run: int = 0,
+        attempt: int = 0,
+        temperature: float = 0.0,
+        max_tokens: int = 16,
+    ) -> str:
         """The recorded reply.
 
         Raises:
             ValueError: There is none, or it is the reply to another prompt.
         """
         recorded = self._runs[run] if run < len(self._runs) else run
-        known = self._replies.get((question_id, recorded, attempt)) or self._replies.get((question_id, 0, None), {})
+        known = self._replies.get((question_id, recorded, attempt)) or self._replies.get(
+            (question_id, 0, None), {}
+        )
         for prompt_sha256 in (_digest(prompt), None):
             if prompt_sha256 in known:
                 return known[prompt_sha256]
         if known:
-            raise ValueError(f"{self.path} has replies for question {question_id}, but to other prompts: give the replies to these answers")
-        raise ValueError(f"{self.path} has no reply for question {question_id} (run {recorded}, try {attempt + 1}): add it, or ask a judge")
+            raise ValueError(
+                f"{self.path} has replies for question {question_id}, but to other prompts: give the replies to these answers"
+            )
+        raise ValueError(
+            f"{self.path} has no reply for question {question_id} (run {recorded}, try {attempt + 1}): add it, or ask a judge"
+        )
 
 
 class Endpoint:
@@ -110,13 +127,26 @@ class Endpoint:
         self.url = base_url.rstrip("/") + "/chat/completions"
         self.model, self.record = model, record
         self._timeout, self._pause = timeout, pause
-        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
+        self._headers = {"Content-Type": "application/json"} | (
+            {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        )
         self._known: dict[tuple[_Place, str | None], str] = {}
         for row in read_lines(record) if record else ():
             if row.get("model") == model:
-                self._known |= {(place, sha256): reply for place, sha256, reply in _entries(row, str(record))}
+                self._known |= {
+                    (place, sha256): reply for place, sha256, reply in _entries(row, str(record))
+                }
 
-    def ask(self, question_id: str, prompt: str, *, run: int = 0, attempt: int = 0, temperature: float = 0.0, max_tokens: int = 16) -> str:
+    def ask(
+        self,
+        question_id: str,
+        prompt: str,
+        *,
+        run: int = 0,
+        attempt: int = 0,
+        temperature: float = 0.0,
+        max_tokens: int = 16,
+    ) -> str:
         """The recorded reply, or a new one, which is recorded before it is used.
 
         Raises:
@@ -127,10 +157,21 @@ class Endpoint:
         key = ((question_id, run, attempt), prompt_sha256)
         if key not in self._known:
             messages = [{"role": "user", "content": prompt}]
-            reply = self._request({"model": self.model, "messages": messages, "temperature": temperature, "max_tokens": max_tokens})
+            reply = self._request(
+                {
+                    "model": self.model,
+                    "messages": messages,
+                    "temperature": temperature,
+                    "max_tokens": max_tokens,
+                }
+            )
             if self.record is not None:
                 place = {"question_id": question_id, "run": run, "attempt": attempt}
-                append_line(self.record, place | {"responses": [reply], "model": self.model, "prompt_sha256": prompt_sha256})
+                append_line(
+                    self.record,
+                    place
+                    | {"responses": [reply], "model": self.model, "prompt_sha256": prompt_sha256},
+                )
             self._known[key] = reply
         return self._known[key]
 
@@ -143,19 +184,27 @@ class Endpoint:
                 with urlopen(request, timeout=self._timeout) as answer:
                     return self._content(answer.read())
             except HTTPError as error:
-                trouble = f"HTTP {error.code}, {error.read(200).decode(errors='replace') or error.reason}"
+                trouble = (
+                    f"HTTP {error.code}, {error.read(200).decode(errors='replace') or error.reason}"
+                )
                 # Too many requests and a server's own failures pass; anything else comes back however often it is tried.
                 if error.code != 429 and error.code < 500:
-                    raise ValueError(f"the judge at {self.url} refuses ({trouble}): check URL, model {self.model!r} and key") from error
+                    raise ValueError(
+                        f"the judge at {self.url} refuses ({trouble}): check URL, model {self.model!r} and key"
+                    ) from error
             except (OSError, HTTPException) as error:
                 trouble = str(error) or type(error).__name__
-        raise ConnectionError(f"no reply from the judge at {self.url} in {TRIES} tries ({trouble}): run the same command again to go on")
+        raise ConnectionError(
+            f"no reply from the judge at {self.url} in {TRIES} tries ({trouble}): run the same command again to go on"
+        )
 
     def _content(self, answer: bytes) -> str:
         try:
             content = json.loads(answer)["choices"][0]["message"]["content"]
         except (ValueError, KeyError, IndexError, TypeError) as error:
-            raise ValueError(f"{self.url} does not answer as chat completions do ({answer[:80]!r}): check the URL") from error
+            raise ValueError(
+                f"{self.url} does not answer as chat completions do ({answer[:80]!r}): check the URL"
+            ) from error
         # A model may say nothing (null): that is a reply, and the benchmark finds it unreadable.
         return "" if content is None else str(content)
 
@@ -163,16 +212,26 @@ class Endpoint:
 def _entries(row: dict[str, Any], where: str) -> Iterator[tuple[_Place, str | None, str]]:
     """(place, hash of the prompt or None, reply) of one line."""
     question_id, run, first = row.get("question_id"), row.get("run", 0), row.get("attempt", 0)
-    if not isinstance(question_id, (str, int)) or not isinstance(run, int) or not isinstance(first, int):
-        raise ValueError(f"{where} needs a question_id, and numbers as run and attempt where it has them: mend that line")
+    if (
+        not isinstance(question_id, (str, int))
+        or not isinstance(run, int)
+        or not isinstance(first, int)
+    ):
+        raise ValueError(
+            f"{where} needs a question_id, and numbers as run and attempt where it has them: mend that line"
+        )
     responses = row.get("responses")
-    if isinstance(responses, list) and all(reply is None or isinstance(reply, str) for reply in responses):
+    if isinstance(responses, list) and all(
+        reply is None or isinstance(reply, str) for reply in responses
+    ):
         for attempt, reply in enumerate(responses, start=first):
             yield (str(question_id), run, attempt), row.get("prompt_sha256"), reply or ""
     elif responses is None and isinstance(row.get("text"), str):
         yield (str(question_id), 0, None), row.get("prompt_sha256"), row["text"]
     else:
-        raise ValueError(f'{where} has neither "responses", a list of texts, nor "text": mend that line')
+        raise ValueError(
+            f'{where} has neither "responses", a list of texts, nor "text": mend that line'
+        )
 
 
 def _digest(prompt: str) -> str:

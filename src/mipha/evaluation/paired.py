@@ -45,23 +45,39 @@ def compare_paired(a: str | Path, b: str | Path, num_resamples: int = 2000) -> l
     left, right = results_of(Path(a)), results_of(Path(b))
     shared = [name for name in left if name in right]
     if not shared:
-        raise ValueError(f"{a} has {', '.join(left)} and {b} has {', '.join(right)}: nothing to pair, evaluate both on one benchmark")
+        raise ValueError(
+            f"{a} has {', '.join(left)} and {b} has {', '.join(right)}: nothing to pair, evaluate both on one benchmark"
+        )
     found = {}
     for name in shared:
         if left[name]["ids_sha256"] != right[name]["ids_sha256"]:
-            raise ValueError(f"{name}: {a} and {b} did not answer the same questions: evaluate both on the same set, to the end")
+            raise ValueError(
+                f"{name}: {a} and {b} did not answer the same questions: evaluate both on the same set, to the end"
+            )
         measure = load_benchmark(left[name]["benchmark"]).measure
-        found[name] = paired_differences(read_tally(left[name]), read_tally(right[name]), measure, num_resamples)
+        found[name] = paired_differences(
+            read_tally(left[name]), read_tally(right[name]), measure, num_resamples
+        )
     headlines = {name: load_benchmark(left[name]["benchmark"]).METRICS[0].name for name in shared}
     # Where the headline is undefined for one of the two (an F1 without a right yes), no other metric takes its place.
     tested = [name for name in shared if headlines[name] in found[name]]
-    adjusted = dict(zip(tested, holm([found[name][headlines[name]].p_value for name in tested]), strict=True))
+    adjusted = dict(
+        zip(tested, holm([found[name][headlines[name]].p_value for name in tested]), strict=True)
+    )
     rows = []
     for name in shared:
         benchmark = load_benchmark(left[name]["benchmark"])
         for metric, paired in found[name].items():
             unit = describe(benchmark, metric).unit
-            rows.append(PairedRow(name, metric, unit, paired, adjusted.get(name) if metric == headlines[name] else None))
+            rows.append(
+                PairedRow(
+                    name,
+                    metric,
+                    unit,
+                    paired,
+                    adjusted.get(name) if metric == headlines[name] else None,
+                )
+            )
     return rows
 
 
@@ -74,10 +90,14 @@ def results_of(path: Path) -> dict[str, dict[str, Any]]:
     if path.is_file():
         content = read_json(path)
         if not isinstance(content, dict) or "tally" not in content:
-            raise ValueError(f"{path} is not a file that `mipha score --json` wrote: give one, or a run")
+            raise ValueError(
+                f"{path} is not a file that `mipha score --json` wrote: give one, or a run"
+            )
         return {content["tally"]["benchmark"]: content["tally"]}
     folder = path / "evaluation" if (path / "evaluation").is_dir() else path
     found = {file.parent.name: read_json(file) for file in sorted(folder.glob("*/tally.json"))}
     if not found:
-        raise FileNotFoundError(f"{path} has no scores: make them with `mipha evaluate {path} -b ...`")
+        raise FileNotFoundError(
+            f"{path} has no scores: make them with `mipha evaluate {path} -b ...`"
+        )
     return found

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mipha.evaluation.benchmark import Question
-from mipha.run import append_line, read_lines, write_whole
+from mipha.files import append_line, read_lines, write_whole
 
 MOST_FAILURES_IN_A_ROW = 20
 """So many pictures that fail with no answer between them are one fault of the set-up, not of the pictures."""
@@ -27,7 +27,14 @@ MOST_FAILURES_IN_A_ROW = 20
 class Asker(Protocol):
     """What `predict` needs of an assistant."""
 
-    def answer_many(self, pairs: Sequence[tuple[Any, str]], *, max_new_tokens: int, batch_size: int, on_answers: Any) -> list[Any]: ...
+    def answer_many(
+        self,
+        pairs: Sequence[tuple[Any, str]],
+        *,
+        max_new_tokens: int,
+        batch_size: int,
+        on_answers: Any,
+    ) -> list[Any]: ...
 
 
 def predict(
@@ -62,7 +69,9 @@ def predict(
         ValueError: The folder's predictions are by another checkpoint or with other prompts; ids repeat; or everything fails.
     """
     if len({question.id for question in questions}) != len(questions):
-        raise ValueError(f"benchmark {benchmark_name} gives some question id twice: make them unique")
+        raise ValueError(
+            f"benchmark {benchmark_name} gives some question id twice: make them unique"
+        )
     _claim(
         folder,
         {
@@ -77,8 +86,19 @@ def predict(
     open_questions = [question for question in asked if question.id not in predictions]
     answers_file, errors_file = (_file(folder, name, rank) for name in ("predictions", "errors"))
     errors_file.unlink(missing_ok=True)
-    with _bar(benchmark_name, len(asked), len(asked) - len(open_questions), progress and not rank) as advance:
-        _ask(assistant, open_questions, answers_file, errors_file, set(predictions), batch_size, max_new_tokens, advance)
+    with _bar(
+        benchmark_name, len(asked), len(asked) - len(open_questions), progress and not rank
+    ) as advance:
+        _ask(
+            assistant,
+            open_questions,
+            answers_file,
+            errors_file,
+            set(predictions),
+            batch_size,
+            max_new_tokens,
+            advance,
+        )
 
 
 def merge(folder: Path, questions: Sequence[Question]) -> dict[str, str]:
@@ -100,7 +120,10 @@ def merge(folder: Path, questions: Sequence[Question]) -> dict[str, str]:
         }
         if rows:
             ordered = sorted(rows.values(), key=lambda row: place[row["question_id"]])
-            write_whole(folder / f"{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ordered))
+            write_whole(
+                folder / f"{name}.jsonl",
+                "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ordered),
+            )
         for file in files:
             if file.name != f"{name}.jsonl":
                 file.unlink()
@@ -109,7 +132,11 @@ def merge(folder: Path, questions: Sequence[Question]) -> dict[str, str]:
 
 def read_predictions(folder: Path) -> dict[str, str]:
     """Question id to text of every prediction in the folder, whichever process made it."""
-    return {row["question_id"]: row["text"] for file in sorted(folder.glob("predictions*.jsonl")) for row in read_lines(file)}
+    return {
+        row["question_id"]: row["text"]
+        for file in sorted(folder.glob("predictions*.jsonl"))
+        for row in read_lines(file)
+    }
 
 
 def prompts_hash(questions: Sequence[Question]) -> str:
@@ -117,7 +144,13 @@ def prompts_hash(questions: Sequence[Question]) -> str:
     digest = hashlib.sha256()
     for question in questions:
         image = question.image
-        shown = hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else image.name if image else None
+        shown = (
+            hashlib.sha256(image).hexdigest()
+            if isinstance(image, bytes)
+            else image.name
+            if image
+            else None
+        )
         digest.update(json.dumps([question.id, question.text, shown]).encode() + b"\n")
     return digest.hexdigest()
 
@@ -128,9 +161,15 @@ def fingerprint(model: Path) -> str:
     Raises:
         FileNotFoundError: The folder has no .safetensors file.
     """
-    files = sorted(path for path in model.iterdir() if path.suffix in {".safetensors", ".json", ".jinja", ".model", ".txt"})
+    files = sorted(
+        path
+        for path in model.iterdir()
+        if path.suffix in {".safetensors", ".json", ".jinja", ".model", ".txt"}
+    )
     if not any(path.suffix == ".safetensors" for path in files):
-        raise FileNotFoundError(f"{model} has no .safetensors file: give the folder of an exported model")
+        raise FileNotFoundError(
+            f"{model} has no .safetensors file: give the folder of an exported model"
+        )
     digest = hashlib.sha256()
     for path in files:
         stat = path.stat()
@@ -150,7 +189,9 @@ def _claim(folder: Path, header: dict[str, Any]) -> None:
     path = folder / "predictions.meta.json"
     if not path.is_file():
         if (folder / "predictions.jsonl").is_file():
-            raise ValueError(f"{folder} has predictions but no {path.name}, so nobody knows whose they are: delete that folder")
+            raise ValueError(
+                f"{folder} has predictions but no {path.name}, so nobody knows whose they are: delete that folder"
+            )
         write_whole(path, json.dumps(header, indent=2) + "\n")
         return
     old = json.loads(path.read_text(encoding="utf-8"))
@@ -158,7 +199,9 @@ def _claim(folder: Path, header: dict[str, Any]) -> None:
         key = differing[0]
         whose = {"checkpoint_sha256": "another checkpoint", "prompts_sha256": "other prompts"}
         what = whose.get(key, f"{key}={old.get(key)} (now {header[key]})")
-        raise ValueError(f"the predictions in {folder} were made with {what}: delete that folder to ask again, or write to another one")
+        raise ValueError(
+            f"the predictions in {folder} were made with {what}: delete that folder to ask again, or write to another one"
+        )
 
 
 def _file(folder: Path, name: str, rank: int) -> Path:
@@ -170,7 +213,11 @@ def _share(questions: Sequence[Question], rank: int, num_ranks: int) -> list[Que
     """The questions about every `num_ranks`-th image: those of one image stay together, so that it is encoded once."""
     numbers: dict[Any, int] = {}
     keys = [question.id if question.image is None else question.image for question in questions]
-    return [question for question, key in zip(questions, keys, strict=True) if numbers.setdefault(key, len(numbers)) % num_ranks == rank]
+    return [
+        question
+        for question, key in zip(questions, keys, strict=True)
+        if numbers.setdefault(key, len(numbers)) % num_ranks == rank
+    ]
 
 
 def _ask(
@@ -189,19 +236,32 @@ def _ask(
     while todo:
         part = todo.pop()
 
-        def on_answers(indices: Sequence[int], answers: Sequence[Any], part: list[Question] = part) -> None:
+        def on_answers(
+            indices: Sequence[int], answers: Sequence[Any], part: list[Question] = part
+        ) -> None:
             for index, answer in zip(indices, answers, strict=True):
-                row = {"question_id": part[index].id, "text": answer.text, "num_tokens": answer.num_tokens, "finished": answer.finished}
+                row = {
+                    "question_id": part[index].id,
+                    "text": answer.text,
+                    "num_tokens": answer.num_tokens,
+                    "finished": answer.finished,
+                }
                 append_line(answers_file, row)
                 answered.add(part[index].id)
             advance(len(indices))
 
         try:
             pairs = [(question.image, question.text) for question in part]
-            assistant.answer_many(pairs, max_new_tokens=max_new_tokens, batch_size=batch_size, on_answers=on_answers)
+            assistant.answer_many(
+                pairs, max_new_tokens=max_new_tokens, batch_size=batch_size, on_answers=on_answers
+            )
         except Exception as error:  # of any kind: a broken picture, full memory, a crash; it is written down, never answered for
             # Pillow's OSError for a broken picture has no number; that of a full disk has one.
-            if isinstance(error, OSError) and not isinstance(error, FileNotFoundError) and error.errno is not None:
+            if (
+                isinstance(error, OSError)
+                and not isinstance(error, FileNotFoundError)
+                and error.errno is not None
+            ):
                 raise
             left = [question for question in part if question.id not in answered]
             if len(left) < len(part):
@@ -209,7 +269,10 @@ def _ask(
             if len(left) > 1:
                 todo += [left[len(left) // 2 :], left[: len(left) // 2]]
             elif left:
-                append_line(errors_file, {"question_id": left[0].id, "error": f"{type(error).__name__}: {error}"})
+                append_line(
+                    errors_file,
+                    {"question_id": left[0].id, "error": f"{type(error).__name__}: {error}"},
+                )
                 advance(1)
                 failed_since_answer.add(left[0].image or left[0].id)
                 if len(failed_since_answer) == MOST_FAILURES_IN_A_ROW:
@@ -225,9 +288,21 @@ def _ask(
 def _bar(name: str, total: int, done: int, shown: bool) -> Iterator[Callable[[int], None]]:
     """A progress bar on stderr; yields a function that moves it."""
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn())
+    columns = (
+        TextColumn(name),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]}"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
         task = bar.add_task(name, total=total, completed=done, speed="")
 

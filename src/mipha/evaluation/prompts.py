@@ -14,4 +14,6 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 def options(choices: Sequence[str]) -> str:
     """One line an option, each after a newline: `\\nA. red\\nB. blue`."""
-    return "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False))
+    return "".join(
+        f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)
+    )

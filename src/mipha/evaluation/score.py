@@ -17,7 +17,7 @@ from typing import Any
 from mipha.comparison.statistics import Tally, Totals, intervals, tally, values
 from mipha.evaluation.benchmark import Benchmark, Judge, Judgement, Question, Score, describe
 from mipha.evaluation.files import read_json_lines
-from mipha.run import write_whole
+from mipha.files import write_whole
 
 
 @dataclass(frozen=True)
@@ -86,18 +86,26 @@ def score_predictions(
     asked = questions[:limit]
     answered = [question for question in asked if question.id in predictions]
     if not answered:
-        raise ValueError(f"none of the {len(asked)} questions of {header['benchmark']} was answered: see {folder / 'errors.jsonl'}")
+        raise ValueError(
+            f"none of the {len(asked)} questions of {header['benchmark']} was answered: see {folder / 'errors.jsonl'}"
+        )
     complete = len(answered) == len(questions)
     scores: tuple[Score, ...] = ()
     notes: tuple[str, ...] = ()
     if split not in benchmark.SERVERS:
         judgement = judge_answers(benchmark, answered, predictions, judge)
         scores, sums, notes = (*grade(benchmark, judgement), judgement.notes)
-        write_whole(folder / "tally.json", json.dumps(_pairable(header["benchmark"], answered, sums)) + "\n")
+        write_whole(
+            folder / "tally.json", json.dumps(_pairable(header["benchmark"], answered, sums)) + "\n"
+        )
     else:
         uploads = _write_upload(benchmark, answered, predictions, folder) if complete else ()
         server = benchmark.SERVERS[split]
-        note = f"upload {' and '.join(map(str, uploads))} to {server}" if uploads else f"no upload file for {server} until all are answered"
+        note = (
+            f"upload {' and '.join(map(str, uploads))} to {server}"
+            if uploads
+            else f"no upload file for {server} until all are answered"
+        )
         notes = (f"the labels of {split} are not public: {note}",)
     result = Result(
         benchmark=header["benchmark"],
@@ -108,21 +116,29 @@ def score_predictions(
         n_asked=len(asked),
         n_failed=len(asked) - len(answered),
         complete=complete,
-        baselines={name: _headline(benchmark, answered, answer(answered)) for name, answer in benchmark.BASELINES.items()},
+        baselines={
+            name: _headline(benchmark, answered, answer(answered))
+            for name, answer in benchmark.BASELINES.items()
+        },
         prompts_sha256=header["prompts_sha256"],
         checkpoint_sha256=header["checkpoint_sha256"],
         max_new_tokens=header["max_new_tokens"],
         protocol=benchmark.PROTOCOL,
         notes=notes,
     )
-    rows = [asdict(score) | {"description": describe(benchmark, score.metric).description} for score in scores]
+    rows = [
+        asdict(score) | {"description": describe(benchmark, score.metric).description}
+        for score in scores
+    ]
     write_whole(folder / "scores.json", _json(asdict(result) | {"scores": rows}))
     if complete and split not in benchmark.SERVERS:
         _write_upload(benchmark, answered, predictions, folder)
     return result
 
 
-def score_file(benchmark: Benchmark, annotations: Path, predictions_file: Path, judge: Judge | None = None) -> dict[str, Any]:
+def score_file(
+    benchmark: Benchmark, annotations: Path, predictions_file: Path, judge: Judge | None = None
+) -> dict[str, Any]:
     """Score any model's predictions, with neither model nor images.
 
     Args:
@@ -151,7 +167,11 @@ def score_file(benchmark: Benchmark, annotations: Path, predictions_file: Path, 
             metrics.setdefault(group, {})[member] = score.value
         else:
             metrics[group] = score.value
-    readings = {"parsed": judgement.parsed, "normalised": judgement.normalised, "submission": judgement.submission}
+    readings = {
+        "parsed": judgement.parsed,
+        "normalised": judgement.normalised,
+        "submission": judgement.submission,
+    }
     return {
         "headline": headline.value,
         "metric": headline.metric,
@@ -161,7 +181,9 @@ def score_file(benchmark: Benchmark, annotations: Path, predictions_file: Path, 
         "metrics": {headline.metric: headline.value} | metrics,
         "protocol": benchmark.PROTOCOL,
         "notes": list(judgement.notes),
-        "per_question": {question_id: _finite(value) for question_id, value in judgement.per_question.items()},
+        "per_question": {
+            question_id: _finite(value) for question_id, value in judgement.per_question.items()
+        },
         **{name: reading for name, reading in readings.items() if reading},
         "tally": _pairable(benchmark.__name__.rpartition(".")[2], questions, sums),
     }
@@ -179,21 +201,36 @@ def read_predictions_file(path: Path, questions: Sequence[Question]) -> dict[str
     predictions: dict[str, str] = {}
     for number, row in read_json_lines(path):
         where = f"{path} line {number}"
-        if not isinstance(row.get("question_id"), (str, int)) or not isinstance(row.get("text"), str):
-            raise ValueError(f'{where} is not {{"question_id": ..., "text": "..."}}: mend that line')
+        if not isinstance(row.get("question_id"), (str, int)) or not isinstance(
+            row.get("text"), str
+        ):
+            raise ValueError(
+                f'{where} is not {{"question_id": ..., "text": "..."}}: mend that line'
+            )
         question_id = str(row["question_id"])
         if question_id in lines:
-            raise ValueError(f"{where}: question_id {question_id} is also on line {lines[question_id]}: keep one of the two")
+            raise ValueError(
+                f"{where}: question_id {question_id} is also on line {lines[question_id]}: keep one of the two"
+            )
         if question_id not in wanted:
-            raise ValueError(f"{where}: no question has the id {question_id} (ids look like {questions[0].id}): are these the annotations?")
+            raise ValueError(
+                f"{where}: no question has the id {question_id} (ids look like {questions[0].id}): are these the annotations?"
+            )
         lines[question_id], predictions[question_id] = number, row["text"]
     required = [question.id for question in questions if not question.facts.get("optional")]
     if missing := [question_id for question_id in required if question_id not in predictions]:
-        raise ValueError(f"{path} lacks {len(missing)} of {len(required)} questions, such as {', '.join(missing[:3])}: predict those too")
+        raise ValueError(
+            f"{path} lacks {len(missing)} of {len(required)} questions, such as {', '.join(missing[:3])}: predict those too"
+        )
     return predictions
 
 
-def judge_answers(benchmark: Benchmark, questions: Sequence[Question], predictions: Mapping[str, str], judge: Judge | None) -> Judgement:
+def judge_answers(
+    benchmark: Benchmark,
+    questions: Sequence[Question],
+    predictions: Mapping[str, str],
+    judge: Judge | None,
+) -> Judgement:
     """The benchmark's judgement; the judge is handed to those benchmarks that take one.
 
     Raises:
@@ -209,7 +246,11 @@ def judge_answers(benchmark: Benchmark, questions: Sequence[Question], predictio
 def grade(benchmark: Benchmark, judgement: Judgement) -> tuple[tuple[Score, ...], Tally]:
     """Every metric with its 95 % interval, headline first; a plain count and an official number that is no sum have none."""
     sums = tally(judgement.contributions)
-    found, spread, totals = values(sums, benchmark.measure), intervals(sums, benchmark.measure), sums.totals()
+    found, spread, totals = (
+        values(sums, benchmark.measure),
+        intervals(sums, benchmark.measure),
+        sums.totals(),
+    )
     scores = []
     for name, value in found.items():
         unit = describe(benchmark, name).unit
@@ -217,7 +258,8 @@ def grade(benchmark: Benchmark, judgement: Judgement) -> tuple[tuple[Score, ...]
         low, high = (None, None) if unit == "questions" else map(_finite, spread[name])
         scores.append(Score(name, _finite(value), unit, n, low, high))
     extra = [
-        Score(name, _finite(value), describe(benchmark, name).unit, len(judgement.per_question)) for name, value in judgement.extra.items()
+        Score(name, _finite(value), describe(benchmark, name).unit, len(judgement.per_question))
+        for name, value in judgement.extra.items()
     ]
     return (*scores, *extra), sums
 
@@ -227,10 +269,22 @@ def _num_questions(name: str, totals: Totals, num_all: int) -> int:
     if name in totals.names:
         return int(totals.count(name))
     group, _, member = name.partition(".")
-    return max((int(totals.count(other)) for other in totals.names if member and other.startswith(f"{group}.")), default=num_all)
+    return max(
+        (
+            int(totals.count(other))
+            for other in totals.names
+            if member and other.startswith(f"{group}.")
+        ),
+        default=num_all,
+    )
 
 
-def _write_upload(benchmark: Benchmark, questions: Sequence[Question], predictions: Mapping[str, str], folder: Path) -> tuple[Path, ...]:
+def _write_upload(
+    benchmark: Benchmark,
+    questions: Sequence[Question],
+    predictions: Mapping[str, str],
+    folder: Path,
+) -> tuple[Path, ...]:
     """Write what the benchmark's server takes; only of complete answers, for a server counts a missing one as wrong."""
     files = benchmark.submission(questions, predictions)
     for name, data in files.items():
@@ -241,11 +295,22 @@ def _write_upload(benchmark: Benchmark, questions: Sequence[Question], predictio
 def _pairable(name: str, questions: Sequence[Question], sums: Tally) -> dict[str, Any]:
     """A tally with what two of them must share to be compared pair by pair."""
     ids = "\n".join(sorted(question.id for question in questions))
-    return {"benchmark": name, "ids_sha256": hashlib.sha256(ids.encode()).hexdigest()} | sums.as_json()
+    return {
+        "benchmark": name,
+        "ids_sha256": hashlib.sha256(ids.encode()).hexdigest(),
+    } | sums.as_json()
 
 
-def _headline(benchmark: Benchmark, questions: Sequence[Question], answers: Mapping[str, str]) -> float:
-    return next(iter(values(tally(benchmark.score(questions, answers).contributions), benchmark.measure).values()))
+def _headline(
+    benchmark: Benchmark, questions: Sequence[Question], answers: Mapping[str, str]
+) -> float:
+    return next(
+        iter(
+            values(
+                tally(benchmark.score(questions, answers).contributions), benchmark.measure
+            ).values()
+        )
+    )
 
 
 def _finite(value: float) -> float | None:

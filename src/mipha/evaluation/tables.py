@@ -24,10 +24,18 @@ def print_results(results: Sequence[Result]) -> None:
     for result in results:
         if result.scores:
             table = _table(
-                f"{result.benchmark} {result.split}{' (blind)' if result.blind else ''}", "metric", "value", "95 % interval", "n"
+                f"{result.benchmark} {result.split}{' (blind)' if result.blind else ''}",
+                "metric",
+                "value",
+                "95 % interval",
+                "n",
             )
             for score in result.scores:
-                interval = "" if score.low is None or score.high is None else f"{score.low:.1f} to {score.high:.1f}"
+                interval = (
+                    ""
+                    if score.low is None or score.high is None
+                    else f"{score.low:.1f} to {score.high:.1f}"
+                )
                 table.add_row(score.metric, _value(score.value, score.unit), interval, str(score.n))
             for name, value in result.baselines.items():
                 table.add_row(f"{name} baseline", _value(value, result.scores[0].unit), style="dim")
@@ -36,10 +44,13 @@ def print_results(results: Sequence[Result]) -> None:
             console.print(f"{result.benchmark}: {note}", soft_wrap=True, highlight=False)
         if result.n_failed:
             console.print(
-                f"{result.n_failed} of {result.n_asked} questions failed and are not in these scores: see errors.jsonl", style="red"
+                f"{result.n_failed} of {result.n_asked} questions failed and are not in these scores: see errors.jsonl",
+                style="red",
             )
         if not result.complete:
-            console.print(f"not complete: {result.n_asked - result.n_failed} of {result.num_questions} questions")
+            console.print(
+                f"not complete: {result.n_asked - result.n_failed} of {result.num_questions} questions"
+            )
 
 
 def print_plan(plans: Sequence[Plan], model: Path) -> None:
@@ -51,13 +62,23 @@ def print_plan(plans: Sequence[Plan], model: Path) -> None:
     console = Console()
     processor = load_processor(model_folder(model))
     for plan in plans:
-        console.print(f"[bold]{plan.name}[/] {plan.split}: {len(plan.questions):,} questions, all files are there", highlight=False)
+        console.print(
+            f"[bold]{plan.name}[/] {plan.split}: {len(plan.questions):,} questions, all files are there",
+            highlight=False,
+        )
         for doubt in plan.doubts:
-            console.print(f"  warning: {doubt}", style="yellow", soft_wrap=True, highlight=False, markup=False)
+            console.print(
+                f"  warning: {doubt}", style="yellow", soft_wrap=True, highlight=False, markup=False
+            )
         for question in _spread(plan.questions):
             console.print(f"  {question.id}", style="dim", markup=False, highlight=False)
             prompt = render_prompt(processor, question.text, question.image is not None)
-            console.print("    " + prompt.replace("\n", "\n    "), soft_wrap=True, markup=False, highlight=False)
+            console.print(
+                "    " + prompt.replace("\n", "\n    "),
+                soft_wrap=True,
+                markup=False,
+                highlight=False,
+            )
 
 
 def print_scored(content: Mapping[str, Any]) -> None:
@@ -66,12 +87,17 @@ def print_scored(content: Mapping[str, Any]) -> None:
     low, high = content["interval"]
     interval = "" if low is None else f"{low:.2f} to {high:.2f}"
     table = _table("", "metric", "value", "95 % interval")
-    table.add_row(content["metric"], _value(content["headline"], content["unit"]), interval, style="bold")
+    table.add_row(
+        content["metric"], _value(content["headline"], content["unit"]), interval, style="bold"
+    )
     for name, value in content["metrics"].items():
         members = value.items() if isinstance(value, dict) else [("", value)]
         for member, number in members:
             if name != content["metric"]:
-                table.add_row(f"{name}.{member}" if member else name, "undefined" if number is None else f"{number:.2f}")
+                table.add_row(
+                    f"{name}.{member}" if member else name,
+                    "undefined" if number is None else f"{number:.2f}",
+                )
     console.print(table)
     for note in content["notes"]:
         console.print(note, soft_wrap=True, highlight=False)
@@ -79,7 +105,15 @@ def print_scored(content: Mapping[str, Any]) -> None:
 
 def print_paired(rows: Sequence[PairedRow]) -> None:
     """Differences with intervals and p-values, benchmark by benchmark."""
-    table = _table("A minus B, question by question", "benchmark", "metric", "difference", "95 % interval", "p", "p (Holm)")
+    table = _table(
+        "A minus B, question by question",
+        "benchmark",
+        "metric",
+        "difference",
+        "95 % interval",
+        "p",
+        "p (Holm)",
+    )
     shown = ""
     for row in rows:
         found = row.paired
@@ -96,17 +130,29 @@ def print_paired(rows: Sequence[PairedRow]) -> None:
     console = Console()
     console.print(table)
     console.print(
-        "p: two-sided, swapping the answers of whole images; p (Holm): headlines, adjusted for the number of benchmarks", style="dim"
+        "p: two-sided, swapping the answers of whole images; p (Holm): headlines, adjusted for the number of benchmarks",
+        style="dim",
     )
 
 
 def _spread(questions: Sequence[Question]) -> list[Question]:
     """A few questions from all over the benchmark."""
-    return [questions[place * len(questions) // NUM_SHOWN] for place in range(min(NUM_SHOWN, len(questions)))]
+    return [
+        questions[place * len(questions) // NUM_SHOWN]
+        for place in range(min(NUM_SHOWN, len(questions)))
+    ]
 
 
 def _value(value: float | None, unit: str) -> str:
-    return "undefined" if value is None else f"{value:.1f} %" if unit == "%" else f"{value:.1f}" if unit == "points" else f"{value:g}"
+    return (
+        "undefined"
+        if value is None
+        else f"{value:.1f} %"
+        if unit == "%"
+        else f"{value:.1f}"
+        if unit == "points"
+        else f"{value:g}"
+    )
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -24,7 +24,9 @@ class Mipha(lmms):
 
     is_simple = False
 
-    def __init__(self, pretrained: str, device: str | None = None, batch_size: int | str = 16, **kwargs: Any) -> None:
+    def __init__(
+        self, pretrained: str, device: str | None = None, batch_size: int | str = 16, **kwargs: Any
+    ) -> None:
         """Load a run or a model folder.
 
         Raises:
@@ -32,7 +34,9 @@ class Mipha(lmms):
         """
         super().__init__()
         if kwargs:
-            raise ValueError(f"mipha takes pretrained, device and batch_size as model arguments, not {', '.join(kwargs)}: leave them out")
+            raise ValueError(
+                f"mipha takes pretrained, device and batch_size as model arguments, not {', '.join(kwargs)}: leave them out"
+            )
         self.assistant = load(pretrained, device=device)
         self.batch_size = int(batch_size)
 
@@ -65,22 +69,38 @@ class Mipha(lmms):
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
         """Not offered: the protocols that mipha reproduces read generated text."""
-        raise NotImplementedError("mipha answers by generation: choose a task with output_type generate_until")
+        raise NotImplementedError(
+            "mipha answers by generation: choose a task with output_type generate_until"
+        )
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
         """Not offered: a question is one turn."""
-        raise NotImplementedError("mipha answers single turns here: choose a task with output_type generate_until")
+        raise NotImplementedError(
+            "mipha answers single turns here: choose a task with output_type generate_until"
+        )
 
-    def _pair(self, context: str, to_messages: Any, options: dict[str, Any], doc_id: int, task: str, split: str) -> Any:
+    def _pair(
+        self,
+        context: str,
+        to_messages: Any,
+        options: dict[str, Any],
+        doc_id: int,
+        task: str,
+        split: str,
+    ) -> Any:
         if options.get("do_sample") and options.get("temperature"):
-            raise ValueError(f"task {task} asks for sampling (temperature {options['temperature']}), mipha answers greedily: set it to 0")
+            raise ValueError(
+                f"task {task} asks for sampling (temperature {options['temperature']}), mipha answers greedily: set it to 0"
+            )
         messages = ChatMessages(messages=to_messages(self.task_dict[task][split][doc_id]))
         images, videos, audios = messages.extract_media()
         if len(images) > 1 or videos or audios or len(messages.messages) > 1:
             raise ValueError(
                 f"task {task} document {doc_id} is more than one image and one turn, which this model cannot read: choose another task"
             )
-        text = "\n".join(content.text for content in messages.messages[0].content if content.type == "text")
+        text = "\n".join(
+            content.text for content in messages.messages[0].content if content.type == "text"
+        )
         until = options.get("until") or ()
         return (
             (images[0] if images else None, text),

@@ -24,7 +24,9 @@ class Mipha(BaseModel):
     INSTALL_REQ = False
     INTERLEAVE = False
 
-    def __init__(self, model_path: str, max_new_tokens: int = 1024, device: str | None = None) -> None:
+    def __init__(
+        self, model_path: str, max_new_tokens: int = 1024, device: str | None = None
+    ) -> None:
         """Load a run or a model folder."""
         super().__init__()
         self.assistant = load(model_path, device=device)
@@ -38,6 +40,10 @@ class Mipha(BaseModel):
         """
         images = [part["value"] for part in message if part["type"] == "image"]
         if len(images) > 1:
-            raise ValueError(f"{dataset or 'the message'} has {len(images)} images, and this model reads one: choose another data set")
+            raise ValueError(
+                f"{dataset or 'the message'} has {len(images)} images, and this model reads one: choose another data set"
+            )
         question = "\n".join(part["value"] for part in message if part["type"] == "text")
-        return self.assistant.answer(images[0] if images else None, question, max_new_tokens=self.max_new_tokens).text
+        return self.assistant.answer(
+            images[0] if images else None, question, max_new_tokens=self.max_new_tokens
+        ).text

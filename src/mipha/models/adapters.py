@@ -34,7 +34,9 @@ _NAME = "default"  # peft's own name for the one adapter of a model
 _PREFIX = "base_model.model."  # of every tensor in a file of peft's
 
 
-def add_adapters(model: LlavaForConditionalGeneration, stacks: Mapping[Part, list[nn.Module]], lora: LoraRecipe) -> None:
+def add_adapters(
+    model: LlavaForConditionalGeneration, stacks: Mapping[Part, list[nn.Module]], lora: LoraRecipe
+) -> None:
     """Put an adapter beside every linear layer of some stacks; at first it adds nothing, for its second factor is zero.
 
     Args:
@@ -53,13 +55,22 @@ def add_adapters(model: LlavaForConditionalGeneration, stacks: Mapping[Part, lis
         stack = names[id(layers[0])].rpartition(".")[0]
         wanted |= {f"{names[id(layer)]}.{tail}" for layer in layers for tail in tails}
         patterns.append(rf"{re.escape(stack)}\.\d+\.({'|'.join(map(re.escape, tails))})")
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules="|".join(patterns))
-    model.is_loaded_in_4bit = any(is_quantized(module) for module in model.modules())  # peft asks for it; the host need not know
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules="|".join(patterns),
+    )
+    model.is_loaded_in_4bit = any(
+        is_quantized(module) for module in model.modules()
+    )  # peft asks for it; the host need not know
     inject_adapter_in_model(config, model)
     del model.is_loaded_in_4bit
     matched = set(adapter_layers(model))
     if matched != wanted:  # peft matches names, and a host may rename its layers
-        raise ValueError(f"adapters were added to {len(matched)} layers where {len(wanted)} were meant: this version of peft does not fit")
+        raise ValueError(
+            f"adapters were added to {len(matched)} layers where {len(wanted)} were meant: this version of peft does not fit"
+        )
 
 
 def linear_layers(part: Part, layers: list[nn.Module]) -> list[str]:
@@ -68,7 +79,10 @@ def linear_layers(part: Part, layers: list[nn.Module]) -> list[str]:
     Raises:
         ValueError: A layer has none, or others than the first: adapters would leave out some of the stack unsaid.
     """
-    found = [[name for name, module in layer.named_modules() if isinstance(module, nn.Linear)] for layer in layers]
+    found = [
+        [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
+        for layer in layers
+    ]
     if not found[0] or any(names != found[0] for names in found):
         counts = sorted({len(names) for names in found})
         raise ValueError(
@@ -88,7 +102,9 @@ def adapter_parameters(layer: LoraLayer) -> list[nn.Parameter]:
     return [*layer.lora_A.parameters(), *layer.lora_B.parameters()]
 
 
-def adapter_deltas(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
+def adapter_deltas(
+    model: nn.Module, weights: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor, Tensor]]:
     """What each adapter adds.
 
     Args:
@@ -100,8 +116,14 @@ def adapter_deltas(model: nn.Module, weights: Mapping[str, Tensor]) -> Iterator[
     """
     for name, layer in adapter_layers(model).items():
         base = layer.get_base_layer()
-        own = dequantize_module_weight(base).detach() if is_quantized(base) else weights[f"{name}.base_layer.weight"]
-        first, second = (weights[f"{name}.{factor}.{_NAME}.weight"] for factor in ("lora_A", "lora_B"))
+        own = (
+            dequantize_module_weight(base).detach()
+            if is_quantized(base)
+            else weights[f"{name}.base_layer.weight"]
+        )
+        first, second = (
+            weights[f"{name}.{factor}.{_NAME}.weight"] for factor in ("lora_A", "lora_B")
+        )
         yield name, own, layer.scaling[_NAME] * (second @ first)
 
 
@@ -124,7 +146,11 @@ def remove_adapters(model: nn.Module) -> None:
 
 
 def save_adapter(
-    model: LlavaForConditionalGeneration, weights: Mapping[str, Tensor], whole: Iterable[nn.Module], base: Path, folder: Path
+    model: LlavaForConditionalGeneration,
+    weights: Mapping[str, Tensor],
+    whole: Iterable[nn.Module],
+    base: Path,
+    folder: Path,
 ) -> None:
     """Write the adapters as stock peft reads them, with the modules that were trained whole beside them.
 
@@ -144,7 +170,9 @@ def save_adapter(
     saved = [(names[id(module)], module) for module in whole]
     for name, module in saved:
         for key, parameter in module.named_parameters():
-            tensors[f"{name}.{key}"] = weights[tied[id(parameter)]].clone()  # a tied head stands in the file a second time
+            tensors[f"{name}.{key}"] = weights[
+                tied[id(parameter)]
+            ].clone()  # a tied head stands in the file a second time
     beside = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
@@ -153,9 +181,18 @@ def save_adapter(
     config.base_model_name_or_path = str(base.resolve())
     config.inference_mode = True
     config.save_pretrained(beside)
-    save_file({_PREFIX + name: tensor.contiguous().cpu() for name, tensor in tensors.items()}, beside / "adapter_model.safetensors")
-    quantized = any(is_quantized(layer.get_base_layer()) for layer in adapter_layers(model).values())
-    facts = {"folder": os.path.relpath(base, folder), "sha256": checkpoint_digest(base), "quantized": quantized}
+    save_file(
+        {_PREFIX + name: tensor.contiguous().cpu() for name, tensor in tensors.items()},
+        beside / "adapter_model.safetensors",
+    )
+    quantized = any(
+        is_quantized(layer.get_base_layer()) for layer in adapter_layers(model).values()
+    )
+    facts = {
+        "folder": os.path.relpath(base, folder),
+        "sha256": checkpoint_digest(base),
+        "quantized": quantized,
+    }
     (beside / "base.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     beside.rename(folder)
@@ -174,16 +211,30 @@ def merge_adapter(adapter: Path, folder: Path, base: Path | None = None) -> None
         ValueError: The adapter was trained on another base or over weights of 4 bits, or the folder exists.
     """
     if not (adapter / "adapter_config.json").is_file():
-        raise FileNotFoundError(f"{adapter} has no adapter_config.json: give the adapter/ folder of a stage, or one that peft wrote")
+        raise FileNotFoundError(
+            f"{adapter} has no adapter_config.json: give the adapter/ folder of a stage, or one that peft wrote"
+        )
     if folder.exists():
         raise ValueError(f"{folder} exists: choose another folder for the merged model")
-    facts = json.loads((adapter / "base.json").read_text(encoding="utf-8")) if (adapter / "base.json").is_file() else {}
-    named = adapter / facts["folder"] if facts else Path(PeftConfig.from_pretrained(adapter).base_model_name_or_path or "?")
+    facts = (
+        json.loads((adapter / "base.json").read_text(encoding="utf-8"))
+        if (adapter / "base.json").is_file()
+        else {}
+    )
+    named = (
+        adapter / facts["folder"]
+        if facts
+        else Path(PeftConfig.from_pretrained(adapter).base_model_name_or_path or "?")
+    )
     base = base or named
     if not (base / "config.json").is_file():
-        raise FileNotFoundError(f"the base model {base} of {adapter} is not there: give the checkpoint that the adapter was trained on")
+        raise FileNotFoundError(
+            f"the base model {base} of {adapter} is not there: give the checkpoint that the adapter was trained on"
+        )
     if facts and checkpoint_digest(base) != facts["sha256"]:
-        raise ValueError(f"{adapter} was trained on another base than {base}: its weights differ from those of {named} at that time")
+        raise ValueError(
+            f"{adapter} was trained on another base than {base}: its weights differ from those of {named} at that time"
+        )
     if facts and facts["quantized"]:
         raise ValueError(
             f"{adapter} was trained over weights of 4 bits, and would answer otherwise over those of {base}: take the checkpoint/ beside "
@@ -193,7 +244,9 @@ def merge_adapter(adapter: Path, folder: Path, base: Path | None = None) -> None
     _check_fit(model, adapter, base)
     head, embeddings = model.lm_head.weight, model.get_input_embeddings().weight
     merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
-    if head is embeddings and torch.equal(merged.lm_head.weight, merged.get_input_embeddings().weight):
+    if head is embeddings and torch.equal(
+        merged.lm_head.weight, merged.get_input_embeddings().weight
+    ):
         merged.config.tie_word_embeddings = True  # peft loads what was tied as two
         merged.tie_weights()
     save_checkpoint(merged, load_processor(base), folder)
@@ -201,9 +254,15 @@ def merge_adapter(adapter: Path, folder: Path, base: Path | None = None) -> None
 
 def _check_fit(model: nn.Module, adapter: Path, base: Path) -> None:
     """Every tensor of the adapter has its place in the base: peft passes over some that have none."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    shapes = {
+        name: tuple(parameter.shape)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
     with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
-        found = {name.removeprefix(_PREFIX): tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+        found = {
+            name.removeprefix(_PREFIX): tuple(file.get_slice(name).get_shape())
+            for name in file.keys()
+        }  # noqa: SIM118
     for name, shape in found.items():
         factor = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name)
         if factor:
@@ -212,4 +271,6 @@ def _check_fit(model: nn.Module, adapter: Path, base: Path) -> None:
         else:
             fits = shapes.get(name) == shape
         if not fits:
-            raise ValueError(f"{adapter} does not fit {base}, which has no place for {name} {shape}: give the base it was trained on")
+            raise ValueError(
+                f"{adapter} does not fit {base}, which has no place for {name} {shape}: give the base it was trained on"
+            )

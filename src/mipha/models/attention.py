@@ -42,10 +42,20 @@ def grouped_sdpa(
     rows, num_heads, num_queries, dim = query.shape
     groups = num_heads // key.shape[1]
     # A single query is packed by the host itself; without a mask it needs no repeating either. Options may hold what only the host knows.
-    if groups == 1 or num_queries == 1 or attention_mask is None or attention_mask.shape[1] != 1 or module.training:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
+    if (
+        groups == 1
+        or num_queries == 1
+        or attention_mask is None
+        or attention_mask.shape[1] != 1
+        or module.training
+    ):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+        )
     packed = query.reshape(rows, key.shape[1], groups * num_queries, dim)
-    out = F.scaled_dot_product_attention(packed, key, value, attn_mask=attention_mask.repeat(1, 1, groups, 1), scale=scaling)
+    out = F.scaled_dot_product_attention(
+        packed, key, value, attn_mask=attention_mask.repeat(1, 1, groups, 1), scale=scaling
+    )
     return out.reshape(rows, num_heads, num_queries, dim).transpose(1, 2).contiguous(), None
 
 

@@ -28,15 +28,29 @@ from mipha.catalog.language_models import LANGUAGE_MODELS
 from mipha.catalog.vision_towers import VISION_TOWERS
 from mipha.lookup import files_in
 from mipha.models.folders import locate
-from mipha.models.language_model import add_image_token, end_of_turn, load_language_model, load_tokenizer, read_config
+from mipha.models.language_model import (
+    add_image_token,
+    end_of_turn,
+    load_language_model,
+    load_tokenizer,
+    read_config,
+)
 from mipha.models.modeling import LlavaForConditionalGeneration
 from mipha.models.processing import IMAGE_TOKEN, build_processor
 from mipha.models.projector import new_projector
-from mipha.models.vision_tower import TOWERS, fit_tower, load_vision_tower, num_prefix_tokens, read_tower
+from mipha.models.vision_tower import (
+    TOWERS,
+    fit_tower,
+    load_vision_tower,
+    num_prefix_tokens,
+    read_tower,
+)
 from mipha.recipe import ModelRecipe
 
 
-def build(recipe: ModelRecipe, dtype: torch.dtype = torch.float32) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+def build(
+    recipe: ModelRecipe, dtype: torch.dtype = torch.float32
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Compose pretrained parts.
 
     Args:
@@ -50,7 +64,9 @@ def build(recipe: ModelRecipe, dtype: torch.dtype = torch.float32) -> tuple[Llav
     random = torch.get_rng_state()
     tower, mean, std = load_vision_tower(recipe, dtype)
     language_model, tokenizer, template = load_language_model(recipe, dtype)
-    torch.set_rng_state(random)  # loading may draw numbers: the projector's start is to depend on the seed alone
+    torch.set_rng_state(
+        random
+    )  # loading may draw numbers: the projector's start is to depend on the seed alone
     return compose(language_model, tokenizer, template, tower, mean, std, recipe.pad_to_square)
 
 
@@ -79,18 +95,29 @@ def compose(
         text_config.tie_word_embeddings = False
     prefix = num_prefix_tokens(tower)
     config = _llava_config(tower.config, prefix, text_config, image_token_id)
-    with torch.device("meta"):  # the parts replace everything: no memory, no random start for what is thrown away
+    with torch.device(
+        "meta"
+    ):  # the parts replace everything: no memory, no random start for what is thrown away
         model = LlavaForConditionalGeneration(config)
     model.model.vision_tower = tower
     model.model.language_model = language_model.base_model
     model.lm_head = head
-    model.model.multi_modal_projector = new_projector(model.model.multi_modal_projector, language_model)
+    model.model.multi_modal_projector = new_projector(
+        model.model.multi_modal_projector, language_model
+    )
     model.tie_weights()
     model.config.tie_word_embeddings = bool(text_config.tie_word_embeddings)
     # The tokenizer and the template know the end of a turn; configs in the wild do not (the released Mipha-3B says id 2).
-    ends = {tokenizer.eos_token_id, end_of_turn(tokenizer, template), *_as_ids(language_model.generation_config.eos_token_id)}
+    ends = {
+        tokenizer.eos_token_id,
+        end_of_turn(tokenizer, template),
+        *_as_ids(language_model.generation_config.eos_token_id),
+    }
     model.generation_config = GenerationConfig(
-        eos_token_id=sorted(ends - {None}), pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, do_sample=False
+        eos_token_id=sorted(ends - {None}),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        do_sample=False,
     )
     processor = build_processor(tokenizer, template, tower.config, mean, std, pad_to_square, prefix)
     return model.eval(), processor
@@ -111,7 +138,12 @@ def skeleton(recipe: ModelRecipe) -> LlavaForConditionalGeneration:
     with torch.device("meta"):
         tower = TOWERS[vision_config.model_type](vision_config)
         tower = fit_tower(tower, recipe.feature_layer, recipe.image_size, recipe.post_layernorm)
-        config = _llava_config(tower.config, num_prefix_tokens(tower), text_config, image_token_id=text_config.vocab_size - 1)
+        config = _llava_config(
+            tower.config,
+            num_prefix_tokens(tower),
+            text_config,
+            image_token_id=text_config.vocab_size - 1,
+        )
         return LlavaForConditionalGeneration(config).eval()
 
 
@@ -129,19 +161,30 @@ def load_parts_processor(recipe: ModelRecipe) -> LlavaProcessor:
         tower = TOWERS[vision_config.model_type](vision_config)
         tower = fit_tower(tower, recipe.feature_layer, recipe.image_size, recipe.post_layernorm)
         prefix = num_prefix_tokens(tower)
-    _llava_config(tower.config, prefix, text_config, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))  # refuses an image that is too long
-    return build_processor(tokenizer, template, tower.config, mean, std, recipe.pad_to_square, prefix)
+    _llava_config(
+        tower.config, prefix, text_config, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    )  # refuses an image that is too long
+    return build_processor(
+        tokenizer, template, tower.config, mean, std, recipe.pad_to_square, prefix
+    )
 
 
 def _part_config(name: str, kind: str, known: list[str]) -> PretrainedConfig:
     if name in known and name in files_in(CONFIGS, ".json"):
         return AutoConfig.for_model(**part_config(name))
     folder = locate(name, name, kind, known)
-    return read_config(folder, name) if kind == "language model" else AutoConfig.from_pretrained(folder)
+    return (
+        read_config(folder, name)
+        if kind == "language model"
+        else AutoConfig.from_pretrained(folder)
+    )
 
 
 def _llava_config(
-    vision_config: PretrainedConfig, num_prefix_tokens: int, text_config: PretrainedConfig, image_token_id: int
+    vision_config: PretrainedConfig,
+    num_prefix_tokens: int,
+    text_config: PretrainedConfig,
+    image_token_id: int,
 ) -> LlavaConfig:
     """The stock config that joins two parts.
 
@@ -149,14 +192,22 @@ def _llava_config(
         vision_config: Of the tower as it is read: pruned, and at its final image size.
         num_prefix_tokens: Tokens before the patches. The stock class leaves out the first; registers behind it stay.
     """
-    num_tokens = (vision_config.image_size // vision_config.patch_size) ** 2 + max(0, num_prefix_tokens - 1)
+    num_tokens = (vision_config.image_size // vision_config.patch_size) ** 2 + max(
+        0, num_prefix_tokens - 1
+    )
     too_long = f"an image of {vision_config.image_size} pixels takes {num_tokens} tokens, but"
-    longest, window = (getattr(text_config, key, None) for key in ("max_position_embeddings", "sliding_window"))
+    longest, window = (
+        getattr(text_config, key, None) for key in ("max_position_embeddings", "sliding_window")
+    )
     if longest and num_tokens >= longest:
-        raise ValueError(f"{too_long} the language model reads {longest} in all: use a smaller model.image_size")
+        raise ValueError(
+            f"{too_long} the language model reads {longest} in all: use a smaller model.image_size"
+        )
     # Words behind the image could not see where it begins; and packed rows and batches of questions know no window.
     if window and num_tokens >= window:
-        raise ValueError(f"{too_long} the language model's sliding layers see {window} at a time: use a smaller model.image_size or tower")
+        raise ValueError(
+            f"{too_long} the language model's sliding layers see {window} at a time: use a smaller model.image_size or tower"
+        )
     return LlavaConfig(
         vision_config=vision_config,
         text_config=text_config,
@@ -174,7 +225,10 @@ def _as_ids(value: int | list[int] | None) -> list[int | None]:
 
 
 def save_checkpoint(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, folder: Path, weights: dict[str, Tensor] | None = None
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    folder: Path,
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
     """Write a checkpoint that stock transformers loads, whole or not at all.
 
@@ -185,7 +239,9 @@ def save_checkpoint(
     beside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(beside, ignore_errors=True)
     for part in (model.config.text_config, model.config.vision_config):
-        part._name_or_path = ""  # else the folder on this machine that it was read from goes into a public file
+        part._name_or_path = (
+            ""  # else the folder on this machine that it was read from goes into a public file
+        )
     model.save_pretrained(beside, state_dict=weights)
     processor.save_pretrained(beside)
     beside.rename(folder)

@@ -33,7 +33,11 @@ class RowSampler(LogitsProcessor):
     """Draws the token of each row that samples, and leaves a greedy `generate` no other choice: so rows of all kinds share a batch."""
 
     def __init__(self, rows: Sequence[Sampling | None]) -> None:
-        self._drawn = [(row, sampling, _generator(sampling.seed)) for row, sampling in enumerate(rows) if sampling is not None]
+        self._drawn = [
+            (row, sampling, _generator(sampling.seed))
+            for row, sampling in enumerate(rows)
+            if sampling is not None
+        ]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores `(rows, vocabulary)`; in a row that samples, all but the drawn token are impossible."""
@@ -54,20 +58,29 @@ class RowWatch(StoppingCriteria):
         on_tokens: See `OnTokens`; null if nobody listens.
     """
 
-    def __init__(self, limits: Sequence[int], ends: Collection[int], on_tokens: OnTokens | None = None) -> None:
+    def __init__(
+        self, limits: Sequence[int], ends: Collection[int], on_tokens: OnTokens | None = None
+    ) -> None:
         self.tokens: list[list[int]] = [[] for _ in limits]
         self._limits, self._ends, self._on_tokens = limits, ends, on_tokens
         self._running = [True] * len(limits)
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
         """Which rows have ended, `(rows,)`."""
-        new = [token if running else None for token, running in zip(input_ids[:, -1].tolist(), self._running, strict=True)]
+        new = [
+            token if running else None
+            for token, running in zip(input_ids[:, -1].tolist(), self._running, strict=True)
+        ]
         leaving = self._on_tokens(new) if self._on_tokens and any(self._running) else ()
         for row, token in enumerate(new):
             if token is None:
                 continue
             self.tokens[row].append(token)
-            self._running[row] = token not in self._ends and len(self.tokens[row]) < self._limits[row] and row not in leaving
+            self._running[row] = (
+                token not in self._ends
+                and len(self.tokens[row]) < self._limits[row]
+                and row not in leaving
+            )
         return ~torch.tensor(self._running, device=input_ids.device)
 
 
@@ -83,5 +96,7 @@ def _generator(seed: int | None) -> torch.Generator:
 def _draw(scores: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """One token id. Source: nucleus sampling, Holtzman et al. 2020, section 3.1."""
     likely, tokens = torch.softmax(scores / sampling.temperature, dim=-1).sort(descending=True)
-    likely[likely.cumsum(-1) - likely >= sampling.top_p] = 0.0  # those before it have enough already
+    likely[likely.cumsum(-1) - likely >= sampling.top_p] = (
+        0.0  # those before it have enough already
+    )
     return int(tokens[torch.multinomial(likely, 1, generator=generator)])

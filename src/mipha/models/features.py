@@ -36,14 +36,20 @@ class ImageFeatures:
         """
         keys = [_key(picture) for picture in pixels]
         found = {key: self._kept[key] for key in keys if key in self._kept}
-        missing = {key: picture for key, picture in zip(keys, pixels, strict=True) if key not in found}
+        missing = {
+            key: picture for key, picture in zip(keys, pixels, strict=True) if key not in found
+        }
         self.num_found += len(found)
         self.num_encoded += len(missing)
         todo = list(missing)
         for start in range(0, len(todo), _IMAGES_AT_A_TIME):
             part = todo[start : start + _IMAGES_AT_A_TIME]
-            made = self._model.get_image_features(torch.cat([missing[key] for key in part])).pooler_output
-            found |= {key: features.clone() for key, features in zip(part, made, strict=True)}  # a view would keep the whole batch alive
+            made = self._model.get_image_features(
+                torch.cat([missing[key] for key in part])
+            ).pooler_output
+            found |= {
+                key: features.clone() for key, features in zip(part, made, strict=True)
+            }  # a view would keep the whole batch alive
         for key in keys:
             self._keep(key, found[key])
         return [found[key] for key in keys]
@@ -62,4 +68,6 @@ class ImageFeatures:
 
 def _key(pixels: Tensor) -> bytes:
     content = pixels.detach().cpu().contiguous().view(torch.uint8).numpy()
-    return hashlib.blake2b(str(tuple(pixels.shape)).encode() + content.tobytes(), digest_size=16).digest()
+    return hashlib.blake2b(
+        str(tuple(pixels.shape)).encode() + content.tobytes(), digest_size=16
+    ).digest()

@@ -20,7 +20,9 @@ def tensor_digest(tensor: Tensor) -> str:
 
 def joint_digest(digests: Mapping[str, str]) -> str:
     """One digest for many named ones; their order does not count."""
-    return hashlib.sha256("".join(f"{name} {digest}\n" for name, digest in sorted(digests.items())).encode()).hexdigest()
+    return hashlib.sha256(
+        "".join(f"{name} {digest}\n" for name, digest in sorted(digests.items())).encode()
+    ).hexdigest()
 
 
 def checkpoint_digest(folder: Path) -> str:

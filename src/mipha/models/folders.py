@@ -30,10 +30,14 @@ def locate(name: str, path: str, kind: str, known: list[str]) -> str:
         return str(packaged_folder(path.removeprefix("packaged:")))
     if Path(path).is_dir():
         if not (Path(path) / "config.json").is_file():
-            raise FileNotFoundError(f"{kind} folder {path} has no config.json: give the folder that save_pretrained wrote")
+            raise FileNotFoundError(
+                f"{kind} folder {path} has no config.json: give the folder that save_pretrained wrote"
+            )
         return path
     if "/" not in path or path.startswith((".", "/")):
-        raise FileNotFoundError(f"no {kind} {name!r}: {did_you_mean(name, known)}, or give a folder or a hub id")
+        raise FileNotFoundError(
+            f"no {kind} {name!r}: {did_you_mean(name, known)}, or give a folder or a hub id"
+        )
     return path
 
 
@@ -46,9 +50,17 @@ def reading(folder: str, kind: str, name: str) -> Iterator[None]:
         reason = " ".join(str(error).split())
         mend = "check the name and the network, or give a folder"
         if Path(folder).is_dir():
-            pickled = not list(Path(folder).glob("*.safetensors*")) and sorted(Path(folder).glob("*.bin"))
-            mend = f"{pickled[0].name} is a pickle, which is never read; save it as safetensors" if pickled else "its folder is not whole"
-        raise FileNotFoundError(f"{kind} {name!r} cannot be read from {folder}: {mend} ({reason})") from error
+            pickled = not list(Path(folder).glob("*.safetensors*")) and sorted(
+                Path(folder).glob("*.bin")
+            )
+            mend = (
+                f"{pickled[0].name} is a pickle, which is never read; save it as safetensors"
+                if pickled
+                else "its folder is not whole"
+            )
+        raise FileNotFoundError(
+            f"{kind} {name!r} cannot be read from {folder}: {mend} ({reason})"
+        ) from error
 
 
 def model_type(folder: str) -> str | None:
@@ -56,7 +68,9 @@ def model_type(folder: str) -> str | None:
     return PretrainedConfig.get_config_dict(folder)[0].get("model_type")
 
 
-def load_weights(model_class: type, folder: str, dtype: torch.dtype, optional: tuple[str, ...] = ()) -> PreTrainedModel:
+def load_weights(
+    model_class: type, folder: str, dtype: torch.dtype, optional: tuple[str, ...] = ()
+) -> PreTrainedModel:
     """A model with all of its weights; the host would start missing ones at random with no more than a warning.
 
     Args:
@@ -67,11 +81,15 @@ def load_weights(model_class: type, folder: str, dtype: torch.dtype, optional: t
         ValueError: The weights are not those of the model that the folder's config describes.
     """
     try:
-        model, info = model_class.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
+        model, info = model_class.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
     except RuntimeError as error:
         if "mismatch" not in str(error):
             raise
-        raise ValueError(f"{folder}: the weights have other shapes than its config says: give the folder they were saved in") from error
+        raise ValueError(
+            f"{folder}: the weights have other shapes than its config says: give the folder they were saved in"
+        ) from error
     missing = sorted(key for key in info["missing_keys"] if not key.startswith(optional))
     if missing:
         raise ValueError(

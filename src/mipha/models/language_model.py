@@ -22,7 +22,9 @@ from mipha.models.processing import IMAGE_TOKEN, checked_template, load_template
 from mipha.recipe import ModelRecipe
 
 
-def load_language_model(recipe: ModelRecipe, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
+def load_language_model(
+    recipe: ModelRecipe, dtype: torch.dtype
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
     """The causal language model, its tokenizer (with a pad token) and the chat template with the loss mask.
 
     Raises:
@@ -44,7 +46,9 @@ def load_language_model(recipe: ModelRecipe, dtype: torch.dtype) -> tuple[PreTra
     return model, tokenizer, template
 
 
-def load_tokenizer(recipe: ModelRecipe) -> tuple[str, PretrainedConfig, PreTrainedTokenizerBase, str]:
+def load_tokenizer(
+    recipe: ModelRecipe,
+) -> tuple[str, PretrainedConfig, PreTrainedTokenizerBase, str]:
     """What there is to know of a language model before its weights: its folder, config, tokenizer and chat template.
 
     Raises:
@@ -62,7 +66,9 @@ def load_tokenizer(recipe: ModelRecipe) -> tuple[str, PretrainedConfig, PreTrain
     elif tokenizer.chat_template:
         template = checked_template(tokenizer.chat_template, tokenizer, source=f"of {name}")
     else:
-        raise ValueError(f"language model {name!r} has no chat template: set model.chat_template, for example to vicuna")
+        raise ValueError(
+            f"language model {name!r} has no chat template: set model.chat_template, for example to vicuna"
+        )
     end_of_turn(tokenizer, template)  # refused before the weights are read
     return folder, config, tokenizer, template
 
@@ -92,7 +98,9 @@ def read_config(folder: str, name: str) -> PretrainedConfig:
     elif getattr(config, "quantization_config", None):
         reason = "in quantized weights, which do not train"
     if reason:
-        raise ValueError(f"language model {name!r} is a {kind!r}, {reason}: give a decoder-only language model in full weights")
+        raise ValueError(
+            f"language model {name!r} is a {kind!r}, {reason}: give a decoder-only language model in full weights"
+        )
     return config
 
 
@@ -106,7 +114,9 @@ def _read_tokenizer(folder: str, name: str) -> PreTrainedTokenizerBase:
                 f"language model {name!r} has no tokenizer that can be read from {folder}: put its tokenizer.json there ({reason})"
             ) from error
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # masks come from lengths, so the pad token is never mistaken for an EOS
+        tokenizer.pad_token = (
+            tokenizer.eos_token
+        )  # masks come from lengths, so the pad token is never mistaken for an EOS
     return tokenizer
 
 
@@ -131,14 +141,25 @@ def check_composable(model: PreTrainedModel, name: str) -> None:
     refused = f"language model {name!r} is a {model.config.model_type!r}, which cannot be used"
     try:
         alone = model(input_ids=words[None], use_cache=False).logits[0]
-        hidden = model.base_model(inputs_embeds=inputs, position_ids=positions, attention_mask=mask[None, None], use_cache=False)
+        hidden = model.base_model(
+            inputs_embeds=inputs,
+            position_ids=positions,
+            attention_mask=mask[None, None],
+            use_cache=False,
+        )
         logits = model.get_output_embeddings()(hidden.last_hidden_state[0])
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
-        raise ValueError(f"{refused}: it does not take embeddings, positions and a mask ({' '.join(str(error).split())[:200]})") from error
+        raise ValueError(
+            f"{refused}: it does not take embeddings, positions and a mask ({' '.join(str(error).split())[:200]})"
+        ) from error
     if not _close(logits[: len(words)], alone):
-        raise ValueError(f"{refused}: its logits are not its head on its hidden states, and the stock LLaVA format has no place for more")
+        raise ValueError(
+            f"{refused}: its logits are not its head on its hidden states, and the stock LLaVA format has no place for more"
+        )
     if not _close(logits[len(words) : 2 * len(words)], alone):
-        raise ValueError(f"{refused}: it carries words past the attention mask (a recurrent layer), so samples in one row would mix")
+        raise ValueError(
+            f"{refused}: it carries words past the attention mask (a recurrent layer), so samples in one row would mix"
+        )
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
@@ -155,11 +176,22 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> int:
     """
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     encoded = tokenizer.apply_chat_template(
-        messages, chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        messages,
+        chat_template=template,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
     )
-    trained = [token for token, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if mask]
+    trained = [
+        token
+        for token, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
+        if mask
+    ]
     added = tokenizer.added_tokens_decoder
-    if not trained or not (trained[-1] in tokenizer.all_special_ids or (trained[-1] in added and added[trained[-1]].special)):
+    if not trained or not (
+        trained[-1] in tokenizer.all_special_ids
+        or (trained[-1] in added and added[trained[-1]].special)
+    ):
         last = tokenizer.decode(trained[-1:])
         raise ValueError(
             f"the chat template ends an answer in {last!r}, which is no special token of this language model, so no answer would end: "
@@ -168,10 +200,14 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> int:
     return trained[-1]
 
 
-def add_image_token(tokenizer: PreTrainedTokenizerBase, language_model: PreTrainedModel | None = None) -> int:
+def add_image_token(
+    tokenizer: PreTrainedTokenizerBase, language_model: PreTrainedModel | None = None
+) -> int:
     """Id of the image placeholder: an unused row of the vocabulary where there is one, else 64 new rows (null: the tokenizer alone)."""
     tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_TOKEN]})
     token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     if language_model is not None and token_id >= language_model.config.vocab_size:
-        language_model.resize_token_embeddings(token_id + 1, pad_to_multiple_of=64, mean_resizing=False)
+        language_model.resize_token_embeddings(
+            token_id + 1, pad_to_multiple_of=64, mean_resizing=False
+        )
     return token_id

@@ -14,7 +14,9 @@ CHUNK = 1024
 """Positions whose logits exist at one time: 1,024 x 51,200 float32 is 0.2 GB."""
 
 
-def supervised_cross_entropy(hidden: Tensor, labels: Tensor, lm_head: nn.Module) -> tuple[Tensor, Tensor]:
+def supervised_cross_entropy(
+    hidden: Tensor, labels: Tensor, lm_head: nn.Module
+) -> tuple[Tensor, Tensor]:
     """Next-token loss without the logits of unsupervised positions.
 
     Most positions are image or prompt, and a row of logits is 51,200 numbers for Phi-2: leaving them out is exact and
@@ -33,7 +35,9 @@ def supervised_cross_entropy(hidden: Tensor, labels: Tensor, lm_head: nn.Module)
     supervised = targets != IGNORE
     hidden, targets = hidden[:, :-1][supervised], targets[supervised]
     if not len(targets):
-        return lm_head(hidden.new_zeros(1, hidden.shape[-1])).float().sum() * 0.0 + hidden.float().sum() * 0.0, supervised.sum()
+        return lm_head(
+            hidden.new_zeros(1, hidden.shape[-1])
+        ).float().sum() * 0.0 + hidden.float().sum() * 0.0, supervised.sum()
     total = hidden.new_zeros((), dtype=torch.float32)
     for rows, ids in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
         total = total + checkpoint(_chunk_loss, rows, ids, lm_head, use_reentrant=False)

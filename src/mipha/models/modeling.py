@@ -42,7 +42,9 @@ class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
     def __init__(self, config: LlavaConfig) -> None:
         super().__init__(config)
         if head_bias(config):
-            self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=True)
+            self.lm_head = nn.Linear(
+                config.text_config.hidden_size, config.text_config.vocab_size, bias=True
+            )
             self.post_init()
 
     @classmethod
@@ -82,7 +84,12 @@ class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
             labels: `(rows, tokens)`, -100 where not trained on.
             spans: `(spans, 3)`, as `collate` makes them: with packed attention they take the mask's place; else the mask counts.
         """
-        inputs = {"input_ids": input_ids, "pixel_values": pixel_values, "attention_mask": attention_mask, "position_ids": position_ids}
+        inputs = {
+            "input_ids": input_ids,
+            "pixel_values": pixel_values,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+        }
         inputs |= {"inputs_embeds": inputs_embeds, **kwargs}
         if labels is None:
             return super().forward(past_key_values=past_key_values, **inputs)
@@ -90,8 +97,12 @@ class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
             inputs["attention_mask"] = spans_as_mask(spans)
         # A default cache switches off the isolation of packed samples without a word; training never needs one.
         outputs = self.model(**{**inputs, "use_cache": False})
-        loss_sum, num_tokens = supervised_cross_entropy(outputs.last_hidden_state, labels, self.lm_head)
-        return SupervisedOutput(loss=loss_sum / num_tokens.clamp(min=1), loss_sum=loss_sum, num_tokens=num_tokens)
+        loss_sum, num_tokens = supervised_cross_entropy(
+            outputs.last_hidden_state, labels, self.lm_head
+        )
+        return SupervisedOutput(
+            loss=loss_sum / num_tokens.clamp(min=1), loss_sum=loss_sum, num_tokens=num_tokens
+        )
 
 
 def head_bias(config: LlavaConfig) -> bool:
@@ -111,7 +122,9 @@ class Parts:
 def parts(model: LlavaForConditionalGeneration) -> Parts:
     """The modules of each part; the head belongs to the language model."""
     inner = model.model
-    return Parts((inner.vision_tower,), (inner.multi_modal_projector,), (inner.language_model, model.lm_head))
+    return Parts(
+        (inner.vision_tower,), (inner.multi_modal_projector,), (inner.language_model, model.lm_head)
+    )
 
 
 def attention_window(config: LlavaConfig) -> int | None:
@@ -119,7 +132,9 @@ def attention_window(config: LlavaConfig) -> int | None:
     return getattr(config.text_config, "sliding_window", None)
 
 
-def load_model(folder: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> LlavaForConditionalGeneration:
+def load_model(
+    folder: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> LlavaForConditionalGeneration:
     """Load a saved checkpoint, complete or not at all.
 
     Raises:
@@ -127,8 +142,15 @@ def load_model(folder: str, device: torch.device | str = "cpu", dtype: torch.dty
     """
     options = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
     # Without it the host raises an error of its own for a wrong shape, in many sentences.
-    model, info = LlavaForConditionalGeneration.from_pretrained(folder, **options, ignore_mismatched_sizes=True)
-    problems = {kind: sorted(map(str, info.get(kind) or ()))[:5] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    model, info = LlavaForConditionalGeneration.from_pretrained(
+        folder, **options, ignore_mismatched_sizes=True
+    )
+    problems = {
+        kind: sorted(map(str, info.get(kind) or ()))[:5]
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    }
     if any(problems.values()):
-        raise ValueError(f"{folder}: the weights do not fit the model they describe: { {k: v for k, v in problems.items() if v} }")
+        raise ValueError(
+            f"{folder}: the weights do not fit the model they describe: { {k: v for k, v in problems.items() if v} }"
+        )
     return model.to(device).eval()

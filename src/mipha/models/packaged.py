@@ -94,7 +94,10 @@ def packaged_folder(name: str) -> Path:
     if folder.is_dir():
         return folder
     source = _shipped_file(name, asset)
-    print(f"mipha: converting {name} from {asset.package} {asset.version} into {folder}, once (about half a minute)", file=sys.stderr)
+    print(
+        f"mipha: converting {name} from {asset.package} {asset.version} into {folder}, once (about half a minute)",
+        file=sys.stderr,
+    )
     return _written_whole(folder, lambda fresh: _convert(asset, source, fresh))
 
 
@@ -105,19 +108,27 @@ def _shipped_file(name: str, asset: PackagedAsset) -> Path:
         distribution = metadata.distribution(asset.package)
     except metadata.PackageNotFoundError as error:
         # the extra brings the readers; the weights' own packages ask for much that only their own programs need
-        raise FileNotFoundError(f"{missing_package(f'{asset.package} {asset.version}', name)}, then {mend}") from error
+        raise FileNotFoundError(
+            f"{missing_package(f'{asset.package} {asset.version}', name)}, then {mend}"
+        ) from error
     for reader in asset.readers:
         if find_spec(reader) is None:
             raise FileNotFoundError(missing_package(reader, f"what reads {asset.file}"))
     if distribution.version != asset.version:
-        raise ValueError(f"{name} is known from {asset.package} {asset.version}, but {distribution.version} is installed: {mend}")
+        raise ValueError(
+            f"{name} is known from {asset.package} {asset.version}, but {distribution.version} is installed: {mend}"
+        )
     path = Path(str(distribution.locate_file(asset.file)))
     if not path.is_file():
-        raise FileNotFoundError(f"{asset.package} {asset.version} is installed without {asset.file}: {mend} --force-reinstall")
+        raise FileNotFoundError(
+            f"{asset.package} {asset.version} is installed without {asset.file}: {mend} --force-reinstall"
+        )
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != asset.sha256:
-        raise ValueError(f"{path} has sha256 {found}, not {asset.sha256}, so it is not the known file: {mend} --force-reinstall")
+        raise ValueError(
+            f"{path} has sha256 {found}, not {asset.sha256}, so it is not the known file: {mend} --force-reinstall"
+        )
     return path
 
 
@@ -139,7 +150,9 @@ def _written_whole(folder: Path, write: Callable[[Path], None]) -> Path:
 
 def _convert(asset: PackagedAsset, source: Path, folder: Path) -> None:
     globals()[asset.convert](source, folder)
-    (folder / "source.json").write_text(json.dumps(asdict(asset), indent=2) + "\n", encoding="utf-8")
+    (folder / "source.json").write_text(
+        json.dumps(asdict(asset), indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def _smollm2_from_gguf(source: Path, folder: Path) -> None:
@@ -150,7 +163,10 @@ def _smollm2_from_gguf(source: Path, folder: Path) -> None:
 
     # without `dequantize` the weights may stay in blocks, and such a model neither trains nor saves
     model = AutoModelForCausalLM.from_pretrained(
-        str(source.parent), gguf_file=source.name, dtype=torch.float32, quantization_config=GgufConfig(dequantize=True)
+        str(source.parent),
+        gguf_file=source.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
     )
     model.config.rms_norm_eps = 1e-5  # the file holds its nearest float32
     model.config._name_or_path = model.name_or_path = ""
@@ -158,7 +174,10 @@ def _smollm2_from_gguf(source: Path, folder: Path) -> None:
     # The file asks for the `smollm` pre-tokenizer, digits one by one, then byte level; the converter drops the first half, which
     # shows where white space meets a digit. Source: the `smollm` case of llama.cpp's vocabulary.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
     )
     tokenizer.model_max_length = model.config.max_position_embeddings
     model.save_pretrained(folder)
@@ -178,19 +197,32 @@ def _dinov2_from_onnx(source: Path, folder: Path) -> None:
         "an initialiser of the graph is not accounted for"
     )
     # the exporter stored linear weights for x @ W, as torch does not
-    tensors = {key: torch.tensor(arrays[name].T if name.startswith("onnx::") else arrays[name]).contiguous() for key, name in names.items()}
+    tensors = {
+        key: torch.tensor(
+            arrays[name].T if name.startswith("onnx::") else arrays[name]
+        ).contiguous()
+        for key, name in names.items()
+    }
     positions = [torch.tensor(arrays[name]) for name in (_CLS_POSITION, _PATCH_POSITIONS)]
     tensors["embeddings.position_embeddings"] = torch.cat(positions, dim=1)  # (1, 1 + 37 * 37, 384)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = Dinov2Config(
-        hidden_size=384, num_hidden_layers=12, num_attention_heads=6, mlp_ratio=4, patch_size=14, image_size=518, use_mask_token=False
+        hidden_size=384,
+        num_hidden_layers=12,
+        num_attention_heads=6,
+        mlp_ratio=4,
+        patch_size=14,
+        image_size=518,
+        use_mask_token=False,
     )
     config.architectures, config.dtype = ["Dinov2Model"], "float32"
     config.save_pretrained(folder)
     # the rule of the DINOv2 releases, at the size of the positions; the package's own detector normalises alike
     side = {"height": 518, "width": 518}
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-    BitImageProcessorPil(size={"shortest_edge": 518}, crop_size=side, image_mean=mean, image_std=std, resample=3).save_pretrained(folder)
+    BitImageProcessorPil(
+        size={"shortest_edge": 518}, crop_size=side, image_mean=mean, image_std=std, resample=3
+    ).save_pretrained(folder)
     _, report = Dinov2Model.from_pretrained(folder, output_loading_info=True)
     assert not any(report.values()), f"the converted tower does not load completely: {report}"
 
@@ -207,9 +239,15 @@ def _dinov2_arrays(graph: Any) -> tuple[dict[str, Any], dict[str, str]]:
     from onnx import numpy_helper
 
     arrays = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    names = {name.removeprefix("backbone."): name for name in arrays if name.startswith("backbone.")}
+    names = {
+        name.removeprefix("backbone."): name for name in arrays if name.startswith("backbone.")
+    }
     for node in graph.node:
-        if node.op_type == "MatMul" and node.name.startswith("/backbone/") and node.input[1] in arrays:
+        if (
+            node.op_type == "MatMul"
+            and node.name.startswith("/backbone/")
+            and node.input[1] in arrays
+        ):
             module = node.name.removeprefix("/backbone/").removesuffix("/MatMul").replace("/", ".")
             names[f"{module}.weight"] = node.input[1]
     return arrays, names

@@ -93,36 +93,66 @@ def use_packed_attention(model: PreTrainedModel) -> None:
         model.set_attn_implementation({"text_config": NAME})
 
 
-def _group(query: Tensor, key: Tensor, value: Tensor, lengths: tuple[int, ...], scaling: float, dropout: float) -> list[Tensor]:
+def _group(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: tuple[int, ...],
+    scaling: float,
+    dropout: float,
+) -> list[Tensor]:
     """Outputs `(heads, tokens, head_dim)` of a group's prefix and branches, in their order."""
     prefix, *branches = lengths
-    pieces = [_attend(query[:, :prefix], key[:, :prefix], value[:, :prefix], 0, (prefix,), scaling, dropout)]
+    pieces = [
+        _attend(
+            query[:, :prefix], key[:, :prefix], value[:, :prefix], 0, (prefix,), scaling, dropout
+        )
+    ]
     start = prefix
     while branches:
         taken = [branches.pop(0)]
         while branches and sum(taken) + branches[0] <= CHUNK:
             taken.append(branches.pop(0))
         end = start + sum(taken)
-        keys, values = (torch.cat([tensor[:, :prefix], tensor[:, start:end]], 1) for tensor in (key, value))
-        pieces.append(_attend(query[:, start:end], keys, values, prefix, tuple(taken), scaling, dropout))
+        keys, values = (
+            torch.cat([tensor[:, :prefix], tensor[:, start:end]], 1) for tensor in (key, value)
+        )
+        pieces.append(
+            _attend(query[:, start:end], keys, values, prefix, tuple(taken), scaling, dropout)
+        )
         start = end
     return pieces
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, seen: int, own: tuple[int, ...], scaling: float, dropout: float) -> Tensor:
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    seen: int,
+    own: tuple[int, ...],
+    scaling: float,
+    dropout: float,
+) -> Tensor:
     """Queries that see the first `seen` keys, and each its own stretch of the others causally."""
     heads, queries, dim = query.shape
     shared = heads // key.shape[0]
     if query.device.type != "cpu" or heads * queries * key.shape[1] > MOST_WEIGHTS:
         mask = None if not seen else _visible(seen, own, query.device).repeat(shared, 1)
-        options: dict[str, Any] = {"is_causal": True, "enable_gqa": shared > 1} if mask is None else {"attn_mask": mask}
+        options: dict[str, Any] = (
+            {"is_causal": True, "enable_gqa": shared > 1} if mask is None else {"attn_mask": mask}
+        )
         query = query if mask is None else query.reshape(key.shape[0], shared * queries, dim)
-        out = F.scaled_dot_product_attention(query[None], key[None], value[None], dropout_p=dropout, scale=scaling, **options)
+        out = F.scaled_dot_product_attention(
+            query[None], key[None], value[None], dropout_p=dropout, scale=scaling, **options
+        )
         return out[0].reshape(heads, queries, value.shape[-1])
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
     # Query heads that share a key head lie one behind another as more queries of one head.
     scores = torch.baddbmm(
-        _bias(seen, own, shared, dtype), query.reshape(key.shape[0], shared * queries, dim), key.transpose(1, 2), alpha=scaling
+        _bias(seen, own, shared, dtype),
+        query.reshape(key.shape[0], shared * queries, dim),
+        key.transpose(1, 2),
+        alpha=scaling,
     )
     weights = F.dropout(torch.softmax(scores, -1), dropout, training=dropout > 0)
     return torch.bmm(weights, value).reshape(heads, queries, value.shape[-1])
@@ -130,7 +160,9 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, seen: int, own: tuple[int
 
 def _visible(seen: int, own: tuple[int, ...], device: torch.device | str) -> Tensor:
     """`(queries, keys)`, boolean."""
-    causal = torch.block_diag(*(torch.ones(tokens, tokens, device=device).tril() for tokens in own)).bool()
+    causal = torch.block_diag(
+        *(torch.ones(tokens, tokens, device=device).tril() for tokens in own)
+    ).bool()
     return torch.cat([causal.new_ones(len(causal), seen), causal], 1)
 
 
@@ -138,7 +170,11 @@ def _visible(seen: int, own: tuple[int, ...], device: torch.device | str) -> Ten
 def _bias(seen: int, own: tuple[int, ...], shared: int, dtype: torch.dtype) -> Tensor:
     """`(1, shared x queries, keys)`: 0 where seen; the same in all layers, and for many samples."""
     visible = _visible(seen, own, "cpu")
-    return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, float("-inf")).repeat(shared, 1)[None]
+    return (
+        torch.zeros(visible.shape, dtype=dtype)
+        .masked_fill_(~visible, float("-inf"))
+        .repeat(shared, 1)[None]
+    )
 
 
 AttentionInterface.register(NAME, packed_attention)

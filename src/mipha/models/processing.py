@@ -26,7 +26,9 @@ def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """
     path = Path(name) if name.endswith(".jinja") else TEMPLATES / f"{name}.jinja"
     if not path.is_file():
-        raise FileNotFoundError(f"no chat template {name!r}: {did_you_mean(name, files_in(TEMPLATES, '.jinja'))}, or give a .jinja file")
+        raise FileNotFoundError(
+            f"no chat template {name!r}: {did_you_mean(name, files_in(TEMPLATES, '.jinja'))}, or give a .jinja file"
+        )
     return checked_template(path.read_text(encoding="utf-8"), tokenizer, source=str(path))
 
 
@@ -36,7 +38,9 @@ def checked_template(template: str, tokenizer: PreTrainedTokenizerBase, source: 
         raise ValueError(
             f"chat template {source} marks nothing to train on: put the assistant's words in {{% generation %}} ... {{% endgeneration %}}"
         )
-    adds_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    adds_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [
+        tokenizer.bos_token_id
+    ]
     return "{%- set prepend_bos = true -%}\n" + template if adds_bos else template
 
 
@@ -90,5 +94,12 @@ def load_processor(folder: str | Path) -> LlavaProcessor:
 
 def _saved_options(folder: Path) -> dict:
     saved = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
-    names = ("patch_size", "vision_feature_select_strategy", "num_additional_image_tokens", "image_token")
-    return {name: saved[name] for name in names} | {"chat_template": (folder / "chat_template.jinja").read_text(encoding="utf-8")}
+    names = (
+        "patch_size",
+        "vision_feature_select_strategy",
+        "num_additional_image_tokens",
+        "image_token",
+    )
+    return {name: saved[name] for name in names} | {
+        "chat_template": (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    }

@@ -38,7 +38,9 @@ def calibrate_projector(model: LlavaForConditionalGeneration, pixel_values: Tens
         pixel_values: A few dozen training images, `(images, 3, height, width)`.
     """
     projector = model.model.multi_modal_projector
-    hidden = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states[model.config.vision_feature_layer]
+    hidden = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states[
+        model.config.vision_feature_layer
+    ]
     features = hidden[:, 1:] if model.config.vision_feature_select_strategy == "default" else hidden
     features = features.flatten(0, 1).float()
     mean, deviation = features.mean(0), features.std(0).clamp(min=1e-6)
@@ -47,7 +49,9 @@ def calibrate_projector(model: LlavaForConditionalGeneration, pixel_values: Tens
     first.weight.copy_(weight)
     first.bias.sub_(weight @ mean)
     embeddings = model.get_input_embeddings()
-    text = embeddings(torch.arange(0, embeddings.num_embeddings, max(1, embeddings.num_embeddings // 4096)))
+    text = embeddings(
+        torch.arange(0, embeddings.num_embeddings, max(1, embeddings.num_embeddings // 4096))
+    )
     _scale(projector.linear_2, float(text.float().std() / projector(features).std()))
 
 

@@ -22,9 +22,13 @@ def check_quantization(tuning: TuningRecipe, device: torch.device, num_processes
         return
     mend = f"set tuning.{wanted[0]} to lora"
     if device.type != "cuda":
-        raise ValueError(f"{wanted[0]}=qlora computes with weights of 4 bits, which takes a GPU: {mend}, or train on a GPU")
+        raise ValueError(
+            f"{wanted[0]}=qlora computes with weights of 4 bits, which takes a GPU: {mend}, or train on a GPU"
+        )
     if num_processes > 1:
-        raise ValueError(f"{wanted[0]}=qlora is for one GPU, but {num_processes} processes were started: {mend}, or start one process")
+        raise ValueError(
+            f"{wanted[0]}=qlora is for one GPU, but {num_processes} processes were started: {mend}, or start one process"
+        )
     if find_spec("bitsandbytes") is None:
         raise FileNotFoundError(
             f"{wanted[0]}=qlora comes with the Python package bitsandbytes, which is not installed: "
@@ -46,8 +50,19 @@ def quantize(layers: list[nn.Module], device: torch.device, compute: torch.dtype
     for layer in layers:
         for name, module in list(layer.named_modules()):
             if isinstance(module, nn.Linear):
-                small = Linear4bit(module.in_features, module.out_features, bias=False, compute_dtype=compute, quant_type="nf4")
-                small.weight = Params4bit(module.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True)
+                small = Linear4bit(
+                    module.in_features,
+                    module.out_features,
+                    bias=False,
+                    compute_dtype=compute,
+                    quant_type="nf4",
+                )
+                small.weight = Params4bit(
+                    module.weight.data,
+                    requires_grad=False,
+                    quant_type="nf4",
+                    compress_statistics=True,
+                )
                 small.bias = module.bias
                 layer.set_submodule(name, small.to(device))
 

@@ -30,7 +30,9 @@ def checked_image_size(image_size: int | None, config: PretrainedConfig) -> int:
     """
     own, patch = config.image_size, config.patch_size
     if not isinstance(own, int) or not isinstance(patch, int):
-        raise ValueError(f"the tower reads images of {own} pixels in patches of {patch}: only square ones can be used")
+        raise ValueError(
+            f"the tower reads images of {own} pixels in patches of {patch}: only square ones can be used"
+        )
     if image_size in (None, own):
         return own
     if image_size % patch:
@@ -51,7 +53,10 @@ def resize_positions(weights: dict[str, Tensor], old: int, new: int) -> dict[str
     """
     if old == new:
         return weights
-    return {name: _resized(table, old, new) if "position_embedding" in name else table for name, table in weights.items()}
+    return {
+        name: _resized(table, old, new) if "position_embedding" in name else table
+        for name, table in weights.items()
+    }
 
 
 def _resized(table: Tensor, old: int, new: int) -> Tensor:

@@ -56,14 +56,24 @@ def apply_tuning(
     Raises:
         ValueError: A part has fewer layers than are to be trained, or no layers that adapters fit.
     """
-    trained = {id(parameter) for part in PARTS for parameter in _trained_parameters(model, part, getattr(tuning, part))}
+    trained = {
+        id(parameter)
+        for part in PARTS
+        for parameter in _trained_parameters(model, part, getattr(tuning, part))
+    }
     if tuning.adapted:
         assert tuning.lora is not None
         for part in tuning.adapted:
             if getattr(tuning, part) == "qlora":
                 quantize(part_layers(model, part), torch.device(device), autocast or torch.float32)
-        add_adapters(model, {part: part_layers(model, part) for part in tuning.adapted}, tuning.lora)
-    trained |= {id(parameter) for layer in adapter_layers(model).values() for parameter in adapter_parameters(layer)}
+        add_adapters(
+            model, {part: part_layers(model, part) for part in tuning.adapted}, tuning.lora
+        )
+    trained |= {
+        id(parameter)
+        for layer in adapter_layers(model).values()
+        for parameter in adapter_parameters(layer)
+    }
     for parameter in model.parameters():
         if parameter.is_floating_point():  # weights of 4 bits have no gradient to switch
             parameter.requires_grad_(id(parameter) in trained)
@@ -94,7 +104,9 @@ def tuned_modules(model: LlavaForConditionalGeneration, part: Part, tuning: str)
         return []
     layers, number = part_layers(model, part), int(tuning.removeprefix("last-"))
     if number > len(layers):
-        raise ValueError(f"{part}: {tuning} asks for more than its {len(layers)} layers: take last-{len(layers)} at most, or full")
+        raise ValueError(
+            f"{part}: {tuning} asks for more than its {len(layers)} layers: take last-{len(layers)} at most, or full"
+        )
     return layers[-number:]
 
 
@@ -102,8 +114,14 @@ def part_layers(model: LlavaForConditionalGeneration, part: Part) -> list[nn.Mod
     """The stack of repeated layers of the tower or of the language model, first to last."""
     (module, *_) = getattr(parts(model), part)
     depth = module.config.num_hidden_layers
-    stacks = [inner for inner in module.modules() if isinstance(inner, nn.ModuleList) and len(inner) == depth]
-    assert len(stacks) == 1, f"expected one stack of {depth} layers in {type(module).__name__}, found {len(stacks)}"
+    stacks = [
+        inner
+        for inner in module.modules()
+        if isinstance(inner, nn.ModuleList) and len(inner) == depth
+    ]
+    assert len(stacks) == 1, (
+        f"expected one stack of {depth} layers in {type(module).__name__}, found {len(stacks)}"
+    )
     return list(stacks[0])
 
 
@@ -111,7 +129,9 @@ def part_parameters(model: LlavaForConditionalGeneration, part: Part) -> dict[st
     """The parameters of a part by their name in the model; a tied head counts once."""
     modules = getattr(parts(model), part)
     inside = {id(parameter) for module in modules for parameter in module.parameters()}
-    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) in inside}
+    return {
+        name: parameter for name, parameter in model.named_parameters() if id(parameter) in inside
+    }
 
 
 def unread_parameters(model: LlavaForConditionalGeneration) -> set[str]:
@@ -125,7 +145,9 @@ def unread_parameters(model: LlavaForConditionalGeneration) -> set[str]:
     for parameter in tensors.values():
         parameter.requires_grad_(True)
     with torch.enable_grad():
-        gradients = torch.autograd.grad(_features(model).sum(), list(tensors.values()), allow_unused=True)
+        gradients = torch.autograd.grad(
+            _features(model).sum(), list(tensors.values()), allow_unused=True
+        )
     for name, parameter in tensors.items():
         parameter.requires_grad_(before[name])
     unread = {name for name, gradient in zip(tensors, gradients, strict=True) if gradient is None}
@@ -149,18 +171,31 @@ def unread_parameters(model: LlavaForConditionalGeneration) -> set[str]:
 
 def _features(model: LlavaForConditionalGeneration) -> Tensor:
     """Projected features of a small picture, `(tokens, width)`."""
-    size, weight = model.config.vision_config.image_size, next(model.model.vision_tower.parameters())
-    pixels = torch.linspace(-1, 1, 3 * size * size, dtype=weight.dtype, device=weight.device).reshape(1, 3, size, size)
+    size, weight = (
+        model.config.vision_config.image_size,
+        next(model.model.vision_tower.parameters()),
+    )
+    pixels = torch.linspace(
+        -1, 1, 3 * size * size, dtype=weight.dtype, device=weight.device
+    ).reshape(1, 3, size, size)
     return torch.cat(model.get_image_features(pixels, return_dict=True).pooler_output)
 
 
-def _trained_parameters(model: LlavaForConditionalGeneration, part: Part, tuning: str) -> list[nn.Parameter]:
+def _trained_parameters(
+    model: LlavaForConditionalGeneration, part: Part, tuning: str
+) -> list[nn.Parameter]:
     """The part's own parameters that train."""
-    inside = [parameter for module in tuned_modules(model, part, tuning) for parameter in module.parameters()]
+    inside = [
+        parameter
+        for module in tuned_modules(model, part, tuning)
+        for parameter in module.parameters()
+    ]
     if part != "vision_tower" or not inside:
         return inside
     unread = unread_parameters(model)
-    idle = {id(parameter) for name, parameter in part_parameters(model, part).items() if name in unread}
+    idle = {
+        id(parameter) for name, parameter in part_parameters(model, part).items() if name in unread
+    }
     return [parameter for parameter in inside if id(parameter) not in idle]
 
 

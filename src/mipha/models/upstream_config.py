@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CLIPVisionConfig, Dinov2Config, GemmaConfig, LlamaConfig, PhiConfig, PretrainedConfig, SiglipVisionConfig
+from transformers import (
+    CLIPVisionConfig,
+    Dinov2Config,
+    GemmaConfig,
+    LlamaConfig,
+    PhiConfig,
+    PretrainedConfig,
+    SiglipVisionConfig,
+)
 
 from mipha.models.upstream_files import read_json
 
@@ -28,15 +36,29 @@ class Family:
 _LLAVA = Family(("LlavaLlamaForCausalLM",), LlamaConfig, "LlamaForCausalLM")
 FAMILIES: dict[str, Family] = {
     # Phi-2 and Phi-1.5 share the type; the fused projection of Phi-1.5 shows in its tensors.
-    "mipha_phi": Family(("MiphaPhiForCausalLM", "MiphaPhi15ForCausalLM"), PhiConfig, "PhiForCausalLM"),
+    "mipha_phi": Family(
+        ("MiphaPhiForCausalLM", "MiphaPhi15ForCausalLM"), PhiConfig, "PhiForCausalLM"
+    ),
     "mipha_gemma": Family(("MiphaGemmaForCausalLM",), GemmaConfig, "GemmaForCausalLM"),
     "llava": _LLAVA,
     "llava_llama": _LLAVA,
 }
 """By `model_type`, `-` read as `_`. Source: Mipha 21dafbf, configuration_mipha.py; LLaVA 1.5, llava_llama.py."""
 
-TOWER_CONFIGS: dict[str, type[PretrainedConfig]] = {"siglip": SiglipVisionConfig, "clip": CLIPVisionConfig, "dinov2": Dinov2Config}
-_TOWER_FACTS = {"hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size", "hidden_act", "layer_norm_eps"}
+TOWER_CONFIGS: dict[str, type[PretrainedConfig]] = {
+    "siglip": SiglipVisionConfig,
+    "clip": CLIPVisionConfig,
+    "dinov2": Dinov2Config,
+}
+_TOWER_FACTS = {
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "image_size",
+    "patch_size",
+    "hidden_act",
+    "layer_norm_eps",
+}
 """Never left to a default: upstream's are those of another tower."""
 
 
@@ -82,16 +104,30 @@ def describe(config: Mapping[str, Any], folder: Path) -> Described:
     if "text_config" in config:
         raise ValueError(f"{folder} is already a standard {kind} checkpoint: use it as it is")
     if kind not in FAMILIES:
-        raise ValueError(f"{folder} is a {config.get('model_type')!r}: released checkpoints are {', '.join(FAMILIES)}")
+        raise ValueError(
+            f"{folder} is a {config.get('model_type')!r}: released checkpoints are {', '.join(FAMILIES)}"
+        )
     family, named = FAMILIES[kind], config.get("architectures") or []
     if named and not set(named) & set(family.architectures):
-        raise ValueError(f"{folder} names the class {named[0]!r}, not {' or '.join(family.architectures)}: mend config.json")
+        raise ValueError(
+            f"{folder} names the class {named[0]!r}, not {' or '.join(family.architectures)}: mend config.json"
+        )
     vision = config.get("vision_config") or {}
     if kind.startswith("mipha"):
-        absent = [part for part in ("vision_tower", "mm_projector") if not isinstance(vision.get(part), dict)]
+        absent = [
+            part
+            for part in ("vision_tower", "mm_projector")
+            if not isinstance(vision.get(part), dict)
+        ]
         if absent:
-            raise ValueError(f"{folder}/config.json lacks vision_config.{absent[0]}: give the config that the checkpoint was saved with")
-        tower, projector, name = vision["vision_tower"], vision["mm_projector"], vision["vision_tower"].get("vision_model_name_or_path")
+            raise ValueError(
+                f"{folder}/config.json lacks vision_config.{absent[0]}: give the config that the checkpoint was saved with"
+            )
+        tower, projector, name = (
+            vision["vision_tower"],
+            vision["mm_projector"],
+            vision["vision_tower"].get("vision_model_name_or_path"),
+        )
     else:
         tower, projector, name = config, config, config.get("mm_vision_tower")
     _refuse_what_cannot_be_expressed(config, projector, folder)
@@ -106,18 +142,28 @@ def describe(config: Mapping[str, Any], folder: Path) -> Described:
     )
 
 
-def _refuse_what_cannot_be_expressed(config: Mapping[str, Any], projector: Mapping[str, Any], folder: Path) -> None:
+def _refuse_what_cannot_be_expressed(
+    config: Mapping[str, Any], projector: Mapping[str, Any], folder: Path
+) -> None:
     projector_type = projector.get("mm_projector_type", "linear")
     if projector_type != "mlp2x_gelu":
-        raise ValueError(f"{folder} has a {projector_type!r} projector: only mlp2x_gelu is a part of the standard model")
+        raise ValueError(
+            f"{folder} has a {projector_type!r} projector: only mlp2x_gelu is a part of the standard model"
+        )
     if config.get("mm_use_im_start_end"):
-        raise ValueError(f"{folder} puts tokens around its images (mm_use_im_start_end), as no released model does: it cannot be used")
+        raise ValueError(
+            f"{folder} puts tokens around its images (mm_use_im_start_end), as no released model does: it cannot be used"
+        )
     if config.get("image_aspect_ratio") not in (None, "pad", "square"):
-        raise ValueError(f"{folder} has image_aspect_ratio={config['image_aspect_ratio']!r}: only pad and square can be used")
+        raise ValueError(
+            f"{folder} has image_aspect_ratio={config['image_aspect_ratio']!r}: only pad and square can be used"
+        )
 
 
 def _text_config(family: Family, config: Mapping[str, Any], folder: Path) -> PretrainedConfig:
-    names = (set(family.config.__annotations__) | {"rope_theta", "rope_scaling", "partial_rotary_factor"}) - {"use_cache"}
+    names = (
+        set(family.config.__annotations__) | {"rope_theta", "rope_scaling", "partial_rotary_factor"}
+    ) - {"use_cache"}
     facts = {name: config[name] for name in sorted(names) if config.get(name) is not None}
     if family.config is GemmaConfig and facts.get("hidden_act") == "gelu":
         # Upstream ran the exact GELU. The host reads "gelu" as the tanh form for Gemma, and leaves the exact one's other name alone.
@@ -132,10 +178,14 @@ def tower_family(names: Collection[str]) -> str | None:
         return None
     if any(name.startswith("model.vision_tower.dinov2.") for name in towers):
         return "dinov2"
-    return "clip" if any(name.endswith(".embeddings.class_embedding") for name in towers) else "siglip"
+    return (
+        "clip" if any(name.endswith(".embeddings.class_embedding") for name in towers) else "siglip"
+    )
 
 
-def tower_config(described: Described, family: str, size: int | None, folder: Path) -> PretrainedConfig:
+def tower_config(
+    described: Described, family: str, size: int | None, folder: Path
+) -> PretrainedConfig:
     """The tower's config, without the layers above the one that is read.
 
     Args:
@@ -147,13 +197,19 @@ def tower_config(described: Described, family: str, size: int | None, folder: Pa
     facts = described.tower or {}
     absent = sorted(_TOWER_FACTS - facts.keys())
     if absent:
-        raise ValueError(f"{folder}/config.json does not say the tower's {absent[0]}: give the config of the checkpoint")
+        raise ValueError(
+            f"{folder}/config.json does not say the tower's {absent[0]}: give the config of the checkpoint"
+        )
     depth, layer = facts["num_hidden_layers"], described.feature_layer
     kept = layer if layer >= 0 else depth + 1 + layer
     if not 1 <= kept <= depth:
-        raise ValueError(f"{folder}/config.json reads layer {layer} of a tower with {depth} layers: mend mm_vision_select_layer")
+        raise ValueError(
+            f"{folder}/config.json reads layer {layer} of a tower with {depth} layers: mend mm_vision_select_layer"
+        )
     config_class = TOWER_CONFIGS[family]
-    chosen = {name: facts[name] for name in config_class.__annotations__ if facts.get(name) is not None}
+    chosen = {
+        name: facts[name] for name in config_class.__annotations__ if facts.get(name) is not None
+    }
     unread = {"siglip": {"vision_use_head": False}, "dinov2": {"use_mask_token": False}}
     chosen |= {"num_hidden_layers": kept} | unread.get(family, {})
     config = _checked(config_class, chosen, folder)
@@ -171,7 +227,9 @@ def check_size(size: int, wanted: int, folder: Path) -> None:
         ValueError: They differ.
     """
     if size != wanted:
-        raise ValueError(f"{folder}/preprocessor_config.json makes images of {size} pixels, its tower takes {wanted}: give the tower's own")
+        raise ValueError(
+            f"{folder}/preprocessor_config.json makes images of {size} pixels, its tower takes {wanted}: give the tower's own"
+        )
 
 
 def read_pixels(folder: Path) -> Pixels | None:
@@ -188,14 +246,22 @@ def read_pixels(folder: Path) -> Pixels | None:
     sides = set(size.values()) if isinstance(size, dict) else {size}
     side = sides.pop() if len(sides) == 1 else None
     means = [said.get("image_mean"), said.get("image_std")]
-    if not isinstance(side, int) or not all(isinstance(mean, list) and len(mean) == 3 for mean in means):
-        raise ValueError(f"{path} does not say one size for square images, with image_mean and image_std: copy it from the tower")
+    if not isinstance(side, int) or not all(
+        isinstance(mean, list) and len(mean) == 3 for mean in means
+    ):
+        raise ValueError(
+            f"{path} does not say one size for square images, with image_mean and image_std: copy it from the tower"
+        )
     return Pixels(side, *means)
 
 
-def _checked(config_class: type[PretrainedConfig], facts: Mapping[str, Any], folder: Path) -> PretrainedConfig:
+def _checked(
+    config_class: type[PretrainedConfig], facts: Mapping[str, Any], folder: Path
+) -> PretrainedConfig:
     try:
         return config_class(**facts)
     except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"{folder}/config.json is no {config_class.__name__}: mend it or copy it again ({reason})") from error
+        raise ValueError(
+            f"{folder}/config.json is no {config_class.__name__}: mend it or copy it again ({reason})"
+        ) from error

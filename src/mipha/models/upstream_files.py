@@ -37,7 +37,9 @@ class Stored:
             ValueError: It is not a floating point number: the checkpoint is quantised.
         """
         if self.kind not in _DTYPES:
-            raise ValueError(f"{self.file} holds weights as {self.kind}: give the checkpoint that is not quantised")
+            raise ValueError(
+                f"{self.file} holds weights as {self.kind}: give the checkpoint that is not quantised"
+            )
         return _DTYPES[self.kind]
 
 
@@ -55,13 +57,17 @@ def fetch(source: str | Path, *, weights: bool) -> Path:
         return Path(source)
     name = str(source)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
-        raise FileNotFoundError(f"no checkpoint folder {name}: give the folder that holds its config.json, or a hub id such as OWNER/NAME")
+        raise FileNotFoundError(
+            f"no checkpoint folder {name}: give the folder that holds its config.json, or a hub id such as OWNER/NAME"
+        )
     patterns = ["*.json", *TOKENIZER_FILES] + (["*.safetensors"] if weights else [])
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise FileNotFoundError(f"{name} cannot be read from the hub: check name and network, or give a folder ({reason})") from error
+        raise FileNotFoundError(
+            f"{name} cannot be read from the hub: check name and network, or give a folder ({reason})"
+        ) from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -72,13 +78,17 @@ def read_json(path: Path) -> dict[str, Any]:
         ValueError: It is not a JSON object.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} has no {path.name}: give the whole folder of a checkpoint")
+        raise FileNotFoundError(
+            f"{path.parent} has no {path.name}: give the whole folder of a checkpoint"
+        )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: copy it again ({error})") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} holds a JSON {type(content).__name__} where an object is wanted: copy it again")
+        raise ValueError(
+            f"{path} holds a JSON {type(content).__name__} where an object is wanted: copy it again"
+        )
     return content
 
 
@@ -97,11 +107,15 @@ def read_headers(folder: Path) -> dict[str, Stored]:
                     part = tensors.get_slice(name)
                     found[name] = Stored(file, tuple(part.get_shape()), part.get_dtype())
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is cut short or is no safetensors file: copy it again ({error})") from error
+            raise ValueError(
+                f"{file} is cut short or is no safetensors file: copy it again ({error})"
+            ) from error
     if (folder / _INDEX).is_file():
         absent = sorted(set(read_json(folder / _INDEX)["weight_map"]) - set(found))
         if absent:
-            raise ValueError(f"{folder / _INDEX} names tensors that no shard holds, such as {absent[0]}: copy the shards again")
+            raise ValueError(
+                f"{folder / _INDEX} names tensors that no shard holds, such as {absent[0]}: copy the shards again"
+            )
     return found
 
 
@@ -119,16 +133,24 @@ def weight_files(folder: Path) -> list[Path]:
             raise ValueError(f"{folder / _INDEX} does not name the shards beside it: copy it again")
         absent = [name for name in names if not (folder / name).is_file()]
         if absent:
-            raise FileNotFoundError(f"{folder} lacks {len(absent)} of {len(names)} shards, such as {absent[0]}: copy them again")
+            raise FileNotFoundError(
+                f"{folder} lacks {len(absent)} of {len(names)} shards, such as {absent[0]}: copy them again"
+            )
         return [folder / name for name in names]
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+    pickles = sorted(
+        path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt")
+    )
     if pickles:
-        raise ValueError(f"{folder} holds pickled weights ({pickles[0]}), and reading a pickle can run code: convert to safetensors first")
+        raise ValueError(
+            f"{folder} holds pickled weights ({pickles[0]}), and reading a pickle can run code: convert to safetensors first"
+        )
     if any(folder.glob("*.safetensors")):
         raise FileNotFoundError(f"{folder} has shards but no {_INDEX}: copy it too")
-    raise FileNotFoundError(f"{folder} has no model.safetensors: give a checkpoint with safetensors weights")
+    raise FileNotFoundError(
+        f"{folder} has no model.safetensors: give a checkpoint with safetensors weights"
+    )
 
 
 def read_tensor(name: str, stored: Stored) -> Tensor:

@@ -15,17 +15,33 @@ from dataclasses import dataclass, field
 
 Shape = tuple[int, ...]
 
-_TOWER, _TEXT, _PROJECTOR = "model.vision_tower.", "model.language_model.", "model.multi_modal_projector."
+_TOWER, _TEXT, _PROJECTOR = (
+    "model.vision_tower.",
+    "model.language_model.",
+    "model.multi_modal_projector.",
+)
 
 RENAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"model\.mm_projector\.0\.(weight|bias)", (_PROJECTOR + r"linear_1.\1",)),
     (r"model\.mm_projector\.2\.(weight|bias)", (_PROJECTOR + r"linear_2.\1",)),
     # SigLIP and CLIP; LLaVA wraps the tower once more.
     (r"model\.vision_tower\.(?:vision_tower\.)?vision_model\.(.+)", (_TOWER + r"\1",)),
-    (r"model\.vision_tower\.dinov2\.(.+\.attention)\.attention\.query\.(weight|bias)", (_TOWER + r"\1.q_proj.\2",)),
-    (r"model\.vision_tower\.dinov2\.(.+\.attention)\.attention\.key\.(weight|bias)", (_TOWER + r"\1.k_proj.\2",)),
-    (r"model\.vision_tower\.dinov2\.(.+\.attention)\.attention\.value\.(weight|bias)", (_TOWER + r"\1.v_proj.\2",)),
-    (r"model\.vision_tower\.dinov2\.(.+\.attention)\.output\.dense\.(weight|bias)", (_TOWER + r"\1.o_proj.\2",)),
+    (
+        r"model\.vision_tower\.dinov2\.(.+\.attention)\.attention\.query\.(weight|bias)",
+        (_TOWER + r"\1.q_proj.\2",),
+    ),
+    (
+        r"model\.vision_tower\.dinov2\.(.+\.attention)\.attention\.key\.(weight|bias)",
+        (_TOWER + r"\1.k_proj.\2",),
+    ),
+    (
+        r"model\.vision_tower\.dinov2\.(.+\.attention)\.attention\.value\.(weight|bias)",
+        (_TOWER + r"\1.v_proj.\2",),
+    ),
+    (
+        r"model\.vision_tower\.dinov2\.(.+\.attention)\.output\.dense\.(weight|bias)",
+        (_TOWER + r"\1.o_proj.\2",),
+    ),
     (r"model\.vision_tower\.dinov2\.(.+)", (_TOWER + r"\1",)),
     (
         r"model\.(layers\.\d+\.self_attn)\.query_key_value\.(weight|bias)",
@@ -42,8 +58,14 @@ Source: the key map that was checked by strict loading against Mipha 21dafbf (tr
 """
 
 _NEVER_READ: tuple[tuple[str, str], ...] = (
-    (r"model\.vision_tower\.(?:vision_tower\.)?vision_model\.head\..+", "the pooling head, which is never read"),
-    (r"model\.vision_tower\.dinov2\.embeddings\.mask_token", "the mask token, which only its own training read"),
+    (
+        r"model\.vision_tower\.(?:vision_tower\.)?vision_model\.head\..+",
+        "the pooling head, which is never read",
+    ),
+    (
+        r"model\.vision_tower\.dinov2\.embeddings\.mask_token",
+        "the mask token, which only its own training read",
+    ),
     (r".+\.rotary_emb\.inv_freq", "a buffer that is computed from the config"),
     (r"model\.vision_tower\..+\.position_ids", "a buffer that is computed from the config"),
 )
@@ -88,8 +110,12 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        counts = {kind: len(getattr(self, kind)) for kind in ("renamed", "split", "folded", "dropped")}
-        lines = [f"{self.source}: " + ", ".join(f"{count} {kind}" for kind, count in counts.items())]
+        counts = {
+            kind: len(getattr(self, kind)) for kind in ("renamed", "split", "folded", "dropped")
+        }
+        lines = [
+            f"{self.source}: " + ", ".join(f"{count} {kind}" for kind, count in counts.items())
+        ]
         reasons = list(self.dropped.values())
         lines += [f"dropped {reasons.count(reason)}: {reason}" for reason in dict.fromkeys(reasons)]
         lines += [f"folded {name}: {how}" for name, how in self.folded.items()]
@@ -121,21 +147,36 @@ def plan(
     reached = [target for move in moves for target in move.targets]
     missing = sorted(set(wanted) - set(reached) - set(tied) - set(given))
     misshapen = [problem for move in moves for problem in _misshapen(move, stored, wanted)]
-    twice = sorted({target for target in reached if reached.count(target) > 1}) if len(reached) > len(set(reached)) else []
-    problems = {"unexpected": unexpected, "missing": missing, "of another shape": misshapen, "there twice": twice}
+    twice = (
+        sorted({target for target in reached if reached.count(target) > 1})
+        if len(reached) > len(set(reached))
+        else []
+    )
+    problems = {
+        "unexpected": unexpected,
+        "missing": missing,
+        "of another shape": misshapen,
+        "there twice": twice,
+    }
     if any(problems.values()):
         told = "; ".join(f"{kind}: {_first(names)}" for kind, names in problems.items() if names)
-        raise ValueError(f"the tensors do not fit the model that config.json describes ({told}): give a whole, unchanged checkpoint")
+        raise ValueError(
+            f"the tensors do not fit the model that config.json describes ({told}): give a whole, unchanged checkpoint"
+        )
     return moves
 
 
-def _move(name: str, wanted: Mapping[str, Shape], tower_layers: int, tied: Mapping[str, str]) -> Move:
+def _move(
+    name: str, wanted: Mapping[str, Shape], tower_layers: int, tied: Mapping[str, str]
+) -> Move:
     for pattern, reason in _NEVER_READ:
         if re.fullmatch(pattern, name):
             return Move(name, reason=reason)
     targets = _targets(name)
     if targets and targets[0] in tied:
-        return Move(name, reason="tied: the same numbers as the embeddings", tied_to=tied[targets[0]])
+        return Move(
+            name, reason="tied: the same numbers as the embeddings", tied_to=tied[targets[0]]
+        )
     if targets and all(target in wanted for target in targets):
         return Move(name, targets)
     layer = _TOWER_LAYER.fullmatch(targets[0]) if targets else None
@@ -151,7 +192,9 @@ def _targets(name: str) -> tuple[str, ...]:
     return ()
 
 
-def _misshapen(move: Move, stored: Mapping[str, Shape], wanted: Mapping[str, Shape]) -> Iterable[str]:
+def _misshapen(
+    move: Move, stored: Mapping[str, Shape], wanted: Mapping[str, Shape]
+) -> Iterable[str]:
     if not move.targets:
         return
     first, *rest = wanted[move.targets[0]]

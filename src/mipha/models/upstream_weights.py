@@ -15,7 +15,12 @@ from mipha.models.upstream_keys import Move, Report
 
 
 @torch.no_grad()
-def copy_weights(model: LlavaForConditionalGeneration, moves: Sequence[Move], stored: Mapping[str, Stored], report: Report) -> None:
+def copy_weights(
+    model: LlavaForConditionalGeneration,
+    moves: Sequence[Move],
+    stored: Mapping[str, Stored],
+    report: Report,
+) -> None:
     """Fill a model by the plan, one tensor in memory at a time, and say in the report what became of each.
 
     Raises:
@@ -36,11 +41,17 @@ def copy_weights(model: LlavaForConditionalGeneration, moves: Sequence[Move], st
         report.renamed[move.source] = move.targets[0]
         if value.shape != target.shape:
             value = _resized(value, target.shape[1])
-            report.folded[move.source] = f"resized to {target.shape[1] - 1} patches by upstream's rule, which it applied to every image"
+            report.folded[move.source] = (
+                f"resized to {target.shape[1] - 1} patches by upstream's rule, which it applied to every image"
+            )
         target.copy_(value)
     for move in moves:
-        if move.tied_to and not torch.equal(read_tensor(move.source, stored[move.source]).to(model.dtype), state[move.tied_to]):
-            raise ValueError(f"{move.source} is not the embeddings that config.json ties it to: mend tie_word_embeddings in config.json")
+        if move.tied_to and not torch.equal(
+            read_tensor(move.source, stored[move.source]).to(model.dtype), state[move.tied_to]
+        ):
+            raise ValueError(
+                f"{move.source} is not the embeddings that config.json ties it to: mend tie_word_embeddings in config.json"
+            )
 
 
 @torch.no_grad()
@@ -57,7 +68,9 @@ def fold_image_scale(model: LlavaForConditionalGeneration, report: Report) -> No
     last = model.model.multi_modal_projector.linear_2.float()
     for name, parameter in last.named_parameters():
         parameter.mul_(scale)
-        report.folded[f"model.mm_projector.2.{name}"] = f"times {scale:.6g}, the factor on image features that upstream applied later"
+        report.folded[f"model.mm_projector.2.{name}"] = (
+            f"times {scale:.6g}, the factor on image features that upstream applied later"
+        )
 
 
 @torch.no_grad()
@@ -68,10 +81,14 @@ def add_rows(model: LlavaForConditionalGeneration, report: Report) -> None:
         return
     model.resize_token_embeddings(wanted, pad_to_multiple_of=64, mean_resizing=False)
     head = model.get_output_embeddings()
-    tensors = [model.get_input_embeddings().weight, head.weight] + ([head.bias] if head.bias is not None else [])
+    tensors = [model.get_input_embeddings().weight, head.weight] + (
+        [head.bias] if head.bias is not None else []
+    )
     for tensor in tensors:
         tensor[old:] = tensor[:old].float().mean(0)
-    report.notes.append(f"the vocabulary was full: {len(head.weight) - old} rows were added for the image token")
+    report.notes.append(
+        f"the vocabulary was full: {len(head.weight) - old} rows were added for the image token"
+    )
 
 
 def _unfused(value: Tensor, num_heads: int) -> tuple[Tensor, ...]:
@@ -96,5 +113,7 @@ def _resized(table: Tensor, num_positions: int) -> Tensor:
     """
     old, new = math.isqrt(table.shape[1] - 1), math.isqrt(num_positions - 1)
     grid = table[:, 1:].float().reshape(1, old, old, -1).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, scale_factor=((new + 0.1) / old,) * 2, mode="bicubic", align_corners=False)
+    grid = F.interpolate(
+        grid, scale_factor=((new + 0.1) / old,) * 2, mode="bicubic", align_corners=False
+    )
     return torch.cat([table[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2).to(table.dtype)], dim=1)

@@ -42,7 +42,9 @@ _UNREAD = ("head.", "pooler.", "embeddings.mask_token")
 """Weights that no feature passes: published files may lack them, and what a config can leave out is left out."""
 
 
-def load_vision_tower(recipe: ModelRecipe, dtype: torch.dtype) -> tuple[PreTrainedModel, list[float], list[float]]:
+def load_vision_tower(
+    recipe: ModelRecipe, dtype: torch.dtype
+) -> tuple[PreTrainedModel, list[float], list[float]]:
     """The tower as the recipe wants it, with the mean and the deviation of its pixels, per channel, of values in 0..1.
 
     Raises:
@@ -56,7 +58,11 @@ def load_vision_tower(recipe: ModelRecipe, dtype: torch.dtype) -> tuple[PreTrain
     else:
         with reading(folder, "vision tower", recipe.vision_tower):
             tower = load_weights(tower_class, folder, dtype, optional=_UNREAD)
-    return fit_tower(tower, recipe.feature_layer, recipe.image_size, recipe.post_layernorm), mean, std
+    return (
+        fit_tower(tower, recipe.feature_layer, recipe.image_size, recipe.post_layernorm),
+        mean,
+        std,
+    )
 
 
 def read_tower(name: str) -> tuple[str | None, PretrainedConfig, list[float], list[float]]:
@@ -73,7 +79,9 @@ def read_tower(name: str) -> tuple[str | None, PretrainedConfig, list[float], li
     with reading(folder, "vision tower", name):
         kind = model_type(folder)
     if kind not in TOWERS:
-        raise ValueError(f"vision tower {name!r} is a {kind!r}: a tower is one of {', '.join(sorted(TOWERS))}")
+        raise ValueError(
+            f"vision tower {name!r} is a {kind!r}: a tower is one of {', '.join(sorted(TOWERS))}"
+        )
     with reading(folder, "vision tower", name):
         # Only two numbers of it are used; the class itself may want torchvision (DINOv3).
         pixels, _ = BaseImageProcessor.get_image_processor_dict(folder)
@@ -87,7 +95,10 @@ def read_tower(name: str) -> tuple[str | None, PretrainedConfig, list[float], li
 
 
 def fit_tower(
-    tower: PreTrainedModel, feature_layer: int = -2, image_size: int | None = None, post_layernorm: bool = False
+    tower: PreTrainedModel,
+    feature_layer: int = -2,
+    image_size: int | None = None,
+    post_layernorm: bool = False,
 ) -> PreTrainedModel:
     """Drop the layers above the one that is read, and resize the position embeddings to another image size.
 
@@ -105,12 +116,20 @@ def fit_tower(
     depth = tower.config.num_hidden_layers
     layer = feature_layer if feature_layer >= 0 else depth + 1 + feature_layer
     if not 1 <= layer <= depth:
-        raise ValueError(f"feature_layer={feature_layer} does not exist: this tower has {depth} layers, so 1 to {depth} or -1 to -{depth}")
+        raise ValueError(
+            f"feature_layer={feature_layer} does not exist: this tower has {depth} layers, so 1 to {depth} or -1 to -{depth}"
+        )
     size = checked_image_size(image_size, tower.config)
     facts = tower.config.to_dict() | {"num_hidden_layers": layer, "image_size": size}
     facts |= {key: False for key in ("vision_use_head", "use_mask_token") if key in facts}
-    backbone_outputs = ("out_features", "out_indices", "stage_names")  # as many as the whole tower had layers; not used here
-    config = type(tower.config)(**{key: value for key, value in facts.items() if key not in backbone_outputs})
+    backbone_outputs = (
+        "out_features",
+        "out_indices",
+        "stage_names",
+    )  # as many as the whole tower had layers; not used here
+    config = type(tower.config)(
+        **{key: value for key, value in facts.items() if key not in backbone_outputs}
+    )
     patch = config.patch_size
     weights = resize_positions(tower.state_dict(), tower.config.image_size // patch, size // patch)
     fitted = _with_weights(type(tower), config, weights, tower)
@@ -136,31 +155,54 @@ def _with_post_layernorm(tower: PreTrainedModel) -> PreTrainedModel:
     refused = f"post_layernorm=true cannot be had of a {tower.config.model_type!r} tower"
     outputs = _outputs(tower)
     if outputs.hidden_states[-1] is outputs.last_hidden_state:
-        raise ValueError(f"{refused}: it norms its class token alone; use false, or a SigLIP, DINOv2 or ViT")
+        raise ValueError(
+            f"{refused}: it norms its class token alone; use false, or a SigLIP, DINOv2 or ViT"
+        )
     if isinstance(tower.config, Dinov2Config) and not tower.config.use_swiglu_ffn:
         tower = _as_vit(tower)
     tower.config.tie_last_hidden_states = True
     outputs = _outputs(tower)
     if outputs.hidden_states[-1] is not outputs.last_hidden_state:
-        raise ValueError(f"{refused}: the stock class takes its hidden states before the norm; use false, or a SigLIP, DINOv2 or ViT")
+        raise ValueError(
+            f"{refused}: the stock class takes its hidden states before the norm; use false, or a SigLIP, DINOv2 or ViT"
+        )
     return tower
 
 
 def _as_vit(tower: PreTrainedModel) -> ViTModel:
     """A DINOv2 as a ViT: the same layers, once each branch's scale is multiplied into the linear layer that ends the branch."""
     own = tower.config
-    shared = ("hidden_size", "num_hidden_layers", "num_attention_heads", "hidden_act", "image_size", "patch_size", "num_channels")
-    facts = {key: getattr(own, key) for key in (*shared, "layer_norm_eps", "qkv_bias", "initializer_range")}
+    shared = (
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "hidden_act",
+        "image_size",
+        "patch_size",
+        "num_channels",
+    )
+    facts = {
+        key: getattr(own, key)
+        for key in (*shared, "layer_norm_eps", "qkv_bias", "initializer_range")
+    }
     config = ViTConfig(**facts, intermediate_size=own.hidden_size * own.mlp_ratio)
     weights = tower.state_dict()
     for layer in range(own.num_hidden_layers):
         prefix = f"encoder.layer.{layer}."
         for scale, linear in (("layer_scale1", "attention.o_proj"), ("layer_scale2", "mlp.fc2")):
             factor = weights.pop(f"{prefix}{scale}.lambda1")
-            weights[f"{prefix}{linear}.weight"] = weights[f"{prefix}{linear}.weight"] * factor[:, None]
+            weights[f"{prefix}{linear}.weight"] = (
+                weights[f"{prefix}{linear}.weight"] * factor[:, None]
+            )
             weights[f"{prefix}{linear}.bias"] = weights[f"{prefix}{linear}.bias"] * factor
-    names = {"encoder.layer.": "layers.", ".norm1.": ".layernorm_before.", ".norm2.": ".layernorm_after."}
-    return _with_weights(ViTModel, config, {_renamed(key, names): value for key, value in weights.items()}, tower)
+    names = {
+        "encoder.layer.": "layers.",
+        ".norm1.": ".layernorm_before.",
+        ".norm2.": ".layernorm_after.",
+    }
+    return _with_weights(
+        ViTModel, config, {_renamed(key, names): value for key, value in weights.items()}, tower
+    )
 
 
 def _renamed(key: str, names: dict[str, str]) -> str:
@@ -170,19 +212,28 @@ def _renamed(key: str, names: dict[str, str]) -> str:
 
 
 def _with_weights(
-    model_class: type[PreTrainedModel], config: PretrainedConfig, weights: dict[str, Tensor], like: PreTrainedModel
+    model_class: type[PreTrainedModel],
+    config: PretrainedConfig,
+    weights: dict[str, Tensor],
+    like: PreTrainedModel,
 ) -> PreTrainedModel:
     """A tower of this config with these weights; what is left over was pruned."""
     with torch.device(like.device):
         model = model_class._from_config(config, dtype=like.dtype)
     wanted = model.state_dict()
-    missing, _ = model.load_state_dict({key: value for key, value in weights.items() if key in wanted}, strict=False)
-    assert all(key.startswith(_UNREAD) for key in missing), f"the pruned tower wants weights that the whole one lacks: {missing}"
+    missing, _ = model.load_state_dict(
+        {key: value for key, value in weights.items() if key in wanted}, strict=False
+    )
+    assert all(key.startswith(_UNREAD) for key in missing), (
+        f"the pruned tower wants weights that the whole one lacks: {missing}"
+    )
     return model.eval()
 
 
 @torch.no_grad()
 def _outputs(tower: PreTrainedModel) -> BaseModelOutputWithPooling:
     size = tower.config.image_size
-    pixels = torch.zeros(1, tower.config.num_channels, size, size, dtype=tower.dtype, device=tower.device)
+    pixels = torch.zeros(
+        1, tower.config.num_channels, size, size, dtype=tower.dtype, device=tower.device
+    )
     return tower(pixels, output_hidden_states=True)

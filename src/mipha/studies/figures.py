@@ -24,8 +24,14 @@ def draw_scores(findings: Findings, path: Path) -> None:
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes, name in zip(panels, benchmarks, strict=False):
         (_curve if numeric else _bars)(axes, findings, name)
-        axes.set_title(TITLES.get(name, name), loc="left", color=INK, fontsize=11, fontweight="bold")
-        axes.set_ylabel(f"{findings.headline[name].name} ({findings.headline[name].unit})", color=GREY, fontsize=9)
+        axes.set_title(
+            TITLES.get(name, name), loc="left", color=INK, fontsize=11, fontweight="bold"
+        )
+        axes.set_ylabel(
+            f"{findings.headline[name].name} ({findings.headline[name].unit})",
+            color=GREY,
+            fontsize=9,
+        )
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(colors=GREY, labelsize=8)
         axes.grid(axis="y", color=FAINT)
@@ -43,14 +49,22 @@ def _bars(axes, findings: Findings, benchmark: str) -> None:
         if scores.values:
             axes.bar(place, scores.mean, width=0.6, color=BLUE, alpha=0.3)
             axes.plot([place] * len(scores.values), scores.values, "o", color=BLUE, markersize=4)
-    axes.set_xticks(range(len(names)), [name.replace("-", "-\n", 1) if len(name) > 12 else name for name in names])
+    axes.set_xticks(
+        range(len(names)),
+        [name.replace("-", "-\n", 1) if len(name) > 12 else name for name in names],
+    )
 
 
 def _curve(axes, findings: Findings, benchmark: str) -> None:
     in_order = sorted(findings.variants, key=lambda variant: variant.number)
     points = [(variant.number, findings.scores[variant.name][benchmark]) for variant in in_order]
     measured = [(number, scores) for number, scores in points if scores.values]
-    axes.plot([number for number, _ in measured], [scores.mean for _, scores in measured], color=BLUE, linewidth=2)
+    axes.plot(
+        [number for number, _ in measured],
+        [scores.mean for _, scores in measured],
+        color=BLUE,
+        linewidth=2,
+    )
     for number, scores in measured:
         axes.plot([number] * len(scores.values), scores.values, "o", color=BLUE, markersize=4)
     numbers = [number for number, _ in points]

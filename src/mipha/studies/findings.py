@@ -18,9 +18,10 @@ import numpy as np
 from mipha.comparison.seeds import SeedDifference, seed_difference
 from mipha.comparison.statistics import Tally, holm, read_tally
 from mipha.evaluation.benchmark import Benchmark, Metric, load_benchmark
+from mipha.files import read_lines
 from mipha.lookup import did_you_mean
 from mipha.recipe import STAGES
-from mipha.run import flat, open_run, read_lines
+from mipha.run import flat, open_run
 from mipha.studies.folder import Job, jobs_of
 from mipha.studies.study import Measured, Study, Takeaway, Variant
 
@@ -113,26 +114,47 @@ def find(study: Study, scale: str, out: Path) -> Findings:
     """
     size = study.scale(scale)
     variants = study.variants(scale)
-    seeds = max((int(path.name.removeprefix("seed-")) + 1 for path in (out / "runs").glob("*/seed-*")), default=0)
+    seeds = max(
+        (int(path.name.removeprefix("seed-")) + 1 for path in (out / "runs").glob("*/seed-*")),
+        default=0,
+    )
     jobs = jobs_of(study, scale, out, seeds)
     benchmarks = [wanted.benchmark for wanted in size.evaluate]
-    tallies = {(variant.name, name): _tallies(jobs, variant.name, name) for variant in variants for name in benchmarks}
+    tallies = {
+        (variant.name, name): _tallies(jobs, variant.name, name)
+        for variant in variants
+        for name in benchmarks
+    }
     if not any(tallies.values()):
-        raise FileNotFoundError(f"{out} has no finished run: make them with `mipha study run {study.name} -o {out}`")
+        raise FileNotFoundError(
+            f"{out} has no finished run: make them with `mipha study run {study.name} -o {out}`"
+        )
     headline = {wanted.benchmark: compared_by(wanted) for wanted in size.evaluate}
     measures = {name: load_benchmark(name).measure for name in benchmarks}
     details = {
-        variant.name: {name: _details(load_benchmark(name), tallies[variant.name, name]) for name in benchmarks} for variant in variants
+        variant.name: {
+            name: _details(load_benchmark(name), tallies[variant.name, name]) for name in benchmarks
+        }
+        for variant in variants
     }
     for variant, name in tallies:
         if details[variant][name] and headline[name].name not in details[variant][name]:
             measured = f"runs of {variant} were measured on {name} without {headline[name].name}"
             raise ValueError(f"{measured}: remove their evaluation folders and run the study again")
     scores = {
-        variant: {name: found.get(headline[name].name, VariantScores(())) for name, found in of_benchmark.items()}
+        variant: {
+            name: found.get(headline[name].name, VariantScores(()))
+            for name, found in of_benchmark.items()
+        }
         for variant, of_benchmark in details.items()
     }
-    compared = _compare(size.takeaways, benchmarks, tallies, measures, {name: headline[name].name for name in benchmarks})
+    compared = _compare(
+        size.takeaways,
+        benchmarks,
+        tallies,
+        measures,
+        {name: headline[name].name for name in benchmarks},
+    )
     done = [job for job in jobs if open_run(job.folder).is_finished("finetune")]
     return Findings(
         study,
@@ -141,7 +163,10 @@ def find(study: Study, scale: str, out: Path) -> Findings:
         headline,
         scores,
         details,
-        {variant.name: tuple(_cost(job) for job in done if job.variant == variant.name) for variant in variants},
+        {
+            variant.name: tuple(_cost(job) for job in done if job.variant == variant.name)
+            for variant in variants
+        },
         _differences(variants),
         tuple(_judge(takeaway, benchmarks, compared) for takeaway in size.takeaways),
         len(jobs) - len(done),
@@ -156,7 +181,9 @@ def compared_by(wanted: Measured) -> Metric:
     """
     metrics = {metric.name: metric for metric in load_benchmark(wanted.benchmark).METRICS}
     if wanted.metric is not None and wanted.metric not in metrics:
-        raise ValueError(f"benchmark {wanted.benchmark} has no metric {wanted.metric!r}: {did_you_mean(wanted.metric, metrics)}")
+        raise ValueError(
+            f"benchmark {wanted.benchmark} has no metric {wanted.metric!r}: {did_you_mean(wanted.metric, metrics)}"
+        )
     return metrics[wanted.metric] if wanted.metric else next(iter(metrics.values()))
 
 
@@ -172,11 +199,29 @@ def judge(takeaway: Takeaway, found: SeedDifference, p_holm: float) -> Verdict:
         return "not enough runs"
     sure = p_holm < ALPHA
     if takeaway.better:
-        return "holds" if sure and found.difference > 0 else "does not hold" if found.high < margin else "not enough runs"
+        return (
+            "holds"
+            if sure and found.difference > 0
+            else "does not hold"
+            if found.high < margin
+            else "not enough runs"
+        )
     if takeaway.on_par:
         inside = -margin < found.low and found.high < margin
-        return "holds" if inside else "does not hold" if sure and abs(found.difference) > margin else "not enough runs"
-    return "holds" if found.high < margin else "does not hold" if sure and found.difference > margin else "not enough runs"
+        return (
+            "holds"
+            if inside
+            else "does not hold"
+            if sure and abs(found.difference) > margin
+            else "not enough runs"
+        )
+    return (
+        "holds"
+        if found.high < margin
+        else "does not hold"
+        if sure and found.difference > margin
+        else "not enough runs"
+    )
 
 
 def _compare(
@@ -195,15 +240,29 @@ def _compare(
                 found[first, second, name] = seed_difference(a, b, measures[name], metrics[name])
     tested = [key for key, difference in found.items() if not math.isnan(difference.p_value)]
     adjusted = dict(zip(tested, holm([found[key].p_value for key in tested]), strict=True))
-    return {key: Comparison(*key, difference, adjusted.get(key, math.nan)) for key, difference in found.items()}
+    return {
+        key: Comparison(*key, difference, adjusted.get(key, math.nan))
+        for key, difference in found.items()
+    }
 
 
-def _judge(takeaway: Takeaway, benchmarks: Sequence[str], compared: dict[tuple[str, str, str], Comparison]) -> Judged:
+def _judge(
+    takeaway: Takeaway, benchmarks: Sequence[str], compared: dict[tuple[str, str, str], Comparison]
+) -> Judged:
     verdicts: dict[str, Verdict] = {}
     for name in benchmarks:
         parts = [compared.get((*pair, name)) for pair in takeaway.pairs]
-        each = [judge(takeaway, part.found, part.p_holm) if part else "not enough runs" for part in parts]
-        verdicts[name] = "does not hold" if "does not hold" in each else "not enough runs" if "not enough runs" in each else "holds"
+        each = [
+            judge(takeaway, part.found, part.p_holm) if part else "not enough runs"
+            for part in parts
+        ]
+        verdicts[name] = (
+            "does not hold"
+            if "does not hold" in each
+            else "not enough runs"
+            if "not enough runs" in each
+            else "holds"
+        )
     used = tuple(comparison for key, comparison in compared.items() if key[:2] in takeaway.pairs)
     return Judged(takeaway, verdicts, used)
 
@@ -211,7 +270,11 @@ def _judge(takeaway: Takeaway, benchmarks: Sequence[str], compared: dict[tuple[s
 def _tallies(jobs: Sequence[Job], variant: str, benchmark: str) -> list[Tally]:
     found = []
     for job in jobs:
-        files = sorted((job.folder / "evaluation").glob("*/tally.json")) if job.variant == variant else []
+        files = (
+            sorted((job.folder / "evaluation").glob("*/tally.json"))
+            if job.variant == variant
+            else []
+        )
         contents = [json.loads(file.read_text(encoding="utf-8")) for file in files]
         found += [read_tally(content) for content in contents if content["benchmark"] == benchmark]
     return found
@@ -220,20 +283,28 @@ def _tallies(jobs: Sequence[Job], variant: str, benchmark: str) -> list[Tally]:
 def _details(benchmark: Benchmark, tallies: Sequence[Tally]) -> dict[str, VariantScores]:
     """Every metric over the runs, in the benchmark's order; those that some run has no number of are left out."""
     runs = [benchmark.measure(tally.totals()) for tally in tallies]
-    named = [metric.name for metric in benchmark.METRICS if all(metric.name in found for found in runs)] if runs else []
+    named = (
+        [metric.name for metric in benchmark.METRICS if all(metric.name in found for found in runs)]
+        if runs
+        else []
+    )
     return {name: VariantScores(tuple(float(found[name]) for found in runs)) for name in named}
 
 
 def _cost(job: Job) -> Cost:
     rows = [row for stage in STAGES for row in read_lines(open_run(job.folder).metrics(stage))]
     memory = max((row["peak_memory_gib"] for row in rows), default=math.nan)
-    return Cost(sum(row["seconds"] for row in rows) / 60, memory, sum(row["tokens"] for row in rows))
+    return Cost(
+        sum(row["seconds"] for row in rows) / 60, memory, sum(row["tokens"] for row in rows)
+    )
 
 
 def _differences(variants: Sequence[Variant]) -> dict[str, dict[str, object]]:
     trees = {variant.name: _values(variant) for variant in variants}
     keys = dict.fromkeys(key for tree in trees.values() for key in tree)
-    differing = [key for key in keys if len({json.dumps(tree.get(key)) for tree in trees.values()}) > 1]
+    differing = [
+        key for key in keys if len({json.dumps(tree.get(key)) for tree in trees.values()}) > 1
+    ]
     return {name: {key: tree.get(key) for key in differing} for name, tree in trees.items()}
 
 

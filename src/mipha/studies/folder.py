@@ -14,8 +14,9 @@ from pathlib import Path
 
 import yaml
 
+from mipha.files import write_whole
 from mipha.recipe import Recipe
-from mipha.run import open_run, write_whole
+from mipha.run import open_run
 from mipha.studies.study import Study, load_study
 
 
@@ -40,7 +41,12 @@ def jobs_of(study: Study, scale: str, out: Path, seeds: int) -> list[Job]:
     """Every run of a study, seed by seed, so that a study that is stopped has compared all variants as often as it could."""
     variants = study.variants(scale)
     return [
-        Job(variant.name, seed, variant.with_seed(seed), out / "runs" / variant.name / f"seed-{seed}")
+        Job(
+            variant.name,
+            seed,
+            variant.with_seed(seed),
+            out / "runs" / variant.name / f"seed-{seed}",
+        )
         for seed in range(seeds)
         for variant in variants
     ]
@@ -57,11 +63,20 @@ def claim(study: Study, scale: str, out: Path) -> None:
         # Both are read by today's schema: a digest of another version's would refuse whatever has gained a key with a default since.
         found, at = open_study(out)
         if (found.name, at, found.digest(at)) != (study.name, scale, study.digest(scale)):
-            kind = "another version of it" if (found.name, at) == (study.name, scale) else f"study {study.name} at scale {scale}"
-            raise ValueError(f"{out} holds study {found.name} at scale {at}, not {kind}: choose another -o")
+            kind = (
+                "another version of it"
+                if (found.name, at) == (study.name, scale)
+                else f"study {study.name} at scale {scale}"
+            )
+            raise ValueError(
+                f"{out} holds study {found.name} at scale {at}, not {kind}: choose another -o"
+            )
     elif out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no study: choose another -o")
-    write_whole(out / "study.yaml", yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, width=120))
+    write_whole(
+        out / "study.yaml",
+        yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, width=120),
+    )
     write_whole(path, json.dumps({"study": study.name, "scale": scale}) + "\n")
 
 
@@ -72,8 +87,12 @@ def open_study(out: Path) -> tuple[Study, str]:
         FileNotFoundError: The folder holds none.
     """
     if not (out / "asked.json").is_file():
-        raise FileNotFoundError(f"{out} holds no study: make one with `mipha study run NAME -o {out}`")
-    return load_study(out / "study.yaml"), json.loads((out / "asked.json").read_text(encoding="utf-8"))["scale"]
+        raise FileNotFoundError(
+            f"{out} holds no study: make one with `mipha study run NAME -o {out}`"
+        )
+    return load_study(out / "study.yaml"), json.loads(
+        (out / "asked.json").read_text(encoding="utf-8")
+    )["scale"]
 
 
 def runs_in(out: Path) -> list[Job]:
@@ -84,7 +103,12 @@ def runs_in(out: Path) -> list[Job]:
     """
     open_study(out)
     return [
-        Job(path.parent.parent.name, int(path.parent.name.removeprefix("seed-")), open_run(path.parent).recipe, path.parent)
+        Job(
+            path.parent.parent.name,
+            int(path.parent.name.removeprefix("seed-")),
+            open_run(path.parent).recipe,
+            path.parent,
+        )
         for path in sorted((out / "runs").glob("*/seed-*/recipe.yaml"))
     ]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mipha.evaluation.benchmark import Question as Asked
 from mipha.evaluation.benchmark import load_benchmark
-from mipha.run import read_lines, write_whole
+from mipha.files import read_lines, write_whole
 from mipha.studies.study import Measured, Question, load_study
 
 MAX_NEW_TOKENS = 128
@@ -33,15 +33,28 @@ def asked_of(questions: Sequence[Question], measured: Sequence[Measured]) -> lis
         if name in by_name and row.isdigit():
             if name not in loaded:
                 benchmark = load_benchmark(name)
-                loaded[name] = benchmark.questions(by_name[name].data_root, by_name[name].split or benchmark.SPLITS[0])
+                loaded[name] = benchmark.questions(
+                    by_name[name].data_root, by_name[name].split or benchmark.SPLITS[0]
+                )
             if int(row) >= len(loaded[name]):
-                raise ValueError(f"the panel wants question {row} of {name}, which has {len(loaded[name])}: use a smaller number")
+                raise ValueError(
+                    f"the panel wants question {row} of {name}, which has {len(loaded[name])}: use a smaller number"
+                )
             asked = loaded[name][int(row)]
-            found.append(Asked(str(number), question.question or asked.text, asked.image, {"kind": question.kind}))
+            found.append(
+                Asked(
+                    str(number),
+                    question.question or asked.text,
+                    asked.image,
+                    {"kind": question.kind},
+                )
+            )
             continue
         image = Path(question.image)
         if not image.is_file():
-            raise FileNotFoundError(f"the panel's picture {image} is not there, and no benchmark of the study is called {name or image}")
+            raise FileNotFoundError(
+                f"the panel's picture {image} is not there, and no benchmark of the study is called {name or image}"
+            )
         if question.question is None:
             raise ValueError(f"the panel's picture {image} has no question: give one")
         found.append(Asked(str(number), question.question, image, {"kind": question.kind}))
@@ -53,9 +66,16 @@ def answer_panel(run: Path, questions: Sequence[Question], measured: Sequence[Me
     from mipha.assistant import load
 
     asked = asked_of(questions, measured)
-    answers = load(run).answer_many([(question.image, question.text) for question in asked], max_new_tokens=MAX_NEW_TOKENS)
-    rows = [{"question": question.text, "answer": answer.text} for question, answer in zip(asked, answers, strict=True)]
-    write_whole(run / "panel.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    answers = load(run).answer_many(
+        [(question.image, question.text) for question in asked], max_new_tokens=MAX_NEW_TOKENS
+    )
+    rows = [
+        {"question": question.text, "answer": answer.text}
+        for question, answer in zip(asked, answers, strict=True)
+    ]
+    write_whole(
+        run / "panel.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    )
 
 
 def panel_answers(run: Path) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mipha.comparison.results import TITLES
 from mipha.evaluation.benchmark import Question as Asked
-from mipha.run import write_whole
+from mipha.files import write_whole
 from mipha.studies.figures import draw_scores
 from mipha.studies.findings import Comparison, Findings, Judged, VariantScores, find
 from mipha.studies.panel import asked_of, panel_answers
@@ -54,9 +54,13 @@ def markdown(findings: Findings) -> str:
     if findings.judged:
         parts.append("## Takeaways\n")
     for judged in findings.judged:
-        parts.append(f"**{judged.takeaway.claim}** ({judged.takeaway.source}): **{overall(judged)}**\n\n")
+        parts.append(
+            f"**{judged.takeaway.claim}** ({judged.takeaway.source}): **{overall(judged)}**\n\n"
+        )
         parts.append(_markdown_table(_comparison_rows(judged.comparisons, findings)) + "\n")
-    parts.append("## Scores\n\n" + _markdown_table(score_rows(findings)) + "\n![scores](scores.png)\n")
+    parts.append(
+        "## Scores\n\n" + _markdown_table(score_rows(findings)) + "\n![scores](scores.png)\n"
+    )
     if detailed := _detailed(findings):
         parts.append("## In detail\n\n" + "\n".join(map(_markdown_table, detailed)))
     parts.append("## What differs\n\n" + _markdown_table(difference_rows(findings)))
@@ -97,7 +101,11 @@ def page(findings: Findings, out: Path) -> str:
 def intro(findings: Findings) -> str:
     """What was asked, at which scale, and what of it is there."""
     counts = {name: len(costs) for name, costs in findings.costs.items()}
-    runs = f"{min(counts.values())} to {max(counts.values())}" if len(set(counts.values())) > 1 else str(next(iter(counts.values())))
+    runs = (
+        f"{min(counts.values())} to {max(counts.values())}"
+        if len(set(counts.values())) > 1
+        else str(next(iter(counts.values())))
+    )
     missing = f" {findings.num_missing} runs are not finished." if findings.num_missing else ""
     size = findings.study.scale(findings.scale)
     return (
@@ -111,25 +119,53 @@ def overall(judged: Judged) -> str:
     verdicts = list(judged.verdicts.values())
     if len(set(verdicts)) == 1:
         return verdicts[0]
-    return ", ".join(f"{verdict} on {verdicts.count(verdict)} of {len(verdicts)}" for verdict in dict.fromkeys(verdicts))
+    return ", ".join(
+        f"{verdict} on {verdicts.count(verdict)} of {len(verdicts)}"
+        for verdict in dict.fromkeys(verdicts)
+    )
 
 
 def score_rows(findings: Findings) -> list[list[str]]:
     """Header, then a variant a row: mean, deviation over seeds and number of runs on each benchmark."""
-    header = ["variant", *(f"{name}, {metric.name} ({metric.unit})" for name, metric in findings.headline.items())]
+    header = [
+        "variant",
+        *(f"{name}, {metric.name} ({metric.unit})" for name, metric in findings.headline.items()),
+    ]
     body = []
     for variant in findings.variants:
         found = findings.scores[variant.name].values()
-        body.append([variant.name, *(f"{_spread(scores)} (n={len(scores.values)})" if scores.values else "-" for scores in found)])
+        body.append(
+            [
+                variant.name,
+                *(
+                    f"{_spread(scores)} (n={len(scores.values)})" if scores.values else "-"
+                    for scores in found
+                ),
+            ]
+        )
     return [header, *body]
 
 
 def detail_rows(findings: Findings, benchmark: str) -> list[list[str]]:
     """Header, then a metric of the benchmark a row with each variant's mean and deviation."""
-    found = {variant.name: findings.details[variant.name][benchmark] for variant in findings.variants}
+    found = {
+        variant.name: findings.details[variant.name][benchmark] for variant in findings.variants
+    }
     metrics = dict.fromkeys(metric for scores in found.values() for metric in scores)
     header = [TITLES.get(benchmark, benchmark), *found]
-    return [header, *([metric, *(_spread(scores[metric]) if metric in scores else "-" for scores in found.values())] for metric in metrics)]
+    return [
+        header,
+        *(
+            [
+                metric,
+                *(
+                    _spread(scores[metric]) if metric in scores else "-"
+                    for scores in found.values()
+                ),
+            ]
+            for metric in metrics
+        ),
+    ]
 
 
 def _detailed(findings: Findings) -> list[list[list[str]]]:
@@ -146,7 +182,13 @@ def difference_rows(findings: Findings) -> list[list[str]]:
     """Header, then a recipe key a row with each variant's value."""
     names = [variant.name for variant in findings.variants]
     keys = next(iter(findings.differences.values()))
-    shown = {name: {key: "-" if value is None else str(value) for key, value in findings.differences[name].items()} for name in names}
+    shown = {
+        name: {
+            key: "-" if value is None else str(value)
+            for key, value in findings.differences[name].items()
+        }
+        for name in names
+    }
     return [["recipe key", *names], *([key, *(shown[name][key] for name in names)] for key in keys)]
 
 
@@ -155,7 +197,10 @@ def cost_rows(findings: Findings) -> list[list[str]]:
     rows = [["variant", "training, minutes", "peak memory, GiB", "tokens trained on"]]
     for name, costs in findings.costs.items():
         if costs:
-            minutes, memory, tokens = (sum(getattr(cost, key) for cost in costs) / len(costs) for key in ("minutes", "memory", "tokens"))
+            minutes, memory, tokens = (
+                sum(getattr(cost, key) for cost in costs) / len(costs)
+                for key in ("minutes", "memory", "tokens")
+            )
             rows.append([name, f"{minutes:.1f}", f"{memory:.2f}", f"{tokens:,.0f}"])
     return rows
 
@@ -168,7 +213,15 @@ def _comparison_rows(comparisons: Sequence[Comparison], findings: Findings) -> l
         interval = f"{found.low:+.1f} to {found.high:+.1f}" if known else "-"
         p_values = [f"{found.p_value:.3g}", f"{one.p_holm:.3g}"] if known else ["-", "-"]
         unit = findings.headline[one.benchmark].unit
-        rows.append([f"{one.first} minus {one.second}", one.benchmark, f"{found.difference:+.1f} {unit}", interval, *p_values])
+        rows.append(
+            [
+                f"{one.first} minus {one.second}",
+                one.benchmark,
+                f"{found.difference:+.1f} {unit}",
+                interval,
+                *p_values,
+            ]
+        )
     return rows
 
 
@@ -180,7 +233,10 @@ def _panel(findings: Findings, out: Path) -> str:
         return ""
     rows = []
     for number, asked in enumerate(asked_of(size.panel, size.evaluate)):
-        said = (html.escape(answers[name][number]) if number < len(answers[name]) else "-" for name in names)
+        said = (
+            html.escape(answers[name][number]) if number < len(answers[name]) else "-"
+            for name in names
+        )
         question = f'{html.escape(asked.text)}<br><span class="grey">{html.escape(asked.facts["kind"])}</span>'
         rows.append("".join(f"<td>{cell}</td>" for cell in (_picture(asked), question, *said)))
     header = "".join(f"<th>{html.escape(name)}</th>" for name in ("picture", "question", *names))

@@ -67,11 +67,15 @@ def run_study(
     others = [job for folder in share for job in runs_in(Path(folder))]
     claim(study, scale, out)
     jobs = jobs_of(study, scale, out, seeds or size.seeds)
-    donors = {other.recipe.digest(): other.folder for other in reversed(others) if is_trained(other)}  # the first of several
+    donors = {
+        other.recipe.digest(): other.folder for other in reversed(others) if is_trained(other)
+    }  # the first of several
     for job in jobs:
         if not job.folder.exists() and (donor := donors.get(job.recipe.digest())):
             adopt_run(donor, job.folder)
-        create_run(job.folder, job.recipe)  # refuses a run of another recipe, before anything is trained
+        create_run(
+            job.folder, job.recipe
+        )  # refuses a run of another recipe, before anything is trained
     missing = [job for job in jobs if not _is_done(job, size)]
     console.print(f"{study.title}: {len(jobs)} runs, {len(jobs) - len(missing)} of them done")
     with _progress(jobs) as watch:
@@ -86,7 +90,9 @@ def run_study(
         )
     if failed:
         logs = ", ".join(str(_log(out, job)) for job in failed)
-        raise RuntimeError(f"{len(failed)} of {len(jobs)} runs failed: see {logs}, mend it and run the same command again")
+        raise RuntimeError(
+            f"{len(failed)} of {len(jobs)} runs failed: see {logs}, mend it and run the same command again"
+        )
     return out
 
 
@@ -97,11 +103,24 @@ def make(job: Job, study: Study, scale: str, out: Path, environment: dict[str, s
         CalledProcessError: It failed; the log says why.
     """
     program = [sys.executable, "-m"]
-    commands = [] if is_trained(job) else [["mipha", "train", str(job.folder / "recipe.yaml"), "-o", str(job.folder)]]
+    commands = (
+        []
+        if is_trained(job)
+        else [["mipha", "train", str(job.folder / "recipe.yaml"), "-o", str(job.folder)]]
+    )
     size = study.scale(scale)
     for wanted in (wanted for wanted in size.evaluate if not _is_measured(job.folder, wanted)):
-        options = {"--data-root": wanted.data_root, "--split": wanted.split, "--limit": wanted.limit}
-        given = [part for key, value in options.items() if value is not None for part in (key, str(value))]
+        options = {
+            "--data-root": wanted.data_root,
+            "--split": wanted.split,
+            "--limit": wanted.limit,
+        }
+        given = [
+            part
+            for key, value in options.items()
+            if value is not None
+            for part in (key, str(value))
+        ]
         commands.append(["mipha", "evaluate", str(job.folder), "-b", wanted.benchmark, *given])
     if _wants_panel(job, size):
         commands.append(["mipha.studies.panel", str(job.folder), str(out / "study.yaml"), scale])
@@ -109,11 +128,21 @@ def make(job: Job, study: Study, scale: str, out: Path, environment: dict[str, s
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
         for command in commands:
-            subprocess.run([*program, *command], check=True, stdout=file, stderr=file, env=os.environ | environment)
+            subprocess.run(
+                [*program, *command],
+                check=True,
+                stdout=file,
+                stderr=file,
+                env=os.environ | environment,
+            )
 
 
 def _is_done(job: Job, size: Scale) -> bool:
-    return is_trained(job) and not _wants_panel(job, size) and all(_is_measured(job.folder, wanted) for wanted in size.evaluate)
+    return (
+        is_trained(job)
+        and not _wants_panel(job, size)
+        and all(_is_measured(job.folder, wanted) for wanted in size.evaluate)
+    )
 
 
 def _wants_panel(job: Job, size: Scale) -> bool:
@@ -126,7 +155,11 @@ def _is_measured(folder: Path, wanted: Measured) -> bool:
     for file in (folder / "evaluation").glob("*/scores.json"):
         found = json.loads(file.read_text(encoding="utf-8"))
         asked = min(wanted.limit or found["num_questions"], found["num_questions"])
-        same = found["benchmark"] == wanted.benchmark and wanted.split in (None, found["split"]) and not found["blind"]
+        same = (
+            found["benchmark"] == wanted.benchmark
+            and wanted.split in (None, found["split"])
+            and not found["blind"]
+        )
         if same and not found["n_failed"] and found["n_asked"] >= asked:
             return True
     return False
@@ -157,7 +190,10 @@ def _run_all(
                 if not open_run(job.folder).is_finished("pretrain"):
                     if donor := pretrain_donor(job, every):
                         adopt_pretrain(donor.folder, job.folder)
-                    elif any(pretrain_digest(other.recipe) == pretrain_digest(job.recipe) for other, _ in running.values()):
+                    elif any(
+                        pretrain_digest(other.recipe) == pretrain_digest(job.recipe)
+                        for other, _ in running.values()
+                    ):
                         continue  # being made: it will be shared
                 gpu = gpus.pop() if gpus else None
                 environment = _threads(slots) if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
@@ -179,9 +215,13 @@ def _gpus(slots: int) -> list[str]:
     if visible is not None:
         known = [name for name in visible.split(",") if name]
     else:
-        known = [path.name.removeprefix("nvidia") for path in sorted(Path("/dev").glob("nvidia[0-9]*"))]
+        known = [
+            path.name.removeprefix("nvidia") for path in sorted(Path("/dev").glob("nvidia[0-9]*"))
+        ]
     if slots > 1 and known and slots > len(known):
-        raise ValueError(f"{slots} runs at a time want {slots} GPUs, but {len(known)} are visible: lower --jobs")
+        raise ValueError(
+            f"{slots} runs at a time want {slots} GPUs, but {len(known)} are visible: lower --jobs"
+        )
     return known[:slots] if slots > 1 else []
 
 
@@ -207,7 +247,9 @@ def _submitit(parameters: dict[str, Any], folder: Path) -> Any:
     try:
         import submitit
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("SLURM jobs need submitit: pip install 'mipha-vlm[slurm]'", name="submitit") from error
+        raise ModuleNotFoundError(
+            "SLURM jobs need submitit: pip install 'mipha-vlm[slurm]'", name="submitit"
+        ) from error
     executor = submitit.AutoExecutor(folder=folder)
     try:
         executor.update_parameters(**parameters)
@@ -221,7 +263,11 @@ def _submitit(parameters: dict[str, Any], folder: Path) -> Any:
 @contextmanager
 def _progress(jobs: list[Job]) -> Iterator[Callable[[], None]]:
     """A bar over the whole study; the time that is left follows from the pace of this start."""
-    columns = (TextColumn("[bold]{task.description}"), BarColumn(20), TextColumn("{task.completed:.1f} of {task.total} runs"))
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(20),
+        TextColumn("{task.completed:.1f} of {task.total} runs"),
+    )
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn()) as progress:
         task = progress.add_task("study", total=len(jobs))
 
@@ -246,4 +292,6 @@ def _share_done(job: Job) -> float:
     if not planned:
         return 0.0
     files = [path for path in map(run.metrics, STAGES) if path.is_file()]
-    return min(1.0, sum(path.read_bytes().count(b"\n") for path in files) / planned)  # lines are counted, not read
+    return min(
+        1.0, sum(path.read_bytes().count(b"\n") for path in files) / planned
+    )  # lines are counted, not read

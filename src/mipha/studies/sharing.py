@@ -10,7 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mipha.run import open_run, write_whole
+from mipha.files import write_whole
+from mipha.run import open_run
 from mipha.studies.folder import Job
 from mipha.studies.study import pretrain_digest
 
@@ -52,7 +53,9 @@ def _copy(source: Path, target: Path, *left_out: str) -> None:
 def _note(folder: Path, **facts: Any) -> None:
     """Add to a run's provenance."""
     path = folder / "provenance.json"
-    write_whole(path, json.dumps(json.loads(path.read_text(encoding="utf-8")) | facts, indent=2) + "\n")
+    write_whole(
+        path, json.dumps(json.loads(path.read_text(encoding="utf-8")) | facts, indent=2) + "\n"
+    )
 
 
 def _link(source: str, target: str) -> None:

@@ -23,7 +23,9 @@ from mipha.validation import validated
 STUDIES = Path(__file__).parents[1] / "catalog" / "studies"
 
 ScaleName = Literal["mini", "paper"]
-Names = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
+Names = Annotated[
+    tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)
+]
 
 
 class _Strict(BaseModel):
@@ -48,7 +50,9 @@ class Measured(_Strict):
     data_root: Path | None = Field(None, description="its folder; null: the packaged copy")
     split: str | None = None
     limit: int | None = Field(None, ge=1, description="the first N questions only")
-    metric: str | None = Field(None, description="what the variants are compared by; null: the benchmark's first")
+    metric: str | None = Field(
+        None, description="what the variants are compared by; null: the benchmark's first"
+    )
 
 
 class Takeaway(_Strict):
@@ -63,7 +67,11 @@ class Takeaway(_Strict):
     not_better: Names = ()
     than: Names = ()
     on_par: Names = ()
-    within: float = Field(2.0, gt=0, description="on par, or not better: differences up to this count as none, in the metric's unit")
+    within: float = Field(
+        2.0,
+        gt=0,
+        description="on par, or not better: differences up to this count as none, in the metric's unit",
+    )
 
     @model_validator(mode="after")
     def _one_kind(self) -> Takeaway:
@@ -78,13 +86,19 @@ class Takeaway(_Strict):
     @property
     def pairs(self) -> list[tuple[str, str]]:
         """The comparisons that it is about."""
-        return [self.on_par] if self.on_par else list(itertools.product(self.better or self.not_better, self.than))  # type: ignore[list-item]
+        return (
+            [self.on_par]
+            if self.on_par
+            else list(itertools.product(self.better or self.not_better, self.than))
+        )  # type: ignore[list-item]
 
 
 class Question(_Strict):
     """One cell of the qualitative panel: every variant's answer stands side by side."""
 
-    image: str = Field(description="a file, or `benchmark:N`: the picture of question N, from 0, of a benchmark that is measured")
+    image: str = Field(
+        description="a file, or `benchmark:N`: the picture of question N, from 0, of a benchmark that is measured"
+    )
     question: str | None = Field(None, description="null: the benchmark's own")
     kind: str = Field(description="what it tests: counting, OCR, description ...")
 
@@ -117,7 +131,9 @@ class Study(_Strict):
             ValueError: The study has no such scale.
         """
         if name not in self.scales:
-            raise ValueError(f"study {self.name!r} has no scale {name!r}: {did_you_mean(name, list(self.scales))}")
+            raise ValueError(
+                f"study {self.name!r} has no scale {name!r}: {did_you_mean(name, list(self.scales))}"
+            )
         return self.scales[name]  # type: ignore[index]
 
     def variants(self, scale: str) -> list[Variant]:
@@ -129,26 +145,51 @@ class Study(_Strict):
         size = self.scale(scale)
         base = load_recipe(size.recipe).override(*size.overrides)
         found: list[Variant] = []
-        for choice in itertools.product(*(_choices(axis, values) for axis, values in size.axes.items())):
+        for choice in itertools.product(
+            *(_choices(axis, values) for axis, values in size.axes.items())
+        ):
             name = "-".join(label for label, _, _ in choice)
             try:
-                recipe = base.override(*(override for _, overrides, _ in choice for override in overrides))
+                recipe = base.override(
+                    *(override for _, overrides, _ in choice for override in overrides)
+                )
             except ValueError as error:
-                raise ValueError(f"study {self.name}, scale {scale}, variant {name}: {error}") from error
-            same = next((other for other in found if other.recipe.digest() == recipe.digest() or other.name == name), None)
+                raise ValueError(
+                    f"study {self.name}, scale {scale}, variant {name}: {error}"
+                ) from error
+            same = next(
+                (
+                    other
+                    for other in found
+                    if other.recipe.digest() == recipe.digest() or other.name == name
+                ),
+                None,
+            )
             if same:
-                raise ValueError(f"study {self.name}, scale {scale}: variants {same.name} and {name} are the same: remove one")
+                raise ValueError(
+                    f"study {self.name}, scale {scale}: variants {same.name} and {name} are the same: remove one"
+                )
             number = next((value for _, _, value in choice if value is not None), None)
             found.append(Variant(name, recipe, number))
         for takeaway in size.takeaways:
-            for unknown in {name for pair in takeaway.pairs for name in pair} - {variant.name for variant in found}:
+            for unknown in {name for pair in takeaway.pairs for name in pair} - {
+                variant.name for variant in found
+            }:
                 known = [variant.name for variant in found]
-                raise ValueError(f"takeaway {takeaway.claim!r}: scale {scale} has no variant {unknown!r}; {did_you_mean(unknown, known)}")
+                raise ValueError(
+                    f"takeaway {takeaway.claim!r}: scale {scale} has no variant {unknown!r}; {did_you_mean(unknown, known)}"
+                )
         return found
 
     def digest(self, scale: str) -> str:
         """Twelve hex digits of what is trained and asked at a scale, whatever is then said of it and however many seeds there are."""
-        said_only = {"seeds": True, "takeaways": True, "panel": True, "note": True, "evaluate": {"__all__": {"metric"}}}
+        said_only = {
+            "seeds": True,
+            "takeaways": True,
+            "panel": True,
+            "note": True,
+            "evaluate": {"__all__": {"metric"}},
+        }
         content = self.scale(scale).model_dump(mode="json", exclude=said_only)
         content["recipes"] = [variant.recipe.digest() for variant in self.variants(scale)]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]

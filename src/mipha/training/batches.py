@@ -58,13 +58,21 @@ class StepDataset(Dataset[Step]):
     """The steps of a stage as a map-style data set, so that the host's DataLoader brings workers and prefetching."""
 
     def __init__(
-        self, mixture: Mixture, processor: LlavaProcessor, stage: StageRecipe, seed: int, rank: int = 0, world_size: int = 1
+        self,
+        mixture: Mixture,
+        processor: LlavaProcessor,
+        stage: StageRecipe,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
         self.mixture, self.processor, self.stage, self.seed = mixture, processor, stage, seed
         self.rank, self.world_size = rank, world_size
         self._blank = make_rows([blank(processor, grey_image())], stage.row_tokens, "padded")[0]
         by_modality = stage.batch_size if stage.group_by_modality_length else None
-        self._order = lru_cache(maxsize=2)(lambda epoch: epoch_order(mixture, seed, epoch, stage.bundle, by_modality))
+        self._order = lru_cache(maxsize=2)(
+            lambda epoch: epoch_order(mixture, seed, epoch, stage.bundle, by_modality)
+        )
 
     def __len__(self) -> int:
         """Optimizer steps of the stage."""
@@ -85,28 +93,47 @@ class StepDataset(Dataset[Step]):
 
     def samples(self, step: int) -> list[Encoded]:
         """The samples of a step, encoded."""
-        return [encode(self.mixture[index], self.processor, self.stage.row_tokens, self.stage.prompt) for index in self.indices(step)]
+        return [
+            encode(self.mixture[index], self.processor, self.stage.row_tokens, self.stage.prompt)
+            for index in self.indices(step)
+        ]
 
     def __getitem__(self, step: int) -> Step:
         if not 0 <= step < len(self):
             raise IndexError(step)
         samples = self.samples(step)
-        dealt = deal(make_rows(samples, self.stage.row_tokens, self.stage.batching, self.world_size), self.world_size)
+        dealt = deal(
+            make_rows(samples, self.stage.row_tokens, self.stage.batching, self.world_size),
+            self.world_size,
+        )
         chunks = [self._chunks(rows) for rows in dealt]
         most = max(len(own) for own in chunks)
-        blank_at = range(most) if self.world_size > 1 else range(0 if any(sample.images for sample in samples) else 1)
-        full = [[self._with_image(own[i] if i < len(own) else [], i in blank_at) for i in range(most)] for own in chunks]
+        blank_at = (
+            range(most)
+            if self.world_size > 1
+            else range(0 if any(sample.images for sample in samples) else 1)
+        )
+        full = [
+            [self._with_image(own[i] if i < len(own) else [], i in blank_at) for i in range(most)]
+            for own in chunks
+        ]
         rows = [row for rows in dealt for row in rows]
-        substituted: list[Substituted] | None = [] if self.stage.unreadable_images == "substitute" else None
+        substituted: list[Substituted] | None = (
+            [] if self.stage.unreadable_images == "substitute" else None
+        )
         return Step(
-            micro_batches=tuple(collate(chunk, self.processor, substituted) for chunk in full[self.rank]),
+            micro_batches=tuple(
+                collate(chunk, self.processor, substituted) for chunk in full[self.rank]
+            ),
             ids=tuple(sample.id for sample in samples),
             sources=self.mixture.count_sources(self.indices(step)),
             num_tokens=sum(len(row) for row in rows),
             num_pairs=sum(row.num_pairs for row in rows),
             num_supervised=sum(row.num_supervised for row in rows),
             num_images=sum(len(row.images) for row in rows),
-            num_padded=sum(len(chunk) * max(len(row) for row in chunk) for own in full for chunk in own),
+            num_padded=sum(
+                len(chunk) * max(len(row) for row in chunk) for own in full for chunk in own
+            ),
             num_truncated=sum(sample.truncated > 0 for sample in samples),
             substituted=tuple(substituted or ()),
         )

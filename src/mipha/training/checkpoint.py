@@ -24,7 +24,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from mipha.run import write_whole
+from mipha.files import write_whole
 from mipha.world import World
 
 _ALONE = "torch.distributed is disabled"
@@ -41,15 +41,25 @@ class StateWriter:
             the first `save`, `poll` or `finish` that finds it whole on every process, and always before the next is begun.
     """
 
-    def __init__(self, states: Path, world: World, keep: int = 2, asynchronous: bool = False) -> None:
+    def __init__(
+        self, states: Path, world: World, keep: int = 2, asynchronous: bool = False
+    ) -> None:
         self.states, self.world, self.keep, self.asynchronous = states, world, keep, asynchronous
         if asynchronous:
-            warnings.filterwarnings("ignore", message=_ALONE)  # the thread that writes has no context of its own
+            warnings.filterwarnings(
+                "ignore", message=_ALONE
+            )  # the thread that writes has no context of its own
         self._pending: tuple[Future[Any], Path, dict[str, Any]] | None = None
         # Training's own collectives run at the same time: two threads must not share a group. This one is for files, so on the CPU.
         self._group = dist.new_group(backend="gloo") if asynchronous and world.size > 1 else None
 
-    def save(self, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, position: dict[str, Any]) -> None:
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        position: dict[str, Any],
+    ) -> None:
         """Write a training state, or begin to.
 
         Args:
@@ -67,10 +77,18 @@ class StateWriter:
             beside.mkdir(parents=True)
         self.world.barrier()
         weights, optimizer_state = get_state_dict(model, optimizer, options=_TRAINED)
-        state, position = {"model": weights, "optimizer": optimizer_state}, {"step": step, **position}
+        state, position = (
+            {"model": weights, "optimizer": optimizer_state},
+            {"step": step, **position},
+        )
         with _as_os_error(_not_written(final)):
             if self.asynchronous:
-                future = dcp.async_save(state, checkpoint_id=beside, no_dist=self.world.size == 1, process_group=self._group)
+                future = dcp.async_save(
+                    state,
+                    checkpoint_id=beside,
+                    no_dist=self.world.size == 1,
+                    process_group=self._group,
+                )
                 assert isinstance(future, Future)
                 self._pending = (future, final, position)
                 return
@@ -122,7 +140,9 @@ def check_writable(folder: Path) -> None:
         probe.write_bytes(bytes(4096))
         probe.unlink()
     except OSError as error:
-        raise OSError(f"{folder} cannot be written to ({error.strerror}): choose another -o, or get the right to write there") from error
+        raise OSError(
+            f"{folder} cannot be written to ({error.strerror}): choose another -o, or get the right to write there"
+        ) from error
 
 
 def list_states(states: Path) -> list[Path]:
@@ -130,7 +150,9 @@ def list_states(states: Path) -> list[Path]:
     return sorted(path for path in states.glob("step-*") if _is_whole(path))
 
 
-def load_state(states: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> dict[str, Any] | None:
+def load_state(
+    states: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World
+) -> dict[str, Any] | None:
     """Load the newest state that can be read into model and optimizer; every process calls it.
 
     Returns:
@@ -146,13 +168,23 @@ def load_state(states: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
         try:
             with _as_os_error(f"the training state {folder} cannot be read"):
                 dcp.load(state, checkpoint_id=folder, no_dist=world.size == 1)
-        except OSError as error:  # told to every process; what was read of it, the state before overwrites
+        except (
+            OSError
+        ) as error:  # told to every process; what was read of it, the state before overwrites
             print(f"mipha: {error}; going on from the one before it", file=sys.stderr)
             continue
-        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=_TRAINED)
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=_TRAINED,
+        )
         return json.loads((folder / "position.json").read_text(encoding="utf-8"))
     if found:
-        raise ValueError(f"none of the {len(found)} training states in {states} can be read: delete that folder to start this stage anew")
+        raise ValueError(
+            f"none of the {len(found)} training states in {states} can be read: delete that folder to start this stage anew"
+        )
     return None
 
 
@@ -160,7 +192,9 @@ def load_state(states: Path, model: nn.Module, optimizer: torch.optim.Optimizer,
 def _as_os_error(sentence: str) -> Iterator[None]:
     """torch reports a full disk or a damaged file as a BaseException of its own, which `except Exception` does not catch."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=_ALONE)  # said even to one process that asked for no others
+        warnings.filterwarnings(
+            "ignore", message=_ALONE
+        )  # said even to one process that asked for no others
         try:
             yield
         except CheckpointException as error:

@@ -59,7 +59,9 @@ class Unit:
         """
         linear, attention = 2 * num_positions, 4 * self.attention * num_pairs
         forward = linear * self.weights + attention
-        return forward, forward + (linear * (self.weights + self.trained) + 2 * attention if self.reached else 0)
+        return forward, forward + (
+            linear * (self.weights + self.trained) + 2 * attention if self.reached else 0
+        )
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,9 @@ class StepFlops:
         self._patches = (vision.image_size // vision.patch_size) ** 2
         self._image_tokens = model.config.image_seq_length
         # The stock class leaves out the first of the tower's tokens where there is one before the patches.
-        self._tower_tokens = self._image_tokens + (model.config.vision_feature_select_strategy == "default")
+        self._tower_tokens = self._image_tokens + (
+            model.config.vision_feature_select_strategy == "default"
+        )
         self.units = tuple(_units(model))
 
     def by_part(self, work: Work) -> dict[Part, PartFlops]:
@@ -124,12 +128,22 @@ class StepFlops:
 
 def _units(model: LlavaForConditionalGeneration) -> Iterator[Unit]:
     inner, vision, text = model.model, model.config.vision_config, model.config.text_config
-    tower_layers, language_layers = part_layers(model, "vision_tower"), part_layers(model, "language_model")
-    patch_embedding = [module for module in inner.vision_tower.modules() if isinstance(module, nn.Conv2d)]
-    embeddings_train = any(parameter.requires_grad for parameter in model.get_input_embeddings().parameters())
+    tower_layers, language_layers = (
+        part_layers(model, "vision_tower"),
+        part_layers(model, "language_model"),
+    )
+    patch_embedding = [
+        module for module in inner.vision_tower.modules() if isinstance(module, nn.Conv2d)
+    ]
+    embeddings_train = any(
+        parameter.requires_grad for parameter in model.get_input_embeddings().parameters()
+    )
     chain: list[tuple[Part, Positions, nn.Module, int]] = [
         *(("vision_tower", "patches", module, 0) for module in patch_embedding),
-        *(("vision_tower", "tower tokens", layer, _attention_width(vision)) for layer in tower_layers),
+        *(
+            ("vision_tower", "tower tokens", layer, _attention_width(vision))
+            for layer in tower_layers
+        ),
         ("projector", "image tokens", inner.multi_modal_projector, 0),
         *(("language_model", "tokens", layer, _attention_width(text)) for layer in language_layers),
         ("language_model", "supervised", model.lm_head, 0),

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from mipha.files import append_line, read_lines, write_whole
 from mipha.models.modeling import LlavaForConditionalGeneration
 from mipha.models.packed_attention import use_packed_attention
 from mipha.recipe import Recipe, StageName, StageRecipe
-from mipha.run import append_line, read_lines, write_whole
 from mipha.training.batches import Step, StepDataset, keep_step
 from mipha.training.checkpoint import StateWriter, load_state
 from mipha.training.flops import StepFlops
@@ -81,24 +81,56 @@ def train_stage(
         (folder / "nonfinite.json").unlink(missing_ok=True)
     world.barrier()
     loader = DataLoader(
-        steps, batch_size=None, sampler=range(start, len(steps)), collate_fn=keep_step, num_workers=4 if world.device.type == "cuda" else 0
+        steps,
+        batch_size=None,
+        sampler=range(start, len(steps)),
+        collate_fn=keep_step,
+        num_workers=4 if world.device.type == "cuda" else 0,
     )
     writer = StateWriter(folder / "states", world, recipe.keep_states, recipe.async_checkpoints)
-    unreadable = Unreadable(folder / "unreadable.jsonl", world) if stage.unreadable_images == "substitute" else None
+    unreadable = (
+        Unreadable(folder / "unreadable.jsonl", world)
+        if stage.unreadable_images == "substitute"
+        else None
+    )
     trackers = Trackers(track if world.is_first else None, folder, recipe)
     meter.restart()
-    with show_progress(name, len(steps), world.is_first) as show, _stop_gently() as stopped, trackers:
+    with (
+        show_progress(name, len(steps), world.is_first) as show,
+        _stop_gently() as stopped,
+        trackers,
+    ):
         for number, step in enumerate(loader, start=start + 1):
-            torch.manual_seed(recipe.seed * 1_000_003 + number)  # dropout after a resume is what it would have been
+            torch.manual_seed(
+                recipe.seed * 1_000_003 + number
+            )  # dropout after a resume is what it would have been
             set_learning_rates(optimizer, schedule(number - 1, len(steps), stage.warmup_ratio))
-            substituted = {"substituted_images": unreadable.record(number, step)} if unreadable else {}
-            loss, grad_norm = _optimize(placed, optimizer, step, stage.max_grad_norm, autocast, world, first=number == start + 1)
+            substituted = (
+                {"substituted_images": unreadable.record(number, step)} if unreadable else {}
+            )
+            loss, grad_norm = _optimize(
+                placed,
+                optimizer,
+                step,
+                stage.max_grad_norm,
+                autocast,
+                world,
+                first=number == start + 1,
+            )
             if not (math.isfinite(loss) and math.isfinite(grad_norm)):
                 writer.finish()  # all processes are here
                 _report_nonfinite(folder, number, step, loss, grad_norm, world)
-            metrics = meter.measure(number, step, loss, grad_norm, {group["part"]: group["lr"] for group in optimizer.param_groups})
+            metrics = meter.measure(
+                number,
+                step,
+                loss,
+                grad_norm,
+                {group["part"]: group["lr"] for group in optimizer.param_groups},
+            )
             metrics |= substituted
-            if validate and (number == len(steps) or number % (stage.validate_every or len(steps)) == 0):
+            if validate and (
+                number == len(steps) or number % (stage.validate_every or len(steps)) == 0
+            ):
                 metrics |= validate(placed, number)
                 meter.restart()
             if world.is_first:
@@ -152,7 +184,9 @@ def _optimize(
 
 def _require_gradients(model: nn.Module) -> None:
     """The optimizer passes over a tensor without a gradient, so a part that is cut off would stay as it is, unsaid, for hours."""
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
     without = [name for name, parameter in trained.items() if parameter.grad is None]
     if without:
         raise ValueError(
@@ -170,14 +204,32 @@ def _return_freed_memory() -> None:
 def _train_mode(model: LlavaForConditionalGeneration) -> None:
     """Dropout and the like only in parts, and in layers of them, that train: what is frozen is used as it will be when it answers."""
     model.eval()
-    for module in (model.model.vision_tower, model.model.multi_modal_projector, model.model.language_model, *layers_of(model)):
+    for module in (
+        model.model.vision_tower,
+        model.model.multi_modal_projector,
+        model.model.language_model,
+        *layers_of(model),
+    ):
         module.train(any(parameter.requires_grad for parameter in module.parameters()))
 
 
-def _report_nonfinite(folder: Path, number: int, step: Step, loss: float, grad_norm: float, world: World) -> None:
+def _report_nonfinite(
+    folder: Path, number: int, step: Step, loss: float, grad_norm: float, world: World
+) -> None:
     path = folder / "nonfinite.json"
     if world.is_first:
-        write_whole(path, json.dumps({"step": number, "loss": str(loss), "grad_norm": str(grad_norm), "samples": step.ids}, indent=1))
+        write_whole(
+            path,
+            json.dumps(
+                {
+                    "step": number,
+                    "loss": str(loss),
+                    "grad_norm": str(grad_norm),
+                    "samples": step.ids,
+                },
+                indent=1,
+            ),
+        )
     raise FloatingPointError(
         f"step {number}: loss {loss}, gradient norm {grad_norm}; its {len(step.ids)} samples are in {path}. The last saved state is "
         "intact: mend those samples and run the same command again, or train into another folder with a lower learning rate or "
@@ -202,7 +254,9 @@ def _last_tracked(folder: Path) -> int:
 
 
 def _anyone(flag: bool, world: World) -> bool:
-    return bool(world.total(torch.tensor(int(flag), device=world.device))) if world.size > 1 else flag
+    return (
+        bool(world.total(torch.tensor(int(flag), device=world.device))) if world.size > 1 else flag
+    )
 
 
 @contextmanager

@@ -38,7 +38,12 @@ class MicroBatch:
 
 
 def memory_of(
-    model: LlavaForConditionalGeneration, stage: StageRecipe, micro_batch: MicroBatch, kind: str, autocast: bool, shards: int
+    model: LlavaForConditionalGeneration,
+    stage: StageRecipe,
+    micro_batch: MicroBatch,
+    kind: str,
+    autocast: bool,
+    shards: int,
 ) -> dict[str, float]:
     """Bytes of one device by component.
 
@@ -52,9 +57,18 @@ def memory_of(
     frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
     numbers = sum(parameter.numel() for parameter in trained)
     halved = autocast and kind == "gpu"  # frozen matrices are kept in bfloat16 there
-    kept = sum(parameter.numel() * (2 if halved and parameter.dim() > 1 else parameter.element_size()) for parameter in frozen)
-    largest_layer = max((sum(p.numel() for p in layer.parameters()) for layer in layers_of(model)), default=0)
-    copies = 2.0 * sum(parameter.numel() for parameter in trained if parameter.dim() > 1) if autocast else 0.0
+    kept = sum(
+        parameter.numel() * (2 if halved and parameter.dim() > 1 else parameter.element_size())
+        for parameter in frozen
+    )
+    largest_layer = max(
+        (sum(p.numel() for p in layer.parameters()) for layer in layers_of(model)), default=0
+    )
+    copies = (
+        2.0 * sum(parameter.numel() for parameter in trained if parameter.dim() > 1)
+        if autocast
+        else 0.0
+    )
     vocabulary = model.config.text_config.vocab_size
     return {
         "weights": 4.0 * numbers / shards + kept / shards,
@@ -63,22 +77,35 @@ def memory_of(
         # Autocast keeps what it cast until the forward pass ends; sharded, two layers are whole at a time.
         "working copies": copies if shards == 1 else 2 * 6.0 * largest_layer,
         "activations": kept_bytes(model, stage, micro_batch, autocast),
-        "logits": min(CHUNK, micro_batch.rows * micro_batch.tokens) * vocabulary * (4.0 + 4.0 + (2.0 if autocast else 0.0)),
+        "logits": min(CHUNK, micro_batch.rows * micro_batch.tokens)
+        * vocabulary
+        * (4.0 + 4.0 + (2.0 if autocast else 0.0)),
         "program": OVERHEAD[kind],
     }
 
 
-def kept_bytes(model: LlavaForConditionalGeneration, stage: StageRecipe, micro_batch: MicroBatch, autocast: bool) -> float:
+def kept_bytes(
+    model: LlavaForConditionalGeneration,
+    stage: StageRecipe,
+    micro_batch: MicroBatch,
+    autocast: bool,
+) -> float:
     """Bytes that a forward pass keeps for the backward pass.
 
     With activation checkpointing, what enters each layer of that part, and all of one layer while it is computed again.
     """
     config = model.config
     kept = _kept_by_part(model, micro_batch, autocast)
-    tower_tokens = micro_batch.images * (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    tower_tokens = (
+        micro_batch.images
+        * (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    )
     entering = {
         "vision_tower": 4.0 * tower_tokens * config.vision_config.hidden_size,
-        "language_model": 4.0 * micro_batch.rows * micro_batch.tokens * config.text_config.hidden_size,
+        "language_model": 4.0
+        * micro_batch.rows
+        * micro_batch.tokens
+        * config.text_config.hidden_size,
     }
     for part in stage.checkpointed:
         layers = len(layers_of(model, (part,)))
@@ -86,7 +113,9 @@ def kept_bytes(model: LlavaForConditionalGeneration, stage: StageRecipe, micro_b
     return sum(kept.values())
 
 
-def _kept_by_part(model: LlavaForConditionalGeneration, micro_batch: MicroBatch, autocast: bool) -> dict[str, float]:
+def _kept_by_part(
+    model: LlavaForConditionalGeneration, micro_batch: MicroBatch, autocast: bool
+) -> dict[str, float]:
     """The parts' forward passes on tensors that have shapes and no numbers, with a note of every tensor that autograd keeps."""
     rows, tokens, images = micro_batch.rows, micro_batch.tokens, micro_batch.images
     vision = model.config.vision_config
@@ -99,7 +128,11 @@ def _kept_by_part(model: LlavaForConditionalGeneration, micro_batch: MicroBatch,
         return tensor
 
     fake = copy.deepcopy(model)
-    with FakeTensorMode(), saved_tensors_hooks(note, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with (
+        FakeTensorMode(),
+        saved_tensors_hooks(note, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+    ):
         _on_a_cpu_without_numbers(fake)
         own = {parameter.untyped_storage()._cdata for parameter in fake.parameters()}
         embeddings = fake.get_input_embeddings()(torch.zeros(rows, tokens, dtype=torch.long))
@@ -111,8 +144,16 @@ def _kept_by_part(model: LlavaForConditionalGeneration, micro_batch: MicroBatch,
         part = "language_model"
         mask = torch.zeros(rows, 1, tokens, tokens, dtype=embeddings.dtype)
         position_ids = torch.arange(tokens).expand(rows, tokens)
-        fake.model.language_model(inputs_embeds=embeddings, attention_mask=mask, position_ids=position_ids, use_cache=False)
-    return {name: float(sum(size for storage, size in sizes.items() if storage not in own)) for name, sizes in kept.items()}
+        fake.model.language_model(
+            inputs_embeds=embeddings,
+            attention_mask=mask,
+            position_ids=position_ids,
+            use_cache=False,
+        )
+    return {
+        name: float(sum(size for storage, size in sizes.items() if storage not in own))
+        for name, sizes in kept.items()
+    }
 
 
 def _on_a_cpu_without_numbers(model: LlavaForConditionalGeneration) -> None:

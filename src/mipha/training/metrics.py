@@ -30,7 +30,14 @@ class Meter:
         """Leave the time since the last step out of the next one's."""
         self._last = time.monotonic()
 
-    def measure(self, number: int, step: Step, loss: float, grad_norm: float, learning_rates: dict[str, float]) -> dict[str, float | int]:
+    def measure(
+        self,
+        number: int,
+        step: Step,
+        loss: float,
+        grad_norm: float,
+        learning_rates: dict[str, float],
+    ) -> dict[str, float | int]:
         """The metrics of a finished step.
 
         Args:
@@ -40,14 +47,20 @@ class Meter:
         """
         now = time.monotonic()
         seconds, self._last = now - self._last, now
-        flops = self._flops.total(Work(step.num_images, step.num_tokens, step.num_pairs, step.num_supervised))
+        flops = self._flops.total(
+            Work(step.num_images, step.num_tokens, step.num_pairs, step.num_supervised)
+        )
         return {
             "step": number,
             "loss": loss,
             "grad_norm": grad_norm,
             **{f"learning_rate/{part}": rate for part, rate in learning_rates.items()},
             "samples": len(step.ids),
-            **({f"samples/{source}": count for source, count in step.sources.items()} if len(step.sources) > 1 else {}),
+            **(
+                {f"samples/{source}": count for source, count in step.sources.items()}
+                if len(step.sources) > 1
+                else {}
+            ),
             "images": step.num_images,
             "tokens": step.num_tokens,
             "supervised_tokens": step.num_supervised,
@@ -69,8 +82,14 @@ def peak_flops(world: World, autocast: torch.dtype | None) -> float | None:
     Args:
         autocast: Type that matrix products run in; null for float32.
     """
-    entry = device_reported_as(torch.cuda.get_device_name(world.device)) if world.device.type == "cuda" else None
-    tflops = entry.tflops("bfloat16" if autocast is torch.bfloat16 else "float32") if entry else None
+    entry = (
+        device_reported_as(torch.cuda.get_device_name(world.device))
+        if world.device.type == "cuda"
+        else None
+    )
+    tflops = (
+        entry.tflops("bfloat16" if autocast is torch.bfloat16 else "float32") if entry else None
+    )
     return tflops * 1e12 * world.size if tflops else None
 
 

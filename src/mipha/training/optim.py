@@ -15,11 +15,21 @@ def make_optimizer(model: LlavaForConditionalGeneration, stage: StageRecipe) -> 
     """AdamW with a parameter group for each trained part, at that part's own learning rate."""
     groups = []
     for part in PARTS:
-        trained = [parameter for parameter in part_parameters(model, part).values() if parameter.requires_grad]
+        trained = [
+            parameter
+            for parameter in part_parameters(model, part).values()
+            if parameter.requires_grad
+        ]
         if trained:
             peak = stage.peak_learning_rate(part)
             groups.append({"params": trained, "lr": peak, "peak": peak, "part": part})
-    return torch.optim.AdamW(groups, betas=stage.adam_betas, eps=stage.adam_eps, weight_decay=stage.weight_decay, fused=True)
+    return torch.optim.AdamW(
+        groups,
+        betas=stage.adam_betas,
+        eps=stage.adam_eps,
+        weight_decay=stage.weight_decay,
+        fused=True,
+    )
 
 
 def schedule(step: int, num_steps: int, warmup_ratio: float) -> float:

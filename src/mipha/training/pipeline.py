@@ -16,6 +16,7 @@ from mipha.comparison.figures import plot_metrics
 from mipha.data.encode import encode
 from mipha.data.images import ImageSource, is_readable, open_image
 from mipha.data.mixture import Mixture, check_samples
+from mipha.files import read_lines
 from mipha.models.adapters import merged_weights, remove_adapters, save_adapter
 from mipha.models.build import build, save_checkpoint
 from mipha.models.modeling import LlavaForConditionalGeneration, attention_window, load_model
@@ -24,7 +25,7 @@ from mipha.models.projector import calibrate_projector
 from mipha.models.quantization import check_quantization
 from mipha.models.tuning import TunedPart, apply_tuning, check_tuning, tuned_modules
 from mipha.recipe import PARTS, STAGES, Recipe, StageName
-from mipha.run import Run, create_run, read_lines
+from mipha.run import Run, create_run
 from mipha.training.batches import StepDataset
 from mipha.training.checkpoint import check_writable
 from mipha.training.frozen import keep_frozen_in_bfloat16, kept_in, with_originals
@@ -73,7 +74,11 @@ def train(recipe: Recipe, folder: str | Path, track: Sequence[str] = ()) -> Run:
     run = run or create_run(Path(folder), recipe)
     stages = {name: getattr(recipe.stages, name) for name in STAGES if not run.is_finished(name)}
     mixtures = {name: Mixture(stage.data, stage.held_out) for name, stage in stages.items()}
-    held_out = {name: Mixture(stage.data, stage.held_out, "validation") for name, stage in stages.items() if stage.held_out}
+    held_out = {
+        name: Mixture(stage.data, stage.held_out, "validation")
+        for name, stage in stages.items()
+        if stage.held_out
+    }
     for name, mixture in mixtures.items():
         check_quantization(stages[name].tuning, world.device, world.size)
         sha256 = check_samples(mixture)
@@ -87,7 +92,13 @@ def train(recipe: Recipe, folder: str | Path, track: Sequence[str] = ()) -> Run:
 
 
 def _train_stage(
-    run: Run, recipe: Recipe, name: StageName, mixture: Mixture, held_out: Mixture | None, world: World, track: Sequence[str]
+    run: Run,
+    recipe: Recipe,
+    name: StageName,
+    mixture: Mixture,
+    held_out: Mixture | None,
+    world: World,
+    track: Sequence[str],
 ) -> None:
     stage, folder = getattr(recipe.stages, name), run.stage(name)
     autocast = autocast_dtype(recipe.precision, world.device)
@@ -100,20 +111,28 @@ def _train_stage(
             f"stages.{name}.row_tokens={stage.row_tokens} is more than the {window} tokens that this language model's sliding layers "
             f"see, and packed rows know no window: set stages.{name}.batching=padded, or row_tokens={window}"
         )
-    encode(mixture[0], processor, stage.row_tokens, stage.prompt)  # a broken template or data set fails here, not at step 1
+    encode(
+        mixture[0], processor, stage.row_tokens, stage.prompt
+    )  # a broken template or data set fails here, not at step 1
     check_tuning(model, stage.tuning)
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     base = run.checkpoint("pretrain") if name == "finetune" else folder / "base"
     if world.is_first and stage.tuning.adapted and not base.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
         _check_disk(folder, size)
-        save_checkpoint(model, processor, base)  # adapters are of use with their base alone, and the first stage's is on no disk yet
+        save_checkpoint(
+            model, processor, base
+        )  # adapters are of use with their base alone, and the first stage's is on no disk yet
     torch.manual_seed(recipe.seed)  # the adapters' start
     tuned = apply_tuning(model, stage.tuning, world.device, autocast)
     start = run.states(name) / "start.safetensors"
     if world.is_first:
         folder.mkdir(parents=True, exist_ok=True)
-        trained = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters() if parameter.requires_grad)
+        trained = sum(
+            parameter.numel() * parameter.element_size()
+            for parameter in model.parameters()
+            if parameter.requires_grad
+        )
         # The kept states and the one being written (weights and two moments each), the start, the adapter, and the checkpoint.
         _check_disk(folder, (3 * (recipe.keep_states + 1) + 2) * trained + size)
         refuse_contradictions(folder / "tuning.json")
@@ -126,18 +145,28 @@ def _train_stage(
     world.barrier()
     validate = None
     if held_out is not None:
-        validate = Validation(held_out, processor, stage, recipe.seed, world, autocast, folder / "answers.jsonl").measure
-    placed = train_stage(model, steps, recipe, name, folder, world, autocast=autocast, validate=validate, track=track)
+        validate = Validation(
+            held_out, processor, stage, recipe.seed, world, autocast, folder / "answers.jsonl"
+        ).measure
+    placed = train_stage(
+        model, steps, recipe, name, folder, world, autocast=autocast, validate=validate, track=track
+    )
     weights = with_originals(_whole_weights(placed, world), originals)
     if world.is_first:
         plot_metrics(run.metrics(name), folder / "loss.png")
         changes = measure_change(model, weights, start)
-        found = contradictions(changes, tuned, images=sum(row["images"] for row in read_lines(run.metrics(name))))
+        found = contradictions(
+            changes, tuned, images=sum(row["images"] for row in read_lines(run.metrics(name)))
+        )
         write_report(folder / "tuning.json", tuned, stage, changes, found)
         console.print(change_table(f"{name}: what moved", changes))
         refuse_contradictions(folder / "tuning.json")
         if stage.tuning.adapted:
-            whole = [module for part in PARTS for module in tuned_modules(model, part, getattr(stage.tuning, part))]
+            whole = [
+                module
+                for part in PARTS
+                for module in tuned_modules(model, part, getattr(stage.tuning, part))
+            ]
             save_adapter(model, weights, whole, base, folder / "adapter")
             weights = merged_weights(model, weights)
             remove_adapters(model)
@@ -150,8 +179,12 @@ def _whole_weights(placed: nn.Module, world: World) -> dict[str, torch.Tensor]:
     """All weights on the first process, each once: of a tied head, sharding makes a second tensor that is the embeddings again."""
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(placed, options=whole) if world.size > 1 else placed.state_dict()
-    every, once = (dict(placed.named_parameters(remove_duplicate=remove)) for remove in (False, True))
-    return {name: weight for name, weight in weights.items() if name not in every.keys() - once.keys()}
+    every, once = (
+        dict(placed.named_parameters(remove_duplicate=remove)) for remove in (False, True)
+    )
+    return {
+        name: weight for name, weight in weights.items() if name not in every.keys() - once.keys()
+    }
 
 
 def _drop_states(run: Run, name: StageName) -> None:
@@ -159,13 +192,22 @@ def _drop_states(run: Run, name: StageName) -> None:
     shutil.rmtree(run.states(name), ignore_errors=True)
 
 
-def _start(run: Run, recipe: Recipe, name: StageName, mixture: Mixture) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+def _start(
+    run: Run, recipe: Recipe, name: StageName, mixture: Mixture
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """The model that a stage begins with: the parts, or what the stage before left."""
     if name == "finetune":
-        return load_model(str(run.checkpoint("pretrain"))), load_processor(run.checkpoint("pretrain"))
+        return load_model(str(run.checkpoint("pretrain"))), load_processor(
+            run.checkpoint("pretrain")
+        )
     model, processor = build(recipe.model)
     if recipe.model.calibrate_projector:
-        calibrate_projector(model, _first_images(mixture, processor, recipe.stages.pretrain.unreadable_images == "substitute"))
+        calibrate_projector(
+            model,
+            _first_images(
+                mixture, processor, recipe.stages.pretrain.unreadable_images == "substitute"
+            ),
+        )
     return model, processor
 
 
@@ -178,7 +220,9 @@ def _first_images(mixture: Mixture, processor: LlavaProcessor, only_readable: bo
             break
     images = [open_image(source) for source in sources if not only_readable or is_readable(source)]
     if not images:
-        raise ValueError("calibrate_projector needs images, but the pretrain data have none: set model.calibrate_projector=false")
+        raise ValueError(
+            "calibrate_projector needs images, but the pretrain data have none: set model.calibrate_projector=false"
+        )
     return processor.image_processor(images, return_tensors="pt")["pixel_values"]
 
 
@@ -189,7 +233,11 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """
     if precision == "float32":
         return None
-    native = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    native = (
+        torch.cuda.is_bf16_supported(including_emulation=False)
+        if device.type == "cuda"
+        else torch.cpu._is_avx512_bf16_supported()
+    )
     return torch.bfloat16 if precision == "bfloat16" or native else None
 
 
@@ -201,7 +249,9 @@ def _check_disk(folder: Path, need: int) -> None:
         )
 
 
-def _announce(name: StageName, mixture: Mixture, steps: StepDataset, tuned: list[TunedPart]) -> None:
+def _announce(
+    name: StageName, mixture: Mixture, steps: StepDataset, tuned: list[TunedPart]
+) -> None:
     title = f"{name}: {len(mixture):,} samples, {len(steps):,} steps of {steps.stage.batch_size} samples"
     console.print(tuning_table(title, tuned, steps.stage))
     for note in mixture.notes:

@@ -23,12 +23,13 @@ from mipha.catalog.devices import DEVICES
 from mipha.catalog.published_data import PUBLISHED_DATA, PublishedData
 from mipha.data.check.packing import num_steps
 from mipha.data.mixture import Mixture
+from mipha.files import read_lines
 from mipha.lookup import did_you_mean
 from mipha.models.build import load_parts_processor, skeleton
 from mipha.models.modeling import LlavaForConditionalGeneration
 from mipha.models.tuning import TunedPart, apply_tuning
 from mipha.recipe import STAGES, Recipe, StageName, StageRecipe
-from mipha.run import Run, read_lines
+from mipha.run import Run
 from mipha.training.batches import StepDataset
 from mipha.training.flops import StepFlops, Work
 from mipha.training.memory import MicroBatch, kept_bytes, memory_of
@@ -132,18 +133,30 @@ def device_named(name: str, precision: str = "auto") -> Device:
     if name == "cpu":
         native = torch.cpu._is_avx512_bf16_supported()
         autocast = precision == "bfloat16" or (precision == "auto" and native)
-        return Device(name, "cpu", _measured_flops(torch.bfloat16 if autocast else torch.float32), _host_memory(), autocast)
+        return Device(
+            name,
+            "cpu",
+            _measured_flops(torch.bfloat16 if autocast else torch.float32),
+            _host_memory(),
+            autocast,
+        )
     if name not in DEVICES:
-        raise ValueError(f"no device {name!r}: {did_you_mean(name, ['cpu', *DEVICES])}; known are cpu, {', '.join(DEVICES)}")
+        raise ValueError(
+            f"no device {name!r}: {did_you_mean(name, ['cpu', *DEVICES])}; known are cpu, {', '.join(DEVICES)}"
+        )
     entry = DEVICES[name]
-    autocast = precision == "bfloat16" or (precision == "auto" and entry.bfloat16_tflops is not None)
+    autocast = precision == "bfloat16" or (
+        precision == "auto" and entry.bfloat16_tflops is not None
+    )
     tflops = entry.tflops("bfloat16" if autocast else "float32")
     if tflops is None:
         raise ValueError(f"{name} does not compute in bfloat16: set precision=float32")
     return Device(name, "gpu", tflops * 1e12, entry.memory_gb * 1e9, autocast)
 
 
-def plan(recipe: Recipe, device: Device, num_devices: int = 1, efficiency: float | None = None) -> list[StagePlan]:
+def plan(
+    recipe: Recipe, device: Device, num_devices: int = 1, efficiency: float | None = None
+) -> list[StagePlan]:
     """What each stage takes.
 
     Args:
@@ -154,7 +167,10 @@ def plan(recipe: Recipe, device: Device, num_devices: int = 1, efficiency: float
         FileNotFoundError: A part, or a data set that is not a published one, is not there.
         ValueError: The parts do not go together.
     """
-    return [_plan_stage(recipe, name, device, num_devices, efficiency or EFFICIENCY[device.kind]) for name in STAGES]
+    return [
+        _plan_stage(recipe, name, device, num_devices, efficiency or EFFICIENCY[device.kind])
+        for name in STAGES
+    ]
 
 
 def compare(stage: StagePlan, run: Run, device: Device, num_devices: int) -> Compared:
@@ -165,25 +181,39 @@ def compare(stage: StagePlan, run: Run, device: Device, num_devices: int) -> Com
     """
     rows = list(read_lines(run.metrics(stage.name)))[1:]  # the first step warms up
     if not rows:
-        raise FileNotFoundError(f"{run.folder} has no metrics of {stage.name}: give a run that trained it")
+        raise FileNotFoundError(
+            f"{run.folder} has no metrics of {stage.name}: give a run that trained it"
+        )
     seconds = statistics.median(row["seconds"] for row in rows)
     peak = device.flops and device.flops * num_devices
     reached = stage.flops / seconds / peak if peak else None
-    return Compared((stage.seconds, seconds), (stage.total_memory, max(row["peak_memory_gib"] for row in rows) * 2**30), reached)
+    return Compared(
+        (stage.seconds, seconds),
+        (stage.total_memory, max(row["peak_memory_gib"] for row in rows) * 2**30),
+        reached,
+    )
 
 
-def _plan_stage(recipe: Recipe, name: StageName, device: Device, num_devices: int, efficiency: float) -> StagePlan:
+def _plan_stage(
+    recipe: Recipe, name: StageName, device: Device, num_devices: int, efficiency: float
+) -> StagePlan:
     stage: StageRecipe = getattr(recipe.stages, name)
     model = skeleton(recipe.model)
-    parts = tuple(apply_tuning(model, stage.tuning, "meta", torch.bfloat16 if device.autocast else None))
+    parts = tuple(
+        apply_tuning(model, stage.tuning, "meta", torch.bfloat16 if device.autocast else None)
+    )
     samples, steps, step = _steps_of(recipe, stage, model, num_devices)
     flops = StepFlops(model)
     total = float(flops.total(step.work))
-    memory = memory_of(model, stage, step.widest, device.kind, device.autocast, _shards(recipe, num_devices))
+    memory = memory_of(
+        model, stage, step.widest, device.kind, device.autocast, _shards(recipe, num_devices)
+    )
     rows = _largest_rows(stage, model, step, device, memory)
     seconds = None
     if device.flops:
-        again = sum(flops.by_part(step.work)[part].forward for part in stage.checkpointed)  # computed twice, worth nothing
+        again = sum(
+            flops.by_part(step.work)[part].forward for part in stage.checkpointed
+        )  # computed twice, worth nothing
         seconds = (total + again) / (1 - step.padding) / (device.flops * num_devices * efficiency)
     fits = sum(memory.values()) <= _RESERVE * device.memory
     mends = () if fits else _mends(recipe, name, device, num_devices, step)
@@ -196,19 +226,38 @@ def _shards(recipe: Recipe, num_devices: int) -> int:
 
 
 def _largest_rows(
-    stage: StageRecipe, model: LlavaForConditionalGeneration, step: StepWork, device: Device, memory: dict[str, float]
+    stage: StageRecipe,
+    model: LlavaForConditionalGeneration,
+    step: StepWork,
+    device: Device,
+    memory: dict[str, float],
 ) -> int:
     """The most rows of a micro-batch that fit: what is kept grows evenly with them."""
     batch = step.widest
-    one, two = memory["activations"], kept_bytes(model, stage, MicroBatch(2 * batch.rows, batch.tokens, 2 * batch.images), device.autocast)
+    one, two = (
+        memory["activations"],
+        kept_bytes(
+            model,
+            stage,
+            MicroBatch(2 * batch.rows, batch.tokens, 2 * batch.images),
+            device.autocast,
+        ),
+    )
     fixed = sum(memory.values()) - one
     room = _RESERVE * device.memory - fixed - (2 * one - two)
     return max(0, int(room / (two - one) * batch.rows)) if two > one else 0
 
 
-def _mends(recipe: Recipe, name: StageName, device: Device, num_devices: int, step: StepWork) -> tuple[str, ...]:
+def _mends(
+    recipe: Recipe, name: StageName, device: Device, num_devices: int, step: StepWork
+) -> tuple[str, ...]:
     """Changes of the recipe, each on top of those before it, until the stage fits."""
-    levers = ("activation_checkpointing=true", "micro_batch_rows=1", "tuning.language_model=lora", "tuning.language_model=qlora")
+    levers = (
+        "activation_checkpointing=true",
+        "micro_batch_rows=1",
+        "tuning.language_model=lora",
+        "tuning.language_model=qlora",
+    )
     chosen: list[str] = []
     for lever in levers:
         if lever.endswith("lora") and getattr(recipe.stages, name).tuning.language_model != "full":
@@ -223,52 +272,106 @@ def _mends(recipe: Recipe, name: StageName, device: Device, num_devices: int, st
         widest = step.widest
         rows = min(widest.rows, stage.micro_batch_rows)
         batch = MicroBatch(rows, widest.tokens, ceil(widest.images * rows / widest.rows))
-        total = sum(memory_of(model, stage, batch, device.kind, device.autocast, _shards(recipe, num_devices)).values())
+        total = sum(
+            memory_of(
+                model, stage, batch, device.kind, device.autocast, _shards(recipe, num_devices)
+            ).values()
+        )
         if total <= _RESERVE * device.memory:
             return tuple(f"stages.{name}.{one}" for one in chosen)
     return (f"more than {num_devices} devices, or devices with more memory",)
 
 
-def _steps_of(recipe: Recipe, stage: StageRecipe, model: LlavaForConditionalGeneration, num_devices: int) -> tuple[int, int, StepWork]:
+def _steps_of(
+    recipe: Recipe, stage: StageRecipe, model: LlavaForConditionalGeneration, num_devices: int
+) -> tuple[int, int, StepWork]:
     """Samples of the stage, its steps, and a mean one: the first few as they will be, or from what is known of published data."""
     known = [PUBLISHED_DATA.get(data.dataset) for data in stage.data]
     missing = [data for data in stage.data if data.root is not None and not data.root.exists()]
     if missing and all(known):
         return _published_steps(stage, [fact for fact in known if fact], model, num_devices)
-    steps = StepDataset(Mixture(stage.data, stage.held_out), load_parts_processor(recipe.model), stage, recipe.seed, 0, num_devices)
+    steps = StepDataset(
+        Mixture(stage.data, stage.held_out),
+        load_parts_processor(recipe.model),
+        stage,
+        recipe.seed,
+        0,
+        num_devices,
+    )
     looked_at = [steps[number] for number in range(min(_STEPS_LOOKED_AT, len(steps)))]
-    widest = max((batch for step in looked_at for batch in step.micro_batches), key=lambda batch: batch["input_ids"].numel())
-    images = max(len(batch["pixel_values"]) if "pixel_values" in batch else 0 for step in looked_at for batch in step.micro_batches)
-    counts = [Work(step.num_images, step.num_tokens, step.num_pairs, step.num_supervised) for step in looked_at]
-    work = Work(*(round(statistics.mean(getattr(count, key) for count in counts)) for key in ("images", "tokens", "pairs", "supervised")))
-    padding = 1 - sum(step.num_tokens for step in looked_at) / sum(step.num_padded for step in looked_at)
+    widest = max(
+        (batch for step in looked_at for batch in step.micro_batches),
+        key=lambda batch: batch["input_ids"].numel(),
+    )
+    images = max(
+        len(batch["pixel_values"]) if "pixel_values" in batch else 0
+        for step in looked_at
+        for batch in step.micro_batches
+    )
+    counts = [
+        Work(step.num_images, step.num_tokens, step.num_pairs, step.num_supervised)
+        for step in looked_at
+    ]
+    work = Work(
+        *(
+            round(statistics.mean(getattr(count, key) for count in counts))
+            for key in ("images", "tokens", "pairs", "supervised")
+        )
+    )
+    padding = 1 - sum(step.num_tokens for step in looked_at) / sum(
+        step.num_padded for step in looked_at
+    )
     micro_batches = statistics.mean(len(step.micro_batches) for step in looked_at)
     shape = widest["input_ids"].shape
     source = f"the first {len(looked_at)} steps"
-    return len(steps.mixture), len(steps), StepWork(work, padding, micro_batches, MicroBatch(shape[0], shape[1], images), source)
+    return (
+        len(steps.mixture),
+        len(steps),
+        StepWork(work, padding, micro_batches, MicroBatch(shape[0], shape[1], images), source),
+    )
 
 
 def _published_steps(
-    stage: StageRecipe, known: Sequence[PublishedData], model: LlavaForConditionalGeneration, num_devices: int
+    stage: StageRecipe,
+    known: Sequence[PublishedData],
+    model: LlavaForConditionalGeneration,
+    num_devices: int,
 ) -> tuple[int, int, StepWork]:
     """From the facts of published sets that are not on this machine; how their lengths spread is not known, so rows are full or mean."""
-    samples = sum(min(fact.samples, data.limit or fact.samples) for fact, data in zip(known, stage.data, strict=True))
+    samples = sum(
+        min(fact.samples, data.limit or fact.samples)
+        for fact, data in zip(known, stage.data, strict=True)
+    )
     steps, _ = num_steps(stage, samples)
     image_tokens, size = model.config.image_seq_length, stage.batch_size
 
     def mean(key: str) -> float:
-        return sum(getattr(fact, key) * fact.samples for fact in known) / sum(fact.samples for fact in known)
+        return sum(getattr(fact, key) * fact.samples for fact in known) / sum(
+            fact.samples for fact in known
+        )
 
     length = mean("images") * image_tokens + mean("text_tokens")
-    longest = min(stage.row_tokens, image_tokens + 2 * mean("text_tokens")) if stage.batching == "padded" else stage.row_tokens
+    longest = (
+        min(stage.row_tokens, image_tokens + 2 * mean("text_tokens"))
+        if stage.batching == "padded"
+        else stage.row_tokens
+    )
     padding = 0.05 if stage.batching != "padded" else 1 - length / longest
     pairs = length * (length + 1) / 2
-    work = Work(*(round(size * each) for each in (mean("images"), length, pairs, mean("supervised_tokens"))))
+    work = Work(
+        *(round(size * each) for each in (mean("images"), length, pairs, mean("supervised_tokens")))
+    )
     rows = size if stage.batching == "padded" else ceil(size * length / longest)
     own = max(1, ceil(rows / num_devices))
     widest = min(stage.micro_batch_rows, own)
     images = ceil(widest * (1 if stage.batching == "padded" else longest / length))
-    step = StepWork(work, padding, ceil(own / widest), MicroBatch(widest, round(longest), images), "; ".join(fact.source for fact in known))
+    step = StepWork(
+        work,
+        padding,
+        ceil(own / widest),
+        MicroBatch(widest, round(longest), images),
+        "; ".join(fact.source for fact in known),
+    )
     return samples, steps, step
 
 

@@ -42,7 +42,11 @@ class Recent:
 
     def head(self) -> str:
         """How far, how well, how long still."""
-        seconds = sum(step["seconds"] for step in self._steps) / len(self._steps) * (self.total - self.done)
+        seconds = (
+            sum(step["seconds"] for step in self._steps)
+            / len(self._steps)
+            * (self.total - self.done)
+        )
         left = timedelta(seconds=round(seconds))
         return f"{self.done}/{self.total}  loss {self._steps[-1]['loss']:.3f}  {left} left"
 
@@ -69,13 +73,21 @@ class Recent:
         if not self._steps:
             return Group(Text(f"{self.title}: reading the first step ..."))
         line = Table.grid(padding=(0, 1))
-        line.add_row(Text(self.title, style="bold"), ProgressBar(self.total, self.done, width=20), Text(self.head()))
+        line.add_row(
+            Text(self.title, style="bold"),
+            ProgressBar(self.total, self.done, width=20),
+            Text(self.head()),
+        )
         below = [Text(f"  {self.rates()}", style="dim", overflow="ellipsis", no_wrap=True)]
-        return Group(line, *below, *([Text(f"  {self.warning()}", style="yellow")] if self.warning() else []))
+        return Group(
+            line, *below, *([Text(f"  {self.warning()}", style="yellow")] if self.warning() else [])
+        )
 
 
 @contextmanager
-def show_progress(title: str, total: int, visible: bool, console: Console | None = None) -> Iterator[Callable[[Metrics], None]]:
+def show_progress(
+    title: str, total: int, visible: bool, console: Console | None = None
+) -> Iterator[Callable[[Metrics], None]]:
     """Show a stage's progress as long as the context lasts; the function it gives takes each step's metrics.
 
     Args:
@@ -102,7 +114,10 @@ def show_progress(title: str, total: int, visible: bool, console: Console | None
             if recent.done == total or time.monotonic() - printed >= LOG_SECONDS:
                 printed = time.monotonic()
                 console.print(
-                    f"{title} {recent.head()}  {recent.rates()}  {recent.warning()}".rstrip(), soft_wrap=True, highlight=False, markup=False
+                    f"{title} {recent.head()}  {recent.rates()}  {recent.warning()}".rstrip(),
+                    soft_wrap=True,
+                    highlight=False,
+                    markup=False,
                 )
 
         yield log

@@ -20,12 +20,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from mipha.files import write_whole
 from mipha.models.adapters import adapter_deltas, adapter_layers, adapter_parameters
 from mipha.models.fingerprint import tensor_digest
 from mipha.models.modeling import LlavaForConditionalGeneration
 from mipha.models.tuning import TunedPart, part_layers, part_parameters
 from mipha.recipe import PARTS, Part, StageRecipe
-from mipha.run import write_whole
 
 
 @dataclass(frozen=True)
@@ -64,22 +64,38 @@ def record_start(model: LlavaForConditionalGeneration, path: Path) -> None:
     Raises:
         ValueError: The stage was begun with other weights: its states do not fit these.
     """
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    digests = {name: tensor_digest(parameter) for name, parameter in model.named_parameters() if name not in trained}
+    trained = {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
+    digests = {
+        name: tensor_digest(parameter)
+        for name, parameter in model.named_parameters()
+        if name not in trained
+    }
     if path.is_file():
         with safe_open(path, framework="pt") as file:
             before = file.metadata() or {}
-        differ = sorted(name for name in before.keys() | digests.keys() if before.get(name) != digests.get(name))
+        differ = sorted(
+            name for name in before.keys() | digests.keys() if before.get(name) != digests.get(name)
+        )
         if differ:
-            raise ValueError(f"{path.parent} was begun with other weights ({_some(differ)}): delete that folder to start the stage anew")
+            raise ValueError(
+                f"{path.parent} was begun with other weights ({_some(differ)}): delete that folder to start the stage anew"
+            )
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.partial")
-    save_file({name: parameter.detach().cpu().contiguous() for name, parameter in trained.items()}, beside, metadata=digests)
+    save_file(
+        {name: parameter.detach().cpu().contiguous() for name, parameter in trained.items()},
+        beside,
+        metadata=digests,
+    )
     os.replace(beside, path)
 
 
-def measure_change(model: LlavaForConditionalGeneration, weights: Mapping[str, Tensor], start: Path) -> list[Change]:
+def measure_change(
+    model: LlavaForConditionalGeneration, weights: Mapping[str, Tensor], start: Path
+) -> list[Change]:
     """Compare weights with the stage's start.
 
     Args:
@@ -90,7 +106,11 @@ def measure_change(model: LlavaForConditionalGeneration, weights: Mapping[str, T
     Returns:
         One for each part.
     """
-    factors = {id(parameter) for layer in adapter_layers(model).values() for parameter in adapter_parameters(layer)}
+    factors = {
+        id(parameter)
+        for layer in adapter_layers(model).values()
+        for parameter in adapter_parameters(layer)
+    }
     changes = []
     with safe_open(start, framework="pt") as file:
         trains, digests = set(file.keys()), file.metadata() or {}
@@ -98,20 +118,41 @@ def measure_change(model: LlavaForConditionalGeneration, weights: Mapping[str, T
             parameters = part_parameters(model, part)
             frozen = [name for name in parameters if name not in trains]
             trained = [name for name in parameters if name in trains]
-            moved = {name for name in trained if not torch.equal(file.get_tensor(name), weights[name].cpu())}
-            pairs = ((file.get_tensor(name), weights[name].cpu()) for name in trained if id(parameters[name]) not in factors)
+            moved = {
+                name
+                for name in trained
+                if not torch.equal(file.get_tensor(name), weights[name].cpu())
+            }
+            pairs = (
+                (file.get_tensor(name), weights[name].cpu())
+                for name in trained
+                if id(parameters[name]) not in factors
+            )
             sizes = [_sizes(before, after - before) for before, after in pairs]
             deltas = adapter_deltas(model, weights)
-            sizes += [_sizes(own, delta) for name, own, delta in deltas if f"{name}.base_layer.weight" in parameters]
-            before, change = sum(size[0] ** 2 for size in sizes) ** 0.5, sum(size[1] ** 2 for size in sizes) ** 0.5
+            sizes += [
+                _sizes(own, delta)
+                for name, own, delta in deltas
+                if f"{name}.base_layer.weight" in parameters
+            ]
+            before, change = (
+                sum(size[0] ** 2 for size in sizes) ** 0.5,
+                sum(size[1] ** 2 for size in sizes) ** 0.5,
+            )
             changes.append(
                 Change(
                     part=part,
                     frozen=len(frozen),
-                    frozen_changed=tuple(name for name in frozen if tensor_digest(weights[name]) != digests[name]),
+                    frozen_changed=tuple(
+                        name for name in frozen if tensor_digest(weights[name]) != digests[name]
+                    ),
                     trained=len(trained),
                     moved=len(moved),
-                    idle=tuple(unit for unit, names in _units(model, part).items() if names & set(trained) and not names & moved),
+                    idle=tuple(
+                        unit
+                        for unit, names in _units(model, part).items()
+                        if names & set(trained) and not names & moved
+                    ),
                     relative=change / before if before else float(change > 0),
                     largest=max((size[2] for size in sizes), default=0.0),
                 )
@@ -128,19 +169,32 @@ def contradictions(changes: Sequence[Change], tuned: Sequence[TunedPart], images
     found = []
     for change, wish in zip(changes, tuned, strict=True):
         if change.frozen_changed:
-            found.append(f"{change.part} ({wish.tuning}): frozen tensors changed, {_some(change.frozen_changed)}")
+            found.append(
+                f"{change.part} ({wish.tuning}): frozen tensors changed, {_some(change.frozen_changed)}"
+            )
         if change.idle and (images or change.part == "language_model"):
             found.append(f"{change.part} ({wish.tuning}): nothing moved in {_some(change.idle)}")
     return found
 
 
 def write_report(
-    path: Path, tuned: Sequence[TunedPart], stage: StageRecipe, changes: Sequence[Change] = (), found: Sequence[str] = ()
+    path: Path,
+    tuned: Sequence[TunedPart],
+    stage: StageRecipe,
+    changes: Sequence[Change] = (),
+    found: Sequence[str] = (),
 ) -> None:
     """Write what trains, and once it is known how far it moved and what contradicts the recipe, as JSON."""
     measured = {change.part: {"change": asdict(change)} for change in changes}
-    rates = {wish.part: {"learning_rate": stage.peak_learning_rate(wish.part)} for wish in tuned if wish.trained}
-    rows = {wish.part: asdict(wish) | rates.get(wish.part, {}) | measured.get(wish.part, {}) for wish in tuned}
+    rates = {
+        wish.part: {"learning_rate": stage.peak_learning_rate(wish.part)}
+        for wish in tuned
+        if wish.trained
+    }
+    rows = {
+        wish.part: asdict(wish) | rates.get(wish.part, {}) | measured.get(wish.part, {})
+        for wish in tuned
+    }
     write_whole(path, json.dumps({"parts": rows, "contradictions": list(found)}, indent=2) + "\n")
 
 
@@ -164,16 +218,37 @@ def tuning_table(title: str, tuned: Sequence[TunedPart], stage: StageRecipe) -> 
     table = _table(title, "part", "tuning", "parameters", "trained", "learning rate", "kept in")
     for wish in tuned:
         rate = f"{stage.peak_learning_rate(wish.part):g}" if wish.trained else "-"
-        table.add_row(wish.part, wish.tuning, f"{wish.parameters:,}", f"{wish.trained:,}", rate, ", ".join(wish.dtypes))
+        table.add_row(
+            wish.part,
+            wish.tuning,
+            f"{wish.parameters:,}",
+            f"{wish.trained:,}",
+            rate,
+            ", ".join(wish.dtypes),
+        )
     return table
 
 
 def change_table(title: str, changes: Sequence[Change]) -> Table:
     """What has moved, part by part."""
-    table = _table(title, "part", "tensors moved", "relative change", "largest change", "frozen, bit-equal")
+    table = _table(
+        title, "part", "tensors moved", "relative change", "largest change", "frozen, bit-equal"
+    )
     for change in changes:
-        moved = (f"{change.moved} of {change.trained}", f"{change.relative:.2%}", f"{change.largest:.2g}") if change.trained else ("-",) * 3
-        still = f"{change.frozen - len(change.frozen_changed)} of {change.frozen}" if change.frozen else "-"
+        moved = (
+            (
+                f"{change.moved} of {change.trained}",
+                f"{change.relative:.2%}",
+                f"{change.largest:.2g}",
+            )
+            if change.trained
+            else ("-",) * 3
+        )
+        still = (
+            f"{change.frozen - len(change.frozen_changed)} of {change.frozen}"
+            if change.frozen
+            else "-"
+        )
         table.add_row(change.part, *moved, still)
     return table
 
@@ -185,13 +260,19 @@ def _units(model: LlavaForConditionalGeneration, part: Part) -> dict[str, set[st
     """
     names = {id(parameter): name for name, parameter in part_parameters(model, part).items()}
     layers = part_layers(model, part) if part != "projector" else []
-    units = {f"layer {index}": {names.pop(id(p)) for p in layer.parameters()} for index, layer in enumerate(layers)}
+    units = {
+        f"layer {index}": {names.pop(id(p)) for p in layer.parameters()}
+        for index, layer in enumerate(layers)
+    }
     return units | {"outside its layers" if layers else "all of it": set(names.values())}
 
 
 def _sizes(before: Tensor, change: Tensor) -> tuple[float, float, float]:
     """Norm of a tensor, norm of its change, and the largest change."""
-    norms = [torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64).item() for tensor in (before, change)]
+    norms = [
+        torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64).item()
+        for tensor in (before, change)
+    ]
     return norms[0], norms[1], change.detach().abs().max().item()
 
 
@@ -202,5 +283,9 @@ def _some(names: Sequence[str], most: int = 3) -> str:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left")
     for column in columns:
-        table.add_column(column, justify="left" if column in ("part", "tuning") else "right", no_wrap=column == "part")
+        table.add_column(
+            column,
+            justify="left" if column in ("part", "tuning") else "right",
+            no_wrap=column == "part",
+        )
     return table

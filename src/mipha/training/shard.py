@@ -19,7 +19,12 @@ from mipha.recipe import Layered
 from mipha.world import World
 
 
-def place(model: LlavaForConditionalGeneration, world: World, sharding: str = "auto", compiled: bool = False) -> nn.Module:
+def place(
+    model: LlavaForConditionalGeneration,
+    world: World,
+    sharding: str = "auto",
+    compiled: bool = False,
+) -> nn.Module:
     """Move the model to its device; with several processes, spread it over them.
 
     Args:
@@ -43,7 +48,10 @@ def place(model: LlavaForConditionalGeneration, world: World, sharding: str = "a
     return model
 
 
-def layers_of(model: LlavaForConditionalGeneration, parts: tuple[Layered, ...] = ("vision_tower", "language_model")) -> list[nn.Module]:
+def layers_of(
+    model: LlavaForConditionalGeneration,
+    parts: tuple[Layered, ...] = ("vision_tower", "language_model"),
+) -> list[nn.Module]:
     """The repeated layers of tower and language model: the units of sharding, of compiling and of activation checkpointing."""
     return [layer for part in parts for layer in part_layers(model, part)]
 
@@ -65,4 +73,6 @@ def mesh_of(sharding: str, world: World) -> DeviceMesh:
             "this one: use fsdp"
         )
     shards = local if sharding == "hsdp" else 1
-    return init_device_mesh(world.device.type, (world.size // shards, shards), mesh_dim_names=("copies", "shards"))
+    return init_device_mesh(
+        world.device.type, (world.size // shards, shards), mesh_dim_names=("copies", "shards")
+    )

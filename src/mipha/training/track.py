@@ -35,7 +35,10 @@ def check_trackers(names: Sequence[str]) -> None:
         if name not in TRACKERS:
             raise ValueError(f"no tracker {name!r}: use {', '.join(TRACKERS)}")
         if find_spec(name) is None:
-            raise ModuleNotFoundError(f"tracking with {name} needs its package: pip install {name}, or leave {name} out", name=name)
+            raise ModuleNotFoundError(
+                f"tracking with {name} needs its package: pip install {name}, or leave {name} out",
+                name=name,
+            )
 
 
 class Trackers:
@@ -55,11 +58,17 @@ class Trackers:
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Track a step; each is given once, whatever was killed and resumed."""
-        numbers = {key: value for key, value in metrics.items() if key != "step" and isinstance(value, (int, float))}
+        numbers = {
+            key: value
+            for key, value in metrics.items()
+            if key != "step" and isinstance(value, (int, float))
+        }
         self._trackers = [
             tracker
             for tracker in self._trackers
-            if _unless_it_fails(tracker.name, lambda tracker=tracker: tracker.log(metrics["step"], numbers) or True)
+            if _unless_it_fails(
+                tracker.name, lambda tracker=tracker: tracker.log(metrics["step"], numbers) or True
+            )
         ]
 
     def __enter__(self) -> Trackers:
@@ -71,7 +80,10 @@ class Trackers:
 
 
 def _open(name: str, folder: Path, recipe: Recipe) -> Tracker:
-    run, settings = f"{folder.parent.name}-{folder.name}-{recipe.digest()}", recipe.model_dump(mode="json")
+    run, settings = (
+        f"{folder.parent.name}-{folder.name}-{recipe.digest()}",
+        recipe.model_dump(mode="json"),
+    )
     if name == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
@@ -86,7 +98,9 @@ def _open(name: str, folder: Path, recipe: Recipe) -> Tracker:
     if name == "wandb":
         import wandb
 
-        session = wandb.init(project="mipha", id=run, name=run, config=settings, resume="allow", dir=str(folder))
+        session = wandb.init(
+            project="mipha", id=run, name=run, config=settings, resume="allow", dir=str(folder)
+        )
         return Tracker(name, lambda step, numbers: session.log(numbers, step=step), session.finish)
     import trackio
 
@@ -100,5 +114,8 @@ def _unless_it_fails(name: str, do: Callable[[], Any]) -> Any:
         return do()
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        print(f"mipha: tracking with {name} has failed ({reason}); training goes on without it", file=sys.stderr)
+        print(
+            f"mipha: tracking with {name} has failed ({reason}); training goes on without it",
+            file=sys.stderr,
+        )
         return None

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from mipha.data.collate import Substituted
-from mipha.run import append_line, read_lines
+from mipha.files import append_line, read_lines
 from mipha.training.batches import Step
 from mipha.world import World
 

@@ -15,9 +15,9 @@ from mipha.assistant import Assistant
 from mipha.data.images import is_readable
 from mipha.data.mixture import Mixture
 from mipha.data.sample import IMAGE, Sample
+from mipha.files import append_line
 from mipha.models.modeling import LlavaForConditionalGeneration
 from mipha.recipe import StageRecipe
-from mipha.run import append_line
 from mipha.training.batches import StepDataset
 from mipha.world import World
 
@@ -54,9 +54,18 @@ class Validation:
         once = stage.model_copy(update={"epochs": 1.0, "max_steps": None})
         self.steps = StepDataset(mixture, processor, once, seed, world.rank, world.size)
         self.num_steps = min(len(self.steps), ceil(NUM_SAMPLES / stage.batch_size))
-        self.processor, self.world, self.autocast, self.answers_file = processor, world, autocast, answers_file
+        self.processor, self.world, self.autocast, self.answers_file = (
+            processor,
+            world,
+            autocast,
+            answers_file,
+        )
         self.substitutes = stage.unreadable_images == "substitute"
-        self.asked = _askable(mixture, self.substitutes) if stage.prompt == "chat" and world.size == 1 else []
+        self.asked = (
+            _askable(mixture, self.substitutes)
+            if stage.prompt == "chat" and world.size == 1
+            else []
+        )
 
     def measure(self, model: nn.Module, number: int) -> dict[str, float]:
         """The mean loss over supervised tokens, nats, for a line of metrics; answers go into their file.
@@ -74,11 +83,17 @@ class Validation:
                 substituted += len(step.substituted)
                 for batch in step.micro_batches:
                     batch = {key: value.to(self.world.device) for key, value in batch.items()}
-                    with torch.autocast(self.world.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+                    with torch.autocast(
+                        self.world.device.type,
+                        dtype=self.autocast,
+                        enabled=self.autocast is not None,
+                    ):
                         total += model(**batch).loss_sum
             if self.asked:
                 # Frozen layers may be kept in the type that products run in.
-                with torch.autocast(self.world.device.type, dtype=self.autocast, enabled=self.autocast is not None):
+                with torch.autocast(
+                    self.world.device.type, dtype=self.autocast, enabled=self.autocast is not None
+                ):
                     self._answer(model, number)
         measured = {"validation_loss": float(self.world.total(total) / supervised)}
         if self.substitutes:
@@ -88,10 +103,18 @@ class Validation:
 
     def _answer(self, model: nn.Module, number: int) -> None:
         assert isinstance(model, LlavaForConditionalGeneration)
-        pairs = [(sample.images[0] if sample.images else None, _question(sample)) for sample in self.asked]
+        pairs = [
+            (sample.images[0] if sample.images else None, _question(sample))
+            for sample in self.asked
+        ]
         answers = Assistant(model, self.processor).answer_many(pairs, max_new_tokens=MAX_NEW_TOKENS)
         for sample, answer in zip(self.asked, answers, strict=True):
-            row = {"step": number, "sample": sample.id, "question": _question(sample), "answer": answer.text}
+            row = {
+                "step": number,
+                "sample": sample.id,
+                "question": _question(sample),
+                "answer": answer.text,
+            }
             append_line(self.answers_file, row | {"expected": sample.messages[1].text})
 
 

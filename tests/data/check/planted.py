@@ -16,8 +16,32 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-COLOURS = ("red", "blue", "green", "grey", "dark red", "light blue", "yellow", "white", "black", "orange")
-THINGS = ("kettle", "chair", "bicycle", "lamp", "window", "spoon", "ladder", "violin", "candle", "boot", "map", "anchor")
+COLOURS = (
+    "red",
+    "blue",
+    "green",
+    "grey",
+    "dark red",
+    "light blue",
+    "yellow",
+    "white",
+    "black",
+    "orange",
+)
+THINGS = (
+    "kettle",
+    "chair",
+    "bicycle",
+    "lamp",
+    "window",
+    "spoon",
+    "ladder",
+    "violin",
+    "candle",
+    "boot",
+    "map",
+    "anchor",
+)
 PROSE = (
     "The room is long and low, and most of what stands in it was carried up the stairs by two people who no longer live here. A clock "
     "without hands leans on the shelf; beside it somebody left an atlas, three keys, one glove, and a jar of buttons sorted by size. "
@@ -100,13 +124,17 @@ class Corpus:
         for row, name in self.where.items():
             defect = DEFECTS[name]
             kinds = defect.kinds | (defect.with_tokens if with_tokens else frozenset())
-            found |= {(row, kind) for kind in kinds if with_evaluation or not kind.startswith("leak")}
+            found |= {
+                (row, kind) for kind in kinds if with_evaluation or not kind.startswith("leak")
+            }
         return found
 
 
 def picture(random: np.random.Generator, width: int, height: int) -> Image.Image:
     """Soft random colours: like no other, and as quick to decode as a photograph."""
-    return Image.fromarray(random.integers(0, 255, (6, 8, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    return Image.fromarray(random.integers(0, 255, (6, 8, 3), dtype=np.uint8)).resize(
+        (width, height), Image.Resampling.BICUBIC
+    )
 
 
 def plant(folder: Path, num_rows: int, copies: int = 1, side: int = 48, seed: int = 0) -> Corpus:
@@ -120,7 +148,9 @@ def plant(folder: Path, num_rows: int, copies: int = 1, side: int = 48, seed: in
         seed: The same seed, the same corpus.
     """
     wanted = [name for _ in range(copies) for name in DEFECTS]
-    assert num_rows >= 4 * len(wanted), f"{len(wanted)} defects want {4 * len(wanted)} rows, not {num_rows}"
+    assert num_rows >= 4 * len(wanted), (
+        f"{len(wanted)} defects want {4 * len(wanted)} rows, not {num_rows}"
+    )
     (folder / "images").mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(seed)
     for number in range(num_rows):
@@ -131,13 +161,20 @@ def plant(folder: Path, num_rows: int, copies: int = 1, side: int = 48, seed: in
     lines = [_line(row) for row in rows]
     clean = folder / "clean.jsonl"
     clean.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    evaluation = [{"messages": _talk("<image>\nWhat hangs on this wall?", "A mirror."), "images": ["images/evaluation.png"]}]
+    evaluation = [
+        {
+            "messages": _talk("<image>\nWhat hangs on this wall?", "A mirror."),
+            "images": ["images/evaluation.png"],
+        }
+    ]
     picture(random, side, side).save(folder / "images/evaluation.png")
     where = {}
     for index, name in enumerate(wanted):
         row = index * stride + 1
         where[row] = name
-        spot = Spot(folder, row, copy.deepcopy(rows[row]), rows[row - 1], np.random.default_rng([seed, row]))
+        spot = Spot(
+            folder, row, copy.deepcopy(rows[row]), rows[row - 1], np.random.default_rng([seed, row])
+        )
         DEFECTS[name].plant(spot)
         lines[row] = spot.line or _line(spot.record)
         evaluation += spot.evaluation
@@ -157,7 +194,10 @@ def _line(record: Row) -> str:
 
 
 def _talk(*texts: str) -> list[Row]:
-    return [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(texts)]
+    return [
+        {"role": ("user", "assistant")[number % 2], "content": text}
+        for number, text in enumerate(texts)
+    ]
 
 
 def _row(number: int) -> Row:
@@ -166,13 +206,27 @@ def _row(number: int) -> Row:
     if number % 4 < 2:
         return {"messages": _talk(f"<image>\n{question}", answer), "images": [_image(number)]}
     if number % 4 == 2:
-        turns = _talk(f"<image>\n{question}", answer, "Is it old — or “as good as new”?", f"It has been used {number} times, à peu près.")
-        return {"messages": [{"role": "system", "content": "Be brief."}, *turns], "images": [_image(number)]}
+        turns = _talk(
+            f"<image>\n{question}",
+            answer,
+            "Is it old — or “as good as new”?",
+            f"It has been used {number} times, à peu près.",
+        )
+        return {
+            "messages": [{"role": "system", "content": "Be brief."}, *turns],
+            "images": [_image(number)],
+        }
     if number % 8 == 3:
         return {
-            "messages": _talk(f"What does a {thing} cost in year {number}?", f"About {number * 7} crowns: «так», 約, ~5 < 6 & 7 > 3 — C#.")
+            "messages": _talk(
+                f"What does a {thing} cost in year {number}?",
+                f"About {number * 7} crowns: «так», 約, ~5 < 6 & 7 > 3 — C#.",
+            )
         }
-    return {"messages": _talk(f"<image>\n<image>\n{question}", answer), "images": [_image(number - 1), _image(number - 5)]}
+    return {
+        "messages": _talk(f"<image>\n<image>\n{question}", answer),
+        "images": [_image(number - 1), _image(number - 5)],
+    }
 
 
 def _cut(path: Path, share: float) -> None:
@@ -214,10 +268,15 @@ def _truncated(spot: Spot, suffix: str) -> None:
 def _leak(spot: Spot, question: str) -> None:
     spot.picture().save(spot.path(".jpg"))
     spot.evaluation.append(
-        {"messages": _talk(f"<image>\n{question}\nAnswer with one word.", "x"), "images": ["images/" + f"held-out-{spot.row}.png"]}
+        {
+            "messages": _talk(f"<image>\n{question}\nAnswer with one word.", "x"),
+            "images": ["images/" + f"held-out-{spot.row}.png"],
+        }
     )
     image = Image.open(spot.folder / spot.record["images"][0]).convert("RGB")
-    image.save(spot.folder / "images" / f"held-out-{spot.row}.png")  # another name and format, the same pixels
+    image.save(
+        spot.folder / "images" / f"held-out-{spot.row}.png"
+    )  # another name and format, the same pixels
 
 
 def _conflict(spot: Spot) -> None:

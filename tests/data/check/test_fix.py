@@ -29,13 +29,22 @@ def _check(path: Path, **more: Any):
 
 
 def _talk(question: str, answer: str) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+    return {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+    }
 
 
 def test_the_copy_has_what_can_be_trained_on(corpus: Corpus, tiny_model, tiny_run_recipe) -> None:
     before = corpus.planted.read_bytes()
     stage = tiny_run_recipe("stages.finetune.row_tokens=2048").stages.finetune
-    more = {"stage": stage, "processor": tiny_model()[1], "against": open_source(data_recipe(str(corpus.evaluation)))}
+    more = {
+        "stage": stage,
+        "processor": tiny_model()[1],
+        "against": open_source(data_recipe(str(corpus.evaluation))),
+    }
     result = _check(corpus.planted, **more)
     fixed = write_fixed(result, corpus.planted.with_name("fixed.jsonl"))
     assert corpus.planted.read_bytes() == before
@@ -43,10 +52,15 @@ def test_the_copy_has_what_can_be_trained_on(corpus: Corpus, tiny_model, tiny_ru
 
     again = _check(fixed.file, **more)
     assert again.num_errors == 0
-    assert {KINDS[finding.kind].fix for finding in again.findings} == {"keep"}  # what a program cannot mend is still said
+    assert {KINDS[finding.kind].fix for finding in again.findings} == {
+        "keep"
+    }  # what a program cannot mend is still said
     assert again.num_rows == fixed.num_kept
 
-    planned = {row: {KINDS[kind].fix for kind in DEFECTS[name].kinds | DEFECTS[name].with_tokens} for row, name in corpus.where.items()}
+    planned = {
+        row: {KINDS[kind].fix for kind in DEFECTS[name].kinds | DEFECTS[name].with_tokens}
+        for row, name in corpus.where.items()
+    }
     dropped = {row for row, fixes in planned.items() if "drop" in fixes}
     mended = {row for row, fixes in planned.items() if "mend" in fixes} - dropped
     assert {change.row for change in fixed.changes if change.action == "left out"} == dropped
@@ -61,13 +75,23 @@ def test_the_copy_has_what_can_be_trained_on(corpus: Corpus, tiny_model, tiny_ru
 
 def test_texts_are_mended_and_paths_are_not(tmp_path: Path) -> None:
     Image.effect_noise((40, 40), 90).save(tmp_path / "cafÃ©.png")
-    row = _talk("<image>\nWas ist das?", "Ein CafÃ©\x07, ge\u200böffnet \ud83d.") | {"images": ["cafÃ©.png"], "id": "nÂ° 7"}
-    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n\n" + json.dumps(_talk("Hi?", "Hello.")) + "\n")
+    row = _talk("<image>\nWas ist das?", "Ein CafÃ©\x07, ge\u200böffnet \ud83d.") | {
+        "images": ["cafÃ©.png"],
+        "id": "nÂ° 7",
+    }
+    (tmp_path / "rows.jsonl").write_text(
+        json.dumps(row) + "\n\n" + json.dumps(_talk("Hi?", "Hello.")) + "\n"
+    )
     fixed = write_fixed(_check(tmp_path / "rows.jsonl"), tmp_path / "new" / "rows.jsonl")
     first, second = map(json.loads, fixed.file.read_text().splitlines())
-    assert first == _talk("<image>\nWas ist das?", "Ein Café, geöffnet .") | {"images": ["cafÃ©.png"], "id": "n° 7"}
+    assert first == _talk("<image>\nWas ist das?", "Ein Café, geöffnet .") | {
+        "images": ["cafÃ©.png"],
+        "id": "n° 7",
+    }
     assert second == _talk("Hi?", "Hello.")
-    assert fixed.note is not None and str(tmp_path.resolve()) in fixed.note  # the pictures did not move
+    assert (
+        fixed.note is not None and str(tmp_path.resolve()) in fixed.note
+    )  # the pictures did not move
     moved = open_source(data_recipe(str(fixed.file), image_root=[tmp_path]))
     assert check_data(moved).findings == ()
 
@@ -89,7 +113,9 @@ def test_nothing_to_do_gives_the_same_bytes(corpus: Corpus) -> None:
     assert (fixed.changes, fixed.list_file.read_text()) == ((), "")
 
 
-def test_what_cannot_be_done_is_said_before_anything_is_written(corpus: Corpus, tmp_path: Path) -> None:
+def test_what_cannot_be_done_is_said_before_anything_is_written(
+    corpus: Corpus, tmp_path: Path
+) -> None:
     result = _check(corpus.clean)
     with pytest.raises(ValueError, match="is the data itself, which is never changed"):
         write_fixed(result, corpus.clean)
@@ -104,7 +130,9 @@ def test_what_cannot_be_done_is_said_before_anything_is_written(corpus: Corpus, 
     many = tmp_path / "many"
     many.mkdir()
     for shard in range(2):
-        (many / f"train-0000{shard}.jsonl").write_text(json.dumps(_talk(f"What is {shard}?", "A number.")) + "\n")
+        (many / f"train-0000{shard}.jsonl").write_text(
+            json.dumps(_talk(f"What is {shard}?", "A number.")) + "\n"
+        )
     with pytest.raises(ValueError, match="many is made of 2 files: check and fix them one by one"):
         write_fixed(_check(many), tmp_path / "fixed.jsonl")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link.jsonl", "many", "rows.csv"]

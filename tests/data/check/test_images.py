@@ -41,7 +41,11 @@ def test_one_picture_has_one_digest_however_it_is_stored(tmp_path: Path) -> None
         FileSlice(tar, 4, len(_bytes(PICTURE)), "a picture in a tar"),
     ]
     assert len({image_facts(source, "").digest for source in stored}) == 1
-    others = [PICTURE.transpose(Image.Transpose.ROTATE_90), PICTURE.crop((0, 0, 39, 30)), PICTURE.point(lambda value: value ^ 1)]
+    others = [
+        PICTURE.transpose(Image.Transpose.ROTATE_90),
+        PICTURE.crop((0, 0, 39, 30)),
+        PICTURE.point(lambda value: value ^ 1),
+    ]
     assert len({image_facts(_bytes(image), "").digest for image in (PICTURE, *others)}) == 4
 
 
@@ -66,7 +70,10 @@ def test_a_png_with_one_wrong_byte_is_damaged(position: int) -> None:
 @pytest.mark.parametrize("size", [0, 1, 11, 60, 400])
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"])
 def test_a_file_cut_short_is_never_sound(kind: str, size: int) -> None:
-    assert _kinds(_bytes(PICTURE, format=kind)[:size]) in (["truncated-image"], ["unreadable-image"])
+    assert _kinds(_bytes(PICTURE, format=kind)[:size]) in (
+        ["truncated-image"],
+        ["unreadable-image"],
+    )
 
 
 @pytest.mark.parametrize(
@@ -92,7 +99,10 @@ def test_where_flat_begins(high: int, flat: bool) -> None:
 
 
 def test_a_small_file_may_not_ask_for_gigabytes() -> None:
-    for size in ((10_000, 9_000), (30_000, 30_000)):  # below and above the size at which Pillow itself refuses
+    for size in (
+        (10_000, 9_000),
+        (30_000, 30_000),
+    ):  # below and above the size at which Pillow itself refuses
         facts = image_facts(_bytes(Image.new("1", size)), "a picture")
         assert ([kind for kind, _ in facts.problems], facts.digest) == (["oversized-image"], None)
 

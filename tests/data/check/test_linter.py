@@ -38,26 +38,48 @@ def _source(path: Path) -> Source:
 
 
 def _stage(tiny_run_recipe: Callable[..., Recipe], **values: object) -> StageRecipe:
-    return tiny_run_recipe(*(f"stages.finetune.{key}={value}" for key, value in values.items())).stages.finetune
+    return tiny_run_recipe(
+        *(f"stages.finetune.{key}={value}" for key, value in values.items())
+    ).stages.finetune
 
 
 def _write(file: Path, rows: list[Any]) -> Source:
-    file.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n", encoding="utf-8")
+    file.write_text(
+        "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n",
+        encoding="utf-8",
+    )
     return _source(file)
 
 
 def _talk(question: str, answer: str) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+    return {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+    }
 
 
 @pytest.mark.parametrize("with_tokens", [False, True])
-def test_every_planted_defect_is_found_at_its_row_and_nothing_else(corpus: Corpus, with_tokens, tiny_model, tiny_run_recipe) -> None:
+def test_every_planted_defect_is_found_at_its_row_and_nothing_else(
+    corpus: Corpus, with_tokens, tiny_model, tiny_run_recipe
+) -> None:
     assert len(DEFECTS) >= 40
-    chosen = {"stage": _stage(tiny_run_recipe, row_tokens=2048), "processor": tiny_model()[1]} if with_tokens else {}
+    chosen = (
+        {"stage": _stage(tiny_run_recipe, row_tokens=2048), "processor": tiny_model()[1]}
+        if with_tokens
+        else {}
+    )
     against = _source(corpus.evaluation)
     result = check_data(_source(corpus.planted), against=against, **chosen)
-    assert {(finding.row, finding.kind) for finding in result.findings} == corpus.expected(with_tokens, with_evaluation=True)
-    assert all(finding.where == f"planted.jsonl, line {finding.row + 1}" for finding in result.findings if finding.row is not None)
+    assert {(finding.row, finding.kind) for finding in result.findings} == corpus.expected(
+        with_tokens, with_evaluation=True
+    )
+    assert all(
+        finding.where == f"planted.jsonl, line {finding.row + 1}"
+        for finding in result.findings
+        if finding.row is not None
+    )
     assert result.num_errors == sum(finding.severity == "error" for finding in result.findings) > 0
     clean = check_data(_source(corpus.clean), against=against, **chosen)
     assert clean.findings == ()
@@ -66,7 +88,9 @@ def test_every_planted_defect_is_found_at_its_row_and_nothing_else(corpus: Corpu
 
 def test_leaks_are_looked_for_only_where_there_is_an_evaluation_set(corpus: Corpus) -> None:
     result = check_data(_source(corpus.planted))
-    assert {(finding.row, finding.kind) for finding in result.findings} == corpus.expected(with_tokens=False, with_evaluation=False)
+    assert {(finding.row, finding.kind) for finding in result.findings} == corpus.expected(
+        with_tokens=False, with_evaluation=False
+    )
 
 
 def test_two_processes_find_what_one_finds(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,28 +98,55 @@ def test_two_processes_find_what_one_finds(corpus: Corpus, monkeypatch: pytest.M
     monkeypatch.setattr(pool, "WORTH_A_POOL", 1)
     together = check_data(_source(corpus.planted), workers=2)
     assert together.findings == alone.findings
-    assert (together.histograms, together.answers, together.num_pictures) == (alone.histograms, alone.answers, alone.num_pictures)
+    assert (together.histograms, together.answers, together.num_pictures) == (
+        alone.histograms,
+        alone.answers,
+        alone.num_pictures,
+    )
 
 
-def test_a_process_that_dies_is_said_with_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_that_dies_is_said_with_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import os
 
-    source = _write(tmp_path / "some.jsonl", [_talk(f"What is {number}?", "A number.") for number in range(200)])
+    source = _write(
+        tmp_path / "some.jsonl", [_talk(f"What is {number}?", "A number.") for number in range(200)]
+    )
     monkeypatch.setattr(pool, "WORTH_A_POOL", 1)
     dying = Source(
-        "some.jsonl", source.records, lambda record: os._exit(9) if record.where.endswith("line 100") else source.to_sample(record)
+        "some.jsonl",
+        source.records,
+        lambda record: (
+            os._exit(9) if record.where.endswith("line 100") else source.to_sample(record)
+        ),
     )
-    with pytest.raises(OSError, match=r"process that checked rows \d+ to \d+ of some.jsonl was killed"):
+    with pytest.raises(
+        OSError, match=r"process that checked rows \d+ to \d+ of some.jsonl was killed"
+    ):
         check_data(dying, workers=2)
 
 
 def test_what_llavas_rules_change_in_silence_is_said(tmp_path: Path) -> None:
     Image.effect_noise((40, 40), 90).save(tmp_path / "a.png")
-    human, gpt = ({"from": name, "value": text} for name, text in (("human", "<image>\nWhat is it?"), ("gpt", "A cat.")))
+    human, gpt = (
+        {"from": name, "value": text}
+        for name, text in (("human", "<image>\nWhat is it?"), ("gpt", "A cat."))
+    )
     rows = [
         {"image": "a.png", "conversations": [human, gpt]},
-        {"image": "a.png", "conversations": [gpt, human | {"value": "<image>\nAnd the colour?"}, gpt]},
-        {"image": "a.png", "conversations": [human | {"value": "<image>\nHow old?"}, gpt, human | {"value": "Why?"}]},
+        {
+            "image": "a.png",
+            "conversations": [gpt, human | {"value": "<image>\nAnd the colour?"}, gpt],
+        },
+        {
+            "image": "a.png",
+            "conversations": [
+                human | {"value": "<image>\nHow old?"},
+                gpt,
+                human | {"value": "Why?"},
+            ],
+        },
         {"image": "a.png", "conversations": [human | {"value": "<image> <image>\nHow big?"}, gpt]},
         {"image": "a.png", "conversations": [human]},
     ]
@@ -105,14 +156,26 @@ def test_what_llavas_rules_change_in_silence_is_said(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_a_template_that_leaves_images_out_is_said(tiny_data: Path, tiny_model, tiny_run_recipe) -> None:
+def test_a_template_that_leaves_images_out_is_said(
+    tiny_data: Path, tiny_model, tiny_run_recipe
+) -> None:
     processor = tiny_model()[1]
     said = "{% for part in message.content if part.type == 'text' %}{{ part.text }}{% endfor %}"
-    turn = "{% if message.role == 'user' %}" + said + "{% else %}{% generation %}" + said + "{% endgeneration %}{% endif %}"
+    turn = (
+        "{% if message.role == 'user' %}"
+        + said
+        + "{% else %}{% generation %}"
+        + said
+        + "{% endgeneration %}{% endif %}"
+    )
     processor.chat_template = "{% for message in messages %}" + turn + "{% endfor %}"
     result = check_data(_source(tiny_data), _stage(tiny_run_recipe), processor)
-    assert [finding.row for finding in result.findings] == [row for row in range(24) if row % 4]  # those with an image
-    assert {(finding.kind, finding.what) for finding in result.findings} == {("image-count", "its text holds 0 images but 1 are given")}
+    assert [finding.row for finding in result.findings] == [
+        row for row in range(24) if row % 4
+    ]  # those with an image
+    assert {(finding.kind, finding.what) for finding in result.findings} == {
+        ("image-count", "its text holds 0 images but 1 are given")
+    }
 
 
 _WORDS = st.sampled_from(["user", "assistant", "<image>", "a.png", "text", "image"])
@@ -122,13 +185,22 @@ _JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_KEYS, inner, max_size=3),
     max_leaves=12,
 )
-_TURN = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system"]), "content": st.text(max_size=20) | _JSON})
-_ROW = st.fixed_dictionaries({"messages": st.lists(_TURN, max_size=4) | _JSON, "images": st.lists(_JSON, max_size=2) | _JSON})
+_TURN = st.fixed_dictionaries(
+    {
+        "role": st.sampled_from(["user", "assistant", "system"]),
+        "content": st.text(max_size=20) | _JSON,
+    }
+)
+_ROW = st.fixed_dictionaries(
+    {"messages": st.lists(_TURN, max_size=4) | _JSON, "images": st.lists(_JSON, max_size=2) | _JSON}
+)
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=st.lists(_ROW, max_size=6))
-def test_no_row_stops_the_check(rows: list[Any], tmp_path: Path, tiny_model, tiny_run_recipe) -> None:
+def test_no_row_stops_the_check(
+    rows: list[Any], tmp_path: Path, tiny_model, tiny_run_recipe
+) -> None:
     Image.new("L", (20, 20)).save(tmp_path / "a.png")
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = open_source(DataRecipe(dataset="messages", root=tmp_path / "rows.jsonl"))
@@ -140,11 +212,17 @@ def test_no_row_stops_the_check(rows: list[Any], tmp_path: Path, tiny_model, tin
 def test_a_table_names_its_lines(tmp_path: Path) -> None:
     (tmp_path / "rows.csv").write_text("question,answer\nWhat is it?,A cat.\nAnd this?,nan\n")
     [finding] = check_data(_source(tmp_path / "rows.csv")).findings
-    assert (finding.kind, finding.row, finding.where) == ("placeholder-answer", 1, "rows.csv, line 3")
+    assert (finding.kind, finding.row, finding.where) == (
+        "placeholder-answer",
+        1,
+        "rows.csv, line 3",
+    )
 
 
 def test_limit_and_empty_sets(tmp_path: Path) -> None:
-    source = _write(tmp_path / "some.jsonl", [_talk("What is this?", "A cat."), _talk("What is that?", "")])
+    source = _write(
+        tmp_path / "some.jsonl", [_talk("What is this?", "A cat."), _talk("What is that?", "")]
+    )
     one = Source(source.name, source.records, source.to_sample, limit=1)
     assert (len(one), check_data(one).findings) == (1, ())
     none = check_data(Source("nothing", [], lambda record: record))
@@ -153,7 +231,9 @@ def test_limit_and_empty_sets(tmp_path: Path) -> None:
 
 def test_evaluation_rows_that_cannot_be_read_are_counted(tmp_path: Path) -> None:
     source = _write(tmp_path / "some.jsonl", [_talk("What is this?", "A cat.")])
-    [finding] = check_data(source, against=_write(tmp_path / "held.jsonl", [_talk("Really?", "Yes."), "{"])).findings
+    [finding] = check_data(
+        source, against=_write(tmp_path / "held.jsonl", [_talk("Really?", "Yes."), "{"])
+    ).findings
     assert (finding.kind, finding.row) == ("uncompared", None)
     assert finding.what == "1 rows of held.jsonl could not be read"
 
@@ -161,15 +241,24 @@ def test_evaluation_rows_that_cannot_be_read_are_counted(tmp_path: Path) -> None
 def test_an_evaluation_set_may_be_samples(tmp_path: Path) -> None:
     """A benchmark's questions are no data set: they come as samples."""
     Image.effect_noise((40, 40), 90).save(tmp_path / "a.png")
-    asked = Sample("q", (Message("user", "<image>\nWhat IS  it?"), Message("assistant", "-")), (tmp_path / "a.png",))
+    asked = Sample(
+        "q",
+        (Message("user", "<image>\nWhat IS  it?"), Message("assistant", "-")),
+        (tmp_path / "a.png",),
+    )
     row = _talk("<image>\nWhat is it?\nAnswer with one word.", "Cat") | {"images": ["a.png"]}
-    result = check_data(_write(tmp_path / "some.jsonl", [row]), against=Source("pope", [asked], lambda sample: sample))
+    result = check_data(
+        _write(tmp_path / "some.jsonl", [row]),
+        against=Source("pope", [asked], lambda sample: sample),
+    )
     assert [finding.kind for finding in result.findings] == ["leak"]
 
 
 @pytest.mark.parametrize(("num_yes", "found"), [(75, False), (90, True)])
 def test_an_answer_to_nearly_everything(num_yes: int, found: bool, tmp_path: Path) -> None:
-    rows = [_talk(f"Is {number} large?", "Yes." if number < num_yes else "No.") for number in range(100)]
+    rows = [
+        _talk(f"Is {number} large?", "Yes." if number < num_yes else "No.") for number in range(100)
+    ]
     result = check_data(_write(tmp_path / "some.jsonl", rows))
     assert counts_by_kind(result.findings) == ({"unbalanced-answers": 1} if found else {})
     assert result.answers.top == (("yes", num_yes), ("no", 100 - num_yes))
@@ -208,11 +297,20 @@ def test_histogram_counts_everything_once() -> None:
 
 
 @pytest.mark.parametrize("batching", ["padded", "packed", "shared-image"])
-def test_steps_tokens_and_packing_are_those_of_training(batching: str, tiny_data: Path, tiny_model, tiny_run_recipe) -> None:
+def test_steps_tokens_and_packing_are_those_of_training(
+    batching: str, tiny_data: Path, tiny_model, tiny_run_recipe
+) -> None:
     from mipha.data.mixture import Mixture
     from mipha.training.batches import StepDataset
 
-    stage = _stage(tiny_run_recipe, batching=batching, epochs=1, max_steps="null", batch_size=8, micro_batch_rows=2)
+    stage = _stage(
+        tiny_run_recipe,
+        batching=batching,
+        epochs=1,
+        max_steps="null",
+        batch_size=8,
+        micro_batch_rows=2,
+    )
     processor = tiny_model()[1]
     steps = StepDataset(Mixture(stage.data), processor, stage, seed=3)
     training = check_data(_source(tiny_data), stage, processor, seed=3).training
@@ -228,10 +326,16 @@ def test_steps_tokens_and_packing_are_those_of_training(batching: str, tiny_data
 
 
 @pytest.mark.parametrize(
-    ("epochs", "max_steps", "expected"), [(1, "null", (4, 24)), (2, "null", (8, 48)), (0.5, "null", (2, 12)), (2, 3, (3, 18))]
+    ("epochs", "max_steps", "expected"),
+    [(1, "null", (4, 24)), (2, "null", (8, 48)), (0.5, "null", (2, 12)), (2, 3, (3, 18))],
 )
-def test_steps_follow_from_epochs_and_batch_size(epochs, max_steps, expected, tiny_run_recipe) -> None:
-    assert num_steps(_stage(tiny_run_recipe, epochs=epochs, max_steps=max_steps, batch_size=6), 24) == expected
+def test_steps_follow_from_epochs_and_batch_size(
+    epochs, max_steps, expected, tiny_run_recipe
+) -> None:
+    assert (
+        num_steps(_stage(tiny_run_recipe, epochs=epochs, max_steps=max_steps, batch_size=6), 24)
+        == expected
+    )
 
 
 def test_without_a_recipe_neither_torch_nor_transformers_is_loaded(corpus: Corpus) -> None:
@@ -243,5 +347,7 @@ def test_without_a_recipe_neither_torch_nor_transformers_is_loaded(corpus: Corpu
         f"html_report(check_data(open_source(data_recipe({str(corpus.clean)!r}))))\nprint({{'torch', 'transformers'}} & set(sys.modules))"
     )
     environment = {"PYTHONPATH": str(Path(__file__).parents[3] / "src")}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True
+    )
     assert done.stdout.strip() == "set()"

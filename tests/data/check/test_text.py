@@ -34,12 +34,26 @@ def test_sound_text_is_left_alone(text: str, role: Role) -> None:
 
 @pytest.mark.parametrize("encoding", ["cp1252", "latin-1"])
 @pytest.mark.parametrize(
-    "text", ["café", "Übergröße", "it’s “fine” – or…", "茶壶在桌子上", "Чайник", "Τσαγιέρα", "🫖", "5 €", "½ m²", "naïve piñata"]
+    "text",
+    [
+        "café",
+        "Übergröße",
+        "it’s “fine” – or…",
+        "茶壶在桌子上",
+        "Чайник",
+        "Τσαγιέρα",
+        "🫖",
+        "5 €",
+        "½ m²",
+        "naïve piñata",
+    ],
 )
 def test_text_read_in_the_wrong_encoding_is_read_again(text: str, encoding: str) -> None:
     """Python's cp1252 refuses five bytes that other programs read as Latin-1."""
     damaged = "".join(
-        bytes([byte]).decode(encoding) if encoding == "latin-1" or byte not in (0x81, 0x8D, 0x8F, 0x90, 0x9D) else chr(byte)
+        bytes([byte]).decode(encoding)
+        if encoding == "latin-1" or byte not in (0x81, 0x8D, 0x8F, 0x90, 0x9D)
+        else chr(byte)
         for byte in text.encode()
     )
     assert damaged != text
@@ -56,7 +70,9 @@ def test_any_word_of_latin_letters_comes_back(word: str) -> None:
 @given(st.text())
 def test_mending_is_done_once_and_leaves_nothing_to_mend(text: str) -> None:
     mended = mend_text(text)
-    assert not {"lone-surrogate", "control-characters", "invisible-characters"} & set(_kinds(mended))
+    assert not {"lone-surrogate", "control-characters", "invisible-characters"} & set(
+        _kinds(mended)
+    )
     if "mojibake" not in _kinds(mended):  # text that was damaged twice takes two passes
         assert mend_text(mended) == mended
 
@@ -109,8 +125,12 @@ def test_what_is_wrong_with_an_answer_may_be_a_question() -> None:
 
 
 def test_tokens_of_the_given_tokenizer_count() -> None:
-    assert "special-token" not in [kind for kind, _ in text_problems(Message("user", "<s> struck </s>"), SPECIAL)]
-    assert "special-token" in [kind for kind, _ in text_problems(Message("user", "<s> struck </s>"), re.compile("</?s>"))]
+    assert "special-token" not in [
+        kind for kind, _ in text_problems(Message("user", "<s> struck </s>"), SPECIAL)
+    ]
+    assert "special-token" in [
+        kind for kind, _ in text_problems(Message("user", "<s> struck </s>"), re.compile("</?s>"))
+    ]
 
 
 @pytest.mark.parametrize("piece", ["\n", " ", "<", "&", "Ã", "<image ", "à»", "### "])

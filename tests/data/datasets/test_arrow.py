@@ -35,8 +35,14 @@ def test_splits_with_an_image_a_row() -> None:
 
 def test_lists_of_images() -> None:
     both, text, one = _samples(SAVED / "messages")
-    assert [message.text for message in both.messages] == ["<image>\n<image>\nCompare.", "Red, blue."]
-    assert [open_image(image).getpixel((0, 0)) for image in both.images] == [COLOURS["red"], COLOURS["blue"]]
+    assert [message.text for message in both.messages] == [
+        "<image>\n<image>\nCompare.",
+        "Red, blue.",
+    ]
+    assert [open_image(image).getpixel((0, 0)) for image in both.images] == [
+        COLOURS["red"],
+        COLOURS["blue"],
+    ]
     assert str(both.images[1]).endswith("row 0, image 1")
     assert (text.images, one.messages[0].text, len(one.images)) == ((), "<image>\nWhich colour?", 1)
     assert len(_samples(SAVED / "messages" / "data-00000-of-00001.arrow")) == 3

@@ -15,9 +15,20 @@ import pytest
 from mipha.data.datasets import auto
 
 SAVED = Path(__file__).parent / "saved_by_datasets"
-MESSAGES = {"messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}], "images": ["a.png"]}
-LLAVA = {"image": "a.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]}
-TEXT_ONLY = {"conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]}
+MESSAGES = {
+    "messages": [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "That."}],
+    "images": ["a.png"],
+}
+LLAVA = {
+    "image": "a.png",
+    "conversations": [
+        {"from": "human", "value": "<image>\nWhat?"},
+        {"from": "gpt", "value": "That."},
+    ],
+}
+TEXT_ONLY = {
+    "conversations": [{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That."}]
+}
 SHAREGPT = {"conversations": [{"from": "system", "value": "Hm"}, *TEXT_ONLY["conversations"]]}
 QUESTION = {"image": "a.png", "question": "What?", "answer": "That."}
 CAPTION = {"file_name": "a.png", "text": "That."}
@@ -40,7 +51,12 @@ def _tar(path: Path) -> None:
     [
         ("a.jsonl", _lines(MESSAGES), "messages", "conversations whose turns have a role"),
         ("a.json", json.dumps([MESSAGES]), "messages", "role"),
-        ("a.ndjson", _lines({"prompt": MESSAGES["messages"][:1], "completion": MESSAGES["messages"][1:]}), "messages", "role"),
+        (
+            "a.ndjson",
+            _lines({"prompt": MESSAGES["messages"][:1], "completion": MESSAGES["messages"][1:]}),
+            "messages",
+            "role",
+        ),
         ("a.json", json.dumps([LLAVA, TEXT_ONLY]), "llava", "human and gpt"),
         ("a.jsonl", _lines(TEXT_ONLY, LLAVA), "llava", "human and gpt"),
         ("a.json", _lines(LLAVA, LLAVA), "llava", "human and gpt"),
@@ -48,23 +64,47 @@ def _tar(path: Path) -> None:
         ("a.json", json.dumps([TEXT_ONLY | {"image": ["a.png", "b.png"]}]), "sharegpt", "ShareGPT"),
         ("a.json", json.dumps([TEXT_ONLY | {"images": ["a.png"]}]), "sharegpt", "ShareGPT"),
         ("a.jsonl", _lines({"conversations": MESSAGES["messages"]}), "sharegpt", "ShareGPT"),
-        ("a.csv", "image,question,answer\na.png,What?,That.\n", "table", "rows of question and answer"),
-        ("a.csv", "Image;Caption\na.png;That.\n", "table", 'rows of caption (a caption answers "Describe the image.")'),
-        ("a.tsv", "image_path\tprompt\tcompletion\na.png\tWhat?\tThat.\n", "table", "prompt and completion"),
+        (
+            "a.csv",
+            "image,question,answer\na.png,What?,That.\n",
+            "table",
+            "rows of question and answer",
+        ),
+        (
+            "a.csv",
+            "Image;Caption\na.png;That.\n",
+            "table",
+            'rows of caption (a caption answers "Describe the image.")',
+        ),
+        (
+            "a.tsv",
+            "image_path\tprompt\tcompletion\na.png\tWhat?\tThat.\n",
+            "table",
+            "prompt and completion",
+        ),
         ("a.jsonl", _lines(QUESTION), "table", "question and answer"),
         ("a.json", json.dumps([CAPTION]), "table", "text"),
         ("a.jsonl", "{broken\n" + _lines({"comment": "hm"}, MESSAGES), "messages", "role"),
     ],
 )
-def test_a_file_is_told_by_its_records(name: str, text: str, wanted: str, words: str, tmp_path: Path) -> None:
+def test_a_file_is_told_by_its_records(
+    name: str, text: str, wanted: str, words: str, tmp_path: Path
+) -> None:
     path = tmp_path / name
     path.write_text(text)
     found, sentence = auto.detect(path)
     assert found == wanted
-    assert sentence.startswith(f"{path} is read as {wanted}: ") and words in sentence and "\n" not in sentence
+    assert (
+        sentence.startswith(f"{path} is read as {wanted}: ")
+        and words in sentence
+        and "\n" not in sentence
+    )
     if "broken" not in text:
         samples = [auto.to_sample(row, path) for row in auto.load(path, "train")]
-        assert all(sample.messages[-1].text == "That." and sample.id.startswith(wanted) for sample in samples)
+        assert all(
+            sample.messages[-1].text == "That." and sample.id.startswith(wanted)
+            for sample in samples
+        )
 
 
 def _folder_of_captions(root: Path) -> None:
@@ -100,20 +140,33 @@ def _records_beside_pictures(root: Path) -> None:
         (lambda root: _tar(root / "00000.tar"), "webdataset"),
         (lambda root: shutil.copytree(SAVED / "splits", root, dirs_exist_ok=True), "arrow"),
         (lambda root: shutil.copytree(SAVED / "messages", root, dirs_exist_ok=True), "arrow"),
-        (lambda root: shutil.copy(SAVED / "questions.parquet", root / "train-00000-of-00001.parquet"), "parquet"),
+        (
+            lambda root: shutil.copy(
+                SAVED / "questions.parquet", root / "train-00000-of-00001.parquet"
+            ),
+            "parquet",
+        ),
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
-def test_a_folder_is_told_by_what_lies_in_it(make: Callable[[Path], object], wanted: str, tmp_path: Path) -> None:
+def test_a_folder_is_told_by_what_lies_in_it(
+    make: Callable[[Path], object], wanted: str, tmp_path: Path
+) -> None:
     if wanted in ("arrow", "parquet"):
         pytest.importorskip("pyarrow")
     root = tmp_path / "mine"
     root.mkdir()
     make(root)
     found, sentence = auto.detect(root)
-    assert found == wanted and sentence.startswith(f"{root} ") and f"is read as {wanted}: " in sentence
+    assert (
+        found == wanted and sentence.startswith(f"{root} ") and f"is read as {wanted}: " in sentence
+    )
     rows = auto.load(root, "train")
-    assert [auto.to_sample(row, root).id.partition("/")[0] for row in rows] == [wanted] * len(rows) != []
+    assert (
+        [auto.to_sample(row, root).id.partition("/")[0] for row in rows]
+        == [wanted] * len(rows)
+        != []
+    )
 
 
 def test_one_tar_or_arrow_file(tmp_path: Path) -> None:
@@ -121,21 +174,33 @@ def test_one_tar_or_arrow_file(tmp_path: Path) -> None:
     assert auto.detect(tmp_path / "a.tar")[0] == "webdataset"
     pytest.importorskip("pyarrow")
     assert auto.detect(SAVED / "messages/data-00000-of-00001.arrow")[0] == "arrow"
-    assert auto.detect(SAVED / "questions.parquet")[1].endswith("is read as parquet: rows of question and answer")
+    assert auto.detect(SAVED / "questions.parquet")[1].endswith(
+        "is read as parquet: rows of question and answer"
+    )
 
 
 @pytest.mark.parametrize(
     ("name", "text", "sentence"),
     [
-        ("a.jsonl", _lines({"picture": "a.png", "tags": ["cat"]}), "its first record holds picture, tags"),
+        (
+            "a.jsonl",
+            _lines({"picture": "a.png", "tags": ["cat"]}),
+            "its first record holds picture, tags",
+        ),
         ("a.jsonl", "", "it holds no record"),
         ("a.json", "[3]", "its first record holds 3"),
-        ("a.csv", "a.png,What?,That.\nb.png,Why?,So.\n", "its first record holds a.png, What[?], That"),
+        (
+            "a.csv",
+            "a.png,What?,That.\nb.png,Why?,So.\n",
+            "its first record holds a.png, What[?], That",
+        ),
         ("a.zip", "PK", "the format of a .zip file is not known"),
         ("nameless", "", "the format of a nameless kind of file is not known"),
     ],
 )
-def test_what_fits_nothing_is_answered_with_the_forms(name: str, text: str, sentence: str, tmp_path: Path) -> None:
+def test_what_fits_nothing_is_answered_with_the_forms(
+    name: str, text: str, sentence: str, tmp_path: Path
+) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=sentence) as caught:
         auto.detect(tmp_path / name)
@@ -153,20 +218,37 @@ def test_the_forms_are_forms(tmp_path: Path) -> None:
     for number, (record, wanted) in enumerate(zip(objects, ("messages", "llava"), strict=True)):
         (tmp_path / f"{number}.jsonl").write_text(json.dumps(record))
         assert auto.detect(tmp_path / f"{number}.jsonl")[0] == wanted
-        assert auto.to_sample(auto.load(tmp_path / f"{number}.jsonl", "train")[0], None).images == (tmp_path / "cat.jpg",)
+        assert auto.to_sample(auto.load(tmp_path / f"{number}.jsonl", "train")[0], None).images == (
+            tmp_path / "cat.jpg",
+        )
 
 
 @pytest.mark.parametrize(
     ("files", "sentence"),
     [
-        ({"a.jsonl": _lines(MESSAGES, QUESTION)}, "a.jsonl fits more than one format, messages and table: set `dataset`"),
-        ({"a.jsonl": _lines(MESSAGES | LLAVA)}, "a.jsonl fits more than one format, messages and sharegpt"),
-        ({"train.jsonl": _lines(MESSAGES), "test.csv": "image,caption"}, "holds train.jsonl and test.csv, which may each be the data"),
-        ({"metadata.csv": "file_name,text", "train.jsonl": _lines(MESSAGES)}, "holds metadata.csv and train.jsonl"),
+        (
+            {"a.jsonl": _lines(MESSAGES, QUESTION)},
+            "a.jsonl fits more than one format, messages and table: set `dataset`",
+        ),
+        (
+            {"a.jsonl": _lines(MESSAGES | LLAVA)},
+            "a.jsonl fits more than one format, messages and sharegpt",
+        ),
+        (
+            {"train.jsonl": _lines(MESSAGES), "test.csv": "image,caption"},
+            "holds train.jsonl and test.csv, which may each be the data",
+        ),
+        (
+            {"metadata.csv": "file_name,text", "train.jsonl": _lines(MESSAGES)},
+            "holds metadata.csv and train.jsonl",
+        ),
         ({"readme.md": "hello"}, "holds no data of a known format; wanted one of"),
         ({"a.png": "", "b.png": ""}, "a.png has no caption a.txt beside it"),
         ({"a.jsonl": "{broken"}, "a.jsonl, line 1 is not valid JSON"),
-        ({"a.json": "[" + json.dumps(MESSAGES)}, "a.json is not valid JSON: its list is not closed"),
+        (
+            {"a.json": "[" + json.dumps(MESSAGES)},
+            "a.json is not valid JSON: its list is not closed",
+        ),
     ],
 )
 def test_what_is_unclear_is_refused(files: dict[str, str], sentence: str, tmp_path: Path) -> None:
@@ -183,5 +265,7 @@ def test_missing_things_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         auto.load(None, "train")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     for name in ("questions.parquet", "splits"):
-        with pytest.raises(ModuleNotFoundError, match=r'not installed: pip install "mipha-vlm\[data\]"'):
+        with pytest.raises(
+            ModuleNotFoundError, match=r'not installed: pip install "mipha-vlm\[data\]"'
+        ):
             auto.detect(SAVED / name)

@@ -15,7 +15,9 @@ from PIL import Image
 
 from mipha.data.datasets import easy_vqa
 
-needs_package = pytest.mark.skipif(find_spec("easy_vqa") is None, reason="easy-vqa is not installed: make install")
+needs_package = pytest.mark.skipif(
+    find_spec("easy_vqa") is None, reason="easy-vqa is not installed: make install"
+)
 
 
 def _truth(question: str, colour: str, shape: str) -> str:
@@ -24,7 +26,9 @@ def _truth(question: str, colour: str, shape: str) -> str:
         return colour
     if question.startswith("what "):
         return shape
-    figure = next(word for word in question.rstrip("?").split() if word in easy_vqa.COLOURS + easy_vqa.SHAPES)
+    figure = next(
+        word for word in question.rstrip("?").split() if word in easy_vqa.COLOURS + easy_vqa.SHAPES
+    )
     turned = question.startswith(("is there not ", "is no ", "does the image not "))
     return "yes" if (figure in (colour, shape)) is not turned else "no"
 
@@ -35,7 +39,12 @@ def test_the_counts_are_those_of_the_published_files() -> None:
     for split in easy_vqa.SPLITS:
         _, questions = easy_vqa.questions_of(None, split)
         records = easy_vqa.load(None, split)
-        counts[split] = (len(questions), sum(map(len, questions.values())), len({record.image for record in records}), len(records))
+        counts[split] = (
+            len(questions),
+            sum(map(len, questions.values())),
+            len({record.image for record in records}),
+            len(records),
+        )
     assert counts == {  # images, questions; known images, their questions
         "train": (3600, 34727, 3217, 31961),
         "validation": (400, 3848, 361, 3580),
@@ -48,7 +57,11 @@ def test_the_counts_are_those_of_the_published_files() -> None:
 @pytest.mark.parametrize("split", easy_vqa.SPLITS)
 def test_every_published_answer_follows_from_the_explanation(split: str) -> None:
     records = easy_vqa.load(None, split)
-    wrong = [record for record in records if _truth(record.question, record.colour, record.shape) != record.answer]
+    wrong = [
+        record
+        for record in records
+        if _truth(record.question, record.colour, record.shape) != record.answer
+    ]
     assert records and not wrong, wrong[:3]
 
 
@@ -58,7 +71,9 @@ def test_the_derived_colour_is_the_one_painted() -> None:
     painted = defaultdict(Counter)
     for record in {record.image: record for record in easy_vqa.load(None, "validation")}.values():
         with Image.open(easy_vqa.image_path(None, record.folder, record.image)) as image:
-            (_, _), (figure, _) = Counter(image.convert("RGB").get_flattened_data()).most_common(2)  # the background, then the figure
+            (_, _), (figure, _) = Counter(image.convert("RGB").get_flattened_data()).most_common(
+                2
+            )  # the background, then the figure
         painted[record.colour][figure] += 1
     assert sorted(painted) == sorted(easy_vqa.COLOURS)
     assert {name: len(values) for name, values in painted.items()} == dict.fromkeys(painted, 1)
@@ -94,7 +109,11 @@ def test_a_sample_reads_as_it_is_trained_on() -> None:
         "it is a blue rectangle, so yes",
     ]
     assert isinstance(sample.images[0], Path) and sample.images[0].is_file()
-    ids = [easy_vqa.to_sample(record, None).id for split in easy_vqa.SPLITS for record in easy_vqa.load(None, split)]
+    ids = [
+        easy_vqa.to_sample(record, None).id
+        for split in easy_vqa.SPLITS
+        for record in easy_vqa.load(None, split)
+    ]
     assert len(set(ids)) == len(ids)
 
 
@@ -114,23 +133,39 @@ def _write(root: Path, rows: object, folder: str = "test") -> Path:
     ("rows", "known"),
     [
         ([["what color is the circle?", "red"]], ("red", "circle")),
-        ([["is a red shape present?", "yes"], ["what shape is present?", "circle"]], ("red", "circle")),
+        (
+            [["is a red shape present?", "yes"], ["what shape is present?", "circle"]],
+            ("red", "circle"),
+        ),
         ([["is no red shape present?", "no"], ["is there not a circle?", "no"]], ("red", "circle")),
         ([["is no red shape present?", "yes"], ["is there a circle?", "yes"]], None),
         (
-            [["what color is the shape?", "red"], ["is there a circle?", "no"], ["does the image not contain a triangle?", "yes"]],
+            [
+                ["what color is the shape?", "red"],
+                ["is there a circle?", "no"],
+                ["does the image not contain a triangle?", "yes"],
+            ],
             ("red", "rectangle"),
         ),
         ([["what color is the shape?", "red"], ["is there a circle?", "no"]], None),
         (
-            [["is there a circle?", "yes"], *([f"is a {colour} shape present?", "no"] for colour in easy_vqa.COLOURS if colour != "teal")],
+            [
+                ["is there a circle?", "yes"],
+                *(
+                    [f"is a {colour} shape present?", "no"]
+                    for colour in easy_vqa.COLOURS
+                    if colour != "teal"
+                ),
+            ],
             ("teal", "circle"),
         ),
     ],
 )
 def test_what_follows_from_questions_and_answers(rows, known, tmp_path: Path) -> None:
     root = _write(tmp_path, [[*row, 7] for row in rows])
-    assert {(record.colour, record.shape) for record in easy_vqa.load(root, "test")} == ({known} if known else set())
+    assert {(record.colour, record.shape) for record in easy_vqa.load(root, "test")} == (
+        {known} if known else set()
+    )
     assert (easy_vqa.left_out("test", root) is None) == (known is not None)
 
 
@@ -139,7 +174,11 @@ def test_what_follows_from_questions_and_answers(rows, known, tmp_path: Path) ->
     [
         [["what color is the shape?", "red"], ["is a red shape present?", "no"]],
         [["what color is the shape?", "red"], ["is a blue shape present?", "yes"]],
-        [["is there a circle?", "no"], ["is there a triangle?", "no"], ["is there a rectangle?", "no"]],
+        [
+            ["is there a circle?", "no"],
+            ["is there a triangle?", "no"],
+            ["is there a rectangle?", "no"],
+        ],
     ],
 )
 def test_a_contradiction_is_an_error(rows, tmp_path: Path) -> None:
@@ -180,7 +219,9 @@ def test_missing_things_are_named(tmp_path: Path) -> None:
         easy_vqa.load(tmp_path, "test")
 
 
-def test_a_package_that_is_not_installed_is_answered_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_package_that_is_not_installed_is_answered_with_the_extra(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     easy_vqa.packaged_root.cache_clear()
     monkeypatch.setattr(sys, "path", [])
     monkeypatch.delitem(sys.modules, "easy_vqa", raising=False)

@@ -23,18 +23,33 @@ def _write(root: Path, files: dict[str, str]) -> None:
 
 
 def test_a_caption_beside_each_picture(tmp_path: Path) -> None:
-    _write(tmp_path, {"b.jpg": "", "b.txt": "\ufeffA dog. \n", "pets/a.PNG": "", "pets/a.txt": "A cat."})
+    _write(
+        tmp_path,
+        {"b.jpg": "", "b.txt": "\ufeffA dog. \n", "pets/a.PNG": "", "pets/a.txt": "A cat."},
+    )
     _write(tmp_path, {"README.txt": "no picture", ".x.png": "hidden"})
     first, second = _samples(tmp_path)
-    assert [message.text for message in first.messages] == ["<image>\nDescribe the image.", "A dog."]
+    assert [message.text for message in first.messages] == [
+        "<image>\nDescribe the image.",
+        "A dog.",
+    ]
     assert (first.id, first.images) == ("image_folder/b.jpg", (tmp_path / "b.jpg",))
-    assert (second.id, second.images, second.messages[1].text) == ("image_folder/pets/a.PNG", (tmp_path / "pets/a.PNG",), "A cat.")
+    assert (second.id, second.images, second.messages[1].text) == (
+        "image_folder/pets/a.PNG",
+        (tmp_path / "pets/a.PNG",),
+        "A cat.",
+    )
 
 
 def test_one_folder_a_split(tmp_path: Path) -> None:
-    _write(tmp_path, {"train/a.jpg": "", "train/a.txt": "A cat.", "val/b.jpg": "", "val/b.txt": "A dog."})
+    _write(
+        tmp_path,
+        {"train/a.jpg": "", "train/a.txt": "A cat.", "val/b.jpg": "", "val/b.txt": "A dog."},
+    )
     assert [sample.id for sample in _samples(tmp_path)] == ["image_folder/train/a.jpg"]
-    assert [sample.images for sample in _samples(tmp_path, "validation")] == [(tmp_path / "val/b.jpg",)]
+    assert [sample.images for sample in _samples(tmp_path, "validation")] == [
+        (tmp_path / "val/b.jpg",)
+    ]
     with pytest.raises(ValueError, match="no split 'test': use train or validation"):
         image_folder.load(tmp_path, "test")
 
@@ -42,26 +57,52 @@ def test_one_folder_a_split(tmp_path: Path) -> None:
 def test_the_hubs_metadata(tmp_path: Path) -> None:
     turns = [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "A dog."}]
     rows = [{"file_name": "a.jpg", "text": "A cat."}, {"file_name": "sub/b.jpg", "messages": turns}]
-    _write(tmp_path, {"metadata.jsonl": "\n".join(map(json.dumps, rows)), "a.jpg": "", "not_listed.jpg": ""})
+    _write(
+        tmp_path,
+        {"metadata.jsonl": "\n".join(map(json.dumps, rows)), "a.jpg": "", "not_listed.jpg": ""},
+    )
     first, second = _samples(tmp_path)
-    assert (first.id, first.images, first.messages[1].text) == ("image_folder/1", (tmp_path / "a.jpg",), "A cat.")
+    assert (first.id, first.images, first.messages[1].text) == (
+        "image_folder/1",
+        (tmp_path / "a.jpg",),
+        "A cat.",
+    )
     assert (second.images, second.messages[0].text) == ((tmp_path / "sub/b.jpg",), "<image>\nWhat?")
-    _write(tmp_path / "other", {"train/metadata.csv": "file_name,question,answer\na.jpg,What?,A cat.\n"})
+    _write(
+        tmp_path / "other",
+        {"train/metadata.csv": "file_name,question,answer\na.jpg,What?,A cat.\n"},
+    )
     (sample,) = _samples(tmp_path / "other")
     assert (sample.id, sample.images) == ("image_folder/train/2", (tmp_path / "other/train/a.jpg",))
 
 
 def test_what_is_wrong_is_named(tmp_path: Path) -> None:
-    _write(tmp_path / "one", {"a.jpg": "", "b.heic": "", "b.txt": " ", "c.jpg": "", "outside.txt": "A cat.", "secret.txt": "no picture"})
+    _write(
+        tmp_path / "one",
+        {
+            "a.jpg": "",
+            "b.heic": "",
+            "b.txt": " ",
+            "c.jpg": "",
+            "outside.txt": "A cat.",
+            "secret.txt": "no picture",
+        },
+    )
     (tmp_path / "one/c.txt").write_bytes(b"caf\xe9")
     (tmp_path / "secret.jpg").touch()
     (tmp_path / "one/outside.jpg").symlink_to(tmp_path / "secret.jpg")
     rows = image_folder.load(tmp_path / "one", "train")
     assert len(rows) == 4
-    for index, sentence in ((0, r"a\.jpg has no caption a\.txt beside it"), (2, r"c\.txt is not UTF-8")):
+    for index, sentence in (
+        (0, r"a\.jpg has no caption a\.txt beside it"),
+        (2, r"c\.txt is not UTF-8"),
+    ):
         with pytest.raises(ValueError, match=sentence):
             rows[index]
-    for index, sentence in ((1, r"b\.heic: its caption is ''"), (3, r"outside\.jpg: the image path 'outside\.jpg' leads out")):
+    for index, sentence in (
+        (1, r"b\.heic: its caption is ''"),
+        (3, r"outside\.jpg: the image path 'outside\.jpg' leads out"),
+    ):
         with pytest.raises(ValueError, match=sentence):
             image_folder.to_sample(rows[index], None)
     with pytest.raises(ValueError, match="has no packaged copy"):
@@ -83,4 +124,7 @@ def test_the_hubs_download_cache(tmp_path: Path) -> None:
     for name, blob in (("a.jpg", "1"), ("a.txt", "2")):
         (tmp_path / "snapshots/1f/pets" / name).symlink_to(tmp_path / "blobs" / blob)
     (sample,) = _samples(tmp_path / "snapshots/1f")
-    assert (sample.images, sample.messages[1].text) == ((tmp_path / "snapshots/1f/pets/a.jpg",), "A cat.")
+    assert (sample.images, sample.messages[1].text) == (
+        (tmp_path / "snapshots/1f/pets/a.jpg",),
+        "A cat.",
+    )

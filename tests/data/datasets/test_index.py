@@ -32,38 +32,69 @@ def _all(records: JsonRecords | TableRecords) -> list[Any]:
 
 
 @_few
-@given(values=st.lists(_values, max_size=4), indent=st.sampled_from([None, 0, 2]), ascii=st.booleans())
-def test_any_list_comes_back(values: list, indent: int | None, ascii: bool, tmp_path_factory: pytest.TempPathFactory) -> None:
+@given(
+    values=st.lists(_values, max_size=4), indent=st.sampled_from([None, 0, 2]), ascii=st.booleans()
+)
+def test_any_list_comes_back(
+    values: list, indent: int | None, ascii: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     file = tmp_path_factory.mktemp("list") / "a.json"
-    file.write_bytes(b"\xef\xbb\xbf \n" + json.dumps(values, indent=indent, ensure_ascii=ascii).encode() + b"\n ")
+    file.write_bytes(
+        b"\xef\xbb\xbf \n" + json.dumps(values, indent=indent, ensure_ascii=ascii).encode() + b"\n "
+    )
     records = JsonRecords(file)
     assert _all(records) == values
-    assert [records.where(index) for index in range(len(records))] == [f"{file}, row {index}" for index in range(len(values))]
+    assert [records.where(index) for index in range(len(records))] == [
+        f"{file}, row {index}" for index in range(len(values))
+    ]
     assert _all(JsonRecords(file, most=2)) == _all(records)[:2]
 
 
 @_few
-@given(values=st.lists(st.dictionaries(_texts, _values, max_size=3), max_size=4), blank=st.sampled_from(["", "\n", " \r\n"]))
-def test_any_lines_come_back_with_their_numbers(values: list, blank: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+@given(
+    values=st.lists(st.dictionaries(_texts, _values, max_size=3), max_size=4),
+    blank=st.sampled_from(["", "\n", " \r\n"]),
+)
+def test_any_lines_come_back_with_their_numbers(
+    values: list, blank: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     file = tmp_path_factory.mktemp("lines") / "a.jsonl"
-    file.write_text(blank + f"\r\n{blank}".join(map(json.dumps, values)), encoding="utf-8-sig", newline="")
+    file.write_text(
+        blank + f"\r\n{blank}".join(map(json.dumps, values)), encoding="utf-8-sig", newline=""
+    )
     records = JsonRecords(file)
     assert _all(records) == values
     lines = file.read_bytes().decode("utf-8-sig").split("\n")
-    assert [json.loads(lines[int(records.name(index)) - 1]) for index in range(len(records))] == values
+    assert [
+        json.loads(lines[int(records.name(index)) - 1]) for index in range(len(records))
+    ] == values
     assert _all(JsonRecords(file, most=2)) == values[:2]
 
 
 @_few
-@given(rows=st.lists(st.tuples(_texts, _texts, st.text(max_size=8)), max_size=4), mark=st.sampled_from(",;\t"), bom=st.booleans())
-def test_any_table_comes_back_with_its_line_numbers(rows: list, mark: str, bom: bool, tmp_path_factory: pytest.TempPathFactory) -> None:
+@given(
+    rows=st.lists(st.tuples(_texts, _texts, st.text(max_size=8)), max_size=4),
+    mark=st.sampled_from(",;\t"),
+    bom=st.booleans(),
+)
+def test_any_table_comes_back_with_its_line_numbers(
+    rows: list, mark: str, bom: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     rows = [[cell.replace("\0", "") for cell in row] for row in rows]
     buffer = io.StringIO(newline="")
-    csv.writer(buffer, delimiter=mark, quoting=csv.QUOTE_ALL).writerows([["image", "question", "answer"], *rows])
+    csv.writer(buffer, delimiter=mark, quoting=csv.QUOTE_ALL).writerows(
+        [["image", "question", "answer"], *rows]
+    )
     file = tmp_path_factory.mktemp("table") / "a.csv"
     file.write_bytes(b"\xef\xbb\xbf" * bom + buffer.getvalue().encode())
     records = TableRecords(file)
-    assert _all(records) == [{name: cell or None for name, cell in zip(("image", "question", "answer"), row, strict=True)} for row in rows]
+    assert _all(records) == [
+        {
+            name: cell or None
+            for name, cell in zip(("image", "question", "answer"), row, strict=True)
+        }
+        for row in rows
+    ]
     line = 2
     for index, row in enumerate(rows):
         assert records.where(index) == f"{file}, line {line}"
@@ -80,15 +111,28 @@ def test_a_tsv_is_separated_by_tabs_and_blank_lines_are_no_rows(tmp_path: Path) 
     assert len(record_file(tmp_path / "empty.csv")) == len(record_file(tmp_path / "a.tsv", 0)) == 0
 
 
-@pytest.mark.parametrize("text", ["[", '[{"a": 1}', '[{"a": 1}}', '[{"a": "x', "[1, 2] 3", "[[1, 2]", '["a, b', "[1]]"])
+@pytest.mark.parametrize(
+    "text", ["[", '[{"a": 1}', '[{"a": 1}}', '[{"a": "x', "[1, 2] 3", "[[1, 2]", '["a, b', "[1]]"]
+)
 def test_a_list_that_is_cut_short_is_an_error(text: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(text)
-    with pytest.raises(ValueError, match=r"a\.json is not valid JSON: its list is not closed, or does not end the file"):
+    with pytest.raises(
+        ValueError,
+        match=r"a\.json is not valid JSON: its list is not closed, or does not end the file",
+    ):
         JsonRecords(tmp_path / "a.json")
 
 
 @pytest.mark.parametrize(
-    "text", ['[1, {"a": }, 3]', '[1, {"a" 1}, 3]', '[1, "\\x", 3]', "[1, 2 2, 3]", "[1,, 3]", f"[1, {'[' * 99999}{']' * 99999}, 3]"]
+    "text",
+    [
+        '[1, {"a": }, 3]',
+        '[1, {"a" 1}, 3]',
+        '[1, "\\x", 3]',
+        "[1, 2 2, 3]",
+        "[1,, 3]",
+        f"[1, {'[' * 99999}{']' * 99999}, 3]",
+    ],
 )
 def test_a_broken_row_does_not_hide_the_others(text: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(text)
@@ -114,7 +158,9 @@ def test_a_long_broken_file_is_refused_at_once(tmp_path: Path) -> None:
         (b"a,b,a\n1,2,3\n", "two columns 'a'"),
     ],
 )
-def test_a_table_that_cannot_be_taken_apart_is_an_error(content: bytes, sentence: str, tmp_path: Path) -> None:
+def test_a_table_that_cannot_be_taken_apart_is_an_error(
+    content: bytes, sentence: str, tmp_path: Path
+) -> None:
     (tmp_path / "a.csv").write_bytes(content)
     with pytest.raises(ValueError, match=rf"a\.csv.*{sentence}"):
         TableRecords(tmp_path / "a.csv")
@@ -124,7 +170,9 @@ def test_a_row_with_another_number_of_cells_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("image,answer\na.png,yes\nb.png,no, it is not\n")
     records = TableRecords(tmp_path / "a.csv")
     assert records.read(0) == {"image": "a.png", "answer": "yes"}
-    with pytest.raises(ValueError, match=r"a\.csv, line 3 has 3 cells for 2 columns; put text with a ',' in quotes"):
+    with pytest.raises(
+        ValueError, match=r"a\.csv, line 3 has 3 cells for 2 columns; put text with a ',' in quotes"
+    ):
         records.read(1)
 
 
@@ -132,11 +180,22 @@ def test_files_stand_one_after_another_and_the_index_travels(tmp_path: Path) -> 
     for name, values in (("a", [1, 2]), ("none", []), ("b", [3])):
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(str, values)))
     files = [tmp_path / f"{name}.jsonl" for name in ("a", "none", "b")]
-    rows = Rows("mine", [Part(f"mine/{file.stem}", JsonRecords(file), image_folders(file)) for file in files])
+    rows = Rows(
+        "mine",
+        [Part(f"mine/{file.stem}", JsonRecords(file), image_folders(file)) for file in files],
+    )
     again = pickle.loads(pickle.dumps(rows))  # what a data loader does where it cannot fork
     for copy in (rows, again):
-        assert [(row.id, row.content) for row in copy] == [("mine/a/1", 1), ("mine/a/2", 2), ("mine/b/1", 3)]
-    assert rows[-1] == rows[2] and rows[-1].where == f"{files[2]}, line 1" and rows[0].folders.base == tmp_path
+        assert [(row.id, row.content) for row in copy] == [
+            ("mine/a/1", 1),
+            ("mine/a/2", 2),
+            ("mine/b/1", 3),
+        ]
+    assert (
+        rows[-1] == rows[2]
+        and rows[-1].where == f"{files[2]}, line 1"
+        and rows[0].folders.base == tmp_path
+    )
     for outside in (3, -4):
         with pytest.raises(IndexError):
             rows[outside]

@@ -11,7 +11,9 @@ from mipha.data.datasets import llava
 
 
 def _turns(*texts: str) -> list[dict[str, str]]:
-    return [{"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate(texts)]
+    return [
+        {"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate(texts)
+    ]
 
 
 ROWS = [
@@ -28,19 +30,29 @@ ROWS = [
         ("mine.json", "\n\n".join(map(json.dumps, ROWS)), (1, 3)),
     ],
 )
-def test_a_list_and_lines_hold_the_same(name: str, text: str, numbers: tuple[int, int], tmp_path: Path) -> None:
+def test_a_list_and_lines_hold_the_same(
+    name: str, text: str, numbers: tuple[int, int], tmp_path: Path
+) -> None:
     (tmp_path / name).write_text(text)
     first, second = (llava.to_sample(row, None) for row in llava.load(tmp_path / name, "train"))
     assert [message.text for message in first.messages] == ["<image>\nWhat is it?", "A bus."]
     assert first.images == (tmp_path / "1.jpg",)
     assert [message.text for message in second.messages] == ["Hello", "Hi"]
-    assert [first.id, second.id] == [f"llava/mine/{number}/{id}" for number, id in zip(numbers, "ab", strict=True)]
+    assert [first.id, second.id] == [
+        f"llava/mine/{number}/{id}" for number, id in zip(numbers, "ab", strict=True)
+    ]
 
 
 def test_a_row_that_is_wrong_is_named(tmp_path: Path) -> None:
-    (tmp_path / "mine.jsonl").write_text(json.dumps(ROWS[0] | {"image": "../1.jpg"}) + "\n" + json.dumps(ROWS[1] | {"image": "1.jpg"}))
+    (tmp_path / "mine.jsonl").write_text(
+        json.dumps(ROWS[0] | {"image": "../1.jpg"})
+        + "\n"
+        + json.dumps(ROWS[1] | {"image": "1.jpg"})
+    )
     rows = llava.load(tmp_path / "mine.jsonl", "train")
-    with pytest.raises(ValueError, match=r"mine\.jsonl, line 1: the image path '\.\./1\.jpg' leads out"):
+    with pytest.raises(
+        ValueError, match=r"mine\.jsonl, line 1: the image path '\.\./1\.jpg' leads out"
+    ):
         llava.to_sample(rows[0], None)
     with pytest.raises(ValueError, match=r"mine\.jsonl, line 2.*0 <image> markers for 1 images"):
         llava.to_sample(rows[1], None)

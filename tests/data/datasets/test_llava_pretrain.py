@@ -15,7 +15,10 @@ ROW = {
     "image": "00453/004539375.jpg",
     "conversations": [
         {"from": "human", "value": "Render a clear and concise summary of the photo.\n<image>"},
-        {"from": "gpt", "value": "select luxury furniture 3 - inch gel memory foam mattress topper"},
+        {
+            "from": "gpt",
+            "value": "select luxury furniture 3 - inch gel memory foam mattress topper",
+        },
     ],
 }
 
@@ -78,12 +81,21 @@ def test_a_path_that_leads_out_is_refused(path, tmp_path: Path) -> None:
         ({"id": "1"}, 'list of "conversations"'),
         ({**ROW, "conversations": []}, "no human turn is answered"),
         ({**ROW, "conversations": ROW["conversations"][:1]}, "no human turn is answered"),
-        ({**ROW, "conversations": [*ROW["conversations"], ROW["conversations"][1]]}, "roles are user, assistant, assistant"),
+        (
+            {**ROW, "conversations": [*ROW["conversations"], ROW["conversations"][1]]},
+            "roles are user, assistant, assistant",
+        ),
         ({**ROW, "conversations": [{"from": "human", "value": 3}]}, r"turn 0: wanted \{.from"),
         ({**ROW, "conversations": [{"from": "robot", "value": "hi"}]}, "turn 0"),
         ({**ROW, "conversations": ["hi"]}, "turn 0"),
         ({key: ROW[key] for key in ("id", "conversations")}, "1 <image> markers for 0 images"),
-        ({**ROW, "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hi"}]}, "0 <image> markers for 1 images"),
+        (
+            {
+                **ROW,
+                "conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hi"}],
+            },
+            "0 <image> markers for 1 images",
+        ),
     ],
 )
 def test_a_malformed_row_is_named(row, sentence, tmp_path: Path) -> None:

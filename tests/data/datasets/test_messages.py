@@ -46,15 +46,30 @@ def test_where_the_image_goes(content, text: str, tmp_path: Path) -> None:
 
 
 def test_several_images_without_a_marker_go_to_the_first_user_turn(tmp_path: Path) -> None:
-    turns = [{"role": "system", "content": "Be brief."}, _user("Compare."), ANSWER, _user("More?"), ANSWER]
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        _user("Compare."),
+        ANSWER,
+        _user("More?"),
+        ANSWER,
+    ]
     sample = _sample(tmp_path, *turns, images=["a.jpg", "b.jpg"], id="pair")
-    assert [message.text for message in sample.messages] == ["Be brief.", "<image>\n<image>\nCompare.", "A cat.", "More?", "A cat."]
+    assert [message.text for message in sample.messages] == [
+        "Be brief.",
+        "<image>\n<image>\nCompare.",
+        "A cat.",
+        "More?",
+        "A cat.",
+    ]
     assert sample.id == "messages/train/2/pair"
 
 
 def test_two_image_parts_stand_on_two_lines(tmp_path: Path) -> None:
     assert (
-        _sample(tmp_path, _user([PICTURE, PICTURE, TEXT]), ANSWER, images=["a", "b"]).messages[0].text == "<image>\n<image>\nWhat is this?"
+        _sample(tmp_path, _user([PICTURE, PICTURE, TEXT]), ANSWER, images=["a", "b"])
+        .messages[0]
+        .text
+        == "<image>\n<image>\nWhat is this?"
     )
 
 
@@ -70,22 +85,35 @@ def test_two_image_parts_stand_on_two_lines(tmp_path: Path) -> None:
 )
 def test_an_image_may_stand_in_its_part(picture, tmp_path: Path) -> None:
     sample = _sample(tmp_path, _user([TEXT, picture]), ANSWER)
-    assert (sample.messages[0].text, sample.images) == ("What is this?\n<image>", (tmp_path / "cats/a.jpg",))
+    assert (sample.messages[0].text, sample.images) == (
+        "What is this?\n<image>",
+        (tmp_path / "cats/a.jpg",),
+    )
 
 
 def test_an_image_may_be_in_the_record_itself(tmp_path: Path) -> None:
     uri = "data:image/png;base64," + base64.b64encode(b"pixels").decode()
-    sample = _sample(tmp_path, _user([{"type": "image_url", "image_url": {"url": uri}}, TEXT]), ANSWER)
+    sample = _sample(
+        tmp_path, _user([{"type": "image_url", "image_url": {"url": uri}}, TEXT]), ANSWER
+    )
     assert sample.images == (b"pixels",)
-    assert _sample(tmp_path, _user("What?"), ANSWER, images=[{"path": "a.jpg"}, uri]).images == (tmp_path / "a.jpg", b"pixels")
+    assert _sample(tmp_path, _user("What?"), ANSWER, images=[{"path": "a.jpg"}, uri]).images == (
+        tmp_path / "a.jpg",
+        b"pixels",
+    )
 
 
 def test_a_prompt_and_its_completion_are_one_conversation(tmp_path: Path) -> None:
     file = tmp_path / "train.json"
-    file.write_text(json.dumps([{"prompt": [_user("What?")], "completion": [ANSWER], "image": "a.jpg"}]))
+    file.write_text(
+        json.dumps([{"prompt": [_user("What?")], "completion": [ANSWER], "image": "a.jpg"}])
+    )
     row = messages.load(file, "train")[0]
     sample = messages.to_sample(row, file)
-    assert ([message.text for message in sample.messages], sample.id) == (["<image>\nWhat?", "A cat."], "messages/train/0")
+    assert ([message.text for message in sample.messages], sample.id) == (
+        ["<image>\nWhat?", "A cat."],
+        "messages/train/0",
+    )
     assert row.where == f"{file}, row 0"
 
 
@@ -106,17 +134,44 @@ def test_text_alone_is_a_sample(tmp_path: Path) -> None:
         ([_user("<image>"), ANSWER], {"images": ["a", "b"]}, "1 <image> markers for 2 images"),
         ([_user("hi")], {}, "roles are user;"),
         ([], {}, "roles are nothing"),
-        ([{"role": "tool", "content": "x"}], {}, "message 0: wanted an object whose role is system or user or assistant"),
+        (
+            [{"role": "tool", "content": "x"}],
+            {},
+            "message 0: wanted an object whose role is system or user or assistant",
+        ),
         (["hi"], {}, "message 0"),
         ([_user(None), ANSWER], {}, "message 0: its content is 'None'"),
-        ([_user([{"type": "image_url", "image_url": {"url": "http://a/b.jpg"}}]), ANSWER], {}, "is an address; nothing is downloaded"),
+        (
+            [_user([{"type": "image_url", "image_url": {"url": "http://a/b.jpg"}}]), ANSWER],
+            {},
+            "is an address; nothing is downloaded",
+        ),
         ([_user([{"type": "image_url"}]), ANSWER], {}, "the image path is None"),
-        ([_user([{"type": "image_url", "image_url": {"url": "data:image/png;base64,!"}}]), ANSWER], {}, "is not valid base64"),
-        ([_user([PICTURE, {"type": "image", "image": "b.jpg"}]), ANSWER], {"images": ["a.jpg"]}, "given inside some parts and beside"),
-        ([_user([{"type": "image", "path": "b.jpg"}, PICTURE]), ANSWER], {}, "given inside some parts and beside"),
+        (
+            [
+                _user([{"type": "image_url", "image_url": {"url": "data:image/png;base64,!"}}]),
+                ANSWER,
+            ],
+            {},
+            "is not valid base64",
+        ),
+        (
+            [_user([PICTURE, {"type": "image", "image": "b.jpg"}]), ANSWER],
+            {"images": ["a.jpg"]},
+            "given inside some parts and beside",
+        ),
+        (
+            [_user([{"type": "image", "path": "b.jpg"}, PICTURE]), ANSWER],
+            {},
+            "given inside some parts and beside",
+        ),
         ([_user("hi"), ANSWER | {"weight": 0}], {}, "message 1: .weight. is 0"),
         ([_user([{"type": "text"}]), ANSWER], {}, "wanted parts"),
-        ([_user([{"type": "text", "text": "<image>"}]), ANSWER], {"images": ["a"]}, "a text part is <image>"),
+        (
+            [_user([{"type": "text", "text": "<image>"}]), ANSWER],
+            {"images": ["a"]},
+            "a text part is <image>",
+        ),
         ([_user(["hi"]), ANSWER], {}, "wanted parts"),
     ],
 )
@@ -127,7 +182,9 @@ def test_a_malformed_line_is_named(turns, row, sentence, tmp_path: Path) -> None
 
 def test_a_folder_has_one_file_a_split(tmp_path: Path) -> None:
     for split in ("train", "validation"):
-        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"messages": [_user(split), ANSWER]}) + "\n")
+        (tmp_path / f"{split}.jsonl").write_text(
+            json.dumps({"messages": [_user(split), ANSWER]}) + "\n"
+        )
     sample = messages.to_sample(messages.load(tmp_path, "validation")[0], tmp_path)
     assert (sample.id, sample.messages[0].text) == ("messages/validation/1", "validation")
     with pytest.raises(ValueError, match="no split 'test': use train or validation"):
@@ -145,7 +202,9 @@ def test_missing_things_are_named(tmp_path: Path) -> None:
         messages.load(tmp_path, "train")
     for content in (b'{"messages": []}\n{"mess', b'{"messages": []}\n\xff\xfe'):
         (tmp_path / "bad.jsonl").write_bytes(content)
-        rows = messages.load(tmp_path / "bad.jsonl", "train")  # one bad line does not hide the others
+        rows = messages.load(
+            tmp_path / "bad.jsonl", "train"
+        )  # one bad line does not hide the others
         assert rows[0].content == {"messages": []}
         with pytest.raises(ValueError, match=r"bad\.jsonl, line 2 is not valid JSON"):
             rows[1]

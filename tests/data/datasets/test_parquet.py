@@ -42,7 +42,10 @@ def test_an_image_a_row_over_several_row_groups() -> None:
 
 def test_lists_of_images() -> None:
     both, text, one = _samples(SAVED / "messages.parquet")
-    assert [open_image(image).getpixel((0, 0)) for image in both.images] == [(255, 0, 0), (0, 0, 255)]
+    assert [open_image(image).getpixel((0, 0)) for image in both.images] == [
+        (255, 0, 0),
+        (0, 0, 255),
+    ]
     assert both.messages[0].text == "<image>\n<image>\nCompare."
     assert (text.images, len(one.images)) == ((), 1)
 
@@ -52,36 +55,63 @@ def test_paths_instead_of_bytes_are_paths(tmp_path: Path) -> None:
     assert _samples(SAVED / "paths.parquet")[0].images == (SAVED / "red.png",)
     shutil.copy(SAVED / "paths.parquet", tmp_path)
     (tmp_path / "red.png").symlink_to(SAVED / "red.png")
-    with pytest.raises(ValueError, match=r"paths\.parquet, row 0: the image path 'red\.png' leads out"):
+    with pytest.raises(
+        ValueError, match=r"paths\.parquet, row 0: the image path 'red\.png' leads out"
+    ):
         _samples(tmp_path / "paths.parquet")
-    assert _samples(tmp_path / "paths.parquet", image_root=[SAVED])[0].images == (SAVED / "red.png",)
-    plain = _write(tmp_path / "plain.parquet", image_path=["a.png", None], question=["What?", "Hello?"], answer=["That", "Hi."])
+    assert _samples(tmp_path / "paths.parquet", image_root=[SAVED])[0].images == (
+        SAVED / "red.png",
+    )
+    plain = _write(
+        tmp_path / "plain.parquet",
+        image_path=["a.png", None],
+        question=["What?", "Hello?"],
+        answer=["That", "Hi."],
+    )
     assert [sample.images for sample in _samples(plain)] == [(tmp_path / "a.png",), ()]
 
 
 @pytest.mark.parametrize("name", ["image", "picture", "jpg"])
 def test_plain_bytes_under_any_name(name: str, tmp_path: Path) -> None:
-    file = _write(tmp_path / "a.parquet", **{name: [RED, None, RED], "question": ["a", "b", "c"], "answer": ["d", "e", "f"]})
+    file = _write(
+        tmp_path / "a.parquet",
+        **{name: [RED, None, RED], "question": ["a", "b", "c"], "answer": ["d", "e", "f"]},
+    )
     first, text, last = _samples(file)
     assert (first.images[0].read(), text.images, last.images[0].read()) == (RED, (), RED)
 
 
 def test_lists_of_plain_bytes(tmp_path: Path) -> None:
-    file = _write(tmp_path / "a.parquet", images=[[RED, b"x"], [], None], question=["a", "b", "c"], answer=["d", "e", "f"])
-    assert [[image.read() for image in sample.images] for sample in _samples(file)] == [[RED, b"x"], [], []]
+    file = _write(
+        tmp_path / "a.parquet",
+        images=[[RED, b"x"], [], None],
+        question=["a", "b", "c"],
+        answer=["d", "e", "f"],
+    )
+    assert [[image.read() for image in sample.images] for sample in _samples(file)] == [
+        [RED, b"x"],
+        [],
+        [],
+    ]
 
 
 def test_the_column_named_image_is_the_image(tmp_path: Path) -> None:
     file = _write(tmp_path / "a.parquet", mask=[b"m"], image=[RED], question=["a"], answer=["b"])
     assert _samples(file)[0].images[0].read() == RED
     file = _write(tmp_path / "b.parquet", left=[b"m"], right=[RED], question=["a"], answer=["b"])
-    with pytest.raises(ValueError, match=r"b\.parquet has images in the columns left, right: rename"):
+    with pytest.raises(
+        ValueError, match=r"b\.parquet has images in the columns left, right: rename"
+    ):
         parquet.load(file, "train")
 
 
 def test_files_of_a_split_in_the_hubs_layout(tmp_path: Path) -> None:
     for shard in (1, 0):
-        _write(tmp_path / f"data/train-0000{shard}-of-00002.parquet", question=[f"{shard}"] * 3, answer=["x"] * 3)
+        _write(
+            tmp_path / f"data/train-0000{shard}-of-00002.parquet",
+            question=[f"{shard}"] * 3,
+            answer=["x"] * 3,
+        )
     _write(tmp_path / "data/test-00000-of-00001.parquet", question=["t"], answer=["x"])
     rows = parquet.load(tmp_path, "train")
     assert [row.content["question"] for row in rows] == ["0"] * 3 + ["1"] * 3
@@ -90,11 +120,23 @@ def test_files_of_a_split_in_the_hubs_layout(tmp_path: Path) -> None:
 
 
 def test_what_is_wrong_is_named(tmp_path: Path) -> None:
-    file = _write(tmp_path / "a.parquet", image=[{"bytes": RED, "path": None}, {"bytes": None, "path": "x.png"}], label=[1, 2])
-    with pytest.raises(ValueError, match=r"a\.parquet, row 0 holds label, image, which fits no known format"):
+    file = _write(
+        tmp_path / "a.parquet",
+        image=[{"bytes": RED, "path": None}, {"bytes": None, "path": "x.png"}],
+        label=[1, 2],
+    )
+    with pytest.raises(
+        ValueError, match=r"a\.parquet, row 0 holds label, image, which fits no known format"
+    ):
         _samples(file)
-    file = _write(tmp_path / "b.parquet", image=[{"bytes": RED, "path": None}, {"bytes": None, "path": "x.png"}], text=["a", "b"])
-    with pytest.raises(ValueError, match=r"b\.parquet, row 1 of row group 0 holds no bytes of an image; embed"):
+    file = _write(
+        tmp_path / "b.parquet",
+        image=[{"bytes": RED, "path": None}, {"bytes": None, "path": "x.png"}],
+        text=["a", "b"],
+    )
+    with pytest.raises(
+        ValueError, match=r"b\.parquet, row 1 of row group 0 holds no bytes of an image; embed"
+    ):
         open_image(_samples(file)[1].images[0])
     for number, content in enumerate((b"", b"PAR1 and no more", file.read_bytes()[:-20])):
         (tmp_path / f"{number}.parquet").write_bytes(content)
@@ -103,5 +145,7 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
     damaged = bytearray(file.read_bytes())
     damaged[4:200] = bytes(196)
     (tmp_path / "damaged.parquet").write_bytes(damaged)
-    with pytest.raises(ValueError, match=r"damaged\.parquet, row 0 (of row group 0 )?cannot be read"):
+    with pytest.raises(
+        ValueError, match=r"damaged\.parquet, row 0 (of row group 0 )?cannot be read"
+    ):
         open_image(_samples(tmp_path / "damaged.parquet")[0].images[0])

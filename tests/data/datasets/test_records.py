@@ -9,7 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mipha.data.datasets._records import ImageFolders, image_folders, image_source, image_values, path_inside, with_images
+from mipha.data.datasets._records import (
+    ImageFolders,
+    image_folders,
+    image_source,
+    image_values,
+    path_inside,
+    with_images,
+)
 from mipha.data.images import FileSlice
 
 
@@ -33,14 +40,26 @@ def data(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "path", ["a.png", "./a.png", "pictures/b.png", "pictures/../a.png", "inner.png", "not yet there.png", "a b,c:d.png"]
+    "path",
+    [
+        "a.png",
+        "./a.png",
+        "pictures/b.png",
+        "pictures/../a.png",
+        "inner.png",
+        "not yet there.png",
+        "a b,c:d.png",
+    ],
 )
 def test_a_path_inside_is_the_path_as_written(path: str, data: Path) -> None:
     assert path_inside(image_folders(data), path, "here") == data.parent / path
 
 
 def test_an_absolute_path_inside_is_one_too(data: Path) -> None:
-    assert path_inside(image_folders(data), str(data.parent / "a.png"), "here") == data.parent / "a.png"
+    assert (
+        path_inside(image_folders(data), str(data.parent / "a.png"), "here")
+        == data.parent / "a.png"
+    )
 
 
 @pytest.mark.parametrize(
@@ -65,7 +84,9 @@ def test_an_absolute_path_inside_is_one_too(data: Path) -> None:
     ],
 )
 def test_a_path_that_leads_out_is_refused(path: str, data: Path) -> None:
-    with pytest.raises(ValueError, match=r"^train\.jsonl, line 3: the image path .* leads out of .*data"):
+    with pytest.raises(
+        ValueError, match=r"^train\.jsonl, line 3: the image path .* leads out of .*data"
+    ):
         path_inside(image_folders(data), path, "train.jsonl, line 3")
 
 
@@ -108,7 +129,9 @@ def test_an_image_root_opens_one_more_folder_and_moves_the_start(data: Path) -> 
 
 
 def test_the_refusal_says_what_to_write(data: Path) -> None:
-    with pytest.raises(ValueError, match=rf"image_root=\[{data.parent}, {data.parent.parent / 'outside'}\]$"):
+    with pytest.raises(
+        ValueError, match=rf"image_root=\[{data.parent}, {data.parent.parent / 'outside'}\]$"
+    ):
         path_inside(image_folders(data), "link.png", "here")
 
 
@@ -138,7 +161,11 @@ def test_the_hubs_download_cache_is_one_folder(tmp_path: Path) -> None:
 
 def test_which_images_a_record_gives() -> None:
     place = FileSlice(Path("x.tar"), 0, 1, "a")
-    assert image_values({"text": "hello"}, "here") == image_values({"image": None, "images": None}, "here") == []
+    assert (
+        image_values({"text": "hello"}, "here")
+        == image_values({"image": None, "images": None}, "here")
+        == []
+    )
     assert image_values({"image": "a", "path": "b"}, "here") == ["a"]
     assert image_values({"images": ["a", "b"], "image": "c"}, "here") == ["a", "b"]
     assert image_values({"image": ["a", "b"]}, "here") == ["a", "b"]
@@ -147,17 +174,23 @@ def test_which_images_a_record_gives() -> None:
     assert image_source({"bytes": b"x", "path": "y"}, ImageFolders(Path("/"), ()), "here") == b"x"
     with pytest.raises(ValueError, match=r'here: "images" is .a.; wanted a list of paths'):
         image_values({"images": "a"}, "here")
-    assert with_images({"image": "../a", "path": "b", "text": "t"}, [place]) == {"text": "t", "image": place}
+    assert with_images({"image": "../a", "path": "b", "text": "t"}, [place]) == {
+        "text": "t",
+        "image": place,
+    }
     assert with_images({"image": "../a"}, []) == {"images": []}
 
 
 _json = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
 )
 
 
 @given(value=_json | st.text(alphabet="./\\:a~\0\ud800", max_size=12))
-def test_nothing_that_a_record_says_reads_outside(value: object, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_nothing_that_a_record_says_reads_outside(
+    value: object, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     folder = Path(tmp_path_factory.getbasetemp()).resolve()
     try:
         source = image_source(value, image_folders(folder / "train.jsonl"), "here")

@@ -14,13 +14,33 @@ from mipha.data.datasets._shapes import sample_of, shapes_of
 
 FOLDERS = ImageFolders(Path("/nowhere"), ("/nowhere",))
 
-_texts = st.sampled_from(["<image>", "<image>\nWhat?", "a", "", "user", "human", "image", "text", "../a", "http://a/b", "\ud800", "data:,"])
-_parts = st.fixed_dictionaries({}, optional={key: _texts | st.none() for key in ("type", "text", "image", "url", "image_url")})
+_texts = st.sampled_from(
+    [
+        "<image>",
+        "<image>\nWhat?",
+        "a",
+        "",
+        "user",
+        "human",
+        "image",
+        "text",
+        "../a",
+        "http://a/b",
+        "\ud800",
+        "data:,",
+    ]
+)
+_parts = st.fixed_dictionaries(
+    {}, optional={key: _texts | st.none() for key in ("type", "text", "image", "url", "image_url")}
+)
 _values = st.none() | st.booleans() | st.integers() | st.floats() | _texts
 _turns = st.lists(
     st.fixed_dictionaries(
         {},
-        optional={"role": _texts | st.sampled_from(["user", "assistant", "system"]), "from": st.sampled_from(["human", "gpt"]) | _values}
+        optional={
+            "role": _texts | st.sampled_from(["user", "assistant", "system"]),
+            "from": st.sampled_from(["human", "gpt"]) | _values,
+        }
         | {key: _values | st.lists(_parts | _values, max_size=3) for key in ("content", "value")},
     )
     | _values,
@@ -28,8 +48,14 @@ _turns = st.lists(
 )
 _records = st.fixed_dictionaries(
     {},
-    optional={key: _values | _turns for key in ("messages", "conversations", "prompt", "completion", "system", "id")}
-    | {key: _values | st.lists(_values, max_size=2) for key in (*IMAGE_COLUMNS[:4], "question", "answer", "caption", "text")},
+    optional={
+        key: _values | _turns
+        for key in ("messages", "conversations", "prompt", "completion", "system", "id")
+    }
+    | {
+        key: _values | st.lists(_values, max_size=2)
+        for key in (*IMAGE_COLUMNS[:4], "question", "answer", "caption", "text")
+    },
 )
 
 
@@ -37,7 +63,13 @@ _records = st.fixed_dictionaries(
 @given(content=_records | _values | st.lists(_values, max_size=2))
 def test_no_record_is_worse_than_a_value_error(content: object) -> None:
     row = Row("mine", "mine/1", "mine, line 1", content, FOLDERS)
-    for read in (sample_of, *(lambda row, module=module: module.to_sample(row, None) for module in (messages, llava, sharegpt, table))):
+    for read in (
+        sample_of,
+        *(
+            lambda row, module=module: module.to_sample(row, None)
+            for module in (messages, llava, sharegpt, table)
+        ),
+    ):
         try:
             sample = read(row)
         except ValueError as error:
@@ -51,7 +83,10 @@ def test_a_record_that_fits_none_or_two_is_refused() -> None:
     assert shapes_of(turns) == ["messages", "llava"]
     for content, sentence in (
         (turns, "line 1 holds messages, conversations, which fits messages and llava"),
-        ({"picture_of": "a", "tags": []}, "line 1 holds picture_of, tags, which fits no known format; wanted messages"),
+        (
+            {"picture_of": "a", "tags": []},
+            "line 1 holds picture_of, tags, which fits no known format; wanted messages",
+        ),
         ({}, "line 1 holds nothing, which fits no known format"),
         ([1], r"line 1 holds \[1\], which fits no known format"),
     ):

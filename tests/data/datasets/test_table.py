@@ -19,10 +19,17 @@ def _sample(root: Path, row: object) -> Sample:
 @pytest.mark.parametrize("name", ["mine.csv", "mine.tsv", "semicolons.csv"])
 def test_a_table_of_questions(name: str, tmp_path: Path) -> None:
     mark = "\t" if name.endswith("tsv") else ";" if name.startswith("semi") else ","
-    rows = [["Image", "Question", " answer "], ["cats/a.jpg", '"What, is; it?"', '"A ""cat"".\nA big one."'], ["", "Hello?", "Hi."]]
+    rows = [
+        ["Image", "Question", " answer "],
+        ["cats/a.jpg", '"What, is; it?"', '"A ""cat"".\nA big one."'],
+        ["", "Hello?", "Hi."],
+    ]
     (tmp_path / name).write_text("\n".join(mark.join(row) for row in rows), encoding="utf-8-sig")
     first, second = (table.to_sample(row, None) for row in table.load(tmp_path / name, "train"))
-    assert [message.text for message in first.messages] == ["<image>\nWhat, is; it?", 'A "cat".\nA big one.']
+    assert [message.text for message in first.messages] == [
+        "<image>\nWhat, is; it?",
+        'A "cat".\nA big one.',
+    ]
     assert first.images == (tmp_path / "cats/a.jpg",)
     assert ([message.text for message in second.messages], second.images) == (["Hello?", "Hi."], ())
     assert [first.id, second.id] == [f"table/{name[:-4]}/2", f"table/{name[:-4]}/4"]
@@ -38,7 +45,11 @@ def test_a_table_of_questions(name: str, tmp_path: Path) -> None:
         ({"image": "a", "question": "Is <image> it?", "answer": "Yes"}, "Is <image> it?", "Yes"),
         ({"image": "a", "caption": "A cat."}, "<image>\nDescribe the image.", "A cat."),
         ({"file_name": "a", "text": "A cat."}, "<image>\nDescribe the image.", "A cat."),
-        ({"images": ["a"], "question": "What?", "answer": "That", "caption": "A cat."}, "<image>\nWhat?", "That"),
+        (
+            {"images": ["a"], "question": "What?", "answer": "That", "caption": "A cat."},
+            "<image>\nWhat?",
+            "That",
+        ),
     ],
 )
 def test_which_columns_are_read(row: dict, question: str, answer: str, tmp_path: Path) -> None:
@@ -50,7 +61,10 @@ def test_which_columns_are_read(row: dict, question: str, answer: str, tmp_path:
 @pytest.mark.parametrize(
     ("row", "sentence"),
     [
-        ({"image": "a", "label": "cat"}, "has the columns image, label; wanted question or prompt or query and answer"),
+        (
+            {"image": "a", "label": "cat"},
+            "has the columns image, label; wanted question or prompt or query and answer",
+        ),
         ({"caption": "A cat."}, "has the columns caption; wanted"),
         ({}, "has the columns none; wanted"),
         ("a picture", "wanted an object"),
@@ -61,7 +75,10 @@ def test_which_columns_are_read(row: dict, question: str, answer: str, tmp_path:
         ({"image": "a", "question": "What?", "answer": True}, "its answer is 'True'"),
         ({"image": "a", "question": "What?", "answer": ["x", "y"]}, "its answer is"),
         ({"image": "/etc/passwd", "question": "What?", "answer": "That"}, "leads out"),
-        ({"image": "a", "question": "A <image>?", "answer": "an <image>"}, "2 <image> markers for 1 images"),
+        (
+            {"image": "a", "question": "A <image>?", "answer": "an <image>"},
+            "2 <image> markers for 1 images",
+        ),
     ],
 )
 def test_a_row_that_is_wrong_is_named(row: object, sentence: str, tmp_path: Path) -> None:

@@ -15,11 +15,18 @@ from mipha.data.datasets import webdataset
 from mipha.data.images import FileSlice, image_key, open_image
 from mipha.data.sample import Sample
 
-RED, BLUE = ((Path(__file__).parent / "saved_by_datasets" / "red.png").read_bytes(), b"not a picture")
-CONVERSATION = {"messages": [{"role": "user", "content": "Compare."}, {"role": "assistant", "content": "No."}]}
+RED, BLUE = (
+    (Path(__file__).parent / "saved_by_datasets" / "red.png").read_bytes(),
+    b"not a picture",
+)
+CONVERSATION = {
+    "messages": [{"role": "user", "content": "Compare."}, {"role": "assistant", "content": "No."}]
+}
 
 
-def _tar(path: Path, *files: tuple[str, bytes | str], mode: str = "w", format: int = tarfile.PAX_FORMAT) -> Path:
+def _tar(
+    path: Path, *files: tuple[str, bytes | str], mode: str = "w", format: int = tarfile.PAX_FORMAT
+) -> Path:
     path.parent.mkdir(exist_ok=True)
     with tarfile.open(path, mode, format=format) as tar:
         for name, content in files:
@@ -45,15 +52,27 @@ def test_what_lies_under_one_name_is_a_sample(format: int, tmp_path: Path) -> No
         ("readme", "no name before a dot"),
         ("._0001.png", "what a Mac leaves behind"),
         (f"{long}.PNG", BLUE),
-        (f"{long}.json", json.dumps({"image": "../../etc/passwd", "question": "What?", "answer": "That", "id": "x"})),
+        (
+            f"{long}.json",
+            json.dumps(
+                {"image": "../../etc/passwd", "question": "What?", "answer": "That", "id": "x"}
+            ),
+        ),
         ("text.json", json.dumps({"question": "Hello?", "answer": "Hi."})),
         format=format,
     )
     first, second, third = _samples(file)
-    assert [message.text for message in first.messages] == ["<image>\nDescribe the image.", "A red square."]
+    assert [message.text for message in first.messages] == [
+        "<image>\nDescribe the image.",
+        "A red square.",
+    ]
     assert [message.text for message in second.messages] == ["<image>\nWhat?", "That"]
     assert (third.messages[0].text, third.images) == ("Hello?", ())
-    assert [sample.id for sample in (first, second, third)] == ["webdataset/mine/0000", f"webdataset/mine/{long}/x", "webdataset/mine/text"]
+    assert [sample.id for sample in (first, second, third)] == [
+        "webdataset/mine/0000",
+        f"webdataset/mine/{long}/x",
+        "webdataset/mine/text",
+    ]
     assert open_image(first.images[0]).getpixel((0, 0)) == (255, 0, 0)
     assert second.images[0].read() == BLUE
     assert str(first.images[0]) == f"{file}, 0000"
@@ -63,7 +82,12 @@ def test_what_lies_under_one_name_is_a_sample(format: int, tmp_path: Path) -> No
 
 
 def test_several_images_keep_their_order(tmp_path: Path) -> None:
-    file = _tar(tmp_path / "mine.tar", ("7.1.png", BLUE), ("7.0.png", RED), ("7.json", json.dumps(CONVERSATION)))
+    file = _tar(
+        tmp_path / "mine.tar",
+        ("7.1.png", BLUE),
+        ("7.0.png", RED),
+        ("7.json", json.dumps(CONVERSATION)),
+    )
     (sample,) = _samples(file)
     assert sample.messages[0].text == "<image>\n<image>\nCompare."
     assert [image.read() for image in sample.images] == [BLUE, RED]
@@ -72,13 +96,27 @@ def test_several_images_keep_their_order(tmp_path: Path) -> None:
 
 def test_shards_of_a_split(tmp_path: Path) -> None:
     for name in ("train-000001", "train-000000", "val-000000"):
-        _tar(tmp_path / f"{name}.tar", ("a.jpg", RED), ("a.txt", name), ("b.jpg", RED), ("b.txt", name))
-    assert [sample.messages[1].text for sample in _samples(tmp_path)] == ["train-000000"] * 2 + ["train-000001"] * 2
-    assert [sample.id for sample in _samples(tmp_path, "validation")] == ["webdataset/val-000000/a", "webdataset/val-000000/b"]
+        _tar(
+            tmp_path / f"{name}.tar",
+            ("a.jpg", RED),
+            ("a.txt", name),
+            ("b.jpg", RED),
+            ("b.txt", name),
+        )
+    assert [sample.messages[1].text for sample in _samples(tmp_path)] == ["train-000000"] * 2 + [
+        "train-000001"
+    ] * 2
+    assert [sample.id for sample in _samples(tmp_path, "validation")] == [
+        "webdataset/val-000000/a",
+        "webdataset/val-000000/b",
+    ]
     rows = webdataset.load(tmp_path, "train")
     assert pickle.loads(pickle.dumps(rows))[3] == rows[3]
     assert len(webdataset.TarRecords(tmp_path / "val-000000.tar", most=1)) == 1
-    assert webdataset.TarRecords(tmp_path / "val-000000.tar", most=1).read(0)["caption"] == "val-000000"
+    assert (
+        webdataset.TarRecords(tmp_path / "val-000000.tar", most=1).read(0)["caption"]
+        == "val-000000"
+    )
 
 
 @pytest.mark.parametrize(
@@ -91,7 +129,10 @@ def test_shards_of_a_split(tmp_path: Path) -> None:
         ([("a.json", "[1]")], "sample a: its .json is .1.; wanted an object"),
         ([("a.json", "[" * 99999)], "sample a: its .json is not valid JSON"),
         ([("a.txt", b"caf\xe9"), ("a.jpg", RED)], "sample a: its text is not UTF-8"),
-        ([("a.json", '{"label": 3}'), ("a.jpg", RED)], "sample a holds label, image, which fits no known format"),
+        (
+            [("a.json", '{"label": 3}'), ("a.jpg", RED)],
+            "sample a holds label, image, which fits no known format",
+        ),
         ([("a.txt", " "), ("a.jpg", RED)], "sample a: its caption is ''"),
     ],
 )
@@ -100,19 +141,27 @@ def test_a_sample_that_is_wrong_is_named(files: list, sentence: str, tmp_path: P
         _samples(_tar(tmp_path / "mine.tar", *files))
 
 
-@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
+@pytest.mark.parametrize(
+    "kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE]
+)
 def test_links_and_devices_are_refused(kind: bytes, tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "mine.tar", "w") as tar:
         member = tarfile.TarInfo("a.jpg")
         member.type, member.linkname = kind, "/etc/passwd"
         tar.addfile(member)
-    with pytest.raises(ValueError, match=r"mine\.tar holds 'a\.jpg', which is a link or no plain file"):
+    with pytest.raises(
+        ValueError, match=r"mine\.tar holds 'a\.jpg', which is a link or no plain file"
+    ):
         webdataset.load(tmp_path / "mine.tar", "train")
 
 
 def test_tars_that_cannot_be_indexed(tmp_path: Path) -> None:
     whole = _tar(tmp_path / "whole.tar", ("a.jpg", RED * 100), ("a.txt", "x" * 5000)).read_bytes()
-    for content, sentence in ((whole[:9000], "is it cut short"), (b"", "is it cut short"), (b"hello" * 200, "is it cut short")):
+    for content, sentence in (
+        (whole[:9000], "is it cut short"),
+        (b"", "is it cut short"),
+        (b"hello" * 200, "is it cut short"),
+    ):
         (tmp_path / "bad.tar").write_bytes(content)
         with pytest.raises(ValueError, match=rf"bad\.tar cannot be read as a tar: .*{sentence}"):
             webdataset.load(tmp_path / "bad.tar", "train")
@@ -124,7 +173,13 @@ def test_tars_that_cannot_be_indexed(tmp_path: Path) -> None:
 
 
 def test_a_damaged_tar_is_nothing_worse_than_a_value_error(tmp_path: Path) -> None:
-    whole = _tar(tmp_path / "a.tar", ("a.jpg", RED), ("a.txt", "A cat."), ("b" * 120 + ".jpg", RED), ("b.json", "{}")).read_bytes()
+    whole = _tar(
+        tmp_path / "a.tar",
+        ("a.jpg", RED),
+        ("a.txt", "A cat."),
+        ("b" * 120 + ".jpg", RED),
+        ("b.json", "{}"),
+    ).read_bytes()
     chance = random.Random(0)
     for _ in range(300):
         damaged = bytearray(whole[: chance.choice([len(whole), chance.randrange(len(whole))])])
@@ -134,6 +189,8 @@ def test_a_damaged_tar_is_nothing_worse_than_a_value_error(tmp_path: Path) -> No
         (tmp_path / "a.tar").write_bytes(damaged)
         try:
             for row in webdataset.load(tmp_path / "a.tar", "train"):
-                assert all(isinstance(image, FileSlice) for image in webdataset.to_sample(row, None).images)
+                assert all(
+                    isinstance(image, FileSlice) for image in webdataset.to_sample(row, None).images
+                )
         except ValueError as error:
             assert str(error).startswith(str(tmp_path / "a"))

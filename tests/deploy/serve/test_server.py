@@ -27,15 +27,23 @@ def checkpoint(tiny_model: Callable, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
-def test_what_is_wrong_is_said_before_the_model_loads(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_wrong_is_said_before_the_model_loads(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (checkpoint.parent / "empty").mkdir()
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         wrong = [
-            ({"port": taken.getsockname()[1]}, r"port \d+ is in use: stop what listens there, or choose another with --port"),
+            (
+                {"port": taken.getsockname()[1]},
+                r"port \d+ is in use: stop what listens there, or choose another with --port",
+            ),
             ({"port": 70_000}, "port 70000 does not exist"),
-            ({"host": "no.such.host.invalid"}, "'no.such.host.invalid' is no address of this machine"),
+            (
+                {"host": "no.such.host.invalid"},
+                "'no.such.host.invalid' is no address of this machine",
+            ),
             ({"host": "192.0.2.1"}, "192.0.2.1 is not this machine's: use 127.0.0.1"),
             ({"engine": "llama.cpp"}, "is no GGUF: make it with"),
             ({"api_key": "grün"}, "must be printable ASCII"),
@@ -50,8 +58,12 @@ def test_what_is_wrong_is_said_before_the_model_loads(checkpoint: Path, tmp_path
         serve(checkpoint.parent / "empty", port=0)
     with pytest.raises(FileNotFoundError, match="no run folder"):
         serve(tmp_path / "gone", port=0)
-    monkeypatch.setattr("mipha.deploy.serve.server.find_spec", lambda name: None if name == "uvicorn" else name)
-    with pytest.raises(ValueError, match=r"serving needs uvicorn: pip install 'mipha-vlm\[serve\]'"):
+    monkeypatch.setattr(
+        "mipha.deploy.serve.server.find_spec", lambda name: None if name == "uvicorn" else name
+    )
+    with pytest.raises(
+        ValueError, match=r"serving needs uvicorn: pip install 'mipha-vlm\[serve\]'"
+    ):
         serve(checkpoint, port=0)
 
 
@@ -66,17 +78,29 @@ def test_a_port_is_taken_before_the_model_loads_and_free_afterwards() -> None:
 def test_a_server_that_is_told_to_stop_finishes_what_runs(checkpoint: Path) -> None:
     program = "import sys; from mipha.deploy.serve.server import serve; serve(sys.argv[1], host='0.0.0.0', port=0)"
     environment = os.environ | {"PYTHONPATH": str(SOURCE), "TRANSFORMERS_VERBOSITY": "error"}
-    server = subprocess.Popen([sys.executable, "-c", program, checkpoint], stderr=subprocess.PIPE, text=True, env=environment)
+    server = subprocess.Popen(
+        [sys.executable, "-c", program, checkpoint],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
     try:
         assert server.stderr is not None
         said = ""
-        while not (found := re.search(r"serving tiny at http://0\.0\.0\.0:(\d+) with transformers", said)):
+        while not (
+            found := re.search(r"serving tiny at http://0\.0\.0\.0:(\d+) with transformers", said)
+        ):
             line = server.stderr.readline()
             assert line, said
             said += line
         assert "warning: anybody who reaches http://0.0.0.0:" in said
         url = f"http://127.0.0.1:{found[1]}"
-        asked = {"model": "tiny", "messages": [{"role": "user", "content": "Which colour?"}], "max_tokens": 300, "stream": True}
+        asked = {
+            "model": "tiny",
+            "messages": [{"role": "user", "content": "Which colour?"}],
+            "max_tokens": 300,
+            "stream": True,
+        }
         events = []
         with httpx.stream("POST", url + "/v1/chat/completions", json=asked, timeout=60) as response:
             for line in response.iter_lines():

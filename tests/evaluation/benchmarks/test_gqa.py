@@ -19,17 +19,49 @@ ROWS: list[tuple[str, str, str, str, str, str, list[tuple[str, str]], str | None
     ("20", "n1", "What color is the car?", "red", "query", "attr", COLOUR, "colors"),
     ("3", "n1", "Which color is it?", "red", "query", "attr", COLOUR, "colors"),
     ("100", "n2", "What color is that bus?", "blue", "query", "attr", COLOUR, "colors"),
-    ("4", "n2", "Is that a cat or a dog?", "cat", "choose", "cat", [("select", "animal"), ("choose name", "cat|dog")], "animals"),
-    ("5", "n3", "Is there a t-shirt?", "yes", "verify", "obj", [("select", "t-shirt"), ("exist", "?")], None),
-    ("6", "n3", "Who is there?", "man", "query", "obj", [("select", "person"), ("relate", "on"), ("query", "name")], None),
+    (
+        "4",
+        "n2",
+        "Is that a cat or a dog?",
+        "cat",
+        "choose",
+        "cat",
+        [("select", "animal"), ("choose name", "cat|dog")],
+        "animals",
+    ),
+    (
+        "5",
+        "n3",
+        "Is there a t-shirt?",
+        "yes",
+        "verify",
+        "obj",
+        [("select", "t-shirt"), ("exist", "?")],
+        None,
+    ),
+    (
+        "6",
+        "n3",
+        "Who is there?",
+        "man",
+        "query",
+        "obj",
+        [("select", "person"), ("relate", "on"), ("query", "name")],
+        None,
+    ),
 ]
 TEXTS = {"20": "RED...", "3": "green", "100": "Blue", "4": "dog", "5": "Yes.", "6": "man"}
 
 
-def record(row: tuple[str, str, str, str, str, str, list[tuple[str, str]], str | None]) -> dict[str, Any]:
+def record(
+    row: tuple[str, str, str, str, str, str, list[tuple[str, str]], str | None],
+) -> dict[str, Any]:
     _, image, question, answer, structural, semantic, program, group = row
     return {
-        "semantic": [{"operation": operation, "argument": argument, "dependencies": []} for operation, argument in program],
+        "semantic": [
+            {"operation": operation, "argument": argument, "dependencies": []}
+            for operation, argument in program
+        ],
         "entailed": [],
         "equivalent": [],
         "question": question,
@@ -81,7 +113,11 @@ def test_only_trailing_periods_and_case_are_forgiven(text: str, compared: str) -
 def test_numbers_by_hand(folder: Path) -> None:
     judgement = gqa.score(gqa.annotations(folder), TEXTS)
     assert judgement.per_question == {"20": 1, "3": 0, "100": 1, "4": 0, "5": 1, "6": 1}
-    assert judgement.normalised == {"20": "red", "3": "green", "100": "blue", "4": "dog", "5": "yes", "6": "man"} == judgement.submission
+    assert (
+        judgement.normalised
+        == {"20": "red", "3": "green", "100": "blue", "4": "dog", "5": "yes", "6": "man"}
+        == judgement.submission
+    )
     expected = {
         "accuracy": 100 * 4 / 6,
         "binary": 50,
@@ -102,7 +138,9 @@ def test_numbers_by_hand(folder: Path) -> None:
     }
     found = values(tally(judgement.contributions), gqa.measure)
     assert found == pytest.approx(expected) and list(found) == list(expected)
-    assert {name.partition(".")[0] for name in found} | set(judgement.extra) == {metric.name for metric in gqa.METRICS}
+    assert {name.partition(".")[0] for name in found} | set(judgement.extra) == {
+        metric.name for metric in gqa.METRICS
+    }
 
 
 def test_distribution_by_hand(folder: Path) -> None:
@@ -111,7 +149,9 @@ def test_distribution_by_hand(folder: Path) -> None:
     assert judgement.extra == pytest.approx({"distribution": (0.5 * 3 + 1 * 1) / 4 / 100})
     perfect = gqa.score(gqa.annotations(folder), {row[0]: row[3] for row in ROWS})
     assert perfect.extra == {"distribution": 0}
-    without_groups = [question for question in gqa.annotations(folder) if question.facts["group"] is None]
+    without_groups = [
+        question for question in gqa.annotations(folder) if question.facts["group"] is None
+    ]
     assert str(gqa.score(without_groups, TEXTS).extra["distribution"]) == "nan"
 
 
@@ -123,16 +163,36 @@ def test_images_are_the_clusters_and_metrics_resample(folder: Path) -> None:
 
 
 def test_lengths_are_in_the_order_of_numbers() -> None:
-    names = ("words.10", "steps.2", "words.9", "accuracy", "semantic.rel", "open", "semantic.attr", "steps.11")
+    names = (
+        "words.10",
+        "steps.2",
+        "words.9",
+        "accuracy",
+        "semantic.rel",
+        "open",
+        "semantic.attr",
+        "steps.11",
+    )
     found = gqa.measure(tally([("n", dict.fromkeys(names, 1.0))]).totals())
-    assert list(found) == ["accuracy", "open", "semantic.attr", "semantic.rel", "steps.2", "steps.11", "words.9", "words.10"]
+    assert list(found) == [
+        "accuracy",
+        "open",
+        "semantic.attr",
+        "semantic.rel",
+        "steps.2",
+        "steps.11",
+        "words.9",
+        "words.10",
+    ]
 
 
 def test_questions_outside_the_balanced_set_count_for_nothing(folder: Path) -> None:
     rewrite(folder, lambda content: content | {"3": content["3"] | {"isBalanced": False}})
     asked = gqa.annotations(folder)
     judgement = gqa.score(asked, TEXTS)
-    assert values(tally(judgement.contributions), gqa.measure)["accuracy"] == pytest.approx(100 * 4 / 5)
+    assert values(tally(judgement.contributions), gqa.measure)["accuracy"] == pytest.approx(
+        100 * 4 / 5
+    )
     assert judgement.per_question["3"] == 0
     assert judgement.extra["distribution"] == pytest.approx((0 * 2 + 1 * 1) / 3 / 100)
     assert "1 questions are not of the balanced set" in gqa.doubts(asked, "testdev_balanced")[0]
@@ -157,10 +217,21 @@ def test_the_upload_is_the_official_predictions_file(folder: Path) -> None:
     ("change", "sentence"),
     [
         (lambda content: list(content.values()), "not an object of questions by id"),
-        (lambda content: {"8": content["3"] | {"answer": 3}}, "question 8: question and answer are 'Which color is it.' and 3"),
-        (lambda content: {"8": {key: value for key, value in content["3"].items() if key != "types"}}, "question 8 has no 'types'"),
+        (
+            lambda content: {"8": content["3"] | {"answer": 3}},
+            "question 8: question and answer are 'Which color is it.' and 3",
+        ),
+        (
+            lambda content: {
+                "8": {key: value for key, value in content["3"].items() if key != "types"}
+            },
+            "question 8 has no 'types'",
+        ),
         (lambda content: {"8": content["3"] | {"types": {}}}, "question 8 has no 'structural'"),
-        (lambda content: {"8": content["3"] | {"semantic": [{"operation": "x"}]}}, "question 8 has no 'argument'"),
+        (
+            lambda content: {"8": content["3"] | {"semantic": [{"operation": "x"}]}},
+            "question 8 has no 'argument'",
+        ),
     ],
 )
 def test_a_malformed_file_is_named(folder: Path, change: Any, sentence: str) -> None:

@@ -19,7 +19,19 @@ from mipha.evaluation.benchmark import Judgement, Question
 from mipha.evaluation.benchmarks import mmbench
 from mipha.evaluation.benchmarks._option_matching import matching_prompt, read_option
 
-COLUMNS = ["index", "question", "hint", *"ABCD", "answer", "category", "image", "source", "l2-category", "comment", "split"]
+COLUMNS = [
+    "index",
+    "question",
+    "hint",
+    *"ABCD",
+    "answer",
+    "category",
+    "image",
+    "source",
+    "l2-category",
+    "comment",
+    "split",
+]
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 
 
@@ -35,15 +47,31 @@ BLUE = base64.b64encode(picture("blue")).decode()
 
 def row(index: int, *choices: str, answer: str = "A", **cells: str) -> dict[str, str]:
     """One official row, two options where none are given."""
-    given = {"index": str(index), "question": "Which?", "image": RED, "split": "dev", "answer": answer}
-    return dict.fromkeys(COLUMNS, "") | given | dict(zip("ABCD", choices or ("red", "blue"), strict=False)) | cells
+    given = {
+        "index": str(index),
+        "question": "Which?",
+        "image": RED,
+        "split": "dev",
+        "answer": answer,
+    }
+    return (
+        dict.fromkeys(COLUMNS, "")
+        | given
+        | dict(zip("ABCD", choices or ("red", "blue"), strict=False))
+        | cells
+    )
 
 
 def rotations(index: int, *choices: str, answer: str = "A", **cells: str) -> list[dict[str, str]]:
     """A question with all rotations of its options."""
     at = "ABCD".index(answer)
-    turned = [(choices[k:] + choices[:k], "ABCD"[(at - k) % len(choices)]) for k in range(len(choices))]
-    return [row(index + k * 1_000_000, *options, answer=label, **cells) for k, (options, label) in enumerate(turned)]
+    turned = [
+        (choices[k:] + choices[:k], "ABCD"[(at - k) % len(choices)]) for k in range(len(choices))
+    ]
+    return [
+        row(index + k * 1_000_000, *options, answer=label, **cells)
+        for k, (options, label) in enumerate(turned)
+    ]
 
 
 def write(path: Path, rows: Sequence[Mapping[str, str]], columns: Sequence[str] = COLUMNS) -> Path:
@@ -72,7 +100,16 @@ class Judge:
         self.asked: list[str] = []
         self.prompts: list[str] = []
 
-    def ask(self, question_id: str, prompt: str, *, run: int = 0, attempt: int = 0, temperature: float = 0.0, max_tokens: int = 16) -> str:
+    def ask(
+        self,
+        question_id: str,
+        prompt: str,
+        *,
+        run: int = 0,
+        attempt: int = 0,
+        temperature: float = 0.0,
+        max_tokens: int = 16,
+    ) -> str:
         assert (run, temperature) == (0, 0.0) and attempt == self.asked.count(question_id)
         self.asked.append(question_id)
         self.prompts.append(prompt)
@@ -94,7 +131,11 @@ class Judge:
         ({"B": "nan", "C": "grey"}, "Which?\nA. red", "AC"),
         ({"C": "n/a"}, "Which?\nA. red\nB. blue", "ABC"),
         ({"C": " "}, "Which?\nA. red\nB. blue\nC.  ", "ABC"),
-        ({"C": 'a "quoted"\nline', "D": "N.A."}, 'Which?\nA. red\nB. blue\nC. a "quoted"\nline\nD. N.A.', "ABCD"),
+        (
+            {"C": 'a "quoted"\nline', "D": "N.A."},
+            'Which?\nA. red\nB. blue\nC. a "quoted"\nline\nD. N.A.',
+            "ABCD",
+        ),
     ],
 )
 def test_the_prompt_ends_where_the_official_one_does_and_the_scorer_knows_every_option(
@@ -163,7 +204,10 @@ def test_reading_rules(answer: str, letter: str | None) -> None:
 
 def test_circular_eval(tmp_path: Path) -> None:
     """Right four times, wrong once, wrong although another is unreadable, unreadable once, and right on two of two."""
-    lr, ar = {"l2-category": "logic_reasoning", "category": "x"}, {"l2-category": "attribute_reasoning", "category": "y"}
+    lr, ar = (
+        {"l2-category": "logic_reasoning", "category": "x"},
+        {"l2-category": "attribute_reasoning", "category": "y"},
+    )
     asked = labelled(
         tmp_path,
         *rotations(1, "red", "blue", "grey", "pink", **lr),
@@ -172,8 +216,22 @@ def test_circular_eval(tmp_path: Path) -> None:
         *rotations(4, "red", "blue", image=BLUE, **lr),
         *rotations(5, "red", "blue", answer="B", **(ar | {"l2-category": "coarse_perception"})),
     )
-    answers = {"1": "A", "1000001": "D", "2000001": "C.", "3000001": "(B)", "2": "B", "1000002": "B"}
-    answers |= {"3": "A or B", "1000003": "A", "4": "A", "1000004": "no idea", "5": "blue", "1000005": "A"}
+    answers = {
+        "1": "A",
+        "1000001": "D",
+        "2000001": "C.",
+        "3000001": "(B)",
+        "2": "B",
+        "1000002": "B",
+    }
+    answers |= {
+        "3": "A or B",
+        "1000003": "A",
+        "4": "A",
+        "1000004": "no idea",
+        "5": "blue",
+        "1000005": "A",
+    }
     judgement = mmbench.score(asked, answers)
     # Rotated once, the first option is the last: gold letters go A D C B for four options, A B and B A for two.
     assert judgement.per_question == {"1": 1, "2": 0, "3": 0, "4": 0, "5": 1}
@@ -187,9 +245,15 @@ def test_circular_eval(tmp_path: Path) -> None:
         **{"category.x": pytest.approx(100 / 3), "category.y": 50},
     }
     clusters = [cluster for cluster, _ in judgement.contributions]
-    assert len(clusters) == 5 and len(set(clusters)) == 2 and clusters[0] == clusters[1] == clusters[4] != clusters[2] == clusters[3]
+    assert (
+        len(clusters) == 5
+        and len(set(clusters)) == 2
+        and clusters[0] == clusters[1] == clusters[4] != clusters[2] == clusters[3]
+    )
     assert judgement.submission == answers
-    assert judgement.notes == ("scored by rules, without a judge (exact_matching): 2 of 12 answers name no option and count as wrong",)
+    assert judgement.notes == (
+        "scored by rules, without a judge (exact_matching): 2 of 12 answers name no option and count as wrong",
+    )
 
 
 def test_only_questions_with_their_unrotated_row_count(tmp_path: Path) -> None:
@@ -206,30 +270,56 @@ def test_the_judge_reads_only_what_decides(tmp_path: Path) -> None:
         tmp_path,
         *rotations(1, "red", "blue"),  # both unreadable, both matched
         *rotations(2, "red", "blue"),  # a readable wrong one: nothing to ask
-        *rotations(3, "red", "blue", "grey"),  # the first is matched wrongly: the rest is not asked about
+        *rotations(
+            3, "red", "blue", "grey"
+        ),  # the first is matched wrongly: the rest is not asked about
         *rotations(4, "red", "blue"),  # no reply says anything: not guessed
         *rotations(5, "red", "blue"),  # like none of the options
     )
     answers = dict.fromkeys((question.id for question in asked), "crimson")
     answers |= {"1000002": "A", "1000004": "B", "1000005": "B"}
-    judge = Judge(_1=["hm", "Sure: A"], _1000001=["It is like red"], _3=["C"], _4=["hm", "A or B", ""], _5=["Z"])
+    judge = Judge(
+        _1=["hm", "Sure: A"],
+        _1000001=["It is like red"],
+        _3=["C"],
+        _4=["hm", "A or B", ""],
+        _5=["Z"],
+    )
     judgement = mmbench.score(asked, answers, judge)
     assert judge.asked == ["1", "1", "1000001", "3", "4", "4", "4", "5"]
-    assert measured(judgement) == {"accuracy": 20, "vanilla": 20, "unreadable": 4}  # 2; 1000003 and 2000003; 4
+    assert measured(judgement) == {
+        "accuracy": 20,
+        "vanilla": 20,
+        "unreadable": 4,
+    }  # 2; 1000003 and 2000003; 4
     parsed = judgement.parsed or {}
-    assert [parsed[key] for key in ("1", "1000001", "2", "3", "1000003", "4", "5")] == ["A", "B", None, "C", None, None, "Z"]
+    assert [parsed[key] for key in ("1", "1000001", "2", "3", "1000003", "4", "5")] == [
+        "A",
+        "B",
+        None,
+        "C",
+        None,
+        None,
+        "Z",
+    ]
     assert judgement.notes == (
         "the judge was asked about 5 of 11 answers: those that the rules cannot read, where they decide",
         "1 of them the judge did not read either: they count as wrong, where the official program guesses",
     )
     options = "There are several options: \nA. red\nB. blue\n"
-    assert judge.prompts[0].endswith(f"Example 3: \nQuestion: Which??\nOptions: {options}\nAnswer: crimson\nYour output: ")
+    assert judge.prompts[0].endswith(
+        f"Example 3: \nQuestion: Which??\nOptions: {options}\nAnswer: crimson\nYour output: "
+    )
 
 
 @pytest.mark.parametrize(
     ("question", "answer", "sha256"),
     [
-        ("What colour is it", "crimson", "a180ff0dfe8406a26b8835def2bd414b80c76234ebcd4ede6f646ab54998402f"),
+        (
+            "What colour is it",
+            "crimson",
+            "a180ff0dfe8406a26b8835def2bd414b80c76234ebcd4ede6f646ab54998402f",
+        ),
         ("是什么颜色", "深红", "1375fb6039930da0339a3b096ccc032859323935e9d957003fedb1bb951f29c2"),
     ],
 )
@@ -246,10 +336,18 @@ def test_both_layouts_give_one_decoded_image_to_all_its_rows(tmp_path: Path) -> 
         path = write(tmp_path / f"{number}.tsv", rows)
         by_id = {question.id: question for question in mmbench.questions(path, "dev")}
         assert by_id["7"].image == picture("blue")
-        assert by_id["1"].image == picture("red") and by_id["1"].image is by_id["1000001"].image is by_id["2"].image
+        assert (
+            by_id["1"].image == picture("red")
+            and by_id["1"].image is by_id["1000001"].image is by_id["2"].image
+        )
         same = {question.id: question.facts["image"] for question in mmbench.annotations(path)}
         assert same["1"] == same["1000001"] == same["2"] != same["7"]
-    assert [question.id for question in mmbench.questions(path, "dev")] == ["1000001", "1", "7", "2"]
+    assert [question.id for question in mmbench.questions(path, "dev")] == [
+        "1000001",
+        "1",
+        "7",
+        "2",
+    ]
     long = base64.b64encode(bytes(200_000)).decode()  # beyond what the csv module takes by default
     assert mmbench.questions(write(path, [row(1, image=long)]), "dev")[0].image == bytes(200_000)
 
@@ -259,7 +357,10 @@ def test_the_folder_holds_a_file_a_split(tmp_path: Path) -> None:
     write(tmp_path / "mmbench_test_20230712.tsv", [row(1, split="test")], columns)
     (question,) = mmbench.questions(tmp_path, "test")
     assert "answer" not in question.facts
-    with pytest.raises(FileNotFoundError, match=r"has no mmbench_dev_20230712\.tsv or MMBench_DEV_EN\.tsv: get mmbench"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"has no mmbench_dev_20230712\.tsv or MMBench_DEV_EN\.tsv: get mmbench",
+    ):
         mmbench.questions(tmp_path, "dev")
     write(tmp_path / "MMBench_DEV_EN.tsv", [row(1), row(2)])
     assert len(mmbench.questions(tmp_path, "dev")) == len(mmbench.annotations(tmp_path)) == 2
@@ -302,7 +403,11 @@ def test_a_file_of_another_kind_is_named(tmp_path: Path) -> None:
 
 def test_the_upload(tmp_path: Path) -> None:
     openpyxl = pytest.importorskip("openpyxl")
-    asked = labelled(tmp_path, row(1, "=1+1", "None", hint="h", comment="c"), row(1_000_001, "#N/A", "blue", answer="B"))
+    asked = labelled(
+        tmp_path,
+        row(1, "=1+1", "None", hint="h", comment="c"),
+        row(1_000_001, "#N/A", "blue", answer="B"),
+    )
     answers = {"1": "=A1", "1000001": "A\x0bB\x00\ud800"}
     (content,) = mmbench.submission(asked, answers).values()
     sheet = openpyxl.load_workbook(io.BytesIO(content)).active
@@ -318,7 +423,9 @@ def test_the_upload(tmp_path: Path) -> None:
 
 def test_the_uploads_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openpyxl", None)
-    with pytest.raises(ModuleNotFoundError, match=r'not installed: pip install "mipha-vlm\[evaluation\]"'):
+    with pytest.raises(
+        ModuleNotFoundError, match=r'not installed: pip install "mipha-vlm\[evaluation\]"'
+    ):
         mmbench.submission(labelled(tmp_path, row(1)), {"1": "A"})
 
 
@@ -328,10 +435,18 @@ def test_signs_of_another_file_are_told(tmp_path: Path) -> None:
 
     whole = [turned for index in range(1164) for turned in rotations(index, "red", "blue")]
     assert told(*whole) == []
-    assert any("1,163 questions without their rotations, not the 1,164" in doubt for doubt in told(*whole[2:]))
+    assert any(
+        "1,163 questions without their rotations, not the 1,164" in doubt
+        for doubt in told(*whole[2:])
+    )
     assert told(*whole[1:]) == [
         "1 questions lack their unrotated row, so they are not counted",
         "1 questions have fewer rotations than options, which makes CircularEval easier",
     ]
-    assert any("2,328 of 2,328 rows ask in Chinese" in doubt for doubt in told(*(turned | {"question": "哪个？"} for turned in whole)))
-    assert told(*(turned | {"split": "test"} for turned in whole)) == ["rows say that they are of split test, not dev"]
+    assert any(
+        "2,328 of 2,328 rows ask in Chinese" in doubt
+        for doubt in told(*(turned | {"question": "哪个？"} for turned in whole))
+    )
+    assert told(*(turned | {"split": "test"} for turned in whole)) == [
+        "rows say that they are of split test, not dev"
+    ]

@@ -54,4 +54,6 @@ def test_chinese_answers(first: str, second: str, accuracy: float, file: Path) -
 
 def test_the_upload_has_its_own_name(file: Path) -> None:
     pytest.importorskip("openpyxl")
-    assert list(mmbench_cn.submission(mmbench_cn.annotations(file), {"5": "B", "1000005": "A"})) == ["mmbench_cn.xlsx"]
+    assert list(
+        mmbench_cn.submission(mmbench_cn.annotations(file), {"5": "B", "1000005": "A"})
+    ) == ["mmbench_cn.xlsx"]

@@ -27,7 +27,13 @@ FILES = {
 def folder(tmp_path: Path) -> Path:
     for subtask, lines in FILES.items():
         (tmp_path / f"{subtask}.txt").write_text(lines)
-    for image in ("existence/1.jpg", "existence/2.jpg", "color/1.jpg", "OCR/images/0001.jpg", "code_reasoning/0001.png"):
+    for image in (
+        "existence/1.jpg",
+        "existence/2.jpg",
+        "color/1.jpg",
+        "OCR/images/0001.jpg",
+        "code_reasoning/0001.png",
+    ):
         (tmp_path / image).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / image).touch()
     (tmp_path / "readme.txt").write_text("other files do not matter")
@@ -37,9 +43,16 @@ def folder(tmp_path: Path) -> Path:
 def judge(folder: Path, **texts: str) -> Judgement:
     """Right answers everywhere but where told otherwise: `existence_0` is `existence/0`."""
     asked = mme.annotations(folder)
-    changed = {f"{subtask}/{number}": text for subtask, _, number, text in ((*name.rpartition("_"), text) for name, text in texts.items())}
+    changed = {
+        f"{subtask}/{number}": text
+        for subtask, _, number, text in (
+            (*name.rpartition("_"), text) for name, text in texts.items()
+        )
+    }
     assert changed.keys() <= {question.id for question in asked}
-    return mme.score(asked, {question.id: question.facts["answer"].capitalize() for question in asked} | changed)
+    return mme.score(
+        asked, {question.id: question.facts["answer"].capitalize() for question in asked} | changed
+    )
 
 
 def numbers(judgement: Judgement) -> dict[str, float]:
@@ -82,7 +95,9 @@ def test_which_answer_is_read(text: str, answer: str) -> None:
 
 
 def test_numbers_by_hand(folder: Path) -> None:
-    judgement = judge(folder, existence_0="Piano", color_1="Yes", code_reasoning_0="no", code_reasoning_1="yes")
+    judgement = judge(
+        folder, existence_0="Piano", color_1="Yes", code_reasoning_0="no", code_reasoning_1="yes"
+    )
     assert judgement.per_question["existence/0"] == 0 == judgement.per_question["color/1"]
     assert sum(judgement.per_question.values()) == 3 + 1 + 2 + 0
     assert judgement.parsed is not None and judgement.parsed["existence/0"] == "other"
@@ -108,19 +123,33 @@ def test_numbers_by_hand(folder: Path) -> None:
 
 def test_sums_are_over_the_subtasks_that_are_there_and_say_so(folder: Path) -> None:
     perception, cognition = judge(folder).notes
-    assert perception.startswith("perception is the sum of 3 of 10 subtasks, without count, position, posters, celebrity, scene,")
-    assert cognition.startswith("cognition is the sum of 1 of 4 subtasks, without commonsense_reasoning,")
+    assert perception.startswith(
+        "perception is the sum of 3 of 10 subtasks, without count, position, posters, celebrity, scene,"
+    )
+    assert cognition.startswith(
+        "cognition is the sum of 1 of 4 subtasks, without commonsense_reasoning,"
+    )
     (folder / "code_reasoning.txt").unlink()
     found = numbers(judge(folder))
-    assert found["perception"] == 600 and str(found["cognition"]) == "nan" and "code_reasoning.score" not in found
-    assert intervals(tally(judge(folder).contributions), mme.measure, num_resamples=50)["perception"] == (600, 600)
+    assert (
+        found["perception"] == 600
+        and str(found["cognition"]) == "nan"
+        and "code_reasoning.score" not in found
+    )
+    assert intervals(tally(judge(folder).contributions), mme.measure, num_resamples=50)[
+        "perception"
+    ] == (600, 600)
 
 
 def test_all_subtasks_right_are_2000_and_800_points_without_a_note(tmp_path: Path) -> None:
     for subtask in mme.SUBTASKS:
         (tmp_path / f"{subtask}.txt").write_text(FILES["OCR"])
     judgement = judge(tmp_path)
-    assert (numbers(judgement)["perception"], numbers(judgement)["cognition"], judgement.notes) == (2000, 800, ())
+    assert (numbers(judgement)["perception"], numbers(judgement)["cognition"], judgement.notes) == (
+        2000,
+        800,
+        (),
+    )
 
 
 def test_a_tab_spoils_its_own_answer_only_and_is_told(folder: Path) -> None:
@@ -152,21 +181,36 @@ def test_questions_are_those_of_the_protocol(folder: Path) -> None:
         "code_reasoning/0", "code_reasoning/1",
     ]  # fmt: skip
     assert asked[0].text == "Is there a cat?" + SHORT and asked[1].text == "Is there a dog?" + SHORT
-    assert [asked[i].image for i in (3, 6)] == [folder / "existence/2.jpg", folder / "OCR/images/0001.jpg"]
-    assert asked[1].facts == {"answer": "no", "subtask": "existence", "pair": "existence/0", "image": "1"}
+    assert [asked[i].image for i in (3, 6)] == [
+        folder / "existence/2.jpg",
+        folder / "OCR/images/0001.jpg",
+    ]
+    assert asked[1].facts == {
+        "answer": "no",
+        "subtask": "existence",
+        "pair": "existence/0",
+        "image": "1",
+    }
     assert mme.annotations(folder)[0].text == f"Is there a cat?  {ASK}"
     assert mme.doubts(asked, "test") == []
 
 
-def test_the_release_has_one_text_an_image_beside_it_or_in_a_folder_of_its_own(folder: Path) -> None:
+def test_the_release_has_one_text_an_image_beside_it_or_in_a_folder_of_its_own(
+    folder: Path,
+) -> None:
     for path in folder.glob("*.txt"):
         path.unlink()
     (folder / "existence/2.txt").write_text(f"A car? {ASK}\tYes\nA bus? {ASK}\tNo\n\n")
     (folder / "existence/1.txt").write_text(f"A cat? {ASK}\tYes\nA dog? {ASK}\tNo")
     (folder / "OCR/questions_answers_YN").mkdir()
-    (folder / "OCR/questions_answers_YN/0001.txt").write_text(f"Is it 'a'? {ASK}\tYes\nIs it 'b'? {ASK}\tNo\n")
+    (folder / "OCR/questions_answers_YN/0001.txt").write_text(
+        f"Is it 'a'? {ASK}\tYes\nIs it 'b'? {ASK}\tNo\n"
+    )
     asked = mme.questions(folder, "test")
-    assert [(question.id, question.text.removesuffix(SHORT), question.facts["answer"]) for question in asked] == [
+    assert [
+        (question.id, question.text.removesuffix(SHORT), question.facts["answer"])
+        for question in asked
+    ] == [
         ("existence/0", "A cat?", "yes"),
         ("existence/1", "A dog?", "no"),
         ("existence/2", "A car?", "yes"),
@@ -174,7 +218,10 @@ def test_the_release_has_one_text_an_image_beside_it_or_in_a_folder_of_its_own(f
         ("OCR/0", "Is it 'a'?", "yes"),
         ("OCR/1", "Is it 'b'?", "no"),
     ]
-    assert [asked[i].image for i in (0, 4)] == [folder / "existence/1.jpg", folder / "OCR/images/0001.jpg"]
+    assert [asked[i].image for i in (0, 4)] == [
+        folder / "existence/1.jpg",
+        folder / "OCR/images/0001.jpg",
+    ]
     assert {question.facts["pair"] for question in asked} == {"existence/0", "existence/1", "OCR/0"}
     (folder / "existence/3.txt").write_text(f"A car? {ASK}\tYes\n")
     with pytest.raises(ValueError, match=r"3\.txt has 1 lines, not two"):
@@ -218,5 +265,7 @@ def test_missing_things_are_named(folder: Path) -> None:
     (folder / "OCR.txt").write_bytes(b"\xff\xfe\t")
     with pytest.raises(ValueError, match=r"OCR\.txt is not UTF-8"):
         mme.annotations(folder)
-    with pytest.raises(FileNotFoundError, match=r"nowhere has neither existence\.txt nor existence/"):
+    with pytest.raises(
+        FileNotFoundError, match=r"nowhere has neither existence\.txt nor existence/"
+    ):
         mme.annotations(folder / "nowhere")

@@ -14,7 +14,12 @@ from mipha.evaluation.benchmarks import pope
 
 # subset -> (id, image, label)
 ROWS = {
-    "adversarial": [(1, "a.jpg", "yes"), (2, "a.jpg", "yes"), (3, "b.jpg", "no"), (4, "b.jpg", "no")],
+    "adversarial": [
+        (1, "a.jpg", "yes"),
+        (2, "a.jpg", "yes"),
+        (3, "b.jpg", "no"),
+        (4, "b.jpg", "no"),
+    ],
     "random": [(1, "a.jpg", "yes"), (2, "b.jpg", "no"), (5, "c.jpg", "yes")],
     "popular": [(1, "a.jpg", "yes"), (2, "c.jpg", "no")],
 }
@@ -27,8 +32,13 @@ TEXTS = {
 
 
 def write(folder: Path, subset: str, rows: list[tuple[Any, Any, Any]], name: str = "") -> None:
-    lines = [{"question_id": i, "image": image, "text": "Is there a car in the image?", "label": label} for i, image, label in rows]
-    (folder / (name or f"coco_pope_{subset}.json")).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    lines = [
+        {"question_id": i, "image": image, "text": "Is there a car in the image?", "label": label}
+        for i, image, label in rows
+    ]
+    (folder / (name or f"coco_pope_{subset}.json")).write_text(
+        "".join(json.dumps(line) + "\n" for line in lines)
+    )
 
 
 @pytest.fixture
@@ -83,7 +93,13 @@ def test_numbers_by_hand(folder: Path) -> None:
         "1": 1, "2": 0, "3": 0, "4": 1, "10000001": 1, "10000002": 1, "10000005": 1, "20000001": 1, "20000002": 0,
     }  # fmt: skip
     assert judgement.parsed is not None
-    assert [judgement.parsed[name] for name in ("2", "3", "4", "10000002", "20000002")] == ["no", "yes", "no", "no", "yes"]
+    assert [judgement.parsed[name] for name in ("2", "3", "4", "10000002", "20000002")] == [
+        "no",
+        "yes",
+        "no",
+        "no",
+        "yes",
+    ]
     found = numbers(folder, TEXTS)
     subset = ("f1", "accuracy", "precision", "recall", "yes_ratio", "TP", "FP", "TN", "FN")
     rows = {
@@ -92,26 +108,38 @@ def test_numbers_by_hand(folder: Path) -> None:
         "popular": (100 * 2 / 3, 50, 50, 100, 100, 1, 1, 0, 0),
     }
     expected = {"f1": (50 + 100 + 200 / 3) / 3}
-    expected |= {f"{name}.{metric}": value for name, row in rows.items() for metric, value in zip(subset, row, strict=True)}
+    expected |= {
+        f"{name}.{metric}": value
+        for name, row in rows.items()
+        for metric, value in zip(subset, row, strict=True)
+    }
     assert found == pytest.approx(expected) and list(found) == list(expected)
 
 
 def test_a_division_by_zero_is_undefined_not_zero(folder: Path) -> None:
     """Without a single yes in adversarial there is no precision; with no yes that is right, no F1: the official script stops there."""
     found = numbers(folder, TEXTS | {"1": "no", "2": "no", "3": "no", "4": "no"})
-    assert {name: str(found[name]) for name in ("f1", "adversarial.f1", "adversarial.precision")} == {
+    assert {
+        name: str(found[name]) for name in ("f1", "adversarial.f1", "adversarial.precision")
+    } == {
         "f1": "nan",
         "adversarial.f1": "nan",
         "adversarial.precision": "nan",
     }
-    assert (found["adversarial.recall"], found["adversarial.yes_ratio"], found["adversarial.accuracy"]) == (0, 0, 50)
+    assert (
+        found["adversarial.recall"],
+        found["adversarial.yes_ratio"],
+        found["adversarial.accuracy"],
+    ) == (0, 0, 50)
     only_wrong = numbers(folder, TEXTS | {"1": "no", "2": "no"})
     assert (only_wrong["adversarial.precision"], only_wrong["adversarial.recall"]) == (0, 0)
     assert str(only_wrong["adversarial.f1"]) == "nan"
     assert only_wrong["random.f1"] == 100
 
 
-def test_images_are_the_clusters_across_subsets_and_names_do_not_depend_on_answers(folder: Path) -> None:
+def test_images_are_the_clusters_across_subsets_and_names_do_not_depend_on_answers(
+    folder: Path,
+) -> None:
     sums = tally(pope.score(pope.annotations(folder), TEXTS).contributions)
     assert sums.clusters == ("a.jpg", "b.jpg", "c.jpg")
     other = tally(pope.score(pope.annotations(folder), dict.fromkeys(TEXTS, "no")).contributions)
@@ -123,7 +151,10 @@ def test_images_are_the_clusters_across_subsets_and_names_do_not_depend_on_answe
 def test_questions_are_those_of_the_protocol(folder: Path) -> None:
     asked = pope.questions(folder, "test")
     assert [question.id for question in asked] == list(TEXTS)
-    assert asked[0].text == "Is there a car in the image?\nAnswer the question using a single word or phrase."
+    assert (
+        asked[0].text
+        == "Is there a car in the image?\nAnswer the question using a single word or phrase."
+    )
     assert asked[5].image == folder / "val2014" / "b.jpg"
     assert asked[5].facts == {"answer": "no", "image": "b.jpg", "subset": "random"}
     assert pope.annotations(folder)[0].text == "Is there a car in the image?"
@@ -141,20 +172,27 @@ def test_the_later_random_file_is_doubted(num_random: int, num_doubts: int) -> N
     asked = [Question(str(i), "", None, {"subset": "random"}) for i in range(num_random)]
     asked += [Question(str(-i), "", None, {"subset": "popular"}) for i in range(3000)]
     found = pope.doubts(asked, "test")
-    assert len(found) == num_doubts and all("2,910" in doubt and "e3e3926" in doubt for doubt in found)
+    assert len(found) == num_doubts and all(
+        "2,910" in doubt and "e3e3926" in doubt for doubt in found
+    )
 
 
 @pytest.mark.parametrize(
     ("rows", "sentence"),
     [
-        ([(1, "a.jpg", "yes"), (2, "a.jpg", "maybe")], "line 2 has the label 'maybe', not yes or no"),
+        (
+            [(1, "a.jpg", "yes"), (2, "a.jpg", "maybe")],
+            "line 2 has the label 'maybe', not yes or no",
+        ),
         ([(1, "a.jpg", "yes"), (1, "b.jpg", "no")], "line 2 has the question_id 1 of line 1"),
         ([(10_000_001, "a.jpg", "yes")], "line 1 has the question_id 10000001"),
         ([("1", "a.jpg", "yes")], "line 1 has the question_id '1'"),
         ([(1, None, "yes")], "line 1 has the image None"),
     ],
 )
-def test_a_malformed_line_is_named(folder: Path, rows: list[tuple[Any, Any, Any]], sentence: str) -> None:
+def test_a_malformed_line_is_named(
+    folder: Path, rows: list[tuple[Any, Any, Any]], sentence: str
+) -> None:
     write(folder, "random", rows)
     with pytest.raises(ValueError, match=rf"coco_pope_random\.json {sentence}"):
         pope.annotations(folder)

@@ -13,10 +13,34 @@ from mipha.evaluation.benchmarks import scienceqa
 
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 PROBLEMS: dict[str, dict[str, Any]] = {
-    "7": {"question": "Which state?", "choices": ["Maine", "Utah", "Ohio", "Iowa"], "answer": 1, "hint": "", "image": "image.png"},
-    "4": {"question": "Which figure?", "choices": ["chiasmus", "apostrophe"], "answer": 0, "hint": "Read.\n\nThen answer.", "image": None},
-    "12": {"question": "Select one.", "choices": list("vwxyz"), "answer": 4, "hint": "Look.", "image": "image.png"},
-    "1": {"question": "Trained on?", "choices": ["yes", "no"], "answer": 0, "hint": "", "image": None},
+    "7": {
+        "question": "Which state?",
+        "choices": ["Maine", "Utah", "Ohio", "Iowa"],
+        "answer": 1,
+        "hint": "",
+        "image": "image.png",
+    },
+    "4": {
+        "question": "Which figure?",
+        "choices": ["chiasmus", "apostrophe"],
+        "answer": 0,
+        "hint": "Read.\n\nThen answer.",
+        "image": None,
+    },
+    "12": {
+        "question": "Select one.",
+        "choices": list("vwxyz"),
+        "answer": 4,
+        "hint": "Look.",
+        "image": "image.png",
+    },
+    "1": {
+        "question": "Trained on?",
+        "choices": ["yes", "no"],
+        "answer": 0,
+        "hint": "",
+        "image": None,
+    },
 }
 
 
@@ -32,8 +56,12 @@ def folder(tmp_path: Path) -> Path:
         "lecture": "",
         "solution": "",
     }
-    (tmp_path / "problems.json").write_text(json.dumps({name: problem | rest for name, problem in PROBLEMS.items()}))
-    (tmp_path / "pid_splits.json").write_text(json.dumps({"train": ["1"], "test": ["4", "7", "12"]}))
+    (tmp_path / "problems.json").write_text(
+        json.dumps({name: problem | rest for name, problem in PROBLEMS.items()})
+    )
+    (tmp_path / "pid_splits.json").write_text(
+        json.dumps({"train": ["1"], "test": ["4", "7", "12"]})
+    )
     for name in ("7", "12"):
         image = tmp_path / "images" / "test" / name / "image.png"
         image.parent.mkdir(parents=True)
@@ -76,11 +104,16 @@ def test_which_letter_is_read(text: str, letter: str | None) -> None:
 
 
 def test_numbers_by_hand(folder: Path) -> None:
-    judgement = scienceqa.score(scienceqa.annotations(folder), {"4": "The answer is A.", "7": "B. Utah", "12": "The answer is E"})
+    judgement = scienceqa.score(
+        scienceqa.annotations(folder),
+        {"4": "The answer is A.", "7": "B. Utah", "12": "The answer is E"},
+    )
     assert judgement.per_question == {"4": 1, "7": 1, "12": 0}
     assert judgement.parsed == {"4": "A", "7": "B", "12": None}
     found = values(tally(judgement.contributions), scienceqa.measure)
-    assert found == pytest.approx({"img_accuracy": 50, "accuracy": 100 * 2 / 3, "correct": 2, "total": 3})
+    assert found == pytest.approx(
+        {"img_accuracy": 50, "accuracy": 100 * 2 / 3, "correct": 2, "total": 3}
+    )
     assert list(found) == [metric.name for metric in scienceqa.METRICS]
 
 
@@ -88,12 +121,18 @@ def test_a_letter_that_is_not_offered_is_wrong(folder: Path) -> None:
     judgement = scienceqa.score(scienceqa.annotations(folder), {"4": "C", "7": "E", "12": "E"})
     assert judgement.per_question == {"4": 0, "7": 0, "12": 1}
     assert judgement.parsed == {"4": "C", "7": "E", "12": "E"}
-    beyond = scienceqa.score(scienceqa.annotations(folder), dict.fromkeys(("4", "7", "12"), "The answer is Q."))
+    beyond = scienceqa.score(
+        scienceqa.annotations(folder), dict.fromkeys(("4", "7", "12"), "The answer is Q.")
+    )
     assert set(beyond.per_question.values()) == {0}
 
 
 def test_every_question_is_its_own_cluster_and_metrics_resample(folder: Path) -> None:
-    sums = tally(scienceqa.score(scienceqa.annotations(folder), {"4": "A", "7": "B", "12": "A"}).contributions)
+    sums = tally(
+        scienceqa.score(
+            scienceqa.annotations(folder), {"4": "A", "7": "B", "12": "A"}
+        ).contributions
+    )
     assert sums.clusters == ("4", "7", "12")
     assert intervals(sums, scienceqa.measure, num_resamples=200)["img_accuracy"] == (0, 100)
 
@@ -106,14 +145,25 @@ def test_questions_are_those_of_the_protocol(folder: Path) -> None:
         "Which state?\nA. Maine\nB. Utah\nC. Ohio\nD. Iowa" + LETTER,
         "Context: Look.\nSelect one.\nA. v\nB. w\nC. x\nD. y\nE. z" + LETTER,
     ]
-    assert [question.image for question in asked] == [None, *(folder / "images" / "test" / name / "image.png" for name in ("7", "12"))]
+    assert [question.image for question in asked] == [
+        None,
+        *(folder / "images" / "test" / name / "image.png" for name in ("7", "12")),
+    ]
     assert scienceqa.annotations(folder)[1].text == "Which state?"
 
 
 def test_prompts_are_llavas_where_its_file_lies_there(folder: Path) -> None:
-    turns = {"4": "Which figure?\nA. c\nB. a", "7": "<image>\nContext: x\nWhich state?\nA. Maine", "12": "<image>\nSelect one."}
+    turns = {
+        "4": "Which figure?\nA. c\nB. a",
+        "7": "<image>\nContext: x\nWhich state?\nA. Maine",
+        "12": "<image>\nSelect one.",
+    }
     rows = [
-        {"id": name, "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "A"}]} for name, text in turns.items()
+        {
+            "id": name,
+            "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": "A"}],
+        }
+        for name, text in turns.items()
     ]
     (folder / "llava_test_CQM-A.json").write_text(json.dumps(rows))
     asked = scienceqa.questions(folder, "test")
@@ -132,7 +182,10 @@ def test_a_test_split_with_other_images_is_doubted(folder: Path) -> None:
     question = scienceqa.annotations(folder)
     whole = [question[1]] * 2017 + [question[0]] * 2224
     assert scienceqa.doubts(whole, "test") == [] == scienceqa.doubts(question, "test")
-    assert "2,018 questions have an image, not the 2,017" in scienceqa.doubts([question[1], *whole[:-1]], "test")[0]
+    assert (
+        "2,018 questions have an image, not the 2,017"
+        in scienceqa.doubts([question[1], *whole[:-1]], "test")[0]
+    )
 
 
 @pytest.mark.parametrize(

@@ -23,14 +23,28 @@ ROWS: list[tuple[Any, str, int, str, str]] = [
 
 
 def record(question_id: Any, image: str, type_id: int, answer: str, kind: str) -> dict[str, Any]:
-    choices = dict(zip(("choice_a", "choice_b", "choice_c", "choice_d"), ("One", "Two", "Three", "Four"), strict=True))
-    names = {"answer": answer, "data_id": image, "data_type": kind, "question": "How many towels?", "question_id": question_id}
+    choices = dict(
+        zip(
+            ("choice_a", "choice_b", "choice_c", "choice_d"),
+            ("One", "Two", "Three", "Four"),
+            strict=True,
+        )
+    )
+    names = {
+        "answer": answer,
+        "data_id": image,
+        "data_type": kind,
+        "question": "How many towels?",
+        "question_id": question_id,
+    }
     return choices | names | {"question_type_id": type_id}
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    (tmp_path / "SEED-Bench.json").write_text(json.dumps({"questions": [record(*row) for row in ROWS], "question_type": TYPES}))
+    (tmp_path / "SEED-Bench.json").write_text(
+        json.dumps({"questions": [record(*row) for row in ROWS], "question_type": TYPES})
+    )
     (tmp_path / "SEED-Bench-image").mkdir()
     for image in ("1454426_2591111986", "90_1"):
         (tmp_path / "SEED-Bench-image" / image).touch()
@@ -38,7 +52,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_numbers_by_hand(folder: Path) -> None:
-    judgement = seedbench.score(seedbench.annotations(folder), {"101669": "A", "104933": "C", "89257": "D", "v1738": "C"})
+    judgement = seedbench.score(
+        seedbench.annotations(folder), {"101669": "A", "104933": "C", "89257": "D", "v1738": "C"}
+    )
     assert judgement.per_question == {"101669": 1, "104933": 0, "89257": 1, "v1738": 1}
     found = values(tally(judgement.contributions), seedbench.measure)
     expected = {
@@ -56,19 +72,30 @@ def test_videos_may_be_left_out(folder: Path) -> None:
     asked = seedbench.annotations(folder)
     assert [question.id for question in asked if question.facts["optional"]] == ["v1738"]
     images = [question for question in asked if not question.facts["optional"]]
-    found = values(tally(seedbench.score(images, {"101669": "A", "104933": "B", "89257": "B"}).contributions), seedbench.measure)
-    assert found == pytest.approx({"image": 100 * 2 / 3, "type.Instances Counting": 50, "type.Scene Understanding": 100})
+    found = values(
+        tally(seedbench.score(images, {"101669": "A", "104933": "B", "89257": "B"}).contributions),
+        seedbench.measure,
+    )
+    assert found == pytest.approx(
+        {"image": 100 * 2 / 3, "type.Instances Counting": 50, "type.Scene Understanding": 100}
+    )
 
 
-@pytest.mark.parametrize("text", ["A.", "(A)", "a", "A. One", " A", "A ", "A\n", "", "AB", "One", "The answer is A."])
+@pytest.mark.parametrize(
+    "text", ["A.", "(A)", "a", "A. One", " A", "A ", "A\n", "", "AB", "One", "The answer is A."]
+)
 def test_the_text_must_be_the_letter(folder: Path, text: str) -> None:
     judgement = seedbench.score(seedbench.annotations(folder)[:1], {"101669": text})
     assert judgement.per_question == {"101669": 0} and judgement.parsed == {"101669": None}
-    assert seedbench.score(seedbench.annotations(folder)[:1], {"101669": "B"}).parsed == {"101669": "B"}
+    assert seedbench.score(seedbench.annotations(folder)[:1], {"101669": "B"}).parsed == {
+        "101669": "B"
+    }
 
 
 def test_images_are_the_clusters_and_metrics_resample(folder: Path) -> None:
-    judgement = seedbench.score(seedbench.questions(folder, "image"), {"101669": "A", "104933": "B", "89257": "A"})
+    judgement = seedbench.score(
+        seedbench.questions(folder, "image"), {"101669": "A", "104933": "B", "89257": "A"}
+    )
     sums = tally(judgement.contributions)
     assert sums.clusters == ("1454426_2591111986", "90_1")
     assert intervals(sums, seedbench.measure, num_resamples=200)["image"] == (0, 100)
@@ -103,9 +130,15 @@ def test_the_upload_has_the_official_ids(folder: Path) -> None:
         ({"answer": "AB"}, "question number 1 .* has the answer 'AB'"),
         ({"answer": ""}, "question number 1 .* has the answer ''"),
         ({"answer": 1}, "question number 1 .* has the answer 1"),
-        ({"data_type": "Single Image"}, "question number 1 .* has the data_type 'Single Image'.*SEED-Bench 1"),
+        (
+            {"data_type": "Single Image"},
+            "question number 1 .* has the data_type 'Single Image'.*SEED-Bench 1",
+        ),
         ({"question_type_id": 13}, "question number 1 .* has the question_type_id 13"),
-        ({"question_id": 101669}, "question number 1 .* has the question_id 101669 of question number 0"),
+        (
+            {"question_id": 101669},
+            "question number 1 .* has the question_id 101669 of question number 0",
+        ),
     ],
 )
 def test_a_malformed_question_is_named(folder: Path, change: dict[str, Any], sentence: str) -> None:
@@ -125,7 +158,9 @@ def test_missing_things_are_named(folder: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no image .*90_1"):
         seedbench.questions(folder, "image")
     (folder / "SEED-Bench.json").write_text(json.dumps({"questions": {}, "question_type": TYPES}))
-    with pytest.raises(ValueError, match=r"SEED-Bench\.json has no table `question_type` or no list `questions`"):
+    with pytest.raises(
+        ValueError, match=r"SEED-Bench\.json has no table `question_type` or no list `questions`"
+    ):
         seedbench.annotations(folder)
     (folder / "SEED-Bench.json").write_text("{}")
     with pytest.raises(ValueError, match=r"SEED-Bench\.json has no 'question_type'"):

@@ -14,7 +14,9 @@ from mipha.evaluation.benchmarks import textvqa
 from mipha.evaluation.prompts import SHORT
 
 
-def _record(question_id: int, answers: Sequence[str], image_id: str = "003a", question: str = "what is it?") -> dict[str, Any]:
+def _record(
+    question_id: int, answers: Sequence[str], image_id: str = "003a", question: str = "what is it?"
+) -> dict[str, Any]:
     return {
         "question": question,
         "image_id": image_id,
@@ -28,7 +30,16 @@ def _record(question_id: int, answers: Sequence[str], image_id: str = "003a", qu
 
 def _write(root: Path, *records: Any, version: str = "0.5.1") -> Path:
     path = root / "TextVQA_0.5.1_val.json"
-    path.write_text(json.dumps({"dataset_type": "val", "dataset_name": "textvqa", "dataset_version": version, "data": records}))
+    path.write_text(
+        json.dumps(
+            {
+                "dataset_type": "val",
+                "dataset_name": "textvqa",
+                "dataset_version": version,
+                "data": records,
+            }
+        )
+    )
     return path
 
 
@@ -47,19 +58,29 @@ def _write(root: Path, *records: Any, version: str = "0.5.1") -> Path:
         (["an"] * 10, "", 1, ""),
     ],
 )
-def test_accuracy_of_one_question(answers: list[str], text: str, accuracy: float, normalised: str, tmp_path: Path) -> None:
-    judgement = textvqa.score(textvqa.annotations(_write(tmp_path, _record(34602, answers))), {"34602": text})
+def test_accuracy_of_one_question(
+    answers: list[str], text: str, accuracy: float, normalised: str, tmp_path: Path
+) -> None:
+    judgement = textvqa.score(
+        textvqa.annotations(_write(tmp_path, _record(34602, answers))), {"34602": text}
+    )
     assert judgement.per_question == pytest.approx({"34602": accuracy})
     assert judgement.normalised == {"34602": normalised}
 
 
 def test_mean_over_questions_with_images_as_clusters(tmp_path: Path) -> None:
-    records = [_record(1, ["a b"] * 10), _record(2, ["no"] * 10, question="is it?"), _record(3, ["5"] * 3 + ["6"] * 7, image_id="b9dc")]
+    records = [
+        _record(1, ["a b"] * 10),
+        _record(2, ["no"] * 10, question="is it?"),
+        _record(3, ["5"] * 3 + ["6"] * 7, image_id="b9dc"),
+    ]
     questions = textvqa.annotations(_write(tmp_path, *records).parent)
     judgement = textvqa.score(questions, {"1": "b", "2": "yes", "3": "five"})
     assert [cluster for cluster, _ in judgement.contributions] == ["003a", "003a", "b9dc"]
     metrics = textvqa.measure(tally(judgement.contributions).totals())
-    assert {name: float(value) for name, value in metrics.items()} == pytest.approx({"accuracy": 190 / 3})
+    assert {name: float(value) for name, value in metrics.items()} == pytest.approx(
+        {"accuracy": 190 / 3}
+    )
     assert judgement.submission is None
     assert textvqa.submission(questions, {}) == {}
     assert textvqa.doubts(questions, "val") == []
@@ -67,7 +88,11 @@ def test_mean_over_questions_with_images_as_clusters(tmp_path: Path) -> None:
 
 def _folder(root: Path) -> Path:
     # The image without a token is one of 115 whose line is empty.
-    records = [_record(1, ["x"] * 10), _record(2, ["x"] * 10, question="how much is it ?"), _record(3, ["x"] * 10, image_id="b9dc")]
+    records = [
+        _record(1, ["x"] * 10),
+        _record(2, ["x"] * 10, question="how much is it ?"),
+        _record(3, ["x"] * 10, image_id="b9dc"),
+    ]
     _write(root, *records)
     (root / "train_images").mkdir()
     for image_id in ("003a", "b9dc"):
@@ -77,10 +102,17 @@ def _folder(root: Path) -> Path:
 
 def _write_ocr(root: Path, name: str) -> None:
     if name.endswith(".json"):
-        data = [{"image_id": "b9dc", "ocr_tokens": [], "ocr_info": []}, {"image_id": "003a", "ocr_tokens": ["S,,", "$5"], "ocr_info": []}]
+        data = [
+            {"image_id": "b9dc", "ocr_tokens": [], "ocr_info": []},
+            {"image_id": "003a", "ocr_tokens": ["S,,", "$5"], "ocr_info": []},
+        ]
         (root / name).write_text(json.dumps({"data": data}))
         return
-    asked = [("003a", "What is it?", "S,,, $5"), ("003a", "How much is it ?", "S,,, $5"), ("b9dc", "What is it?", "")]
+    asked = [
+        ("003a", "What is it?", "S,,, $5"),
+        ("003a", "How much is it ?", "S,,, $5"),
+        ("b9dc", "What is it?", ""),
+    ]
     lines = [
         {
             "question_id": image_id,
@@ -93,7 +125,9 @@ def _write_ocr(root: Path, name: str) -> None:
     (root / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-@pytest.mark.parametrize("name", ["llava_textvqa_val_v051_ocr.jsonl", "TextVQA_Rosetta_OCR_v0.2_val.json"])
+@pytest.mark.parametrize(
+    "name", ["llava_textvqa_val_v051_ocr.jsonl", "TextVQA_Rosetta_OCR_v0.2_val.json"]
+)
 def test_the_prompt_has_the_ocr_line(name: str, tmp_path: Path) -> None:
     root = _folder(tmp_path)
     _write_ocr(root, name)
@@ -124,8 +158,16 @@ def test_the_prompt_has_the_ocr_line(name: str, tmp_path: Path) -> None:
             {"question_id": "003a", "text": f"What is it?\nReference OCR token: {SHORT}"},
             r"lacks the question 'how much is it \?' \(question_id 2, image 003a\)",
         ),
-        ("TextVQA_Rosetta_OCR_v0.2_val.json", {"data": [{"image_id": "003a", "ocr_tokens": []}]}, "lacks the question .* image b9dc"),
-        ("TextVQA_Rosetta_OCR_v0.2_val.json", {"data": [{"image_id": "003a", "ocr_tokens": "x"}]}, r"data\[0\]: its ocr_tokens are not"),
+        (
+            "TextVQA_Rosetta_OCR_v0.2_val.json",
+            {"data": [{"image_id": "003a", "ocr_tokens": []}]},
+            "lacks the question .* image b9dc",
+        ),
+        (
+            "TextVQA_Rosetta_OCR_v0.2_val.json",
+            {"data": [{"image_id": "003a", "ocr_tokens": "x"}]},
+            r"data\[0\]: its ocr_tokens are not",
+        ),
         ("TextVQA_Rosetta_OCR_v0.2_val.json", {}, "has no 'data'"),
     ],
 )
@@ -137,8 +179,14 @@ def test_a_wrong_ocr_file_is_named(name: str, content: Any, sentence: str, tmp_p
 
 
 def test_doubts(tmp_path: Path) -> None:
-    records = [_record(1, ["x"] * 10, question="what\nis it?"), _record(2, ["x"] * 10), _record(3, ["x"] * 10, question="What is it?")]
-    version, newline, twice = textvqa.doubts(textvqa.annotations(_write(tmp_path, *records, version="0.5")), "val")
+    records = [
+        _record(1, ["x"] * 10, question="what\nis it?"),
+        _record(2, ["x"] * 10),
+        _record(3, ["x"] * 10, question="What is it?"),
+    ]
+    version, newline, twice = textvqa.doubts(
+        textvqa.annotations(_write(tmp_path, *records, version="0.5")), "val"
+    )
     assert "says it is 0.5 val, wanted 0.5.1 val" in version
     assert "1 questions have more than one line, such as 1:" in newline
     assert "1 questions stand twice at one image" in twice
@@ -148,9 +196,15 @@ def test_doubts(tmp_path: Path) -> None:
     ("record", "sentence"),
     [
         (_record(2, ["x"] * 9), r"data\[1\] \(question_id 2\) does not have ten human answers"),
-        (_record(2, ["x"] * 10) | {"answers": [2] * 10}, r"data\[1\] \(question_id 2\) does not have ten human answers, each a text"),
+        (
+            _record(2, ["x"] * 10) | {"answers": [2] * 10},
+            r"data\[1\] \(question_id 2\) does not have ten human answers, each a text",
+        ),
         (_record(1, ["x"] * 10), r"data\[1\]: question_id 1 stands in the file twice"),
-        (_record(2, ["x"] * 10) | {"question_id": "2"}, r"data\[1\] is .* wanted a number as question_id"),
+        (
+            _record(2, ["x"] * 10) | {"question_id": "2"},
+            r"data\[1\] is .* wanted a number as question_id",
+        ),
         ({"question_id": 2}, r"data\[1\] has no 'image_id'"),
     ],
 )
@@ -166,7 +220,9 @@ def test_missing_things_are_named(tmp_path: Path) -> None:
         textvqa.questions(tmp_path, "test")
     with pytest.raises(FileNotFoundError, match=r"TextVQA_0\.5\.1_val\.json"):
         textvqa.annotations(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"llava_textvqa_val_v051_ocr\.jsonl or TextVQA_Rosetta_OCR"):
+    with pytest.raises(
+        FileNotFoundError, match=r"llava_textvqa_val_v051_ocr\.jsonl or TextVQA_Rosetta_OCR"
+    ):
         textvqa.questions(_folder(tmp_path), "val")
     for content in ("[]", '{"data": {}}'):
         (tmp_path / "x.json").write_text(content)

@@ -15,7 +15,9 @@ from mipha.evaluation.benchmarks import vizwiz
 HINT = "\nWhen the provided information is insufficient, respond with 'Unanswerable'.\nAnswer the question using a single word or phrase."
 
 
-def _record(number: int, answers: Sequence[str], answer_type: str = "other", question: str = "What is this?") -> dict[str, Any]:
+def _record(
+    number: int, answers: Sequence[str], answer_type: str = "other", question: str = "What is this?"
+) -> dict[str, Any]:
     return {
         "image": f"VizWiz_val_{number:08d}.jpg",
         "question": question,
@@ -48,23 +50,40 @@ def _write(path: Path, records: Any) -> Path:
         (["redblue"] * 10, "red,blue", 1, 1, 0),
         (["red blue"] * 10, "red,blue", 0, 0, 1),
         # An answer like any other; confidence does not count.
-        (["unanswerable"] * 3 + ["unsuitable", "unsuitable image"] + ["dog"] * 5, "Unanswerable", 0.9, 0.9, 0.9),
+        (
+            ["unanswerable"] * 3 + ["unsuitable", "unsuitable image"] + ["dog"] * 5,
+            "Unanswerable",
+            0.9,
+            0.9,
+            0.9,
+        ),
         (["unsuitable"] * 2 + ["unsuitable image"] * 8, "unsuitable", 0.6, 0.6, 0.6),
         (["cat"] + ["dog"] * 9, "cat", 0.3, 0.3, 0.3),
     ],
 )
-def test_the_three_numbers(answers: list[str], text: str, api: float, both_sides: float, verbatim: float, tmp_path: Path) -> None:
+def test_the_three_numbers(
+    answers: list[str], text: str, api: float, both_sides: float, verbatim: float, tmp_path: Path
+) -> None:
     questions = vizwiz.annotations(_write(tmp_path / "val.json", [_record(0, answers)]))
     judgement = vizwiz.score(questions, {"VizWiz_val_00000000.jpg": text})
     ((cluster, amounts),) = judgement.contributions
     assert cluster == "VizWiz_val_00000000.jpg"
     assert judgement.per_question == pytest.approx({cluster: api})
-    expected = {"vizwiz_api": api, "perAnswerType.other": api, "m4c_both_sides": both_sides, "vizwiz_api_verbatim": verbatim}
+    expected = {
+        "vizwiz_api": api,
+        "perAnswerType.other": api,
+        "m4c_both_sides": both_sides,
+        "vizwiz_api_verbatim": verbatim,
+    }
     assert amounts == pytest.approx(expected)
 
 
 def test_judgement_and_metrics(tmp_path: Path) -> None:
-    records = [_record(0, ["can"] * 10), _record(1, ["unanswerable"] * 10, "unanswerable"), _record(2, ["5"] * 3 + ["6"] * 7, "number")]
+    records = [
+        _record(0, ["can"] * 10),
+        _record(1, ["unanswerable"] * 10, "unanswerable"),
+        _record(2, ["5"] * 3 + ["6"] * 7, "number"),
+    ]
     questions = vizwiz.annotations(_write(tmp_path / "val.json", records))
     first, second, third = (question.id for question in questions)
     judgement = vizwiz.score(questions, {first: "A can", second: "I don't know", third: "five"})
@@ -72,7 +91,11 @@ def test_judgement_and_metrics(tmp_path: Path) -> None:
     metrics = vizwiz.measure(tally(judgement.contributions).totals())
     assert next(iter(metrics)) == "vizwiz_api"
     expected = {"vizwiz_api": 190 / 3, "m4c_both_sides": 190 / 3, "vizwiz_api_verbatim": 190 / 3}
-    expected |= {"perAnswerType.other": 100, "perAnswerType.unanswerable": 0, "perAnswerType.number": 90}
+    expected |= {
+        "perAnswerType.other": 100,
+        "perAnswerType.unanswerable": 0,
+        "perAnswerType.number": 90,
+    }
     assert {name: float(value) for name, value in metrics.items()} == pytest.approx(expected)
 
 
@@ -91,17 +114,28 @@ def _images(root: Path, split: str, count: int) -> None:
 
 
 def test_questions_are_asked_as_in_llavas_file(tmp_path: Path) -> None:
-    records = [_record(0, ["x"] * 10, question="what is this? And is it a TV? "), _record(1, ["x"] * 9)]
+    records = [
+        _record(0, ["x"] * 10, question="what is this? And is it a TV? "),
+        _record(1, ["x"] * 9),
+    ]
     (tmp_path / "Annotations").mkdir()
     _write(tmp_path / "Annotations" / "val.json", records)
     _images(tmp_path, "val", 2)
     first, second = vizwiz.questions(tmp_path, "val")
     assert first.text == "What is this? and is it a tv? " + HINT
-    assert (first.id, first.image) == ("VizWiz_val_00000000.jpg", tmp_path / "val" / "VizWiz_val_00000000.jpg")
+    assert (first.id, first.image) == (
+        "VizWiz_val_00000000.jpg",
+        tmp_path / "val" / "VizWiz_val_00000000.jpg",
+    )
     assert vizwiz.submission([first], {}) == {}
     assert vizwiz.doubts([first], "val") == []
-    assert vizwiz.doubts([first, second], "val") == ["1 questions do not have ten human answers: get the official annotation file"]
-    assert "2 images are not of split test, such as VizWiz_val_00000000.jpg" in vizwiz.doubts([first, second], "test")[0]
+    assert vizwiz.doubts([first, second], "val") == [
+        "1 questions do not have ten human answers: get the official annotation file"
+    ]
+    assert (
+        "2 images are not of split test, such as VizWiz_val_00000000.jpg"
+        in vizwiz.doubts([first, second], "test")[0]
+    )
     (tmp_path / "val" / "VizWiz_val_00000001.jpg").unlink()
     with pytest.raises(FileNotFoundError, match=r"VizWiz_val_00000001\.jpg"):
         vizwiz.questions(tmp_path, "val")
@@ -115,13 +149,24 @@ def test_the_upload_of_test(name: str, tmp_path: Path) -> None:
         _write(tmp_path / name, [{"image": image, "question": "what is this?"} for image in images])
     else:
         lines = [
-            {"question_id": n, "image": image, "text": "What is this?" + HINT, "category": "default"} for n, image in enumerate(images)
+            {
+                "question_id": n,
+                "image": image,
+                "text": "What is this?" + HINT,
+                "category": "default",
+            }
+            for n, image in enumerate(images)
         ]
         (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     questions = vizwiz.questions(tmp_path, "test")
-    assert [(question.id, question.text) for question in questions] == [(image, "What is this?" + HINT) for image in images]
+    assert [(question.id, question.text) for question in questions] == [
+        (image, "What is this?" + HINT) for image in images
+    ]
     (content,) = vizwiz.submission(questions, {images[1]: "The T-shirt", images[0]: ""}).values()
-    assert json.loads(content) == [{"image": images[0], "answer": ""}, {"image": images[1], "answer": "t shirt"}]
+    assert json.loads(content) == [
+        {"image": images[0], "answer": ""},
+        {"image": images[1], "answer": "t shirt"},
+    ]
     assert vizwiz.doubts(questions, "test") == []
 
 
@@ -129,11 +174,17 @@ def test_the_upload_of_test(name: str, tmp_path: Path) -> None:
     ("records", "sentence"),
     [
         ({"image": "x"}, "is not a list of questions"),
-        ([_record(0, ["x"]), _record(0, ["x"])], r"\[1\]: image VizWiz_val_00000000\.jpg stands in the file twice"),
+        (
+            [_record(0, ["x"]), _record(0, ["x"])],
+            r"\[1\]: image VizWiz_val_00000000\.jpg stands in the file twice",
+        ),
         ([{"question": "x"}], r"\[0\] has no 'image'"),
         ([_record(0, ["x"]) | {"image": 7}], r"\[0\] has the image 7 .* wanted two texts"),
         ([_record(0, ["x"]) | {"answers": [{}]}], r"\[0\]: its answers are not a list"),
-        ([{"image": "x", "question": "y", "answers": [{"answer": "z"}]}], r"\[0\] has no 'answer_type'"),
+        (
+            [{"image": "x", "question": "y", "answers": [{"answer": "z"}]}],
+            r"\[0\] has no 'answer_type'",
+        ),
     ],
 )
 def test_a_malformed_file_is_named(records: Any, sentence: str, tmp_path: Path) -> None:
@@ -148,6 +199,8 @@ def test_missing_things_are_named(tmp_path: Path) -> None:
         vizwiz.questions(tmp_path, "train")
     with pytest.raises(FileNotFoundError, match=r"val\.json"):
         vizwiz.annotations(tmp_path)
-    (tmp_path / "llava_test.jsonl").write_text(json.dumps({"question_id": 0, "image": "a.jpg", "text": "What is this?"}))
+    (tmp_path / "llava_test.jsonl").write_text(
+        json.dumps({"question_id": 0, "image": "a.jpg", "text": "What is this?"})
+    )
     with pytest.raises(ValueError, match=r"llava_test\.jsonl line 1: its text does not end with"):
         vizwiz.questions(tmp_path, "test")

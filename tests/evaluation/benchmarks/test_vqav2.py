@@ -13,11 +13,22 @@ from mipha.comparison.statistics import tally
 from mipha.evaluation.benchmarks import vqav2
 from mipha.evaluation.prompts import SHORT
 
-QUESTIONS, ANNOTATIONS = "v2_OpenEnded_mscoco_val2014_questions.json", "v2_mscoco_val2014_annotations.json"
+QUESTIONS, ANNOTATIONS = (
+    "v2_OpenEnded_mscoco_val2014_questions.json",
+    "v2_mscoco_val2014_annotations.json",
+)
 
 
-def _annotation(question_id: int, answers: Sequence[str], answer_type: str = "other", question_type: str = "what is") -> dict[str, Any]:
-    people = [{"answer": answer, "answer_confidence": "yes", "answer_id": number} for number, answer in enumerate(answers, start=1)]
+def _annotation(
+    question_id: int,
+    answers: Sequence[str],
+    answer_type: str = "other",
+    question_type: str = "what is",
+) -> dict[str, Any]:
+    people = [
+        {"answer": answer, "answer_confidence": "yes", "answer_id": number}
+        for number, answer in enumerate(answers, start=1)
+    ]
     return {
         "question_id": question_id,
         "image_id": question_id // 1000,
@@ -29,15 +40,31 @@ def _annotation(question_id: int, answers: Sequence[str], answer_type: str = "ot
 
 
 def _question(question_id: int) -> dict[str, Any]:
-    return {"question_id": question_id, "image_id": question_id // 1000, "question": f"What is {question_id}?"}
+    return {
+        "question_id": question_id,
+        "image_id": question_id // 1000,
+        "question": f"What is {question_id}?",
+    }
 
 
 def _write(path: Path, key: str, records: Sequence[Any], subtype: str | None = "val2014") -> Path:
-    path.write_text(json.dumps({"info": {}, "license": {}, "data_type": "mscoco", "data_subtype": subtype, key: records}))
+    path.write_text(
+        json.dumps(
+            {
+                "info": {},
+                "license": {},
+                "data_type": "mscoco",
+                "data_subtype": subtype,
+                key: records,
+            }
+        )
+    )
     return path
 
 
-def _val(root: Path, *records: dict[str, Any], names: tuple[str, str] = (QUESTIONS, ANNOTATIONS)) -> Path:
+def _val(
+    root: Path, *records: dict[str, Any], names: tuple[str, str] = (QUESTIONS, ANNOTATIONS)
+) -> Path:
     _write(root / names[0], "questions", [_question(record["question_id"]) for record in records])
     _write(root / names[1], "annotations", records)
     return root
@@ -79,7 +106,9 @@ def _accuracy(root: Path, answers: Sequence[str], text: str) -> float:
         (["red"] * 2 + ["blue"] * 8, "green", 0),
     ],
 )
-def test_accuracy_of_one_question(answers: list[str], text: str, accuracy: float, tmp_path: Path) -> None:
+def test_accuracy_of_one_question(
+    answers: list[str], text: str, accuracy: float, tmp_path: Path
+) -> None:
     assert _accuracy(tmp_path, answers, text) == pytest.approx(accuracy, abs=1e-12)
 
 
@@ -92,7 +121,11 @@ def test_judgement_and_metrics(tmp_path: Path) -> None:
         names=("questions.json", "annotations.json"),
     )
     questions = vqav2.annotations(root)
-    assert [(question.id, question.text, question.image) for question in questions][2] == ("2000", "What is 2000?", None)
+    assert [(question.id, question.text, question.image) for question in questions][2] == (
+        "2000",
+        "What is 2000?",
+        None,
+    )
     judgement = vqav2.score(questions, {"1000": "YES", "1001": "1,000", "2000": "Two"})
     assert judgement.per_question == pytest.approx({"1000": 1, "1001": 0, "2000": 0.9})
     assert judgement.submission == {"1000": "yes", "1001": "1000", "2000": "2"}
@@ -124,12 +157,18 @@ def test_people_with_one_answer_id_leave_one_another_out(tmp_path: Path) -> None
 
 
 def test_val_has_prompts_images_and_labels(tmp_path: Path) -> None:
-    root = _val(tmp_path, _annotation(262148000, ["down"] * 10), _annotation(393225001, ["no"] * 10))
+    root = _val(
+        tmp_path, _annotation(262148000, ["down"] * 10), _annotation(393225001, ["no"] * 10)
+    )
     _images(root, "val2014", 262148, 393225)
     first, second = vqav2.questions(root, "val")
     assert first.text == "What is 262148000?" + SHORT
     assert first.image == root / "val2014" / "COCO_val2014_000000262148.jpg"
-    assert (second.id, second.facts["image_id"], second.facts["answers"]) == ("393225001", 393225, ("no",) * 10)
+    assert (second.id, second.facts["image_id"], second.facts["answers"]) == (
+        "393225001",
+        393225,
+        ("no",) * 10,
+    )
     assert vqav2.submission([first, second], {}) == {}
     assert vqav2.doubts([first, second], "val") == []
     (root / "val2014" / "COCO_val2014_000000393225.jpg").unlink()
@@ -139,29 +178,49 @@ def test_val_has_prompts_images_and_labels(tmp_path: Path) -> None:
 
 def _llava_line(question_id: int, text: str = f"What is it?{SHORT}", name: str = "") -> str:
     name = name or f"COCO_test2015_{question_id // 1000:012d}.jpg"
-    return json.dumps({"question_id": question_id, "image": name, "text": text, "category": "default"}) + "\n"
+    return (
+        json.dumps({"question_id": question_id, "image": name, "text": text, "category": "default"})
+        + "\n"
+    )
 
 
 def test_the_upload_of_test_dev_lists_all_of_test2015(tmp_path: Path) -> None:
-    (tmp_path / "llava_vqav2_mscoco_test-dev2015.jsonl").write_text(_llava_line(5000) + _llava_line(7001))
+    (tmp_path / "llava_vqav2_mscoco_test-dev2015.jsonl").write_text(
+        _llava_line(5000) + _llava_line(7001)
+    )
     _images(tmp_path, "test2015", 5, 7)
     questions = vqav2.questions(tmp_path, "test-dev")
     assert [question.text for question in questions] == [f"What is it?{SHORT}"] * 2
     assert questions[1].image == tmp_path / "test2015" / "COCO_test2015_000000000007.jpg"
-    assert "the upload has 2 ids but the server wants all 447793" in vqav2.doubts(questions, "test-dev")[0]
-    _write(tmp_path / "v2_OpenEnded_mscoco_test2015_questions.json", "questions", list(map(_question, (5000, 6000, 7001))), "test2015")
+    assert (
+        "the upload has 2 ids but the server wants all 447793"
+        in vqav2.doubts(questions, "test-dev")[0]
+    )
+    _write(
+        tmp_path / "v2_OpenEnded_mscoco_test2015_questions.json",
+        "questions",
+        list(map(_question, (5000, 6000, 7001))),
+        "test2015",
+    )
     questions = vqav2.questions(tmp_path, "test-dev")
     (content,) = vqav2.submission(questions, {"5000": "McDonald's", "7001": "No."}).values()
     answers = {row["question_id"]: row["answer"] for row in json.loads(content)}
     assert answers == {5000: "mcdonald 's", 6000: "", 7001: "no"}
     assert len(json.loads(content)) == 3
-    (tmp_path / "llava_vqav2_mscoco_test-dev2015.jsonl").write_text(_llava_line(5000) + _llava_line(7002))
+    (tmp_path / "llava_vqav2_mscoco_test-dev2015.jsonl").write_text(
+        _llava_line(5000) + _llava_line(7002)
+    )
     with pytest.raises(ValueError, match=r"test2015_questions\.json lacks question_id 7002"):
         vqav2.questions(tmp_path, "test-dev")
 
 
 def test_test_asks_everything(tmp_path: Path) -> None:
-    _write(tmp_path / "v2_OpenEnded_mscoco_test2015_questions.json", "questions", [_question(5000)], "test-dev2015")
+    _write(
+        tmp_path / "v2_OpenEnded_mscoco_test2015_questions.json",
+        "questions",
+        [_question(5000)],
+        "test-dev2015",
+    )
     _images(tmp_path, "test2015", 5)
     questions = vqav2.questions(tmp_path, "test")
     (content,) = vqav2.submission(questions, {"5000": "a cat"}).values()
@@ -172,7 +231,12 @@ def test_test_asks_everything(tmp_path: Path) -> None:
 
 
 def test_doubts_about_answers(tmp_path: Path) -> None:
-    file = _write(tmp_path / "a.json", "annotations", [_annotation(1, ["x"] * 10), _annotation(2, ["x"] * 9)], "train2014")
+    file = _write(
+        tmp_path / "a.json",
+        "annotations",
+        [_annotation(1, ["x"] * 10), _annotation(2, ["x"] * 9)],
+        "train2014",
+    )
     subtype, answers = vqav2.doubts(vqav2.annotations(file), "val")
     assert "data_subtype is train2014" in subtype
     assert "1 questions do not have ten human answers" in answers
@@ -189,15 +253,29 @@ def _without(key: str) -> dict[str, Any]:
             (_without(key), rf"annotations\[1\] has no '{key}'")
             for key in ("question_id", "image_id", "answers", "answer_type", "question_type")
         ),
-        (_annotation(1000, ["x"] * 10), r"annotations\[1\]: question_id 1000 stands in the file twice"),
-        (_without("question_id") | {"question_id": "2000"}, r"annotations\[1\]: question_id '2000' is not a number"),
-        (_without("question_id") | {"question_id": [1]}, r"annotations\[1\]: question_id \[1\] is not a number"),
-        (_without("answers") | {"answers": [{"answer": 2}]}, r"annotations\[1\]: its answers are not a list"),
+        (
+            _annotation(1000, ["x"] * 10),
+            r"annotations\[1\]: question_id 1000 stands in the file twice",
+        ),
+        (
+            _without("question_id") | {"question_id": "2000"},
+            r"annotations\[1\]: question_id '2000' is not a number",
+        ),
+        (
+            _without("question_id") | {"question_id": [1]},
+            r"annotations\[1\]: question_id \[1\] is not a number",
+        ),
+        (
+            _without("answers") | {"answers": [{"answer": 2}]},
+            r"annotations\[1\]: its answers are not a list",
+        ),
         ("x", r"annotations\[1\] has no 'question_id'"),
     ],
 )
 def test_a_malformed_annotation_is_named(record: Any, sentence: str, tmp_path: Path) -> None:
-    file = _write(tmp_path / "annotations.json", "annotations", [_annotation(1000, ["x"] * 10), record])
+    file = _write(
+        tmp_path / "annotations.json", "annotations", [_annotation(1000, ["x"] * 10), record]
+    )
     with pytest.raises(ValueError, match=rf"annotations\.json {sentence}"):
         vqav2.annotations(file)
 
@@ -207,8 +285,14 @@ def test_a_malformed_annotation_is_named(record: Any, sentence: str, tmp_path: P
     [
         ([{"image_id": 1, "question": "?"}], r"questions\[0\] has no 'question_id'"),
         ([_question(1000) | {"image_id": "1"}], r"questions\[0\] is .* wanted numbers"),
-        ([_question(1000), _question(1000)], r"questions\[1\]: question_id 1000 stands in the file twice"),
-        ([_question(1000), _question(1001)], r"1 ids are in one only: question_id 1001 is not in the annotations"),
+        (
+            [_question(1000), _question(1000)],
+            r"questions\[1\]: question_id 1000 stands in the file twice",
+        ),
+        (
+            [_question(1000), _question(1001)],
+            r"1 ids are in one only: question_id 1001 is not in the annotations",
+        ),
         ([], r"1 ids are in one only: question_id 1000 is not in the questions"),
         ({}, r"its 'questions' is not a list"),
     ],
@@ -220,7 +304,10 @@ def test_a_malformed_question_file_is_named(records: Any, sentence: str, tmp_pat
         vqav2.annotations(tmp_path)
 
 
-@pytest.mark.parametrize("line", [_llava_line(5000, "What is it?"), _llava_line(5000, name="COCO_val2014_000000000005.jpg")])
+@pytest.mark.parametrize(
+    "line",
+    [_llava_line(5000, "What is it?"), _llava_line(5000, name="COCO_val2014_000000000005.jpg")],
+)
 def test_a_line_that_is_not_llavas_is_named(line: str, tmp_path: Path) -> None:
     (tmp_path / "llava_vqav2_mscoco_test2015.jsonl").write_text(_llava_line(4000) + line)
     with pytest.raises(ValueError, match=r"test2015\.jsonl line 2: wanted an image"):

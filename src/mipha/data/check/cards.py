@@ -24,12 +24,22 @@ _THUMBNAIL = 256
 
 def example_rows(result: CheckResult) -> list[int]:
     """Rows shown in full: the first of every kind of finding, and some without any, spread over the set."""
-    chosen = [finding.row for found in by_kind(result).values() for finding in found[:_ROWS_A_KIND] if finding.row is not None]
+    chosen = [
+        finding.row
+        for found in by_kind(result).values()
+        for finding in found[:_ROWS_A_KIND]
+        if finding.row is not None
+    ]
     chosen = list(dict.fromkeys(chosen))[:_MOST_CARDS]
     faulty = {finding.row for finding in result.findings}
     size = result.num_rows
     spread = range(0, size, max(1, size // (4 * _SOUND_CARDS)))
-    return chosen + [row for row in spread if row not in faulty][:: 4 if size >= 4 * _SOUND_CARDS else 1][:_SOUND_CARDS]
+    return (
+        chosen
+        + [row for row in spread if row not in faulty][:: 4 if size >= 4 * _SOUND_CARDS else 1][
+            :_SOUND_CARDS
+        ]
+    )
 
 
 def example_cards(result: CheckResult) -> Iterator[str]:
@@ -41,13 +51,22 @@ def example_cards(result: CheckResult) -> Iterator[str]:
             found[finding.row].append(finding)
     stage = result.training.stage if result.training else None
     for row in rows:
-        badges = "".join(f'<span class="badge {finding.severity}">{escaped(KINDS[finding.kind].title)}</span>' for finding in found[row])
-        said = "".join(f'<p class="{finding.severity}">{escaped(finding.sentence)}</p>' for finding in found[row])
+        badges = "".join(
+            f'<span class="badge {finding.severity}">{escaped(KINDS[finding.kind].title)}</span>'
+            for finding in found[row]
+        )
+        said = "".join(
+            f'<p class="{finding.severity}">{escaped(finding.sentence)}</p>'
+            for finding in found[row]
+        )
         view = None
         try:
             view = view_sample(result.source, row, stage, result.processor)
             body = _images(view.sample.images) + _words(view)
-        except (ValueError, OSError):  # said above already: what there is to see of such a row is the record
+        except (
+            ValueError,
+            OSError,
+        ):  # said above already: what there is to see of such a row is the record
             body = _record(result, row)
         where = view.where if view else next((finding.where for finding in found[row]), "")
         yield f'<div class="card"><h3>row {row} <span class="grey">{escaped(where)}</span></h3>{badges}{said}{body}</div>'
@@ -63,7 +82,10 @@ def _record(result: CheckResult, row: int) -> str:
 
 def _words(view: View) -> str:
     if view.rendered is None:
-        turns = "".join(f"<b>{message.role}</b>\n{escaped(visible(message.text[:8_000]))}\n" for message in view.sample.messages)
+        turns = "".join(
+            f"<b>{message.role}</b>\n{escaped(visible(message.text[:8_000]))}\n"
+            for message in view.sample.messages
+        )
         return f'<div class="text">{turns}</div>'
     if view.problem:
         return f'<div class="text">{escaped(visible(view.rendered[:8_000]))}</div>'
@@ -77,7 +99,9 @@ def _pieces(pieces: Iterable[Piece]) -> Iterator[str]:
         if number == _MOST_PIECES:
             yield "<u> … and so on</u>"
             return
-        text = f"image: {piece.num_tokens} tokens" if piece.is_image else escaped(visible(piece.text))
+        text = (
+            f"image: {piece.num_tokens} tokens" if piece.is_image else escaped(visible(piece.text))
+        )
         if piece.is_image or piece.trained:
             yield f'<span class="{"i" if piece.is_image else "ab"[number % 2]}">{text}</span>'
         else:

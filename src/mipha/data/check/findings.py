@@ -27,60 +27,174 @@ class Kind(NamedTuple):
 
 KINDS: dict[str, Kind] = {
     # the record
-    "malformed": Kind("error", "rows that are no conversation", "write the row as its format says, or remove it", "drop"),
-    "role-order": Kind("error", "turns in the wrong order", "let user and assistant take turns, and end with an answer", "drop"),
-    "left-out-turn": Kind("warning", "turns that the format leaves out", "begin with the user's turn and end with an answer"),
-    "merged-marker": Kind("warning", "image markers that LLaVA's rule makes one of", "write one <image> for each image"),
-    "image-count": Kind("error", "image markers and images do not match", "write one <image> for each image", "drop"),
-    "image-in-answer": Kind("error", "an image marker in an answer", "move <image> to the user's turn", "drop"),
-    "outside-path": Kind("error", "paths that lead out of the data's folder", "give a path inside the data's folder", "drop"),
+    "malformed": Kind(
+        "error",
+        "rows that are no conversation",
+        "write the row as its format says, or remove it",
+        "drop",
+    ),
+    "role-order": Kind(
+        "error",
+        "turns in the wrong order",
+        "let user and assistant take turns, and end with an answer",
+        "drop",
+    ),
+    "left-out-turn": Kind(
+        "warning",
+        "turns that the format leaves out",
+        "begin with the user's turn and end with an answer",
+    ),
+    "merged-marker": Kind(
+        "warning",
+        "image markers that LLaVA's rule makes one of",
+        "write one <image> for each image",
+    ),
+    "image-count": Kind(
+        "error", "image markers and images do not match", "write one <image> for each image", "drop"
+    ),
+    "image-in-answer": Kind(
+        "error", "an image marker in an answer", "move <image> to the user's turn", "drop"
+    ),
+    "outside-path": Kind(
+        "error",
+        "paths that lead out of the data's folder",
+        "give a path inside the data's folder",
+        "drop",
+    ),
     # its images
-    "missing-image": Kind("error", "missing image files", "put the file there, mend the path, or remove the row", "drop"),
-    "unreadable-image": Kind("error", "files that are no images", "get the file again, or remove the row", "drop"),
-    "truncated-image": Kind("error", "images cut short or damaged", "get the file again, or remove the row", "drop"),
+    "missing-image": Kind(
+        "error",
+        "missing image files",
+        "put the file there, mend the path, or remove the row",
+        "drop",
+    ),
+    "unreadable-image": Kind(
+        "error", "files that are no images", "get the file again, or remove the row", "drop"
+    ),
+    "truncated-image": Kind(
+        "error", "images cut short or damaged", "get the file again, or remove the row", "drop"
+    ),
     "oversized-image": Kind("error", "images of too many pixels", "make the image smaller", "drop"),
-    "tiny-image": Kind("warning", "tiny images", "use the image in its original size, or remove the row"),
-    "extreme-aspect": Kind("warning", "extremely long or wide images", "crop the image, or cut it into several"),
-    "blank-image": Kind("warning", "images of one flat colour", "look at the image, and remove the row if nothing is on it"),
-    "exif-rotation": Kind("note", "images stored turned (EXIF)", "nothing, it is turned upright here; other programs may not do so"),
-    "animated-image": Kind("note", "animated images", "nothing if the first frame is meant; only that one is seen"),
-    "converted-image": Kind("note", "images in unusual colours", "nothing if it looks right after conversion to RGB"),
-    "wrong-suffix": Kind("note", "images named as another format", "nothing, the content decides here; rename it for other programs"),
-    "repeated-image": Kind("note", "one picture under several names", "name one file in all rows, so that splits by image hold"),
+    "tiny-image": Kind(
+        "warning", "tiny images", "use the image in its original size, or remove the row"
+    ),
+    "extreme-aspect": Kind(
+        "warning", "extremely long or wide images", "crop the image, or cut it into several"
+    ),
+    "blank-image": Kind(
+        "warning",
+        "images of one flat colour",
+        "look at the image, and remove the row if nothing is on it",
+    ),
+    "exif-rotation": Kind(
+        "note",
+        "images stored turned (EXIF)",
+        "nothing, it is turned upright here; other programs may not do so",
+    ),
+    "animated-image": Kind(
+        "note", "animated images", "nothing if the first frame is meant; only that one is seen"
+    ),
+    "converted-image": Kind(
+        "note", "images in unusual colours", "nothing if it looks right after conversion to RGB"
+    ),
+    "wrong-suffix": Kind(
+        "note",
+        "images named as another format",
+        "nothing, the content decides here; rename it for other programs",
+    ),
+    "repeated-image": Kind(
+        "note",
+        "one picture under several names",
+        "name one file in all rows, so that splits by image hold",
+    ),
     # its words
     "empty-answer": Kind("error", "empty answers", "write the answer, or remove the row", "drop"),
     "empty-question": Kind("warning", "empty questions", "write the question, or remove the row"),
-    "long-answer": Kind("warning", "very long answers", "look whether another text slipped in, and cut it"),
-    "placeholder-answer": Kind("warning", "answers that stand for a missing value", "write the answer, or remove the row"),
-    "echo": Kind("warning", "answers that repeat the question", "write the answer, or remove the row"),
-    "repetition": Kind("warning", "answers that go in circles", "cut the repeated part, or remove the row"),
-    "refusal": Kind("note", "answers of another assistant that refuses", "remove the row, unless refusing is to be learned"),
-    "turn-in-text": Kind("warning", "turns of a conversation inside one text", "split the text into messages"),
-    "special-token": Kind("error", "control tokens written in a text", "remove the token from the text", "drop"),
-    "foreign-marker": Kind("warning", "image markers of other programs", "write <image>, or remove it"),
-    "lone-surrogate": Kind("error", "half characters (lone surrogates)", "remove it, or write the whole character", "mend"),
-    "replacement-character": Kind(
-        "warning", "characters lost in an earlier conversion (U+FFFD)", "read the source again in its own encoding"
+    "long-answer": Kind(
+        "warning", "very long answers", "look whether another text slipped in, and cut it"
     ),
-    "mojibake": Kind("warning", "text read in the wrong encoding", "read the source as UTF-8", "mend"),
+    "placeholder-answer": Kind(
+        "warning", "answers that stand for a missing value", "write the answer, or remove the row"
+    ),
+    "echo": Kind(
+        "warning", "answers that repeat the question", "write the answer, or remove the row"
+    ),
+    "repetition": Kind(
+        "warning", "answers that go in circles", "cut the repeated part, or remove the row"
+    ),
+    "refusal": Kind(
+        "note",
+        "answers of another assistant that refuses",
+        "remove the row, unless refusing is to be learned",
+    ),
+    "turn-in-text": Kind(
+        "warning", "turns of a conversation inside one text", "split the text into messages"
+    ),
+    "special-token": Kind(
+        "error", "control tokens written in a text", "remove the token from the text", "drop"
+    ),
+    "foreign-marker": Kind(
+        "warning", "image markers of other programs", "write <image>, or remove it"
+    ),
+    "lone-surrogate": Kind(
+        "error",
+        "half characters (lone surrogates)",
+        "remove it, or write the whole character",
+        "mend",
+    ),
+    "replacement-character": Kind(
+        "warning",
+        "characters lost in an earlier conversion (U+FFFD)",
+        "read the source again in its own encoding",
+    ),
+    "mojibake": Kind(
+        "warning", "text read in the wrong encoding", "read the source as UTF-8", "mend"
+    ),
     "control-characters": Kind("warning", "control characters", "remove them", "mend"),
     "invisible-characters": Kind("warning", "invisible characters", "remove them", "mend"),
-    "markup": Kind("note", "HTML in a text", "turn it into plain text, unless HTML is to be learned"),
+    "markup": Kind(
+        "note", "HTML in a text", "turn it into plain text, unless HTML is to be learned"
+    ),
     # its tokens
-    "nothing-trained": Kind("error", "samples with no trained token", "mend or remove the sample, or raise row_tokens", "drop"),
-    "too-many-images": Kind("error", "samples whose images alone fill a row", "raise row_tokens, or use fewer images", "drop"),
-    "truncated-answer": Kind("warning", "answers cut off by row_tokens", "raise row_tokens, or shorten the conversation"),
+    "nothing-trained": Kind(
+        "error",
+        "samples with no trained token",
+        "mend or remove the sample, or raise row_tokens",
+        "drop",
+    ),
+    "too-many-images": Kind(
+        "error",
+        "samples whose images alone fill a row",
+        "raise row_tokens, or use fewer images",
+        "drop",
+    ),
+    "truncated-answer": Kind(
+        "warning", "answers cut off by row_tokens", "raise row_tokens, or shorten the conversation"
+    ),
     # the whole set
     "duplicate": Kind("warning", "rows that repeat an earlier one", "remove one of them", "drop"),
     "conflicting-answer": Kind("warning", "one question, two answers", "keep the right one"),
-    "leak": Kind("error", "questions of the evaluation set in the training set", "remove the row from the training set", "drop"),
+    "leak": Kind(
+        "error",
+        "questions of the evaluation set in the training set",
+        "remove the row from the training set",
+        "drop",
+    ),
     "leaked-image": Kind(
-        "warning", "images of the evaluation set in the training set", "remove the row, unless new questions are all that counts"
+        "warning",
+        "images of the evaluation set in the training set",
+        "remove the row, unless new questions are all that counts",
     ),
     "unbalanced-answers": Kind(
-        "warning", "one answer for nearly everything", "add rows with other answers, or report a baseline beside every score"
+        "warning",
+        "one answer for nearly everything",
+        "add rows with other answers, or report a baseline beside every score",
     ),
-    "uncompared": Kind("warning", "evaluation rows that could not be compared", "check the evaluation set by itself"),
+    "uncompared": Kind(
+        "warning",
+        "evaluation rows that could not be compared",
+        "check the evaluation set by itself",
+    ),
 }
 
 

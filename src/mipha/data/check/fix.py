@@ -17,7 +17,7 @@ from mipha.data.check.text import mend_text
 from mipha.data.datasets._index import Rows
 from mipha.data.datasets._json_records import JsonRecords
 from mipha.data.sample import Sample
-from mipha.run import write_whole
+from mipha.files import write_whole
 
 
 class Change(NamedTuple):
@@ -73,17 +73,27 @@ def write_fixed(result: CheckResult, out: Path) -> Fixed:
             f"--fix {out}: a cleaned copy of {records.file.name} is of the same kind: give a name that ends in {records.file.suffix}"
         )
     if out.exists() and out.samefile(records.file):
-        raise ValueError(f"--fix {out} is the data itself, which is never changed: give another name")
+        raise ValueError(
+            f"--fix {out} is the data itself, which is never changed: give another name"
+        )
     changes: list[Change] = []
     kept = list(_kept(result, records, changes))
-    content = b"[\n" + b",\n".join(kept) + b"\n]\n" if records.is_list else b"".join(line + b"\n" for line in kept)
+    content = (
+        b"[\n" + b",\n".join(kept) + b"\n]\n"
+        if records.is_list
+        else b"".join(line + b"\n" for line in kept)
+    )
     list_file = out.with_name(out.name + ".changes.txt")
-    write_whole(list_file, "".join(f"{change.where}: {change.action}: {change.why}\n" for change in changes))
+    write_whole(
+        list_file, "".join(f"{change.where}: {change.action}: {change.why}\n" for change in changes)
+    )
     write_whole(out, content)
     folder = records.file.parent.resolve()
     note = None
     if out.resolve().parent != folder:
-        note = f"its images are looked for beside the data, so set the data's image_root to {folder}"
+        note = (
+            f"its images are looked for beside the data, so set the data's image_root to {folder}"
+        )
     return Fixed(out, list_file, len(kept), tuple(changes), note)
 
 
@@ -91,15 +101,23 @@ def _json_file(result: CheckResult) -> JsonRecords:
     rows = result.source.records
     files = [part.file for part in rows.parts] if isinstance(rows, Rows) else []
     if len(files) > 1:
-        raise ValueError(f"{result.source.name} is made of {len(files)} files: check and fix them one by one")
+        raise ValueError(
+            f"{result.source.name} is made of {len(files)} files: check and fix them one by one"
+        )
     if not files or not isinstance(files[0], JsonRecords):
-        raise ValueError(f"{result.source.name} cannot be fixed: only JSON and JSON lines are written; mend it by the list of findings")
+        raise ValueError(
+            f"{result.source.name} cannot be fixed: only JSON and JSON lines are written; mend it by the list of findings"
+        )
     return files[0]
 
 
 def _kept(result: CheckResult, records: JsonRecords, changes: list[Change]) -> Iterator[bytes]:
     """The rows of the copy; a line that does not change keeps its very bytes."""
-    lines = [] if records.is_list else records.file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    lines = (
+        []
+        if records.is_list
+        else records.file.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    )
     found: dict[int, list[Finding]] = defaultdict(list)
     for finding in result.findings:
         if finding.row is not None and KINDS[finding.kind].fix != "keep":
@@ -115,7 +133,11 @@ def _kept(result: CheckResult, records: JsonRecords, changes: list[Change]) -> I
             changes += [Change(row, where, "mended", finding.what) for finding in why]
             yield _as_json(content)
         else:
-            yield _as_json(result.source.records[row].content) if records.is_list else lines[int(records.name(row)) - 1].rstrip(b"\r")
+            yield (
+                _as_json(result.source.records[row].content)
+                if records.is_list
+                else lines[int(records.name(row)) - 1].rstrip(b"\r")
+            )
 
 
 def _mended(value: Any, kept: frozenset[str]) -> Any:
@@ -124,7 +146,11 @@ def _mended(value: Any, kept: frozenset[str]) -> Any:
         return {key: _mended(item, kept) for key, item in value.items()}
     if isinstance(value, list):
         return [_mended(item, kept) for item in value]
-    return mend_text(value) if isinstance(value, str) and not any(path.endswith(value) for path in kept) else value
+    return (
+        mend_text(value)
+        if isinstance(value, str) and not any(path.endswith(value) for path in kept)
+        else value
+    )
 
 
 def _image_texts(sample: Sample) -> frozenset[str]:

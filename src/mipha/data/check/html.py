@@ -99,11 +99,16 @@ def html_report(result: CheckResult) -> str:
         headline=escaped(headline(result)),
         counts="".join(_count(result, severity) for severity in SEVERITIES),
         notes="".join(f"<p>{escaped(note)}</p>" for note in notes if note),
-        findings="".join(_kind(kind, found, not place) for place, (kind, found) in enumerate(by_kind(result).items()))
+        findings="".join(
+            _kind(kind, found, not place)
+            for place, (kind, found) in enumerate(by_kind(result).items())
+        )
         or '<p class="fine">Nothing was found.</p>',
         plots="".join(_plot(histogram) for histogram in result.histograms) + _answers(result),
         facts=_facts(result),
-        legend=legend if has_tokens else "Words as they stand; which tokens are trained on depends on the recipe.",
+        legend=legend
+        if has_tokens
+        else "Words as they stand; which tokens are trained on depends on the recipe.",
         cards="".join(example_cards(result)),
     )
 
@@ -116,7 +121,11 @@ def _count(result: CheckResult, severity: Severity) -> str:
 def _kind(kind: str, found: Sequence[Finding], is_open: bool) -> str:
     about = KINDS[kind]
     rows = "".join(map(_row, found[:_MOST_ROWS]))
-    more = f'<p class="grey">The first {_MOST_ROWS} of {len(found):,}; the JSON report has all.</p>' if len(found) > _MOST_ROWS else ""
+    more = (
+        f'<p class="grey">The first {_MOST_ROWS} of {len(found):,}; the JSON report has all.</p>'
+        if len(found) > _MOST_ROWS
+        else ""
+    )
     return (
         f'<details{" open" if is_open else ""}><summary><span class="number">{len(found):,}</span>'
         f'<span class="badge {about.severity}">{about.severity}</span>{escaped(about.title)}</summary>'
@@ -127,7 +136,9 @@ def _kind(kind: str, found: Sequence[Finding], is_open: bool) -> str:
 
 def _row(finding: Finding) -> str:
     row = "the set" if finding.row is None else finding.row
-    return f"<tr><td>{row}</td><td>{escaped(finding.where)}</td><td>{escaped(finding.what)}</td></tr>"
+    return (
+        f"<tr><td>{row}</td><td>{escaped(finding.where)}</td><td>{escaped(finding.what)}</td></tr>"
+    )
 
 
 def _plot(histogram: Histogram) -> str:
@@ -139,7 +150,10 @@ def _plot(histogram: Histogram) -> str:
     for number, count in enumerate(histogram.counts):
         left, right = histogram.edges[number], histogram.edges[number + 1] - 1
         span = f"{left:,.0f}" + (f" to {right:,.0f}" if right > left else "")
-        tall, place = height * count / most, f'x="{number * step + 0.5:.1f}" width="{max(step - 1, 0.5):.1f}"'
+        tall, place = (
+            height * count / most,
+            f'x="{number * step + 0.5:.1f}" width="{max(step - 1, 0.5):.1f}"',
+        )
         bars.append(
             f'<rect {place} y="{height - tall:.1f}" height="{tall:.1f}" fill="#2563a8"><title>{span} {unit}: {count:,}</title></rect>'
         )
@@ -174,5 +188,7 @@ def _facts(result: CheckResult) -> str:
     lines = [*training_lines(result), *answer_lines(result)]
     if not lines:
         return ""
-    rows = "".join(f"<tr><td>{escaped(label)}</td><td>{escaped(value)}</td></tr>" for label, value in lines)
+    rows = "".join(
+        f"<tr><td>{escaped(label)}</td><td>{escaped(value)}</td></tr>" for label, value in lines
+    )
     return f'<h2>{"Training, tokens and packing" if result.training else "Answers"}</h2><table class="facts">{rows}</table>'

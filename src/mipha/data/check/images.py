@@ -52,7 +52,9 @@ def image_facts(source: ImageSource, name: str) -> ImageFacts:
         name: For descriptions.
     """
     if isinstance(source, Path) and not source.is_file():
-        return ImageFacts(None, 0, 0, (("missing-image", f"there is no file {quoted(name, 120)}{_near(source)}"),))
+        return ImageFacts(
+            None, 0, 0, (("missing-image", f"there is no file {quoted(name, 120)}{_near(source)}"),)
+        )
     label = f"image {name if isinstance(source, bytes) else quoted(name, 120)}"
     begin = b""
     try:
@@ -62,21 +64,51 @@ def image_facts(source: ImageSource, name: str) -> ImageFacts:
             return ImageFacts(None, 0, 0, (("unreadable-image", f"{label} is empty (0 bytes)"),))
         stored, width, height, problems = _header(content, label)
     except Image.DecompressionBombError:
-        return ImageFacts(None, 0, 0, (("oversized-image", f"{label} is more than {MAX_PIXELS:,} pixels"),))
+        return ImageFacts(
+            None, 0, 0, (("oversized-image", f"{label} is more than {MAX_PIXELS:,} pixels"),)
+        )
     except Exception as error:  # decoders answer damage with nearly every kind of exception
         if begin.startswith(_SIGNATURES):
-            return ImageFacts(None, 0, 0, (("truncated-image", f"{label} begins as one but cannot be read ({_reason(error)})"),))
-        reason = "is in no known format" if isinstance(error, Image.UnidentifiedImageError) else f"cannot be read ({_reason(error)})"
-        return ImageFacts(None, 0, 0, (("unreadable-image", f"{label} {reason}; it begins with {begin!r}"),))
+            return ImageFacts(
+                None,
+                0,
+                0,
+                (
+                    (
+                        "truncated-image",
+                        f"{label} begins as one but cannot be read ({_reason(error)})",
+                    ),
+                ),
+            )
+        reason = (
+            "is in no known format"
+            if isinstance(error, Image.UnidentifiedImageError)
+            else f"cannot be read ({_reason(error)})"
+        )
+        return ImageFacts(
+            None, 0, 0, (("unreadable-image", f"{label} {reason}; it begins with {begin!r}"),)
+        )
     if width * height > MAX_PIXELS:
-        return ImageFacts(None, width, height, (("oversized-image", f"{label} of {width} x {height} is more than {MAX_PIXELS:,} pixels"),))
+        return ImageFacts(
+            None,
+            width,
+            height,
+            (
+                (
+                    "oversized-image",
+                    f"{label} of {width} x {height} is more than {MAX_PIXELS:,} pixels",
+                ),
+            ),
+        )
     try:
         image = open_image(content)
     except ValueError as error:
         damage = f"{label} begins as a {stored} of {width} x {height} but cannot be read to the end ({_reason(error)})"
         return ImageFacts(None, width, height, (("truncated-image", damage),))
     if all(high - low <= FLAT for low, high in image.getextrema()):
-        problems.append(("blank-image", f"{label} is one flat colour, about {image.getpixel((0, 0))}"))
+        problems.append(
+            ("blank-image", f"{label} is one flat colour, about {image.getpixel((0, 0))}")
+        )
     digest = hashlib.blake2b(f"{image.size}".encode(), digest_size=16)
     digest.update(image.tobytes())
     return ImageFacts(digest.digest(), width, height, tuple(problems))
@@ -93,8 +125,12 @@ def _header(source: Path | bytes, label: str) -> tuple[str, int, int, list[tuple
     """Format, size and oddities of an image, before its pixels are read."""
     problems = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's doubts about size and metadata: both are judged here
-        with Image.open(source if isinstance(source, Path) else io.BytesIO(source), formats=FORMATS) as image:
+        warnings.simplefilter(
+            "ignore"
+        )  # Pillow's doubts about size and metadata: both are judged here
+        with Image.open(
+            source if isinstance(source, Path) else io.BytesIO(source), formats=FORMATS
+        ) as image:
             width, height = image.size
             stored = "JPEG" if image.format == "MPO" else str(image.format)
             if min(width, height) < MIN_SIDE:
@@ -102,12 +138,23 @@ def _header(source: Path | bytes, label: str) -> tuple[str, int, int, list[tuple
             if max(width, height) > MAX_ASPECT * min(width, height):
                 problems.append(("extreme-aspect", f"{label} has {width} x {height} pixels"))
             if (orientation := _orientation(image)) in range(2, 9):
-                problems.append(("exif-rotation", f"{label} is stored turned or mirrored (EXIF orientation {orientation})"))
+                problems.append(
+                    (
+                        "exif-rotation",
+                        f"{label} is stored turned or mirrored (EXIF orientation {orientation})",
+                    )
+                )
             if image.format != "MPO" and getattr(image, "is_animated", False):
-                problems.append(("animated-image", f"{label} has {getattr(image, 'n_frames', 2)} frames"))
+                problems.append(
+                    ("animated-image", f"{label} has {getattr(image, 'n_frames', 2)} frames")
+                )
             if image.mode in ("CMYK", "YCbCr", "LAB", "HSV", "F") or image.mode.startswith("I"):
                 problems.append(("converted-image", f"{label} is stored as {image.mode}"))
-            named = Image.registered_extensions().get(source.suffix.lower()) if isinstance(source, Path) else None
+            named = (
+                Image.registered_extensions().get(source.suffix.lower())
+                if isinstance(source, Path)
+                else None
+            )
             if named and named != stored and {named, stored} != {"JPEG", "MPO"}:
                 problems.append(("wrong-suffix", f"{label} is a {stored}"))
             if image.format == "PNG":
@@ -148,4 +195,6 @@ def _by_stem(folder: Path) -> dict[str, str]:
 def image_reader(most: int = 50_000) -> Callable[[ImageSource, str], ImageFacts]:
     """`image_facts` that reads an image once, though many rows show it; bytes are not kept to be known again."""
     known = lru_cache(maxsize=most)(image_facts)
-    return lambda source, name: image_facts(source, name) if isinstance(source, bytes) else known(source, name)
+    return lambda source, name: (
+        image_facts(source, name) if isinstance(source, bytes) else known(source, name)
+    )

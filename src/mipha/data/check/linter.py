@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 from mipha.data.check.findings import Finding
@@ -63,17 +71,28 @@ def check_data(
     workers = workers or os.cpu_count() or 1
     evaluation = None
     if against is not None:
-        evaluation = gather_evaluation(against.name, _all_rows(Job(against), workers, "reading " + against.name, progress))
+        evaluation = gather_evaluation(
+            against.name, _all_rows(Job(against), workers, "reading " + against.name, progress)
+        )
     seen = Seen(evaluation)
     columns = _Columns()
     findings: list[Finding] = []
-    for facts in _all_rows(Job(source, processor, stage), workers, "checking " + source.name, progress):
+    for facts in _all_rows(
+        Job(source, processor, stage), workers, "checking " + source.name, progress
+    ):
         columns.add(facts)
         findings += facts.findings
         findings += seen.add(facts)
     findings += seen.balance()
     if evaluation is not None and evaluation.num_unread:
-        findings.append(Finding("uncompared", None, "", f"{evaluation.num_unread} rows of {evaluation.name} could not be read"))
+        findings.append(
+            Finding(
+                "uncompared",
+                None,
+                "",
+                f"{evaluation.num_unread} rows of {evaluation.name} could not be read",
+            )
+        )
     num_guessed, num_guessable = seen.blind_guess()
     top = tuple(seen.answers.most_common(_TOP_ANSWERS))
     return CheckResult(
@@ -120,7 +139,9 @@ class _Columns:
             tokens = facts.tokens
             self.tokens.append(tokens.num_uncut)
             self.trained.append(tokens.num_trained)
-            self.lengths.append(Length(tokens.num_tokens, tokens.prefix, tokens.prefix_key, facts.image_key))
+            self.lengths.append(
+                Length(tokens.num_tokens, tokens.prefix, tokens.prefix_key, facts.image_key)
+            )
 
     def histograms(self) -> Iterator[Histogram]:
         for name, unit, values in (
@@ -138,14 +159,28 @@ class _Columns:
         usable = len(self.lengths)
         steps, samples_read = num_steps(stage, usable) if usable else (0, 0)
         num_tokens = sum(length.num_tokens for length in self.lengths)
-        return Training(stage, usable, num_tokens, sum(self.trained), steps, samples_read, tuple(packings(self.lengths, stage, seed)))
+        return Training(
+            stage,
+            usable,
+            num_tokens,
+            sum(self.trained),
+            steps,
+            samples_read,
+            tuple(packings(self.lengths, stage, seed)),
+        )
 
 
 def _all_rows(job: Job, workers: int, title: str, progress: bool) -> Iterator[RowFacts]:
     chunks = check_rows(job, range(len(job.source)), workers)
     first = next(chunks, [])  # the processes are forked here, before the bar's thread begins
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        _Speed(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console, disable=not progress) as bar:
         task = bar.add_task(title, total=len(job.source))
         while first:

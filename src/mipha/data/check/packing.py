@@ -92,10 +92,16 @@ def _packing(epoch: _Epoch, stage: StageRecipe, seed: int, batching: str) -> Pac
     bundle = (stage.samples_per_image or _BUNDLE) if batching == "shared-image" else None
     order = epoch_order(cast(Mixture, epoch), seed, 0, bundle)
     starts = range(0, len(order), stage.batch_size)
-    chosen = [starts[i] for i in np.linspace(0, len(starts) - 1, min(len(starts), _MOST_STEPS)).round().astype(int)]
+    chosen = [
+        starts[i]
+        for i in np.linspace(0, len(starts) - 1, min(len(starts), _MOST_STEPS)).round().astype(int)
+    ]
     num_tokens = num_positions = num_rows = num_samples = 0
     for start in chosen:
-        samples = [_stand_in(epoch.lengths[int(index)], int(index)) for index in order[start : start + stage.batch_size]]
+        samples = [
+            _stand_in(epoch.lengths[int(index)], int(index))
+            for index in order[start : start + stage.batch_size]
+        ]
         rows = [len(row) for row in make_rows(samples, stage.row_tokens, batching)]
         # As training does: rows come longest first, and a micro-batch is as wide as its first.
         size = stage.micro_batch_rows

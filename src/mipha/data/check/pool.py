@@ -34,7 +34,9 @@ def check_rows(job: Job, rows: Sequence[int], workers: int) -> Iterator[list[Row
         check = row_checker(job)
         yield from ([check(row) for row in chunk] for chunk in chunks)
         return
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _begin_worker, (job,)) as pool:
+    with ProcessPoolExecutor(
+        workers, multiprocessing.get_context("fork"), _begin_worker, (job,)
+    ) as pool:
         done = 0
         try:
             for facts in pool.map(_check_chunk, chunks):
@@ -52,7 +54,9 @@ _check: Callable[[int], RowFacts]
 
 def _begin_worker(job: Job) -> None:
     global _check
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that gives out the rows
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # Ctrl-C is for the process that gives out the rows
     _check = row_checker(job)
 
 

@@ -19,8 +19,14 @@ _FIRST_ROWS = 4
 def headline(result: CheckResult) -> str:
     """What was read, and how fast."""
     rows, pictures = result.num_rows / result.seconds, result.num_pictures / result.seconds
-    speed = f"{rows:,.0f} rows/s" + (f", {pictures:,.0f} different images/s" if result.num_images else "")
-    images = f", {result.num_images:,} images ({result.num_pictures:,} different)" if result.num_images else ", no images"
+    speed = f"{rows:,.0f} rows/s" + (
+        f", {pictures:,.0f} different images/s" if result.num_images else ""
+    )
+    images = (
+        f", {result.num_images:,} images ({result.num_pictures:,} different)"
+        if result.num_images
+        else ", no images"
+    )
     return f"{result.num_rows:,} rows, {result.num_samples:,} samples{images} in {result.seconds:,.1f} s ({speed})"
 
 
@@ -46,8 +52,14 @@ def training_lines(result: CheckResult) -> list[tuple[str, str]]:
     epochs = training.samples_read / max(training.num_samples, 1)
     lines = [
         ("samples that train", f"{training.num_samples:,}"),
-        ("tokens", f"{training.num_tokens:,}, of them trained on {training.num_trained:,} ({share:.1f} %)"),
-        ("optimizer steps", f"{training.steps:,} of {stage.batch_size} samples: {training.samples_read:,} samples, {epochs:.2f} epochs"),
+        (
+            "tokens",
+            f"{training.num_tokens:,}, of them trained on {training.num_trained:,} ({share:.1f} %)",
+        ),
+        (
+            "optimizer steps",
+            f"{training.steps:,} of {stage.batch_size} samples: {training.samples_read:,} samples, {epochs:.2f} epochs",
+        ),
     ]
     for packing in training.packings:
         value = f"{packing.positions_per_sample:,.0f} positions a sample, {packing.padding:.1f} % of them padding; "
@@ -65,7 +77,10 @@ def answer_lines(result: CheckResult) -> list[tuple[str, str]]:
     if answers.num_guessable:
         share = 100 * answers.num_guessed / answers.num_guessable
         lines.append(
-            ("guessed without the image", f"{share:.1f} % of {answers.num_guessable:,} answers to questions asked 5 times or more")
+            (
+                "guessed without the image",
+                f"{share:.1f} % of {answers.num_guessable:,} answers to questions asked 5 times or more",
+            )
         )
     return lines
 
@@ -80,13 +95,17 @@ def text_report(result: CheckResult) -> RenderableType:
     if result.findings:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for column in ("severity", "count", "first rows", "finding, an example, and the mend"):
-            table.add_column(column, justify="right" if column == "count" else "left", overflow="fold")
+            table.add_column(
+                column, justify="right" if column == "count" else "left", overflow="fold"
+            )
         for kind, found in by_kind(result).items():
             rows = [str(finding.row) for finding in found if finding.row is not None]
             listed = ", ".join(rows[:_FIRST_ROWS]) + (", …" if len(rows) > _FIRST_ROWS else "")
             severity = KINDS[kind].severity
             about = Text.assemble((KINDS[kind].title, "bold"), "\n", found[0].sentence)
-            table.add_row(Text(severity, COLOURS[severity]), f"{len(found):,}", listed or "the set", about)
+            table.add_row(
+                Text(severity, COLOURS[severity]), f"{len(found):,}", listed or "the set", about
+            )
         parts.append(table)
     facts = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
     for histogram in result.histograms:
@@ -98,7 +117,9 @@ def text_report(result: CheckResult) -> RenderableType:
         parts.append(facts)
     if result.training is None:
         parts.append(Text(NO_RECIPE, "dim"))
-    return Group(*parts, Text(verdict(result), COLOURS["error"] if result.num_errors else "bold green"))
+    return Group(
+        *parts, Text(verdict(result), COLOURS["error"] if result.num_errors else "bold green")
+    )
 
 
 def json_report(result: CheckResult) -> str:

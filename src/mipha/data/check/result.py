@@ -18,9 +18,7 @@ if TYPE_CHECKING:
 
     from mipha.data.check.packing import Packing
 
-NO_RECIPE = (
-    "Tokens, loss mask, truncation, packing and steps were not checked, because they depend on the model: give a recipe (--recipe NAME)."
-)
+NO_RECIPE = "Tokens, loss mask, truncation, packing and steps were not checked, because they depend on the model: give a recipe (--recipe NAME)."
 _BINS = 30
 
 
@@ -137,7 +135,16 @@ def histogram(name: str, unit: str, values: np.ndarray) -> Histogram:
     edges = np.arange(low, high + width + 1, width)
     counts, _ = np.histogram(np.minimum(values, edges[-1]), bins=edges)
     median, p95 = np.quantile(values, [0.5, 0.95])
-    return Histogram(name, unit, tuple(edges.tolist()), tuple(counts.tolist()), float(low), float(median), float(p95), float(values.max()))
+    return Histogram(
+        name,
+        unit,
+        tuple(edges.tolist()),
+        tuple(counts.tolist()),
+        float(low),
+        float(median),
+        float(p95),
+        float(values.max()),
+    )
 
 
 def counts_by_kind(findings: Iterable[Finding]) -> dict[str, int]:
@@ -145,4 +152,7 @@ def counts_by_kind(findings: Iterable[Finding]) -> dict[str, int]:
     findings = list(findings)
     severity = {finding.kind: SEVERITIES.index(finding.severity) for finding in findings}
     counts = Counter(finding.kind for finding in findings)
-    return {kind: counts[kind] for kind in sorted(counts, key=lambda kind: (severity[kind], -counts[kind]))}
+    return {
+        kind: counts[kind]
+        for kind in sorted(counts, key=lambda kind: (severity[kind], -counts[kind]))
+    }

@@ -36,7 +36,9 @@ _SAID = (
     ("is an address", "missing-image"),
 )
 
-_MEND = re.compile(r"(?:; |: (?:add|check|embed|give|put|remove|rename|save|set|write)\b).*", re.DOTALL)
+_MEND = re.compile(
+    r"(?:; |: (?:add|check|embed|give|put|remove|rename|save|set|write)\b).*", re.DOTALL
+)
 _WHERE = re.compile(r"(?:(.*?, (?:line|row|sample) [^\s:,]+)[:,]? )?(.*)", re.DOTALL)
 
 
@@ -94,10 +96,15 @@ class RowFacts(NamedTuple):
 def row_checker(job: Job) -> Callable[[int], RowFacts]:
     """A function from a row's place to its facts; it remembers the images it has read."""
     read_image = image_reader()
-    count_tokens: Callable[[Sample], tuple[TokenFacts | None, tuple[tuple[str, str], ...]]] | None = None
+    count_tokens: (
+        Callable[[Sample], tuple[TokenFacts | None, tuple[tuple[str, str], ...]]] | None
+    ) = None
     special = re.compile("|".join(map(re.escape, CONTROL_TOKENS)))
     if job.processor is not None and job.stage is not None:
-        from mipha.data.check.tokens import special_tokens_of, token_facts  # brings transformers, which takes seconds
+        from mipha.data.check.tokens import (
+            special_tokens_of,
+            token_facts,
+        )  # brings transformers, which takes seconds
 
         processor, stage = job.processor, job.stage
         special = special_tokens_of(processor)
@@ -113,27 +120,48 @@ def row_checker(job: Job) -> Callable[[int], RowFacts]:
             where, reason = _reason(job.source, error)
             return RowFacts(row, where, (Finding(kind, row, where, reason),))
         names = tuple(job.source.image_name(image) for image in sample.images)
-        images = tuple(read_image(image, name) for image, name in zip(sample.images, names, strict=True))
+        images = tuple(
+            read_image(image, name) for image, name in zip(sample.images, names, strict=True)
+        )
         problems = [*_turn_problems(sample, record)]
-        problems += [problem for message in sample.messages for problem in text_problems(message, special)]
+        problems += [
+            problem for message in sample.messages for problem in text_problems(message, special)
+        ]
         problems += [problem for image in images for problem in image.problems]
         tokens = None
-        if count_tokens is not None and not {"lone-surrogate", "image-in-answer"} & {kind for kind, _ in problems}:
+        if count_tokens is not None and not {"lone-surrogate", "image-in-answer"} & {
+            kind for kind, _ in problems
+        }:
             tokens, found = count_tokens(sample)
             problems += found
-        first = dict(reversed(problems))  # one finding of a kind is enough to send the reader to the row
+        first = dict(
+            reversed(problems)
+        )  # one finding of a kind is enough to send the reader to the row
         texts = "\0".join(f"{message.role}\0{message.text.strip()}" for message in sample.messages)
-        digests = [image.digest or _encoded(f"{row} {name}") for image, name in zip(images, names, strict=True)]
+        digests = [
+            image.digest or _encoded(f"{row} {name}")
+            for image, name in zip(images, names, strict=True)
+        ]
         where = job.source.place(record)
         return RowFacts(
             row=row,
             where=where,
-            findings=tuple(Finding(kind, row, where, first[kind]) for kind in dict.fromkeys(kind for kind, _ in problems)),
+            findings=tuple(
+                Finding(kind, row, where, first[kind])
+                for kind in dict.fromkeys(kind for kind, _ in problems)
+            ),
             content=_digest(b"".join([*digests, _encoded(texts)])),
             images=images,
-            names=tuple("" if isinstance(image, bytes) else name for image, name in zip(sample.images, names, strict=True)),
+            names=tuple(
+                "" if isinstance(image, bytes) else name
+                for image, name in zip(sample.images, names, strict=True)
+            ),
             turns=tuple(_turns(sample)),
-            num_answer_words=sum(len(message.text.split()) for message in sample.messages if message.role == "assistant"),
+            num_answer_words=sum(
+                len(message.text.split())
+                for message in sample.messages
+                if message.role == "assistant"
+            ),
             tokens=tokens,
             image_key=_image_key(sample),
         )
@@ -173,7 +201,10 @@ def _turn_problems(sample: Sample, record: Any) -> Iterator[tuple[str, str]]:
     if not isinstance(turns, list):
         return
     if len(turns) > len(sample.messages):
-        yield "left-out-turn", f"{len(turns) - len(sample.messages)} of {len(turns)} turns are not between a question and its answer"
+        yield (
+            "left-out-turn",
+            f"{len(turns) - len(sample.messages)} of {len(turns)} turns are not between a question and its answer",
+        )
     written = sum(str(turn.get("value")).count(IMAGE) for turn in turns if isinstance(turn, dict))
     if written > len(sample.images):
         yield "merged-marker", f"{written} <image> markers stand for {len(sample.images)} images"
@@ -182,7 +213,9 @@ def _turn_problems(sample: Sample, record: Any) -> Iterator[tuple[str, str]]:
 def _reason(source: Source, error: Exception) -> tuple[str, str]:
     """Row, and what a reader says is wrong with it, without the advice that ends the sentence: a finding has its own."""
     where, reason = _WHERE.fullmatch(source.shortened(str(error))).groups()  # type: ignore[union-attr]
-    return where or "", _MEND.sub("", reason.partition(": ")[2] if reason.startswith("sample ") else reason)
+    return where or "", _MEND.sub(
+        "", reason.partition(": ")[2] if reason.startswith("sample ") else reason
+    )
 
 
 def _image_key(sample: Sample) -> int:

@@ -44,17 +44,27 @@ class Source:
 
     def shortened(self, text: str) -> str:
         """A sentence whose paths begin behind the data set's own folder."""
-        return text if self.folder is None else re.sub(rf"(?<![\w./-]){re.escape(str(self.folder))}/", "", text)
+        return (
+            text
+            if self.folder is None
+            else re.sub(rf"(?<![\w./-]){re.escape(str(self.folder))}/", "", text)
+        )
 
     def image_name(self, image: ImageSource) -> str:
         """An image for messages."""
-        return f"of {len(image):,} bytes" if isinstance(image, bytes) else str(image).removeprefix(f"{self.folder}/")
+        return (
+            f"of {len(image):,} bytes"
+            if isinstance(image, bytes)
+            else str(image).removeprefix(f"{self.folder}/")
+        )
 
 
 def data_recipe(data: str, split: str = "train", image_root: Sequence[Path] = ()) -> DataRecipe:
     """What `check` and `show` mean by DATA: the name of a data set; or a path, with a slash or a dot in it, whose format is detected."""
     if "/" in data or "." in data:
-        return DataRecipe(dataset="auto", root=Path(data), split=split, image_root=tuple(image_root))
+        return DataRecipe(
+            dataset="auto", root=Path(data), split=split, image_root=tuple(image_root)
+        )
     return DataRecipe(dataset=data, split=split)
 
 
@@ -65,8 +75,12 @@ def open_source(data: DataRecipe) -> Source:
         FileNotFoundError: There is no such file or folder.
         ValueError: No such data set, format or split; or a file that cannot be taken apart into rows.
     """
-    name = f"{data.root.name if data.root else data.dataset}" + (f" ({data.split})" if data.split != "train" else "")
+    name = f"{data.root.name if data.root else data.dataset}" + (
+        f" ({data.split})" if data.split != "train" else ""
+    )
     module, records = load_records(data)
     folder = None if data.root is None else data.root if data.root.is_dir() else data.root.parent
     note = module.detect(data.root)[1] if data.root and hasattr(module, "detect") else None
-    return Source(name, records, lambda record: module.to_sample(record, data.root), folder, data.limit, note)
+    return Source(
+        name, records, lambda record: module.to_sample(record, data.root), folder, data.limit, note
+    )

@@ -24,17 +24,23 @@ _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 # U+200C and U+200D stay: Persian and emoji need them.
 _INVISIBLE = re.compile("[\u200b\u2060\ufeff\u00ad\u202a-\u202e\u2066-\u2069]")
 _FOREIGN_MARKER = re.compile(
-    r"<\|?/?(?:image|img|video|vision|picture)(?:[_ |-][\w|-]{0,20}|\d{0,3})?>|\[(?:IMG|IMAGE)\]|<ImageHere>", re.IGNORECASE
+    r"<\|?/?(?:image|img|video|vision|picture)(?:[_ |-][\w|-]{0,20}|\d{0,3})?>|\[(?:IMG|IMAGE)\]|<ImageHere>",
+    re.IGNORECASE,
 )
 _MARKUP = re.compile(
-    r"&(?:amp|lt|gt|quot|nbsp|#\d{1,5}|#x[0-9a-f]{1,5});|</?(?:br|p|div|span|li|ul|ol|strong|em|table|td|tr|h[1-6])\b[^<>]{0,200}>", re.I
+    r"&(?:amp|lt|gt|quot|nbsp|#\d{1,5}|#x[0-9a-f]{1,5});|</?(?:br|p|div|span|li|ul|ol|strong|em|table|td|tr|h[1-6])\b[^<>]{0,200}>",
+    re.I,
 )
-_TURN = re.compile(r"(?m)^[ \t]*(?:#{2,3}[ \t]*)?(?:USER|ASSISTANT|SYSTEM|Human|Assistant|User|Instruction|Response):(?:\s|$)")
+_TURN = re.compile(
+    r"(?m)^[ \t]*(?:#{2,3}[ \t]*)?(?:USER|ASSISTANT|SYSTEM|Human|Assistant|User|Instruction|Response):(?:\s|$)"
+)
 _PLACEHOLDER = re.compile(
-    r"(?:nan|null|undefined|n/?a|#n/a|tbd|todo|\[?object object\]?|lorem ipsum.*|<answer>|answer here|\.{3,}|-{2,}|\?+)", re.I | re.S
+    r"(?:nan|null|undefined|n/?a|#n/a|tbd|todo|\[?object object\]?|lorem ipsum.*|<answer>|answer here|\.{3,}|-{2,}|\?+)",
+    re.I | re.S,
 )
 _REFUSAL = re.compile(
-    r"\b(?:as an ai(?: language)? model|i(?:'|’)m sorry, but i (?:can|am)|i cannot (?:see|view) (?:the |any )?images?)", re.I
+    r"\b(?:as an ai(?: language)? model|i(?:'|’)m sorry, but i (?:can|am)|i cannot (?:see|view) (?:the |any )?images?)",
+    re.I,
 )
 
 
@@ -49,17 +55,29 @@ def text_problems(message: Message, special_tokens: re.Pattern[str]) -> Iterator
     if not text.isascii():
         yield from _encoding_problems(text)
     if found := _CONTROL.search(text):
-        yield "control-characters", f"the {message.role}'s text holds the control character {quoted(found.group())}"
+        yield (
+            "control-characters",
+            f"the {message.role}'s text holds the control character {quoted(found.group())}",
+        )
     if found := special_tokens.search(text):
-        yield "special-token", f"the {message.role}'s text holds {found.group()}, which is read as a control token, not as text"
+        yield (
+            "special-token",
+            f"the {message.role}'s text holds {found.group()}, which is read as a control token, not as text",
+        )
     for found in _FOREIGN_MARKER.finditer(text):
         if found.group() != IMAGE:
-            yield "foreign-marker", f"the {message.role}'s text holds {quoted(found.group())}, which is read as plain text"
+            yield (
+                "foreign-marker",
+                f"the {message.role}'s text holds {quoted(found.group())}, which is read as plain text",
+            )
             break
     if found := _MARKUP.search(text):
         yield "markup", f"the {message.role}'s text holds {quoted(found.group())}"
     if message.role != "system" and (found := _TURN.search(text)):
-        yield "turn-in-text", f"a line of the {message.role}'s text begins with {quoted(found.group().strip())}"
+        yield (
+            "turn-in-text",
+            f"a line of the {message.role}'s text begins with {quoted(found.group().strip())}",
+        )
     if message.role == "user" and not text.replace(IMAGE, "").strip() and IMAGE not in text:
         yield "empty-question", "the user says nothing"
     if message.role == "assistant":
@@ -68,14 +86,27 @@ def text_problems(message: Message, special_tokens: re.Pattern[str]) -> Iterator
 
 def _encoding_problems(text: str) -> Iterator[tuple[str, str]]:
     if found := _SURROGATE.search(text):
-        yield "lone-surrogate", f"a text holds {quoted(found.group())}, half of a character, which no tokenizer accepts"
+        yield (
+            "lone-surrogate",
+            f"a text holds {quoted(found.group())}, half of a character, which no tokenizer accepts",
+        )
     if "\ufffd" in text:
-        yield "replacement-character", f"a text holds {text.count(chr(0xFFFD))} U+FFFD, as in {_around(text, text.index(chr(0xFFFD)))}"
+        yield (
+            "replacement-character",
+            f"a text holds {text.count(chr(0xFFFD))} U+FFFD, as in {_around(text, text.index(chr(0xFFFD)))}",
+        )
     if (mended := mend_mojibake(text)) != text:
-        at = next(index for index, (old, new) in enumerate(zip(text, mended + "\0", strict=False)) if old != new)
+        at = next(
+            index
+            for index, (old, new) in enumerate(zip(text, mended + "\0", strict=False))
+            if old != new
+        )
         yield "mojibake", f"a text was read in the wrong encoding, as in {_around(text, at)}"
     if found := _INVISIBLE.search(text):
-        yield "invisible-characters", f"a text holds the invisible character U+{ord(found.group()):04X}"
+        yield (
+            "invisible-characters",
+            f"a text holds the invisible character U+{ord(found.group()):04X}",
+        )
 
 
 def _answer_problems(text: str) -> Iterator[tuple[str, str]]:
@@ -87,7 +118,9 @@ def _answer_problems(text: str) -> Iterator[tuple[str, str]]:
     if len(words) > LONG_ANSWER:
         yield "long-answer", f"an answer has {len(words):,} characters, more than {LONG_ANSWER:,}"
     # Prose shrinks to about a half, lists to a fourth. Short texts do not tell.
-    if len(words) >= 300 and len(zlib.compress(words[:LONG_ANSWER].encode("utf-8", "replace"), 1)) < 0.1 * len(words[:LONG_ANSWER]):
+    if len(words) >= 300 and len(
+        zlib.compress(words[:LONG_ANSWER].encode("utf-8", "replace"), 1)
+    ) < 0.1 * len(words[:LONG_ANSWER]):
         yield "repetition", f"an answer says the same again and again: {quoted(words)}"
     if found := _REFUSAL.search(words):
         yield "refusal", f"an answer says {quoted(found.group())}"
@@ -120,10 +153,14 @@ def _as_bytes() -> dict[str, int]:
 
 
 _BYTE_OF = _as_bytes()
-_TAIL = "[" + re.escape("".join(character for character, byte in _BYTE_OF.items() if byte < 0xC0)) + "]"
+_TAIL = (
+    "[" + re.escape("".join(character for character, byte in _BYTE_OF.items() if byte < 0xC0)) + "]"
+)
 # Two bytes behind any other lead could be two characters side by side, such as É» at the end of a French quotation; several
 # times in a row (Cyrillic, Greek) they could not.
-_MOJIBAKE = re.compile(f"(?:[\xc2\xc3]{_TAIL})+|(?:[\xc4-\xdf]{_TAIL}){{2,}}|(?:[\xe0-\xef]{_TAIL}{{2}})+|(?:[\xf0-\xf4]{_TAIL}{{3}})+")
+_MOJIBAKE = re.compile(
+    f"(?:[\xc2\xc3]{_TAIL})+|(?:[\xc4-\xdf]{_TAIL}){{2,}}|(?:[\xe0-\xef]{_TAIL}{{2}})+|(?:[\xf0-\xf4]{_TAIL}{{3}})+"
+)
 _CLOSING = "»”’“›…\xa0"
 
 

@@ -35,7 +35,9 @@ class TokenFacts(NamedTuple):
     prefix_key: int
 
 
-def token_facts(sample: Sample, processor: LlavaProcessor, stage: StageRecipe) -> tuple[TokenFacts | None, tuple[tuple[str, str], ...]]:
+def token_facts(
+    sample: Sample, processor: LlavaProcessor, stage: StageRecipe
+) -> tuple[TokenFacts | None, tuple[tuple[str, str], ...]]:
     """Encode a sample as training will.
 
     Returns:
@@ -44,7 +46,9 @@ def token_facts(sample: Sample, processor: LlavaProcessor, stage: StageRecipe) -
     try:
         whole = encode(sample, processor, _UNCUT, stage.prompt)
     except ValueError as error:
-        kind = "image-count" if "are given" in str(error) else "nothing-trained"  # a template may leave images out
+        kind = (
+            "image-count" if "are given" in str(error) else "nothing-trained"
+        )  # a template may leave images out
         return None, ((kind, _reason(error)),)
     if len(whole) <= stage.row_tokens:
         return _facts(whole.input_ids, whole.labels, len(whole), whole.prefix), ()
@@ -56,17 +60,29 @@ def token_facts(sample: Sample, processor: LlavaProcessor, stage: StageRecipe) -
         return None, (("too-many-images" if full else "nothing-trained", _reason(error)),)
     lost = _num_trained(whole.labels) - _num_trained(cut.labels)
     what = f"the sample has {len(whole):,} tokens of row_tokens={stage.row_tokens:,}, which cuts off {lost:,} trained ones"
-    return _facts(cut.input_ids, cut.labels, len(whole), cut.prefix), ((("truncated-answer", what),) if lost else ())
+    return _facts(cut.input_ids, cut.labels, len(whole), cut.prefix), (
+        (("truncated-answer", what),) if lost else ()
+    )
 
 
 def special_tokens_of(processor: LlavaProcessor) -> re.Pattern[str]:
     """What the tokenizer takes for a control token when it stands in a text; the image marker is meant to be one."""
-    tokens = {str(token) for token in processor.tokenizer.added_tokens_decoder.values() if token.special} - {IMAGE}
-    return re.compile("|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or "(?!)")
+    tokens = {
+        str(token) for token in processor.tokenizer.added_tokens_decoder.values() if token.special
+    } - {IMAGE}
+    return re.compile(
+        "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True)) or "(?!)"
+    )
 
 
 def _facts(ids: np.ndarray, labels: np.ndarray, num_uncut: int, prefix: int) -> TokenFacts:
-    return TokenFacts(len(ids), _num_trained(labels), num_uncut, prefix, zlib.crc32(ids[:prefix].tobytes()) & 0x7FFFFFFF)
+    return TokenFacts(
+        len(ids),
+        _num_trained(labels),
+        num_uncut,
+        prefix,
+        zlib.crc32(ids[:prefix].tobytes()) & 0x7FFFFFFF,
+    )
 
 
 def _num_trained(labels: np.ndarray) -> int:

@@ -87,7 +87,9 @@ class Seen:
             asked = hashlib.blake2b(facts.turns[0].question, digest_size=16)
             for image in facts.images:
                 asked.update(image.digest or b"?")
-            row, answer = self.answers_of.setdefault(asked.digest(), (facts.row, facts.turns[0].answer))
+            row, answer = self.answers_of.setdefault(
+                asked.digest(), (facts.row, facts.turns[0].answer)
+            )
             if answer.casefold() != facts.turns[0].answer.casefold():
                 yield (
                     "conflicting-answer",
@@ -99,18 +101,27 @@ class Seen:
             row, other = self.names_of.setdefault(image.digest, (facts.row, name))
             if other != name and name not in self.told:
                 self.told.add(name)
-                yield "repeated-image", f"{quoted(name)} shows the same picture as {quoted(other)} of row {row}"
+                yield (
+                    "repeated-image",
+                    f"{quoted(name)} shows the same picture as {quoted(other)} of row {row}",
+                )
 
     def _leaks(self, facts: RowFacts) -> Iterator[tuple[str, str]]:
         if self.evaluation is None:
             return
         name = self.evaluation.name
-        shown = [self.evaluation.questions_of[image.digest] for image in facts.images if image.digest in self.evaluation.questions_of]
+        shown = [
+            self.evaluation.questions_of[image.digest]
+            for image in facts.images
+            if image.digest in self.evaluation.questions_of
+        ]
         if any(turn.line in questions for questions in shown for turn in facts.turns):
             yield "leak", f"{name} asks the same question about the same picture"
         elif shown:
             yield "leaked-image", f"{name} asks other questions about the same picture"
-        elif not facts.images and any(turn.question in self.evaluation.texts for turn in facts.turns):
+        elif not facts.images and any(
+            turn.question in self.evaluation.texts for turn in facts.turns
+        ):
             yield "leak", f"{name} asks the same question"
 
     def _count(self, facts: RowFacts) -> None:
@@ -120,27 +131,31 @@ class Seen:
             answer = turn.answer.casefold().rstrip(".")
             if answer in self.answers or len(self.answers) < _MOST_ANSWERS:
                 self.answers[answer] += 1
-            if facts.images and (turn.question in self.guesses or len(self.guesses) < _MOST_ANSWERS):
+            if facts.images and (
+                turn.question in self.guesses or len(self.guesses) < _MOST_ANSWERS
+            ):
                 self.guesses.setdefault(turn.question, Counter())[hash(answer)] += 1
 
     def balance(self) -> list[Finding]:
         """Whether one answer is nearly all of them."""
         groups = {
             "short answers": self.answers,
-            "yes/no answers": Counter({word: self.answers[word] for word in ("yes", "no") if self.answers[word]}),
+            "yes/no answers": Counter(
+                {word: self.answers[word] for word in ("yes", "no") if self.answers[word]}
+            ),
         }
         for group, answers in groups.items():
             total = answers.total()
             if total >= MIN_ANSWERS:
                 answer, number = answers.most_common(1)[0]
                 if number > LARGEST_SHARE * total:
-                    what = (
-                        f"{quoted(answer)} is {100 * number / total:.0f} % of {total:,} {group}, so a model that always says it scores that"
-                    )
+                    what = f"{quoted(answer)} is {100 * number / total:.0f} % of {total:,} {group}, so a model that always says it scores that"
                     return [Finding("unbalanced-answers", None, "", what)]
         return []
 
     def blind_guess(self) -> tuple[int, int]:
         """Answers that the most frequent one of their question gives without the image, of how many."""
         often = [answers for answers in self.guesses.values() if answers.total() >= MIN_ASKED]
-        return sum(max(answers.values()) for answers in often), sum(answers.total() for answers in often)
+        return sum(max(answers.values()) for answers in often), sum(
+            answers.total() for answers in often
+        )

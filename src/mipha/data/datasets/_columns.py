@@ -22,7 +22,8 @@ def import_pyarrow(wanted_for: str) -> ModuleType:
     except ModuleNotFoundError as error:
         mend = 'pip install "mipha-vlm[data]"'
         raise ModuleNotFoundError(
-            f"{wanted_for} is read with the package pyarrow, which is not installed: {mend}", name="pyarrow"
+            f"{wanted_for} is read with the package pyarrow, which is not installed: {mend}",
+            name="pyarrow",
         ) from error
     return pyarrow
 
@@ -36,7 +37,9 @@ def image_column(schema: pyarrow.Schema, where: str) -> str | None:
     names = [field.name for field in schema if _holds_bytes(field.type)]
     usual = [name for name in IMAGE_COLUMNS if name in names]
     if len(names) > 1 and not usual:
-        raise ValueError(f"{where} has images in the columns {', '.join(names)}: rename the one that is meant to image")
+        raise ValueError(
+            f"{where} has images in the columns {', '.join(names)}: rename the one that is meant to image"
+        )
     return (usual or names or [None])[0]
 
 
@@ -53,7 +56,9 @@ def cell_bytes(cell: Any, where: str) -> bytes:
     """
     content = cell.get("bytes") if isinstance(cell, dict) else cell
     if not isinstance(content, bytes):
-        raise ValueError(f"{where} holds no bytes of an image; embed the image files when you write it")
+        raise ValueError(
+            f"{where} holds no bytes of an image; embed the image files when you write it"
+        )
     return content
 
 

@@ -60,17 +60,31 @@ class Rows(Sequence[Row]):
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         prefix, file, folders = self.parts[number]
         index -= int(self._starts[number])
-        return Row(self.dataset, f"{prefix}/{file.name(index)}", file.where(index), file.read(index), folders)
+        return Row(
+            self.dataset,
+            f"{prefix}/{file.name(index)}",
+            file.where(index),
+            file.read(index),
+            folders,
+        )
 
 
-def record_rows(dataset: str, root: Path | None, split: str, suffixes: Sequence[str], image_root: Sequence[Path]) -> Rows:
+def record_rows(
+    dataset: str, root: Path | None, split: str, suffixes: Sequence[str], image_root: Sequence[Path]
+) -> Rows:
     """The records of a split's JSON or table files.
 
     Raises:
         FileNotFoundError, ValueError: As `split_files`, and of a file that is not what its name says.
     """
     files = split_files(dataset, root, split, suffixes)
-    return Rows(dataset, [Part(f"{dataset}/{name}", record_file(file), image_folders(file, image_root)) for name, file in files])
+    return Rows(
+        dataset,
+        [
+            Part(f"{dataset}/{name}", record_file(file), image_folders(file, image_root))
+            for name, file in files
+        ],
+    )
 
 
 def record_file(file: Path, most: int | None = None) -> JsonRecords | TableRecords:

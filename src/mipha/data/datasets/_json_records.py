@@ -36,7 +36,9 @@ class JsonRecords:
         with file.open("rb") as stream:
             begin = len(_BOM) if stream.read(len(_BOM)) == _BOM else 0
             stream.seek(begin)
-            self.is_list = next((line.lstrip()[:1] == b"[" for line in stream if line.strip()), False)
+            self.is_list = next(
+                (line.lstrip()[:1] == b"[" for line in stream if line.strip()), False
+            )
             stream.seek(begin)
             if self.is_list:
                 with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
@@ -93,7 +95,11 @@ def _list_spans(content: mmap.mmap, start: int, most: int | None, file: Path) ->
     while (most is None or len(spans) < 2 * most) and (match := _NEXT.match(content, position)):
         position = match.end()
         mark = content[position - 1]
-        if depth == 1 and mark in b",]" and (mark == ord(",") or spans or content[begin : position - 1].strip()):
+        if (
+            depth == 1
+            and mark in b",]"
+            and (mark == ord(",") or spans or content[begin : position - 1].strip())
+        ):
             spans.extend((begin, position - 1))
         if mark in b"[{":
             depth += 1
@@ -106,5 +112,7 @@ def _list_spans(content: mmap.mmap, start: int, most: int | None, file: Path) ->
     if most is not None and len(spans) == 2 * most:
         return spans
     if depth != 0 or mark != ord("]") or not _REST.match(content, position):
-        raise ValueError(f"{file} is not valid JSON: its list is not closed, or does not end the file; is it cut short?")
+        raise ValueError(
+            f"{file} is not valid JSON: its list is not closed, or does not end the file; is it cut short?"
+        )
     return spans

@@ -14,7 +14,9 @@ from mipha.data.sample import IMAGE, Message, Role, Sample
 ROLES: dict[str, Role] = {"human": "user", "gpt": "assistant"}
 
 
-def load_llava(dataset: str, root: Path | None, split: str, filename: str, image_root: Sequence[Path] = ()) -> Rows:
+def load_llava(
+    dataset: str, root: Path | None, split: str, filename: str, image_root: Sequence[Path] = ()
+) -> Rows:
     """Index the rows of a published file, one JSON list; they are read and checked one by one.
 
     Args:
@@ -30,13 +32,19 @@ def load_llava(dataset: str, root: Path | None, split: str, filename: str, image
     """
     check_split(dataset, split, ("train",))
     if root is None:
-        raise ValueError(f"{dataset} has no packaged copy: set the data's root to {filename} or the folder that holds it")
+        raise ValueError(
+            f"{dataset} has no packaged copy: set the data's root to {filename} or the folder that holds it"
+        )
     file = root / filename if root.is_dir() else root
     if not file.is_file():
-        raise FileNotFoundError(f"{dataset}: no file {file}; download {filename} or set the data's root to where it is")
+        raise FileNotFoundError(
+            f"{dataset}: no file {file}; download {filename} or set the data's root to where it is"
+        )
     records = JsonRecords(file)
     if not records.is_list:
-        raise ValueError(f"{file} holds no JSON list; wanted a list of conversations (for JSON lines, set the data set to llava)")
+        raise ValueError(
+            f"{file} holds no JSON list; wanted a list of conversations (for JSON lines, set the data set to llava)"
+        )
     images = file.parent / "images" if (file.parent / "images").is_dir() else file.parent
     return Rows(dataset, [Part(dataset, records, image_folders(file, image_root, base=images))])
 
@@ -54,19 +62,30 @@ def llava_sample(row: Row) -> Sample:
     content = row.content
     if not isinstance(content, Mapping) or not isinstance(content.get("conversations"), list):
         raise ValueError(f'{row.where}: wanted an object with a list of "conversations"')
-    messages = [_message(turn, f"{row.where}, turn {number}") for number, turn in enumerate(content["conversations"])]
+    messages = [
+        _message(turn, f"{row.where}, turn {number}")
+        for number, turn in enumerate(content["conversations"])
+    ]
     if messages and messages[0].role != "user":
         messages = messages[1:]
     if messages and messages[-1].role == "user":
         messages = messages[:-1]
     if not messages:
-        raise ValueError(f"{row.where}: no human turn is answered, so there is nothing to train on; remove the row")
+        raise ValueError(
+            f"{row.where}: no human turn is answered, so there is nothing to train on; remove the row"
+        )
     return make_sample(row, messages, [] if content.get("image") is None else [content["image"]])
 
 
 def _message(turn: Any, where: str) -> Message:
-    if not isinstance(turn, Mapping) or turn.get("from") not in ROLES or not isinstance(turn.get("value"), str):
-        raise ValueError(f'{where}: wanted {{"from": "human" or "gpt", "value": text}}, got {str(turn)[:80]}')
+    if (
+        not isinstance(turn, Mapping)
+        or turn.get("from") not in ROLES
+        or not isinstance(turn.get("value"), str)
+    ):
+        raise ValueError(
+            f'{where}: wanted {{"from": "human" or "gpt", "value": text}}, got {str(turn)[:80]}'
+        )
     text = turn["value"]
     if IMAGE in text:
         text = f"{IMAGE}\n{text.replace(IMAGE, '').strip()}".strip()

@@ -14,7 +14,17 @@ from typing import Any, NamedTuple
 from mipha.data.images import ImageSource, StoredImage
 from mipha.data.sample import IMAGE, Message, Sample
 
-IMAGE_COLUMNS = ("images", "image", "image_path", "image_file", "file_name", "filename", "img", "picture", "path")
+IMAGE_COLUMNS = (
+    "images",
+    "image",
+    "image_path",
+    "image_file",
+    "file_name",
+    "filename",
+    "img",
+    "picture",
+    "path",
+)
 """Names under which a record gives its images; the first that is there and not empty counts."""
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
@@ -53,10 +63,14 @@ class Row(NamedTuple):
 def check_split(dataset: str, split: str, splits: Sequence[str]) -> None:
     """Raise a `ValueError` that names the splits, unless `split` is one of them."""
     if split not in splits:
-        raise ValueError(f"{dataset} has no split {split!r}: use {' or '.join(splits) or 'a folder that holds one'}")
+        raise ValueError(
+            f"{dataset} has no split {split!r}: use {' or '.join(splits) or 'a folder that holds one'}"
+        )
 
 
-def image_folders(file: Path, image_root: Sequence[Path] = (), base: Path | None = None) -> ImageFolders:
+def image_folders(
+    file: Path, image_root: Sequence[Path] = (), base: Path | None = None
+) -> ImageFolders:
     """The folders that the records of a file may read images from.
 
     The file's own folder, the recipe's `image_root`, and, where the file is a link, the folder that it links to: in the hub's
@@ -69,7 +83,9 @@ def image_folders(file: Path, image_root: Sequence[Path] = (), base: Path | None
     """
     own = (file.parent, Path(os.path.realpath(file)).parent)
     base = image_root[0] if image_root else base or file.parent
-    return ImageFolders(base, tuple(dict.fromkeys(os.path.realpath(folder) for folder in (*own, *image_root))))
+    return ImageFolders(
+        base, tuple(dict.fromkeys(os.path.realpath(folder) for folder in (*own, *image_root)))
+    )
 
 
 def path_inside(folders: ImageFolders, path: Any, where: str) -> Path:
@@ -79,16 +95,24 @@ def path_inside(folders: ImageFolders, path: Any, where: str) -> Path:
         ValueError: The path is no text, is empty, is an address, or leads out; `where` names file and row.
     """
     if not isinstance(path, str) or not path.strip() or "\0" in path:
-        raise ValueError(f"{where}: the image path is {_short(path)}; wanted a path inside {folders.base}")
+        raise ValueError(
+            f"{where}: the image path is {_short(path)}; wanted a path inside {folders.base}"
+        )
     if _ADDRESS.match(path):
-        raise ValueError(f"{where}: the image path {_short(path)} is an address; nothing is downloaded, so give the path of a file")
+        raise ValueError(
+            f"{where}: the image path {_short(path)} is an address; nothing is downloaded, so give the path of a file"
+        )
     if ("\\" in path or path[1:2] == ":") and _leads_out_on_windows(path):
-        raise ValueError(f"{where}: the image path {path!r} leads out of {folders.base}; give a relative path with / and without `..`")
+        raise ValueError(
+            f"{where}: the image path {path!r} leads out of {folders.base}; give a relative path with / and without `..`"
+        )
     file = folders.base / path
     try:
         real = _real(file)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{where}: the image path {_short(path)} cannot be followed: {error}") from error
+        raise ValueError(
+            f"{where}: the image path {_short(path)} cannot be followed: {error}"
+        ) from error
     if not any(real.startswith(folder.rstrip(os.sep) + os.sep) for folder in folders.allowed):
         raise ValueError(
             f"{where}: the image path {_short(path)} leads out of {folders.base}, to {real}; "
@@ -104,9 +128,16 @@ def image_source(value: Any, folders: ImageFolders, where: str) -> ImageSource:
         ValueError: It is nothing of the kind, or its path leads out; `where` names file and row.
     """
     if isinstance(value, Mapping):
-        value = next((value[key] for key in ("bytes", "path", "image", "url") if value.get(key) is not None), None)
+        value = next(
+            (value[key] for key in ("bytes", "path", "image", "url") if value.get(key) is not None),
+            None,
+        )
     if isinstance(value, str):
-        return _from_data_uri(value, where) if value.startswith("data:") else path_inside(folders, value, where)
+        return (
+            _from_data_uri(value, where)
+            if value.startswith("data:")
+            else path_inside(folders, value, where)
+        )
     if isinstance(value, bytes | StoredImage):
         return value
     return path_inside(folders, value, where)
@@ -141,7 +172,9 @@ def make_sample(row: Row, messages: Sequence[Message], images: Sequence[Any]) ->
     """
     sources = tuple(image_source(image, row.folders, row.where) for image in images)
     name = row.content.get("id")
-    sample_id = row.id + (f"/{name}" if isinstance(name, str | int) else "")  # published ids repeat, rows do not
+    sample_id = row.id + (
+        f"/{name}" if isinstance(name, str | int) else ""
+    )  # published ids repeat, rows do not
     try:
         return Sample(sample_id, tuple(messages), sources)
     except ValueError as error:
@@ -154,7 +187,11 @@ def images_first(messages: Sequence[Message], num_images: int) -> Sequence[Messa
         return messages
     for number, message in enumerate(messages):
         if message.role == "user":
-            return [*messages[:number], Message("user", f"{IMAGE}\n" * num_images + message.text), *messages[number + 1 :]]
+            return [
+                *messages[:number],
+                Message("user", f"{IMAGE}\n" * num_images + message.text),
+                *messages[number + 1 :],
+            ]
     return messages
 
 
@@ -165,7 +202,9 @@ def _from_data_uri(value: str, where: str) -> bytes:
             raise ValueError("it does not begin with data:image/...;base64,")
         return base64.b64decode(content, validate=True)
     except ValueError as error:
-        raise ValueError(f"{where}: the image {_short(value)} is not valid base64: {error}") from error
+        raise ValueError(
+            f"{where}: the image {_short(value)} is not valid base64: {error}"
+        ) from error
 
 
 def _leads_out_on_windows(path: str) -> bool:
@@ -191,4 +230,6 @@ def _real_folder(folder: str) -> str:
 
 
 def _short(value: Any) -> str:
-    return repr(value[:80] if isinstance(value, str) else str(value)[:80] if value is not None else None)
+    return repr(
+        value[:80] if isinstance(value, str) else str(value)[:80] if value is not None else None
+    )

@@ -36,7 +36,9 @@ def describe(content: Mapping[str, Any], shape: str) -> str:
     if shape == "table":
         columns = table.columns_of(table.by_name(content))
         assert columns is not None
-        return f"rows of {' and '.join(columns)}" + (f' (a caption answers "{table.INSTRUCTION}")' if len(columns) == 1 else "")
+        return f"rows of {' and '.join(columns)}" + (
+            f' (a caption answers "{table.INSTRUCTION}")' if len(columns) == 1 else ""
+        )
     return {
         "messages": "conversations whose turns have a role and content",
         "llava": "LLaVA's conversations between human and gpt",
@@ -52,7 +54,11 @@ def sample_of(row: Row) -> Sample:
     """
     shapes = shapes_of(row.content)
     if len(shapes) != 1:
-        keys = ", ".join(map(str, row.content)) if isinstance(row.content, Mapping) else str(row.content)[:80]
+        keys = (
+            ", ".join(map(str, row.content))
+            if isinstance(row.content, Mapping)
+            else str(row.content)[:80]
+        )
         raise ValueError(
             f"{row.where} holds {keys or 'nothing'}, which fits {' and '.join(shapes) or 'no known format'}; "
             "wanted messages, or conversations, or question and answer, or an image with caption or text"
@@ -61,6 +67,12 @@ def sample_of(row: Row) -> Sample:
 
 
 def _is_llava(content: Mapping[str, Any]) -> bool:
-    if content.get("images") is not None or content.get("system") or isinstance(content.get("image"), list):
+    if (
+        content.get("images") is not None
+        or content.get("system")
+        or isinstance(content.get("image"), list)
+    ):
         return False
-    return all(isinstance(turn, Mapping) and turn.get("from") in ROLES for turn in content["conversations"])
+    return all(
+        isinstance(turn, Mapping) and turn.get("from") in ROLES for turn in content["conversations"]
+    )

@@ -17,7 +17,9 @@ _WORDS = {
 _SHARD = re.compile(r"[-_.]?\d+([-_]of[-_]\d+)?$")
 
 
-def split_files(dataset: str, root: Path | None, split: str, suffixes: Sequence[str]) -> list[tuple[str, Path]]:
+def split_files(
+    dataset: str, root: Path | None, split: str, suffixes: Sequence[str]
+) -> list[tuple[str, Path]]:
     """The files of one split, in the order of their names.
 
     Args:
@@ -59,8 +61,14 @@ def splits_in(folder: Path, suffix: str) -> dict[str, list[Path]]:
     splits: dict[str, list[Path]] = {}
     for place in folders:
         for file in sorted(place.iterdir()) if place.is_dir() else ():
-            if file.suffix.lower() == suffix and file.is_file() and not file.name.startswith((".", "_")):
-                splits.setdefault(_split_of(file, is_split_folder=place in folders[2:]), []).append(file)
+            if (
+                file.suffix.lower() == suffix
+                and file.is_file()
+                and not file.name.startswith((".", "_"))
+            ):
+                splits.setdefault(_split_of(file, is_split_folder=place in folders[2:]), []).append(
+                    file
+                )
     if len(splits) == 1 and not set(splits) & set(_WORDS.values()):
         return {"train": next(iter(splits.values()))}
     return splits
@@ -68,7 +76,11 @@ def splits_in(folder: Path, suffix: str) -> dict[str, list[Path]]:
 
 def split_folders(folder: Path) -> dict[str, Path]:
     """Split -> the sub-folder that is named after it."""
-    return {_WORDS[path.name.lower()]: path for path in sorted(folder.iterdir()) if path.name.lower() in _WORDS and path.is_dir()}
+    return {
+        _WORDS[path.name.lower()]: path
+        for path in sorted(folder.iterdir())
+        if path.name.lower() in _WORDS and path.is_dir()
+    }
 
 
 def _split_of(file: Path, is_split_folder: bool) -> str:

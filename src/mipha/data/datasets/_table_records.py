@@ -33,7 +33,9 @@ class TableRecords:
         spans, numbers = array("q"), array("q")
         with file.open("rb") as stream:
             first = stream.readline()
-            self._delimiter = "\t" if file.suffix.lower() == ".tsv" else chr(max(b",;\t", key=first.count))
+            self._delimiter = (
+                "\t" if file.suffix.lower() == ".tsv" else chr(max(b",;\t", key=first.count))
+            )
             stream.seek(len(_BOM) if first.startswith(_BOM) else 0)
             lines = _CountedLines(stream, file)
             rows = csv.reader(lines, delimiter=self._delimiter, strict=True)
@@ -47,9 +49,13 @@ class TableRecords:
                         spans.extend((start, lines.offset))
                         numbers.append(number)
             except csv.Error as error:
-                raise ValueError(f"{file}, line {lines.number} is not a row of separated values: {error}") from error
+                raise ValueError(
+                    f"{file}, line {lines.number} is not a row of separated values: {error}"
+                ) from error
         if twice := {name for name in self.columns if self.columns.count(name) > 1}:
-            raise ValueError(f"{file} has two columns {sorted(twice)[0]!r}: rename one in its first line")
+            raise ValueError(
+                f"{file} has two columns {sorted(twice)[0]!r}: rename one in its first line"
+            )
         self._spans = np.asarray(spans, dtype=np.int64).reshape(-1, 2)
         self._numbers = np.asarray(numbers, dtype=np.int64)
 
@@ -74,7 +80,9 @@ class TableRecords:
         with self.file.open("rb") as stream:
             stream.seek(start)
             text = stream.read(end - start).decode("utf-8")
-        cells = next(csv.reader(io.StringIO(text, newline=""), delimiter=self._delimiter, strict=True))
+        cells = next(
+            csv.reader(io.StringIO(text, newline=""), delimiter=self._delimiter, strict=True)
+        )
         if len(cells) != len(self.columns):
             raise ValueError(
                 f"{self.where(index)} has {len(cells)} cells for {len(self.columns)} columns; put text with a {self._delimiter!r} in quotes"
@@ -98,4 +106,6 @@ class _CountedLines(Iterator[str]):
         try:
             return line.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{self._file}, line {self.number} is not UTF-8: save the table as UTF-8") from error
+            raise ValueError(
+                f"{self._file}, line {self.number} is not UTF-8: save the table as UTF-8"
+            ) from error

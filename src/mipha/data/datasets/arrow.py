@@ -31,7 +31,9 @@ class ArrowImage(NamedTuple):
     position: int | None
 
     def __str__(self) -> str:
-        return f"{self.file}, row {self.row}" + ("" if self.position is None else f", image {self.position}")
+        return f"{self.file}, row {self.row}" + (
+            "" if self.position is None else f", image {self.position}"
+        )
 
     def read(self) -> bytes:
         """The bytes of the image file."""
@@ -55,7 +57,9 @@ class ArrowRecords:
             raise ValueError(f"{file} cannot be read as Arrow: {error}") from error
         self._num_rows = table.num_rows
         self._image = image_column(table.schema, str(file))
-        self._columns = [name for name in table.schema.names if name not in byte_columns(table.schema)]
+        self._columns = [
+            name for name in table.schema.names if name not in byte_columns(table.schema)
+        ]
 
     def __len__(self) -> int:
         return self._num_rows
@@ -79,7 +83,10 @@ class ArrowRecords:
             return with_images(content, [])
         listed = hasattr(cell.type, "value_type")
         cells = list(cell) if listed else [cell]
-        images = [_image_in(part, ArrowImage(self.file, index, self._image, i if listed else None)) for i, part in enumerate(cells)]
+        images = [
+            _image_in(part, ArrowImage(self.file, index, self._image, i if listed else None))
+            for i, part in enumerate(cells)
+        ]
         return with_images(content, images)
 
 
@@ -97,14 +104,22 @@ def load(root: Path | None, split: str, image_root: Sequence[Path] = ()) -> Rows
         ModuleNotFoundError: pyarrow is not installed.
     """
     if root is None:
-        raise ValueError("arrow has no packaged copy: set the data's root to a folder that `save_to_disk` wrote")
+        raise ValueError(
+            "arrow has no packaged copy: set the data's root to a folder that `save_to_disk` wrote"
+        )
     if not root.exists():
         raise FileNotFoundError(f"arrow: no file or folder {root}; check the data's root")
     splits = splits_of(root)
     check_split(f"arrow in {root}", split, list(splits))
     prefix = "/".join(["arrow", *splits[split].relative_to(root).parts])
     files = files_of(splits[split])
-    return Rows("arrow", [Part(f"{prefix}/{file.stem}", ArrowRecords(file), image_folders(file, image_root)) for file in files])
+    return Rows(
+        "arrow",
+        [
+            Part(f"{prefix}/{file.stem}", ArrowRecords(file), image_folders(file, image_root))
+            for file in files
+        ],
+    )
 
 
 def to_sample(record: Row, root: Path | None) -> Sample:
@@ -121,8 +136,14 @@ def splits_of(root: Path) -> dict[str, Path]:
     if not (root / "dataset_dict.json").is_file():
         return {"train": root}
     names = _read_json(root / "dataset_dict.json").get("splits")
-    if not isinstance(names, list) or not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
-        raise ValueError(f"arrow: {root / 'dataset_dict.json'} names no splits of this folder; save the data set again")
+    if (
+        not isinstance(names, list)
+        or not names
+        or any(not isinstance(name, str) or Path(name).name != name for name in names)
+    ):
+        raise ValueError(
+            f"arrow: {root / 'dataset_dict.json'} names no splits of this folder; save the data set again"
+        )
     return {name: root / name for name in names}
 
 
@@ -135,13 +156,22 @@ def files_of(folder: Path) -> list[Path]:
     if folder.is_file():
         return [folder]
     if not (folder / "state.json").is_file():
-        raise ValueError(f"arrow: {folder} has no state.json; give a folder that `save_to_disk` wrote")
+        raise ValueError(
+            f"arrow: {folder} has no state.json; give a folder that `save_to_disk` wrote"
+        )
     state = _read_json(folder / "state.json")
     if state.get("_indices_files"):
-        raise ValueError(f"arrow: {folder} keeps an order beside its rows; call flatten_indices() before save_to_disk()")
-    names = [entry.get("filename") if isinstance(entry, dict) else None for entry in state.get("_data_files") or ()]
+        raise ValueError(
+            f"arrow: {folder} keeps an order beside its rows; call flatten_indices() before save_to_disk()"
+        )
+    names = [
+        entry.get("filename") if isinstance(entry, dict) else None
+        for entry in state.get("_data_files") or ()
+    ]
     if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
-        raise ValueError(f"arrow: {folder / 'state.json'} names no data files of this folder; save the data set again")
+        raise ValueError(
+            f"arrow: {folder / 'state.json'} names no data files of this folder; save the data set again"
+        )
     return [folder / name for name in names]
 
 
@@ -163,7 +193,9 @@ def _table(file: Path) -> pyarrow.Table:
     mapped = pyarrow.memory_map(str(file))
     is_file = mapped.read(6) == b"ARROW1"
     mapped.seek(0)
-    return (pyarrow.ipc.open_file(mapped) if is_file else pyarrow.ipc.open_stream(mapped)).read_all()
+    return (
+        pyarrow.ipc.open_file(mapped) if is_file else pyarrow.ipc.open_stream(mapped)
+    ).read_all()
 
 
 def _image_in(cell: Any, place: ArrowImage) -> ArrowImage | str | None:

@@ -61,7 +61,9 @@ def detect(path: Path) -> tuple[str, str]:
 def load(root: Path | None, split: str, image_root: Sequence[Path] = ()) -> Rows:
     """The records of a split, by the format that `detect` finds; arguments and errors as there and in `messages`."""
     if root is None:
-        raise ValueError("auto tells the format from the data: set the data's root to a file or folder")
+        raise ValueError(
+            "auto tells the format from the data: set the data's root to a file or folder"
+        )
     return _module(detect(root)[0]).load(root, split, image_root)
 
 
@@ -83,7 +85,9 @@ def _detect_file(file: Path) -> tuple[str, str]:
     if suffix in (*LINE_SUFFIXES, *TABLE_SUFFIXES):
         shape, content = _shape_of(file, record_file(file, NUM_FIRST))
         return shape, f"{file} is read as {shape}: {describe(content, shape)}"
-    raise ValueError(f"{file}: the format of a {suffix or 'nameless kind of'} file is not known; wanted one of\n{FORMS}")
+    raise ValueError(
+        f"{file}: the format of a {suffix or 'nameless kind of'} file is not known; wanted one of\n{FORMS}"
+    )
 
 
 def _detect_folder(folder: Path) -> tuple[str, str]:
@@ -100,15 +104,26 @@ def _detect_folder(folder: Path) -> tuple[str, str]:
         if suffix == ".json" and found:
             continue  # settings and statistics that lie beside the data
         splits = splits_in(folder, suffix)
-        files = [file for name in sorted(splits, key=lambda name: name != "train") for file in splits[name]]
+        files = [
+            file
+            for name in sorted(splits, key=lambda name: name != "train")
+            for file in splits[name]
+        ]
         if files := [file for file in files if file.name not in ("metadata.jsonl", "metadata.csv")]:
             found[suffix] = files[0]
     if len(found) > 1:
         listed = " and ".join(str(file.relative_to(folder)) for file in found.values())
-        raise ValueError(f"{folder} holds {listed}, which may each be the data: give that file, or set `dataset` beside `root`")
+        raise ValueError(
+            f"{folder} holds {listed}, which may each be the data: give that file, or set `dataset` beside `root`"
+        )
     if "image_folder" in found:
-        shape, content = _shape_of(found["image_folder"], record_file(found["image_folder"], NUM_FIRST))
-        return "image_folder", f"{folder} is read as image_folder: {describe(content, shape)} in {found['image_folder'].name}"
+        shape, content = _shape_of(
+            found["image_folder"], record_file(found["image_folder"], NUM_FIRST)
+        )
+        return (
+            "image_folder",
+            f"{folder} is read as image_folder: {describe(content, shape)} in {found['image_folder'].name}",
+        )
     if found:
         (file,) = found.values()
         name, sentence = _detect_file(file)
@@ -117,7 +132,10 @@ def _detect_folder(folder: Path) -> tuple[str, str]:
     if not len(pictures):
         raise ValueError(f"{folder} holds no data of a known format; wanted one of\n{FORMS}")
     _shape_of(folder, pictures)
-    return "image_folder", f"{folder} is read as image_folder: pictures with a caption in a .txt beside each"
+    return (
+        "image_folder",
+        f"{folder} is read as image_folder: pictures with a caption in a .txt beside each",
+    )
 
 
 def _shape_of(path: Path, records: RecordFile) -> tuple[str, dict[str, Any]]:
@@ -137,7 +155,9 @@ def _shape_of(path: Path, records: RecordFile) -> tuple[str, dict[str, Any]]:
     if "sharegpt" in shapes:
         shapes.pop("llava", None)  # its plainer records look like LLaVA's
     if len(shapes) > 1:
-        raise ValueError(f"{path} fits more than one format, {' and '.join(shapes)}: set `dataset` to one, or put them in two files")
+        raise ValueError(
+            f"{path} fits more than one format, {' and '.join(shapes)}: set `dataset` to one, or put them in two files"
+        )
     if shapes:
         return next(iter(shapes.items()))
     if errors:

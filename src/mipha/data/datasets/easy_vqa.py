@@ -124,21 +124,37 @@ def questions_of(root: Path | None, split: str) -> tuple[str, dict[int, list[tup
         raise ValueError(f"{file} is not valid JSON: {error}") from error
     questions: dict[int, list[tuple[str, str]]] = defaultdict(list)
     for number, row in enumerate(rows if isinstance(rows, list) else [rows]):
-        if not isinstance(row, list) or [type(cell) for cell in row] != [str, str, int] or row[1] not in ("yes", "no", *COLOURS, *SHAPES):
-            raise ValueError(f"{file}, row {number}: wanted [question, one of the 13 answers, image number], got {str(row)[:80]}")
+        if (
+            not isinstance(row, list)
+            or [type(cell) for cell in row] != [str, str, int]
+            or row[1] not in ("yes", "no", *COLOURS, *SHAPES)
+        ):
+            raise ValueError(
+                f"{file}, row {number}: wanted [question, one of the 13 answers, image number], got {str(row)[:80]}"
+            )
         questions[row[2]].append((row[0], row[1]))
     if folder == "train":
         held_out = validation_images(questions)
-        questions = {image: pairs for image, pairs in questions.items() if (image in held_out) == (split == "validation")}
+        questions = {
+            image: pairs
+            for image, pairs in questions.items()
+            if (image in held_out) == (split == "validation")
+        }
     return folder, dict(questions)
 
 
 def validation_images(images: Iterable[int]) -> frozenset[int]:
     """The 400 training images of the validation split: those whose number has the smallest sha256."""
-    return frozenset(sorted(images, key=lambda image: hashlib.sha256(str(image).encode()).digest())[:NUM_VALIDATION_IMAGES])
+    return frozenset(
+        sorted(images, key=lambda image: hashlib.sha256(str(image).encode()).digest())[
+            :NUM_VALIDATION_IMAGES
+        ]
+    )
 
 
-def facts(questions: Mapping[int, Sequence[tuple[str, str]]], where: str) -> dict[int, tuple[str, str]]:
+def facts(
+    questions: Mapping[int, Sequence[tuple[str, str]]], where: str
+) -> dict[int, tuple[str, str]]:
     """Colour and shape of every image whose own questions and answers tell both.
 
     A colour or shape is told if it is the answer, if the question presumes it ("what color is the circle?"), if a yes/no question
@@ -156,14 +172,20 @@ def facts(questions: Mapping[int, Sequence[tuple[str, str]]], where: str) -> dic
             if answer not in ("yes", "no"):
                 told.update(named, [answer])
             elif len(named) == 1:
-                (told if (answer == "yes") != ("not" in words or "no" in words) else denied).add(named[0])
+                (told if (answer == "yes") != ("not" in words or "no" in words) else denied).add(
+                    named[0]
+                )
             else:
                 found = " and ".join(named) or "no colour or shape"
-                raise ValueError(f"easy_vqa {where}, image {image}: the yes/no question {question!r} names {found}; wanted one of them")
+                raise ValueError(
+                    f"easy_vqa {where}, image {image}: the yes/no question {question!r} names {found}; wanted one of them"
+                )
         possible = [_possible(kind, told, denied) for kind in (COLOURS, SHAPES)]
         if not all(possible):
             said = f"told {', '.join(sorted(told))}; denied {', '.join(sorted(denied))}"
-            raise ValueError(f"easy_vqa {where}, image {image}: its answers contradict each other: {said}")
+            raise ValueError(
+                f"easy_vqa {where}, image {image}: its answers contradict each other: {said}"
+            )
         if all(len(values) == 1 for values in possible):
             known[image] = (possible[0][0], possible[1][0])
     return known

@@ -27,14 +27,20 @@ class CaptionRecord(NamedTuple):
 def load(root: Path | None, split: str) -> Sequence[CaptionRecord]:
     """The images of a split whose colour and shape are known; splits, `root` and errors as in `easy_vqa`."""
     folder, questions = questions_of(root, split)
-    return [CaptionRecord(folder, image, colour, shape) for image, (colour, shape) in facts(questions, folder).items()]
+    return [
+        CaptionRecord(folder, image, colour, shape)
+        for image, (colour, shape) in facts(questions, folder).items()
+    ]
 
 
 def to_sample(record: CaptionRecord, root: Path | None) -> Sample:
     """One image and its caption."""
     return Sample(
         id=f"easy_vqa_captions/{record.folder}/{record.image}",
-        messages=(Message("user", f"{IMAGE}\n{INSTRUCTION}"), Message("assistant", describe(record.colour, record.shape))),
+        messages=(
+            Message("user", f"{IMAGE}\n{INSTRUCTION}"),
+            Message("assistant", describe(record.colour, record.shape)),
+        ),
         images=(image_path(root, record.folder, record.image),),
     )
 

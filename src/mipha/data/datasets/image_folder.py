@@ -56,9 +56,14 @@ class CaptionedPictures:
         """
         caption = self.caption(index)
         if not caption.is_file():
-            raise ValueError(f"{self.where(index)} has no caption {caption.name} beside it: write one, or remove the picture")
+            raise ValueError(
+                f"{self.where(index)} has no caption {caption.name} beside it: write one, or remove the picture"
+            )
         try:
-            return {"image": self._pictures[index], "caption": caption.read_bytes().decode("utf-8-sig").strip()}
+            return {
+                "image": self._pictures[index],
+                "caption": caption.read_bytes().decode("utf-8-sig").strip(),
+            }
         except UnicodeDecodeError as error:
             raise ValueError(f"{caption} is not UTF-8: save the caption as UTF-8") from error
 
@@ -76,7 +81,9 @@ def load(root: Path | None, split: str, image_root: Sequence[Path] = ()) -> Rows
         ValueError: No root, or no such split.
     """
     if root is None:
-        raise ValueError("image_folder has no packaged copy: set the data's root to a folder of pictures")
+        raise ValueError(
+            "image_folder has no packaged copy: set the data's root to a folder of pictures"
+        )
     if not root.is_dir():
         raise FileNotFoundError(f"image_folder: no folder {root}; check the data's root")
     folders = split_folders(root) or {"train": root}
@@ -84,11 +91,27 @@ def load(root: Path | None, split: str, image_root: Sequence[Path] = ()) -> Rows
     folder = folders[split]
     prefix = "/".join(["image_folder", *folder.relative_to(root).parts])
     if metadata := metadata_of(folder):
-        return Rows("image_folder", [Part(prefix, record_file(metadata), image_folders(metadata, image_root, base=folder))])
+        return Rows(
+            "image_folder",
+            [Part(prefix, record_file(metadata), image_folders(metadata, image_root, base=folder))],
+        )
     pictures = CaptionedPictures(folder)
     # A caption stands for the record file: in the hub's download cache both it and the picture are links into one folder.
-    folders = image_folders(pictures.caption(0), image_root, base=folder) if len(pictures) else image_folders(folder / "none")
-    return Rows("image_folder", [Part(prefix, pictures, folders._replace(allowed=(*folders.allowed, os.path.realpath(folder))))])
+    folders = (
+        image_folders(pictures.caption(0), image_root, base=folder)
+        if len(pictures)
+        else image_folders(folder / "none")
+    )
+    return Rows(
+        "image_folder",
+        [
+            Part(
+                prefix,
+                pictures,
+                folders._replace(allowed=(*folders.allowed, os.path.realpath(folder))),
+            )
+        ],
+    )
 
 
 def to_sample(record: Row, root: Path | None) -> Sample:

@@ -66,7 +66,9 @@ def conversation(row: Row, turns: Sequence[Any], images: Sequence[Any]) -> Sampl
     inline = [value for _, values in read for value in values]
     given = [value for value in inline if value is not None]
     if given and (images or len(given) < len(inline)):
-        raise ValueError(f"{row.where}: images are given inside some parts and beside them; give all in one place")
+        raise ValueError(
+            f"{row.where}: images are given inside some parts and beside them; give all in one place"
+        )
     images = given or images
     return make_sample(row, images_first([message for message, _ in read], len(images)), images)
 
@@ -75,7 +77,9 @@ def _read_turn(turn: Any, where: str) -> tuple[Message, list[Any]]:
     """A turn, and what each of its image parts holds."""
     roles = get_args(Role)
     if not isinstance(turn, Mapping) or turn.get("role") not in roles:
-        raise ValueError(f"{where}: wanted an object whose role is {' or '.join(roles)}, got {str(turn)[:80]}")
+        raise ValueError(
+            f"{where}: wanted an object whose role is {' or '.join(roles)}, got {str(turn)[:80]}"
+        )
     if turn.get("weight") not in (None, 1):
         raise ValueError(
             f'{where}: "weight" is {turn["weight"]!r}, but every assistant turn is trained on alike; remove the turn, or the key'
@@ -83,9 +87,13 @@ def _read_turn(turn: Any, where: str) -> tuple[Message, list[Any]]:
     content = turn.get("content")
     if isinstance(content, list):
         parts = [_read_part(part, where) for part in content]
-        return Message(turn["role"], _join([text for text, _ in parts])), [value for text, value in parts if text == IMAGE]
+        return Message(turn["role"], _join([text for text, _ in parts])), [
+            value for text, value in parts if text == IMAGE
+        ]
     if not isinstance(content, str):
-        raise ValueError(f"{where}: its content is {str(content)[:80]!r}; wanted text, or a list of parts")
+        raise ValueError(
+            f"{where}: its content is {str(content)[:80]!r}; wanted text, or a list of parts"
+        )
     return Message(turn["role"], content), []
 
 
@@ -93,12 +101,16 @@ def _read_part(part: Any, where: str) -> tuple[str, Any]:
     """A part's text, and for an image part what it holds: null where the image is in the list beside."""
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "image":
-        return IMAGE, next((part[key] for key in ("image", "path", "url") if part.get(key) is not None), None)
+        return IMAGE, next(
+            (part[key] for key in ("image", "path", "url") if part.get(key) is not None), None
+        )
     if kind == "image_url":
         return IMAGE, part.get("image_url") or {}
     if kind == "text" and isinstance(part.get("text"), str):
         if part["text"] == IMAGE:  # would be taken for an image part
-            raise ValueError(f'{where}: a text part is {IMAGE}; write {{"type": "image"}} for an image')
+            raise ValueError(
+                f'{where}: a text part is {IMAGE}; write {{"type": "image"}} for an image'
+            )
         return part["text"], None
     raise ValueError(
         f'{where}: wanted parts {{"type": "text", "text": ...}}, {{"type": "image"}} or {{"type": "image_url", ...}}, got {str(part)[:80]}'

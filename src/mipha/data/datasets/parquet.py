@@ -61,7 +61,9 @@ class ParquetRecords:
         schema, metadata = opened.schema_arrow, opened.metadata
         self._image = image_column(schema, str(file))
         self._columns = tuple(name for name in schema.names if name not in byte_columns(schema))
-        self._starts = np.cumsum([0, *(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))])
+        self._starts = np.cumsum(
+            [0, *(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))]
+        )
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -84,7 +86,10 @@ class ParquetRecords:
         group = int(np.searchsorted(self._starts, index, side="right")) - 1
         row = index - int(self._starts[group])
         try:
-            content = {name: column[row].as_py() for name, column in _columns_of(self.file, group, self._columns)}
+            content = {
+                name: column[row].as_py()
+                for name, column in _columns_of(self.file, group, self._columns)
+            }
             if self._image is None:
                 return content
             return with_images(content, self._images(group, row))
@@ -100,13 +105,22 @@ class ParquetRecords:
         if any(isinstance(path, str) for path in cells):
             return cells
         listed = isinstance(cell, list)
-        return [ParquetImage(self.file, group, row, self._image, number if listed else None) for number in range(len(cells))]
+        return [
+            ParquetImage(self.file, group, row, self._image, number if listed else None)
+            for number in range(len(cells))
+        ]
 
 
 def load(root: Path | None, split: str, image_root: Sequence[Path] = ()) -> Rows:
     """Index the files of a split; arguments and errors as in `messages`, and that pyarrow is not installed."""
     files = split_files("parquet", root, split, (".parquet",))
-    return Rows("parquet", [Part(f"parquet/{name}", ParquetRecords(file), image_folders(file, image_root)) for name, file in files])
+    return Rows(
+        "parquet",
+        [
+            Part(f"parquet/{name}", ParquetRecords(file), image_folders(file, image_root))
+            for name, file in files
+        ],
+    )
 
 
 def to_sample(record: Row, root: Path | None) -> Sample:
@@ -149,8 +163,15 @@ def _image_outlines(file: Path, group: int, column: str) -> list[Any]:
     if not paths:  # plain bytes, or no paths beside them: the pixels must be passed over to see which cells are null
         return [_outline(cell) for cell in _read_group(file, group, (column,))[column]]
     cells = _read_group(file, group, (paths[0],))[column].to_pylist()
-    chunks = [opened.metadata.row_group(group).column(number) for path, number in of_image.items() if path.endswith(".bytes")]
-    without_bytes = all(chunk.statistics is not None and chunk.statistics.null_count == chunk.num_values for chunk in chunks)
+    chunks = [
+        opened.metadata.row_group(group).column(number)
+        for path, number in of_image.items()
+        if path.endswith(".bytes")
+    ]
+    without_bytes = all(
+        chunk.statistics is not None and chunk.statistics.null_count == chunk.num_values
+        for chunk in chunks
+    )
     return [_path_or_mark(cell, without_bytes) for cell in cells]
 
 

@@ -40,7 +40,10 @@ def to_sample(record: Row, root: Path | None) -> Sample:
     content = record.content
     if not isinstance(content, Mapping) or not isinstance(content.get("conversations"), list):
         raise ValueError(f'{record.where}: wanted an object with a list of "conversations"')
-    turns = [_turn(turn, f"{record.where}, turn {number}") for number, turn in enumerate(content["conversations"])]
+    turns = [
+        _turn(turn, f"{record.where}, turn {number}")
+        for number, turn in enumerate(content["conversations"])
+    ]
     if system := content.get("system"):
         turns.insert(0, {"role": "system", "content": system})
     return conversation(record, turns, image_values(content, record.where))
@@ -50,5 +53,7 @@ def _turn(turn: Any, where: str) -> dict[str, Any]:
     """A turn under the names that `messages` uses."""
     name = turn.get("from", turn.get("role")) if isinstance(turn, Mapping) else None
     if not isinstance(name, str) or name.lower() not in ROLES:
-        raise ValueError(f'{where}: wanted an object whose "from" is {" or ".join(ROLES)}, got {str(turn)[:80]}')
+        raise ValueError(
+            f'{where}: wanted an object whose "from" is {" or ".join(ROLES)}, got {str(turn)[:80]}'
+        )
     return {"role": ROLES[name.lower()], "content": turn.get("value", turn.get("content"))}

@@ -47,7 +47,9 @@ def to_sample(record: Row, root: Path | None) -> Sample:
     question, answer = words if len(words) == 2 else (INSTRUCTION, words[0])
     images = image_values(content, record.where)
     if len(words) == 1 and not images:
-        raise ValueError(f"{record.where}: its caption is about no image; give one, or remove the row")
+        raise ValueError(
+            f"{record.where}: its caption is about no image; give one, or remove the row"
+        )
     turns = [Message("user", question), Message("assistant", answer)]
     return make_sample(record._replace(content=content), images_first(turns, len(images)), images)
 
@@ -64,7 +66,8 @@ def columns_of(content: Mapping[str, Any]) -> tuple[str, ...] | None:
         content: As `by_name` gives it.
     """
     question, answer, caption, image = (
-        next((name for name in names if name in content), None) for names in (QUESTIONS, ANSWERS, CAPTIONS, IMAGE_COLUMNS)
+        next((name for name in names if name in content), None)
+        for names in (QUESTIONS, ANSWERS, CAPTIONS, IMAGE_COLUMNS)
     )
     if question and answer:
         return question, answer
@@ -76,5 +79,7 @@ def _text(content: Mapping[str, Any], column: str, where: str) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{where}: its {column} is {str(value)[:80]!r}; wanted text that is not empty")
+        raise ValueError(
+            f"{where}: its {column} is {str(value)[:80]!r}; wanted text that is not empty"
+        )
     return value

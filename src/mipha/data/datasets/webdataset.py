@@ -56,9 +56,15 @@ class TarRecords:
                         starts.append(len(members) // 3)
                     members.extend((member.offset_data, member.size, kind))
         except (tarfile.TarError, EOFError) as error:
-            mend = "unpack the compression (gunzip), keep the tar" if _is_compressed(file) else "is it cut short?"
+            mend = (
+                "unpack the compression (gunzip), keep the tar"
+                if _is_compressed(file)
+                else "is it cut short?"
+            )
             raise ValueError(f"{file} cannot be read as a tar: {error}; {mend}") from error
-        if most is not None and len(self._keys) > most:  # only now is the one before known to be whole
+        if (
+            most is not None and len(self._keys) > most
+        ):  # only now is the one before known to be whole
             del self._keys[most:]
         self._members = np.asarray(members, dtype=np.int64).reshape(-1, 3)
         self._starts = np.asarray([*starts, len(self._members)], dtype=np.int64)
@@ -86,15 +92,29 @@ class TarRecords:
         records = [self._text(offset, size, where) for offset, size, kind in own if kind == _JSON]
         captions = [self._text(offset, size, where) for offset, size, kind in own if kind == _TEXT]
         if len(records) > 1 or len(captions) > 1:
-            raise ValueError(f"{where} has {len(records)} .json and {len(captions)} .txt files; wanted one of each at most")
+            raise ValueError(
+                f"{where} has {len(records)} .json and {len(captions)} .txt files; wanted one of each at most"
+            )
         if not records and not captions:
-            raise ValueError(f"{where} has no .json and no .txt beside its image; wanted what is said about it")
+            raise ValueError(
+                f"{where} has no .json and no .txt beside its image; wanted what is said about it"
+            )
         content = _parsed(records[0], where) if records else {}
-        names = [self._keys[index] if len(images) == 1 else f"{self._keys[index]} image {number}" for number in range(len(images))]
-        slices = [FileSlice(self.file, offset, size, name) for (offset, size), name in zip(images, names, strict=True)]
+        names = [
+            self._keys[index] if len(images) == 1 else f"{self._keys[index]} image {number}"
+            for number in range(len(images))
+        ]
+        slices = [
+            FileSlice(self.file, offset, size, name)
+            for (offset, size), name in zip(images, names, strict=True)
+        ]
         content = with_images(content, slices)
         # A .json that only says where the picture came from leaves the words to the .txt.
-        return content if shapes_of(content) or not captions else with_images({"caption": captions[0].strip()}, slices)
+        return (
+            content
+            if shapes_of(content) or not captions
+            else with_images({"caption": captions[0].strip()}, slices)
+        )
 
     def _text(self, offset: int, size: int, where: str) -> str:
         try:
@@ -115,9 +135,14 @@ def load(root: Path | None, split: str, image_root: Sequence[Path] = ()) -> Rows
         ValueError: No such split, images are looked for elsewhere, or a tar cannot be read.
     """
     if image_root:
-        raise ValueError("image_root has no effect with webdataset, whose images lie in the tars: remove it")
+        raise ValueError(
+            "image_root has no effect with webdataset, whose images lie in the tars: remove it"
+        )
     files = split_files("webdataset", root, split, (".tar",))
-    return Rows("webdataset", [Part(f"webdataset/{name}", TarRecords(file), image_folders(file)) for name, file in files])
+    return Rows(
+        "webdataset",
+        [Part(f"webdataset/{name}", TarRecords(file), image_folders(file)) for name, file in files],
+    )
 
 
 def to_sample(record: Row, root: Path | None) -> Sample:
@@ -134,7 +159,9 @@ def _kind_of(member: tarfile.TarInfo, file: Path) -> int | None:
     if member.isdir():
         return None
     if not member.isreg() or member.issparse():
-        raise ValueError(f"{file} holds {member.name!r}, which is a link or no plain file; pack the files themselves")
+        raise ValueError(
+            f"{file} holds {member.name!r}, which is a link or no plain file; pack the files themselves"
+        )
     name = _NAME.fullmatch(member.name)
     suffix = "." + name[2].lower().rpartition(".")[2] if name else ""
     return _IMAGE if suffix in SUFFIXES else {".json": _JSON, ".txt": _TEXT}.get(suffix)

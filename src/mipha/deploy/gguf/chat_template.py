@@ -71,24 +71,38 @@ _CONVERSATIONS = (
 def _around(template: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     """What stands before and after a picture's token, inside a message."""
     texts = [{"type": "text", "text": "first"}, {"type": "text", "text": "second"}]
-    rendered = _render(template, tokenizer, [{"role": "user", "content": [texts[0], _PICTURE, texts[1]]}])
+    rendered = _render(
+        template, tokenizer, [{"role": "user", "content": [texts[0], _PICTURE, texts[1]]}]
+    )
     found = re.search(f"first(.*){re.escape(IMAGE_TOKEN)}(.*)second", rendered, flags=re.DOTALL)
     if not found:
-        raise ValueError(f"the chat template writes no {IMAGE_TOKEN} for a part of type image: give the checkpoint a template that does")
+        raise ValueError(
+            f"the chat template writes no {IMAGE_TOKEN} for a part of type image: give the checkpoint a template that does"
+        )
     return found[1], found[2]
 
 
 def _as_marked(conversation: list[dict]) -> list[dict]:
     """The conversation as llama.cpp hands it to a template."""
     return [
-        {"role": message["role"], "content": "".join(_MARK if part is _PICTURE else part["text"] for part in message["content"])}
+        {
+            "role": message["role"],
+            "content": "".join(
+                _MARK if part is _PICTURE else part["text"] for part in message["content"]
+            ),
+        }
         for message in conversation
     ]
 
 
 def _render(template: str, tokenizer: PreTrainedTokenizerBase, conversation: list[dict]) -> str:
     ends_with_answer = conversation[-1]["role"] == "assistant"
-    return tokenizer.apply_chat_template(conversation, chat_template=template, add_generation_prompt=not ends_with_answer, tokenize=False)
+    return tokenizer.apply_chat_template(
+        conversation,
+        chat_template=template,
+        add_generation_prompt=not ends_with_answer,
+        tokenize=False,
+    )
 
 
 def _quoted(text: str) -> str:

@@ -12,13 +12,18 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlavaConfi
 
 from mipha.deploy.folder import read_folder
 from mipha.deploy.gguf.chat_template import gguf_template
-from mipha.deploy.gguf.language_model import family_of, language_model_fields, language_model_tensors
+from mipha.deploy.gguf.language_model import (
+    family_of,
+    language_model_fields,
+    language_model_tensors,
+)
 from mipha.deploy.gguf.mmproj import check_mmproj, mmproj_fields, mmproj_tensors
 from mipha.deploy.gguf.modelfile import modelfile, readme
 from mipha.deploy.gguf.tokenizer import name_for, tokenizer_fields
 from mipha.deploy.gguf.writer import KINDS, Field, Tensor, open_weights, write_gguf
 from mipha.deploy.parts import hub_licence, parts_of
-from mipha.run import model_folder, open_run, write_whole
+from mipha.files import write_whole
+from mipha.run import model_folder, open_run
 
 QUANTISED = ("q4_0", "q4_k_m", "q5_k_m", "q6_k")
 """What llama.cpp's own quantiser makes of a file in f16."""
@@ -43,7 +48,9 @@ def export_gguf(source: Path, out: Path, quantize: Sequence[str] = ("f16",)) -> 
     if unknown := [kind for kind in kinds if kind not in (*KINDS, *QUANTISED)]:
         raise ValueError(f"no quantisation {unknown[0]!r}: give {', '.join((*KINDS, *QUANTISED))}")
     if not kinds:
-        raise ValueError(f"no quantisation is asked for: give some of {', '.join((*KINDS, *QUANTISED))}")
+        raise ValueError(
+            f"no quantisation is asked for: give some of {', '.join((*KINDS, *QUANTISED))}"
+        )
     _check_installed()
     folder = model_folder(source)
     if out.exists():
@@ -56,13 +63,20 @@ def export_gguf(source: Path, out: Path, quantize: Sequence[str] = ("f16",)) -> 
     template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     ends = _as_list(GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id)
-    name = name_for(recipe.name if recipe else out.name, json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")))
+    name = name_for(
+        recipe.name if recipe else out.name,
+        json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")),
+    )
     about: dict[str, Field] = {"general.name": name, "general.license": hub_licence(parts)}
     fields = about | {"general.type": "model"} | language_model_fields(config.text_config)
     fields |= tokenizer_fields(folder, tokenizer, template, config.text_config.vocab_size, ends)
     fields["tokenizer.chat_template"] = gguf_template(template, tokenizer)
     pixels = processor["image_processor"]
-    image_fields = about | {"general.type": "mmproj"} | mmproj_fields(config, pixels["image_mean"], pixels["image_std"])
+    image_fields = (
+        about
+        | {"general.type": "mmproj"}
+        | mmproj_fields(config, pixels["image_mean"], pixels["image_std"])
+    )
     mmproj_kind = "f32" if "f32" in kinds else "f16"
     models, mmproj = [f"model-{kind}.gguf" for kind in kinds], f"mmproj-{mmproj_kind}.gguf"
     beside = out.with_name(f".{out.name}.partial")
@@ -70,22 +84,39 @@ def export_gguf(source: Path, out: Path, quantize: Sequence[str] = ("f16",)) -> 
     beside.mkdir(parents=True)
     try:
         with open_weights(folder) as weights:
-            _write_language_models(beside, fields, language_model_tensors(weights, config.text_config), kinds, config)
-            write_gguf(beside / mmproj, "clip", image_fields, mmproj_tensors(weights, config), mmproj_kind)
-        write_whole(beside / "Modelfile", modelfile(models[0], mmproj, tokenizer, template, ends, parts))
-        write_whole(beside / "README.md", readme(out.name, models, mmproj, config, processor, parts))
+            _write_language_models(
+                beside, fields, language_model_tensors(weights, config.text_config), kinds, config
+            )
+            write_gguf(
+                beside / mmproj, "clip", image_fields, mmproj_tensors(weights, config), mmproj_kind
+            )
+        write_whole(
+            beside / "Modelfile", modelfile(models[0], mmproj, tokenizer, template, ends, parts)
+        )
+        write_whole(
+            beside / "README.md", readme(out.name, models, mmproj, config, processor, parts)
+        )
         beside.rename(out)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return [out / file for file in (*models, mmproj, "Modelfile", "README.md")]
 
 
-def _write_language_models(folder: Path, fields: dict[str, Field], tensors: list[Tensor], kinds: list[str], config: LlavaConfig) -> None:
+def _write_language_models(
+    folder: Path,
+    fields: dict[str, Field],
+    tensors: list[Tensor],
+    kinds: list[str],
+    config: LlavaConfig,
+) -> None:
     """One file for every kind. llama.cpp's own kinds are made from one in full, which goes again if nobody asked for it."""
     architecture = family_of(config.text_config).architecture
     full = [kind for kind in kinds if kind in KINDS]
     # f16 holds more digits than bf16, and fewer sizes: what was bf16 stays so
-    made_from = next((kind for kind in ("f32", "f16", "bf16") if kind in full), "bf16" if config.dtype == torch.bfloat16 else "f16")
+    made_from = next(
+        (kind for kind in ("f32", "f16", "bf16") if kind in full),
+        "bf16" if config.dtype == torch.bfloat16 else "f16",
+    )
     quantised = [kind for kind in kinds if kind in QUANTISED]
     for kind in dict.fromkeys([*full, *([made_from] if quantised else [])]):
         write_gguf(folder / f"model-{kind}.gguf", architecture, fields, tensors, kind)
@@ -106,4 +137,6 @@ def _check_installed() -> None:
     try:
         import gguf  # noqa: F401
     except ImportError as error:
-        raise FileNotFoundError("writing GGUF needs the package gguf: pip install 'mipha-vlm[gguf]'") from error
+        raise FileNotFoundError(
+            "writing GGUF needs the package gguf: pip install 'mipha-vlm[gguf]'"
+        ) from error

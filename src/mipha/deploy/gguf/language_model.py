@@ -17,7 +17,12 @@ from transformers import PretrainedConfig
 
 from mipha.deploy.gguf.writer import Field, Tensor, Weights
 
-_TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu")  # the last one is exact in the model, and tanh in llama.cpp
+_TANH = (
+    "gelu_pytorch_tanh",
+    "gelu_new",
+    "gelu_fast",
+    "gelu",
+)  # the last one is exact in the model, and tanh in llama.cpp
 _SILU = ("silu", "swish")
 
 UNCAPPED = 1e5
@@ -69,12 +74,17 @@ def family_of(config: PretrainedConfig) -> Family:
     """
     kind = config.model_type
     if kind not in FAMILIES:
-        raise ValueError(f"a {kind!r} language model cannot be exported to GGUF, only {', '.join(FAMILIES)}: serve it with transformers")
+        raise ValueError(
+            f"a {kind!r} language model cannot be exported to GGUF, only {', '.join(FAMILIES)}: serve it with transformers"
+        )
     family = FAMILIES[kind]
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     rope = _ropes(config)["full_attention"]
     types = getattr(config, "layer_types", None) or []
-    rhythm = [f"{'sliding' if family.window and (layer + 1) % family.window else 'full'}_attention" for layer in range(len(types))]
+    rhythm = [
+        f"{'sliding' if family.window and (layer + 1) % family.window else 'full'}_attention"
+        for layer in range(len(types))
+    ]
     scalar = getattr(config, "query_pre_attn_scalar", None)
     reason = None
     if activation not in family.activations:
@@ -85,12 +95,18 @@ def family_of(config: PretrainedConfig) -> Family:
         reason = "it norms queries and keys"
     elif kind == "gpt_neox" and not config.attention_bias:
         reason = "its attention has no bias"
-    elif getattr(config, "use_sliding_window", False) or (types and kind.startswith("gemma") and types != rhythm):
+    elif getattr(config, "use_sliding_window", False) or (
+        types and kind.startswith("gemma") and types != rhythm
+    ):
         reason = "its layers see windows in another rhythm"
     elif scalar is not None and scalar != config.head_dim:
-        reason = f"it divides by the root of {scalar} where the width of a head is {config.head_dim}"
+        reason = (
+            f"it divides by the root of {scalar} where the width of a head is {config.head_dim}"
+        )
     if reason:
-        raise ValueError(f"this {kind!r} language model cannot be exported to GGUF, for {reason}, which llama.cpp does not compute")
+        raise ValueError(
+            f"this {kind!r} language model cannot be exported to GGUF, for {reason}, which llama.cpp does not compute"
+        )
     return family
 
 
@@ -102,15 +118,21 @@ def language_model_fields(config: PretrainedConfig) -> dict[str, Field]:
     window = getattr(config, "sliding_window", None)
     fields: dict[str, Any] = {
         # llama.cpp gives all layers of a Phi-3 or Mistral the whole context: shorter than the window, that is the same
-        "context_length": min(config.max_position_embeddings, window if window and not family.window else config.max_position_embeddings),
+        "context_length": min(
+            config.max_position_embeddings,
+            window if window and not family.window else config.max_position_embeddings,
+        ),
         "embedding_length": config.hidden_size,
         "block_count": config.num_hidden_layers,
         "feed_forward_length": config.intermediate_size,
         "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        "attention.head_count_kv": getattr(config, "num_key_value_heads", None)
+        or config.num_attention_heads,
         "attention.key_length": head_dim,
         "attention.value_length": head_dim,
-        "rope.dimension_count": int(head_dim * (rope["full_attention"].get("partial_rotary_factor") or 1.0)),
+        "rope.dimension_count": int(
+            head_dim * (rope["full_attention"].get("partial_rotary_factor") or 1.0)
+        ),
         "rope.freq_base": float(rope["full_attention"]["rope_theta"]),
         "vocab_size": config.vocab_size,
     }
@@ -119,11 +141,17 @@ def language_model_fields(config: PretrainedConfig) -> dict[str, Field]:
     else:
         fields["attention.layer_norm_epsilon"] = float(config.layer_norm_eps)
     if rope["full_attention"]["rope_type"] == "linear":
-        fields |= {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["full_attention"]["factor"])}
+        fields |= {
+            "rope.scaling.type": "linear",
+            "rope.scaling.factor": float(rope["full_attention"]["factor"]),
+        }
     if config.model_type in ("gpt_neox", "stablelm"):
         fields["use_parallel_residual"] = bool(config.use_parallel_residual)
     if family.window:
-        fields |= {"attention.sliding_window": window, "attention.sliding_window_pattern": family.window}
+        fields |= {
+            "attention.sliding_window": window,
+            "attention.sliding_window_pattern": family.window,
+        }
         fields["rope.freq_base_swa"] = float(rope["sliding_attention"]["rope_theta"])
     if config.model_type == "gemma2":
         fields["attn_logit_softcapping"] = float(config.attn_logit_softcapping or UNCAPPED)
@@ -140,21 +168,30 @@ def language_model_tensors(weights: Weights, config: PretrainedConfig) -> list[T
     import gguf
 
     family = family_of(config)
-    architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family.architecture)
+    architecture = next(
+        key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family.architecture
+    )
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     found, norms = [], {}
     for key in weights.names("language_model."):
         plain = key.removeprefix("language_model.")
         if config.model_type == "gpt_neox":
-            plain = plain.replace("model.", "gpt_neox.", 1)  # inside a LLaVA the layers are called otherwise than alone
+            plain = plain.replace(
+                "model.", "gpt_neox.", 1
+            )  # inside a LLaVA the layers are called otherwise than alone
         if one_head := re.fullmatch(r"(.*)\.norms\.(\d+)\.weight", plain):
             norms.setdefault(one_head[1], {})[int(one_head[2])] = key
             continue
         name = names.get_name(plain, try_suffixes=(".weight", ".bias"))
         if name is None:
-            raise ValueError(f"{key} has no place in llama.cpp's {family.architecture!r}: export the checkpoint as mipha saved it")
+            raise ValueError(
+                f"{key} has no place in llama.cpp's {family.architecture!r}: export the checkpoint as mipha saved it"
+            )
         found.append(weights.tensor(key, name, _change(config, plain)))
-    found += [_stack(weights, f"{names.get_name(norm)}.weight", [keys[head] for head in sorted(keys)]) for norm, keys in norms.items()]
+    found += [
+        _stack(weights, f"{names.get_name(norm)}.weight", [keys[head] for head in sorted(keys)])
+        for norm, keys in norms.items()
+    ]
     if config.tie_word_embeddings and not family.tied:
         (words,) = (tensor for tensor in found if tensor.name == "token_embd.weight")
         found.append(Tensor("output.weight", words.shape, words.read, words.kept))
@@ -190,7 +227,12 @@ def _parts_together(heads: int, weight: np.ndarray) -> np.ndarray:
 
 def _stack(weights: Weights, name: str, keys: list[str]) -> Tensor:
     """StableLM's norms of queries or keys, one a head, as rows of one tensor."""
-    return Tensor(name, (len(keys), *weights.shape(keys[0])), lambda: np.stack([weights.read(key) for key in keys]), kept=True)
+    return Tensor(
+        name,
+        (len(keys), *weights.shape(keys[0])),
+        lambda: np.stack([weights.read(key) for key in keys]),
+        kept=True,
+    )
 
 
 def _head_dim(config: PretrainedConfig) -> int:
@@ -211,5 +253,7 @@ def _llama3_factors(config: PretrainedConfig) -> np.ndarray:
     rope, dim = _ropes(config)["full_attention"], _head_dim(config)
     lengths = 2 * np.pi * float(rope["rope_theta"]) ** (np.arange(0, dim, 2) / dim)
     low, high, factor = rope["low_freq_factor"], rope["high_freq_factor"], rope["factor"]
-    smooth = np.clip((rope["original_max_position_embeddings"] / lengths - low) / (high - low), 0, 1)
+    smooth = np.clip(
+        (rope["original_max_position_embeddings"] / lengths - low) / (high - low), 0, 1
+    )
     return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)

@@ -53,17 +53,24 @@ def check_mmproj(config: LlavaConfig) -> None:
     strategy = "default" if kind == "clip" else "full"
     wrong = {
         "vision_config.hidden_act": (vision.hidden_act, tuple(_USES_GELU)),
-        "projector_hidden_act": (config.projector_hidden_act, ("gelu", "gelu_pytorch_tanh", "gelu_new")),
+        "projector_hidden_act": (
+            config.projector_hidden_act,
+            ("gelu", "gelu_pytorch_tanh", "gelu_new"),
+        ),
         "multimodal_projector_bias": (config.multimodal_projector_bias, (True,)),
         "vision_feature_layer": (config.vision_feature_layer, (-1, vision.num_hidden_layers)),
         "vision_feature_select_strategy": (config.vision_feature_select_strategy, (strategy,)),
     }
     for key, (found, known) in wrong.items():
         if found not in known:
-            raise ValueError(f"{key} is {found!r}, but llama.cpp's LLaVA computes only {' or '.join(map(repr, known))}: build the model so")
+            raise ValueError(
+                f"{key} is {found!r}, but llama.cpp's LLaVA computes only {' or '.join(map(repr, known))}: build the model so"
+            )
 
 
-def mmproj_fields(config: LlavaConfig, image_mean: list[float], image_std: list[float]) -> dict[str, Field]:
+def mmproj_fields(
+    config: LlavaConfig, image_mean: list[float], image_std: list[float]
+) -> dict[str, Field]:
     """Everything about tower, projector and pictures, by llama.cpp's keys.
 
     Args:
@@ -93,7 +100,11 @@ def mmproj_fields(config: LlavaConfig, image_mean: list[float], image_std: list[
 def mmproj_tensors(weights: Weights, config: LlavaConfig) -> list[Tensor]:
     """The weights of tower and projector under llama.cpp's names."""
     reads_normed = getattr(config.vision_config, "tie_last_hidden_states", False)
-    scale = config.text_config.hidden_size**-0.5 if family_of(config.text_config).scales_images else None
+    scale = (
+        config.text_config.hidden_size**-0.5
+        if family_of(config.text_config).scales_images
+        else None
+    )
     found = []
     for key in [*weights.names("vision_tower."), *weights.names("multi_modal_projector.")]:
         plain = key.split(".", 1)[1].removeprefix("vision_model.")
@@ -115,9 +126,18 @@ def _with_positions_in_place(found: dict[str, Tensor]) -> list[Tensor]:
     token, table = found["v.class_embd"], found["v.position_embd.weight"]
     assert "v.patch_embd.bias" not in found, "a tower with a class token and a bias of its patches"
     placed = {
-        "v.class_embd": Tensor(token.name, token.shape, lambda: token.read() + table.read()[0], kept=True),
-        "v.patch_embd.bias": Tensor("v.patch_embd.bias", (table.shape[0] - 1, table.shape[1]), lambda: table.read()[1:], kept=True),
-        "v.position_embd.weight": Tensor(table.name, table.shape, lambda: np.zeros(table.shape, np.float32), kept=True),
+        "v.class_embd": Tensor(
+            token.name, token.shape, lambda: token.read() + table.read()[0], kept=True
+        ),
+        "v.patch_embd.bias": Tensor(
+            "v.patch_embd.bias",
+            (table.shape[0] - 1, table.shape[1]),
+            lambda: table.read()[1:],
+            kept=True,
+        ),
+        "v.position_embd.weight": Tensor(
+            table.name, table.shape, lambda: np.zeros(table.shape, np.float32), kept=True
+        ),
     }
     return list((found | placed).values())
 

@@ -11,10 +11,22 @@ from transformers import LlavaConfig, PreTrainedTokenizerBase
 from mipha.deploy.gguf.language_model import family_of
 from mipha.deploy.parts import Part
 
-_SYSTEM, _ASKED, _ANSWERED, _ASKED_AGAIN = "\ue000", "\ue001", "\ue002", "\ue003"  # letters of no language, to find what stands between
+_SYSTEM, _ASKED, _ANSWERED, _ASKED_AGAIN = (
+    "\ue000",
+    "\ue001",
+    "\ue002",
+    "\ue003",
+)  # letters of no language, to find what stands between
 
 
-def modelfile(model: str, mmproj: str, tokenizer: PreTrainedTokenizerBase, template: str, ends: list[int], parts: Sequence[Part]) -> str:
+def modelfile(
+    model: str,
+    mmproj: str,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    ends: list[int],
+    parts: Sequence[Part],
+) -> str:
     """Ollama's description of the model.
 
     Args:
@@ -28,7 +40,12 @@ def modelfile(model: str, mmproj: str, tokenizer: PreTrainedTokenizerBase, templ
         words of a message with a picture.
     """
     stops = tokenizer.convert_ids_to_tokens(ends)
-    lines = [f"FROM ./{model}", f"FROM ./{mmproj}", f'TEMPLATE """{_go_template(tokenizer, template)}"""', "PARAMETER temperature 0"]
+    lines = [
+        f"FROM ./{model}",
+        f"FROM ./{mmproj}",
+        f'TEMPLATE """{_go_template(tokenizer, template)}"""',
+        "PARAMETER temperature 0",
+    ]
     lines += [f'PARAMETER stop "{stop}"' for stop in stops]
     lines.append(f'LICENSE """{_licences(parts)}"""')
     return "\n".join(lines) + "\n"
@@ -39,26 +56,38 @@ def _go_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
 
     def between(turns: list[tuple[str, str]]) -> list[str]:
         messages = [{"role": role, "content": text} for role, text in turns]
-        text = tokenizer.apply_chat_template(messages, chat_template=template, add_generation_prompt=True, tokenize=False)
+        text = tokenizer.apply_chat_template(
+            messages, chat_template=template, add_generation_prompt=True, tokenize=False
+        )
         pieces = []
         for _, word in turns:
             piece, text = text.split(word, 1)
             pieces.append(piece)
         return [*pieces, text]
 
-    first, to_answer, to_question, prompt = between([("user", _ASKED), ("assistant", _ANSWERED), ("user", _ASKED_AGAIN)])
+    first, to_answer, to_question, prompt = between(
+        [("user", _ASKED), ("assistant", _ANSWERED), ("user", _ASKED_AGAIN)]
+    )
     try:
         system, after_system, _ = between([("system", _SYSTEM), ("user", _ASKED)])
         system += "{{ .Content }}"
     except TemplateError:  # some templates want no system turn: left out
         system, after_system = "", first
     image = tokenizer.apply_chat_template(
-        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _ASKED}]}], chat_template=template, tokenize=False
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _ASKED}]}],
+        chat_template=template,
+        tokenize=False,
     )
     after_image = image.split(_ASKED)[0].rpartition("<image>")[2]
     bos = tokenizer.bos_token
-    if bos and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]:  # Ollama begins with it of its own accord
-        first, system, after_system = first.removeprefix(bos), system.removeprefix(bos), after_system.removeprefix(bos)
+    if bos and tokenizer("a").input_ids[:1] == [
+        tokenizer.bos_token_id
+    ]:  # Ollama begins with it of its own accord
+        first, system, after_system = (
+            first.removeprefix(bos),
+            system.removeprefix(bos),
+            after_system.removeprefix(bos),
+        )
     words = (
         '{{ if and (ge (len .Content) 7) (eq (slice .Content 0 5) "[img-") }}{{ slice .Content 0 7 }}'
         f"{after_image}{{{{ slice .Content 7 }}}}{{{{ else }}}}{{{{ .Content }}}}{{{{ end }}}}"
@@ -72,11 +101,22 @@ def _go_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
     )
 
 
-def readme(name: str, models: Sequence[str], mmproj: str, config: LlavaConfig, processor: Mapping[str, Any], parts: Sequence[Part]) -> str:
+def readme(
+    name: str,
+    models: Sequence[str],
+    mmproj: str,
+    config: LlavaConfig,
+    processor: Mapping[str, Any],
+    parts: Sequence[Part],
+) -> str:
     """How to run the files, and what differs from the checkpoint."""
     image = processor["image_processor"]
     colour = tuple(int(255 * mean) for mean in image["image_mean"])
-    own = f"pads it to a square with the colour {colour}, then scales it" if image.get("do_pad") else "squashes it"
+    own = (
+        f"pads it to a square with the colour {colour}, then scales it"
+        if image.get("do_pad")
+        else "squashes it"
+    )
     differs = [
         "A square picture is scaled by llama.cpp as by the checkpoint (Pillow's bicubic rule; seen in b11549). Another shape "
         f"llama.cpp scales first and pads then, with the colour (122, 116, 104); the checkpoint {own}. "
@@ -94,7 +134,9 @@ def readme(name: str, models: Sequence[str], mmproj: str, config: LlavaConfig, p
             "llama.cpp multiplies image features by the root of the language model's width, as it does words; the projector's last layer "
             "is divided by it, so that nothing differs."
         )
-    files = "\n".join(f"- `{model}`: the language model, with its tokenizer and chat template" for model in models)
+    files = "\n".join(
+        f"- `{model}`: the language model, with its tokenizer and chat template" for model in models
+    )
     return f"""# {name}
 
 A multimodal small language model for llama.cpp and Ollama, exported by mipha.

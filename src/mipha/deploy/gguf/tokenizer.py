@@ -36,7 +36,9 @@ _TAKES_WHOLE_WORDS = {"dbrx": "llama-bpe"}
 """Names of the rules whose words are looked up whole before any merge."""
 
 
-def tokenizer_fields(folder: Path, tokenizer: PreTrainedTokenizerBase, template: str, num_rows: int, ends: list[int]) -> dict[str, Field]:
+def tokenizer_fields(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, template: str, num_rows: int, ends: list[int]
+) -> dict[str, Field]:
     """Everything about the tokenizer, by llama.cpp's keys.
 
     Args:
@@ -51,7 +53,11 @@ def tokenizer_fields(folder: Path, tokenizer: PreTrainedTokenizerBase, template:
     """
     content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     model = content["model"]
-    if model["type"] != "BPE" or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+    if (
+        model["type"] != "BPE"
+        or model.get("continuing_subword_prefix")
+        or model.get("end_of_word_suffix")
+    ):
         raise _refused(folder, f"is a {model['type']}, not a plain BPE")
     merges = [merge if isinstance(merge, list) else merge.split(" ") for merge in model["merges"]]
     tokens, types = _tokens(content, num_rows)
@@ -89,7 +95,9 @@ def name_for(name: str, content: dict[str, Any]) -> str:
     if not swallows and not left:
         return re.sub(r"phi-?3", "phi 3", name, flags=re.IGNORECASE)
     kept = {"<unk>", "<s>", "<|endoftext|>"}
-    others = {token["content"] for token in content["added_tokens"]} - swallows - kept - {IMAGE_TOKEN}
+    others = (
+        {token["content"] for token in content["added_tokens"]} - swallows - kept - {IMAGE_TOKEN}
+    )
     if left or others or not kept | {"</s>"} <= known or swallows & kept:
         raise ValueError(
             f"the special tokens {sorted(left or swallows)} swallow the white space beside them, which llama.cpp does for Phi-3 alone: "
@@ -104,10 +112,15 @@ def _tokens(content: dict[str, Any], num_rows: int) -> tuple[list[str], list[int
     unknown = content["model"].get("unk_token")
     by_bytes = content["model"].get("byte_fallback")
     for token, row in content["model"]["vocab"].items():
-        tokens[row], types[row] = token, BYTE if by_bytes and re.fullmatch(r"<0x[0-9A-F]{2}>", token) else NORMAL
+        tokens[row], types[row] = (
+            token,
+            BYTE if by_bytes and re.fullmatch(r"<0x[0-9A-F]{2}>", token) else NORMAL,
+        )
     for added in content["added_tokens"]:
         # llama.cpp looks for added tokens in the text as it was written
-        tokens[added["id"]] = added["content"] if added["special"] else added["content"].replace(_SPACE, " ")
+        tokens[added["id"]] = (
+            added["content"] if added["special"] else added["content"].replace(_SPACE, " ")
+        )
         types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
         if added["content"] == IMAGE_TOKEN:
             types[added["id"]] = UNUSED  # its row holds no picture: a text that names it is text
@@ -130,18 +143,33 @@ def _adds_space(content: dict[str, Any], folder: Path) -> bool:
     Raises:
         ValueError: Its text is changed in another way than spaces made visible.
     """
-    normalizers, splits = _flat(content["normalizer"], "normalizers"), _flat(content["pre_tokenizer"], "pretokenizers")
+    normalizers, splits = (
+        _flat(content["normalizer"], "normalizers"),
+        _flat(content["pre_tokenizer"], "pretokenizers"),
+    )
     adds = False
     for step in normalizers:
         if step["type"] == "Prepend" and step["prepend"] == _SPACE:
             adds = True
-        elif not (step["type"] == "Replace" and step["pattern"] == {"String": " "} and step["content"] == _SPACE):
+        elif not (
+            step["type"] == "Replace"
+            and step["pattern"] == {"String": " "}
+            and step["content"] == _SPACE
+        ):
             raise _refused(folder, f"changes text by {step['type']!r} before it reads it")
     for step in splits:
-        if step["type"] == "Metaspace" and step.get("prepend_scheme") in ("always", "never") and not step.get("split"):
+        if (
+            step["type"] == "Metaspace"
+            and step.get("prepend_scheme") in ("always", "never")
+            and not step.get("split")
+        ):
             adds = step["prepend_scheme"] == "always"
-        elif not (step["type"] == "Split" and step["pattern"] == {"String": " "} and normalizers):  # there are no spaces any more
-            raise _refused(folder, f"splits text by {step['type']!r} {step.get('prepend_scheme', '')}".rstrip())
+        elif not (
+            step["type"] == "Split" and step["pattern"] == {"String": " "} and normalizers
+        ):  # there are no spaces any more
+            raise _refused(
+                folder, f"splits text by {step['type']!r} {step.get('prepend_scheme', '')}".rstrip()
+            )
     return adds
 
 
@@ -152,7 +180,9 @@ def _split_name(content: dict[str, Any], folder: Path) -> str:
         ValueError: It has none.
     """
     normalizers = [step["type"] for step in _flat(content["normalizer"], "normalizers")]
-    if set(normalizers) - {"NFC"}:  # llama.cpp leaves text as it is; nearly all text is in that form
+    if set(normalizers) - {
+        "NFC"
+    }:  # llama.cpp leaves text as it is; nearly all text is in that form
         raise _refused(folder, f"changes text by {', '.join(normalizers)} before it reads it")
     rule: list[tuple[str, Any]] = []
     for step in _flat(content["pre_tokenizer"], "pretokenizers"):
@@ -160,7 +190,11 @@ def _split_name(content: dict[str, Any], folder: Path) -> str:
         if kind == "ByteLevel" and step["add_prefix_space"]:
             raise _refused(folder, "puts a space before every text")
         detail = {"ByteLevel": step.get("use_regex", True), "Digits": step.get("individual_digits")}
-        split = step.get("pattern", {}).get("Regex") if step.get("behavior") == "Isolated" and not step.get("invert") else None
+        split = (
+            step.get("pattern", {}).get("Regex")
+            if step.get("behavior") == "Isolated" and not step.get("invert")
+            else None
+        )
         rule.append((kind, detail.get(kind, split)))
     if tuple(rule) not in _SPLITS:
         raise _refused(folder, f"splits text into words by {rule}")
@@ -170,10 +204,16 @@ def _split_name(content: dict[str, Any], folder: Path) -> str:
 def _flat(step: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
     if step is None:
         return []
-    return [one for part in step[inner] for one in _flat(part, inner)] if step["type"] == "Sequence" else [step]
+    return (
+        [one for part in step[inner] for one in _flat(part, inner)]
+        if step["type"] == "Sequence"
+        else [step]
+    )
 
 
-def _special(tokenizer: PreTrainedTokenizerBase, template: str, ends: list[int]) -> dict[str, Field]:
+def _special(
+    tokenizer: PreTrainedTokenizerBase, template: str, ends: list[int]
+) -> dict[str, Field]:
     """Tokens that begin, pad and end, and what is added to a text."""
     ids = tokenizer("a").input_ids
     named = {
@@ -182,9 +222,15 @@ def _special(tokenizer: PreTrainedTokenizerBase, template: str, ends: list[int])
         "padding": tokenizer.pad_token_id,
         "unknown": tokenizer.unk_token_id,
     }
-    fields: dict[str, Any] = {f"{name}_token_id": token for name, token in named.items() if token is not None}
-    fields["add_bos_token"] = tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
-    fields["add_eos_token"] = tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id
+    fields: dict[str, Any] = {
+        f"{name}_token_id": token for name, token in named.items() if token is not None
+    }
+    fields["add_bos_token"] = (
+        tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id
+    )
+    fields["add_eos_token"] = (
+        tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id
+    )
     turn = end_of_turn(tokenizer, template)
     more = [token for token in dict.fromkeys([turn, *ends]) if token != tokenizer.eos_token_id]
     if len(more) > 2:
@@ -195,4 +241,6 @@ def _special(tokenizer: PreTrainedTokenizerBase, template: str, ends: list[int])
 
 
 def _refused(folder: Path, what: str) -> ValueError:
-    return ValueError(f"the tokenizer of {folder} {what}, for which llama.cpp has no name: serve this checkpoint with transformers")
+    return ValueError(
+        f"the tokenizer of {folder} {what}, for which llama.cpp has no name: serve this checkpoint with transformers"
+    )

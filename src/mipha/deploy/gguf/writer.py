@@ -55,7 +55,13 @@ class Weights:
         """One of them, as float32."""
         return self._files[name].get_tensor(name).to(torch.float32).numpy()
 
-    def tensor(self, name: str, gguf_name: str, change: Callable[[np.ndarray], np.ndarray] | None = None, kept: bool = False) -> Tensor:
+    def tensor(
+        self,
+        name: str,
+        gguf_name: str,
+        change: Callable[[np.ndarray], np.ndarray] | None = None,
+        kept: bool = False,
+    ) -> Tensor:
         """One of them to write.
 
         Args:
@@ -79,7 +85,9 @@ def open_weights(folder: Path) -> Iterator[Weights]:
         yield Weights(files)
 
 
-def write_gguf(path: Path, architecture: str, fields: Mapping[str, Field], tensors: Sequence[Tensor], kind: str) -> None:
+def write_gguf(
+    path: Path, architecture: str, fields: Mapping[str, Field], tensors: Sequence[Tensor], kind: str
+) -> None:
     """Write one file.
 
     Args:
@@ -99,10 +107,16 @@ def write_gguf(path: Path, architecture: str, fields: Mapping[str, Field], tenso
         _add_field(writer, key, value)
     types = [_type_of(tensor, gguf.GGMLQuantizationType[KINDS[kind]]) for tensor in tensors]
     for tensor, dtype in zip(tensors, types, strict=True):
-        stored = gguf.quant_shape_to_byte_shape(tensor.shape, dtype) if dtype.name in ("Q8_0", "BF16") else tensor.shape
+        stored = (
+            gguf.quant_shape_to_byte_shape(tensor.shape, dtype)
+            if dtype.name in ("Q8_0", "BF16")
+            else tensor.shape
+        )
         numpy_type = {"F32": np.float32, "F16": np.float16}.get(dtype.name, np.uint8)
         num_bytes = int(np.prod(stored)) * np.dtype(numpy_type).itemsize
-        writer.add_tensor_info(tensor.name, stored, np.dtype(numpy_type), num_bytes, raw_dtype=dtype)
+        writer.add_tensor_info(
+            tensor.name, stored, np.dtype(numpy_type), num_bytes, raw_dtype=dtype
+        )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -110,7 +124,9 @@ def write_gguf(path: Path, architecture: str, fields: Mapping[str, Field], tenso
         array = tensor.read()
         assert array.shape == tensor.shape, f"{tensor.name} is {array.shape}, not {tensor.shape}"
         if dtype.name == "F16" and np.abs(array).max(initial=0) > np.finfo(np.float16).max:
-            raise ValueError(f"{tensor.name} holds a number too large for f16: export --quantize bf16 instead")
+            raise ValueError(
+                f"{tensor.name} holds a number too large for f16: export --quantize bf16 instead"
+            )
         writer.write_tensor_data(gguf.quants.quantize(np.ascontiguousarray(array), dtype))
     writer.close()
 
@@ -122,7 +138,9 @@ def _type_of(tensor: Tensor, wanted: Any) -> Any:
         return gguf.GGMLQuantizationType.F32
     block, _ = gguf.GGML_QUANT_SIZES[wanted]
     # llama.cpp's convolution takes its kernel in f32 or f16 alone
-    whole = tensor.shape[-1] % block == 0 and (len(tensor.shape) == 2 or wanted.name in ("F32", "F16"))
+    whole = tensor.shape[-1] % block == 0 and (
+        len(tensor.shape) == 2 or wanted.name in ("F32", "F16")
+    )
     return wanted if whole else gguf.GGMLQuantizationType.F16
 
 

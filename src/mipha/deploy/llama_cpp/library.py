@@ -11,7 +11,19 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import POINTER, c_bool, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_ubyte, c_uint32, c_void_p
+from ctypes import (
+    POINTER,
+    c_bool,
+    c_char_p,
+    c_float,
+    c_int,
+    c_int32,
+    c_int64,
+    c_size_t,
+    c_ubyte,
+    c_uint32,
+    c_void_p,
+)
 from functools import cache
 from threading import RLock
 from types import ModuleType
@@ -50,7 +62,13 @@ class ModelParams(ctypes.Structure):
         ("load_mtp", c_bool),
         ("spare", c_ubyte * _SPARE),
     ]
-    defaults = {"n_gpu_layers": -1, "split_mode": 1, "load_mode": -1, "lazy_mode": 1, "use_extra_bufts": True}
+    defaults = {
+        "n_gpu_layers": -1,
+        "split_mode": 1,
+        "load_mode": -1,
+        "lazy_mode": 1,
+        "use_extra_bufts": True,
+    }
 
 
 class VisionParams(ctypes.Structure):
@@ -104,7 +122,16 @@ _SIGNATURES = {
     "llama_model_get_vocab": (c_void_p, c_void_p),
     "llama_model_meta_val_str": (c_int32, c_void_p, c_char_p, c_char_p, c_size_t),
     "llama_vocab_n_tokens": (c_int32, c_void_p),
-    "llama_tokenize": (c_int32, c_void_p, c_char_p, c_int32, POINTER(c_int32), c_int32, c_bool, c_bool),
+    "llama_tokenize": (
+        c_int32,
+        c_void_p,
+        c_char_p,
+        c_int32,
+        POINTER(c_int32),
+        c_int32,
+        c_bool,
+        c_bool,
+    ),
     "mtmd_context_params_default": (VisionParams,),
     "mtmd_init_from_file": (c_void_p, c_char_p, c_void_p, VisionParams),
     "mtmd_free": (None, c_void_p),
@@ -115,10 +142,26 @@ _SIGNATURES = {
     "mtmd_input_chunks_size": (c_size_t, c_void_p),
     "mtmd_input_chunks_free": (None, c_void_p),
     "mtmd_input_chunk_get_n_tokens": (c_size_t, c_void_p),
-    "mtmd_tokenize_from_parts": (c_int32, c_void_p, c_void_p, POINTER(POINTER(InputPart)), c_size_t, c_bool),
+    "mtmd_tokenize_from_parts": (
+        c_int32,
+        c_void_p,
+        c_void_p,
+        POINTER(POINTER(InputPart)),
+        c_size_t,
+        c_bool,
+    ),
     "mtmd_encode_chunk": (c_int32, c_void_p, c_void_p),
     "mtmd_get_output_embd": (POINTER(c_float), c_void_p),
-    "ggml_quantize_chunk": (c_size_t, c_int, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p),
+    "ggml_quantize_chunk": (
+        c_size_t,
+        c_int,
+        c_void_p,
+        c_void_p,
+        c_int64,
+        c_int64,
+        c_int64,
+        c_void_p,
+    ),
 }
 
 
@@ -131,7 +174,9 @@ def import_xllamacpp() -> ModuleType:
     try:
         import xllamacpp
     except ImportError as error:
-        raise ValueError(f"llama.cpp is not installed ({error}): pip install 'mipha-vlm[gguf]'") from error
+        raise ValueError(
+            f"llama.cpp is not installed ({error}): pip install 'mipha-vlm[gguf]'"
+        ) from error
     return xllamacpp
 
 
@@ -149,11 +194,15 @@ def load_library() -> ctypes.CDLL:
         try:
             function = getattr(library, name)
         except AttributeError as error:
-            raise ValueError(f"xllamacpp {xllamacpp.__version__} does not offer llama.cpp's {name} on this system: {mend}") from error
+            raise ValueError(
+                f"xllamacpp {xllamacpp.__version__} does not offer llama.cpp's {name} on this system: {mend}"
+            ) from error
         function.restype, function.argtypes = result, arguments
     for params in (library.llama_model_default_params(), library.mtmd_context_params_default()):
         if unexpected := _unexpected(params):
-            raise ValueError(f"xllamacpp {xllamacpp.__version__} passes parameters otherwise than known here ({unexpected}): {mend}")
+            raise ValueError(
+                f"xllamacpp {xllamacpp.__version__} passes parameters otherwise than known here ({unexpected}): {mend}"
+            )
     with LOG_LOCK, captured_errors(library):
         library.llama_backend_init()
     return library

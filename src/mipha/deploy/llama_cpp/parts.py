@@ -52,9 +52,13 @@ class Vocabulary:
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text; special tokens are read as such, and none is put in front."""
         encoded = text.encode()
-        ids = (ctypes.c_int32 * (len(encoded) + 8))()  # no token is empty; the rest is for a space put in front
+        ids = (
+            ctypes.c_int32 * (len(encoded) + 8)
+        )()  # no token is empty; the rest is for a space put in front
         with LOG_LOCK, captured_errors(self._library):
-            num = self._library.llama_tokenize(self._words, encoded, len(encoded), ids, len(ids), False, True)
+            num = self._library.llama_tokenize(
+                self._words, encoded, len(encoded), ids, len(ids), False, True
+            )
         assert num >= 0, f"{-num} tokens of {len(encoded)} bytes"
         return ids[:num]
 
@@ -105,14 +109,20 @@ class Vision:
         part = ctypes.pointer(InputPart(None, bitmap))
         try:
             with LOG_LOCK, captured_errors(library) as errors:
-                failed = library.mtmd_tokenize_from_parts(self._context, chunks, (type(part) * 1)(part), 1, False)
+                failed = library.mtmd_tokenize_from_parts(
+                    self._context, chunks, (type(part) * 1)(part), 1, False
+                )
                 num_chunks = library.mtmd_input_chunks_size(chunks)
                 chunk = library.mtmd_input_chunks_get(chunks, 0) if num_chunks == 1 else None
                 failed = failed or chunk is None or library.mtmd_encode_chunk(self._context, chunk)
             if failed:
-                raise ValueError(f"llama.cpp cannot encode the image of {image.width} x {image.height} pixels: {_said(errors)}")
+                raise ValueError(
+                    f"llama.cpp cannot encode the image of {image.width} x {image.height} pixels: {_said(errors)}"
+                )
             num_tokens = library.mtmd_input_chunk_get_n_tokens(chunk)
-            found = np.ctypeslib.as_array(library.mtmd_get_output_embd(self._context), (num_tokens, self._width))
+            found = np.ctypeslib.as_array(
+                library.mtmd_get_output_embd(self._context), (num_tokens, self._width)
+            )
             return found.copy()  # the next image is written over it
         finally:
             library.mtmd_input_chunks_free(chunks)

@@ -47,7 +47,11 @@ _FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 
 _NOT_WEIGHTS = ("position_embd.weight", "token_types.weight")
 _FULL = ("F32", "F16", "BF16")
-_WRITTEN_BY_THE_WRITER = ("general.architecture", "general.file_type", "general.quantization_version")
+_WRITTEN_BY_THE_WRITER = (
+    "general.architecture",
+    "general.file_type",
+    "general.quantization_version",
+)
 _ROWS_AT_A_TIME = 4096
 
 
@@ -68,16 +72,22 @@ def quantize_gguf(source: Path, out: Path, kind: str) -> None:
     try:
         import gguf
     except ImportError as error:
-        raise ValueError(f"what reads and writes GGUF is not installed ({error}): pip install 'mipha-vlm[gguf]'") from error
+        raise ValueError(
+            f"what reads and writes GGUF is not installed ({error}): pip install 'mipha-vlm[gguf]'"
+        ) from error
     if not source.is_file():
         raise FileNotFoundError(f"no GGUF file {source}: make one with `mipha export --to gguf`")
     try:
         reader = gguf.GGUFReader(source)
     except (ValueError, IndexError) as error:
-        raise ValueError(f"{source} is no whole GGUF file ({error}): export the model again") from error
+        raise ValueError(
+            f"{source} is no whole GGUF file ({error}): export the model again"
+        ) from error
     if quantised := [tensor for tensor in reader.tensors if tensor.tensor_type.name not in _FULL]:
         name = quantised[0].tensor_type.name.lower()
-        raise ValueError(f"{source} is quantised already ({quantised[0].name} is {name}): quantise the file in f16, or errors add up")
+        raise ValueError(
+            f"{source} is quantised already ({quantised[0].name} is {name}): quantise the file in f16, or errors add up"
+        )
     wanted = KINDS[kind.lower()]
     types = _types(reader, wanted)
     beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
@@ -91,12 +101,19 @@ def quantize_gguf(source: Path, out: Path, kind: str) -> None:
 def _types(reader: Any, kind: Kind) -> dict[str, str]:
     """The type of each tensor by its name."""
     shapes = {tensor.name: tensor.shape.tolist() for tensor in reader.tensors}  # innermost first
-    num_layers = 1 + max((int(found[1]) for name in shapes if (found := re.match(r"blk\.(\d+)\.", name))), default=0)
+    num_layers = 1 + max(
+        (int(found[1]) for name in shapes if (found := re.match(r"blk\.(\d+)\.", name))), default=0
+    )
     head = "output.weight" if "output.weight" in shapes else "token_embd.weight"
     types = {}
     for tensor in reader.tensors:
         name, shape = tensor.name, shapes[tensor.name]
-        is_matrix = len(shape) > 1 and name.endswith("weight") and not name.endswith("_norm.weight") and name not in _NOT_WEIGHTS
+        is_matrix = (
+            len(shape) > 1
+            and name.endswith("weight")
+            and not name.endswith("_norm.weight")
+            and name not in _NOT_WEIGHTS
+        )
         if not is_matrix:
             types[name] = tensor.tensor_type.name
         elif name == head:
@@ -142,13 +159,17 @@ def _write(reader: Any, types: dict[str, str], kind: Kind, path: Path) -> None:
             # Shapes of quantised tensors are told in bytes; those of others as they are.
             numpy_type = np.dtype({"F32": np.float32, "F16": np.float16}.get(dtype.name, np.uint8))
             told = shape if numpy_type.itemsize > 1 else in_bytes
-            writer.add_tensor_info(tensor.name, told, numpy_type, int(np.prod(in_bytes)), raw_dtype=dtype)
+            writer.add_tensor_info(
+                tensor.name, told, numpy_type, int(np.prod(in_bytes)), raw_dtype=dtype
+            )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor in reader.tensors:
             same = types[tensor.name] == tensor.tensor_type.name
-            writer.write_tensor_data(np.ascontiguousarray(tensor.data) if same else _rounded(tensor, types[tensor.name]))
+            writer.write_tensor_data(
+                np.ascontiguousarray(tensor.data) if same else _rounded(tensor, types[tensor.name])
+            )
     finally:
         writer.close()
 
@@ -164,9 +185,14 @@ def _rounded(tensor: Any, name: str) -> np.ndarray:
     out = np.empty((len(rows), row_bytes), np.uint8)
 
     def quantize(start: int) -> None:
-        part = np.ascontiguousarray(gguf.quants.dequantize(rows[start : start + _ROWS_AT_A_TIME], tensor.tensor_type), np.float32)
+        part = np.ascontiguousarray(
+            gguf.quants.dequantize(rows[start : start + _ROWS_AT_A_TIME], tensor.tensor_type),
+            np.float32,
+        )
         place = out[start : start + len(part)]
-        size = library.ggml_quantize_chunk(int(dtype), part.ctypes.data, place.ctypes.data, 0, len(part), width, None)
+        size = library.ggml_quantize_chunk(
+            int(dtype), part.ctypes.data, place.ctypes.data, 0, len(part), width, None
+        )
         assert size == place.nbytes, f"{tensor.name}: {size} bytes written, not {place.nbytes}"
 
     with LOG_LOCK, captured_errors(library), ThreadPoolExecutor(os.cpu_count()) as pool:

@@ -63,10 +63,19 @@ class LlamaCpp:
         ValueError: llama.cpp cannot read a file, or is not installed.
     """
 
-    def __init__(self, model: Path, mmproj: Path | None = None, *, threads: int | None = None, context: int = 4096) -> None:
+    def __init__(
+        self,
+        model: Path,
+        mmproj: Path | None = None,
+        *,
+        threads: int | None = None,
+        context: int = 4096,
+    ) -> None:
         for path in (model, mmproj):
             if path is not None and not path.is_file():
-                raise FileNotFoundError(f"no GGUF file {path}: make one with `mipha export --to gguf`")
+                raise FileNotFoundError(
+                    f"no GGUF file {path}: make one with `mipha export --to gguf`"
+                )
         load_library()
         self.model, self.mmproj, self._threads = model, mmproj, threads
         params = _params(model, mmproj, threads, context)
@@ -106,7 +115,9 @@ class LlamaCpp:
             finished=choice["finish_reason"] == "stop",
         )
 
-    def stream(self, image: ImageLike | None, question: str, max_new_tokens: int = 128) -> Iterator[str]:
+    def stream(
+        self, image: ImageLike | None, question: str, max_new_tokens: int = 128
+    ) -> Iterator[str]:
         """Answer one question piece by piece; a reader who leaves stops it."""
         pieces: SimpleQueue[str | BaseException | None] = SimpleQueue()
         request = self._request(image, question) | {"max_tokens": max_new_tokens, "stream": True}
@@ -123,7 +134,9 @@ class LlamaCpp:
             try:
                 self._server.handle_chat_completions(request, told)
                 pieces.put(None)
-            except RuntimeError as error:  # handed to the reader below: a thread's exception is seen by nobody
+            except (
+                RuntimeError
+            ) as error:  # handed to the reader below: a thread's exception is seen by nobody
                 pieces.put(ValueError(f"llama.cpp refuses the question: {error}"))
 
         thread = Thread(target=run, daemon=True)
@@ -140,7 +153,14 @@ class LlamaCpp:
     def first_token_logits(self, image: ImageLike | None, question: str) -> np.ndarray:
         """Log-probabilities of the answer's first token, `(vocabulary,)` float32: its logits less one number for all of them."""
         # Of a token that ends the turn it tells no numbers, so it is told to take another; the numbers stay those of the model.
-        found = self._ask(image, question, max_tokens=1, logprobs=True, top_logprobs=len(self._vocabulary), ignore_eos=True)
+        found = self._ask(
+            image,
+            question,
+            max_tokens=1,
+            logprobs=True,
+            top_logprobs=len(self._vocabulary),
+            ignore_eos=True,
+        )
         first = found["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         logits = np.full(len(self._vocabulary), -np.inf, np.float32)
         logits[[token["id"] for token in first]] = [token["logprob"] for token in first]
@@ -177,13 +197,20 @@ class LlamaCpp:
     def __enter__(self) -> LlamaCpp:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     @cached_property
     def _vision(self) -> Vision:
         if self.mmproj is None:
-            raise ValueError(f"{self.model.name} was opened without an mmproj, so it sees no images: give mmproj-*.gguf of the same export")
+            raise ValueError(
+                f"{self.model.name} was opened without an mmproj, so it sees no images: give mmproj-*.gguf of the same export"
+            )
         return Vision(self.mmproj, self._vocabulary.width, self._threads)
 
     def _ask(self, image: ImageLike | None, question: str, **options: Any) -> dict[str, Any]:
@@ -197,9 +224,15 @@ class LlamaCpp:
 
     def _request(self, image: ImageLike | None, question: str) -> dict[str, Any]:
         if image is not None and self.mmproj is None:
-            raise ValueError(f"{self.model.name} was opened without an mmproj, so it sees no images: give mmproj-*.gguf of the same export")
+            raise ValueError(
+                f"{self.model.name} was opened without an mmproj, so it sees no images: give mmproj-*.gguf of the same export"
+            )
         text = {"type": "text", "text": question}
-        content = [text] if image is None else [{"type": "image_url", "image_url": {"url": _data_uri(_open(image))}}, text]
+        content = (
+            [text]
+            if image is None
+            else [{"type": "image_url", "image_url": {"url": _data_uri(_open(image))}}, text]
+        )
         # Penalties and the like are off by default; a temperature of 0 takes the likeliest token.
         return {"messages": [{"role": "user", "content": content}], "temperature": 0}
 

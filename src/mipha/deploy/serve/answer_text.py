@@ -19,7 +19,13 @@ class AnswerText:
         stop: Texts before which the answer ends.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str], ends: Collection[int], limit: int, stop: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self,
+        decode: Callable[[list[int]], str],
+        ends: Collection[int],
+        limit: int,
+        stop: tuple[str, ...] = (),
+    ) -> None:
         self._decode, self._ends, self._limit, self._stop = decode, ends, limit, stop
         self._tokens: list[int] = []
         self._sent = ""
@@ -47,5 +53,8 @@ class AnswerText:
     def _certain(self, text: str) -> str:
         """The part that no later token changes."""
         text = text.rstrip(_HALF_CHARACTER)
-        held = max((n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+        held = max(
+            (n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])),
+            default=0,
+        )
         return text[: len(text) - held].strip()

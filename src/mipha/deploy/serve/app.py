@@ -58,7 +58,9 @@ def create_app(
             given = request.headers.get("authorization", "").removeprefix("Bearer ")
             if not hmac.compare_digest(given.encode(), api_key.encode()):
                 raise RequestError(
-                    "the API key is missing or wrong: send it as `Authorization: Bearer KEY`", status=401, code="invalid_api_key"
+                    "the API key is missing or wrong: send it as `Authorization: Bearer KEY`",
+                    status=401,
+                    code="invalid_api_key",
                 )
 
     async def web_page(request: Request) -> Response:
@@ -67,7 +69,10 @@ def create_app(
 
     async def health(_: Request) -> Response:
         alive = engine.is_alive()
-        return JSONResponse({"status": "ok" if alive else "failed", "engine": engine.name, "model": model}, 200 if alive else 503)
+        return JSONResponse(
+            {"status": "ok" if alive else "failed", "engine": engine.name, "model": model},
+            200 if alive else 503,
+        )
 
     async def figures(request: Request) -> Response:
         check(request)
@@ -94,9 +99,21 @@ def create_app(
         Route(_MODELS + "/{name:path}", one_model),
         Route(_CHAT, completions, methods=["POST"]),
     ]
-    handlers = {HTTPException: _no_route, RequestError: _failed, ServiceError: _failed, ClientDisconnect: _gone, Exception: _broken}
-    app = Starlette(routes=routes, exception_handlers=handlers, middleware=[Middleware(_Counted, metrics=metrics)])
-    app.router.redirect_slashes = False  # a path that is not there gets a sentence, not another address
+    handlers = {
+        HTTPException: _no_route,
+        RequestError: _failed,
+        ServiceError: _failed,
+        ClientDisconnect: _gone,
+        Exception: _broken,
+    }
+    app = Starlette(
+        routes=routes,
+        exception_handlers=handlers,
+        middleware=[Middleware(_Counted, metrics=metrics)],
+    )
+    app.router.redirect_slashes = (
+        False  # a path that is not there gets a sentence, not another address
+    )
     return app
 
 
@@ -109,23 +126,34 @@ class _Counted:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                path = scope["path"] if scope["path"] in _PATHS else "other"  # a stranger must not make up labels
+                path = (
+                    scope["path"] if scope["path"] in _PATHS else "other"
+                )  # a stranger must not make up labels
                 self._metrics.add("requests_total", path=path, status=str(message["status"]))
-                message["headers"] = [*(pair for pair in message["headers"] if pair != _NO_SNIFFING), _NO_SNIFFING]
+                message["headers"] = [
+                    *(pair for pair in message["headers"] if pair != _NO_SNIFFING),
+                    _NO_SNIFFING,
+                ]
             await send(message)
 
         if scope["type"] != "http":
             await self._app(scope, receive, send)
         elif (size := _header_bytes(scope)) > MAX_HEADER_BYTES:
             sentence = f"the headers have {size:,} bytes and {MAX_HEADER_BYTES:,} are read at most: send what is long in the body"
-            await error_response(RequestError(sentence, status=431, code="headers_too_large"))(scope, receive, counted)
+            await error_response(RequestError(sentence, status=431, code="headers_too_large"))(
+                scope, receive, counted
+            )
         else:
             await self._app(scope, receive, counted)
 
 
 def _header_bytes(scope: Scope) -> int:
     """Of names and values, and of the path with its query."""
-    return len(scope["raw_path"]) + len(scope["query_string"]) + sum(len(name) + len(value) for name, value in scope["headers"])
+    return (
+        len(scope["raw_path"])
+        + len(scope["query_string"])
+        + sum(len(name) + len(value) for name, value in scope["headers"])
+    )
 
 
 def _host(request: Request) -> str:
@@ -137,8 +165,13 @@ def _host(request: Request) -> str:
 async def _no_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     what = f"{request.method} {request.url.path[:80]!r}"
-    sentences = {404: f"{what} is not here: ask one of {', '.join(_PATHS)}", 405: f"{what} does not exist: ask with another method"}
-    refusal = RequestError(sentences.get(error.status_code, error.detail), status=error.status_code, code="not_found")
+    sentences = {
+        404: f"{what} is not here: ask one of {', '.join(_PATHS)}",
+        405: f"{what} does not exist: ask with another method",
+    }
+    refusal = RequestError(
+        sentences.get(error.status_code, error.detail), status=error.status_code, code="not_found"
+    )
     return error_response(refusal, dict(error.headers or {}))
 
 
@@ -148,8 +181,12 @@ async def _failed(_: Request, error: Exception) -> Response:
 
 
 async def _gone(_: Request, error: Exception) -> Response:
-    return Response(status_code=499)  # nobody reads it. Source: nginx's status of a request whose client left
+    return Response(
+        status_code=499
+    )  # nobody reads it. Source: nginx's status of a request whose client left
 
 
 async def _broken(_: Request, error: Exception) -> Response:
-    return error_response(ServiceError("the server failed on this request: see its log"))  # the host logs the error itself
+    return error_response(
+        ServiceError("the server failed on this request: see its log")
+    )  # the host logs the error itself

@@ -45,7 +45,13 @@ class TransformersEngine:
 
     name = "transformers"
 
-    def __init__(self, assistant: Assistant, metrics: Metrics, batch_size: int = 16, batch_tokens: int = 16_384) -> None:
+    def __init__(
+        self,
+        assistant: Assistant,
+        metrics: Metrics,
+        batch_size: int = 16,
+        batch_tokens: int = 16_384,
+    ) -> None:
         self.assistant, self._metrics = assistant, metrics
         self._batch_size, self._batch_tokens = batch_size, batch_tokens
         self._context = assistant.model.config.get_text_config().max_position_embeddings
@@ -70,8 +76,15 @@ class TransformersEngine:
         Raises:
             RequestError: It does not fit the model's context.
         """
-        messages = [Message(turn.role, f"{IMAGE}\n" * len(turn.images) + turn.text) for turn in request.turns]
-        sampling = Sampling(request.temperature, request.top_p, request.seed) if request.temperature else None
+        messages = [
+            Message(turn.role, f"{IMAGE}\n" * len(turn.images) + turn.text)
+            for turn in request.turns
+        ]
+        sampling = (
+            Sampling(request.temperature, request.top_p, request.seed)
+            if request.temperature
+            else None
+        )
         images = [image for turn in request.turns for image in turn.images]
         prompt = self.assistant.prompt(messages, images, sampling=sampling)
         room = self._context - len(prompt.ids)
@@ -83,7 +96,10 @@ class TransformersEngine:
             )
         limit = min(request.max_new_tokens, room)
         prompt = Prompt(prompt.ids, prompt.images, limit, sampling)
-        return _Row(prompt, AnswerText(self.assistant.decode, self.assistant.end_tokens, limit, request.stop))
+        return _Row(
+            prompt,
+            AnswerText(self.assistant.decode, self.assistant.end_tokens, limit, request.stop),
+        )
 
     async def submit(self, row: _Row) -> AsyncIterator[Piece]:
         """The answer to a prepared request.
@@ -93,7 +109,9 @@ class TransformersEngine:
         """
         with self._changed:
             if self._closing:
-                raise ServiceError("the server is stopping: ask again later", status=503, code="stopping")
+                raise ServiceError(
+                    "the server is stopping: ask again later", status=503, code="stopping"
+                )
             self._waiting.append(row)
             self._changed.notify()
         try:
@@ -121,7 +139,17 @@ class TransformersEngine:
             rows = [*self._waiting, *self._running]
             self._waiting.clear()
             self._changed.notify()
-        self._tell([(row, ServiceError("the server stopped before the answer was made", status=503, code="stopping")) for row in rows])
+        self._tell(
+            [
+                (
+                    row,
+                    ServiceError(
+                        "the server stopped before the answer was made", status=503, code="stopping"
+                    ),
+                )
+                for row in rows
+            ]
+        )
         for row in rows:
             row.left = True
 
@@ -140,7 +168,14 @@ class TransformersEngine:
             except Exception:
                 _log.exception("a batch of %d requests failed", len(batch))
                 self._loop.call_soon_threadsafe(
-                    self._tell, [(row, ServiceError("the model failed on this request: see the server's log")) for row in batch]
+                    self._tell,
+                    [
+                        (
+                            row,
+                            ServiceError("the model failed on this request: see the server's log"),
+                        )
+                        for row in batch
+                    ],
                 )
             finally:
                 self._running = []
@@ -151,11 +186,16 @@ class TransformersEngine:
             batch: list[_Row] = []
             while not batch and not self._closing:
                 self._changed.wait_for(lambda: self._waiting or self._closing)
-                self._changed.wait_for(lambda: len(self._waiting) >= self._batch_size or self._closing, _GATHER_SECONDS)
+                self._changed.wait_for(
+                    lambda: len(self._waiting) >= self._batch_size or self._closing, _GATHER_SECONDS
+                )
                 prompt = answer = 0
                 while self._waiting and len(batch) < self._batch_size:
                     row = self._waiting[0]
-                    prompt, answer = max(prompt, len(row.prompt.ids)), max(answer, row.prompt.max_new_tokens)
+                    prompt, answer = (
+                        max(prompt, len(row.prompt.ids)),
+                        max(answer, row.prompt.max_new_tokens),
+                    )
                     if batch and (len(batch) + 1) * (prompt + answer) > self._batch_tokens:
                         break
                     batch.append(self._waiting.popleft())

@@ -54,7 +54,9 @@ class Chat:
     def __init__(self, engine: Engine, model: str, bounds: Bounds, metrics: Metrics) -> None:
         self._engine, self._model, self._bounds, self._metrics = engine, model, bounds, metrics
         self._held = self._held_bytes = 0
-        self._readers = asyncio.Semaphore(2)  # for so many requests at a time, pictures exist at their full size
+        self._readers = asyncio.Semaphore(
+            2
+        )  # for so many requests at a time, pictures exist at their full size
         metrics.gauge("requests_held", lambda: self._held)
 
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -64,15 +66,24 @@ class Chat:
             RequestError: It is refused before its body is read.
         """
         request = Request(scope, receive)
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        if (
+            request.headers.get("content-type", "").partition(";")[0].strip().lower()
+            != "application/json"
+        ):
             # Also what keeps foreign web pages out: for this type a browser asks the server first, which does not agree.
-            raise RequestError("the content type must be application/json: set that header", status=415, code="unsupported_media_type")
+            raise RequestError(
+                "the content type must be application/json: set that header",
+                status=415,
+                code="unsupported_media_type",
+            )
         if self._held >= self._bounds.max_requests:
             raise _busy(f"{self._held} requests are being answered or wait already")
         self._held += 1
         try:
             arrived = time.monotonic()
-            bodies = [await self._read_body(request)]  # taken out to be read, so that it is not kept while the answer is made
+            bodies = [
+                await self._read_body(request)
+            ]  # taken out to be read, so that it is not kept while the answer is made
             working = asyncio.ensure_future(self._respond(bodies, arrived, scope, receive, send))
             leaving = asyncio.ensure_future(_left(receive))
             try:
@@ -92,8 +103,14 @@ class Chat:
     async def _read_body(self, request: Request) -> bytes:
         """The body; it counts as held until it is taken."""
         most, parts, size = self._bounds.limits.body_bytes, [], 0
-        too_large = RequestError(f"the body has more than {most:,} bytes: send smaller pictures", status=413, code="body_too_large")
-        if int(request.headers.get("content-length", 0)) > most:  # h11 has seen to it that it is a number
+        too_large = RequestError(
+            f"the body has more than {most:,} bytes: send smaller pictures",
+            status=413,
+            code="body_too_large",
+        )
+        if (
+            int(request.headers.get("content-length", 0)) > most
+        ):  # h11 has seen to it that it is a number
             raise too_large
         try:
             async with asyncio.timeout(self._bounds.body_seconds):
@@ -103,7 +120,9 @@ class Chat:
                     if size > most:
                         raise too_large
                     if self._held_bytes > self._bounds.held_bytes:
-                        raise _busy("the requests that are read now take all the memory there is for them")
+                        raise _busy(
+                            "the requests that are read now take all the memory there is for them"
+                        )
                     parts.append(part)
         except BaseException as error:
             self._held_bytes -= size
@@ -115,7 +134,9 @@ class Chat:
             raise RequestError(sentence, status=408, code="request_timeout") from error
         return b"".join(parts)
 
-    async def _respond(self, bodies: list[bytes], arrived: float, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _respond(
+        self, bodies: list[bytes], arrived: float, scope: Scope, receive: Receive, send: Send
+    ) -> None:
         """Answer, or say why not: with a status of its own, or at the end of a stream that has begun."""
         stream = EventStream(send)
         error: RequestError | ServiceError
@@ -126,7 +147,11 @@ class Chat:
                 await JSONResponse(whole)(scope, receive, send)
             return
         except TimeoutError:
-            error = ServiceError(f"no whole answer within {self._bounds.request_seconds:g} seconds", status=504, code="timeout")
+            error = ServiceError(
+                f"no whole answer within {self._bounds.request_seconds:g} seconds",
+                status=504,
+                code="timeout",
+            )
         except (RequestError, ServiceError) as refusal:
             error = refusal
         except Exception:
@@ -141,7 +166,9 @@ class Chat:
                 await stream.write(error_body(error))
                 await stream.end()
 
-    async def _ask(self, bodies: list[bytes], arrived: float, stream: EventStream) -> dict[str, Any] | None:
+    async def _ask(
+        self, bodies: list[bytes], arrived: float, stream: EventStream
+    ) -> dict[str, Any] | None:
         """The whole answer; nothing if it was streamed."""
         prepared, streamed, include_usage = await self._prepare(bodies)
         completion = Completion(self._model, include_usage)
@@ -167,7 +194,11 @@ class Chat:
                 self._held_bytes -= len(body)
                 del body
             check_model(asked.model, self._model)
-            return await asyncio.to_thread(self._engine.prepare, asked), asked.stream, asked.include_usage
+            return (
+                await asyncio.to_thread(self._engine.prepare, asked),
+                asked.stream,
+                asked.include_usage,
+            )
 
     async def _counted(self, pieces: AsyncIterator[Piece], arrived: float) -> AsyncIterator[Piece]:
         first = True
@@ -186,7 +217,12 @@ class Chat:
 def check_model(asked: str, served: str) -> None:
     """Refuse a name that is not served."""
     if asked != served:
-        raise RequestError(f"the model is not served here: ask for {served!r}", status=404, code="model_not_found", param="model")
+        raise RequestError(
+            f"the model is not served here: ask for {served!r}",
+            status=404,
+            code="model_not_found",
+            param="model",
+        )
 
 
 async def _left(receive: Receive) -> None:

@@ -36,13 +36,23 @@ class ChildEngine:
         model: The name it serves the model under.
     """
 
-    def __init__(self, name: str, command: Sequence[str], port: int, key: str, environment: dict[str, str], model: str) -> None:
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        port: int,
+        key: str,
+        environment: dict[str, str],
+        model: str,
+    ) -> None:
         self.name, self._command, self._model = name, list(command), model
         self._environment = {**os.environ, **environment}
         url, headers = f"http://127.0.0.1:{port}", {"Authorization": f"Bearer {key}"}
         # The front watches over the time; a connection for every request that it holds.
         timeout, limits = httpx.Timeout(None, connect=10.0), httpx.Limits(max_connections=None)
-        self._client = httpx.AsyncClient(base_url=url, headers=headers, timeout=timeout, limits=limits, trust_env=False)
+        self._client = httpx.AsyncClient(
+            base_url=url, headers=headers, timeout=timeout, limits=limits, trust_env=False
+        )
         self._process: subprocess.Popen[bytes] | None = None
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 open as long as the program writes
         self._stopping = asyncio.Event()
@@ -55,13 +65,20 @@ class ChildEngine:
         """
         # A group of its own: Ctrl-C is for us, and it must go on until we have finished what runs. It ends when the pipe to us does.
         self._process = subprocess.Popen(
-            self._command, stdin=subprocess.PIPE, stdout=self._log, stderr=self._log, env=self._environment, start_new_session=True
+            self._command,
+            stdin=subprocess.PIPE,
+            stdout=self._log,
+            stderr=self._log,
+            env=self._environment,
+            start_new_session=True,
         )
         try:
             async with asyncio.timeout(_START_SECONDS):
                 while not await self._answers():
                     if self._process.poll() is not None:
-                        raise ServiceError(f"{self._command[0]} ended with code {self._process.returncode} ({self._last_words()})")
+                        raise ServiceError(
+                            f"{self._command[0]} ended with code {self._process.returncode} ({self._last_words()})"
+                        )
                     await asyncio.sleep(0.2)
         except BaseException:
             await self.close()
@@ -102,7 +119,11 @@ class ChildEngine:
                     raise _refusal(self.name, response.status_code, await response.aread())
                 async for line in response.aiter_lines():
                     if self._stopping.is_set():
-                        raise ServiceError("the server stopped before the answer was made", status=503, code="stopping")
+                        raise ServiceError(
+                            "the server stopped before the answer was made",
+                            status=503,
+                            code="stopping",
+                        )
                     if not line.startswith("data:") or (data := line[5:].strip()) == "[DONE]":
                         continue
                     chunk = json.loads(data)
@@ -111,18 +132,32 @@ class ChildEngine:
                     for choice in chunk["choices"]:
                         reason = choice.get("finish_reason") or reason
                         text = choice["delta"].get("content") or ""
-                        if text := text if begun else text.lstrip():  # as our own engine's answers: some models begin with a space
+                        if (
+                            text := text if begun else text.lstrip()
+                        ):  # as our own engine's answers: some models begin with a space
                             begun = True
                             yield Piece(text)
                     if usage := chunk.get("usage"):
-                        end = End("length" if reason == "length" else "stop", usage["prompt_tokens"], usage["completion_tokens"])
+                        end = End(
+                            "length" if reason == "length" else "stop",
+                            usage["prompt_tokens"],
+                            usage["completion_tokens"],
+                        )
                         yield Piece(end=end)
                         return
         except RequestError:
             raise
         except (httpx.HTTPError, ValueError, KeyError) as error:
-            raise ServiceError(f"{self.name} broke off ({type(error).__name__}): ask again", status=502, code="engine_failed") from error
-        raise ServiceError(f"{self.name} ended its answer without saying so: ask again", status=502, code="engine_failed")
+            raise ServiceError(
+                f"{self.name} broke off ({type(error).__name__}): ask again",
+                status=502,
+                code="engine_failed",
+            ) from error
+        raise ServiceError(
+            f"{self.name} ended its answer without saying so: ask again",
+            status=502,
+            code="engine_failed",
+        )
 
     def is_alive(self) -> bool:
         """Whether the program runs."""
@@ -156,7 +191,9 @@ class ChildEngine:
 def _message(turn: Turn) -> dict[str, Any]:
     if not turn.images:
         return {"role": turn.role, "content": turn.text}
-    images = [{"type": "image_url", "image_url": {"url": _data_uri(image)}} for image in turn.images]
+    images = [
+        {"type": "image_url", "image_url": {"url": _data_uri(image)}} for image in turn.images
+    ]
     return {"role": turn.role, "content": [*images, {"type": "text", "text": turn.text}]}
 
 

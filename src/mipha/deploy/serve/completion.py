@@ -28,14 +28,23 @@ class Completion:
     """
 
     def __init__(self, model: str, include_usage: bool) -> None:
-        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self._head = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model,
+        }
         self._include_usage = include_usage
 
     def whole(self, text: str, end: End) -> dict[str, Any]:
         """The answer as one object."""
         message = {"role": "assistant", "content": text, "refusal": None}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": end.reason}
-        return {**self._head, "object": "chat.completion", "choices": [choice], "usage": _usage(end)}
+        return {
+            **self._head,
+            "object": "chat.completion",
+            "choices": [choice],
+            "usage": _usage(end),
+        }
 
     def opening(self) -> dict[str, Any]:
         """The first chunk of a stream: who speaks."""
@@ -69,8 +78,14 @@ class EventStream:
         """Send objects; the first call sends the head."""
         if not self.begun:
             self.begun = True
-            headers = {b"content-type": b"text/event-stream; charset=utf-8", b"cache-control": b"no-store", b"x-accel-buffering": b"no"}
-            await self._send({"type": "http.response.start", "status": 200, "headers": list(headers.items())})
+            headers = {
+                b"content-type": b"text/event-stream; charset=utf-8",
+                b"cache-control": b"no-store",
+                b"x-accel-buffering": b"no",
+            }
+            await self._send(
+                {"type": "http.response.start", "status": 200, "headers": list(headers.items())}
+            )
         for event in events:
             await self._body(f"data: {json.dumps(event, ensure_ascii=False)}\n\n", more=True)
 
@@ -84,16 +99,35 @@ class EventStream:
 
 def error_body(error: RequestError | ServiceError) -> dict[str, Any]:
     """The object that says what is wrong."""
-    kind = "server_error" if error.status >= 500 else _TYPES.get(error.status, "invalid_request_error")
-    return {"error": {"message": str(error), "type": kind, "param": getattr(error, "param", None), "code": error.code}}
+    kind = (
+        "server_error" if error.status >= 500 else _TYPES.get(error.status, "invalid_request_error")
+    )
+    return {
+        "error": {
+            "message": str(error),
+            "type": kind,
+            "param": getattr(error, "param", None),
+            "code": error.code,
+        }
+    }
 
 
-def error_response(error: RequestError | ServiceError, headers: dict[str, str] | None = None) -> JSONResponse:
+def error_response(
+    error: RequestError | ServiceError, headers: dict[str, str] | None = None
+) -> JSONResponse:
     """The same as a response."""
-    more = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "5"}}.get(error.status, {})
+    more = {
+        401: {"WWW-Authenticate": "Bearer"},
+        429: {"Retry-After": "1"},
+        503: {"Retry-After": "5"},
+    }.get(error.status, {})
     return JSONResponse(error_body(error), error.status, headers={**(headers or {}), **more})
 
 
 def _usage(end: End) -> dict[str, int]:
     total = end.prompt_tokens + end.completion_tokens
-    return {"prompt_tokens": end.prompt_tokens, "completion_tokens": end.completion_tokens, "total_tokens": total}
+    return {
+        "prompt_tokens": end.prompt_tokens,
+        "completion_tokens": end.completion_tokens,
+        "total_tokens": total,
+    }

@@ -22,9 +22,13 @@ place for a picture that is not there. They are refused and not rewritten, for a
 """
 
 # What the client's own message objects carry along, at values that say nothing.
-_EMPTY_FIELDS = {"name": (None,), "refusal": (None,), "tool_calls": (None, []), "function_call": (None,), "audio": (None,)} | {
-    "annotations": (None, [])
-}
+_EMPTY_FIELDS = {
+    "name": (None,),
+    "refusal": (None,),
+    "tool_calls": (None, []),
+    "function_call": (None,),
+    "audio": (None,),
+} | {"annotations": (None, [])}
 _DATA_URI = re.compile(r"data:([^,]{0,200}),", re.I)
 
 
@@ -59,13 +63,17 @@ def read_messages(messages: object, limits: Limits) -> tuple[Draft, ...]:
         RequestError: Anything else, with its place.
     """
     if not isinstance(messages, list) or not messages:
-        raise RequestError("messages must be a list with at least one message: ask something", param="messages")
+        raise RequestError(
+            "messages must be a list with at least one message: ask something", param="messages"
+        )
     if len(messages) > limits.max_messages:
         raise RequestError(
             f"messages holds {len(messages)} messages and {limits.max_messages} are read at most: begin a new conversation",
             param="messages",
         )
-    drafts = tuple(_draft(message, f"messages[{number}]", limits) for number, message in enumerate(messages))
+    drafts = tuple(
+        _draft(message, f"messages[{number}]", limits) for number, message in enumerate(messages)
+    )
     roles = [draft.role for draft in drafts]
     spoken = roles[1:] if roles[0] == "system" else roles
     if spoken != ["user", "assistant"] * (len(spoken) // 2) + ["user"]:
@@ -89,18 +97,33 @@ def read_messages(messages: object, limits: Limits) -> tuple[Draft, ...]:
 
 def _draft(message: object, where: str, limits: Limits) -> Draft:
     if not isinstance(message, dict):
-        raise RequestError(f"{where} is {shown(message)}, wanted an object with role and content", param=where)
+        raise RequestError(
+            f"{where} is {shown(message)}, wanted an object with role and content", param=where
+        )
     role = message.get("role")
     if not isinstance(role, str) or role not in ROLES:
-        raise RequestError(f"{where}.role is {shown(role)}, wanted one of {', '.join(ROLES)}", param=f"{where}.role")
+        raise RequestError(
+            f"{where}.role is {shown(role)}, wanted one of {', '.join(ROLES)}",
+            param=f"{where}.role",
+        )
     for name, value in message.items():
-        if name not in ("role", "content") and not any(value == empty for empty in _EMPTY_FIELDS.get(name, ())):
-            raise RequestError(f"{where} holds {shown(name)}, which this server does not use: leave it out", param=where)
+        if name not in ("role", "content") and not any(
+            value == empty for empty in _EMPTY_FIELDS.get(name, ())
+        ):
+            raise RequestError(
+                f"{where} holds {shown(name)}, which this server does not use: leave it out",
+                param=where,
+            )
     text, pictures = _content(message.get("content"), f"{where}.content", limits)
     if pictures and role != "user":
-        raise RequestError(f"{where} shows a picture, which only the user can do: put it into a user message", param=f"{where}.content")
+        raise RequestError(
+            f"{where} shows a picture, which only the user can do: put it into a user message",
+            param=f"{where}.content",
+        )
     if not text.strip() and not pictures:
-        raise RequestError(f"{where} says nothing: give it a text, or leave it out", param=f"{where}.content")
+        raise RequestError(
+            f"{where} says nothing: give it a text, or leave it out", param=f"{where}.content"
+        )
     return Draft(ROLES[role], text, pictures)
 
 
@@ -108,7 +131,9 @@ def _content(content: object, where: str, limits: Limits) -> tuple[str, tuple[Pi
     if isinstance(content, str):
         return _only_words(content, where, limits), ()
     if not isinstance(content, list):
-        raise RequestError(f"{where} is {shown(content)}, wanted a text or a list of parts", param=where)
+        raise RequestError(
+            f"{where} is {shown(content)}, wanted a text or a list of parts", param=where
+        )
     texts, pictures = [], []
     for number, part in enumerate(content):
         place = f"{where}[{number}]"
@@ -119,9 +144,12 @@ def _content(content: object, where: str, limits: Limits) -> tuple[str, tuple[Pi
             pictures.append(_picture(part.get("image_url"), f"{place}.image_url", limits))
         else:
             raise RequestError(
-                f'{place} must be {{"type": "text", "text": ...}} or {{"type": "image_url", "image_url": {{"url": ...}}}}', param=place
+                f'{place} must be {{"type": "text", "text": ...}} or {{"type": "image_url", "image_url": {{"url": ...}}}}',
+                param=place,
             )
-    return _only_words("\n".join(texts), where, limits), tuple(pictures)  # joined first: two halves of a marker must not slip through
+    return _only_words("\n".join(texts), where, limits), tuple(
+        pictures
+    )  # joined first: two halves of a marker must not slip through
 
 
 def read_text(text: str, where: str) -> str:
@@ -133,7 +161,9 @@ def read_text(text: str, where: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise RequestError(f"{where} holds half of a character (a lone surrogate): remove it", param=where) from error
+        raise RequestError(
+            f"{where} holds half of a character (a lone surrogate): remove it", param=where
+        ) from error
     if "\0" in text:
         raise RequestError(f"{where} holds a zero character: remove it", param=where)
     return text
@@ -154,28 +184,44 @@ def _picture(value: Any, where: str, limits: Limits) -> PictureSource:
     if not isinstance(url, str) or set(value) - {"url", "detail"}:
         raise RequestError(f'{where} must be {{"url": ...}} with a data URI', param=where)
     if value.get("detail") not in (None, "auto"):
-        raise RequestError(f"{where}.detail is {shown(value['detail'])}: this model has one resolution, leave it out", param=where)
+        raise RequestError(
+            f"{where}.detail is {shown(value['detail'])}: this model has one resolution, leave it out",
+            param=where,
+        )
     if found := _DATA_URI.match(url):
         return PictureSource(where, data=_decoded(url, found, where, limits))
     if not re.match(r"https?:", url, re.I):
-        raise RequestError(f"{where} is {shown(url)}: send the picture itself as data:image/png;base64,...", param=where)
+        raise RequestError(
+            f"{where} is {shown(url)}: send the picture itself as data:image/png;base64,...",
+            param=where,
+        )
     if not limits.allow_remote:
-        raise RequestError(f"{where} is an address and this server fetches none: send the picture itself as a data URI", param=where)
+        raise RequestError(
+            f"{where} is an address and this server fetches none: send the picture itself as a data URI",
+            param=where,
+        )
     return PictureSource(where, url=url)
 
 
 def _decoded(url: str, found: re.Match[str], where: str, limits: Limits) -> bytes:
     """What the label says is not believed, and so not read."""
     if not found.group(1).lower().endswith(";base64"):
-        raise RequestError(f"{where} is a data URI without base64: write data:image/png;base64,...", param=where)
+        raise RequestError(
+            f"{where} is a data URI without base64: write data:image/png;base64,...", param=where
+        )
     if (len(url) - found.end()) * 3 // 4 > limits.image_bytes + 2:
         raise RequestError(
-            f"{where} has more than {limits.image_bytes:,} bytes: make the picture smaller", status=413, code="image_too_large", param=where
+            f"{where} has more than {limits.image_bytes:,} bytes: make the picture smaller",
+            status=413,
+            code="image_too_large",
+            param=where,
         )
     try:
         data = base64.b64decode(url[found.end() :], validate=True)
     except (binascii.Error, ValueError) as error:
-        raise RequestError(f"{where} is no whole base64: encode the file again, without line breaks", param=where) from error
+        raise RequestError(
+            f"{where} is no whole base64: encode the file again, without line breaks", param=where
+        ) from error
     if not data:
         raise RequestError(f"{where} holds no bytes: send the picture's file", param=where)
     return data

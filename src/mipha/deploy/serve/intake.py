@@ -54,14 +54,29 @@ _NO_EFFECT: dict[str, tuple[Any, ...]] = {
     "prediction": (),
     "web_search_options": (),
 }
-_LABELS = {"user": str, "safety_identifier": str, "prompt_cache_key": str, "prompt_cache_retention": str} | {
+_LABELS = {
+    "user": str,
+    "safety_identifier": str,
+    "prompt_cache_key": str,
+    "prompt_cache_retention": str,
+} | {
     "metadata": dict,
     "prompt_cache_options": dict,
 }
 """For the provider's books; no answer depends on them."""
 
 _LENGTHS = ("max_tokens", "max_completion_tokens")
-_READ = {"model", "messages", *_LENGTHS, "temperature", "top_p", "stop", "seed", "stream", "stream_options"}
+_READ = {
+    "model",
+    "messages",
+    *_LENGTHS,
+    "temperature",
+    "top_p",
+    "stop",
+    "seed",
+    "stream",
+    "stream_options",
+}
 
 
 @dataclass(frozen=True)
@@ -105,7 +120,9 @@ class ChatRequest:
     model: str
 
 
-async def read_chat_request(body: bytes, limits: Limits, *, fetch: Callable[..., Awaitable[bytes]] = fetch_image) -> ChatRequest:
+async def read_chat_request(
+    body: bytes, limits: Limits, *, fetch: Callable[..., Awaitable[bytes]] = fetch_image
+) -> ChatRequest:
     """Read a request of OpenAI's chat completions completely: JSON, fields, texts and pictures.
 
     Args:
@@ -121,11 +138,17 @@ async def read_chat_request(body: bytes, limits: Limits, *, fetch: Callable[...,
         images = []
         for source in draft.pictures:
             try:
-                data = source.data or await fetch(source.url, max_bytes=limits.fetch_bytes, max_seconds=limits.fetch_seconds)
-                images.append(await loop.run_in_executor(_READERS, read_picture, data, limits.max_pixels))
+                data = source.data or await fetch(
+                    source.url, max_bytes=limits.fetch_bytes, max_seconds=limits.fetch_seconds
+                )
+                images.append(
+                    await loop.run_in_executor(_READERS, read_picture, data, limits.max_pixels)
+                )
             except ValueError as error:
                 sentence = " ".join(str(error).split())
-                raise RequestError(f"{source.param}: {sentence}", code="invalid_image", param=source.param) from error
+                raise RequestError(
+                    f"{source.param}: {sentence}", code="invalid_image", param=source.param
+                ) from error
         turns.append(Turn(draft.role, draft.text, tuple(images)))
     return ChatRequest(tuple(turns), **fields)
 
@@ -147,21 +170,39 @@ def _json_object(body: bytes, limits: Limits) -> dict[str, Any]:
         )
     # Before anything is built: twenty megabytes of empty lists would become half a gigabyte of Python objects. Base64 has none of these.
     if sum(map(body.count, (b",", b"[", b"{"))) > limits.max_text_chars + 10_000:
-        raise RequestError("the body holds too many values: send one conversation", status=413, code="body_too_large")
+        raise RequestError(
+            "the body holds too many values: send one conversation",
+            status=413,
+            code="body_too_large",
+        )
     try:
         request = json.loads(
-            body.decode("utf-8"), object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant, parse_int=_whole_number
+            body.decode("utf-8"),
+            object_pairs_hook=_without_duplicates,
+            parse_constant=_refuse_constant,
+            parse_int=_whole_number,
         )
     except UnicodeDecodeError as error:
-        raise RequestError(f"the body is not UTF-8 at byte {error.start}: encode it so", code="invalid_json") from error
+        raise RequestError(
+            f"the body is not UTF-8 at byte {error.start}: encode it so", code="invalid_json"
+        ) from error
     except RecursionError as error:
-        raise RequestError("the body is nested too deeply: send one object with model and messages", code="invalid_json") from error
+        raise RequestError(
+            "the body is nested too deeply: send one object with model and messages",
+            code="invalid_json",
+        ) from error
     except RequestError:
         raise
     except ValueError as error:
-        raise RequestError(f"the body is no JSON ({error}): send one object with model and messages", code="invalid_json") from error
+        raise RequestError(
+            f"the body is no JSON ({error}): send one object with model and messages",
+            code="invalid_json",
+        ) from error
     if not isinstance(request, dict):
-        raise RequestError(f"the body is {shown(request)}, wanted one object with model and messages", code="invalid_json")
+        raise RequestError(
+            f"the body is {shown(request)}, wanted one object with model and messages",
+            code="invalid_json",
+        )
     return request
 
 
@@ -169,18 +210,26 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise RequestError(f"the body gives {shown(name)} twice in one object: give it once", code="invalid_json")
+            raise RequestError(
+                f"the body gives {shown(name)} twice in one object: give it once",
+                code="invalid_json",
+            )
         found[name] = value
     return found
 
 
 def _refuse_constant(name: str) -> Any:
-    raise RequestError(f"the body holds {name}, which JSON does not know: write a number", code="invalid_json")
+    raise RequestError(
+        f"the body holds {name}, which JSON does not know: write a number", code="invalid_json"
+    )
 
 
 def _whole_number(digits: str) -> int:
     if len(digits) > _MOST_DIGITS:
-        raise RequestError(f"the body holds a number of {len(digits):,} digits: write a smaller one", code="invalid_json")
+        raise RequestError(
+            f"the body holds a number of {len(digits):,} digits: write a smaller one",
+            code="invalid_json",
+        )
     return int(digits)
 
 
@@ -189,26 +238,56 @@ def _check_effect(name: str, value: Any) -> None:
         return
     if name in _LABELS:
         if not isinstance(value, _LABELS[name]):
-            raise RequestError(f"{name} is {shown(value)}, wanted {'an object' if _LABELS[name] is dict else 'a text'}", param=name)
+            raise RequestError(
+                f"{name} is {shown(value)}, wanted {'an object' if _LABELS[name] is dict else 'a text'}",
+                param=name,
+            )
     elif name not in _NO_EFFECT:
-        raise RequestError(f"{shown(name)} is no field of a chat request: leave it out", code="unknown_parameter")
-    elif not any(value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in _NO_EFFECT[name]):
-        raise RequestError(f"{name} is {shown(value)}, which this server cannot do: leave it out", code="unsupported_parameter", param=name)
+        raise RequestError(
+            f"{shown(name)} is no field of a chat request: leave it out", code="unknown_parameter"
+        )
+    elif not any(
+        value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
+        for neutral in _NO_EFFECT[name]
+    ):
+        raise RequestError(
+            f"{name} is {shown(value)}, which this server cannot do: leave it out",
+            code="unsupported_parameter",
+            param=name,
+        )
 
 
 def _fields(request: dict[str, Any], limits: Limits) -> dict[str, Any]:
     model, most = request.get("model"), limits.max_new_tokens
     if not isinstance(model, str) or not model or len(model) > 300:
-        raise RequestError(f"model is {shown(model)}, wanted a name that GET /v1/models lists", param="model")
-    lengths = {_number(request, name, most, 1, most, whole=True) for name in _LENGTHS if request.get(name) is not None}
+        raise RequestError(
+            f"model is {shown(model)}, wanted a name that GET /v1/models lists", param="model"
+        )
+    lengths = {
+        _number(request, name, most, 1, most, whole=True)
+        for name in _LENGTHS
+        if request.get(name) is not None
+    }
     if len(lengths) > 1:
-        raise RequestError("max_tokens and max_completion_tokens differ: give one of them", param="max_tokens")
+        raise RequestError(
+            "max_tokens and max_completion_tokens differ: give one of them", param="max_tokens"
+        )
     stream = _flag(request, "stream")
     options = request.get("stream_options")
-    if options is not None and (not stream or not isinstance(options, dict) or set(options) - {"include_usage", "include_obfuscation"}):
-        raise RequestError("stream_options may hold include_usage, and only where stream is true", param="stream_options")
+    if options is not None and (
+        not stream
+        or not isinstance(options, dict)
+        or set(options) - {"include_usage", "include_obfuscation"}
+    ):
+        raise RequestError(
+            "stream_options may hold include_usage, and only where stream is true",
+            param="stream_options",
+        )
     if options and _flag(options, "include_obfuscation"):
-        raise RequestError("stream_options.include_obfuscation is true, which this server cannot do: leave it out", param="stream_options")
+        raise RequestError(
+            "stream_options.include_obfuscation is true, which this server cannot do: leave it out",
+            param="stream_options",
+        )
     return {
         "model": read_text(model, "model"),
         "max_new_tokens": next(iter(lengths), most),
@@ -221,13 +300,21 @@ def _fields(request: dict[str, Any], limits: Limits) -> dict[str, Any]:
     }
 
 
-def _number(request: dict[str, Any], name: str, default: Any, low: float, high: float, whole: bool = False) -> Any:
+def _number(
+    request: dict[str, Any], name: str, default: Any, low: float, high: float, whole: bool = False
+) -> Any:
     value = request.get(name)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not low <= value <= high:
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int if whole else (int, float))
+        or not low <= value <= high
+    ):
         kind = "a whole number" if whole else "a number"
-        raise RequestError(f"{name} is {shown(value)}, wanted {kind} from {low:,} to {high:,}", param=name)
+        raise RequestError(
+            f"{name} is {shown(value)}, wanted {kind} from {low:,} to {high:,}", param=name
+        )
     return value
 
 
@@ -240,6 +327,11 @@ def _flag(request: dict[str, Any], name: str) -> bool:
 
 def _stop(value: Any) -> tuple[str, ...]:
     stops = [] if value is None else value if isinstance(value, list) else [value]
-    if len(stops) > _MOST_STOPS or not all(isinstance(stop, str) and 0 < len(stop) <= _MOST_STOP_CHARS for stop in stops):
-        raise RequestError(f"stop must be up to {_MOST_STOPS} texts of 1 to {_MOST_STOP_CHARS} characters", param="stop")
+    if len(stops) > _MOST_STOPS or not all(
+        isinstance(stop, str) and 0 < len(stop) <= _MOST_STOP_CHARS for stop in stops
+    ):
+        raise RequestError(
+            f"stop must be up to {_MOST_STOPS} texts of 1 to {_MOST_STOP_CHARS} characters",
+            param="stop",
+        )
     return tuple(read_text(stop, "stop") for stop in stops)

@@ -58,16 +58,22 @@ def find_source(path: Path) -> Source:
     """
     if path.is_file():
         if _architecture(path) in (None, "clip"):
-            raise ValueError(f"{path} is no GGUF file of a language model: give one, or a run, or a model folder")
+            raise ValueError(
+                f"{path} is no GGUF file of a language model: give one, or a run, or a model folder"
+            )
         return Source(path.stem, gguf=path, mmproj=_mmproj(path.parent))
     kinds = {file: _architecture(file) for file in sorted(path.glob("*.gguf"))}
     models = [file for file, kind in kinds.items() if kind not in (None, "clip")]
     if len(models) > 1:
-        raise ValueError(f"{path} holds {len(models)} language models: give one of {', '.join(str(file) for file in models)}")
+        raise ValueError(
+            f"{path} holds {len(models)} language models: give one of {', '.join(str(file) for file in models)}"
+        )
     if models:
         return Source(models[0].stem, gguf=models[0], mmproj=_mmproj(path))
     if kinds:
-        raise ValueError(f"{path} holds GGUF files but no language model: export the model again with `mipha export --to gguf`")
+        raise ValueError(
+            f"{path} holds GGUF files but no language model: export the model again with `mipha export --to gguf`"
+        )
     folder = model_folder(path)
     return Source(path.resolve().name, checkpoint=folder)
 
@@ -82,9 +88,13 @@ def choose_engine(source: Source, wanted: EngineName = "auto") -> EngineName:
         raise ValueError(f"no engine {wanted!r}: use one of {', '.join(get_args(EngineName))}")
     if source.gguf is not None:
         if wanted not in ("auto", "llama.cpp"):
-            raise ValueError(f"{source.gguf} is GGUF, which {wanted} does not serve here: use --engine llama.cpp")
+            raise ValueError(
+                f"{source.gguf} is GGUF, which {wanted} does not serve here: use --engine llama.cpp"
+            )
         if shutil.which("llama-server") is None and find_spec("xllamacpp") is None:
-            raise ValueError("GGUF needs llama.cpp, which is not installed: pip install xllamacpp, or put llama-server on the PATH")
+            raise ValueError(
+                "GGUF needs llama.cpp, which is not installed: pip install xllamacpp, or put llama-server on the PATH"
+            )
         return "llama.cpp"
     if wanted == "llama.cpp":
         raise ValueError(
@@ -95,17 +105,31 @@ def choose_engine(source: Source, wanted: EngineName = "auto") -> EngineName:
         read_folder(source.checkpoint)
         return wanted
     content = read_folder(source.checkpoint)
-    vllm = next(runtime for runtime in runtimes(content.config, content.processor, odd_keys(content)) if runtime.name == "vLLM")
+    vllm = next(
+        runtime
+        for runtime in runtimes(content.config, content.processor, odd_keys(content))
+        if runtime.name == "vLLM"
+    )
     if wanted == "auto":
-        return "vllm" if vllm.status == "exact" and shutil.which("vllm") and _has_gpu() else "transformers"
+        return (
+            "vllm"
+            if vllm.status == "exact" and shutil.which("vllm") and _has_gpu()
+            else "transformers"
+        )
     if vllm.status == "unsupported":
-        raise ValueError(f"vLLM cannot serve {source.checkpoint}: {vllm.reason}; use --engine transformers")
+        raise ValueError(
+            f"vLLM cannot serve {source.checkpoint}: {vllm.reason}; use --engine transformers"
+        )
     if shutil.which("vllm") is None:
-        raise ValueError("--engine vllm needs the program vllm, which is not installed: pip install vllm, or use --engine transformers")
+        raise ValueError(
+            "--engine vllm needs the program vllm, which is not installed: pip install vllm, or use --engine transformers"
+        )
     return "vllm"
 
 
-def launch(source: Source, engine: EngineName, slots: int | None = None, dtype: str = "auto") -> ChildEngine:
+def launch(
+    source: Source, engine: EngineName, slots: int | None = None, dtype: str = "auto"
+) -> ChildEngine:
     """The engine that is a program of its own, not started yet.
 
     Args:
@@ -115,37 +139,83 @@ def launch(source: Source, engine: EngineName, slots: int | None = None, dtype: 
     Raises:
         ValueError: Slots for vLLM, which makes its own, or a dtype for llama.cpp, whose file has one.
     """
-    from mipha.deploy.serve.child import ChildEngine  # here, for it needs what the extra `serve` brings
+    from mipha.deploy.serve.child import (
+        ChildEngine,
+    )  # here, for it needs what the extra `serve` brings
 
     port, key = _free_port(), secrets.token_hex(16)
     if engine == "vllm":
         if slots is not None:
-            raise ValueError("--batch-size has no effect on vLLM, which fills its batches by itself: leave it out")
+            raise ValueError(
+                "--batch-size has no effect on vLLM, which fills its batches by itself: leave it out"
+            )
         assert source.checkpoint is not None
         command = vllm_command(source.checkpoint, source.name, port, dtype)
         return ChildEngine(engine, command, port, key, {"VLLM_API_KEY": key}, source.name)
     if dtype != "auto":
-        raise ValueError("--dtype has no effect on llama.cpp, which computes by the kind of its file: export another kind")
+        raise ValueError(
+            "--dtype has no effect on llama.cpp, which computes by the kind of its file: export another kind"
+        )
     assert engine == "llama.cpp" and source.gguf is not None
-    return ChildEngine(engine, llama_command(source, port, slots or _LLAMA_SLOTS), port, key, {"LLAMA_API_KEY": key}, source.name)
+    return ChildEngine(
+        engine,
+        llama_command(source, port, slots or _LLAMA_SLOTS),
+        port,
+        key,
+        {"LLAMA_API_KEY": key},
+        source.name,
+    )
 
 
 def vllm_command(checkpoint: Path, name: str, port: int, dtype: str = "auto") -> list[str]:
     """How vLLM's server is started. Source: `vllm serve --help`, vLLM 0.32."""
     where = ["--host", "127.0.0.1", "--port", str(port)]
-    return ["vllm", "serve", str(checkpoint.resolve()), *where, "--served-model-name", name, "--dtype", dtype]
+    return [
+        "vllm",
+        "serve",
+        str(checkpoint.resolve()),
+        *where,
+        "--served-model-name",
+        name,
+        "--dtype",
+        dtype,
+    ]
 
 
 def llama_command(source: Source, port: int, slots: int) -> list[str]:
     """How llama.cpp's server is started: the program on the PATH, or the one in the wheel. Source: `llama-server --help`."""
     assert source.gguf is not None
     context = min(_MOST_CONTEXT, _context(source.gguf) or _MOST_CONTEXT)
-    program = ["llama-server", "--no-webui"] if shutil.which("llama-server") else [sys.executable, "-m", "mipha.deploy.serve.llama_child"]
+    program = (
+        ["llama-server", "--no-webui"]
+        if shutil.which("llama-server")
+        else [sys.executable, "-m", "mipha.deploy.serve.llama_child"]
+    )
     # Without a number llama.cpp takes all cores, and its threads wait for each other by turning: one must be left for the front.
     threads = max(1, available_cores() - 1)
     projector = ["--mmproj", str(source.mmproj)] if source.mmproj else []
-    command = [*program, "--model", str(source.gguf), *projector, "--alias", source.name, "--host", "127.0.0.1", "--port", str(port)]
-    return [*command, "--ctx-size", str(context * slots), "--parallel", str(slots), "--threads", str(threads), "--jinja"]
+    command = [
+        *program,
+        "--model",
+        str(source.gguf),
+        *projector,
+        "--alias",
+        source.name,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    return [
+        *command,
+        "--ctx-size",
+        str(context * slots),
+        "--parallel",
+        str(slots),
+        "--threads",
+        str(threads),
+        "--jinja",
+    ]
 
 
 def _architecture(file: Path) -> str | None:
@@ -155,7 +225,9 @@ def _architecture(file: Path) -> str | None:
     between them the type of the value in 4.
     """
     value = _after(file, "general.architecture")
-    return value and value[8 : 8 + int.from_bytes(value[:8], "little")].decode("utf-8", errors="replace")
+    return value and value[8 : 8 + int.from_bytes(value[:8], "little")].decode(
+        "utf-8", errors="replace"
+    )
 
 
 def _context(file: Path) -> int | None:

@@ -20,7 +20,14 @@ class RequestError(ValueError):
         param: The place in the request, such as `messages[0].content`; null where it is the request as a whole.
     """
 
-    def __init__(self, message: str, *, status: int = 400, code: str = "invalid_value", param: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        code: str = "invalid_value",
+        param: str | None = None,
+    ) -> None:
         super().__init__(message)
         self.status, self.code, self.param = status, code, param
 
@@ -54,7 +61,9 @@ class Limits:
     fetch_seconds: float = 10.0
     fetch_bytes: int = 14 * _MIB
     allow_remote: bool = False
-    control_tokens: re.Pattern[str] = re.compile(r"</?s>|<(?:bos|eos|pad|unk|start_of_turn|end_of_turn)>")
+    control_tokens: re.Pattern[str] = re.compile(
+        r"</?s>|<(?:bos|eos|pad|unk|start_of_turn|end_of_turn)>"
+    )
 
 
 def shown(value: object) -> str:

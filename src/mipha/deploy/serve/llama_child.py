@@ -12,7 +12,9 @@ import sys
 
 def main() -> None:
     """Serve until stdin ends, which it does with the process that started this one."""
-    parser = argparse.ArgumentParser(prog="python -m mipha.deploy.serve.llama_child", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m mipha.deploy.serve.llama_child", description=__doc__
+    )
     parser.add_argument("--model", required=True)
     parser.add_argument("--mmproj")
     parser.add_argument("--alias", required=True)

@@ -11,16 +11,28 @@ from threading import Lock
 
 _HELP = {
     "requests_total": ("counter", "Requests answered, by path and HTTP status."),
-    "failed_streams_total": ("counter", "Streams that ended with an error after they had begun, by its code."),
+    "failed_streams_total": (
+        "counter",
+        "Streams that ended with an error after they had begun, by its code.",
+    ),
     "cancelled_total": ("counter", "Chat requests whose client left before the end."),
     "prompt_tokens_total": ("counter", "Tokens read, those of images included."),
     "completion_tokens_total": ("counter", "Tokens generated."),
     "batches_total": ("counter", "Batches generated."),
-    "batch_rows_total": ("counter", "Requests in them; divided by batches_total: the mean batch size."),
+    "batch_rows_total": (
+        "counter",
+        "Requests in them; divided by batches_total: the mean batch size.",
+    ),
     "images_encoded_total": ("counter", "Pictures that went through the vision tower."),
     "images_found_total": ("counter", "Pictures whose features were still there."),
-    "request_seconds": ("summary", "From a chat request's arrival to the end of its answer, of those answered whole."),
-    "first_token_seconds": ("summary", "From a chat request's arrival to the first piece of its answer."),
+    "request_seconds": (
+        "summary",
+        "From a chat request's arrival to the end of its answer, of those answered whole.",
+    ),
+    "first_token_seconds": (
+        "summary",
+        "From a chat request's arrival to the first piece of its answer.",
+    ),
     "requests_held": ("gauge", "Chat requests that are read, wait or run now."),
     "requests_waiting": ("gauge", "Chat requests that wait for a batch now."),
     "batch_size": ("gauge", "Requests in the batch that runs now."),
@@ -61,11 +73,21 @@ class Metrics:
         lines = []
         for name, (kind, text) in _HELP.items():
             parts = [name] if kind != "summary" else [f"{name}_sum", f"{name}_count"]
-            samples = [f"mipha_{part}{labels} {value:.10g}" for (part, labels), value in sorted(values.items()) if part in parts]
-            lines += [f"# HELP mipha_{name} {text}", f"# TYPE mipha_{name} {kind}", *samples] if samples else []
+            samples = [
+                f"mipha_{part}{labels} {value:.10g}"
+                for (part, labels), value in sorted(values.items())
+                if part in parts
+            ]
+            lines += (
+                [f"# HELP mipha_{name} {text}", f"# TYPE mipha_{name} {kind}", *samples]
+                if samples
+                else []
+            )
         return "\n".join(lines) + "\n"
 
 
 def _labels(labels: dict[str, str]) -> str:
-    inside = ",".join(f'{name}="{value}"' for name, value in labels.items())  # our own words: nothing in them to escape
+    inside = ",".join(
+        f'{name}="{value}"' for name, value in labels.items()
+    )  # our own words: nothing in them to escape
     return f"{{{inside}}}" if inside else ""

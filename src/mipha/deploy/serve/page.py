@@ -19,12 +19,20 @@ def page() -> str:
 def page_headers() -> dict[str, str]:
     """Headers to send with the page: only its own style and script run, and it talks to this server alone."""
     policy = f"{_NO_OTHERS}; style-src {_hash(_part('css'))}; script-src {_hash(_part('js'))}"
-    return {"Content-Security-Policy": policy, "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer"}
+    return {
+        "Content-Security-Policy": policy,
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+    }
 
 
 @cache
 def _part(kind: str) -> str:
-    return resources.files("mipha.deploy.serve").joinpath("static", f"page.{kind}").read_text(encoding="utf-8")
+    return (
+        resources.files("mipha.deploy.serve")
+        .joinpath("static", f"page.{kind}")
+        .read_text(encoding="utf-8")
+    )
 
 
 def _hash(text: str) -> str:

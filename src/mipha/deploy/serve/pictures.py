@@ -35,17 +35,25 @@ def read_picture(data: bytes, max_pixels: int) -> Image.Image:
     """
     size_of = _size_reader(data)
     if size_of is None:
-        raise ValueError("the picture is none of PNG, JPEG, WebP, GIF and BMP: convert it to one of them")
+        raise ValueError(
+            "the picture is none of PNG, JPEG, WebP, GIF and BMP: convert it to one of them"
+        )
     try:
         width, height = size_of(data)
     except (IndexError, struct.error) as error:
-        raise ValueError("the picture's header is cut short or damaged: send the whole file") from error
+        raise ValueError(
+            "the picture's header is cut short or damaged: send the whole file"
+        ) from error
     if width * height > max_pixels:
-        raise ValueError(f"the picture has {width:,} x {height:,} pixels and {max_pixels:,} are read at most: make it smaller")
+        raise ValueError(
+            f"the picture has {width:,} x {height:,} pixels and {max_pixels:,} are read at most: make it smaller"
+        )
     try:
         return open_image(data, max_pixels=max_pixels)
     except ValueError as error:
-        raise ValueError(f"the picture is damaged ({error.__cause__ or error}): send the whole file") from error
+        raise ValueError(
+            f"the picture is damaged ({error.__cause__ or error}): send the whole file"
+        ) from error
 
 
 def _size_reader(data: bytes) -> Callable[[bytes], tuple[int, int]] | None:
@@ -73,7 +81,9 @@ def _png_size(data: bytes) -> tuple[int, int]:
 def _jpeg_size(data: bytes) -> tuple[int, int]:
     """Source: ITU-T T.81, annex B: segments up to the first scan; 0xC0 to 0xCF begin a frame, but for DHT, JPG and DAC."""
     if data.count(b"\xff\xda") > _MOST_SCANS:  # coded data never holds these two bytes
-        raise ValueError(f"the picture has more than {_MOST_SCANS} scans: save it again, not progressive")
+        raise ValueError(
+            f"the picture has more than {_MOST_SCANS} scans: save it again, not progressive"
+        )
     position, size = 2, None
     for _ in range(_MOST_STEPS):
         if data[position] != 0xFF:

@@ -55,7 +55,12 @@ def is_public(address: str) -> bool:
     IPv4 address inside.
     """
     ip = ipaddress.ip_address(address)
-    if ip.is_multicast or ip.is_reserved or not ip.is_global or any(ip in network for network in _NOT_PUBLIC):
+    if (
+        ip.is_multicast
+        or ip.is_reserved
+        or not ip.is_global
+        or any(ip in network for network in _NOT_PUBLIC)
+    ):
         return False
     if isinstance(ip, ipaddress.IPv4Address):
         return True
@@ -93,12 +98,20 @@ async def fetch_image(
                     return body
                 url = urljoin(f"https://{host}{target}", location)
     except TimeoutError as error:
-        raise ValueError(f"the picture's address did not answer within {max_seconds:g} seconds: send the picture itself") from error
+        raise ValueError(
+            f"the picture's address did not answer within {max_seconds:g} seconds: send the picture itself"
+        ) from error
     except ssl.SSLError as error:
-        raise ValueError("the picture's address has no valid certificate: send the picture itself") from error
+        raise ValueError(
+            "the picture's address has no valid certificate: send the picture itself"
+        ) from error
     except OSError as error:
-        raise ValueError("the picture's address cannot be reached: send the picture itself") from error
-    raise ValueError(f"the picture's address redirects more than {_MOST_REDIRECTS} times: give the last address")
+        raise ValueError(
+            "the picture's address cannot be reached: send the picture itself"
+        ) from error
+    raise ValueError(
+        f"the picture's address redirects more than {_MOST_REDIRECTS} times: give the last address"
+    )
 
 
 @cache
@@ -110,8 +123,12 @@ def _machine_tls() -> ssl.SSLContext:
 def _checked_url(url: str) -> tuple[str, str]:
     """Host and path with query of an address that may be asked."""
     name = shown(url)
-    if len(url) > _MOST_URL_CHARS or not re.fullmatch(r"[!-\[\]-~]+", url):  # printable ASCII without space and backslash
-        raise ValueError(f"{name} is no address: write up to {_MOST_URL_CHARS:,} ASCII characters without spaces")
+    if len(url) > _MOST_URL_CHARS or not re.fullmatch(
+        r"[!-\[\]-~]+", url
+    ):  # printable ASCII without space and backslash
+        raise ValueError(
+            f"{name} is no address: write up to {_MOST_URL_CHARS:,} ASCII characters without spaces"
+        )
     try:
         parts = urlsplit(url)
         port = parts.port
@@ -120,16 +137,24 @@ def _checked_url(url: str) -> tuple[str, str]:
     if parts.scheme != "https":
         raise ValueError(f"{name} is not fetched: only https addresses are")
     if "@" in parts.netloc:
-        raise ValueError("an address with a user name in it is not fetched: leave the name and the password out")
+        raise ValueError(
+            "an address with a user name in it is not fetched: leave the name and the password out"
+        )
     if port not in (None, _PORT):
         raise ValueError(f"{name} is not fetched: only port {_PORT} is asked")
     if not _HOST.fullmatch(parts.hostname or ""):
-        raise ValueError(f"{name} is not fetched: its host must be a full name such as pictures.example.org, not a number")
+        raise ValueError(
+            f"{name} is not fetched: its host must be a full name such as pictures.example.org, not a number"
+        )
     assert parts.hostname
     return parts.hostname, (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
 
 
-async def _checked_address(host: str, resolve: Callable[[str], Awaitable[Sequence[Address]]], is_allowed: Callable[[str], bool]) -> Address:
+async def _checked_address(
+    host: str,
+    resolve: Callable[[str], Awaitable[Sequence[Address]]],
+    is_allowed: Callable[[str], bool],
+) -> Address:
     addresses = await resolve(host)
     if not addresses:
         raise OSError(f"no address for {host}")
@@ -138,15 +163,27 @@ async def _checked_address(host: str, resolve: Callable[[str], Awaitable[Sequenc
     return addresses[0]
 
 
-async def _get(host: str, target: str, address: Address, tls: ssl.SSLContext, max_bytes: int) -> tuple[str | None, bytes]:
+async def _get(
+    host: str, target: str, address: Address, tls: ssl.SSLContext, max_bytes: int
+) -> tuple[str | None, bytes]:
     """One request to one address: where it redirects to, or its body."""
     import h11
 
-    headers = [("Host", host), ("Accept", "image/*"), ("Accept-Encoding", "identity"), ("User-Agent", "mipha"), ("Connection", "close")]
-    reader, writer = await asyncio.open_connection(*address, ssl=tls, server_hostname=host, limit=_READ_BYTES)
+    headers = [
+        ("Host", host),
+        ("Accept", "image/*"),
+        ("Accept-Encoding", "identity"),
+        ("User-Agent", "mipha"),
+        ("Connection", "close"),
+    ]
+    reader, writer = await asyncio.open_connection(
+        *address, ssl=tls, server_hostname=host, limit=_READ_BYTES
+    )
     try:
         connection = h11.Connection(h11.CLIENT)
-        writer.write(connection.send(h11.Request(method="GET", target=target, headers=headers)) or b"")
+        writer.write(
+            connection.send(h11.Request(method="GET", target=target, headers=headers)) or b""
+        )
         writer.write(connection.send(h11.EndOfMessage()) or b"")
         await writer.drain()
         body = bytearray()
@@ -159,15 +196,21 @@ async def _get(host: str, target: str, address: Address, tls: ssl.SSLContext, ma
                 if event.status_code in _REDIRECTS and b"location" in found:
                     return found[b"location"], b""
                 if event.status_code != 200:
-                    raise ValueError(f"the picture's address answers with status {event.status_code}: give one that answers with 200")
+                    raise ValueError(
+                        f"the picture's address answers with status {event.status_code}: give one that answers with 200"
+                    )
             elif isinstance(event, h11.Data):
                 body += event.data
                 if len(body) > max_bytes:
-                    raise ValueError(f"the picture behind the address has more than {max_bytes:,} bytes: make it smaller")
+                    raise ValueError(
+                        f"the picture behind the address has more than {max_bytes:,} bytes: make it smaller"
+                    )
             elif isinstance(event, h11.EndOfMessage):
                 return None, bytes(body)
     except h11.RemoteProtocolError as error:
-        raise ValueError("the picture's address answers with no proper HTTP: send the picture itself") from error
+        raise ValueError(
+            "the picture's address answers with no proper HTTP: send the picture itself"
+        ) from error
     finally:
         writer.transport.abort()  # nothing more is wanted, and a farewell could be kept waiting
         with suppress(OSError):

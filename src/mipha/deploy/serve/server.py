@@ -67,11 +67,21 @@ def serve(
         ValueError: A package is missing, the source or an option is wrong, or the port is in use.
         FileNotFoundError: There is no such source.
     """
-    _check_options(batch_size=_BATCH_SIZE if batch_size is None else batch_size, max_requests=max_requests, max_new_tokens=max_new_tokens)
+    _check_options(
+        batch_size=_BATCH_SIZE if batch_size is None else batch_size,
+        max_requests=max_requests,
+        max_new_tokens=max_new_tokens,
+    )
     _check_options(request_seconds=request_seconds, shutdown_seconds=shutdown_seconds)
-    if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""):
-        raise ValueError("the API key must be printable ASCII without spaces around it: choose another")
-    if missing := [name for name in ("starlette", "uvicorn", "h11", "httpx") if find_spec(name) is None]:
+    if api_key is not None and not (
+        api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""
+    ):
+        raise ValueError(
+            "the API key must be printable ASCII without spaces around it: choose another"
+        )
+    if missing := [
+        name for name in ("starlette", "uvicorn", "h11", "httpx") if find_spec(name) is None
+    ]:
         raise ValueError(f"serving needs {', '.join(missing)}: pip install 'mipha-vlm[serve]'")
     from mipha.deploy.serve.chat import Bounds
     from mipha.deploy.serve.launch import choose_engine, find_source
@@ -87,9 +97,21 @@ def serve(
         bounds = Bounds(limits=limits, max_requests=max_requests, request_seconds=request_seconds)
         behind, bounds = _load(found, chosen, bounds, metrics, batch_size, device, dtype)
         if host not in _LOOPBACK and api_key is None:
-            print(f"mipha: warning: anybody who reaches {_url(listening)} may ask: give an --api-key", file=sys.stderr)
+            print(
+                f"mipha: warning: anybody who reaches {_url(listening)} may ask: give an --api-key",
+                file=sys.stderr,
+            )
         hosts = _LOOPBACK | {host.lower()} if host in _LOOPBACK and api_key is None else None
-        run(behind, found.name, listening, metrics, bounds, api_key=api_key, hosts=hosts, shutdown_seconds=shutdown_seconds)
+        run(
+            behind,
+            found.name,
+            listening,
+            metrics,
+            bounds,
+            api_key=api_key,
+            hosts=hosts,
+            shutdown_seconds=shutdown_seconds,
+        )
 
 
 def run(
@@ -136,7 +158,11 @@ def run(
         # uvicorn raises the signal again when it is done, for the handler that was there before: being told to stop is no failure.
         for number in signals:
             signal.signal(number, lambda *_: None)
-        print(f"mipha: serving {model} at {_url(listening)} with {engine.name}; Ctrl-C stops it", file=sys.stderr, flush=True)
+        print(
+            f"mipha: serving {model} at {_url(listening)} with {engine.name}; Ctrl-C stops it",
+            file=sys.stderr,
+            flush=True,
+        )
         try:
             await Server(config).serve(sockets=[listening])
         finally:
@@ -183,9 +209,13 @@ def listen(host: str, port: int) -> socket.socket:
     if not 0 <= port <= 65_535:
         raise ValueError(f"port {port} does not exist: choose one from 1 to 65,535")
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
     except (socket.gaierror, UnicodeError) as error:
-        raise ValueError(f"{host!r} is no address of this machine: use 127.0.0.1, or 0.0.0.0 for all of them") from error
+        raise ValueError(
+            f"{host!r} is no address of this machine: use 127.0.0.1, or 0.0.0.0 for all of them"
+        ) from error
     listening = socket.socket(family, kind, protocol)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -193,15 +223,27 @@ def listen(host: str, port: int) -> socket.socket:
         listening.listen(_BACKLOG)
     except OSError as error:
         listening.close()
-        reasons = {errno.EADDRINUSE: "is in use: stop what listens there, or choose another with --port"}
+        reasons = {
+            errno.EADDRINUSE: "is in use: stop what listens there, or choose another with --port"
+        }
         reasons |= {errno.EACCES: "needs an administrator: choose one above 1023 with --port"}
-        reasons |= {errno.EADDRNOTAVAIL: f"cannot be opened, for {host} is not this machine's: use 127.0.0.1"}
-        raise ValueError(f"port {port} {reasons.get(error.errno, f'cannot be opened ({error.strerror}): choose another')}") from error
+        reasons |= {
+            errno.EADDRNOTAVAIL: f"cannot be opened, for {host} is not this machine's: use 127.0.0.1"
+        }
+        raise ValueError(
+            f"port {port} {reasons.get(error.errno, f'cannot be opened ({error.strerror}): choose another')}"
+        ) from error
     return listening
 
 
 def _load(
-    found: Source, engine: EngineName, bounds: Bounds, metrics: Metrics, batch_size: int | None, device: str | None, dtype: str
+    found: Source,
+    engine: EngineName,
+    bounds: Bounds,
+    metrics: Metrics,
+    batch_size: int | None,
+    device: str | None,
+    dtype: str,
 ) -> tuple[Engine, Bounds]:
     if engine != "transformers":
         from mipha.deploy.serve.launch import launch
@@ -216,7 +258,9 @@ def _load(
     assert found.checkpoint is not None
     assistant = load(found.checkpoint, device, dtype)
     limits = replace(bounds.limits, control_tokens=special_tokens_of(assistant.processor))
-    return TransformersEngine(assistant, metrics, batch_size or _BATCH_SIZE), replace(bounds, limits=limits)
+    return TransformersEngine(assistant, metrics, batch_size or _BATCH_SIZE), replace(
+        bounds, limits=limits
+    )
 
 
 def _check_options(**values: float) -> None:

@@ -18,11 +18,19 @@ from mipha.evaluation.benchmarks._option_matching import ask_for_option, is_chin
 
 MAX_NEW_TOKENS = 1024
 METRICS = (
-    Metric("accuracy", "%", "questions with every rotation of their options answered right (CircularEval)"),
+    Metric(
+        "accuracy",
+        "%",
+        "questions with every rotation of their options answered right (CircularEval)",
+    ),
     Metric("vanilla", "%", "questions answered right as they stand, rotations left aside"),
     Metric("l2-category", "%", "CircularEval accuracy in one of the six abilities"),
     Metric("category", "%", "CircularEval accuracy in one of the twenty finer abilities"),
-    Metric("unreadable", "questions", "answers that name no option, each rotation counted by itself; they count as wrong"),
+    Metric(
+        "unreadable",
+        "questions",
+        "answers that name no option, each rotation counted by itself; they count as wrong",
+    ),
 )
 SERVERS = {"test": "mmbench.opencompass.org.cn"}
 SCORING = (
@@ -33,7 +41,9 @@ NUM_QUESTIONS = {"dev": 1164, "test": 1784}
 """Without rotations."""
 
 
-def score(questions: Sequence[Question], predictions: Mapping[str, str], judge: Judge | None = None) -> Judgement:
+def score(
+    questions: Sequence[Question], predictions: Mapping[str, str], judge: Judge | None = None
+) -> Judgement:
     """CircularEval.
 
     A readable wrong rotation fails a question without a judge being asked; else the judge reads the unreadable rotations in order until
@@ -50,7 +60,10 @@ def score(questions: Sequence[Question], predictions: Mapping[str, str], judge: 
     Raises:
         ValueError: The judge has no reply.
     """
-    parsed = {question.id: read_option(predictions[question.id], question.facts["choices"]) for question in questions}
+    parsed = {
+        question.id: read_option(predictions[question.id], question.facts["choices"])
+        for question in questions
+    }
     asked: list[str] = []
     contributions = []
     per_question = {}
@@ -63,27 +76,43 @@ def score(questions: Sequence[Question], predictions: Mapping[str, str], judge: 
         if judge is not None and all(parsed[row.id] in (None, row.facts["answer"]) for row in rows):
             for row in (row for row in rows if parsed[row.id] is None):
                 asked.append(row.id)
-                parsed[row.id] = ask_for_option(row.id, row.facts["question"], row.facts["choices"], predictions[row.id], judge)
+                parsed[row.id] = ask_for_option(
+                    row.id, row.facts["question"], row.facts["choices"], predictions[row.id], judge
+                )
                 if parsed[row.id] != row.facts["answer"]:
                     break
         right = float(all(parsed[row.id] == row.facts["answer"] for row in rows))
         per_question[original.id] = right
         alone = float(parsed[original.id] == original.facts["answer"])
         unreadable = float(sum(parsed[row.id] is None for row in rows))
-        abilities = {f"{kind}.{original.facts[kind]}": right for kind in ("l2-category", "category") if original.facts[kind]}
-        contributions.append((original.facts["image"], {"accuracy": right, "vanilla": alone, "unreadable": unreadable} | abilities))
+        abilities = {
+            f"{kind}.{original.facts[kind]}": right
+            for kind in ("l2-category", "category")
+            if original.facts[kind]
+        }
+        contributions.append(
+            (
+                original.facts["image"],
+                {"accuracy": right, "vanilla": alone, "unreadable": unreadable} | abilities,
+            )
+        )
     return Judgement(
         per_question=per_question,
         contributions=contributions,
         parsed=parsed,
-        submission={question.id: cell_text(predictions[question.id], f"prediction of row {question.id}") for question in questions},
+        submission={
+            question.id: cell_text(predictions[question.id], f"prediction of row {question.id}")
+            for question in questions
+        },
         notes=(*_judge_notes(judge, parsed, asked), *_rotation_notes(num_short)),
     )
 
 
 def measure(totals: Totals) -> dict[str, np.ndarray]:
     """Accuracies in %, by ability where the file names them, and the number of unreadable answers."""
-    abilities = sorted(name for name in totals.names if name.startswith(("l2-category.", "category.")))
+    abilities = sorted(
+        name for name in totals.names if name.startswith(("l2-category.", "category."))
+    )
     accuracies = {name: 100 * totals.mean(name) for name in ("accuracy", "vanilla", *abilities)}
     return accuracies | {"unreadable": totals.sum("unreadable")}
 
@@ -103,10 +132,14 @@ def doubts(questions: Sequence[Question], split: str, chinese: bool) -> list[str
         found.append(f"{len(groups):,} questions without their rotations, {official}")
     if orphans := sum(int(rows[0].id) != group for group, rows in groups.items()):
         found.append(f"{orphans:,} questions lack their unrotated row, so they are not counted")
-    found.extend(_rotation_notes(sum(len(rows) < len(rows[0].facts["choices"]) for rows in groups.values())))
+    found.extend(
+        _rotation_notes(sum(len(rows) < len(rows[0].facts["choices"]) for rows in groups.values()))
+    )
     num_chinese = sum(is_chinese(question.facts["question"]) for question in questions)
     if (2 * num_chinese > len(questions)) != chinese:
-        found.append(f"{num_chinese:,} of {len(questions):,} rows ask in Chinese: this looks like the file of the other language")
+        found.append(
+            f"{num_chinese:,} of {len(questions):,} rows ask in Chinese: this looks like the file of the other language"
+        )
     if others := {question.facts["row"].get("split") or split for question in questions} - {split}:
         found.append(f"rows say that they are of split {', '.join(sorted(others))}, not {split}")
     return found
@@ -120,17 +153,29 @@ def _groups(questions: Sequence[Question]) -> dict[int, list[Question]]:
     return groups
 
 
-def _judge_notes(judge: Judge | None, parsed: Mapping[str, str | None], asked: Sequence[str]) -> list[str]:
+def _judge_notes(
+    judge: Judge | None, parsed: Mapping[str, str | None], asked: Sequence[str]
+) -> list[str]:
     unread = list(parsed.values()).count(None)
     if judge is None:
         return [
             f"scored by rules, without a judge (exact_matching): {unread:,} of {len(parsed):,} answers name no option and count as wrong"
         ]
-    notes = [f"the judge was asked about {len(asked):,} of {len(parsed):,} answers: those that the rules cannot read, where they decide"]
+    notes = [
+        f"the judge was asked about {len(asked):,} of {len(parsed):,} answers: those that the rules cannot read, where they decide"
+    ]
     if failed := sum(parsed[question_id] is None for question_id in asked):
-        notes.append(f"{failed:,} of them the judge did not read either: they count as wrong, where the official program guesses")
+        notes.append(
+            f"{failed:,} of them the judge did not read either: they count as wrong, where the official program guesses"
+        )
     return notes
 
 
 def _rotation_notes(num_short: int) -> list[str]:
-    return [f"{num_short:,} questions have fewer rotations than options, which makes CircularEval easier"] if num_short else []
+    return (
+        [
+            f"{num_short:,} questions have fewer rotations than options, which makes CircularEval easier"
+        ]
+        if num_short
+        else []
+    )

@@ -76,7 +76,9 @@ def read(path: Path, instruction: str, with_labels: bool, with_images: bool) -> 
     for where, row in _rows(path):
         index = _index(row, where)
         if index in rows:
-            raise ValueError(f"{where}: index {index} stands on an earlier line as well: get the file again")
+            raise ValueError(
+                f"{where}: index {index} stands on an earlier line as well: get the file again"
+            )
         cell = row.pop("image", "")
         if len(cell) > _LONGEST_REFERENCE:
             # Files of 2023 repeat the picture in every rotation.
@@ -90,10 +92,16 @@ def read(path: Path, instruction: str, with_labels: bool, with_images: bool) -> 
     for index, (where, row) in rows.items():
         picture = pictures.get(shared.get(index, index))
         if with_images and picture is None:
-            raise ValueError(f"{where}: the image is neither a picture in base64 nor the index of a row with one: get the file again")
+            raise ValueError(
+                f"{where}: the image is neither a picture in base64 nor the index of a row with one: get the file again"
+            )
         facts = _facts(index, row, where, with_labels)
         image = picture or f"question {facts['group']}"
-        questions.append(Question(str(index), _prompt(row, instruction), decoded.get(image), facts | {"image": image}))
+        questions.append(
+            Question(
+                str(index), _prompt(row, instruction), decoded.get(image), facts | {"image": image}
+            )
+        )
     return questions
 
 
@@ -108,7 +116,10 @@ def spreadsheet(questions: Sequence[Question], predictions: Mapping[str, str]) -
         from openpyxl import Workbook
     except ModuleNotFoundError as error:
         mend = 'pip install "mipha-vlm[evaluation]"'
-        raise ModuleNotFoundError(f"MMBench's upload is made with openpyxl, which is not installed: {mend}", name="openpyxl") from error
+        raise ModuleNotFoundError(
+            f"MMBench's upload is made with openpyxl, which is not installed: {mend}",
+            name="openpyxl",
+        ) from error
     book = Workbook()
     sheet = book.active
     columns = list(questions[0].facts["row"])
@@ -121,7 +132,9 @@ def spreadsheet(questions: Sequence[Question], predictions: Mapping[str, str]) -
                 sheet.cell(line, number, int(question.id))
             elif column == "prediction" or row[column] not in NO_VALUE:
                 # Without the type, text that begins with "=" would be a formula, and "#N/A" an error.
-                sheet.cell(line, number, cell_text(row[column], f"{column} of row {question.id}")).data_type = "s"
+                sheet.cell(
+                    line, number, cell_text(row[column], f"{column} of row {question.id}")
+                ).data_type = "s"
     content = io.BytesIO()
     book.save(content)
     return content.getvalue()
@@ -140,8 +153,14 @@ def cell_text(text: str, name: str) -> str:
         ValueError: Too long.
     """
     if len(text) > _LONGEST_CELL:
-        raise ValueError(f"{name} has {len(text):,} characters, and a cell of a spreadsheet holds {_LONGEST_CELL:,}: shorten it")
-    return re.sub("[\x00-\x08\x0e-\x1b\ud800-\udfff\ufffe\uffff]", "\ufffd", re.sub("[\x0b\x0c\x1c-\x1f]", " ", text))
+        raise ValueError(
+            f"{name} has {len(text):,} characters, and a cell of a spreadsheet holds {_LONGEST_CELL:,}: shorten it"
+        )
+    return re.sub(
+        "[\x00-\x08\x0e-\x1b\ud800-\udfff\ufffe\uffff]",
+        "\ufffd",
+        re.sub("[\x0b\x0c\x1c-\x1f]", " ", text),
+    )
 
 
 def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
@@ -151,12 +170,18 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, delimiter="\t")
             columns = next(reader, [])
-            if missing := [column for column in ("index", "question", "A", "B") if column not in columns]:
-                raise ValueError(f"{path} has no column {' or '.join(missing)}: give the official .tsv file")
+            if missing := [
+                column for column in ("index", "question", "A", "B") if column not in columns
+            ]:
+                raise ValueError(
+                    f"{path} has no column {' or '.join(missing)}: give the official .tsv file"
+                )
             for cells in reader:
                 where = f"{path} line {reader.line_num}"
                 if cells and len(cells) != len(columns):
-                    raise ValueError(f"{where} has {len(cells)} cells, and the first line {len(columns)}: get the file again")
+                    raise ValueError(
+                        f"{where} has {len(cells)} cells, and the first line {len(columns)}: get the file again"
+                    )
                 if cells:
                     yield where, dict(zip(columns, cells, strict=True))
     except (UnicodeDecodeError, csv.Error) as error:
@@ -167,7 +192,9 @@ def _rows(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
 
 def _index(row: Mapping[str, str], where: str) -> int:
     if not row["index"].isdecimal():
-        raise ValueError(f"{where}: index {row['index'][:20]!r} is not a whole number: get the file again")
+        raise ValueError(
+            f"{where}: index {row['index'][:20]!r} is not a whole number: get the file again"
+        )
     return int(row["index"])
 
 
@@ -175,14 +202,18 @@ def _decode(cell: str, where: str) -> bytes:
     try:
         return base64.b64decode(cell)
     except (binascii.Error, ValueError) as error:
-        raise ValueError(f"{where}: the image is not base64 ({error}): get the file again") from error
+        raise ValueError(
+            f"{where}: the image is not base64 ({error}): get the file again"
+        ) from error
 
 
 def _facts(index: int, row: Mapping[str, str], where: str, with_label: bool) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "group": index % ROTATION,
         "question": row["question"],
-        "choices": {letter: row[letter] for letter in LETTERS if row.get(letter, "") not in NO_VALUE},
+        "choices": {
+            letter: row[letter] for letter in LETTERS if row.get(letter, "") not in NO_VALUE
+        },
         "row": {column: cell for column, cell in row.items() if column not in _NOT_UPLOADED},
     }
     for kind in ("l2-category", "category"):
@@ -191,10 +222,14 @@ def _facts(index: int, row: Mapping[str, str], where: str, with_label: bool) -> 
     label = row.get("answer", "")
     if label in NO_VALUE:
         if with_label:
-            raise ValueError(f"{where} has no answer: give a file whose labels are public, such as that of the dev split")
+            raise ValueError(
+                f"{where} has no answer: give a file whose labels are public, such as that of the dev split"
+            )
         return facts
     if label not in list(LETTERS) or not row.get(label):
-        raise ValueError(f"{where}: the answer {label!r} is the letter of none of its options: get the file again")
+        raise ValueError(
+            f"{where}: the answer {label!r} is the letter of none of its options: get the file again"
+        )
     return facts | {"answer": label}
 
 

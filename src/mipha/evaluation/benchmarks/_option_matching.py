@@ -95,12 +95,16 @@ def _by_text(answer: str, choices: Mapping[str, str]) -> str | None:
 
 def matching_prompt(question: str, choices: Mapping[str, str], answer: str) -> str:
     """What the judge is asked: Chinese if the question has a Chinese character."""
-    options = "There are several options: \n" + "".join(f"{letter}. {option}\n" for letter, option in choices.items())
+    options = "There are several options: \n" + "".join(
+        f"{letter}. {option}\n" for letter, option in choices.items()
+    )
     template = _PROMPT_CN if is_chinese(question) else _PROMPT
     return template.format(question=question, options=options, answer=answer)
 
 
-def ask_for_option(question_id: str, question: str, choices: Mapping[str, str], answer: str, judge: Judge) -> str | None:
+def ask_for_option(
+    question_id: str, question: str, choices: Mapping[str, str], answer: str, judge: Judge
+) -> str | None:
     """The letter that the judge finds, None if no reply names one.
 
     The official program then draws an option at random; a score is not to rest on that.

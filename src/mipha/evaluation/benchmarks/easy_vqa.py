@@ -41,9 +41,20 @@ METRICS = (
     Metric("shape", "%", "questions for the shape"),
     Metric("colour", "%", "questions for the colour"),
     Metric("open", "%", "questions for the shape or the colour: no text gives their answer away"),
-    Metric("yes_no_usual", "%", "yes/no questions whose gold answer is the usual one of this question string in the training split"),
-    Metric("yes_no_minority", "%", "yes/no questions whose gold answer is the rarer one of this question string in the training split"),
-    *(Metric(f"answer_{answer}", "%", f"questions whose gold answer is {answer}") for answer in ANSWERS),
+    Metric(
+        "yes_no_usual",
+        "%",
+        "yes/no questions whose gold answer is the usual one of this question string in the training split",
+    ),
+    Metric(
+        "yes_no_minority",
+        "%",
+        "yes/no questions whose gold answer is the rarer one of this question string in the training split",
+    ),
+    *(
+        Metric(f"answer_{answer}", "%", f"questions whose gold answer is {answer}")
+        for answer in ANSWERS
+    ),
     Metric("unreadable", "questions", "the last word is none of the 13 answers; counts as wrong"),
 )
 
@@ -90,11 +101,15 @@ def score(questions: Sequence[Question], predictions: Mapping[str, str]) -> Judg
         KeyError: A question has no prediction.
     """
     parsed = {question.id: read_answer(predictions[question.id]) for question in questions}
-    right = {question.id: float(parsed[question.id] == question.facts["answer"]) for question in questions}
+    right = {
+        question.id: float(parsed[question.id] == question.facts["answer"])
+        for question in questions
+    }
     contributions = [
         (
             question.facts["image"],
-            dict.fromkeys(_groups(question), right[question.id]) | {"unreadable": float(parsed[question.id] is None)},
+            dict.fromkeys(_groups(question), right[question.id])
+            | {"unreadable": float(parsed[question.id] is None)},
         )
         for question in questions
     ]
@@ -104,7 +119,9 @@ def score(questions: Sequence[Question], predictions: Mapping[str, str]) -> Judg
 def measure(totals: Totals) -> dict[str, np.ndarray]:
     """Percent right of each group, and the number of unreadable answers."""
     names = [metric.name for metric in METRICS[:-1] if metric.name in totals.names]
-    return {name: 100 * totals.mean(name) for name in names} | {"unreadable": totals.sum("unreadable")}
+    return {name: 100 * totals.mean(name) for name in names} | {
+        "unreadable": totals.sum("unreadable")
+    }
 
 
 def submission(questions: Sequence[Question], predictions: Mapping[str, str]) -> dict[str, bytes]:
@@ -124,7 +141,10 @@ def majority_baseline(questions: Iterable[Question]) -> dict[str, str]:
 
 def question_only_baseline(questions: Iterable[Question]) -> dict[str, str]:
     """The most frequent training answer to each question string: what can be had without looking. 67.0 % on the test split."""
-    return {question.id: question.facts["usual"] or question.facts["most_frequent"] for question in questions}
+    return {
+        question.id: question.facts["usual"] or question.facts["most_frequent"]
+        for question in questions
+    }
 
 
 BASELINES = {"majority": majority_baseline, "question_only": question_only_baseline}
@@ -134,7 +154,9 @@ def _read(root: Path | None, split: str) -> list[Question]:
     """The questions; whether their images are there is not looked at."""
     by_text: dict[str, Counter[str]] = defaultdict(Counter)
     for part in ("train", "validation"):
-        for text, answer in (pair for pairs in questions_of(root, part)[1].values() for pair in pairs):
+        for text, answer in (
+            pair for pairs in questions_of(root, part)[1].values() for pair in pairs
+        ):
             by_text[text][answer] += 1
     usual = {text: _most_frequent(counts) for text, counts in by_text.items()}
     most_frequent = _most_frequent(sum(by_text.values(), Counter()))
@@ -144,7 +166,13 @@ def _read(root: Path | None, split: str) -> list[Question]:
             id=f"{folder}/{image}/{number}",
             text=text,
             image=image_path(root, folder, image),
-            facts={"answer": answer, "kind": _kind(answer), "image": image, "usual": usual.get(text), "most_frequent": most_frequent},
+            facts={
+                "answer": answer,
+                "kind": _kind(answer),
+                "image": image,
+                "usual": usual.get(text),
+                "most_frequent": most_frequent,
+            },
         )
         for image, pairs in by_image.items()
         for number, (text, answer) in enumerate(pairs)

@@ -29,9 +29,7 @@ SERVERS: dict[str, str] = {}
 JUDGE = None
 BASELINES: dict[str, Callable[[Sequence[Question]], dict[str, str]]] = {}
 FILE = "testdev_balanced_questions.json"
-SOURCE = (
-    f"get {FILE} (questions1.2.zip) and images/ (images.zip) from cs.stanford.edu/people/dorarad/gqa/download.html, both into one folder"
-)
+SOURCE = f"get {FILE} (questions1.2.zip) and images/ (images.zip) from cs.stanford.edu/people/dorarad/gqa/download.html, both into one folder"
 PROTOCOL = (
     "GQA testdev_balanced, LLaVA-1.5 prompt (question, then `Answer the question using a single word or phrase.`), greedy; the text "
     "without trailing periods, in lower case, must equal the gold answer; mean over balanced questions; 95 % interval: cluster bootstrap "
@@ -43,11 +41,17 @@ METRICS = (
     Metric("open", "%", "questions of structural type query"),
     Metric("structural", "%", "questions of one structural type"),
     Metric(
-        "semantic", "%", "questions of one semantic type: attr (attribute), cat (category), global (scene), obj (object), rel (relation)"
+        "semantic",
+        "%",
+        "questions of one semantic type: attr (attribute), cat (category), global (scene), obj (object), rel (relation)",
     ),
     Metric("steps", "%", "questions of so many reasoning steps"),
     Metric("words", "%", "questions of so many words"),
-    Metric("distribution", "points", "chi-square of given against gold answers, by question group, over 100; lower is better"),
+    Metric(
+        "distribution",
+        "points",
+        "chi-square of given against gold answers, by question group, over 100; lower is better",
+    ),
 )
 _GROUPS = ("structural", "semantic", "steps", "words")
 _NO_STEP = ("exist", "query: name", "choose name")
@@ -92,8 +96,14 @@ def read_answer(text: str) -> str:
 def score(questions: Sequence[Question], predictions: Mapping[str, str]) -> Judgement:
     """Exact match of every question; questions outside the balanced set count in no metric, as in the official scorer."""
     normalised = {question.id: read_answer(predictions[question.id]) for question in questions}
-    right = {question.id: float(normalised[question.id] == question.facts["answer"]) for question in questions}
-    contributions = [(question.facts["image"], dict.fromkeys(_names(question.facts), right[question.id])) for question in questions]
+    right = {
+        question.id: float(normalised[question.id] == question.facts["answer"])
+        for question in questions
+    }
+    contributions = [
+        (question.facts["image"], dict.fromkeys(_names(question.facts), right[question.id]))
+        for question in questions
+    ]
     return Judgement(
         per_question=right,
         contributions=contributions,
@@ -108,20 +118,31 @@ def measure(totals: Totals) -> dict[str, np.ndarray]:
     found = [name for name in ("binary", "open") if name in totals.names]
     for group in _GROUPS:
         members = [name for name in totals.names if name.startswith(f"{group}.")]
-        found += sorted(members, key=lambda name: (len(name), name)) if group in ("steps", "words") else sorted(members)
+        found += (
+            sorted(members, key=lambda name: (len(name), name))
+            if group in ("steps", "words")
+            else sorted(members)
+        )
     return {name: 100 * totals.mean(name) for name in ("accuracy", *found)}
 
 
 def submission(questions: Sequence[Question], predictions: Mapping[str, str]) -> dict[str, bytes]:
     """The predictions file of the official scorer."""
-    rows = [{"questionId": question.id, "prediction": read_answer(predictions[question.id])} for question in questions]
+    rows = [
+        {"questionId": question.id, "prediction": read_answer(predictions[question.id])}
+        for question in questions
+    ]
     return {"testdev_balanced_predictions.json": json.dumps(rows).encode()}
 
 
 def doubts(questions: Sequence[Question], split: str) -> list[str]:
     """A sentence if not all questions are of the balanced set."""
     others = sum(not question.facts["balanced"] for question in questions)
-    return [f"{others:,} questions are not of the balanced set and count for nothing: get {FILE}"] if others else []
+    return (
+        [f"{others:,} questions are not of the balanced set and count for nothing: get {FILE}"]
+        if others
+        else []
+    )
 
 
 def _records(root: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -134,7 +155,9 @@ def _records(root: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
         where = f"{path} question {question_id}"
         text, answer = field(record, "question", where), field(record, "answer", where)
         if not isinstance(text, str) or not isinstance(answer, str):
-            raise ValueError(f"{where}: question and answer are {text!r} and {answer!r}, not two texts: get the file again")
+            raise ValueError(
+                f"{where}: question and answer are {text!r} and {answer!r}, not two texts: get the file again"
+            )
         kinds = field(record, "types", where)
         yield (
             question_id,
@@ -154,7 +177,9 @@ def _records(root: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
 
 def _num_steps(program: Any, where: str) -> int:
     """Reasoning steps of a question's program, without the last one that only asks."""
-    steps = [f"{field(step, 'operation', where)}: {field(step, 'argument', where)}" for step in program]
+    steps = [
+        f"{field(step, 'operation', where)}: {field(step, 'argument', where)}" for step in program
+    ]
     return sum(not any(words in step for words in _NO_STEP) for step in steps)
 
 
@@ -176,7 +201,8 @@ def _distribution(questions: Sequence[Question], given: Mapping[str, str]) -> fl
             gold[group][question.facts["answer"]] += 1
             predicted[group][given[question.id]] += 1
     weighted = sum(
-        counts.total() * sum((predicted[group][answer] - count) ** 2 / count for answer, count in counts.items())
+        counts.total()
+        * sum((predicted[group][answer] - count) ** 2 / count for answer, count in counts.items())
         for group, counts in gold.items()
     )
     total = sum(counts.total() for counts in gold.values())

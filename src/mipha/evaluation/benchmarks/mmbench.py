@@ -10,7 +10,14 @@ from pathlib import Path
 
 from mipha.evaluation.benchmark import Question
 from mipha.evaluation.benchmarks import _mmbench
-from mipha.evaluation.benchmarks._mmbench import MAX_NEW_TOKENS, METRICS, SCORING, SERVERS, measure, score
+from mipha.evaluation.benchmarks._mmbench import (
+    MAX_NEW_TOKENS,
+    METRICS,
+    SCORING,
+    SERVERS,
+    measure,
+    score,
+)
 from mipha.evaluation.benchmarks._mmbench_files import read, spreadsheet
 from mipha.evaluation.files import find, official_root
 from mipha.evaluation.prompts import LETTER
@@ -42,7 +49,9 @@ def questions(root: Path | None, split: str) -> list[Question]:
         ValueError: No root, no such split, or a malformed file: names the line.
     """
     root = official_root("mmbench", root, split, SPLITS, SOURCE)
-    return read(find(root, FILES[split], SOURCE), LETTER, with_labels=split == "dev", with_images=True)
+    return read(
+        find(root, FILES[split], SOURCE), LETTER, with_labels=split == "dev", with_images=True
+    )
 
 
 def annotations(path: Path) -> list[Question]:

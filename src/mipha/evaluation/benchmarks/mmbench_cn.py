@@ -10,7 +10,14 @@ from pathlib import Path
 
 from mipha.evaluation.benchmark import Question
 from mipha.evaluation.benchmarks import _mmbench
-from mipha.evaluation.benchmarks._mmbench import MAX_NEW_TOKENS, METRICS, SCORING, SERVERS, measure, score
+from mipha.evaluation.benchmarks._mmbench import (
+    MAX_NEW_TOKENS,
+    METRICS,
+    SCORING,
+    SERVERS,
+    measure,
+    score,
+)
 from mipha.evaluation.benchmarks._mmbench_files import read, spreadsheet
 from mipha.evaluation.files import find, official_root
 
@@ -26,7 +33,9 @@ SIZES = {"dev": 4329, "test": 6666}
 """Rows, that is questions with their rotations."""
 JUDGE = "optional"
 BASELINES: dict[str, Callable[[Sequence[Question]], dict[str, str]]] = {}
-SOURCE = "get mmbench_dev_cn_20231003.tsv (or mmbench_test_cn_20231003.tsv) from open-compass/MMBench"
+SOURCE = (
+    "get mmbench_dev_cn_20231003.tsv (or mmbench_test_cn_20231003.tsv) from open-compass/MMBench"
+)
 PROTOCOL = f"MMBench Chinese 1.0, hint, question, lettered options and LLaVA-1.5's Chinese instruction, greedy; {SCORING}"
 
 
@@ -42,7 +51,9 @@ def questions(root: Path | None, split: str) -> list[Question]:
         ValueError: No root, no such split, or a malformed file: names the line.
     """
     root = official_root("mmbench_cn", root, split, SPLITS, SOURCE)
-    return read(find(root, FILES[split], SOURCE), INSTRUCTION, with_labels=split == "dev", with_images=True)
+    return read(
+        find(root, FILES[split], SOURCE), INSTRUCTION, with_labels=split == "dev", with_images=True
+    )
 
 
 def annotations(path: Path) -> list[Question]:

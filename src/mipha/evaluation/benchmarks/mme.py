@@ -27,7 +27,18 @@ from mipha.evaluation.benchmark import Judgement, Metric, Question
 from mipha.evaluation.files import official_root
 from mipha.evaluation.prompts import SHORT
 
-PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
+PERCEPTION = (
+    "existence",
+    "count",
+    "position",
+    "color",
+    "posters",
+    "celebrity",
+    "scene",
+    "landmark",
+    "artwork",
+    "OCR",
+)
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 SUBTASKS = PERCEPTION + COGNITION
 
@@ -49,8 +60,18 @@ PROTOCOL = (
 METRICS = (
     Metric("perception", "points", "sum of the ten perception subtasks, of 2000"),
     Metric("cognition", "points", "sum of the four cognition subtasks, of 800"),
-    *(Metric(f"{subtask}.score", "points", f"{subtask}: acc + acc_plus, of 200") for subtask in SUBTASKS),
-    *(Metric(subtask, "%", f"{subtask}: acc (questions right) and acc_plus (images with both questions right)") for subtask in SUBTASKS),
+    *(
+        Metric(f"{subtask}.score", "points", f"{subtask}: acc + acc_plus, of 200")
+        for subtask in SUBTASKS
+    ),
+    *(
+        Metric(
+            subtask,
+            "%",
+            f"{subtask}: acc (questions right) and acc_plus (images with both questions right)",
+        )
+        for subtask in SUBTASKS
+    ),
 )
 _ASK = "Please answer yes or no."
 _COCO = ("existence", "count", "position", "color")
@@ -85,7 +106,10 @@ def questions(root: Path | None, split: str) -> list[Question]:
     """
     root = official_root("mme", root, split, SPLITS, SOURCE)
     # The suffix goes with all white space before it: some questions have two spaces there, and LLaVA's prompts have none.
-    return [_question(line, line.question.removesuffix(_ASK).rstrip() + SHORT, _image(root, line)) for line in _lines(root)]
+    return [
+        _question(line, line.question.removesuffix(_ASK).rstrip() + SHORT, _image(root, line))
+        for line in _lines(root)
+    ]
 
 
 def annotations(path: Path) -> list[Question]:
@@ -105,20 +129,32 @@ def read_answer(text: str) -> str:
 def score(questions: Sequence[Question], predictions: Mapping[str, str]) -> Judgement:
     """Each question right or wrong, and each image's two questions together."""
     parsed = {question.id: read_answer(predictions[question.id]) for question in questions}
-    right = {question.id: float(parsed[question.id] == question.facts["answer"]) for question in questions}
+    right = {
+        question.id: float(parsed[question.id] == question.facts["answer"])
+        for question in questions
+    }
     pairs: dict[str, list[Question]] = defaultdict(list)
     for question in questions:
         pairs[question.facts["pair"]].append(question)
-    contributions = [(question.facts["image"], {f"{question.facts['subtask']}.acc": right[question.id]}) for question in questions]
+    contributions = [
+        (question.facts["image"], {f"{question.facts['subtask']}.acc": right[question.id]})
+        for question in questions
+    ]
     for pair in pairs.values():
         if len(pair) == 2:
             both = float(all(right[question.id] for question in pair))
-            contributions.append((pair[0].facts["image"], {f"{pair[0].facts['subtask']}.acc_plus": both}))
+            contributions.append(
+                (pair[0].facts["image"], {f"{pair[0].facts['subtask']}.acc_plus": both})
+            )
     return Judgement(
         per_question=right,
         contributions=contributions,
         parsed=parsed,
-        notes=tuple(_notes(questions, predictions, num_halves=sum(len(pair) == 1 for pair in pairs.values()))),
+        notes=tuple(
+            _notes(
+                questions, predictions, num_halves=sum(len(pair) == 1 for pair in pairs.values())
+            )
+        ),
     )
 
 
@@ -128,7 +164,11 @@ def measure(totals: Totals) -> dict[str, np.ndarray]:
     for subtask in SUBTASKS:
         if f"{subtask}.acc" in totals.names:
             acc, acc_plus = (100 * totals.mean(f"{subtask}.{name}") for name in ("acc", "acc_plus"))
-            parts |= {f"{subtask}.score": acc + acc_plus, f"{subtask}.acc": acc, f"{subtask}.acc_plus": acc_plus}
+            parts |= {
+                f"{subtask}.score": acc + acc_plus,
+                f"{subtask}.acc": acc,
+                f"{subtask}.acc_plus": acc_plus,
+            }
     return {"perception": _sum(parts, PERCEPTION), "cognition": _sum(parts, COGNITION)} | parts
 
 
@@ -152,10 +192,16 @@ def doubts(questions: Sequence[Question], split: str) -> list[str]:
 def _sum(parts: Mapping[str, np.ndarray], subtasks: Sequence[str]) -> np.ndarray:
     """Points of the subtasks that are there; undefined if none is."""
     points = [parts[f"{subtask}.score"] for subtask in subtasks if f"{subtask}.score" in parts]
-    return sum(points[1:], start=points[0]) if points else np.full_like(next(iter(parts.values())), np.nan)
+    return (
+        sum(points[1:], start=points[0])
+        if points
+        else np.full_like(next(iter(parts.values())), np.nan)
+    )
 
 
-def _notes(questions: Sequence[Question], predictions: Mapping[str, str], num_halves: int) -> Iterator[str]:
+def _notes(
+    questions: Sequence[Question], predictions: Mapping[str, str], num_halves: int
+) -> Iterator[str]:
     there = {question.facts["subtask"] for question in questions}
     for name, subtasks in (("perception", PERCEPTION), ("cognition", COGNITION)):
         if missing := [subtask for subtask in subtasks if subtask not in there]:
@@ -163,7 +209,10 @@ def _notes(questions: Sequence[Question], predictions: Mapping[str, str], num_ha
             yield f"{name} is the sum of {count} subtasks, without {', '.join(missing)}: do not compare it with published sums"
     if num_halves:
         yield f"{num_halves} images have only one of their two questions answered and count for acc, not for acc_plus"
-    if tabs := sum("\t" in re.split(r"[\r\n]", predictions[question.id], maxsplit=1)[0] for question in questions):
+    if tabs := sum(
+        "\t" in re.split(r"[\r\n]", predictions[question.id], maxsplit=1)[0]
+        for question in questions
+    ):
         yield f"{tabs} answers hold a tab and are wrong; the official script would lose their lines and pair later questions wrongly"
 
 
@@ -195,7 +244,9 @@ def _lines(root: Path) -> Iterator[_Line]:
         for subtask in there:
             yield from _release_lines(subtask, folders[subtask])
     else:
-        raise FileNotFoundError(f"{root} has neither {SUBTASKS[0]}.txt nor {SUBTASKS[0]}/, nor those of another subtask: {SOURCE}")
+        raise FileNotFoundError(
+            f"{root} has neither {SUBTASKS[0]}.txt nor {SUBTASKS[0]}/, nor those of another subtask: {SOURCE}"
+        )
 
 
 def _tool_lines(subtask: str, path: Path) -> Iterator[_Line]:
@@ -204,7 +255,9 @@ def _tool_lines(subtask: str, path: Path) -> Iterator[_Line]:
     if len(rows) % 2:
         raise ValueError(f"{path} has {len(rows)} lines, not two an image: get the file again")
     for number, row in enumerate(rows):
-        image, question, answer = _fields(row, ("image", "question", "Yes or No"), f"{path} line {number + 1}")
+        image, question, answer = _fields(
+            row, ("image", "question", "Yes or No"), f"{path} line {number + 1}"
+        )
         yield _Line(subtask, number, image, question, answer)
 
 
@@ -234,7 +287,9 @@ def _fields(row: str, names: Sequence[str], where: str) -> list[str]:
     """The fields of a line, the last one as yes or no."""
     *fields, answer = row.strip().split("\t")
     if len(fields) + 1 != len(names):
-        raise ValueError(f"{where} has {len(fields) + 1} fields, not {len(names)} ({', '.join(names)}) with tabs between: {row[:80]!r}")
+        raise ValueError(
+            f"{where} has {len(fields) + 1} fields, not {len(names)} ({', '.join(names)}) with tabs between: {row[:80]!r}"
+        )
     if answer.strip().lower() not in ("yes", "no"):
         raise ValueError(f"{where} has the answer {answer!r}, not Yes or No: mend that line")
     return [*fields, answer.strip().lower()]
@@ -242,9 +297,15 @@ def _fields(row: str, names: Sequence[str], where: str) -> list[str]:
 
 def _image(root: Path, line: _Line) -> Path:
     """The image of a question, where the release may have it."""
-    names = [line.image] if Path(line.image).suffix in _SUFFIXES else [line.image + suffix for suffix in _SUFFIXES]
+    names = (
+        [line.image]
+        if Path(line.image).suffix in _SUFFIXES
+        else [line.image + suffix for suffix in _SUFFIXES]
+    )
     for folder in (root / line.subtask / "images", root / line.subtask):
         for name in names:
             if (folder / name).is_file():
                 return folder / name
-    raise FileNotFoundError(f"no image {root / line.subtask / names[0]}, nor in images/ there: {SOURCE}")
+    raise FileNotFoundError(
+        f"no image {root / line.subtask / names[0]}, nor in images/ there: {SOURCE}"
+    )

@@ -38,8 +38,13 @@ PROTOCOL = (
 )
 METRICS = (
     Metric("total", "%", "mean grade of all questions"),
-    *(Metric(name, "%", f"mean grade of the questions that need {words}") for name, words in CAPABILITIES.items()),
-    Metric("capability_set", "%", "mean grade of the questions that need exactly these capabilities"),
+    *(
+        Metric(name, "%", f"mean grade of the questions that need {words}")
+        for name, words in CAPABILITIES.items()
+    ),
+    Metric(
+        "capability_set", "%", "mean grade of the questions that need exactly these capabilities"
+    ),
     Metric("std", "points", "standard deviation of the total over the judge's runs"),
     Metric("runs", "%", "total of each of the judge's runs, from 0"),
 )
@@ -108,7 +113,9 @@ def annotations(path: Path) -> list[Question]:
     return _read(path, with_images=False)
 
 
-def score(questions: Sequence[Question], predictions: Mapping[str, str], judge: Judge | None = None) -> Judgement:
+def score(
+    questions: Sequence[Question], predictions: Mapping[str, str], judge: Judge | None = None
+) -> Judgement:
     """Mean grades over the judge's runs.
 
     Args:
@@ -120,20 +127,35 @@ def score(questions: Sequence[Question], predictions: Mapping[str, str], judge: 
         ValueError: No judge, or it has no reply.
     """
     if judge is None:
-        raise ValueError("MM-Vet is graded by a judge: give one with --judge URL --judge-model NAME, or --judge-replies FILE")
+        raise ValueError(
+            "MM-Vet is graded by a judge: give one with --judge URL --judge-model NAME, or --judge-replies FILE"
+        )
     num_runs = judge.num_runs or NUM_RUNS
-    read = [[_grade(question, predictions[question.id], judge, run) for question in questions] for run in range(num_runs)]
+    read = [
+        [_grade(question, predictions[question.id], judge, run) for question in questions]
+        for run in range(num_runs)
+    ]
     grades = np.array([[0.0 if grade is None else grade for grade in run] for run in read])
     totals = 100 * grades.mean(axis=1)
-    means = dict(zip((question.id for question in questions), grades.mean(axis=0).tolist(), strict=True))
-    notes = [f"graded by the judge in {num_runs} run{'s' if num_runs > 1 else ''}; the published numbers are grades of gpt-4-0613"]
+    means = dict(
+        zip((question.id for question in questions), grades.mean(axis=0).tolist(), strict=True)
+    )
+    notes = [
+        f"graded by the judge in {num_runs} run{'s' if num_runs > 1 else ''}; the published numbers are grades of gpt-4-0613"
+    ]
     if num_unread := sum(grade is None for run in read for grade in run):
-        notes.append(f"{num_unread:,} of {grades.size:,} gradings had no readable grade in {_TRIES} tries and count as 0, as officially")
+        notes.append(
+            f"{num_unread:,} of {grades.size:,} gradings had no readable grade in {_TRIES} tries and count as 0, as officially"
+        )
     return Judgement(
         per_question=means,
-        contributions=[(question.facts["image"], dict.fromkeys(_groups(question), means[question.id])) for question in questions],
+        contributions=[
+            (question.facts["image"], dict.fromkeys(_groups(question), means[question.id]))
+            for question in questions
+        ],
         submission={question.id: predictions[question.id] for question in questions},
-        extra={"std": float(totals.std())} | {f"runs.{run}": total for run, total in enumerate(totals.tolist())},
+        extra={"std": float(totals.std())}
+        | {f"runs.{run}": total for run, total in enumerate(totals.tolist())},
         notes=tuple(notes),
     )
 
@@ -141,7 +163,11 @@ def score(questions: Sequence[Question], predictions: Mapping[str, str], judge: 
 def measure(totals: Totals) -> dict[str, np.ndarray]:
     """Mean grade x 100 in all, by capability, and by set of capabilities."""
     sets = sorted(name for name in totals.names if name.startswith("capability_set."))
-    return {name: 100 * totals.mean(name) for name in ("total", *CAPABILITIES, *sets) if name in totals.names}
+    return {
+        name: 100 * totals.mean(name)
+        for name in ("total", *CAPABILITIES, *sets)
+        if name in totals.names
+    }
 
 
 def submission(questions: Sequence[Question], predictions: Mapping[str, str]) -> dict[str, bytes]:
@@ -153,7 +179,13 @@ def submission(questions: Sequence[Question], predictions: Mapping[str, str]) ->
 def doubts(questions: Sequence[Question], split: str) -> list[str]:
     """Ids of another version."""
     strange = [question.id for question in questions if not question.id.startswith("v1_")]
-    return [f"{len(strange):,} ids, such as {strange[0]}, are not of MM-Vet version 1 (v1_0 to v1_217)"] if strange else []
+    return (
+        [
+            f"{len(strange):,} ids, such as {strange[0]}, are not of MM-Vet version 1 (v1_0 to v1_217)"
+        ]
+        if strange
+        else []
+    )
 
 
 def read_grade(reply: str) -> float | None:
@@ -181,7 +213,14 @@ def _grade(question: Question, prediction: str, judge: Judge, run: int) -> float
         # The first repetition is at temperature 0 as well, only the prompt is longer.
         temperature = 0.5 * max(0, attempt - 1)
         words = prompt + (_AGAIN if attempt else "")
-        reply = judge.ask(question.id, words, run=run, attempt=attempt, temperature=temperature, max_tokens=_MAX_TOKENS)
+        reply = judge.ask(
+            question.id,
+            words,
+            run=run,
+            attempt=attempt,
+            temperature=temperature,
+            max_tokens=_MAX_TOKENS,
+        )
         if (grade := read_grade(reply)) is not None:
             return grade
     return None
@@ -191,19 +230,36 @@ def _read(root: Path, with_images: bool) -> list[Question]:
     path = find(root, ("mm-vet.json", "mm-vet/mm-vet.json"), SOURCE)
     content = read_json(path)
     if not isinstance(content, dict) or not content:
-        raise ValueError(f"{path} is not an object of questions by id: give the official mm-vet.json")
-    return [_question(question_id, record, path, with_images) for question_id, record in content.items()]
+        raise ValueError(
+            f"{path} is not an object of questions by id: give the official mm-vet.json"
+        )
+    return [
+        _question(question_id, record, path, with_images) for question_id, record in content.items()
+    ]
 
 
 def _question(question_id: str, record: Any, path: Path, with_images: bool) -> Question:
     where = f"{path}, question {question_id}"
-    text, answer, name, needed = (field(record, key, where) for key in ("question", "answer", "imagename", "capability"))
-    if not all(isinstance(value, str) for value in (text, answer, name)) or not isinstance(needed, list):
-        raise ValueError(f"{where}: question, answer and imagename must be texts, and capability a list: get the file again")
+    text, answer, name, needed = (
+        field(record, key, where) for key in ("question", "answer", "imagename", "capability")
+    )
+    if not all(isinstance(value, str) for value in (text, answer, name)) or not isinstance(
+        needed, list
+    ):
+        raise ValueError(
+            f"{where}: question, answer and imagename must be texts, and capability a list: get the file again"
+        )
     if strange := [capability for capability in needed if capability not in CAPABILITIES]:
-        raise ValueError(f"{where} needs {strange[0]!r}, and MM-Vet knows {', '.join(CAPABILITIES)}: get version 1 of it")
+        raise ValueError(
+            f"{where} needs {strange[0]!r}, and MM-Vet knows {', '.join(CAPABILITIES)}: get version 1 of it"
+        )
     image = image_file(path.parent / "images" / name, SOURCE) if with_images else None
-    return Question(question_id, text, image, {"answer": answer, "image": name, "capabilities": sorted(set(needed))})
+    return Question(
+        question_id,
+        text,
+        image,
+        {"answer": answer, "image": name, "capabilities": sorted(set(needed))},
+    )
 
 
 def _groups(question: Question) -> list[str]:

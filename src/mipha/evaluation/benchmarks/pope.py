@@ -41,12 +41,18 @@ _COUNTS = ("TP", "FP", "TN", "FN")
 METRICS = (
     Metric("f1", "%", "mean of the three subsets' F1"),
     *(
-        Metric(f"{subset}.{count}", "questions", f"{count} of the {subset} subset, yes being positive")
+        Metric(
+            f"{subset}.{count}", "questions", f"{count} of the {subset} subset, yes being positive"
+        )
         for subset in SUBSETS
         for count in _COUNTS
     ),
     *(
-        Metric(subset, "%", f"{subset} subset: f1, accuracy, precision, recall, and yes_ratio (share of answers that are yes)")
+        Metric(
+            subset,
+            "%",
+            f"{subset} subset: f1, accuracy, precision, recall, and yes_ratio (share of answers that are yes)",
+        )
         for subset in SUBSETS
     ),
 )
@@ -90,12 +96,20 @@ def read_answer(text: str) -> str:
 def score(questions: Sequence[Question], predictions: Mapping[str, str]) -> Judgement:
     """Whether yes or no was right, and which of TP, FP, TN and FN each question is."""
     parsed = {question.id: read_answer(predictions[question.id]) for question in questions}
-    right = {question.id: float(parsed[question.id] == question.facts["answer"]) for question in questions}
+    right = {
+        question.id: float(parsed[question.id] == question.facts["answer"])
+        for question in questions
+    }
     outcome = {("yes", 1.0): "TP", ("yes", 0.0): "FP", ("no", 1.0): "TN", ("no", 0.0): "FN"}
     contributions = []
     for question in questions:
         found, subset = outcome[parsed[question.id], right[question.id]], question.facts["subset"]
-        contributions.append((question.facts["image"], {f"{subset}.{count}": float(count == found) for count in _COUNTS}))
+        contributions.append(
+            (
+                question.facts["image"],
+                {f"{subset}.{count}": float(count == found) for count in _COUNTS},
+            )
+        )
     return Judgement(per_question=right, contributions=contributions, parsed=parsed)
 
 
@@ -103,7 +117,11 @@ def measure(totals: Totals) -> dict[str, np.ndarray]:
     """Mean F1 and each subset's numbers in percent; undefined where the official scorer divides by zero."""
     subsets = {subset: _measure_subset(totals, subset) for subset in SUBSETS}
     mean = sum(numbers["f1"] for numbers in subsets.values()) / len(subsets)
-    return {"f1": np.asarray(mean)} | {f"{subset}.{name}": value for subset, numbers in subsets.items() for name, value in numbers.items()}
+    return {"f1": np.asarray(mean)} | {
+        f"{subset}.{name}": value
+        for subset, numbers in subsets.items()
+        for name, value in numbers.items()
+    }
 
 
 def submission(questions: Sequence[Question], predictions: Mapping[str, str]) -> dict[str, bytes]:
@@ -138,21 +156,35 @@ def _measure_subset(totals: Totals, subset: str) -> dict[str, np.ndarray]:
 def _records(root: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Id, question and facts of every line of the three files."""
     if root.is_file():
-        raise ValueError(f"{root} is one file: give the folder with {', '.join(f'coco_pope_{subset}.json' for subset in SUBSETS)}")
+        raise ValueError(
+            f"{root} is one file: give the folder with {', '.join(f'coco_pope_{subset}.json' for subset in SUBSETS)}"
+        )
     for subset, offset in SUBSETS.items():
         name = f"coco_pope_{subset}.json"
         path = find(root, (name, f"coco/{name}"), SOURCE)
         seen: dict[int, int] = {}
         for number, row in read_json_lines(path):
             where = f"{path} line {number}"
-            question_id, image, text, label = (field(row, key, where) for key in ("question_id", "image", "text", "label"))
+            question_id, image, text, label = (
+                field(row, key, where) for key in ("question_id", "image", "text", "label")
+            )
             if type(question_id) is not int or not 0 <= question_id < 10_000_000:
-                raise ValueError(f"{where} has the question_id {question_id!r}, not a number below 10,000,000: get the file again")
+                raise ValueError(
+                    f"{where} has the question_id {question_id!r}, not a number below 10,000,000: get the file again"
+                )
             if question_id in seen:
-                raise ValueError(f"{where} has the question_id {question_id} of line {seen[question_id]}: keep one of the two")
+                raise ValueError(
+                    f"{where} has the question_id {question_id} of line {seen[question_id]}: keep one of the two"
+                )
             seen[question_id] = number
             if not isinstance(image, str) or not isinstance(text, str):
-                raise ValueError(f"{where} has the image {image!r} and the text {text!r}, not two texts: mend that line")
+                raise ValueError(
+                    f"{where} has the image {image!r} and the text {text!r}, not two texts: mend that line"
+                )
             if label not in ("yes", "no"):
                 raise ValueError(f"{where} has the label {label!r}, not yes or no: mend that line")
-            yield str(question_id + offset), text, {"answer": label, "image": image, "subset": subset}
+            yield (
+                str(question_id + offset),
+                text,
+                {"answer": label, "image": image, "subset": subset},
+            )

@@ -69,17 +69,28 @@ def questions(root: Path | None, split: str) -> list[Question]:
     for question_id, problem, facts, where in _records(root):
         if prompts is None:
             hint = field(problem, "hint", where)
-            prompt = (f"Context: {hint}\n" if hint else "") + problem["question"] + options(problem["choices"])
+            prompt = (
+                (f"Context: {hint}\n" if hint else "")
+                + problem["question"]
+                + options(problem["choices"])
+            )
         else:
             prompt = field(prompts, question_id, str(root / PROMPTS))
-        image = image_file(root / "images" / split / question_id / problem["image"], SOURCE) if facts["has_image"] else None
+        image = (
+            image_file(root / "images" / split / question_id / problem["image"], SOURCE)
+            if facts["has_image"]
+            else None
+        )
         asked.append(Question(question_id, prompt.strip() + LETTER, image, facts))
     return asked
 
 
 def annotations(path: Path) -> list[Question]:
     """The labelled test questions of a folder with `problems.json` and `pid_splits.json`."""
-    return [Question(question_id, problem["question"], None, facts) for question_id, problem, facts, _ in _records(path)]
+    return [
+        Question(question_id, problem["question"], None, facts)
+        for question_id, problem, facts, _ in _records(path)
+    ]
 
 
 def read_letter(text: str) -> str | None:
@@ -99,9 +110,15 @@ def read_letter(text: str) -> str | None:
 def score(questions: Sequence[Question], predictions: Mapping[str, str]) -> Judgement:
     """Whether the letter read is that of the right choice."""
     parsed = {question.id: read_letter(predictions[question.id]) for question in questions}
-    right = {question.id: float(parsed[question.id] == question.facts["answer"]) for question in questions}
+    right = {
+        question.id: float(parsed[question.id] == question.facts["answer"])
+        for question in questions
+    }
     names = {True: ("img_accuracy", "accuracy"), False: ("accuracy",)}
-    contributions = [(question.id, dict.fromkeys(names[question.facts["has_image"]], right[question.id])) for question in questions]
+    contributions = [
+        (question.id, dict.fromkeys(names[question.facts["has_image"]], right[question.id]))
+        for question in questions
+    ]
     return Judgement(per_question=right, contributions=contributions, parsed=parsed)
 
 
@@ -125,27 +142,48 @@ def doubts(questions: Sequence[Question], split: str) -> list[str]:
     with_image = sum(question.facts["has_image"] for question in questions)
     if len(questions) != SIZES[split] or with_image == NUM_WITH_IMAGE:
         return []
-    return [f"{with_image:,} questions have an image, not the {NUM_WITH_IMAGE:,} of the published numbers: get problems.json again"]
+    return [
+        f"{with_image:,} questions have an image, not the {NUM_WITH_IMAGE:,} of the published numbers: get problems.json again"
+    ]
 
 
 def _records(root: Path) -> Iterator[tuple[str, dict[str, Any], dict[str, Any], str]]:
     """Id, problem, facts and place of every test question."""
     if root.is_file():
-        raise ValueError(f"{root} is one file: give the folder with problems.json and pid_splits.json")
-    problems_path, splits_path = (find(root, (name,), SOURCE) for name in ("problems.json", "pid_splits.json"))
+        raise ValueError(
+            f"{root} is one file: give the folder with problems.json and pid_splits.json"
+        )
+    problems_path, splits_path = (
+        find(root, (name,), SOURCE) for name in ("problems.json", "pid_splits.json")
+    )
     problems = read_json(problems_path)
     for question_id in field(read_json(splits_path), "test", str(splits_path)):
         if question_id not in problems:
-            raise ValueError(f"{problems_path} has no problem {question_id}, which {splits_path} names: get both files again")
+            raise ValueError(
+                f"{problems_path} has no problem {question_id}, which {splits_path} names: get both files again"
+            )
         problem, where = problems[question_id], f"{problems_path} problem {question_id}"
-        text, choices, answer, image = (field(problem, key, where) for key in ("question", "choices", "answer", "image"))
-        if not isinstance(text, str) or not isinstance(choices, list) or not 2 <= len(choices) <= len(_LETTERS):
+        text, choices, answer, image = (
+            field(problem, key, where) for key in ("question", "choices", "answer", "image")
+        )
+        if (
+            not isinstance(text, str)
+            or not isinstance(choices, list)
+            or not 2 <= len(choices) <= len(_LETTERS)
+        ):
             raise ValueError(
                 f"{where} has the question {text!r} and the choices {choices!r}, not a text and 2 to 5 choices: get the file again"
             )
         if type(answer) is not int or not 0 <= answer < len(choices):
-            raise ValueError(f"{where} has the answer {answer!r}, not the index of one of its {len(choices)} choices: get the file again")
-        yield question_id, problem, {"answer": _LETTERS[answer], "has_image": image is not None}, where
+            raise ValueError(
+                f"{where} has the answer {answer!r}, not the index of one of its {len(choices)} choices: get the file again"
+            )
+        yield (
+            question_id,
+            problem,
+            {"answer": _LETTERS[answer], "has_image": image is not None},
+            where,
+        )
 
 
 def _prompts(path: Path) -> dict[str, str]:
@@ -154,5 +192,7 @@ def _prompts(path: Path) -> dict[str, str]:
     for number, record in enumerate(read_json(path)):
         where = f"{path} record {number}"
         turns = field(record, "conversations", where)
-        prompts[field(record, "id", where)] = field(turns[0] if turns else None, "value", where).replace("<image>", "").strip()
+        prompts[field(record, "id", where)] = (
+            field(turns[0] if turns else None, "value", where).replace("<image>", "").strip()
+        )
     return prompts

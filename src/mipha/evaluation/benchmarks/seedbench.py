@@ -66,25 +66,47 @@ def questions(root: Path | None, split: str) -> list[Question]:
         if facts["kind"] == "image":
             choices = [field(record, f"choice_{letter}", where) for letter in _LETTERS.lower()]
             image = image_file(root / IMAGES / facts["image"], SOURCE)
-            asked.append(Question(str(facts["official_id"]), record["question"] + options(choices) + LETTER, image, facts))
+            asked.append(
+                Question(
+                    str(facts["official_id"]),
+                    record["question"] + options(choices) + LETTER,
+                    image,
+                    facts,
+                )
+            )
     return asked
 
 
 def annotations(path: Path) -> list[Question]:
     """The labelled questions of the official file, or of the folder that holds it: about images, and (optional) about videos."""
-    return [Question(str(facts["official_id"]), record["question"], None, facts) for record, facts, _ in _records(path)]
+    return [
+        Question(str(facts["official_id"]), record["question"], None, facts)
+        for record, facts, _ in _records(path)
+    ]
 
 
 def score(questions: Sequence[Question], predictions: Mapping[str, str]) -> Judgement:
     """Whether the text is the letter; a text that is none of the four letters was not read."""
     given = {question.id: predictions[question.id] for question in questions}
-    right = {question.id: float(given[question.id] == question.facts["answer"]) for question in questions}
+    right = {
+        question.id: float(given[question.id] == question.facts["answer"]) for question in questions
+    }
     contributions = [
-        (question.facts["image"], dict.fromkeys((question.facts["kind"], "total", f"type.{question.facts['type']}"), right[question.id]))
+        (
+            question.facts["image"],
+            dict.fromkeys(
+                (question.facts["kind"], "total", f"type.{question.facts['type']}"),
+                right[question.id],
+            ),
+        )
         for question in questions
     ]
-    parsed = {name: text if len(text) == 1 and text in _LETTERS else None for name, text in given.items()}
-    return Judgement(per_question=right, contributions=contributions, parsed=parsed, submission=given)
+    parsed = {
+        name: text if len(text) == 1 and text in _LETTERS else None for name, text in given.items()
+    }
+    return Judgement(
+        per_question=right, contributions=contributions, parsed=parsed, submission=given
+    )
 
 
 def measure(totals: Totals) -> dict[str, np.ndarray]:
@@ -96,7 +118,10 @@ def measure(totals: Totals) -> dict[str, np.ndarray]:
 
 def submission(questions: Sequence[Question], predictions: Mapping[str, str]) -> dict[str, bytes]:
     """The leaderboard's file, a line a question."""
-    rows = ({"question_id": question.facts["official_id"], "prediction": predictions[question.id]} for question in questions)
+    rows = (
+        {"question_id": question.facts["official_id"], "prediction": predictions[question.id]}
+        for question in questions
+    )
     return {"seedbench_predictions.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode()}
 
 
@@ -111,23 +136,46 @@ def _records(root: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any], str]]
     content = read_json(path)
     types, records = (field(content, key, str(path)) for key in ("question_type", "questions"))
     if not isinstance(types, dict) or not isinstance(records, list):
-        raise ValueError(f"{path} has no table `question_type` or no list `questions`: this is not the official file")
+        raise ValueError(
+            f"{path} has no table `question_type` or no list `questions`: this is not the official file"
+        )
     names = {number: name for name, number in types.items()}
     seen: dict[str, int] = {}
     for number, record in enumerate(records):
         where = f"{path} question number {number} (from 0)"
-        question_id, text, answer = (field(record, key, where) for key in ("question_id", "question", "answer"))
-        kind, data_id, type_id = (field(record, key, where) for key in ("data_type", "data_id", "question_type_id"))
+        question_id, text, answer = (
+            field(record, key, where) for key in ("question_id", "question", "answer")
+        )
+        kind, data_id, type_id = (
+            field(record, key, where) for key in ("data_type", "data_id", "question_type_id")
+        )
         if str(question_id) in seen:
-            raise ValueError(f"{where} has the question_id {question_id} of question number {seen[str(question_id)]}: keep one of the two")
+            raise ValueError(
+                f"{where} has the question_id {question_id} of question number {seen[str(question_id)]}: keep one of the two"
+            )
         seen[str(question_id)] = number
-        if not isinstance(text, str) or not isinstance(answer, str) or len(answer) != 1 or answer not in _LETTERS:
+        if (
+            not isinstance(text, str)
+            or not isinstance(answer, str)
+            or len(answer) != 1
+            or answer not in _LETTERS
+        ):
             raise ValueError(
                 f"{where} has the answer {answer!r} to {text!r}, not one of {', '.join(_LETTERS)} to a text: get the file again"
             )
         if kind not in ("image", "video"):
-            raise ValueError(f"{where} has the data_type {kind!r}, not image or video: get {FILE} of SEED-Bench 1")
+            raise ValueError(
+                f"{where} has the data_type {kind!r}, not image or video: get {FILE} of SEED-Bench 1"
+            )
         if type_id not in names:
-            raise ValueError(f"{where} has the question_type_id {type_id!r}, which question_type does not name: get the file again")
-        facts = {"answer": answer, "image": data_id, "kind": kind, "type": names[type_id], "official_id": question_id}
+            raise ValueError(
+                f"{where} has the question_type_id {type_id!r}, which question_type does not name: get the file again"
+            )
+        facts = {
+            "answer": answer,
+            "image": data_id,
+            "kind": kind,
+            "type": names[type_id],
+            "official_id": question_id,
+        }
         yield record, facts | {"optional": kind == "video"}, where

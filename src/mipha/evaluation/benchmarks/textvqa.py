@@ -23,11 +23,22 @@ import numpy as np
 from mipha.comparison.statistics import Totals
 from mipha.evaluation.answers import agreement, m4c
 from mipha.evaluation.benchmark import Judgement, Metric, Question
-from mipha.evaluation.files import field, find, image_file, official_root, read_json, read_json_lines
+from mipha.evaluation.files import (
+    field,
+    find,
+    image_file,
+    official_root,
+    read_json,
+    read_json_lines,
+)
 from mipha.evaluation.prompts import SHORT
 
 METRICS = (
-    Metric("accuracy", "%", "mean over questions of min(1, matches among the other nine people / 3), averaged over the ten left out"),
+    Metric(
+        "accuracy",
+        "%",
+        "mean over questions of min(1, matches among the other nine people / 3), averaged over the ten left out",
+    ),
 )
 SPLITS = ("val",)
 SIZES = {"val": 5000}
@@ -62,9 +73,16 @@ def questions(root: Path | None, split: str) -> list[Question]:
     root = official_root("textvqa", root, split, SPLITS, SOURCE)
     labelled = _read_labels(find(root, [ANNOTATION_FILE], SOURCE))
     ocr_file = find(root, OCR_FILES, SOURCE)
-    prompts = _llava_prompts(ocr_file) if ocr_file.suffix == ".jsonl" else _rosetta_prompts(ocr_file, labelled)
+    prompts = (
+        _llava_prompts(ocr_file)
+        if ocr_file.suffix == ".jsonl"
+        else _rosetta_prompts(ocr_file, labelled)
+    )
     images = dict.fromkeys(question.facts["image_id"] for question in labelled)
-    images = {image_id: image_file(root / "train_images" / f"{image_id}.jpg", SOURCE) for image_id in images}
+    images = {
+        image_id: image_file(root / "train_images" / f"{image_id}.jpg", SOURCE)
+        for image_id in images
+    }
     found = []
     for question in labelled:
         key = _key(question.facts["image_id"], question.text)
@@ -91,7 +109,9 @@ def score(questions: Sequence[Question], predictions: Mapping[str, str]) -> Judg
     per_question, normalised, contributions = {}, {}, []
     for question in questions:
         normalised[question.id] = prediction = m4c(predictions[question.id])
-        per_question[question.id] = accuracy = agreement(prediction, [m4c(answer) for answer in question.facts["answers"]])
+        per_question[question.id] = accuracy = agreement(
+            prediction, [m4c(answer) for answer in question.facts["answers"]]
+        )
         contributions.append((question.facts["image_id"], {"accuracy": accuracy}))
     return Judgement(per_question, contributions, normalised=normalised)
 
@@ -111,31 +131,60 @@ def doubts(questions: Sequence[Question], split: str) -> list[str]:
     found = []
     for edition in dict.fromkeys(question.facts["edition"] for question in questions):
         if edition not in (None, "0.5.1 val"):
-            found.append(f"the annotation file says it is {edition}, wanted 0.5.1 val: get {ANNOTATION_FILE}")
+            found.append(
+                f"the annotation file says it is {edition}, wanted 0.5.1 val: get {ANNOTATION_FILE}"
+            )
     if several := [question.id for question in questions if "\n" in question.facts["question"]]:
-        found.append(f"{len(several)} questions have more than one line, such as {several[0]}: the official program stops at them")
-    keys = Counter(_key(question.facts["image_id"], question.facts["question"]) for question in questions)
+        found.append(
+            f"{len(several)} questions have more than one line, such as {several[0]}: the official program stops at them"
+        )
+    keys = Counter(
+        _key(question.facts["image_id"], question.facts["question"]) for question in questions
+    )
     if twice := [key for key, num in keys.items() if num > 1]:
-        found.append(f"{len(twice)} questions stand twice at one image, such as {twice[0]}: the official program scores both by the last")
+        found.append(
+            f"{len(twice)} questions stand twice at one image, such as {twice[0]}: the official program scores both by the last"
+        )
     return found
 
 
 def _read_labels(path: Path) -> list[Question]:
     data = read_json(path)
     rows = _records(path, data)
-    edition = f"{data['dataset_version']} {data['dataset_type']}" if "dataset_version" in data and "dataset_type" in data else None
+    edition = (
+        f"{data['dataset_version']} {data['dataset_type']}"
+        if "dataset_version" in data and "dataset_type" in data
+        else None
+    )
     labelled: dict[int, Question] = {}
     for where, record in rows:
-        question_id, image_id, text, answers = (field(record, key, where) for key in ("question_id", "image_id", "question", "answers"))
-        if not (isinstance(question_id, int) and isinstance(image_id, str) and isinstance(text, str)):
-            raise ValueError(f"{where} is {record}; wanted a number as question_id, a text as image_id and as question: get the file again")
+        question_id, image_id, text, answers = (
+            field(record, key, where) for key in ("question_id", "image_id", "question", "answers")
+        )
+        if not (
+            isinstance(question_id, int) and isinstance(image_id, str) and isinstance(text, str)
+        ):
+            raise ValueError(
+                f"{where} is {record}; wanted a number as question_id, a text as image_id and as question: get the file again"
+            )
         if question_id in labelled:
-            raise ValueError(f"{where}: question_id {question_id} stands in the file twice: get the file again")
-        if not isinstance(answers, list) or len(answers) != 10 or not all(isinstance(answer, str) for answer in answers):
+            raise ValueError(
+                f"{where}: question_id {question_id} stands in the file twice: get the file again"
+            )
+        if (
+            not isinstance(answers, list)
+            or len(answers) != 10
+            or not all(isinstance(answer, str) for answer in answers)
+        ):
             raise ValueError(
                 f"{where} (question_id {question_id}) does not have ten human answers, each a text: get the official file again"
             )
-        facts = {"image_id": image_id, "answers": tuple(answers), "question": text, "edition": edition}
+        facts = {
+            "image_id": image_id,
+            "answers": tuple(answers),
+            "question": text,
+            "edition": edition,
+        }
         labelled[question_id] = Question(str(question_id), text, None, facts)
     return list(labelled.values())
 
@@ -148,7 +197,9 @@ def _llava_prompts(path: Path) -> dict[tuple[str, str], str]:
         text = str(field(line, "text", where))
         question, found, _ = text.partition(OCR_LINE)
         if not found or not text.endswith(SHORT):
-            raise ValueError(f"{where}: its text is not a question, a line {OCR_LINE.strip()!r} and {SHORT.strip()!r}: get the file again")
+            raise ValueError(
+                f"{where}: its text is not a question, a line {OCR_LINE.strip()!r} and {SHORT.strip()!r}: get the file again"
+            )
         prompts[_key(str(field(line, "question_id", where)), question)] = text
     return prompts
 

@@ -30,12 +30,25 @@ import numpy as np
 from mipha.comparison.statistics import Totals
 from mipha.evaluation.answers import agreement, human_answers, m4c, vizwiz_api
 from mipha.evaluation.benchmark import Judgement, Metric, Question
-from mipha.evaluation.files import field, find, image_file, official_root, read_json, read_json_lines
+from mipha.evaluation.files import (
+    field,
+    find,
+    image_file,
+    official_root,
+    read_json,
+    read_json_lines,
+)
 from mipha.evaluation.prompts import SHORT
 
 METRICS = (
-    Metric("vizwiz_api", "%", "the official API on the text as uploaded (after m4c); human answers as they are"),
-    Metric("m4c_both_sides", "%", "m4c on the text and on the human answers; not what the server does"),
+    Metric(
+        "vizwiz_api",
+        "%",
+        "the official API on the text as uploaded (after m4c); human answers as they are",
+    ),
+    Metric(
+        "m4c_both_sides", "%", "m4c on the text and on the human answers; not what the server does"
+    ),
     Metric("vizwiz_api_verbatim", "%", "the official API on the text without m4c first"),
     Metric("perAnswerType", "%", "vizwiz_api on the questions of one answer type"),
 )
@@ -54,7 +67,10 @@ MAX_NEW_TOKENS = 128
 BASELINES: Mapping[str, Callable[[Sequence[Question]], dict[str, str]]] = {}
 JUDGE = None
 
-FILES = {"val": ("val.json", "Annotations/val.json"), "test": ("llava_test.jsonl", "test.json", "Annotations/test.json")}
+FILES = {
+    "val": ("val.json", "Annotations/val.json"),
+    "test": ("llava_test.jsonl", "test.json", "Annotations/test.json"),
+}
 PROMPT = "\nWhen the provided information is insufficient, respond with 'Unanswerable'." + SHORT
 
 
@@ -84,7 +100,10 @@ def annotations(path: Path) -> list[Question]:
         Questions whose facts are `answers` (ten texts as people wrote them) and `answer_type`.
     """
     rows = _records(find(path, FILES["val"], SOURCE))
-    return [Question(record["image"], record["question"], None, _label(record, where)) for where, record in rows]
+    return [
+        Question(record["image"], record["question"], None, _label(record, where))
+        for where, record in rows
+    ]
 
 
 def score(questions: Sequence[Question], predictions: Mapping[str, str]) -> Judgement:
@@ -107,7 +126,9 @@ def score(questions: Sequence[Question], predictions: Mapping[str, str]) -> Judg
 
 def measure(totals: Totals) -> dict[str, np.ndarray]:
     """The three numbers, then by answer type, in %."""
-    return {"vizwiz_api": 100 * totals.mean("vizwiz_api")} | {name: 100 * totals.mean(name) for name in totals.names}
+    return {"vizwiz_api": 100 * totals.mean("vizwiz_api")} | {
+        name: 100 * totals.mean(name) for name in totals.names
+    }
 
 
 def submission(questions: Sequence[Question], predictions: Mapping[str, str]) -> dict[str, bytes]:
@@ -117,27 +138,43 @@ def submission(questions: Sequence[Question], predictions: Mapping[str, str]) ->
     """
     if not questions or "answers" in questions[0].facts:
         return {}
-    rows = [{"image": question.id, "answer": m4c(predictions[question.id])} for question in questions]
+    rows = [
+        {"image": question.id, "answer": m4c(predictions[question.id])} for question in questions
+    ]
     return {"vizwiz_test.json": json.dumps(rows).encode()}
 
 
 def doubts(questions: Sequence[Question], split: str) -> list[str]:
     """Images of another split, other than ten answers."""
     found = []
-    if others := [question.id for question in questions if not question.id.startswith(f"VizWiz_{split}_")]:
-        found.append(f"{len(others)} images are not of split {split}, such as {others[0]}: use the file of split {split}")
-    if wrong := sum(len(question.facts["answers"]) != 10 for question in questions if "answers" in question.facts):
-        found.append(f"{wrong} questions do not have ten human answers: get the official annotation file")
+    if others := [
+        question.id for question in questions if not question.id.startswith(f"VizWiz_{split}_")
+    ]:
+        found.append(
+            f"{len(others)} images are not of split {split}, such as {others[0]}: use the file of split {split}"
+        )
+    if wrong := sum(
+        len(question.facts["answers"]) != 10
+        for question in questions
+        if "answers" in question.facts
+    ):
+        found.append(
+            f"{wrong} questions do not have ten human answers: get the official annotation file"
+        )
     return found
 
 
 def _records(path: Path) -> Iterator[tuple[str, Any]]:
     """(where, record with the texts `image` and `question`) of an official file, or of LLaVA's question file."""
     seen = set()
-    for where, record in _llava_records(path) if path.suffix == ".jsonl" else _official_records(path):
+    for where, record in (
+        _llava_records(path) if path.suffix == ".jsonl" else _official_records(path)
+    ):
         name, text = field(record, "image", where), field(record, "question", where)
         if not isinstance(name, str) or not isinstance(text, str):
-            raise ValueError(f"{where} has the image {name!r} and the question {text!r}; wanted two texts: get the file again")
+            raise ValueError(
+                f"{where} has the image {name!r} and the question {text!r}; wanted two texts: get the file again"
+            )
         if name in seen:
             raise ValueError(f"{where}: image {name} stands in the file twice: get the file again")
         seen.add(name)
@@ -156,9 +193,14 @@ def _llava_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         where = f"{path} line {number}"
         text = str(field(line, "text", where))
         if not text.endswith(PROMPT):
-            raise ValueError(f"{where}: its text does not end with {PROMPT!r}: get LLaVA's question file again")
+            raise ValueError(
+                f"{where}: its text does not end with {PROMPT!r}: get LLaVA's question file again"
+            )
         yield where, {"image": field(line, "image", where), "question": text.removesuffix(PROMPT)}
 
 
 def _label(record: Mapping[str, Any], where: str) -> dict[str, Any]:
-    return {"answers": human_answers(record, where), "answer_type": field(record, "answer_type", where)}
+    return {
+        "answers": human_answers(record, where),
+        "answer_type": field(record, "answer_type", where),
+    }

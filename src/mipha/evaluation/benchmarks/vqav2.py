@@ -22,19 +22,39 @@ from typing import Any
 import numpy as np
 
 from mipha.comparison.statistics import Totals
-from mipha.evaluation.answers import agreement, human_answers, m4c, mixed_up_annotators, plain, vqa_official
+from mipha.evaluation.answers import (
+    agreement,
+    human_answers,
+    m4c,
+    mixed_up_annotators,
+    plain,
+    vqa_official,
+)
 from mipha.evaluation.benchmark import Judgement, Metric, Question
-from mipha.evaluation.files import field, find, image_file, official_root, read_json, read_json_lines
+from mipha.evaluation.files import (
+    field,
+    find,
+    image_file,
+    official_root,
+    read_json,
+    read_json_lines,
+)
 from mipha.evaluation.prompts import SHORT
 
 METRICS = (
-    Metric("accuracy", "%", "mean over questions of min(1, matches among the other nine people / 3), averaged over the ten left out"),
+    Metric(
+        "accuracy",
+        "%",
+        "mean over questions of min(1, matches among the other nine people / 3), averaged over the ten left out",
+    ),
     Metric("perAnswerType", "%", "accuracy on the questions of one answer type"),
     Metric("perQuestionType", "%", "accuracy on the questions that begin in one way"),
 )
 SPLITS = ("val", "test-dev", "test")
 SIZES = {"val": 214354, "test-dev": 107394, "test": 447793}
-SERVERS = dict.fromkeys(("test-dev", "test"), "EvalAI challenge 830 (https://eval.ai/web/challenges/challenge-page/830)")
+SERVERS = dict.fromkeys(
+    ("test-dev", "test"), "EvalAI challenge 830 (https://eval.ai/web/challenges/challenge-page/830)"
+)
 PROTOCOL = (
     "VQA v2.0, question + short-answer prompt, greedy; the text through the m4c processor (as uploaded), then VQAEval of 2021: both sides "
     "normalised unless the ten human answers are all equal; mean over questions; 95 % interval: cluster bootstrap over images"
@@ -50,7 +70,10 @@ JUDGE = None
 
 QUESTION_FILES = {
     "val": ("v2_OpenEnded_mscoco_val2014_questions.json", "questions.json"),
-    "test-dev": ("v2_OpenEnded_mscoco_test-dev2015_questions.json", "llava_vqav2_mscoco_test-dev2015.jsonl"),
+    "test-dev": (
+        "v2_OpenEnded_mscoco_test-dev2015_questions.json",
+        "llava_vqav2_mscoco_test-dev2015.jsonl",
+    ),
     "test": ("v2_OpenEnded_mscoco_test2015_questions.json", "llava_vqav2_mscoco_test2015.jsonl"),
 }
 ANNOTATION_FILES = ("v2_mscoco_val2014_annotations.json", "annotations.json")
@@ -80,8 +103,13 @@ def questions(root: Path | None, split: str) -> list[Question]:
     if split == "test-dev" and asked:
         labels[next(iter(asked))]["not_asked"] = _rest_of_test(root, asked)
     names = {image_id: f"COCO_{image_set}_{image_id:012d}.jpg" for image_id, _ in asked.values()}
-    images = {image_id: image_file(root / image_set / name, SOURCE) for image_id, name in names.items()}
-    return [Question(str(key), text + SHORT, images[image_id], labels[key]) for key, (image_id, text) in asked.items()]
+    images = {
+        image_id: image_file(root / image_set / name, SOURCE) for image_id, name in names.items()
+    }
+    return [
+        Question(str(key), text + SHORT, images[image_id], labels[key])
+        for key, (image_id, text) in asked.items()
+    ]
 
 
 def annotations(path: Path) -> list[Question]:
@@ -122,7 +150,12 @@ def score(questions: Sequence[Question], predictions: Mapping[str, str]) -> Judg
         kinds = facts["answer_type"], facts["question_type"], accuracy
         # One object for each of some hundred cases instead of one a question saves 100 MB.
         amounts = shared.setdefault(
-            kinds, {"accuracy": accuracy, f"perAnswerType.{kinds[0]}": accuracy, f"perQuestionType.{kinds[1]}": accuracy}
+            kinds,
+            {
+                "accuracy": accuracy,
+                f"perAnswerType.{kinds[0]}": accuracy,
+                f"perQuestionType.{kinds[1]}": accuracy,
+            },
         )
         contributions.append((facts["image_id"], amounts))
     return Judgement(per_question, contributions, normalised=normalised, submission=uploaded)
@@ -130,7 +163,10 @@ def score(questions: Sequence[Question], predictions: Mapping[str, str]) -> Judg
 
 def measure(totals: Totals) -> dict[str, np.ndarray]:
     """Accuracy, then by answer type and by question type, in %."""
-    return {name: 100 * totals.mean(name) for name in ("accuracy", *sorted(set(totals.names) - {"accuracy"}))}
+    return {
+        name: 100 * totals.mean(name)
+        for name in ("accuracy", *sorted(set(totals.names) - {"accuracy"}))
+    }
 
 
 def submission(questions: Sequence[Question], predictions: Mapping[str, str]) -> dict[str, bytes]:
@@ -140,8 +176,15 @@ def submission(questions: Sequence[Question], predictions: Mapping[str, str]) ->
     """
     if not questions or "answers" in questions[0].facts:
         return {}
-    rows = [{"question_id": int(question.id), "answer": m4c(predictions[question.id])} for question in questions]
-    rows += [{"question_id": question_id, "answer": ""} for question in questions for question_id in question.facts.get("not_asked", ())]
+    rows = [
+        {"question_id": int(question.id), "answer": m4c(predictions[question.id])}
+        for question in questions
+    ]
+    rows += [
+        {"question_id": question_id, "answer": ""}
+        for question in questions
+        for question_id in question.facts.get("not_asked", ())
+    ]
     return {"vqav2_test2015.json": json.dumps(rows).encode()}
 
 
@@ -149,31 +192,53 @@ def doubts(questions: Sequence[Question], split: str) -> list[str]:
     """Files of another split, other than ten answers, people that cannot be told apart, an upload that the server would refuse."""
     found = []
     wanted = DATA_SUBTYPES[split]
-    for subtype in sorted({str(question.facts["data_subtype"]) for question in questions} - {wanted, "None"}):
-        found.append(f"the file's data_subtype is {subtype}, that of split {split} is {wanted}: use the files of {wanted}")
+    for subtype in sorted(
+        {str(question.facts["data_subtype"]) for question in questions} - {wanted, "None"}
+    ):
+        found.append(
+            f"the file's data_subtype is {subtype}, that of split {split} is {wanted}: use the files of {wanted}"
+        )
     labelled = [question.facts for question in questions if "answers" in question.facts]
     if wrong := sum(len(facts["answers"]) != 10 for facts in labelled):
-        found.append(f"{wrong} questions do not have ten human answers: get the official annotation file")
+        found.append(
+            f"{wrong} questions do not have ten human answers: get the official annotation file"
+        )
     if wrong := sum(facts["annotators"] is not None for facts in labelled):
-        found.append(f"{wrong} questions have people without an answer_id of their own, whom the scorer mixes up: get the official file")
+        found.append(
+            f"{wrong} questions have people without an answer_id of their own, whom the scorer mixes up: get the official file"
+        )
     if split == "test-dev":
-        num = len(questions) + sum(len(question.facts.get("not_asked", ())) for question in questions)
+        num = len(questions) + sum(
+            len(question.facts.get("not_asked", ())) for question in questions
+        )
         if num != SIZES["test"]:
             files = " or ".join(QUESTION_FILES["test"])
-            found.append(f"the upload has {num} ids but the server wants all {SIZES['test']} of test2015: put {files} into the folder")
+            found.append(
+                f"the upload has {num} ids but the server wants all {SIZES['test']} of test2015: put {files} into the folder"
+            )
     return found
 
 
 def _read_questions(path: Path) -> tuple[str | None, dict[int, tuple[int, str]]]:
     """(data_subtype, question id -> (image id, question)) of an official file, or of one of LLaVA's."""
-    subtype, rows = (None, _llava_records(path)) if path.suffix == ".jsonl" else _records(path, "questions")
+    subtype, rows = (
+        (None, _llava_records(path)) if path.suffix == ".jsonl" else _records(path, "questions")
+    )
     asked: dict[int, tuple[int, str]] = {}
     for where, record in rows:
-        question_id, image_id, text = (field(record, key, where) for key in ("question_id", "image_id", "question"))
-        if not (isinstance(question_id, int) and isinstance(image_id, int) and isinstance(text, str)):
-            raise ValueError(f"{where} is {record}; wanted numbers as question_id and image_id, and a text: get the file again")
+        question_id, image_id, text = (
+            field(record, key, where) for key in ("question_id", "image_id", "question")
+        )
+        if not (
+            isinstance(question_id, int) and isinstance(image_id, int) and isinstance(text, str)
+        ):
+            raise ValueError(
+                f"{where} is {record}; wanted numbers as question_id and image_id, and a text: get the file again"
+            )
         if question_id in asked:
-            raise ValueError(f"{where}: question_id {question_id} stands in the file twice: get the file again")
+            raise ValueError(
+                f"{where}: question_id {question_id} stands in the file twice: get the file again"
+            )
         asked[question_id] = image_id, text
     return subtype, asked
 
@@ -185,8 +250,17 @@ def _llava_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         name, text = str(field(line, "image", where)), str(field(line, "text", where))
         named = re.fullmatch(r"COCO_test2015_(\d{12})\.jpg", name)
         if not named or not text.endswith(SHORT):
-            raise ValueError(f"{where}: wanted an image COCO_test2015_<12 digits>.jpg and a text that ends with {SHORT!r}")
-        yield where, {"question_id": field(line, "question_id", where), "image_id": int(named[1]), "question": text.removesuffix(SHORT)}
+            raise ValueError(
+                f"{where}: wanted an image COCO_test2015_<12 digits>.jpg and a text that ends with {SHORT!r}"
+            )
+        yield (
+            where,
+            {
+                "question_id": field(line, "question_id", where),
+                "image_id": int(named[1]),
+                "question": text.removesuffix(SHORT),
+            },
+        )
 
 
 def _read_labels(path: Path) -> dict[int, dict[str, Any]]:
@@ -196,7 +270,9 @@ def _read_labels(path: Path) -> dict[int, dict[str, Any]]:
     for where, record in rows:
         question_id = field(record, "question_id", where)
         if not isinstance(question_id, int) or question_id in labels:
-            wrong = "stands in the file twice" if isinstance(question_id, int) else "is not a number"
+            wrong = (
+                "stands in the file twice" if isinstance(question_id, int) else "is not a number"
+            )
             raise ValueError(f"{where}: question_id {question_id!r} {wrong}: get the file again")
         labels[question_id] = {
             "image_id": field(record, "image_id", where),
@@ -215,7 +291,9 @@ def _records(path: Path, key: str) -> tuple[str | None, Iterator[tuple[str, Any]
     records = field(data, key, str(path))
     if not isinstance(records, list):
         raise ValueError(f"{path}: its {key!r} is not a list: get the official file again")
-    return data.get("data_subtype"), ((f"{path} {key}[{number}]", record) for number, record in enumerate(records))
+    return data.get("data_subtype"), (
+        (f"{path} {key}[{number}]", record) for number, record in enumerate(records)
+    )
 
 
 def _check_same(question_file: Path, asked: Mapping[int, Any], labels: Mapping[int, Any]) -> None:
@@ -234,5 +312,7 @@ def _rest_of_test(root: Path, asked: Mapping[int, Any]) -> tuple[int, ...]:
         return ()
     everything = _read_questions(path)[1]
     if unknown := [question_id for question_id in asked if question_id not in everything]:
-        raise ValueError(f"{path} lacks question_id {unknown[0]} of test-dev2015, which is a part of test2015: get both files again")
+        raise ValueError(
+            f"{path} lacks question_id {unknown[0]} of test-dev2015, which is a part of test2015: get both files again"
+        )
     return tuple(question_id for question_id in everything if question_id not in asked)

@@ -1,0 +1,44 @@
+"""Errors that several rooms raise, each with one sentence."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+
+class MissingPackage(ModuleNotFoundError):
+    """An optional Python package is not installed.
+
+    Args:
+        package: Name of the package, as pip takes it.
+        feature: What needs it; the subject of the sentence, for example "reading parquet".
+        extra: Extra of mipha-vlm that installs the package; None where none does.
+    """
+
+    def __init__(self, package: str, feature: str, extra: str | None = None) -> None:
+        install = f'"mipha-vlm[{extra}]"' if extra else package
+        super().__init__(
+            f"{feature} needs the Python package {package}, which is not installed: "
+            f"pip install {install}",
+            name=package,
+        )
+
+
+def import_optional(
+    module: str, feature: str, extra: str | None = None, package: str | None = None
+) -> ModuleType:
+    """Import a module of an optional package.
+
+    Args:
+        module: Dotted name of the module.
+        feature: What needs it, for the error.
+        extra: Extra of mipha-vlm that installs the package.
+        package: Name that pip takes, where it is not that of the module's top level.
+
+    Raises:
+        MissingPackage: The package, or one that it needs, is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise MissingPackage(package or module.partition(".")[0], feature, extra) from error

@@ -1,0 +1,196 @@
+"""Files and folders that are written whole or not at all, and JSON that is read with its name.
+
+A reader never sees a half-written file: the content goes into a hidden file beside the target, to
+disk, and a rename puts it in place. `whole_folder` does the same for a folder.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with partial.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Fill a folder that appears whole or not at all.
+
+    Yields:
+        An empty folder beside the target. It takes the target's place when the block ends, and is
+        removed where the block raises.
+    """
+    partial = begin_folder(folder)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    publish_folder(partial, folder)
+
+
+def begin_folder(folder: Path) -> Path:
+    """An empty hidden folder beside the target, to be given to `publish_folder` when it is full."""
+    partial = partial_name(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def publish_folder(partial: Path, folder: Path) -> None:
+    """Put a full folder in the target's place; a folder that was there goes."""
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(partial, folder)
+
+
+def partial_name(folder: Path) -> Path:
+    """Where a folder is filled before it is published; a killed process leaves it behind."""
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def append_line(path: Path, row: dict[str, Any]) -> None:
+    """Append one JSON line; cut off a torn last line that a killed process left.
+
+    The line is handed to the operating system at once, so it survives the end of this process.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+b") as file:
+        if end := file.seek(0, os.SEEK_END):
+            file.seek(end - 1)
+            if file.read(1) != b"\n":
+                file.seek(0)
+                lines = file.read()
+                tail = lines[lines.rfind(b"\n") + 1 :]
+                if _is_json(tail):
+                    file.write(b"\n")
+                else:
+                    file.truncate(end - len(tail))
+        file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Read back what `append_line` wrote.
+
+    A missing file has no lines, and a last line that was never finished is dropped.
+
+    Raises:
+        ValueError: Another line is not JSON; names the file and the line.
+    """
+    if not path.is_file():
+        return
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            # Only what follows the last newline can be a line that was being written.
+            if number == len(lines):
+                return
+            raise ValueError(_not_json_line(path, number, line)) from error
+        yield row
+
+
+def keep_lines(path: Path, last_step: int) -> None:
+    """Drop the lines of steps after `last_step`: a resumed run does those steps again."""
+    if path.is_file():
+        kept = [row for row in read_lines(path) if row["step"] <= last_step]
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def read_json(path: Path, fix: str = "copy it again") -> Any:
+    """The content of a JSON file.
+
+    Args:
+        fix: What the user should do with a damaged file, for the error.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: The file is not JSON, or not UTF-8; names the file and the line.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+
+    # Millions of new objects, none of them garbage: the collector takes as long as the reading.
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return json.loads(path.read_bytes())
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path} line {error.lineno} is not valid JSON ({error.msg}): {fix}"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {fix}") from error
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def read_json_object(path: Path, fix: str = "copy it again") -> dict[str, Any]:
+    """The content of a JSON file that holds an object.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: The file is not JSON, or its content is not an object.
+    """
+    content = read_json(path, fix)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a JSON {type(content).__name__}, not an object: {fix}")
+    return content
+
+
+def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of a JSON-lines file, each with its line number from 1; skips empty lines.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: A line is not a JSON object; names the file and the line.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}")
+
+    # Split at newlines only: a JSON string may hold other characters that end a line elsewhere.
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise ValueError(_not_json_line(path, number, line)) from error
+        if not isinstance(row, dict):
+            raise ValueError(
+                f"{path} line {number} is not a JSON object ({line[:60]!r}): fix that line"
+            )
+        yield number, row
+
+
+def _not_json_line(path: Path, number: int, line: bytes) -> str:
+    return f"{path} line {number} is not valid JSON ({line[:60]!r}): fix or delete that line"
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
