@@ -56,9 +56,13 @@ def begin_folder(folder: Path) -> Path:
 
 
 def publish_folder(partial: Path, folder: Path) -> None:
-    """Put a full folder in the target's place; a folder that was there goes."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Put a full folder in the target's place; a folder that was there is removed afterwards."""
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.exists():
+        os.replace(folder, replaced)
     os.replace(partial, folder)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def partial_name(folder: Path) -> Path:
