@@ -24,7 +24,7 @@ from mipha.models.tuning import apply_tuning
 from mipha.models.vision_tower import load_vision_tower
 from mipha.recipe import ModelRecipe
 from mipha.training.batches import StepDataset
-from mipha.training.optim import make_optimizer
+from mipha.training.loop import make_optimizer
 
 
 @dataclass(frozen=True)
