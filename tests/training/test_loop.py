@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
+from mipha.data.batches import StepDataset
 from mipha.engine.optimizer import set_learning_rates
 from mipha.engine.states import StateWriter, list_states
 from mipha.models.tuning import apply_tuning, part_layers, part_parameters
 from mipha.recipe import STAGES, Recipe
 from mipha.run import Run
-from mipha.training.batches import StepDataset
 from mipha.training.loop import make_optimizer, train_stage
 from mipha.training.pipeline import train
 from mipha.world import World

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
-from mipha.training.batches import Step
-from mipha.training.flops import StepFlops, Work
+from mipha.data.batches import Step
+from mipha.models.flops import StepFlops, Work
 from mipha.training.metrics import Meter
 
 STEP = Step(

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from mipha.data.batches import Step, StepDataset, keep_step
 from mipha.engine.machine import peak_flops, return_freed_memory
 from mipha.engine.optimizer import Group, make_adamw, set_learning_rates, warmup_cosine
 from mipha.engine.precision import autocast as autocast_to
@@ -19,14 +20,13 @@ from mipha.engine.signals import stop_gently
 from mipha.engine.states import StateWriter, load_state
 from mipha.engine.trackers import Trackers, last_tracked
 from mipha.files import append_line, keep_lines, write_whole
+from mipha.models.flops import StepFlops
 from mipha.models.modeling import LlavaForConditionalGeneration
 from mipha.models.packed_attention import use_packed_attention
-from mipha.models.tuning import part_parameters
+from mipha.models.tuning import layers_of, part_parameters
 from mipha.recipe import PARTS, Recipe, StageName, StageRecipe
-from mipha.training.batches import Step, StepDataset, keep_step
-from mipha.training.flops import StepFlops
 from mipha.training.metrics import Meter, describe_steps
-from mipha.training.shard import layers_of, place
+from mipha.training.shard import place
 from mipha.training.unreadable import Unreadable
 from mipha.world import World
 

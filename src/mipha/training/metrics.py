@@ -6,10 +6,10 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mipha.data.batches import Step
 from mipha.engine.machine import peak_memory_gib
 from mipha.engine.progress import Shown
-from mipha.training.batches import Step
-from mipha.training.flops import StepFlops, Work
+from mipha.models.flops import StepFlops, Work
 
 
 class Meter:

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import LlavaProcessor
 
 from mipha.comparison.figures import plot_metrics
+from mipha.data.batches import StepDataset
 from mipha.data.encode import encode
 from mipha.data.images import ImageSource, is_readable, open_image
 from mipha.data.mixture import Mixture, check_samples
@@ -29,7 +30,6 @@ from mipha.models.quantization import check_quantization
 from mipha.models.tuning import TunedPart, apply_tuning, check_tuning, tuned_modules
 from mipha.recipe import PARTS, STAGES, Recipe, StageName
 from mipha.run import Run, create_run
-from mipha.training.batches import StepDataset
 from mipha.training.frozen import keep_frozen_in_bfloat16, kept_in, with_originals
 from mipha.training.loop import train_stage
 from mipha.training.proof import (

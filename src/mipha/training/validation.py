@@ -12,6 +12,7 @@ from torch import nn
 from transformers import LlavaProcessor
 
 from mipha.assistant import Assistant
+from mipha.data.batches import StepDataset
 from mipha.data.images import is_readable
 from mipha.data.mixture import Mixture
 from mipha.data.sample import IMAGE, Sample
@@ -19,7 +20,6 @@ from mipha.engine.precision import autocast
 from mipha.files import append_line
 from mipha.models.modeling import LlavaForConditionalGeneration
 from mipha.recipe import StageRecipe
-from mipha.training.batches import StepDataset
 from mipha.world import World
 
 NUM_SAMPLES = 256
