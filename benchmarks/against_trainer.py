@@ -19,16 +19,16 @@ from transformers import Trainer, TrainingArguments
 from ways import stock_model
 from workloads import SINGLE, TUNING, quickstart_parts, stage_recipe, whole_recipe, write_samples
 
+from mipha.data.batches import StepDataset
 from mipha.data.encode import encode
 from mipha.data.images import open_image
 from mipha.data.mixture import Mixture
+from mipha.engine.precision import autocast_dtype
 from mipha.files import read_lines
 from mipha.models.build import build
 from mipha.models.tuning import apply_tuning
 from mipha.recipe import ModelRecipe
-from mipha.training.batches import StepDataset
 from mipha.training.loop import train_stage
-from mipha.training.pipeline import autocast_dtype
 from mipha.world import join_world
 
 

@@ -24,11 +24,11 @@ from transformers import Trainer, TrainingArguments
 from ways import stock_model
 from workloads import SINGLE, TUNING, quickstart_parts, stage_recipe
 
+from mipha.engine.states import StateWriter, load_state
 from mipha.models.build import build
 from mipha.models.tuning import apply_tuning
 from mipha.recipe import ModelRecipe
-from mipha.training.checkpoint import StateWriter, load_state
-from mipha.training.optim import make_optimizer
+from mipha.training.loop import make_optimizer
 from mipha.world import join_world
 
 

@@ -31,11 +31,11 @@ from mipha.data.encode import IGNORE, Encoded
 from mipha.data.images import grey_image
 from mipha.data.packing import Row, make_rows
 from mipha.models.build import skeleton
+from mipha.models.flops import StepFlops, Work
 from mipha.models.modeling import LlavaForConditionalGeneration
 from mipha.models.packed_attention import use_packed_attention
 from mipha.models.tuning import apply_tuning
 from mipha.recipe import ModelRecipe, TuningRecipe
-from mipha.training.flops import StepFlops, Work
 
 SIZES = {
     "mipha-3b": ModelRecipe(vision_tower="siglip-so400m-384", language_model="phi-2"),

@@ -51,13 +51,13 @@ def measure_point(axis: str, value: int, folder: Path) -> dict[str, float]:
         write_samples,
     )
 
+    from mipha.data.batches import StepDataset
     from mipha.data.mixture import Mixture
+    from mipha.engine.machine import peak_memory_gib
     from mipha.files import read_lines
     from mipha.models.build import build
     from mipha.models.tuning import apply_tuning
-    from mipha.training.batches import StepDataset
     from mipha.training.loop import train_stage
-    from mipha.training.metrics import peak_memory_gib
     from mipha.world import join_world
 
     torch.set_num_threads(1)

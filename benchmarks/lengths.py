@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
+from mipha.data.batches import deal
 from mipha.data.encode import Encoded
 from mipha.data.packing import Row, make_rows
 from mipha.files import write_whole
 from mipha.run import provenance
-from mipha.training.batches import deal
 
 IMAGE_TOKENS = 729
 """SigLIP at 384 pixels, patches of 14."""

@@ -38,9 +38,9 @@ def workers(
     from torch.utils.data import DataLoader
     from workloads import SINGLE, quickstart_parts, stage_recipe, write_samples
 
+    from mipha.data.batches import StepDataset, keep_step
     from mipha.data.mixture import Mixture
     from mipha.models.build import build
-    from mipha.training.batches import StepDataset, keep_step
 
     workload = replace(SINGLE, batch_size=32)
     found = []

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import LlavaProcessor
 from workloads import TUNING, Workload, stage_recipe, write_samples
 
+from mipha.data.batches import StepDataset
 from mipha.data.collate import collate, isolation_mask
 from mipha.data.encode import IGNORE, Encoded
 from mipha.data.mixture import Mixture
@@ -23,8 +24,7 @@ from mipha.models.packed_attention import use_packed_attention
 from mipha.models.tuning import apply_tuning
 from mipha.models.vision_tower import load_vision_tower
 from mipha.recipe import ModelRecipe
-from mipha.training.batches import StepDataset
-from mipha.training.optim import make_optimizer
+from mipha.training.loop import make_optimizer
 
 
 @dataclass(frozen=True)

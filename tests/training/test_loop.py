@@ -9,16 +9,18 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from mipha.models.tuning import apply_tuning, part_layers
+from mipha.data.batches import StepDataset
+from mipha.engine.optimizer import set_learning_rates
+from mipha.engine.states import StateWriter, list_states
+from mipha.models.tuning import apply_tuning, part_layers, part_parameters
 from mipha.recipe import STAGES, Recipe
 from mipha.run import Run
-from mipha.training.batches import StepDataset
-from mipha.training.checkpoint import list_states
-from mipha.training.loop import train_stage
+from mipha.training.loop import make_optimizer, train_stage
 from mipha.training.pipeline import train
 from mipha.world import World
 
@@ -314,3 +316,136 @@ def mixture(tiny_run_recipe: Callable) -> object:
     from mipha.data.mixture import Mixture
 
     return Mixture(tiny_run_recipe().stages.finetune.data)
+
+
+def test_a_run_whose_newest_state_is_torn_ends_in_the_same_weights(
+    tiny_run_recipe: Callable,
+    tmp_path: Path,
+    weights: Callable,
+    metrics: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recipe: Recipe = tiny_run_recipe("stages.finetune.checkpoint_every=1")
+    whole = train(recipe, tmp_path / "whole")
+    saves = []
+
+    def stop_after_four(self: StateWriter, step: int, *state) -> None:
+        save(self, step, *state)
+        saves.append(step)
+        if len(saves) == 1 + 4:  # pretrain saves after its second and last step
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    save = StateWriter.save
+    monkeypatch.setattr(StateWriter, "save", stop_after_four)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe, tmp_path / "torn")
+    monkeypatch.undo()
+    run = Run(tmp_path / "torn")
+    *_, before, newest = list_states(run.states("finetune"))
+    for path in newest.glob("*.distcp"):
+        os.truncate(path, path.stat().st_size - 1)
+    assert list_states(run.states("finetune"))[-1] == before
+    train(recipe, run.folder)
+    mine, theirs = weights(run.final_checkpoint()), weights(whole.final_checkpoint())
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+    assert [row["step"] for row in metrics(run.metrics("finetune"))] == [1, 2, 3, 4, 5, 6]
+
+
+def test_each_part_has_its_own_rate(tiny_model: Callable, tiny_run_recipe: Callable) -> None:
+    model, _ = tiny_model()
+    rates = ("part_learning_rates={vision_tower: 2e-6}", "learning_rate=1e-3")
+    stage = tiny_run_recipe(*(f"stages.finetune.{rate}" for rate in rates)).stages.finetune
+    apply_tuning(model, stage.tuning)
+    optimizer = make_optimizer(model, stage)
+    set_learning_rates(optimizer, 0.5)
+    assert {group["part"]: group["lr"] for group in optimizer.param_groups} == {
+        "vision_tower": pytest.approx(1e-6),
+        "projector": pytest.approx(5e-4),
+        "language_model": pytest.approx(5e-4),
+    }
+    set_learning_rates(optimizer, 1.0)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(2e-6), "the peak is remembered"
+
+
+def test_a_part_moves_at_its_own_rate(tiny_model: Callable, tiny_run_recipe: Callable) -> None:
+    """Adam's first step is the learning rate in every weight that has a gradient."""
+    model, _ = tiny_model()
+    rates = ("part_learning_rates={projector: 1e-2}", "learning_rate=1e-4")
+    stage = tiny_run_recipe(*(f"stages.finetune.{rate}" for rate in rates)).stages.finetune
+    apply_tuning(model, stage.tuning)
+    optimizer = make_optimizer(model, stage)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+    optimizer.step()
+    for part, rate in (("vision_tower", 1e-4), ("projector", 1e-2), ("language_model", 1e-4)):
+        for name, parameter in part_parameters(model, part).items():
+            if parameter.requires_grad:
+                moved = (before[name] - parameter.detach()).flatten()
+                assert torch.allclose(moved, torch.full_like(moved, rate), rtol=0.02), name
+
+
+def test_only_what_trains_is_in_the_optimizer(
+    tiny_model: Callable, tiny_run_recipe: Callable
+) -> None:
+    model, _ = tiny_model("qwen2")
+    stage = tiny_run_recipe().stages.pretrain
+    apply_tuning(model, stage.tuning)
+    groups = make_optimizer(model, stage).param_groups
+    assert [group["part"] for group in groups] == ["projector"]
+    assert set(map(id, groups[0]["params"])) == set(
+        map(id, model.model.multi_modal_projector.parameters())
+    )
+
+
+def test_the_settings_reach_adam(tiny_model: Callable, tiny_run_recipe: Callable) -> None:
+    model, _ = tiny_model()
+    changes = ("adam_betas=[0.8, 0.95]", "adam_eps=1e-5", "weight_decay=0.1")
+    stage = tiny_run_recipe(*(f"stages.finetune.{change}" for change in changes)).stages.finetune
+    apply_tuning(model, stage.tuning)
+    for group in make_optimizer(model, stage).param_groups:
+        assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.8, 0.95), 1e-5, 0.1)
+
+
+def test_tensorboard_has_every_step_once_after_a_stop(
+    tiny_run_recipe: Callable, tmp_path: Path, metrics: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The steps behind the last state are made twice, and tracked once."""
+    pytest.importorskip("tensorboard")
+    recipe = tiny_run_recipe("stages.finetune.checkpoint_every=2", "stages.pretrain.max_steps=1")
+    folder = tmp_path / "run"
+
+    def kill_in_the_second(self: StateWriter, step: int, *state: Any) -> None:
+        if step == 4:
+            raise RuntimeError("killed")
+        save(self, step, *state)
+
+    save = StateWriter.save
+    monkeypatch.setattr(StateWriter, "save", kill_in_the_second)
+    with pytest.raises(RuntimeError, match="killed"):
+        train(recipe, folder)
+    assert len(metrics(Run(folder).metrics("finetune"))) == 4
+    monkeypatch.undo()
+    train(recipe, folder)
+    rows = metrics(Run(folder).metrics("finetune"))
+    for key in ("loss", "learning_rate/projector", "tokens"):
+        assert _tensorboard(folder / "finetune", key) == [
+            (row["step"], pytest.approx(row[key])) for row in rows
+        ], key
+
+
+def _tensorboard(stage: Path, key: str) -> list[tuple[int, float]]:
+    """What is in the event files themselves, in the order of writing."""
+    from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+    events = [
+        event
+        for path in sorted((stage / "tensorboard").iterdir())
+        for event in EventFileLoader(str(path)).Load()
+    ]
+    return [
+        (event.step, value.tensor.float_val[0])
+        for event in events
+        for value in event.summary.value
+        if value.tag == key
+    ]

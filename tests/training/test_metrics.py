@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
-import torch
 
-from mipha.training.batches import Step
-from mipha.training.flops import StepFlops, Work
-from mipha.training.metrics import Meter, peak_flops
-from mipha.world import World
+from mipha.data.batches import Step
+from mipha.models.flops import StepFlops, Work
+from mipha.training.metrics import Meter
 
 STEP = Step(
     micro_batches=(),
@@ -40,17 +38,3 @@ def test_rates_are_of_real_work(tiny_model: Callable) -> None:
         assert row[f"{rate}_per_second"] == pytest.approx(count / row["seconds"])
     assert row["mfu_percent"] == pytest.approx(100 * row["teraflop"] * 1e12 / row["seconds"] / 5e9)
     assert "mfu_percent" not in Meter(flops, peak=None).measure(2, STEP, 2.0, 1.0, {})
-
-
-def test_a_peak_is_of_all_processes_and_never_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """H100 SXM: 989.5 TFLOP/s of bfloat16, 67 of float32; a T4 has no bfloat16."""
-    assert peak_flops(World(0, 2, torch.device("cpu")), None) is None
-    gpu = World(0, 4, torch.device("cuda", 0))
-    for name, dtype, peak in (
-        ("NVIDIA H100 80GB HBM3", torch.bfloat16, 4 * 989.5e12),
-        ("NVIDIA H100 80GB HBM3", None, 4 * 67e12),
-        ("Tesla T4", torch.bfloat16, None),
-        ("GPU of tomorrow", torch.bfloat16, None),
-    ):
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-        assert peak_flops(gpu, dtype) == peak

@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText
 from mipha.assistant import load
 from mipha.recipe import STAGES
 from mipha.run import Run, open_run
-from mipha.training.pipeline import autocast_dtype, train
+from mipha.training.pipeline import train
 
 
 @pytest.fixture(scope="module")
@@ -157,13 +157,6 @@ def test_fewer_samples_than_a_step_train_one_step(
     assert [row["samples"] for row in metrics(done.metrics("finetune"))] == [1]
 
 
-def test_precision_is_chosen_by_the_recipe_then_by_the_device() -> None:
-    cpu = torch.device("cpu")
-    assert autocast_dtype("float32", cpu) is None
-    assert autocast_dtype("bfloat16", cpu) is torch.bfloat16
-    assert autocast_dtype("auto", cpu) in (None, torch.bfloat16)
-
-
 def test_weights_stay_float32_under_bfloat16(
     tiny_run_recipe: Callable, tmp_path: Path, weights: Callable, metrics: Callable
 ) -> None:
@@ -175,3 +168,34 @@ def test_weights_stay_float32_under_bfloat16(
     )
     assert {weight.dtype for weight in weights(done.final_checkpoint()).values()} == {torch.float32}
     assert metrics(done.metrics("finetune"))[0]["loss"] > 0
+
+
+def test_a_folder_that_cannot_be_written_to_is_said_at_once(
+    tmp_path: Path, tiny_run_recipe: Callable
+) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        OSError,
+        match=r"file/run cannot be written to \(Not a directory\): choose another -o, or get the right",
+    ):
+        train(tiny_run_recipe("model.vision_tower=nothing/there"), tmp_path / "file" / "run")
+
+
+def test_a_package_that_is_not_installed_is_named_before_the_run_begins(
+    tiny_run_recipe: Callable, tmp_path: Path
+) -> None:
+    missing = next((name for name in ("wandb", "trackio") if not _installed(name)), None)
+    if missing is None:
+        pytest.skip("all trackers are installed")
+    message = (
+        rf'tracking with {missing} needs the Python package .*pip install "mipha-vlm\[{missing}\]'
+    )
+    with pytest.raises(ModuleNotFoundError, match=message):
+        train(tiny_run_recipe(), tmp_path / "run", track=[missing])
+    assert not (tmp_path / "run").exists()
+
+
+def _installed(name: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(name) is not None

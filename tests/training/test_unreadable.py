@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from mipha.data.images import is_readable
+from mipha.engine.states import StateWriter
 from mipha.recipe import Recipe
 from mipha.run import Run
-from mipha.training.checkpoint import StateWriter
 from mipha.training.pipeline import train
 
 FINETUNE = "stages.finetune."

@@ -64,11 +64,11 @@ def plan(
     import json
 
     from mipha.files import write_whole
+    from mipha.planning.plan import compare, device_named
+    from mipha.planning.plan import plan as plan_recipe
+    from mipha.planning.tables import as_json, print_plan
     from mipha.recipe import load_recipe
     from mipha.run import open_run
-    from mipha.training.plan import compare, device_named
-    from mipha.training.plan import plan as plan_recipe
-    from mipha.training.plan_tables import as_json, print_plan
 
     chosen = load_recipe(recipe).override(*(overrides or ()))
     wanted = device_named(device, chosen.precision)

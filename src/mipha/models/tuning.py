@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mipha.models.adapters import adapter_layers, adapter_parameters, add_adapters, linear_layers
 from mipha.models.modeling import LlavaForConditionalGeneration, parts
 from mipha.models.quantization import num_weights, quantize, weight_type
-from mipha.recipe import PARTS, Part, TuningRecipe
+from mipha.recipe import PARTS, Layered, Part, TuningRecipe
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,17 @@ def part_layers(model: LlavaForConditionalGeneration, part: Part) -> list[nn.Mod
         f"expected one stack of {depth} layers in {type(module).__name__}, found {len(stacks)}"
     )
     return list(stacks[0])
+
+
+def layers_of(
+    model: LlavaForConditionalGeneration,
+    parts: tuple[Layered, ...] = ("vision_tower", "language_model"),
+) -> list[nn.Module]:
+    """Return the repeated layers of several parts.
+
+    They are the units of sharding, of compiling and of activation checkpointing.
+    """
+    return [layer for part in parts for layer in part_layers(model, part)]
 
 
 def part_parameters(model: LlavaForConditionalGeneration, part: Part) -> dict[str, nn.Parameter]:

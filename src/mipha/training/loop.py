@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
-import signal
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from mipha.files import append_line, read_lines, write_whole
+from mipha.data.batches import Step, StepDataset, keep_step
+from mipha.engine.machine import peak_flops, return_freed_memory
+from mipha.engine.optimizer import Group, make_adamw, set_learning_rates, warmup_cosine
+from mipha.engine.precision import autocast as autocast_to
+from mipha.engine.progress import show_progress
+from mipha.engine.signals import stop_gently
+from mipha.engine.states import StateWriter, load_state
+from mipha.engine.trackers import Trackers, last_tracked
+from mipha.files import append_line, keep_lines, write_whole
+from mipha.models.flops import StepFlops
 from mipha.models.modeling import LlavaForConditionalGeneration
 from mipha.models.packed_attention import use_packed_attention
-from mipha.recipe import Recipe, StageName, StageRecipe
-from mipha.training.batches import Step, StepDataset, keep_step
-from mipha.training.checkpoint import StateWriter, load_state
-from mipha.training.flops import StepFlops
-from mipha.training.metrics import Meter, peak_flops
-from mipha.training.optim import make_optimizer, schedule, set_learning_rates
-from mipha.training.progress import show_progress
-from mipha.training.shard import layers_of, place
-from mipha.training.track import Trackers
+from mipha.models.tuning import layers_of, part_parameters
+from mipha.recipe import PARTS, Recipe, StageName, StageRecipe
+from mipha.training.metrics import Meter, describe_steps
+from mipha.training.shard import place
 from mipha.training.unreadable import Unreadable
 from mipha.world import World
 
@@ -74,10 +75,12 @@ def train_stage(
     optimizer = make_optimizer(model, stage)
     position = load_state(folder / "states", placed, optimizer, world) or {"step": 0}
     start = int(position["step"])
-    tracked = _last_tracked(folder) if world.is_first else 0
+    tracked = 0
+    if world.is_first:
+        tracked = last_tracked(folder / "metrics.jsonl", folder / "states" / "tracked.json")
     if world.is_first:
         for file in ("metrics.jsonl", "answers.jsonl", "unreadable.jsonl"):
-            _forget_after(folder / file, start)
+            keep_lines(folder / file, start)
         (folder / "nonfinite.json").unlink(missing_ok=True)
     world.barrier()
     loader = DataLoader(
@@ -93,18 +96,24 @@ def train_stage(
         if stage.unreadable_images == "substitute"
         else None
     )
-    trackers = Trackers(track if world.is_first else None, folder, recipe)
+    trackers = Trackers(
+        track if world.is_first else None,
+        folder,
+        f"{folder.parent.name}-{folder.name}-{recipe.digest()}",
+        recipe.model_dump(mode="json"),
+        tracked,
+    )
     meter.restart()
     with (
-        show_progress(name, len(steps), world.is_first) as show,
-        _stop_gently() as stopped,
+        show_progress(name, len(steps), describe_steps, world.is_first) as show,
+        stop_gently(world) as is_stopped,
         trackers,
     ):
         for number, step in enumerate(loader, start=start + 1):
             torch.manual_seed(
                 recipe.seed * 1_000_003 + number
             )  # dropout after a resume is what it would have been
-            set_learning_rates(optimizer, schedule(number - 1, len(steps), stage.warmup_ratio))
+            set_learning_rates(optimizer, warmup_cosine(number - 1, len(steps), stage.warmup_ratio))
             substituted = (
                 {"substituted_images": unreadable.record(number, step)} if unreadable else {}
             )
@@ -135,12 +144,11 @@ def train_stage(
                 meter.restart()
             if world.is_first:
                 append_line(folder / "metrics.jsonl", metrics)
-                if number > tracked:
-                    trackers.log(metrics)
+                trackers.log(metrics)
             show(metrics)
             if world.device.type == "cpu":
-                _return_freed_memory()
-            stop = _anyone(stopped(), world)
+                return_freed_memory()
+            stop = is_stopped()
             writer.poll()
             if number % stage.checkpoint_every == 0 or number == len(steps) or stop:
                 writer.save(number, placed, optimizer, {"seed": recipe.seed})
@@ -149,6 +157,16 @@ def train_stage(
                 raise KeyboardInterrupt
     writer.finish()
     return placed
+
+
+def make_optimizer(model: LlavaForConditionalGeneration, stage: StageRecipe) -> torch.optim.AdamW:
+    """Return AdamW with a group for each trained part, at the learning rate of that part."""
+    groups = []
+    for part in PARTS:
+        parameters = part_parameters(model, part).values()
+        if trained := [parameter for parameter in parameters if parameter.requires_grad]:
+            groups.append(Group(part, trained, stage.peak_learning_rate(part)))
+    return make_adamw(groups, stage.adam_betas, stage.adam_eps, stage.weight_decay, fused=True)
 
 
 def _optimize(
@@ -164,7 +182,7 @@ def _optimize(
     total = torch.zeros((), device=world.device)
     for batch in step.micro_batches:
         batch = {key: value.to(world.device, non_blocking=True) for key, value in batch.items()}
-        with torch.autocast(world.device.type, dtype=autocast, enabled=autocast is not None):
+        with autocast_to(world.device, autocast):
             loss_sum = model(**batch).loss_sum
         # Each token weighs the same, in whichever micro-batch or process it is; sharding averages over processes.
         if loss_sum.requires_grad:  # not where only the projector trains and the rows have no image
@@ -193,12 +211,6 @@ def _require_gradients(model: nn.Module) -> None:
             f"{len(without)} of {len(trained)} tensors that are to train get no gradient, {without[0]} for one: look for code on their way "
             "to the loss that cuts it (no_grad, detach), or freeze that part in `tuning`"
         )
-
-
-def _return_freed_memory() -> None:
-    """Give the system back what a step freed: rows of ever new lengths leave holes that glibc keeps, gigabytes over an hour."""
-    with suppress(OSError, AttributeError):  # another C library: nothing to trim
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _train_mode(model: LlavaForConditionalGeneration) -> None:
@@ -235,43 +247,3 @@ def _report_nonfinite(
         "intact: mend those samples and run the same command again, or train into another folder with a lower learning rate or "
         "precision=float32"
     )
-
-
-def _forget_after(path: Path, step: int) -> None:
-    """Drop metrics of steps that will be made again."""
-    if path.exists():
-        kept = [line for line in read_lines(path) if line["step"] <= step]
-        write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
-
-
-def _last_tracked(folder: Path) -> int:
-    """The last step that trackers were given: kept apart, for metrics behind the newest state are dropped, and a tracker keeps its own."""
-    path = folder / "states" / "tracked.json"
-    known = json.loads(path.read_text(encoding="utf-8"))["step"] if path.is_file() else 0
-    last = max((line["step"] for line in read_lines(folder / "metrics.jsonl")), default=0)
-    write_whole(path, json.dumps({"step": max(known, last)}))
-    return max(known, last)
-
-
-def _anyone(flag: bool, world: World) -> bool:
-    return (
-        bool(world.total(torch.tensor(int(flag), device=world.device))) if world.size > 1 else flag
-    )
-
-
-@contextmanager
-def _stop_gently() -> Iterator[Callable[[], bool]]:
-    """Ctrl-C and SIGTERM wait for the end of the step; a second Ctrl-C does not."""
-    signals: list[int] = []
-
-    def handle(number: int, frame: object) -> None:
-        if signals:
-            raise KeyboardInterrupt
-        signals.append(number)
-
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: bool(signals)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

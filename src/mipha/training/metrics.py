@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-import torch
-
-from mipha.catalog.devices import device_reported_as
-from mipha.training.batches import Step
-from mipha.training.flops import StepFlops, Work
-from mipha.world import World
+from mipha.data.batches import Step
+from mipha.engine.machine import peak_memory_gib
+from mipha.engine.progress import Shown
+from mipha.models.flops import StepFlops, Work
 
 
 class Meter:
@@ -76,26 +74,20 @@ class Meter:
         }
 
 
-def peak_flops(world: World, autocast: torch.dtype | None) -> float | None:
-    """What all processes together could compute, FLOP/s, by their makers' sheets; null where the catalog does not know the device.
+def describe_steps(steps: Sequence[Mapping[str, Any]]) -> Shown:
+    """Return what the progress shows of the last steps; 80 columns hold it."""
+    last, seconds = steps[-1], sum(step["seconds"] for step in steps)
+    padding = sum(step["padding_percent"] for step in steps) / len(steps)
+    rates = [
+        f"{sum(step['tokens'] for step in steps) / seconds:,.0f} tokens/s",
+        f"{sum(step['images'] for step in steps) / seconds:,.1f} images/s",
+        f"padding {padding:.1f} %",
+        f"{last['peak_memory_gib']:.1f} GiB",
+    ]
+    if "mfu_percent" in last:
+        mfu = sum(step["mfu_percent"] * step["seconds"] for step in steps) / seconds
+        rates.insert(3, f"MFU {mfu:.1f} %")
 
-    Args:
-        autocast: Type that matrix products run in; null for float32.
-    """
-    entry = (
-        device_reported_as(torch.cuda.get_device_name(world.device))
-        if world.device.type == "cuda"
-        else None
-    )
-    tflops = (
-        entry.tflops("bfloat16" if autocast is torch.bfloat16 else "float32") if entry else None
-    )
-    return tflops * 1e12 * world.size if tflops else None
-
-
-def peak_memory_gib() -> float:
-    """The most memory this process has held: on the GPU where there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
+    unread = sum(step.get("substituted_images", 0) for step in steps)
+    warning = f"{unread} unreadable images in the last {len(steps)} steps" if unread else ""
+    return Shown(f"loss {last['loss']:.3f}", "  ".join(rates), warning)

@@ -13,9 +13,13 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from transformers import LlavaProcessor
 
 from mipha.comparison.figures import plot_metrics
+from mipha.data.batches import StepDataset
 from mipha.data.encode import encode
 from mipha.data.images import ImageSource, is_readable, open_image
 from mipha.data.mixture import Mixture, check_samples
+from mipha.engine.machine import check_free_space, check_writable
+from mipha.engine.precision import autocast_dtype
+from mipha.engine.trackers import check_trackers
 from mipha.files import read_lines
 from mipha.models.adapters import merged_weights, remove_adapters, save_adapter
 from mipha.models.build import build, save_checkpoint
@@ -26,8 +30,6 @@ from mipha.models.quantization import check_quantization
 from mipha.models.tuning import TunedPart, apply_tuning, check_tuning, tuned_modules
 from mipha.recipe import PARTS, STAGES, Recipe, StageName
 from mipha.run import Run, create_run
-from mipha.training.batches import StepDataset
-from mipha.training.checkpoint import check_writable
 from mipha.training.frozen import keep_frozen_in_bfloat16, kept_in, with_originals
 from mipha.training.loop import train_stage
 from mipha.training.proof import (
@@ -39,7 +41,6 @@ from mipha.training.proof import (
     tuning_table,
     write_report,
 )
-from mipha.training.track import check_trackers
 from mipha.training.validation import Validation
 from mipha.world import World, join_world
 
@@ -119,7 +120,7 @@ def _train_stage(
     base = run.checkpoint("pretrain") if name == "finetune" else folder / "base"
     if world.is_first and stage.tuning.adapted and not base.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
-        _check_disk(folder, size)
+        check_free_space(folder, size)
         save_checkpoint(
             model, processor, base
         )  # adapters are of use with their base alone, and the first stage's is on no disk yet
@@ -134,7 +135,7 @@ def _train_stage(
             if parameter.requires_grad
         )
         # The kept states and the one being written (weights and two moments each), the start, the adapter, and the checkpoint.
-        _check_disk(folder, (3 * (recipe.keep_states + 1) + 2) * trained + size)
+        check_free_space(folder, (3 * (recipe.keep_states + 1) + 2) * trained + size)
         refuse_contradictions(folder / "tuning.json")
         record_start(model, start)
     originals = keep_frozen_in_bfloat16(model, world.device) if autocast is torch.bfloat16 else {}
@@ -224,29 +225,6 @@ def _first_images(mixture: Mixture, processor: LlavaProcessor, only_readable: bo
             "calibrate_projector needs images, but the pretrain data have none: set model.calibrate_projector=false"
         )
     return processor.image_processor(images, return_tensors="pt")["pixel_values"]
-
-
-def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """The type that matrix products run in; weights and optimizer stay float32.
-
-    On a CPU, bfloat16 pays where the processor computes in it (1.7 times, AVX-512 BF16); elsewhere it is emulated and slow.
-    """
-    if precision == "float32":
-        return None
-    native = (
-        torch.cuda.is_bf16_supported(including_emulation=False)
-        if device.type == "cuda"
-        else torch.cpu._is_avx512_bf16_supported()
-    )
-    return torch.bfloat16 if precision == "bfloat16" or native else None
-
-
-def _check_disk(folder: Path, need: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < need:
-        raise OSError(
-            f"{folder} has {free / 1e9:.1f} GB free, but this stage writes up to {need / 1e9:.1f} GB: free some, or choose another -o"
-        )
 
 
 def _announce(

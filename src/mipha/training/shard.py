@@ -14,8 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from mipha.models.modeling import LlavaForConditionalGeneration
-from mipha.models.tuning import part_layers
-from mipha.recipe import Layered
+from mipha.models.tuning import layers_of
 from mipha.world import World
 
 
@@ -46,14 +45,6 @@ def place(
             fully_shard(layer, **options)
         fully_shard(model, **options)
     return model
-
-
-def layers_of(
-    model: LlavaForConditionalGeneration,
-    parts: tuple[Layered, ...] = ("vision_tower", "language_model"),
-) -> list[nn.Module]:
-    """The repeated layers of tower and language model: the units of sharding, of compiling and of activation checkpointing."""
-    return [layer for part in parts for layer in part_layers(model, part)]
 
 
 def mesh_of(sharding: str, world: World) -> DeviceMesh:

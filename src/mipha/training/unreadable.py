@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from mipha.data.batches import Step
 from mipha.data.collate import Substituted
 from mipha.files import append_line, read_lines
-from mipha.training.batches import Step
 from mipha.world import World
 
 ALL_GONE = 8

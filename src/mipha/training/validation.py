@@ -12,13 +12,14 @@ from torch import nn
 from transformers import LlavaProcessor
 
 from mipha.assistant import Assistant
+from mipha.data.batches import StepDataset
 from mipha.data.images import is_readable
 from mipha.data.mixture import Mixture
 from mipha.data.sample import IMAGE, Sample
+from mipha.engine.precision import autocast
 from mipha.files import append_line
 from mipha.models.modeling import LlavaForConditionalGeneration
 from mipha.recipe import StageRecipe
-from mipha.training.batches import StepDataset
 from mipha.world import World
 
 NUM_SAMPLES = 256
@@ -83,17 +84,11 @@ class Validation:
                 substituted += len(step.substituted)
                 for batch in step.micro_batches:
                     batch = {key: value.to(self.world.device) for key, value in batch.items()}
-                    with torch.autocast(
-                        self.world.device.type,
-                        dtype=self.autocast,
-                        enabled=self.autocast is not None,
-                    ):
+                    with autocast(self.world.device, self.autocast):
                         total += model(**batch).loss_sum
             if self.asked:
                 # Frozen layers may be kept in the type that products run in.
-                with torch.autocast(
-                    self.world.device.type, dtype=self.autocast, enabled=self.autocast is not None
-                ):
+                with autocast(self.world.device, self.autocast):
                     self._answer(model, number)
         measured = {"validation_loss": float(self.world.total(total) / supervised)}
         if self.substitutes:

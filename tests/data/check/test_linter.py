@@ -300,8 +300,8 @@ def test_histogram_counts_everything_once() -> None:
 def test_steps_tokens_and_packing_are_those_of_training(
     batching: str, tiny_data: Path, tiny_model, tiny_run_recipe
 ) -> None:
+    from mipha.data.batches import StepDataset
     from mipha.data.mixture import Mixture
-    from mipha.training.batches import StepDataset
 
     stage = _stage(
         tiny_run_recipe,

@@ -21,18 +21,18 @@ import torch
 
 from mipha.catalog.devices import DEVICES
 from mipha.catalog.published_data import PUBLISHED_DATA, PublishedData
+from mipha.data.batches import StepDataset
 from mipha.data.check.packing import num_steps
 from mipha.data.mixture import Mixture
 from mipha.files import read_lines
 from mipha.lookup import did_you_mean
 from mipha.models.build import load_parts_processor, skeleton
+from mipha.models.flops import StepFlops, Work
 from mipha.models.modeling import LlavaForConditionalGeneration
 from mipha.models.tuning import TunedPart, apply_tuning
+from mipha.planning.memory import MicroBatch, kept_bytes, memory_of
 from mipha.recipe import STAGES, Recipe, StageName, StageRecipe
 from mipha.run import Run
-from mipha.training.batches import StepDataset
-from mipha.training.flops import StepFlops, Work
-from mipha.training.memory import MicroBatch, kept_bytes, memory_of
 
 EFFICIENCY = {"gpu": 0.4, "cpu": 0.5}
 """Share of the peak that a step reaches, where no run says better: 0.4 is common for models of this size on an H100; 0.5 of its own

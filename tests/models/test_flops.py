@@ -9,9 +9,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mipha.models.build import skeleton
+from mipha.models.flops import StepFlops, Unit, Work
 from mipha.models.tuning import apply_tuning
 from mipha.recipe import ModelRecipe, TuningRecipe
-from mipha.training.flops import StepFlops, Unit, Work
 
 FULL = {"vision_tower": "full", "projector": "full", "language_model": "full"}
 FROZEN = dict.fromkeys(FULL, "frozen")

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mipha.training.plan import Compared, Device, StagePlan
+from mipha.planning.plan import Compared, Device, StagePlan
 
 console = Console()
 

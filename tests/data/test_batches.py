@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from transformers import LlavaProcessor
 
+from mipha.data.batches import StepDataset, deal
 from mipha.data.mixture import Mixture
 from mipha.data.packing import Row
 from mipha.recipe import StageRecipe
-from mipha.training.batches import StepDataset, deal
 
 FINETUNE = "stages.finetune."
 

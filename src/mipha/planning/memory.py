@@ -15,8 +15,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from mipha.models.loss import CHUNK
 from mipha.models.modeling import LlavaForConditionalGeneration
+from mipha.models.tuning import layers_of
 from mipha.recipe import PARTS, StageRecipe
-from mipha.training.shard import layers_of
 
 OVERHEAD = {"gpu": 1.2e9, "cpu": 0.6e9}
 """Bytes of the process itself: CUDA's context and libraries; Python, torch and transformers."""

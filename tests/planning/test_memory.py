@@ -7,8 +7,8 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 
 from mipha.models.tuning import apply_tuning
+from mipha.planning.memory import MicroBatch, kept_bytes, memory_of
 from mipha.recipe import StageRecipe, TuningRecipe
-from mipha.training.memory import MicroBatch, kept_bytes, memory_of
 
 BATCH = MicroBatch(rows=2, tokens=24, images=3)
 

@@ -6,20 +6,22 @@ import errno
 import json
 import os
 import shutil
-import signal
 import threading
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemWriter
 
-from mipha.recipe import Recipe
-from mipha.run import Run
-from mipha.training import checkpoint
-from mipha.training.checkpoint import StateWriter, check_writable, list_states, load_state
-from mipha.training.pipeline import train
+from mipha.engine.states import (
+    StateWriter,
+    list_states,
+    load_state,
+    load_tensors,
+    newest_state,
+    save_tensors,
+    seal_state,
+)
 from mipha.world import World
 
 HERE = World(0, 1, torch.device("cpu"))
@@ -141,39 +143,6 @@ def test_a_state_of_the_right_size_that_cannot_be_read_falls_back_too(
     assert position == {"step": 1}
 
 
-def test_a_run_whose_newest_state_is_torn_ends_in_the_same_weights(
-    tiny_run_recipe: Callable,
-    tmp_path: Path,
-    weights: Callable,
-    metrics: Callable,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    recipe: Recipe = tiny_run_recipe("stages.finetune.checkpoint_every=1")
-    whole = train(recipe, tmp_path / "whole")
-    saves = []
-
-    def stop_after_four(self: StateWriter, step: int, *state) -> None:
-        save(self, step, *state)
-        saves.append(step)
-        if len(saves) == 1 + 4:  # pretrain saves after its second and last step
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    save = StateWriter.save
-    monkeypatch.setattr(StateWriter, "save", stop_after_four)
-    with pytest.raises(KeyboardInterrupt):
-        train(recipe, tmp_path / "torn")
-    monkeypatch.undo()
-    run = Run(tmp_path / "torn")
-    *_, before, newest = list_states(run.states("finetune"))
-    for path in newest.glob("*.distcp"):
-        os.truncate(path, path.stat().st_size - 1)
-    assert list_states(run.states("finetune"))[-1] == before
-    train(recipe, run.folder)
-    mine, theirs = weights(run.final_checkpoint()), weights(whole.final_checkpoint())
-    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
-    assert [row["step"] for row in metrics(run.metrics("finetune"))] == [1, 2, 3, 4, 5, 6]
-
-
 def test_what_a_killed_writer_left_is_overwritten(small: tuple, tmp_path: Path) -> None:
     beside = tmp_path / ".step-00000001.partial"
     beside.mkdir()
@@ -183,7 +152,7 @@ def test_what_a_killed_writer_left_is_overwritten(small: tuple, tmp_path: Path) 
     assert not beside.exists()
     assert not (tmp_path / "step-00000001" / "rubbish").exists()
     shutil.rmtree(tmp_path / "step-00000001")
-    assert checkpoint.list_states(tmp_path) == []
+    assert list_states(tmp_path) == []
 
 
 def test_as_many_are_kept_as_asked_for(small: tuple, tmp_path: Path) -> None:
@@ -267,14 +236,51 @@ def test_a_state_that_cannot_be_written_is_said_and_the_one_before_stays(
     assert [path.name for path in list_states(tmp_path)] == ["step-00000001", "step-00000002"]
 
 
-def test_a_folder_that_cannot_be_written_to_is_said_at_once(
-    tmp_path: Path, tiny_run_recipe: Callable
+def test_named_tensors_are_read_back(small: tuple, tmp_path: Path) -> None:
+    model, optimizer = small
+    weights = dict(model.trained.named_parameters())
+    assert load_tensors(tmp_path, weights, optimizer) is None
+    for step in (2, 10, 100):
+        take_step(model, optimizer)
+        saved = model.trained.weight.detach().clone()
+        save_tensors(tmp_path / f"checkpoint-{step}", weights, optimizer, {"price": step / 2})
+    assert [state.name for state in list_states(tmp_path)] == ["checkpoint-10", "checkpoint-100"]
+    assert len(list(tmp_path.iterdir())) == 2
+    take_step(model, optimizer)
+    after = model.trained.weight.detach().clone()
+
+    other = Small()
+    other.frozen.load_state_dict(model.frozen.state_dict())
+    other_optimizer = torch.optim.AdamW(other.trained.parameters(), lr=0.1)
+    position = load_tensors(tmp_path, dict(other.trained.named_parameters()), other_optimizer)
+    assert position == {"step": 100, "price": 50.0}
+    assert torch.equal(other.trained.weight, saved)
+    take_step(other, other_optimizer)
+    assert torch.equal(other.trained.weight, after), "the optimizer's moments came back too"
+
+
+def test_a_killed_writer_of_named_tensors_leaves_the_state_before(
+    small: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_writable(tmp_path / "new")
-    assert list((tmp_path / "new").iterdir()) == []
-    (tmp_path / "file").touch()
-    with pytest.raises(
-        OSError,
-        match=r"file/run cannot be written to \(Not a directory\): choose another -o, or get the right",
-    ):
-        train(tiny_run_recipe("model.vision_tower=nothing/there"), tmp_path / "file" / "run")
+    model, optimizer = small
+    weights = dict(model.trained.named_parameters())
+    save_tensors(tmp_path / "checkpoint-1", weights, optimizer, {})
+    monkeypatch.setattr("mipha.engine.states.seal_state", lambda state: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        save_tensors(tmp_path / "checkpoint-2", weights, optimizer, {})
+    assert load_tensors(tmp_path, weights, optimizer) == {"step": 1}
+
+
+def test_states_of_another_program_are_sealed_and_found_by_their_number(tmp_path: Path) -> None:
+    for step in (2, 10, 14, 20):
+        state = tmp_path / f"checkpoint-{step}"
+        (state / "inside").mkdir(parents=True)
+        (state / "inside" / "optimizer.pt").write_bytes(b"1234")
+        if step != 20:
+            seal_state(state)
+    (tmp_path / "checkpoint-14" / "inside" / "optimizer.pt").write_bytes(b"12")  # cut short since
+    assert newest_state(tmp_path) == tmp_path / "checkpoint-10"
+    assert len(list(tmp_path.iterdir())) == 4
+    assert newest_state(tmp_path, remove_torn=True) == tmp_path / "checkpoint-10"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2"]
+    assert newest_state(tmp_path / "nothing", remove_torn=True) is None

@@ -9,9 +9,9 @@ import pytest
 
 from mipha.catalog.published_data import PUBLISHED_DATA
 from mipha.files import append_line
+from mipha.planning.plan import Device, compare, device_named, plan
 from mipha.recipe import load_recipe
 from mipha.run import create_run
-from mipha.training.plan import Device, compare, device_named, plan
 
 SMALL = Device("small", "cpu", 1e11, 8e9, autocast=False)
 

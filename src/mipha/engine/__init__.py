@@ -1,0 +1,1 @@
+"""What every trainer needs, once: optimizer, states, precision, progress, trackers, signals."""

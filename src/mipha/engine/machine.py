@@ -1,0 +1,85 @@
+"""The machine that trains: its disk, its memory, its peak of computation."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import shutil
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from mipha.catalog.devices import device_reported_as
+from mipha.world import World
+
+
+def check_writable(folder: Path) -> None:
+    """Write a file in a folder and remove it, before hours are spent on results.
+
+    Raises:
+        OSError: The folder cannot be written to.
+    """
+    probe = folder / f".probe.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_bytes(bytes(4096))
+        probe.unlink()
+    except OSError as error:
+        raise OSError(
+            f"{folder} cannot be written to ({error.strerror}): "
+            "choose another -o, or get the right to write there"
+        ) from error
+
+
+def check_free_space(folder: Path, need: int) -> None:
+    """Refuse a disk that is too small.
+
+    Args:
+        need: Bytes that will be written.
+
+    Raises:
+        OSError: The disk of the folder has less than that free.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise OSError(
+            f"{folder} has {free / 1e9:.1f} GB free, but this stage writes up to "
+            f"{need / 1e9:.1f} GB: free some, or choose another -o"
+        )
+
+
+def peak_memory_gib() -> float:
+    """Return the most memory that this process has held: on its GPU, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
+
+
+def return_freed_memory() -> None:
+    """Return freed memory to the system.
+
+    Rows of ever new lengths leave holes that glibc keeps: gigabytes over an hour.
+    """
+    with suppress(OSError, AttributeError):  # another C library has nothing to trim
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def peak_flops(world: World, autocast: torch.dtype | None) -> float | None:
+    """Return what all processes together could compute by their makers' sheets, in FLOP/s.
+
+    Args:
+        autocast: Type that matrix products run in; None for float32.
+
+    Returns:
+        None where the catalog does not know the device.
+    """
+    if world.device.type != "cuda":
+        return None
+    entry = device_reported_as(torch.cuda.get_device_name(world.device))
+    dtype = "bfloat16" if autocast is torch.bfloat16 else "float32"
+    tflops = entry.tflops(dtype) if entry else None
+    return tflops * 1e12 * world.size if tflops else None

@@ -1,0 +1,1 @@
+"""Predict what a recipe takes before it runs: parameters, memory, time and cost."""
