@@ -26,14 +26,14 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlavaConfig, SiglipVisionConfig
 from ways import stock_model
 
-from mipha.data.collate import collate
+from mipha.data.collate import collate, to_device
 from mipha.data.encode import IGNORE, Encoded
 from mipha.data.images import grey_image
 from mipha.data.packing import Row, make_rows
+from mipha.models.attention import use_segments
 from mipha.models.build import skeleton
 from mipha.models.flops import StepFlops, Work
 from mipha.models.modeling import LlavaForConditionalGeneration
-from mipha.models.packed_attention import use_packed_attention
 from mipha.models.tuning import apply_tuning
 from mipha.recipe import ModelRecipe, TuningRecipe
 
@@ -197,7 +197,7 @@ def _step(
     device = model.device
     model.set_attn_implementation("sdpa" if own else "eager")
     if own:
-        use_packed_attention(model)
+        use_segments(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # A rate of zero: every call starts from the same weights, and does all of the work.
     optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0, fused=own or None)
@@ -232,7 +232,7 @@ def _batch(
             torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]
         ).long()
         del batch["position_ids"], batch["spans"]
-    return {key: value.to(device) for key, value in batch.items()}
+    return to_device(batch, device)
 
 
 def main() -> None:

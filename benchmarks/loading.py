@@ -138,8 +138,7 @@ def million(number: int) -> dict[str, Any]:
 
 def read_file(file: Path) -> dict[str, Any]:
     """Index, check, order and read a file, with what this process holds after each."""
-    from mipha.data.mixture import Mixture, check_samples
-    from mipha.data.order import epoch_order
+    from mipha.data.mixture import Mixture
     from mipha.recipe import DataRecipe
 
     found: dict[str, Any] = {"megabytes_before": round(_megabytes())}
@@ -158,9 +157,9 @@ def read_file(file: Path) -> dict[str, Any]:
     draw = random.Random(1)
     places = [draw.randrange(len(mixture)) for _ in range(min(RANDOM_READS, len(mixture)))]
     timed("random_reads", lambda: [mixture[place] for place in places] and None)
-    timed("check", lambda: check_samples(mixture))
-    timed("order", lambda: epoch_order(mixture, 0, 0, None))
-    timed("order, 8 an image", lambda: epoch_order(mixture, 0, 0, 8))
+    timed("check", mixture.check)
+    timed("order", lambda: mixture.epoch_order(0, 0))
+    timed("order, 8 an image", lambda: mixture.epoch_order(0, 0, 8))
     return found | {
         "samples": len(mixture),
         "random_reads_per_second": round(len(places) / max(found["random_reads"]["seconds"], 1e-3)),

@@ -14,13 +14,13 @@ from transformers import LlavaProcessor
 from workloads import TUNING, Workload, stage_recipe, write_samples
 
 from mipha.data.batches import StepDataset
-from mipha.data.collate import collate, isolation_mask
+from mipha.data.collate import collate
 from mipha.data.encode import IGNORE, Encoded
 from mipha.data.mixture import Mixture
 from mipha.data.packing import Row, make_rows
+from mipha.models.attention import dense_mask, use_segments
 from mipha.models.build import build
 from mipha.models.modeling import LlavaForConditionalGeneration
-from mipha.models.packed_attention import use_packed_attention
 from mipha.models.tuning import apply_tuning
 from mipha.models.vision_tower import load_vision_tower
 from mipha.recipe import ModelRecipe
@@ -166,7 +166,7 @@ class Trial:
         self.model.config.vision_feature_layer = -1 if way.pruned else self._layer_read
         self.model.set_attn_implementation(way.attention)
         if way.own_loss:
-            use_packed_attention(self.model)
+            use_segments(self.model)
         return self.model if way.own_loss else stock_model(self.model)
 
     def _optimizer(self, way: Way) -> torch.optim.Optimizer:
@@ -221,9 +221,7 @@ def _for_stock(rows: Sequence[Row], processor: LlavaProcessor) -> dict[str, Tens
     batch = collate(rows, processor)
     keys = {"input_ids", "labels", "pixel_values"}
     if len(rows) == 1 and len(rows[0].ids) > 1:
-        mask = isolation_mask(
-            torch.from_numpy(rows[0].group)[None], torch.from_numpy(rows[0].branch)[None]
-        )
+        mask = dense_mask(batch["spans"], len(rows[0]))
         return {key: batch[key] for key in keys | {"position_ids"}} | {"attention_mask": mask}
     lengths = torch.tensor([len(row) for row in rows])
     mask = (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long()

@@ -96,6 +96,7 @@ def test_a_step_does_not_depend_on_the_steps_before(
             alone.micro_batches, read_through[number].micro_batches, strict=True
         ):
             assert batch.keys() == other.keys()
+            assert batch.pop("spans") == other.pop("spans")
             assert all(torch.equal(batch[key], other[key]) for key in batch)
 
 
@@ -199,10 +200,10 @@ def test_deal_gives_the_next_row_to_the_process_with_the_least() -> None:
 
 def row(length: int) -> Row:
     ones = np.ones(length, dtype=np.int64)
-    return Row(("a",), ones, ones, np.arange(length), ones * 0, ones * 0, (), ())
+    return Row(("a",), ones, ones, np.arange(length), ((False, length),), (), ())
 
 
-def test_micro_batches_are_tensors_a_model_takes(
+def test_micro_batches_are_what_a_model_takes(
     mixture: Mixture, processor: LlavaProcessor, stage: Callable
 ) -> None:
     batch = StepDataset(mixture, processor, stage(), seed=0)[0].micro_batches[0]
@@ -210,11 +211,13 @@ def test_micro_batches_are_tensors_a_model_takes(
         "input_ids",
         "labels",
         "position_ids",
-        "attention_mask",
         "pixel_values",
         "spans",
     }
-    assert all(isinstance(value, Tensor) for value in batch.values())
+    assert all(isinstance(batch[key], Tensor) for key in batch if key != "spans")
+    assert all(
+        sum(tokens for _, tokens in row) <= batch["input_ids"].shape[1] for row in batch["spans"]
+    )
 
 
 def test_weights_and_caps_decide_what_an_epoch_shows(

@@ -7,13 +7,10 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 from transformers import LlavaProcessor
 
-from mipha.data.collate import collate, isolation_mask
+from mipha.data.collate import collate, to_device
 from mipha.data.encode import IGNORE, Encoded
 from mipha.data.packing import make_rows
 
@@ -40,45 +37,6 @@ def sample(name: str, length: int, image: bytes | None = None) -> Encoded:
     )
 
 
-layouts = st.lists(
-    st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=3), min_size=1, max_size=3),
-    min_size=1,
-    max_size=3,
-)
-"""Rows of groups of branch lengths; a group's first is its prefix."""
-
-
-@given(layout=layouts)
-def test_a_token_sees_its_own_past_and_nothing_else(layout: list[list[list[int]]]) -> None:
-    length = max(sum(map(sum, row)) for row in layout)
-    group, branch = (
-        torch.full((len(layout), length), -1),
-        torch.zeros(len(layout), length, dtype=torch.int64),
-    )
-    for number, row in enumerate(layout):
-        start = 0
-        for which, branches in enumerate(row):
-            for part, size in enumerate(branches):
-                group[number, start : start + size], branch[number, start : start + size] = (
-                    which,
-                    part,
-                )
-                start += size
-    mask = isolation_mask(group, branch)
-    assert mask.shape == (len(layout), 1, length, length)
-    for row in range(len(layout)):
-        for query in range(length):
-            for key in range(length):
-                apart = group[row, query] != group[row, key]
-                other_branch = branch[row, key] not in (0, branch[row, query])
-                sees = mask[row, 0, query, key] == 0
-                assert sees == (key <= query and not apart and not other_branch)
-                assert sees or mask[row, 0, query, key] == torch.finfo(torch.float32).min
-            assert mask[row, 0, query, query] == 0, (
-                "no row of the mask is empty: its softmax would not be a number"
-            )
-
-
 def test_padding_is_on_the_right_and_not_trained_on(processor: LlavaProcessor) -> None:
     rows = make_rows([sample("a", 9), sample("b", 5)], 20, "padded")
     batch = collate(rows, processor)
@@ -92,15 +50,26 @@ def test_padding_is_on_the_right_and_not_trained_on(processor: LlavaProcessor) -
     )
 
 
-def test_a_row_of_one_sample_needs_no_mask(processor: LlavaProcessor) -> None:
-    samples = [sample("a", 9), sample("b", 5)]
-    assert "attention_mask" not in collate(make_rows(samples, 20, "padded"), processor)
-    assert "attention_mask" not in collate(make_rows(samples[:1], 20, "packed"), processor)
-    assert "attention_mask" in collate(make_rows(samples, 20, "packed"), processor)
-    assert "attention_mask" in collate(
-        make_rows([sample("a", 9, picture(1)), sample("b", 9, picture(1))], 20, "shared-image"),
-        processor,
-    )
+def test_spans_say_who_sees_whom_and_there_is_no_mask(processor: LlavaProcessor) -> None:
+    def spans(batching: str, *samples: Encoded) -> object:
+        batch = collate(make_rows(samples, 20, batching), processor)
+        assert "attention_mask" not in batch
+        return batch["spans"]
+
+    first, second = sample("a", 9), sample("b", 5)
+    assert spans("padded", first, second) == (((False, 9),), ((False, 5),))
+    assert spans("packed", first) == (((False, 9),),)
+    assert spans("packed", first, second) == (((False, 9), (False, 5)),)
+    shared = [sample("a", 9, picture(1)), sample("b", 6, picture(1))]
+    assert spans("shared-image", *shared) == (((False, 2), (True, 7), (True, 4)),)
+
+
+def test_tensors_go_to_the_device_and_spans_stay(processor: LlavaProcessor) -> None:
+    batch = collate(make_rows([sample("a", 9)], 20, "padded"), processor)
+    moved = to_device(batch, "meta")
+    assert moved["spans"] is batch["spans"] and moved.keys() == batch.keys()
+    assert all(moved[key].device.type == "meta" for key in moved if key != "spans")
+    assert batch["input_ids"].device.type == "cpu"
 
 
 def test_images_come_in_reading_order(processor: LlavaProcessor) -> None:

@@ -13,8 +13,7 @@ import pytest
 from PIL import Image
 
 from mipha.data.images import grey_image
-from mipha.data.mixture import Mixture, check_samples, list_datasets, load_dataset_module
-from mipha.data.order import epoch_order
+from mipha.data.mixture import Mixture, list_datasets, load_dataset_module
 from mipha.recipe import DataRecipe
 
 
@@ -159,7 +158,7 @@ def test_missing_images_are_named_before_anything_is_trained(
         FileNotFoundError,
         match=r"2 of 3 image files are missing, for example .*0\.png of sample messages/train/1",
     ):
-        check_samples(Mixture([DataRecipe(dataset="messages", root=path)]))
+        Mixture([DataRecipe(dataset="messages", root=path)]).check()
 
 
 def test_weights_and_caps_say_what_an_epoch_shows(write: Callable) -> None:
@@ -171,11 +170,11 @@ def test_weights_and_caps_say_what_an_epoch_shows(write: Callable) -> None:
     mixture = Mixture([*data, write("d", [None] * 2)])
     assert len(mixture) == 32
     assert mixture.num_per_epoch == 20 + 3 + 4 + 2
-    order = epoch_order(mixture, 0, 0, None)
+    order = mixture.epoch_order(0, 0)
     assert mixture.count_sources(order) == {"a.jsonl": 20, "b.jsonl": 3, "c.jsonl": 4, "d.jsonl": 2}
     assert np.bincount(order, minlength=32).tolist()[:10] == [2] * 10
     assert order.tolist() != sorted(order.tolist())
-    assert sorted(epoch_order(mixture, 0, 0, 4)) == sorted(order), "bundles are of the same samples"
+    assert sorted(mixture.epoch_order(0, 0, 4)) == sorted(order), "bundles are of the same samples"
 
 
 def test_data_sets_of_one_name_are_told_apart(write: Callable) -> None:
@@ -236,7 +235,7 @@ def test_a_mixture_travels_to_another_process(write: Callable) -> None:
     )
     copy = pickle.loads(pickle.dumps(mixture))
     assert list(copy) == list(mixture)
-    assert (epoch_order(copy, 0, 0, 3) == epoch_order(mixture, 0, 0, 3)).all()
+    assert (copy.epoch_order(0, 0, 3) == mixture.epoch_order(0, 0, 3)).all()
 
 
 def test_the_hash_of_the_data_follows_what_is_trained_on_and_not_where_it_lies(
@@ -252,9 +251,8 @@ def test_the_hash_of_the_data_follows_what_is_trained_on_and_not_where_it_lies(
         (tmp_path / folder / "my.jsonl").write_text(
             json.dumps({"messages": turns, "images": [image]}) + "\n"
         )
-        return check_samples(
-            Mixture([DataRecipe(dataset="messages", root=tmp_path / folder / "my.jsonl")])
-        )
+        data = DataRecipe(dataset="messages", root=tmp_path / folder / "my.jsonl")
+        return Mixture([data]).check()
 
     first = sha256("one")
     assert sha256("two") == first

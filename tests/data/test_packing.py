@@ -88,7 +88,7 @@ def test_what_is_trained_on_is_kept(batching: str, samples: list[Encoded]) -> No
 def test_every_token_has_the_position_and_the_past_it_has_alone(
     batching: str, samples: list[Encoded]
 ) -> None:
-    """What a token may see, read off groups and branches, is its own sample up to itself."""
+    """The tokens that the spans show to a token are its own sample up to itself."""
     by_id = {sample.id: sample for sample in samples}
     seen = Counter()
     for row in make_rows(samples, ROW, batching):
@@ -116,11 +116,13 @@ def test_every_token_has_the_position_and_the_past_it_has_alone(
 
 def visible(row: Row, index: int) -> np.ndarray:
     """Indices that the token may attend to, itself included."""
-    earlier = np.arange(len(row)) <= index
-    same_group = row.group == row.group[index]
-    return np.flatnonzero(
-        earlier & same_group & ((row.branch == 0) | (row.branch == row.branch[index]))
-    )
+    starts = np.cumsum([0, *(tokens for _, tokens in row.spans)])
+    own = int(np.searchsorted(starts, index, side="right")) - 1
+    prefix = max(place for place in range(own + 1) if not row.spans[place][0])
+    seen = [np.arange(starts[own], index + 1)]
+    if prefix != own:
+        seen.insert(0, np.arange(starts[prefix], starts[prefix + 1]))
+    return np.concatenate(seen)
 
 
 @given(samples=samples())
@@ -142,8 +144,7 @@ def test_samples_about_one_image_share_it() -> None:
         [sample("x", 4), sample("y", 3), sample("z", 2, "b.png")], 40, "shared-image"
     )
     assert row.input_ids.tolist() == [1, 2, 2, 10, 11, 12, 13, 10, 11, 12, 1, 2, 2, 10, 11]
-    assert row.group.tolist() == [0] * 10 + [1] * 5
-    assert row.branch.tolist() == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 0, 0, 0, 1, 1]
+    assert row.spans == ((False, 3), (True, 4), (True, 3), (False, 3), (True, 2))
     assert row.position_ids.tolist() == [0, 1, 2, 3, 4, 5, 6, 3, 4, 5, 0, 1, 2, 3, 4]
     assert row.images == (Path("a.png"), Path("b.png"))
     rows = make_rows([sample("x", 4), sample("y", 3)], 8, "shared-image")
@@ -159,5 +160,5 @@ def test_another_text_before_the_image_is_not_shared() -> None:
         for name, start in (("x", 1), ("y", 7))
     ]
     (row,) = make_rows(made, 40, "shared-image")
-    assert row.group.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert row.spans == ((False, 2), (True, 2), (False, 2), (True, 2))
     assert len(row.images) == 2

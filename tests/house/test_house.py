@@ -14,7 +14,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "mipha"
 FILES = sorted(SOURCE.rglob("*.py"))
 
 LAYERS = (
-    {"recipe", "run", "files", "errors", "lookup", "validation", "catalog"},
+    {"recipe", "run", "files", "errors", "labels", "lookup", "validation", "catalog"},
     {"models", "data", "world"},
     {"assistant", "comparison", "engine"},
     {"training", "planning", "evaluation", "alignment", "deploy", "integrations"},
@@ -120,6 +120,7 @@ def test_the_light_rooms_do_not_load_torch() -> None:
             "run",
             "files",
             "errors",
+            "labels",
             "lookup",
             "validation",
             "catalog",

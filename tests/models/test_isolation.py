@@ -14,9 +14,10 @@ from mipha.data.collate import collate
 from mipha.data.encode import encode
 from mipha.data.packing import Row, make_rows
 from mipha.data.sample import IMAGE, Message, Sample
+from mipha.models.attention import SEGMENTS, dense_mask
 from mipha.models.modeling import LlavaForConditionalGeneration
 
-ATTENTION = pytest.mark.parametrize("attention", ["sdpa", "eager"])
+ATTENTION = pytest.mark.parametrize("attention", ["sdpa", "eager", SEGMENTS])
 BATCHING = pytest.mark.parametrize("batching", ["padded", "packed", "shared-image"])
 
 
@@ -42,7 +43,7 @@ def test_rows_give_what_samples_give_alone(
     tiny_model: Callable, family: str, attention: str, batching: str, samples: list[Sample]
 ) -> None:
     model, processor = tiny_model(family)
-    model.set_attn_implementation(attention)
+    model.set_attn_implementation({"text_config": attention})
     encoded = [encode(sample, processor, 200) for sample in samples]
     by_one = [make_rows([sample], 200, "padded") for sample in encoded]
     alone, alone_gradients = losses_and_gradients(model, processor, by_one)
@@ -61,15 +62,14 @@ def test_rows_give_what_samples_give_alone(
 
 
 def test_the_comparison_sees_a_leak(tiny_model: Callable, samples: list[Sample]) -> None:
-    """Without the mask the loss is another one: what the tests above would say if isolation broke."""
+    """Without isolation the loss is another one, so the tests above would see it break."""
     model, processor = tiny_model()
     batch = collate(
         make_rows([encode(sample, processor, 200) for sample in samples], 300, "packed"), processor
     )
     right = model(**batch).loss_sum
     leaked = model(
-        **{key: value for key, value in batch.items() if key != "attention_mask"}
-        | {"position_ids": None}
+        **{key: value for key, value in batch.items() if key != "spans"} | {"position_ids": None}
     ).loss_sum
     assert abs(right - leaked) / right > 1e-3
 
@@ -90,7 +90,7 @@ def test_a_sample_does_not_hear_its_neighbour(
     samples: list[Sample],
 ) -> None:
     model, processor = tiny_model(family)
-    model.set_attn_implementation(attention)
+    model.set_attn_implementation({"text_config": attention})
     other = [
         conversation("s0", samples[0].images[0], "grey grey grey?", "It is no red circle."),
         *samples[1:],
@@ -101,7 +101,7 @@ def test_a_sample_does_not_hear_its_neighbour(
         # Only the neighbours are trained on: what the first says may change nothing.
         encoded[0] = replace(encoded[0], labels=encoded[0].labels * 0 - 100)
         batch = collate(make_rows(encoded, 300, batching), processor)
-        assert "attention_mask" in batch
+        assert max(map(len, batch["spans"])) > 1
         with torch.no_grad():
             kept.append(model(**batch, **cache).loss_sum)
     assert kept[0] == pytest.approx(kept[1].item(), rel=1e-5)
@@ -154,7 +154,7 @@ def test_isolation_holds_in_bfloat16(
     tiny_model: Callable, attention: str, samples: list[Sample]
 ) -> None:
     model, processor = tiny_model()
-    model.set_attn_implementation(attention)
+    model.set_attn_implementation({"text_config": attention})
     encoded = [encode(sample, processor, 200) for sample in samples]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         alone = sum(
@@ -167,6 +167,75 @@ def test_isolation_holds_in_bfloat16(
         )
     assert together[0] == pytest.approx(alone, rel=5e-3)
     assert all(gradient.isfinite().all() for gradient in gradients.values())
+
+
+@pytest.mark.parametrize("labels", [True, False], ids=["loss", "logits"])
+def test_a_packed_row_without_its_description_is_refused(
+    tiny_model: Callable, family: str, labels: bool, samples: list[Sample]
+) -> None:
+    model, processor = tiny_model(family)
+    encoded = [encode(sample, processor, 200) for sample in samples]
+    dropped = {"spans"} if labels else {"spans", "labels"}
+    for batching in ("packed", "shared-image"):
+        batch = collate(make_rows(encoded, 300, batching), processor)
+        bare = {key: value for key, value in batch.items() if key not in dropped}
+        ones = torch.ones_like(batch["input_ids"])
+        for mask in (None, ones):
+            with pytest.raises(
+                ValueError, match=r"position_ids restart.*give the model the `spans`"
+            ):
+                model(**bare, attention_mask=mask)
+
+        # A mask of four axes says it all too; padding in front is no second sample.
+        mask = dense_mask(batch["spans"], ones.shape[1])
+        model(**bare, attention_mask=mask)
+    padded = torch.tensor([[0, 0, 1, 1, 1]])
+    model(
+        input_ids=torch.tensor([[5, 5, 6, 7, 8]]),
+        attention_mask=padded,
+        position_ids=torch.tensor([[1, 1, 0, 1, 2]]),
+    )
+
+
+def test_attention_that_cannot_isolate_is_refused(
+    tiny_model: Callable, samples: list[Sample]
+) -> None:
+    model, processor = tiny_model()
+    encoded = [encode(sample, processor, 200) for sample in samples]
+    model.config.text_config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ValueError, match=r"'flash_attention_2' cannot keep .* apart: choose sdpa"):
+        model(**collate(make_rows(encoded, 300, "packed"), processor))
+
+
+def test_spans_of_another_batch_are_refused(tiny_model: Callable, samples: list[Sample]) -> None:
+    model, processor = tiny_model()
+    encoded = [encode(sample, processor, 200) for sample in samples]
+    batch = collate(make_rows(encoded, 300, "packed"), processor)
+    for spans in (batch["spans"] * 2, (((False, 1000),),)):
+        with pytest.raises(ValueError, match="give the spans that `collate` made for it"):
+            model(**batch | {"spans": spans})
+
+
+def test_logits_of_a_packed_row_are_those_of_its_samples(
+    tiny_model: Callable, family: str, samples: list[Sample]
+) -> None:
+    model, processor = tiny_model(family)
+    model.set_attn_implementation({"text_config": SEGMENTS})
+    encoded = [encode(sample, processor, 200) for sample in samples[:2]]
+    batch = collate(make_rows(encoded, 300, "packed"), processor)
+    del batch["labels"]
+    (row,) = batch["spans"]
+    with torch.no_grad():
+        together = model(**batch).logits[0]
+        for start, sample in zip(
+            (0, row[0][1]), sorted(encoded, key=len, reverse=True), strict=True
+        ):
+            own = collate(make_rows([sample], 300, "padded"), processor)
+            del own["labels"]
+            alone = model(**own).logits[0]
+            torch.testing.assert_close(
+                together[start : start + len(sample)], alone, rtol=1e-4, atol=1e-4
+            )
 
 
 def conversation(name: str, image: Path | None, question: str, answer: str) -> Sample:

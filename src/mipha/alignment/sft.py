@@ -23,9 +23,8 @@ from mipha.alignment.host import (
     train,
 )
 from mipha.alignment.recipe import SftRecipe
+from mipha.labels import IGNORE
 from mipha.models.language_model import end_of_turn
-
-_IGNORE = -100
 
 
 def sft(recipe: SftRecipe, out: Path) -> Path:
@@ -87,7 +86,7 @@ def supervised(
     ]
     check_lengths(encoded, max_tokens)
     return [
-        {"input_ids": prompt + response, "labels": [_IGNORE] * len(prompt) + response}
+        {"input_ids": prompt + response, "labels": [IGNORE] * len(prompt) + response}
         for _, prompt, response in encoded
     ]
 

@@ -19,7 +19,7 @@ from mipha.assistant.chat import Chat
 from mipha.assistant.inputs import ImageLike, image_key, opened, templated, user_turn
 from mipha.data.encode import tokens_per_image
 from mipha.data.sample import IMAGE, Message
-from mipha.models.attention import use_grouped_sdpa
+from mipha.models.attention import use_segments
 from mipha.models.decoding import OnTokens, RowSampler, RowWatch, Sampling
 from mipha.models.features import ImageFeatures
 from mipha.models.modeling import LlavaForConditionalGeneration, attention_window, load_model
@@ -67,7 +67,7 @@ class Assistant:
 
     def __init__(self, model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
         self.model, self.processor = model.eval(), processor
-        use_grouped_sdpa(model)
+        use_segments(model)
         self.features = ImageFeatures(model)
         self.end_tokens = set(np.atleast_1d(model.generation_config.eos_token_id).tolist())
 

@@ -8,19 +8,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from math import ceil
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import LlavaProcessor
 
-from mipha.data.collate import Substituted, collate
+from mipha.data.collate import Batch, Substituted, collate
 from mipha.data.encode import Encoded, blank, encode
 from mipha.data.images import grey_image
 from mipha.data.mixture import Mixture
-from mipha.data.order import epoch_order
+from mipha.data.order import count_steps
 from mipha.data.packing import Row, make_rows
 from mipha.recipe import StageRecipe
 
@@ -42,7 +40,7 @@ class Step:
         substituted: Images of this process alone that could not be read, and that grey stands in for.
     """
 
-    micro_batches: tuple[dict[str, Tensor], ...]
+    micro_batches: tuple[Batch, ...]
     ids: tuple[str, ...]
     sources: dict[str, int]
     num_tokens: int
@@ -55,7 +53,7 @@ class Step:
 
 
 class StepDataset(Dataset[Step]):
-    """The steps of a stage as a map-style data set, so that the host's DataLoader brings workers and prefetching."""
+    """The steps of a stage as a map-style data set, so that torch's DataLoader brings workers and prefetching."""
 
     def __init__(
         self,
@@ -71,18 +69,13 @@ class StepDataset(Dataset[Step]):
         self._blank = make_rows([blank(processor, grey_image())], stage.row_tokens, "padded")[0]
         by_modality = stage.batch_size if stage.group_by_modality_length else None
         self._order = lru_cache(maxsize=2)(
-            lambda epoch: epoch_order(mixture, seed, epoch, stage.bundle, by_modality)
+            lambda epoch: mixture.epoch_order(seed, epoch, stage.bundle, by_modality)
         )
+        self._num_steps, self._num_samples = count_steps(stage, mixture.num_per_epoch)
 
     def __len__(self) -> int:
         """Optimizer steps of the stage."""
-        steps = ceil(self._num_samples / self.stage.batch_size)
-        return min(steps, self.stage.max_steps or steps)
-
-    @property
-    def _num_samples(self) -> int:
-        """Samples of all epochs together; never none."""
-        return max(round(self.stage.epochs * self.mixture.num_per_epoch), 1)
+        return self._num_steps
 
     def indices(self, step: int) -> list[int]:
         """Which samples of the mixture a step reads; the last step of a stage may read fewer."""
@@ -101,29 +94,31 @@ class StepDataset(Dataset[Step]):
     def __getitem__(self, step: int) -> Step:
         if not 0 <= step < len(self):
             raise IndexError(step)
+        stage, world_size = self.stage, self.world_size
+
+        # Lay the samples into rows, and deal the rows out to the processes.
         samples = self.samples(step)
-        dealt = deal(
-            make_rows(samples, self.stage.row_tokens, self.stage.batching, self.world_size),
-            self.world_size,
-        )
-        chunks = [self._chunks(rows) for rows in dealt]
+        dealt = deal(make_rows(samples, stage.row_tokens, stage.batching, world_size), world_size)
+        rows = [row for own in dealt for row in own]
+
+        # Cut every process's rows into the same number of micro-batches, with blanks where needed.
+        chunks = [self._chunks(own) for own in dealt]
         most = max(len(own) for own in chunks)
-        blank_at = (
-            range(most)
-            if self.world_size > 1
-            else range(0 if any(sample.images for sample in samples) else 1)
-        )
+        if world_size > 1:
+            blank_at = range(most)
+        else:
+            blank_at = range(0 if any(sample.images for sample in samples) else 1)
         full = [
             [self._with_image(own[i] if i < len(own) else [], i in blank_at) for i in range(most)]
             for own in chunks
         ]
-        rows = [row for rows in dealt for row in rows]
-        substituted: list[Substituted] | None = (
-            [] if self.stage.unreadable_images == "substitute" else None
-        )
+
+        # Read the images of this process alone; count for all of them.
+        substituted: list[Substituted] = []
+        replaced = substituted if stage.unreadable_images == "substitute" else None
         return Step(
             micro_batches=tuple(
-                collate(chunk, self.processor, substituted) for chunk in full[self.rank]
+                collate(chunk, self.processor, replaced) for chunk in full[self.rank]
             ),
             ids=tuple(sample.id for sample in samples),
             sources=self.mixture.count_sources(self.indices(step)),
@@ -135,7 +130,7 @@ class StepDataset(Dataset[Step]):
                 len(chunk) * max(len(row) for row in chunk) for own in full for chunk in own
             ),
             num_truncated=sum(sample.truncated > 0 for sample in samples),
-            substituted=tuple(substituted or ()),
+            substituted=tuple(substituted),
         )
 
     def _chunks(self, rows: Sequence[Row]) -> list[list[Row]]:
@@ -143,16 +138,21 @@ class StepDataset(Dataset[Step]):
         return [list(rows[start : start + size]) for start in range(0, len(rows), size)]
 
     def _with_image(self, chunk: list[Row], wanted: bool) -> list[Row]:
-        """A blank image where one is wanted and there is none.
+        """Add a blank image where one is wanted and there is none.
 
-        Several processes: in every micro-batch, for sharded layers wait for one another. One process: once in a step that has no
-        images, for the optimizer passes over a tensor without a gradient, and with several processes it would not.
+        Several processes need one in every micro-batch, because sharded layers wait for one
+        another. One process needs one in a step without images: the optimizer skips a tensor
+        without a gradient, and with several processes it would not.
         """
         return [*chunk, self._blank] if wanted and not any(row.images for row in chunk) else chunk
 
 
 def deal(rows: Sequence[Row], world_size: int) -> list[list[Row]]:
-    """Rows, longest first, to the process with the fewest tokens so far: equal work, the same on every process."""
+    """Give each row, longest first, to the process with the fewest tokens so far.
+
+    Returns:
+        The rows of each process: equal work, and the same answer on every process.
+    """
     dealt: list[list[Row]] = [[] for _ in range(world_size)]
     tokens = np.zeros(world_size, dtype=np.int64)
     for row in rows:

@@ -10,7 +10,8 @@ from transformers import LlavaProcessor
 
 from mipha.data.images import ImageSource
 from mipha.data.sample import IMAGE, Message, Sample
-from mipha.data.upstream_tokens import IGNORE, encode_conversation
+from mipha.data.upstream_tokens import encode_conversation
+from mipha.labels import IGNORE
 
 __all__ = [
     "IGNORE",

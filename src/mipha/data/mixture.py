@@ -17,7 +17,7 @@ import numpy as np
 
 from mipha.data.held_out import Side, side_of
 from mipha.data.images import grey_image
-from mipha.data.order import dealt
+from mipha.data.order import draw_samples, epoch_order, samples_shown
 from mipha.data.sample import ImageSource, Sample
 from mipha.lookup import did_you_mean, files_in
 from mipha.recipe import DataRecipe
@@ -81,14 +81,15 @@ class Source:
     @property
     def num_per_epoch(self) -> int:
         """Samples of it that one epoch shows; some may be shown twice."""
-        return min(max(round(self.recipe.weight * len(self)), 1), self.recipe.cap or 2**62)
+        return samples_shown(len(self), self.recipe.weight, self.recipe.cap)
 
 
 class Mixture(Sequence[Sample]):
     """Data sets one after another; a sample is made when it is asked for.
 
-    As a sequence it holds each sample once; how often an epoch shows it is `epoch_order`'s. Memory does not grow with what samples
-    hold: beside the data sets' own indices, at most 16 bytes a sample.
+    As a sequence it holds each sample once; `epoch_order` says how often an epoch shows it. Memory
+    does not grow with the contents of samples: beside the data sets' own indices, it takes at most
+    16 bytes a sample.
 
     Args:
         data: The recipe's data sets of one stage.
@@ -189,7 +190,7 @@ class Mixture(Sequence[Sample]):
     @property
     def num_per_epoch(self) -> int:
         """Samples that one epoch shows, by the weights and caps of the recipe."""
-        return sum(source.num_per_epoch for source in self.sources if len(source))
+        return sum(source.num_per_epoch for source in self.sources)
 
     def count_sources(self, indices: Sequence[int] | np.ndarray) -> dict[str, int]:
         """How many of these samples are of which data set, for metrics."""
@@ -199,60 +200,71 @@ class Mixture(Sequence[Sample]):
 
     @cached_property
     def image_keys(self) -> np.ndarray:
-        """`(samples,)` uint64: the same for samples that show the same images in the same order, 0 for text alone. Made once."""
+        """Which samples show the same images, read once.
+
+        `(samples,)` uint64: equal for samples that show the same images in the same order, 0 for
+        text alone.
+        """
         return np.fromiter(
             (_images_key(sample) for sample in self), dtype=np.uint64, count=len(self)
         )
 
     def epoch_samples(self, seed: int, epoch: int) -> np.ndarray:
-        """`(num_per_epoch,)` indices of what one epoch shows, data set after data set: a pure function of seed and epoch.
-
-        A data set whose weight is not a whole number, or that is capped, is dealt out like a pack of cards that is shuffled anew
-        whenever it is used up: none is shown again before all others were.
-        """
-        shown = []
-        for number, source in enumerate(self.sources):
-            if len(source):
-                shown.append(
-                    int(self._starts[number])
-                    + dealt(len(source), source.num_per_epoch, seed, epoch, number)
+        """Return `(num_per_epoch,)` indices of the samples of an epoch, data set after data set."""
+        return np.concatenate(
+            [
+                start + draw_samples(len(source), source.num_per_epoch, seed, epoch, number)
+                for number, (start, source) in enumerate(
+                    zip(self._starts[:-1], self.sources, strict=True)
                 )
-        return np.concatenate(shown)
+                if len(source)
+            ]
+        )
+
+    def epoch_order(
+        self, seed: int, epoch: int, bundle: int | None = None, by_modality: int | None = None
+    ) -> np.ndarray:
+        """Return `(num_per_epoch,)` indices in the order of an epoch; see `order.epoch_order`."""
+        grouped = bundle is not None or by_modality is not None
+        keys = self.image_keys if grouped else None  # to make them reads every sample
+        return epoch_order(self.epoch_samples(seed, epoch), seed, epoch, keys, bundle, by_modality)
+
+    def check(self) -> str:
+        """Make every sample and look for every image file, before a run spends hours on the rest.
+
+        Returns:
+            SHA-256 over all texts and the names of all images, in order: it tells what is trained
+            on, wherever that lies.
+
+        Raises:
+            ValueError: A record is malformed; the message names file and row.
+            FileNotFoundError: Image files are missing: how many, and the first of them.
+        """
+        keys = np.zeros(len(self), dtype=np.uint64)
+        missing: dict[Path, str] = {}
+        seen: set[int] = set()
+        digest = hashlib.sha256()
+
+        for index, sample in enumerate(self):
+            keys[index] = _images_key(sample)
+            digest.update(_described(sample))
+            for image in sample.images:
+                if isinstance(image, Path) and (key := hash(image)) not in seen:
+                    seen.add(key)
+                    if not image.is_file():
+                        missing[image] = sample.id
+        self.image_keys = keys  # else grouping by image would read everything again
+
+        if missing:
+            image, sample_id = next(iter(missing.items()))
+            raise FileNotFoundError(
+                f"{len(missing)} of {len(seen)} image files are missing, for example {image} of "
+                f"sample {sample_id}: check the data's root and image_root, or remove those samples"
+            )
+        return digest.hexdigest()
 
     def _source_of(self, index: int) -> int:
         return int(np.searchsorted(self._starts, index, side="right")) - 1
-
-
-def check_samples(mixture: Mixture) -> str:
-    """Make every sample and look for every image file, before hours are spent on the way to a broken one.
-
-    Returns:
-        SHA-256 over all texts and the names of all images, in order: what is trained on, wherever it lies.
-
-    Raises:
-        ValueError: A record is malformed; the message names file and row.
-        FileNotFoundError: Image files are missing: how many, and the first of them.
-    """
-    keys = np.zeros(len(mixture), dtype=np.uint64)
-    missing: dict[Path, str] = {}
-    seen: set[int] = set()
-    digest = hashlib.sha256()
-    for index, sample in enumerate(mixture):
-        keys[index] = _images_key(sample)
-        digest.update(_described(sample))
-        for image in sample.images:
-            if isinstance(image, Path) and (key := hash(image)) not in seen:
-                seen.add(key)
-                if not image.is_file():
-                    missing[image] = sample.id
-    mixture.image_keys = keys  # what grouping by image would otherwise read everything for again
-    if missing:
-        image, sample_id = next(iter(missing.items()))
-        raise FileNotFoundError(
-            f"{len(missing)} of {len(seen)} image files are missing, for example {image} of sample {sample_id}: "
-            "check the data's root and image_root, or remove those samples"
-        )
-    return digest.hexdigest()
 
 
 def _names(data: Sequence[DataRecipe]) -> list[str]:

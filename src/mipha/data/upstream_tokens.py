@@ -13,11 +13,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from mipha.data.sample import IMAGE
+from mipha.labels import IGNORE
 
 IMAGE_ID = -200
 """Stands for an image among token ids, before it is expanded. Source: LLaVA and Mipha, constants.py."""
-IGNORE = -100
-"""Label of a token that is not trained on."""
 
 _SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "

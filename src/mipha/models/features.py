@@ -1,4 +1,4 @@
-"""Image features by the content of the pixels: a picture that was seen lately is not encoded again."""
+"""Image features by the content of the pixels: an image that was seen lately is not encoded again."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _IMAGES_AT_A_TIME = 8
 
 
 class ImageFeatures:
-    """Features of pictures, the newest of them kept.
+    """Features of images, the newest of them kept.
 
     Args:
-        model: Whose tower and projector make them.
-        max_bytes: How much is kept. One picture of Mipha-3B (729 tokens of 2,560 float32) takes 7.5 MB.
+        model: Its tower and projector make them.
+        max_bytes: Most that is kept. An image of Mipha-3B (729 tokens of 2,560 float32) takes 7.5 MB.
     """
 
     def __init__(self, model: LlavaForConditionalGeneration, max_bytes: int = 256 * 2**20) -> None:
@@ -29,34 +29,34 @@ class ImageFeatures:
 
     @torch.inference_mode()
     def of(self, pixels: Sequence[Tensor]) -> list[Tensor]:
-        """Features `(tokens, width)` of each picture.
+        """Return the features `(tokens, width)` of each image.
 
         Args:
             pixels: Each `(1, 3, height, width)`, as the tower reads it.
         """
-        keys = [_key(picture) for picture in pixels]
+        # Look for what is kept; an image that comes twice is encoded once.
+        keys = [_key(image) for image in pixels]
         found = {key: self._kept[key] for key in keys if key in self._kept}
-        missing = {
-            key: picture for key, picture in zip(keys, pixels, strict=True) if key not in found
-        }
+        missing = {key: image for key, image in zip(keys, pixels, strict=True) if key not in found}
         self.num_found += len(found)
         self.num_encoded += len(missing)
+
+        # Encode the others, a few at a time.
         todo = list(missing)
         for start in range(0, len(todo), _IMAGES_AT_A_TIME):
             part = todo[start : start + _IMAGES_AT_A_TIME]
-            made = self._model.get_image_features(
-                torch.cat([missing[key] for key in part])
-            ).pooler_output
-            found |= {
-                key: features.clone() for key, features in zip(part, made, strict=True)
-            }  # a view would keep the whole batch alive
+            batch = torch.cat([missing[key] for key in part])  # (images, 3, height, width)
+            made = self._model.get_image_features(batch).pooler_output  # images x (tokens, width)
+            for key, features in zip(part, made, strict=True):
+                found[key] = features.clone()  # a view would keep the whole batch alive
+
         for key in keys:
             self._keep(key, found[key])
         return [found[key] for key in keys]
 
     @property
     def num_bytes(self) -> int:
-        """What is kept now."""
+        """Bytes that are kept now."""
         return sum(features.nbytes for features in self._kept.values())
 
     def _keep(self, key: bytes, features: Tensor) -> None:
@@ -68,6 +68,5 @@ class ImageFeatures:
 
 def _key(pixels: Tensor) -> bytes:
     content = pixels.detach().cpu().contiguous().view(torch.uint8).numpy()
-    return hashlib.blake2b(
-        str(tuple(pixels.shape)).encode() + content.tobytes(), digest_size=16
-    ).digest()
+    shape = str(tuple(pixels.shape)).encode()
+    return hashlib.blake2b(shape + content.tobytes(), digest_size=16).digest()

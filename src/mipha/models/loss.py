@@ -7,8 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-IGNORE = -100
-"""Label of a position that is not trained on."""
+from mipha.labels import IGNORE
 
 CHUNK = 1024
 """Positions whose logits exist at one time: 1,024 x 51,200 float32 is 0.2 GB."""
@@ -17,10 +16,11 @@ CHUNK = 1024
 def supervised_cross_entropy(
     hidden: Tensor, labels: Tensor, lm_head: nn.Module
 ) -> tuple[Tensor, Tensor]:
-    """Next-token loss without the logits of unsupervised positions.
+    """Return the next-token loss without making the logits of unsupervised positions.
 
-    Most positions are image or prompt, and a row of logits is 51,200 numbers for Phi-2: leaving them out is exact and
-    removes most of the head's work. Chunks are recomputed in the backward pass, so peak memory does not grow with length.
+    Most positions are image or prompt, and a row of logits is 51,200 numbers for Phi-2: leaving
+    them out is exact and removes most of the head's work. Chunks are recomputed in the backward
+    pass, so that peak memory does not grow with length.
 
     Args:
         hidden: Last hidden states, `(rows, tokens, width)`.
@@ -28,21 +28,26 @@ def supervised_cross_entropy(
         lm_head: `(positions, width)` -> `(positions, vocabulary)`.
 
     Returns:
-        The summed loss (float32, nats) and the number of supervised tokens. The sum is 0, with a graph, when there are none,
-        so that a step of sharded training has the same shape on every process.
+        The summed loss (float32, nats) and the number of supervised tokens. Without any, the sum is
+        0 with a graph, so that a step of sharded training has the same shape on every process.
     """
-    targets = labels[:, 1:]
-    supervised = targets != IGNORE
-    hidden, targets = hidden[:, :-1][supervised], targets[supervised]
+    # The state at a position predicts the token behind it.
+    targets = labels[:, 1:]  # (rows, tokens - 1)
+    supervised = targets != IGNORE  # (rows, tokens - 1)
+    num_tokens = supervised.sum()
+    hidden = hidden[:, :-1][supervised]  # (positions, width)
+    targets = targets[supervised]  # (positions,)
+
     if not len(targets):
-        return lm_head(
-            hidden.new_zeros(1, hidden.shape[-1])
-        ).float().sum() * 0.0 + hidden.float().sum() * 0.0, supervised.sum()
+        no_logits = lm_head(hidden.new_zeros(1, hidden.shape[-1]))  # (1, vocabulary)
+        return no_logits.float().sum() * 0.0 + hidden.float().sum() * 0.0, num_tokens
+
     total = hidden.new_zeros((), dtype=torch.float32)
-    for rows, ids in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
-        total = total + checkpoint(_chunk_loss, rows, ids, lm_head, use_reentrant=False)
-    return total, supervised.sum()
+    for states, ids in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True):
+        total = total + checkpoint(_chunk_loss, states, ids, lm_head, use_reentrant=False)
+    return total, num_tokens
 
 
 def _chunk_loss(hidden: Tensor, targets: Tensor, lm_head: nn.Module) -> Tensor:
-    return F.cross_entropy(lm_head(hidden).float(), targets, reduction="sum")
+    logits = lm_head(hidden).float()  # (positions, vocabulary)
+    return F.cross_entropy(logits, targets, reduction="sum")

@@ -1,4 +1,8 @@
-"""The host's LLaVA class, with the two things it lacks: the head's bias, and a loss that skips what is not trained on."""
+"""The LLaVA class of transformers, with three things that it lacks.
+
+They are the head's bias, a loss that skips what is not trained on, and rows of several samples that
+do not see one another.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +17,8 @@ from transformers import Cache, LlavaConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
+from mipha.models.attention import Spans, check_described, describe_rows
 from mipha.models.loss import supervised_cross_entropy
-from mipha.models.packed_attention import NAME as PACKED
-from mipha.models.packed_attention import spans_as_mask
 
 
 @dataclass
@@ -24,7 +27,7 @@ class SupervisedOutput(LlavaCausalLMOutputWithPast):
 
     Args:
         loss: Mean over the supervised tokens, nats.
-        loss_sum: Sum over the supervised tokens, nats; what a loop adds up over micro-batches and processes.
+        loss_sum: Sum over them, nats; a loop adds it up over micro-batches and processes.
         num_tokens: How many tokens were supervised.
     """
 
@@ -33,10 +36,11 @@ class SupervisedOutput(LlavaCausalLMOutputWithPast):
 
 
 class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
-    """Stock LLaVA with a biased head where the language model has one (Phi: the stock class silently drops it).
+    """Stock LLaVA with a biased head where the language model has one.
 
-    It carries the stock name, and says that it is no custom code, because by these the host picks the key names of a
-    checkpoint: so it reads and writes `language_model.model.layers.0...` like every LLaVA on the hub.
+    For Phi, the stock class drops the bias without a word. This class carries the stock name, and
+    says that it is no custom code, because transformers chooses the key names of a checkpoint by
+    these. So it reads and writes `language_model.model.layers.0...` like every LLaVA on the hub.
     """
 
     def __init__(self, config: LlavaConfig) -> None:
@@ -49,13 +53,14 @@ class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """Its weights are the stock class's; for custom code the host would rename only some of them when it saves."""
+        """Return False: of custom code, transformers would rename only some weights when it saves."""
         return False
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """As stock, under the key names of the hub, `vision_tower.vision_model.` of CLIP and SigLIP included: vLLM asks for them.
+        """Save as stock, with the hub's `vision_tower.vision_model.` keys of CLIP and SigLIP.
 
-        The host by itself writes that prefix only where it has read it, and a model that was made of parts never had one.
+        vLLM asks for them. Transformers writes that prefix only where it has read it, and a model
+        that was made of parts never had one.
         """
         self._weight_conversions = get_model_conversion_mapping(self, add_legacy=False)
         super().save_pretrained(save_directory, **options)
@@ -69,12 +74,13 @@ class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        spans: Tensor | None = None,
+        spans: Spans | None = None,
         **kwargs,
     ):
-        """As stock without `labels`. With them: the loss over supervised positions, and no logits.
+        """Run as stock without `labels`. With them: the loss over supervised positions, no logits.
 
-        The arguments are spelled out because `generate` reads this signature and drops, unsaid, what is not in it.
+        The arguments are spelled out because `generate` reads this signature and drops, without a
+        word, what is not in it.
 
         Args:
             input_ids: `(rows, tokens)`.
@@ -82,31 +88,52 @@ class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
             attention_mask: `(rows, tokens)`, or `(rows, 1, tokens, tokens)` added to the scores.
             position_ids: `(rows, tokens)`.
             labels: `(rows, tokens)`, -100 where not trained on.
-            spans: `(spans, 3)`, as `collate` makes them: with packed attention they take the mask's place; else the mask counts.
+            spans: As `collate` makes them: who sees whom, in the place of `attention_mask`.
+
+        Raises:
+            ValueError: A row holds several samples, and neither spans nor a mask of four axes say
+                which tokens see which.
         """
         inputs = {
             "input_ids": input_ids,
             "pixel_values": pixel_values,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            **kwargs,
         }
-        inputs |= {"inputs_embeds": inputs_embeds, **kwargs}
+
+        # Say which tokens see which.
+        if spans is None:
+            in_full = attention_mask is not None and attention_mask.dim() == 4
+            if position_ids is not None and past_key_values is None and not in_full:
+                check_described(position_ids, attention_mask)
+            return self._run(inputs, labels, past_key_values)
+
+        tokens = input_ids if input_ids is not None else inputs_embeds  # (rows, tokens[, width])
+        attention = self.config.text_config._attn_implementation
+        with describe_rows(spans, attention, tokens.shape[:2], tokens.device) as mask:
+            return self._run({**inputs, "attention_mask": mask}, labels, past_key_values)
+
+    def _run(
+        self, inputs: dict[str, Any], labels: Tensor | None, past_key_values: Cache | None
+    ) -> LlavaCausalLMOutputWithPast:
         if labels is None:
             return super().forward(past_key_values=past_key_values, **inputs)
-        if spans is not None and self.config.text_config._attn_implementation == PACKED:
-            inputs["attention_mask"] = spans_as_mask(spans)
-        # A default cache switches off the isolation of packed samples without a word; training never needs one.
-        outputs = self.model(**{**inputs, "use_cache": False})
-        loss_sum, num_tokens = supervised_cross_entropy(
-            outputs.last_hidden_state, labels, self.lm_head
-        )
-        return SupervisedOutput(
-            loss=loss_sum / num_tokens.clamp(min=1), loss_sum=loss_sum, num_tokens=num_tokens
-        )
+
+        # A cache would switch off the isolation of packed samples; training never needs one.
+        hidden = self.model(**{**inputs, "use_cache": False}).last_hidden_state
+        # hidden is (rows, tokens, width)
+        loss_sum, num_tokens = supervised_cross_entropy(hidden, labels, self.lm_head)
+        loss = loss_sum / num_tokens.clamp(min=1)
+        return SupervisedOutput(loss=loss, loss_sum=loss_sum, num_tokens=num_tokens)
 
 
 def head_bias(config: LlavaConfig) -> bool:
-    """Whether the language model's head has a bias: kept in the checkpoint, and known for Phi, whose stock class always has one."""
+    """Whether the language model's head has a bias.
+
+    The checkpoint's config says so; the stock class of Phi always has one.
+    """
     return bool(getattr(config.text_config, "lm_head_bias", config.text_config.model_type == "phi"))
 
 
@@ -120,7 +147,7 @@ class Parts:
 
 
 def parts(model: LlavaForConditionalGeneration) -> Parts:
-    """The modules of each part; the head belongs to the language model."""
+    """Return the modules of each part; the head belongs to the language model."""
     inner = model.model
     return Parts(
         (inner.vision_tower,), (inner.multi_modal_projector,), (inner.language_model, model.lm_head)
@@ -128,7 +155,7 @@ def parts(model: LlavaForConditionalGeneration) -> Parts:
 
 
 def attention_window(config: LlavaConfig) -> int | None:
-    """Tokens that the language model's sliding layers see at a time; null where every layer sees all."""
+    """Return the tokens that sliding layers see at a time; None where every layer sees all."""
     return getattr(config.text_config, "sliding_window", None)
 
 
@@ -141,7 +168,7 @@ def load_model(
         ValueError: Weights are missing, left over or of another shape: the folder is not the checkpoint it says.
     """
     options = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
-    # Without it the host raises an error of its own for a wrong shape, in many sentences.
+    # Else transformers raises an error of its own for a wrong shape, in many sentences.
     model, info = LlavaForConditionalGeneration.from_pretrained(
         folder, **options, ignore_mismatched_sizes=True
     )
@@ -150,7 +177,6 @@ def load_model(
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
     }
     if any(problems.values()):
-        raise ValueError(
-            f"{folder}: the weights do not fit the model they describe: { {k: v for k, v in problems.items() if v} }"
-        )
+        found = {kind: names for kind, names in problems.items() if names}
+        raise ValueError(f"{folder}: the weights do not fit the model they describe: {found}")
     return model.to(device).eval()

@@ -22,8 +22,8 @@ import torch
 from mipha.catalog.devices import DEVICES
 from mipha.catalog.published_data import PUBLISHED_DATA, PublishedData
 from mipha.data.batches import StepDataset
-from mipha.data.check.packing import num_steps
 from mipha.data.mixture import Mixture
+from mipha.data.order import count_steps, samples_shown
 from mipha.files import read_lines
 from mipha.lookup import did_you_mean
 from mipha.models.build import load_parts_processor, skeleton
@@ -338,11 +338,18 @@ def _published_steps(
     num_devices: int,
 ) -> tuple[int, int, StepWork]:
     """From the facts of published sets that are not on this machine; how their lengths spread is not known, so rows are full or mean."""
-    samples = sum(
+    sizes = [
         min(fact.samples, data.limit or fact.samples)
         for fact, data in zip(known, stage.data, strict=True)
+    ]
+    samples = sum(sizes)
+    steps, _ = count_steps(
+        stage,
+        sum(
+            samples_shown(size, data.weight, data.cap)
+            for size, data in zip(sizes, stage.data, strict=True)
+        ),
     )
-    steps, _ = num_steps(stage, samples)
     image_tokens, size = model.config.image_seq_length, stage.batch_size
 
     def mean(key: str) -> float:

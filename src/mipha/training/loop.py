@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from mipha.data.batches import Step, StepDataset, keep_step
+from mipha.data.collate import to_device
 from mipha.engine.machine import peak_flops, return_freed_memory
 from mipha.engine.optimizer import Group, make_adamw, set_learning_rates, warmup_cosine
 from mipha.engine.precision import autocast as autocast_to
@@ -20,9 +21,9 @@ from mipha.engine.signals import stop_gently
 from mipha.engine.states import StateWriter, load_state
 from mipha.engine.trackers import Trackers, last_tracked
 from mipha.files import append_line, keep_lines, write_whole
+from mipha.models.attention import use_segments
 from mipha.models.flops import StepFlops
 from mipha.models.modeling import LlavaForConditionalGeneration
-from mipha.models.packed_attention import use_packed_attention
 from mipha.models.tuning import layers_of, part_parameters
 from mipha.recipe import PARTS, Recipe, StageName, StageRecipe
 from mipha.training.metrics import Meter, describe_steps
@@ -67,7 +68,7 @@ def train_stage(
     meter = Meter(StepFlops(model), peak_flops(world, autocast))
     for part in stage.checkpointed:
         getattr(model.model, part).gradient_checkpointing_enable({"use_reentrant": False})
-    use_packed_attention(model)
+    use_segments(model)
     placed = place(model, world, recipe.sharding, recipe.compile)
     _train_mode(model)
     for layer in layers_of(model, stage.checkpointed):
@@ -181,7 +182,7 @@ def _optimize(
     """One optimizer step over all micro-batches of all processes; returns the mean loss per token and the gradient's norm."""
     total = torch.zeros((), device=world.device)
     for batch in step.micro_batches:
-        batch = {key: value.to(world.device, non_blocking=True) for key, value in batch.items()}
+        batch = to_device(batch, world.device)
         with autocast_to(world.device, autocast):
             loss_sum = model(**batch).loss_sum
         # Each token weighs the same, in whichever micro-batch or process it is; sharding averages over processes.

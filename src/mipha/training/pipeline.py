@@ -16,7 +16,7 @@ from mipha.comparison.figures import plot_metrics
 from mipha.data.batches import StepDataset
 from mipha.data.encode import encode
 from mipha.data.images import ImageSource, is_readable, open_image
-from mipha.data.mixture import Mixture, check_samples
+from mipha.data.mixture import Mixture
 from mipha.engine.machine import check_free_space, check_writable
 from mipha.engine.precision import autocast_dtype
 from mipha.engine.trackers import check_trackers
@@ -82,7 +82,7 @@ def train(recipe: Recipe, folder: str | Path, track: Sequence[str] = ()) -> Run:
     }
     for name, mixture in mixtures.items():
         check_quantization(stages[name].tuning, world.device, world.size)
-        sha256 = check_samples(mixture)
+        sha256 = mixture.check()
         if world.is_first:
             run.record_data(name, {"samples": len(mixture), "sha256": sha256})
     for name in set(STAGES) - set(mixtures) if world.is_first else ():

@@ -13,6 +13,7 @@ from transformers import LlavaProcessor
 
 from mipha.assistant import Assistant
 from mipha.data.batches import StepDataset
+from mipha.data.collate import to_device
 from mipha.data.images import is_readable
 from mipha.data.mixture import Mixture
 from mipha.data.sample import IMAGE, Sample
@@ -83,7 +84,7 @@ class Validation:
                 supervised += step.num_supervised
                 substituted += len(step.substituted)
                 for batch in step.micro_batches:
-                    batch = {key: value.to(self.world.device) for key, value in batch.items()}
+                    batch = to_device(batch, self.world.device)
                     with autocast(self.world.device, self.autocast):
                         total += model(**batch).loss_sum
             if self.asked:

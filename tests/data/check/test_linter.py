@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -17,10 +18,10 @@ from PIL import Image
 from mipha.data.check import pool
 from mipha.data.check.html import html_report
 from mipha.data.check.linter import check_data
-from mipha.data.check.packing import num_steps
 from mipha.data.check.report import json_report
 from mipha.data.check.result import counts_by_kind, histogram
 from mipha.data.check.source import Source, data_recipe, open_source
+from mipha.data.order import count_steps
 from mipha.data.sample import Message, Sample
 from mipha.recipe import DataRecipe, Recipe, StageRecipe
 
@@ -326,6 +327,46 @@ def test_steps_tokens_and_packing_are_those_of_training(
 
 
 @pytest.mark.parametrize(
+    "shown", [{"weight": 0.5}, {"weight": 2.5}, {"cap": 7}, {"weight": 3, "cap": 30}]
+)
+@pytest.mark.parametrize("opened_by", ["the stage's own entry", "its address"])
+def test_the_linter_a_plan_and_training_count_the_same_steps(
+    shown: dict[str, Any],
+    opened_by: str,
+    tiny_data: Path,
+    tiny_model,
+    tiny_run_recipe,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from mipha.catalog.published_data import PUBLISHED_DATA
+    from mipha.data.mixture import Mixture
+    from mipha.planning import plan
+    from mipha.data.batches import StepDataset
+
+    stage = _stage(tiny_run_recipe, epochs=1.5, max_steps="null", batch_size=5)
+    data = stage.data[0].model_copy(update=shown)
+    stage = stage.model_copy(update={"data": (data,)})
+    model, processor = tiny_model()
+    steps = StepDataset(Mixture(stage.data), processor, stage, seed=3)
+    indices = [index for step in range(len(steps)) for index in steps.indices(step)]
+
+    # The linter reads the data itself, by either way of naming it.
+    source = _source(tiny_data) if opened_by == "its address" else open_source(data)
+    training = check_data(source, stage, processor, seed=3).training
+    assert training is not None
+    assert (training.steps, training.samples_read) == (len(steps), len(indices))
+
+    # A plan for published data that is not on this machine knows the number of samples alone.
+    fact = dataclasses.replace(PUBLISHED_DATA["llava_instruct"], samples=24)
+    monkeypatch.setattr(plan, "PUBLISHED_DATA", {data.dataset: fact})
+    gone = stage.model_copy(
+        update={"data": (data.model_copy(update={"root": Path("/nowhere/at.all")}),)}
+    )
+    recipe = tiny_run_recipe()
+    assert plan._steps_of(recipe, gone, model, 1)[1] == len(steps)
+
+
+@pytest.mark.parametrize(
     ("epochs", "max_steps", "expected"),
     [(1, "null", (4, 24)), (2, "null", (8, 48)), (0.5, "null", (2, 12)), (2, 3, (3, 18))],
 )
@@ -333,7 +374,7 @@ def test_steps_follow_from_epochs_and_batch_size(
     epochs, max_steps, expected, tiny_run_recipe
 ) -> None:
     assert (
-        num_steps(_stage(tiny_run_recipe, epochs=epochs, max_steps=max_steps, batch_size=6), 24)
+        count_steps(_stage(tiny_run_recipe, epochs=epochs, max_steps=max_steps, batch_size=6), 24)
         == expected
     )
 

@@ -104,7 +104,7 @@ def check_data(
         seconds=time.monotonic() - begin,
         histograms=tuple(columns.histograms()),
         answers=Answers(seen.answers.total(), len(seen.answers), top, num_guessable, num_guessed),
-        training=columns.training(stage, seed) if stage is not None else None,
+        training=columns.training(stage, seed, source) if stage is not None else None,
         against=evaluation.name if evaluation else None,
         processor=processor,
     )
@@ -153,11 +153,15 @@ class _Columns:
             if len(values):
                 yield histogram(name, unit, np.asarray(values))
 
-    def training(self, stage: StageRecipe, seed: int) -> Training:
-        from mipha.data.check.packing import num_steps, packings
+    def training(self, stage: StageRecipe, seed: int, source: Source) -> Training:
+        from mipha.data.check.packing import packings
+        from mipha.data.order import count_steps, samples_shown
 
         usable = len(self.lengths)
-        steps, samples_read = num_steps(stage, usable) if usable else (0, 0)
+        data = source.as_trained_on(stage)
+        weight, cap = (data.weight, data.cap) if data else (1.0, None)
+        shown = samples_shown(usable, weight, cap)
+        steps, samples_read = count_steps(stage, shown) if shown else (0, 0)
         num_tokens = sum(length.num_tokens for length in self.lengths)
         return Training(
             stage,
@@ -166,7 +170,7 @@ class _Columns:
             sum(self.trained),
             steps,
             samples_read,
-            tuple(packings(self.lengths, stage, seed)),
+            tuple(packings(self.lengths, stage, seed, weight, cap)),
         )
 
 

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from math import ceil
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 
 from mipha.data.encode import Encoded
-from mipha.data.mixture import Mixture
-from mipha.data.order import epoch_order
+from mipha.data.order import draw_samples, epoch_order, samples_shown
 from mipha.data.packing import make_rows
 from mipha.recipe import StageRecipe
 
@@ -20,9 +16,6 @@ BATCHINGS = ("padded", "packed", "shared-image")
 
 _MOST_STEPS = 100
 """Steps laid out, evenly spread over the epoch: enough for a figure to a tenth of a per cent."""
-
-_BUNDLE = 8
-"""Samples of one image kept together where the recipe does not say: its default for shared-image."""
 
 
 class Length(NamedTuple):
@@ -39,20 +32,6 @@ class Length(NamedTuple):
     prefix: int
     prefix_key: int
     image_key: int
-
-
-@dataclass(frozen=True)
-class _Epoch:
-    """The samples as `epoch_order` wants a mixture: each once, and which of them show the same images."""
-
-    lengths: Sequence[Length]
-
-    @cached_property
-    def image_keys(self) -> np.ndarray:
-        return np.asarray([length.image_key for length in self.lengths], dtype=np.uint64)
-
-    def epoch_samples(self, seed: int, epoch: int) -> np.ndarray:
-        return np.arange(len(self.lengths))
 
 
 class Packing(NamedTuple):
@@ -75,52 +54,78 @@ class Packing(NamedTuple):
     fullness: float
 
 
-def num_steps(stage: StageRecipe, num_samples: int) -> tuple[int, int]:
-    """Optimizer steps of the stage, and samples that they read."""
-    total = max(round(stage.epochs * num_samples), 1)
-    steps = min(ceil(total / stage.batch_size), stage.max_steps or total)
-    return steps, min(steps * stage.batch_size, total)
+def packings(
+    lengths: Sequence[Length],
+    stage: StageRecipe,
+    seed: int,
+    weight: float = 1.0,
+    cap: int | None = None,
+) -> list[Packing]:
+    """Lay out the first epoch in all ways of batching, side by side, on one process.
+
+    Args:
+        lengths: Of every sample that can be trained on.
+        stage: The recipe's stage.
+        seed: The recipe's.
+        weight: Times that an epoch shows each sample, on average.
+        cap: Most samples of an epoch.
+    """
+    if not lengths:
+        return []
+    size = len(lengths)
+    shown = draw_samples(size, samples_shown(size, weight, cap), seed, epoch=0, source=0)
+    image_keys = np.asarray([length.image_key for length in lengths], dtype=np.uint64)
+
+    found = []
+    for batching in BATCHINGS:
+        way = stage.model_copy(update={"batching": batching})
+        grouped = way.group_by_modality_length and batching == "padded"
+        by_modality = way.batch_size if grouped else None
+        order = epoch_order(shown, seed, 0, image_keys, way.bundle, by_modality)
+        found.append(_lay_out(lengths, order, way, chosen=batching == stage.batching))
+    return found
 
 
-def packings(lengths: Sequence[Length], stage: StageRecipe, seed: int) -> list[Packing]:
-    """All ways of batching side by side, on one process."""
-    epoch = _Epoch(lengths)
-    return [_packing(epoch, stage, seed, batching) for batching in BATCHINGS] if lengths else []
+def _lay_out(
+    lengths: Sequence[Length], order: np.ndarray, stage: StageRecipe, chosen: bool
+) -> Packing:
+    """Return how full the rows of an epoch are.
 
-
-def _packing(epoch: _Epoch, stage: StageRecipe, seed: int, batching: str) -> Packing:
-    bundle = (stage.samples_per_image or _BUNDLE) if batching == "shared-image" else None
-    order = epoch_order(cast(Mixture, epoch), seed, 0, bundle)
+    Args:
+        order: `(samples of the epoch,)` indices into `lengths`.
+        stage: With the way of batching to look at.
+        chosen: Whether this is the recipe's own way.
+    """
     starts = range(0, len(order), stage.batch_size)
-    chosen = [
-        starts[i]
-        for i in np.linspace(0, len(starts) - 1, min(len(starts), _MOST_STEPS)).round().astype(int)
-    ]
+    spread = np.linspace(0, len(starts) - 1, min(len(starts), _MOST_STEPS)).round().astype(int)
+    looked_at = [starts[step] for step in spread]
+
     num_tokens = num_positions = num_rows = num_samples = 0
-    for start in chosen:
+    for start in looked_at:
         samples = [
-            _stand_in(epoch.lengths[int(index)], int(index))
+            _stand_in(lengths[int(index)], int(index))
             for index in order[start : start + stage.batch_size]
         ]
-        rows = [len(row) for row in make_rows(samples, stage.row_tokens, batching)]
-        # As training does: rows come longest first, and a micro-batch is as wide as its first.
+        rows = [len(row) for row in make_rows(samples, stage.row_tokens, stage.batching)]
+        # Rows come longest first, and a micro-batch is as wide as its first row, as in training.
         size = stage.micro_batch_rows
         num_positions += sum(len(rows[i : i + size]) * rows[i] for i in range(0, len(rows), size))
         num_tokens += sum(rows)
         num_rows += len(rows)
         num_samples += len(samples)
+
     return Packing(
-        batching,
-        batching == stage.batching,
+        stage.batching,
+        chosen,
         positions_per_sample=num_positions / num_samples,
         padding=100 - 100 * num_tokens / num_positions,
-        rows_per_step=num_rows / len(chosen),
+        rows_per_step=num_rows / len(looked_at),
         fullness=100 * num_tokens / num_rows / stage.row_tokens,
     )
 
 
 def _stand_in(length: Length, index: int) -> Encoded:
-    """A sample of that length whose prefix is told apart by its checksum alone."""
+    """Return a sample of that length; the checksum of its prefix stands for the tokens."""
     ids = np.full(length.num_tokens, length.prefix_key)
     images = (length.image_key.to_bytes(8, "big"),) if length.image_key else ()
     return Encoded(str(index), ids, ids, images, length.prefix)

@@ -11,7 +11,7 @@ from typing import Any
 from mipha.data.images import ImageSource
 from mipha.data.mixture import load_records
 from mipha.data.sample import Sample
-from mipha.recipe import DataRecipe
+from mipha.recipe import DataRecipe, StageRecipe
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Source:
         folder: Left out of paths in messages.
         limit: Use the first so many rows only.
         note: How its format was told, in a sentence; None where it was given.
+        data: The recipe that it was opened by.
     """
 
     name: str
@@ -33,9 +34,24 @@ class Source:
     folder: Path | None = None
     limit: int | None = None
     note: str | None = None
+    data: DataRecipe | None = None
 
     def __len__(self) -> int:
         return min(len(self.records), self.limit or len(self.records))
+
+    def as_trained_on(self, stage: StageRecipe) -> DataRecipe | None:
+        """Return the entry of the stage that names this data, else the recipe it was opened by.
+
+        `check` and `show` open data by address alone; its weight and cap stand in the stage.
+        """
+        return next((data for data in stage.data if self._is_named_by(data)), self.data)
+
+    def _is_named_by(self, data: DataRecipe) -> bool:
+        if self.data is None or data.split != self.data.split:
+            return False
+        if data.root is None or self.data.root is None:
+            return data.root is self.data.root and data.dataset == self.data.dataset
+        return data.root.resolve() == self.data.root.resolve()
 
     def place(self, record: Any) -> str:
         """The row as its file counts, such as `train.jsonl, line 18`; empty where the record does not know it."""
@@ -82,5 +98,11 @@ def open_source(data: DataRecipe) -> Source:
     folder = None if data.root is None else data.root if data.root.is_dir() else data.root.parent
     note = module.detect(data.root)[1] if data.root and hasattr(module, "detect") else None
     return Source(
-        name, records, lambda record: module.to_sample(record, data.root), folder, data.limit, note
+        name,
+        records,
+        lambda record: module.to_sample(record, data.root),
+        folder,
+        data.limit,
+        note,
+        data,
     )
