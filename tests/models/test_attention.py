@@ -210,9 +210,10 @@ def test_compiled_layers_are_not_compiled_anew_for_every_row(
         return graph
 
     batches = [
-        collate(make_rows(_samples(processor, prefix), size, "shared-image"), processor)
-        for prefix, size in ((5, 70), (0, 60), (5, 140), (0, 90), (0, 75))
+        collate(make_rows(_samples(processor, prefix), size, "shared-image")[:1], processor)
+        for prefix, size in ((5, 70), (0, 60), (5, 140), (0, 90), (0, 40))
     ]
+    assert len({batch["spans"] for batch in batches}) == 5
     wanted = [model(**batch).loss_sum.item() for batch in batches]
     torch._dynamo.reset()
     try:
@@ -226,7 +227,7 @@ def test_compiled_layers_are_not_compiled_anew_for_every_row(
         torch._dynamo.reset()
     assert losses == pytest.approx(wanted, rel=1e-5)
     assert numbers[0] > 0, "the layers were compiled"
-    assert numbers[1:] == numbers[1:2] * 4, numbers
+    assert numbers == numbers[:1] * 5
 
 
 def _key(model: Any) -> torch.nn.Parameter:
