@@ -339,9 +339,9 @@ def test_the_linter_a_plan_and_training_count_the_same_steps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from mipha.catalog.published_data import PUBLISHED_DATA
+    from mipha.data.batches import StepDataset
     from mipha.data.mixture import Mixture
     from mipha.planning import plan
-    from mipha.data.batches import StepDataset
 
     stage = _stage(tiny_run_recipe, epochs=1.5, max_steps="null", batch_size=5)
     data = stage.data[0].model_copy(update=shown)
