@@ -30,6 +30,12 @@ def test_a_fresh_process_reads_each_file() -> None:
     assert len(loading.verdict(found)) == 2
 
 
+def test_a_row_is_collated() -> None:
+    assert loading.collate_a_row(row_tokens=256, repeats=2) > 0
+    report = {"workers": [], "about": {}, "collate_milliseconds": 0.04}
+    assert "2,048 tokens of text is collated in 0.04 ms" in loading._markdown(report)
+
+
 @pytest.mark.weights
 def test_workers_read_every_sample() -> None:
     alone, forked = loading.workers(64, side=64, counts=(0, 1))

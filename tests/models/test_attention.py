@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from mipha.data.collate import Batch, collate
@@ -168,6 +169,24 @@ def test_a_token_sees_its_own_past_and_nothing_else(layout: list[list[list[int]]
             assert mask[row, 0, query, query] == 0, (
                 "no row of the mask is empty: its softmax would not be a number"
             )
+
+
+def test_the_host_never_waits_for_a_number_of_the_rows(tiny_model: Callable, family: str) -> None:
+    """On a GPU every `.item()` or `.tolist()` stops the host until the device has caught up."""
+
+    class Refuse(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            assert function is not torch.ops.aten._local_scalar_dense.default
+            return function(*arguments, **(options or {}))
+
+    model, processor = tiny_model(family)
+    use_segments(model)
+    samples = _samples(processor, prefix=0)[4:]  # without images
+    batch = collate(make_rows(samples, 60, "packed"), processor)
+    with Refuse():
+        model(**batch)
+    with Refuse(), pytest.raises(AssertionError):
+        model(**{key: value for key, value in batch.items() if key != "spans"})
 
 
 def _two_batches(processor: Any) -> list[Batch]:
