@@ -1,6 +1,8 @@
-"""Step number -> this process's micro-batches. A pure function: resuming at a step reads nothing that came before it.
+"""Step number -> this process's micro-batches.
 
-step  --order(seed, epoch)-->  the step's samples  --encode, make_rows-->  rows  --deal-->  rows of each process
+It is a pure function: resuming at a step reads nothing that came before it.
+
+    step  --order(seed, epoch)-->  samples  --encode, make_rows-->  rows  --deal-->  rows by process
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ class Step:
         num_images: Images encoded.
         num_padded: Positions computed, padding included.
         num_truncated: Samples whose end was cut off.
-        substituted: Images of this process alone that could not be read, and that grey stands in for.
+        substituted: Images of this process that could not be read; grey stands in for them.
     """
 
     micro_batches: tuple[Batch, ...]
@@ -53,7 +55,7 @@ class Step:
 
 
 class StepDataset(Dataset[Step]):
-    """The steps of a stage as a map-style data set, so that torch's DataLoader brings workers and prefetching."""
+    """The steps of a stage as a map-style data set, so that a DataLoader can read them ahead."""
 
     def __init__(
         self,

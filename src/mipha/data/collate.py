@@ -80,8 +80,8 @@ def _read(source: ImageSource, sample: str, substituted: list[Substituted] | Non
     except (ValueError, FileNotFoundError) as error:
         if substituted is None:
             raise type(error)(
-                f"sample {sample}: {error}; mend or remove it, or set "
-                "unreadable_images=substitute to train on a grey picture in its place"
+                f"sample {sample}: {error}; fix or remove it, or set "
+                "unreadable_images=substitute to train on a grey image in its place"
             ) from error
         substituted.append(Substituted(sample, image_name(source), str(error)))
         return open_image(grey_image())

@@ -1,4 +1,4 @@
-"""Which samples an epoch shows, in which order, and how many steps that makes: pure functions of numbers.
+"""Which samples an epoch shows, in which order, and in how many steps: pure functions of numbers.
 
 Training, its plan and the data check all count and order with these:
 
@@ -81,9 +81,9 @@ def epoch_order(
         shown: `(samples,)` indices of the samples that the epoch shows.
         image_keys: `(all samples,)` integers: equal where samples show the same images, 0 for text
             alone. Needed with `bundle` and `by_modality`.
-        bundle: None shuffles samples. A number keeps that many samples of one image side by side (in
-            a new choice every epoch) and shuffles those bundles: shared-image batching then finds
-            them in one step.
+        bundle: None shuffles samples. A number keeps that many samples of one image side by side
+            (in a new choice every epoch) and shuffles those bundles: shared-image batching then
+            finds them in one step.
         by_modality: Samples of a step: steps of samples with images, and steps of text alone, in
             random order. The remainders of both are mixed.
 

@@ -75,8 +75,8 @@ def make_rows(
     Args:
         samples: In the order of the step; each at most `row_tokens` long.
         row_tokens: Longest row.
-        batching: `padded` (one sample a row), `packed` (several) or `shared-image` (several, sharing
-            the image).
+        batching: `padded` (one sample a row), `packed` (several) or `shared-image` (several,
+            sharing the image).
         num_processes: Processes that the rows will be dealt to.
 
     Returns:

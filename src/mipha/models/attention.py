@@ -18,9 +18,9 @@ that restart, and then one question about a shared image sees another or loses t
 
 Speed: of a layer of SmolLM2-135M in bfloat16 (rows of 12 samples of 170 tokens, one thread of an
 EPYC with AVX-512 BF16, forward and backward) the matrix products of the weights take 125 ms;
-attention takes 390 through a dense mask, 75 sample by sample through the fused kernel, and 19 through
-two plain products with a softmax between them. The plain products keep the attention weights for
-the backward pass, so long samples go through the fused kernel after all.
+attention takes 390 through a dense mask, 75 sample by sample through the fused kernel, and 19
+through two plain products with a softmax between them. The plain products keep the attention
+weights for the backward pass, so long samples go through the fused kernel after all.
 """
 
 from __future__ import annotations
@@ -154,9 +154,9 @@ def describe_rows(
 ) -> Iterator[Tensor | None]:
     """Say who sees whom while a model runs on packed rows.
 
-    The language model asks for its mask once in a forward pass (`_make_mask`), while this context is
-    open, and hands the answer to every layer as an argument. So a layer that is recomputed in the
-    backward pass has it, although the context is closed by then.
+    The language model asks for its mask once in a forward pass (`_make_mask`), while this context
+    is open, and hands the answer to every layer as an argument. So a layer that is recomputed in
+    the backward pass has it, although the context is closed by then.
 
     Args:
         spans: Of each row.
@@ -173,8 +173,9 @@ def describe_rows(
     lengths = [sum(tokens for _, tokens in row) for row in spans]
     if len(spans) != shape[0] or max(lengths, default=0) > shape[1]:
         raise ValueError(
-            f"the spans describe {len(spans)} rows of up to {max(lengths, default=0)} tokens, but "
-            f"the batch has {shape[0]} rows of {shape[1]}: give the spans that `collate` made for it"
+            f"the spans describe {len(spans)} rows of up to {max(lengths, default=0)} tokens, "
+            f"but the batch has {shape[0]} rows of {shape[1]}: "
+            "give the spans that `collate` made for it"
         )
 
     if implementation != SEGMENTS:
@@ -211,8 +212,9 @@ def check_described(position_ids: Tensor, attention_mask: Tensor | None) -> None
         restarts = restarts & real[:, 1:] & real[:, :-1]
     if restarts.any():
         raise ValueError(
-            "position_ids restart within a row, so it holds several samples, but nothing says which "
-            "tokens see which: give the model the `spans` that `collate` made, or a mask of four axes"
+            "position_ids restart within a row, so it holds several samples, but nothing says "
+            "which tokens see which: give the model the `spans` that `collate` made, or a mask of "
+            "four axes"
         )
 
 

@@ -1,4 +1,4 @@
-"""Image features by the content of the pixels: an image that was seen lately is not encoded again."""
+"""Image features by the content of the pixels: an image seen lately is not encoded again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class ImageFeatures:
 
     Args:
         model: Its tower and projector make them.
-        max_bytes: Most that is kept. An image of Mipha-3B (729 tokens of 2,560 float32) takes 7.5 MB.
+        max_bytes: Most that is kept. An image of Mipha-3B takes 7.5 MB (729 tokens of 2,560
+            float32).
     """
 
     def __init__(self, model: LlavaForConditionalGeneration, max_bytes: int = 256 * 2**20) -> None:

@@ -53,7 +53,7 @@ class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """Return False: of custom code, transformers would rename only some weights when it saves."""
+        """Return False: else transformers would rename only some weights when it saves."""
         return False
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
@@ -165,7 +165,8 @@ def load_model(
     """Load a saved checkpoint, complete or not at all.
 
     Raises:
-        ValueError: Weights are missing, left over or of another shape: the folder is not the checkpoint it says.
+        ValueError: Weights are missing, left over or of another shape: the folder is not the
+            checkpoint that it says.
     """
     options = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
     # Else transformers raises an error of its own for a wrong shape, in many sentences.

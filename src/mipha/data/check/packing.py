@@ -1,4 +1,7 @@
-"""How full rows will be: the steps of the first epoch laid into rows by training's own rules, from lengths alone."""
+"""How full rows will be, from lengths alone.
+
+The steps of the first epoch are laid into rows by the functions that training uses.
+"""
 
 from __future__ import annotations
 
