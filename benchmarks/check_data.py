@@ -18,9 +18,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from mipha.data.check.html import html_report
-from mipha.data.check.linter import check_data
-from mipha.data.check.result import CheckResult
-from mipha.data.check.source import data_recipe, open_source
+from mipha.data.check.linter import CheckResult, check_data
+from mipha.data.dataset import data_recipe, load_data
 from mipha.recipe import load_recipe
 from tests.data.check.planted import DEFECTS, THINGS, plant
 
@@ -43,7 +42,7 @@ def main() -> None:
         corpus = plant(
             Path(folder), options.rows, copies=options.rows // (4 * len(DEFECTS)), side=options.side
         )
-        against = open_source(data_recipe(str(corpus.evaluation)))
+        against = load_data(data_recipe(str(corpus.evaluation)))
         planted, spent = _check(corpus.planted, against=against, **tokens)
         found = {(finding.row, finding.kind) for finding in planted.findings}
         expected = corpus.expected(with_tokens=bool(tokens), with_evaluation=True)
@@ -94,7 +93,7 @@ def _talk(number: int) -> list[dict[str, str]]:
 def _check(file: Path, **options: Any) -> tuple[CheckResult, float]:
     """What is found, and the seconds of all cores that it took: with other work on the machine, the clock on the wall tells little."""
     begin = _cpu_seconds()
-    result = check_data(open_source(data_recipe(str(file))), progress=True, **options)
+    result = check_data(load_data(data_recipe(str(file))), progress=True, **options)
     return result, _cpu_seconds() - begin
 
 

@@ -80,9 +80,63 @@ def test_show_a_row_as_the_model_sees_it(
     assert (tmp_path / "row-0-image-1.png").is_file()
 
 
+@pytest.fixture
+def published(tmp_path: Path) -> Path:
+    """LLaVA's published file with one row, its image elsewhere."""
+    folder = tmp_path / "llava"
+    folder.mkdir()
+    Image.effect_noise((64, 64), 50).convert("RGB").save(tmp_path / "1.png")
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "That."}]
+    rows = [{"image": "1.png", "conversations": turns}]
+    (folder / "llava_v1_5_mix665k.json").write_text(json.dumps(rows))
+    return folder
+
+
+def test_a_named_data_set_is_checked_and_shown_where_it_lies(
+    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = mipha("check", "llava_instruct", "--root", published)
+    assert done.exit_code == 1 and "there is no file '1.png'" in " ".join(done.output.split())
+    elsewhere = ("--root", published, "--image-root", tmp_path)
+    done = mipha("check", "llava_instruct", *elsewhere)
+    assert done.exit_code == 0 and "1 rows, 1 samples, 1 images" in done.output, done.output
+    done = mipha("show", "llava_instruct", "--row", 0, *elsewhere)
+    assert done.exit_code == 0 and "That." in done.output, done.output
+
+
+def test_a_recipe_alone_checks_the_data_of_its_stages(
+    tiny_run_recipe: Callable[..., Recipe], data: Path, published: Path, tmp_path: Path
+) -> None:
+    recipe = tiny_run_recipe(
+        "stages.pretrain.data=" + str(data),
+        "stages.finetune.data.dataset=llava_instruct",
+        f"stages.finetune.data.root={published}",
+        f"stages.finetune.data.image_root={tmp_path}",
+    )
+    (tmp_path / "two.yaml").write_text(recipe.dump())
+    both = mipha("check", "--recipe", tmp_path / "two.yaml")
+    assert both.exit_code == 1, "the first has errors"
+    assert "my.jsonl" in both.output and "llava\n" in both.output
+    assert both.output.count("optimizer steps") == 2, both.output
+    second = mipha(
+        "check", "--recipe", tmp_path / "two.yaml", "--stage", "finetune", "--json", tmp_path / "j"
+    )
+    assert second.exit_code == 0, second.output
+    assert json.loads((tmp_path / "j").read_text())["data"] == "llava"
+    refused = mipha("check", "--recipe", tmp_path / "two.yaml", "--json", tmp_path / "k")
+    assert refused.exit_code == 2 and not (tmp_path / "k").exists()
+    assert "--json, --html and --fix are written for one data set" in refused.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
+        (("check",), "give DATA, or only --recipe NAME"),
+        (("check", "--recipe", "quickstart", "--root", "."), "give DATA, or only --recipe NAME"),
+        (("check", "DATA", "--root", "."), "is for the name of a data set"),
+        (("check", "llava_instruct"), "llava_instruct has no packaged copy: set the data's root"),
+        (("show", "quickstart", "--root", "."), "give --row too"),
         (("check", "./nothing.jsonl"), "no data at nothing.jsonl"),
         (("show", "DATA", "--row", "9"), "has no row 9: it has 3 rows"),
         (("check", "DATA", "--recipe", "quickstart", "--stage", "third"), "no stage 'third'"),

@@ -212,7 +212,7 @@ def test_nothing_to_learn_is_an_error(processor: LlavaProcessor) -> None:
     )
     with pytest.raises(
         ValueError,
-        match="sample s: no token is trained on, because row_tokens=6 cuts its answer off; mend",
+        match="sample s: no token is trained on, because row_tokens=6 cuts its answer off; fix",
     ):
         encode(conversation("a long question, is it not?", "b"), processor, 6)
 
@@ -220,7 +220,7 @@ def test_nothing_to_learn_is_an_error(processor: LlavaProcessor) -> None:
 def test_an_image_that_does_not_fit_is_an_error(processor: LlavaProcessor) -> None:
     with pytest.raises(
         ValueError,
-        match=r"sample s: through its 2 image\(s\) it takes 12 tokens of row_tokens=12: raise row_tokens",
+        match=r"sample s: through its 2 image\(s\) it takes 12 tokens of row_tokens=12; raise row_tokens",
     ):
         encode(conversation("a?", "b", images=2), processor, 12)
 
@@ -289,6 +289,6 @@ def test_half_a_character_is_named(processor: LlavaProcessor) -> None:
     sample = Sample("row 3", (Message("user", "which \ud83d?"), Message("assistant", "red")), ())
     with pytest.raises(
         ValueError,
-        match=r"sample row 3: a text holds half of a character \(a lone surrogate\): remove it",
+        match=r"sample row 3: a text holds half of a character \(a lone surrogate\); remove it",
     ):
         encode(sample, processor, 200)

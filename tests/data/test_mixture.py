@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from mipha.data.images import grey_image
-from mipha.data.mixture import Mixture, list_datasets, load_dataset_module
+from mipha.data.mixture import Mixture
 from mipha.recipe import DataRecipe
 
 
@@ -128,14 +128,6 @@ def test_what_is_wrong_is_said(
         Mixture([write("empty", [])])
     with pytest.raises(FileNotFoundError):
         Mixture([DataRecipe(dataset="messages", root=tmp_path / "gone.jsonl")])
-
-
-def test_every_data_set_module_has_the_contract() -> None:
-    assert {"messages", "llava_instruct", "llava_pretrain"} <= set(list_datasets())
-    assert not any(name.startswith("_") for name in list_datasets())
-    for name in list_datasets():
-        module = load_dataset_module(name)
-        assert callable(module.load) and callable(module.to_sample)
 
 
 def test_missing_images_are_named_before_anything_is_trained(

@@ -12,13 +12,13 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from mipha.data.check.source import Source, data_recipe, open_source
+from mipha.data.dataset import LoadedData, data_recipe, load_data
 from mipha.data.show import render, save_pixels, view_sample, visible
 from mipha.recipe import StageRecipe
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> Source:
+def source(tmp_path: Path) -> LoadedData:
     Image.new("RGB", (40, 20), (200, 30, 60)).save(tmp_path / "red.png")
     rows = [
         ("<image>\nWhich colour?", "Crimson, “así” 🫖."),
@@ -38,7 +38,7 @@ def source(tmp_path: Path) -> Source:
         for asked, said in rows
     ]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
-    return open_source(data_recipe(str(tmp_path / "rows.jsonl")))
+    return load_data(data_recipe(str(tmp_path / "rows.jsonl")))
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def _printed(view) -> str:
 
 
 def test_the_trained_tokens_are_the_answer_and_its_end(
-    source: Source, stage, tiny_model, family: str
+    source: LoadedData, stage, tiny_model, family: str
 ) -> None:
     processor = tiny_model(family)[1]
     view = view_sample(source, 0, stage(), processor)
@@ -81,14 +81,14 @@ def test_the_trained_tokens_are_the_answer_and_its_end(
 
 
 def test_a_caption_alone_is_what_the_plain_prompt_trains_on(
-    source: Source, stage, tiny_model
+    source: LoadedData, stage, tiny_model
 ) -> None:
     view = view_sample(source, 0, stage("prompt=plain"), tiny_model()[1])
     assert "".join(piece.text for piece in view.pieces if piece.trained) == "Crimson, “así” 🫖.\n"
     assert view.rendered == "<image>Crimson, “así” 🫖.\n"
 
 
-def test_what_is_cut_off_is_counted(source: Source, stage, tiny_model) -> None:
+def test_what_is_cut_off_is_counted(source: LoadedData, stage, tiny_model) -> None:
     view = view_sample(source, 2, stage("row_tokens=64"), tiny_model()[1])
     whole = view_sample(source, 2, stage("row_tokens=4096"), tiny_model()[1])
     assert view.num_tokens == 64
@@ -100,7 +100,7 @@ def test_what_is_cut_off_is_counted(source: Source, stage, tiny_model) -> None:
 
 
 def test_the_image_is_shown_as_the_tower_gets_it(
-    source: Source, stage, tiny_model, tmp_path: Path
+    source: LoadedData, stage, tiny_model, tmp_path: Path
 ) -> None:
     view = view_sample(source, 0, stage(), tiny_model()[1])
     [file] = save_pixels(view, tmp_path / "seen")
@@ -116,7 +116,7 @@ def test_the_image_is_shown_as_the_tower_gets_it(
     assert np.abs(np.asarray(squashed)[1, 14] - np.array([200, 30, 60])).max() <= 2
 
 
-def test_without_a_recipe_the_words_are_shown(source: Source) -> None:
+def test_without_a_recipe_the_words_are_shown(source: LoadedData) -> None:
     view = view_sample(source, 0)
     assert (view.rendered, view.pieces, view.pixels) == (None, (), ())
     printed = _printed(view)
@@ -126,7 +126,7 @@ def test_without_a_recipe_the_words_are_shown(source: Source) -> None:
     assert "give a recipe" in printed
 
 
-def test_colours_say_what_is_trained_on(source: Source, stage, tiny_model) -> None:
+def test_colours_say_what_is_trained_on(source: LoadedData, stage, tiny_model) -> None:
     segments = Console(width=120).render(render(view_sample(source, 1, stage(), tiny_model()[1])))
     coloured = [
         (segment.text, segment.style.bgcolor.name)
@@ -140,7 +140,7 @@ def test_colours_say_what_is_trained_on(source: Source, stage, tiny_model) -> No
     assert "".join(green) == "Hello.<|im_end|>" + "trained on"  # the last is the legend
 
 
-def test_what_cannot_be_encoded_is_said(source: Source, stage, tiny_model) -> None:
+def test_what_cannot_be_encoded_is_said(source: LoadedData, stage, tiny_model) -> None:
     processor = tiny_model()[1]
     assert "half of a character" in view_sample(source, 3, stage(), processor).problem
     assert (
@@ -152,7 +152,9 @@ def test_what_cannot_be_encoded_is_said(source: Source, stage, tiny_model) -> No
     )
 
 
-def test_text_does_not_reach_the_terminal_as_commands(source: Source, stage, tiny_model) -> None:
+def test_text_does_not_reach_the_terminal_as_commands(
+    source: LoadedData, stage, tiny_model
+) -> None:
     for more in ({}, {"stage": stage(), "processor": tiny_model()[1]}):
         printed = _printed(view_sample(source, 4, **more))
         assert "bell ␇ [bold]and brackets[/bold]" in printed
@@ -161,7 +163,7 @@ def test_text_does_not_reach_the_terminal_as_commands(source: Source, stage, tin
 
 
 @pytest.mark.parametrize("row", [-1, 5, 10**9])
-def test_a_row_that_is_not_there(row: int, source: Source) -> None:
+def test_a_row_that_is_not_there(row: int, source: LoadedData) -> None:
     with pytest.raises(
         ValueError, match=rf"rows\.jsonl has no row {row}: it has 5 rows, so give one from 0 to 4"
     ):
@@ -171,4 +173,4 @@ def test_a_row_that_is_not_there(row: int, source: Source) -> None:
 def test_a_row_that_is_no_sample(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"messages": []}\n')
     with pytest.raises(ValueError, match=r"rows\.jsonl, line 1"):
-        view_sample(open_source(data_recipe(str(tmp_path / "rows.jsonl"))), 0)
+        view_sample(load_data(data_recipe(str(tmp_path / "rows.jsonl"))), 0)

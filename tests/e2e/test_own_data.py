@@ -85,7 +85,7 @@ def test_a_bare_path_is_all_it_takes(
     done = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     said = " ".join(done.output.split())
-    assert "captions is read as image_folder: pictures with a caption in a .txt beside each" in said
+    assert "captions is read as image_folder: images with a caption in a .txt beside each" in said
     assert "my.jsonl is read as messages: conversations whose turns have a role and content" in said
     assert (
         load(Run(home / "runs/x"))

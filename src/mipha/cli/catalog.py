@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mipha.cli.data import ImageRoot, RecipeName, Stage, show_row
+from mipha.cli.data import ImageRoot, RecipeName, Root, Stage, show_row
 
 
 def list_names() -> None:
@@ -35,12 +35,13 @@ def show(
         int | None, typer.Option(help="Show this row of a data set, from 0, as the model sees it.")
     ] = None,
     recipe: RecipeName = None,
-    stage: Stage = "finetune",
+    stage: Stage = None,
+    root: Root = None,
     image_root: ImageRoot = None,
 ) -> None:
     """Show a recipe in full, a part's catalog entry, or one row of a data set."""
     if row is not None:
-        show_row(name, row, recipe, stage, image_root)
+        show_row(name, row, recipe, stage, root, image_root)
         return
     from dataclasses import asdict
 
@@ -51,9 +52,10 @@ def show(
     from mipha.lookup import did_you_mean
     from mipha.recipe import list_recipes, load_recipe
 
-    if recipe is not None or image_root:
+    if recipe is not None or root or image_root:
         raise ValueError(
-            "--recipe and --image-root are for a row of a data set: give --row too, or leave them out"
+            "--recipe, --root and --image-root are for a row of a data set: "
+            "give --row too, or leave them out"
         )
     parts: dict[str, Any] = {**VISION_TOWERS, **LANGUAGE_MODELS}
     if name in parts:

@@ -3,32 +3,50 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+if TYPE_CHECKING:
+    from transformers import LlavaProcessor
+
+    from mipha.recipe import DataRecipe, Recipe, StageRecipe
+
 Data = Annotated[
-    str,
-    typer.Argument(metavar="DATA", help="A file or folder (write ./name), or a data set's name."),
+    str | None,
+    typer.Argument(
+        metavar="DATA",
+        help="A file or folder (write ./name), or a data set's name; without it, with --recipe: "
+        "the data of the recipe's stages.",
+    ),
 ]
 RecipeName = Annotated[
     str | None,
     typer.Option("--recipe", help="Check tokens too, as this recipe would train on them."),
 ]
-Stage = Annotated[str, typer.Option(help="The recipe's stage: pretrain or finetune.")]
+Stage = Annotated[
+    str | None,
+    typer.Option(
+        help="The recipe's stage: pretrain or finetune (default for DATA); without DATA, all."
+    ),
+]
+Root = Annotated[
+    Path | None, typer.Option(help="Where a named data set lies, if not in its package.")
+]
 ImageRoot = Annotated[
     list[Path] | None, typer.Option(help="Folder that images may lie in, beside the data's own.")
 ]
 
 
 def check(
-    data: Data,
+    data: Data = None,
     recipe: RecipeName = None,
-    stage: Stage = "finetune",
+    stage: Stage = None,
+    root: Root = None,
     image_root: ImageRoot = None,
     against: Annotated[
         str | None,
-        typer.Option(help="Evaluation data whose pictures and questions must not be in this."),
+        typer.Option(help="Evaluation data whose images and questions must not be in this."),
     ] = None,
     json_out: Annotated[
         Path | None, typer.Option("--json", help="Write every finding to a JSON file.")
@@ -47,59 +65,101 @@ def check(
     from mipha.data.check.html import html_report
     from mipha.data.check.linter import check_data
     from mipha.data.check.report import json_report, text_report
-    from mipha.data.check.source import data_recipe, open_source
+    from mipha.data.dataset import data_recipe, load_data
     from mipha.files import write_whole
 
-    source = open_source(data_recipe(data, image_root=image_root or ()))
-    other = open_source(data_recipe(against)) if against else None
-    result = check_data(source, **_tokens(recipe, stage), against=other, progress=True)
-    Console().print(text_report(result))
-    for path, report in ((json_out, json_report), (html, html_report)):
-        if path:
-            write_whole(path, report(result))
-            typer.echo(f"written: {path}")
-    if fix:
-        fixed = write_fixed(result, fix)
-        typer.echo(
-            f"{fixed.num_kept:,} rows kept in {fixed.file}; what was changed: {fixed.list_file}"
+    # Find what to check, and as which stage.
+    chosen: list[tuple[DataRecipe, StageRecipe | None]]
+    loaded = _load_recipe(recipe, stage)
+    if data is not None:
+        named = data_recipe(data, root, image_root or ())
+        chosen = [(named, _stages(loaded, stage or "finetune")[0] if loaded else None)]
+    elif loaded is None or root or image_root:
+        raise ValueError("give DATA, or only --recipe NAME for the data of a recipe's stages")
+    else:
+        chosen = [(one, each) for each in _stages(loaded, stage) for one in each.data]
+    if len(chosen) > 1 and (json_out or html or fix):
+        raise ValueError(
+            f"--json, --html and --fix are written for one data set, and {recipe} has "
+            f"{len(chosen)}: name one as DATA, or a stage with --stage"
         )
-        if fixed.note:
-            typer.echo(fixed.note)
-    if result.num_errors:
+
+    # Check one after another.
+    other = load_data(data_recipe(against)) if against else None
+    processor = _processor(loaded)
+    num_errors = 0
+    for one, each in chosen:
+        result = check_data(
+            load_data(one),
+            each,
+            processor,
+            seed=loaded.seed if loaded else 0,
+            against=other,
+            progress=True,
+        )
+        num_errors += result.num_errors
+        Console().print(text_report(result))
+
+        for path, report in ((json_out, json_report), (html, html_report)):
+            if path:
+                write_whole(path, report(result))
+                typer.echo(f"written: {path}")
+        if fix:
+            fixed = write_fixed(result, fix)
+            typer.echo(
+                f"{fixed.num_kept:,} rows kept in {fixed.file}; what was changed: {fixed.list_file}"
+            )
+            if fixed.note:
+                typer.echo(fixed.note)
+    if num_errors:
         raise typer.Exit(1)
 
 
 def show_row(
-    data: str, row: int, recipe: str | None, stage: str, image_root: list[Path] | None
+    data: str,
+    row: int,
+    recipe: str | None,
+    stage: str | None,
+    root: Path | None,
+    image_root: list[Path] | None,
 ) -> None:
     """Print one sample as the model sees it, and write its images as the tower reads them."""
     from rich.console import Console
 
-    from mipha.data.check.source import data_recipe, open_source
+    from mipha.data.dataset import data_recipe, load_data
     from mipha.data.show import render, save_pixels, view_sample
 
-    tokens = _tokens(recipe, stage)
-    tokens.pop("seed", None)
-    view = view_sample(open_source(data_recipe(data, image_root=image_root or ())), row, **tokens)
+    loaded = _load_recipe(recipe, stage)
+    chosen = _stages(loaded, stage or "finetune")[0] if loaded else None
+    rows = load_data(data_recipe(data, root, image_root or ()))
+    view = view_sample(rows, row, chosen, _processor(loaded))
     Console().print(render(view))
     for path in save_pixels(view, Path(".")):
         typer.echo(f"as the tower reads it: {path}")
 
 
-def _tokens(name: str | None, stage: str) -> dict[str, Any]:
-    """What the checks of tokens need: nothing without a recipe."""
+def _load_recipe(name: str | None, stage: str | None) -> Recipe | None:
+    """Load the recipe, if one is named; check the stage first."""
     if name is None:
-        return {}
+        return None
     from mipha.recipe import STAGES, load_recipe
 
-    if stage not in STAGES:
+    if stage is not None and stage not in STAGES:
         raise ValueError(f"no stage {stage!r}: choose {' or '.join(STAGES)}")
-    recipe = load_recipe(name)
+    return load_recipe(name)
 
+
+def _stages(recipe: Recipe, stage: str | None) -> list[StageRecipe]:
+    """Return the recipe's stage of this name; all stages for None."""
+    from mipha.recipe import STAGES
+
+    return [getattr(recipe.stages, name) for name in STAGES if stage in (None, name)]
+
+
+def _processor(recipe: Recipe | None) -> LlavaProcessor | None:
+    """Load what the checks of tokens need; nothing without a recipe."""
+    if recipe is None:
+        return None
     from mipha.models.build import load_parts_processor
 
-    return {
-        "stage": getattr(recipe.stages, stage),
-        "processor": load_parts_processor(recipe.model),
-        "seed": recipe.seed,
-    }
+    return load_parts_processor(recipe.model)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from transformers import LlavaProcessor
 
+from mipha.data.faults import RecordError
 from mipha.data.images import ImageSource
 from mipha.data.sample import IMAGE, Message, Sample
 from mipha.data.upstream_tokens import encode_conversation
@@ -60,9 +61,10 @@ def encode(
             words and a newline, as in LLaVA's first stage.
 
     Raises:
-        ValueError: Nothing would be trained on, the images alone exceed `max_tokens`, or a text is no text.
+        RecordError: Nothing would be trained on, the images alone exceed `max_tokens`, images and
+            their tokens do not match, or a text holds half of a character.
     """
-    _check_text(sample)
+    check_text(sample)
     ids, supervised = _plain(sample, processor) if prompt == "plain" else _chat(sample, processor)
     ids, supervised = _expand_images(ids, supervised, processor)
     labels = np.where(supervised & (ids != processor.image_token_id), ids, IGNORE)
@@ -70,13 +72,19 @@ def encode(
     last_image = int(image_ends[-1]) + 1 if len(image_ends) else 0
     num_images = len(image_ends) // tokens_per_image(processor)
     if num_images != len(sample.images):
-        raise ValueError(
-            f"sample {sample.id}: its text holds {num_images} images but {len(sample.images)} are given; is {IMAGE} in the wrong place?"
+        raise RecordError(
+            f"its text holds {num_images} images but {len(sample.images)} are given",
+            f"is {IMAGE} in the wrong place?",
+            f"sample {sample.id}",
+            "image-count",
         )
     if last_image >= max_tokens:
-        raise ValueError(
-            f"sample {sample.id}: through its {num_images} image(s) it takes {last_image} tokens "
-            f"of row_tokens={max_tokens}: raise row_tokens"
+        raise RecordError(
+            f"through its {num_images} image(s) it takes {last_image} tokens of "
+            f"row_tokens={max_tokens}",
+            "raise row_tokens",
+            f"sample {sample.id}",
+            "too-many-images",
         )
     truncated = max(0, len(ids) - max_tokens)
     ids, labels = ids[:max_tokens], labels[:max_tokens]
@@ -86,8 +94,11 @@ def encode(
             if truncated
             else "the assistant says nothing"
         )
-        raise ValueError(
-            f"sample {sample.id}: no token is trained on, because {cause}; mend or remove the sample"
+        raise RecordError(
+            f"no token is trained on, because {cause}",
+            "fix or remove the sample",
+            f"sample {sample.id}",
+            "nothing-trained",
         )
     # The token behind the prefix must not be supervised: its prediction is made at the prefix's last, shared, position.
     shared = (
@@ -98,14 +109,21 @@ def encode(
     return Encoded(sample.id, ids, labels, sample.images, shared, truncated)
 
 
-def _check_text(sample: Sample) -> None:
-    """Half of a character, which JSON can hold, is a TypeError to every tokenizer."""
+def check_text(sample: Sample) -> None:
+    """Check that no text holds half of a character: JSON can hold one, no tokenizer accepts it.
+
+    Raises:
+        RecordError: A text holds one.
+    """
     for message in sample.messages:
         try:
             message.text.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(
-                f"sample {sample.id}: a text holds half of a character (a lone surrogate): remove it"
+            raise RecordError(
+                "a text holds half of a character (a lone surrogate)",
+                "remove it",
+                f"sample {sample.id}",
+                "lone-surrogate",
             ) from error
 
 

@@ -1,4 +1,4 @@
-"""Which images are kept out of training, for validation: decided by each image alone."""
+"""The train/validation split: which images are kept out of training, by each image alone."""
 
 from __future__ import annotations
 
@@ -12,17 +12,23 @@ Side = Literal["train", "validation"]
 
 
 def side_of(sample: Sample, held_out: float) -> Side | None:
-    """Which side of the train/validation split a sample is on; null where its images are on both, and it can be on neither.
+    """Return the side of the train/validation split that a sample is on.
 
-    An image's side follows from its content (`image_key`) alone: a copy under another name, in another row or another data set is on
-    the same side, whatever else there is and whatever the seed. So no image is ever on both. Text alone goes by what the user says.
+    An image's side follows from its content (`image_key`) alone: a copy under another name, in
+    another row or another data set is on the same side, whatever else there is and whatever the
+    seed. So no image is ever on both sides. Text alone goes by what the user says.
+
+    Args:
+        held_out: Share of the images that is held out.
+
+    Returns:
+        None where the sample's images are on both sides, so that it can be on neither.
     """
     keys = [image_key(image) for image in sample.images]
-    keys = keys or [
-        "\0".join(message.text for message in sample.messages if message.role == "user").encode(
-            "utf-8", "surrogatepass"
-        )
-    ]
+    if not keys:
+        asked = "\0".join(message.text for message in sample.messages if message.role == "user")
+        keys = [asked.encode("utf-8", "surrogatepass")]
+
     sides: set[Side] = {"validation" if _fraction(key) < held_out else "train" for key in keys}
     return sides.pop() if len(sides) == 1 else None
 

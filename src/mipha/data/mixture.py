@@ -3,57 +3,21 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
-import inspect
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from mipha.data.dataset import load_data
 from mipha.data.held_out import Side, side_of
 from mipha.data.images import grey_image
 from mipha.data.order import draw_samples, epoch_order, samples_shown
 from mipha.data.sample import ImageSource, Sample
-from mipha.lookup import did_you_mean, files_in
 from mipha.recipe import DataRecipe
-
-DATASETS = Path(__file__).parent / "datasets"
-
-
-def list_datasets() -> list[str]:
-    """Names of the data set modules."""
-    return files_in(DATASETS, ".py")
-
-
-def load_dataset_module(name: str) -> ModuleType:
-    """The module of a data set.
-
-    Raises:
-        ValueError: There is none of this name.
-    """
-    if name not in list_datasets():
-        hint = f"; for the data in that place write ./{name}" if Path(name).exists() else ""
-        raise ValueError(f"no data set {name!r}: {did_you_mean(name, list_datasets())}{hint}")
-    return importlib.import_module(f"mipha.data.datasets.{name}")
-
-
-def load_records(recipe: DataRecipe) -> tuple[ModuleType, Sequence[Any]]:
-    """A data set's module and the records of its split; `limit` is not applied.
-
-    Raises:
-        ValueError, FileNotFoundError: The data set is unknown, missing or malformed, or has no use for `image_root`.
-    """
-    module = load_dataset_module(recipe.dataset)
-    if not recipe.image_root:
-        return module, module.load(recipe.root, recipe.split)
-    if "image_root" not in inspect.signature(module.load).parameters:
-        raise ValueError(f"image_root has no effect with the data set {recipe.dataset}: remove it")
-    return module, module.load(recipe.root, recipe.split, recipe.image_root)
 
 
 @dataclass(frozen=True)
@@ -67,7 +31,7 @@ class Source:
 
     name: str
     recipe: DataRecipe
-    to_sample: Callable[[Any, Path | None], Sample]
+    to_sample: Callable[[Any], Sample]
     records: Sequence[Any]
     rows: Sequence[int] | np.ndarray
 
@@ -76,7 +40,7 @@ class Source:
 
     def sample(self, index: int) -> Sample:
         """One sample, with its own images."""
-        return self.to_sample(self.records[int(self.rows[index])], self.recipe.root)
+        return self.to_sample(self.records[int(self.rows[index])])
 
     @property
     def num_per_epoch(self) -> int:
@@ -117,22 +81,15 @@ class Mixture(Sequence[Sample]):
             )
 
     def _load(self, recipe: DataRecipe, name: str, held_out: float, side: Side) -> Source:
-        module, records = load_records(recipe)
-        if hasattr(module, "detect"):
-            self.notes.append(module.detect(recipe.root)[1])
-        if hasattr(module, "left_out") and (note := module.left_out(recipe.split, recipe.root)):
-            self.notes.append(note)
-        if not len(records):
+        data = load_data(recipe)
+        self.notes += [note for note in (data.format, data.left_out) if note]
+        if not len(data):
             raise ValueError(
-                f"data set {recipe.dataset} ({recipe.root or 'packaged'}, split {recipe.split}) has no samples"
+                f"data set {recipe.dataset} ({recipe.root or 'packaged'}, split {recipe.split}) "
+                "has no samples"
             )
-        source = Source(
-            name,
-            recipe,
-            module.to_sample,
-            records,
-            range(min(len(records), recipe.limit or len(records))),
-        )
+
+        source = Source(name, recipe, data.to_sample, data.records, range(len(data)))
         return self._one_side(source, held_out, side) if held_out else source
 
     def _one_side(self, source: Source, held_out: float, side: Side) -> Source:

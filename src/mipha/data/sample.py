@@ -1,10 +1,11 @@
-"""The waist of the training data: every dataset file makes `Sample`s, everything after reads nothing else."""
+"""The waist of the training data: every data set makes `Sample`s, all after it reads them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mipha.data.faults import RecordError
 from mipha.data.images import ImageSource
 
 IMAGE = "<image>"
@@ -26,9 +27,12 @@ class Sample:
     """One conversation about zero or more images; what the assistant says is trained on.
 
     Args:
-        id: Names the sample in every error message and report.
+        id: Name of the sample in every error message and report.
         messages: System (at most one, first), then user and assistant in turn.
         images: One for each marker, in order: a path, or the bytes of an image file.
+
+    Raises:
+        RecordError: Markers and images do not match, or the turns are in the wrong order.
     """
 
     id: str
@@ -38,9 +42,13 @@ class Sample:
     def __post_init__(self) -> None:
         markers = sum(message.text.count(IMAGE) for message in self.messages)
         if markers != len(self.images):
-            raise ValueError(
-                f"sample {self.id}: {markers} {IMAGE} markers for {len(self.images)} images; each image needs one marker"
+            raise RecordError(
+                f"{markers} {IMAGE} markers for {len(self.images)} images",
+                "each image needs one marker",
+                f"sample {self.id}",
+                "image-count",
             )
+
         roles = [message.role for message in self.messages if message.role != "system"]
         if (
             not roles
@@ -48,6 +56,9 @@ class Sample:
             or "system" in [m.role for m in self.messages[1:]]
         ):
             order = ", ".join(message.role for message in self.messages) or "nothing"
-            raise ValueError(
-                f"sample {self.id}: roles are {order}; wanted an optional system turn, then user and assistant in turn"
+            raise RecordError(
+                f"roles are {order}",
+                "wanted an optional system turn, then user and assistant in turn",
+                f"sample {self.id}",
+                "role-order",
             )

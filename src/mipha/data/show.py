@@ -1,6 +1,6 @@
-"""One sample as the model sees it: its turns, the rendered template, every token, which are trained on, its images resized.
+"""One sample as the model sees it: turns, rendered template, tokens, loss mask, resized images.
 
-record -> Sample -> Encoded -> pieces of text, trained or not  ->  terminal (here), HTML (check/html.py)
+record --> Sample --> Encoded --> pieces of text, trained or not --> terminal, HTML (check/html.py)
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from rich.console import Group, RenderableType
 from rich.rule import Rule
 from rich.text import Text
 
-from mipha.data.check.source import Source
-from mipha.data.check.text import has_half_character
+from mipha.data.dataset import LoadedData
+from mipha.data.faults import RecordError
 from mipha.data.images import ImageSource, open_image
 from mipha.data.sample import Sample
 from mipha.files import write_whole
@@ -41,7 +41,7 @@ class Piece(NamedTuple):
     """A token, or the several that make one character, or all tokens of one image.
 
     Args:
-        text: What it stands for; for an image, nothing.
+        text: Its text; empty for an image.
         trained: Whether it is trained on.
         num_tokens: Tokens in it.
         is_image: Whether it is an image.
@@ -60,12 +60,12 @@ class View:
     Args:
         row: Place in the data set, from 0.
         where: The row as its file counts.
-        sample: Its words and images.
+        sample: Its texts and images.
         image_notes: Name and size of each image, or why it cannot be read.
-        rendered: The template with the words in it, images as markers; None without a processor.
-        pieces: All tokens in order; empty where it cannot be encoded.
+        rendered: The template with the texts in it, images as markers; None without a processor.
+        pieces: All tokens in order; empty where the sample cannot be encoded.
         num_truncated: Tokens cut off by row_tokens.
-        problem: Why it cannot be encoded.
+        problem: Why the sample cannot be encoded.
         pixels: The images after preprocessing, as the tower gets them, turned back into colours.
     """
 
@@ -81,17 +81,17 @@ class View:
 
     @property
     def num_tokens(self) -> int:
-        """After image expansion."""
+        """Number of tokens after image expansion."""
         return sum(piece.num_tokens for piece in self.pieces)
 
     @property
     def num_trained(self) -> int:
-        """Trained tokens."""
+        """Number of trained tokens."""
         return sum(piece.num_tokens for piece in self.pieces if piece.trained)
 
 
 def view_sample(
-    source: Source,
+    data: LoadedData,
     row: int,
     stage: StageRecipe | None = None,
     processor: LlavaProcessor | None = None,
@@ -99,41 +99,45 @@ def view_sample(
     """Look at one sample.
 
     Args:
-        source: Rows, as `open_source` gives them.
+        data: The data set, as `load_data` gives it.
         row: Place in the data set, from 0.
-        stage: The recipe's; with the processor, tokens and preprocessed images are shown too.
-        processor: Of the recipe's model.
+        stage: Stage of the recipe; with the processor, tokens and preprocessed images are shown
+            too.
+        processor: Processor of the recipe's model.
 
     Raises:
-        ValueError: There is no such row, or it is no sample.
+        ValueError: There is no such row.
+        RecordError: The row is not a sample.
     """
-    size = len(source)
+    size = len(data)
     if not 0 <= row < size:
         raise ValueError(
-            f"{source.name} has no row {row}: it has {size:,} rows, so give one from 0 to {size - 1}"
+            f"{data.name} has no row {row}: it has {size:,} rows, so give one from 0 to {size - 1}"
         )
-    record = source.records[row]
-    sample = source.to_sample(record)
+
+    # Read its texts and images.
+    record = data.records[row]
+    sample = data.to_sample(record)
     images, notes = [], []
     for stored in sample.images:
-        name = source.image_name(stored)
+        name = data.image_name(stored)
         try:
             images.append(open_quietly(stored))
             notes.append(f"{name}, {images[-1].width} x {images[-1].height} pixels")
         except (ValueError, OSError) as error:
             notes.append(f"{name}: {error}")
-    view = View(row, source.place(record), sample, tuple(notes))
+    view = View(row, data.place(record), sample, tuple(notes))
     if processor is None or stage is None:
         return view
 
-    from mipha.data.encode import as_chat, encode  # brings transformers, which takes seconds
+    from mipha.data.encode import as_chat, check_text, encode  # transformers takes seconds
 
+    # Render it with the template.
     view = replace(view, pixels=tuple(_preprocessed(images, processor)))
-    if any(has_half_character(message.text) for message in sample.messages):
-        return replace(
-            view,
-            problem="a text holds half of a character (a lone surrogate), which no tokenizer accepts: remove it",
-        )
+    try:
+        check_text(sample)
+    except RecordError as error:
+        return replace(view, problem=str(error))
     if stage.prompt == "chat":
         chat = as_chat(sample.messages)
         view = replace(
@@ -142,9 +146,11 @@ def view_sample(
                 chat, chat_template=processor.chat_template, tokenize=False
             ),
         )
+
+    # Encode it as training does.
     try:
         encoded = encode(sample, processor, stage.row_tokens, stage.prompt)
-    except ValueError as error:
+    except RecordError as error:
         return replace(view, problem=str(error))
     pieces = tuple(token_pieces(encoded, processor))
     rendered = view.rendered or "".join(
@@ -154,7 +160,7 @@ def view_sample(
 
 
 def token_pieces(encoded: Encoded, processor: LlavaProcessor) -> Iterator[Piece]:
-    """Tokens as text, in order; those that only together make a character stay together."""
+    """Yield tokens as text, in order; those that only together make a character stay together."""
     from mipha.data.encode import IGNORE, tokens_per_image
 
     ids, trained = encoded.input_ids, encoded.labels != IGNORE
@@ -179,25 +185,25 @@ def token_pieces(encoded: Encoded, processor: LlavaProcessor) -> Iterator[Piece]
 
 
 def open_quietly(source: ImageSource) -> Image.Image:
-    """`open_image` without Pillow's doubts about size and metadata: what is wrong is said by the linter."""
+    """Open an image without Pillow's warnings on size and metadata; the linter judges both."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return open_image(source)
 
 
 def visible(text: str) -> str:
-    """Text for a screen: control and half characters as pictures, an end of line shown and kept."""
-    pictures = (
+    """Return text for a screen: control characters as symbols, an end of line shown and kept."""
+    symbols = (
         {code: 0x2400 + code for code in range(0x20) if code != 0x0A}
         | {0x7F: 0x2421}
         | dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)
     )
-    pictures |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
-    return text.translate(pictures).replace("\n", "↵\n")
+    symbols |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+    return text.translate(symbols).replace("\n", "↵\n")
 
 
 def render(view: View) -> RenderableType:
-    """The sample for a terminal; what is trained on is green, and shades alternate from token to token."""
+    """Render the sample for a terminal; trained tokens are green, in alternating shades."""
     lines: list[RenderableType] = [Rule(f"row {view.row}  {view.where}", align="left")]
     lines += [
         Text(f"image {number}: {note}") for number, note in enumerate(view.image_notes, start=1)
@@ -212,7 +218,8 @@ def render(view: View) -> RenderableType:
             Text(view.problem, "bold red")
             if view.problem
             else Text(
-                "give a recipe (--recipe NAME) to see its tokens, what is trained on, and its images resized",
+                "give a recipe (--recipe NAME) to see its tokens, what is trained on, "
+                "and its images resized",
                 "dim",
             ),
         )
@@ -262,7 +269,7 @@ def _decoded(ids: np.ndarray, processor: LlavaProcessor) -> str:
 
 
 def _preprocessed(images: list[Image.Image], processor: LlavaProcessor) -> Iterator[Image.Image]:
-    """What the tower gets, with mean and deviation taken back."""
+    """Yield what the tower gets, with mean and deviation taken back."""
     if not images:
         return
     settings = processor.image_processor

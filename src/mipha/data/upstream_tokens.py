@@ -1,7 +1,13 @@
-"""LLaVA conversations -> token ids and labels by the rules of Mipha's own training code, or by the same text with a right mask.
+"""LLaVA conversations to token ids and labels, by the rules of Mipha's own training code.
 
-upstream:  write the text, tokenise it; tokenise each round once more to count what to mask; counts disagree -> mask everything
-ours:      write the text and remember where the answers stand; tokenise once; a token in an answer is trained on
+There are two ways to make the mask of the same text:
+
+    upstream  tokenise the text; tokenise each round once more to count what to mask; where the
+              counts disagree, mask everything
+    ours      remember where the answers stand in the text; tokenise once; train on each token of
+              an answer
+
+Nothing in this package calls it: it is for programs that compare with upstream.
 """
 
 from __future__ import annotations
@@ -16,7 +22,7 @@ from mipha.data.sample import IMAGE
 from mipha.labels import IGNORE
 
 IMAGE_ID = -200
-"""Stands for an image among token ids, before it is expanded. Source: LLaVA and Mipha, constants.py."""
+"""Stands for an image among token ids. Source: LLaVA and Mipha, constants.py."""
 
 _SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -39,30 +45,36 @@ def encode_conversation(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Tokenise `[{"from": "human" or "gpt", "value": text}, ...]` with its loss mask.
 
-    The image marker moves to the front of its turn, and several in a turn become one; a first turn that is not the
-    human's is left out.
+    The image marker moves to the front of its turn, and several in a turn become one; a first turn
+    that is not the human's is left out.
 
     Args:
-        conversation: One record's turns, as LLaVA publishes them.
-        tokenizer: Of the language model; where it begins texts with a BOS, Gemma's rules for the mask are taken.
-        template: `v0` is the chat of Mipha and LLaVA-1.5; `plain` is an image, then the caption and a newline.
-        compat: `upstream` gives upstream's ids and labels bit for bit, mistakes included: a sample is masked altogether
-            when its rounds do not add up (an empty answer, " ASSISTANT: " or the end-of-turn token in a text), and one
-            without an image is cut to the tokenizer's `model_max_length`, or 2,048 tokens. With null every answer is
-            trained on through the token that ends it, nothing is cut, and a last question that nobody answers is left out.
+        conversation: Turns of one record, as LLaVA publishes them.
+        tokenizer: Tokenizer of the language model; where it begins texts with a BOS, Gemma's rules
+            for the mask are taken.
+        template: `v0` is the chat of Mipha and LLaVA-1.5; `plain` is an image, then the caption and
+            a newline.
+        compat: `upstream` gives upstream's ids and labels bit for bit, mistakes included: a sample
+            is masked altogether when its rounds do not add up (an empty answer, " ASSISTANT: " or
+            the end-of-turn token in a text), and one without an image is cut to the tokenizer's
+            `model_max_length`, or 2,048 tokens. With None every answer is trained on through the
+            token that ends it, nothing is cut, and a last question that nobody answers is left out.
 
     Returns:
-        `input_ids` and `labels`, `(tokens,)` each; an image is one id -200, and -100 is the label of what is not trained on.
+        `input_ids` and `labels`, `(tokens,)` each; an image is one id -200, and -100 is the label
+        of what is not trained on.
 
     Raises:
-        ValueError: The record is not such a conversation, or a value of `template` or `compat` is unknown.
+        ValueError: The record is not such a conversation, or a value of `template` or `compat` is
+            unknown.
 
-    Source: `preprocess_multimodal`, `preprocess_v0`, `preprocess_gemma_1`, `preprocess_plain` and `tokenizer_image_token`
-    of Mipha 21dafbf.
+    Source: `preprocess_multimodal`, `preprocess_v0`, `preprocess_gemma_1`, `preprocess_plain` and
+    `tokenizer_image_token` of Mipha 21dafbf.
     """
     if template not in ("v0", "plain") or compat not in ("upstream", None):
         raise ValueError(
-            f"template={template!r} with compat={compat!r} is unknown: use v0 or plain, and upstream or null"
+            f"template={template!r} with compat={compat!r} is unknown: "
+            "use v0 or plain, and upstream or null"
         )
     turns = [_turn(turn, number) for number, turn in enumerate(conversation)]
     if template == "plain":
@@ -78,7 +90,8 @@ def encode_conversation(
 def _turn(turn: Mapping[str, str], number: int) -> _Turn:
     if turn.get("from") not in ("human", "gpt") or not isinstance(turn.get("value"), str):
         raise ValueError(
-            f'turn {number}: wanted {{"from": "human" or "gpt", "value": text}}, got {str(turn)[:80]}'
+            f'turn {number}: wanted {{"from": "human" or "gpt", "value": text}}, '
+            f"got {str(turn)[:80]}"
         )
     text = turn["value"]
     if IMAGE in text:
@@ -101,7 +114,7 @@ def _alternating(turns: list[_Turn]) -> list[_Turn]:
 def _upstream(
     turns: list[_Turn], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]]:
-    """Upstream's text and its mask by counting: exact, and all -100 where the counts disagree."""
+    """Make upstream's text and its mask by counting: all -100 where the counts disagree."""
     eos, num_bos = tokenizer.eos_token, _num_bos(tokenizer)
     text = _SYSTEM
     for turn in turns:
@@ -134,7 +147,10 @@ def _upstream(
 def _num_tokens_as_upstream_counts(
     ids: list[int], text: str, tokenizer: PreTrainedTokenizerBase
 ) -> int:
-    """Tokens that are not padding. Phi pads with the token that ends a turn, so upstream adds the ends back, counted in the text."""
+    """Count the tokens that are not padding.
+
+    Phi pads with the token that ends a turn, so upstream adds the ends back, counted in the text.
+    """
     if _num_bos(tokenizer):
         return len(ids) - ids.count(tokenizer.pad_token_id)
     pad = tokenizer.eos_token_id if tokenizer.unk_token_id is None else tokenizer.unk_token_id
@@ -142,7 +158,10 @@ def _num_tokens_as_upstream_counts(
 
 
 def _answers(turns: list[_Turn], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """The same text with every turn ended; what is trained on is known from where it was written, not by counting."""
+    """Tokenise the same text with every turn ended.
+
+    What is trained on is known from where it was written, not by counting.
+    """
     text, spans = _SYSTEM, []
     for question, answer in zip(turns[::2], turns[1::2], strict=False):
         text += f"USER: {question.text} ASSISTANT:"
@@ -150,7 +169,8 @@ def _answers(turns: list[_Turn], tokenizer: PreTrainedTokenizerBase) -> tuple[li
         text += f" {answer.text}{tokenizer.eos_token}"
     if not spans:
         raise ValueError(
-            "no question of the conversation is answered, so there is nothing to train on: remove the record"
+            "no question of the conversation is answered, so there is nothing to train on: "
+            "remove the record"
         )
     ids: list[int] = []
     labels: list[int] = []
@@ -175,7 +195,8 @@ def _plain(
 ) -> tuple[list[int], list[int]]:
     if len(turns) != 2 or IMAGE not in turns[0].text:
         raise ValueError(
-            f"{len(turns)} turns: the plain template wants two, the first with {IMAGE}, and the caption"
+            f"{len(turns)} turns: the plain template wants two, "
+            f"the first with {IMAGE}, and the caption"
         )
     ids = _split_tokens(f"{IMAGE}{turns[1].text}\n", tokenizer)
     num_head = len(_split_tokens(IMAGE, tokenizer))
@@ -186,7 +207,10 @@ def _plain(
 
 
 def _split_tokens(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The pieces around the image markers, tokenised apart and joined by -200, with the first piece's BOS and no other."""
+    """Tokenise the pieces around the image markers apart, and join them by -200.
+
+    The first piece keeps its BOS, the others lose theirs.
+    """
     pieces = [tokenizer(piece)["input_ids"] for piece in text.split(IMAGE)]
     num_bos = int(bool(pieces[0]) and pieces[0][0] == tokenizer.bos_token_id)
     ids = pieces[0][:num_bos]

@@ -13,7 +13,7 @@ from PIL import Image
 from mipha.data.check.findings import KINDS
 from mipha.data.check.fix import write_fixed
 from mipha.data.check.linter import check_data
-from mipha.data.check.source import data_recipe, open_source
+from mipha.data.dataset import data_recipe, load_data
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tests.data.check.planted import DEFECTS, Corpus, plant
@@ -25,7 +25,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 
 def _check(path: Path, **more: Any):
-    return check_data(open_source(data_recipe(str(path))), **more)
+    return check_data(load_data(data_recipe(str(path))), **more)
 
 
 def _talk(question: str, answer: str) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def test_the_copy_has_what_can_be_trained_on(corpus: Corpus, tiny_model, tiny_ru
     more = {
         "stage": stage,
         "processor": tiny_model()[1],
-        "against": open_source(data_recipe(str(corpus.evaluation))),
+        "against": load_data(data_recipe(str(corpus.evaluation))),
     }
     result = _check(corpus.planted, **more)
     fixed = write_fixed(result, corpus.planted.with_name("fixed.jsonl"))
@@ -52,17 +52,17 @@ def test_the_copy_has_what_can_be_trained_on(corpus: Corpus, tiny_model, tiny_ru
 
     again = _check(fixed.file, **more)
     assert again.num_errors == 0
-    assert {KINDS[finding.kind].fix for finding in again.findings} == {
+    assert {KINDS[finding.kind].action for finding in again.findings} == {
         "keep"
-    }  # what a program cannot mend is still said
+    }  # what a program cannot repair is still said
     assert again.num_rows == fixed.num_kept
 
     planned = {
-        row: {KINDS[kind].fix for kind in DEFECTS[name].kinds | DEFECTS[name].with_tokens}
+        row: {KINDS[kind].action for kind in DEFECTS[name].kinds | DEFECTS[name].with_tokens}
         for row, name in corpus.where.items()
     }
     dropped = {row for row, fixes in planned.items() if "drop" in fixes}
-    mended = {row for row, fixes in planned.items() if "mend" in fixes} - dropped
+    mended = {row for row, fixes in planned.items() if "repair" in fixes} - dropped
     assert {change.row for change in fixed.changes if change.action == "left out"} == dropped
     assert {change.row for change in fixed.changes if change.action == "mended"} == mended
     lines = before.split(b"\n")
@@ -70,7 +70,7 @@ def test_the_copy_has_what_can_be_trained_on(corpus: Corpus, tiny_model, tiny_ru
     assert [line for line in fixed.file.read_bytes().split(b"\n") if line in set(kept)] == kept
     listed = fixed.list_file.read_text().splitlines()
     assert len(listed) == len(fixed.changes)
-    assert "planted.jsonl, line 2: left out: is not valid JSON" in listed[0]
+    assert "planted.jsonl, line 2: left out: this is not valid JSON" in listed[0]
 
 
 def test_texts_are_mended_and_paths_are_not(tmp_path: Path) -> None:
@@ -92,7 +92,7 @@ def test_texts_are_mended_and_paths_are_not(tmp_path: Path) -> None:
     assert (
         fixed.note is not None and str(tmp_path.resolve()) in fixed.note
     )  # the pictures did not move
-    moved = open_source(data_recipe(str(fixed.file), image_root=[tmp_path]))
+    moved = load_data(data_recipe(str(fixed.file), image_root=[tmp_path]))
     assert check_data(moved).findings == ()
 
 

@@ -15,12 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mipha.data.check import pool
+from mipha.data.check import rows
 from mipha.data.check.html import html_report
-from mipha.data.check.linter import check_data
+from mipha.data.check.linter import check_data, counts_by_kind, histogram
 from mipha.data.check.report import json_report
-from mipha.data.check.result import counts_by_kind, histogram
-from mipha.data.check.source import Source, data_recipe, open_source
+from mipha.data.dataset import LoadedData, data_recipe, load_data
 from mipha.data.order import count_steps
 from mipha.data.sample import Message, Sample
 from mipha.recipe import DataRecipe, Recipe, StageRecipe
@@ -34,8 +33,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     return plant(tmp_path_factory.mktemp("corpus"), 4 * len(DEFECTS))
 
 
-def _source(path: Path) -> Source:
-    return open_source(data_recipe(str(path)))
+def _source(path: Path) -> LoadedData:
+    return load_data(data_recipe(str(path)))
 
 
 def _stage(tiny_run_recipe: Callable[..., Recipe], **values: object) -> StageRecipe:
@@ -44,7 +43,7 @@ def _stage(tiny_run_recipe: Callable[..., Recipe], **values: object) -> StageRec
     ).stages.finetune
 
 
-def _write(file: Path, rows: list[Any]) -> Source:
+def _write(file: Path, rows: list[Any]) -> LoadedData:
     file.write_text(
         "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n",
         encoding="utf-8",
@@ -96,7 +95,7 @@ def test_leaks_are_looked_for_only_where_there_is_an_evaluation_set(corpus: Corp
 
 def test_two_processes_find_what_one_finds(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     alone = check_data(_source(corpus.planted), workers=1)
-    monkeypatch.setattr(pool, "WORTH_A_POOL", 1)
+    monkeypatch.setattr(rows, "WORTH_A_POOL", 1)
     together = check_data(_source(corpus.planted), workers=2)
     assert together.findings == alone.findings
     assert (together.histograms, together.answers, together.num_pictures) == (
@@ -114,8 +113,8 @@ def test_a_process_that_dies_is_said_with_its_rows(
     source = _write(
         tmp_path / "some.jsonl", [_talk(f"What is {number}?", "A number.") for number in range(200)]
     )
-    monkeypatch.setattr(pool, "WORTH_A_POOL", 1)
-    dying = Source(
+    monkeypatch.setattr(rows, "WORTH_A_POOL", 1)
+    dying = LoadedData(
         "some.jsonl",
         source.records,
         lambda record: (
@@ -204,7 +203,7 @@ def test_no_row_stops_the_check(
 ) -> None:
     Image.new("L", (20, 20)).save(tmp_path / "a.png")
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    source = open_source(DataRecipe(dataset="messages", root=tmp_path / "rows.jsonl"))
+    source = load_data(DataRecipe(dataset="messages", root=tmp_path / "rows.jsonl"))
     result = check_data(source, _stage(tiny_run_recipe), tiny_model()[1])
     assert result.num_rows == len(rows)
     assert html_report(result) and json_report(result)
@@ -224,9 +223,9 @@ def test_limit_and_empty_sets(tmp_path: Path) -> None:
     source = _write(
         tmp_path / "some.jsonl", [_talk("What is this?", "A cat."), _talk("What is that?", "")]
     )
-    one = Source(source.name, source.records, source.to_sample, limit=1)
+    one = LoadedData(source.name, source.records, source.to_sample, limit=1)
     assert (len(one), check_data(one).findings) == (1, ())
-    none = check_data(Source("nothing", [], lambda record: record))
+    none = check_data(LoadedData("nothing", [], lambda record: record))
     assert (none.num_rows, none.findings, none.histograms) == (0, (), ())
 
 
@@ -250,7 +249,7 @@ def test_an_evaluation_set_may_be_samples(tmp_path: Path) -> None:
     row = _talk("<image>\nWhat is it?\nAnswer with one word.", "Cat") | {"images": ["a.png"]}
     result = check_data(
         _write(tmp_path / "some.jsonl", [row]),
-        against=Source("pope", [asked], lambda sample: sample),
+        against=LoadedData("pope", [asked], lambda sample: sample),
     )
     assert [finding.kind for finding in result.findings] == ["leak"]
 
@@ -351,7 +350,7 @@ def test_the_linter_a_plan_and_training_count_the_same_steps(
     indices = [index for step in range(len(steps)) for index in steps.indices(step)]
 
     # The linter reads the data itself, by either way of naming it.
-    source = _source(tiny_data) if opened_by == "its address" else open_source(data)
+    source = _source(tiny_data) if opened_by == "its address" else load_data(data)
     training = check_data(source, stage, processor, seed=3).training
     assert training is not None
     assert (training.steps, training.samples_read) == (len(steps), len(indices))
@@ -384,8 +383,8 @@ def test_without_a_recipe_neither_torch_nor_transformers_is_loaded(corpus: Corpu
 
     program = (
         "import sys\nfrom mipha.data.check.linter import check_data\nfrom mipha.data.check.html import html_report\n"
-        "from mipha.data.check.source import data_recipe, open_source\n"
-        f"html_report(check_data(open_source(data_recipe({str(corpus.clean)!r}))))\nprint({{'torch', 'transformers'}} & set(sys.modules))"
+        "from mipha.data.dataset import data_recipe, load_data\n"
+        f"html_report(check_data(load_data(data_recipe({str(corpus.clean)!r}))))\nprint({{'torch', 'transformers'}} & set(sys.modules))"
     )
     environment = {"PYTHONPATH": str(Path(__file__).parents[3] / "src")}
     done = subprocess.run(

@@ -13,10 +13,9 @@ from rich.console import Console
 
 from mipha.data.check.findings import KINDS
 from mipha.data.check.html import html_report
-from mipha.data.check.linter import check_data
+from mipha.data.check.linter import NO_RECIPE, CheckResult, check_data
 from mipha.data.check.report import json_report, text_report
-from mipha.data.check.result import NO_RECIPE, CheckResult
-from mipha.data.check.source import data_recipe, open_source
+from mipha.data.dataset import data_recipe, load_data
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tests.data.check.planted import DEFECTS, Corpus, plant
@@ -59,13 +58,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 @pytest.fixture(scope="module")
 def plain(corpus: Corpus) -> CheckResult:
-    return check_data(open_source(data_recipe(str(corpus.planted))))
+    return check_data(load_data(data_recipe(str(corpus.planted))))
 
 
 @pytest.fixture
 def full(corpus: Corpus, tiny_model, tiny_run_recipe) -> CheckResult:
     stage = tiny_run_recipe("stages.finetune.row_tokens=2048").stages.finetune
-    return check_data(open_source(data_recipe(str(corpus.planted))), stage, tiny_model()[1])
+    return check_data(load_data(data_recipe(str(corpus.planted))), stage, tiny_model()[1])
 
 
 def _printed(result: CheckResult, width: int) -> str:
@@ -153,7 +152,7 @@ def test_the_page_colours_exactly_the_trained_tokens(
     (tmp_path / "one.jsonl").write_text(json.dumps({"messages": talk, "images": ["a.png"]}) + "\n")
     stage = tiny_run_recipe().stages.finetune
     page = html_report(
-        check_data(open_source(data_recipe(str(tmp_path / "one.jsonl"))), stage, tiny_model()[1])
+        check_data(load_data(data_recipe(str(tmp_path / "one.jsonl"))), stage, tiny_model()[1])
     )
     legend = "trained onthe next token"
     assert _Page(page).trained == legend + answer + "<|im_end|>"
@@ -196,7 +195,7 @@ def test_no_text_of_the_data_becomes_part_of_the_page(
         if with_tokens
         else {}
     )
-    result = check_data(open_source(data_recipe(str(file))), **more)
+    result = check_data(load_data(data_recipe(str(file))), **more)
     page = html_report(result)
     elements = _Page(page)
     assert "script" not in {tag for tag, _ in elements.found}
@@ -207,6 +206,6 @@ def test_no_text_of_the_data_becomes_part_of_the_page(
 
 
 def test_a_clean_set_is_said_to_be_clean(corpus: Corpus) -> None:
-    result = check_data(open_source(data_recipe(str(corpus.clean))))
+    result = check_data(load_data(data_recipe(str(corpus.clean))))
     assert "Nothing was found." in html_report(result)
     assert "0 errors, 0 warnings, 0 notes" in _printed(result, 100)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mipha.data.check.text import CONTROL_TOKENS, mend_mojibake, mend_text, text_problems
+from mipha.data.check.text import CONTROL_TOKENS, fix_mojibake, fix_text, text_problems
 from mipha.data.sample import Message, Role
 
 SPECIAL = re.compile("|".join(map(re.escape, CONTROL_TOKENS)))
@@ -29,7 +29,7 @@ def _kinds(text: str, role: Role = "assistant") -> list[str]:
 @pytest.mark.parametrize("role", ["user", "assistant", "system"])
 def test_sound_text_is_left_alone(text: str, role: Role) -> None:
     assert _kinds(text, role) == []
-    assert mend_text(text) == text
+    assert fix_text(text) == text
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "latin-1"])
@@ -58,23 +58,23 @@ def test_text_read_in_the_wrong_encoding_is_read_again(text: str, encoding: str)
     )
     assert damaged != text
     assert "mojibake" in _kinds(damaged)
-    assert mend_mojibake(damaged) == text
-    assert mend_text(f"<image>\n{damaged} and café") == f"<image>\n{text} and café"
+    assert fix_mojibake(damaged) == text
+    assert fix_text(f"<image>\n{damaged} and café") == f"<image>\n{text} and café"
 
 
 @given(st.text(st.characters(min_codepoint=0x00E0, max_codepoint=0x00FF)).filter(bool))
 def test_any_word_of_latin_letters_comes_back(word: str) -> None:
-    assert mend_mojibake(word.encode().decode("latin-1")) == word
+    assert fix_mojibake(word.encode().decode("latin-1")) == word
 
 
 @given(st.text())
 def test_mending_is_done_once_and_leaves_nothing_to_mend(text: str) -> None:
-    mended = mend_text(text)
+    mended = fix_text(text)
     assert not {"lone-surrogate", "control-characters", "invisible-characters"} & set(
         _kinds(mended)
     )
     if "mojibake" not in _kinds(mended):  # text that was damaged twice takes two passes
-        assert mend_text(mended) == mended
+        assert fix_text(mended) == mended
 
 
 @pytest.mark.parametrize(

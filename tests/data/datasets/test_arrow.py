@@ -18,7 +18,7 @@ COLOURS = {"red": (255, 0, 0), "blue": (0, 0, 255)}
 
 
 def _samples(root: Path, split: str = "train") -> list[Sample]:
-    return [arrow.to_sample(row, root) for row in arrow.load(root, split)]
+    return [arrow.DATASET.to_sample(row) for row in arrow.load(root, split)]
 
 
 def test_splits_with_an_image_a_row() -> None:
@@ -60,7 +60,7 @@ def test_folders_that_are_no_such_thing(tmp_path: Path) -> None:
         ({"_data_files": [{"filename": "../x.arrow"}]}, "names no data files of this folder"),
         ({"_data_files": ["x"]}, "names no data files of this folder"),
         ({"_indices_files": [{"filename": "i.arrow"}]}, "flatten_indices"),
-        ([], "holds no JSON object"),
+        ([], "holds a JSON list, not an object: save the data set again"),
     ):
         (tmp_path / "state.json").write_text(json.dumps(state))
         with pytest.raises(ValueError, match=sentence):

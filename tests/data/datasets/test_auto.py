@@ -12,7 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from mipha.data.dataset import LoadedData, load_data
 from mipha.data.datasets import auto
+from mipha.data.mixture import Mixture
+from mipha.recipe import DataRecipe
 
 SAVED = Path(__file__).parent / "saved_by_datasets"
 MESSAGES = {
@@ -32,6 +35,10 @@ TEXT_ONLY = {
 SHAREGPT = {"conversations": [{"from": "system", "value": "Hm"}, *TEXT_ONLY["conversations"]]}
 QUESTION = {"image": "a.png", "question": "What?", "answer": "That."}
 CAPTION = {"file_name": "a.png", "text": "That."}
+
+
+def _load(path: Path) -> LoadedData:
+    return load_data(DataRecipe(dataset="auto", root=path))
 
 
 def _lines(*rows: object) -> str:
@@ -100,7 +107,9 @@ def test_a_file_is_told_by_its_records(
         and "\n" not in sentence
     )
     if "broken" not in text:
-        samples = [auto.to_sample(row, path) for row in auto.load(path, "train")]
+        loaded = _load(path)
+        assert loaded.format == sentence
+        samples = [loaded.to_sample(row) for row in loaded.records]
         assert all(
             sample.messages[-1].text == "That." and sample.id.startswith(wanted)
             for sample in samples
@@ -161,10 +170,10 @@ def test_a_folder_is_told_by_what_lies_in_it(
     assert (
         found == wanted and sentence.startswith(f"{root} ") and f"is read as {wanted}: " in sentence
     )
-    rows = auto.load(root, "train")
+    loaded = _load(root)
     assert (
-        [auto.to_sample(row, root).id.partition("/")[0] for row in rows]
-        == [wanted] * len(rows)
+        [loaded.to_sample(row).id.partition("/")[0] for row in loaded.records]
+        == [wanted] * len(loaded)
         != []
     )
 
@@ -218,9 +227,8 @@ def test_the_forms_are_forms(tmp_path: Path) -> None:
     for number, (record, wanted) in enumerate(zip(objects, ("messages", "llava"), strict=True)):
         (tmp_path / f"{number}.jsonl").write_text(json.dumps(record))
         assert auto.detect(tmp_path / f"{number}.jsonl")[0] == wanted
-        assert auto.to_sample(auto.load(tmp_path / f"{number}.jsonl", "train")[0], None).images == (
-            tmp_path / "cat.jpg",
-        )
+        loaded = _load(tmp_path / f"{number}.jsonl")
+        assert loaded.to_sample(loaded.records[0]).images == (tmp_path / "cat.jpg",)
 
 
 @pytest.mark.parametrize(
@@ -243,8 +251,8 @@ def test_the_forms_are_forms(tmp_path: Path) -> None:
             "holds metadata.csv and train.jsonl",
         ),
         ({"readme.md": "hello"}, "holds no data of a known format; wanted one of"),
-        ({"a.png": "", "b.png": ""}, "a.png has no caption a.txt beside it"),
-        ({"a.jsonl": "{broken"}, "a.jsonl, line 1 is not valid JSON"),
+        ({"a.png": "", "b.png": ""}, "a.png: it has no caption a.txt beside it"),
+        ({"a.jsonl": "{broken"}, "a.jsonl, line 1: this is not valid JSON"),
         (
             {"a.json": "[" + json.dumps(MESSAGES)},
             "a.json is not valid JSON: its list is not closed",
@@ -262,10 +270,24 @@ def test_missing_things_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(FileNotFoundError, match="no data at"):
         auto.detect(tmp_path / "gone.jsonl")
     with pytest.raises(ValueError, match="set the data's root"):
-        auto.load(None, "train")
+        load_data(DataRecipe(dataset="auto"))
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     for name in ("questions.parquet", "splits"):
         with pytest.raises(
             ModuleNotFoundError, match=r'not installed: pip install "mipha-vlm\[data\]"'
         ):
             auto.detect(SAVED / name)
+
+
+def test_the_first_records_are_looked_at_once_a_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jsonl").write_text(_lines(MESSAGES, MESSAGES))
+    looked_at = []
+    shapes_of = auto.shapes_of
+    monkeypatch.setattr(
+        auto, "shapes_of", lambda content: looked_at.append(content) or shapes_of(content)
+    )
+    mixture = Mixture([DataRecipe(dataset="auto", root=tmp_path / "a.jsonl")])
+    assert mixture.notes and list(mixture)
+    assert len(looked_at) == 2

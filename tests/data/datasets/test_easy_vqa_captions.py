@@ -32,14 +32,14 @@ def test_one_caption_for_each_known_image(
 @needs_package
 def test_the_caption_is_the_beginning_of_the_explained_answer() -> None:
     captions = {
-        record.image: easy_vqa_captions.to_sample(record, None)
+        record.image: easy_vqa_captions.to_sample(record)
         for record in easy_vqa_captions.load(None, "validation")
     }
     for record in easy_vqa.load(None, "validation"):
-        answer = easy_vqa.to_sample(record, None)
+        answer = easy_vqa.to_sample(record)
         assert answer.messages[1].text.startswith(captions[record.image].messages[1].text + ",")
         assert answer.images == captions[record.image].images
-    first = easy_vqa_captions.to_sample(easy_vqa_captions.load(None, "train")[0], None)
+    first = easy_vqa_captions.to_sample(easy_vqa_captions.load(None, "train")[0])
     assert first.id == "easy_vqa_captions/train/0"
     assert [message.text for message in first.messages] == [
         "<image>\ndescribe the image",
@@ -49,7 +49,7 @@ def test_the_caption_is_the_beginning_of_the_explained_answer() -> None:
 
 @needs_package
 def test_what_is_left_out_is_said() -> None:
-    assert "39 of 400 images" in (easy_vqa_captions.left_out("validation") or "")
+    assert "39 of 400 images" in (easy_vqa_captions.left_out(None, "validation") or "")
 
 
 def test_missing_things_are_named(tmp_path: Path) -> None:

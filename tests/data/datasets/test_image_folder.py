@@ -12,7 +12,9 @@ from mipha.data.sample import Sample
 
 
 def _samples(root: Path, split: str = "train", **options: object) -> list[Sample]:
-    return [image_folder.to_sample(row, root) for row in image_folder.load(root, split, **options)]
+    return [
+        image_folder.DATASET.to_sample(row) for row in image_folder.load(root, split, **options)
+    ]
 
 
 def _write(root: Path, files: dict[str, str]) -> None:
@@ -94,7 +96,7 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
     rows = image_folder.load(tmp_path / "one", "train")
     assert len(rows) == 4
     for index, sentence in (
-        (0, r"a\.jpg has no caption a\.txt beside it"),
+        (0, r"a\.jpg: it has no caption a\.txt beside it"),
         (2, r"c\.txt is not UTF-8"),
     ):
         with pytest.raises(ValueError, match=sentence):
@@ -104,7 +106,7 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
         (3, r"outside\.jpg: the image path 'outside\.jpg' leads out"),
     ):
         with pytest.raises(ValueError, match=sentence):
-            image_folder.to_sample(rows[index], None)
+            image_folder.DATASET.to_sample(rows[index])
     with pytest.raises(ValueError, match="has no packaged copy"):
         image_folder.load(None, "train")
     with pytest.raises(FileNotFoundError, match="no folder"):

@@ -34,7 +34,7 @@ def test_a_list_and_lines_hold_the_same(
     name: str, text: str, numbers: tuple[int, int], tmp_path: Path
 ) -> None:
     (tmp_path / name).write_text(text)
-    first, second = (llava.to_sample(row, None) for row in llava.load(tmp_path / name, "train"))
+    first, second = (llava.to_sample(row) for row in llava.load(tmp_path / name, "train"))
     assert [message.text for message in first.messages] == ["<image>\nWhat is it?", "A bus."]
     assert first.images == (tmp_path / "1.jpg",)
     assert [message.text for message in second.messages] == ["Hello", "Hi"]
@@ -53,6 +53,6 @@ def test_a_row_that_is_wrong_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"mine\.jsonl, line 1: the image path '\.\./1\.jpg' leads out"
     ):
-        llava.to_sample(rows[0], None)
+        llava.to_sample(rows[0])
     with pytest.raises(ValueError, match=r"mine\.jsonl, line 2.*0 <image> markers for 1 images"):
-        llava.to_sample(rows[1], None)
+        llava.to_sample(rows[1])

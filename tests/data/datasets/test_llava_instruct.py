@@ -10,9 +10,11 @@ import pytest
 from mipha.data.datasets import llava_instruct
 from mipha.data.sample import Sample
 
+FILENAME = "llava_v1_5_mix665k.json"
+
 
 def _sample(root: Path, *turns: tuple[str, str], **row: object) -> Sample:
-    file = root / llava_instruct.FILENAME
+    file = root / FILENAME
     file.write_text(
         json.dumps(
             [
@@ -24,7 +26,7 @@ def _sample(root: Path, *turns: tuple[str, str], **row: object) -> Sample:
             ]
         )
     )
-    return llava_instruct.to_sample(llava_instruct.load(root, "train")[0], root)
+    return llava_instruct.DATASET.to_sample(llava_instruct.DATASET.load(root, "train")[0])
 
 
 def _texts(sample: Sample) -> list[str]:
@@ -92,8 +94,8 @@ def test_two_turns_cannot_hold_one_image(tmp_path: Path) -> None:
 
 def test_missing_things_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="llava_instruct has no split 'val'"):
-        llava_instruct.load(tmp_path, "val")
+        llava_instruct.DATASET.load(tmp_path, "val")
     with pytest.raises(FileNotFoundError, match=r"llava_v1_5_mix665k\.json"):
-        llava_instruct.load(tmp_path, "train")
+        llava_instruct.DATASET.load(tmp_path, "train")
     with pytest.raises(ValueError, match=r"row 0: the image path '\.\./a\.jpg' leads out"):
         _sample(tmp_path, ("human", "<image>"), ("gpt", "b"), image="../a.jpg")

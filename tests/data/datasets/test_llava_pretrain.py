@@ -22,15 +22,17 @@ ROW = {
     ],
 }
 
+FILENAME = "blip_laion_cc_sbu_558k.json"
+
 
 def _write(root: Path, *rows: object) -> Path:
-    file = root / llava_pretrain.FILENAME
+    file = root / FILENAME
     file.write_text(json.dumps(rows))
     return file
 
 
 def _only(root: Path) -> Sample:
-    return llava_pretrain.to_sample(llava_pretrain.load(root, "train")[-1], root)
+    return llava_pretrain.DATASET.to_sample(llava_pretrain.DATASET.load(root, "train")[-1])
 
 
 def test_a_published_row(tmp_path: Path) -> None:
@@ -70,7 +72,7 @@ def test_images_are_looked_for_in_the_images_folder_where_there_is_one(tmp_path:
 )
 def test_a_path_that_leads_out_is_refused(path, tmp_path: Path) -> None:
     _write(tmp_path, ROW, {**ROW, "image": path})
-    with pytest.raises(ValueError, match=rf"{llava_pretrain.FILENAME}, row 1: the image path"):
+    with pytest.raises(ValueError, match=rf"{FILENAME}, row 1: the image path"):
         _only(tmp_path)
 
 
@@ -85,7 +87,7 @@ def test_a_path_that_leads_out_is_refused(path, tmp_path: Path) -> None:
             {**ROW, "conversations": [*ROW["conversations"], ROW["conversations"][1]]},
             "roles are user, assistant, assistant",
         ),
-        ({**ROW, "conversations": [{"from": "human", "value": 3}]}, r"turn 0: wanted \{.from"),
+        ({**ROW, "conversations": [{"from": "human", "value": 3}]}, r"turn 0 is not \{.from"),
         ({**ROW, "conversations": [{"from": "robot", "value": "hi"}]}, "turn 0"),
         ({**ROW, "conversations": ["hi"]}, "turn 0"),
         ({key: ROW[key] for key in ("id", "conversations")}, "1 <image> markers for 0 images"),
@@ -100,20 +102,20 @@ def test_a_path_that_leads_out_is_refused(path, tmp_path: Path) -> None:
 )
 def test_a_malformed_row_is_named(row, sentence, tmp_path: Path) -> None:
     _write(tmp_path, ROW, row)
-    with pytest.raises(ValueError, match=rf"{llava_pretrain.FILENAME}, row 1.*({sentence})"):
+    with pytest.raises(ValueError, match=rf"{FILENAME}, row 1.*({sentence})"):
         _only(tmp_path)
 
 
 def test_missing_things_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no split 'test': use train"):
-        llava_pretrain.load(tmp_path, "test")
+        llava_pretrain.DATASET.load(tmp_path, "test")
     with pytest.raises(ValueError, match="no packaged copy"):
-        llava_pretrain.load(None, "train")
-    with pytest.raises(FileNotFoundError, match=llava_pretrain.FILENAME):
-        llava_pretrain.load(tmp_path, "train")
-    (tmp_path / llava_pretrain.FILENAME).write_text('{"a": 1}')
+        llava_pretrain.DATASET.load(None, "train")
+    with pytest.raises(FileNotFoundError, match=FILENAME):
+        llava_pretrain.DATASET.load(tmp_path, "train")
+    (tmp_path / FILENAME).write_text('{"a": 1}')
     with pytest.raises(ValueError, match="wanted a list"):
-        llava_pretrain.load(tmp_path, "train")
-    (tmp_path / llava_pretrain.FILENAME).write_text("[")
+        llava_pretrain.DATASET.load(tmp_path, "train")
+    (tmp_path / FILENAME).write_text("[")
     with pytest.raises(ValueError, match="not valid JSON"):
-        llava_pretrain.load(tmp_path, "train")
+        llava_pretrain.DATASET.load(tmp_path, "train")

@@ -18,7 +18,7 @@ TEXT, PICTURE = {"type": "text", "text": "What is this?"}, {"type": "image"}
 def _sample(root: Path, *turns: object, **row: object) -> Sample:
     file = root / "train.jsonl"
     file.write_text("\n" + json.dumps({"messages": turns, **row}) + "\n")
-    return messages.to_sample(messages.load(file, "train")[0], file)
+    return messages.to_sample(messages.load(file, "train")[0])
 
 
 def _user(content: object) -> dict[str, object]:
@@ -109,7 +109,7 @@ def test_a_prompt_and_its_completion_are_one_conversation(tmp_path: Path) -> Non
         json.dumps([{"prompt": [_user("What?")], "completion": [ANSWER], "image": "a.jpg"}])
     )
     row = messages.load(file, "train")[0]
-    sample = messages.to_sample(row, file)
+    sample = messages.to_sample(row)
     assert ([message.text for message in sample.messages], sample.id) == (
         ["<image>\nWhat?", "A cat."],
         "messages/train/0",
@@ -137,10 +137,10 @@ def test_text_alone_is_a_sample(tmp_path: Path) -> None:
         (
             [{"role": "tool", "content": "x"}],
             {},
-            "message 0: wanted an object whose role is system or user or assistant",
+            "message 0 is not an object whose role is system or user or assistant",
         ),
         (["hi"], {}, "message 0"),
-        ([_user(None), ANSWER], {}, "message 0: its content is 'None'"),
+        ([_user(None), ANSWER], {}, "the content of message 0 is 'None'"),
         (
             [_user([{"type": "image_url", "image_url": {"url": "http://a/b.jpg"}}]), ANSWER],
             {},
@@ -165,14 +165,14 @@ def test_text_alone_is_a_sample(tmp_path: Path) -> None:
             {},
             "given inside some parts and beside",
         ),
-        ([_user("hi"), ANSWER | {"weight": 0}], {}, "message 1: .weight. is 0"),
-        ([_user([{"type": "text"}]), ANSWER], {}, "wanted parts"),
+        ([_user("hi"), ANSWER | {"weight": 0}], {}, "the .weight. of message 1 is 0"),
+        ([_user([{"type": "text"}]), ANSWER], {}, "a part of message 0 is not"),
         (
             [_user([{"type": "text", "text": "<image>"}]), ANSWER],
             {"images": ["a"]},
-            "a text part is <image>",
+            "a text part of message 0 is <image>",
         ),
-        ([_user(["hi"]), ANSWER], {}, "wanted parts"),
+        ([_user(["hi"]), ANSWER], {}, "a part of message 0 is not"),
     ],
 )
 def test_a_malformed_line_is_named(turns, row, sentence, tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_a_folder_has_one_file_a_split(tmp_path: Path) -> None:
         (tmp_path / f"{split}.jsonl").write_text(
             json.dumps({"messages": [_user(split), ANSWER]}) + "\n"
         )
-    sample = messages.to_sample(messages.load(tmp_path, "validation")[0], tmp_path)
+    sample = messages.to_sample(messages.load(tmp_path, "validation")[0])
     assert (sample.id, sample.messages[0].text) == ("messages/validation/1", "validation")
     with pytest.raises(ValueError, match="no split 'test': use train or validation"):
         messages.load(tmp_path, "test")
@@ -206,5 +206,5 @@ def test_missing_things_are_named(tmp_path: Path) -> None:
             tmp_path / "bad.jsonl", "train"
         )  # one bad line does not hide the others
         assert rows[0].content == {"messages": []}
-        with pytest.raises(ValueError, match=r"bad\.jsonl, line 2 is not valid JSON"):
+        with pytest.raises(ValueError, match=r"bad\.jsonl, line 2: this is not valid JSON"):
             rows[1]

@@ -19,7 +19,7 @@ RED = (SAVED / "red.png").read_bytes()
 
 
 def _samples(root: Path, **options: Any) -> list[Sample]:
-    return [parquet.to_sample(row, root) for row in parquet.load(root, "train", **options)]
+    return [parquet.DATASET.to_sample(row) for row in parquet.load(root, "train", **options)]
 
 
 def _write(path: Path, row_group_size: int = 2, **columns: list) -> Path:
@@ -126,7 +126,7 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
         label=[1, 2],
     )
     with pytest.raises(
-        ValueError, match=r"a\.parquet, row 0 holds label, image, which fits no known format"
+        ValueError, match=r"a\.parquet, row 0: it holds label, image, which fits no known format"
     ):
         _samples(file)
     file = _write(
@@ -135,7 +135,7 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
         text=["a", "b"],
     )
     with pytest.raises(
-        ValueError, match=r"b\.parquet, row 1 of row group 0 holds no bytes of an image; embed"
+        ValueError, match=r"b\.parquet, row 1 of row group 0: it holds no bytes of an image; embed"
     ):
         open_image(_samples(file)[1].images[0])
     for number, content in enumerate((b"", b"PAR1 and no more", file.read_bytes()[:-20])):

@@ -1,201 +1,303 @@
-"""Images that records name: inside the data's own folders, whatever a record says and whatever links there are."""
+"""Record files are indexed, not read: each record comes back alone, whole, and with the line that an editor would show.
+
+Which file is of which split, by the hub's words.
+"""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mipha.data.datasets._images import image_folders
 from mipha.data.datasets._records import (
-    ImageFolders,
-    image_folders,
-    image_source,
-    image_values,
-    path_inside,
-    with_images,
-)
-from mipha.data.images import FileSlice
-
-
-@pytest.fixture
-def data(tmp_path: Path) -> Path:
-    """A record file beside pictures, inner and outer links, and a secret next door."""
-    folder, outside = tmp_path / "data", tmp_path / "outside"
-    (folder / "pictures").mkdir(parents=True)
-    outside.mkdir()
-    for file in (folder / "a.png", folder / "pictures" / "b.png", outside / "secret.png"):
-        file.write_bytes(b"x")
-    (folder / "link.png").symlink_to(outside / "secret.png")
-    (folder / "inner.png").symlink_to("pictures/b.png")
-    (folder / "chain.png").symlink_to("link.png")
-    (folder / "elsewhere").symlink_to(outside)
-    (folder / "loop").symlink_to("loop")
-    (tmp_path / "data and more").mkdir()
-    (tmp_path / "data and more" / "secret.png").write_bytes(b"x")
-    (folder / "train.jsonl").touch()
-    return folder / "train.jsonl"
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        "a.png",
-        "./a.png",
-        "pictures/b.png",
-        "pictures/../a.png",
-        "inner.png",
-        "not yet there.png",
-        "a b,c:d.png",
-    ],
-)
-def test_a_path_inside_is_the_path_as_written(path: str, data: Path) -> None:
-    assert path_inside(image_folders(data), path, "here") == data.parent / path
-
-
-def test_an_absolute_path_inside_is_one_too(data: Path) -> None:
-    assert (
-        path_inside(image_folders(data), str(data.parent / "a.png"), "here")
-        == data.parent / "a.png"
-    )
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        "../outside/secret.png",
-        "pictures/../../outside/secret.png",
-        "link.png",
-        "chain.png",
-        "elsewhere/secret.png",
-        "/etc/passwd",
-        "//etc/passwd",
-        "../data and more/secret.png",
-        "elsewhere/../secret.png",
-        "..",
-        ".",
-        "pictures/..",
-        "C:\\x.png",
-        "C:x.png",
-        "\\x.png",
-        "a\\..\\..\\x.png",
-    ],
-)
-def test_a_path_that_leads_out_is_refused(path: str, data: Path) -> None:
-    with pytest.raises(
-        ValueError, match=r"^train\.jsonl, line 3: the image path .* leads out of .*data"
-    ):
-        path_inside(image_folders(data), path, "train.jsonl, line 3")
-
-
-@pytest.mark.parametrize(
-    ("path", "sentence"),
-    [
-        ("http://host/a.png", "is an address; nothing is downloaded"),
-        ("https://host/a.png", "is an address"),
-        ("file:///etc/passwd", "is an address"),
-        ("s3://bucket/a.png", "is an address"),
-        ("loop/a.png", "leads out|cannot be followed"),
-        ("a" * 300, "cannot be followed"),
-        ("\ud800.png", "cannot be followed"),
-        ("a\0.png", "wanted a path"),
-        ("", "wanted a path"),
-        (None, "is None; wanted a path"),
-        (["a.png"], "wanted a path"),
-        (7, "wanted a path"),
-        ({"path": None}, "wanted a path"),
-        ({"caption": "a"}, "wanted a path"),
-        ("data:image/png;base64,@@", "not valid base64"),
-        ("data:image/png,abc", "not valid base64"),
-    ],
-)
-def test_what_is_no_path_is_refused(path: object, sentence: str, data: Path) -> None:
-    with pytest.raises(ValueError, match=rf"^line 3: the image .*({sentence})"):
-        image_source(path, image_folders(data), "line 3")
-
-
-def test_an_image_root_opens_one_more_folder_and_moves_the_start(data: Path) -> None:
-    outside = data.parent.parent / "outside"
-    moved = image_folders(data, [outside])
-    assert path_inside(moved, "secret.png", "here") == outside / "secret.png"
-    assert path_inside(moved, str(data.parent / "a.png"), "here") == data.parent / "a.png"
-    both = image_folders(data, [data.parent, outside])
-    for name in ("a.png", "link.png", "elsewhere/secret.png", "../outside/secret.png"):
-        assert path_inside(both, name, "here") == data.parent / name
-    with pytest.raises(ValueError, match="leads out"):
-        path_inside(both, "../data and more/secret.png", "here")
-
-
-def test_the_refusal_says_what_to_write(data: Path) -> None:
-    with pytest.raises(
-        ValueError, match=rf"image_root=\[{data.parent}, {data.parent.parent / 'outside'}\]$"
-    ):
-        path_inside(image_folders(data), "link.png", "here")
-
-
-def test_a_folder_is_looked_at_where_it_is_now(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Relative folders mean another place when the working directory changes."""
-    folders = ImageFolders(Path("."), (str(data.parent),))
-    monkeypatch.chdir(data.parent)
-    assert path_inside(folders, "a.png", "here") == Path("a.png")
-    monkeypatch.chdir(data.parent.parent)
-    with pytest.raises(ValueError, match="leads out"):
-        path_inside(folders, "a.png", "here")
-
-
-def test_the_hubs_download_cache_is_one_folder(tmp_path: Path) -> None:
-    """There every file is a link, `snapshots/<revision>/a.png` -> `blobs/<hash>`."""
-    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "1f"
-    blobs.mkdir()
-    (snapshot / "images").mkdir(parents=True)
-    for name, blob in (("train.jsonl", "aa"), ("images/b.png", "bb")):
-        (blobs / blob).write_bytes(b"x")
-        (snapshot / name).symlink_to(blobs / blob)
-    folders = image_folders(snapshot / "train.jsonl")
-    assert path_inside(folders, "images/b.png", "here") == snapshot / "images/b.png"
-    with pytest.raises(ValueError, match="leads out"):
-        path_inside(folders, "../../secret", "here")
-
-
-def test_which_images_a_record_gives() -> None:
-    place = FileSlice(Path("x.tar"), 0, 1, "a")
-    assert (
-        image_values({"text": "hello"}, "here")
-        == image_values({"image": None, "images": None}, "here")
-        == []
-    )
-    assert image_values({"image": "a", "path": "b"}, "here") == ["a"]
-    assert image_values({"images": ["a", "b"], "image": "c"}, "here") == ["a", "b"]
-    assert image_values({"image": ["a", "b"]}, "here") == ["a", "b"]
-    assert image_values({"file_name": "a", "image": None}, "here") == ["a"]
-    assert image_source(place, ImageFolders(Path("/"), ()), "here") == place
-    assert image_source({"bytes": b"x", "path": "y"}, ImageFolders(Path("/"), ()), "here") == b"x"
-    with pytest.raises(ValueError, match=r'here: "images" is .a.; wanted a list of paths'):
-        image_values({"images": "a"}, "here")
-    assert with_images({"image": "../a", "path": "b", "text": "t"}, [place]) == {
-        "text": "t",
-        "image": place,
-    }
-    assert with_images({"image": "../a"}, []) == {"images": []}
-
-
-_json = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
-    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    JsonRecords,
+    Part,
+    Rows,
+    TableRecords,
+    record_file,
+    split_files,
 )
 
+_texts = st.text(max_size=8) | st.text(alphabet='[]{},:"\\\n\r', max_size=8)
+_values = st.recursive(
+    st.none() | st.integers() | _texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_texts, inner, max_size=3),
+    max_leaves=5,
+)
+_few = settings(max_examples=40)
 
-@given(value=_json | st.text(alphabet="./\\:a~\0\ud800", max_size=12))
-def test_nothing_that_a_record_says_reads_outside(
-    value: object, tmp_path_factory: pytest.TempPathFactory
+
+def _all(records: JsonRecords | TableRecords) -> list[Any]:
+    return [records.read(index) for index in range(len(records))]
+
+
+@_few
+@given(
+    values=st.lists(_values, max_size=4), indent=st.sampled_from([None, 0, 2]), ascii=st.booleans()
+)
+def test_any_list_comes_back(
+    values: list, indent: int | None, ascii: bool, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    folder = Path(tmp_path_factory.getbasetemp()).resolve()
-    try:
-        source = image_source(value, image_folders(folder / "train.jsonl"), "here")
-    except ValueError as error:
-        assert str(error).startswith("here: ")
-    else:
-        assert isinstance(source, bytes) or source.resolve().is_relative_to(folder)
-        json.dumps(value)
+    file = tmp_path_factory.mktemp("list") / "a.json"
+    file.write_bytes(
+        b"\xef\xbb\xbf \n" + json.dumps(values, indent=indent, ensure_ascii=ascii).encode() + b"\n "
+    )
+    records = JsonRecords(file)
+    assert _all(records) == values
+    assert [records.where(index) for index in range(len(records))] == [
+        f"{file}, row {index}" for index in range(len(values))
+    ]
+    assert _all(JsonRecords(file, most=2)) == _all(records)[:2]
+
+
+@_few
+@given(
+    values=st.lists(st.dictionaries(_texts, _values, max_size=3), max_size=4),
+    blank=st.sampled_from(["", "\n", " \r\n"]),
+)
+def test_any_lines_come_back_with_their_numbers(
+    values: list, blank: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    file = tmp_path_factory.mktemp("lines") / "a.jsonl"
+    file.write_text(
+        blank + f"\r\n{blank}".join(map(json.dumps, values)), encoding="utf-8-sig", newline=""
+    )
+    records = JsonRecords(file)
+    assert _all(records) == values
+    lines = file.read_bytes().decode("utf-8-sig").split("\n")
+    assert [
+        json.loads(lines[int(records.name(index)) - 1]) for index in range(len(records))
+    ] == values
+    assert _all(JsonRecords(file, most=2)) == values[:2]
+
+
+@_few
+@given(
+    rows=st.lists(st.tuples(_texts, _texts, st.text(max_size=8)), max_size=4),
+    mark=st.sampled_from(",;\t"),
+    bom=st.booleans(),
+)
+def test_any_table_comes_back_with_its_line_numbers(
+    rows: list, mark: str, bom: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    rows = [[cell.replace("\0", "") for cell in row] for row in rows]
+    buffer = io.StringIO(newline="")
+    csv.writer(buffer, delimiter=mark, quoting=csv.QUOTE_ALL).writerows(
+        [["image", "question", "answer"], *rows]
+    )
+    file = tmp_path_factory.mktemp("table") / "a.csv"
+    file.write_bytes(b"\xef\xbb\xbf" * bom + buffer.getvalue().encode())
+    records = TableRecords(file)
+    assert _all(records) == [
+        {
+            name: cell or None
+            for name, cell in zip(("image", "question", "answer"), row, strict=True)
+        }
+        for row in rows
+    ]
+    line = 2
+    for index, row in enumerate(rows):
+        assert records.where(index) == f"{file}, line {line}"
+        line += 1 + sum(cell.count("\n") for cell in row)
+    assert _all(TableRecords(file, most=2)) == _all(records)[:2]
+
+
+def test_a_tsv_is_separated_by_tabs_and_blank_lines_are_no_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text("image\t question \n\na,b;c\tx,y\n\n")
+    records = record_file(tmp_path / "a.tsv")
+    assert _all(records) == [{"image": "a,b;c", "question": "x,y"}]
+    assert records.name(0) == "3"
+    (tmp_path / "empty.csv").touch()
+    assert len(record_file(tmp_path / "empty.csv")) == len(record_file(tmp_path / "a.tsv", 0)) == 0
+
+
+@pytest.mark.parametrize(
+    "text", ["[", '[{"a": 1}', '[{"a": 1}}', '[{"a": "x', "[1, 2] 3", "[[1, 2]", '["a, b', "[1]]"]
+)
+def test_a_list_that_is_cut_short_is_an_error(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(
+        ValueError,
+        match=r"a\.json is not valid JSON: its list is not closed, or does not end the file",
+    ):
+        JsonRecords(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[1, {"a": }, 3]',
+        '[1, {"a" 1}, 3]',
+        '[1, "\\x", 3]',
+        "[1, 2 2, 3]",
+        "[1,, 3]",
+        f"[1, {'[' * 99999}{']' * 99999}, 3]",
+    ],
+)
+def test_a_broken_row_does_not_hide_the_others(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(text)
+    records = JsonRecords(tmp_path / "a.json")
+    assert (records.read(0), records.read(2), len(records)) == (1, 3, 3)
+    with pytest.raises(
+        ValueError,
+        match=r"a\.json, row 1: this is not valid JSON: .*; write it again, or remove it",
+    ):
+        records.read(1)
+
+
+def test_a_long_broken_file_is_refused_at_once(tmp_path: Path) -> None:
+    """A quote that is never closed must not make the search start again at each of two million places."""
+    (tmp_path / "a.json").write_text('[{"a": "' + "x" * 2_000_000)
+    with pytest.raises(ValueError, match="not closed"):
+        JsonRecords(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"a,b\n1,2\n3,\xff\n", "line 3 is not UTF-8"),
+        (b'a,b\n1,2\n3,"x\n', "line 3 is not a row of separated values"),
+        (b'a,b\n1,2\n"x"y,3\n', "line 3 is not a row of separated values"),
+        (b"a,b,a\n1,2,3\n", "two columns 'a'"),
+    ],
+)
+def test_a_table_that_cannot_be_taken_apart_is_an_error(
+    content: bytes, sentence: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a.csv").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"a\.csv.*{sentence}"):
+        TableRecords(tmp_path / "a.csv")
+
+
+def test_a_row_with_another_number_of_cells_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("image,answer\na.png,yes\nb.png,no, it is not\n")
+    records = TableRecords(tmp_path / "a.csv")
+    assert records.read(0) == {"image": "a.png", "answer": "yes"}
+    with pytest.raises(
+        ValueError,
+        match=r"a\.csv, line 3: it has 3 cells for 2 columns; put text with a ',' in quotes",
+    ):
+        records.read(1)
+
+
+def test_files_stand_one_after_another_and_the_index_travels(tmp_path: Path) -> None:
+    for name, values in (("a", [1, 2]), ("none", []), ("b", [3])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(str, values)))
+    files = [tmp_path / f"{name}.jsonl" for name in ("a", "none", "b")]
+    rows = Rows(
+        [Part(f"mine/{file.stem}", JsonRecords(file), image_folders(file)) for file in files],
+    )
+    again = pickle.loads(pickle.dumps(rows))  # what a data loader does where it cannot fork
+    for copy in (rows, again):
+        assert [(row.id, row.content) for row in copy] == [
+            ("mine/a/1", 1),
+            ("mine/a/2", 2),
+            ("mine/b/1", 3),
+        ]
+    assert (
+        rows[-1] == rows[2]
+        and rows[-1].where == f"{files[2]}, line 1"
+        and rows[0].folders.base == tmp_path
+    )
+    for outside in (3, -4):
+        with pytest.raises(IndexError):
+            rows[outside]
+    assert len(pickle.dumps(rows)) < 3000
+
+
+def test_the_index_is_small(tmp_path: Path) -> None:
+    """Twenty thousand records of a thousand bytes take 24 bytes each."""
+    file = tmp_path / "a.jsonl"
+    file.write_text((json.dumps({"text": "x" * 1000}) + "\n") * 20_000)
+    assert len(pickle.dumps(JsonRecords(file))) < 20_000 * 25 + 2000
+
+
+def _splits(root: Path, *files: str) -> None:
+    for file in files:
+        (root / file).parent.mkdir(exist_ok=True)
+        (root / file).touch()
+
+
+@pytest.mark.parametrize(
+    ("files", "split", "wanted"),
+    [
+        (["data.csv"], "train", ["data"]),
+        (["train.csv", "test.csv"], "train", ["train"]),
+        (["my_train_file.csv", "dev.csv", "test-file.csv", "eval1.csv"], "validation", ["dev"]),
+        (
+            ["my_train_file.csv", "dev.csv", "test-file.csv", "eval1.csv"],
+            "test",
+            ["eval1", "test-file"],
+        ),
+        (["training.csv", "valid.csv"], "val", ["valid"]),
+        (
+            ["train-00001-of-00002.csv", "train-00000-of-00002.csv"],
+            "train",
+            ["train-00000-of-00002", "train-00001-of-00002"],
+        ),
+        (["0.csv", "1.csv", "2.csv"], "train", ["0", "1", "2"]),
+        (["part-0001.csv", "part-0002.csv"], "train", ["part-0001", "part-0002"]),
+        (["data/train-0.csv", "data/test-0.csv"], "test", ["data/test-0"]),
+        (["train/a.csv", "train/b.csv", "val/a.csv"], "train", ["train/a", "train/b"]),
+        (["train/a.csv", "train/b.csv", "val/a.csv"], "dev", ["val/a"]),
+        (["cats.csv", "dogs.csv"], "dogs", ["dogs"]),
+        (["dev.csv", "cats.csv"], "dev", ["dev"]),
+        (
+            ["train.csv", ".train.csv", "_train.csv", "train.csv.txt", "other/train.csv"],
+            "train",
+            ["train"],
+        ),
+        (["retrain.csv", "train.csv"], "train", ["train"]),
+        (["train.CSV"], "train", ["train"]),
+    ],
+)
+def test_files_of_a_split(files: list[str], split: str, wanted: list[str], tmp_path: Path) -> None:
+    _splits(tmp_path, *files)
+    assert [name for name, _ in split_files("mine", tmp_path, split, (".csv", ".jsonl"))] == wanted
+
+
+@pytest.mark.parametrize(
+    ("files", "split", "sentence"),
+    [
+        (["cats.csv", "dogs.csv"], "train", "no split 'train': use cats or dogs"),
+        (["train.csv", "val.csv"], "test", "no split 'test': use train or validation"),
+        (["test.csv"], "train", "no split 'train': use test"),
+        ([], "train", "use a folder that holds one"),
+    ],
+)
+def test_a_split_that_is_not_there(
+    files: list[str], split: str, sentence: str, tmp_path: Path
+) -> None:
+    _splits(tmp_path, *files)
+    with pytest.raises(ValueError, match=sentence):
+        split_files("mine", tmp_path, split, (".csv",))
+
+
+def test_the_first_kind_of_file_that_is_there_counts(tmp_path: Path) -> None:
+    _splits(tmp_path, "train.jsonl", "settings.json")
+    assert split_files("mine", tmp_path, "train", (".csv", ".jsonl", ".json")) == [
+        ("train", tmp_path / "train.jsonl")
+    ]
+
+
+def test_one_file_is_train(tmp_path: Path) -> None:
+    _splits(tmp_path, "test.csv")
+    assert split_files("mine", tmp_path / "test.csv", "train", (".csv",)) == [
+        ("test", tmp_path / "test.csv")
+    ]
+    with pytest.raises(ValueError, match="no split 'test': use train"):
+        split_files("mine", tmp_path / "test.csv", "test", (".csv",))
+    with pytest.raises(FileNotFoundError, match="mine: no file or folder"):
+        split_files("mine", tmp_path / "gone", "train", (".csv",))
+    with pytest.raises(
+        ValueError, match=r"mine has no packaged copy: set the data's root to a \.csv file"
+    ):
+        split_files("mine", None, "train", (".csv",))

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mipha.data.datasets import llava, messages, sharegpt, table
-from mipha.data.datasets._records import IMAGE_COLUMNS, ImageFolders, Row
+from mipha.data.datasets._images import IMAGE_COLUMNS, ImageFolders
+from mipha.data.datasets._records import Row
 from mipha.data.datasets._shapes import sample_of, shapes_of
 
 FOLDERS = ImageFolders(Path("/nowhere"), ("/nowhere",))
@@ -62,11 +63,11 @@ _records = st.fixed_dictionaries(
 @settings(max_examples=300)
 @given(content=_records | _values | st.lists(_values, max_size=2))
 def test_no_record_is_worse_than_a_value_error(content: object) -> None:
-    row = Row("mine", "mine/1", "mine, line 1", content, FOLDERS)
+    row = Row("mine/1", "mine, line 1", content, FOLDERS)
     for read in (
         sample_of,
         *(
-            lambda row, module=module: module.to_sample(row, None)
+            lambda row, module=module: module.to_sample(row)
             for module in (messages, llava, sharegpt, table)
         ),
     ):
@@ -82,13 +83,13 @@ def test_a_record_that_fits_none_or_two_is_refused() -> None:
     turns = {"messages": [], "conversations": [{"from": "human", "value": "a"}]}
     assert shapes_of(turns) == ["messages", "llava"]
     for content, sentence in (
-        (turns, "line 1 holds messages, conversations, which fits messages and llava"),
+        (turns, "line 1: it holds messages, conversations, which fits messages and llava"),
         (
             {"picture_of": "a", "tags": []},
-            "line 1 holds picture_of, tags, which fits no known format; wanted messages",
+            "line 1: it holds picture_of, tags, which fits no known format; wanted messages",
         ),
-        ({}, "line 1 holds nothing, which fits no known format"),
-        ([1], r"line 1 holds \[1\], which fits no known format"),
+        ({}, "line 1: it holds nothing, which fits no known format"),
+        ([1], r"line 1: it holds \[1\], which fits no known format"),
     ):
         with pytest.raises(ValueError, match=sentence):
-            sample_of(Row("mine", "mine/1", "line 1", content, FOLDERS))
+            sample_of(Row("mine/1", "line 1", content, FOLDERS))

@@ -13,7 +13,7 @@ from mipha.data.sample import Sample
 
 def _sample(root: Path, turns: object, **row: object) -> Sample:
     (root / "mine.json").write_text(json.dumps([{"conversations": turns, **row}]))
-    return sharegpt.to_sample(sharegpt.load(root / "mine.json", "train")[0], None)
+    return sharegpt.to_sample(sharegpt.load(root / "mine.json", "train")[0])
 
 
 def _turns(*turns: tuple[str, str]) -> list[dict[str, str]]:
@@ -70,7 +70,7 @@ def test_markers_stay_where_they_are(tmp_path: Path) -> None:
         (
             _turns(("function_call", "f()")),
             {},
-            'turn 0: wanted an object whose "from" is system or human',
+            'turn 0 is not an object whose "from" is system or human',
         ),
         (["hi"], {}, "turn 0"),
         ([{"from": ["human"], "value": "a"}], {}, "turn 0"),
@@ -84,9 +84,9 @@ def test_markers_stay_where_they_are(tmp_path: Path) -> None:
         (
             [{"from": "human", "value": None}, {"from": "gpt", "value": "b"}],
             {},
-            "message 0: its content is 'None'",
+            "the content of message 0 is 'None'",
         ),
-        (_turns(("human", "a?"), ("gpt", "b")), {"system": 3}, "message 0: its content is '3'"),
+        (_turns(("human", "a?"), ("gpt", "b")), {"system": 3}, "the content of message 0 is '3'"),
         ("hi", {}, 'list of "conversations"'),
     ],
 )

@@ -13,7 +13,7 @@ from mipha.data.sample import Sample
 
 def _sample(root: Path, row: object) -> Sample:
     (root / "train.jsonl").write_text(json.dumps(row))
-    return table.to_sample(table.load(root, "train")[0], None)
+    return table.to_sample(table.load(root, "train")[0])
 
 
 @pytest.mark.parametrize("name", ["mine.csv", "mine.tsv", "semicolons.csv"])
@@ -25,7 +25,7 @@ def test_a_table_of_questions(name: str, tmp_path: Path) -> None:
         ["", "Hello?", "Hi."],
     ]
     (tmp_path / name).write_text("\n".join(mark.join(row) for row in rows), encoding="utf-8-sig")
-    first, second = (table.to_sample(row, None) for row in table.load(tmp_path / name, "train"))
+    first, second = (table.to_sample(row) for row in table.load(tmp_path / name, "train"))
     assert [message.text for message in first.messages] == [
         "<image>\nWhat, is; it?",
         'A "cat".\nA big one.',
@@ -67,7 +67,7 @@ def test_which_columns_are_read(row: dict, question: str, answer: str, tmp_path:
         ),
         ({"caption": "A cat."}, "has the columns caption; wanted"),
         ({}, "has the columns none; wanted"),
-        ("a picture", "wanted an object"),
+        ("a picture", "the row is not an object"),
         ({"image": None, "caption": "A cat."}, "its caption is about no image"),
         ({"image": "a", "question": "What?", "answer": ""}, "its answer is ''; wanted text"),
         ({"image": "a", "question": " ", "answer": "That"}, "its question is ' '"),

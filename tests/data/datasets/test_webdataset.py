@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from mipha.data.dataset import load_data
 from mipha.data.datasets import webdataset
 from mipha.data.images import FileSlice, image_key, open_image
 from mipha.data.sample import Sample
+from mipha.recipe import DataRecipe
 
 RED, BLUE = (
     (Path(__file__).parent / "saved_by_datasets" / "red.png").read_bytes(),
@@ -38,7 +40,7 @@ def _tar(
 
 
 def _samples(root: Path, split: str = "train") -> list[Sample]:
-    return [webdataset.to_sample(row, root) for row in webdataset.load(root, split)]
+    return [webdataset.DATASET.to_sample(row) for row in webdataset.load(root, split)]
 
 
 @pytest.mark.parametrize("format", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
@@ -122,16 +124,16 @@ def test_shards_of_a_split(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "sentence"),
     [
-        ([("a.jpg", RED)], "sample a has no .json and no .txt"),
-        ([("a.jpg", RED), ("a.cls", "3")], "sample a has no .json and no .txt"),
-        ([("a.json", "{}"), ("a.b.json", "{}")], "sample a has 2 .json"),
+        ([("a.jpg", RED)], "sample a: it has no .json and no .txt"),
+        ([("a.jpg", RED), ("a.cls", "3")], "sample a: it has no .json and no .txt"),
+        ([("a.json", "{}"), ("a.b.json", "{}")], "sample a: it has 2 .json"),
         ([("a.json", "{"), ("a.jpg", RED)], "sample a: its .json is not valid JSON"),
         ([("a.json", "[1]")], "sample a: its .json is .1.; wanted an object"),
         ([("a.json", "[" * 99999)], "sample a: its .json is not valid JSON"),
         ([("a.txt", b"caf\xe9"), ("a.jpg", RED)], "sample a: its text is not UTF-8"),
         (
             [("a.json", '{"label": 3}'), ("a.jpg", RED)],
-            "sample a holds label, image, which fits no known format",
+            "sample a: it holds label, image, which fits no known format",
         ),
         ([("a.txt", " "), ("a.jpg", RED)], "sample a: its caption is ''"),
     ],
@@ -168,8 +170,10 @@ def test_tars_that_cannot_be_indexed(tmp_path: Path) -> None:
     _tar(tmp_path / "packed.tar", ("a.txt", "x"), mode="w:gz")
     with pytest.raises(ValueError, match=r"packed\.tar cannot be read as a tar: .*gunzip"):
         webdataset.load(tmp_path / "packed.tar", "train")
-    with pytest.raises(ValueError, match="image_root has no effect with webdataset"):
-        webdataset.load(tmp_path / "whole.tar", "train", [tmp_path])
+    for name in ("webdataset", "auto"):
+        recipe = DataRecipe(dataset=name, root=tmp_path / "whole.tar", image_root=tmp_path)
+        with pytest.raises(ValueError, match="image_root has no effect with the data set webdata"):
+            load_data(recipe)
 
 
 def test_a_damaged_tar_is_nothing_worse_than_a_value_error(tmp_path: Path) -> None:
@@ -190,7 +194,8 @@ def test_a_damaged_tar_is_nothing_worse_than_a_value_error(tmp_path: Path) -> No
         try:
             for row in webdataset.load(tmp_path / "a.tar", "train"):
                 assert all(
-                    isinstance(image, FileSlice) for image in webdataset.to_sample(row, None).images
+                    isinstance(image, FileSlice)
+                    for image in webdataset.DATASET.to_sample(row).images
                 )
         except ValueError as error:
             assert str(error).startswith(str(tmp_path / "a"))

@@ -1,1 +1,4 @@
-"""The linter: a whole data set read as training will read it, and everything that is wrong with it, row by row."""
+"""The linter: a whole data set read as training will read it, and what is wrong with it.
+
+Read `linter.py` first, then `rows.py` (one row by itself) and `whole_set.py` (rows together).
+"""

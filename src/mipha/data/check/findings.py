@@ -1,4 +1,4 @@
-"""What the linter can find: the kinds, how bad each is, how it is mended, and what a cleaned copy does about it."""
+"""The kinds of findings: how bad each is, how to fix it, and what a cleaned copy does about it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ class Kind(NamedTuple):
     """One kind of finding.
 
     Args:
-        severity: `error` stops a training run or teaches what is wrong for certain; `warning` trains, but is seldom meant; `note` is
-            handled by a stated rule, and good to know.
-        title: What it is, for headings.
-        mend: What to do about it; ends every sentence about it.
-        fix: What a cleaned copy does: leave the row out, change its text, or keep it.
+        severity: `error` stops a training run or teaches what is certainly wrong; `warning`
+            trains, but is seldom meant; `note` is handled by a stated rule, and good to know.
+        title: Heading.
+        fix: Advice to the user; ends every sentence about it.
+        action: What a cleaned copy does: leave the row out, repair its text, or keep it.
     """
 
     severity: Severity
     title: str
-    mend: str
-    fix: Literal["drop", "mend", "keep"] = "keep"
+    fix: str
+    action: Literal["drop", "repair", "keep"] = "keep"
 
 
 KINDS: dict[str, Kind] = {
@@ -65,7 +65,7 @@ KINDS: dict[str, Kind] = {
     "missing-image": Kind(
         "error",
         "missing image files",
-        "put the file there, mend the path, or remove the row",
+        "put the file there, fix the path, or remove the row",
         "drop",
     ),
     "unreadable-image": Kind(
@@ -104,7 +104,7 @@ KINDS: dict[str, Kind] = {
     ),
     "repeated-image": Kind(
         "note",
-        "one picture under several names",
+        "one image under several names",
         "name one file in all rows, so that splits by image hold",
     ),
     # its words
@@ -140,7 +140,7 @@ KINDS: dict[str, Kind] = {
         "error",
         "half characters (lone surrogates)",
         "remove it, or write the whole character",
-        "mend",
+        "repair",
     ),
     "replacement-character": Kind(
         "warning",
@@ -148,10 +148,10 @@ KINDS: dict[str, Kind] = {
         "read the source again in its own encoding",
     ),
     "mojibake": Kind(
-        "warning", "text read in the wrong encoding", "read the source as UTF-8", "mend"
+        "warning", "text read in the wrong encoding", "read the source as UTF-8", "repair"
     ),
-    "control-characters": Kind("warning", "control characters", "remove them", "mend"),
-    "invisible-characters": Kind("warning", "invisible characters", "remove them", "mend"),
+    "control-characters": Kind("warning", "control characters", "remove them", "repair"),
+    "invisible-characters": Kind("warning", "invisible characters", "remove them", "repair"),
     "markup": Kind(
         "note", "HTML in a text", "turn it into plain text, unless HTML is to be learned"
     ),
@@ -159,7 +159,7 @@ KINDS: dict[str, Kind] = {
     "nothing-trained": Kind(
         "error",
         "samples with no trained token",
-        "mend or remove the sample, or raise row_tokens",
+        "fix or remove the sample, or raise row_tokens",
         "drop",
     ),
     "too-many-images": Kind(
@@ -198,14 +198,18 @@ KINDS: dict[str, Kind] = {
 }
 
 
+Problem = tuple[str, str]
+"""Kind, and what was seen: a finding before its row is known."""
+
+
 class Finding(NamedTuple):
     """One thing found.
 
     Args:
-        kind: Key of `KINDS`.
+        kind: Key of `KINDS`; those of `faults.FaultKind` are raised by readers.
         row: Place in the data set, from 0, as `show --row` takes it; None for the whole set.
         where: The row as its file counts, such as `train.jsonl line 18`.
-        what: What was seen, without the mend.
+        what: What was seen, without advice.
     """
 
     kind: str
@@ -215,16 +219,16 @@ class Finding(NamedTuple):
 
     @property
     def severity(self) -> Severity:
-        """How bad it is."""
+        """How bad the finding is."""
         return KINDS[self.kind].severity
 
     @property
     def sentence(self) -> str:
-        """What was seen and what to do."""
-        return f"{self.what}: {KINDS[self.kind].mend}"
+        """What was seen, and what to do."""
+        return f"{self.what}: {KINDS[self.kind].fix}"
 
 
 def quoted(text: str, most: int = 60) -> str:
-    """A text for a message: on one line, unprintable characters escaped, cut to so many characters."""
+    """Return a text for a message: on one line, unprintable characters escaped, cut to a length."""
     shown = repr(text if len(text) <= most else text[: most - 1] + "…")
     return shown.encode("utf-8", "backslashreplace").decode()

@@ -1,4 +1,4 @@
-"""A cleaned copy of a data file: rows that cannot be trained on left out, damaged text mended, everything else as it was.
+"""A cleaned copy of a data file: unusable rows left out, damaged text repaired.
 
 Nothing is changed in place, and images are not copied: the copy names the same files.
 """
@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mipha.data.check.findings import KINDS, Finding
-from mipha.data.check.result import CheckResult
-from mipha.data.check.text import mend_text
-from mipha.data.datasets._index import Rows
-from mipha.data.datasets._json_records import JsonRecords
+from mipha.data.check.linter import CheckResult
+from mipha.data.check.text import fix_text
+from mipha.data.datasets._records import JsonRecords, Rows
 from mipha.data.sample import Sample
 from mipha.files import write_whole
 
@@ -43,7 +42,7 @@ class Fixed(NamedTuple):
         file: The copy.
         list_file: What was changed, a line a row.
         num_kept: Rows in the copy.
-        changes: Of rows that were left out or mended, in their order.
+        changes: Changes of rows that were left out or repaired, in their order.
         note: What to do so that the images are found; None where the copy lies beside the data.
     """
 
@@ -57,25 +56,30 @@ class Fixed(NamedTuple):
 def write_fixed(result: CheckResult, out: Path) -> Fixed:
     """Write a cleaned copy, and `OUT.changes.txt` beside it.
 
-    Left out are rows with an error, rows that repeat an earlier one, and rows that leak; `findings.KINDS` says which. Mended
-    are texts: wrongly read encodings, half, control and invisible characters. Rows with other findings stay as they are.
+    Rows with an error, rows that repeat an earlier one and rows that leak are left out;
+    `findings.KINDS` says which. Texts are repaired: wrongly read encodings, half, control and
+    invisible characters. Rows with other findings stay as they are.
 
     Args:
-        result: Of checking one file of JSON lines, or of one JSON list.
+        result: Result of checking one file of JSON lines, or of one JSON list.
         out: A new file of the same kind; overwritten, unless it is the data itself.
 
     Raises:
-        ValueError: The data are of another kind or in several files, or `out` is the data, or has another suffix.
+        ValueError: The data are of another kind or in several files, or `out` is the data, or has
+            another suffix.
     """
     records = _json_file(result)
     if out.suffix.lower() != records.file.suffix.lower():
         raise ValueError(
-            f"--fix {out}: a cleaned copy of {records.file.name} is of the same kind: give a name that ends in {records.file.suffix}"
+            f"--fix {out}: a cleaned copy of {records.file.name} is of the same kind: "
+            f"give a name that ends in {records.file.suffix}"
         )
     if out.exists() and out.samefile(records.file):
         raise ValueError(
             f"--fix {out} is the data itself, which is never changed: give another name"
         )
+
+    # Choose the rows of the copy.
     changes: list[Change] = []
     kept = list(_kept(result, records, changes))
     content = (
@@ -83,11 +87,14 @@ def write_fixed(result: CheckResult, out: Path) -> Fixed:
         if records.is_list
         else b"".join(line + b"\n" for line in kept)
     )
+
+    # Write the list of changes, then the copy.
     list_file = out.with_name(out.name + ".changes.txt")
     write_whole(
         list_file, "".join(f"{change.where}: {change.action}: {change.why}\n" for change in changes)
     )
     write_whole(out, content)
+
     folder = records.file.parent.resolve()
     note = None
     if out.resolve().parent != folder:
@@ -98,21 +105,22 @@ def write_fixed(result: CheckResult, out: Path) -> Fixed:
 
 
 def _json_file(result: CheckResult) -> JsonRecords:
-    rows = result.source.records
+    rows = result.data.records
     files = [part.file for part in rows.parts] if isinstance(rows, Rows) else []
     if len(files) > 1:
         raise ValueError(
-            f"{result.source.name} is made of {len(files)} files: check and fix them one by one"
+            f"{result.data.name} is made of {len(files)} files: check and fix them one by one"
         )
     if not files or not isinstance(files[0], JsonRecords):
         raise ValueError(
-            f"{result.source.name} cannot be fixed: only JSON and JSON lines are written; mend it by the list of findings"
+            f"{result.data.name} cannot be fixed: only JSON and JSON lines are written; "
+            "fix it by the list of findings"
         )
     return files[0]
 
 
 def _kept(result: CheckResult, records: JsonRecords, changes: list[Change]) -> Iterator[bytes]:
-    """The rows of the copy; a line that does not change keeps its very bytes."""
+    """Yield the rows of the copy; a line that does not change keeps its very bytes."""
     lines = (
         []
         if records.is_list
@@ -120,34 +128,34 @@ def _kept(result: CheckResult, records: JsonRecords, changes: list[Change]) -> I
     )
     found: dict[int, list[Finding]] = defaultdict(list)
     for finding in result.findings:
-        if finding.row is not None and KINDS[finding.kind].fix != "keep":
+        if finding.row is not None and KINDS[finding.kind].action != "keep":
             found[finding.row].append(finding)
-    for row in range(len(result.source)):
+    for row in range(len(result.data)):
         why = found.get(row, [])
-        where = result.source.shortened(records.where(row))
-        if drop := [finding for finding in why if KINDS[finding.kind].fix == "drop"]:
+        where = result.data.shorten(records.where(row))
+        if drop := [finding for finding in why if KINDS[finding.kind].action == "drop"]:
             changes.append(Change(row, where, "left out", drop[0].sentence))
         elif why:
-            record = result.source.records[row]
-            content = _mended(record.content, _image_texts(result.source.to_sample(record)))
+            record = result.data.records[row]
+            content = _repaired(record.content, _image_texts(result.data.to_sample(record)))
             changes += [Change(row, where, "mended", finding.what) for finding in why]
             yield _as_json(content)
         else:
             yield (
-                _as_json(result.source.records[row].content)
+                _as_json(result.data.records[row].content)
                 if records.is_list
                 else lines[int(records.name(row)) - 1].rstrip(b"\r")
             )
 
 
-def _mended(value: Any, kept: frozenset[str]) -> Any:
-    """A record whose texts are mended, all but the paths of its images."""
+def _repaired(value: Any, kept: frozenset[str]) -> Any:
+    """Return a record whose texts are repaired, all but the paths of its images."""
     if isinstance(value, dict):
-        return {key: _mended(item, kept) for key, item in value.items()}
+        return {key: _repaired(item, kept) for key, item in value.items()}
     if isinstance(value, list):
-        return [_mended(item, kept) for item in value]
+        return [_repaired(item, kept) for item in value]
     return (
-        mend_text(value)
+        fix_text(value)
         if isinstance(value, str) and not any(path.endswith(value) for path in kept)
         else value
     )

@@ -1,4 +1,4 @@
-"""What is wrong with one image file, and a digest of what it shows."""
+"""One image file: what is wrong with it, and a digest of what it shows."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from mipha.data.check.findings import quoted
+from mipha.data.check.findings import Problem, quoted
+from mipha.data.faults import RecordError
 from mipha.data.images import FORMATS, MAX_PIXELS, ImageSource, open_image
 
 MIN_SIDE = 16
 """Pixels: about one patch of the usual towers (14 or 16 pixels a side)."""
 
 MAX_ASPECT = 10
-"""Padded to a square, a longer image leaves less than a tenth of its tokens to what it shows."""
+"""Padded to a square, a longer image fills less than a tenth of its tokens."""
 
 FLAT = 4
 """Grey levels of 255: the widest range, in every channel, that is still one flat colour."""
@@ -32,86 +33,82 @@ class ImageFacts(NamedTuple):
     """What is kept of an image; not the image.
 
     Args:
-        digest: Of the upright RGB pixels: the same for one picture in two lossless formats; None where there are no pixels.
+        digest: Digest of the upright RGB pixels: the same for one image in two lossless formats;
+            None where there are no pixels.
         width: Pixels, as stored; 0 where unknown.
         height: Pixels, as stored.
-        problems: Kind and description of all that is wrong.
+        problems: All that is wrong with it.
     """
 
     digest: bytes | None
     width: int
     height: int
-    problems: tuple[tuple[str, str], ...]
+    problems: tuple[Problem, ...]
 
 
 def image_facts(source: ImageSource, name: str) -> ImageFacts:
     """Read an image completely, as training will, and say what is wrong with it.
 
     Args:
-        source: A file, or the bytes of one.
-        name: For descriptions.
+        source: A file, the bytes of one, or a place in a larger file.
+        name: Name of the image, for descriptions.
     """
     if isinstance(source, Path) and not source.is_file():
-        return ImageFacts(
-            None, 0, 0, (("missing-image", f"there is no file {quoted(name, 120)}{_near(source)}"),)
-        )
+        return _unusable("missing-image", f"there is no file {quoted(name, 120)}{_near(source)}")
+
+    # Read its header.
     label = f"image {name if isinstance(source, bytes) else quoted(name, 120)}"
     begin = b""
     try:
         content = source if isinstance(source, (Path, bytes)) else source.read()
         begin = _begin(content)
         if not begin:
-            return ImageFacts(None, 0, 0, (("unreadable-image", f"{label} is empty (0 bytes)"),))
+            return _unusable("unreadable-image", f"{label} is empty (0 bytes)")
         stored, width, height, problems = _header(content, label)
     except Image.DecompressionBombError:
-        return ImageFacts(
-            None, 0, 0, (("oversized-image", f"{label} is more than {MAX_PIXELS:,} pixels"),)
-        )
+        return _unusable("oversized-image", f"{label} is more than {MAX_PIXELS:,} pixels")
     except Exception as error:  # decoders answer damage with nearly every kind of exception
         if begin.startswith(_SIGNATURES):
-            return ImageFacts(
-                None,
-                0,
-                0,
-                (
-                    (
-                        "truncated-image",
-                        f"{label} begins as one but cannot be read ({_reason(error)})",
-                    ),
-                ),
-            )
-        reason = (
-            "is in no known format"
-            if isinstance(error, Image.UnidentifiedImageError)
-            else f"cannot be read ({_reason(error)})"
-        )
-        return ImageFacts(
-            None, 0, 0, (("unreadable-image", f"{label} {reason}; it begins with {begin!r}"),)
-        )
+            damage = f"{label} begins as one but cannot be read ({_reason(error)})"
+            return _unusable("truncated-image", damage)
+        unknown = isinstance(error, Image.UnidentifiedImageError)
+        reason = "is in no known format" if unknown else f"cannot be read ({_reason(error)})"
+        return _unusable("unreadable-image", f"{label} {reason}; it begins with {begin!r}")
     if width * height > MAX_PIXELS:
-        return ImageFacts(
-            None,
-            width,
-            height,
-            (
-                (
-                    "oversized-image",
-                    f"{label} of {width} x {height} is more than {MAX_PIXELS:,} pixels",
-                ),
-            ),
-        )
+        large = f"{label} of {width} x {height} is more than {MAX_PIXELS:,} pixels"
+        return _unusable("oversized-image", large, width, height)
+
+    # Read its pixels.
     try:
         image = open_image(content)
     except ValueError as error:
-        damage = f"{label} begins as a {stored} of {width} x {height} but cannot be read to the end ({_reason(error)})"
-        return ImageFacts(None, width, height, (("truncated-image", damage),))
-    if all(high - low <= FLAT for low, high in image.getextrema()):
-        problems.append(
-            ("blank-image", f"{label} is one flat colour, about {image.getpixel((0, 0))}")
+        damage = (
+            f"{label} begins as a {stored} of {width} x {height} but cannot be read to the end "
+            f"({_reason(error)})"
         )
+        return _unusable("truncated-image", damage, width, height)
+    if all(high - low <= FLAT for low, high in image.getextrema()):
+        colour = image.getpixel((0, 0))
+        problems.append(("blank-image", f"{label} is one flat colour, about {colour}"))
+
     digest = hashlib.blake2b(f"{image.size}".encode(), digest_size=16)
     digest.update(image.tobytes())
     return ImageFacts(digest.digest(), width, height, tuple(problems))
+
+
+def image_reader(most: int = 50_000) -> Callable[[ImageSource, str], ImageFacts]:
+    """Return an `image_facts` that reads an image once, though many rows show it.
+
+    Images that are given by their bytes are read every time.
+    """
+    known = lru_cache(maxsize=most)(image_facts)
+    return lambda source, name: (
+        image_facts(source, name) if isinstance(source, bytes) else known(source, name)
+    )
+
+
+def _unusable(kind: str, what: str, width: int = 0, height: int = 0) -> ImageFacts:
+    return ImageFacts(None, width, height, ((kind, what),))
 
 
 def _begin(source: Path | bytes) -> bytes:
@@ -121,22 +118,25 @@ def _begin(source: Path | bytes) -> bytes:
         return file.read(12)
 
 
-def _header(source: Path | bytes, label: str) -> tuple[str, int, int, list[tuple[str, str]]]:
-    """Format, size and oddities of an image, before its pixels are read."""
-    problems = []
+def _header(source: Path | bytes, label: str) -> tuple[str, int, int, list[Problem]]:
+    """Return format, size and oddities of an image, before its pixels are read."""
+    problems: list[Problem] = []
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # Pillow's doubts about size and metadata: both are judged here
+        # Pillow warns about size and metadata; both are judged here.
+        warnings.simplefilter("ignore")
         with Image.open(
             source if isinstance(source, Path) else io.BytesIO(source), formats=FORMATS
         ) as image:
             width, height = image.size
+
+            # Its size.
             stored = "JPEG" if image.format == "MPO" else str(image.format)
             if min(width, height) < MIN_SIDE:
                 problems.append(("tiny-image", f"{label} has {width} x {height} pixels"))
             if max(width, height) > MAX_ASPECT * min(width, height):
                 problems.append(("extreme-aspect", f"{label} has {width} x {height} pixels"))
+
+            # How it is stored.
             if (orientation := _orientation(image)) in range(2, 9):
                 problems.append(
                     (
@@ -157,26 +157,29 @@ def _header(source: Path | bytes, label: str) -> tuple[str, int, int, list[tuple
             )
             if named and named != stored and {named, stored} != {"JPEG", "MPO"}:
                 problems.append(("wrong-suffix", f"{label} is a {stored}"))
+            # Decoding does not look at the checksums; it would give wrong pixels silently.
             if image.format == "PNG":
-                image.verify()  # checksums, which decoding does not look at: it would give wrong pixels without a word
+                image.verify()
     return stored, width, height, problems
 
 
 def _orientation(image: Image.Image) -> int | None:
     if image.format == "PNG" and "exif" not in image.info:
-        return None  # to look further, Pillow would decode the whole picture
+        return None  # to look further, Pillow would decode the whole image
     try:
         return image.getexif().get(_ORIENTATION_TAG)
-    except Exception:  # a broken EXIF block does not break the picture
+    except Exception:  # a broken EXIF block does not break the image
         return None
 
 
 def _reason(error: Exception) -> str:
-    return (str(error.__cause__ or error) or type(error).__name__)[:120]
+    cause = error.__cause__ or error
+    text = cause.what if isinstance(cause, RecordError) else str(cause)
+    return (text or type(error).__name__)[:120]
 
 
 def _near(path: Path) -> str:
-    """A clause on why a file may not be found: an address, or a name that differs in case or suffix only."""
+    """Say why a file may not be found: an address, or a name of other case or suffix."""
     if "://" in path.as_posix() or ":/" in path.as_posix():
         return ", which is an address: download it first"
     other = _by_stem(path.parent).get(path.stem.casefold())
@@ -185,16 +188,8 @@ def _near(path: Path) -> str:
 
 @lru_cache(maxsize=64)
 def _by_stem(folder: Path) -> dict[str, str]:
-    """Names in a folder by their stem without case; listed once, for a folder may hold 100,000 files."""
+    """Map stems without case to names in a folder; listed once, it may hold 100,000 files."""
     try:
         return {path.stem.casefold(): path.name for path in folder.iterdir()}
     except OSError:
         return {}
-
-
-def image_reader(most: int = 50_000) -> Callable[[ImageSource, str], ImageFacts]:
-    """`image_facts` that reads an image once, though many rows show it; bytes are not kept to be known again."""
-    known = lru_cache(maxsize=most)(image_facts)
-    return lambda source, name: (
-        image_facts(source, name) if isinstance(source, bytes) else known(source, name)
-    )

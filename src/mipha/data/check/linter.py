@@ -1,6 +1,7 @@
-"""The linter: a whole data set read as training will read it, and everything that is wrong with it, row by row.
+"""The linter: a whole data set read as training will read it, and everything that is wrong with it.
 
-load --> rows --check_rows, on all cores--> RowFacts --whole_set, in order--> findings, histograms, steps, packing
+load_data --> records --check_rows, on all cores--> RowFacts
+    --whole_set, in order--> findings, histograms, steps, packing: a CheckResult --> reports
 """
 
 from __future__ import annotations
@@ -8,9 +9,10 @@ from __future__ import annotations
 import os
 import time
 from array import array
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -25,43 +27,154 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from mipha.data.check.findings import Finding
-from mipha.data.check.pool import check_rows
-from mipha.data.check.result import Answers, CheckResult, Histogram, Training, histogram
-from mipha.data.check.rows import Job, RowFacts
-from mipha.data.check.source import Source
+from mipha.data.check.findings import SEVERITIES, Finding, Severity
+from mipha.data.check.rows import Job, RowFacts, check_rows
 from mipha.data.check.whole_set import Seen, gather_evaluation
+from mipha.data.dataset import LoadedData
 from mipha.recipe import StageRecipe
 
 if TYPE_CHECKING:
     from transformers import LlavaProcessor
 
-    from mipha.data.check.packing import Length
+    from mipha.data.check.packing import Length, Packing
 
+NO_RECIPE = (
+    "Tokens, loss mask, truncation, packing and steps were not checked, because they depend on the "
+    "model: give a recipe (--recipe NAME)."
+)
 _TOP_ANSWERS = 12
+_BINS = 30
+
+
+class Histogram(NamedTuple):
+    """How one quantity is spread over the samples.
+
+    Args:
+        name: What is counted.
+        unit: Its unit.
+        edges: Edges of the bins, `(bins + 1,)`.
+        counts: Values in each bin, `(bins,)`; all beyond the last edge are in the last bin.
+        minimum: Of all values; likewise the rest.
+    """
+
+    name: str
+    unit: str
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+    minimum: float
+    median: float
+    p95: float
+    maximum: float
+
+
+class Answers(NamedTuple):
+    """How short answers are spread.
+
+    Args:
+        num_short: Answers of at most 60 characters.
+        num_distinct: Different ones among them, case aside.
+        top: The most frequent answers, and how often each is given.
+        num_guessable: Answers to questions asked at least five times.
+        num_guessed: Answers of those that are the most frequent answer of their question: what a
+            model knows without the image.
+    """
+
+    num_short: int
+    num_distinct: int
+    top: tuple[tuple[str, int], ...]
+    num_guessable: int
+    num_guessed: int
+
+
+class Training(NamedTuple):
+    """What a stage of the recipe makes of the set.
+
+    Args:
+        stage: Settings of the stage.
+        num_samples: Samples that can be trained on.
+        num_tokens: Tokens of them all, image tokens included.
+        num_trained: Trained tokens.
+        steps: Optimizer steps.
+        samples_read: Samples read in those steps, over all epochs.
+        packings: How full rows will be.
+    """
+
+    stage: StageRecipe
+    num_samples: int
+    num_tokens: int
+    num_trained: int
+    steps: int
+    samples_read: int
+    packings: tuple[Packing, ...]
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """All that was found.
+
+    Args:
+        data: The data set; read again for examples and for a cleaned copy.
+        findings: By row; those of the whole set last.
+        num_samples: Rows that are samples.
+        num_images: Images read, one for each time a sample shows it.
+        num_pictures: Different images among them.
+        seconds: Duration of the check.
+        histograms: Of words, pixels and, with a recipe, tokens.
+        answers: How they are spread.
+        training: None without a recipe.
+        against: Name of the evaluation set it was compared with.
+        processor: Processor of the recipe's model.
+    """
+
+    data: LoadedData
+    findings: tuple[Finding, ...]
+    num_samples: int
+    num_images: int
+    num_pictures: int
+    seconds: float
+    histograms: tuple[Histogram, ...]
+    answers: Answers
+    training: Training | None = None
+    against: str | None = None
+    processor: LlavaProcessor | None = field(default=None, repr=False)
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows of the data set."""
+        return len(self.data)
+
+    @property
+    def num_errors(self) -> int:
+        """Number of findings that make the set unfit to train on."""
+        return self.count(SEVERITIES[0])
+
+    def count(self, severity: Severity) -> int:
+        """Count the findings of this severity."""
+        return sum(finding.severity == severity for finding in self.findings)
 
 
 def check_data(
-    source: Source,
+    data: LoadedData,
     stage: StageRecipe | None = None,
     processor: LlavaProcessor | None = None,
     seed: int = 0,
-    against: Source | None = None,
+    against: LoadedData | None = None,
     workers: int | None = None,
     progress: bool = False,
 ) -> CheckResult:
     """Check every row of a data set; nothing is changed.
 
-    Pictures are compared by their pixels, so a copy in another lossless format is found, one compressed anew is not.
+    Images are compared by their pixels, so a copy in another lossless format is found, one
+    compressed anew is not.
 
     Args:
-        source: Rows, as `open_source` gives them.
-        stage: The recipe's stage; with the processor, tokens are checked too.
-        processor: Of the recipe's model.
-        seed: The recipe's: the order that packing is predicted in.
-        against: An evaluation set whose pictures and questions must not be in this one.
-        workers: Processes; null: one for each core.
-        progress: Draw a bar on standard error.
+        data: The data set, as `load_data` gives it.
+        stage: Stage of the recipe; with the processor, tokens are checked too.
+        processor: Processor of the recipe's model.
+        seed: Seed of the recipe: the order that packing is predicted in.
+        against: An evaluation set whose images and questions must not be in this one.
+        workers: Number of processes; None for one on each core.
+        progress: Whether to draw a bar on standard error.
 
     Raises:
         OSError: A process was killed.
@@ -69,34 +182,32 @@ def check_data(
     assert (stage is None) == (processor is None), "tokens need both, a stage and a processor"
     begin = time.monotonic()
     workers = workers or os.cpu_count() or 1
+
+    # Read the evaluation set.
     evaluation = None
     if against is not None:
-        evaluation = gather_evaluation(
-            against.name, _all_rows(Job(against), workers, "reading " + against.name, progress)
-        )
+        rows = _all_rows(Job(against), workers, f"reading {against.name}", progress)
+        evaluation = gather_evaluation(against.name, rows)
+
+    # Check each row, then compare it with those before it.
     seen = Seen(evaluation)
     columns = _Columns()
     findings: list[Finding] = []
-    for facts in _all_rows(
-        Job(source, processor, stage), workers, "checking " + source.name, progress
-    ):
+    job = Job(data, processor, stage)
+    for facts in _all_rows(job, workers, f"checking {data.name}", progress):
         columns.add(facts)
         findings += facts.findings
         findings += seen.add(facts)
+
+    # Judge the whole set.
     findings += seen.balance()
     if evaluation is not None and evaluation.num_unread:
-        findings.append(
-            Finding(
-                "uncompared",
-                None,
-                "",
-                f"{evaluation.num_unread} rows of {evaluation.name} could not be read",
-            )
-        )
+        what = f"{evaluation.num_unread} rows of {evaluation.name} could not be read"
+        findings.append(Finding("uncompared", None, "", what))
     num_guessed, num_guessable = seen.blind_guess()
     top = tuple(seen.answers.most_common(_TOP_ANSWERS))
     return CheckResult(
-        source=source,
+        data=data,
         findings=tuple(findings),
         num_samples=columns.num_samples,
         num_images=columns.num_images,
@@ -104,10 +215,41 @@ def check_data(
         seconds=time.monotonic() - begin,
         histograms=tuple(columns.histograms()),
         answers=Answers(seen.answers.total(), len(seen.answers), top, num_guessable, num_guessed),
-        training=columns.training(stage, seed, source) if stage is not None else None,
+        training=columns.training(stage, seed, data) if stage is not None else None,
         against=evaluation.name if evaluation else None,
         processor=processor,
     )
+
+
+def histogram(name: str, unit: str, values: np.ndarray) -> Histogram:
+    """Count whole numbers in equal bins.
+
+    The longest hundredth shares the last bin, so that one outlier does not flatten the rest.
+    """
+    low, high = int(values.min()), int(np.quantile(values, 0.99, method="higher"))
+    width = max(1, -(-(high - low + 1) // _BINS))
+    edges = np.arange(low, high + width + 1, width)
+    counts, _ = np.histogram(np.minimum(values, edges[-1]), bins=edges)
+    median, p95 = np.quantile(values, [0.5, 0.95])
+    return Histogram(
+        name,
+        unit,
+        tuple(edges.tolist()),
+        tuple(counts.tolist()),
+        float(low),
+        float(median),
+        float(p95),
+        float(values.max()),
+    )
+
+
+def counts_by_kind(findings: Iterable[Finding]) -> dict[str, int]:
+    """Count the findings of each kind, the most severe kinds first, then the most frequent."""
+    findings = list(findings)
+    severity = {finding.kind: SEVERITIES.index(finding.severity) for finding in findings}
+    counts = Counter(finding.kind for finding in findings)
+    order = sorted(counts, key=lambda kind: (severity[kind], -counts[kind]))
+    return {kind: counts[kind] for kind in order}
 
 
 @dataclass
@@ -133,6 +275,7 @@ class _Columns:
             if image.digest and image.digest not in self.pictures:
                 self.pictures.add(image.digest)
                 self.sides.append(max(image.width, image.height))
+
         if facts.tokens is not None:
             from mipha.data.check.packing import Length
 
@@ -153,31 +296,30 @@ class _Columns:
             if len(values):
                 yield histogram(name, unit, np.asarray(values))
 
-    def training(self, stage: StageRecipe, seed: int, source: Source) -> Training:
+    def training(self, stage: StageRecipe, seed: int, data: LoadedData) -> Training:
         from mipha.data.check.packing import packings
         from mipha.data.order import count_steps, samples_shown
 
         usable = len(self.lengths)
-        data = source.as_trained_on(stage)
-        weight, cap = (data.weight, data.cap) if data else (1.0, None)
+        entry = data.as_trained_on(stage)
+        weight, cap = (entry.weight, entry.cap) if entry else (1.0, None)
         shown = samples_shown(usable, weight, cap)
         steps, samples_read = count_steps(stage, shown) if shown else (0, 0)
-        num_tokens = sum(length.num_tokens for length in self.lengths)
         return Training(
-            stage,
-            usable,
-            num_tokens,
-            sum(self.trained),
-            steps,
-            samples_read,
-            tuple(packings(self.lengths, stage, seed, weight, cap)),
+            stage=stage,
+            num_samples=usable,
+            num_tokens=sum(length.num_tokens for length in self.lengths),
+            num_trained=sum(self.trained),
+            steps=steps,
+            samples_read=samples_read,
+            packings=tuple(packings(self.lengths, stage, seed, weight, cap)),
         )
 
 
 def _all_rows(job: Job, workers: int, title: str, progress: bool) -> Iterator[RowFacts]:
-    chunks = check_rows(job, range(len(job.source)), workers)
+    chunks = check_rows(job, range(len(job.data)), workers)
     first = next(chunks, [])  # the processes are forked here, before the bar's thread begins
-    console = Console(stderr=True)
+
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -185,8 +327,8 @@ def _all_rows(job: Job, workers: int, title: str, progress: bool) -> Iterator[Ro
         _Speed(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not progress) as bar:
-        task = bar.add_task(title, total=len(job.source))
+    with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
+        task = bar.add_task(title, total=len(job.data))
         while first:
             yield from first
             bar.advance(task, len(first))

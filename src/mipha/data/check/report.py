@@ -1,4 +1,4 @@
-"""What the linter found, as a table for a terminal and as JSON for programs; the page is in html.py."""
+"""The linter's findings as a table for a terminal and as JSON; html.py writes the page."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from rich.table import Table
 from rich.text import Text
 
 from mipha.data.check.findings import KINDS, SEVERITIES, Finding
-from mipha.data.check.result import NO_RECIPE, CheckResult, counts_by_kind
+from mipha.data.check.linter import NO_RECIPE, CheckResult, counts_by_kind
 
 COLOURS = {"error": "bold red", "warning": "yellow", "note": "cyan"}
 _FIRST_ROWS = 4
 
 
 def headline(result: CheckResult) -> str:
-    """What was read, and how fast."""
+    """Say what was read, and how fast."""
     rows, pictures = result.num_rows / result.seconds, result.num_pictures / result.seconds
     speed = f"{rows:,.0f} rows/s" + (
         f", {pictures:,.0f} different images/s" if result.num_images else ""
@@ -27,16 +27,19 @@ def headline(result: CheckResult) -> str:
         if result.num_images
         else ", no images"
     )
-    return f"{result.num_rows:,} rows, {result.num_samples:,} samples{images} in {result.seconds:,.1f} s ({speed})"
+    return (
+        f"{result.num_rows:,} rows, {result.num_samples:,} samples{images} "
+        f"in {result.seconds:,.1f} s ({speed})"
+    )
 
 
 def verdict(result: CheckResult) -> str:
-    """How many findings of each severity."""
+    """Say how many findings of each severity there are."""
     return ", ".join(_number(result.count(severity), severity) for severity in SEVERITIES)
 
 
 def by_kind(result: CheckResult) -> dict[str, list[Finding]]:
-    """Findings of each kind, the most severe and frequent kinds first."""
+    """Group the findings by kind, the most severe and frequent kinds first."""
     groups: dict[str, list[Finding]] = {kind: [] for kind in counts_by_kind(result.findings)}
     for finding in result.findings:
         groups[finding.kind].append(finding)
@@ -44,7 +47,7 @@ def by_kind(result: CheckResult) -> dict[str, list[Finding]]:
 
 
 def training_lines(result: CheckResult) -> list[tuple[str, str]]:
-    """Label and value of what a training stage makes of the set; empty without a recipe."""
+    """Return label and value of what a stage makes of the set; empty without a recipe."""
     training = result.training
     if training is None:
         return []
@@ -58,18 +61,22 @@ def training_lines(result: CheckResult) -> list[tuple[str, str]]:
         ),
         (
             "optimizer steps",
-            f"{training.steps:,} of {stage.batch_size} samples: {training.samples_read:,} samples, {epochs:.2f} epochs",
+            f"{training.steps:,} of {stage.batch_size} samples: "
+            f"{training.samples_read:,} samples, {epochs:.2f} epochs",
         ),
     ]
     for packing in training.packings:
-        value = f"{packing.positions_per_sample:,.0f} positions a sample, {packing.padding:.1f} % of them padding; "
-        value += f"{packing.rows_per_step:,.1f} rows a step, {packing.fullness:.0f} % full"
+        value = f"{packing.positions_per_sample:,.0f} positions a sample, "
+        value += (
+            f"{packing.padding:.1f} % of them padding; {packing.rows_per_step:,.1f} rows a step, "
+        )
+        value += f"{packing.fullness:.0f} % full"
         lines.append((packing.batching + (" (the recipe's)" if packing.chosen else ""), value))
     return lines
 
 
 def answer_lines(result: CheckResult) -> list[tuple[str, str]]:
-    """Label and value of how short answers are spread; empty where there are none."""
+    """Return label and value of how short answers are spread; empty if there are none."""
     answers = result.answers
     if not answers.num_short:
         return []
@@ -79,22 +86,24 @@ def answer_lines(result: CheckResult) -> list[tuple[str, str]]:
         lines.append(
             (
                 "guessed without the image",
-                f"{share:.1f} % of {answers.num_guessable:,} answers to questions asked 5 times or more",
+                f"{share:.1f} % of {answers.num_guessable:,} answers "
+                "to questions asked 5 times or more",
             )
         )
     return lines
 
 
 def text_report(result: CheckResult) -> RenderableType:
-    """The findings grouped by kind, then lengths, steps and packing, for a terminal."""
-    parts: list[RenderableType] = [Text(result.source.name, "bold"), Text(headline(result))]
-    if result.source.note:
-        parts.append(Text(result.source.shortened(result.source.note)))
+    """Render for a terminal: the findings grouped by kind, then lengths, steps and packing."""
+    parts: list[RenderableType] = [Text(result.data.name, "bold"), Text(headline(result))]
+    if result.data.format:
+        parts.append(Text(result.data.shorten(result.data.format)))
     if result.against:
         parts.append(Text(f"compared with {result.against}"))
+
     if result.findings:
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for column in ("severity", "count", "first rows", "finding, an example, and the mend"):
+        for column in ("severity", "count", "first rows", "finding, an example, and the fix"):
             table.add_column(
                 column, justify="right" if column == "count" else "left", overflow="fold"
             )
@@ -107,10 +116,12 @@ def text_report(result: CheckResult) -> RenderableType:
                 Text(severity, COLOURS[severity]), f"{len(found):,}", listed or "the set", about
             )
         parts.append(table)
+
     facts = Table(box=None, pad_edge=False, show_header=False, padding=(0, 2, 0, 0))
     for histogram in result.histograms:
-        spread = f"{histogram.minimum:,.0f} to {histogram.maximum:,.0f} {histogram.unit}, median {histogram.median:,.0f}"
-        facts.add_row(histogram.name, Text(f"{spread}, 95 % up to {histogram.p95:,.0f}"))
+        spread = f"{histogram.minimum:,.0f} to {histogram.maximum:,.0f} {histogram.unit}"
+        middle = f"median {histogram.median:,.0f}, 95 % up to {histogram.p95:,.0f}"
+        facts.add_row(histogram.name, Text(f"{spread}, {middle}"))
     for label, value in (*answer_lines(result), *training_lines(result)):
         facts.add_row(label, Text(value))
     if facts.row_count:
@@ -123,11 +134,11 @@ def text_report(result: CheckResult) -> RenderableType:
 
 
 def json_report(result: CheckResult) -> str:
-    """Everything that was found and measured, every finding in full."""
+    """Write as JSON everything that was found and measured, every finding in full."""
     training = result.training
     tree: dict[str, Any] = {
-        "data": result.source.name,
-        "format": result.source.note,
+        "data": result.data.name,
+        "format": result.data.format,
         "against": result.against,
         "rows": result.num_rows,
         "samples": result.num_samples,
@@ -156,14 +167,13 @@ def json_report(result: CheckResult) -> str:
 
 
 def _as_json(finding: Finding) -> dict[str, Any]:
-    mend = KINDS[finding.kind].mend
     return {
         "kind": finding.kind,
         "severity": finding.severity,
         "row": finding.row,
         "where": finding.where,
         "what": finding.what,
-        "mend": mend,
+        "mend": KINDS[finding.kind].fix,
     }
 
 

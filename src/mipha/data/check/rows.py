@@ -1,52 +1,60 @@
-"""One row of a data set: everything that can be said about it by itself.
+"""One row of a data set by itself: what is wrong with it; and many rows, on all cores.
 
-record --to_sample--> Sample --text, images, tokens--> RowFacts: findings, digests and counts; no images are kept
+    record --to_sample--> Sample --texts, images, tokens--> RowFacts: findings, digests, counts
+
+No images are kept.
 """
 
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import re
+import signal
+import sys
 import unicodedata
-from collections.abc import Callable, Iterator
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mipha.data.check.findings import Finding, quoted
+import numpy as np
+
+from mipha.data.check.findings import Finding, Problem, quoted
 from mipha.data.check.images import ImageFacts, image_reader
-from mipha.data.check.source import Source
-from mipha.data.check.text import CONTROL_TOKENS, text_problems
+from mipha.data.check.text import CONTROL_TOKENS, special_tokens_of, text_problems
+from mipha.data.dataset import LoadedData
+from mipha.data.faults import RecordError
 from mipha.data.sample import IMAGE, Sample
+from mipha.labels import IGNORE
 from mipha.recipe import StageRecipe
 
 if TYPE_CHECKING:
     from transformers import LlavaProcessor
 
-    from mipha.data.check.tokens import TokenFacts
+CHUNK = 64
+"""Rows handed to a process at a time."""
+
+WORTH_A_POOL = 1_000
+"""Rows: below, starting processes takes longer than it saves."""
 
 _SHORT_ANSWER = 60
 """Characters: longer answers are not compared with one another, nor counted."""
 
-# The readers say what is wrong in a sentence; the first of these that it holds names the kind.
-_SAID = (
-    ("leads out of", "outside-path"),
-    ("markers for", "image-count"),
-    ("roles are", "role-order"),
-    ("no human turn is answered", "role-order"),
-    ("is an address", "missing-image"),
-)
+_UNCUT = 10**9
+"""Tokens: more than any sample has."""
 
-_MEND = re.compile(
-    r"(?:; |: (?:add|check|embed|give|put|remove|rename|save|set|write)\b).*", re.DOTALL
-)
-_WHERE = re.compile(r"(?:(.*?, (?:line|row|sample) [^\s:,]+)[:,]? )?(.*)", re.DOTALL)
+_NO_TOKENIZER = frozenset({"lone-surrogate", "image-in-answer"})
+"""Kinds of problems with which a sample cannot be encoded."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the processes need; the tokens are counted where there is a processor."""
+    """What the processes need; tokens are counted where there is a processor."""
 
-    source: Source
+    data: LoadedData
     processor: LlavaProcessor | None = None
     stage: StageRecipe | None = None
 
@@ -55,14 +63,33 @@ class Turn(NamedTuple):
     """A question and its answer, to be found again.
 
     Args:
-        line: Digest of the question's first line: benchmarks put instructions and options behind it.
+        line: Digest of the question's first line: benchmarks put instructions and options behind
+            it.
         question: Digest of the whole question.
-        answer: The answer where it is short, else nothing.
+        answer: The answer if it is short, else empty.
     """
 
     line: bytes
     question: bytes
     answer: str
+
+
+class TokenFacts(NamedTuple):
+    """One encoded sample, without its tokens.
+
+    Args:
+        num_tokens: Tokens after image expansion, cut to row_tokens.
+        num_trained: Tokens of them that are trained on.
+        num_uncut: Tokens before cutting.
+        prefix: Leading tokens that another sample about the image may share.
+        prefix_key: Checksum of those tokens.
+    """
+
+    num_tokens: int
+    num_trained: int
+    num_uncut: int
+    prefix: int
+    prefix_key: int
 
 
 class RowFacts(NamedTuple):
@@ -71,12 +98,12 @@ class RowFacts(NamedTuple):
     Args:
         row: Place in the data set, from 0.
         where: The row as its file counts.
-        findings: All that is wrong with the row by itself.
-        content: Digest of its pictures and words; None where it is no sample.
-        images: What each shows; no digest where it cannot be read.
-        names: Of the images, for messages; empty for one that is given by its bytes.
+        findings: Everything that is wrong with the row by itself.
+        content: Digest of its images and words; None where it is not a sample.
+        images: What each image shows; no digest where it cannot be read.
+        names: Names of the images, for messages; empty for one that is given by its bytes.
         turns: Its questions and answers.
-        num_answer_words: Of all its answers together.
+        num_answer_words: Words of all its answers together.
         tokens: None where they were not counted.
         image_key: The same for samples that name the same images, 0 for text alone.
     """
@@ -93,65 +120,111 @@ class RowFacts(NamedTuple):
     image_key: int = 0
 
 
-def row_checker(job: Job) -> Callable[[int], RowFacts]:
-    """A function from a row's place to its facts; it remembers the images it has read."""
-    read_image = image_reader()
-    count_tokens: (
-        Callable[[Sample], tuple[TokenFacts | None, tuple[tuple[str, str], ...]]] | None
-    ) = None
-    special = re.compile("|".join(map(re.escape, CONTROL_TOKENS)))
-    if job.processor is not None and job.stage is not None:
-        from mipha.data.check.tokens import (
-            special_tokens_of,
-            token_facts,
-        )  # brings transformers, which takes seconds
+# Many rows.
 
-        processor, stage = job.processor, job.stage
-        special = special_tokens_of(processor)
-        count_tokens = lambda sample: token_facts(sample, processor, stage)  # noqa: E731
+
+def check_rows(job: Job, rows: Sequence[int], workers: int) -> Iterator[list[RowFacts]]:
+    """Check rows in their order, and yield their facts a chunk at a time.
+
+    Args:
+        job: The data set.
+        rows: Places of the rows.
+        workers: Number of processes; 1 works in this one. They are forked, so that the rows need
+            not be read again; where the system cannot fork safely, this process works alone.
+
+    Raises:
+        OSError: A process was killed, by a decoder's crash or because memory ran out.
+    """
+    chunks = [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
+    if workers == 1 or len(rows) < WORTH_A_POOL or sys.platform != "linux":
+        check = row_checker(job)
+        yield from ([check(row) for row in chunk] for chunk in chunks)
+        return
+
+    fork = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(workers, fork, _begin_worker, (job,)) as pool:
+        done = 0
+        try:
+            for facts in pool.map(_check_chunk, chunks):
+                done += 1
+                yield facts
+        except BrokenProcessPool as error:
+            last = chunks[min(done + workers, len(chunks)) - 1][-1]
+            raise OSError(
+                f"a process that checked rows {chunks[done][0]} to {last} of {job.data.name} was "
+                "killed: look at the images of those rows, or free memory"
+            ) from error
+
+
+_check: Callable[[int], RowFacts]
+
+
+def _begin_worker(job: Job) -> None:
+    global _check
+    # Ctrl-C is for the process that hands out the rows.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _check = row_checker(job)
+
+
+def _check_chunk(rows: Sequence[int]) -> list[RowFacts]:
+    return [_check(row) for row in rows]
+
+
+# One row.
+
+
+def row_checker(job: Job) -> Callable[[int], RowFacts]:
+    """Return a function from a row's place to its facts; it remembers the images it has read."""
+    data, processor, stage = job.data, job.processor, job.stage
+    read_image = image_reader()
+    special = (
+        re.compile("|".join(map(re.escape, CONTROL_TOKENS)))
+        if processor is None
+        else special_tokens_of(processor)
+    )
 
     def check(row: int) -> RowFacts:
+        # Read the record, and make it a sample.
         record: Any = None
         try:
-            record = job.source.records[row]
-            sample = job.source.to_sample(record)
+            record = data.records[row]
+            sample = data.to_sample(record)
         except (ValueError, OSError) as error:
-            kind = next((kind for said, kind in _SAID if said in str(error)), "malformed")
-            where, reason = _reason(job.source, error)
-            return RowFacts(row, where, (Finding(kind, row, where, reason),))
-        names = tuple(job.source.image_name(image) for image in sample.images)
-        images = tuple(
-            read_image(image, name) for image, name in zip(sample.images, names, strict=True)
-        )
+            return RowFacts(row, *_fault(data, row, record, error))
+        where = data.place(record)
+
+        # Look at its turns, texts and images.
+        names = [data.image_name(image) for image in sample.images]
+        images = [read_image(*pair) for pair in zip(sample.images, names, strict=True)]
         problems = [*_turn_problems(sample, record)]
-        problems += [
-            problem for message in sample.messages for problem in text_problems(message, special)
-        ]
-        problems += [problem for image in images for problem in image.problems]
+        for message in sample.messages:
+            problems += text_problems(message, special)
+        for image in images:
+            problems += image.problems
+
+        # Count its tokens.
         tokens = None
-        if count_tokens is not None and not {"lone-surrogate", "image-in-answer"} & {
-            kind for kind, _ in problems
-        }:
-            tokens, found = count_tokens(sample)
+        encodable = not any(kind in _NO_TOKENIZER for kind, _ in problems)
+        if processor is not None and stage is not None and encodable:
+            tokens, found = token_facts(sample, processor, stage)
             problems += found
-        first = dict(
-            reversed(problems)
-        )  # one finding of a kind is enough to send the reader to the row
+
+        # Keep the first problem of each kind: one is enough to send the reader to the row.
+        first: dict[str, str] = {}
+        for kind, what in problems:
+            first.setdefault(kind, what)
+
         texts = "\0".join(f"{message.role}\0{message.text.strip()}" for message in sample.messages)
         digests = [
             image.digest or _encoded(f"{row} {name}")
             for image, name in zip(images, names, strict=True)
         ]
-        where = job.source.place(record)
         return RowFacts(
             row=row,
             where=where,
-            findings=tuple(
-                Finding(kind, row, where, first[kind])
-                for kind in dict.fromkeys(kind for kind, _ in problems)
-            ),
+            findings=tuple(Finding(kind, row, where, what) for kind, what in first.items()),
             content=_digest(b"".join([*digests, _encoded(texts)])),
-            images=images,
+            images=tuple(images),
             names=tuple(
                 "" if isinstance(image, bytes) else name
                 for image, name in zip(sample.images, names, strict=True)
@@ -170,8 +243,21 @@ def row_checker(job: Job) -> Callable[[int], RowFacts]:
 
 
 def normalised(question: str) -> str:
-    """A question without markers, case and extra space: what two data sets that share it have in common."""
+    """Return a question without markers, case and extra space, to compare it across data sets."""
     return " ".join(unicodedata.normalize("NFKC", question.replace(IMAGE, " ")).casefold().split())
+
+
+def _fault(
+    data: LoadedData, row: int, record: Any, error: Exception
+) -> tuple[str, tuple[Finding, ...]]:
+    """Return the place of a row that cannot be read, and what is wrong with it."""
+    place = data.place(record)
+    if isinstance(error, RecordError):
+        where = data.shorten(error.where)
+        finding = Finding(error.kind, row, place or where, data.shorten(error.what))
+    else:
+        finding = Finding("malformed", row, place, data.shorten(str(error)))
+    return finding.where, (finding,)
 
 
 def _turns(sample: Sample) -> Iterator[Turn]:
@@ -186,8 +272,8 @@ def _turns(sample: Sample) -> Iterator[Turn]:
         )
 
 
-def _turn_problems(sample: Sample, record: Any) -> Iterator[tuple[str, str]]:
-    """Markers in answers, answers that repeat the question, and what the reader of the format changed without a word."""
+def _turn_problems(sample: Sample, record: Any) -> Iterator[Problem]:
+    """Find markers in answers, answers that repeat the question, and what the format changed."""
     asked = ""
     for message in sample.messages:
         if message.role == "assistant":
@@ -196,26 +282,21 @@ def _turn_problems(sample: Sample, record: Any) -> Iterator[tuple[str, str]]:
             if (said := normalised(message.text)) and len(said) > 20 and said == asked:
                 yield "echo", f"an answer is its question, {quoted(message.text)}"
         asked = normalised(message.text)
+
+    # LLaVA's rules leave turns out, and make one marker of several.
     content = getattr(record, "content", None)
     turns = content.get("conversations") if isinstance(content, dict) else None
     if not isinstance(turns, list):
         return
     if len(turns) > len(sample.messages):
+        num_left_out = len(turns) - len(sample.messages)
         yield (
             "left-out-turn",
-            f"{len(turns) - len(sample.messages)} of {len(turns)} turns are not between a question and its answer",
+            f"{num_left_out} of {len(turns)} turns are not between a question and its answer",
         )
     written = sum(str(turn.get("value")).count(IMAGE) for turn in turns if isinstance(turn, dict))
     if written > len(sample.images):
         yield "merged-marker", f"{written} <image> markers stand for {len(sample.images)} images"
-
-
-def _reason(source: Source, error: Exception) -> tuple[str, str]:
-    """Row, and what a reader says is wrong with it, without the advice that ends the sentence: a finding has its own."""
-    where, reason = _WHERE.fullmatch(source.shortened(str(error))).groups()  # type: ignore[union-attr]
-    return where or "", _MEND.sub(
-        "", reason.partition(": ")[2] if reason.startswith("sample ") else reason
-    )
 
 
 def _image_key(sample: Sample) -> int:
@@ -229,3 +310,45 @@ def _encoded(text: str) -> bytes:
 
 def _digest(content: bytes) -> bytes:
     return hashlib.blake2b(content, digest_size=16).digest()
+
+
+# Its tokens.
+
+
+def token_facts(
+    sample: Sample, processor: LlavaProcessor, stage: StageRecipe
+) -> tuple[TokenFacts | None, tuple[Problem, ...]]:
+    """Encode a sample as training will.
+
+    Returns:
+        The facts, None where training could not encode it; and all that is wrong.
+    """
+    from mipha.data.encode import encode  # brings transformers, which takes seconds
+
+    try:
+        whole = cut = encode(sample, processor, _UNCUT, stage.prompt)
+        if len(whole) > stage.row_tokens:
+            cut = encode(sample, processor, stage.row_tokens, stage.prompt)
+    except RecordError as error:
+        return None, ((error.kind, error.what),)
+
+    facts = TokenFacts(
+        num_tokens=len(cut),
+        num_trained=_num_trained(cut.labels),
+        num_uncut=len(whole),
+        prefix=cut.prefix,
+        prefix_key=zlib.crc32(cut.input_ids[: cut.prefix].tobytes()) & 0x7FFFFFFF,
+    )
+    lost = _num_trained(whole.labels) - facts.num_trained
+    if not lost:
+        return facts, ()
+    what = (
+        f"the sample has {len(whole):,} tokens of row_tokens={stage.row_tokens:,}, "
+        f"which cuts off {lost:,} trained ones"
+    )
+    return facts, (("truncated-answer", what),)
+
+
+def _num_trained(labels: np.ndarray) -> int:
+    """Count the trained tokens; the first token of a row is predicted by nothing."""
+    return int((labels[1:] != IGNORE).sum())

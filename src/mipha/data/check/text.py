@@ -1,30 +1,36 @@
-"""What is wrong with the words of one message: damaged encodings, leftovers of other programs, answers that are none."""
+"""The words of one message: damaged encodings, leftovers of other programs, missing answers."""
 
 from __future__ import annotations
 
 import re
 import zlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from mipha.data.check.findings import quoted
+from mipha.data.check.findings import Problem, quoted
 from mipha.data.sample import IMAGE, Message
+
+if TYPE_CHECKING:
+    from transformers import LlavaProcessor
 
 LONG_ANSWER = 8_192
 """Characters: at about four a token, an answer that fills a row of 2,048 tokens by itself."""
 
 CONTROL_TOKENS = (
-    "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<start_of_turn>",
+    "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|start_header_id|>",
+    "<|end_header_id|>", "<start_of_turn>",
     "<end_of_turn>", "[INST]", "[/INST]", "<<SYS>>",
 )  # fmt: skip
-"""Of ChatML, GPT-2, Llama 3, Gemma and Llama 2: looked for where no tokenizer says what its own are."""
+"""Of ChatML, GPT-2, Llama 3, Gemma and Llama 2; searched for where there is no tokenizer."""
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
-# Zero-width space, word joiner, byte order mark, soft hyphen; embeddings, overrides and isolates of text direction. The two joiners
-# U+200C and U+200D stay: Persian and emoji need them.
+# Zero-width space, word joiner, byte order mark, soft hyphen; embeddings, overrides and isolates
+# of text direction. The two joiners U+200C and U+200D stay: Persian and emoji need them.
 _INVISIBLE = re.compile("[\u200b\u2060\ufeff\u00ad\u202a-\u202e\u2066-\u2069]")
 _FOREIGN_MARKER = re.compile(
-    r"<\|?/?(?:image|img|video|vision|picture)(?:[_ |-][\w|-]{0,20}|\d{0,3})?>|\[(?:IMG|IMAGE)\]|<ImageHere>",
+    r"<\|?/?(?:image|img|video|vision|picture)(?:[_ |-][\w|-]{0,20}|\d{0,3})?>"
+    r"|\[(?:IMG|IMAGE)\]|<ImageHere>",
     re.IGNORECASE,
 )
 _MARKUP = re.compile(
@@ -32,24 +38,27 @@ _MARKUP = re.compile(
     re.I,
 )
 _TURN = re.compile(
-    r"(?m)^[ \t]*(?:#{2,3}[ \t]*)?(?:USER|ASSISTANT|SYSTEM|Human|Assistant|User|Instruction|Response):(?:\s|$)"
+    r"(?m)^[ \t]*(?:#{2,3}[ \t]*)?"
+    r"(?:USER|ASSISTANT|SYSTEM|Human|Assistant|User|Instruction|Response):(?:\s|$)"
 )
 _PLACEHOLDER = re.compile(
-    r"(?:nan|null|undefined|n/?a|#n/a|tbd|todo|\[?object object\]?|lorem ipsum.*|<answer>|answer here|\.{3,}|-{2,}|\?+)",
+    r"(?:nan|null|undefined|n/?a|#n/a|tbd|todo|"
+    r"\[?object object\]?|lorem ipsum.*|<answer>|answer here|\.{3,}|-{2,}|\?+)",
     re.I | re.S,
 )
 _REFUSAL = re.compile(
-    r"\b(?:as an ai(?: language)? model|i(?:'|’)m sorry, but i (?:can|am)|i cannot (?:see|view) (?:the |any )?images?)",
+    r"\b(?:as an ai(?: language)? model|i(?:'|’)m sorry, but i (?:can|am)|"
+    r"i cannot (?:see|view) (?:the |any )?images?)",
     re.I,
 )
 
 
-def text_problems(message: Message, special_tokens: re.Pattern[str]) -> Iterator[tuple[str, str]]:
-    """Kind and description of all that is wrong with one message.
+def text_problems(message: Message, special_tokens: re.Pattern[str]) -> Iterator[Problem]:
+    """Find all that is wrong with one message.
 
     Args:
-        message: Of any role.
-        special_tokens: What the tokenizer takes for control tokens when it stands in a text.
+        message: A message of any role.
+        special_tokens: Texts that the tokenizer reads as control tokens.
     """
     text = message.text
     if not text.isascii():
@@ -62,13 +71,15 @@ def text_problems(message: Message, special_tokens: re.Pattern[str]) -> Iterator
     if found := special_tokens.search(text):
         yield (
             "special-token",
-            f"the {message.role}'s text holds {found.group()}, which is read as a control token, not as text",
+            f"the {message.role}'s text holds {found.group()}, "
+            "which is read as a control token, not as text",
         )
     for found in _FOREIGN_MARKER.finditer(text):
         if found.group() != IMAGE:
             yield (
                 "foreign-marker",
-                f"the {message.role}'s text holds {quoted(found.group())}, which is read as plain text",
+                f"the {message.role}'s text holds {quoted(found.group())}, "
+                "which is read as plain text",
             )
             break
     if found := _MARKUP.search(text):
@@ -84,21 +95,23 @@ def text_problems(message: Message, special_tokens: re.Pattern[str]) -> Iterator
         yield from _answer_problems(text)
 
 
-def _encoding_problems(text: str) -> Iterator[tuple[str, str]]:
+def _encoding_problems(text: str) -> Iterator[Problem]:
     if found := _SURROGATE.search(text):
         yield (
             "lone-surrogate",
-            f"a text holds {quoted(found.group())}, half of a character, which no tokenizer accepts",
+            f"a text holds {quoted(found.group())}, half of a character, "
+            "which no tokenizer accepts",
         )
     if "\ufffd" in text:
         yield (
             "replacement-character",
-            f"a text holds {text.count(chr(0xFFFD))} U+FFFD, as in {_around(text, text.index(chr(0xFFFD)))}",
+            f"a text holds {text.count(chr(0xFFFD))} U+FFFD, "
+            f"as in {_around(text, text.index(chr(0xFFFD)))}",
         )
-    if (mended := mend_mojibake(text)) != text:
+    if (fixed := fix_mojibake(text)) != text:
         at = next(
             index
-            for index, (old, new) in enumerate(zip(text, mended + "\0", strict=False))
+            for index, (old, new) in enumerate(zip(text, fixed + "\0", strict=False))
             if old != new
         )
         yield "mojibake", f"a text was read in the wrong encoding, as in {_around(text, at)}"
@@ -109,8 +122,8 @@ def _encoding_problems(text: str) -> Iterator[tuple[str, str]]:
         )
 
 
-def _answer_problems(text: str) -> Iterator[tuple[str, str]]:
-    words = mend_text(text).strip()
+def _answer_problems(text: str) -> Iterator[Problem]:
+    words = fix_text(text).strip()
     if not words:
         yield "empty-answer", "an answer is empty"
     elif _PLACEHOLDER.fullmatch(words):
@@ -130,20 +143,29 @@ def _around(text: str, at: int, most: int = 12) -> str:
     return quoted(text[max(0, at - most) : at + most])
 
 
-def has_half_character(text: str) -> bool:
-    """Whether a text holds a lone surrogate, which JSON can write and no tokenizer accepts."""
-    return not text.isascii() and _SURROGATE.search(text) is not None
+def special_tokens_of(processor: LlavaProcessor) -> re.Pattern[str]:
+    """Return what the tokenizer reads as a control token when it stands in a text.
+
+    The image marker is meant to be one.
+    """
+    added = processor.tokenizer.added_tokens_decoder.values()
+    tokens = {str(token) for token in added if token.special} - {IMAGE}
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
-def mend_text(text: str) -> str:
-    """The text with what a program can mend: mojibake read again, half, control and invisible characters removed."""
+def fix_text(text: str) -> str:
+    """Read mojibake again; remove half, control and invisible characters."""
     if text.isascii() and not _CONTROL.search(text):
         return text
-    return _INVISIBLE.sub("", _CONTROL.sub("", _SURROGATE.sub("", mend_mojibake(text))))
+    return _INVISIBLE.sub("", _CONTROL.sub("", _SURROGATE.sub("", fix_mojibake(text))))
 
 
 def _as_bytes() -> dict[str, int]:
-    """Character to byte, as Windows-1252 and Latin-1 read bytes; the five bytes that the first leaves open are Latin-1's."""
+    """Map characters to bytes, as Windows-1252 reads them.
+
+    The five bytes that it leaves open are read as Latin-1.
+    """
     table = {chr(byte): byte for byte in range(0x80, 0x100)}
     for byte in range(0x80, 0xA0):
         read = bytes([byte]).decode("cp1252", "ignore")
@@ -156,18 +178,18 @@ _BYTE_OF = _as_bytes()
 _TAIL = (
     "[" + re.escape("".join(character for character, byte in _BYTE_OF.items() if byte < 0xC0)) + "]"
 )
-# Two bytes behind any other lead could be two characters side by side, such as É» at the end of a French quotation; several
-# times in a row (Cyrillic, Greek) they could not.
+# Two bytes behind any other lead could be two characters side by side, such as É» at the end of a
+# French quotation; several times in a row (Cyrillic, Greek) they could not.
 _MOJIBAKE = re.compile(
     f"(?:[\xc2\xc3]{_TAIL})+|(?:[\xc4-\xdf]{_TAIL}){{2,}}|(?:[\xe0-\xef]{_TAIL}{{2}})+|(?:[\xf0-\xf4]{_TAIL}{{3}})+"
 )
 _CLOSING = "»”’“›…\xa0"
 
 
-def mend_mojibake(text: str) -> str:
-    """Text whose UTF-8 was read as Windows-1252 or Latin-1, read again: `cafÃ©` becomes `café`.
+def fix_mojibake(text: str) -> str:
+    """Read again a text whose UTF-8 was read as Windows-1252 or Latin-1: `cafÃ©` becomes `café`.
 
-    Only the sequences that are damaged for certain are changed, so sound text in the same string stays.
+    Only sequences that are certainly damaged are changed, so sound text in the same string stays.
     """
     return text if text.isascii() else _MOJIBAKE.sub(_read_again, text)
 

@@ -1,4 +1,4 @@
-"""What only the whole set shows: rows that repeat or contradict one another, leakage, and how answers are spread."""
+"""The whole set: rows that repeat or contradict one another, leakage, spread of answers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from mipha.data.check.findings import Finding, quoted
+from mipha.data.check.findings import Finding, Problem, quoted
 from mipha.data.check.rows import RowFacts
 
 MAX_CLOSED_WORDS = 5
@@ -17,10 +17,10 @@ MIN_ANSWERS = 100
 """Short answers below which their balance is not judged."""
 
 LARGEST_SHARE = 0.8
-"""Of all short answers, or of yes and no: the share of one answer above which a set is called unbalanced."""
+"""Share of one answer, of all short ones or of yes and no, above which a set is unbalanced."""
 
 MIN_ASKED = 5
-"""Times that a question is asked before its most frequent answer counts as a guess without the image."""
+"""Times that a question is asked before its most frequent answer counts as a blind guess."""
 
 _MOST_ANSWERS = 100_000
 """Distinct short answers counted; beyond, new ones are not, so that memory stays bounded."""
@@ -31,9 +31,9 @@ class Evaluation:
     """What an evaluation set asks, by digest.
 
     Args:
-        name: For messages.
-        questions_of: Image digest to the first lines of its questions.
-        texts: Whole questions that come without an image.
+        name: Name for messages.
+        questions_of: Digests of the first lines of the questions, by image digest.
+        texts: Digests of whole questions that come without an image.
         num_unread: Rows that could not be read, so were not compared.
     """
 
@@ -44,7 +44,7 @@ class Evaluation:
 
 
 def gather_evaluation(name: str, facts: Iterable[RowFacts]) -> Evaluation:
-    """The questions of an evaluation set."""
+    """Collect the questions of an evaluation set."""
     questions_of: dict[bytes, set[bytes]] = defaultdict(set)
     texts: set[bytes] = set()
     num_unread = 0
@@ -71,18 +71,20 @@ class Seen:
     guesses: dict[bytes, Counter[int]] = field(default_factory=dict)
 
     def add(self, facts: RowFacts) -> list[Finding]:
-        """What is wrong with a row, given those before it and the evaluation set."""
+        """Find what is wrong with a row, given those before it and the evaluation set."""
         if facts.content is None:
             return []
         found = dict(reversed([*self._repeats(facts), *self._leaks(facts)]))
         self._count(facts)
         return [Finding(kind, facts.row, facts.where, what) for kind, what in found.items()]
 
-    def _repeats(self, facts: RowFacts) -> Iterator[tuple[str, str]]:
+    def _repeats(self, facts: RowFacts) -> Iterator[Problem]:
         earlier = self.contents.setdefault(facts.content or b"", facts.row)
         if earlier != facts.row:
-            yield "duplicate", f"pictures and words are those of row {earlier}"
+            yield "duplicate", f"images and words are those of row {earlier}"
             return
+
+        # The same question about the same image, answered in another way.
         if facts.turns and 1 <= len(facts.turns[0].answer.split()) <= MAX_CLOSED_WORDS:
             asked = hashlib.blake2b(facts.turns[0].question, digest_size=16)
             for image in facts.images:
@@ -93,8 +95,11 @@ class Seen:
             if answer.casefold() != facts.turns[0].answer.casefold():
                 yield (
                     "conflicting-answer",
-                    f"it answers {quoted(facts.turns[0].answer)} where row {row}, of the same picture and question, says {quoted(answer)}",
+                    f"it answers {quoted(facts.turns[0].answer)} where row {row}, "
+                    f"of the same image and question, says {quoted(answer)}",
                 )
+
+        # The same image under another name.
         for image, name in zip(facts.images, facts.names, strict=True):
             if image.digest is None or not name:
                 continue
@@ -103,10 +108,10 @@ class Seen:
                 self.told.add(name)
                 yield (
                     "repeated-image",
-                    f"{quoted(name)} shows the same picture as {quoted(other)} of row {row}",
+                    f"{quoted(name)} shows the same image as {quoted(other)} of row {row}",
                 )
 
-    def _leaks(self, facts: RowFacts) -> Iterator[tuple[str, str]]:
+    def _leaks(self, facts: RowFacts) -> Iterator[Problem]:
         if self.evaluation is None:
             return
         name = self.evaluation.name
@@ -116,9 +121,9 @@ class Seen:
             if image.digest in self.evaluation.questions_of
         ]
         if any(turn.line in questions for questions in shown for turn in facts.turns):
-            yield "leak", f"{name} asks the same question about the same picture"
+            yield "leak", f"{name} asks the same question about the same image"
         elif shown:
-            yield "leaked-image", f"{name} asks other questions about the same picture"
+            yield "leaked-image", f"{name} asks other questions about the same image"
         elif not facts.images and any(
             turn.question in self.evaluation.texts for turn in facts.turns
         ):
@@ -137,7 +142,7 @@ class Seen:
                 self.guesses.setdefault(turn.question, Counter())[hash(answer)] += 1
 
     def balance(self) -> list[Finding]:
-        """Whether one answer is nearly all of them."""
+        """Find one answer that is nearly all of them."""
         groups = {
             "short answers": self.answers,
             "yes/no answers": Counter(
@@ -149,12 +154,19 @@ class Seen:
             if total >= MIN_ANSWERS:
                 answer, number = answers.most_common(1)[0]
                 if number > LARGEST_SHARE * total:
-                    what = f"{quoted(answer)} is {100 * number / total:.0f} % of {total:,} {group}, so a model that always says it scores that"
+                    what = (
+                        f"{quoted(answer)} is {100 * number / total:.0f} % of {total:,} {group}, "
+                        "so a model that always says it scores that"
+                    )
                     return [Finding("unbalanced-answers", None, "", what)]
         return []
 
     def blind_guess(self) -> tuple[int, int]:
-        """Answers that the most frequent one of their question gives without the image, of how many."""
+        """Count the answers that a model guesses without the image.
+
+        Returns:
+            Answers that are the most frequent one of their question; and how many were looked at.
+        """
         often = [answers for answers in self.guesses.values() if answers.total() >= MIN_ASKED]
         return sum(max(answers.values()) for answers in often), sum(
             answers.total() for answers in often

@@ -1,35 +1,29 @@
-"""Which column of an Arrow schema holds image files; parquet and Arrow files say it alike."""
+"""Columns of an Arrow schema: which one holds image files; parquet and Arrow files say it alike."""
 
 from __future__ import annotations
 
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from mipha.data.datasets._records import IMAGE_COLUMNS
+from mipha.data.datasets._images import IMAGE_COLUMNS
+from mipha.data.faults import RecordError
+from mipha.errors import import_optional
 
 if TYPE_CHECKING:
     import pyarrow
 
 
-def import_pyarrow(wanted_for: str) -> ModuleType:
-    """The package pyarrow, which is not installed with mipha itself.
+def import_pyarrow(file: object) -> ModuleType:
+    """Import pyarrow, which is not installed with mipha itself, to read a file.
 
     Raises:
-        ModuleNotFoundError: It is not there; says how to install it.
+        MissingPackage: It is not installed.
     """
-    try:
-        import pyarrow
-    except ModuleNotFoundError as error:
-        mend = 'pip install "mipha-vlm[data]"'
-        raise ModuleNotFoundError(
-            f"{wanted_for} is read with the package pyarrow, which is not installed: {mend}",
-            name="pyarrow",
-        ) from error
-    return pyarrow
+    return import_optional("pyarrow", f"reading {file}", "data")
 
 
 def image_column(schema: pyarrow.Schema, where: str) -> str | None:
-    """The column whose cells hold the bytes of image files, or lists of them; null if none does.
+    """Return the column whose cells hold bytes of image files, or lists of them; None without.
 
     Raises:
         ValueError: There are several and none has a usual name.
@@ -38,26 +32,27 @@ def image_column(schema: pyarrow.Schema, where: str) -> str | None:
     usual = [name for name in IMAGE_COLUMNS if name in names]
     if len(names) > 1 and not usual:
         raise ValueError(
-            f"{where} has images in the columns {', '.join(names)}: rename the one that is meant to image"
+            f"{where} has images in the columns {', '.join(names)}: "
+            "rename the one that is meant to image"
         )
     return (usual or names or [None])[0]
 
 
 def byte_columns(schema: pyarrow.Schema) -> frozenset[str]:
-    """All columns that hold bytes: no record is made of what may be gigabytes."""
+    """Return all columns that hold bytes: no record is made of what may be gigabytes."""
     return frozenset(field.name for field in schema if _holds_bytes(field.type))
 
 
 def cell_bytes(cell: Any, where: str) -> bytes:
-    """The bytes of an image cell: binary, or the `datasets` library's {"bytes", "path"}.
+    """Return the bytes of an image cell: binary, or the `datasets` library's {"bytes", "path"}.
 
     Raises:
-        ValueError: There are none.
+        RecordError: There are none.
     """
     content = cell.get("bytes") if isinstance(cell, dict) else cell
     if not isinstance(content, bytes):
-        raise ValueError(
-            f"{where} holds no bytes of an image; embed the image files when you write it"
+        raise RecordError(
+            "it holds no bytes of an image", "embed the image files when you write it", where
         )
     return content
 

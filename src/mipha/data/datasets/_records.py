@@ -1,235 +1,460 @@
-"""What the readers of record files share: one row, the images it names, and paths that stay where they belong."""
+"""Files of records, indexed: JSON lines, JSON lists, tables; each record knows file and line.
+
+    split_files --> JsonRecords, TableRecords, ... --Rows--> Row --to_sample of a format--> Sample
+
+An index holds where each record begins, 16 to 24 bytes a record whatever the records hold; a
+record is read when it is asked for. No file stays open, so an index may be copied to another
+process.
+"""
 
 from __future__ import annotations
 
-import base64
-import os
+import csv
+import io
+import json
+import mmap
 import re
-import stat
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from pathlib import Path, PureWindowsPath
-from typing import Any, NamedTuple
+from array import array
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, Protocol
 
-from mipha.data.images import ImageSource, StoredImage
+import numpy as np
+
+from mipha.data.datasets._images import ImageFolders, image_folders, image_source
+from mipha.data.faults import FaultKind, RecordError
 from mipha.data.sample import IMAGE, Message, Sample
 
-IMAGE_COLUMNS = (
-    "images",
-    "image",
-    "image_path",
-    "image_file",
-    "file_name",
-    "filename",
-    "img",
-    "picture",
-    "path",
-)
-"""Names under which a record gives its images; the first that is there and not empty counts."""
+TABLE_SUFFIXES = (".csv", ".tsv")
+LINE_SUFFIXES = (".jsonl", ".ndjson", ".json")
 
-_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
+# Source: https://huggingface.co/docs/hub/datasets-file-names-and-splits, the equivalent words
+_SPLIT_WORDS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+_SHARD = re.compile(r"[-_.]?\d+([-_]of[-_]\d+)?$")
+
+_BOM = b"\xef\xbb\xbf"
+# The next bracket or comma, past text and strings. Possessive: a broken file fails at once,
+# whatever its length.
+_NEXT = re.compile(rb'(?:[^][{},"]++|"[^"\\]*+(?:\\.[^"\\]*+)*+")*+[][{},]', re.DOTALL)
+_REST = re.compile(rb"\s*+\Z")
 
 
-class ImageFolders(NamedTuple):
-    """Where a record file's images may be.
-
-    Args:
-        base: A relative path starts here.
-        allowed: An image lies in one of these or below, when all links are followed; real paths.
-    """
-
-    base: Path
-    allowed: tuple[str, ...]
+# One record, and the records of several files as one sequence.
 
 
 class Row(NamedTuple):
     """One record of own data, whatever it was read from.
 
     Args:
-        dataset: Module that reads it.
-        id: Names the sample.
-        where: Names file and row in messages.
+        id: Beginning of the sample's id.
+        where: File and line, for messages.
         content: The record as it stands in the file.
         folders: Where its images may be.
     """
 
-    dataset: str
     id: str
     where: str
     content: Any
     folders: ImageFolders
 
+    def fault(self, what: str, fix: str, kind: FaultKind = "malformed") -> RecordError:
+        """Return the error that says what is wrong with this record."""
+        return RecordError(what, fix, self.where, kind)
 
-def check_split(dataset: str, split: str, splits: Sequence[str]) -> None:
-    """Raise a `ValueError` that names the splits, unless `split` is one of them."""
-    if split not in splits:
-        raise ValueError(
-            f"{dataset} has no split {split!r}: use {' or '.join(splits) or 'a folder that holds one'}"
-        )
+    def sample(self, messages: Sequence[Message], images: Sequence[Any]) -> Sample:
+        """Return the record as a sample.
+
+        Args:
+            messages: Its turns.
+            images: Its images, as the record gives them.
+
+        Raises:
+            RecordError: An image, the markers or the roles do not fit.
+        """
+        sources = tuple(image_source(image, self.folders, self.where) for image in images)
+        name = self.content.get("id")
+        # Published ids repeat, rows do not.
+        sample_id = self.id + (f"/{name}" if isinstance(name, str | int) else "")
+        try:
+            return Sample(sample_id, tuple(messages), sources)
+        except RecordError as error:
+            raise error.at(self.where) from error
 
 
-def image_folders(
-    file: Path, image_root: Sequence[Path] = (), base: Path | None = None
-) -> ImageFolders:
-    """The folders that the records of a file may read images from.
+class RecordFile(Protocol):
+    """A file, or a folder, of records."""
 
-    The file's own folder, the recipe's `image_root`, and, where the file is a link, the folder that it links to: in the hub's
-    download cache every file of a data set is a link into one such folder.
+    def __len__(self) -> int: ...
 
-    Args:
-        file: The record file.
-        image_root: The recipe's; a relative path starts from the first, where there is one.
-        base: Where a relative path starts without an `image_root`; null: the file's folder.
+    def read(self, index: int) -> Any:
+        """Read one record."""
+        ...
+
+    def name(self, index: int) -> str:
+        """Return what tells the record from others of the file, for the sample's id."""
+        ...
+
+    def where(self, index: int) -> str:
+        """Return file and row, for messages."""
+        ...
+
+
+class Part(NamedTuple):
+    """One of the files of a data set; `prefix` begins the ids of its samples."""
+
+    prefix: str
+    file: RecordFile
+    folders: ImageFolders
+
+
+class Rows(Sequence[Row]):
+    """The records of one or more files, one file after another."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = parts
+        self._starts = np.cumsum([0, *(len(part.file) for part in parts)])
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, index: int) -> Row:
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+
+        number = int(np.searchsorted(self._starts, index, side="right")) - 1
+        prefix, file, folders = self.parts[number]
+        index -= int(self._starts[number])
+        return Row(f"{prefix}/{file.name(index)}", file.where(index), file.read(index), folders)
+
+
+def record_rows(
+    dataset: str, root: Path | None, split: str, suffixes: Sequence[str], image_root: Sequence[Path]
+) -> Rows:
+    """Index the JSON or table files of a split.
+
+    Raises:
+        FileNotFoundError: As `split_files`.
+        ValueError: As `split_files`, and where a file is not what its name says.
     """
-    own = (file.parent, Path(os.path.realpath(file)).parent)
-    base = image_root[0] if image_root else base or file.parent
-    return ImageFolders(
-        base, tuple(dict.fromkeys(os.path.realpath(folder) for folder in (*own, *image_root)))
+    return Rows(
+        [
+            Part(f"{dataset}/{name}", record_file(file), image_folders(file, image_root))
+            for name, file in split_files(dataset, root, split, suffixes)
+        ]
     )
 
 
-def path_inside(folders: ImageFolders, path: Any, where: str) -> Path:
-    """The file that a record names, which must lie in one of the allowed folders when all links are followed.
-
-    Raises:
-        ValueError: The path is no text, is empty, is an address, or leads out; `where` names file and row.
-    """
-    if not isinstance(path, str) or not path.strip() or "\0" in path:
-        raise ValueError(
-            f"{where}: the image path is {_short(path)}; wanted a path inside {folders.base}"
-        )
-    if _ADDRESS.match(path):
-        raise ValueError(
-            f"{where}: the image path {_short(path)} is an address; nothing is downloaded, so give the path of a file"
-        )
-    if ("\\" in path or path[1:2] == ":") and _leads_out_on_windows(path):
-        raise ValueError(
-            f"{where}: the image path {path!r} leads out of {folders.base}; give a relative path with / and without `..`"
-        )
-    file = folders.base / path
-    try:
-        real = _real(file)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{where}: the image path {_short(path)} cannot be followed: {error}"
-        ) from error
-    if not any(real.startswith(folder.rstrip(os.sep) + os.sep) for folder in folders.allowed):
-        raise ValueError(
-            f"{where}: the image path {_short(path)} leads out of {folders.base}, to {real}; "
-            f"give a path inside it, or allow the other folder with image_root=[{folders.base}, {os.path.dirname(real)}]"
-        )
-    return file
+def record_file(file: Path, most: int | None = None) -> JsonRecords | TableRecords:
+    """Index one file by its suffix; no more than `most` records, None for all."""
+    return (TableRecords if file.suffix.lower() in TABLE_SUFFIXES else JsonRecords)(file, most)
 
 
-def image_source(value: Any, folders: ImageFolders, where: str) -> ImageSource:
-    """What a record gives as one image: a path, a `data:` address with the bytes in it, or an object that holds one of these.
-
-    Raises:
-        ValueError: It is nothing of the kind, or its path leads out; `where` names file and row.
-    """
-    if isinstance(value, Mapping):
-        value = next(
-            (value[key] for key in ("bytes", "path", "image", "url") if value.get(key) is not None),
-            None,
-        )
-    if isinstance(value, str):
-        return (
-            _from_data_uri(value, where)
-            if value.startswith("data:")
-            else path_inside(folders, value, where)
-        )
-    if isinstance(value, bytes | StoredImage):
-        return value
-    return path_inside(folders, value, where)
-
-
-def image_values(content: Mapping[str, Any], where: str) -> list[Any]:
-    """What a record gives as its images, in order; empty for a record that is text alone.
-
-    Raises:
-        ValueError: `images` is not a list; `where` names file and row.
-    """
-    column = next((name for name in IMAGE_COLUMNS if content.get(name) is not None), None)
-    if column is None:
-        return []
-    value = content[column]
-    if column == "images" and not isinstance(value, (list, tuple)):
-        raise ValueError(f'{where}: "images" is {_short(value)}; wanted a list of paths')
-    return list(value) if isinstance(value, list) else [value]
-
-
-def with_images(content: Mapping[str, Any], images: Sequence[ImageSource]) -> dict[str, Any]:
-    """A record whose images are these, whatever it says itself: they lie beside it in the same file."""
-    rest = {name: value for name, value in content.items() if name not in IMAGE_COLUMNS}
-    return rest | ({"image": images[0]} if len(images) == 1 else {"images": list(images)})
-
-
-def make_sample(row: Row, messages: Sequence[Message], images: Sequence[Any]) -> Sample:
-    """A row's turns and images as a sample.
-
-    Raises:
-        ValueError: An image, the markers or the roles do not fit; the message names file and row.
-    """
-    sources = tuple(image_source(image, row.folders, row.where) for image in images)
-    name = row.content.get("id")
-    sample_id = row.id + (
-        f"/{name}" if isinstance(name, str | int) else ""
-    )  # published ids repeat, rows do not
-    try:
-        return Sample(sample_id, tuple(messages), sources)
-    except ValueError as error:
-        raise ValueError(f"{row.where}: {error}") from error
-
-
-def images_first(messages: Sequence[Message], num_images: int) -> Sequence[Message]:
-    """The turns with all images, a line each, at the front of the first user turn, unless some turn says where they go."""
+def put_images_first(messages: Sequence[Message], num_images: int) -> Sequence[Message]:
+    """Put image markers, a line each, at the front of the first user turn, if no turn has one."""
     if num_images == 0 or any(IMAGE in message.text for message in messages):
         return messages
     for number, message in enumerate(messages):
         if message.role == "user":
-            return [
-                *messages[:number],
-                Message("user", f"{IMAGE}\n" * num_images + message.text),
-                *messages[number + 1 :],
-            ]
+            marked = Message("user", f"{IMAGE}\n" * num_images + message.text)
+            return [*messages[:number], marked, *messages[number + 1 :]]
     return messages
 
 
-def _from_data_uri(value: str, where: str) -> bytes:
-    head, comma, content = value.partition(",")
-    try:
-        if not comma or not head.endswith(";base64"):
-            raise ValueError("it does not begin with data:image/...;base64,")
-        return base64.b64decode(content, validate=True)
-    except ValueError as error:
+# The files of a split.
+
+
+def check_split(dataset: str, split: str, splits: Sequence[str]) -> None:
+    """Raise a `ValueError` that names the splits, unless `split` is one of them."""
+    if split not in splits:
+        known = " or ".join(splits) or "a folder that holds one"
+        raise ValueError(f"{dataset} has no split {split!r}: use {known}")
+
+
+def split_files(
+    dataset: str, root: Path | None, split: str, suffixes: Sequence[str]
+) -> list[tuple[str, Path]]:
+    """List the files of one split, in the order of their names.
+
+    Args:
+        dataset: Name for messages.
+        root: One file, whose one split is `train`, or a folder as `splits_in` reads it.
+        split: Name of the split; `val` and `dev` are `validation`.
+        suffixes: Suffixes to look for; the first that the folder has a file of counts.
+
+    Returns:
+        (name, file) pairs: the name is the file's path in the folder without its suffix, for the
+        ids of samples.
+
+    Raises:
+        FileNotFoundError: There is no such file or folder.
+        ValueError: There is no root, or no such split.
+    """
+    if root is None:
         raise ValueError(
-            f"{where}: the image {_short(value)} is not valid base64: {error}"
-        ) from error
+            f"{dataset} has no packaged copy: set the data's root to a {suffixes[0]} file, "
+            f"or a folder with train{suffixes[0]}"
+        )
+    if not root.exists():
+        raise FileNotFoundError(f"{dataset}: no file or folder {root}; check the data's root")
+    if not root.is_dir():
+        check_split(f"{dataset} in {root}", split, ("train",))
+        return [(root.stem, root)]
+
+    splits = next((found for suffix in suffixes if (found := splits_in(root, suffix))), {})
+    wanted = split if split in splits else _SPLIT_WORDS.get(split.lower(), split)
+    check_split(f"{dataset} in {root}", wanted, sorted(splits))
+    return [(file.relative_to(root).with_suffix("").as_posix(), file) for file in splits[wanted]]
 
 
-def _leads_out_on_windows(path: str) -> bool:
-    """A record may have been written on Windows, or for it: C:\\x, \\x, a\\..\\x."""
-    windows = PureWindowsPath(path)
-    return bool(windows.drive or windows.root) or ".." in windows.parts
+def splits_in(folder: Path, suffix: str) -> dict[str, list[Path]]:
+    """List the files of each split of a folder, in the order of their names.
+
+    Files lie in the folder, in its `data`, or in a folder that is named after a split. A split's
+    name is a word of the file's name (train-00000-of-00002, my_dev_set) or the folder's. Files
+    without such a word are a split by their name without the number of the shard; if there is no
+    other, they are `train`.
+    """
+    own = [folder, folder / "data"]
+    splits: dict[str, list[Path]] = {}
+    for place in (*own, *split_folders(folder).values()):
+        for file in sorted(place.iterdir()) if place.is_dir() else ():
+            hidden = file.name.startswith((".", "_"))
+            if file.suffix.lower() == suffix and file.is_file() and not hidden:
+                splits.setdefault(_split_of(file, place not in own), []).append(file)
+
+    if len(splits) == 1 and not set(splits) & set(_SPLIT_WORDS.values()):
+        return {"train": next(iter(splits.values()))}
+    return splits
 
 
-def _real(file: Path) -> str:
-    """A path with all links followed; folders are looked up once, for there are few of them."""
-    folder, name = os.path.split(os.path.join(os.getcwd(), file))
-    real = os.path.join(_real_folder(folder), name)
-    try:
-        is_link = stat.S_ISLNK(os.lstat(real).st_mode)
-    except (FileNotFoundError, NotADirectoryError):
-        is_link = False  # whoever opens it says that it is missing
-    return os.path.realpath(real) if is_link or name in ("", ".", "..") else real
+def split_folders(folder: Path) -> dict[str, Path]:
+    """Return each split's sub-folder, where one is named after it."""
+    return {
+        _SPLIT_WORDS[path.name.lower()]: path
+        for path in sorted(folder.iterdir())
+        if path.name.lower() in _SPLIT_WORDS and path.is_dir()
+    }
 
 
-@lru_cache(maxsize=4096)
-def _real_folder(folder: str) -> str:
-    return os.path.realpath(folder)
+def _split_of(file: Path, in_split_folder: bool) -> str:
+    if in_split_folder:
+        return _SPLIT_WORDS[file.parent.name.lower()]
+    words = re.split(r"[^a-z]+", file.stem.lower())
+    named = next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), None)
+    return named or _SHARD.sub("", file.stem)
 
 
-def _short(value: Any) -> str:
-    return repr(
-        value[:80] if isinstance(value, str) else str(value)[:80] if value is not None else None
-    )
+# The files themselves.
+
+
+class JsonRecords:
+    """A file of JSON lines, or of one JSON list; its first character says which.
+
+    Args:
+        file: A UTF-8 file.
+        most: Number of records to index; None for all.
+
+    Raises:
+        ValueError: A list is not closed, or something follows it.
+    """
+
+    def __init__(self, file: Path, most: int | None = None) -> None:
+        self.file = file
+        with file.open("rb") as stream:
+            begin = len(_BOM) if stream.read(len(_BOM)) == _BOM else 0
+            stream.seek(begin)
+            first = next((line for line in stream if line.strip()), b"")
+            self.is_list = first.lstrip()[:1] == b"["
+            stream.seek(begin)
+
+            if self.is_list:
+                with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                    spans, numbers = _list_spans(content, begin, most, file), None
+            else:
+                spans, numbers = _line_spans(stream, begin, most)
+        self._spans = np.asarray(spans, dtype=np.int64).reshape(-1, 2)  # (records, begin and end)
+        self._numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def name(self, index: int) -> str:
+        """Return the number of the line, from 1; or of the row of a list, from 0."""
+        return str(index if self._numbers is None else self._numbers[index])
+
+    def where(self, index: int) -> str:
+        """Return file and line, or file and row."""
+        return f"{self.file}, {'row' if self.is_list else 'line'} {self.name(index)}"
+
+    def read(self, index: int) -> Any:
+        """Read one record.
+
+        Raises:
+            RecordError: It is not valid JSON in UTF-8.
+        """
+        start, end = self._spans[index]
+        with self.file.open("rb") as stream:
+            stream.seek(start)
+            text = stream.read(end - start)
+        try:
+            return json.loads(text.decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise RecordError(
+                f"this is not valid JSON: {error}",
+                "write it again, or remove it",
+                self.where(index),
+            ) from error
+
+
+def _line_spans(stream: BinaryIO, start: int, most: int | None) -> tuple[array[int], np.ndarray]:
+    """Find where each line that is not blank begins and ends, and its number."""
+    spans, numbers = array("q"), array("q")
+    for number, line in enumerate(stream, start=1):
+        if len(numbers) == most:
+            break
+        if not line.isspace():
+            spans.extend((start, start + len(line)))
+            numbers.append(number)
+        start += len(line)
+    return spans, np.asarray(numbers, dtype=np.int64)
+
+
+def _list_spans(content: mmap.mmap, start: int, most: int | None, file: Path) -> array[int]:
+    """Find where each element of a JSON list begins and ends.
+
+    That is between the commas and brackets that stand in no other bracket and in no string.
+    """
+    spans: array[int] = array("q")
+    position, begin, depth, mark = start, start, 0, 0
+    while (most is None or len(spans) < 2 * most) and (match := _NEXT.match(content, position)):
+        position = match.end()
+        mark = content[position - 1]
+
+        # A comma of the list, or its end, ends an element; an empty list has none.
+        if (
+            depth == 1
+            and mark in b",]"
+            and (mark == ord(",") or spans or content[begin : position - 1].strip())
+        ):
+            spans.extend((begin, position - 1))
+
+        if mark in b"[{":
+            depth += 1
+        elif mark in b"]}":
+            depth -= 1
+        if depth == 1 and mark in b"[,":
+            begin = position
+        if depth == 0:
+            break
+
+    if most is not None and len(spans) == 2 * most:
+        return spans
+    if depth != 0 or mark != ord("]") or not _REST.match(content, position):
+        raise ValueError(
+            f"{file} is not valid JSON: its list is not closed, or does not end the file; "
+            "is it cut short?"
+        )
+    return spans
+
+
+class TableRecords:
+    """A file of comma- or tab-separated values whose first line names the columns.
+
+    Args:
+        file: A UTF-8 file. A .csv may be separated by `;` or tabs too: the mark that its first
+            line has most of. An empty cell is None.
+        most: Number of records to index; None for all.
+
+    Raises:
+        ValueError: The file is not UTF-8, a quote is never closed, or two columns have one name.
+    """
+
+    def __init__(self, file: Path, most: int | None = None) -> None:
+        self.file = file
+        spans, numbers = array("q"), array("q")
+        with file.open("rb") as stream:
+            first = stream.readline()
+            is_tsv = file.suffix.lower() == ".tsv"
+            self._delimiter = "\t" if is_tsv else chr(max(b",;\t", key=first.count))
+            stream.seek(len(_BOM) if first.startswith(_BOM) else 0)
+
+            lines = _CountedLines(stream, file)
+            rows = csv.reader(lines, delimiter=self._delimiter, strict=True)
+            try:
+                self.columns = [name.strip() for name in next(rows, [])]
+                while most is None or len(numbers) < most:
+                    start, number = lines.offset, lines.number + 1
+                    if (cells := next(rows, None)) is None:
+                        break
+                    if cells:
+                        spans.extend((start, lines.offset))
+                        numbers.append(number)
+            except csv.Error as error:
+                raise ValueError(
+                    f"{file}, line {lines.number} is not a row of separated values: {error}"
+                ) from error
+
+        if twice := {name for name in self.columns if self.columns.count(name) > 1}:
+            raise ValueError(
+                f"{file} has two columns {sorted(twice)[0]!r}: rename one in its first line"
+            )
+        self._spans = np.asarray(spans, dtype=np.int64).reshape(-1, 2)  # (records, begin and end)
+        self._numbers = np.asarray(numbers, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._spans)
+
+    def name(self, index: int) -> str:
+        """Return the number of the record's first line, from 1 as editors count."""
+        return str(self._numbers[index])
+
+    def where(self, index: int) -> str:
+        """Return file and line."""
+        return f"{self.file}, line {self.name(index)}"
+
+    def read(self, index: int) -> dict[str, str | None]:
+        """Read one record, by column.
+
+        Raises:
+            RecordError: It has more or fewer cells than there are columns.
+        """
+        start, end = self._spans[index]
+        with self.file.open("rb") as stream:
+            stream.seek(start)
+            text = stream.read(end - start).decode("utf-8")
+
+        lines = io.StringIO(text, newline="")
+        cells = next(csv.reader(lines, delimiter=self._delimiter, strict=True))
+        if len(cells) != len(self.columns):
+            raise RecordError(
+                f"it has {len(cells)} cells for {len(self.columns)} columns",
+                f"put text with a {self._delimiter!r} in quotes",
+                self.where(index),
+            )
+        return {column: cell or None for column, cell in zip(self.columns, cells, strict=True)}
+
+
+class _CountedLines(Iterator[str]):
+    """The lines of a stream as text; `offset` and `number` say how far it was read."""
+
+    def __init__(self, stream: BinaryIO, file: Path) -> None:
+        self._stream, self._file = stream, file
+        self.offset, self.number = stream.tell(), 0
+
+    def __next__(self) -> str:
+        line = self._stream.readline()
+        if not line:
+            raise StopIteration
+        self.offset += len(line)
+        self.number += 1
+        try:
+            return line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"{self._file}, line {self.number} is not UTF-8: save the table as UTF-8"
+            ) from error

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from mipha.data.datasets import llava, messages, sharegpt, table
-from mipha.data.datasets._llava import ROLES
 from mipha.data.datasets._records import Row
 from mipha.data.sample import Sample
 
-_READERS: dict[str, Callable[[Row, Path | None], Sample]] = {
+_READERS = {
     "messages": messages.to_sample,
     "llava": llava.to_sample,
     "sharegpt": sharegpt.to_sample,
@@ -20,7 +18,7 @@ _READERS: dict[str, Callable[[Row, Path | None], Sample]] = {
 
 
 def shapes_of(content: Any) -> list[str]:
-    """The formats that a record fits by its keys: the names of the data set modules that would read it."""
+    """Return the formats that a record fits by its keys: names of the data sets that read it."""
     if not isinstance(content, Mapping):
         return []
     shapes = ["messages"] if messages.turns_of(content) is not None else []
@@ -32,13 +30,12 @@ def shapes_of(content: Any) -> list[str]:
 
 
 def describe(content: Mapping[str, Any], shape: str) -> str:
-    """What a record of this shape holds, in words."""
+    """Return in words what a record of this shape holds."""
     if shape == "table":
         columns = table.columns_of(table.by_name(content))
         assert columns is not None
-        return f"rows of {' and '.join(columns)}" + (
-            f' (a caption answers "{table.INSTRUCTION}")' if len(columns) == 1 else ""
-        )
+        answers = f' (a caption answers "{table.INSTRUCTION}")' if len(columns) == 1 else ""
+        return f"rows of {' and '.join(columns)}{answers}"
     return {
         "messages": "conversations whose turns have a role and content",
         "llava": "LLaVA's conversations between human and gpt",
@@ -47,23 +44,22 @@ def describe(content: Mapping[str, Any], shape: str) -> str:
 
 
 def sample_of(row: Row) -> Sample:
-    """A record as a sample, read by the one format that it fits.
+    """Read a record by the one format that it fits.
 
     Raises:
-        ValueError: It fits none, or more than one, or is broken; the message names file and row.
+        RecordError: It fits no format, or more than one, or is broken.
     """
     shapes = shapes_of(row.content)
     if len(shapes) != 1:
-        keys = (
-            ", ".join(map(str, row.content))
-            if isinstance(row.content, Mapping)
-            else str(row.content)[:80]
+        content = row.content
+        keys = ", ".join(map(str, content)) if isinstance(content, Mapping) else str(content)[:80]
+        fits = " and ".join(shapes) or "no known format"
+        raise row.fault(
+            f"it holds {keys or 'nothing'}, which fits {fits}",
+            "wanted messages, or conversations, or question and answer, "
+            "or an image with caption or text",
         )
-        raise ValueError(
-            f"{row.where} holds {keys or 'nothing'}, which fits {' and '.join(shapes) or 'no known format'}; "
-            "wanted messages, or conversations, or question and answer, or an image with caption or text"
-        )
-    return _READERS[shapes[0]](row, None)
+    return _READERS[shapes[0]](row)
 
 
 def _is_llava(content: Mapping[str, Any]) -> bool:
@@ -74,5 +70,6 @@ def _is_llava(content: Mapping[str, Any]) -> bool:
     ):
         return False
     return all(
-        isinstance(turn, Mapping) and turn.get("from") in ROLES for turn in content["conversations"]
+        isinstance(turn, Mapping) and turn.get("from") in llava.ROLES
+        for turn in content["conversations"]
     )

@@ -1,29 +1,40 @@
-"""Your own data as the `datasets` library's `save_to_disk` leaves it: Arrow files, one folder a split where there are several.
+"""Your own data as `save_to_disk` of the `datasets` library leaves it: Arrow files.
 
-A column of images (bytes or paths) beside any of the other formats. The files are mapped into memory, so nothing is read before it is
-asked for. Needs the extra `data` (pyarrow; not `datasets`).
+One folder, or one for each split. A column of images (bytes or paths) stands beside any of the
+other formats. The files are mapped into memory, so nothing is read before it is asked for. Needs
+the extra `data` (pyarrow; not `datasets`).
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from mipha.data.dataset import DataSet
 from mipha.data.datasets._columns import byte_columns, cell_bytes, image_column, import_pyarrow
-from mipha.data.datasets._index import Part, Rows
-from mipha.data.datasets._records import Row, check_split, image_folders, with_images
+from mipha.data.datasets._images import image_folders, with_images
+from mipha.data.datasets._records import Part, Rows, check_split
 from mipha.data.datasets._shapes import sample_of
-from mipha.data.sample import Sample
+from mipha.files import read_json_object
 
 if TYPE_CHECKING:
     import pyarrow
 
 
+_SAVE_AGAIN = "save the data set again"
+
+
 class ArrowImage(NamedTuple):
-    """One image of an Arrow file; `position` counts in a cell that holds a list, null where it holds one image."""
+    """One image of an Arrow file.
+
+    Args:
+        file: The Arrow file.
+        row: Number of the row.
+        column: Name of the column.
+        position: Place in a cell that holds a list; None where the cell holds one image.
+    """
 
     file: Path
     row: int
@@ -36,7 +47,7 @@ class ArrowImage(NamedTuple):
         )
 
     def read(self) -> bytes:
-        """The bytes of the image file."""
+        """Read the bytes of the image file."""
         cell = _table(self.file)[self.column][self.row].as_py()
         return cell_bytes(cell if self.position is None else cell[self.position], str(self))
 
@@ -45,7 +56,8 @@ class ArrowRecords:
     """The rows of an Arrow file; of the column that holds images, only where they are.
 
     Raises:
-        ValueError: It is no Arrow file.
+        MissingPackage: pyarrow is not installed.
+        ValueError: The file is not an Arrow file.
     """
 
     def __init__(self, file: Path) -> None:
@@ -65,15 +77,18 @@ class ArrowRecords:
         return self._num_rows
 
     def name(self, index: int) -> str:
-        """Number of the row, from 0."""
+        """Return the number of the row, from 0."""
         return str(index)
 
     def where(self, index: int) -> str:
-        """File and row."""
+        """Return file and row."""
         return f"{self.file}, row {index}"
 
     def read(self, index: int) -> dict[str, Any]:
-        """One row as a record, its images as places in the file, or as paths where the file holds no bytes."""
+        """Read one row as a record.
+
+        Its images are places in the file, or paths where the file holds no bytes.
+        """
         table = _table(self.file)
         content = {name: table[name][index].as_py() for name in self._columns}
         if self._image is None:
@@ -94,14 +109,16 @@ def load(root: Path | None, split: str, image_root: Sequence[Path] = ()) -> Rows
     """Map the files of a split.
 
     Args:
-        root: The folder that `save_to_disk` wrote, of a `Dataset` (its one split is `train`) or a `DatasetDict`; or one .arrow file.
-        split: Which.
+        root: The folder that `save_to_disk` wrote, of a `Dataset` (its one split is `train`) or a
+            `DatasetDict`; or one .arrow file.
+        split: Name of the split.
         image_root: Folders that images may lie in, where the rows hold paths.
 
     Raises:
         FileNotFoundError: There is no such file or folder.
-        ValueError: No root, no such split, or a folder or file that is not what `save_to_disk` writes.
-        ModuleNotFoundError: pyarrow is not installed.
+        ValueError: No root, no such split, or the folder or file is not what `save_to_disk`
+            writes.
+        MissingPackage: pyarrow is not installed.
     """
     if root is None:
         raise ValueError(
@@ -112,43 +129,32 @@ def load(root: Path | None, split: str, image_root: Sequence[Path] = ()) -> Rows
     splits = splits_of(root)
     check_split(f"arrow in {root}", split, list(splits))
     prefix = "/".join(["arrow", *splits[split].relative_to(root).parts])
-    files = files_of(splits[split])
     return Rows(
-        "arrow",
         [
             Part(f"{prefix}/{file.stem}", ArrowRecords(file), image_folders(file, image_root))
-            for file in files
-        ],
+            for file in files_of(splits[split])
+        ]
     )
 
 
-def to_sample(record: Row, root: Path | None) -> Sample:
-    """One row; the record knows its file, so `root` is not read.
-
-    Raises:
-        ValueError: The row fits no format, or is broken; the message names file and row.
-    """
-    return sample_of(record)
-
-
 def splits_of(root: Path) -> dict[str, Path]:
-    """Split -> its folder, or file, of what `save_to_disk` wrote."""
+    """Return the folder (or file) of each split of what `save_to_disk` wrote."""
     if not (root / "dataset_dict.json").is_file():
         return {"train": root}
-    names = _read_json(root / "dataset_dict.json").get("splits")
+    names = read_json_object(root / "dataset_dict.json", _SAVE_AGAIN).get("splits")
     if (
         not isinstance(names, list)
         or not names
         or any(not isinstance(name, str) or Path(name).name != name for name in names)
     ):
         raise ValueError(
-            f"arrow: {root / 'dataset_dict.json'} names no splits of this folder; save the data set again"
+            f"arrow: {root / 'dataset_dict.json'} names no splits of this folder; {_SAVE_AGAIN}"
         )
     return {name: root / name for name in names}
 
 
 def files_of(folder: Path) -> list[Path]:
-    """The Arrow files of one split, in the order that state.json gives; a file stands for itself.
+    """List the Arrow files of a split, in the order of state.json; a file stands for itself.
 
     Raises:
         ValueError: The folder is not what `save_to_disk` writes.
@@ -159,10 +165,11 @@ def files_of(folder: Path) -> list[Path]:
         raise ValueError(
             f"arrow: {folder} has no state.json; give a folder that `save_to_disk` wrote"
         )
-    state = _read_json(folder / "state.json")
+    state = read_json_object(folder / "state.json", _SAVE_AGAIN)
     if state.get("_indices_files"):
         raise ValueError(
-            f"arrow: {folder} keeps an order beside its rows; call flatten_indices() before save_to_disk()"
+            f"arrow: {folder} keeps an order beside its rows; "
+            "call flatten_indices() before save_to_disk()"
         )
     names = [
         entry.get("filename") if isinstance(entry, dict) else None
@@ -170,26 +177,15 @@ def files_of(folder: Path) -> list[Path]:
     ]
     if not names or any(not isinstance(name, str) or Path(name).name != name for name in names):
         raise ValueError(
-            f"arrow: {folder / 'state.json'} names no data files of this folder; save the data set again"
+            f"arrow: {folder / 'state.json'} names no data files of this folder; {_SAVE_AGAIN}"
         )
     return [folder / name for name in names]
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not valid JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file} holds no JSON object; save the data set again")
-    return content
-
-
 @lru_cache(maxsize=1024)
 def _table(file: Path) -> pyarrow.Table:
-    """A file as a table in mapped memory; the library writes streams, other programs files."""
-    import pyarrow
-
+    """Map a file into memory; `datasets` writes streams, other programs files."""
+    pyarrow = import_pyarrow(file)
     mapped = pyarrow.memory_map(str(file))
     is_file = mapped.read(6) == b"ARROW1"
     mapped.seek(0)
@@ -199,9 +195,12 @@ def _table(file: Path) -> pyarrow.Table:
 
 
 def _image_in(cell: Any, place: ArrowImage) -> ArrowImage | str | None:
-    """Where an image is: in this cell, or in the file whose path the cell holds instead of bytes."""
+    """Return where an image is: in this cell, or in the file whose path the cell holds instead."""
     if not cell.is_valid:
         return None
     if hasattr(cell, "keys") and not cell["bytes"].is_valid:
         return cell["path"].as_py() if "path" in cell else None
     return place
+
+
+DATASET = DataSet("arrow", load, sample_of, takes_image_root=True)

@@ -1,38 +1,45 @@
-"""Your own data, whatever it is: the format is told from the kind of file and its first records, and said.
+"""Your own data: the format is detected from the kind of file and its first records.
 
-`data.finetune=./my.jsonl` means this. Where nothing fits, or more than one format does, it is an error that shows the forms.
+`data.finetune=./my.jsonl` means this. If no format fits, or more than one does, the error shows the
+forms that are known.
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from mipha.data.datasets._index import LINE_SUFFIXES, TABLE_SUFFIXES, RecordFile, Rows, record_file
-from mipha.data.datasets._records import Row
+from mipha.data.dataset import DataSet
+from mipha.data.datasets._records import (
+    LINE_SUFFIXES,
+    TABLE_SUFFIXES,
+    RecordFile,
+    record_file,
+    split_folders,
+    splits_in,
+)
 from mipha.data.datasets._shapes import describe, shapes_of
-from mipha.data.datasets._splits import split_folders, splits_in
 from mipha.data.datasets.arrow import ArrowRecords, files_of, splits_of
-from mipha.data.datasets.image_folder import CaptionedPictures, metadata_of
+from mipha.data.datasets.image_folder import METADATA, CaptionedImages, metadata_of
 from mipha.data.datasets.parquet import ParquetRecords
 from mipha.data.datasets.webdataset import TarRecords
-from mipha.data.sample import Sample
 
 NUM_FIRST = 20
-"""Records that are looked at."""
+"""Number of records that are looked at."""
 
 FORMS = """\
-  .jsonl, .json   {"messages": [{"role": "user", "content": "<image>\\nWhat is it?"}, {"role": "assistant", "content": "A cat."}],
+  .jsonl, .json   {"messages": [{"role": "user", "content": "<image>\\nWhat is it?"},
+                                {"role": "assistant", "content": "A cat."}],
                    "images": ["cat.jpg"]}
-  .json, .jsonl   {"image": "cat.jpg", "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
-                   {"from": "gpt", "value": "A cat."}]}
+  .json, .jsonl   {"image": "cat.jpg",
+                   "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
+                                     {"from": "gpt", "value": "A cat."}]}
   .csv, .tsv      image,question,answer   or   image,caption   (also as .jsonl, one object a line)
-  folder          pictures with a .txt of the same name beside each, or with metadata.jsonl or metadata.csv (file_name, text)
-  .parquet        or what `datasets` wrote with save_to_disk: a column of images beside one of the above
+  folder          images with a .txt of the same name beside each, or with metadata.jsonl or
+                  metadata.csv (file_name, text)
+  .parquet        a column of images beside one of the above; also the folder that `datasets`
+                  wrote with save_to_disk
   .tar            0001.jpg with 0001.json or 0001.txt, not compressed"""
 
 _CONTAINERS: dict[str, tuple[str, Any]] = {
@@ -42,38 +49,25 @@ _CONTAINERS: dict[str, tuple[str, Any]] = {
 }
 
 
-def detect(path: Path) -> tuple[str, str]:
-    """The format of a file or folder.
+def detect(path: Path | None) -> tuple[str, str]:
+    """Detect the format of a file or folder.
 
     Returns:
-        (name, sentence): the data set module that reads it, and what was found, for people.
+        (name, sentence): the data set that reads it, and what was found, for people.
 
     Raises:
         FileNotFoundError: There is no such file or folder.
-        ValueError: No format fits, or more than one; the message shows the forms that are known.
-        ModuleNotFoundError: The format needs pyarrow, which is not installed.
+        ValueError: There is no path; or no format fits, or more than one: the message shows the
+            forms that are known.
+        MissingPackage: The format needs pyarrow, which is not installed.
     """
+    if path is None:
+        raise ValueError(
+            "auto detects the format from the data: set the data's root to a file or folder"
+        )
     if not path.exists():
         raise FileNotFoundError(f"no data at {path}: check the path")
     return _detect_folder(path) if path.is_dir() else _detect_file(path)
-
-
-def load(root: Path | None, split: str, image_root: Sequence[Path] = ()) -> Rows:
-    """The records of a split, by the format that `detect` finds; arguments and errors as there and in `messages`."""
-    if root is None:
-        raise ValueError(
-            "auto tells the format from the data: set the data's root to a file or folder"
-        )
-    return _module(detect(root)[0]).load(root, split, image_root)
-
-
-def to_sample(record: Row, root: Path | None) -> Sample:
-    """One record as a sample, by the format that it was read in."""
-    return _module(record.dataset).to_sample(record, root)
-
-
-def _module(name: str) -> ModuleType:
-    return importlib.import_module(f"mipha.data.datasets.{name}")
 
 
 def _detect_file(file: Path) -> tuple[str, str]:
@@ -86,60 +80,70 @@ def _detect_file(file: Path) -> tuple[str, str]:
         shape, content = _shape_of(file, record_file(file, NUM_FIRST))
         return shape, f"{file} is read as {shape}: {describe(content, shape)}"
     raise ValueError(
-        f"{file}: the format of a {suffix or 'nameless kind of'} file is not known; wanted one of\n{FORMS}"
+        f"{file}: the format of a {suffix or 'nameless kind of'} file is not known; "
+        f"wanted one of\n{FORMS}"
     )
 
 
 def _detect_folder(folder: Path) -> tuple[str, str]:
-    """One kind of file must speak for the folder: pictures do only where there is nothing else that describes them."""
-    found: dict[str, Path] = {}
+    """Detect the format of a folder; exactly one kind of file must speak for it.
+
+    Images do so only where nothing else describes them.
+    """
+    # What `datasets` saved says so itself.
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         file = files_of(next(iter(splits_of(folder).values())))[0]
         name, sentence = _detect_file(file)
         return name, sentence.replace(str(file), f"{folder} (saved by `datasets`)", 1)
-    for place in (folder, *split_folders(folder).values()):
-        if metadata := metadata_of(place):
-            found.setdefault("image_folder", metadata)
-    for suffix in (".parquet", ".tar", *LINE_SUFFIXES, *TABLE_SUFFIXES):
-        if suffix == ".json" and found:
-            continue  # settings and statistics that lie beside the data
-        splits = splits_in(folder, suffix)
-        files = [
-            file
-            for name in sorted(splits, key=lambda name: name != "train")
-            for file in splits[name]
-        ]
-        if files := [file for file in files if file.name not in ("metadata.jsonl", "metadata.csv")]:
-            found[suffix] = files[0]
+
+    found = _record_files(folder)
     if len(found) > 1:
         listed = " and ".join(str(file.relative_to(folder)) for file in found.values())
         raise ValueError(
-            f"{folder} holds {listed}, which may each be the data: give that file, or set `dataset` beside `root`"
+            f"{folder} holds {listed}, which may each be the data: "
+            "give that file, or set `dataset` beside `root`"
         )
-    if "image_folder" in found:
-        shape, content = _shape_of(
-            found["image_folder"], record_file(found["image_folder"], NUM_FIRST)
-        )
-        return (
-            "image_folder",
-            f"{folder} is read as image_folder: {describe(content, shape)} in {found['image_folder'].name}",
-        )
+
+    if metadata := found.get("image_folder"):
+        shape, content = _shape_of(metadata, record_file(metadata, NUM_FIRST))
+        described = f"{describe(content, shape)} in {metadata.name}"
+        return "image_folder", f"{folder} is read as image_folder: {described}"
     if found:
         (file,) = found.values()
         name, sentence = _detect_file(file)
         return name, sentence.replace(str(file), f"{folder} ({file.relative_to(folder)})", 1)
-    pictures = CaptionedPictures(next(iter(split_folders(folder).values()), folder))
-    if not len(pictures):
+
+    images = CaptionedImages(next(iter(split_folders(folder).values()), folder))
+    if not len(images):
         raise ValueError(f"{folder} holds no data of a known format; wanted one of\n{FORMS}")
-    _shape_of(folder, pictures)
-    return (
-        "image_folder",
-        f"{folder} is read as image_folder: pictures with a caption in a .txt beside each",
-    )
+    _shape_of(folder, images)
+    described = "images with a caption in a .txt beside each"
+    return "image_folder", f"{folder} is read as image_folder: {described}"
+
+
+def _record_files(folder: Path) -> dict[str, Path]:
+    """Return the first file of each kind that may hold the records of a folder."""
+    found: dict[str, Path] = {}
+    for place in (folder, *split_folders(folder).values()):
+        if metadata := metadata_of(place):
+            found.setdefault("image_folder", metadata)
+
+    for suffix in (".parquet", ".tar", *LINE_SUFFIXES, *TABLE_SUFFIXES):
+        if suffix == ".json" and found:
+            continue  # settings and statistics that lie beside the data
+        splits = splits_in(folder, suffix)
+        train_first = sorted(splits, key=lambda name: name != "train")
+        files = [file for name in train_first for file in splits[name]]
+        if files := [file for file in files if file.name not in METADATA]:
+            found[suffix] = files[0]
+    return found
 
 
 def _shape_of(path: Path, records: RecordFile) -> tuple[str, dict[str, Any]]:
-    """What the first records are, and the first that is one. A broken record says nothing, unless all of them are."""
+    """Return the shape of the first records, and the first record that has it.
+
+    A broken record says nothing, unless all of them are broken.
+    """
     errors: list[ValueError] = []
     shapes: dict[str, dict[str, Any]] = {}
     first: Any = None
@@ -152,16 +156,22 @@ def _shape_of(path: Path, records: RecordFile) -> tuple[str, dict[str, Any]]:
         first = content if first is None else first
         for shape in shapes_of(content):
             shapes.setdefault(shape, content)
+
     if "sharegpt" in shapes:
         shapes.pop("llava", None)  # its plainer records look like LLaVA's
     if len(shapes) > 1:
         raise ValueError(
-            f"{path} fits more than one format, {' and '.join(shapes)}: set `dataset` to one, or put them in two files"
+            f"{path} fits more than one format, {' and '.join(shapes)}: "
+            "set `dataset` to one, or put them in two files"
         )
     if shapes:
         return next(iter(shapes.items()))
+
     if errors:
         raise errors[0]
     held = ", ".join(map(str, first)) if isinstance(first, dict) else str(first)[:80]
     found = f"its first record holds {held or 'nothing'}" if len(records) else "it holds no record"
-    raise ValueError(f"{path}: the format is not known, for {found}; wanted one of\n{FORMS}")
+    raise ValueError(f"{path}: the format is not known, because {found}; wanted one of\n{FORMS}")
+
+
+DATASET = DataSet("auto", detect=detect)

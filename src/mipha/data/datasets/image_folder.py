@@ -1,7 +1,11 @@
-"""Your own data as a folder of pictures: a caption beside each (cat.jpg, cat.txt), or metadata.jsonl / metadata.csv (`file_name`, ...).
+"""Your own data as a folder of images: a caption beside each, or a metadata file.
 
-The folder itself, or one folder a split: train, validation, test. Sub-folders are looked through. The metadata's other columns are
-`text` or `caption`, `question` and `answer`, or a conversation: whatever the other formats of own data read.
+Captions are cat.jpg with cat.txt; metadata is metadata.jsonl or metadata.csv (`file_name`, ...).
+
+The folder itself, or one folder a split: train, validation, test. Sub-folders are searched. The
+metadata's other columns are `text` or `caption`, `question` and `answer`, or a conversation:
+whatever the other formats of own data read.
+
 Source of the layout: https://huggingface.co/docs/datasets/image_dataset, imagefolder
 """
 
@@ -11,22 +15,25 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from mipha.data.datasets._index import Part, Rows, record_file
-from mipha.data.datasets._records import Row, check_split, image_folders
+from mipha.data.dataset import DataSet
+from mipha.data.datasets._images import image_folders
+from mipha.data.datasets._records import Part, Rows, check_split, record_file, split_folders
 from mipha.data.datasets._shapes import sample_of
-from mipha.data.datasets._splits import split_folders
+from mipha.data.faults import RecordError
 from mipha.data.images import SUFFIXES
-from mipha.data.sample import Sample
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 
 
-class CaptionedPictures:
-    """The pictures of a folder, and its sub-folders, in the order of their paths; each with a text file of the same name beside it."""
+class CaptionedImages:
+    """The images of a folder and its sub-folders, in the order of their paths.
+
+    Each has a text file of the same name beside it.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._pictures = sorted(
+        self._images = sorted(
             os.path.relpath(os.path.join(place, name), folder)
             for place, folders, names in os.walk(folder)
             for name in names
@@ -34,46 +41,50 @@ class CaptionedPictures:
         )
 
     def __len__(self) -> int:
-        return len(self._pictures)
+        return len(self._images)
 
     def name(self, index: int) -> str:
-        """The picture's path in the folder."""
-        return Path(self._pictures[index]).as_posix()
+        """Return the image's path in the folder."""
+        return Path(self._images[index]).as_posix()
 
     def where(self, index: int) -> str:
-        """The picture's path."""
-        return str(self.folder / self._pictures[index])
+        """Return the image's path."""
+        return str(self.folder / self._images[index])
 
     def caption(self, index: int) -> Path:
-        """The text file that belongs to the picture."""
-        return (self.folder / self._pictures[index]).with_suffix(".txt")
+        """Return the text file that belongs to the image."""
+        return (self.folder / self._images[index]).with_suffix(".txt")
 
     def read(self, index: int) -> dict[str, str]:
-        """The picture and its caption.
+        """Read the image's path and its caption.
 
         Raises:
-            ValueError: It has no caption, or one that is not UTF-8.
+            RecordError: It has no caption, or one that is not UTF-8.
         """
         caption = self.caption(index)
         if not caption.is_file():
-            raise ValueError(
-                f"{self.where(index)} has no caption {caption.name} beside it: write one, or remove the picture"
+            raise RecordError(
+                f"it has no caption {caption.name} beside it",
+                "write one, or remove the image",
+                self.where(index),
             )
         try:
-            return {
-                "image": self._pictures[index],
-                "caption": caption.read_bytes().decode("utf-8-sig").strip(),
-            }
+            text = caption.read_bytes().decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{caption} is not UTF-8: save the caption as UTF-8") from error
+            raise RecordError(
+                f"its caption {caption.name} is not UTF-8",
+                "save the caption as UTF-8",
+                self.where(index),
+            ) from error
+        return {"image": self._images[index], "caption": text.strip()}
 
 
 def load(root: Path | None, split: str, image_root: Sequence[Path] = ()) -> Rows:
-    """List the pictures, or index the metadata, of a split.
+    """List the images, or index the metadata, of a split.
 
     Args:
         root: The folder; `train` is its one split, unless it has folders named after splits.
-        split: Which.
+        split: Name of the split.
         image_root: Folders that links inside the folder may lead to.
 
     Raises:
@@ -82,47 +93,31 @@ def load(root: Path | None, split: str, image_root: Sequence[Path] = ()) -> Rows
     """
     if root is None:
         raise ValueError(
-            "image_folder has no packaged copy: set the data's root to a folder of pictures"
+            "image_folder has no packaged copy: set the data's root to a folder of images"
         )
     if not root.is_dir():
         raise FileNotFoundError(f"image_folder: no folder {root}; check the data's root")
     folders = split_folders(root) or {"train": root}
     check_split(f"image_folder in {root}", split, sorted(folders))
+
     folder = folders[split]
     prefix = "/".join(["image_folder", *folder.relative_to(root).parts])
     if metadata := metadata_of(folder):
-        return Rows(
-            "image_folder",
-            [Part(prefix, record_file(metadata), image_folders(metadata, image_root, base=folder))],
-        )
-    pictures = CaptionedPictures(folder)
-    # A caption stands for the record file: in the hub's download cache both it and the picture are links into one folder.
-    folders = (
-        image_folders(pictures.caption(0), image_root, base=folder)
-        if len(pictures)
-        else image_folders(folder / "none")
-    )
-    return Rows(
-        "image_folder",
-        [
-            Part(
-                prefix,
-                pictures,
-                folders._replace(allowed=(*folders.allowed, os.path.realpath(folder))),
-            )
-        ],
-    )
+        allowed = image_folders(metadata, image_root, base=folder)
+        return Rows([Part(prefix, record_file(metadata), allowed)])
 
-
-def to_sample(record: Row, root: Path | None) -> Sample:
-    """One picture and what is said about it; the record knows its file, so `root` is not read.
-
-    Raises:
-        ValueError: The record is broken, or leads out of the folder; the message names file and row.
-    """
-    return sample_of(record)
+    # A caption stands for the record file: in the hub's download cache both it and the image are
+    # links into one folder.
+    images = CaptionedImages(folder)
+    file = images.caption(0) if len(images) else folder / "none"
+    allowed = image_folders(file, image_root, base=folder)
+    allowed = allowed._replace(allowed=(*allowed.allowed, os.path.realpath(folder)))
+    return Rows([Part(prefix, images, allowed)])
 
 
 def metadata_of(folder: Path) -> Path | None:
-    """The folder's metadata file, if it has one."""
+    """Return the folder's metadata file, if it has one."""
     return next((folder / name for name in METADATA if (folder / name).is_file()), None)
+
+
+DATASET = DataSet("image_folder", load, sample_of, takes_image_root=True)

@@ -1,18 +1,33 @@
-"""Your own data as LLaVA writes it: {"image": path, "conversations": [{"from": "human", "value": ...}, {"from": "gpt", ...}]}.
+"""Your own data as LLaVA writes it: conversations between human and gpt about one image.
 
-One JSON list, or JSON lines. LLaVA's rules: the image goes to the front of the turn that holds `<image>`; a first turn that is not the
-human's and a last one that nobody answers are left out. Image paths start from the folder of the file.
+    {"image": path, "conversations": [{"from": "human", "value": ...}, {"from": "gpt", ...}]}
+
+One JSON list, or JSON lines. LLaVA's rules: the image marker moves to the front of the turn that
+holds `<image>`; a first turn that is not the human's is left out, and so is a last one that nobody
+answers. Image paths start from the folder of the file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from mipha.data.datasets._index import LINE_SUFFIXES, Rows, record_rows
-from mipha.data.datasets._llava import llava_sample
-from mipha.data.datasets._records import Row
-from mipha.data.sample import Sample
+from mipha.data.dataset import DataSet
+from mipha.data.datasets._images import image_folders
+from mipha.data.datasets._records import (
+    LINE_SUFFIXES,
+    JsonRecords,
+    Part,
+    Row,
+    Rows,
+    check_split,
+    record_rows,
+)
+from mipha.data.sample import IMAGE, Message, Role, Sample
+
+ROLES: dict[str, Role] = {"human": "user", "gpt": "assistant"}
 
 
 def load(root: Path | None, split: str, image_root: Sequence[Path] = ()) -> Rows:
@@ -20,10 +35,104 @@ def load(root: Path | None, split: str, image_root: Sequence[Path] = ()) -> Rows
     return record_rows("llava", root, split, LINE_SUFFIXES, image_root)
 
 
-def to_sample(record: Row, root: Path | None) -> Sample:
-    """One conversation; the record knows its file, so `root` is not read.
+def to_sample(row: Row) -> Sample:
+    """Read one conversation by LLaVA's rules.
+
+    The image marker moves to the front of the turn that holds it, followed by a new line; several
+    in a turn become one. A first turn that is not the human's is left out, and so is a last one
+    that nobody answers.
 
     Raises:
-        ValueError: The record is not such a conversation, or its image has no marker; the message names file and row.
+        RecordError: The row is not a conversation, or its image has no marker.
+
+    Source: `preprocess_multimodal` and `preprocess` of LLaVA 1.5, train.py.
     """
-    return llava_sample(record)
+    content = row.content
+    if not isinstance(content, Mapping) or not isinstance(content.get("conversations"), list):
+        raise row.fault(
+            'it has no list of "conversations"', 'wanted an object with a list of "conversations"'
+        )
+
+    turns = content["conversations"]
+    messages = [_read_turn(row, number, turn) for number, turn in enumerate(turns)]
+    if messages and messages[0].role != "user":
+        messages = messages[1:]
+    if messages and messages[-1].role == "user":
+        messages = messages[:-1]
+    if not messages:
+        raise row.fault(
+            "no human turn is answered, so there is nothing to train on",
+            "remove the row",
+            "role-order",
+        )
+    return row.sample(messages, [] if content.get("image") is None else [content["image"]])
+
+
+def published(name: str, filename: str) -> DataSet:
+    """Return a data set that LLaVA published as one JSON list, with its images beside it.
+
+    Args:
+        name: Name of the data set.
+        filename: Name of the published file.
+    """
+    load = partial(_load_published, name, filename)
+    return DataSet(name, load, to_sample, takes_image_root=True)
+
+
+def _load_published(
+    dataset: str, filename: str, root: Path | None, split: str, image_root: Sequence[Path] = ()
+) -> Rows:
+    """Index the rows of a published file.
+
+    Args:
+        dataset: Name for messages.
+        filename: Name of the published file.
+        root: The JSON file, or the folder that holds it. Images are in the folder's `images` if
+            there is one (as LLaVA unpacks the first stage), else in the folder itself (as for the
+            second).
+        split: `train` is all there is.
+        image_root: Folders that images may lie in; a relative path starts from the first.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: Another split, no root, or the file is not a JSON list.
+    """
+    check_split(dataset, split, ("train",))
+    if root is None:
+        raise ValueError(
+            f"{dataset} has no packaged copy: set the data's root to {filename} "
+            "or the folder that holds it"
+        )
+    file = root / filename if root.is_dir() else root
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"{dataset}: no file {file}; download {filename} or set the data's root to where it is"
+        )
+
+    records = JsonRecords(file)
+    if not records.is_list:
+        raise ValueError(
+            f"{file} holds no JSON list; wanted a list of conversations "
+            "(for JSON lines, set the data set to llava)"
+        )
+    images = file.parent / "images" if (file.parent / "images").is_dir() else file.parent
+    return Rows([Part(dataset, records, image_folders(file, image_root, base=images))])
+
+
+def _read_turn(row: Row, number: int, turn: Any) -> Message:
+    if (
+        not isinstance(turn, Mapping)
+        or turn.get("from") not in ROLES
+        or not isinstance(turn.get("value"), str)
+    ):
+        raise row.fault(
+            f'turn {number} is not {{"from": "human" or "gpt", "value": text}}: {str(turn)[:80]}',
+            "write the turn so, or remove the row",
+        )
+    text = turn["value"]
+    if IMAGE in text:
+        text = f"{IMAGE}\n{text.replace(IMAGE, '').strip()}".strip()
+    return Message(ROLES[turn["from"]], text)
+
+
+DATASET = DataSet("llava", load, to_sample, takes_image_root=True)

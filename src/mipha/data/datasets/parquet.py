@@ -1,7 +1,9 @@
-"""Your own data as parquet: a column of images (bytes, as the `datasets` library writes them, or paths) beside any of the other formats.
+"""Your own data as parquet: a column of images beside any of the other formats.
 
-One file, or a folder with files a split: data/train-00000-of-00002.parquet. Needs the extra `data`. A parquet file is read by row groups:
-write it with groups of about 100 rows, or every image costs the reading of a large group.
+The images are bytes, as the `datasets` library writes them, or paths. One file, or a folder with
+files a split: data/train-00000-of-00002.parquet. Needs the extra `data`. A parquet file is read by
+row groups: write it with groups of about 100 rows, or every image costs the reading of a large
+group.
 """
 
 from __future__ import annotations
@@ -13,12 +15,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from mipha.data.dataset import DataSet
 from mipha.data.datasets._columns import byte_columns, cell_bytes, image_column, import_pyarrow
-from mipha.data.datasets._index import Part, Rows
-from mipha.data.datasets._records import Row, image_folders, with_images
+from mipha.data.datasets._images import image_folders, with_images
+from mipha.data.datasets._records import Part, Rows, split_files
 from mipha.data.datasets._shapes import sample_of
-from mipha.data.datasets._splits import split_files
-from mipha.data.sample import Sample
+from mipha.data.faults import RecordError
 
 if TYPE_CHECKING:
     import pyarrow
@@ -26,7 +28,15 @@ if TYPE_CHECKING:
 
 
 class ParquetImage(NamedTuple):
-    """One image of a parquet file; `position` counts in a cell that holds a list, null where it holds one image."""
+    """One image of a parquet file.
+
+    Args:
+        file: The parquet file.
+        group: Number of the row group.
+        row: Number of the row in the group.
+        column: Name of the column.
+        position: Place in a cell that holds a list; None where the cell holds one image.
+    """
 
     file: Path
     group: int
@@ -39,7 +49,7 @@ class ParquetImage(NamedTuple):
         return f"{self.file}, row {self.row} of row group {self.group}{place}"
 
     def read(self) -> bytes:
-        """The bytes of the image file."""
+        """Read the bytes of the image file."""
         cell = _read_group(self.file, self.group, (self.column,))[self.column][self.row].as_py()
         return cell_bytes(cell if self.position is None else cell[self.position], str(self))
 
@@ -48,7 +58,8 @@ class ParquetRecords:
     """The rows of a parquet file; of each column that holds images, only where they are.
 
     Raises:
-        ValueError: It is no parquet file.
+        MissingPackage: pyarrow is not installed.
+        ValueError: The file is not a parquet file.
     """
 
     def __init__(self, file: Path) -> None:
@@ -69,18 +80,18 @@ class ParquetRecords:
         return int(self._starts[-1])
 
     def name(self, index: int) -> str:
-        """Number of the row, from 0."""
+        """Return the number of the row, from 0."""
         return str(index)
 
     def where(self, index: int) -> str:
-        """File and row."""
+        """Return file and row."""
         return f"{self.file}, row {index}"
 
     def read(self, index: int) -> dict[str, Any]:
-        """One row as a record, its images as places in the file.
+        """Read one row as a record, its images as places in the file.
 
         Raises:
-            ValueError: The file is damaged; names file and row.
+            RecordError: The file is damaged.
         """
         pyarrow = import_pyarrow(str(self.file))
         group = int(np.searchsorted(self._starts, index, side="right")) - 1
@@ -94,7 +105,9 @@ class ParquetRecords:
                 return content
             return with_images(content, self._images(group, row))
         except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"{self.where(index)} cannot be read: {error}") from error
+            raise RecordError(
+                f"it cannot be read: {error}", "get the file again", self.where(index)
+            ) from error
 
     def _images(self, group: int, row: int) -> list[Any]:
         assert self._image is not None
@@ -112,24 +125,20 @@ class ParquetRecords:
 
 
 def load(root: Path | None, split: str, image_root: Sequence[Path] = ()) -> Rows:
-    """Index the files of a split; arguments and errors as in `messages`, and that pyarrow is not installed."""
-    files = split_files("parquet", root, split, (".parquet",))
+    """Index the files of a split; arguments and errors as in `messages`.
+
+    Raises:
+        MissingPackage: Also where pyarrow is not installed.
+    """
     return Rows(
-        "parquet",
         [
             Part(f"parquet/{name}", ParquetRecords(file), image_folders(file, image_root))
-            for name, file in files
-        ],
+            for name, file in split_files("parquet", root, split, (".parquet",))
+        ]
     )
 
 
-def to_sample(record: Row, root: Path | None) -> Sample:
-    """One row; the record knows its file, so `root` is not read.
-
-    Raises:
-        ValueError: The row fits no format, or is broken; the message names file and row.
-    """
-    return sample_of(record)
+DATASET = DataSet("parquet", load, sample_of, takes_image_root=True)
 
 
 @lru_cache(maxsize=16)
@@ -152,15 +161,17 @@ def _columns_of(file: Path, group: int, columns: tuple[str, ...]) -> list[tuple[
 
 @lru_cache(maxsize=4)
 def _image_outlines(file: Path, group: int, column: str) -> list[Any]:
-    """What each cell of a row group's image column holds, without the pixels: null, something, or a list of something.
+    """Return the outline of each cell of a row group's image column, without the pixels.
 
-    Where no cell holds bytes, as `Dataset.to_parquet` writes images that lie in files, something is the path.
+    An outline is None, something, or a list of something. Where no cell holds bytes, as
+    `Dataset.to_parquet` writes images that lie in files, something is the path.
     """
     opened = _open(file)
     leaves = [opened.schema.column(number).path for number in range(len(opened.schema))]
     of_image = {path: number for number, path in enumerate(leaves) if path.split(".")[0] == column}
     paths = [path for path in of_image if path.endswith(".path")]
-    if not paths:  # plain bytes, or no paths beside them: the pixels must be passed over to see which cells are null
+    # Plain bytes, or no paths beside them: only reading the pixels tells which cells are null.
+    if not paths:
         return [_outline(cell) for cell in _read_group(file, group, (column,))[column]]
     cells = _read_group(file, group, (paths[0],))[column].to_pylist()
     chunks = [

@@ -1,10 +1,14 @@
-"""Your own data as ShareGPT's successors write it: `conversations` with other roles, a system turn, or several images.
+"""Your own data as ShareGPT's successors write it: `conversations` with more than LLaVA's have.
 
-    {"conversations": [{"from": "system" | "human" | "gpt", "value": "<image>..."}, ...], "images": ["a.jpg", "b.jpg"], "system": "..."}
+That is other roles, a system turn, or several images:
+
+    {"conversations": [{"from": "system" | "human" | "gpt", "value": "<image>..."}, ...],
+     "images": ["a.jpg", "b.jpg"], "system": "..."}
     {"conversations": [{"role": "user" | "assistant", "content": "..."}, ...], "images": [...]}
 
-JSON lines, or one JSON list. Every turn is kept and every `<image>` stays where it is; images without a marker go to the front of the
-first user turn. Image paths start from the folder of the file.
+JSON lines, or one JSON list. Every turn is kept and every `<image>` stays where it is; images
+without a marker go to the front of the first user turn. Image paths start from the folder of the
+file.
 """
 
 from __future__ import annotations
@@ -13,9 +17,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mipha.data.datasets._index import LINE_SUFFIXES, Rows, record_rows
-from mipha.data.datasets._records import Row, image_values
-from mipha.data.datasets.messages import conversation
+from mipha.data.dataset import DataSet
+from mipha.data.datasets._images import image_values
+from mipha.data.datasets._records import LINE_SUFFIXES, Row, Rows, record_rows
+from mipha.data.datasets.messages import read_conversation
 from mipha.data.sample import Role, Sample
 
 # Source: the names in ShareGPT exports and in the data sets that LLaMA-Factory and ms-swift read
@@ -31,29 +36,34 @@ def load(root: Path | None, split: str, image_root: Sequence[Path] = ()) -> Rows
     return record_rows("sharegpt", root, split, LINE_SUFFIXES, image_root)
 
 
-def to_sample(record: Row, root: Path | None) -> Sample:
-    """One conversation; the record knows its file, so `root` is not read.
+def to_sample(row: Row) -> Sample:
+    """Read one conversation.
 
     Raises:
-        ValueError: The record is not such a conversation, or images and markers do not match; the message names file and row.
+        RecordError: The record is not such a conversation, or images and markers do not match.
     """
-    content = record.content
+    content = row.content
     if not isinstance(content, Mapping) or not isinstance(content.get("conversations"), list):
-        raise ValueError(f'{record.where}: wanted an object with a list of "conversations"')
-    turns = [
-        _turn(turn, f"{record.where}, turn {number}")
-        for number, turn in enumerate(content["conversations"])
-    ]
+        raise row.fault(
+            'it has no list of "conversations"', 'wanted an object with a list of "conversations"'
+        )
+
+    turns = [_named_turn(row, number, turn) for number, turn in enumerate(content["conversations"])]
     if system := content.get("system"):
         turns.insert(0, {"role": "system", "content": system})
-    return conversation(record, turns, image_values(content, record.where))
+    return read_conversation(row, turns, image_values(content, row.where))
 
 
-def _turn(turn: Any, where: str) -> dict[str, Any]:
-    """A turn under the names that `messages` uses."""
+def _named_turn(row: Row, number: int, turn: Any) -> dict[str, Any]:
+    """Return a turn under the names that `messages` uses."""
     name = turn.get("from", turn.get("role")) if isinstance(turn, Mapping) else None
     if not isinstance(name, str) or name.lower() not in ROLES:
-        raise ValueError(
-            f'{where}: wanted an object whose "from" is {" or ".join(ROLES)}, got {str(turn)[:80]}'
+        raise row.fault(
+            f'turn {number} is not an object whose "from" is {" or ".join(ROLES)}: '
+            f"{str(turn)[:80]}",
+            "write the turn so, or remove the row",
         )
     return {"role": ROLES[name.lower()], "content": turn.get("value", turn.get("content"))}
+
+
+DATASET = DataSet("sharegpt", load, to_sample, takes_image_root=True)

@@ -1,8 +1,13 @@
-"""Your own data as WebDataset tars: what lies side by side under one name is a sample, 0001.jpg with 0001.json or 0001.txt.
+"""Your own data as WebDataset tars: files side by side under one name are a sample.
 
-The .json is a record of any of the formats of own data, the .txt a caption; the images are the sample's own files, in their order, and
-paths in the .json are not read. A tar is never unpacked: an index says where each file begins, so it must not be compressed.
-Source of the layout: https://webdataset.github.io/webdataset, a file's key ends at the first dot of its name
+That is 0001.jpg with 0001.json or 0001.txt.
+
+The .json is a record of any of the formats of own data, the .txt a caption; the images are the
+sample's own files, in their order, and paths in the .json are not read. A tar is never unpacked: an
+index says where each file begins, so it must not be compressed.
+
+Source of the layout: https://webdataset.github.io/webdataset, a file's key ends at the first dot of
+its name
 """
 
 from __future__ import annotations
@@ -11,18 +16,18 @@ import json
 import re
 import tarfile
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mipha.data.datasets._index import Part, Rows
-from mipha.data.datasets._records import Row, image_folders, with_images
+from mipha.data.dataset import DataSet
+from mipha.data.datasets._images import image_folders, with_images
+from mipha.data.datasets._records import Part, Rows, split_files
 from mipha.data.datasets._shapes import sample_of, shapes_of
-from mipha.data.datasets._splits import split_files
+from mipha.data.faults import RecordError
 from mipha.data.images import SUFFIXES, FileSlice
-from mipha.data.sample import Sample
 
 _NAME = re.compile(r"((?:.*/|)[^./][^./]*)\.([^/]*)", re.DOTALL)
 _IMAGE, _JSON, _TEXT = 0, 1, 2
@@ -33,10 +38,10 @@ class TarRecords:
 
     Args:
         file: An uncompressed tar.
-        most: Index no more than this many samples; null: all.
+        most: Number of samples to index; None for all.
 
     Raises:
-        ValueError: It is no tar, is compressed or cut short, or holds links; names the file.
+        ValueError: The file is not a tar, is compressed or cut short, or holds links.
     """
 
     def __init__(self, file: Path, most: int | None = None) -> None:
@@ -56,15 +61,12 @@ class TarRecords:
                         starts.append(len(members) // 3)
                     members.extend((member.offset_data, member.size, kind))
         except (tarfile.TarError, EOFError) as error:
-            mend = (
-                "unpack the compression (gunzip), keep the tar"
-                if _is_compressed(file)
-                else "is it cut short?"
-            )
-            raise ValueError(f"{file} cannot be read as a tar: {error}; {mend}") from error
-        if (
-            most is not None and len(self._keys) > most
-        ):  # only now is the one before known to be whole
+            compressed = _is_compressed(file)
+            fix = "decompress it (gunzip), keep the tar" if compressed else "is it cut short?"
+            raise ValueError(f"{file} cannot be read as a tar: {error}; {fix}") from error
+
+        # One more was read, because only then is the one before it known to be whole.
+        if most is not None and len(self._keys) > most:
             del self._keys[most:]
         self._members = np.asarray(members, dtype=np.int64).reshape(-1, 3)
         self._starts = np.asarray([*starts, len(self._members)], dtype=np.int64)
@@ -73,33 +75,40 @@ class TarRecords:
         return len(self._keys)
 
     def name(self, index: int) -> str:
-        """The sample's key."""
+        """Return the sample's key."""
         return self._keys[index]
 
     def where(self, index: int) -> str:
-        """File and key."""
+        """Return file and key."""
         return f"{self.file}, sample {self._keys[index]}"
 
     def read(self, index: int) -> dict[str, Any]:
-        """One sample as a record, its images as places in the tar.
+        """Read one sample as a record, its images as places in the tar.
 
         Raises:
-            ValueError: It has no .json and no .txt, or one that is broken; names file and key.
+            RecordError: It has no .json and no .txt, or one that is broken.
         """
+        # Sort the sample's files.
         where = self.where(index)
         own = self._members[self._starts[index] : self._starts[index + 1]].tolist()
         images = [(offset, size) for offset, size, kind in own if kind == _IMAGE]
         records = [self._text(offset, size, where) for offset, size, kind in own if kind == _JSON]
         captions = [self._text(offset, size, where) for offset, size, kind in own if kind == _TEXT]
         if len(records) > 1 or len(captions) > 1:
-            raise ValueError(
-                f"{where} has {len(records)} .json and {len(captions)} .txt files; wanted one of each at most"
+            raise RecordError(
+                f"it has {len(records)} .json and {len(captions)} .txt files",
+                "wanted one of each at most",
+                where,
             )
         if not records and not captions:
-            raise ValueError(
-                f"{where} has no .json and no .txt beside its image; wanted what is said about it"
+            raise RecordError(
+                "it has no .json and no .txt beside its image",
+                "add a .txt with a caption, or a .json with a record",
+                where,
             )
-        content = _parsed(records[0], where) if records else {}
+
+        # Put its images in the place of those that the record names.
+        content = _parse(records[0], where) if records else {}
         names = [
             self._keys[index] if len(images) == 1 else f"{self._keys[index]} image {number}"
             for number in range(len(images))
@@ -109,7 +118,8 @@ class TarRecords:
             for (offset, size), name in zip(images, names, strict=True)
         ]
         content = with_images(content, slices)
-        # A .json that only says where the picture came from leaves the words to the .txt.
+
+        # A .json that only says where the image came from leaves the words to the .txt.
         return (
             content
             if shapes_of(content) or not captions
@@ -120,63 +130,60 @@ class TarRecords:
         try:
             return FileSlice(self.file, offset, size, where).read().decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise ValueError(f"{where}: its text is not UTF-8: {error}") from error
+            raise RecordError(
+                f"its text is not UTF-8: {error}", "save the text as UTF-8", where
+            ) from error
 
 
-def load(root: Path | None, split: str, image_root: Sequence[Path] = ()) -> Rows:
+def load(root: Path | None, split: str) -> Rows:
     """Index the tars of a split.
 
     Args:
-        root: A tar (its one split is `train`), or a folder with one or more a split: train-000000.tar, 000000.tar.
-        split: Which.
+        root: A tar (its one split is `train`), or a folder with one or more a split:
+            train-000000.tar, 000000.tar.
+        split: Name of the split.
 
     Raises:
         FileNotFoundError: There is no such file or folder.
-        ValueError: No such split, images are looked for elsewhere, or a tar cannot be read.
+        ValueError: No such split, or a tar cannot be read.
     """
-    if image_root:
-        raise ValueError(
-            "image_root has no effect with webdataset, whose images lie in the tars: remove it"
-        )
-    files = split_files("webdataset", root, split, (".tar",))
     return Rows(
-        "webdataset",
-        [Part(f"webdataset/{name}", TarRecords(file), image_folders(file)) for name, file in files],
+        [
+            Part(f"webdataset/{name}", TarRecords(file), image_folders(file))
+            for name, file in split_files("webdataset", root, split, (".tar",))
+        ]
     )
 
 
-def to_sample(record: Row, root: Path | None) -> Sample:
-    """One sample of a tar; the record knows its file, so `root` is not read.
-
-    Raises:
-        ValueError: The record fits no format, or is broken; the message names file and key.
-    """
-    return sample_of(record)
-
-
 def _kind_of(member: tarfile.TarInfo, file: Path) -> int | None:
-    """What a file of the tar is to its sample, null for nothing."""
+    """Return what a file of the tar is to its sample; None for nothing."""
     if member.isdir():
         return None
     if not member.isreg() or member.issparse():
         raise ValueError(
-            f"{file} holds {member.name!r}, which is a link or no plain file; pack the files themselves"
+            f"{file} holds {member.name!r}, which is a link or no plain file; "
+            "pack the files themselves"
         )
     name = _NAME.fullmatch(member.name)
     suffix = "." + name[2].lower().rpartition(".")[2] if name else ""
     return _IMAGE if suffix in SUFFIXES else {".json": _JSON, ".txt": _TEXT}.get(suffix)
 
 
-def _parsed(text: str, where: str) -> Mapping[str, Any]:
+def _parse(text: str, where: str) -> Mapping[str, Any]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: its .json is not valid JSON: {error}") from error
+        raise RecordError(
+            f"its .json is not valid JSON: {error}", "write it again", where
+        ) from error
     if not isinstance(content, Mapping):
-        raise ValueError(f"{where}: its .json is {str(content)[:80]}; wanted an object")
+        raise RecordError(f"its .json is {str(content)[:80]}", "wanted an object", where)
     return content
 
 
 def _is_compressed(file: Path) -> bool:
     with file.open("rb") as stream:
         return stream.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"))
+
+
+DATASET = DataSet("webdataset", load, sample_of)

@@ -47,7 +47,7 @@ class Limits:
         fetch_seconds: From looking up an address to the picture's last byte, redirects included.
         fetch_bytes: One picture from an address.
         allow_remote: Whether pictures are fetched from https addresses.
-        control_tokens: What the tokenizer reads as control tokens when it stands in a text: `data.check.tokens.special_tokens_of`.
+        control_tokens: What the tokenizer reads as control tokens when it stands in a text: `data.check.text.special_tokens_of`.
             The image marker and everything like `<|im_end|>` are refused in any case.
     """
 

@@ -252,7 +252,7 @@ def _load(
             raise ValueError(f"--device has no effect on {engine}: leave it out")
         return launch(found, engine, batch_size, dtype), bounds
     from mipha.assistant import load
-    from mipha.data.check.tokens import special_tokens_of
+    from mipha.data.check.text import special_tokens_of
     from mipha.deploy.serve.batching import TransformersEngine
 
     assert found.checkpoint is not None

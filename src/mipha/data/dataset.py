@@ -1,0 +1,194 @@
+"""What a data set is, which there are, and how one is loaded.
+
+A file in `datasets/` is a data set: its module declares `DATASET`, and the file's name is the data
+set's name.
+
+    recipe's data --load_data--> LoadedData: records --to_sample--> Sample
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mipha.data.images import ImageSource
+from mipha.data.sample import Sample
+from mipha.lookup import did_you_mean, files_in
+from mipha.recipe import DataRecipe, StageRecipe
+
+DATASETS = Path(__file__).parent / "datasets"
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """How one data set, or one format of own data, is read.
+
+    Args:
+        name: Name of its module.
+        load: `load(root, split)`, or `load(root, split, image_root)` where `takes_image_root`:
+            the records of a split, indexed and not yet read. `root` is None where the recipe
+            gives none.
+        to_sample: One of those records as a sample. Raises `RecordError` where the record is at
+            fault. A record that has a text `where` (file and line) is named with it in reports.
+        takes_image_root: Whether `load` takes the folders that images may lie in.
+        left_out: `left_out(root, split)`: a sentence on the records that `load` leaves out, None
+            where there are none.
+        detect: `detect(root)`: the name of the data set that reads this place, and a sentence on
+            what was found. A data set with `detect` hands over to that one, and reads nothing
+            itself.
+    """
+
+    name: str
+    load: Callable[..., Sequence[Any]] | None = None
+    to_sample: Callable[[Any], Sample] | None = None
+    takes_image_root: bool = False
+    left_out: Callable[[Path | None, str], str | None] | None = None
+    detect: Callable[[Path | None], tuple[str, str]] | None = None
+
+    def __post_init__(self) -> None:
+        reads = self.load is not None and self.to_sample is not None
+        assert reads != (self.detect is not None), f"{self.name}: load and to_sample, or detect"
+
+
+@dataclass(frozen=True)
+class LoadedData:
+    """The records of one data set, and their names in messages.
+
+    Args:
+        name: Name for headings.
+        records: As the data set's `load` gives them; each is read when it is asked for.
+        to_sample: As `DataSet.to_sample`.
+        folder: Folder that is left out of paths in messages.
+        limit: Number of records that are used, from the first; None for all.
+        format: How the format was detected, in a sentence; None where it was given.
+        left_out: Which records were left out, in a sentence; None where none were.
+        recipe: The recipe that it was loaded by; None where there is none.
+    """
+
+    name: str
+    records: Sequence[Any]
+    to_sample: Callable[[Any], Sample]
+    folder: Path | None = None
+    limit: int | None = None
+    format: str | None = None
+    left_out: str | None = None
+    recipe: DataRecipe | None = None
+
+    def __len__(self) -> int:
+        return min(len(self.records), self.limit or len(self.records))
+
+    def as_trained_on(self, stage: StageRecipe) -> DataRecipe | None:
+        """Return the entry of the stage that names this data, else the recipe it was loaded by.
+
+        `check` and `show` load data by address alone; its weight and cap stand in the stage.
+        """
+        return next((entry for entry in stage.data if self._is_named_by(entry)), self.recipe)
+
+    def _is_named_by(self, entry: DataRecipe) -> bool:
+        own = self.recipe
+        if own is None or entry.split != own.split:
+            return False
+        if entry.root is None or own.root is None:
+            return entry.root is own.root and entry.dataset == own.dataset
+        return entry.root.resolve() == own.root.resolve()
+
+    def place(self, record: Any) -> str:
+        """Return the record's place, such as `train.jsonl, line 18`; empty where unknown."""
+        where = getattr(record, "where", None)
+        return where.removeprefix(f"{self.folder}/") if isinstance(where, str) else ""
+
+    def shorten(self, text: str) -> str:
+        """Return a sentence without the data's own folder in front of its paths."""
+        if self.folder is None:
+            return text
+        return re.sub(rf"(?<![\w./-]){re.escape(str(self.folder))}/", "", text)
+
+    def image_name(self, image: ImageSource) -> str:
+        """Return what messages call an image."""
+        if isinstance(image, bytes):
+            return f"of {len(image):,} bytes"
+        return str(image).removeprefix(f"{self.folder}/")
+
+
+def list_datasets() -> list[str]:
+    """Return the names of all data sets."""
+    return files_in(DATASETS, ".py")
+
+
+def load_dataset(name: str) -> DataSet:
+    """Return the data set of this name.
+
+    Raises:
+        ValueError: There is none of this name.
+    """
+    if name not in list_datasets():
+        hint = f"; for the data in that place write ./{name}" if Path(name).exists() else ""
+        raise ValueError(f"no data set {name!r}: {did_you_mean(name, list_datasets())}{hint}")
+    return importlib.import_module(f"mipha.data.datasets.{name}").DATASET
+
+
+def load_data(recipe: DataRecipe) -> LoadedData:
+    """Index the records of a split; they are read and judged one by one.
+
+    `weight`, `cap` and the other keys on what an epoch shows are the mixture's.
+
+    Raises:
+        FileNotFoundError: There is no such file or folder.
+        ValueError: There is no such data set, format or split; a file cannot be divided into
+            records; or the data set does not read `image_root`.
+        MissingPackage: The format needs a package that is not installed.
+    """
+    dataset, found = load_dataset(recipe.dataset), None
+    if dataset.detect is not None:
+        name, found = dataset.detect(recipe.root)
+        dataset = load_dataset(name)
+    assert dataset.load is not None and dataset.to_sample is not None
+
+    if recipe.image_root and not dataset.takes_image_root:
+        raise ValueError(f"image_root has no effect with the data set {dataset.name}: remove it")
+    more = (recipe.image_root,) if dataset.takes_image_root else ()
+    records = dataset.load(recipe.root, recipe.split, *more)
+
+    root = recipe.root
+    name = root.name if root else recipe.dataset
+    return LoadedData(
+        name=name if recipe.split == "train" else f"{name} ({recipe.split})",
+        records=records,
+        to_sample=dataset.to_sample,
+        folder=root if root is None or root.is_dir() else root.parent,
+        limit=recipe.limit,
+        format=found,
+        left_out=dataset.left_out(root, recipe.split) if dataset.left_out else None,
+        recipe=recipe,
+    )
+
+
+def data_recipe(
+    data: str,
+    root: Path | None = None,
+    image_root: Sequence[Path] = (),
+    split: str = "train",
+) -> DataRecipe:
+    """Return what a command means by DATA.
+
+    Args:
+        data: A path, with a slash or a dot in it, whose format is detected; or the name of a data
+            set.
+        root: Where a named data set lies; None for its packaged copy.
+        image_root: Folders that images may lie in.
+        split: Name of the split.
+
+    Raises:
+        ValueError: A root beside a path.
+    """
+    if "/" not in data and "." not in data:
+        return DataRecipe(dataset=data, root=root, split=split, image_root=tuple(image_root))
+    if root is not None:
+        raise ValueError(
+            f"--root {root} is for the name of a data set, and {data} is a path: leave one out"
+        )
+    return DataRecipe(dataset="auto", root=Path(data), split=split, image_root=tuple(image_root))
