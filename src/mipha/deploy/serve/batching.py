@@ -10,11 +10,10 @@ from threading import Condition, Thread
 
 from mipha.assistant import Assistant, Prompt
 from mipha.data.sample import IMAGE, Message
-from mipha.deploy.serve.answer_text import AnswerText
+from mipha.models.decoding import AnswerText, Sampling
 from mipha.deploy.serve.engine import End, Piece, ServiceError
 from mipha.deploy.serve.intake import ChatRequest, RequestError
 from mipha.deploy.serve.metrics import Metrics
-from mipha.models.decoding import Sampling
 
 _GATHER_SECONDS = 0.01
 """Who comes within this time after the first one shares its batch; little beside what an answer takes."""
@@ -164,7 +163,7 @@ class TransformersEngine:
             self._metrics.add("batches_total")
             self._metrics.add("batch_rows_total", len(batch))
             try:
-                self.assistant.reply_many([row.prompt for row in batch], self._on_tokens)
+                self.assistant.generate([row.prompt for row in batch], self._on_tokens)
             except Exception:
                 _log.exception("a batch of %d requests failed", len(batch))
                 self._loop.call_soon_threadsafe(
