@@ -14,8 +14,8 @@ from mipha.assistant import Assistant
 from mipha.data.sample import IMAGE, Message
 from mipha.deploy.serve.batching import TransformersEngine
 from mipha.deploy.serve.engine import Piece, ServiceError
-from mipha.deploy.serve.intake import ChatRequest, RequestError, Turn
 from mipha.deploy.serve.metrics import Metrics
+from mipha.deploy.serve.requests import ChatRequest, RequestError, Turn
 
 
 def request(question: str, image: Image.Image | None = None, **changes: Any) -> ChatRequest:

@@ -1,9 +1,13 @@
-"""The front: routes, keys, names and errors, the same for every engine behind it."""
+"""The front: routes, keys, names, errors and the web page, the same for every engine behind it."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import hmac
 import time
+from functools import cache
+from importlib import resources
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -13,12 +17,10 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mipha.deploy.serve.chat import Bounds, Chat, check_model
-from mipha.deploy.serve.completion import error_response
+from mipha.deploy.serve.chat import Bounds, Chat, check_model, error_response
 from mipha.deploy.serve.engine import Engine, ServiceError
-from mipha.deploy.serve.limits import RequestError
 from mipha.deploy.serve.metrics import Metrics
-from mipha.deploy.serve.page import page, page_headers
+from mipha.deploy.serve.requests import RequestError
 
 _CHAT, _MODELS = "/v1/chat/completions", "/v1/models"
 _PATHS = ("/", "/health", "/metrics", _MODELS, _CHAT)
@@ -27,6 +29,8 @@ MAX_HEADER_BYTES = 16_384
 """Of a request's headers; h11 itself stops reading only where they go on without an end."""
 
 _NO_SNIFFING = (b"x-content-type-options", b"nosniff")
+
+_NO_OTHERS = "default-src 'none'; connect-src 'self'; img-src data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 
 
 def create_app(
@@ -190,3 +194,36 @@ async def _broken(_: Request, error: Exception) -> Response:
     return error_response(
         ServiceError("the server failed on this request: see its log")
     )  # the host logs the error itself
+
+
+# ---- The web page -----------------------------------------------------------------------------
+
+
+@cache
+def page() -> str:
+    """HTML with its style and its script inside: pick a picture, ask, read the answer as it is written."""
+    return _part("html").replace("$style", _part("css")).replace("$script", _part("js"))
+
+
+def page_headers() -> dict[str, str]:
+    """Headers to send with the page: only its own style and script run, and it talks to this server alone."""
+    policy = f"{_NO_OTHERS}; style-src {_hash(_part('css'))}; script-src {_hash(_part('js'))}"
+    return {
+        "Content-Security-Policy": policy,
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+    }
+
+
+@cache
+def _part(kind: str) -> str:
+    return (
+        resources.files("mipha.deploy.serve")
+        .joinpath("static", f"page.{kind}")
+        .read_text(encoding="utf-8")
+    )
+
+
+def _hash(text: str) -> str:
+    """Source: Content Security Policy Level 3, hash sources: of what stands between the tags."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

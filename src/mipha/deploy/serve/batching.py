@@ -10,10 +10,10 @@ from threading import Condition, Thread
 
 from mipha.assistant import Assistant, Prompt
 from mipha.data.sample import IMAGE, Message
-from mipha.models.decoding import AnswerText, Sampling
 from mipha.deploy.serve.engine import End, Piece, ServiceError
-from mipha.deploy.serve.intake import ChatRequest, RequestError
 from mipha.deploy.serve.metrics import Metrics
+from mipha.deploy.serve.requests import ChatRequest, RequestError
+from mipha.models.decoding import AnswerText, Sampling
 
 _GATHER_SECONDS = 0.01
 """Who comes within this time after the first one shares its batch; little beside what an answer takes."""

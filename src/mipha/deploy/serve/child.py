@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import base64
 import io
@@ -9,6 +10,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -17,7 +19,7 @@ import httpx
 from PIL import Image
 
 from mipha.deploy.serve.engine import End, Piece, ServiceError
-from mipha.deploy.serve.intake import ChatRequest, RequestError, Turn
+from mipha.deploy.serve.requests import ChatRequest, RequestError, Turn
 
 _START_SECONDS = 1_200.0
 """Large weights from a slow disk; a program that ends sooner is noticed at once."""
@@ -224,3 +226,42 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)  # with what it started itself
         process.wait()
+
+
+# ---- The program: llama.cpp's server out of the wheel -------------------------------------------
+
+
+def main() -> None:
+    """Serve until stdin ends, which it does with the process that started this one."""
+    parser = argparse.ArgumentParser(prog="python -m mipha.deploy.serve.child", description=__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--mmproj")
+    parser.add_argument("--alias", required=True)
+    parser.add_argument("--host", required=True)
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--ctx-size", type=int, required=True)
+    parser.add_argument("--parallel", type=int, required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--jinja", action="store_true", required=True)
+    options = parser.parse_args()
+
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = options.model
+    if options.mmproj:
+        params.mmproj.path = options.mmproj
+    params.model_alias = {options.alias}
+    params.hostnames, params.port = [options.host], options.port
+    params.api_keys = [os.environ["LLAMA_API_KEY"]]
+    params.n_ctx, params.n_parallel = options.ctx_size, options.parallel
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options.threads
+    params.use_jinja = options.jinja
+    params.ui = params.endpoint_props = params.endpoint_slots = False
+    server = xllamacpp.Server(params)
+    sys.stdin.read()
+    del server
+
+
+if __name__ == "__main__":
+    main()

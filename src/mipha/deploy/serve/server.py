@@ -8,18 +8,18 @@ import signal
 import socket
 import sys
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
+
+from mipha.errors import import_optional
 
 if TYPE_CHECKING:
     import uvicorn
     from starlette.types import ASGIApp
 
     from mipha.deploy.serve.chat import Bounds
-    from mipha.deploy.serve.engine import Engine
-    from mipha.deploy.serve.launch import EngineName, Source
+    from mipha.deploy.serve.engine import Engine, EngineName, Source
     from mipha.deploy.serve.metrics import Metrics
 
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -79,14 +79,13 @@ def serve(
         raise ValueError(
             "the API key must be printable ASCII without spaces around it: choose another"
         )
-    if missing := [
-        name for name in ("starlette", "uvicorn", "h11", "httpx") if find_spec(name) is None
-    ]:
-        raise ValueError(f"serving needs {', '.join(missing)}: pip install 'mipha-vlm[serve]'")
+    for package in ("starlette", "uvicorn", "h11", "httpx"):
+        import_optional(package, "serving", "serve")
+
     from mipha.deploy.serve.chat import Bounds
-    from mipha.deploy.serve.launch import choose_engine, find_source
-    from mipha.deploy.serve.limits import Limits
+    from mipha.deploy.serve.engine import choose_engine, find_source
     from mipha.deploy.serve.metrics import Metrics
+    from mipha.deploy.serve.requests import Limits
 
     found = find_source(Path(source))
     with listen(host, port) as listening:
@@ -246,7 +245,7 @@ def _load(
     dtype: str,
 ) -> tuple[Engine, Bounds]:
     if engine != "transformers":
-        from mipha.deploy.serve.launch import launch
+        from mipha.deploy.serve.engine import launch
 
         if device is not None:
             raise ValueError(f"--device has no effect on {engine}: leave it out")
