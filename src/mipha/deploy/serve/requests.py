@@ -1,6 +1,7 @@
 """The body of a chat request -> what an engine is asked, or one sentence that refuses it.
 
-bytes --strict JSON--> fields --pydantic models--> types and ranges --limits--> turns --images--> ChatRequest
+bytes --strict JSON--> fields --pydantic models--> types and ranges --limits--> turns
+turns --images read--> ChatRequest
 
 Whatever would have no effect, or could pass for something else, is refused by name.
 """
@@ -39,13 +40,13 @@ _SEED_END = 2**32
 """llama.cpp's seeds have 32 bits; the other engines take more."""
 
 _READERS = ThreadPoolExecutor(max_workers=2, thread_name_prefix="mipha-requests")
-"""Threads that parse bodies and decode images: the server goes on answering, and memory is bounded."""
+"""Threads that parse bodies and decode images: the server goes on, and memory is bounded."""
 
 _CONTROL_TOKEN = re.compile(rf"{re.escape(IMAGE)}|<__media__>|<\|[^|<>\s]{{1,40}}\|>")
 """Texts that a chat template, llama.cpp's multimodal reader or a tokenizer would not read as text.
 
-A tokenizer splits its control tokens off wherever they stand: typed by a user, they would end a turn,
-begin another one's, or open a place for an image that is not there. They are refused and not
+A tokenizer splits its control tokens off wherever they stand: typed by a user, they would end a
+turn, begin another one's, or open a place for an image that is not there. They are refused and not
 rewritten, because a question that was changed is another question.
 """
 
@@ -194,7 +195,7 @@ async def read_chat_request(
     return ChatRequest(tuple(turns), **fields)
 
 
-# ---- Fields: types and ranges ----------------------------------------------------------------------
+# ---- Fields: types and ranges ----------------------------------------------------------------
 # Source of the names: OpenAI's reference of chat completions. A description completes the sentence
 # "FIELD is VALUE, wanted ...".
 
@@ -403,7 +404,7 @@ def _half_character(where: str) -> RequestError:
     )
 
 
-# ---- From bytes to fields and turns -----------------------------------------------------------------
+# ---- From bytes to fields and turns -----------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -458,8 +459,8 @@ def _json_object(body: bytes, limits: Limits) -> dict[str, Any]:
             status=413,
             code="body_too_large",
         )
-    # Count before anything is built: twenty megabytes of empty lists would become half a gigabyte of
-    # Python objects. Base64 has none of these characters.
+    # Count before anything is built: twenty megabytes of empty lists would become half a gigabyte
+    # of Python objects. Base64 has none of these characters.
     if sum(map(body.count, (b",", b"[", b"{"))) > limits.max_text_chars + 10_000:
         raise RequestError(
             "the body holds too many values: send one conversation",
@@ -654,7 +655,8 @@ def _unread_image(image: _ImageUrl, where: str, limits: Limits) -> _UnreadImage:
         )
     if not limits.allow_remote:
         raise RequestError(
-            f"{where} is an address and this server fetches none: send the image itself as a data URI",
+            f"{where} is an address and this server fetches none: "
+            "send the image itself as a data URI",
             param=where,
         )
     return _UnreadImage(where, url=image.url)

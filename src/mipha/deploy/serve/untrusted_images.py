@@ -1,13 +1,13 @@
 """An image from an untrusted sender: fetched from an address, and walked before a decoder sees it.
 
-Addresses: https only, public addresses only, small and soon or not at all. A name is looked up once,
+Addresses: https only, public addresses only, within a size and a time. A name is looked up once,
 the result is checked, and the connection goes to exactly that address: a name that means something
-else a moment later changes nothing. The certificate is still checked against the name. Every redirect
-is checked in the same way.
+else a moment later changes nothing. The certificate is still checked against the name. Every
+redirect is checked in the same way.
 
-Files: a small file can hold a decoder for minutes, such as 100 KB of JPEG scans, a million empty PNG
-chunks, or a GIF of nothing but comments. So the steps that a decoder would take are counted here,
-besides the pixels.
+Files: a small file can hold a decoder for minutes, such as 100 KB of JPEG scans, a million empty
+PNG chunks, or a GIF of nothing but comments. So the steps that a decoder would take are counted
+here, besides the pixels.
 """
 
 from __future__ import annotations
@@ -39,13 +39,18 @@ _PORT = 443
 _READ_BYTES = 64 * 1024
 _REDIRECTS = (301, 302, 303, 307, 308)
 _PUBLIC_IPV6 = ipaddress.ip_network("2000::/3")
-"""Global unicast (RFC 4291). Outside it lie loopback, link-local, multicast, IPv4-mapped and NAT64 (64:ff9b::/96) addresses."""
+"""Global unicast (RFC 4291).
+
+Loopback, link-local, multicast, IPv4-mapped and NAT64 (64:ff9b::/96) addresses lie outside it.
+"""
 
 _NOT_PUBLIC = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "192.88.99.0/24", "3fff::/20")))
-"""IETF protocols, the retired 6to4 relays (RFC 7526), documentation (RFC 9637): what older tables of Python lack."""
+"""Networks that older tables of Python lack: IETF protocols, the retired 6to4 relays (RFC 7526) and
+documentation (RFC 9637)."""
 
-# Names only, as a certificate is made for: at least one dot, and a last label that begins with a letter. So no number can hide in
-# any of the notations that a resolver reads: 127.1, 2130706433, 0x7f.0.0.1, 0177.0.0.1, [::ffff:127.0.0.1].
+# Only names that a certificate is made for: at least one dot, and a last label that begins with a
+# letter. So no number can hide in a notation that a resolver reads: 127.1, 2130706433, 0x7f.0.0.1,
+# 0177.0.0.1, [::ffff:127.0.0.1].
 _LABEL = r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?"
 _HOST = re.compile(rf"(?=.{{1,253}}\Z)(?:{_LABEL}\.)+(?=[a-z]){_LABEL}", re.I)
 
@@ -53,14 +58,17 @@ _MOST_STEPS = 10_000
 """Chunks, segments or blocks of one file: a PNG of 14 MB in pieces of 8 KB has 1,800."""
 
 _MOST_SCANS = 50
-"""Of a JPEG, each of which decodes the whole image again; a progressive one has about 10."""
+"""Scans of a JPEG; each decodes the whole image again, and a progressive JPEG has about 10."""
 
 _BMP_UNPACKED = (0, 3, 6)
-"""BI_RGB, BI_BITFIELDS, BI_ALPHABITFIELDS. Left out: run lengths, which Pillow unpacks one by one in Python."""
+"""BI_RGB, BI_BITFIELDS, BI_ALPHABITFIELDS.
+
+Run lengths are left out, because Pillow unpacks them one by one in Python.
+"""
 
 
 def shown(value: object) -> str:
-    """A stranger's value as it may stand in a sentence: short, on one line, ASCII."""
+    """Return an untrusted value as it may stand in a sentence: short, on one line, ASCII."""
     if isinstance(value, (dict, list)):
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
     text = json.dumps(value[:_SHOWN_CHARS] if isinstance(value, str) else value)
@@ -71,20 +79,22 @@ def shown(value: object) -> str:
 
 
 async def resolve_host(host: str) -> list[Address]:
-    """Every address that the machine's resolver has for a name, with the port of https.
+    """Return every address that the machine's resolver has for a name, with the port of https.
 
     Raises:
-        OSError: It knows none.
+        OSError: The resolver knows none.
     """
     found = await asyncio.get_running_loop().getaddrinfo(host, _PORT, type=socket.SOCK_STREAM)
     return [address[:2] for *_, address in found]
 
 
 def is_public(address: str) -> bool:
-    """Whether a numeric address belongs to the open internet, and not to this machine, its network, or a way around the two.
+    """Return whether a numeric address belongs to the open internet.
 
-    Source: IANA's special-purpose address registries, as `ipaddress` has them; RFC 3056 (6to4) and RFC 4380 (Teredo), which carry an
-    IPv4 address inside.
+    Addresses of this machine, of its network, and those that lead around the two do not.
+
+    Source: IANA's special-purpose address registries, as `ipaddress` has them; RFC 3056 (6to4) and
+    RFC 4380 (Teredo), which carry an IPv4 address inside.
     """
     ip = ipaddress.ip_address(address)
     if (
@@ -108,17 +118,20 @@ async def fetch_image(
     is_allowed: Callable[[str], bool] = is_public,
     tls: ssl.SSLContext | None = None,
 ) -> bytes:
-    """The bytes behind an https address; whether they are an image is for its reader to find.
+    """Return the bytes behind an https address; its reader finds out whether they are an image.
 
     Args:
-        max_bytes: The largest body.
-        max_seconds: For all of it: looking up, connecting, redirects, reading.
-        resolve: Addresses of a name.
-        is_allowed: Whether a numeric address may be connected to; where one of a name's may not, none is.
-        tls: Which certificates are trusted; null: the machine's.
+        url: The address.
+        max_bytes: Size of the largest body.
+        max_seconds: Time for everything: looking up, connecting, redirects, reading.
+        resolve: Function that returns the addresses of a name.
+        is_allowed: Function that returns whether a numeric address may be connected to; where one
+            of a name's addresses may not, none is.
+        tls: Certificates that are trusted; None: the machine's.
 
     Raises:
-        ValueError: The address is not allowed, or does not give a body in time; the sentence tells the sender nothing of this network.
+        ValueError: The address is not allowed, or gives no body in time; the sentence tells the
+            sender nothing of this network.
     """
     try:
         async with asyncio.timeout(max_seconds):
@@ -131,7 +144,8 @@ async def fetch_image(
                 url = urljoin(f"https://{host}{target}", location)
     except TimeoutError as error:
         raise ValueError(
-            f"the image's address did not answer within {max_seconds:g} seconds: send the image itself"
+            f"the image's address did not answer within {max_seconds:g} seconds: "
+            "send the image itself"
         ) from error
     except ssl.SSLError as error:
         raise ValueError(
@@ -146,16 +160,15 @@ async def fetch_image(
 
 @cache
 def _machine_tls() -> ssl.SSLContext:
-    """What this machine trusts; reading it takes a while."""
+    """Return the certificates that this machine trusts; reading them takes a while."""
     return ssl.create_default_context()
 
 
 def _checked_url(url: str) -> tuple[str, str]:
-    """Host and path with query of an address that may be asked."""
+    """Return host, and path with query, of an address that may be asked."""
     name = shown(url)
-    if len(url) > _MOST_URL_CHARS or not re.fullmatch(
-        r"[!-\[\]-~]+", url
-    ):  # printable ASCII without space and backslash
+    is_printable = re.fullmatch(r"[!-\[\]-~]+", url)  # ASCII without space and backslash
+    if len(url) > _MOST_URL_CHARS or not is_printable:
         raise ValueError(
             f"{name} is no address: write up to {_MOST_URL_CHARS:,} ASCII characters without spaces"
         )
@@ -164,6 +177,7 @@ def _checked_url(url: str) -> tuple[str, str]:
         port = parts.port
     except ValueError as error:
         raise ValueError(f"{name} is no address: write https://, a name and a path") from error
+
     if parts.scheme != "https":
         raise ValueError(f"{name} is not fetched: only https addresses are")
     if "@" in parts.netloc:
@@ -174,7 +188,8 @@ def _checked_url(url: str) -> tuple[str, str]:
         raise ValueError(f"{name} is not fetched: only port {_PORT} is asked")
     if not _HOST.fullmatch(parts.hostname or ""):
         raise ValueError(
-            f"{name} is not fetched: its host must be a full name such as images.example.org, not a number"
+            f"{name} is not fetched: its host must be a full name such as images.example.org, "
+            "not a number"
         )
     assert parts.hostname
     return parts.hostname, (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
@@ -196,7 +211,7 @@ async def _checked_address(
 async def _get(
     host: str, target: str, address: Address, tls: ssl.SSLContext, max_bytes: int
 ) -> tuple[str | None, bytes]:
-    """One request to one address: where it redirects to, or its body."""
+    """Send one request to one address and return where it redirects to, or its body."""
     import h11
 
     headers = [
@@ -216,6 +231,7 @@ async def _get(
         )
         writer.write(connection.send(h11.EndOfMessage()) or b"")
         await writer.drain()
+
         body = bytearray()
         while True:
             event = connection.next_event()
@@ -227,13 +243,15 @@ async def _get(
                     return found[b"location"], b""
                 if event.status_code != 200:
                     raise ValueError(
-                        f"the image's address answers with status {event.status_code}: give one that answers with 200"
+                        f"the image's address answers with status {event.status_code}: "
+                        "give one that answers with 200"
                     )
             elif isinstance(event, h11.Data):
                 body += event.data
                 if len(body) > max_bytes:
                     raise ValueError(
-                        f"the image behind the address has more than {max_bytes:,} bytes: make it smaller"
+                        f"the image behind the address has more than {max_bytes:,} bytes: "
+                        "make it smaller"
                     )
             elif isinstance(event, h11.EndOfMessage):
                 return None, bytes(body)
@@ -242,7 +260,7 @@ async def _get(
             "the image's address answers with no proper HTTP: send the image itself"
         ) from error
     finally:
-        writer.transport.abort()  # nothing more is wanted, and a farewell could be kept waiting
+        writer.transport.abort()  # closing politely could be kept waiting by the other side
         with suppress(OSError):
             await writer.wait_closed()
 
@@ -251,15 +269,19 @@ async def _get(
 
 
 def read_untrusted_image(data: bytes, max_pixels: int) -> Image.Image:
-    """The bytes of a PNG, JPEG, WebP, GIF (its first frame) or BMP as an upright RGB image, whatever it calls itself.
+    """Return a PNG, JPEG, WebP, GIF (its first frame) or BMP as an upright RGB image.
+
+    The content decides what it is, and not its label.
 
     Args:
         data: A whole file.
-        max_pixels: The largest width x height; it is read from the header, and nothing larger is decoded.
+        max_pixels: Largest width x height; the header says it, and nothing larger is decoded.
 
     Raises:
-        ValueError: It is none of these formats, too large, damaged, or made to keep a decoder busy.
+        ValueError: The file has none of these formats, is too large or damaged, or is made to keep
+            a decoder busy.
     """
+    # Walk the header.
     size_of = _size_reader(data)
     if size_of is None:
         raise ValueError(
@@ -273,8 +295,11 @@ def read_untrusted_image(data: bytes, max_pixels: int) -> Image.Image:
         ) from error
     if width * height > max_pixels:
         raise ValueError(
-            f"the image has {width:,} x {height:,} pixels and {max_pixels:,} are read at most: make it smaller"
+            f"the image has {width:,} x {height:,} pixels and {max_pixels:,} are read at most: "
+            "make it smaller"
         )
+
+    # Decode the pixels.
     try:
         return open_image(data, max_pixels=max_pixels)
     except ValueError as error:
@@ -296,7 +321,7 @@ def _size_reader(data: bytes) -> Callable[[bytes], tuple[int, int]] | None:
 
 
 def _png_size(data: bytes) -> tuple[int, int]:
-    """Source: PNG specification (W3C), sections 5.3 and 11.2.2."""
+    """Count the chunks. Source: PNG specification (W3C), sections 5.3 and 11.2.2."""
     position = 8
     for _ in range(_MOST_STEPS):
         if position >= len(data):
@@ -306,11 +331,15 @@ def _png_size(data: bytes) -> tuple[int, int]:
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int]:
-    """Source: ITU-T T.81, annex B: segments up to the first scan; 0xC0 to 0xCF begin a frame, but for DHT, JPG and DAC."""
+    """Read the segments up to the first scan.
+
+    Source: ITU-T T.81, annex B; 0xC0 to 0xCF begin a frame, but for DHT, JPG and DAC.
+    """
     if data.count(b"\xff\xda") > _MOST_SCANS:  # coded data never holds these two bytes
         raise ValueError(
             f"the image has more than {_MOST_SCANS} scans: save it again, not progressive"
         )
+
     position, size = 2, None
     for _ in range(_MOST_STEPS):
         if data[position] != 0xFF:
@@ -324,13 +353,17 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
             height, width = struct.unpack_from(">HH", data, position + 5)
             size = width, height
         position += 1 if marker == 0xFF else 2 + struct.unpack_from(">H", data, position + 2)[0]
+
     if not size:
         raise ValueError("the image's pixels do not begin where they should: save it again")
     return size
 
 
 def _gif_size(data: bytes) -> tuple[int, int]:
-    """Source: GIF89a specification, sections 18 to 26: extensions up to the first frame, which may be larger than the screen."""
+    """Read the extensions up to the first frame, which may be larger than the screen.
+
+    Source: GIF89a specification, sections 18 to 26.
+    """
     width, height, flags = struct.unpack_from("<HHB", data, 6)
     position = 13 + _palette_bytes(flags)
     for _ in range(_MOST_STEPS):
@@ -351,7 +384,10 @@ def _palette_bytes(flags: int) -> int:
 
 
 def _bmp_size(data: bytes) -> tuple[int, int]:
-    """Source: Microsoft, BITMAPCOREHEADER (12 bytes) and BITMAPINFOHEADER (40 and more); a negative height stands upside down."""
+    """Read either header; the rows of a negative height stand upside down.
+
+    Source: Microsoft, BITMAPCOREHEADER (12 bytes) and BITMAPINFOHEADER (40 and more).
+    """
     if struct.unpack_from("<I", data, 14)[0] == 12:
         return struct.unpack_from("<HH", data, 18)
     width, height = struct.unpack_from("<ii", data, 18)
@@ -361,7 +397,11 @@ def _bmp_size(data: bytes) -> tuple[int, int]:
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
-    """Source: WebP container specification (VP8X), RFC 6386 section 9.1 (VP8), WebP lossless specification section 3 (VP8L)."""
+    """Read the first chunk.
+
+    Source: WebP container specification (VP8X), RFC 6386 section 9.1 (VP8), WebP lossless
+    specification section 3 (VP8L).
+    """
     kind = data[12:16]
     if kind == b"VP8X":
         return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
