@@ -516,6 +516,8 @@ def render_prompt(processor: LlavaProcessor, question: str, has_image: bool) -> 
 def _user_turn(question: str, has_image: bool) -> Message:
     """Return the user's turn of one question, the image in front of it.
 
+    Several images a question would be several markers here, and several `Prompt.images`.
+
     Raises:
         ValueError: The question holds the image marker.
     """
