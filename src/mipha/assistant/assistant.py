@@ -325,8 +325,8 @@ class Assistant:
             return None
         distinct = dict(zip(keys, images, strict=True))
 
-        # Encode the images together, those that are not encoded yet. They pass by `self.features`,
-        # because a benchmark's thousands of images are asked about once.
+        # Encode the images that are not encoded yet, together. They are not kept in `self.features`,
+        # because a benchmark asks about thousands of images, each in one batch.
         pixels = [
             self.pixels(image) for image in distinct.values() if not isinstance(image, EncodedImage)
         ]
