@@ -325,7 +325,7 @@ class Assistant:
             return None
         distinct = dict(zip(keys, images, strict=True))
 
-        # Encode the images that are not encoded yet, together. They are not kept in `self.features`,
+        # Encode the images that are not encoded yet, together. `self.features` does not keep them,
         # because a benchmark asks about thousands of images, each in one batch.
         pixels = [
             self.pixels(image) for image in distinct.values() if not isinstance(image, EncodedImage)
