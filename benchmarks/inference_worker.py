@@ -81,7 +81,7 @@ def transformers_engine(task: dict[str, Any]) -> Found:
 
         begun = time.perf_counter()
         prompt = assistant.prompt([Message("user", text)], images, max_new_tokens=num_tokens)
-        (answer,) = assistant.reply_many([prompt], told)
+        (answer,) = assistant.generate([prompt], told)
         if pair:
             prompt_tokens.append(len(prompt.ids))
         return [at - begun for at in times], answer.text

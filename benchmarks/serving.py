@@ -35,7 +35,7 @@ import psutil
 from harness import Row, report
 from inference import easy_questions
 
-from mipha.deploy.serve.launch import choose_engine, find_source
+from mipha.deploy.serve.engine import choose_engine, find_source
 from mipha.files import write_whole
 from mipha.run import available_cores
 

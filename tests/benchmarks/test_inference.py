@@ -47,7 +47,7 @@ def test_a_random_checkpoint_is_whole_and_says_words(folder: Path) -> None:
     }
     assert len({tuple(first) for first in weights.values()}) == len(weights)  # no two alike
     written = []
-    assistant.reply_many(
+    assistant.generate(
         [assistant.prompt([inference_message("Which colour?")], max_new_tokens=20)],
         lambda new: written.extend(new) or (),
     )

@@ -14,7 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mipha.data.images import MAX_SIDE, FileSlice, grey_image, image_key, open_image
+from mipha.data.images import (
+    MAX_SIDE,
+    FileSlice,
+    ImageLike,
+    grey_image,
+    image_key,
+    open_image,
+    upright_rgb,
+)
 
 
 def _bytes(image: Image.Image, format: str, **options) -> bytes:
@@ -355,3 +363,83 @@ def test_no_bytes_are_worse_than_a_value_error(
     for start, new in changes:
         content[start : start + len(new)] = new
     _opens_or_says_why(bytes(content) + tail)
+
+
+def _forms(path: Path) -> dict[str, ImageLike]:
+    """The same image as everything that `upright_rgb` takes."""
+    with Image.open(path) as opened:
+        opened.load()
+    return {
+        "path": path,
+        "name": str(path),
+        "bytes": path.read_bytes(),
+        "slice": FileSlice(path, 0, path.stat().st_size, "a"),
+        "decoded": opened,
+        "not decoded yet": Image.open(path),
+    }
+
+
+@pytest.mark.parametrize("size", [(8, 4), (MAX_SIDE + 1, 3)])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "I;16"])
+def test_an_image_has_the_same_pixels_in_every_form(
+    mode: str, size: tuple[int, int], tmp_path: Path
+) -> None:
+    width, height = size
+    values = np.arange(height * width * 4, dtype=np.uint32).reshape(height, width, 4) * 57 % 251
+    pixels = values.astype(np.uint8)
+    image = (
+        Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
+        if mode == "I;16"
+        else Image.fromarray(pixels).convert(mode)
+    )
+    image.save(tmp_path / "a.png")
+    forms = _forms(tmp_path / "a.png")
+    if mode in ("RGB", "RGBA", "L", "I;16"):
+        forms["array"] = np.asarray(image)
+    wanted = open_image(tmp_path / "a.png")
+    for name, form in forms.items():
+        found = upright_rgb(form)
+        assert (found.mode, found.size) == ("RGB", wanted.size), name
+        assert found.tobytes() == wanted.tobytes(), name
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", [3, 5, 6, 8])
+def test_a_rotated_image_stands_upright_in_every_form(
+    orientation: int, format: str, tmp_path: Path
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = tmp_path / f"a.{format.lower()}"
+    _left_red_right_blue().save(path, format, exif=exif)
+    for name, form in _forms(path).items():
+        before = form.tobytes() if isinstance(form, Image.Image) else None
+        found = upright_rgb(form)
+        assert found.size == ((8, 4) if orientation == 3 else (4, 8)), name
+        assert found.tobytes() == open_image(path).tobytes(), name
+        assert before is None or form.tobytes() == before, "the caller's image is changed"
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "LAB", "HSV"])
+def test_pil_images_of_every_colour_space_are_converted(mode: str) -> None:
+    image = Image.merge(
+        mode, [Image.new("L", (3, 2), 90)] * len(Image.new(mode, (1, 1)).getbands())
+    )
+    assert upright_rgb(image).tobytes() == image.convert("RGB").tobytes()
+
+
+def test_what_is_no_image_in_memory_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"the PIL image \(F, \(1, 1\)\) .* 8 or 16 bits"):
+        upright_rgb(Image.new("F", (1, 1)))
+    with pytest.raises(
+        ValueError, match=r"array of float64 \(2, 2, 3\) is not an image: give uint8"
+    ):
+        upright_rgb(np.zeros((2, 2, 3)))
+    with pytest.raises(ValueError, match=r"\(100, 100\)\) .* is more than 50 pixels"):
+        upright_rgb(Image.new("RGB", (100, 100)), max_pixels=50)
+    noise = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    (tmp_path / "cut.png").write_bytes(_bytes(Image.fromarray(noise), "PNG")[:2_000])
+    with pytest.raises(ValueError, match=r"the PIL image .* cannot be read as an image"):
+        upright_rgb(Image.open(tmp_path / "cut.png"))
+    with pytest.raises(FileNotFoundError, match=r"gone\.png"):
+        upright_rgb(str(tmp_path / "gone.png"))

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from mipha.assistant import Assistant
+from mipha.data.sample import IMAGE, Message
 from mipha.models.build import build, save_checkpoint
 from mipha.models.language_model import load_language_model, load_tokenizer
 from mipha.models.packaged import packaged_folder
@@ -72,7 +73,9 @@ def test_other_families_without_an_entry(
     one_by_one = [assistant.answer(*pair, max_new_tokens=6) for pair in asked]
     assert assistant.answer_many(asked, max_new_tokens=6) == one_by_one
     inputs = {
-        "input_ids": torch.tensor([assistant._prompt("Which colour?", True)]),
+        "input_ids": torch.tensor(
+            [assistant.prompt_ids([Message("user", f"{IMAGE}\nWhich colour?")])]
+        ),
         "pixel_values": assistant.pixels(pictures[0]),
     }
     loss = model(**inputs, labels=inputs["input_ids"]).loss

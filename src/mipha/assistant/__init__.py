@@ -1,7 +1,23 @@
-"""Image + question -> Answer: many at once, streamed, in several turns."""
+"""Image + question -> Answer: one at a time, many at once, streamed, or in several turns."""
 
-from mipha.assistant.assistant import Answer, Assistant, Prompt, load
-from mipha.assistant.chat import Chat
-from mipha.assistant.inputs import ImageLike, render_prompt
+from mipha.assistant.assistant import (
+    Answer,
+    Assistant,
+    Chat,
+    EncodedImage,
+    Prompt,
+    load,
+    render_prompt,
+)
+from mipha.data.images import ImageLike
 
-__all__ = ["Answer", "Assistant", "Chat", "ImageLike", "Prompt", "load", "render_prompt"]
+__all__ = [
+    "Answer",
+    "Assistant",
+    "Chat",
+    "EncodedImage",
+    "ImageLike",
+    "Prompt",
+    "load",
+    "render_prompt",
+]

@@ -1,8 +1,10 @@
 """Image + question -> Answer. The only caller of `generate`: evaluation, chat and servers ask here.
 
-answer_many:  questions --sorted by image-->  batches;  each image: [prompt through the image] prefilled once
-              --repeated in the KV cache-->   [its questions], left-padded  --greedy-->  answers
-reply_many:   whole conversations, each with its own images, length and way to draw, left-padded  -->  tokens as they come, answers
+prompt:       messages, images  ->  Prompt: token ids, and each image's pixels or features
+generate:     Prompts in one batch, after the tokens of a cache  ->  tokens as they come, Answers
+answer_many:  questions sorted by image  ->  batches; the prompt through the image is read once for
+              each image, its cache repeated for each of the image's questions  ->  generate
+Chat:         turns about one image; the cache goes on from turn to turn  ->  generate, streamed
 """
 
 from __future__ import annotations
@@ -10,34 +12,37 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Event, Thread
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import DynamicCache, LlavaProcessor
 
-from mipha.assistant.chat import Chat
-from mipha.assistant.inputs import ImageLike, image_key, opened, templated, user_turn
-from mipha.data.encode import tokens_per_image
+from mipha.data.encode import as_chat, tokens_per_image
+from mipha.data.images import ImageLike, upright_rgb
 from mipha.data.sample import IMAGE, Message
 from mipha.models.attention import use_segments
-from mipha.models.decoding import OnTokens, RowSampler, RowWatch, Sampling
+from mipha.models.decoding import AnswerText, OnTokens, RowSampler, RowWatch, Sampling
 from mipha.models.features import ImageFeatures
 from mipha.models.modeling import LlavaForConditionalGeneration, attention_window, load_model
 from mipha.models.processing import load_processor
 from mipha.run import Run, model_folder
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-"""What a model may be loaded in."""
+"""Dtypes that a model may be loaded in."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said.
+    """The answer of the model.
 
     Args:
-        text: Without special tokens, stripped.
-        num_tokens: Generated, the end of the turn included.
-        finished: It ended its turn; false when `max_new_tokens` cut it off.
+        text: Text without special tokens, stripped.
+        num_tokens: Tokens generated, the end of the turn included.
+        finished: Whether the model ended its turn; False where a limit cut it off.
     """
 
     text: str
@@ -45,25 +50,44 @@ class Answer:
     finished: bool
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A conversation made ready for the model, which is not needed for it.
+@dataclass(frozen=True, eq=False)
+class EncodedImage:
+    """An image that has passed the vision tower and the projector, see `Assistant.encode_image`.
 
     Args:
-        ids: Tokens, image placeholders repeated.
-        images: One for each image, in order: `(1, 3, height, width)`.
-        max_new_tokens: Longest answer, tokens.
-        sampling: Null: the likeliest answer.
+        features: The image as the language model reads it, `(tokens, width)`.
+    """
+
+    features: Tensor
+
+
+AnyImage = ImageLike | EncodedImage
+"""An image in any form, encoded or not."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation made ready for the model, which is not needed to make it.
+
+    Args:
+        ids: Token ids, image placeholders repeated.
+        images: Images in the order of their placeholders, as pixels `(1, 3, height, width)` or
+            encoded.
+        max_new_tokens: Longest answer, in tokens.
+        sampling: How the answer is drawn; None: the likeliest answer.
     """
 
     ids: list[int]
-    images: tuple[torch.Tensor, ...]
+    images: tuple[Tensor | EncodedImage, ...] = ()
     max_new_tokens: int = 256
     sampling: Sampling | None = None
 
 
 class Assistant:
-    """A model that answers questions about images, greedily: the same question gets the same answer, alone or in a batch."""
+    """A model that answers questions about images.
+
+    It answers greedily: the same question gets the same answer, alone or in a batch.
+    """
 
     def __init__(self, model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
         self.model, self.processor = model.eval(), processor
@@ -71,73 +95,93 @@ class Assistant:
         self.features = ImageFeatures(model)
         self.end_tokens = set(np.atleast_1d(model.generation_config.eos_token_id).tolist())
 
-    def answer(
-        self, image: ImageLike | None, question: str, *, max_new_tokens: int = 256
-    ) -> Answer:
+    # ---- Asking ----------------------------------------------------------------------------------
+
+    def answer(self, image: AnyImage | None, question: str, *, max_new_tokens: int = 256) -> Answer:
         """Answer one question.
 
         Args:
-            image: What the question is about; null for a question without an image.
-            max_new_tokens: Longest answer, tokens.
+            image: Image that the question is about; None for a question without an image.
+            question: Text without an image marker.
+            max_new_tokens: Longest answer, in tokens.
         """
         return self.answer_many([(image, question)], max_new_tokens=max_new_tokens)[0]
 
     def answer_many(
         self,
-        pairs: Sequence[tuple[ImageLike | None, str]],
+        pairs: Sequence[tuple[AnyImage | None, str]],
         *,
         max_new_tokens: int = 256,
         batch_size: int = 32,
         on_answers: Callable[[list[int], list[Answer]], None] | None = None,
     ) -> list[Answer]:
-        """Answer many questions; an image is encoded and prefilled once in a batch, however many questions it has.
+        """Answer many questions.
+
+        An image is encoded and read once in a batch, however many questions it has there.
 
         Args:
             pairs: (image, question), in any order.
+            max_new_tokens: Longest answer, in tokens.
             batch_size: Questions answered at a time.
-            on_answers: Told (positions in `pairs`, their answers) after every batch.
+            on_answers: Callback of every batch; takes positions in `pairs` and their answers.
 
         Returns:
             Answers in the order of `pairs`.
         """
-        prompts = [self._prompt(question, image is not None) for image, question in pairs]
-        window = attention_window(self.model.config)
-        if window and max(map(len, prompts), default=0) + max_new_tokens > window:
-            batch_size = (
-                1  # padding would stand inside the window, and push out what it should show
+        images = [image for image, _ in pairs]
+        prompts = [
+            Prompt(
+                self.prompt_ids([_user_turn(question, image is not None)]),
+                max_new_tokens=max_new_tokens,
             )
-        keys = [image_key(image) for image, _ in pairs]
-        same: dict[object, list[int]] = {}
+            for image, question in pairs
+        ]
+        if not self._may_pad(prompts):
+            batch_size = 1
+
+        # A question that is asked twice is answered once.
+        keys = [_image_key(image) for image in images]
+        same: dict[tuple[str, tuple[int, ...]], list[int]] = {}
         for index, (key, prompt) in enumerate(zip(keys, prompts, strict=True)):
-            same.setdefault((key, tuple(prompt)), []).append(index)  # asked twice, answered once
+            same.setdefault((key, tuple(prompt.ids)), []).append(index)
+
+        # Questions about one image stand together, those of a similar length side by side.
         order = sorted(
-            (indices[0] for indices in same.values()), key=lambda i: (keys[i], len(prompts[i]))
+            (indices[0] for indices in same.values()), key=lambda i: (keys[i], len(prompts[i].ids))
         )
+
         answers: dict[int, Answer] = {}
         for batch in _batches(order, keys, batch_size):
-            found = self._answer_batch(
-                [(pairs[i][0], keys[i], prompts[i]) for i in batch], max_new_tokens
+            asked = [prompts[i] for i in batch]
+            cache = self._read_images(
+                [images[i] for i in batch], [keys[i] for i in batch], asked[0].ids
             )
-            told = {
+            found = {
                 i: answer
-                for first, answer in zip(batch, found, strict=True)
-                for i in same[keys[first], tuple(prompts[first])]
+                for first, answer in zip(batch, self.generate(asked, cache=cache), strict=True)
+                for i in same[keys[first], tuple(prompts[first].ids)]
             }
-            answers |= told
+            answers |= found
             if on_answers:
-                on_answers(list(told), list(told.values()))
+                on_answers(list(found), list(found.values()))
         return [answers[i] for i in range(len(pairs))]
 
     def stream(
-        self, image: ImageLike | None, question: str, *, max_new_tokens: int = 256
+        self, image: AnyImage | None, question: str, *, max_new_tokens: int = 256
     ) -> Iterator[str]:
         """Answer one question piece by piece."""
         return self.chat(image).ask(question, max_new_tokens=max_new_tokens)
 
+    def chat(self, image: AnyImage | None = None) -> Chat:
+        """Begin a conversation of several turns about one image."""
+        return Chat(self, image)
+
+    # ---- Making a prompt -------------------------------------------------------------------------
+
     def prompt(
         self,
         messages: Sequence[Message],
-        images: Sequence[ImageLike] = (),
+        images: Sequence[AnyImage] = (),
         *,
         max_new_tokens: int = 256,
         sampling: Sampling | None = None,
@@ -145,7 +189,11 @@ class Assistant:
         """Make a conversation ready, away from the model and in any thread.
 
         Args:
-            messages: The last one is the user's; each `IMAGE` marker in them stands for the next of `images`.
+            messages: Turns, the last one the user's; each `IMAGE` marker in them stands for the
+                next of `images`.
+            images: Images in the order of their markers.
+            max_new_tokens: Longest answer, in tokens.
+            sampling: How the answer is drawn; None: the likeliest answer.
 
         Raises:
             ValueError: Markers and images do not match.
@@ -153,159 +201,283 @@ class Assistant:
         markers = sum(message.text.count(IMAGE) for message in messages)
         if markers != len(images):
             raise ValueError(
-                f"the conversation holds {markers} {IMAGE} markers for {len(images)} images: give one marker for each image"
+                f"the conversation holds {markers} {IMAGE} markers for {len(images)} images: "
+                "give one marker for each image"
             )
-        return Prompt(
-            self.prompt_ids(messages),
-            tuple(self.pixels(image) for image in images),
-            max_new_tokens,
-            sampling,
+        ready = tuple(
+            image if isinstance(image, EncodedImage) else self.pixels(image) for image in images
         )
+        return Prompt(self.prompt_ids(messages), ready, max_new_tokens, sampling)
+
+    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+        """Return the token ids of a conversation that waits for the assistant.
+
+        Image placeholders are repeated, one for each token of the image.
+        """
+        ids = _apply_template(self.processor, messages, tokenize=True)
+        image, repeats = self.processor.image_token_id, tokens_per_image(self.processor)
+        return [token for token in ids for _ in range(repeats if token == image else 1)]
+
+    def pixels(self, image: ImageLike) -> Tensor:
+        """Return one image as the tower reads it, `(1, 3, height, width)`."""
+        read = self.processor.image_processor(upright_rgb(image), return_tensors="pt")
+        return read["pixel_values"].to(self.model.device, self.model.dtype)
+
+    def encode_image(self, image: AnyImage) -> EncodedImage:
+        """Encode an image once, to ask about it many times.
+
+        Every method that asks about an image takes the result in place of the image.
+        """
+        if isinstance(image, EncodedImage):
+            return image
+        return EncodedImage(self.features.of([self.pixels(image)])[0])
+
+    # ---- Generating ------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def reply_many(
-        self, prompts: Sequence[Prompt], on_tokens: OnTokens | None = None
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        on_tokens: OnTokens | None = None,
+        cache: DynamicCache | None = None,
     ) -> list[Answer]:
-        """Answer conversations in one batch; each gets the answer that it gets alone.
+        """Answer prompts in one batch; each gets the answer that it gets alone.
 
         Args:
-            on_tokens: Told every row's new token after every step; see `OnTokens`.
+            prompts: Prompts, of any lengths.
+            on_tokens: Callback of every step with every row's new token; see `OnTokens`.
+            cache: Keys and values of the first tokens of each prompt, as many in every row and at
+                most all but one. A cache that holds any holds all images. Generation adds to it.
 
         Returns:
-            Answers in the order of `prompts`; not finished where `max_new_tokens` or `on_tokens` cut them off.
+            Answers in the order of `prompts`; not finished where `max_new_tokens` or `on_tokens`
+            cut them off.
         """
-        longest, most = (
-            max(len(prompt.ids) for prompt in prompts),
-            max(prompt.max_new_tokens for prompt in prompts),
-        )
-        window = attention_window(self.model.config)
-        if (
-            window and longest + most > window and len(prompts) > 1
-        ):  # padding would stand inside the window
-            return [self._reply_alone(prompts, row, on_tokens) for row in range(len(prompts))]
+        if cache is None and not self._may_pad(prompts):
+            return [self._generate_alone(prompts, row, on_tokens) for row in range(len(prompts))]
+
+        # Pad between the tokens in the cache and the new ones: on the left of what is generated.
+        cached = cache.get_seq_length() if cache is not None else 0
+        longest = max(len(prompt.ids) for prompt in prompts)
         device, pad = self.model.device, self.processor.tokenizer.pad_token_id
-        padding = [longest - len(prompt.ids) for prompt in prompts]
-        ids = torch.tensor(
-            [[pad] * n + prompt.ids for prompt, n in zip(prompts, padding, strict=True)],
-            device=device,
-        )
-        mask = torch.tensor([[0] * n + [1] * (longest - n) for n in padding], device=device)
+        rows, masks = [], []
+        for prompt in prompts:
+            padding = longest - len(prompt.ids)
+            rows.append(prompt.ids[:cached] + [pad] * padding + prompt.ids[cached:])
+            masks.append([1] * cached + [0] * padding + [1] * (longest - cached - padding))
+        inputs: dict[str, Any] = {
+            "input_ids": torch.tensor(rows, device=device),  # (rows, tokens)
+            "attention_mask": torch.tensor(masks, device=device),  # (rows, tokens)
+            "past_key_values": cache,
+        }
+        if not cached:
+            images = [image for prompt in prompts for image in prompt.images]
+            inputs["inputs_embeds"] = self.embeddings(inputs["input_ids"], images)
+
+        # Each row draws its tokens, and ends, by rules of its own.
         watch = RowWatch([prompt.max_new_tokens for prompt in prompts], self.end_tokens, on_tokens)
         self.model.generate(
-            input_ids=ids,
-            inputs_embeds=self.embeddings(
-                ids, [image for prompt in prompts for image in prompt.images]
-            ),
-            attention_mask=mask,
-            max_new_tokens=most,
+            **inputs,
+            max_new_tokens=max(prompt.max_new_tokens for prompt in prompts),
             do_sample=False,
             stopping_criteria=[watch],
             logits_processor=[RowSampler([prompt.sampling for prompt in prompts])],
         )
-        return [self._read(tokens) for tokens in watch.tokens]
+        return [self._read_answer(tokens) for tokens in watch.tokens]
 
-    def _reply_alone(
-        self, prompts: Sequence[Prompt], row: int, on_tokens: OnTokens | None
-    ) -> Answer:
-        """The answer to one of several, told as one of them."""
+    def embeddings(self, ids: Tensor, images: Sequence[Tensor | EncodedImage]) -> Tensor:
+        """Return the input of the language model, `(rows, tokens, width)`.
 
-        def told(tokens: list[int | None]) -> list[int]:
-            assert on_tokens is not None
-            return (
-                [0]
-                if row
-                in on_tokens([tokens[0] if other == row else None for other in range(len(prompts))])
-                else []
-            )
-
-        return self.reply_many([prompts[row]], told if on_tokens else None)[0]
-
-    def chat(self, image: ImageLike | None = None) -> Chat:
-        """A conversation of several turns about one image."""
-        return Chat(self, image)
-
-    def pixels(self, image: ImageLike) -> torch.Tensor:
-        """One image as the tower reads it, `(1, 3, height, width)`."""
-        pixels = self.processor.image_processor(opened(image), return_tensors="pt")["pixel_values"]
-        return pixels.to(self.model.device, self.model.dtype)
-
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
-        """Token ids of a conversation that waits for the assistant, image placeholders repeated."""
-        ids = templated(self.processor, messages, tokenize=True)
-        image, repeats = self.processor.image_token_id, tokens_per_image(self.processor)
-        return [token for token in ids for _ in range(repeats if token == image else 1)]
-
-    def _prompt(self, question: str, has_image: bool) -> list[int]:
-        return self.prompt_ids([user_turn(question, has_image)])
-
-    def embeddings(self, ids: torch.Tensor, pixels: Sequence[torch.Tensor]) -> torch.Tensor:
-        """What the language model reads, `(rows, tokens, width)`: words, and image features in the place of their markers."""
-        embeddings = self.model.get_input_embeddings()(ids)
-        if not pixels:
-            return embeddings
-        places = (ids == self.processor.image_token_id).unsqueeze(-1)
-        return embeddings.masked_scatter(
-            places, torch.cat(self.features.of(pixels)).to(embeddings.dtype)
+        Args:
+            ids: Token ids, `(rows, tokens)`; image features take the place of the placeholders.
+            images: Images of all rows in reading order, as in `Prompt`.
+        """
+        pixels = [image for image in images if isinstance(image, Tensor)]
+        encoded = iter(self.features.of(pixels) if pixels else ())
+        return self._embeddings_with(
+            ids,
+            [next(encoded) if isinstance(image, Tensor) else image.features for image in images],
         )
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of generated tokens, without special tokens."""
+        return self.processor.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _embeddings_with(self, ids: Tensor, features: Sequence[Tensor]) -> Tensor:
+        embeddings = self.model.get_input_embeddings()(ids)  # (rows, tokens, width)
+        if not features:
+            return embeddings
+        places = (ids == self.processor.image_token_id).unsqueeze(-1)  # (rows, tokens, 1)
+        return embeddings.masked_scatter(places, torch.cat(list(features)).to(embeddings.dtype))
 
     @torch.inference_mode()
-    def _answer_batch(
-        self, batch: Sequence[tuple[ImageLike | None, str, list[int]]], max_new_tokens: int
-    ) -> list[Answer]:
-        device = self.model.device
-        cache, shared = None, 0
-        if batch[0][0] is not None:
-            rows = {key: row for row, key in enumerate(dict.fromkeys(key for _, key, _ in batch))}
-            images = {key: image for image, key, _ in batch}
-            prompt = batch[0][2]
-            # Everything through the image is the same in every prompt of one template.
-            shared = len(prompt) - prompt[::-1].index(self.processor.image_token_id)
-            prefix = torch.tensor([prompt[:shared]] * len(rows), device=device)
-            cache = DynamicCache(config=self.model.config.get_text_config())
-            pixels = torch.cat([self.pixels(images[key]) for key in rows])
-            self.model(
-                input_ids=prefix,
-                pixel_values=pixels,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            cache.batch_select_indices(
-                torch.tensor([rows[key] for _, key, _ in batch], device=device)
-            )
-        longest = max(len(prompt) for _, _, prompt in batch)
-        padding = [longest - len(prompt) for _, _, prompt in batch]
-        pad = self.processor.tokenizer.pad_token_id
-        # Padding stands behind the shared prefix and before the question: on its left, where generation needs it.
-        ids = torch.tensor(
-            [
-                p[:shared] + [pad] * n + p[shared:]
-                for (_, _, p), n in zip(batch, padding, strict=True)
-            ],
-            device=device,
-        )
-        mask = torch.tensor(
-            [[1] * shared + [0] * n + [1] * (longest - shared - n) for n in padding], device=device
-        )
-        out = self.model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            past_key_values=cache,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-        )
-        return [self._read(row[longest:].tolist()) for row in out]
+    def _read_images(
+        self, images: Sequence[AnyImage | None], keys: Sequence[str], prompt: list[int]
+    ) -> DynamicCache | None:
+        """Return the cache of the prompts of one batch through the image; None without images.
 
-    def _read(self, ids: list[int]) -> Answer:
+        Args:
+            images: Image of each row.
+            keys: Key of each row's image; rows with the same key share its image.
+            prompt: Token ids of any row, because all are the same through the image.
+        """
+        if images[0] is None:
+            return None
+        distinct = dict(zip(keys, images, strict=True))
+
+        # Encode the images that are not encoded yet, together. `self.features` does not keep them,
+        # because a benchmark asks about thousands of images, each in one batch.
+        pixels = [
+            self.pixels(image) for image in distinct.values() if not isinstance(image, EncodedImage)
+        ]
+        made = iter(
+            self.model.get_image_features(torch.cat(pixels)).pooler_output if pixels else ()
+        )
+        features = [
+            image.features if isinstance(image, EncodedImage) else next(made)
+            for image in distinct.values()
+        ]
+
+        # Read the prompt through each image once.
+        shared = len(prompt) - prompt[::-1].index(self.processor.image_token_id)
+        ids = torch.tensor([prompt[:shared]] * len(distinct), device=self.model.device)
+        cache = DynamicCache(config=self.model.config.get_text_config())
+        self.model(
+            inputs_embeds=self._embeddings_with(ids, features),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+
+        # Repeat it for each question.
+        number = {key: position for position, key in enumerate(distinct)}
+        cache.batch_select_indices(
+            torch.tensor([number[key] for key in keys], device=self.model.device)
+        )
+        return cache
+
+    def _may_pad(self, prompts: Sequence[Prompt]) -> bool:
+        """Return whether rows of different lengths may share a batch.
+
+        In a longer one, padding would stand inside a sliding window and push text out of it.
+        """
+        window = attention_window(self.model.config)
+        if not window or len(prompts) < 2:
+            return True
+        longest = max(len(prompt.ids) for prompt in prompts)
+        return longest + max(prompt.max_new_tokens for prompt in prompts) <= window
+
+    def _generate_alone(
+        self, prompts: Sequence[Prompt], row: int, on_tokens: OnTokens | None
+    ) -> Answer:
+        """Answer one of several prompts, and report its tokens as one row of them."""
+
+        def report(tokens: list[int | None]) -> list[int]:
+            assert on_tokens is not None
+            told = [tokens[0] if other == row else None for other in range(len(prompts))]
+            return [0] if row in on_tokens(told) else []
+
+        return self.generate([prompts[row]], report if on_tokens else None)[0]
+
+    def _read_answer(self, ids: list[int]) -> Answer:
         end = next(
             (position for position, token in enumerate(ids) if token in self.end_tokens), None
         )
         kept = ids if end is None else ids[:end]
         return Answer(self.decode(kept).strip(), len(kept) + (end is not None), end is not None)
 
-    def decode(self, ids: list[int]) -> str:
-        """Text of what was generated, without special tokens."""
-        return self.processor.tokenizer.decode(ids, skip_special_tokens=True)
+
+class Chat:
+    """A conversation about one image; the cache is kept, so that a turn costs only its new tokens.
+
+    Args:
+        assistant: Assistant that answers.
+        image: Image that the first question shows; None for a conversation without an image.
+    """
+
+    def __init__(self, assistant: Assistant, image: AnyImage | None) -> None:
+        self.assistant, self.image = assistant, image
+        self.messages: list[Message] = []
+        self._forget()
+
+    def ask(self, question: str, *, max_new_tokens: int = 256) -> Iterator[str]:
+        """Answer the next question piece by piece.
+
+        An answer that is read to its end becomes part of the conversation. The model stops at the
+        next token when the reader leaves.
+        """
+        # Make the prompt, and cut the cache back to what the prompt begins with.
+        assistant = self.assistant
+        has_image = self.image is not None
+        messages = [*self.messages, _user_turn(question, has_image and not self.messages)]
+        if self.image is not None:
+            self.image = assistant.encode_image(self.image)
+        prompt = assistant.prompt(
+            messages, [self.image] if has_image else [], max_new_tokens=max_new_tokens
+        )
+        self._keep_common_prefix(prompt.ids)
+
+        # Generate in a thread; its callback puts the pieces into a queue, and None at the end.
+        queue: SimpleQueue[str | None] = SimpleQueue()
+        text = AnswerText(assistant.decode, assistant.end_tokens, max_new_tokens)
+        tokens: list[int] = []
+        errors: list[BaseException] = []
+        left = Event()
+
+        def on_tokens(new: list[int | None]) -> list[int]:
+            (token,) = new
+            tokens.append(token)
+            queue.put(text.add(token))
+            return [0] if left.is_set() else []
+
+        def work() -> None:
+            try:
+                assistant.generate([prompt], on_tokens, self._cache)
+            except BaseException as error:  # nobody sees an exception of a thread
+                errors.append(error)
+            finally:
+                queue.put(None)
+
+        thread = Thread(target=work, daemon=True)
+        thread.start()
+
+        # Hand the pieces on. The reader may leave at any `yield`; the cache must be right then too.
+        pieces: list[str] = []
+        try:
+            while (piece := queue.get()) is not None:
+                if piece:
+                    pieces.append(piece)
+                    yield piece
+        finally:
+            left.set()
+            thread.join()
+            self._cached = [*prompt.ids, *tokens]
+            if errors:
+                self._forget()
+        if errors:
+            raise errors[0]
+        self.messages = [*messages, Message("assistant", "".join(pieces))]
+
+    def _forget(self) -> None:
+        self._cache = DynamicCache(config=self.assistant.model.config.get_text_config())
+        self._cached: list[int] = []
+
+    def _keep_common_prefix(self, ids: list[int]) -> None:
+        """Cut the cache back to the tokens that a prompt begins with, all but its last one."""
+        limit = min(self._cache.get_seq_length(), len(ids) - 1)
+        same = next(
+            (i for i, (a, b) in enumerate(zip(self._cached[:limit], ids, strict=False)) if a != b),
+            limit,
+        )
+        # An image is read whole, and a cache that slides cannot go back.
+        image_token = self.assistant.processor.image_token_id
+        if image_token in ids[same:] or attention_window(self.assistant.model.config):
+            same = 0
+
+        if not same:
+            self._forget()
+        elif same < self._cache.get_seq_length():
+            self._cache.crop(same - self._cache.get_seq_length())  # negative: tokens to remove
 
 
 def load(
@@ -313,18 +485,21 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
 ) -> Assistant:
-    """An assistant from a run, a run's folder or a checkpoint folder.
+    """Load an assistant from a run, a run's folder or a checkpoint folder.
 
     Args:
-        device: Null: the GPU where there is one.
-        dtype: Of the weights and of what is computed, such as "bfloat16"; null or "auto": bfloat16 on a GPU, float32 on a CPU.
+        path: Run, run folder or checkpoint folder.
+        device: Device of the model; None: the GPU where there is one.
+        dtype: Dtype of weights and computation, such as "bfloat16"; None or "auto": bfloat16 on a
+            GPU, float32 on a CPU.
 
     Raises:
         FileNotFoundError: The run is not finished, or the folder is no checkpoint.
-        ValueError: Another dtype than float32, bfloat16 and float16.
+        ValueError: The dtype is none of float32, bfloat16 and float16.
     """
     folder = path.final_checkpoint() if isinstance(path, Run) else model_folder(path)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
     name = str(dtype or "auto").removeprefix("torch.")
     if name not in DTYPES:
         raise ValueError(f"no dtype {name!r} to answer in: use one of {', '.join(DTYPES)}")
@@ -333,8 +508,48 @@ def load(
     return Assistant(load_model(str(folder), device, getattr(torch, name)), load_processor(folder))
 
 
+def render_prompt(processor: LlavaProcessor, question: str, has_image: bool) -> str:
+    """Return the whole text that the model reads for one question, the image as one placeholder."""
+    return _apply_template(processor, [_user_turn(question, has_image)], tokenize=False)
+
+
+def _user_turn(question: str, has_image: bool) -> Message:
+    """Return the user's turn of one question, the image in front of it.
+
+    Several images a question would be several markers here, and several `Prompt.images`.
+
+    Raises:
+        ValueError: The question holds the image marker.
+    """
+    if IMAGE in question:
+        raise ValueError(
+            f"question {question!r} holds {IMAGE}: leave it out, the image is put in front"
+        )
+    return Message("user", f"{IMAGE}\n{question}" if has_image else question)
+
+
+def _apply_template(processor: LlavaProcessor, messages: Sequence[Message], tokenize: bool) -> Any:
+    """Return a conversation that waits for the assistant: its text, or its token ids."""
+    return processor.tokenizer.apply_chat_template(
+        as_chat(tuple(messages)),
+        chat_template=processor.chat_template,
+        add_generation_prompt=True,
+        tokenize=tokenize,
+        return_dict=False,
+    )
+
+
+def _image_key(image: AnyImage | None) -> str:
+    """Return a key that is the same for the same image; empty without one."""
+    if image is None:
+        return ""
+    if isinstance(image, (Path, str)):
+        return str(image)
+    return f"{hash(image)}" if isinstance(image, bytes) else f"object {id(image)}"
+
+
 def _batches(order: Sequence[int], keys: Sequence[str], batch_size: int) -> Iterator[list[int]]:
-    """Batches in order; those without an image stand apart, for they share no prefix with the others."""
+    """Cut batches in order; questions without an image share no prefix and stand apart."""
     batch: list[int] = []
     for index in order:
         if batch and (len(batch) == batch_size or (keys[index] == "") != (keys[batch[0]] == "")):

@@ -177,7 +177,7 @@ def serve(
     """Serve a model with OpenAI's interface and a web page."""
     from typing import get_args
 
-    from mipha.deploy.serve.launch import EngineName
+    from mipha.deploy.serve.engine import EngineName
     from mipha.deploy.serve.server import serve as serve_model
     from mipha.lookup import did_you_mean
 

@@ -1,7 +1,7 @@
-"""Image files to upright RGB pictures, by one stated rule.
+"""Images in any form to upright RGB images, by one stated rule.
 
-Padding and resizing are the processor's; here an image keeps its size, unless a side is longer than `MAX_SIDE`. Colour profiles are
-not applied.
+The processor pads and resizes. Here an image keeps its size, unless a side is longer than
+`MAX_SIDE`. Colour profiles are not applied.
 """
 
 from __future__ import annotations
@@ -10,18 +10,24 @@ import hashlib
 import io
 import os
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Protocol, Union, runtime_checkable
 
-from PIL import Image
+from PIL import Image, ImageOps
+
+if TYPE_CHECKING:
+    import numpy as np
 
 MAX_PIXELS = 80_000_000
 """About 240 MB as RGB; below the size at which Pillow itself begins to warn."""
 
 MAX_SIDE = 8_944
-"""Pixels; padded to a square, a picture with this side has `MAX_PIXELS`. A strip of 80,000,000 x 1 would ask for petabytes."""
+"""Pixels; padded to a square, an image with this side has `MAX_PIXELS`.
+
+A strip of 80,000,000 x 1 would ask for petabytes.
+"""
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "ICO")
-"""What is read. Left out on purpose: EPS, which hands the file to another program."""
+"""File formats that are read. EPS is left out on purpose: Pillow hands it to another program."""
 
 SUFFIXES = frozenset(
     {
@@ -43,27 +49,16 @@ SUFFIXES = frozenset(
     }
     | {".jp2", ".j2k", ".avif", ".ico", ".heic", ".heif"}
 )
-"""Names that say a file is a picture; those of a phone (.heic) are counted in, so that they are refused and not overlooked."""
+"""Suffixes of image files. A phone's .heic counts too, so that it is refused and not overlooked."""
 
 _KEY_BYTES = 4096
 _WHITE = (255, 255, 255)
 _GREY = (127, 127, 127)
-_ORIENTATION_TAG = 0x0112
-# Source: Exif 2.32, tag Orientation: what turns the stored rows into the upright picture
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 
 
 @runtime_checkable
 class StoredImage(Protocol):
-    """An image inside a larger file, read when it is asked for: hashable, small, and named by `str`."""
+    """An image inside a larger file, read when asked for: hashable, small, and named by `str`."""
 
     def read(self) -> bytes:
         """The bytes of the image file."""
@@ -71,7 +66,13 @@ class StoredImage(Protocol):
 
 
 ImageSource = Path | bytes | StoredImage
-"""What a picture is read from: a file, the bytes of one, or a place in a larger file."""
+"""An encoded image: a file, the bytes of one, or a place in a larger file."""
+
+ImageLike = Union[ImageSource, str, Image.Image, "np.ndarray"]
+"""An image in any form: a path, encoded bytes, a PIL image, or an array of 0..255.
+
+Shape of an array: (height, width, 3) or 4 with transparency, or (height, width) for grey.
+"""
 
 
 class FileSlice(NamedTuple):
@@ -98,47 +99,74 @@ class FileSlice(NamedTuple):
             return file.read(self.size)
 
 
-def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Read one image completely: upright (EXIF), first frame, RGB.
+def upright_rgb(image: ImageLike, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Return an image in any form as an upright RGB image; the same image gives the same pixels.
 
-    Transparency is laid on white; 16-bit grey is scaled to 8; palette, CMYK and grey are converted. Where a side is longer than
-    `MAX_SIDE` pixels, squares of equal size are averaged to one pixel each, just large enough for it to fit.
+    EXIF decides what is upright. Transparency is laid on white; 16-bit grey is scaled to 8 bits;
+    other modes (palette, CMYK, YCbCr, LAB, HSV, grey) are converted. Where a side is longer than
+    `MAX_SIDE` pixels, squares of equal size are averaged to one pixel each, just large enough for
+    the image to fit.
 
     Args:
-        source: A file, the bytes of one, or a place in a larger file.
-        max_pixels: The largest width x height that is decoded, in pixels: a small file can ask for gigabytes.
+        image: Image in any form; it is not changed.
+        max_pixels: Largest width x height that is decoded, in pixels.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is not an image in one of `FORMATS`, is damaged, or is larger than `max_pixels`; the message names the file.
+        ValueError: The file is not an image in one of `FORMATS`, the image is damaged or larger
+            than `max_pixels`, or the array holds no image; the message names the image.
+    """
+    if isinstance(image, Image.Image):
+        return _converted(image, f"the PIL image ({image.mode}, {image.size})", max_pixels)
+
+    if isinstance(image, str):
+        image = Path(image)
+    if isinstance(image, (Path, bytes, StoredImage)):
+        return open_image(image, max_pixels=max_pixels)
+
+    try:
+        decoded = Image.fromarray(image)
+    except (TypeError, ValueError, AttributeError) as error:
+        kind = f"{getattr(image, 'dtype', type(image).__name__)} {getattr(image, 'shape', '')}"
+        raise ValueError(
+            f"an array of {kind.strip()} is not an image: give uint8 of (height, width, 3)"
+        ) from error
+    return _converted(decoded, f"the array of {decoded.size} pixels", max_pixels)
+
+
+def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Read one image file completely and return its first frame; see `upright_rgb`.
+
+    Args:
+        source: File, the bytes of one, or a place in a larger file.
+        max_pixels: Largest width x height that is decoded, in pixels, because a small file can ask
+            for gigabytes.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is not an image in one of `FORMATS`, is damaged, or is larger than
+            `max_pixels`; the message names the file.
     """
     name = image_name(source)
     if isinstance(source, Path) and not source.is_file():
         raise FileNotFoundError(f"no image file {source}: check the data set's root")
+
     try:
-        with Image.open(
-            source if isinstance(source, Path) else io.BytesIO(_bytes(source)), formats=FORMATS
-        ) as image:
-            _check_size(image, max_pixels)
-            image.load()  # all of it: a file cut short must fail here, not be grey at the bottom
-            _check_size(image, max_pixels)  # an icon's directory and the picture in it may disagree
-            return _bounded(_to_rgb(_upright(image)))
+        file = source if isinstance(source, Path) else io.BytesIO(_bytes(source))
+        with Image.open(file, formats=FORMATS) as image:
+            return _converted(image, name, max_pixels, in_place=True)
     except Image.UnidentifiedImageError as error:
         raise ValueError(
             f"{name} is not an image in a known format: use one of {', '.join(FORMATS)}"
         ) from error
-    except MemoryError as error:
-        raise ValueError(
-            f"{name} asks for more memory than there is: make it smaller, or remove it"
-        ) from error
+    except _Unreadable:
+        raise
     except Exception as error:  # decoders answer damage with nearly every kind of exception
-        raise ValueError(
-            f"{name} cannot be read as an image: {error or type(error).__name__}"
-        ) from error
+        raise _Unreadable(name, error) from error
 
 
 def is_readable(source: ImageSource) -> bool:
-    """Whether `open_image` reads it: it is tried."""
+    """Return whether `open_image` can read the image, by reading it."""
     try:
         open_image(source)
     except (ValueError, FileNotFoundError):
@@ -147,10 +175,11 @@ def is_readable(source: ImageSource) -> bool:
 
 
 def image_key(source: ImageSource) -> bytes:
-    """Sixteen bytes that are the same for the same image file, whatever its name.
+    """Return sixteen bytes that are the same for the same image file, whatever its name.
 
-    Made of its length and its first and last 4,096 bytes, so that a million files are told apart without reading them. Different
-    files may in theory share a key; what is kept together by key is then merely kept together.
+    They are a hash of the file's length and its first and last 4,096 bytes, so that a million files
+    are told apart without reading them. Different files may in theory share a key; they are then
+    merely kept together.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -164,14 +193,14 @@ def image_key(source: ImageSource) -> bytes:
 
 
 def grey_image() -> bytes:
-    """A mid grey square as the bytes of a PNG: what a blind model sees."""
+    """Return a mid grey square as the bytes of a PNG: the image that a blind model sees."""
     buffer = io.BytesIO()
     Image.new("RGB", (64, 64), _GREY).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
 def image_name(source: ImageSource) -> str:
-    """What messages call an image."""
+    """Return the name of an image in messages."""
     return f"image of {len(source)} bytes" if isinstance(source, bytes) else str(source)
 
 
@@ -189,6 +218,32 @@ def _key(file: BinaryIO) -> bytes:
     ).digest()
 
 
+class _Unreadable(ValueError):
+    """An image that cannot be read, and why."""
+
+    def __init__(self, name: str, cause: Exception) -> None:
+        if isinstance(cause, MemoryError):
+            super().__init__(
+                f"{name} asks for more memory than there is: make it smaller, or remove it"
+            )
+        else:
+            super().__init__(f"{name} cannot be read as an image: {cause or type(cause).__name__}")
+
+
+def _converted(
+    image: Image.Image, name: str, max_pixels: int, in_place: bool = False
+) -> Image.Image:
+    try:
+        # Decode all of it: a file that is cut short must fail here, not be grey at the bottom.
+        _check_size(image, max_pixels)
+        image.load()
+        _check_size(image, max_pixels)  # an icon's directory and the image in it may disagree
+
+        return _bounded(_to_rgb(_upright(image, in_place)))
+    except Exception as error:  # decoders answer damage with nearly every kind of exception
+        raise _Unreadable(name, error) from error
+
+
 def _check_size(image: Image.Image, max_pixels: int) -> None:
     if image.width * image.height > max_pixels:
         raise ValueError(
@@ -196,17 +251,16 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
         )
 
 
+def _upright(image: Image.Image, in_place: bool) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image, in_place=in_place) or image
+    except Exception:  # viewers show an image with a broken EXIF block as it is stored
+        return image
+
+
 def _bounded(image: Image.Image) -> Image.Image:
     factor = -(-max(image.size) // MAX_SIDE)
     return image.reduce(factor) if factor > 1 else image
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        orientation = image.getexif().get(_ORIENTATION_TAG)
-    except Exception:  # a broken EXIF block does not break the picture; viewers show it as stored
-        return image
-    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -216,21 +270,23 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         raise ValueError(
             "its pixels are floating point numbers of unknown range; save it with 8 or 16 bits"
         )
+
     if image.has_transparency_data:
         layer = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, (*_WHITE, 255)), layer).convert(
-            "RGB"
-        )
+        white = Image.new("RGBA", layer.size, (*_WHITE, 255))
+        return Image.alpha_composite(white, layer).convert("RGB")
+
     return image.convert("RGB")
 
 
 def _from_16_bit(image: Image.Image) -> Image.Image:
-    """Scale by 1/257, so that 65535 becomes 255; Pillow's own conversion clips everything above 255 to white."""
+    """Scale by 1/257, so that 65535 becomes 255; Pillow's conversion clips above 255 to white."""
     import numpy as np
 
     values = np.asarray(image).astype(np.int64)
     if values.min() < 0 or values.max() > 65535:
         raise ValueError(
-            f"its pixels reach from {values.min()} to {values.max()}, beyond 16 bits; save it with 8 or 16 bits"
+            f"its pixels reach from {values.min()} to {values.max()}, beyond 16 bits; "
+            "save it with 8 or 16 bits"
         )
     return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")

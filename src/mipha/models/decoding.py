@@ -1,17 +1,27 @@
-"""What `generate` is told row by row: how a row draws its tokens, when it ends, and who hears of each token."""
+"""How each row of a `generate` call draws its tokens, when it ends, and how its text streams."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, StoppingCriteria
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 
 OnTokens = Callable[[list[int | None]], Collection[int]]
-"""Told the new token of every row after every step, null for a row that has ended; returns the rows that end now."""
+"""Callback of every step: takes the new token of each row (None for a row that has ended) and
+returns the rows that end now."""
+
+_HALF_CHARACTER = "\ufffd"
+"""A decoder's sign for bytes that are no whole character; the next token may complete them."""
 
 
 @dataclass(frozen=True)
@@ -19,9 +29,10 @@ class Sampling:
     """How an answer is drawn, where it is not the likeliest one.
 
     Args:
-        temperature: Above 0; the logits are divided by it.
-        top_p: The likeliest tokens that together have at least this probability are drawn from; 1 for all.
-        seed: The same seed draws the same answer, whatever else is in the batch; null for any answer.
+        temperature: Divisor of the logits, above 0.
+        top_p: Probability that the likeliest tokens must have together; only they are drawn.
+            1: all tokens.
+        seed: Seed of the answer, whatever else is in the batch; None for a new one every time.
     """
 
     temperature: float
@@ -30,20 +41,32 @@ class Sampling:
 
 
 class RowSampler(LogitsProcessor):
-    """Draws the token of each row that samples, and leaves a greedy `generate` no other choice: so rows of all kinds share a batch."""
+    """Draws the token of each row that samples, and leaves a greedy `generate` no other choice.
+
+    So rows with different sampling, and greedy rows, share a batch.
+    """
 
     def __init__(self, rows: Sequence[Sampling | None]) -> None:
         self._drawn = [
-            (row, sampling, _generator(sampling.seed))
+            (row, _warpers(sampling), _generator(sampling.seed))
             for row, sampling in enumerate(rows)
             if sampling is not None
         ]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Scores `(rows, vocabulary)`; in a row that samples, all but the drawn token are impossible."""
-        for row, sampling, generator in self._drawn:
-            # On the CPU: there a seed means the same on every machine.
-            token = _draw(scores[row].float().cpu(), sampling, generator)
+        """Make all but the drawn token impossible in every row that samples.
+
+        Args:
+            input_ids: Tokens so far, `(rows, tokens)`.
+            scores: Logits, `(rows, vocabulary)`; changed in place.
+        """
+        for row, warpers, generator in self._drawn:
+            # A seed means the same on every machine only on the CPU.
+            warped = warpers(input_ids[row : row + 1], scores[row : row + 1].float().cpu())
+            # Sorted, so that a draw does not depend on the order of the vocabulary.
+            likely, tokens = warped[0].softmax(dim=-1).sort(descending=True)  # (vocabulary,)
+            token = int(tokens[torch.multinomial(likely, 1, generator=generator)])
+
             scores[row] = -torch.inf
             scores[row, token] = 0.0
         return scores
@@ -53,9 +76,9 @@ class RowWatch(StoppingCriteria):
     """Keeps every row's tokens, passes them on as they come, and ends each row by its own rules.
 
     Args:
-        limits: Longest answer of each row, tokens.
+        limits: Longest answer of each row, in tokens.
         ends: Tokens that end a turn.
-        on_tokens: See `OnTokens`; null if nobody listens.
+        on_tokens: Callback of every step; None if nobody listens.
     """
 
     def __init__(
@@ -66,12 +89,13 @@ class RowWatch(StoppingCriteria):
         self._running = [True] * len(limits)
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
-        """Which rows have ended, `(rows,)`."""
+        """Return which rows have ended, `(rows,)`."""
         new = [
             token if running else None
             for token, running in zip(input_ids[:, -1].tolist(), self._running, strict=True)
         ]
         leaving = self._on_tokens(new) if self._on_tokens and any(self._running) else ()
+
         for row, token in enumerate(new):
             if token is None:
                 continue
@@ -84,6 +108,72 @@ class RowWatch(StoppingCriteria):
         return ~torch.tensor(self._running, device=input_ids.device)
 
 
+class AnswerText:
+    """The text of one answer while it is made.
+
+    No piece is taken back later, and all pieces together are the text of the whole answer.
+
+    Args:
+        decode: Function from token ids to text, without special tokens.
+        ends: Tokens that end the turn.
+        limit: Longest answer, in tokens.
+        stop: Texts before which the answer ends.
+    """
+
+    def __init__(
+        self,
+        decode: Callable[[list[int]], str],
+        ends: Collection[int],
+        limit: int,
+        stop: tuple[str, ...] = (),
+    ) -> None:
+        self._decode, self._ends, self._limit, self._stop = decode, ends, limit, stop
+        self._tokens: list[int] = []
+        self._sent = ""
+        self.num_tokens = 0
+        self.reason: Literal["stop", "length"] | None = None
+        """Set when the answer has ended."""
+
+    def add(self, token: int) -> str:
+        """Return the text that can be sent now that this token is known.
+
+        White space around the answer is never sent.
+        """
+        self.num_tokens += 1
+        if token in self._ends:
+            self.reason = "stop"
+        else:
+            self._tokens.append(token)
+            if self.num_tokens == self._limit:
+                self.reason = "length"
+
+        text = self._decode(self._tokens)
+        stops = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        if stops:
+            text, self.reason = text[: min(stops)], "stop"
+
+        text = text.strip() if self.reason else self._certain(text)
+        piece, self._sent = text[len(self._sent) :], max(text, self._sent, key=len)
+        return piece
+
+    def _certain(self, text: str) -> str:
+        """Return the part that no later token changes."""
+        text = text.rstrip(_HALF_CHARACTER)
+        held = max(
+            (n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])),
+            default=0,
+        )
+        return text[: len(text) - held].strip()
+
+
+def _warpers(sampling: Sampling) -> LogitsProcessorList:
+    """Source: nucleus sampling, Holtzman et al. 2020, section 3.1."""
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(float(sampling.temperature))])
+    if sampling.top_p < 1:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    return warpers
+
+
 def _generator(seed: int | None) -> torch.Generator:
     generator = torch.Generator()
     if seed is None:
@@ -91,12 +181,3 @@ def _generator(seed: int | None) -> torch.Generator:
     else:
         generator.manual_seed(seed)
     return generator
-
-
-def _draw(scores: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """One token id. Source: nucleus sampling, Holtzman et al. 2020, section 3.1."""
-    likely, tokens = torch.softmax(scores / sampling.temperature, dim=-1).sort(descending=True)
-    likely[likely.cumsum(-1) - likely >= sampling.top_p] = (
-        0.0  # those before it have enough already
-    )
-    return int(tokens[torch.multinomial(likely, 1, generator=generator)])

@@ -16,7 +16,7 @@ from PIL import Image
 
 from mipha.assistant import Assistant
 from mipha.deploy.serve.chat import Bounds
-from mipha.deploy.serve.limits import Limits
+from mipha.deploy.serve.requests import Limits
 
 CHAT = "/v1/chat/completions"
 JSON = {"content-type": "application/json"}

@@ -8,14 +8,15 @@ from threading import Event
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from mipha.assistant import Assistant
 from mipha.data.sample import IMAGE, Message
 from mipha.deploy.serve.batching import TransformersEngine
 from mipha.deploy.serve.engine import Piece, ServiceError
-from mipha.deploy.serve.intake import ChatRequest, RequestError, Turn
 from mipha.deploy.serve.metrics import Metrics
+from mipha.deploy.serve.requests import ChatRequest, RequestError, Turn
 
 
 def request(question: str, image: Image.Image | None = None, **changes: Any) -> ChatRequest:
@@ -174,3 +175,19 @@ def test_a_conversation_longer_than_the_context_is_refused_and_an_answer_is_cut_
     pieces, _ = with_engine(assistant, use)
     end = pieces[-1].end
     assert end.reason == "stop" or end.prompt_tokens + end.completion_tokens == context
+
+
+def test_a_decoded_image_is_not_encoded_again(
+    assistant: Assistant, picture: Callable[[int], Image.Image], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Encoding and decoding twelve megapixels once more takes seconds."""
+    image = picture(1)
+    wanted = assistant.pixels(image)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("an image file is written or read")
+
+    monkeypatch.setattr("PIL.Image.Image.save", refuse)
+    monkeypatch.setattr("PIL.Image.open", refuse)
+    row = TransformersEngine(assistant, Metrics()).prepare(request("Which colour?", image))
+    assert len(row.prompt.images) == 1 and torch.equal(row.prompt.images[0], wanted)

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from mipha.deploy.serve.intake import Limits, RequestError, read_chat_request
+from mipha.deploy.serve.requests import Limits, RequestError, read_chat_request
 from tests.deploy.serve.hostile import CUT_OFF, Body, Wire, bodies, good_request, wires
 
 _MOST_KIB = 1024 * 1024

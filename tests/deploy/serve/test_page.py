@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from PIL import Image
 
-from mipha.deploy.serve.page import page, page_headers
+from mipha.deploy.serve.app import page, page_headers
 from tests.deploy.serve.browser import CHROMIUM, Page, chromium
 
 if TYPE_CHECKING:
@@ -414,7 +414,7 @@ def test_the_real_server_answers_the_page(
     browser: Page, serving: Callable, assistant: Assistant, picture: Path
 ) -> None:
     from mipha.deploy.serve.chat import Bounds
-    from mipha.deploy.serve.limits import Limits
+    from mipha.deploy.serve.requests import Limits
 
     browser.complaints.clear()
     with serving(bounds=Bounds(limits=Limits(max_new_tokens=8))) as server:

@@ -15,6 +15,7 @@ import httpx
 import pytest
 
 from mipha.deploy.serve.server import listen, serve
+from mipha.errors import MissingPackage
 from mipha.models.build import save_checkpoint
 
 SOURCE = Path(__file__).parents[3] / "src"
@@ -58,11 +59,9 @@ def test_what_is_wrong_is_said_before_the_model_loads(
         serve(checkpoint.parent / "empty", port=0)
     with pytest.raises(FileNotFoundError, match="no run folder"):
         serve(tmp_path / "gone", port=0)
-    monkeypatch.setattr(
-        "mipha.deploy.serve.server.find_spec", lambda name: None if name == "uvicorn" else name
-    )
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(
-        ValueError, match=r"serving needs uvicorn: pip install 'mipha-vlm\[serve\]'"
+        MissingPackage, match=r'serving needs .* uvicorn, .*: pip install "mipha-vlm\[serve\]"'
     ):
         serve(checkpoint, port=0)
 

@@ -1,9 +1,13 @@
-"""The front: routes, keys, names and errors, the same for every engine behind it."""
+"""The front: routes, keys, names, errors and the web page, the same for every engine behind it."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import hmac
 import time
+from functools import cache
+from importlib import resources
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -13,20 +17,24 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mipha.deploy.serve.chat import Bounds, Chat, check_model
-from mipha.deploy.serve.completion import error_response
+from mipha.deploy.serve.chat import Bounds, Chat, check_model, error_response
 from mipha.deploy.serve.engine import Engine, ServiceError
-from mipha.deploy.serve.limits import RequestError
 from mipha.deploy.serve.metrics import Metrics
-from mipha.deploy.serve.page import page, page_headers
+from mipha.deploy.serve.requests import RequestError
 
 _CHAT, _MODELS = "/v1/chat/completions", "/v1/models"
 _PATHS = ("/", "/health", "/metrics", _MODELS, _CHAT)
 
 MAX_HEADER_BYTES = 16_384
-"""Of a request's headers; h11 itself stops reading only where they go on without an end."""
+"""Size of a request's headers; h11 itself stops reading only where they never end."""
 
 _NO_SNIFFING = (b"x-content-type-options", b"nosniff")
+
+_NO_OTHERS = (
+    "default-src 'none'; connect-src 'self'; img-src data: blob:; base-uri 'none'; "
+    "form-action 'none'; frame-ancestors 'none'"
+)
+"""Content security policy of the page: nothing from elsewhere."""
 
 
 def create_app(
@@ -37,12 +45,16 @@ def create_app(
     api_key: str | None = None,
     hosts: frozenset[str] | None = None,
 ) -> Starlette:
-    """The ASGI application; whoever starts the engine and the server closes them.
+    """Make the ASGI application; whoever starts the engine and the server closes them.
 
     Args:
-        model: The name that requests give and that is listed.
-        api_key: Null: anybody who reaches the server may ask.
-        hosts: Names under which it may be asked; null for any. It keeps out a web page whose own name was made to point to this machine.
+        engine: Engine that answers.
+        model: Name of the model, which requests give and which is listed.
+        metrics: Counts and times that are shown.
+        bounds: Load that is taken on at a time.
+        api_key: Key that requests must carry; None: anybody who reaches the server may ask.
+        hosts: Names under which the server may be asked; None: any. It keeps out a web page whose
+            own name was made to point to this machine.
     """
     chat = Chat(engine, model, bounds or Bounds(), metrics)
     card = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "mipha"}
@@ -50,7 +62,8 @@ def create_app(
     def check(request: Request) -> None:
         if hosts is not None and _host(request) not in hosts:
             raise RequestError(
-                "this server answers only under the name it was started with: ask it as localhost, or start it with an API key",
+                "this server answers only under the name it was started with: ask it as localhost, "
+                "or start it with an API key",
                 status=421,
                 code="wrong_host",
             )
@@ -89,7 +102,7 @@ def create_app(
 
     async def completions(request: Request) -> ASGIApp:
         check(request)
-        return chat.answer  # no finished response: it watches the connection while it works
+        return chat.answer  # not a finished response: it watches the connection while it works
 
     routes = [
         Route("/", web_page),
@@ -111,14 +124,12 @@ def create_app(
         exception_handlers=handlers,
         middleware=[Middleware(_Counted, metrics=metrics)],
     )
-    app.router.redirect_slashes = (
-        False  # a path that is not there gets a sentence, not another address
-    )
+    app.router.redirect_slashes = False  # an unknown path gets a sentence, not another address
     return app
 
 
 class _Counted:
-    """Counts every response, adds the header that all have, and refuses what is too long for any route."""
+    """Counts every response, adds the header that all have, and refuses too long headers."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app, self._metrics = app, metrics
@@ -126,9 +137,8 @@ class _Counted:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                path = (
-                    scope["path"] if scope["path"] in _PATHS else "other"
-                )  # a stranger must not make up labels
+                # A stranger must not make up labels.
+                path = scope["path"] if scope["path"] in _PATHS else "other"
                 self._metrics.add("requests_total", path=path, status=str(message["status"]))
                 message["headers"] = [
                     *(pair for pair in message["headers"] if pair != _NO_SNIFFING),
@@ -139,16 +149,19 @@ class _Counted:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
         elif (size := _header_bytes(scope)) > MAX_HEADER_BYTES:
-            sentence = f"the headers have {size:,} bytes and {MAX_HEADER_BYTES:,} are read at most: send what is long in the body"
-            await error_response(RequestError(sentence, status=431, code="headers_too_large"))(
-                scope, receive, counted
+            refusal = RequestError(
+                f"the headers have {size:,} bytes and {MAX_HEADER_BYTES:,} are read at most: "
+                "send what is long in the body",
+                status=431,
+                code="headers_too_large",
             )
+            await error_response(refusal)(scope, receive, counted)
         else:
             await self._app(scope, receive, counted)
 
 
 def _header_bytes(scope: Scope) -> int:
-    """Of names and values, and of the path with its query."""
+    """Return the size of names and values, and of the path with its query."""
     return (
         len(scope["raw_path"])
         + len(scope["query_string"])
@@ -157,7 +170,7 @@ def _header_bytes(scope: Scope) -> int:
 
 
 def _host(request: Request) -> str:
-    """The name in the Host header, without the port."""
+    """Return the name in the Host header, without the port."""
     host = request.headers.get("host", "").strip().lower()
     return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
 
@@ -181,12 +194,43 @@ async def _failed(_: Request, error: Exception) -> Response:
 
 
 async def _gone(_: Request, error: Exception) -> Response:
-    return Response(
-        status_code=499
-    )  # nobody reads it. Source: nginx's status of a request whose client left
+    # Nobody reads it. Source: nginx's status of a request whose client left.
+    return Response(status_code=499)
 
 
 async def _broken(_: Request, error: Exception) -> Response:
-    return error_response(
-        ServiceError("the server failed on this request: see its log")
-    )  # the host logs the error itself
+    # Starlette logs the error itself.
+    return error_response(ServiceError("the server failed on this request: see its log"))
+
+
+# ---- The web page -----------------------------------------------------------------------------
+
+
+@cache
+def page() -> str:
+    """Return the web page as one HTML text that needs nothing beside it."""
+    return _part("html").replace("$style", _part("css")).replace("$script", _part("js"))
+
+
+def page_headers() -> dict[str, str]:
+    """Return the headers of the page: it runs its own script and talks to this server alone."""
+    policy = f"{_NO_OTHERS}; style-src {_hash(_part('css'))}; script-src {_hash(_part('js'))}"
+    return {
+        "Content-Security-Policy": policy,
+        "X-Content-Type-Options": "nosniff",
+        "Referrer-Policy": "no-referrer",
+    }
+
+
+@cache
+def _part(kind: str) -> str:
+    return (
+        resources.files("mipha.deploy.serve")
+        .joinpath("static", f"page.{kind}")
+        .read_text(encoding="utf-8")
+    )
+
+
+def _hash(text: str) -> str:
+    """Hash the text between the tags. Source: Content Security Policy Level 3, hash sources."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"

@@ -1,4 +1,4 @@
-"""The transformers engine: one thread owns the model, and answers in one batch what waits at the same time."""
+"""The transformers engine: one thread owns the model and answers waiting requests in batches."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import AsyncIterator, Collection
+from dataclasses import replace
 from threading import Condition, Thread
 
 from mipha.assistant import Assistant, Prompt
 from mipha.data.sample import IMAGE, Message
-from mipha.deploy.serve.answer_text import AnswerText
 from mipha.deploy.serve.engine import End, Piece, ServiceError
-from mipha.deploy.serve.intake import ChatRequest, RequestError
 from mipha.deploy.serve.metrics import Metrics
-from mipha.models.decoding import Sampling
+from mipha.deploy.serve.requests import ChatRequest, RequestError
+from mipha.models.decoding import AnswerText, Sampling
 
 _GATHER_SECONDS = 0.01
-"""Who comes within this time after the first one shares its batch; little beside what an answer takes."""
+"""Time after the first request in which others join its batch; an answer takes far longer."""
 
 _log = logging.getLogger(__name__)
 
@@ -28,19 +28,21 @@ class _Row:
     def __init__(self, prompt: Prompt, text: AnswerText) -> None:
         self.prompt, self.text = prompt, text
         self.pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
-        self.left = False  # nobody reads it any more
+        self.left = False  # whether its reader has left
 
 
 class TransformersEngine:
     """Dynamic batching over an `Assistant`.
 
-    A batch is answered to its end before the next one begins; each answer is sent as soon as it is whole, its neighbours done or not.
+    A batch is answered to its end before the next one begins; each answer ends by itself, whether
+    its neighbours are done or not.
 
     Args:
+        assistant: Assistant that answers.
+        metrics: Counts of batches and tokens.
         batch_size: Most requests in a batch.
-        batch_tokens: Most tokens in a batch, padding and the longest answers included: what its KV cache can grow to. A single
-            request may be longer.
-        metrics: Told of batches and tokens.
+        batch_tokens: Most tokens in a batch, padding and the longest answers included: the size
+            that its KV cache can reach. A single request may be longer.
     """
 
     name = "transformers"
@@ -71,11 +73,12 @@ class TransformersEngine:
         self._thread.start()
 
     def prepare(self, request: ChatRequest) -> _Row:
-        """Tokens and pixels of a request.
+        """Return the tokens and pixels of a request.
 
         Raises:
-            RequestError: It does not fit the model's context.
+            RequestError: The request does not fit the model's context.
         """
+        # Images stand in front of the text of their turn, as in training.
         messages = [
             Message(turn.role, f"{IMAGE}\n" * len(turn.images) + turn.text)
             for turn in request.turns
@@ -87,22 +90,22 @@ class TransformersEngine:
         )
         images = [image for turn in request.turns for image in turn.images]
         prompt = self.assistant.prompt(messages, images, sampling=sampling)
+
+        # The answer gets the rest of the context.
         room = self._context - len(prompt.ids)
         if room < 1:
             raise RequestError(
-                f"the conversation has {len(prompt.ids)} tokens, those of images included, and the model reads {self._context}: shorten it",
+                f"the conversation has {len(prompt.ids)} tokens, those of images included, "
+                f"and the model reads {self._context}: shorten it",
                 code="context_length_exceeded",
                 param="messages",
             )
         limit = min(request.max_new_tokens, room)
-        prompt = Prompt(prompt.ids, prompt.images, limit, sampling)
-        return _Row(
-            prompt,
-            AnswerText(self.assistant.decode, self.assistant.end_tokens, limit, request.stop),
-        )
+        text = AnswerText(self.assistant.decode, self.assistant.end_tokens, limit, request.stop)
+        return _Row(replace(prompt, max_new_tokens=limit), text)
 
     async def submit(self, row: _Row) -> AsyncIterator[Piece]:
-        """The answer to a prepared request.
+        """Yield the answer to a prepared request.
 
         Raises:
             ServiceError: The model failed, or the server stops.
@@ -114,6 +117,7 @@ class TransformersEngine:
                 )
             self._waiting.append(row)
             self._changed.notify()
+
         try:
             while True:
                 piece = await row.pieces.get()
@@ -129,32 +133,24 @@ class TransformersEngine:
                     self._waiting.remove(row)
 
     def is_alive(self) -> bool:
-        """Whether the thread is there."""
+        """Return whether the thread lives."""
         return self._thread.is_alive()
 
     def abort(self) -> None:
-        """Fail what waits and what runs."""
+        """Fail all requests that wait or run."""
         with self._changed:
             self._closing = True
             rows = [*self._waiting, *self._running]
             self._waiting.clear()
             self._changed.notify()
-        self._tell(
-            [
-                (
-                    row,
-                    ServiceError(
-                        "the server stopped before the answer was made", status=503, code="stopping"
-                    ),
-                )
-                for row in rows
-            ]
-        )
+
+        stopped = "the server stopped before the answer was made"
+        self._tell([(row, ServiceError(stopped, status=503, code="stopping")) for row in rows])
         for row in rows:
             row.left = True
 
     async def close(self) -> None:
-        """End the thread; after the step that it is in, if it is in one."""
+        """End the thread, after the step that it may be in."""
         self.abort()
         if self._thread.is_alive():
             await asyncio.to_thread(self._thread.join, 60)
@@ -164,38 +160,33 @@ class TransformersEngine:
             self._metrics.add("batches_total")
             self._metrics.add("batch_rows_total", len(batch))
             try:
-                self.assistant.reply_many([row.prompt for row in batch], self._on_tokens)
+                self.assistant.generate([row.prompt for row in batch], self._on_tokens)
             except Exception:
                 _log.exception("a batch of %d requests failed", len(batch))
+                failed = "the model failed on this request: see the server's log"
                 self._loop.call_soon_threadsafe(
-                    self._tell,
-                    [
-                        (
-                            row,
-                            ServiceError("the model failed on this request: see the server's log"),
-                        )
-                        for row in batch
-                    ],
+                    self._tell, [(row, ServiceError(failed)) for row in batch]
                 )
             finally:
                 self._running = []
 
     def _next_batch(self) -> list[_Row]:
-        """The next requests in order, as many as fit together; none when the server stops."""
+        """Take the next requests in order, as many as fit together; none when the server stops."""
         with self._changed:
             batch: list[_Row] = []
             while not batch and not self._closing:
+                # Wait for a first request, and a moment for others.
                 self._changed.wait_for(lambda: self._waiting or self._closing)
                 self._changed.wait_for(
                     lambda: len(self._waiting) >= self._batch_size or self._closing, _GATHER_SECONDS
                 )
+
+                # Fill the batch: its cache grows to rows x (longest prompt + longest answer).
                 prompt = answer = 0
                 while self._waiting and len(batch) < self._batch_size:
                     row = self._waiting[0]
-                    prompt, answer = (
-                        max(prompt, len(row.prompt.ids)),
-                        max(answer, row.prompt.max_new_tokens),
-                    )
+                    prompt = max(prompt, len(row.prompt.ids))
+                    answer = max(answer, row.prompt.max_new_tokens)
                     if batch and (len(batch) + 1) * (prompt + answer) > self._batch_tokens:
                         break
                     batch.append(self._waiting.popleft())
@@ -203,7 +194,7 @@ class TransformersEngine:
             return batch
 
     def _on_tokens(self, tokens: list[int | None]) -> Collection[int]:
-        """Pass on what a step has made; called by `generate`, in the model's thread."""
+        """Pass a step's tokens on as text; `generate` calls it, in the model's thread."""
         pieces: list[tuple[_Row, Piece | Exception]] = []
         leaving = []
         for number, (row, token) in enumerate(zip(self._running, tokens, strict=True)):
@@ -216,6 +207,7 @@ class TransformersEngine:
                 pieces.append((row, Piece(text, end or None)))
             if end:
                 leaving.append(number)
+
         if pieces:
             self._loop.call_soon_threadsafe(self._tell, pieces)
         return leaving

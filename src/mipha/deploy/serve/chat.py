@@ -1,10 +1,17 @@
-"""POST /v1/chat/completions: read within bounds, asked of the engine, answered whole or piece by piece, or refused in a sentence."""
+"""POST /v1/chat/completions: a request is read within bounds, asked of the engine, and answered.
+
+The answer is sent whole or piece by piece, as OpenAI's clients read it; a refusal is one sentence.
+
+Source: OpenAI's reference: the chat completion object, the chat completion chunk object, errors.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
+import uuid
 from collections.abc import AsyncIterator
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field
@@ -14,27 +21,26 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
-from mipha.deploy.serve.completion import Completion, EventStream, error_body, error_response
-from mipha.deploy.serve.engine import Engine, Piece, ServiceError
-from mipha.deploy.serve.intake import Limits, RequestError, read_chat_request
+from mipha.deploy.serve.engine import End, Engine, Piece, ServiceError
 from mipha.deploy.serve.metrics import Metrics
+from mipha.deploy.serve.requests import Limits, RequestError, read_chat_request
 
 _log = logging.getLogger(__name__)
 
 _FAREWELL_SECONDS = 5.0
-"""For the last words of a stream that failed: its client may be what it failed of."""
+"""Time to send the error at the end of a stream that failed; its client may be the reason."""
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What the server takes on at a time.
+    """The load that the server takes on at a time.
 
     Args:
-        limits: Of one request.
+        limits: Limits of one request.
         max_requests: Requests held at a time: read, waiting and running. Another one gets 429.
-        held_bytes: Of the bodies that arrive, or wait to be read, together.
-        body_seconds: For a body to arrive.
-        request_seconds: From a body's arrival to the end of its answer.
+        held_bytes: Size of all bodies together that arrive, or wait to be read.
+        body_seconds: Time for a body to arrive.
+        request_seconds: Time from a body's arrival to the end of its answer.
     """
 
     limits: Limits = field(default_factory=Limits)
@@ -48,29 +54,30 @@ class Chat:
     """Answers chat requests.
 
     Args:
-        model: The name that requests must give.
+        engine: Engine that answers.
+        model: Name that requests must give.
+        bounds: Load that is taken on at a time.
+        metrics: Counts and times of the server.
     """
 
     def __init__(self, engine: Engine, model: str, bounds: Bounds, metrics: Metrics) -> None:
         self._engine, self._model, self._bounds, self._metrics = engine, model, bounds, metrics
         self._held = self._held_bytes = 0
-        self._readers = asyncio.Semaphore(
-            2
-        )  # for so many requests at a time, pictures exist at their full size
+        # Images of so many requests exist at their full size at a time.
+        self._readers = asyncio.Semaphore(2)
         metrics.gauge("requests_held", lambda: self._held)
 
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request whose sender may ask.
 
         Raises:
-            RequestError: It is refused before its body is read.
+            RequestError: The request is refused before its body is read.
         """
+        # The content type also keeps foreign web pages out: for JSON a browser asks the server for
+        # permission first, and the server does not agree.
         request = Request(scope, receive)
-        if (
-            request.headers.get("content-type", "").partition(";")[0].strip().lower()
-            != "application/json"
-        ):
-            # Also what keeps foreign web pages out: for this type a browser asks the server first, which does not agree.
+        content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if content_type != "application/json":
             raise RequestError(
                 "the content type must be application/json: set that header",
                 status=415,
@@ -78,12 +85,15 @@ class Chat:
             )
         if self._held >= self._bounds.max_requests:
             raise _busy(f"{self._held} requests are being answered or wait already")
+
         self._held += 1
         try:
+            # The body is taken out of the list to be read, so that it is not kept while the answer
+            # is made.
             arrived = time.monotonic()
-            bodies = [
-                await self._read_body(request)
-            ]  # taken out to be read, so that it is not kept while the answer is made
+            bodies = [await self._read_body(request)]
+
+            # Work until the answer is sent or the client leaves.
             working = asyncio.ensure_future(self._respond(bodies, arrived, scope, receive, send))
             leaving = asyncio.ensure_future(_left(receive))
             try:
@@ -101,17 +111,16 @@ class Chat:
             self._held -= 1
 
     async def _read_body(self, request: Request) -> bytes:
-        """The body; it counts as held until it is taken."""
+        """Read the body; it counts as held until it is taken."""
         most, parts, size = self._bounds.limits.body_bytes, [], 0
         too_large = RequestError(
-            f"the body has more than {most:,} bytes: send smaller pictures",
+            f"the body has more than {most:,} bytes: send smaller images",
             status=413,
             code="body_too_large",
         )
-        if (
-            int(request.headers.get("content-length", 0)) > most
-        ):  # h11 has seen to it that it is a number
+        if int(request.headers.get("content-length", 0)) > most:  # h11 admits only numbers
             raise too_large
+
         try:
             async with asyncio.timeout(self._bounds.body_seconds):
                 async for part in request.stream():
@@ -130,14 +139,18 @@ class Chat:
                 self._metrics.add("cancelled_total")
             if not isinstance(error, TimeoutError):
                 raise
-            sentence = f"the body did not arrive within {self._bounds.body_seconds:g} seconds: send it at once"
-            raise RequestError(sentence, status=408, code="request_timeout") from error
+            raise RequestError(
+                f"the body did not arrive within {self._bounds.body_seconds:g} seconds: "
+                "send it at once",
+                status=408,
+                code="request_timeout",
+            ) from error
         return b"".join(parts)
 
     async def _respond(
         self, bodies: list[bytes], arrived: float, scope: Scope, receive: Receive, send: Send
     ) -> None:
-        """Answer, or say why not: with a status of its own, or at the end of a stream that has begun."""
+        """Answer, or refuse: with a status, or at the end of a stream that has begun."""
         stream = EventStream(send)
         error: RequestError | ServiceError
         try:
@@ -157,11 +170,13 @@ class Chat:
         except Exception:
             _log.exception("a chat request failed")
             error = ServiceError("the server failed on this request: see its log")
+
         if not stream.begun:
             await error_response(error)(scope, receive, send)
             return
+
         self._metrics.add("failed_streams_total", code=error.code)
-        with suppress(TimeoutError):  # a client that does not read is not told either
+        with suppress(TimeoutError):  # the client may not read
             async with asyncio.timeout(_FAREWELL_SECONDS):
                 await stream.write(error_body(error))
                 await stream.end()
@@ -169,7 +184,7 @@ class Chat:
     async def _ask(
         self, bodies: list[bytes], arrived: float, stream: EventStream
     ) -> dict[str, Any] | None:
-        """The whole answer; nothing if it was streamed."""
+        """Return the whole answer; None if it was streamed."""
         prepared, streamed, include_usage = await self._prepare(bodies)
         completion = Completion(self._model, include_usage)
         texts = []
@@ -185,7 +200,10 @@ class Chat:
         return None
 
     async def _prepare(self, bodies: list[bytes]) -> tuple[Any, bool, bool]:
-        """What the engine takes, whether to stream it and whether to count its tokens; the pictures end here."""
+        """Return the engine's input, whether to stream the answer, and whether to count its tokens.
+
+        Images at their full size are given up here.
+        """
         async with self._readers:
             body = bodies.pop()
             try:
@@ -193,14 +211,13 @@ class Chat:
             finally:
                 self._held_bytes -= len(body)
                 del body
+
             check_model(asked.model, self._model)
-            return (
-                await asyncio.to_thread(self._engine.prepare, asked),
-                asked.stream,
-                asked.include_usage,
-            )
+            prepared = await asyncio.to_thread(self._engine.prepare, asked)
+            return prepared, asked.stream, asked.include_usage
 
     async def _counted(self, pieces: AsyncIterator[Piece], arrived: float) -> AsyncIterator[Piece]:
+        """Pass the pieces on and count them."""
         first = True
         async with aclosing(pieces) as pieces:  # type: ignore[type-var]
             async for piece in pieces:
@@ -215,7 +232,7 @@ class Chat:
 
 
 def check_model(asked: str, served: str) -> None:
-    """Refuse a name that is not served."""
+    """Refuse the name of a model that is not served."""
     if asked != served:
         raise RequestError(
             f"the model is not served here: ask for {served!r}",
@@ -233,3 +250,122 @@ async def _left(receive: Receive) -> None:
 
 def _busy(reason: str) -> RequestError:
     return RequestError(f"{reason}: ask again in a moment", status=429, code="server_busy")
+
+
+# ---- Answers and errors as OpenAI's clients read them -----------------------------------------
+
+_TYPES = {401: "authentication_error", 429: "rate_limit_error"}
+
+
+class Completion:
+    """One answer in the making.
+
+    Args:
+        model: Name of the model.
+        include_usage: Whether a stream counts the tokens at its end.
+    """
+
+    def __init__(self, model: str, include_usage: bool) -> None:
+        self._head = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model,
+        }
+        self._include_usage = include_usage
+
+    def whole(self, text: str, end: End) -> dict[str, Any]:
+        """Return the answer as one object."""
+        message = {"role": "assistant", "content": text, "refusal": None}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": end.reason}
+        return {
+            **self._head,
+            "object": "chat.completion",
+            "choices": [choice],
+            "usage": _usage(end),
+        }
+
+    def opening(self) -> dict[str, Any]:
+        """Return the first chunk of a stream, which says who speaks."""
+        return self._chunk([self._choice({"role": "assistant", "content": ""})])
+
+    def chunks(self, piece: Piece) -> list[dict[str, Any]]:
+        """Return the next chunks of a stream."""
+        chunks = [self._chunk([self._choice({"content": piece.text})])] if piece.text else []
+        if piece.end:
+            chunks.append(self._chunk([self._choice({}, piece.end.reason)]))
+            if self._include_usage:
+                chunks.append(self._chunk([]) | {"usage": _usage(piece.end)})
+        return chunks
+
+    def _choice(self, delta: dict[str, str], reason: str | None = None) -> dict[str, Any]:
+        return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+
+    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        chunk = {**self._head, "object": "chat.completion.chunk", "choices": choices}
+        return chunk | {"usage": None} if self._include_usage else chunk
+
+
+class EventStream:
+    """Server-sent events to one client."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.begun = False
+
+    async def write(self, *events: dict[str, Any]) -> None:
+        """Send objects; the first call sends the head."""
+        if not self.begun:
+            self.begun = True
+            headers = {
+                b"content-type": b"text/event-stream; charset=utf-8",
+                b"cache-control": b"no-store",
+                b"x-accel-buffering": b"no",
+            }
+            await self._send(
+                {"type": "http.response.start", "status": 200, "headers": list(headers.items())}
+            )
+        for event in events:
+            await self._body(f"data: {json.dumps(event, ensure_ascii=False)}\n\n", more=True)
+
+    async def end(self) -> None:
+        """Send that nothing follows."""
+        await self._body("data: [DONE]\n\n", more=False)
+
+    async def _body(self, text: str, more: bool) -> None:
+        await self._send({"type": "http.response.body", "body": text.encode(), "more_body": more})
+
+
+def error_body(error: RequestError | ServiceError) -> dict[str, Any]:
+    """Return the object that says what is wrong."""
+    kind = (
+        "server_error" if error.status >= 500 else _TYPES.get(error.status, "invalid_request_error")
+    )
+    return {
+        "error": {
+            "message": str(error),
+            "type": kind,
+            "param": getattr(error, "param", None),
+            "code": error.code,
+        }
+    }
+
+
+def error_response(
+    error: RequestError | ServiceError, headers: dict[str, str] | None = None
+) -> JSONResponse:
+    """Return the same as a response."""
+    more = {
+        401: {"WWW-Authenticate": "Bearer"},
+        429: {"Retry-After": "1"},
+        503: {"Retry-After": "5"},
+    }.get(error.status, {})
+    return JSONResponse(error_body(error), error.status, headers={**(headers or {}), **more})
+
+
+def _usage(end: End) -> dict[str, int]:
+    total = end.prompt_tokens + end.completion_tokens
+    return {
+        "prompt_tokens": end.prompt_tokens,
+        "completion_tokens": end.completion_tokens,
+        "total_tokens": total,
+    }

@@ -1,7 +1,13 @@
-"""The engine that is another program's server: started here, reached by nobody but us, asked over HTTP, stopped with us."""
+"""The engine that is another program's server: started here, asked over HTTP, stopped with us.
+
+Nobody else reaches it. Run as a program, this module is llama.cpp's own server out of the wheel
+`xllamacpp`, with the arguments of `llama-server` that we use. It is a process of its own, because
+llama.cpp ends its process where a check fails.
+"""
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import base64
 import io
@@ -9,6 +15,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -17,10 +24,11 @@ import httpx
 from PIL import Image
 
 from mipha.deploy.serve.engine import End, Piece, ServiceError
-from mipha.deploy.serve.intake import ChatRequest, RequestError, Turn
+from mipha.deploy.serve.requests import ChatRequest, RequestError, Turn
+from mipha.errors import import_optional
 
 _START_SECONDS = 1_200.0
-"""Large weights from a slow disk; a program that ends sooner is noticed at once."""
+"""Time to load large weights from a slow disk; a program that ends sooner is noticed at once."""
 
 _STOP_SECONDS = 10.0
 
@@ -29,11 +37,13 @@ class ChildEngine:
     """A server of llama.cpp or vLLM.
 
     Args:
-        name: Of the engine.
-        command: Starts it; it listens at `port` of this machine alone.
-        key: It asks for this key: other users of this machine must not go around our limits.
-        environment: Added to ours.
-        model: The name it serves the model under.
+        name: Name of the engine.
+        command: Command that starts the program.
+        port: Port of this machine alone at which the program listens.
+        key: Key that the program asks for: other users of this machine must not go around our
+            limits.
+        environment: Variables added to ours.
+        model: Name that the program serves the model under.
     """
 
     def __init__(
@@ -47,12 +57,16 @@ class ChildEngine:
     ) -> None:
         self.name, self._command, self._model = name, list(command), model
         self._environment = {**os.environ, **environment}
-        url, headers = f"http://127.0.0.1:{port}", {"Authorization": f"Bearer {key}"}
-        # The front watches over the time; a connection for every request that it holds.
-        timeout, limits = httpx.Timeout(None, connect=10.0), httpx.Limits(max_connections=None)
+
+        # The front limits the time, and how many requests there are.
         self._client = httpx.AsyncClient(
-            base_url=url, headers=headers, timeout=timeout, limits=limits, trust_env=False
+            base_url=f"http://127.0.0.1:{port}",
+            headers={"Authorization": f"Bearer {key}"},
+            timeout=httpx.Timeout(None, connect=10.0),
+            limits=httpx.Limits(max_connections=None),
+            trust_env=False,
         )
+
         self._process: subprocess.Popen[bytes] | None = None
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 open as long as the program writes
         self._stopping = asyncio.Event()
@@ -61,9 +75,10 @@ class ChildEngine:
         """Start the program and wait until it answers.
 
         Raises:
-            ServiceError: It ended, with its last words.
+            ServiceError: The program ended; its last words are in the message.
         """
-        # A group of its own: Ctrl-C is for us, and it must go on until we have finished what runs. It ends when the pipe to us does.
+        # It gets a group of its own: Ctrl-C is for us, and it must go on until we have finished all
+        # requests. It ends when the pipe to us does.
         self._process = subprocess.Popen(
             self._command,
             stdin=subprocess.PIPE,
@@ -77,7 +92,8 @@ class ChildEngine:
                 while not await self._answers():
                     if self._process.poll() is not None:
                         raise ServiceError(
-                            f"{self._command[0]} ended with code {self._process.returncode} ({self._last_words()})"
+                            f"{self._command[0]} ended with code {self._process.returncode} "
+                            f"({self._last_words()})"
                         )
                     await asyncio.sleep(0.2)
         except BaseException:
@@ -85,7 +101,7 @@ class ChildEngine:
             raise
 
     def prepare(self, request: ChatRequest) -> dict[str, Any]:
-        """The request as the program reads it, pictures as PNG: what was checked, and nothing of what was sent."""
+        """Return the request as the program reads it: only what was checked, images as PNG."""
         asked: dict[str, Any] = {
             "model": self._model,
             "messages": [_message(turn) for turn in request.turns],
@@ -105,10 +121,10 @@ class ChildEngine:
         return asked
 
     async def submit(self, asked: dict[str, Any]) -> AsyncIterator[Piece]:
-        """The program's answer.
+        """Yield the program's answer.
 
         Raises:
-            RequestError: The program refuses it.
+            RequestError: The program refuses the request.
             ServiceError: The program failed, or we stop.
         """
         reason: Any = None
@@ -132,9 +148,9 @@ class ChildEngine:
                     for choice in chunk["choices"]:
                         reason = choice.get("finish_reason") or reason
                         text = choice["delta"].get("content") or ""
-                        if (
-                            text := text if begun else text.lstrip()
-                        ):  # as our own engine's answers: some models begin with a space
+                        # Some models begin with a space; our own engine's answers never do.
+                        text = text if begun else text.lstrip()
+                        if text:
                             begun = True
                             yield Piece(text)
                     if usage := chunk.get("usage"):
@@ -160,11 +176,11 @@ class ChildEngine:
         )
 
     def is_alive(self) -> bool:
-        """Whether the program runs."""
+        """Return whether the program runs."""
         return self._process is not None and self._process.poll() is None
 
     def abort(self) -> None:
-        """Fail what runs, at its next piece."""
+        """Fail every answer at its next piece."""
         self._stopping.set()
 
     async def close(self) -> None:
@@ -224,3 +240,42 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)  # with what it started itself
         process.wait()
+
+
+# ---- The program: llama.cpp's server out of the wheel -------------------------------------------
+
+
+def main() -> None:
+    """Serve with llama.cpp until stdin ends, which it does with the process that started this."""
+    parser = argparse.ArgumentParser(prog="python -m mipha.deploy.serve.child")
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--mmproj")
+    parser.add_argument("--alias", required=True)
+    parser.add_argument("--host", required=True)
+    parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--ctx-size", type=int, required=True)
+    parser.add_argument("--parallel", type=int, required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--jinja", action="store_true", required=True)
+    options = parser.parse_args()
+
+    xllamacpp = import_optional("xllamacpp", "serving GGUF")
+    params = xllamacpp.CommonParams()
+    params.model.path = options.model
+    if options.mmproj:
+        params.mmproj.path = options.mmproj
+    params.model_alias = {options.alias}
+    params.hostnames, params.port = [options.host], options.port
+    params.api_keys = [os.environ["LLAMA_API_KEY"]]
+    params.n_ctx, params.n_parallel = options.ctx_size, options.parallel
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = options.threads
+    params.use_jinja = options.jinja
+    params.ui = params.endpoint_props = params.endpoint_slots = False
+
+    server = xllamacpp.Server(params)
+    sys.stdin.read()
+    del server
+
+
+if __name__ == "__main__":
+    main()

@@ -1,12 +1,40 @@
-"""What stands behind the front: something that is asked and answers piece by piece."""
+"""The interface of an engine, and the choice of the engine that serves a source."""
 
 from __future__ import annotations
 
+import secrets
+import shutil
+import socket
+import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
-from mipha.deploy.serve.intake import ChatRequest
+from mipha.deploy.folder import odd_keys, read_folder
+from mipha.deploy.runtimes import runtimes
+from mipha.deploy.serve.requests import ChatRequest
+from mipha.run import available_cores, model_folder
+
+if TYPE_CHECKING:
+    from mipha.deploy.serve.child import ChildEngine
+
+EngineName = Literal["auto", "transformers", "llama.cpp", "vllm"]
+
+_MAGIC = b"GGUF"
+_HEAD_BYTES = 65_536
+"""Beginning of a GGUF file; the keys that are read stand before the vocabulary, which is long."""
+
+_LLAMA_SLOTS = 4
+_MOST_CONTEXT = 4_096
+"""Tokens of a conversation with its answer.
+
+Each slot of llama.cpp holds memory for all of them from the start.
+"""
+
+
+# ---- The interface ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -14,9 +42,10 @@ class End:
     """How an answer ended.
 
     Args:
-        reason: stop: the model ended its turn, or a text of `stop` came. length: the limit cut it off.
-        prompt_tokens: Read, those of images included.
-        completion_tokens: Generated, the end of the turn included.
+        reason: "stop": the model ended its turn, or a text of `stop` came; "length": the limit cut
+            it off.
+        prompt_tokens: Tokens read, those of images included.
+        completion_tokens: Tokens generated, the end of the turn included.
     """
 
     reason: Literal["stop", "length"]
@@ -37,8 +66,8 @@ class ServiceError(Exception):
 
     Args:
         message: One sentence that the sender may read.
-        status: Of HTTP, 500 to 599.
-        code: A word for programs.
+        status: HTTP status, 500 to 599.
+        code: Word for programs.
     """
 
     def __init__(self, message: str, *, status: int = 500, code: str = "internal_error") -> None:
@@ -47,32 +76,271 @@ class ServiceError(Exception):
 
 
 class Engine(Protocol):
-    """What the front needs."""
+    """A model that answers requests piece by piece."""
 
     name: str
 
     async def start(self) -> None:
-        """Be ready to answer.
+        """Become ready to answer.
 
         Raises:
-            ServiceError: It cannot.
+            ServiceError: The engine cannot start.
         """
 
     def prepare(self, request: ChatRequest) -> Any:
-        """What `submit` takes, without the pictures at their full size; called in a thread of its own.
+        """Return the input of `submit`, without images at their full size.
+
+        It is called in a thread of its own.
 
         Raises:
             RequestError: The engine cannot be asked this.
         """
 
     def submit(self, prepared: Any) -> AsyncIterator[Piece]:
-        """The answer; whoever stops reading it early must close it, and what is not made yet is not made."""
+        """Yield the answer; a reader that stops early must close it, which stops the generation."""
 
     def is_alive(self) -> bool:
-        """Whether it can answer."""
+        """Return whether the engine can answer."""
 
     def abort(self) -> None:
-        """Fail what waits and what runs."""
+        """Fail all requests that wait or run."""
 
     async def close(self) -> None:
-        """Stop, and leave nothing behind."""
+        """Stop the engine, and leave nothing behind."""
+
+
+# ---- The source and its engine ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Source:
+    """The model that is served.
+
+    Args:
+        name: Name of the model.
+        checkpoint: Standard model folder; None for GGUF.
+        gguf: File of the language model; None for a checkpoint.
+        mmproj: File of the tower and projector, if there is one.
+    """
+
+    name: str
+    checkpoint: Path | None = None
+    gguf: Path | None = None
+    mmproj: Path | None = None
+
+
+def find_source(path: Path) -> Source:
+    """Find the model at a path, by content.
+
+    Args:
+        path: Run, model folder, folder of GGUF files or one GGUF file.
+
+    Raises:
+        FileNotFoundError: Nothing is there, or the run is not finished.
+        ValueError: The path holds none of these, or several language models.
+    """
+    if path.is_file():
+        if _architecture(path) in (None, "clip"):
+            raise ValueError(
+                f"{path} is no GGUF file of a language model: give one, or a run, or a model folder"
+            )
+        return Source(path.stem, gguf=path, mmproj=_mmproj(path.parent))
+
+    kinds = {file: _architecture(file) for file in sorted(path.glob("*.gguf"))}
+    models = [file for file, kind in kinds.items() if kind not in (None, "clip")]
+    if len(models) > 1:
+        raise ValueError(
+            f"{path} holds {len(models)} language models: "
+            f"give one of {', '.join(str(file) for file in models)}"
+        )
+    if models:
+        return Source(models[0].stem, gguf=models[0], mmproj=_mmproj(path))
+    if kinds:
+        raise ValueError(
+            f"{path} holds GGUF files but no language model: "
+            "export the model again with `mipha export --to gguf`"
+        )
+    return Source(path.resolve().name, checkpoint=model_folder(path))
+
+
+def choose_engine(source: Source, wanted: EngineName = "auto") -> EngineName:
+    """Return the engine for a source, which is installed and can serve it.
+
+    Raises:
+        ValueError: The engine cannot serve the source, or is not installed.
+    """
+    if wanted not in get_args(EngineName):
+        raise ValueError(f"no engine {wanted!r}: use one of {', '.join(get_args(EngineName))}")
+
+    # GGUF is for llama.cpp alone, and llama.cpp for GGUF alone.
+    if source.gguf is not None:
+        if wanted not in ("auto", "llama.cpp"):
+            raise ValueError(
+                f"{source.gguf} is GGUF, which {wanted} does not serve here: use --engine llama.cpp"
+            )
+        if shutil.which("llama-server") is None and find_spec("xllamacpp") is None:
+            raise ValueError(
+                "GGUF needs llama.cpp, which is not installed: pip install xllamacpp, "
+                "or put llama-server on the PATH"
+            )
+        return "llama.cpp"
+    if wanted == "llama.cpp":
+        raise ValueError(
+            f"{source.checkpoint} is no GGUF: make it with "
+            f"`mipha export {source.checkpoint} --to gguf -o FOLDER` and serve FOLDER"
+        )
+
+    # Transformers serves every checkpoint, vLLM those that it reads.
+    assert source.checkpoint is not None
+    content = read_folder(source.checkpoint)
+    if wanted == "transformers":
+        return wanted
+    vllm = next(
+        runtime
+        for runtime in runtimes(content.config, content.processor, odd_keys(content))
+        if runtime.name == "vLLM"
+    )
+    if wanted == "auto":
+        is_better = vllm.status == "exact" and shutil.which("vllm") and _has_gpu()
+        return "vllm" if is_better else "transformers"
+    if vllm.status == "unsupported":
+        raise ValueError(
+            f"vLLM cannot serve {source.checkpoint}: {vllm.reason}; use --engine transformers"
+        )
+    if shutil.which("vllm") is None:
+        raise ValueError(
+            "--engine vllm needs the program vllm, which is not installed: "
+            "pip install vllm, or use --engine transformers"
+        )
+    return "vllm"
+
+
+def launch(
+    source: Source, engine: EngineName, slots: int | None = None, dtype: str = "auto"
+) -> ChildEngine:
+    """Return an engine that is a program of its own, not started yet.
+
+    Args:
+        source: Model that is served.
+        engine: "vllm" or "llama.cpp".
+        slots: Conversations that llama.cpp answers at a time, each with memory for its whole
+            context; None: 4.
+        dtype: Dtype that vLLM computes in.
+
+    Raises:
+        ValueError: Slots are given for vLLM, which makes its own, or a dtype for llama.cpp, whose
+            file has one.
+    """
+    from mipha.deploy.serve.child import ChildEngine  # needs packages of the extra `serve`
+
+    port, key = _free_port(), secrets.token_hex(16)
+    if engine == "vllm":
+        if slots is not None:
+            raise ValueError(
+                "--batch-size has no effect on vLLM, which fills its batches by itself: "
+                "leave it out"
+            )
+        assert source.checkpoint is not None
+        command = vllm_command(source.checkpoint, source.name, port, dtype)
+        return ChildEngine(engine, command, port, key, {"VLLM_API_KEY": key}, source.name)
+
+    if dtype != "auto":
+        raise ValueError(
+            "--dtype has no effect on llama.cpp, which computes by the kind of its file: "
+            "export another kind"
+        )
+    assert engine == "llama.cpp" and source.gguf is not None
+    command = llama_command(source, port, slots or _LLAMA_SLOTS)
+    return ChildEngine(engine, command, port, key, {"LLAMA_API_KEY": key}, source.name)
+
+
+def vllm_command(checkpoint: Path, name: str, port: int, dtype: str = "auto") -> list[str]:
+    """Return the command that starts vLLM's server.
+
+    Source: `vllm serve --help`, vLLM 0.32.
+    """
+    options = {
+        "--host": "127.0.0.1",
+        "--port": port,
+        "--served-model-name": name,
+        "--dtype": dtype,
+    }
+    return ["vllm", "serve", str(checkpoint.resolve()), *_as_words(options)]
+
+
+def llama_command(source: Source, port: int, slots: int) -> list[str]:
+    """Return the command that starts llama.cpp's server: the one on the PATH, or the wheel's.
+
+    Source: `llama-server --help`.
+    """
+    assert source.gguf is not None
+    context = min(_MOST_CONTEXT, _context(source.gguf) or _MOST_CONTEXT)
+    program = (
+        ["llama-server", "--no-webui"]
+        if shutil.which("llama-server")
+        else [sys.executable, "-m", "mipha.deploy.serve.child"]
+    )
+    # Without a number llama.cpp takes all cores, and its threads spin while they wait for each
+    # other: one core must be left for the front.
+    threads = max(1, available_cores() - 1)
+
+    options: dict[str, object] = {"--model": source.gguf}
+    if source.mmproj:
+        options["--mmproj"] = source.mmproj
+    options |= {
+        "--alias": source.name,
+        "--host": "127.0.0.1",
+        "--port": port,
+        "--ctx-size": context * slots,
+        "--parallel": slots,
+        "--threads": threads,
+    }
+    return [*program, *_as_words(options), "--jinja"]
+
+
+def _as_words(options: dict[str, object]) -> list[str]:
+    return [str(word) for option in options.items() for word in option]
+
+
+def _architecture(file: Path) -> str | None:
+    """Return the architecture of a GGUF file, "clip" for a tower with its projector; else None.
+
+    Source: the GGUF specification: `general.architecture` is required; a key and a string are a
+    length of 8 bytes and the text, and between them stands the type of the value in 4 bytes.
+    """
+    value = _after(file, "general.architecture")
+    return value and value[8 : 8 + int.from_bytes(value[:8], "little")].decode(
+        "utf-8", errors="replace"
+    )
+
+
+def _context(file: Path) -> int | None:
+    """Return how many tokens the model of a GGUF file reads; None if its beginning does not say."""
+    value = _after(file, f"{_architecture(file)}.context_length")
+    return value and int.from_bytes(value[:4], "little")
+
+
+def _after(file: Path, key: str) -> bytes | None:
+    """Return the bytes after a key and its type at the beginning of a GGUF file, or None."""
+    with file.open("rb") as opened:
+        head = opened.read(_HEAD_BYTES)
+    at = head.find(key.encode())
+    return head[at + len(key) + 4 :] if head.startswith(_MAGIC) and at >= 0 else None
+
+
+def _mmproj(folder: Path) -> Path | None:
+    """Return the file of tower and projector in a folder; the largest is the most exact."""
+    found = [file for file in folder.glob("*.gguf") if _architecture(file) == "clip"]
+    return max(found, key=lambda file: (file.stat().st_size, file.name), default=None)
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

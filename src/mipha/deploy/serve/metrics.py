@@ -1,4 +1,4 @@
-"""Counts and times of a server, as Prometheus reads them.
+"""Counts and times of a server, in the format of Prometheus.
 
 Source: Prometheus text exposition format 0.0.4.
 """
@@ -23,8 +23,8 @@ _HELP = {
         "counter",
         "Requests in them; divided by batches_total: the mean batch size.",
     ),
-    "images_encoded_total": ("counter", "Pictures that went through the vision tower."),
-    "images_found_total": ("counter", "Pictures whose features were still there."),
+    "images_encoded_total": ("counter", "Images that went through the vision tower."),
+    "images_found_total": ("counter", "Images whose features were still there."),
     "request_seconds": (
         "summary",
         "From a chat request's arrival to the end of its answer, of those answered whole.",
@@ -40,7 +40,7 @@ _HELP = {
 
 
 class Metrics:
-    """What happened so far; may be told from any thread."""
+    """Counters, summaries and gauges; any thread may change them."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -54,19 +54,19 @@ class Metrics:
             self._values[name, _labels(labels)] += value
 
     def observe(self, name: str, value: float) -> None:
-        """One more value of a summary, seconds."""
+        """Add a value to a summary, in seconds."""
         assert _HELP[name][0] == "summary", name
         with self._lock:
             self._values[f"{name}_sum", ""] += value
             self._values[f"{name}_count", ""] += 1
 
     def gauge(self, name: str, read: Callable[[], float]) -> None:
-        """A value, or a count kept elsewhere, that is read when it is asked for."""
+        """Set the function that reads a value, or a count that is kept elsewhere."""
         assert name in _HELP, name
         self._gauges[name] = read
 
     def text(self) -> str:
-        """All of them, a sample a line."""
+        """Return all values, one sample a line."""
         with self._lock:
             values = dict(self._values)
         values |= {(name, ""): read() for name, read in self._gauges.items()}
@@ -78,16 +78,12 @@ class Metrics:
                 for (part, labels), value in sorted(values.items())
                 if part in parts
             ]
-            lines += (
-                [f"# HELP mipha_{name} {text}", f"# TYPE mipha_{name} {kind}", *samples]
-                if samples
-                else []
-            )
+            if samples:
+                lines += [f"# HELP mipha_{name} {text}", f"# TYPE mipha_{name} {kind}", *samples]
         return "\n".join(lines) + "\n"
 
 
 def _labels(labels: dict[str, str]) -> str:
-    inside = ",".join(
-        f'{name}="{value}"' for name, value in labels.items()
-    )  # our own words: nothing in them to escape
+    # The words are our own: there is nothing to escape.
+    inside = ",".join(f'{name}="{value}"' for name, value in labels.items())
     return f"{{{inside}}}" if inside else ""

@@ -1,4 +1,4 @@
-"""`mipha serve`: everything that can be wrong is said before the model loads; then it runs until it is told to stop."""
+"""`mipha serve`: check everything before the model loads, then serve until told to stop."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import signal
 import socket
 import sys
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
+
+from mipha.errors import import_optional
 
 if TYPE_CHECKING:
     import uvicorn
     from starlette.types import ASGIApp
 
     from mipha.deploy.serve.chat import Bounds
-    from mipha.deploy.serve.engine import Engine
-    from mipha.deploy.serve.launch import EngineName, Source
+    from mipha.deploy.serve.engine import Engine, EngineName, Source
     from mipha.deploy.serve.metrics import Metrics
 
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -48,25 +48,28 @@ def serve(
     """Serve a model with OpenAI's interface until SIGTERM or Ctrl-C.
 
     Args:
-        source: A run, a model folder, a folder of GGUF files or a GGUF file.
-        engine: auto: llama.cpp for GGUF; else vLLM where it is installed, exact and has a GPU; else transformers.
+        source: Run, model folder, folder of GGUF files or GGUF file.
+        engine: Engine that answers; auto: llama.cpp for GGUF; else vLLM where it is installed,
+            exact and has a GPU; else transformers.
         host: Address to listen at.
-        port: 0 for any free one.
-        api_key: Asked of every request; null for none.
-        allow_remote_images: Whether pictures are fetched from https addresses.
-        batch_size: Requests that are answered together; null: 16 in transformers, 4 in llama.cpp.
+        port: Port to listen at; 0 for any free one.
+        api_key: Key that every request must carry; None for none.
+        allow_remote_images: Whether images are fetched from https addresses.
+        batch_size: Requests that are answered together; None: 16 in transformers, 4 in llama.cpp.
         max_requests: Requests held at a time; another one gets 429.
-        max_new_tokens: Longest answer, tokens.
-        request_seconds: From a request to the end of its answer.
-        shutdown_seconds: What runs is given so long to finish.
-        device: For transformers; null: the GPU where there is one.
-        dtype: For transformers and vLLM: auto, float32, bfloat16 or float16. In transformers auto is bfloat16 on a GPU and float32 on a
-            CPU; vLLM rounds float32 weights to 16 bits.
+        max_new_tokens: Longest answer, in tokens.
+        request_seconds: Time from a request to the end of its answer.
+        shutdown_seconds: Time for running requests to finish.
+        device: Device for transformers; None: the GPU where there is one.
+        dtype: Dtype for transformers and vLLM: auto, float32, bfloat16 or float16. In transformers
+            auto is bfloat16 on a GPU and float32 on a CPU; vLLM rounds float32 weights to 16 bits.
 
     Raises:
-        ValueError: A package is missing, the source or an option is wrong, or the port is in use.
+        MissingPackage: A package of the extra `serve` is not installed.
+        ValueError: The source or an option is wrong, or the port is in use.
         FileNotFoundError: There is no such source.
     """
+    # Check what can be checked without the model.
     _check_options(
         batch_size=_BATCH_SIZE if batch_size is None else batch_size,
         max_requests=max_requests,
@@ -79,15 +82,15 @@ def serve(
         raise ValueError(
             "the API key must be printable ASCII without spaces around it: choose another"
         )
-    if missing := [
-        name for name in ("starlette", "uvicorn", "h11", "httpx") if find_spec(name) is None
-    ]:
-        raise ValueError(f"serving needs {', '.join(missing)}: pip install 'mipha-vlm[serve]'")
-    from mipha.deploy.serve.chat import Bounds
-    from mipha.deploy.serve.launch import choose_engine, find_source
-    from mipha.deploy.serve.limits import Limits
-    from mipha.deploy.serve.metrics import Metrics
+    for package in ("starlette", "uvicorn", "h11", "httpx"):
+        import_optional(package, "serving", "serve")
 
+    from mipha.deploy.serve.chat import Bounds
+    from mipha.deploy.serve.engine import choose_engine, find_source
+    from mipha.deploy.serve.metrics import Metrics
+    from mipha.deploy.serve.requests import Limits
+
+    # Take the port, then load the model.
     found = find_source(Path(source))
     with listen(host, port) as listening:
         chosen = choose_engine(found, engine)
@@ -96,6 +99,8 @@ def serve(
         limits = Limits(max_new_tokens=max_new_tokens, allow_remote=allow_remote_images)
         bounds = Bounds(limits=limits, max_requests=max_requests, request_seconds=request_seconds)
         behind, bounds = _load(found, chosen, bounds, metrics, batch_size, device, dtype)
+
+        # Serve; on this machine alone and without a key, only under its own names.
         if host not in _LOOPBACK and api_key is None:
             print(
                 f"mipha: warning: anybody who reaches {_url(listening)} may ask: give an --api-key",
@@ -125,11 +130,19 @@ def run(
     hosts: frozenset[str] | None = None,
     shutdown_seconds: float = 30.0,
 ) -> None:
-    """Serve an engine at a socket until SIGTERM or Ctrl-C: then nothing new is accepted, and what runs is finished.
+    """Serve an engine at a socket until SIGTERM or Ctrl-C.
+
+    Then no new request is accepted, and running ones are finished.
 
     Args:
-        listening: Of `listen`; closed at the end.
-        shutdown_seconds: What does not finish within it is answered with 503.
+        engine: Engine that answers, not started yet.
+        model: Name of the model.
+        listening: Socket of `listen`; it is closed at the end.
+        metrics: Counts and times of the server.
+        bounds: Load that is taken on at a time.
+        api_key: Key that every request must carry; None for none.
+        hosts: Names under which the server may be asked; None: any.
+        shutdown_seconds: Time for running requests to finish; later they are answered with 503.
 
     Raises:
         ValueError: The engine did not start.
@@ -152,10 +165,14 @@ def run(
         nonlocal loop
         loop, starting = asyncio.get_running_loop(), asyncio.current_task()
         assert starting is not None
+
+        # Start the engine; a signal cancels it.
         for number in signals:
             signal.signal(number, lambda *_: loop.call_soon_threadsafe(starting.cancel))
         await engine.start()
-        # uvicorn raises the signal again when it is done, for the handler that was there before: being told to stop is no failure.
+
+        # Serve. uvicorn raises the signal again when it is done, for the handler before its own;
+        # being told to stop is no failure, so that one does nothing.
         for number in signals:
             signal.signal(number, lambda *_: None)
         print(
@@ -181,7 +198,7 @@ def run(
 
 
 def configure(app: ASGIApp, shutdown_seconds: float = 30.0) -> uvicorn.Config:
-    """How the HTTP server below the application behaves: one protocol, bounded headers and connections."""
+    """Configure the HTTP server below the application: one protocol, bounded load."""
     import uvicorn
 
     from mipha.deploy.serve.app import MAX_HEADER_BYTES
@@ -201,7 +218,9 @@ def configure(app: ASGIApp, shutdown_seconds: float = 30.0) -> uvicorn.Config:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens at this address: the port is ours before the model loads, and whoever comes meanwhile waits.
+    """Return a socket that listens at this address.
+
+    So the port is ours before the model loads, and clients that come meanwhile wait.
 
     Raises:
         ValueError: The port is in use or forbidden, or the address is not this machine's.
@@ -216,6 +235,7 @@ def listen(host: str, port: int) -> socket.socket:
         raise ValueError(
             f"{host!r} is no address of this machine: use 127.0.0.1, or 0.0.0.0 for all of them"
         ) from error
+
     listening = socket.socket(family, kind, protocol)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -224,15 +244,13 @@ def listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         listening.close()
         reasons = {
-            errno.EADDRINUSE: "is in use: stop what listens there, or choose another with --port"
+            errno.EADDRINUSE: "is in use: stop what listens there, or choose another with --port",
+            errno.EACCES: "needs an administrator: choose one above 1023 with --port",
+            errno.EADDRNOTAVAIL: "cannot be opened, because "
+            f"{host} is not this machine's: use 127.0.0.1",
         }
-        reasons |= {errno.EACCES: "needs an administrator: choose one above 1023 with --port"}
-        reasons |= {
-            errno.EADDRNOTAVAIL: f"cannot be opened, for {host} is not this machine's: use 127.0.0.1"
-        }
-        raise ValueError(
-            f"port {port} {reasons.get(error.errno, f'cannot be opened ({error.strerror}): choose another')}"
-        ) from error
+        other = f"cannot be opened ({error.strerror}): choose another"
+        raise ValueError(f"port {port} {reasons.get(error.errno, other)}") from error
     return listening
 
 
@@ -245,12 +263,14 @@ def _load(
     device: str | None,
     dtype: str,
 ) -> tuple[Engine, Bounds]:
+    """Return the engine, and the bounds with the control tokens of the model's own tokenizer."""
     if engine != "transformers":
-        from mipha.deploy.serve.launch import launch
+        from mipha.deploy.serve.engine import launch
 
         if device is not None:
             raise ValueError(f"--device has no effect on {engine}: leave it out")
         return launch(found, engine, batch_size, dtype), bounds
+
     from mipha.assistant import load
     from mipha.data.check.text import special_tokens_of
     from mipha.deploy.serve.batching import TransformersEngine
@@ -258,9 +278,8 @@ def _load(
     assert found.checkpoint is not None
     assistant = load(found.checkpoint, device, dtype)
     limits = replace(bounds.limits, control_tokens=special_tokens_of(assistant.processor))
-    return TransformersEngine(assistant, metrics, batch_size or _BATCH_SIZE), replace(
-        bounds, limits=limits
-    )
+    behind = TransformersEngine(assistant, metrics, batch_size or _BATCH_SIZE)
+    return behind, replace(bounds, limits=limits)
 
 
 def _check_options(**values: float) -> None:

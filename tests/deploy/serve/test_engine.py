@@ -15,8 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mipha.deploy.serve.child import ChildEngine
-from mipha.deploy.serve.intake import ChatRequest, Turn
-from mipha.deploy.serve.launch import (
+from mipha.deploy.serve.engine import (
     Source,
     choose_engine,
     find_source,
@@ -24,6 +23,7 @@ from mipha.deploy.serve.launch import (
     llama_command,
     vllm_command,
 )
+from mipha.deploy.serve.requests import ChatRequest, Turn
 from mipha.models.build import save_checkpoint
 
 
@@ -133,7 +133,7 @@ def test_other_programs_get_what_they_need(
     model, tower = gguf(tmp_path / "a.gguf", "phi2", 2048), gguf(tmp_path / "t.gguf", "clip")
     monkeypatch.setenv("PATH", str(tmp_path))
     command = llama_command(find_source(model), 4567, slots=3)
-    assert command[:3] == [sys.executable, "-m", "mipha.deploy.serve.llama_child"]
+    assert command[:3] == [sys.executable, "-m", "mipha.deploy.serve.child"]
     given = dict(zip(command[3::2], command[4::2], strict=False))
     assert (given["--model"], given["--mmproj"], given["--alias"]) == (str(model), str(tower), "a")
     assert (given["--host"], given["--port"], given["--parallel"]) == ("127.0.0.1", "4567", "3")

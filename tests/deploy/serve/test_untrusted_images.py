@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mipha.deploy.serve.remote import Address, fetch_image, is_public
+from mipha.deploy.serve.untrusted_images import Address, fetch_image, is_public
 
 PEM = Path(__file__).with_name("pictures_test.pem")
 BODY = bytes(range(256)) * 20

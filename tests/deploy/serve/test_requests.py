@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from mipha.deploy.serve.intake import ChatRequest, Limits, RequestError, Turn, read_chat_request
+from mipha.deploy.serve.requests import ChatRequest, Limits, RequestError, Turn, read_chat_request
 
 LIMITS = Limits()
 
@@ -226,6 +226,15 @@ def test_the_models_own_control_tokens_are_refused_and_only_they() -> None:
         ({"n": 2}, "n"),
         ({"n": True}, "n"),
         ({"n": 1.5}, "n"),
+        ({"top_logprobs": False}, "top_logprobs"),
+        ({"store": 0}, "store"),
+        ({"parallel_tool_calls": 0}, "parallel_tool_calls"),
+        ({"logit_bias": {"1": 1}}, "logit_bias"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"modalities": []}, "modalities"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"audio": {}}, "audio"),
+        ({"metadata": []}, "metadata"),
         ({"frequency_penalty": 0.1}, "frequency_penalty"),
         ({"logprobs": True}, "logprobs"),
         ({"logprobs": 0}, "logprobs"),
@@ -362,7 +371,7 @@ def test_every_limit_is_met_exactly() -> None:
     assert refused(two, Limits(max_messages=2)).param == "messages"
     pictures = chat([shows(uri(file_of("PNG"))), shows(uri(file_of("GIF")))])
     assert len(read(pictures, Limits(max_images=2)).turns[0].images) == 2
-    assert "2 pictures and this model reads 1" in str(refused(pictures))
+    assert "2 images and this model reads 1" in str(refused(pictures))
     data = file_of("PNG")
     assert read(chat([shows(uri(data))]), Limits(image_bytes=len(data))).turns[0].images
     assert refused(chat([shows(uri(data))]), Limits(image_bytes=len(data) - 3)).status == 413
@@ -407,7 +416,7 @@ def test_a_picture_from_an_address_is_fetched_only_if_allowed_and_within_its_lim
         asked.append((url, limits))
         if url.endswith("gone"):
             raise ValueError(
-                "the picture's address answers with status 404: give one that answers with 200"
+                "the image's address answers with status 404: give one that answers with 200"
             )
         return file_of("PNG")
 
@@ -420,7 +429,7 @@ def test_a_picture_from_an_address_is_fetched_only_if_allowed_and_within_its_lim
     assert asked == [("https://a.example/b.png", {"max_bytes": 99, "max_seconds": 2.5})]
     with pytest.raises(
         RequestError,
-        match=r"messages\[0\].content\[0\].image_url: the picture's address answers with status 404",
+        match=r"messages\[0\].content\[0\].image_url: the image's address answers with status 404",
     ):
         asyncio.run(read_chat_request(body("https://a.example/gone"), limits, fetch=fetch))
     with pytest.raises(RequestError, match="this server fetches none"):
