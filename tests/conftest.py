@@ -303,3 +303,14 @@ def _save_tower(folder: Path, tower: str) -> None:
     (folder / "preprocessor_config.json").write_text(
         json.dumps(pixels | {"do_rescale": True, "do_normalize": True})
     )
+
+
+@pytest.fixture(scope="session")
+def official_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Official files of every benchmark that exists, small, in a folder each; not to be changed."""
+    from tests.evaluation.official import collect
+
+    root = tmp_path_factory.mktemp("official")
+    for name, official in collect().items():
+        official.write(root / name)
+    return root

@@ -16,38 +16,12 @@ import pytest
 from typer.testing import CliRunner
 
 from mipha.cli import app
-from mipha.evaluation.benchmark import list_benchmarks
-from tests.evaluation.official_files import GOLD, SCORED, WRITERS, write_official_files, write_pope
+from mipha.evaluation.benchmark import load_benchmark
+from tests.evaluation.benchmarks.test_pope import write_official as write_pope
+from tests.evaluation.official import Official, collect
 
-# What gold answers are worth, in the name and unit that the paper reports.
-BEST = {
-    **dict.fromkeys(GOLD, ("accuracy", 100.0)),
-    **{
-        "mme": ("perception", 2000.0),
-        "mmvet": ("total", 60.0),
-        "pope": ("f1", 100.0),
-        "scienceqa": ("img_accuracy", 100.0),
-    },
-    **{"seedbench": ("image", 100.0), "vizwiz": ("vizwiz_api", 100.0)},
-}
-READINGS = {
-    **dict.fromkeys(("easy_vqa", "mme", "pope", "scienceqa"), ("parsed",)),
-    **dict.fromkeys(("mmbench", "mmbench_cn", "seedbench"), ("parsed", "submission")),
-    **dict.fromkeys(("gqa", "vizwiz", "vqav2"), ("normalised", "submission")),
-    **{"mmvet": ("submission",), "textvqa": ("normalised",)},
-}
-# Two runs of grades: 0.5 + 1 + 0.5 + 0.2 and 0.7 + 1 + 0.5 + 0.4 of 4 are 55 % and 65 %.
-GRADES = {
-    "v1_0": ("0.5", "0.7"),
-    "v1_1": ("1.0", "1"),
-    "v1_2": ("0.5", "0.5 or so"),
-    "v1_3": ("0.2", "0.4"),
-}
-REPLIES = [
-    {"question_id": name, "run": run, "responses": [reply]}
-    for name, runs in GRADES.items()
-    for run, reply in enumerate(runs)
-]
+OFFICIAL = collect()
+POPE = OFFICIAL["pope"].gold
 
 
 def mipha(*arguments: object) -> Any:
@@ -80,11 +54,10 @@ def score(benchmark: str, annotations: Path, predictions: Path, out: Path, *more
 
 
 def judged(benchmark: str, folder: Path) -> tuple[object, ...]:
-    return (
-        ("--judge-replies", write_lines(folder / "replies.jsonl", REPLIES))
-        if benchmark == "mmvet"
-        else ()
-    )
+    """Options for a benchmark that has no score without a judge."""
+    if load_benchmark(benchmark).judge != "required":
+        return ()
+    return ("--judge-replies", write_lines(folder / "replies.jsonl", OFFICIAL[benchmark].replies))
 
 
 def assert_refused(done: Any, *words: str) -> None:
@@ -99,15 +72,12 @@ def assert_refused(done: Any, *words: str) -> None:
         assert word in done.stderr
 
 
-@pytest.fixture(scope="module")
-def official(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_official_files(tmp_path_factory.mktemp("official"))
-
-
 @pytest.fixture
-def folder(official: Path, tmp_path: Path) -> Callable[[str], Path]:
+def folder(official_files: Path, tmp_path: Path) -> Callable[[str], Path]:
     """`folder(benchmark)`: a copy of its official files, to break."""
-    return lambda benchmark: shutil.copytree(official / benchmark, tmp_path / "data" / benchmark)
+    return lambda benchmark: shutil.copytree(
+        official_files / benchmark, tmp_path / "data" / benchmark
+    )
 
 
 @pytest.fixture
@@ -119,11 +89,7 @@ def model(tmp_path: Path) -> Path:
     return tmp_path / "model"
 
 
-def test_there_are_official_files_and_gold_answers_for_every_benchmark() -> None:
-    assert sorted(WRITERS) == sorted(GOLD) == list_benchmarks()
-
-
-@pytest.mark.parametrize("benchmark", list_benchmarks())
+@pytest.mark.parametrize("benchmark", OFFICIAL)
 def test_gold_answers_get_full_marks_in_any_order_and_without_images(
     benchmark: str, folder: Callable, tmp_path: Path
 ) -> None:
@@ -131,41 +97,35 @@ def test_gold_answers_get_full_marks_in_any_order_and_without_images(
     for path in annotations.rglob("*"):
         if path.is_file() and path.suffix not in (".json", ".txt", ".tsv"):
             path.unlink()
-    texts = list(GOLD[benchmark].items())
+    official = OFFICIAL[benchmark]
+    texts = list(official.gold.items())
     random.Random(0).shuffle(texts)
     predictions = write_predictions(tmp_path / "p.jsonl", dict(texts))
-    done = score(
-        benchmark,
-        annotations,
-        predictions,
-        tmp_path / "new" / "out.json",
-        *judged(benchmark, tmp_path),
-    )
+    out = tmp_path / "new" / "out.json"
+    done = score(benchmark, annotations, predictions, out, *judged(benchmark, tmp_path))
     assert done.exit_code == 0, done.stderr
-    content = json.loads((tmp_path / "new" / "out.json").read_text())
-    name, best = BEST[benchmark]
-    assert (content["metric"], content["headline"], content["metrics"][name]) == (
-        name,
-        pytest.approx(best),
-        pytest.approx(best),
-    )
-    assert sorted(content["per_question"]) == sorted(SCORED[benchmark])
-    if benchmark != "mmvet":
+
+    content = json.loads(out.read_text())
+    best = pytest.approx(official.best)
+    assert (content["metric"], content["unit"]) == (official.metric, official.unit)
+    assert content["headline"] == content["metrics"][official.metric] == best
+    assert sorted(content["per_question"]) == sorted(official.scored_ids)
+    if load_benchmark(benchmark).judge != "required":
         assert set(content["per_question"].values()) == {1.0}
-    assert {"parsed", "normalised", "submission"} & content.keys() == set(READINGS[benchmark])
-    for reading in READINGS[benchmark]:
-        assert content[reading].keys() == GOLD[benchmark].keys()
-    assert name in done.stdout
+    assert {"parsed", "normalised", "submission"} & content.keys() == set(official.readings)
+    for reading in official.readings:
+        assert content[reading].keys() == official.gold.keys()
+    assert official.metric in done.stdout
 
 
-def test_scoring_loads_no_torch(official: Path, tmp_path: Path) -> None:
+def test_scoring_loads_no_torch(official_files: Path, tmp_path: Path) -> None:
     program = "import sys\nsys.modules['torch'] = sys.modules['transformers'] = None\nfrom mipha.cli import main\nmain()"
-    predictions = write_predictions(tmp_path / "p.jsonl", GOLD["easy_vqa"])
+    predictions = write_predictions(tmp_path / "p.jsonl", OFFICIAL["easy_vqa"].gold)
     arguments = [
         "score",
         "easy_vqa",
         "--annotations",
-        official / "easy_vqa",
+        official_files / "easy_vqa",
         "--predictions",
         predictions,
         "--json",
@@ -180,9 +140,11 @@ def test_scoring_loads_no_torch(official: Path, tmp_path: Path) -> None:
     assert done.returncode == 0 and (tmp_path / "o.json").is_file(), done.stderr
 
 
-def test_recorded_replies_decide_what_rules_cannot_read(official: Path, tmp_path: Path) -> None:
+def test_recorded_replies_decide_what_rules_cannot_read(
+    official_files: Path, tmp_path: Path
+) -> None:
     """Of MMBench's three questions one is right by rules; of the others a judge finds one right, and one like no option."""
-    texts = GOLD["mmbench"] | {"241": "a furry animal", "7": "hm", "1000009": "crimson"}
+    texts = OFFICIAL["mmbench"].gold | {"241": "a furry animal", "7": "hm", "1000009": "crimson"}
     predictions = write_predictions(tmp_path / "p.jsonl", texts)
     replies = [
         {"question_id": 241, "text": "A"},
@@ -194,7 +156,9 @@ def test_recorded_replies_decide_what_rules_cannot_read(official: Path, tmp_path
         ("rules", ()),
         ("judge", ("--judge-replies", write_lines(tmp_path / "r.jsonl", replies))),
     ):
-        done = score("mmbench", official / "mmbench", predictions, tmp_path / f"{name}.json", *more)
+        done = score(
+            "mmbench", official_files / "mmbench", predictions, tmp_path / f"{name}.json", *more
+        )
         assert done.exit_code == 0, done.stderr
         found[name] = json.loads((tmp_path / f"{name}.json").read_text())
     assert (found["rules"]["headline"], found["judge"]["headline"]) == (0, pytest.approx(200 / 3))
@@ -204,7 +168,7 @@ def test_recorded_replies_decide_what_rules_cannot_read(official: Path, tmp_path
     lacking = write_lines(tmp_path / "r.jsonl", replies[:1])
     done = score(
         "mmbench",
-        official / "mmbench",
+        official_files / "mmbench",
         predictions,
         tmp_path / "out.json",
         "--judge-replies",
@@ -214,46 +178,51 @@ def test_recorded_replies_decide_what_rules_cannot_read(official: Path, tmp_path
     assert not (tmp_path / "out.json").exists()
 
 
-def test_no_judge_no_score_of_mmvet(official: Path, model: Path, tmp_path: Path) -> None:
-    predictions = write_predictions(tmp_path / "p.jsonl", GOLD["mmvet"])
+def test_no_judge_no_score_of_mmvet(official_files: Path, model: Path, tmp_path: Path) -> None:
+    predictions = write_predictions(tmp_path / "p.jsonl", OFFICIAL["mmvet"].gold)
     assert_refused(
-        score("mmvet", official / "mmvet", predictions, tmp_path / "out.json"),
+        score("mmvet", official_files / "mmvet", predictions, tmp_path / "out.json"),
         "graded by a judge",
         "--judge-replies FILE",
     )
-    done = mipha("evaluate", model, "-b", "mmvet", "--data-root", official, "-o", tmp_path / "out")
+    done = mipha(
+        "evaluate", model, "-b", "mmvet", "--data-root", official_files, "-o", tmp_path / "out"
+    )
     assert_refused(done, "mmvet is graded by a judge")
-    replies = ("--judge-replies", write_lines(tmp_path / "r.jsonl", REPLIES))
-    predictions = write_predictions(tmp_path / "p.jsonl", GOLD["pope"])
+    replies = ("--judge-replies", write_lines(tmp_path / "r.jsonl", OFFICIAL["mmvet"].replies))
+    predictions = write_predictions(tmp_path / "p.jsonl", POPE)
     assert_refused(
-        score("pope", official / "pope", predictions, tmp_path / "out.json", *replies),
+        score("pope", official_files / "pope", predictions, tmp_path / "out.json", *replies),
         "by rules alone: leave the judge out",
     )
     both = ("--judge", "http://localhost:1/v1")
     assert_refused(
-        score("mmvet", official / "mmvet", predictions, tmp_path / "out.json", *replies, *both),
+        score(
+            "mmvet", official_files / "mmvet", predictions, tmp_path / "out.json", *replies, *both
+        ),
         "two judges: give one",
     )
     assert_refused(
-        score("mmvet", official / "mmvet", predictions, tmp_path / "out.json", *both),
+        score("mmvet", official_files / "mmvet", predictions, tmp_path / "out.json", *both),
         "needs --judge-model",
     )
     assert not (tmp_path / "out.json").exists() and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("benchmark", list_benchmarks())
+@pytest.mark.parametrize("benchmark", OFFICIAL)
 def test_a_prediction_too_few_or_too_many_is_named(
-    benchmark: str, official: Path, tmp_path: Path
+    benchmark: str, official_files: Path, tmp_path: Path
 ) -> None:
-    names, number = list(GOLD[benchmark]), len(GOLD[benchmark])
+    names = list(OFFICIAL[benchmark].gold)
+    number = len(names)
     out = tmp_path / "out" / "o.json"
     lacking = write_predictions(tmp_path / "p.jsonl", {name: "yes" for name in names[:-1]})
-    done = score(benchmark, official / benchmark, lacking, out, *judged(benchmark, tmp_path))
+    done = score(benchmark, official_files / benchmark, lacking, out, *judged(benchmark, tmp_path))
     assert_refused(done, f"p.jsonl lacks 1 of {number} questions, such as {names[-1]}")
     twice = write_lines(
         tmp_path / "p.jsonl", [{"question_id": name, "text": "yes"} for name in [*names, names[1]]]
     )
-    done = score(benchmark, official / benchmark, twice, out, *judged(benchmark, tmp_path))
+    done = score(benchmark, official_files / benchmark, twice, out, *judged(benchmark, tmp_path))
     assert_refused(done, f"p.jsonl line {number + 1}: question_id {names[1]} is also on line 2")
     assert not out.parent.exists()
 
@@ -265,160 +234,80 @@ def test_a_prediction_too_few_or_too_many_is_named(
         ('["2", "No"]', "p.jsonl line 2 is not a JSON object"),
         (
             '{"question_id": "2", "answer": "No"}',
-            'p.jsonl line 2 is not {"question_id": ..., "text": "..."}',
+            "p.jsonl line 2 has no 'text': write",
         ),
         (
             '{"question_id": "2", "text": null}',
-            'p.jsonl line 2 is not {"question_id": ..., "text": "..."}',
+            "p.jsonl line 2: text None should be a valid string",
         ),
         (
             '{"question_id": 2.5, "text": "No"}',
-            'p.jsonl line 2 is not {"question_id": ..., "text": "..."}',
+            "p.jsonl line 2: question_id 2.5 should be a text or a whole number",
         ),
         ('{"question_id": "77", "text": "No"}', "p.jsonl line 2: no question has the id 77"),
         ("\udcff", "p.jsonl line 2 is not valid JSON"),
     ],
 )
-def test_a_malformed_line_is_named(line: str, words: str, official: Path, tmp_path: Path) -> None:
-    rows = [json.dumps({"question_id": name, "text": text}) for name, text in GOLD["pope"].items()]
+def test_a_malformed_line_is_named(
+    line: str, words: str, official_files: Path, tmp_path: Path
+) -> None:
+    rows = [json.dumps({"question_id": name, "text": text}) for name, text in POPE.items()]
     rows[1] = line
     (tmp_path / "p.jsonl").write_bytes("\n".join(rows).encode("utf-8", "surrogateescape"))
     assert_refused(
-        score("pope", official / "pope", tmp_path / "p.jsonl", tmp_path / "out" / "o.json"), words
+        score("pope", official_files / "pope", tmp_path / "p.jsonl", tmp_path / "out" / "o.json"),
+        words,
     )
     assert not (tmp_path / "out").exists()
 
 
-def test_missing_files_are_named(official: Path, tmp_path: Path) -> None:
+def test_missing_files_are_named(official_files: Path, tmp_path: Path) -> None:
     out, predictions = (
         tmp_path / "out" / "o.json",
-        write_predictions(tmp_path / "p.jsonl", GOLD["pope"]),
+        write_predictions(tmp_path / "p.jsonl", POPE),
     )
     assert_refused(
-        score("pope", official / "pope", tmp_path / "none.jsonl", out), "no file", "none.jsonl"
+        score("pope", official_files / "pope", tmp_path / "none.jsonl", out),
+        "no file",
+        "none.jsonl",
     )
     assert_refused(
-        score("pop", official / "pope", predictions, out), "no benchmark 'pop': did you mean pope"
+        score("pop", official_files / "pope", predictions, out),
+        "no benchmark 'pop': did you mean pope",
     )
     replies = ("--judge-replies", tmp_path / "none.jsonl")
     assert_refused(
-        score("mmvet", official / "mmvet", predictions, out, *replies), "no file", "none.jsonl"
+        score("mmvet", official_files / "mmvet", predictions, out, *replies),
+        "no file",
+        "none.jsonl",
     )
-    for benchmark in list_benchmarks():
+    for benchmark in OFFICIAL:
         done = score(benchmark, tmp_path / "none", predictions, out, *judged(benchmark, tmp_path))
         assert_refused(done, str(tmp_path / "none"))
     assert not out.parent.exists()
 
 
-# Benchmark, file, what is in it, what it becomes, what is said of it.
-LABELS = [
-    (
-        "easy_vqa",
-        "test/questions.json",
-        '"circle"',
-        '"star"',
-        ("questions.json, row 1", "one of the 13 answers"),
-    ),
-    (
-        "gqa",
-        "testdev_balanced_questions.json",
-        '"answer": "red"',
-        '"answer": 3',
-        ("questions.json question 203", "and 3, not two texts"),
-    ),
-    (
-        "mmbench",
-        "mmbench_dev_20230712.tsv",
-        "\tA\tx",
-        "\tC\tx",
-        (".tsv line 2", "answer 'C' is the letter of none of its options"),
-    ),
-    (
-        "mmbench_cn",
-        "mmbench_dev_cn_20231003.tsv",
-        "\tB\tx",
-        "\t\tx",
-        (".tsv line 2 has no answer",),
-    ),
-    (
-        "mme",
-        "OCR.txt",
-        "\tNo\n",
-        "\tMaybe\n",
-        ("OCR.txt line 2 has the answer 'Maybe', not Yes or No",),
-    ),
-    ("mmvet", "mm-vet.json", '"math"', '"smell"', ("mm-vet.json, question v1_0 needs 'smell'",)),
-    (
-        "pope",
-        "coco_pope_random.json",
-        '"no"',
-        '"maybe"',
-        ("coco_pope_random.json line 2 has the label 'maybe', not yes or no",),
-    ),
-    (
-        "scienceqa",
-        "problems.json",
-        '"answer": 4',
-        '"answer": 5',
-        ("problems.json problem 12 has the answer 5", "of its 5 choices"),
-    ),
-    (
-        "seedbench",
-        "SEED-Bench.json",
-        '"answer": "D"',
-        '"answer": "E"',
-        ("SEED-Bench.json question number 3", "'E'", "one of A, B, C, D"),
-    ),
-    (
-        "textvqa",
-        "TextVQA_0.5.1_val.json",
-        '"Nokia phone", ',
-        "",
-        ("data[2] (question_id 34604) does not have ten human answers",),
-    ),
-    ("vizwiz", "val.json", '"answers"', '"captions"', ("val.json [0] has no 'answers'",)),
-    (
-        "vqav2",
-        "v2_mscoco_val2014_annotations.json",
-        '{"answer": "red"',
-        '{"text": "red"',
-        ("annotations[1]", "its answers are not a list"),
-    ),
-]
-
-
-@pytest.mark.parametrize(
-    ("benchmark", "file", "old", "new", "words"), LABELS, ids=[case[0] for case in LABELS]
-)
+@pytest.mark.parametrize("benchmark", OFFICIAL)
 def test_a_label_outside_the_options_is_named(
-    benchmark: str,
-    file: str,
-    old: str,
-    new: str,
-    words: tuple[str, ...],
-    folder: Callable[[str], Path],
-    tmp_path: Path,
+    benchmark: str, folder: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    path = folder(benchmark) / file
+    broken = OFFICIAL[benchmark].broken_label
+    path = folder(benchmark) / broken.file
     text = path.read_text(encoding="utf-8")
-    assert old in text
-    path.write_text(text.replace(old, new, 1), encoding="utf-8")
-    predictions = write_predictions(tmp_path / "p.jsonl", GOLD[benchmark])
-    done = score(
-        benchmark,
-        tmp_path / "data" / benchmark,
-        predictions,
-        tmp_path / "out" / "o.json",
-        *judged(benchmark, tmp_path),
-    )
-    assert_refused(done, *words)
+    assert broken.old in text
+    path.write_text(text.replace(broken.old, broken.new, 1), encoding="utf-8")
+    predictions = write_predictions(tmp_path / "p.jsonl", OFFICIAL[benchmark].gold)
+    data, out = tmp_path / "data" / benchmark, tmp_path / "out" / "o.json"
+    done = score(benchmark, data, predictions, out, *judged(benchmark, tmp_path))
+    assert_refused(done, *broken.words)
     assert not (tmp_path / "out").exists()
 
 
-FILES = [(case[0], case[1]) for case in LABELS] + [
-    *(("pope", f"coco_pope_{subset}.json") for subset in ("adversarial", "popular")),
-    *(("scienceqa", "pid_splits.json"), ("vqav2", "v2_OpenEnded_mscoco_val2014_questions.json")),
-]
+def files_of(official: Official) -> tuple[str, ...]:
+    return (official.broken_label.file, *official.other_files)
+
+
+FILES = [(name, file) for name, official in OFFICIAL.items() for file in files_of(official)]
 
 
 @pytest.mark.parametrize(("benchmark", "file"), FILES, ids=[file for _, file in FILES])
@@ -428,20 +317,12 @@ def test_a_file_that_is_cut_off_or_not_there_is_named(
     path = folder(benchmark) / file
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2 + 3])
-    predictions = write_predictions(tmp_path / "p.jsonl", GOLD[benchmark])
-    arguments = (
-        benchmark,
-        tmp_path / "data" / benchmark,
-        predictions,
-        tmp_path / "out" / "o.json",
-        *judged(benchmark, tmp_path),
-    )
+    predictions = write_predictions(tmp_path / "p.jsonl", OFFICIAL[benchmark].gold)
+    data, out = tmp_path / "data" / benchmark, tmp_path / "out" / "o.json"
+    arguments = (benchmark, data, predictions, out, *judged(benchmark, tmp_path))
     assert_refused(score(*arguments), str(path))
     path.unlink()
-    # MME's score is made of those subtasks that are there, so then it is the prediction that has no question.
-    assert_refused(
-        score(*arguments), "no question has the id OCR/0" if benchmark == "mme" else path.name
-    )
+    assert_refused(score(*arguments), OFFICIAL[benchmark].without_file or path.name)
     assert not (tmp_path / "out").exists()
 
 
@@ -454,7 +335,7 @@ def test_official_files_without_a_question_are_refused(
         (data / "testdev_balanced_questions.json").write_text("{}")
     for path in data.glob("*.txt"):
         path.unlink()
-    predictions = write_predictions(tmp_path / "p.jsonl", GOLD[benchmark])
+    predictions = write_predictions(tmp_path / "p.jsonl", OFFICIAL[benchmark].gold)
     assert_refused(
         score(benchmark, data, predictions, tmp_path / "out.json"), str(data), "no question"
     )
@@ -466,18 +347,7 @@ def test_official_files_without_a_question_are_refused(
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.json").exists()
 
 
-IMAGES = {
-    "easy_vqa": "test/images/1.png",
-    "gqa": "images/n2.jpg",
-    "mme": "landmark/0001.jpg",
-    "mmvet": "images/b.png",
-    "pope": "val2014/COCO_val2014_000000000139.jpg",
-    "scienceqa": "images/test/12/image.png",
-    "seedbench": "SEED-Bench-image/90_1",
-    "textvqa": "train_images/0054c91397f2fe05.jpg",
-    "vizwiz": "val/VizWiz_val_00000002.jpg",
-    "vqav2": "val2014/COCO_val2014_000000000139.jpg",
-}
+IMAGES = {name: official.image for name, official in OFFICIAL.items() if official.image}
 
 
 @pytest.mark.parametrize("more", [(), ("--dry-run",)], ids=["evaluate", "dry-run"])
@@ -514,7 +384,7 @@ def test_a_missing_image_is_found_before_anything_is_asked(
         ("x" * 65, "mmbench_dev_20230712.tsv line 3: the image is not base64"),
         (
             "",
-            "mmbench_dev_20230712.tsv line 3: the image is neither a picture in base64 nor the index of a row with one",
+            "mmbench_dev_20230712.tsv line 3: the image is neither an image in base64 nor the index of a row with one",
         ),
         ("12", "mmbench_dev_20230712.tsv line 3: the image is neither"),
     ],
@@ -539,27 +409,33 @@ def test_a_picture_in_a_table_that_is_none_is_found_too(
     assert not (tmp_path / "out").exists()
 
 
-def test_other_mistakes_of_an_evaluation(official: Path, model: Path, tmp_path: Path) -> None:
+def test_other_mistakes_of_an_evaluation(official_files: Path, model: Path, tmp_path: Path) -> None:
     out = ("-o", tmp_path / "out")
     for arguments, words in (
-        (("-b", "pope,gqq", "--data-root", official, *out), "no benchmark 'gqq': did you mean gqa"),
-        (("-b", ",", "--data-root", official, *out), "no benchmark was named"),
-        (("-b", "pope,gqa", "--data-root", official / "pope", *out), "pope/pope"),
+        (
+            ("-b", "pope,gqq", "--data-root", official_files, *out),
+            "no benchmark 'gqq': did you mean gqa",
+        ),
+        (("-b", ",", "--data-root", official_files, *out), "no benchmark was named"),
+        (("-b", "pope,gqa", "--data-root", official_files / "pope", *out), "pope/pope"),
         (("-b", "pope", *out), "pope has no packaged copy: get coco_pope_adversarial.json"),
         (
-            ("-b", "pope", "--data-root", official, "--split", "val", *out),
+            ("-b", "pope", "--data-root", official_files, "--split", "val", *out),
             "benchmark pope has no split 'val': choose test",
         ),
-        (("-b", "pope", "--data-root", official, "--limit", 0, *out), "limit is 0: give 1 or more"),
         (
-            ("-b", "pope", "--data-root", official, "--batch-size", 0, *out),
+            ("-b", "pope", "--data-root", official_files, "--limit", 0, *out),
+            "limit is 0: give 1 or more",
+        ),
+        (
+            ("-b", "pope", "--data-root", official_files, "--batch-size", 0, *out),
             "batch_size is 0: give 1 or more",
         ),
-        (("-b", "pope", "--data-root", official), "has no place for results: give -o"),
+        (("-b", "pope", "--data-root", official_files), "has no place for results: give -o"),
     ):
         assert_refused(mipha("evaluate", model, *arguments), words)
     assert_refused(
-        mipha("evaluate", tmp_path / "none", "-b", "pope", "--data-root", official, *out),
+        mipha("evaluate", tmp_path / "none", "-b", "pope", "--data-root", official_files, *out),
         "no run folder",
         "none",
     )
@@ -567,11 +443,20 @@ def test_other_mistakes_of_an_evaluation(official: Path, model: Path, tmp_path: 
 
 
 def test_a_benchmark_that_is_named_twice_counts_once(
-    official: Path, model: Path, tmp_path: Path
+    official_files: Path, model: Path, tmp_path: Path
 ) -> None:
     """Its own folder will do, as for one; so the next thing that is wrong is the split."""
     done = mipha(
-        "evaluate", model, "-b", "pope,gqa", "-b", "pope", "--data-root", official, "--split", "x"
+        "evaluate",
+        model,
+        "-b",
+        "pope,gqa",
+        "-b",
+        "pope",
+        "--data-root",
+        official_files,
+        "--split",
+        "x",
     )
     assert_refused(done, "benchmark pope has no split 'x'")
     (tmp_path / "pope").mkdir()
@@ -591,13 +476,14 @@ def test_a_benchmark_that_is_named_twice_counts_once(
 
 
 def test_an_undefined_headline_has_no_p_value_and_no_other_metric_takes_its_place(
-    official: Path, tmp_path: Path
+    official_files: Path, tmp_path: Path
 ) -> None:
     """Without a right yes there is no F1; of the adversarial questions two are yes."""
-    for name, texts in (("gold", GOLD["pope"]), ("no", dict.fromkeys(GOLD["pope"], "No"))):
+    for name, texts in (("gold", POPE), ("no", dict.fromkeys(POPE, "No"))):
         predictions = write_predictions(tmp_path / "p.jsonl", texts)
         assert (
-            score("pope", official / "pope", predictions, tmp_path / f"{name}.json").exit_code == 0
+            score("pope", official_files / "pope", predictions, tmp_path / f"{name}.json").exit_code
+            == 0
         )
     assert json.loads((tmp_path / "no.json").read_text())["headline"] is None
     done = mipha(
@@ -614,12 +500,12 @@ def test_an_undefined_headline_has_no_p_value_and_no_other_metric_takes_its_plac
     assert rows["adversarial.accuracy"]["paired"]["difference"] == 50
 
 
-def test_what_cannot_be_compared(official: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_compared(official_files: Path, tmp_path: Path) -> None:
     for benchmark in ("pope", "gqa"):
-        predictions = write_predictions(tmp_path / "p.jsonl", GOLD[benchmark])
+        predictions = write_predictions(tmp_path / "p.jsonl", OFFICIAL[benchmark].gold)
         assert (
             score(
-                benchmark, official / benchmark, predictions, tmp_path / f"{benchmark}.json"
+                benchmark, official_files / benchmark, predictions, tmp_path / f"{benchmark}.json"
             ).exit_code
             == 0
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mipha.comparison.radar import draw_radar
+from mipha.comparison.figures import draw_radar
 from mipha.comparison.results import best_of, measured, published, published_table
 from mipha.comparison.tables import compare, render
 
@@ -156,6 +156,16 @@ def test_a_run_stands_beside_published_models(run: Path) -> None:
         "mme ~; mme_cognition ~",
     )
     assert r"\textbf{81.3$^*$}" in render(rows, "latex")
+
+
+def test_a_metric_with_a_column_of_its_own_stands_in_it(tmp_path: Path) -> None:
+    scores = [{"metric": "f1", "value": 80.0}, {"metric": "recall", "value": 70.0}]
+    scores.append({"metric": "hard.f1", "value": 60.0, "column": "pope_hard"})
+    content = {"benchmark": "pope", "blind": False, "complete": True, "scores": scores}
+    (tmp_path / "pope").mkdir()
+    (tmp_path / "pope" / "scores.json").write_text(json.dumps(content))
+    cells = measured(tmp_path).cells
+    assert {name: cell.value for name, cell in cells.items()} == {"pope": 80, "pope_hard": 60}
 
 
 def test_a_radar_is_drawn_and_one_of_too_little_is_refused(run: Path, tmp_path: Path) -> None:

@@ -14,8 +14,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from mipha.deploy.model_card import export_for_hub, model_card, write_model_card
-from mipha.evaluation.benchmark import Score
-from mipha.evaluation.score import Result
+from mipha.evaluation.score import Result, Score
 from mipha.models.build import save_checkpoint
 from mipha.recipe import Recipe
 from mipha.run import Run, create_run

@@ -17,43 +17,19 @@ import pytest
 from typer.testing import CliRunner
 
 from mipha.cli import app
-from mipha.evaluation.benchmark import list_benchmarks
 from mipha.evaluation.evaluate import plan
-from tests.evaluation.official_files import (
-    GOLD,
-    SCORED,
-    write_official_files,
-    write_pope,
-    write_pope_subset,
-)
+from tests.evaluation.benchmarks.test_pope import write_official as write_pope
+from tests.evaluation.benchmarks.test_pope import write_subset as write_pope_subset
+from tests.evaluation.official import collect
 
-ALL = ",".join(list_benchmarks())
+OFFICIAL = collect()
+NAMES = list(OFFICIAL)
+ALL = ",".join(NAMES)
+LONGEST = max(NAMES, key=lambda name: len(OFFICIAL[name].gold))
 PICTURE = "val2014/COCO_val2014_000000000139.jpg"
 ABOUT_IT = ["3", "4", "10000003", "20000003", "20000004"]
 """POPE's questions about that picture, in the order of its files."""
 
-# Metric, unit and official number of questions. Source: papers and data files, as in LLaVA's docs/Evaluation.md
-REPORTED = {
-    "easy_vqa": ("accuracy", "%", "9,673"),
-    "gqa": ("accuracy", "%", "12,578"),
-    "mmbench": ("accuracy", "%", "4,377"),
-    "mmbench_cn": ("accuracy", "%", "4,329"),
-    "mme": ("perception", "points", "2,374"),
-    "mmvet": ("total", "%", "218"),
-    "pope": ("f1", "%", "8,910"),
-    "scienceqa": ("img_accuracy", "%", "4,241"),
-    "seedbench": ("image", "%", "14,233"),
-    "textvqa": ("accuracy", "%", "5,000"),
-    "vizwiz": ("vizwiz_api", "%", "4,319"),
-    "vqav2": ("accuracy", "%", "214,354"),
-}
-UPLOADS = {
-    "gqa": "testdev_balanced_predictions.json",
-    "mmbench": "mmbench.xlsx",
-    "mmbench_cn": "mmbench_cn.xlsx",
-    "mmvet": "mmvet.json",
-    "seedbench": "seedbench_predictions.jsonl",
-}
 SCORE_ALL = """
 import json, sys
 sys.modules["torch"] = sys.modules["transformers"] = None  # whoever imports them fails
@@ -90,27 +66,17 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_official_files(tmp_path_factory.mktemp("data"))
-
-
-@pytest.fixture(scope="module")
 def replies(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a judge said in two runs over MM-Vet, and about any answer to MMBench that the rules cannot read."""
-    graded = [
-        {"question_id": name, "run": run, "responses": [f"0.{run + 3}"]}
-        for name in GOLD["mmvet"]
-        for run in range(2)
-    ]
-    read = [{"question_id": name, "text": "A"} for name in (*GOLD["mmbench"], *GOLD["mmbench_cn"])]
+    """What a judge said about the answers of every benchmark that takes one."""
+    rows = [row for official in OFFICIAL.values() for row in official.replies]
     path = tmp_path_factory.mktemp("judge") / "replies.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in graded + read))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 @pytest.fixture(scope="module")
 def checkpoint(
-    tiny_model: Callable, data: Path, tmp_path_factory: pytest.TempPathFactory
+    tiny_model: Callable, official_files: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:
     """`checkpoint(family)`: random weights, saved in the standard format."""
     root = tmp_path_factory.mktemp("checkpoints")
@@ -120,7 +86,7 @@ def checkpoint(
 
         if not (root / family).is_dir():
             model, processor = tiny_model(family)
-            answer_in_one_word(model, processor, data)
+            answer_in_one_word(model, processor, official_files)
             save_checkpoint(model, processor, root / family)
         return root / family
 
@@ -139,10 +105,7 @@ def answer_in_one_word(model: Any, processor: Any, data: Path) -> None:
         for word in (" yes", " no", "A", "B")
     ]
     questions = [
-        question
-        for part in plan(list_benchmarks(), data)
-        for question in part.questions[::3]
-        if question.image
+        question for part in plan(NAMES, data) for question in part.questions[::3] if question.image
     ]
     inputs = [
         processor(
@@ -164,12 +127,12 @@ def answer_in_one_word(model: Any, processor: Any, data: Path) -> None:
 
 @pytest.fixture(scope="module")
 def evaluation(
-    checkpoint: Callable[[str], Path], data: Path, replies: Path
+    checkpoint: Callable[[str], Path], official_files: Path, replies: Path
 ) -> Callable[..., list[object]]:
     """`evaluation(out)`: the arguments that measure a checkpoint on every benchmark."""
 
     def arguments(
-        out: Path, *more: object, root: Path = data, family: str = "gpt_neox"
+        out: Path, *more: object, root: Path = official_files, family: str = "gpt_neox"
     ) -> list[object]:
         return [
             "evaluate",
@@ -201,37 +164,33 @@ def whole(
 
 
 def test_every_benchmark_has_answers_and_scores_that_describe_themselves(whole: Path) -> None:
-    assert sorted(path.name for path in whole.iterdir()) == sorted(REPORTED) == list_benchmarks()
+    assert sorted(path.name for path in whole.iterdir()) == NAMES
     partly_right = []
-    for name, (metric, unit, _) in REPORTED.items():
+    for name, official in OFFICIAL.items():
         written = {path.name for path in (whole / name).iterdir()}
-        assert written - {UPLOADS.get(name)} == {
+        assert written == {
             "predictions.meta.json",
             "predictions.jsonl",
             "scores.json",
             "tally.json",
+            *([official.upload] if official.upload else []),
         }
-        assert UPLOADS.get(name) in (*written, None)
         rows = read_rows(whole / name / "predictions.jsonl")
-        assert [row["question_id"] for row in rows] == list(GOLD[name])
-        assert {row["text"] for row in rows} <= {"yes", "no", "A", "B"} and all(
-            row["finished"] for row in rows
-        )
+        assert [row["question_id"] for row in rows] == list(official.gold)
+        assert {row["text"] for row in rows} <= {"yes", "no", "A", "B"}
+        assert all(row["finished"] for row in rows)
+
         content = read_scores(whole / name)
         assert (content["benchmark"], content["complete"], content["n_failed"]) == (name, True, 0)
-        assert content["n_asked"] == content["num_questions"] == len(GOLD[name])
-        assert (
-            content["split"]
-            and content["protocol"]
-            and len(content["prompts_sha256"]) == len(content["checkpoint_sha256"]) == 64
-        )
+        assert content["n_asked"] == content["num_questions"] == len(official.gold)
+        assert content["split"] and content["protocol"]
+        assert len(content["prompts_sha256"]) == len(content["checkpoint_sha256"]) == 64
         headline = content["scores"][0]
-        assert (headline["metric"], headline["unit"]) == (metric, unit) and 0 < headline[
-            "n"
-        ] <= len(GOLD[name])
+        assert (headline["metric"], headline["unit"]) == (official.metric, official.unit)
+        assert 0 < headline["n"] <= len(official.gold)
         assert headline["low"] <= headline["value"] <= headline["high"]
-        partly_right.append(0 < headline["value"] < (100 if unit == "%" else 2000))
-    assert sum(partly_right) > len(REPORTED) / 2, "scores that are all or nothing test little"
+        partly_right.append(0 < headline["value"] < official.best)
+    assert sum(partly_right) > len(NAMES) / 2, "scores that are all or nothing test little"
     notes = [note for name in ("mmvet", "mmbench") for note in read_scores(whole / name)["notes"]]
     assert "graded by the judge in 2 runs" in notes[0] and "the judge was asked about" in notes[1]
 
@@ -241,7 +200,7 @@ def test_a_killed_evaluation_goes_on_and_asks_nothing_twice(
 ) -> None:
     typed = command(*evaluation(tmp_path, "--batch-size", 2))
     process = subprocess.Popen(typed, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    watched = tmp_path / "mme" / "predictions.jsonl"  # the fifth of twelve, and the longest
+    watched = tmp_path / LONGEST / "predictions.jsonl"
     while process.poll() is None and not (
         watched.is_file() and watched.read_bytes().count(b"\n") >= 2
     ):
@@ -256,13 +215,13 @@ def test_a_killed_evaluation_goes_on_and_asks_nothing_twice(
         path.write_text(
             "".join(json.dumps(row | {"before": True}) + "\n" for row in rows), encoding="utf-8"
         )
-    assert set(answered) >= {"gqa", "mme"} and sum(map(len, answered.values())) < sum(
-        map(len, GOLD.values())
-    )
+    num_questions = sum(len(official.gold) for official in OFFICIAL.values())
+    assert set(answered) >= set(NAMES[: NAMES.index(LONGEST) + 1])
+    assert sum(map(len, answered.values())) < num_questions
 
     done = subprocess.run(typed, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    for name in REPORTED:
+    for name in NAMES:
         rows = read_rows(tmp_path / name / "predictions.jsonl")
         before = {row["question_id"] for row in answered.get(name, ())}
         assert {row["question_id"] for row in rows if row.pop("before", False)} == before, name
@@ -273,10 +232,10 @@ def test_a_killed_evaluation_goes_on_and_asks_nothing_twice(
 
 
 def test_two_processes_do_what_one_does(
-    evaluation: Callable[..., list[object]], data: Path, whole: Path, tmp_path: Path
+    evaluation: Callable[..., list[object]], official_files: Path, whole: Path, tmp_path: Path
 ) -> None:
     """Errors included: one picture of POPE, in the second process's share, is none."""
-    root = shutil.copytree(data, tmp_path / "data")
+    root = shutil.copytree(official_files, tmp_path / "data")
     (root / "pope" / PICTURE).write_bytes(b"not a picture")
     assert mipha(*evaluation(tmp_path / "one", root=root)).exit_code == 1
     launch = [
@@ -357,24 +316,22 @@ def test_an_unreadable_picture_is_an_error_until_it_is_mended(
 
 
 def test_scoring_the_predictions_again_gives_the_same_numbers_without_torch(
-    whole: Path, data: Path, replies: Path, tmp_path: Path
+    whole: Path, official_files: Path, replies: Path, tmp_path: Path
 ) -> None:
     calls = []
-    for name in REPORTED:
+    for name in NAMES:
         calls.append(
             [
                 "score",
                 name,
                 "--annotations",
-                str(data / name),
+                str(official_files / name),
                 "--predictions",
                 str(whole / name / "predictions.jsonl"),
             ]
         )
         calls[-1] += ["--json", str(tmp_path / f"{name}.json")]
-        calls[-1] += (
-            ["--judge-replies", str(replies)] if name in ("mmvet", "mmbench", "mmbench_cn") else []
-        )
+        calls[-1] += ["--judge-replies", str(replies)] if OFFICIAL[name].replies else []
     done = subprocess.run(
         [sys.executable, "-c", SCORE_ALL, json.dumps(calls)],
         capture_output=True,
@@ -382,7 +339,7 @@ def test_scoring_the_predictions_again_gives_the_same_numbers_without_torch(
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    for name, (metric, _, _) in REPORTED.items():
+    for name, official in OFFICIAL.items():
         again, first = (
             json.loads((tmp_path / f"{name}.json").read_text()),
             read_scores(whole / name),
@@ -396,68 +353,36 @@ def test_scoring_the_predictions_again_gives_the_same_numbers_without_torch(
             )
         assert flat == {score["metric"]: score["value"] for score in first["scores"]}, name
         headline = first["scores"][0]
-        assert (again["metric"], again["headline"]) == (metric, headline["value"])
+        assert (again["metric"], again["headline"]) == (official.metric, headline["value"])
         assert (again["n"], again["interval"]) == (
             headline["n"],
             [headline["low"], headline["high"]],
         )
         assert (again["protocol"], again["notes"]) == (first["protocol"], first["notes"])
         assert again["tally"] == json.loads((whole / name / "tally.json").read_text())
-        assert sorted(again["per_question"]) == sorted(SCORED[name])
+        assert sorted(again["per_question"]) == sorted(official.scored_ids)
 
 
-SERVED = {
-    # VQAv2 has to list all of test2015, with nothing for what was not asked.
-    ("vqav2", "test-dev"): (
-        "vqav2_test2015.json",
-        "question_id",
-        [1000, 1002, 16000],
-        [1001, 16001],
-        "EvalAI challenge 830",
-    ),
-    ("vqav2", "test"): (
-        "vqav2_test2015.json",
-        "question_id",
-        [1000, 1001, 1002, 16000, 16001],
-        [],
-        "EvalAI challenge 830",
-    ),
-    ("vizwiz", "test"): (
-        "vizwiz_test.json",
-        "image",
-        [f"VizWiz_test_{n:08d}.jpg" for n in range(5)],
-        [],
-        "EvalAI challenge 2185",
-    ),
-    ("mmbench", "test"): (
-        "mmbench.xlsx",
-        "index",
-        [int(name) for name in GOLD["mmbench"]],
-        [],
-        "mmbench.opencompass.org.cn",
-    ),
-    ("mmbench_cn", "test"): (
-        "mmbench_cn.xlsx",
-        "index",
-        [int(name) for name in GOLD["mmbench_cn"]],
-        [],
-        "mmbench.opencompass.org.cn",
-    ),
-}
+SERVED = [(name, split) for name in NAMES for split in OFFICIAL[name].served]
 
 
 @pytest.mark.parametrize(("benchmark", "split"), SERVED, ids=[" ".join(case) for case in SERVED])
 def test_private_labels_mean_a_complete_upload_or_none(
-    benchmark: str, split: str, checkpoint: Callable[[str], Path], data: Path, tmp_path: Path
+    benchmark: str,
+    split: str,
+    checkpoint: Callable[[str], Path],
+    official_files: Path,
+    tmp_path: Path,
 ) -> None:
-    file, key, asked, not_asked, server = SERVED[benchmark, split]
+    upload = OFFICIAL[benchmark].served[split]
+    file, key, asked = upload.file, upload.key, upload.asked
     arguments = (
         "evaluate",
         checkpoint("gpt_neox"),
         "-b",
         benchmark,
         "--data-root",
-        data,
+        official_files,
         "--split",
         split,
         "-o",
@@ -473,7 +398,7 @@ def test_private_labels_mean_a_complete_upload_or_none(
         and f"not complete: 1 of {len(asked)} questions" in done.stdout
     )
     done = mipha(*arguments)
-    assert done.exit_code == 0 and f"upload {folder / file} to {server}" in done.stdout
+    assert done.exit_code == 0 and f"upload {folder / file} to {upload.server}" in done.stdout
     content = read_scores(folder)
     assert content["scores"] == [] and content["complete"] and not (folder / "tally.json").exists()
     texts = {row["question_id"]: row["text"] for row in read_rows(folder / "predictions.jsonl")}
@@ -482,7 +407,7 @@ def test_private_labels_mean_a_complete_upload_or_none(
         # What the m4c processor makes of the four words: "A" is an article.
         processed = {"yes": "yes", "no": "no", "A": "", "B": "b"}
         expected = [{key: name, "answer": processed[texts[str(name)]]} for name in asked] + [
-            {key: n, "answer": ""} for n in not_asked
+            {key: n, "answer": ""} for n in upload.not_asked
         ]
         assert json.loads((folder / file).read_text()) == expected
         return
@@ -501,31 +426,18 @@ def test_a_dry_run_counts_warns_shows_prompts_and_leaves_nothing(
     done = mipha(*evaluation(tmp_path / "out", "--dry-run"))
     assert done.exit_code == 0, done.stderr
     said = done.stdout
-    for name, (_, _, size) in REPORTED.items():
-        assert (
-            f"{name} " in said and f": {len(GOLD[name]):,} questions, all files are there" in said
-        )
-        assert f"  warning: {len(GOLD[name]):,} questions, not the {size} of the official" in said
-    assert (
-        said.count("<|im_start|>user\n")
-        == 3 * len(REPORTED)
-        == said.count("<|im_start|>assistant\n")
-    )
-    # All about a picture, but for one question of ScienceQA's three.
-    assert said.count("<|im_start|>user\n    <image>\n") == 3 * len(REPORTED) - 1
-    word, letter = (
-        "Answer the question using a single word or phrase.",
-        "Answer with the option's letter from the given choices directly.",
-    )
-    for prompt in (
-        f"  1\n    <|im_start|>user\n    <image>\n    Is there a adversarial thing, number 1, in the image?\n    {word}<|im_end|>\n",
-        f"  4\n    <|im_start|>user\n    Context: Read.\n    Which figure?\n    A. chiasmus\n    B. apostrophe\n    {letter}<|im_end|>\n",
-        f"  34602\n    <|im_start|>user\n    <image>\n    Is it red?\n    Reference OCR token: B, STOP\n    {word}<|im_end|>\n",
-        "    <image>\n    看图。\n    图中有几只猫？\n    A. 一只\n    B. 两只\n    请直接回答选项字母。<|im_end|>\n",
-        f"    <image>\n    Is it existence Yes?\n    {word}<|im_end|>\n",
-        "  v1_0\n    <|im_start|>user\n    <image>\n    What is x?<|im_end|>\n",
-    ):
-        assert prompt in said
+    for name, official in OFFICIAL.items():
+        num = len(official.gold)
+        assert f"{name} " in said and f": {num:,} questions, all files are there" in said
+        assert f"  warning: {num:,} questions, not the {official.size} of the official" in said
+        for prompt in official.prompts:
+            assert prompt in said
+
+    # Three prompts of each, nearly all about an image.
+    num_shown = sum(official.num_shown for official in OFFICIAL.values())
+    num_bare = sum(official.num_bare for official in OFFICIAL.values())
+    assert said.count("<|im_start|>user\n") == num_shown == said.count("<|im_start|>assistant\n")
+    assert said.count("<|im_start|>user\n    <image>\n") == num_shown - num_bare
     assert not (tmp_path / "out").exists()
 
 
@@ -551,7 +463,7 @@ def test_a_dry_run_knows_the_wrong_version_of_pope(
 
 
 def test_two_checkpoints_are_compared_question_by_question(
-    evaluation: Callable[..., list[object]], whole: Path, data: Path, tmp_path: Path
+    evaluation: Callable[..., list[object]], whole: Path, official_files: Path, tmp_path: Path
 ) -> None:
     other = tmp_path / "other"
     assert mipha(*evaluation(other, family="llama")).exit_code == 0
@@ -559,21 +471,16 @@ def test_two_checkpoints_are_compared_question_by_question(
     assert done.exit_code == 0 and "p (Holm)" in done.stdout, done.stderr
     rows = json.loads((tmp_path / "paired.json").read_text())
     found = {(row["benchmark"], row["metric"]): row for row in rows}
-    for name in REPORTED:
+    for name in NAMES:
         a, b = (
             {score["metric"]: score for score in read_scores(folder / name)["scores"]}
             for folder in (whole, other)
         )
-        extra = {
-            "distribution",
-            "std",
-            "runs.0",
-            "runs.1",
-        }  # no sums over questions, so there is nothing to swap
         defined = {
             metric
             for metric in a
-            if metric not in extra and None not in (a[metric]["value"], b[metric]["value"])
+            if metric not in OFFICIAL[name].without_sums
+            and None not in (a[metric]["value"], b[metric]["value"])
         }
         assert {metric for benchmark, metric in found if benchmark == name} == defined
         for metric in defined:
@@ -582,23 +489,23 @@ def test_two_checkpoints_are_compared_question_by_question(
                 row["difference"] == pytest.approx(a[metric]["value"] - b[metric]["value"])
                 and 0 < row["p_value"] <= 1
             )
-    headlines = [found[name, metric] for name, (metric, _, _) in REPORTED.items()]
-    assert len([row for row in rows if row["p_holm"] is not None]) == len(headlines) == 12
+    headlines = [found[name, official.metric] for name, official in OFFICIAL.items()]
+    assert len([row for row in rows if row["p_holm"] is not None]) == len(headlines)
     assert any(row["paired"]["difference"] for row in headlines), (
         "two models that answer alike compare nothing"
     )
     least = 0.0
     for rank, row in enumerate(sorted(headlines, key=lambda row: row["paired"]["p_value"])):
-        least = max(least, min(1.0, (12 - rank) * row["paired"]["p_value"]))
+        least = max(least, min(1.0, (len(headlines) - rank) * row["paired"]["p_value"]))
         assert row["p_holm"] == pytest.approx(least)
 
     for folder, name in ((whole, "a"), (other, "b")):
-        predictions = folder / "mme" / "predictions.jsonl"
+        predictions = folder / LONGEST / "predictions.jsonl"
         done = mipha(
             "score",
-            "mme",
+            LONGEST,
             "--annotations",
-            data / "mme",
+            official_files / LONGEST,
             "--predictions",
             predictions,
             "--json",
@@ -618,5 +525,5 @@ def test_two_checkpoints_are_compared_question_by_question(
         row["metric"]: row["paired"] for row in json.loads((tmp_path / "files.json").read_text())
     }
     assert scored == {
-        metric: row["paired"] for (name, metric), row in found.items() if name == "mme"
+        metric: row["paired"] for (name, metric), row in found.items() if name == LONGEST
     }

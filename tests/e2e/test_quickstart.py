@@ -82,9 +82,10 @@ def test_stock_transformers_gives_the_same_answers(tour: tuple[Path, str]) -> No
         json.loads(line)
         for line in (folder / "evaluation/easy_vqa/predictions.jsonl").read_text().splitlines()
     ][::6]
-    from mipha.evaluation.benchmarks.easy_vqa import questions
+    from mipha.evaluation.benchmarks.easy_vqa import BENCHMARK
 
-    asked = {question.id: (str(question.image), question.text) for question in questions()}
+    questions = BENCHMARK.questions()
+    asked = {question.id: (str(question.image), question.text) for question in questions}
     asked_rows = json.dumps([asked[row["question_id"]] for row in rows])
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     command = [sys.executable, "-c", STOCK, str(folder / "finetune/checkpoint"), asked_rows]

@@ -4,36 +4,41 @@ import inspect
 
 import pytest
 
-from mipha.evaluation.benchmark import Metric, list_benchmarks, load_benchmark
+from mipha.evaluation.benchmark import Metric, Plan, Split, list_benchmarks, load_benchmark
 
 
 @pytest.mark.parametrize("name", list_benchmarks())
 def test_every_benchmark_keeps_the_contract(name: str) -> None:
     benchmark = load_benchmark(name)
-    assert all(
-        isinstance(metric, Metric) and metric.unit and metric.description
-        for metric in benchmark.METRICS
-    )
-    assert len({metric.name for metric in benchmark.METRICS}) == len(benchmark.METRICS)
-    assert benchmark.SPLITS and benchmark.PROTOCOL and benchmark.MAX_NEW_TOKENS > 0
-    assert all(callable(answer) for answer in benchmark.BASELINES.values())
-    assert list(inspect.signature(benchmark.questions).parameters) == ["root", "split"]
-    assert benchmark.JUDGE in (None, "optional", "required")
-    assert list(inspect.signature(benchmark.score).parameters) == [
-        "questions",
-        "predictions",
-        *(["judge"] if benchmark.JUDGE else []),
-    ]
-    assert list(inspect.signature(benchmark.annotations).parameters) == ["path"]
-    assert list(inspect.signature(benchmark.measure).parameters) == ["totals"]
-    assert list(inspect.signature(benchmark.submission).parameters) == ["questions", "predictions"]
-    assert list(inspect.signature(benchmark.doubts).parameters) == ["questions", "split"]
-    assert set(benchmark.SIZES) == set(benchmark.SPLITS) and set(benchmark.SERVERS) <= set(
-        benchmark.SPLITS
-    )
-    assert benchmark.SOURCE.startswith("get ") and not benchmark.SOURCE.endswith("."), (
+    assert benchmark.name == name
+    assert all(isinstance(metric, Metric) for metric in benchmark.metrics)
+    assert all(metric.unit and metric.description for metric in benchmark.metrics)
+    assert len({metric.name for metric in benchmark.metrics}) == len(benchmark.metrics)
+    assert benchmark.splits and all(split.size > 0 for split in benchmark.splits.values())
+    assert benchmark.protocol and benchmark.max_new_tokens > 0
+    assert benchmark.source.startswith("get ") and not benchmark.source.endswith("."), (
         "it stands in the middle of sentences"
     )
+    private = [name for name, split in benchmark.splits.items() if split.server]
+    assert benchmark.submission or not private, "a server takes an upload"
+    assert all(callable(answer) for answer in benchmark.baselines.values())
+    assert benchmark.judge in (None, "optional", "required")
+
+
+@pytest.mark.parametrize("name", list_benchmarks())
+def test_every_function_is_called_in_one_way(name: str) -> None:
+    def parameters(function: object) -> list[str]:
+        return list(inspect.signature(function).parameters)  # type: ignore[arg-type]
+
+    benchmark = load_benchmark(name)
+    assert parameters(benchmark.read) == ["root", "split"]
+    assert parameters(benchmark.read_labels) == ["path"]
+    assert parameters(benchmark.score) == ["questions", "predictions", "judge"]
+    assert parameters(benchmark.measure) == ["totals"]
+    if benchmark.submission:
+        assert parameters(benchmark.submission) == ["questions", "predictions"]
+    if benchmark.doubts:
+        assert parameters(benchmark.doubts) == ["questions", "split"]
 
 
 def test_an_unknown_name_is_told_the_nearest() -> None:
@@ -41,3 +46,23 @@ def test_an_unknown_name_is_told_the_nearest() -> None:
         load_benchmark("easyvqa")
     with pytest.raises(ValueError, match="no benchmark"):
         load_benchmark("../benchmark")
+
+
+def test_a_metric_is_found_by_its_name_or_its_group() -> None:
+    benchmark = load_benchmark("mme")
+    assert benchmark.headline is benchmark.metric("perception") is benchmark.metrics[0]
+    assert benchmark.metric("OCR.score").unit == "points"
+    assert benchmark.metric("OCR.acc").name == "OCR"
+    with pytest.raises(AssertionError, match="the metrics of mme lack humour"):
+        benchmark.metric("humour")
+
+
+def test_results_of_another_split_and_of_grey_images_have_folders_of_their_own() -> None:
+    benchmark = load_benchmark("vizwiz")
+    assert benchmark.splits["val"] == Split(4319)
+    keys = [
+        Plan(benchmark, split, [], blind=blind).key
+        for split in ("val", "test")
+        for blind in (False, True)
+    ]
+    assert keys == ["vizwiz", "vizwiz-blind", "vizwiz-test", "vizwiz-test-blind"]

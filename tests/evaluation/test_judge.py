@@ -65,14 +65,14 @@ def test_a_reply_that_was_not_recorded_is_named(tmp_path: Path) -> None:
     [
         ('{"question_id": "a", "text"', "is not valid JSON"),
         ('["a"]', "is not a JSON object"),
-        ('{"text": "B"}', "needs a question_id"),
+        ('{"text": "B"}', "has no 'question_id'"),
         (
             '{"question_id": "a", "run": "first", "responses": ["1"]}',
-            "needs a question_id, and numbers",
+            "run 'first' should be a valid integer",
         ),
         ('{"question_id": "a"}', 'neither "responses"'),
-        ('{"question_id": "a", "responses": "1"}', 'neither "responses"'),
-        ('{"question_id": "a", "responses": [1]}', 'neither "responses"'),
+        ('{"question_id": "a", "responses": "1"}', "responses '1' should be a valid list"),
+        ('{"question_id": "a", "responses": [1]}', "responses.0 1 should be a valid string"),
         ('{"question_id": "a", "text": null}', 'neither "responses"'),
         ('{"question_id": "b", "text": "A"}', "second reply for question b"),
     ],

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mipha.evaluation.benchmark import Question, load_benchmark
+from mipha.evaluation.benchmark import Plan, Question, load_benchmark
 from mipha.evaluation.paired import compare_paired, results_of
 from mipha.evaluation.score import score_file, score_predictions
 
@@ -38,7 +38,7 @@ def results(folder: Path, name: str, right: np.ndarray) -> Path:
     }
     (own / "predictions.meta.json").write_text(json.dumps(header))
     answers = {q.id: "yes" if hit else "no" for q, hit in zip(asked, right, strict=True)}
-    score_predictions(load_benchmark("easy_vqa"), "test", asked, answers, own)
+    score_predictions(Plan(load_benchmark("easy_vqa"), "test", asked), answers, own)
     return folder / name
 
 

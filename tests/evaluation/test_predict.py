@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mipha.evaluation import predict as module
-from mipha.evaluation.benchmark import Question
+from mipha.evaluation.benchmark import Benchmark, Judgement, Metric, Plan, Question, Split
 from mipha.evaluation.predict import fingerprint, merge, predict, prompts_hash, read_predictions
 from mipha.files import append_line
 
@@ -71,15 +71,35 @@ def make_questions(count: int, broken: tuple[int, ...] = (), per_image: int = 1)
     ]
 
 
-def run(assistant: Any, questions: list[Question], folder: Path, **changes: Any) -> dict[str, str]:
-    options = {
-        "batch_size": 4,
-        "max_new_tokens": 8,
-        "progress": False,
-        "checkpoint_sha256": "abc",
-        **changes,
-    }
-    predict(assistant, "toy", questions, folder, **options)
+TOY = Benchmark(
+    name="toy",
+    metrics=(Metric("accuracy", "%", "all questions"),),
+    splits={"test": Split(10)},
+    protocol="none",
+    source="get it nowhere",
+    max_new_tokens=8,
+    read=lambda root, split: [],
+    read_labels=lambda path: [],
+    score=lambda questions, predictions, judge: Judgement({}, []),
+    measure=lambda totals: {},
+)
+
+
+def ask(
+    assistant: Any,
+    questions: list[Question],
+    folder: Path,
+    limit: int | None = None,
+    max_new_tokens: int = 8,
+    **options: Any,
+) -> None:
+    plan = Plan(replace(TOY, max_new_tokens=max_new_tokens), "test", questions, limit=limit)
+    defaults = {"checkpoint_sha256": "abc", "batch_size": 4, "progress": False}
+    predict(assistant, plan, folder, **defaults | options)
+
+
+def run(assistant: Any, questions: list[Question], folder: Path, **options: Any) -> dict[str, str]:
+    ask(assistant, questions, folder, **options)
     return merge(folder, questions)
 
 
@@ -202,7 +222,7 @@ def test_many_broken_pictures_among_good_ones_do_not_stop_it(tmp_path: Path) -> 
 
 def test_when_everything_fails_it_stops_early_with_the_reason(tmp_path: Path) -> None:
     questions = make_questions(500, broken=tuple(range(500)))
-    with pytest.raises(ValueError, match=r"20 pictures in a row failed.*cannot be read: broken"):
+    with pytest.raises(ValueError, match=r"20 images in a row failed.*cannot be read: broken"):
         run(FakeAssistant(), questions, tmp_path)
     assert len(errors(tmp_path)) == 20
 
@@ -223,21 +243,7 @@ def test_processes_share_the_images_and_one_file_remains(tmp_path: Path, num_ran
     whole = run(FakeAssistant(), questions, tmp_path / "one")
     assistants = [FakeAssistant() for _ in range(num_ranks)]
     for rank, assistant in enumerate(assistants):
-        options = {
-            "batch_size": 4,
-            "max_new_tokens": 8,
-            "progress": False,
-            "checkpoint_sha256": "abc",
-        }
-        predict(
-            assistant,
-            "toy",
-            questions,
-            tmp_path / "many",
-            **options,
-            rank=rank,
-            num_ranks=num_ranks,
-        )
+        ask(assistant, questions, tmp_path / "many", rank=rank, num_ranks=num_ranks)
     assert merge(tmp_path / "many", questions) == whole
     asked = [set(assistant.asked) for assistant in assistants]
     assert all(asked) and sum(map(len, asked)) == 20 == len(set.union(*asked))
@@ -256,11 +262,9 @@ def test_processes_share_the_images_and_one_file_remains(tmp_path: Path, num_ran
 
 def test_what_several_processes_left_is_gone_on_with_by_one(tmp_path: Path) -> None:
     questions = make_questions(20, broken=(3,))
-    options = {"batch_size": 2, "max_new_tokens": 8, "progress": False, "checkpoint_sha256": "abc"}
+    first = FakeAssistant(stop_after=4)
     with pytest.raises(KeyboardInterrupt):
-        predict(
-            FakeAssistant(stop_after=4), "toy", questions, tmp_path, **options, rank=1, num_ranks=2
-        )
+        ask(first, questions, tmp_path, batch_size=2, rank=1, num_ranks=2)
     last = FakeAssistant()
     assert len(run(last, questions, tmp_path)) == 19 and len(last.asked) == 15
     assert set(errors(tmp_path)) == {"q3"}

@@ -2,11 +2,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
-from mipha.evaluation.benchmark import Question, load_benchmark
+from mipha.evaluation.benchmark import Plan, Question, load_benchmark
 from mipha.evaluation.score import judge_answers, read_predictions_file, score_predictions
 from mipha.files import append_line
 
@@ -47,14 +46,12 @@ def read(folder: Path) -> dict[str, str]:
     }
 
 
-def benchmark() -> ModuleType:
-    module = load_benchmark("easy_vqa")
-    assert isinstance(module, ModuleType)
-    return module
+def plan(asked: list[Question], limit: int | None = None) -> Plan:
+    return Plan(load_benchmark("easy_vqa"), "test", asked, limit=limit)
 
 
 def test_the_file_says_by_itself_what_was_measured(tmp_path: Path, asked: list[Question]) -> None:
-    result = score_predictions(benchmark(), "test", asked, read(tmp_path), tmp_path)
+    result = score_predictions(plan(asked), read(tmp_path), tmp_path)
     content = json.loads((tmp_path / "scores.json").read_text())
     assert (
         content["benchmark"] == "easy_vqa"
@@ -75,21 +72,21 @@ def test_the_file_says_by_itself_what_was_measured(tmp_path: Path, asked: list[Q
 
 
 def test_a_failed_question_is_counted_and_not_scored(tmp_path: Path, asked: list[Question]) -> None:
-    result = score_predictions(benchmark(), "test", asked, read(tmp_path), tmp_path)
+    result = score_predictions(plan(asked), read(tmp_path), tmp_path)
     assert (result.num_questions, result.n_asked, result.n_failed, result.complete) == (
         4,
         4,
         1,
         False,
     )
-    whole = score_predictions(benchmark(), "test", asked, {**read(tmp_path), "3": "no"}, tmp_path)
+    whole = score_predictions(plan(asked), {**read(tmp_path), "3": "no"}, tmp_path)
     assert (whole.n_failed, whole.complete, whole.scores[0].n) == (0, True, 4)
 
 
 def test_a_limit_is_not_a_failure_but_not_complete_either(
     tmp_path: Path, asked: list[Question]
 ) -> None:
-    result = score_predictions(benchmark(), "test", asked, read(tmp_path), tmp_path, limit=2)
+    result = score_predictions(plan(asked, limit=2), read(tmp_path), tmp_path)
     assert (
         result.num_questions,
         result.n_asked,
@@ -101,7 +98,7 @@ def test_a_limit_is_not_a_failure_but_not_complete_either(
 
 def test_no_answer_is_no_score(tmp_path: Path, asked: list[Question]) -> None:
     with pytest.raises(ValueError, match=r"none of the 4 questions.*errors\.jsonl"):
-        score_predictions(benchmark(), "test", asked, {}, tmp_path)
+        score_predictions(plan(asked), {}, tmp_path)
     assert not (tmp_path / "scores.json").exists()
 
 
@@ -136,8 +133,15 @@ def test_text_is_taken_verbatim(tmp_path: Path, asked: list[Question]) -> None:
     [
         ([{"question_id": "0", "text": "a"}, "{"], r"p\.jsonl line 2 is not valid JSON"),
         (["[1]"], r"p\.jsonl line 1 is not a JSON object"),
-        ([{"question_id": "0"}], r"p\.jsonl line 1 is not .*question_id.*text"),
-        ([{"question_id": "0", "text": None}], r"p\.jsonl line 1 is not .*question_id.*text"),
+        ([{"question_id": "0"}], r"p\.jsonl line 1 has no 'text': write .*question_id"),
+        (
+            [{"question_id": "0", "text": None}],
+            r"p\.jsonl line 1: text None should be a valid string: write .*question_id",
+        ),
+        (
+            [{"question_id": 0.5, "text": "a"}],
+            r"line 1: question_id 0\.5 should be a text or a whole number",
+        ),
         (
             [{"question_id": "0", "text": "a"}, {"question_id": 0, "text": "b"}],
             r"line 2: question_id 0 is also on line 1",
@@ -158,4 +162,4 @@ def test_a_wrong_line_is_named(
 
 def test_a_judge_for_rules_alone_is_refused(asked: list[Question]) -> None:
     with pytest.raises(ValueError, match="by rules alone"):
-        judge_answers(benchmark(), asked, {}, judge=object())  # type: ignore[arg-type]
+        judge_answers(load_benchmark("easy_vqa"), asked, {}, judge=object())  # type: ignore[arg-type]

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from mipha.comparison.seeds import SeedDifference
-from mipha.comparison.statistics import tally
+from mipha.comparison.statistics import SeedDifference, tally
 from mipha.run import create_run
 from mipha.studies.findings import find, judge
 from mipha.studies.folder import jobs_of

@@ -1,4 +1,4 @@
-"""Pictures of numbers: a stage's loss curve, and a sheet of answered pictures."""
+"""Figures: a stage's loss curve, a sheet of answered images, the paper's radar of models."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mipha.comparison.results import TITLES, Row, best_of, columns_of
 from mipha.files import read_lines, write_whole
 
 if TYPE_CHECKING:
@@ -21,15 +22,16 @@ if TYPE_CHECKING:
 
 INK, GREY, FAINT = "#1f2933", "#7b8794", "#e4e7eb"
 BLUE, GREEN, RED = "#2563a8", "#2a7f4f", "#b83232"
+COLOURS = ("#2563a8", "#c2571a", "#2a7f4f", "#8b3fa0", "#b83232", "#7b8794", "#b8860b", "#1f7a8c")
 
 
 def plot_metrics(metrics_jsonl: Path, png: Path) -> None:
-    """Draw one stage's loss (raw and smoothed) over its steps, with the learning rate on a small axis below.
+    """Draw one stage's loss (raw and smoothed) over its steps, with the learning rate below.
 
     Args:
-        metrics_jsonl: Lines with `step`, `loss` (nats per supervised token) and `learning_rate/<part>`; the stage is
-            named after the folder.
-        png: Written whole.
+        metrics_jsonl: Lines with `step`, `loss` (nats per supervised token) and
+            `learning_rate/<part>`; the stage is named after the folder.
+        png: File to write.
 
     Raises:
         ValueError: No line has a step and a finite loss.
@@ -43,6 +45,8 @@ def plot_metrics(metrics_jsonl: Path, png: Path) -> None:
         raise ValueError(
             f"{metrics_jsonl} has no line with a step and a finite loss: nothing to draw"
         )
+
+    # The loss, raw and smoothed, and that of held-out images.
     steps = [row["step"] for row in rows]
     losses = np.array([row["loss"] for row in rows], dtype=float)
     width = max(1, len(rows) // 20)
@@ -59,15 +63,18 @@ def plot_metrics(metrics_jsonl: Path, png: Path) -> None:
             *points, color=GREEN, linewidth=1.2, marker="o", markersize=3.5, label="held-out images"
         )
         top.legend(frameon=False, fontsize=8)
+
+    # Titles and scales. The first steps of a new projector are many times the rest: on a linear
+    # scale the interesting part would be a flat line at the bottom.
     top.set_ylabel("loss (nats per token)")
     title = f"{metrics_jsonl.parent.name}: loss {losses[-width:].mean():.3f} at the end"
     top.set_title(title, loc="left", color=INK, fontsize=11, fontweight="bold", parse_math=False)
-    # The first steps of a new projector are many times the rest: the interesting part would be a flat line at the bottom.
     if losses.min() > 0 and losses.max() / losses.min() > 20:
         top.set_yscale("log")
         top.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     else:
         top.set_ylim(bottom=0)
+
     _plot_learning_rates(bottom, rows, steps)
     for axes in (top, bottom):
         _clean(axes)
@@ -78,61 +85,117 @@ def plot_metrics(metrics_jsonl: Path, png: Path) -> None:
 
 
 def contact_sheet(items: Sequence[tuple[Image, str, str, str | None]], png: Path) -> None:
-    """Draw pictures side by side, each with its question and its answer underneath.
+    """Draw images side by side, each with its question and its answer underneath.
 
     Args:
-        items: Picture, question, answer, and the gold answer or None. The answer is green if it ends with the gold answer's
-            words (case and punctuation aside), red if not, and neither where there is no gold answer.
-        png: Written whole.
+        items: Image, question, answer, and the gold answer or None. The answer is green if it ends
+            with the gold answer's words (case and punctuation aside), red if not, and neither where
+            there is no gold answer.
+        png: File to write.
 
     Raises:
         ValueError: No items.
     """
     if not items:
-        raise ValueError("a contact sheet needs at least one picture, got none")
+        raise ValueError("a contact sheet needs at least one image, got none")
+
     columns = min(len(items), 5)
     num_rows = -(-len(items) // columns)
     figure = new_figure(2.35 * columns, 3.75 * num_rows)
     for axes in figure.subplots(num_rows, columns, squeeze=False).flat:
         axes.set_axis_off()
+
+    # Answers start at one height under images of one size: the eye compares along the row.
     asked = [_wrapped(question, 30, 3) for _, question, _, _ in items]
-    # Answers start at one height under pictures of one size: the eye compares along the row.
     below = max(text.count("\n") for text in asked) + 1
     for axes, question, (image, _, answer, gold) in zip(figure.axes, asked, items, strict=False):
         axes.set_axis_on()
         axes.set(xticks=[], yticks=[], anchor="N")
-        right = (
-            None if gold is None else _words(answer)[-max(1, len(_words(gold))) :] == _words(gold)
-        )
-        # Small pictures are shown as their pixels are; smoothing 64 pixels over 2 inches is a blur.
+        right = None
+        if gold is not None:
+            right = _words(answer)[-max(1, len(_words(gold))) :] == _words(gold)
+
+        # Small images are shown as their pixels are; smoothing 64 pixels over 2 inches is a blur.
         axes.imshow(
             image.convert("RGB"),
             interpolation="nearest" if max(image.size) < 200 else "antialiased",
         )
         for spine in axes.spines.values():
             spine.set(color=FAINT, linewidth=1)
-        said = _wrapped(
-            {None: "", True: "✓ ", False: "✗ "}[right] + (answer or "(no answer)"), 24, 4
-        )
+
+        mark, colour = {None: ("", INK), True: ("✓ ", GREEN), False: ("✗ ", RED)}[right]
+        said = _wrapped(mark + (answer or "(no answer)"), 24, 4)
         _caption(axes, 0, question, color=GREY, fontsize=9.5)
-        _caption(
-            axes,
-            below,
-            said,
-            color={None: INK, True: GREEN, False: RED}[right],
-            fontsize=10.5,
-            fontweight="bold",
-        )
+        _caption(axes, below, said, color=colour, fontsize=10.5, fontweight="bold")
         if right is False:
-            _caption(
-                axes,
-                below + 1.2 * (said.count("\n") + 1),
-                _wrapped(f"published: {gold}", 30, 2),
-                color=GREY,
-                fontsize=9,
-            )
+            line = below + 1.2 * (said.count("\n") + 1)
+            published = _wrapped(f"published: {gold}", 30, 2)
+            _caption(axes, line, published, color=GREY, fontsize=9)
+
     figure.subplots_adjust(left=0.01, right=0.99, top=0.98, bottom=0.02, wspace=0.12, hspace=0.02)
     save_figure(figure, png)
+
+
+def draw_radar(rows: Sequence[Row], path: Path) -> None:
+    """Draw one line per model on one axis per benchmark: the paper's radar.
+
+    An axis goes from the lowest of these models to the highest, with their numbers at its label. A
+    benchmark that a model was not measured on is a gap in its line, not a zero.
+
+    Args:
+        rows: Two models or more.
+        path: File to write, `.png` or `.svg`.
+
+    Raises:
+        ValueError: Fewer than three benchmarks that two of the models share.
+    """
+    columns = [
+        column for column in columns_of(rows) if sum(column in row.cells for row in rows) > 1
+    ]
+    if len(columns) < 3 or len(rows) < 2:
+        raise ValueError(
+            f"a radar wants two models and three benchmarks that they share, these share "
+            f"{len(columns)}: draw a table"
+        )
+
+    figure = new_figure(7.2, 6.4)
+    axes = figure.add_subplot(projection="polar", theta_offset=math.pi / 2, theta_direction=-1)
+    angles = [2 * math.pi * number / len(columns) for number in range(len(columns))]
+    lowest = {
+        column: min(row.cells[column].value for row in rows if column in row.cells)
+        for column in columns
+    }
+    highest = {column: best_of(rows, column) or 0.0 for column in columns}
+
+    # One closed line per model.
+    for number, row in enumerate(rows):
+        share = [_share(row, column, lowest[column], highest[column]) for column in columns]
+        colour = COLOURS[number % len(COLOURS)]
+        axes.plot(
+            [*angles, angles[0] + 2 * math.pi],
+            [*share, share[0]],
+            color=colour,
+            linewidth=2,
+            marker="o",
+            markersize=4,
+            label=row.name,
+        )
+        if not any(math.isnan(value) for value in share):
+            axes.fill(angles, share, color=colour, alpha=0.08)
+
+    axes.set_ylim(0, 1.12)
+    axes.set_yticks([0.25, 0.5, 0.75, 1.0], labels=[])
+    labels = [
+        f"{TITLES.get(column, column)}\n{lowest[column]:g} to {highest[column]:g}"
+        for column in columns
+    ]
+    axes.set_xticks(angles, labels=labels, fontsize=9, color=INK)
+    axes.tick_params(pad=18)
+    axes.grid(color=FAINT)
+    axes.spines["polar"].set_color(GREY)
+    figure.legend(loc="lower center", ncols=min(4, len(rows)), frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
+    save_figure(figure, path)
 
 
 def _plot_learning_rates(axes: Axes, rows: list[dict[str, Any]], steps: list[int]) -> None:
@@ -155,8 +218,20 @@ def _plot_learning_rates(axes: Axes, rows: list[dict[str, Any]], steps: list[int
     axes.locator_params(axis="y", nbins=2)
 
 
+def _share(row: Row, column: str, low: float, high: float) -> float:
+    """Return where a number lies on its axis, from 0.25 to 1; NaN where it is absent."""
+    if column not in row.cells:
+        return math.nan
+    if high <= low:
+        return 1.0
+    return 0.25 + 0.75 * (row.cells[column].value - low) / (high - low)
+
+
 def _smoothed(values: np.ndarray, width: int) -> np.ndarray:
-    """Mean over a window around each step; it looks ahead no further than back, so that the steep start is not flattened."""
+    """Return the mean over a window around each step.
+
+    It looks ahead no further than back, so that the steep start is not flattened.
+    """
     sums = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(len(values))
     back = np.minimum(width, index)
@@ -169,16 +244,12 @@ def _words(text: str) -> list[str]:
 
 
 def _wrapped(text: str, width: int, most_lines: int) -> str:
-    return (
-        "\n".join(
-            textwrap.wrap(" ".join(text.split()), width, max_lines=most_lines, placeholder=" …")
-        )
-        or " "
-    )
+    lines = textwrap.wrap(" ".join(text.split()), width, max_lines=most_lines, placeholder=" …")
+    return "\n".join(lines) or " "
 
 
 def _caption(axes: Axes, line: float, text: str, **style: Any) -> None:
-    """Text that many lines under the picture; a dollar sign in it is money, not mathematics."""
+    """Write text some lines under the image; a dollar sign in it is money, not mathematics."""
     place = {
         "xycoords": "axes fraction",
         "textcoords": "offset points",
@@ -190,7 +261,10 @@ def _caption(axes: Axes, line: float, text: str, **style: Any) -> None:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """A figure of its own, in inches; pyplot would keep every figure alive and pick a window system."""
+    """Return a figure of its own, in inches.
+
+    pyplot would keep every figure alive and pick a window system.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -212,7 +286,7 @@ def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure whole.
 
     Args:
-        path: `.png` or `.svg`.
+        path: File to write, `.png` or `.svg`.
 
     Raises:
         ValueError: Another ending.

@@ -1,14 +1,17 @@
-"""Numbers side by side: rows of published tables and of our own runs, with one name a benchmark; an absent number stays absent."""
+"""Rows of published tables and of our own runs, with one name per benchmark.
+
+An absent number stays absent.
+"""
 
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from mipha.files import read_json_object
 from mipha.lookup import did_you_mean
 from mipha.run import model_folder
 
@@ -39,7 +42,10 @@ TITLES = {
     "pretrain_data": "PT",
     "finetune_data": "IT",
 }
-"""How the paper heads its columns."""
+"""Headings of columns, as in the paper."""
+
+_COLUMN_OF = {("mme", "cognition"): "mme_cognition"}
+"""Columns of metrics in scores.json files that do not yet name them."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +53,8 @@ class Cell:
     """One number.
 
     Args:
-        value: In the metric's unit.
-        printed: As it is shown, footnote marks included.
+        value: The number in the metric's unit.
+        printed: The number as it is shown, footnote marks included.
         low: Lower end of its 95 % interval, where it is known.
         high: Upper end.
     """
@@ -64,10 +70,10 @@ class Row:
     """One model.
 
     Args:
-        name: Its one name.
-        facts: What it is; only what is known.
-        cells: Benchmark to number; only what was measured.
-        group: Part of the table that it stands in.
+        name: The one name of the model.
+        facts: Column to value, of the facts that are known.
+        cells: Column to number, of what was measured.
+        group: Part of the table with this row.
     """
 
     name: str
@@ -78,7 +84,7 @@ class Row:
 
 @cache
 def published_table(number: int) -> tuple[Row, ...]:
-    """A table of the Mipha paper, 1 to 4, row by row as printed.
+    """Return a table of the Mipha paper, 1 to 4, row by row as printed.
 
     Raises:
         ValueError: No such table.
@@ -91,31 +97,27 @@ def published_table(number: int) -> tuple[Row, ...]:
 
 
 def published(name: str) -> Row:
-    """A published model with the numbers of all tables that list it.
+    """Return a published model with the numbers of all tables that list it.
 
     Raises:
         ValueError: No table does.
     """
-    found = [
-        row
-        for number in (2, 3, 4)
-        for row in published_table(number)
-        if row.name.lower() == name.lower()
-    ]
+    listed = [row for number in (2, 3, 4) for row in published_table(number)]
+    found = [row for row in listed if row.name.lower() == name.lower()]
     if not found:
-        known = list(
-            dict.fromkeys(row.name for number in (2, 3, 4) for row in published_table(number))
-        )
+        known = list(dict.fromkeys(row.name for row in listed))
         raise ValueError(
             f"no published model {name!r}: {did_you_mean(name, known)} of {', '.join(known)}"
         )
+
+    # Where tables differ, the first one counts.
     facts = {key: value for row in reversed(found) for key, value in row.facts.items()}
     cells = {key: cell for row in reversed(found) for key, cell in row.cells.items()}
     return Row(found[0].name, facts, cells, found[0].group)
 
 
 def published_rows(name: str) -> tuple[Row, ...]:
-    """A published model, or a whole table of the paper as printed: `Mipha-3B`, `table-2`.
+    """Return a published model, or a whole table of the paper: `Mipha-3B`, `table-2`.
 
     Raises:
         ValueError: No such model or table.
@@ -125,9 +127,9 @@ def published_rows(name: str) -> tuple[Row, ...]:
 
 
 def measured(folder: Path) -> Row:
-    """The headline scores of a run, or of a folder that `mipha evaluate -o` wrote, with their intervals.
+    """Return the headline scores of a run, or of a folder of `mipha evaluate -o`.
 
-    Answers given blind, and those to a part of the questions, are marked or left out: `~` an incomplete set, blind ones are no score.
+    Scores of blind answers are left out. Those of an incomplete set are marked with `~`.
 
     Raises:
         FileNotFoundError: No scores.
@@ -135,16 +137,18 @@ def measured(folder: Path) -> Row:
     root = folder / "evaluation" if (folder / "evaluation").is_dir() else folder
     cells: dict[str, Cell] = {}
     for file in sorted(root.glob("*/scores.json")):
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json_object(file)
         if content["blind"] or not content["scores"]:
             continue
+
+        # The headline, and every metric that names a column of its own.
         mark = "" if content["complete"] else "~"
-        scores = {score["metric"]: _cell(score, mark) for score in content["scores"]}
-        cells[file.parent.name] = next(iter(scores.values()))
-        if (
-            content["benchmark"] == "mme" and "cognition" in scores
-        ):  # the paper's tables give both sums
-            cells["mme_cognition"] = scores["cognition"]
+        headline, *others = content["scores"]
+        cells[file.parent.name] = _cell(headline, mark)
+        for score in others:
+            older = _COLUMN_OF.get((content["benchmark"], score["metric"]))
+            if column := score.get("column", older):
+                cells[column] = _cell(score, mark)
     if not cells:
         raise FileNotFoundError(
             f"{folder} has no scores: make them with `mipha evaluate {folder} -b ...`"
@@ -153,13 +157,13 @@ def measured(folder: Path) -> Row:
 
 
 def columns_of(rows: Sequence[Row]) -> list[str]:
-    """Benchmarks that a row has a number of: those of the paper in its order, then others."""
+    """Return the columns with a number: those of the paper in its order, then others."""
     present = {name for row in rows for name in row.cells}
     return [name for name in TITLES if name in present] + sorted(present - set(TITLES))
 
 
 def best_of(rows: Iterable[Row], column: str) -> float | None:
-    """The highest number of a column; null where there is none."""
+    """Return the highest number of a column; None where there is none."""
     return max((row.cells[column].value for row in rows if column in row.cells), default=None)
 
 
@@ -179,9 +183,9 @@ def _cell(score: dict[str, float], mark: str) -> Cell:
 
 
 def _facts(folder: Path) -> dict[str, str]:
-    """What the model of a run is; nothing where the folder holds scores alone."""
+    """Return what the model of a run is; nothing where the folder holds scores alone."""
     try:
-        config = json.loads((model_folder(folder) / "config.json").read_text(encoding="utf-8"))
+        config = read_json_object(model_folder(folder) / "config.json")
     except (FileNotFoundError, ValueError):
         return {}
     return {

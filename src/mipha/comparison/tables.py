@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mipha.comparison.radar import draw_radar
+from mipha.comparison.figures import draw_radar
 from mipha.comparison.results import (
     FACTS,
     TITLES,
@@ -32,11 +32,11 @@ class Comparison:
     rows: tuple[Row, ...]
 
     def markdown(self) -> str:
-        """As a Markdown table."""
+        """Return a Markdown table."""
         return render(self.rows)
 
     def write(self, path: str | Path) -> None:
-        """As .md, .csv or .tex, or as a radar in .png or .svg.
+        """Write a table as .md, .csv or .tex, or a radar as .png or .svg.
 
         Raises:
             ValueError: Another ending, or too little for a radar.
@@ -53,7 +53,7 @@ class Comparison:
 
 
 def compare(runs: Iterable[str | Path | Run] = (), published: Iterable[str] = ()) -> Comparison:
-    """Published models, then runs, with the benchmarks that they were measured on.
+    """Put published models, then runs, side by side.
 
     Args:
         runs: Run folders, or folders of results.
@@ -71,9 +71,9 @@ def compare(runs: Iterable[str | Path | Run] = (), published: Iterable[str] = ()
 
 
 def print_comparison(found: Comparison) -> None:
-    """On the terminal, a model a column: a line of all benchmarks would be wider than most terminals.
+    """Print a comparison with a column per model, because a line of all benchmarks is too wide.
 
-    Many models are a line each, of numbers alone.
+    Many models get a line each, of numbers alone.
     """
     from rich.console import Console
     from rich.table import Table
@@ -85,6 +85,7 @@ def print_comparison(found: Comparison) -> None:
         lines = [[line[0], *line[-num_columns:]] for line in lines]
     else:
         lines = list(zip(*lines, strict=True))
+
     head, *rest = lines
     table = Table(box=None, pad_edge=False)
     for number, name in enumerate(head):
@@ -95,12 +96,13 @@ def print_comparison(found: Comparison) -> None:
 
 
 def render(rows: Sequence[Row], form: str = "markdown") -> str:
-    """The table as text.
+    """Return the table as text.
 
     Args:
-        rows: In the order of the table.
-        form: markdown, csv or latex. CSV has plain numbers, with footnote marks and intervals in columns of their own; the others show
-            `-` for what is absent and the best number of each column in bold.
+        rows: Rows in the order of the table.
+        form: markdown, csv or latex. CSV has plain numbers, with footnote marks and intervals in
+            columns of their own; the others show `-` for an absent number and the best number of
+            each column in bold.
 
     Raises:
         ValueError: No such form, or no rows.
@@ -109,25 +111,25 @@ def render(rows: Sequence[Row], form: str = "markdown") -> str:
         raise ValueError("a table of no rows: give at least one run or published model")
     if form not in FORM_OF.values():
         raise ValueError(f"no form {form!r}: use {', '.join(FORM_OF.values())}")
-    return _csv(rows) if form == "csv" else _markdown(rows) if form == "markdown" else _latex(rows)
+    return {"csv": _csv, "markdown": _markdown, "latex": _latex}[form](rows)
 
 
 def _cells(rows: Sequence[Row], bold: str) -> tuple[list[str], list[list[str]]]:
-    """Header and body as shown."""
+    """Return header and body as shown."""
     facts = [key for key in FACTS if any(key in row.facts for row in rows)]
     columns = columns_of(rows)
     best = {column: best_of(rows, column) for column in columns}
     body = []
     for row in rows:
-        cells = [row.cells.get(column) for column in columns]
-        shown = [
-            "-"
-            if cell is None
-            else bold.format(cell.printed)
-            if cell.value == best[column] and len(rows) > 1
-            else cell.printed
-            for column, cell in zip(columns, cells, strict=True)
-        ]
+        shown = []
+        for column in columns:
+            cell = row.cells.get(column)
+            if cell is None:
+                shown.append("-")
+            elif cell.value == best[column] and len(rows) > 1:
+                shown.append(bold.format(cell.printed))
+            else:
+                shown.append(cell.printed)
         body.append([row.name, *(row.facts.get(key, "-") for key in facts), *shown])
     return ["model", *(TITLES.get(key, key) for key in (*facts, *columns))], body
 
@@ -150,8 +152,12 @@ def _latex(rows: Sequence[Row]) -> str:
     )
     lines = [" & ".join(cell.translate(escape) for cell in line) + r" \\" for line in body]
     top = " & ".join(cell.translate(escape) for cell in header) + r" \\"
-    rows_of = "\n".join(lines)
-    return f"\\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}\n\\toprule\n{top}\n\\midrule\n{rows_of}\n\\bottomrule\n\\end{{tabular}}\n"
+    table = [
+        f"\\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
+        *("\\toprule", top, "\\midrule", *lines, "\\bottomrule"),
+        "\\end{tabular}",
+    ]
+    return "\n".join(table) + "\n"
 
 
 def _csv(rows: Sequence[Row]) -> str:

@@ -1,1 +1,1 @@
-"""Questions -> predictions.jsonl -> scores.json: how good a model is, by each benchmark's own rules."""
+"""Questions -> predictions.jsonl -> scores.json, by each benchmark's own rules."""

@@ -1,11 +1,12 @@
-"""Short answers made comparable, exactly as three official programs do it, and the VQA accuracy that compares them.
+"""Short answers: the prompt for one, and the comparison that the official VQA programs make.
 
     m4c            LLaVA's uploads, TextVQA
     vqa_official   the VQA scorer since 2021, for people and models alike
     vizwiz_api     the VizWiz API, for models only
 
-The rules look like tidy English processing and are not; the quirks decide scores and are kept: a mark next to a space
-anywhere is deleted everywhere, else it becomes a space; only the first 32 periods go; "none" is 0; "a" is nothing.
+The rules look like tidy English processing, but their quirks decide scores and are kept: a mark
+next to a space anywhere is deleted everywhere, else it becomes a space; only the first 32 periods
+go; "none" is 0; "a" is nothing.
 """
 
 from __future__ import annotations
@@ -16,8 +17,13 @@ from functools import lru_cache
 from sys import intern
 from typing import Any
 
-from mipha.catalog.contractions import CONTRACTIONS, CURLY_CONTRACTIONS
-from mipha.evaluation.files import field
+from mipha.evaluation.files import AGAIN
+
+SHORT = "\nAnswer the question using a single word or phrase."
+"""End of a LLaVA-1.5 prompt that asks for a short answer.
+
+Source: haotian-liu/LLaVA c121f043 `scripts/v1_5/eval`, `llava/eval/model_vqa*.py`.
+"""
 
 MARKS = ';/[]"{}()=+\\_-><@`,?!'
 NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4"} | {
@@ -38,12 +44,69 @@ _ANSWER_IDS = [*range(1, 11)]
 _CACHE = 1 << 16
 """Different answers remembered: people and models give few, again and again."""
 
+_PAIRS = """
+aint=ain't arent=aren't cant=can't couldve=could've couldnt=couldn't couldn'tve=couldn't've
+couldnt've=couldn't've didnt=didn't doesnt=doesn't dont=don't hadnt=hadn't hadnt've=hadn't've
+hadn'tve=hadn't've hasnt=hasn't havent=haven't hed=he'd hed've=he'd've he'dve=he'd've hes=he's
+howd=how'd howll=how'll hows=how's Id've=I'd've I'dve=I'd've Im=I'm Ive=I've isnt=isn't itd=it'd
+itd've=it'd've it'dve=it'd've itll=it'll let's=let's maam=ma'am mightnt=mightn't
+mightnt've=mightn't've mightn'tve=mightn't've mightve=might've mustnt=mustn't mustve=must've
+neednt=needn't notve=not've oclock=o'clock oughtnt=oughtn't ow's'at='ow's'at 'ows'at='ow's'at
+'ow'sat='ow's'at shant=shan't shed've=she'd've she'dve=she'd've she's=she's shouldve=should've
+shouldnt=shouldn't shouldnt've=shouldn't've shouldn'tve=shouldn't've somebody'd=somebodyd
+somebodyd've=somebody'd've somebody'dve=somebody'd've somebodyll=somebody'll somebodys=somebody's
+someoned=someone'd someoned've=someone'd've someone'dve=someone'd've someonell=someone'll
+someones=someone's somethingd=something'd somethingd've=something'd've something'dve=something'd've
+somethingll=something'll thats=that's thered=there'd thered've=there'd've there'dve=there'd've
+therere=there're theres=there's theyd=they'd theyd've=they'd've they'dve=they'd've theyll=they'll
+theyre=they're theyve=they've twas='twas wasnt=wasn't wed've=we'd've we'dve=we'd've weve=we've
+werent=weren't whatll=what'll whatre=what're whats=what's whatve=what've whens=when's
+whered=where'd wheres=where's whereve=where've whod=who'd whod've=who'd've who'dve=who'd've
+wholl=who'll whos=who's whove=who've whyll=why'll whyre=why're whys=why's wont=won't
+wouldve=would've wouldnt=wouldn't wouldnt've=wouldn't've wouldn'tve=wouldn't've yall=y'all
+yall'll=y'all'll y'allll=y'all'll yall'd've=y'all'd've y'alld've=y'all'd've y'all'dve=y'all'd've
+youd=you'd youd've=you'd've you'dve=you'd've youll=you'll youre=you're youve=you've
+"""
+CONTRACTIONS: dict[str, str] = dict(pair.split("=") for pair in _PAIRS.split())
+"""A word without its apostrophe to the word with it, with every oddity of the official table.
+
+Some oddities decide scores: keys with a capital (`Im`, `Ive`) never match, because words are
+lower-cased first; `lets` is missing; `somebody'd` loses its apostrophe.
+
+Source: GT-Vision-Lab/VQA a013f004 `PythonEvaluationTools/vqaEvaluation/vqaEval.py`; the same
+    table in facebookresearch/mmf b0ffc7fb and in haotian-liu/LLaVA c121f043
+    `llava/eval/m4c_evaluator.py`.
+"""
+
+_STRAIGHT_KEYS = {"couldn'tve", "hadn'tve"}
+_STRAIGHT_VALUES = {
+    *("ain't", "aren't", "can't", "could've", "couldn't", "we've", "where's", "who've"),
+}
+
+
+def _curl(text: str, straight: set[str]) -> str:
+    return text if text in straight else text.replace("'", "’")
+
+
+CURLY_CONTRACTIONS: dict[str, str] = {
+    _curl(key, _STRAIGHT_KEYS): _curl(value, _STRAIGHT_VALUES)
+    for key, value in CONTRACTIONS.items()
+}
+"""The same table with the smart quotes of an editor: all but two keys and eight values.
+
+So `dont` becomes `don’t`, which no person typed, and never matches.
+
+Source: VizWiz API `vqaEval.py` (copy in ranishah0402/VizWiz-VQA-ds598 7f189ba4), the VQA scorer's
+    table of 2015.
+"""
+
 
 @lru_cache(_CACHE)
 def m4c(text: str) -> str:
-    """What the m4c answer processor makes of a text: what LLaVA uploads, and both sides of TextVQA.
+    """Normalise a text as the m4c answer processor does: LLaVA's uploads, both sides of TextVQA.
 
-    Source: facebookresearch/mmf b0ffc7fb `EvalAIAnswerProcessor`; haotian-liu/LLaVA c121f043 `llava/eval/m4c_evaluator.py`.
+    Source: facebookresearch/mmf b0ffc7fb `EvalAIAnswerProcessor`; haotian-liu/LLaVA c121f043
+        `llava/eval/m4c_evaluator.py`.
     """
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     return _words(_punctuation(plain(text)), CONTRACTIONS)
@@ -51,7 +114,7 @@ def m4c(text: str) -> str:
 
 @lru_cache(_CACHE)
 def vqa_official(text: str) -> str:
-    """What the VQA scorer makes of a text where it normalises at all.
+    """Normalise a text as the VQA scorer does, where it normalises at all.
 
     Source: GT-Vision-Lab/VQA a013f004 `vqaEval.py`: `processPunctuation`, `processDigitArticle`.
     """
@@ -60,7 +123,7 @@ def vqa_official(text: str) -> str:
 
 @lru_cache(_CACHE)
 def vizwiz_api(text: str) -> str:
-    """What the VizWiz API makes of a prediction; human answers it takes as they are.
+    """Normalise a prediction as the VizWiz API does; it takes human answers as they are.
 
     Source: VizWiz API `vqaEval.py` (copy in ranishah0402/VizWiz-VQA-ds598 7f189ba4).
     """
@@ -69,21 +132,24 @@ def vizwiz_api(text: str) -> str:
 
 @lru_cache(_CACHE)
 def plain(text: str) -> str:
-    """Newlines and tabs to spaces, then none at the ends: where all three programs start."""
+    """Replace newlines and tabs by spaces and strip the ends: all three programs start so."""
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
 def agreement(
     prediction: str, answers: Sequence[str], annotators: Sequence[int] | None = None
 ) -> float:
-    """VQA accuracy: with each human answer left out in turn, a third for each equal one among the others, at most 1; the mean.
+    """Return the VQA accuracy of a prediction.
 
-    With ten answers: 0.3 for one that is equal, 0.6 for two, 0.9 for three, 1 for four or more.
+    Each human answer is left out in turn. The rest give a third for each equal answer, at most 1,
+    and the result is the mean. With ten answers it is 0.3 for one that is equal, 0.6 for two, 0.9
+    for three, 1 for four or more.
 
     Args:
-        prediction: As it is compared.
-        answers: Of the humans, as they are compared; at least one.
-        annotators: `mixed_up_annotators`: who is left out together with whom if their answers are equal.
+        prediction: The text as it is compared.
+        answers: Human answers as they are compared; at least one.
+        annotators: People who are left out together if their answers are equal, from
+            `mixed_up_annotators`.
 
     Source: GT-Vision-Lab/VQA a013f004 `vqaEval.py`; https://visualqa.org/evaluation.html.
     """
@@ -99,10 +165,14 @@ def agreement(
 
 
 def mixed_up_annotators(answers: Sequence[Mapping[str, Any]]) -> tuple[int, ...] | None:
-    """For each person's answer the number of the first that differs in nothing but the text; None where all differ.
+    """Return for each answer the number of the first that differs in nothing but the text.
 
-    The VQA scorer finds "the others" as the records that are not equal to the one left out, so without `answer_id` people with the
-    same answer leave one another out. Official files number the people, which makes them differ.
+    The VQA scorer takes as "the others" all records that are not equal to the one left out. So
+    without `answer_id`, people with the same answer are left out together. Official files number
+    the people, which makes them differ.
+
+    Returns:
+        A number per answer; None where all answers differ in more than the text.
 
     Source: GT-Vision-Lab/VQA a013f004 `vqaEval.py`: `item != gtAnsDatum`.
     """
@@ -113,34 +183,31 @@ def mixed_up_annotators(answers: Sequence[Mapping[str, Any]]) -> tuple[int, ...]
     return None if len(set(first)) == len(first) else first
 
 
-def human_answers(record: Any, where: str) -> tuple[str, ...]:
-    """The texts of `"answers": [{"answer": text}, ...]`, in order, equal ones as one object.
+def human_answers(answers: Sequence[Any], where: str) -> tuple[str, ...]:
+    """Return the texts of `[{"answer": text}, ...]`, in order, equal ones as one object.
 
     Raises:
-        ValueError: There are none, or they have another form; names where.
+        ValueError: There are none, or they have another form; names the place.
     """
-    answers = field(record, "answers", where)
     try:
         texts = tuple(intern(answer["answer"]) for answer in answers)
     except (KeyError, TypeError) as error:
         raise ValueError(
-            f'{where}: its answers are not a list of {{"answer": "..."}}: get the official file again'
+            f'{where}: its answers are not a list of {{"answer": "..."}}: {AGAIN}'
         ) from error
     if not texts:
-        raise ValueError(f"{where} has no human answer: get the official file again")
+        raise ValueError(f"{where} has no human answer: {AGAIN}")
     return texts
 
 
 def _punctuation(text: str) -> str:
-    # Every decision is made on the text as it came in, so the order of the marks does not matter.
-    if marks := [mark for mark in MARKS if mark in text]:
+    marks = [mark for mark in MARKS if mark in text]
+    if marks:
+        # Every decision rests on the text as it came in, so the order of the marks is irrelevant.
         delete_all = _DIGIT_COMMA_DIGIT.search(text) is not None
-        text = text.translate(
-            {
-                ord(mark): "" if delete_all or f"{mark} " in text or f" {mark}" in text else " "
-                for mark in marks
-            }
-        )
+        deleted = {mark for mark in marks if delete_all or f"{mark} " in text or f" {mark}" in text}
+        text = text.translate({ord(mark): "" if mark in deleted else " " for mark in marks})
+
     return _PERIOD.sub("", text, count=_NUM_PERIODS)
 
 

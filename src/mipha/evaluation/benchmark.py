@@ -1,7 +1,9 @@
-"""What a benchmark is: its questions, and pure functions from answers to numbers.
+"""The benchmark object: its questions, and pure functions from answers to numbers.
 
-official files --annotations / questions--> [Question]  --a model, or a file--> id -> text
-               --score--> Judgement (question by question)  --measure--> every metric
+A benchmark is one module in `evaluation/benchmarks` that ends with `BENCHMARK = Benchmark(...)`:
+
+official files --read / read_labels--> [Question] --a model, or a file--> id -> text
+               --score--> Judgement (question by question) --measure--> every metric
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ import importlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -22,14 +24,15 @@ BENCHMARKS = Path(__file__).parent / "benchmarks"
 
 @dataclass(frozen=True)
 class Question:
-    """One thing to ask.
+    """One question to a model.
 
     Args:
         id: Unique in the benchmark.
-        text: The full prompt, without an image marker; the bare question where only labels were read.
+        text: The full prompt, without an image marker. Where only labels were read, it may be the
+            bare question.
         image: A path, the bytes of an image file, or None for a question without an image.
-        facts: Whatever the scorer needs: gold answer, kind, image id; without a label for a private split. `optional`: a predictions
-            file may do without it.
+        facts: Whatever the scorer needs: gold answer, kind, image id. A private split has no label
+            here. `optional`: a predictions file need not answer this question.
     """
 
     id: str
@@ -40,29 +43,48 @@ class Question:
 
 @dataclass(frozen=True)
 class Metric:
-    """What a score measures: its name, its unit (`%`, `points`, `questions`), and one line of explanation.
+    """The name, the unit and the meaning of a number.
 
-    `subset` describes `subset.anything` as well.
+    Args:
+        name: Unique in the benchmark. `subset` describes `subset.anything` as well.
+        unit: `%`, `points` or `questions`.
+        description: One line for readers of scores.json.
+        column: Column of comparison tables that shows this metric beside the headline's; None: no
+            column of its own.
     """
 
     name: str
     unit: str
     description: str
+    column: str | None = None
+
+
+@dataclass(frozen=True)
+class Split:
+    """One part of a benchmark.
+
+    Args:
+        size: Official number of questions.
+        server: Where an upload is scored; None where the labels are public.
+    """
+
+    size: int
+    server: str | None = None
 
 
 @dataclass(frozen=True)
 class Judgement:
-    """What answers are worth, question by question.
+    """The worth of answers, question by question.
 
     Args:
         per_question: Question id to the official per-question score, mostly 0 to 1.
-        contributions: One (cluster, name -> amount) a question, in any order: what the metrics add up. The cluster is what questions
-            share: the image.
+        contributions: One (cluster, name -> amount) per question, in any order; metrics are made
+            from their sums. A cluster is what questions share: the image.
         parsed: Question id to what was read out of the text; None where nothing could be read.
         normalised: Question id to the text as it was compared.
-        submission: Question id to the answer string that goes into the upload, for a benchmark with a server.
-        extra: Further official numbers that no sum over questions gives; they get no interval.
-        notes: What a reader must know about these numbers, a sentence each.
+        submission: Question id to the answer in the upload, for a benchmark with a server.
+        extra: Further official numbers that are not made from sums; they get no interval.
+        notes: Sentences that a reader of these numbers must know.
     """
 
     per_question: Mapping[str, float]
@@ -74,32 +96,12 @@ class Judgement:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Score:
-    """One number.
-
-    Args:
-        metric: Its name; `group.member` for one of several alike.
-        value: In `unit`; None where it is undefined (an F1 without a single yes).
-        unit: `%`, `points` or `questions`.
-        n: Questions that the number rests on.
-        low: Lower end of the 95 % interval; None where there is none.
-        high: Upper end.
-    """
-
-    metric: str
-    value: float | None
-    unit: str
-    n: int
-    low: float | None = None
-    high: float | None = None
-
-
 class Judge(Protocol):
     """A language model that grades; see `mipha.evaluation.judge`.
 
     Args:
-        num_runs: How often every question was graded, where that was recorded; None: the benchmark decides.
+        num_runs: How often every question was graded, where that was recorded; None: the benchmark
+            decides.
     """
 
     @property
@@ -115,74 +117,141 @@ class Judge(Protocol):
         temperature: float = 0.0,
         max_tokens: int = 16,
     ) -> str:
-        """The judge's reply to a prompt."""
+        """Return the judge's reply to a prompt."""
         ...
 
 
-class Benchmark(Protocol):
-    """What a module in `evaluation/benchmarks` must have; nothing is registered, the folder is the list.
+@dataclass(frozen=True)
+class Benchmark:
+    """Everything that the program knows about a benchmark.
 
     Args:
-        METRICS: Every metric that `measure` or `Judgement.extra` may give, the headline first.
-        SPLITS: Names that `questions` takes, the one to report first.
-        SIZES: Split to the official number of questions.
-        SERVERS: Split whose labels are private to the server that scores an upload.
-        PROTOCOL: One sentence that goes into scores.json: prompt, how an answer is read, what is averaged, clusters of the interval.
-        SOURCE: One sentence: where the official files are had, and what they are called.
-        MAX_NEW_TOKENS: Longest answer, in tokens.
-        BASELINES: Name to a function that answers the questions without a model; empty where there is none.
-        JUDGE: Whether a judge grades: `required` (no score without one), `optional`, or None. A judged module's `score` takes a
-            third argument `judge: Judge | None = None`.
+        name: As on the command line; also the name of its module.
+        metrics: Every metric that `measure` or `Judgement.extra` may give, the headline first.
+        splits: Name to split, the one to report first.
+        protocol: One sentence for scores.json: prompt, reading of answers, averaging, clusters.
+        source: Where the official files come from, and their names. It begins with "get", and
+            stands in the middle of error messages.
+        max_new_tokens: Longest answer, in tokens.
+        read: `read(root, split)` returns every question of a split in the official order, with
+            prompt and image and unique ids. It raises FileNotFoundError for a missing file or
+            image, and ValueError for a malformed file, with the file and the line or record.
+        read_labels: `read_labels(path)` returns the labelled questions of an official annotation
+            file, or of the folder with the official files; the images need not be there.
+        score: `score(questions, predictions, judge)` judges the answers. It is pure, takes the
+            text verbatim, and every question has a prediction and a label. `judge` is None for a
+            benchmark without a judge.
+        measure: `measure(totals)` returns every metric, headline first, unrounded, from the sums
+            of contributions. It works on any shape of totals.
+        submission: `submission(questions, predictions)` returns the files that the benchmark's
+            server takes, as name to content.
+        doubts: `doubts(questions, split)` returns one sentence for each sign that these are not
+            the files of the protocol, beyond the number of questions.
+        judge: Whether a language model grades: `required` (no score without one), `optional`, or
+            None.
+        baselines: Name to a function that answers the questions without a model.
+        packaged: An installed package brings the files, so `read` takes None as its root.
     """
 
-    __name__: str
-    METRICS: tuple[Metric, ...]
-    SPLITS: tuple[str, ...]
-    SIZES: Mapping[str, int]
-    SERVERS: Mapping[str, str]
-    PROTOCOL: str
-    SOURCE: str
-    MAX_NEW_TOKENS: int
-    BASELINES: Mapping[str, Callable[[Sequence[Question]], dict[str, str]]]
-    JUDGE: Literal["required", "optional"] | None
+    name: str
+    metrics: tuple[Metric, ...]
+    splits: Mapping[str, Split]
+    protocol: str
+    source: str
+    max_new_tokens: int
+    read: Callable[..., Sequence[Question]]
+    read_labels: Callable[[Path], Sequence[Question]]
+    score: Callable[[Sequence[Question], Mapping[str, str], Judge | None], Judgement]
+    measure: Callable[[Totals], dict[str, np.ndarray]]
+    submission: Callable[[Sequence[Question], Mapping[str, str]], dict[str, bytes]] | None = None
+    doubts: Callable[[Sequence[Question], str], list[str]] | None = None
+    judge: Literal["required", "optional"] | None = None
+    baselines: Mapping[str, Callable[[Sequence[Question]], dict[str, str]]] = field(
+        default_factory=dict
+    )
+    packaged: bool = False
 
-    def questions(self, root: Path | None, split: str) -> Sequence[Question]:
-        """Every question of the split in the official order with prompt and image, unique ids.
+    @property
+    def headline(self) -> Metric:
+        """The metric to report."""
+        return self.metrics[0]
+
+    @property
+    def main_split(self) -> str:
+        """The split to report."""
+        return next(iter(self.splits))
+
+    def questions(self, root: Path | None = None, split: str | None = None) -> Sequence[Question]:
+        """Return every question of a split.
 
         Args:
             root: Folder with the official files; None: the packaged copy, where there is one.
+            split: Name of the split; None: the one to report.
 
         Raises:
             FileNotFoundError: A file or an image is missing.
-            ValueError: No such split, or a malformed file: names the file and the line or the record.
+            ValueError: No such split, no folder, or a malformed file.
         """
-        ...
+        split = split or self.main_split
+        if split not in self.splits:
+            raise ValueError(
+                f"benchmark {self.name} has no split {split!r}: choose {' or '.join(self.splits)}"
+            )
+        if root is None and not self.packaged:
+            raise ValueError(
+                f"{self.name} has no packaged copy: {self.source}, "
+                "and give its folder with --data-root"
+            )
 
-    def annotations(self, path: Path) -> Sequence[Question]:
-        """The labelled questions of the official annotation file (or of the folder with the official files), without images."""
-        ...
+        return self.read(root, split)
 
-    def score(self, questions: Sequence[Question], predictions: Mapping[str, str]) -> Judgement:
-        """What the answers are worth. Pure; the text is taken verbatim; every question has a prediction and a label."""
-        ...
+    def metric(self, name: str) -> Metric:
+        """Return the metric with this name, or the one of its group."""
+        by_name = {metric.name: metric for metric in self.metrics}
+        found = by_name.get(name) or by_name.get(name.partition(".")[0])
+        assert found is not None, f"the metrics of {self.name} lack {name}"
+        return found
 
-    def measure(self, totals: Totals) -> dict[str, np.ndarray]:
-        """Every metric from the sums of contributions, headline first, in its unit and unrounded; on any shape of totals."""
-        ...
 
-    def submission(
-        self, questions: Sequence[Question], predictions: Mapping[str, str]
-    ) -> dict[str, bytes]:
-        """File name to content of what the benchmark's server takes; empty where there is no server."""
-        ...
+@dataclass(frozen=True)
+class Plan:
+    """What is asked of one benchmark.
 
-    def doubts(self, questions: Sequence[Question], split: str) -> list[str]:
-        """One sentence for each sign that these are not the files of the protocol, beyond the number of questions."""
-        ...
+    Args:
+        benchmark: The benchmark.
+        split: Name of one of its splits.
+        questions: All questions of the split.
+        doubts: Signs that these are not the files of the protocol, a sentence each.
+        limit: Only the first N questions are asked; None: all.
+        blind: The model is shown grey in place of every image.
+    """
+
+    benchmark: Benchmark
+    split: str
+    questions: Sequence[Question]
+    doubts: tuple[str, ...] = ()
+    limit: int | None = None
+    blind: bool = False
+
+    @property
+    def name(self) -> str:
+        """Name of the benchmark."""
+        return self.benchmark.name
+
+    @property
+    def asked(self) -> Sequence[Question]:
+        """The questions that are asked."""
+        return self.questions[: self.limit]
+
+    @property
+    def key(self) -> str:
+        """Name of the folder with the results."""
+        split = "" if self.split == self.benchmark.main_split else f"-{self.split}"
+        return f"{self.name}{split}{'-blind' if self.blind else ''}"
 
 
 def list_benchmarks() -> list[str]:
-    """Names of the benchmarks."""
+    """Return the names of the benchmarks: the folder is the list."""
     return files_in(BENCHMARKS, ".py")
 
 
@@ -194,12 +263,4 @@ def load_benchmark(name: str) -> Benchmark:
     """
     if name not in list_benchmarks():
         raise ValueError(f"no benchmark {name!r}: {did_you_mean(name, list_benchmarks())}")
-    return cast(Benchmark, importlib.import_module(f"mipha.evaluation.benchmarks.{name}"))
-
-
-def describe(benchmark: Benchmark, name: str) -> Metric:
-    """The metric of this name, or of its group."""
-    by_name = {metric.name: metric for metric in benchmark.METRICS}
-    found = by_name.get(name) or by_name.get(name.partition(".")[0])
-    assert found is not None, f"METRICS lacks {name}"
-    return found
+    return importlib.import_module(f"mipha.evaluation.benchmarks.{name}").BENCHMARK

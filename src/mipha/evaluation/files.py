@@ -1,41 +1,67 @@
-"""Official files, read with errors that name the file and the line."""
+"""Official files: found by name, read as validated records, with errors that name the place.
+
+find, image_file        where a file lies
+read_official           the content of a JSON file
+read_record             a record of it as a pydantic model
+read_table              rows of a .tsv file
+decode_image            an image that a table holds as base64 text
+write_spreadsheet       an .xlsx file, for servers that take one
+"""
 
 from __future__ import annotations
 
-import gc
-import json
-from collections.abc import Iterator, Sequence
+import base64
+import binascii
+import csv
+import io
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError
+
+from mipha.errors import import_optional
+from mipha.files import read_json
+
+AGAIN = "get the official file again"
+"""What a user should do with a damaged file."""
+
+_LONGEST_SHOWN = 80
+"""Characters of a wrong value that an error shows."""
+_LONGEST_CELL = 32_767
+"""Characters that a cell of a spreadsheet can hold."""
 
 
-def official_root(
-    name: str, root: Path | None, split: str, splits: Sequence[str], source: str
-) -> Path:
-    """The folder with a benchmark's official files, once the split is known to be one of its own.
+class OfficialRecord(BaseModel):
+    """A record of an official file: values of exactly these types; other keys are ignored."""
 
-    Raises:
-        ValueError: No such split, or no folder was given.
-    """
-    if split not in splits:
-        raise ValueError(f"benchmark {name} has no split {split!r}: choose {' or '.join(splits)}")
-    if root is None:
-        raise ValueError(
-            f"{name} has no packaged copy: {source}, and give its folder with --data-root"
-        )
-    return root
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+
+Record = TypeVar("Record", bound=OfficialRecord)
+
+
+def _check_id(value: Any) -> str:
+    if not isinstance(value, (str, int)):
+        raise ValueError("should be a text or a whole number")
+    return str(value)
+
+
+QuestionId = Annotated[str, PlainValidator(_check_id)]
+"""An id that a file may write as a number."""
 
 
 def find(root: Path, names: Sequence[str], source: str) -> Path:
-    """The first of the names that is there: under the folder, or the path itself if it is a file.
+    """Return the first of the files that exists under a folder, or the root if it is a file.
 
     Args:
         root: A folder with official files (others may lie there too), or one official file.
         names: Paths under the folder, the usual one first.
-        source: Sentence for the error: where the files are had.
+        source: Where the files come from, for the error.
 
     Raises:
-        FileNotFoundError: None is there.
+        FileNotFoundError: None of them exists.
     """
     if root.is_file():
         return root
@@ -47,69 +73,8 @@ def find(root: Path, names: Sequence[str], source: str) -> Path:
     raise FileNotFoundError(f"{root} has no {' or '.join(names)}: {source}")
 
 
-def read_json(path: Path) -> Any:
-    """A JSON file.
-
-    Raises:
-        FileNotFoundError: No such file.
-        ValueError: Not JSON, or not UTF-8.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    collecting = gc.isenabled()
-    gc.disable()  # millions of new objects, none of them garbage: looking for it takes as long as reading
-    try:
-        return json.loads(path.read_bytes())
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path} line {error.lineno} is not valid JSON ({error.msg}): get the file again"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: get the file again") from error
-    finally:
-        if collecting:
-            gc.enable()
-
-
-def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, object) of a JSON-lines file; empty lines are passed over.
-
-    Raises:
-        FileNotFoundError: No such file.
-        ValueError: A line is not a JSON object.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    # Split at newlines only: a JSON string may hold other characters that end a line elsewhere.
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(
-                f"{path} line {number} is not valid JSON ({line[:60]!r}): mend that line"
-            ) from error
-        if not isinstance(row, dict):
-            raise ValueError(
-                f"{path} line {number} is not a JSON object ({line[:60]!r}): mend that line"
-            )
-        yield number, row
-
-
-def field(record: Any, key: str, where: str) -> Any:
-    """One value of a record.
-
-    Raises:
-        ValueError: The record has no such key; names where.
-    """
-    if not isinstance(record, dict) or key not in record:
-        raise ValueError(f"{where} has no {key!r}: this is not the official file")
-    return record[key]
-
-
 def image_file(path: Path, source: str) -> Path:
-    """The path, if there is a file.
+    """Return the path of an image, if there is a file.
 
     Raises:
         FileNotFoundError: There is none.
@@ -117,3 +82,154 @@ def image_file(path: Path, source: str) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"no image {path}: {source}")
     return path
+
+
+def read_official(path: Path) -> Any:
+    """Return the content of an official JSON file.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: The file is not JSON, or not UTF-8.
+    """
+    return read_json(path, fix=AGAIN)
+
+
+def read_record(schema: type[Record], record: Any, where: str, fix: str = AGAIN) -> Record:
+    """Return a record as an object of its schema.
+
+    Args:
+        schema: Keys and their types.
+        record: Plain values from a JSON file.
+        where: File and line, or file and record, for the error.
+        fix: What the user should do, for the error.
+
+    Raises:
+        ValueError: A key is missing, or a value has another type; names place, key and value.
+    """
+    try:
+        return schema.model_validate(record)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        raise ValueError(f"{_describe_problem(problem, where)}: {fix}") from error
+
+
+def read_table(path: Path, required: Iterable[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Yield the rows of a .tsv file, each with file and line, as column to cell.
+
+    Args:
+        path: The file; its first line names the columns.
+        required: Columns that must be there.
+
+    Raises:
+        ValueError: A column is missing, a line has another number of cells, or this is no table.
+    """
+    # A base64 image is far longer than a cell may be by default.
+    limit = csv.field_size_limit(2**31 - 1)
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, delimiter="\t")
+            columns = next(reader, [])
+            if missing := [column for column in required if column not in columns]:
+                raise ValueError(
+                    f"{path} has no column {' or '.join(missing)}: give the official .tsv file"
+                )
+
+            for cells in reader:
+                where = f"{path} line {reader.line_num}"
+                if cells and len(cells) != len(columns):
+                    raise ValueError(
+                        f"{where} has {len(cells)} cells, but the first line has {len(columns)}: "
+                        f"{AGAIN}"
+                    )
+                if cells:
+                    yield where, dict(zip(columns, cells, strict=True))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} is not a table in UTF-8 ({error}): {AGAIN}") from error
+    finally:
+        csv.field_size_limit(limit)
+
+
+def decode_image(cell: str, where: str) -> bytes:
+    """Return the bytes of an image that a table holds as base64 text.
+
+    Raises:
+        ValueError: The text is not base64.
+    """
+    try:
+        return base64.b64decode(cell)
+    except (binascii.Error, ValueError) as error:
+        raise ValueError(f"{where}: the image is not base64 ({error}): {AGAIN}") from error
+
+
+def write_spreadsheet(
+    columns: Sequence[str], rows: Iterable[Mapping[str, str | int | None]]
+) -> bytes:
+    """Return the content of an .xlsx file.
+
+    Args:
+        columns: Names in the first line; the first column names a row in errors.
+        rows: Column to text, whole number, or None for an empty cell.
+
+    Raises:
+        MissingPackage: openpyxl is not installed.
+        ValueError: A text is too long for a cell.
+    """
+    openpyxl = import_optional("openpyxl", "writing an .xlsx upload", "evaluation")
+    book = openpyxl.Workbook()
+    sheet = book.active
+    sheet.append(list(columns))
+
+    for line, row in enumerate(rows, start=2):
+        for number, column in enumerate(columns, start=1):
+            value = row[column]
+            if isinstance(value, str):
+                # Without the type, text that begins with "=" is a formula, and "#N/A" an error.
+                text = cell_text(value, f"{column} of row {row[columns[0]]}")
+                sheet.cell(line, number, text).data_type = "s"
+            elif value is not None:
+                sheet.cell(line, number, value)
+
+    content = io.BytesIO()
+    book.save(content)
+    return content.getvalue()
+
+
+def cell_text(text: str, name: str) -> str:
+    """Return a text as it goes into a cell, without characters that no spreadsheet can hold.
+
+    Characters that separate words become a space, all others a replacement character, so that the
+    reading rules find the same in it.
+
+    Args:
+        text: Any text.
+        name: Name of the text, for the error.
+
+    Raises:
+        ValueError: The text is too long.
+    """
+    if len(text) > _LONGEST_CELL:
+        raise ValueError(
+            f"{name} has {len(text):,} characters, but a cell of a spreadsheet holds "
+            f"{_LONGEST_CELL:,}: shorten it"
+        )
+    spaced = re.sub("[\x0b\x0c\x1c-\x1f]", " ", text)
+    return re.sub("[\x00-\x08\x0e-\x1b\ud800-\udfff\ufffe\uffff]", "\ufffd", spaced)
+
+
+def _describe_problem(problem: Any, where: str) -> str:
+    """Return place, key, value and fault of a problem that pydantic found in a record."""
+    key = ".".join(map(str, problem["loc"]))
+    if problem["type"] == "missing":
+        return f"{where} has no {key!r}"
+
+    said = "should be an object"
+    if problem["type"] != "model_type":
+        said = re.sub("^(Value error,|Input|List) ", "", problem["msg"])
+        said = said.replace(" after validation", "")
+    if not key:
+        return f"{where} {said}"
+
+    value = repr(problem["input"])
+    if len(value) > _LONGEST_SHOWN:
+        value = value[:_LONGEST_SHOWN] + " ..."
+    return f"{where}: {key} {value} {said}"

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mipha.comparison.statistics import PairedDifference, holm, paired_differences, read_tally
-from mipha.evaluation.benchmark import describe, load_benchmark
-from mipha.evaluation.files import read_json
+from mipha.evaluation.benchmark import load_benchmark
+from mipha.files import read_json, read_json_object
 
 
 @dataclass(frozen=True)
@@ -16,11 +16,12 @@ class PairedRow:
     """One metric of one benchmark.
 
     Args:
-        benchmark: Its folder's name in the results: the split and `-blind` are part of it.
-        metric: Headline first.
-        unit: Of the difference.
-        paired: Of the first model minus the second.
-        p_holm: The headline's p-value, adjusted for the number of benchmarks; None for other metrics.
+        benchmark: Name of the benchmark's folder in the results, with the split and `-blind`.
+        metric: Name of the metric; the headline comes first.
+        unit: Unit of the difference.
+        paired: The first model minus the second.
+        p_holm: The headline's p-value, adjusted for the number of benchmarks; None for other
+            metrics.
     """
 
     benchmark: str
@@ -31,12 +32,12 @@ class PairedRow:
 
 
 def compare_paired(a: str | Path, b: str | Path, num_resamples: int = 2000) -> list[PairedRow]:
-    """The difference a - b on every metric of every benchmark that both have scores of.
+    """Return the difference a - b on every metric of every benchmark that both have scores of.
 
     Args:
-        a: A run, a folder of results (`mipha evaluate -o`), or one file that `mipha score --json` wrote.
-        b: The same.
-        num_resamples: Of the intervals, and of the permutation tests.
+        a: A run, a folder of results (`mipha evaluate -o`), or a file of `mipha score --json`.
+        b: The same of the other model.
+        num_resamples: Resamples of the intervals, and swaps of the permutation tests.
 
     Raises:
         FileNotFoundError: No results.
@@ -46,43 +47,44 @@ def compare_paired(a: str | Path, b: str | Path, num_resamples: int = 2000) -> l
     shared = [name for name in left if name in right]
     if not shared:
         raise ValueError(
-            f"{a} has {', '.join(left)} and {b} has {', '.join(right)}: nothing to pair, evaluate both on one benchmark"
+            f"{a} has {', '.join(left)} and {b} has {', '.join(right)}: nothing to pair, "
+            "evaluate both on one benchmark"
         )
+
+    # Every metric of every shared benchmark.
+    benchmarks = {name: load_benchmark(left[name]["benchmark"]) for name in shared}
     found = {}
-    for name in shared:
+    for name, benchmark in benchmarks.items():
         if left[name]["ids_sha256"] != right[name]["ids_sha256"]:
             raise ValueError(
-                f"{name}: {a} and {b} did not answer the same questions: evaluate both on the same set, to the end"
+                f"{name}: {a} and {b} did not answer the same questions: "
+                "evaluate both on the same set, to the end"
             )
-        measure = load_benchmark(left[name]["benchmark"]).measure
-        found[name] = paired_differences(
-            read_tally(left[name]), read_tally(right[name]), measure, num_resamples
-        )
-    headlines = {name: load_benchmark(left[name]["benchmark"]).METRICS[0].name for name in shared}
-    # Where the headline is undefined for one of the two (an F1 without a right yes), no other metric takes its place.
+        tallies = read_tally(left[name]), read_tally(right[name])
+        found[name] = paired_differences(*tallies, benchmark.measure, num_resamples)
+
+    # Adjust the headlines for their number. A headline that is undefined for one of the two (an F1
+    # without a right yes) has no test, and no other metric takes its place.
+    headlines = {name: benchmark.headline.name for name, benchmark in benchmarks.items()}
     tested = [name for name in shared if headlines[name] in found[name]]
-    adjusted = dict(
-        zip(tested, holm([found[name][headlines[name]].p_value for name in tested]), strict=True)
-    )
-    rows = []
-    for name in shared:
-        benchmark = load_benchmark(left[name]["benchmark"])
-        for metric, paired in found[name].items():
-            unit = describe(benchmark, metric).unit
-            rows.append(
-                PairedRow(
-                    name,
-                    metric,
-                    unit,
-                    paired,
-                    adjusted.get(name) if metric == headlines[name] else None,
-                )
-            )
-    return rows
+    p_values = [found[name][headlines[name]].p_value for name in tested]
+    adjusted = dict(zip(tested, holm(p_values), strict=True))
+
+    return [
+        PairedRow(
+            name,
+            metric,
+            benchmarks[name].metric(metric).unit,
+            paired,
+            adjusted.get(name) if metric == headlines[name] else None,
+        )
+        for name in shared
+        for metric, paired in found[name].items()
+    ]
 
 
 def results_of(path: Path) -> dict[str, dict[str, Any]]:
-    """Name of a benchmark's results to the content of their tally.json.
+    """Return name of a benchmark's results to the content of their tally.json.
 
     Raises:
         FileNotFoundError: There are none.
@@ -94,8 +96,11 @@ def results_of(path: Path) -> dict[str, dict[str, Any]]:
                 f"{path} is not a file that `mipha score --json` wrote: give one, or a run"
             )
         return {content["tally"]["benchmark"]: content["tally"]}
+
     folder = path / "evaluation" if (path / "evaluation").is_dir() else path
-    found = {file.parent.name: read_json(file) for file in sorted(folder.glob("*/tally.json"))}
+    found = {
+        file.parent.name: read_json_object(file) for file in sorted(folder.glob("*/tally.json"))
+    }
     if not found:
         raise FileNotFoundError(
             f"{path} has no scores: make them with `mipha evaluate {path} -b ...`"

@@ -1,10 +1,13 @@
-"""Questions -> predictions.jsonl: asks once, never twice, and never takes an error for an answer.
+"""Questions -> predictions.jsonl: ask once, never twice, and never take an error for an answer.
 
-predictions.meta.json   which checkpoint was asked, with which prompts; others are refused
-predictions.jsonl       {"question_id", "text", "num_tokens", "finished"}, appended as answers arrive; in official order at the end
-errors.jsonl            {"question_id", "error"} of the last call's failures; a failed question is asked again by the next
+predictions.meta.json   checkpoint and prompts; a folder with others is refused
+predictions.jsonl       {"question_id", "text", "num_tokens", "finished"}, appended as answers
+                        arrive; in official order at the end
+errors.jsonl            {"question_id", "error"} of the last call's failures; the next call asks
+                        these questions again
 
-Several processes (torchrun) share the images; the first writes the files above, each other one `*.rank<n>.jsonl` until `merge`.
+Several processes (torchrun) share the images. The first writes the files above, each other one
+writes `*.rank<n>.jsonl` until `merge`.
 """
 
 from __future__ import annotations
@@ -13,19 +16,20 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
-from mipha.evaluation.benchmark import Question
-from mipha.files import append_line, read_lines, write_whole
+from mipha.evaluation.benchmark import Plan, Question
+from mipha.files import append_line, read_json_object, read_lines, write_whole
 
 MOST_FAILURES_IN_A_ROW = 20
-"""So many pictures that fail with no answer between them are one fault of the set-up, not of the pictures."""
+"""So many images that fail with no answer between them are a fault of the setup."""
 
 
 class Asker(Protocol):
-    """What `predict` needs of an assistant."""
+    """A model that answers questions about images; `mipha.Assistant` is one."""
 
     def answer_many(
         self,
@@ -39,66 +43,59 @@ class Asker(Protocol):
 
 def predict(
     assistant: Asker,
-    benchmark_name: str,
-    questions: Sequence[Question],
+    plan: Plan,
     folder: Path,
-    batch_size: int,
-    max_new_tokens: int,
-    limit: int | None = None,
+    *,
+    checkpoint_sha256: str,
+    batch_size: int = 16,
     progress: bool = True,
-    checkpoint_sha256: str = "",
     rank: int = 0,
     num_ranks: int = 1,
 ) -> None:
     """Answer the questions that have no prediction in the folder yet.
 
     Args:
-        assistant: Asked through `answer_many`.
-        benchmark_name: Goes into the header and the progress bar.
-        questions: All of the split, ids unique; the header's hash is over all of them, so a limited run can be extended.
-        folder: Gets the three files; made if missing.
-        batch_size: Questions a forward pass.
-        max_new_tokens: Longest answer, in tokens.
-        limit: Ask the first N only.
-        progress: Show a bar with questions/s and the time left.
+        assistant: The model, asked through `answer_many`.
+        plan: The questions. The header's hash is over all of the split, so a limited run can be
+            extended.
+        folder: Place of the three files; made if missing.
         checkpoint_sha256: `fingerprint` of the model that the assistant runs.
-        rank: This process; it asks about every `num_ranks`-th image.
+        batch_size: Questions per forward pass.
+        progress: Show a bar with questions/s and the time left.
+        rank: Number of this process; it asks about every `num_ranks`-th image.
         num_ranks: Processes that ask. When all are done, one of them calls `merge`.
 
     Raises:
-        ValueError: The folder's predictions are by another checkpoint or with other prompts; ids repeat; or everything fails.
+        ValueError: The folder's predictions are by another checkpoint or with other prompts; ids
+            repeat; or everything fails.
     """
-    if len({question.id for question in questions}) != len(questions):
-        raise ValueError(
-            f"benchmark {benchmark_name} gives some question id twice: make them unique"
-        )
-    _claim(
-        folder,
-        {
-            "benchmark": benchmark_name,
-            "checkpoint_sha256": checkpoint_sha256,
-            "prompts_sha256": prompts_hash(questions),
-            "max_new_tokens": max_new_tokens,
-        },
-    )
+    if len({question.id for question in plan.questions}) != len(plan.questions):
+        raise ValueError(f"benchmark {plan.name} gives some question id twice: make them unique")
+    header = {
+        "benchmark": plan.name,
+        "checkpoint_sha256": checkpoint_sha256,
+        "prompts_sha256": prompts_hash(plan.questions),
+        "max_new_tokens": plan.benchmark.max_new_tokens,
+    }
+    _claim(folder, header)
+
+    # This process's share, less what is answered.
     predictions = read_predictions(folder)
-    asked = _share(questions[:limit], rank, num_ranks)
-    open_questions = [question for question in asked if question.id not in predictions]
-    answers_file, errors_file = (_file(folder, name, rank) for name in ("predictions", "errors"))
+    share = _share(plan.asked, rank, num_ranks)
+    left = [question for question in share if question.id not in predictions]
+    errors_file = _file(folder, "errors", rank)
     errors_file.unlink(missing_ok=True)
-    with _bar(
-        benchmark_name, len(asked), len(asked) - len(open_questions), progress and not rank
-    ) as advance:
-        _ask(
-            assistant,
-            open_questions,
-            answers_file,
-            errors_file,
-            set(predictions),
-            batch_size,
-            max_new_tokens,
-            advance,
+
+    with _bar(plan.name, len(share), len(share) - len(left), progress and not rank) as advance:
+        answering = _Answering(
+            assistant=assistant,
+            answers_file=_file(folder, "predictions", rank),
+            errors_file=errors_file,
+            max_new_tokens=plan.benchmark.max_new_tokens,
+            batch_size=batch_size,
+            advance=advance,
         )
+        answering.answer(left)
 
 
 def merge(folder: Path, questions: Sequence[Question]) -> dict[str, str]:
@@ -110,20 +107,19 @@ def merge(folder: Path, questions: Sequence[Question]) -> dict[str, str]:
     place = {question.id: number for number, question in enumerate(questions)}
     answered = read_predictions(folder)
     for name in ("predictions", "errors"):
+        # A process of an earlier call may have left an error of a question answered since.
         files = sorted(folder.glob(f"{name}*.jsonl"))
-        # A process of an earlier call may have left an error that another has mended since.
         rows = {
             row["question_id"]: row
             for file in files
             for row in read_lines(file)
             if name == "predictions" or row["question_id"] not in answered
         }
+
         if rows:
             ordered = sorted(rows.values(), key=lambda row: place[row["question_id"]])
-            write_whole(
-                folder / f"{name}.jsonl",
-                "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ordered),
-            )
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in ordered)
+            write_whole(folder / f"{name}.jsonl", "".join(lines))
         for file in files:
             if file.name != f"{name}.jsonl":
                 file.unlink()
@@ -131,7 +127,7 @@ def merge(folder: Path, questions: Sequence[Question]) -> dict[str, str]:
 
 
 def read_predictions(folder: Path) -> dict[str, str]:
-    """Question id to text of every prediction in the folder, whichever process made it."""
+    """Return question id to text of every prediction in the folder, of all processes."""
     return {
         row["question_id"]: row["text"]
         for file in sorted(folder.glob("predictions*.jsonl"))
@@ -140,23 +136,22 @@ def read_predictions(folder: Path) -> dict[str, str]:
 
 
 def prompts_hash(questions: Sequence[Question]) -> str:
-    """SHA-256 over ids, prompts and images in order; a path counts by its name, so data may move."""
+    """Return SHA-256 over ids, prompts and images; a path counts by its name, so data may move."""
     digest = hashlib.sha256()
     for question in questions:
         image = question.image
-        shown = (
-            hashlib.sha256(image).hexdigest()
-            if isinstance(image, bytes)
-            else image.name
-            if image
-            else None
-        )
+        if isinstance(image, bytes):
+            shown = hashlib.sha256(image).hexdigest()
+        else:
+            shown = image.name if image else None
         digest.update(json.dumps([question.id, question.text, shown]).encode() + b"\n")
     return digest.hexdigest()
 
 
 def fingerprint(model: Path) -> str:
-    """SHA-256 over the content of a model folder: weights, configuration, tokenizer, template; not its README or results.
+    """Return SHA-256 over a model folder: weights, configuration, tokenizer, template.
+
+    README and results do not count.
 
     Raises:
         FileNotFoundError: The folder has no .safetensors file.
@@ -170,6 +165,7 @@ def fingerprint(model: Path) -> str:
         raise FileNotFoundError(
             f"{model} has no .safetensors file: give the folder of an exported model"
         )
+
     digest = hashlib.sha256()
     for path in files:
         stat = path.stat()
@@ -179,7 +175,7 @@ def fingerprint(model: Path) -> str:
 
 @lru_cache(maxsize=256)
 def _file_hash(path: Path, size: int, changed: int) -> str:
-    """Size and time of change are there for the cache only: a file that was written anew is read anew."""
+    """Return a file's SHA-256; size and time are for the cache: a new version is read anew."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -190,27 +186,33 @@ def _claim(folder: Path, header: dict[str, Any]) -> None:
     if not path.is_file():
         if (folder / "predictions.jsonl").is_file():
             raise ValueError(
-                f"{folder} has predictions but no {path.name}, so nobody knows whose they are: delete that folder"
+                f"{folder} has predictions but no {path.name}, so nobody knows whose they are: "
+                "delete that folder"
             )
         write_whole(path, json.dumps(header, indent=2) + "\n")
         return
-    old = json.loads(path.read_text(encoding="utf-8"))
+
+    old = read_json_object(path, fix="delete that folder")
     if differing := [key for key in header if old.get(key) != header[key]]:
         key = differing[0]
         whose = {"checkpoint_sha256": "another checkpoint", "prompts_sha256": "other prompts"}
         what = whose.get(key, f"{key}={old.get(key)} (now {header[key]})")
         raise ValueError(
-            f"the predictions in {folder} were made with {what}: delete that folder to ask again, or write to another one"
+            f"the predictions in {folder} were made with {what}: "
+            "delete that folder to ask again, or write to another one"
         )
 
 
 def _file(folder: Path, name: str, rank: int) -> Path:
-    """Where one process writes."""
+    """Return the file of one process."""
     return folder / (f"{name}.rank{rank}.jsonl" if rank else f"{name}.jsonl")
 
 
 def _share(questions: Sequence[Question], rank: int, num_ranks: int) -> list[Question]:
-    """The questions about every `num_ranks`-th image: those of one image stay together, so that it is encoded once."""
+    """Return the questions about every `num_ranks`-th image.
+
+    Those of one image stay together, so that it is encoded once.
+    """
     numbers: dict[Any, int] = {}
     keys = [question.id if question.image is None else question.image for question in questions]
     return [
@@ -220,25 +222,57 @@ def _share(questions: Sequence[Question], rank: int, num_ranks: int) -> list[Que
     ]
 
 
-def _ask(
-    assistant: Asker,
-    questions: list[Question],
-    answers_file: Path,
-    errors_file: Path,
-    answered: set[str],
-    batch_size: int,
-    max_new_tokens: int,
-    advance: Callable[[int], None],
-) -> None:
-    """Answer the questions; where a call fails, halve what is left until the questions at fault stand alone."""
-    failed_since_answer: set[Any] = set()
-    todo = [questions] if questions else []
-    while todo:
-        part = todo.pop()
+@dataclass
+class _Answering:
+    """One process at work on its share.
 
-        def on_answers(
-            indices: Sequence[int], answers: Sequence[Any], part: list[Question] = part
-        ) -> None:
+    Args:
+        assistant: The model.
+        answers_file: File that answers are appended to.
+        errors_file: File that failures are appended to.
+        max_new_tokens: Longest answer, in tokens.
+        batch_size: Questions per forward pass.
+        advance: Moves the bar by a number of questions.
+        answered: Ids with an answer by this call.
+        failed_since_answer: Images (or ids without one) that failed since the last answer.
+    """
+
+    assistant: Asker
+    answers_file: Path
+    errors_file: Path
+    max_new_tokens: int
+    batch_size: int
+    advance: Callable[[int], None]
+    answered: set[str] = field(default_factory=set)
+    failed_since_answer: set[Any] = field(default_factory=set)
+
+    def answer(self, questions: list[Question]) -> None:
+        """Answer the questions; halve what is left where a call fails, until faults stand alone."""
+        todo = [questions] if questions else []
+        while todo:
+            part = todo.pop()
+            try:
+                self._answer_part(part)
+                self.failed_since_answer.clear()
+            # An error of any kind: a broken image, full memory, a crash. It becomes a line of
+            # errors.jsonl, never an answer.
+            except Exception as error:
+                if _is_system_error(error):
+                    raise
+                left = [question for question in part if question.id not in self.answered]
+                if len(left) < len(part):
+                    self.failed_since_answer.clear()
+                if len(left) > 1:
+                    todo += [left[len(left) // 2 :], left[: len(left) // 2]]
+                elif left:
+                    self._note_failure(left[0], error)
+                else:
+                    raise
+
+    def _answer_part(self, part: list[Question]) -> None:
+        """Ask about some questions, and write each answer as it arrives."""
+
+        def write(indices: Sequence[int], answers: Sequence[Any]) -> None:
             for index, answer in zip(indices, answers, strict=True):
                 row = {
                     "question_id": part[index].id,
@@ -246,47 +280,41 @@ def _ask(
                     "num_tokens": answer.num_tokens,
                     "finished": answer.finished,
                 }
-                append_line(answers_file, row)
-                answered.add(part[index].id)
-            advance(len(indices))
+                append_line(self.answers_file, row)
+                self.answered.add(part[index].id)
+            self.advance(len(indices))
 
-        try:
-            pairs = [(question.image, question.text) for question in part]
-            assistant.answer_many(
-                pairs, max_new_tokens=max_new_tokens, batch_size=batch_size, on_answers=on_answers
-            )
-        except Exception as error:  # of any kind: a broken picture, full memory, a crash; it is written down, never answered for
-            # Pillow's OSError for a broken picture has no number; that of a full disk has one.
-            if (
-                isinstance(error, OSError)
-                and not isinstance(error, FileNotFoundError)
-                and error.errno is not None
-            ):
-                raise
-            left = [question for question in part if question.id not in answered]
-            if len(left) < len(part):
-                failed_since_answer.clear()
-            if len(left) > 1:
-                todo += [left[len(left) // 2 :], left[: len(left) // 2]]
-            elif left:
-                append_line(
-                    errors_file,
-                    {"question_id": left[0].id, "error": f"{type(error).__name__}: {error}"},
-                )
-                advance(1)
-                failed_since_answer.add(left[0].image or left[0].id)
-                if len(failed_since_answer) == MOST_FAILURES_IN_A_ROW:
-                    many = f"questions on {MOST_FAILURES_IN_A_ROW} pictures in a row failed"
-                    raise ValueError(f"{many}, the last ({left[0].id}) with: {error}") from error
-            else:
-                raise
-        else:
-            failed_since_answer.clear()
+        self.assistant.answer_many(
+            [(question.image, question.text) for question in part],
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+            on_answers=write,
+        )
+
+    def _note_failure(self, question: Question, error: Exception) -> None:
+        """Write down the error of one question; raise where nothing works any more."""
+        row = {"question_id": question.id, "error": f"{type(error).__name__}: {error}"}
+        append_line(self.errors_file, row)
+        self.advance(1)
+        self.failed_since_answer.add(question.image or question.id)
+        if len(self.failed_since_answer) == MOST_FAILURES_IN_A_ROW:
+            many = f"questions on {MOST_FAILURES_IN_A_ROW} images in a row failed"
+            raise ValueError(f"{many}, the last ({question.id}) with: {error}") from error
+
+
+def _is_system_error(error: Exception) -> bool:
+    """Return whether an error is the machine's, such as a full disk, and not the image's.
+
+    Pillow's OSError for a broken image has no number; that of a full disk has one.
+    """
+    if not isinstance(error, OSError) or isinstance(error, FileNotFoundError):
+        return False
+    return error.errno is not None
 
 
 @contextmanager
 def _bar(name: str, total: int, done: int, shown: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr; yields a function that moves it."""
+    """Show a progress bar on stderr; yield a function that moves it."""
     from rich.console import Console
     from rich.progress import (
         BarColumn,

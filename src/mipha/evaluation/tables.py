@@ -9,8 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mipha.evaluation.benchmark import Question
-from mipha.evaluation.evaluate import Plan
+from mipha.evaluation.benchmark import Plan, Question
 from mipha.evaluation.paired import PairedRow
 from mipha.evaluation.score import Result
 
@@ -19,7 +18,7 @@ NUM_SHOWN = 3
 
 
 def print_results(results: Sequence[Result]) -> None:
-    """Every score with its interval, the baselines, and what a reader must know."""
+    """Print every score with its interval, the baselines, and the notes."""
     console = Console()
     for result in results:
         if result.scores:
@@ -44,17 +43,19 @@ def print_results(results: Sequence[Result]) -> None:
             console.print(f"{result.benchmark}: {note}", soft_wrap=True, highlight=False)
         if result.n_failed:
             console.print(
-                f"{result.n_failed} of {result.n_asked} questions failed and are not in these scores: see errors.jsonl",
+                f"{result.n_failed} of {result.n_asked} questions failed and are not in these "
+                "scores: see errors.jsonl",
                 style="red",
             )
         if not result.complete:
             console.print(
-                f"not complete: {result.n_asked - result.n_failed} of {result.num_questions} questions"
+                f"not complete: {result.n_asked - result.n_failed} of {result.num_questions} "
+                "questions"
             )
 
 
 def print_plan(plans: Sequence[Plan], model: Path) -> None:
-    """How many questions each benchmark has, what is doubtful about its files, and three prompts as the model will read them."""
+    """Print questions, doubts, and three prompts of each benchmark as the model will read them."""
     from mipha.assistant import render_prompt
     from mipha.models.processing import load_processor
     from mipha.run import model_folder
@@ -63,14 +64,15 @@ def print_plan(plans: Sequence[Plan], model: Path) -> None:
     processor = load_processor(model_folder(model))
     for plan in plans:
         console.print(
-            f"[bold]{plan.name}[/] {plan.split}: {len(plan.questions):,} questions, all files are there",
+            f"[bold]{plan.name}[/] {plan.split}: {len(plan.questions):,} questions, "
+            "all files are there",
             highlight=False,
         )
         for doubt in plan.doubts:
             console.print(
                 f"  warning: {doubt}", style="yellow", soft_wrap=True, highlight=False, markup=False
             )
-        for question in _spread(plan.questions):
+        for question in _pick(plan.questions):
             console.print(f"  {question.id}", style="dim", markup=False, highlight=False)
             prompt = render_prompt(processor, question.text, question.image is not None)
             console.print(
@@ -82,7 +84,7 @@ def print_plan(plans: Sequence[Plan], model: Path) -> None:
 
 
 def print_scored(content: Mapping[str, Any]) -> None:
-    """What `mipha score` found."""
+    """Print what `mipha score` found."""
     console = Console()
     low, high = content["interval"]
     interval = "" if low is None else f"{low:.2f} to {high:.2f}"
@@ -104,7 +106,7 @@ def print_scored(content: Mapping[str, Any]) -> None:
 
 
 def print_paired(rows: Sequence[PairedRow]) -> None:
-    """Differences with intervals and p-values, benchmark by benchmark."""
+    """Print differences with intervals and p-values, benchmark by benchmark."""
     table = _table(
         "A minus B, question by question",
         "benchmark",
@@ -130,13 +132,14 @@ def print_paired(rows: Sequence[PairedRow]) -> None:
     console = Console()
     console.print(table)
     console.print(
-        "p: two-sided, swapping the answers of whole images; p (Holm): headlines, adjusted for the number of benchmarks",
+        "p: two-sided, swapping the answers of whole images; "
+        "p (Holm): headlines, adjusted for the number of benchmarks",
         style="dim",
     )
 
 
-def _spread(questions: Sequence[Question]) -> list[Question]:
-    """A few questions from all over the benchmark."""
+def _pick(questions: Sequence[Question]) -> list[Question]:
+    """Return a few questions from all over the benchmark."""
     return [
         questions[place * len(questions) // NUM_SHOWN]
         for place in range(min(NUM_SHOWN, len(questions)))
@@ -144,15 +147,11 @@ def _spread(questions: Sequence[Question]) -> list[Question]:
 
 
 def _value(value: float | None, unit: str) -> str:
-    return (
-        "undefined"
-        if value is None
-        else f"{value:.1f} %"
-        if unit == "%"
-        else f"{value:.1f}"
-        if unit == "points"
-        else f"{value:g}"
-    )
+    if value is None:
+        return "undefined"
+    if unit == "questions":
+        return f"{value:g}"
+    return f"{value:.1f} %" if unit == "%" else f"{value:.1f}"
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -15,8 +15,13 @@ from typing import Literal
 
 import numpy as np
 
-from mipha.comparison.seeds import SeedDifference, seed_difference
-from mipha.comparison.statistics import Tally, holm, read_tally
+from mipha.comparison.statistics import (
+    SeedDifference,
+    Tally,
+    holm,
+    read_tally,
+    seed_difference,
+)
 from mipha.evaluation.benchmark import Benchmark, Metric, load_benchmark
 from mipha.files import read_lines
 from mipha.lookup import did_you_mean
@@ -179,7 +184,7 @@ def compared_by(wanted: Measured) -> Metric:
     Raises:
         ValueError: The benchmark has no such metric.
     """
-    metrics = {metric.name: metric for metric in load_benchmark(wanted.benchmark).METRICS}
+    metrics = {metric.name: metric for metric in load_benchmark(wanted.benchmark).metrics}
     if wanted.metric is not None and wanted.metric not in metrics:
         raise ValueError(
             f"benchmark {wanted.benchmark} has no metric {wanted.metric!r}: {did_you_mean(wanted.metric, metrics)}"
@@ -284,7 +289,7 @@ def _details(benchmark: Benchmark, tallies: Sequence[Tally]) -> dict[str, Varian
     """Every metric over the runs, in the benchmark's order; those that some run has no number of are left out."""
     runs = [benchmark.measure(tally.totals()) for tally in tallies]
     named = (
-        [metric.name for metric in benchmark.METRICS if all(metric.name in found for found in runs)]
+        [metric.name for metric in benchmark.metrics if all(metric.name in found for found in runs)]
         if runs
         else []
     )

@@ -33,9 +33,7 @@ def asked_of(questions: Sequence[Question], measured: Sequence[Measured]) -> lis
         if name in by_name and row.isdigit():
             if name not in loaded:
                 benchmark = load_benchmark(name)
-                loaded[name] = benchmark.questions(
-                    by_name[name].data_root, by_name[name].split or benchmark.SPLITS[0]
-                )
+                loaded[name] = benchmark.questions(by_name[name].data_root, by_name[name].split)
             if int(row) >= len(loaded[name]):
                 raise ValueError(
                     f"the panel wants question {row} of {name}, which has {len(loaded[name])}: use a smaller number"

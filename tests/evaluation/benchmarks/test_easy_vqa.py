@@ -7,26 +7,27 @@ from pathlib import Path
 
 import pytest
 
-from mipha.evaluation.benchmark import Question, Score
+from mipha.evaluation.benchmark import Question
 from mipha.evaluation.benchmarks import easy_vqa
 from mipha.evaluation.benchmarks.easy_vqa import (
+    BENCHMARK,
     majority_baseline,
     question_only_baseline,
-    questions,
     read_answer,
 )
-from mipha.evaluation.score import grade
+from mipha.evaluation.score import Score, grade
+from tests.evaluation.official import BrokenLabel, Official, write_file, write_images
 
 packaged = pytest.mark.skipif(find_spec("easy_vqa") is None, reason="needs the package easy-vqa")
 
 
 @pytest.fixture(scope="module")
 def official() -> list[Question]:
-    return questions()
+    return BENCHMARK.questions()
 
 
 def score(asked: list[Question], predictions: dict[str, str]) -> list[Score]:
-    return list(grade(easy_vqa, easy_vqa.score(asked, predictions))[0])
+    return list(grade(BENCHMARK, easy_vqa.score(asked, predictions))[0])
 
 
 def by_name(scores: list[Score]) -> dict[str, Score]:
@@ -91,7 +92,7 @@ def test_perfect_answers_score_100_everywhere_and_every_metric_is_given(
             for question in official
         },
     )
-    assert [row.metric for row in scores] == [metric.name for metric in easy_vqa.METRICS]
+    assert [row.metric for row in scores] == [metric.name for metric in easy_vqa.BENCHMARK.metrics]
     assert (
         all(row.value == row.low == row.high == 100 for row in scores[:-1])
         and scores[-1].value == 0
@@ -100,7 +101,7 @@ def test_perfect_answers_score_100_everywhere_and_every_metric_is_given(
 
 @packaged
 def test_validation_asks_about_training_pictures_only() -> None:
-    validation = questions(split="validation")
+    validation = BENCHMARK.questions(split="validation")
     images = {question.image for question in validation}
     assert len(images) == 400 and all(
         "train" in image.parts for image in images if isinstance(image, Path)
@@ -174,9 +175,9 @@ def test_a_missing_prediction_is_an_error_not_a_wrong_answer() -> None:
 
 def test_own_folder_and_what_is_wrong_with_it(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no split 'val'"):
-        questions(tmp_path, "val")
+        BENCHMARK.questions(tmp_path, "val")
     with pytest.raises(FileNotFoundError, match=r"questions\.json"):
-        questions(tmp_path)
+        BENCHMARK.questions(tmp_path)
     for split, rows in {
         "train": [["is it?", "no", 0], ["is it?", "no", 1], ["is it?", "yes", 2]],
         "test": [["is it?", "yes", 7]],
@@ -184,14 +185,62 @@ def test_own_folder_and_what_is_wrong_with_it(tmp_path: Path) -> None:
         (tmp_path / split).mkdir()
         (tmp_path / split / "questions.json").write_text(json.dumps(rows))
     with pytest.raises(FileNotFoundError, match=r"no image .*7\.png"):
-        questions(tmp_path)
-    assert [question.facts["answer"] for question in easy_vqa.annotations(tmp_path)] == ["yes"]
+        BENCHMARK.questions(tmp_path)
+    assert [question.facts["answer"] for question in easy_vqa.read_labels(tmp_path)] == ["yes"]
     (tmp_path / "test" / "images").mkdir()
     (tmp_path / "test" / "images" / "7.png").touch()
-    (question,) = questions(tmp_path)
+    (question,) = BENCHMARK.questions(tmp_path)
     assert question.image == tmp_path / "test" / "images" / "7.png"
     assert (question.facts["answer"], question.facts["usual"], question.facts["most_frequent"]) == (
         "yes",
         "no",
         "no",
     )
+
+
+# Official files in small, for the tests of the command line and of the evaluation.
+
+
+def write_official(folder: Path) -> None:
+    red = "is there a red shape?"
+    rows = {
+        "train": [
+            [red, "no", 0],
+            [red, "no", 1],
+            [red, "yes", 2],
+            ["what color is the shape?", "blue", 0],
+        ],
+        "test": [
+            *(
+                [red, "yes", 0],
+                ["what shape is in the image?", "circle", 0],
+                ["is there a blue shape?", "no", 0],
+            ),
+            *(
+                [red, "no", 1],
+                ["what color is the shape?", "teal", 1],
+                ["is there not a circle?", "yes", 1],
+            ),
+        ],
+    }
+    for part, questions in rows.items():
+        write_file(folder / part / "questions.json", questions)
+        write_images(folder / part / "images", [f"{number}.png" for number in range(3)])
+
+
+OFFICIAL = Official(
+    write=write_official,
+    gold={
+        **{"test/0/0": "yes", "test/0/1": "it is a circle", "test/0/2": "no"},
+        **{"test/1/0": "no", "test/1/1": "teal", "test/1/2": "so yes"},
+    },
+    size="9,673",
+    readings=("parsed",),
+    broken_label=BrokenLabel(
+        "test/questions.json",
+        '"circle"',
+        '"star"',
+        ("questions.json, row 1", "one of the 13 answers"),
+    ),
+    image="test/images/1.png",
+)

@@ -10,6 +10,7 @@ import pytest
 
 from mipha.comparison.statistics import intervals, tally, values
 from mipha.evaluation.benchmarks import gqa
+from tests.evaluation.official import BrokenLabel, Official, write_file, write_images
 
 SHORT = "\nAnswer the question using a single word or phrase."
 COLOUR = [("select", "car (7)"), ("query", "color")]
@@ -111,7 +112,7 @@ def test_only_trailing_periods_and_case_are_forgiven(text: str, compared: str) -
 
 
 def test_numbers_by_hand(folder: Path) -> None:
-    judgement = gqa.score(gqa.annotations(folder), TEXTS)
+    judgement = gqa.score(gqa.read_labels(folder), TEXTS)
     assert judgement.per_question == {"20": 1, "3": 0, "100": 1, "4": 0, "5": 1, "6": 1}
     assert (
         judgement.normalised
@@ -139,24 +140,24 @@ def test_numbers_by_hand(folder: Path) -> None:
     found = values(tally(judgement.contributions), gqa.measure)
     assert found == pytest.approx(expected) and list(found) == list(expected)
     assert {name.partition(".")[0] for name in found} | set(judgement.extra) == {
-        metric.name for metric in gqa.METRICS
+        metric.name for metric in gqa.BENCHMARK.metrics
     }
 
 
 def test_distribution_by_hand(folder: Path) -> None:
     """Colours: red 2 -> 1 gives 1/2, blue 1 -> 1 gives 0, green is not gold; times 3 answers. Animals: cat 1 -> 0 gives 1. Over 4."""
-    judgement = gqa.score(gqa.annotations(folder), TEXTS)
+    judgement = gqa.score(gqa.read_labels(folder), TEXTS)
     assert judgement.extra == pytest.approx({"distribution": (0.5 * 3 + 1 * 1) / 4 / 100})
-    perfect = gqa.score(gqa.annotations(folder), {row[0]: row[3] for row in ROWS})
+    perfect = gqa.score(gqa.read_labels(folder), {row[0]: row[3] for row in ROWS})
     assert perfect.extra == {"distribution": 0}
     without_groups = [
-        question for question in gqa.annotations(folder) if question.facts["group"] is None
+        question for question in gqa.read_labels(folder) if question.facts["group"] is None
     ]
     assert str(gqa.score(without_groups, TEXTS).extra["distribution"]) == "nan"
 
 
 def test_images_are_the_clusters_and_metrics_resample(folder: Path) -> None:
-    sums = tally(gqa.score(gqa.annotations(folder), TEXTS).contributions)
+    sums = tally(gqa.score(gqa.read_labels(folder), TEXTS).contributions)
     assert sums.clusters == ("n1", "n2", "n3")
     spread = intervals(sums, gqa.measure, num_resamples=200)
     assert spread["accuracy"] == (50, 100)  # the images are worth 1/2, 1/2 and 1
@@ -188,27 +189,30 @@ def test_lengths_are_in_the_order_of_numbers() -> None:
 
 def test_questions_outside_the_balanced_set_count_for_nothing(folder: Path) -> None:
     rewrite(folder, lambda content: content | {"3": content["3"] | {"isBalanced": False}})
-    asked = gqa.annotations(folder)
+    asked = gqa.read_labels(folder)
     judgement = gqa.score(asked, TEXTS)
     assert values(tally(judgement.contributions), gqa.measure)["accuracy"] == pytest.approx(
         100 * 4 / 5
     )
     assert judgement.per_question["3"] == 0
     assert judgement.extra["distribution"] == pytest.approx((0 * 2 + 1 * 1) / 3 / 100)
-    assert "1 questions are not of the balanced set" in gqa.doubts(asked, "testdev_balanced")[0]
+    assert (
+        "1 questions are not of the balanced set"
+        in gqa.BENCHMARK.doubts(asked, "testdev_balanced")[0]
+    )
 
 
 def test_questions_are_those_of_the_protocol(folder: Path) -> None:
-    asked = gqa.questions(folder, "testdev_balanced")
+    asked = gqa.BENCHMARK.questions(folder, "testdev_balanced")
     assert [question.id for question in asked] == [row[0] for row in ROWS]
     assert asked[0].text == "What color is the car?" + SHORT
     assert asked[2].image == folder / "images" / "n2.jpg"
-    assert gqa.annotations(folder / gqa.FILE)[0].text == "What color is the car?"
-    assert gqa.doubts(asked, "testdev_balanced") == []
+    assert gqa.read_labels(folder / gqa.FILE)[0].text == "What color is the car?"
+    assert gqa.BENCHMARK.doubts(asked, "testdev_balanced") == []
 
 
 def test_the_upload_is_the_official_predictions_file(folder: Path) -> None:
-    files = gqa.submission(gqa.annotations(folder), TEXTS)
+    files = gqa.BENCHMARK.submission(gqa.read_labels(folder), TEXTS)
     rows = json.loads(files["testdev_balanced_predictions.json"])
     assert rows[0] == {"questionId": "20", "prediction": "red"} and len(rows) == 6
 
@@ -219,7 +223,7 @@ def test_the_upload_is_the_official_predictions_file(folder: Path) -> None:
         (lambda content: list(content.values()), "not an object of questions by id"),
         (
             lambda content: {"8": content["3"] | {"answer": 3}},
-            "question 8: question and answer are 'Which color is it.' and 3",
+            "question 8: answer 3 should be a valid string: get the official file again",
         ),
         (
             lambda content: {
@@ -227,26 +231,75 @@ def test_the_upload_is_the_official_predictions_file(folder: Path) -> None:
             },
             "question 8 has no 'types'",
         ),
-        (lambda content: {"8": content["3"] | {"types": {}}}, "question 8 has no 'structural'"),
+        (
+            lambda content: {"8": content["3"] | {"types": {}}},
+            "question 8 has no 'types\\.structural'",
+        ),
         (
             lambda content: {"8": content["3"] | {"semantic": [{"operation": "x"}]}},
-            "question 8 has no 'argument'",
+            "question 8 has no 'semantic\\.0\\.argument'",
         ),
     ],
 )
 def test_a_malformed_file_is_named(folder: Path, change: Any, sentence: str) -> None:
     rewrite(folder, change)
     with pytest.raises(ValueError, match=rf"testdev_balanced_questions\.json.*{sentence}"):
-        gqa.annotations(folder)
+        gqa.read_labels(folder)
 
 
 def test_missing_things_are_named(folder: Path) -> None:
     with pytest.raises(ValueError, match="no split 'test': choose testdev_balanced"):
-        gqa.questions(folder, "test")
+        gqa.BENCHMARK.questions(folder, "test")
     with pytest.raises(ValueError, match=r"no packaged copy: get testdev_balanced_questions\.json"):
-        gqa.questions(None, "testdev_balanced")
+        gqa.BENCHMARK.questions(None, "testdev_balanced")
     (folder / "images" / "n3.jpg").unlink()
     with pytest.raises(FileNotFoundError, match=r"no image .*n3\.jpg"):
-        gqa.questions(folder, "testdev_balanced")
+        gqa.BENCHMARK.questions(folder, "testdev_balanced")
     with pytest.raises(FileNotFoundError, match=r"has no testdev_balanced_questions\.json"):
-        gqa.annotations(folder / "images")
+        gqa.read_labels(folder / "images")
+
+
+# Official files in small, for the tests of the command line and of the evaluation.
+
+
+def write_official(folder: Path) -> None:
+    rows = [
+        ("201", "n1", "Is there a cat?", "yes", "verify", "obj", "exist"),
+        ("202", "n1", "Is the cat red?", "no", "verify", "attr", "verify color"),
+        ("203", "n1", "What color is the car?", "red", "query", "attr", "query"),
+        ("204", "n2", "Is it indoors?", "no", "verify", "global", "verify"),
+        ("205", "n2", "Are there dogs?", "yes", "verify", "obj", "exist"),
+        ("206", "n2", "Is that a cat or a dog?", "dog", "choose", "cat", "choose name"),
+    ]
+    questions = {
+        name: {
+            "semantic": [{"operation": operation, "argument": "it", "dependencies": []}],
+            "question": question,
+            "imageId": image,
+            "isBalanced": True,
+            "groups": {"global": semantic, "local": None},
+            "answer": answer,
+            "types": {"detailed": "x", "semantic": semantic, "structural": structural},
+            "fullAnswer": "",
+        }
+        for name, image, question, answer, structural, semantic, operation in rows
+    }
+    write_file(folder / "testdev_balanced_questions.json", questions)
+    write_images(folder / "images", ("n1.jpg", "n2.jpg"))
+
+
+OFFICIAL = Official(
+    write=write_official,
+    gold={"201": "yes", "202": "No.", "203": "red", "204": "no", "205": "Yes", "206": "dog"},
+    size="12,578",
+    readings=("normalised", "submission"),
+    broken_label=BrokenLabel(
+        "testdev_balanced_questions.json",
+        '"answer": "red"',
+        '"answer": 3',
+        ("questions.json question 203", "answer 3 should be a valid string"),
+    ),
+    image="images/n2.jpg",
+    upload="testdev_balanced_predictions.json",
+    without_sums=("distribution",),
+)

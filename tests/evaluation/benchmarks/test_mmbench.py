@@ -17,7 +17,9 @@ from PIL import Image
 from mipha.comparison.statistics import tally, values
 from mipha.evaluation.benchmark import Judgement, Question
 from mipha.evaluation.benchmarks import mmbench
-from mipha.evaluation.benchmarks._option_matching import matching_prompt, read_option
+from mipha.evaluation.multiple_choice import matching_prompt, read_option
+from tests.evaluation.official import BrokenLabel, Official, Upload, write_file
+from tests.evaluation.official import picture as official_picture
 
 COLUMNS = [
     "index",
@@ -83,11 +85,11 @@ def write(path: Path, rows: Sequence[Mapping[str, str]], columns: Sequence[str] 
 
 
 def labelled(tmp_path: Path, *rows: Mapping[str, str]) -> list[Question]:
-    return mmbench.annotations(write(tmp_path / "mmbench_dev_20230712.tsv", rows))
+    return mmbench.BENCHMARK.read_labels(write(tmp_path / "mmbench_dev_20230712.tsv", rows))
 
 
 def measured(judgement: Judgement) -> dict[str, float]:
-    return values(tally(judgement.contributions), mmbench.measure)
+    return values(tally(judgement.contributions), mmbench.BENCHMARK.measure)
 
 
 class Judge:
@@ -232,7 +234,7 @@ def test_circular_eval(tmp_path: Path) -> None:
         "5": "blue",
         "1000005": "A",
     }
-    judgement = mmbench.score(asked, answers)
+    judgement = mmbench.BENCHMARK.score(asked, answers)
     # Rotated once, the first option is the last: gold letters go A D C B for four options, A B and B A for two.
     assert judgement.per_question == {"1": 1, "2": 0, "3": 0, "4": 0, "5": 1}
     assert judgement.parsed == {
@@ -259,7 +261,7 @@ def test_circular_eval(tmp_path: Path) -> None:
 def test_only_questions_with_their_unrotated_row_count(tmp_path: Path) -> None:
     rows = [*rotations(1, "red", "blue", "grey")[:2], *rotations(2, "red", "blue")[1:]]
     asked = labelled(tmp_path, *reversed(rows))
-    judgement = mmbench.score(asked, {"1": "A", "1000001": "C", "1000002": "A"})
+    judgement = mmbench.BENCHMARK.score(asked, {"1": "A", "1000001": "C", "1000002": "A"})
     assert measured(judgement) == {"accuracy": 100, "vanilla": 100, "unreadable": 0}
     assert judgement.per_question == {"1": 1} and len(judgement.contributions) == 1
     assert "1 questions have fewer rotations than options" in judgement.notes[1]
@@ -285,7 +287,7 @@ def test_the_judge_reads_only_what_decides(tmp_path: Path) -> None:
         _4=["hm", "A or B", ""],
         _5=["Z"],
     )
-    judgement = mmbench.score(asked, answers, judge)
+    judgement = mmbench.BENCHMARK.score(asked, answers, judge)
     assert judge.asked == ["1", "1", "1000001", "3", "4", "4", "4", "5"]
     assert measured(judgement) == {
         "accuracy": 20,
@@ -334,40 +336,48 @@ def test_both_layouts_give_one_decoded_image_to_all_its_rows(tmp_path: Path) -> 
     referring = [row(1_000_001, image="1"), row(1), row(7, image=BLUE), row(2, image="1")]
     for number, rows in enumerate((repeated, referring)):
         path = write(tmp_path / f"{number}.tsv", rows)
-        by_id = {question.id: question for question in mmbench.questions(path, "dev")}
+        by_id = {question.id: question for question in mmbench.BENCHMARK.questions(path, "dev")}
         assert by_id["7"].image == picture("blue")
         assert (
             by_id["1"].image == picture("red")
             and by_id["1"].image is by_id["1000001"].image is by_id["2"].image
         )
-        same = {question.id: question.facts["image"] for question in mmbench.annotations(path)}
+        same = {
+            question.id: question.facts["image"] for question in mmbench.BENCHMARK.read_labels(path)
+        }
         assert same["1"] == same["1000001"] == same["2"] != same["7"]
-    assert [question.id for question in mmbench.questions(path, "dev")] == [
+    assert [question.id for question in mmbench.BENCHMARK.questions(path, "dev")] == [
         "1000001",
         "1",
         "7",
         "2",
     ]
     long = base64.b64encode(bytes(200_000)).decode()  # beyond what the csv module takes by default
-    assert mmbench.questions(write(path, [row(1, image=long)]), "dev")[0].image == bytes(200_000)
+    assert mmbench.BENCHMARK.questions(write(path, [row(1, image=long)]), "dev")[0].image == bytes(
+        200_000
+    )
 
 
 def test_the_folder_holds_a_file_a_split(tmp_path: Path) -> None:
     columns = [column for column in COLUMNS if column != "answer"]
     write(tmp_path / "mmbench_test_20230712.tsv", [row(1, split="test")], columns)
-    (question,) = mmbench.questions(tmp_path, "test")
+    (question,) = mmbench.BENCHMARK.questions(tmp_path, "test")
     assert "answer" not in question.facts
     with pytest.raises(
         FileNotFoundError,
         match=r"has no mmbench_dev_20230712\.tsv or MMBench_DEV_EN\.tsv: get mmbench",
     ):
-        mmbench.questions(tmp_path, "dev")
+        mmbench.BENCHMARK.questions(tmp_path, "dev")
     write(tmp_path / "MMBench_DEV_EN.tsv", [row(1), row(2)])
-    assert len(mmbench.questions(tmp_path, "dev")) == len(mmbench.annotations(tmp_path)) == 2
+    assert (
+        len(mmbench.BENCHMARK.questions(tmp_path, "dev"))
+        == len(mmbench.BENCHMARK.read_labels(tmp_path))
+        == 2
+    )
     with pytest.raises(ValueError, match="no split 'val': choose dev or test"):
-        mmbench.questions(tmp_path, "val")
+        mmbench.BENCHMARK.questions(tmp_path, "val")
     with pytest.raises(ValueError, match="give its folder with --data-root"):
-        mmbench.questions(None, "dev")
+        mmbench.BENCHMARK.questions(None, "dev")
 
 
 @pytest.mark.parametrize(
@@ -379,13 +389,15 @@ def test_the_folder_holds_a_file_a_split(tmp_path: Path) -> None:
         ({"answer": "red"}, r"line 3: the answer 'red'"),
         ({"answer": ""}, r"line 3 has no answer: give a file whose labels are public"),
         ({"image": "A" * 65}, r"line 3: the image is not base64"),
-        ({"image": "9"}, r"line 3: the image is neither a picture"),
-        ({"image": ""}, r"line 3: the image is neither a picture"),
+        ({"image": "9"}, r"line 3: the image is neither an image"),
+        ({"image": ""}, r"line 3: the image is neither an image"),
     ],
 )
 def test_a_malformed_row_is_named(broken: dict[str, str], sentence: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=sentence):
-        mmbench.questions(write(tmp_path / "mmbench.tsv", [row(1), row(2) | broken]), "dev")
+        mmbench.BENCHMARK.questions(
+            write(tmp_path / "mmbench.tsv", [row(1), row(2) | broken]), "dev"
+        )
 
 
 def test_a_file_of_another_kind_is_named(tmp_path: Path) -> None:
@@ -393,12 +405,12 @@ def test_a_file_of_another_kind_is_named(tmp_path: Path) -> None:
     for content, sentence in (
         (b"id\tquestion\n", "has no column index or A or B"),
         (b"", "has no column"),
-        (b"index\tquestion\tA\tB\n1\tq\ta\n", "line 2 has 3 cells, and the first line 4"),
+        (b"index\tquestion\tA\tB\n1\tq\ta\n", "line 2 has 3 cells, but the first line has 4"),
         (b"index\tquestion\tA\tB\n1\t\xff\ta\tb\n", "is not a table in UTF-8"),
     ):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=rf"x\.tsv.*{sentence}"):
-            mmbench.annotations(path)
+            mmbench.BENCHMARK.read_labels(path)
 
 
 def test_the_upload(tmp_path: Path) -> None:
@@ -409,7 +421,7 @@ def test_the_upload(tmp_path: Path) -> None:
         row(1_000_001, "#N/A", "blue", answer="B"),
     )
     answers = {"1": "=A1", "1000001": "A\x0bB\x00\ud800"}
-    (content,) = mmbench.submission(asked, answers).values()
+    (content,) = mmbench.BENCHMARK.submission(asked, answers).values()
     sheet = openpyxl.load_workbook(io.BytesIO(content)).active
     assert [[cell.value for cell in line] for line in sheet.iter_rows()] == [
         ["index", "question", "A", "B", "C", "D", "prediction", "answer", "split"],
@@ -418,7 +430,7 @@ def test_the_upload(tmp_path: Path) -> None:
     ]
     assert {sheet["C2"].data_type, sheet["G2"].data_type} == {"s"}
     with pytest.raises(ValueError, match=r"prediction of row 1 has 40,000 characters"):
-        mmbench.submission(asked, answers | {"1": "a" * 40_000})
+        mmbench.BENCHMARK.submission(asked, answers | {"1": "a" * 40_000})
 
 
 def test_the_uploads_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -426,12 +438,12 @@ def test_the_uploads_package_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(
         ModuleNotFoundError, match=r'not installed: pip install "mipha-vlm\[evaluation\]"'
     ):
-        mmbench.submission(labelled(tmp_path, row(1)), {"1": "A"})
+        mmbench.BENCHMARK.submission(labelled(tmp_path, row(1)), {"1": "A"})
 
 
 def test_signs_of_another_file_are_told(tmp_path: Path) -> None:
     def told(*rows: Mapping[str, str]) -> Any:
-        return mmbench.doubts(labelled(tmp_path, *rows), "dev")
+        return mmbench.BENCHMARK.doubts(labelled(tmp_path, *rows), "dev")
 
     whole = [turned for index in range(1164) for turned in rotations(index, "red", "blue")]
     assert told(*whole) == []
@@ -450,3 +462,78 @@ def test_signs_of_another_file_are_told(tmp_path: Path) -> None:
     assert told(*(turned | {"split": "test"} for turned in whole)) == [
         "rows say that they are of split test, not dev"
     ]
+
+
+# Official files in small, for the tests of the command line and of the evaluation.
+
+
+def write_table(
+    path: Path, split: str, questions: Sequence[tuple[Any, ...]], repeat_pictures: bool
+) -> None:
+    columns = list(COLUMNS)
+    if split == "test":
+        columns.remove("answer")
+    file = io.StringIO(newline="")
+    writer = csv.DictWriter(file, columns, delimiter="\t", extrasaction="ignore", restval="")
+    writer.writeheader()
+    for index, question, hint, choices, answer, ability in questions:
+        cell = base64.b64encode(official_picture(f"{path.name} {index}")).decode()
+        for turn in range(len(choices)):
+            turned = dict(zip("ABCD", choices[turn:] + choices[:turn], strict=False))
+            label = next(
+                letter
+                for letter, choice in turned.items()
+                if choice == choices["ABCD".index(answer)]
+            )
+            row = {
+                "index": index + turn * 1_000_000,
+                "question": question,
+                "hint": hint,
+                **turned,
+                "answer": label,
+                "category": "x",
+            }
+            image = cell if repeat_pictures or not turn else str(index)
+            writer.writerow(
+                row | {"image": image, "source": "s", "l2-category": ability, "split": split}
+            )
+    write_file(path, file.getvalue())
+
+
+def write_official(folder: Path) -> None:
+    questions = [
+        (241, "Which is it?", "None", ("a cat", "a dog"), "A", "logic_reasoning"),
+        (7, "Which number?", "Look well.", ("one", "two", "three"), "C", "coarse_perception"),
+        (9, "Which colour?", "", ("red", "blue"), "B", "coarse_perception"),
+    ]
+    for split in ("dev", "test"):
+        # Files of 2023 repeat a question's picture in every rotation.
+        write_table(
+            folder / f"mmbench_{split}_20230712.tsv", split, questions, repeat_pictures=True
+        )
+
+
+GOLD = {
+    **{"241": "A", "1000241": "B", "7": "C", "1000007": "B", "2000007": "A"},
+    **{"9": "B", "1000009": "A"},
+}
+OFFICIAL = Official(
+    write=write_official,
+    gold=GOLD,
+    size="4,377",
+    readings=("parsed", "submission"),
+    broken_label=BrokenLabel(
+        "mmbench_dev_20230712.tsv",
+        "\tA\tx",
+        "\tC\tx",
+        (".tsv line 2", "answer 'C' is the letter of none of its options"),
+    ),
+    scored=[name for name in GOLD if int(name) < 1_000_000],  # rotations share one score
+    upload="mmbench.xlsx",
+    served={
+        "test": Upload(
+            "mmbench.xlsx", "index", [int(name) for name in GOLD], "mmbench.opencompass.org.cn"
+        )
+    },
+    replies=[{"question_id": name, "text": "A"} for name in GOLD],
+)

@@ -9,6 +9,7 @@ import pytest
 from mipha.comparison.statistics import intervals, tally, values
 from mipha.evaluation.benchmark import Judgement
 from mipha.evaluation.benchmarks import mme
+from tests.evaluation.official import BrokenLabel, Official, write_file, write_images
 
 ASK = "Please answer yes or no."
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -42,7 +43,7 @@ def folder(tmp_path: Path) -> Path:
 
 def judge(folder: Path, **texts: str) -> Judgement:
     """Right answers everywhere but where told otherwise: `existence_0` is `existence/0`."""
-    asked = mme.annotations(folder)
+    asked = mme.read_labels(folder)
     changed = {
         f"{subtask}/{number}": text
         for subtask, _, number, text in (
@@ -161,7 +162,7 @@ def test_a_tab_spoils_its_own_answer_only_and_is_told(folder: Path) -> None:
 
 
 def test_half_a_pair_counts_for_acc_alone_and_is_told(folder: Path) -> None:
-    asked = [question for question in mme.annotations(folder) if question.id != "existence/3"]
+    asked = [question for question in mme.read_labels(folder) if question.id != "existence/3"]
     judgement = mme.score(asked, {question.id: "Yes" for question in asked})
     found = numbers(judgement)
     assert (found["existence.acc"], found["existence.acc_plus"]) == (pytest.approx(200 / 3), 0)
@@ -175,7 +176,7 @@ def test_clusters_are_images_shared_by_the_subtasks_of_coco(folder: Path) -> Non
 
 
 def test_questions_are_those_of_the_protocol(folder: Path) -> None:
-    asked = mme.questions(folder, "test")
+    asked = mme.BENCHMARK.questions(folder, "test")
     assert [question.id for question in asked] == [
         "existence/0", "existence/1", "existence/2", "existence/3", "color/0", "color/1", "OCR/0", "OCR/1",
         "code_reasoning/0", "code_reasoning/1",
@@ -191,8 +192,8 @@ def test_questions_are_those_of_the_protocol(folder: Path) -> None:
         "pair": "existence/0",
         "image": "1",
     }
-    assert mme.annotations(folder)[0].text == f"Is there a cat?  {ASK}"
-    assert mme.doubts(asked, "test") == []
+    assert mme.read_labels(folder)[0].text == f"Is there a cat?  {ASK}"
+    assert mme.BENCHMARK.doubts(asked, "test") == []
 
 
 def test_the_release_has_one_text_an_image_beside_it_or_in_a_folder_of_its_own(
@@ -206,7 +207,7 @@ def test_the_release_has_one_text_an_image_beside_it_or_in_a_folder_of_its_own(
     (folder / "OCR/questions_answers_YN/0001.txt").write_text(
         f"Is it 'a'? {ASK}\tYes\nIs it 'b'? {ASK}\tNo\n"
     )
-    asked = mme.questions(folder, "test")
+    asked = mme.BENCHMARK.questions(folder, "test")
     assert [
         (question.id, question.text.removesuffix(SHORT), question.facts["answer"])
         for question in asked
@@ -225,13 +226,13 @@ def test_the_release_has_one_text_an_image_beside_it_or_in_a_folder_of_its_own(
     assert {question.facts["pair"] for question in asked} == {"existence/0", "existence/1", "OCR/0"}
     (folder / "existence/3.txt").write_text(f"A car? {ASK}\tYes\n")
     with pytest.raises(ValueError, match=r"3\.txt has 1 lines, not two"):
-        mme.annotations(folder)
+        mme.read_labels(folder)
 
 
 def test_lines_out_of_order_are_doubted(folder: Path) -> None:
     lines = FILES["existence"].splitlines(keepends=True)
     (folder / "existence.txt").write_text("".join(lines[i] for i in (0, 2, 1, 3)))
-    (doubt,) = mme.doubts(mme.annotations(folder), "test")
+    (doubt,) = mme.BENCHMARK.doubts(mme.read_labels(folder), "test")
     assert doubt.startswith("existence/1 and the line before it")
 
 
@@ -242,30 +243,75 @@ def test_lines_out_of_order_are_doubted(folder: Path) -> None:
         ("1.jpg\tQ?\tYes\n1.jpg Q? No\n", "line 2 has 1 fields, not 3"),
         ("1.jpg\tQ?\tYes\tYes\n1.jpg\tQ?\tNo\tNo\n", "line 1 has 4 fields, not 3"),
         ("1.jpg\tQ?\tYes\n\n1.jpg\tQ?\tNo\n1.jpg\tQ?\tNo\n", "line 2 has 1 fields, not 3"),
-        ("1.jpg\tQ?\tYes\n", "has 1 lines, not two an image"),
-        ("", "has 1 lines, not two an image"),
+        ("1.jpg\tQ?\tYes\n", "has 1 lines, not two per image"),
+        ("", "has 1 lines, not two per image"),
     ],
 )
 def test_a_malformed_line_is_named(folder: Path, content: str, sentence: str) -> None:
     (folder / "color.txt").write_text(content)
     with pytest.raises(ValueError, match=rf"color\.txt {sentence}"):
-        mme.annotations(folder)
+        mme.read_labels(folder)
 
 
 def test_missing_things_are_named(folder: Path) -> None:
     with pytest.raises(ValueError, match="no split 'dev': choose test"):
-        mme.questions(folder, "dev")
+        mme.BENCHMARK.questions(folder, "dev")
     with pytest.raises(ValueError, match="no packaged copy: get MME_Benchmark_release_version"):
-        mme.questions(None, "test")
+        mme.BENCHMARK.questions(None, "test")
     with pytest.raises(ValueError, match=r"OCR\.txt is one file: give the folder"):
-        mme.annotations(folder / "OCR.txt")
+        mme.read_labels(folder / "OCR.txt")
     (folder / "OCR/images/0001.jpg").unlink()
     with pytest.raises(FileNotFoundError, match=r"no image .*OCR.0001\.jpg"):
-        mme.questions(folder, "test")
+        mme.BENCHMARK.questions(folder, "test")
     (folder / "OCR.txt").write_bytes(b"\xff\xfe\t")
     with pytest.raises(ValueError, match=r"OCR\.txt is not UTF-8"):
-        mme.annotations(folder)
+        mme.read_labels(folder)
     with pytest.raises(
         FileNotFoundError, match=r"nowhere has neither existence\.txt nor existence/"
     ):
-        mme.annotations(folder / "nowhere")
+        mme.read_labels(folder / "nowhere")
+
+
+# Official files in small, for the tests of the command line and of the evaluation.
+
+
+SUBTASKS = (
+    *("existence", "count", "position", "color", "posters"),
+    *("celebrity", "scene", "landmark", "artwork", "OCR"),
+    *("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"),
+)
+
+
+def write_official(folder: Path) -> None:
+    for subtask in SUBTASKS:
+        lines = "".join(
+            f"0001.jpg\tIs it {subtask} {which}? Please answer yes or no.\t{which}\n"
+            for which in ("Yes", "No")
+        )
+        write_file(folder / f"{subtask}.txt", lines)
+        write_images(folder / subtask, ("0001.jpg",))
+
+
+OFFICIAL = Official(
+    write=write_official,
+    gold={
+        f"{subtask}/{number}": answer
+        for subtask in SUBTASKS
+        for number, answer in enumerate(("Yes", "No"))
+    },
+    size="2,374",
+    readings=("parsed",),
+    broken_label=BrokenLabel(
+        "OCR.txt", "\tNo\n", "\tMaybe\n", ("OCR.txt line 2 has the answer 'Maybe', not Yes or No",)
+    ),
+    metric="perception",
+    unit="points",
+    best=2000.0,
+    image="landmark/0001.jpg",
+    # The score is made of those subtasks that are there, so it is the prediction that has no question.
+    without_file="no question has the id OCR/0",
+    prompts=(
+        "    <image>\n    Is it existence Yes?\n"
+        "    Answer the question using a single word or phrase.<|im_end|>\n",
+    ),
+)

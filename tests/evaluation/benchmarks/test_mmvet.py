@@ -17,6 +17,7 @@ from mipha.evaluation.benchmark import Question
 from mipha.evaluation.benchmarks import mmvet
 from mipha.evaluation.benchmarks.mmvet import grading_prompt, read_grade
 from mipha.evaluation.judge import Replay
+from tests.evaluation.official import BrokenLabel, Official, write_file, write_images
 
 RECORDS = {
     "v1_0": {
@@ -53,7 +54,7 @@ ANSWERS = {"v1_0": "x = -1", "v1_1": "Bea", "v1_2": "right", "v1_3": ""}
 
 def labelled(tmp_path: Path, **changed: Any) -> list[Question]:
     (tmp_path / "mm-vet.json").write_text(json.dumps(RECORDS | changed), encoding="utf-8")
-    return mmvet.annotations(tmp_path / "mm-vet.json")
+    return mmvet.read_labels(tmp_path / "mm-vet.json")
 
 
 def recorded(tmp_path: Path, *runs: Sequence[Sequence[str]]) -> Replay:
@@ -212,15 +213,15 @@ def test_questions_come_with_their_images(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     Image.new("RGB", (2, 2)).save(tmp_path / "images" / "a.png")
     with pytest.raises(FileNotFoundError, match=r"images/b\.png"):
-        mmvet.questions(tmp_path, "test")
+        mmvet.BENCHMARK.questions(tmp_path, "test")
     Image.new("RGB", (2, 2)).save(tmp_path / "images" / "b.png")
-    asked = mmvet.questions(tmp_path, "test")
+    asked = mmvet.BENCHMARK.questions(tmp_path, "test")
     assert [question.id for question in asked] == list(RECORDS)
     assert (asked[2].text, asked[2].image) == ("Where?", tmp_path / "images" / "b.png")
     with pytest.raises(ValueError, match="no split 'val': choose test"):
-        mmvet.questions(tmp_path, "val")
+        mmvet.BENCHMARK.questions(tmp_path, "val")
     with pytest.raises(ValueError, match="give its folder with --data-root"):
-        mmvet.questions(None, "test")
+        mmvet.BENCHMARK.questions(None, "test")
 
 
 @pytest.mark.parametrize(
@@ -232,15 +233,15 @@ def test_questions_come_with_their_images(tmp_path: Path) -> None:
         ),
         (
             {"imagename": "a.png", "question": "Q", "answer": 3, "capability": ["rec"]},
-            "question v1_1: .* must be texts",
+            "question v1_1: answer 3 should be a valid string",
         ),
         (
             {"imagename": "a.png", "question": "Q", "answer": "a", "capability": "rec"},
-            "question v1_1: .* capability a list",
+            "question v1_1: capability 'rec' should be a valid list",
         ),
         (
             {"imagename": "a.png", "question": "Q", "answer": "a", "capability": ["rec", "seq"]},
-            "question v1_1 needs 'seq'.* version 1",
+            "question v1_1: capability .* has 'seq', but MM-Vet knows rec, ocr",
         ),
     ],
 )
@@ -251,10 +252,68 @@ def test_a_malformed_record_is_named(record: dict[str, Any], sentence: str, tmp_
 
 def test_files_for_others(tmp_path: Path) -> None:
     asked = labelled(tmp_path)
-    (content,) = mmvet.submission(asked, ANSWERS).values()
+    (content,) = mmvet.BENCHMARK.submission(asked, ANSWERS).values()
     assert json.loads(content) == ANSWERS and list(json.loads(content)) == list(RECORDS)
-    assert mmvet.doubts(asked, "test") == []
+    assert mmvet.BENCHMARK.doubts(asked, "test") == []
     assert (
         "such as v2_0, are not of MM-Vet version 1"
-        in mmvet.doubts(labelled(tmp_path, v2_0=RECORDS["v1_0"]), "test")[0]
+        in mmvet.BENCHMARK.doubts(labelled(tmp_path, v2_0=RECORDS["v1_0"]), "test")[0]
     )
+
+
+# Official files in small, for the tests of the command line and of the evaluation.
+
+
+def write_official(folder: Path) -> None:
+    rows = [
+        ("v1_0", "a.png", "What is x?", "-1<AND>-5", ["ocr", "math"]),
+        ("v1_1", "a.png", "What is there?", "car<OR>red car", ["rec"]),
+        ("v1_2", "b.png", "Where?", "left", ["rec", "spat"]),
+        ("v1_3", "b.png", "Why is it fun?", "names", ["rec", "know", "gen"]),
+    ]
+    records = {
+        name: {
+            "imagename": image,
+            "imagesource": "x",
+            "question": question,
+            "answer": answer,
+            "capability": capabilities,
+        }
+        for name, image, question, answer, capabilities in rows
+    }
+    write_file(folder / "mm-vet.json", records)
+    write_images(folder / "images", ("a.png", "b.png"))
+
+
+# Two runs of grades: 0.5 + 1 + 0.5 + 0.2 and 0.7 + 1 + 0.5 + 0.4 of 4 are 55 % and 65 %.
+GRADES = {
+    "v1_0": ("0.5", "0.7"),
+    "v1_1": ("1.0", "1"),
+    "v1_2": ("0.5", "0.5 or so"),
+    "v1_3": ("0.2", "0.4"),
+}
+OFFICIAL = Official(
+    write=write_official,
+    gold={
+        "v1_0": "x = -1 or x = -5",
+        "v1_1": "A red car",
+        "v1_2": "On the left",
+        "v1_3": "It pokes fun at names",
+    },
+    size="218",
+    readings=("submission",),
+    broken_label=BrokenLabel(
+        "mm-vet.json", '"math"', '"smell"', ("mm-vet.json, question v1_0", "has 'smell'")
+    ),
+    metric="total",
+    best=60.0,
+    image="images/b.png",
+    upload="mmvet.json",
+    replies=[
+        {"question_id": name, "run": run, "responses": [reply]}
+        for name, runs in GRADES.items()
+        for run, reply in enumerate(runs)
+    ],
+    prompts=("  v1_0\n    <|im_start|>user\n    <image>\n    What is x?<|im_end|>\n",),
+    without_sums=("std", "runs.0", "runs.1"),
+)

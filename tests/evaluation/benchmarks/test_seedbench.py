@@ -10,6 +10,7 @@ import pytest
 
 from mipha.comparison.statistics import intervals, tally, values
 from mipha.evaluation.benchmarks import seedbench
+from tests.evaluation.official import BrokenLabel, Official, write_file, write_images
 
 TYPES = {"Scene Understanding": 1, "Instances Counting": 5, "Action Recognition": 10}
 
@@ -53,7 +54,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_numbers_by_hand(folder: Path) -> None:
     judgement = seedbench.score(
-        seedbench.annotations(folder), {"101669": "A", "104933": "C", "89257": "D", "v1738": "C"}
+        seedbench.read_labels(folder), {"101669": "A", "104933": "C", "89257": "D", "v1738": "C"}
     )
     assert judgement.per_question == {"101669": 1, "104933": 0, "89257": 1, "v1738": 1}
     found = values(tally(judgement.contributions), seedbench.measure)
@@ -69,7 +70,7 @@ def test_numbers_by_hand(folder: Path) -> None:
 
 
 def test_videos_may_be_left_out(folder: Path) -> None:
-    asked = seedbench.annotations(folder)
+    asked = seedbench.read_labels(folder)
     assert [question.id for question in asked if question.facts["optional"]] == ["v1738"]
     images = [question for question in asked if not question.facts["optional"]]
     found = values(
@@ -85,16 +86,16 @@ def test_videos_may_be_left_out(folder: Path) -> None:
     "text", ["A.", "(A)", "a", "A. One", " A", "A ", "A\n", "", "AB", "One", "The answer is A."]
 )
 def test_the_text_must_be_the_letter(folder: Path, text: str) -> None:
-    judgement = seedbench.score(seedbench.annotations(folder)[:1], {"101669": text})
+    judgement = seedbench.score(seedbench.read_labels(folder)[:1], {"101669": text})
     assert judgement.per_question == {"101669": 0} and judgement.parsed == {"101669": None}
-    assert seedbench.score(seedbench.annotations(folder)[:1], {"101669": "B"}).parsed == {
+    assert seedbench.score(seedbench.read_labels(folder)[:1], {"101669": "B"}).parsed == {
         "101669": "B"
     }
 
 
 def test_images_are_the_clusters_and_metrics_resample(folder: Path) -> None:
     judgement = seedbench.score(
-        seedbench.questions(folder, "image"), {"101669": "A", "104933": "B", "89257": "A"}
+        seedbench.BENCHMARK.questions(folder, "image"), {"101669": "A", "104933": "B", "89257": "A"}
     )
     sums = tally(judgement.contributions)
     assert sums.clusters == ("1454426_2591111986", "90_1")
@@ -102,37 +103,41 @@ def test_images_are_the_clusters_and_metrics_resample(folder: Path) -> None:
 
 
 def test_questions_are_about_images_only_and_those_of_the_protocol(folder: Path) -> None:
-    asked = seedbench.questions(folder, "image")
+    asked = seedbench.BENCHMARK.questions(folder, "image")
     assert [question.id for question in asked] == ["101669", "104933", "89257"]
     assert asked[0].text == (
         "How many towels?\nA. One\nB. Two\nC. Three\nD. Four\nAnswer with the option's letter from the given choices directly."
     )
     assert asked[2].image == folder / "SEED-Bench-image" / "90_1"
-    assert seedbench.annotations(folder / "SEED-Bench.json")[3].text == "How many towels?"
+    assert seedbench.read_labels(folder / "SEED-Bench.json")[3].text == "How many towels?"
 
 
 def test_the_upload_has_the_official_ids(folder: Path) -> None:
     texts = {"101669": "A", "104933": "B. Two", "89257": "é"}
-    (content,) = seedbench.submission(seedbench.questions(folder, "image"), texts).values()
+    (content,) = seedbench.BENCHMARK.submission(
+        seedbench.BENCHMARK.questions(folder, "image"), texts
+    ).values()
     rows = [json.loads(line) for line in content.decode().splitlines()]
     assert rows == [
         {"question_id": "101669", "prediction": "A"},
         {"question_id": "104933", "prediction": "B. Two"},
         {"question_id": 89257, "prediction": "é"},
     ]
-    assert seedbench.score(seedbench.questions(folder, "image"), texts).submission == texts
+    assert (
+        seedbench.score(seedbench.BENCHMARK.questions(folder, "image"), texts).submission == texts
+    )
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"answer": "E"}, "question number 1 .* has the answer 'E'"),
-        ({"answer": "AB"}, "question number 1 .* has the answer 'AB'"),
-        ({"answer": ""}, "question number 1 .* has the answer ''"),
-        ({"answer": 1}, "question number 1 .* has the answer 1"),
+        ({"answer": "E"}, "question number 1 .*: answer 'E' should be 'A', 'B', 'C' or 'D'"),
+        ({"answer": "AB"}, "question number 1 .*: answer 'AB' should be 'A', 'B', 'C' or 'D'"),
+        ({"answer": ""}, "question number 1 .*: answer '' should be 'A', 'B', 'C' or 'D'"),
+        ({"answer": 1}, "question number 1 .*: answer 1 should be 'A', 'B', 'C' or 'D'"),
         (
             {"data_type": "Single Image"},
-            "question number 1 .* has the data_type 'Single Image'.*SEED-Bench 1",
+            "question number 1 .*: data_type 'Single Image' should be 'image' or 'video'",
         ),
         ({"question_type_id": 13}, "question number 1 .* has the question_type_id 13"),
         (
@@ -146,22 +151,61 @@ def test_a_malformed_question_is_named(folder: Path, change: dict[str, Any], sen
     content["questions"][1] |= change
     (folder / "SEED-Bench.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=rf"SEED-Bench\.json {sentence}"):
-        seedbench.annotations(folder)
+        seedbench.read_labels(folder)
 
 
 def test_missing_things_are_named(folder: Path) -> None:
     with pytest.raises(ValueError, match="no split 'test': choose image"):
-        seedbench.questions(folder, "test")
+        seedbench.BENCHMARK.questions(folder, "test")
     with pytest.raises(ValueError, match=r"no packaged copy: get SEED-Bench\.json"):
-        seedbench.questions(None, "image")
+        seedbench.BENCHMARK.questions(None, "image")
     (folder / "SEED-Bench-image" / "90_1").unlink()
     with pytest.raises(FileNotFoundError, match=r"no image .*90_1"):
-        seedbench.questions(folder, "image")
+        seedbench.BENCHMARK.questions(folder, "image")
     (folder / "SEED-Bench.json").write_text(json.dumps({"questions": {}, "question_type": TYPES}))
     with pytest.raises(
-        ValueError, match=r"SEED-Bench\.json has no table `question_type` or no list `questions`"
+        ValueError, match=r"SEED-Bench\.json: questions \{\} should be a valid list"
     ):
-        seedbench.annotations(folder)
+        seedbench.read_labels(folder)
     (folder / "SEED-Bench.json").write_text("{}")
     with pytest.raises(ValueError, match=r"SEED-Bench\.json has no 'question_type'"):
-        seedbench.annotations(folder)
+        seedbench.read_labels(folder)
+
+
+# Official files in small, for the tests of the command line and of the evaluation.
+
+
+def write_official(folder: Path) -> None:
+    rows = [
+        ("101669", "1454426_2591111986", 5, "A", "image"),
+        ("104933", "1454426_2591111986", 1, "B", "image"),
+        ("104934", "90_1", 1, "B", "image"),
+        (89257, "90_1", 5, "D", "image"),
+        ("v1738", "94328.webm", 10, "C", "video"),
+    ]
+    names = ("question_id", "data_id", "question_type_id", "answer", "data_type")
+    choices = {"choice_a": "One", "choice_b": "Two", "choice_c": "Three", "choice_d": "Four"}
+    questions = [
+        dict(zip(names, row, strict=True)) | choices | {"question": f"How many in number {row[0]}?"}
+        for row in rows
+    ]
+    types = {"Scene Understanding": 1, "Instances Counting": 5, "Action Recognition": 10}
+    write_file(folder / "SEED-Bench.json", {"questions": questions, "question_type": types})
+    write_images(folder / "SEED-Bench-image", ("1454426_2591111986", "90_1"), kind="JPEG")
+
+
+OFFICIAL = Official(
+    write=write_official,
+    gold={"101669": "A", "104933": "B", "104934": "B", "89257": "D"},
+    size="14,233",
+    readings=("parsed", "submission"),
+    broken_label=BrokenLabel(
+        "SEED-Bench.json",
+        '"answer": "D"',
+        '"answer": "E"',
+        ("SEED-Bench.json question number 3", "answer 'E' should be 'A', 'B', 'C' or 'D'"),
+    ),
+    metric="image",
+    image="SEED-Bench-image/90_1",
+    upload="seedbench_predictions.jsonl",
+)

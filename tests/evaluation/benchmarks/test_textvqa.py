@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from mipha.comparison.statistics import tally
+from mipha.evaluation.answers import SHORT
 from mipha.evaluation.benchmarks import textvqa
-from mipha.evaluation.prompts import SHORT
+from tests.evaluation.official import BrokenLabel, Official, write_file, write_images
 
 
 def _record(
@@ -62,7 +63,7 @@ def test_accuracy_of_one_question(
     answers: list[str], text: str, accuracy: float, normalised: str, tmp_path: Path
 ) -> None:
     judgement = textvqa.score(
-        textvqa.annotations(_write(tmp_path, _record(34602, answers))), {"34602": text}
+        textvqa.read_labels(_write(tmp_path, _record(34602, answers))), {"34602": text}
     )
     assert judgement.per_question == pytest.approx({"34602": accuracy})
     assert judgement.normalised == {"34602": normalised}
@@ -74,7 +75,7 @@ def test_mean_over_questions_with_images_as_clusters(tmp_path: Path) -> None:
         _record(2, ["no"] * 10, question="is it?"),
         _record(3, ["5"] * 3 + ["6"] * 7, image_id="b9dc"),
     ]
-    questions = textvqa.annotations(_write(tmp_path, *records).parent)
+    questions = textvqa.read_labels(_write(tmp_path, *records).parent)
     judgement = textvqa.score(questions, {"1": "b", "2": "yes", "3": "five"})
     assert [cluster for cluster, _ in judgement.contributions] == ["003a", "003a", "b9dc"]
     metrics = textvqa.measure(tally(judgement.contributions).totals())
@@ -82,8 +83,8 @@ def test_mean_over_questions_with_images_as_clusters(tmp_path: Path) -> None:
         {"accuracy": 190 / 3}
     )
     assert judgement.submission is None
-    assert textvqa.submission(questions, {}) == {}
-    assert textvqa.doubts(questions, "val") == []
+    assert textvqa.BENCHMARK.submission is None
+    assert textvqa.BENCHMARK.doubts(questions, "val") == []
 
 
 def _folder(root: Path) -> Path:
@@ -131,7 +132,7 @@ def _write_ocr(root: Path, name: str) -> None:
 def test_the_prompt_has_the_ocr_line(name: str, tmp_path: Path) -> None:
     root = _folder(tmp_path)
     _write_ocr(root, name)
-    questions = textvqa.questions(root, "val")
+    questions = textvqa.BENCHMARK.questions(root, "val")
     assert [question.text for question in questions] == [
         f"What is it?\nReference OCR token: S,,, $5{SHORT}",
         f"How much is it ?\nReference OCR token: S,,, $5{SHORT}",
@@ -142,7 +143,7 @@ def test_the_prompt_has_the_ocr_line(name: str, tmp_path: Path) -> None:
     assert questions[2].facts["answers"] == ("x",) * 10
     (root / "train_images" / "b9dc.jpg").unlink()
     with pytest.raises(FileNotFoundError, match=r"b9dc\.jpg"):
-        textvqa.questions(root, "val")
+        textvqa.BENCHMARK.questions(root, "val")
 
 
 @pytest.mark.parametrize(
@@ -166,7 +167,7 @@ def test_the_prompt_has_the_ocr_line(name: str, tmp_path: Path) -> None:
         (
             "TextVQA_Rosetta_OCR_v0.2_val.json",
             {"data": [{"image_id": "003a", "ocr_tokens": "x"}]},
-            r"data\[0\]: its ocr_tokens are not",
+            r"data\[0\]: ocr_tokens 'x' should be a valid list",
         ),
         ("TextVQA_Rosetta_OCR_v0.2_val.json", {}, "has no 'data'"),
     ],
@@ -175,7 +176,7 @@ def test_a_wrong_ocr_file_is_named(name: str, content: Any, sentence: str, tmp_p
     root = _folder(tmp_path)
     (root / name).write_text(json.dumps(content))
     with pytest.raises(ValueError, match=rf"{name}.*{sentence}"):
-        textvqa.questions(root, "val")
+        textvqa.BENCHMARK.questions(root, "val")
 
 
 def test_doubts(tmp_path: Path) -> None:
@@ -184,8 +185,8 @@ def test_doubts(tmp_path: Path) -> None:
         _record(2, ["x"] * 10),
         _record(3, ["x"] * 10, question="What is it?"),
     ]
-    version, newline, twice = textvqa.doubts(
-        textvqa.annotations(_write(tmp_path, *records, version="0.5")), "val"
+    version, newline, twice = textvqa.BENCHMARK.doubts(
+        textvqa.read_labels(_write(tmp_path, *records, version="0.5")), "val"
     )
     assert "says it is 0.5 val, wanted 0.5.1 val" in version
     assert "1 questions have more than one line, such as 1:" in newline
@@ -195,36 +196,87 @@ def test_doubts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("record", "sentence"),
     [
-        (_record(2, ["x"] * 9), r"data\[1\] \(question_id 2\) does not have ten human answers"),
+        (_record(2, ["x"] * 9), r"data\[1\]: answers .* should have at least 10 items, not 9"),
         (
             _record(2, ["x"] * 10) | {"answers": [2] * 10},
-            r"data\[1\] \(question_id 2\) does not have ten human answers, each a text",
+            r"data\[1\]: answers\.0 2 should be a valid string",
         ),
         (_record(1, ["x"] * 10), r"data\[1\]: question_id 1 stands in the file twice"),
         (
             _record(2, ["x"] * 10) | {"question_id": "2"},
-            r"data\[1\] is .* wanted a number as question_id",
+            r"data\[1\]: question_id '2' should be a valid integer",
         ),
         ({"question_id": 2}, r"data\[1\] has no 'image_id'"),
     ],
 )
 def test_a_malformed_record_is_named(record: Any, sentence: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"val\.json {sentence}"):
-        textvqa.annotations(_write(tmp_path, _record(1, ["x"] * 10), record))
+        textvqa.read_labels(_write(tmp_path, _record(1, ["x"] * 10), record))
 
 
 def test_missing_things_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no packaged copy"):
-        textvqa.questions(None, "val")
+        textvqa.BENCHMARK.questions(None, "val")
     with pytest.raises(ValueError, match="no split 'test': choose val"):
-        textvqa.questions(tmp_path, "test")
+        textvqa.BENCHMARK.questions(tmp_path, "test")
     with pytest.raises(FileNotFoundError, match=r"TextVQA_0\.5\.1_val\.json"):
-        textvqa.annotations(tmp_path)
+        textvqa.read_labels(tmp_path)
     with pytest.raises(
         FileNotFoundError, match=r"llava_textvqa_val_v051_ocr\.jsonl or TextVQA_Rosetta_OCR"
     ):
-        textvqa.questions(_folder(tmp_path), "val")
+        textvqa.BENCHMARK.questions(_folder(tmp_path), "val")
     for content in ("[]", '{"data": {}}'):
         (tmp_path / "x.json").write_text(content)
         with pytest.raises(ValueError, match=r"x\.json"):
-            textvqa.annotations(tmp_path / "x.json")
+            textvqa.read_labels(tmp_path / "x.json")
+
+
+# Official files in small, for the tests of the command line and of the evaluation.
+
+
+def write_official(folder: Path) -> None:
+    rows = [
+        (34602, "003a8ae2ef43b901", "is it red?", ["yes"] * 10),
+        (34603, "003a8ae2ef43b901", "which letter?", ["b"] * 6 + ["no"] * 4),
+        (34604, "0054c91397f2fe05", "what brand?", ["nokia"] * 8 + ["Nokia phone", "no"]),
+    ]
+    data = [
+        dict(zip(("question_id", "image_id", "question", "answers"), row, strict=True))
+        | {"set_name": "val"}
+        for row in rows
+    ]
+    write_file(
+        folder / "TextVQA_0.5.1_val.json",
+        {
+            "dataset_type": "val",
+            "dataset_name": "textvqa",
+            "dataset_version": "0.5.1",
+            "data": data,
+        },
+    )
+    tokens = [
+        {"image_id": rows[0][1], "ocr_tokens": ["B", "STOP"]},
+        {"image_id": rows[2][1], "ocr_tokens": []},
+    ]
+    write_file(folder / "TextVQA_Rosetta_OCR_v0.2_val.json", {"data": tokens})
+    write_images(folder / "train_images", [f"{rows[number][1]}.jpg" for number in (0, 2)])
+
+
+OFFICIAL = Official(
+    write=write_official,
+    gold={"34602": "Yes", "34603": "B", "34604": "nokia"},
+    size="5,000",
+    readings=("normalised",),
+    broken_label=BrokenLabel(
+        "TextVQA_0.5.1_val.json",
+        '"Nokia phone", ',
+        "",
+        ("data[2]: answers", "should have at least 10 items, not 9"),
+    ),
+    image="train_images/0054c91397f2fe05.jpg",
+    prompts=(
+        "  34602\n    <|im_start|>user\n    <image>\n    Is it red?\n"
+        "    Reference OCR token: B, STOP\n"
+        "    Answer the question using a single word or phrase.<|im_end|>\n",
+    ),
+)

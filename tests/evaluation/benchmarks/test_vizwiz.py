@@ -11,6 +11,7 @@ import pytest
 
 from mipha.comparison.statistics import tally
 from mipha.evaluation.benchmarks import vizwiz
+from tests.evaluation.official import BrokenLabel, Official, Upload, write_file, write_images
 
 HINT = "\nWhen the provided information is insufficient, respond with 'Unanswerable'.\nAnswer the question using a single word or phrase."
 
@@ -64,7 +65,7 @@ def _write(path: Path, records: Any) -> Path:
 def test_the_three_numbers(
     answers: list[str], text: str, api: float, both_sides: float, verbatim: float, tmp_path: Path
 ) -> None:
-    questions = vizwiz.annotations(_write(tmp_path / "val.json", [_record(0, answers)]))
+    questions = vizwiz.read_labels(_write(tmp_path / "val.json", [_record(0, answers)]))
     judgement = vizwiz.score(questions, {"VizWiz_val_00000000.jpg": text})
     ((cluster, amounts),) = judgement.contributions
     assert cluster == "VizWiz_val_00000000.jpg"
@@ -84,7 +85,7 @@ def test_judgement_and_metrics(tmp_path: Path) -> None:
         _record(1, ["unanswerable"] * 10, "unanswerable"),
         _record(2, ["5"] * 3 + ["6"] * 7, "number"),
     ]
-    questions = vizwiz.annotations(_write(tmp_path / "val.json", records))
+    questions = vizwiz.read_labels(_write(tmp_path / "val.json", records))
     first, second, third = (question.id for question in questions)
     judgement = vizwiz.score(questions, {first: "A can", second: "I don't know", third: "five"})
     assert judgement.submission == {first: "can", second: "i don't know", third: "5"}
@@ -100,7 +101,7 @@ def test_judgement_and_metrics(tmp_path: Path) -> None:
 
 
 def test_both_passes_show_in_what_was_compared(tmp_path: Path) -> None:
-    questions = vizwiz.annotations(_write(tmp_path / "val.json", [_record(0, ["x"] * 10)]))
+    questions = vizwiz.read_labels(_write(tmp_path / "val.json", [_record(0, ["x"] * 10)]))
     # 40 periods: m4c takes 32, the API the remaining 8.
     judgement = vizwiz.score(questions, {questions[0].id: "x" + 40 * "."})
     assert list(judgement.submission.values()) == ["x" + 8 * "."]
@@ -121,24 +122,24 @@ def test_questions_are_asked_as_in_llavas_file(tmp_path: Path) -> None:
     (tmp_path / "Annotations").mkdir()
     _write(tmp_path / "Annotations" / "val.json", records)
     _images(tmp_path, "val", 2)
-    first, second = vizwiz.questions(tmp_path, "val")
+    first, second = vizwiz.BENCHMARK.questions(tmp_path, "val")
     assert first.text == "What is this? and is it a tv? " + HINT
     assert (first.id, first.image) == (
         "VizWiz_val_00000000.jpg",
         tmp_path / "val" / "VizWiz_val_00000000.jpg",
     )
-    assert vizwiz.submission([first], {}) == {}
-    assert vizwiz.doubts([first], "val") == []
-    assert vizwiz.doubts([first, second], "val") == [
+    assert vizwiz.BENCHMARK.submission([first], {}) == {}
+    assert vizwiz.BENCHMARK.doubts([first], "val") == []
+    assert vizwiz.BENCHMARK.doubts([first, second], "val") == [
         "1 questions do not have ten human answers: get the official annotation file"
     ]
     assert (
         "2 images are not of split test, such as VizWiz_val_00000000.jpg"
-        in vizwiz.doubts([first, second], "test")[0]
+        in vizwiz.BENCHMARK.doubts([first, second], "test")[0]
     )
     (tmp_path / "val" / "VizWiz_val_00000001.jpg").unlink()
     with pytest.raises(FileNotFoundError, match=r"VizWiz_val_00000001\.jpg"):
-        vizwiz.questions(tmp_path, "val")
+        vizwiz.BENCHMARK.questions(tmp_path, "val")
 
 
 @pytest.mark.parametrize("name", ["test.json", "llava_test.jsonl"])
@@ -158,16 +159,18 @@ def test_the_upload_of_test(name: str, tmp_path: Path) -> None:
             for n, image in enumerate(images)
         ]
         (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    questions = vizwiz.questions(tmp_path, "test")
+    questions = vizwiz.BENCHMARK.questions(tmp_path, "test")
     assert [(question.id, question.text) for question in questions] == [
         (image, "What is this?" + HINT) for image in images
     ]
-    (content,) = vizwiz.submission(questions, {images[1]: "The T-shirt", images[0]: ""}).values()
+    (content,) = vizwiz.BENCHMARK.submission(
+        questions, {images[1]: "The T-shirt", images[0]: ""}
+    ).values()
     assert json.loads(content) == [
         {"image": images[0], "answer": ""},
         {"image": images[1], "answer": "t shirt"},
     ]
-    assert vizwiz.doubts(questions, "test") == []
+    assert vizwiz.BENCHMARK.doubts(questions, "test") == []
 
 
 @pytest.mark.parametrize(
@@ -179,7 +182,7 @@ def test_the_upload_of_test(name: str, tmp_path: Path) -> None:
             r"\[1\]: image VizWiz_val_00000000\.jpg stands in the file twice",
         ),
         ([{"question": "x"}], r"\[0\] has no 'image'"),
-        ([_record(0, ["x"]) | {"image": 7}], r"\[0\] has the image 7 .* wanted two texts"),
+        ([_record(0, ["x"]) | {"image": 7}], r"\[0\]: image 7 should be a valid string"),
         ([_record(0, ["x"]) | {"answers": [{}]}], r"\[0\]: its answers are not a list"),
         (
             [{"image": "x", "question": "y", "answers": [{"answer": "z"}]}],
@@ -189,18 +192,76 @@ def test_the_upload_of_test(name: str, tmp_path: Path) -> None:
 )
 def test_a_malformed_file_is_named(records: Any, sentence: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"val\.json.*{sentence}"):
-        vizwiz.annotations(_write(tmp_path / "val.json", records))
+        vizwiz.read_labels(_write(tmp_path / "val.json", records))
 
 
 def test_missing_things_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no packaged copy"):
-        vizwiz.questions(None, "val")
+        vizwiz.BENCHMARK.questions(None, "val")
     with pytest.raises(ValueError, match="no split 'train': choose val or test"):
-        vizwiz.questions(tmp_path, "train")
+        vizwiz.BENCHMARK.questions(tmp_path, "train")
     with pytest.raises(FileNotFoundError, match=r"val\.json"):
-        vizwiz.annotations(tmp_path)
+        vizwiz.read_labels(tmp_path)
     (tmp_path / "llava_test.jsonl").write_text(
         json.dumps({"question_id": 0, "image": "a.jpg", "text": "What is this?"})
     )
     with pytest.raises(ValueError, match=r"llava_test\.jsonl line 1: its text does not end with"):
-        vizwiz.questions(tmp_path, "test")
+        vizwiz.BENCHMARK.questions(tmp_path, "test")
+
+
+# Official files in small, for the tests of the command line and of the evaluation.
+
+
+def write_official(folder: Path) -> None:
+    answers = [
+        ["unanswerable"] * 7 + ["no"] * 3,
+        ["no"] * 10,
+        ["2"] * 4 + ["yes"] * 6,
+        ["yes"] * 10,
+    ]
+    kinds = ("unanswerable", "yes/no", "number", "yes/no")
+    val = [
+        {
+            **{
+                "image": f"VizWiz_val_{number:08d}.jpg",
+                "question": f"Is this can number {number}? What is it?",
+                "answer_type": kind,
+            },
+            **{
+                "answers": [{"answer": text, "answer_confidence": "yes"} for text in texts],
+                "answerable": int(number > 0),
+            },
+        }
+        for number, (kind, texts) in enumerate(zip(kinds, answers, strict=True))
+    ]
+    test = [
+        {"image": f"VizWiz_test_{number:08d}.jpg", "question": f"Is this number {number}?"}
+        for number in range(5)
+    ]
+    for split, records in (("val", val), ("test", test)):
+        write_file(folder / f"{split}.json", records)
+        write_images(folder / split, [record["image"] for record in records])
+
+
+OFFICIAL = Official(
+    write=write_official,
+    gold={
+        **{"VizWiz_val_00000000.jpg": "unanswerable", "VizWiz_val_00000001.jpg": "No."},
+        **{"VizWiz_val_00000002.jpg": "2", "VizWiz_val_00000003.jpg": "yes"},
+    },
+    size="4,319",
+    readings=("normalised", "submission"),
+    broken_label=BrokenLabel(
+        "val.json", '"answers"', '"captions"', ("val.json [0] has no 'answers'",)
+    ),
+    metric="vizwiz_api",
+    image="val/VizWiz_val_00000002.jpg",
+    served={
+        "test": Upload(
+            "vizwiz_test.json",
+            "image",
+            [f"VizWiz_test_{number:08d}.jpg" for number in range(5)],
+            "EvalAI challenge 2185",
+        )
+    },
+)

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from mipha.comparison.statistics import tally
+from mipha.evaluation.answers import SHORT
 from mipha.evaluation.benchmarks import vqav2
-from mipha.evaluation.prompts import SHORT
+from tests.evaluation.official import BrokenLabel, Official, Upload, write_file, write_images
 
 QUESTIONS, ANNOTATIONS = (
     "v2_OpenEnded_mscoco_val2014_questions.json",
@@ -78,7 +79,7 @@ def _images(root: Path, image_set: str, *image_ids: int) -> None:
 
 def _accuracy(root: Path, answers: Sequence[str], text: str) -> float:
     file = _write(root / "annotations.json", "annotations", [_annotation(1000, answers)])
-    return vqav2.score(vqav2.annotations(file), {"1000": text}).per_question["1000"]
+    return vqav2.score(vqav2.read_labels(file), {"1000": text}).per_question["1000"]
 
 
 @pytest.mark.parametrize(
@@ -120,7 +121,7 @@ def test_judgement_and_metrics(tmp_path: Path) -> None:
         _annotation(2000, ["2"] * 3 + ["3"] * 7, "number", "what is"),
         names=("questions.json", "annotations.json"),
     )
-    questions = vqav2.annotations(root)
+    questions = vqav2.read_labels(root)
     assert [(question.id, question.text, question.image) for question in questions][2] == (
         "2000",
         "What is 2000?",
@@ -149,9 +150,9 @@ def test_people_with_one_answer_id_leave_one_another_out(tmp_path: Path) -> None
     record = _annotation(1000, ["x"] * 9 + ["y"])
     for person in record["answers"]:
         person["answer_id"] = 1
-    questions = vqav2.annotations(_write(tmp_path / "a.json", "annotations", [record]))
+    questions = vqav2.read_labels(_write(tmp_path / "a.json", "annotations", [record]))
     assert vqav2.score(questions, {"1000": "x"}).per_question["1000"] == pytest.approx(0.1)
-    assert vqav2.doubts(questions, "val") == [
+    assert vqav2.BENCHMARK.doubts(questions, "val") == [
         "1 questions have people without an answer_id of their own, whom the scorer mixes up: get the official file"
     ]
 
@@ -161,7 +162,7 @@ def test_val_has_prompts_images_and_labels(tmp_path: Path) -> None:
         tmp_path, _annotation(262148000, ["down"] * 10), _annotation(393225001, ["no"] * 10)
     )
     _images(root, "val2014", 262148, 393225)
-    first, second = vqav2.questions(root, "val")
+    first, second = vqav2.BENCHMARK.questions(root, "val")
     assert first.text == "What is 262148000?" + SHORT
     assert first.image == root / "val2014" / "COCO_val2014_000000262148.jpg"
     assert (second.id, second.facts["image_id"], second.facts["answers"]) == (
@@ -169,11 +170,11 @@ def test_val_has_prompts_images_and_labels(tmp_path: Path) -> None:
         393225,
         ("no",) * 10,
     )
-    assert vqav2.submission([first, second], {}) == {}
-    assert vqav2.doubts([first, second], "val") == []
+    assert vqav2.BENCHMARK.submission([first, second], {}) == {}
+    assert vqav2.BENCHMARK.doubts([first, second], "val") == []
     (root / "val2014" / "COCO_val2014_000000393225.jpg").unlink()
     with pytest.raises(FileNotFoundError, match=r"COCO_val2014_000000393225\.jpg"):
-        vqav2.questions(root, "val")
+        vqav2.BENCHMARK.questions(root, "val")
 
 
 def _llava_line(question_id: int, text: str = f"What is it?{SHORT}", name: str = "") -> str:
@@ -189,12 +190,12 @@ def test_the_upload_of_test_dev_lists_all_of_test2015(tmp_path: Path) -> None:
         _llava_line(5000) + _llava_line(7001)
     )
     _images(tmp_path, "test2015", 5, 7)
-    questions = vqav2.questions(tmp_path, "test-dev")
+    questions = vqav2.BENCHMARK.questions(tmp_path, "test-dev")
     assert [question.text for question in questions] == [f"What is it?{SHORT}"] * 2
     assert questions[1].image == tmp_path / "test2015" / "COCO_test2015_000000000007.jpg"
     assert (
         "the upload has 2 ids but the server wants all 447793"
-        in vqav2.doubts(questions, "test-dev")[0]
+        in vqav2.BENCHMARK.doubts(questions, "test-dev")[0]
     )
     _write(
         tmp_path / "v2_OpenEnded_mscoco_test2015_questions.json",
@@ -202,8 +203,10 @@ def test_the_upload_of_test_dev_lists_all_of_test2015(tmp_path: Path) -> None:
         list(map(_question, (5000, 6000, 7001))),
         "test2015",
     )
-    questions = vqav2.questions(tmp_path, "test-dev")
-    (content,) = vqav2.submission(questions, {"5000": "McDonald's", "7001": "No."}).values()
+    questions = vqav2.BENCHMARK.questions(tmp_path, "test-dev")
+    (content,) = vqav2.BENCHMARK.submission(
+        questions, {"5000": "McDonald's", "7001": "No."}
+    ).values()
     answers = {row["question_id"]: row["answer"] for row in json.loads(content)}
     assert answers == {5000: "mcdonald 's", 6000: "", 7001: "no"}
     assert len(json.loads(content)) == 3
@@ -211,7 +214,7 @@ def test_the_upload_of_test_dev_lists_all_of_test2015(tmp_path: Path) -> None:
         _llava_line(5000) + _llava_line(7002)
     )
     with pytest.raises(ValueError, match=r"test2015_questions\.json lacks question_id 7002"):
-        vqav2.questions(tmp_path, "test-dev")
+        vqav2.BENCHMARK.questions(tmp_path, "test-dev")
 
 
 def test_test_asks_everything(tmp_path: Path) -> None:
@@ -222,10 +225,10 @@ def test_test_asks_everything(tmp_path: Path) -> None:
         "test-dev2015",
     )
     _images(tmp_path, "test2015", 5)
-    questions = vqav2.questions(tmp_path, "test")
-    (content,) = vqav2.submission(questions, {"5000": "a cat"}).values()
+    questions = vqav2.BENCHMARK.questions(tmp_path, "test")
+    (content,) = vqav2.BENCHMARK.submission(questions, {"5000": "a cat"}).values()
     assert json.loads(content) == [{"question_id": 5000, "answer": "cat"}]
-    assert vqav2.doubts(questions, "test") == [
+    assert vqav2.BENCHMARK.doubts(questions, "test") == [
         "the file's data_subtype is test-dev2015, that of split test is test2015: use the files of test2015"
     ]
 
@@ -237,7 +240,7 @@ def test_doubts_about_answers(tmp_path: Path) -> None:
         [_annotation(1, ["x"] * 10), _annotation(2, ["x"] * 9)],
         "train2014",
     )
-    subtype, answers = vqav2.doubts(vqav2.annotations(file), "val")
+    subtype, answers = vqav2.BENCHMARK.doubts(vqav2.read_labels(file), "val")
     assert "data_subtype is train2014" in subtype
     assert "1 questions do not have ten human answers" in answers
 
@@ -259,17 +262,17 @@ def _without(key: str) -> dict[str, Any]:
         ),
         (
             _without("question_id") | {"question_id": "2000"},
-            r"annotations\[1\]: question_id '2000' is not a number",
+            r"annotations\[1\]: question_id '2000' should be a valid integer",
         ),
         (
             _without("question_id") | {"question_id": [1]},
-            r"annotations\[1\]: question_id \[1\] is not a number",
+            r"annotations\[1\]: question_id \[1\] should be a valid integer",
         ),
         (
             _without("answers") | {"answers": [{"answer": 2}]},
             r"annotations\[1\]: its answers are not a list",
         ),
-        ("x", r"annotations\[1\] has no 'question_id'"),
+        ("x", r"annotations\[1\] should be an object"),
     ],
 )
 def test_a_malformed_annotation_is_named(record: Any, sentence: str, tmp_path: Path) -> None:
@@ -277,14 +280,17 @@ def test_a_malformed_annotation_is_named(record: Any, sentence: str, tmp_path: P
         tmp_path / "annotations.json", "annotations", [_annotation(1000, ["x"] * 10), record]
     )
     with pytest.raises(ValueError, match=rf"annotations\.json {sentence}"):
-        vqav2.annotations(file)
+        vqav2.read_labels(file)
 
 
 @pytest.mark.parametrize(
     ("records", "sentence"),
     [
         ([{"image_id": 1, "question": "?"}], r"questions\[0\] has no 'question_id'"),
-        ([_question(1000) | {"image_id": "1"}], r"questions\[0\] is .* wanted numbers"),
+        (
+            [_question(1000) | {"image_id": "1"}],
+            r"questions\[0\]: image_id '1' should be a valid integer",
+        ),
         (
             [_question(1000), _question(1000)],
             r"questions\[1\]: question_id 1000 stands in the file twice",
@@ -294,14 +300,14 @@ def test_a_malformed_annotation_is_named(record: Any, sentence: str, tmp_path: P
             r"1 ids are in one only: question_id 1001 is not in the annotations",
         ),
         ([], r"1 ids are in one only: question_id 1000 is not in the questions"),
-        ({}, r"its 'questions' is not a list"),
+        ({}, r"questions \{\} should be a valid list"),
     ],
 )
 def test_a_malformed_question_file_is_named(records: Any, sentence: str, tmp_path: Path) -> None:
     _val(tmp_path, _annotation(1000, ["x"] * 10), names=("questions.json", "annotations.json"))
     _write(tmp_path / "questions.json", "questions", records)
     with pytest.raises(ValueError, match=rf"questions\.json.*{sentence}"):
-        vqav2.annotations(tmp_path)
+        vqav2.read_labels(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -311,16 +317,99 @@ def test_a_malformed_question_file_is_named(records: Any, sentence: str, tmp_pat
 def test_a_line_that_is_not_llavas_is_named(line: str, tmp_path: Path) -> None:
     (tmp_path / "llava_vqav2_mscoco_test2015.jsonl").write_text(_llava_line(4000) + line)
     with pytest.raises(ValueError, match=r"test2015\.jsonl line 2: wanted an image"):
-        vqav2.questions(tmp_path, "test")
+        vqav2.BENCHMARK.questions(tmp_path, "test")
 
 
 def test_missing_things_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no packaged copy"):
-        vqav2.questions(None, "val")
+        vqav2.BENCHMARK.questions(None, "val")
     with pytest.raises(ValueError, match="no split 'train': choose val or test-dev or test"):
-        vqav2.questions(tmp_path, "train")
+        vqav2.BENCHMARK.questions(tmp_path, "train")
     with pytest.raises(FileNotFoundError, match=r"questions\.json"):
-        vqav2.questions(tmp_path, "val")
+        vqav2.BENCHMARK.questions(tmp_path, "val")
     _write(tmp_path / "annotations.json", "annotations", [])
     with pytest.raises(FileNotFoundError, match=r"questions\.json"):
-        vqav2.annotations(tmp_path)
+        vqav2.read_labels(tmp_path)
+
+
+# Official files in small, for the tests of the command line and of the evaluation.
+
+
+def write_official(folder: Path) -> None:
+    rows = [
+        (42000, 42, "Is it a cat?", "yes/no", ["yes"] * 10),
+        (42001, 42, "What color is it?", "other", ["red"] * 5 + ["dark red"] * 3 + ["no"] * 2),
+        (42002, 42, "How many are there?", "number", ["2"] * 3 + ["two"] * 3 + ["3"] * 4),
+        (139000, 139, "Is it red?", "yes/no", ["no"] * 6 + ["yes"] * 4),
+        (139001, 139, "Which letter is it?", "other", ["b"] * 9 + ["no"]),
+    ]
+    annotations = [
+        {
+            **{
+                "question_id": question_id,
+                "image_id": image_id,
+                "answer_type": kind,
+                "question_type": text[:5].lower(),
+            },
+            "answers": [
+                {"answer": one, "answer_confidence": "yes", "answer_id": n}
+                for n, one in enumerate(answers, start=1)
+            ],
+        }
+        for question_id, image_id, text, kind, answers in rows
+    ]
+    write_file(
+        folder / "v2_mscoco_val2014_annotations.json",
+        {"data_subtype": "val2014", "annotations": annotations},
+    )
+    test = [
+        (number, number // 1000, f"Is it number {number}?")
+        for number in (1000, 1001, 1002, 16000, 16001)
+    ]
+    parts = {
+        "val2014": [row[:3] for row in rows],
+        "test2015": test,
+        "test-dev2015": [test[number] for number in (0, 2, 3)],
+    }
+    for subtype, part in parts.items():
+        questions = [
+            dict(zip(("question_id", "image_id", "question"), row, strict=True)) for row in part
+        ]
+        write_file(
+            folder / f"v2_OpenEnded_mscoco_{subtype}_questions.json",
+            {"data_subtype": subtype, "questions": questions},
+        )
+    for name, numbers in (("val2014", (42, 139)), ("test2015", (1, 16))):
+        write_images(folder / name, [f"COCO_{name}_{number:012d}.jpg" for number in numbers])
+
+
+OFFICIAL = Official(
+    write=write_official,
+    gold={"42000": "yes", "42001": "red", "42002": "2", "139000": "no", "139001": "B"},
+    size="214,354",
+    readings=("normalised", "submission"),
+    broken_label=BrokenLabel(
+        "v2_mscoco_val2014_annotations.json",
+        '{"answer": "red"',
+        '{"text": "red"',
+        ("annotations[1]", "its answers are not a list"),
+    ),
+    image="val2014/COCO_val2014_000000000139.jpg",
+    other_files=("v2_OpenEnded_mscoco_val2014_questions.json",),
+    served={
+        # The upload lists all of test2015, with nothing for what was not asked.
+        "test-dev": Upload(
+            "vqav2_test2015.json",
+            "question_id",
+            [1000, 1002, 16000],
+            "EvalAI challenge 830",
+            not_asked=[1001, 16001],
+        ),
+        "test": Upload(
+            "vqav2_test2015.json",
+            "question_id",
+            [1000, 1001, 1002, 16000, 16001],
+            "EvalAI challenge 830",
+        ),
+    },
+)

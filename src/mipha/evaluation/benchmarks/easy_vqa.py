@@ -1,10 +1,11 @@
 """easy-VQA: which shape, which colour; 13 possible answers, official splits.
 
-One shape of one colour on a 64 x 64 picture, about ten questions each.
+One shape of one colour on a 64 x 64 image, about ten questions each.
 
-A total hides the failure that matters here: a model that has learned only the usual answer to each question string gets
-two thirds right without looking. So yes/no, shape and colour are reported apart, and the yes/no questions once more
-by whether the gold answer is the rarer one of its question string.
+A total hides the failure that matters here: a model that has learned only the usual answer to each
+question string gets two thirds right without looking. So yes/no, shape and colour are reported
+apart, and the yes/no questions once more by whether the gold answer is the rarer one of its
+question string.
 
 Source: PyPI `easy-vqa` 1.0 (MIT), github.com/vzhou842/easy-VQA.
 """
@@ -20,20 +21,14 @@ import numpy as np
 
 from mipha.comparison.statistics import Totals
 from mipha.data.datasets.easy_vqa import COLOURS, SHAPES, image_path, questions_of
-from mipha.evaluation.benchmark import Judgement, Metric, Question
+from mipha.evaluation.benchmark import Benchmark, Judge, Judgement, Metric, Question, Split
 from mipha.evaluation.files import image_file
 
 ANSWERS = ("yes", "no", *SHAPES, *COLOURS)
 
-MAX_NEW_TOKENS = 32
-SPLITS = ("test", "validation")
-SIZES = {"test": 9673, "validation": 3848}
-SERVERS: dict[str, str] = {}
-JUDGE = None
-SOURCE = 'get it with pip install "mipha-vlm[quickstart]", or give a folder with train/ and test/, each with questions.json and images/'
-PROTOCOL = (
-    "easy-VQA 1.0, official split, the question as the whole prompt, greedy; the last word of the text, lower case without punctuation, "
-    "must equal the published answer; 95 % interval: cluster bootstrap over images, 2000 resamples"
+SOURCE = (
+    'get it with pip install "mipha-vlm[quickstart]", or give a folder with train/ and test/, '
+    "each with questions.json and images/"
 )
 METRICS = (
     Metric("accuracy", "%", "all questions"),
@@ -44,12 +39,14 @@ METRICS = (
     Metric(
         "yes_no_usual",
         "%",
-        "yes/no questions whose gold answer is the usual one of this question string in the training split",
+        "yes/no questions whose gold answer is the usual one of this question string in the "
+        "training split",
     ),
     Metric(
         "yes_no_minority",
         "%",
-        "yes/no questions whose gold answer is the rarer one of this question string in the training split",
+        "yes/no questions whose gold answer is the rarer one of this question string in the "
+        "training split",
     ),
     *(
         Metric(f"answer_{answer}", "%", f"questions whose gold answer is {answer}")
@@ -59,24 +56,20 @@ METRICS = (
 )
 
 
-def questions(root: Path | None = None, split: str = "test") -> list[Question]:
-    """Every question of a split, image by image in the official order.
+def read(root: Path | None, split: str) -> list[Question]:
+    """Return every question of a split, image by image in the official order.
 
     Args:
-        root: Folder with `train` and `test`, each holding `questions.json` and `images`; None: the installed package's.
-        split: `test` (official) or `validation` (400 official training images that our training leaves out).
+        root: Folder with `train` and `test`, each holding `questions.json` and `images`; None: the
+            installed package's.
+        split: `test` (official) or `validation` (400 official training images that our training
+            leaves out).
 
     Returns:
-        Questions whose facts are `answer` (gold), `kind` (yes_no, shape, colour), `image` (id), and from the whole official
-        training split `usual` (most frequent answer to this question string, None for a string it lacks) and
-        `most_frequent` (most frequent answer to anything).
-
-    Raises:
-        FileNotFoundError: The data, or an image, is not there.
-        ValueError: No such split, or a malformed file.
+        Questions whose facts are `answer` (gold), `kind` (yes_no, shape, colour), `image` (id),
+        and from the whole official training split `usual` (most frequent answer to this question
+        string, None for a string it lacks) and `most_frequent` (most frequent answer to anything).
     """
-    if split not in SPLITS:
-        raise ValueError(f"benchmark easy_vqa has no split {split!r}: choose {' or '.join(SPLITS)}")
     asked = _read(root, split)
     for image in dict.fromkeys(question.image for question in asked):
         image_file(image, SOURCE)
@@ -84,18 +77,20 @@ def questions(root: Path | None = None, split: str = "test") -> list[Question]:
 
 
 def read_answer(text: str) -> str | None:
-    """The answer that a text ends with, None if its last word is none of the 13."""
+    """Return the answer that a text ends with; None if its last word is none of the 13."""
     words = re.findall(r"\w+", text.lower())
     return words[-1] if words and words[-1] in ANSWERS else None
 
 
-def annotations(path: Path) -> list[Question]:
-    """The labelled test questions of a folder; the images need not be there."""
+def read_labels(path: Path) -> list[Question]:
+    """Return the labelled test questions of a folder; the images need not be there."""
     return _read(path, "test")
 
 
-def score(questions: Sequence[Question], predictions: Mapping[str, str]) -> Judgement:
-    """Whether each answer is the published one; a group without questions is left out.
+def score(
+    questions: Sequence[Question], predictions: Mapping[str, str], judge: Judge | None = None
+) -> Judgement:
+    """Judge whether each answer is the published one; a group without questions is left out.
 
     Raises:
         KeyError: A question has no prediction.
@@ -117,41 +112,31 @@ def score(questions: Sequence[Question], predictions: Mapping[str, str]) -> Judg
 
 
 def measure(totals: Totals) -> dict[str, np.ndarray]:
-    """Percent right of each group, and the number of unreadable answers."""
+    """Return percent right of each group, and the number of unreadable answers."""
     names = [metric.name for metric in METRICS[:-1] if metric.name in totals.names]
     return {name: 100 * totals.mean(name) for name in names} | {
         "unreadable": totals.sum("unreadable")
     }
 
 
-def submission(questions: Sequence[Question], predictions: Mapping[str, str]) -> dict[str, bytes]:
-    """Nothing: the labels are public."""
-    return {}
-
-
-def doubts(questions: Sequence[Question], split: str) -> list[str]:
-    """Nothing is known to be wrong with any copy."""
-    return []
-
-
 def majority_baseline(questions: Iterable[Question]) -> dict[str, str]:
-    """One answer to everything: the most frequent of the training split. 37.3 % on the test split."""
+    """Give one answer to everything: the most frequent of the training split. 37.3 % on test."""
     return {question.id: question.facts["most_frequent"] for question in questions}
 
 
 def question_only_baseline(questions: Iterable[Question]) -> dict[str, str]:
-    """The most frequent training answer to each question string: what can be had without looking. 67.0 % on the test split."""
+    """Give the most frequent training answer to each question string, without looking.
+
+    67.0 % on the test split.
+    """
     return {
         question.id: question.facts["usual"] or question.facts["most_frequent"]
         for question in questions
     }
 
 
-BASELINES = {"majority": majority_baseline, "question_only": question_only_baseline}
-
-
 def _read(root: Path | None, split: str) -> list[Question]:
-    """The questions; whether their images are there is not looked at."""
+    """Return the questions, without a look at their images."""
     by_text: dict[str, Counter[str]] = defaultdict(Counter)
     for part in ("train", "validation"):
         for text, answer in (
@@ -180,7 +165,7 @@ def _read(root: Path | None, split: str) -> list[Question]:
 
 
 def _groups(question: Question) -> list[str]:
-    """Names of the metrics that the question counts for, always in the same order."""
+    """Return the metrics that the question counts for, always in the same order."""
     answer, kind, usual = (question.facts[key] for key in ("answer", "kind", "usual"))
     groups = ["accuracy", kind, f"answer_{answer}"]
     if kind != "yes_no":
@@ -191,9 +176,31 @@ def _groups(question: Question) -> list[str]:
 
 
 def _kind(answer: str) -> str:
-    return "shape" if answer in SHAPES else "colour" if answer in COLOURS else "yes_no"
+    if answer in SHAPES:
+        return "shape"
+    return "colour" if answer in COLOURS else "yes_no"
 
 
 def _most_frequent(counts: Mapping[str, int]) -> str:
-    """The most frequent answer; of equals the last in the alphabet, so that the order of files decides nothing."""
+    """Return the most frequent answer; of equals the last in the alphabet, whatever the order."""
     return max(counts, key=lambda answer: (counts[answer], answer))
+
+
+BENCHMARK = Benchmark(
+    name="easy_vqa",
+    metrics=METRICS,
+    splits={"test": Split(9673), "validation": Split(3848)},
+    protocol=(
+        "easy-VQA 1.0, official split, the question as the whole prompt, greedy; the last word of "
+        "the text, lower case without punctuation, must equal the published answer; 95 % interval: "
+        "cluster bootstrap over images, 2000 resamples"
+    ),
+    source=SOURCE,
+    max_new_tokens=32,
+    read=read,
+    read_labels=read_labels,
+    score=score,
+    measure=measure,
+    baselines={"majority": majority_baseline, "question_only": question_only_baseline},
+    packaged=True,
+)

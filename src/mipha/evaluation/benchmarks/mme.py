@@ -1,31 +1,35 @@
-"""MME: two yes/no questions an image, 14 subtasks; a subtask is worth accuracy plus the share of images with both right, 200 points.
+"""MME: two yes/no questions an image, 14 subtasks of 200 points each.
 
-Only the first four characters decide, in lower case: "yes" among them is yes, else "no" among them is no, else the answer is `other`,
-which is wrong. So "Eyes" is yes, "Not sure" and "Snow" are no, "The answer is yes", "**Yes**" and "  Yes" are other.
+A subtask is worth accuracy plus the share of images with both answers right. Only the first four
+characters decide, in lower case: "yes" among them is yes, else "no" among them is no, else the
+answer is `other`, which is wrong. So "Eyes" is yes, "Not sure" and "Snow" are no, "The answer is
+yes", "**Yes**" and "  Yes" are other.
 
-Official scores are made from lines `image TAB question TAB label TAB answer`, so an answer with a line break or a tab breaks them. The
-line break is undone as LLaVA's copy of the scorer does it: what follows the first line is dropped. A line with a tab too many is dropped
-whole there, after which all later questions of the subtask pair up wrongly. Here answers are joined to questions by id: an answer with
-a tab in its first line is `other`, the pairs stay as they are, and a note tells of it.
+Official scores are made from lines `image TAB question TAB label TAB answer`, so an answer with a
+line break or a tab breaks them. The line break is undone as LLaVA's copy of the scorer does it:
+text after the first line is dropped. The official script drops a line with a tab too many, and then
+pairs all later questions of the subtask wrongly. Here answers are joined to questions by id: an
+answer with a tab in its first line is `other`, the pairs stay as they are, and a note says so.
 
-Source: BradyFU/Awesome-Multimodal-Large-Language-Models, branch Evaluation, dd295090, `tools/eval_tool.zip` (`calculation.py`);
-haotian-liu/LLaVA c121f043 `docs/Evaluation.md` and its `llava_mme.jsonl`; BAAI-DCAI/Bunny 08273acb `eval/mme/convert_answer_to_mme.py`.
+Source: BradyFU/Awesome-Multimodal-Large-Language-Models, branch Evaluation, dd295090,
+    `tools/eval_tool.zip` (`calculation.py`); haotian-liu/LLaVA c121f043 `docs/Evaluation.md` and
+    its `llava_mme.jsonl`; BAAI-DCAI/Bunny 08273acb `eval/mme/convert_answer_to_mme.py`.
 """
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from mipha.comparison.statistics import Totals
-from mipha.evaluation.benchmark import Judgement, Metric, Question
-from mipha.evaluation.files import official_root
-from mipha.evaluation.prompts import SHORT
+from mipha.evaluation.answers import SHORT
+from mipha.evaluation.benchmark import Benchmark, Judge, Judgement, Metric, Question, Split
+from mipha.evaluation.files import AGAIN
 
 PERCEPTION = (
     "existence",
@@ -42,40 +46,17 @@ PERCEPTION = (
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 SUBTASKS = PERCEPTION + COGNITION
 
-MAX_NEW_TOKENS = 128
-SPLITS = ("test",)
-SIZES = {"test": 2374}
-SERVERS: dict[str, str] = {}
-JUDGE = None
-BASELINES: dict[str, Callable[[Sequence[Question]], dict[str, str]]] = {}
 SOURCE = (
-    "get MME_Benchmark_release_version (huggingface.co/datasets/darkyarding/MME) and, into the same folder, <subtask>.txt from "
-    "Your_Results of eval_tool.zip (github.com/BradyFU/Awesome-Multimodal-Large-Language-Models, branch Evaluation)"
-)
-PROTOCOL = (
-    "MME, LLaVA-1.5 prompt (question without ` Please answer yes or no.`, then `Answer the question using a single word or phrase.`), "
-    "greedy; yes or no in the first four characters; a subtask's points are 100 x accuracy + 100 x share of images with both answers "
-    "right; headline: sum over the perception subtasks; 95 % interval: cluster bootstrap over images"
-)
-METRICS = (
-    Metric("perception", "points", "sum of the ten perception subtasks, of 2000"),
-    Metric("cognition", "points", "sum of the four cognition subtasks, of 800"),
-    *(
-        Metric(f"{subtask}.score", "points", f"{subtask}: acc + acc_plus, of 200")
-        for subtask in SUBTASKS
-    ),
-    *(
-        Metric(
-            subtask,
-            "%",
-            f"{subtask}: acc (questions right) and acc_plus (images with both questions right)",
-        )
-        for subtask in SUBTASKS
-    ),
+    "get MME_Benchmark_release_version (huggingface.co/datasets/darkyarding/MME) and, into the "
+    "same folder, <subtask>.txt from Your_Results of eval_tool.zip "
+    "(github.com/BradyFU/Awesome-Multimodal-Large-Language-Models, branch Evaluation)"
 )
 _ASK = "Please answer yes or no."
 _COCO = ("existence", "count", "position", "color")
-"""Subtasks whose images are COCO's, under COCO's names, some in more than one of them; elsewhere `0001.png` is another image each time."""
+"""Subtasks whose images are COCO's, under COCO's names; some images are in several subtasks.
+
+Elsewhere `0001.png` is another image in each subtask.
+"""
 _SUFFIXES = (".jpg", ".png", ".jpeg")
 
 
@@ -89,36 +70,38 @@ class _Line(NamedTuple):
     answer: str
 
 
-def questions(root: Path | None, split: str) -> list[Question]:
-    """Every question of the subtasks that are there, in the official order of subtasks.
+def read(root: Path, split: str) -> list[Question]:
+    """Return every question of the subtasks that are there, in the official order of subtasks.
 
     Args:
-        root: Folder with `<subtask>.txt` and the images, in `<subtask>/images/` or `<subtask>/`. Without any `<subtask>.txt` the release's
-            own files are read, two questions in one `.txt` an image, in the order of their names; ids then number these.
+        root: Folder with `<subtask>.txt` and the images, in `<subtask>/images/` or `<subtask>/`.
+            Without any `<subtask>.txt` the release's own files are read: two questions in one
+            `.txt` per image, in the order of their names; ids then number these.
         split: `test`.
 
     Returns:
-        Questions whose facts are `answer` (yes or no), `subtask`, `pair` (of questions on one image) and `image` (what clusters share).
-
-    Raises:
-        FileNotFoundError: No subtask, or no image of a question.
-        ValueError: No folder, no such split, or a malformed line.
+        Questions whose facts are `answer` (yes or no), `subtask`, `pair` (of questions on one
+        image) and `image` (the cluster).
     """
-    root = official_root("mme", root, split, SPLITS, SOURCE)
-    # The suffix goes with all white space before it: some questions have two spaces there, and LLaVA's prompts have none.
+    # The suffix goes with all white space before it: some questions have two spaces there, and
+    # LLaVA's prompts have none.
     return [
         _question(line, line.question.removesuffix(_ASK).rstrip() + SHORT, _image(root, line))
         for line in _lines(root)
     ]
 
 
-def annotations(path: Path) -> list[Question]:
-    """The labelled questions of a folder with `<subtask>.txt`, or of the release's folder."""
+def read_labels(path: Path) -> list[Question]:
+    """Return the labelled questions of a folder with `<subtask>.txt`, or of the release's."""
     return [_question(line, line.question, None) for line in _lines(path)]
 
 
 def read_answer(text: str) -> str:
-    """Yes, no or other. Python's text files end a line at a carriage return too, so the official scorer's first line ends there."""
+    """Return yes, no or other.
+
+    Python's text files end a line at a carriage return too, so the official scorer's first line
+    ends there.
+    """
     line = re.split(r"[\r\n]", text, maxsplit=1)[0]
     start = line.lower()[:4]
     if "\t" in line:
@@ -126,13 +109,17 @@ def read_answer(text: str) -> str:
     return "yes" if "yes" in start else "no" if "no" in start else "other"
 
 
-def score(questions: Sequence[Question], predictions: Mapping[str, str]) -> Judgement:
-    """Each question right or wrong, and each image's two questions together."""
+def score(
+    questions: Sequence[Question], predictions: Mapping[str, str], judge: Judge | None = None
+) -> Judgement:
+    """Judge each question, and each image's two questions together."""
     parsed = {question.id: read_answer(predictions[question.id]) for question in questions}
     right = {
         question.id: float(parsed[question.id] == question.facts["answer"])
         for question in questions
     }
+
+    # Each question counts for acc, each complete pair for acc_plus.
     pairs: dict[str, list[Question]] = defaultdict(list)
     for question in questions:
         pairs[question.facts["pair"]].append(question)
@@ -146,20 +133,18 @@ def score(questions: Sequence[Question], predictions: Mapping[str, str]) -> Judg
             contributions.append(
                 (pair[0].facts["image"], {f"{pair[0].facts['subtask']}.acc_plus": both})
             )
+
+    num_halves = sum(len(pair) == 1 for pair in pairs.values())
     return Judgement(
         per_question=right,
         contributions=contributions,
         parsed=parsed,
-        notes=tuple(
-            _notes(
-                questions, predictions, num_halves=sum(len(pair) == 1 for pair in pairs.values())
-            )
-        ),
+        notes=tuple(_notes(questions, predictions, num_halves)),
     )
 
 
 def measure(totals: Totals) -> dict[str, np.ndarray]:
-    """Perception, cognition, then score, acc and acc_plus of every subtask that is there."""
+    """Return perception, cognition, then score, acc and acc_plus of every subtask that is there."""
     parts: dict[str, np.ndarray] = {}
     for subtask in SUBTASKS:
         if f"{subtask}.acc" in totals.names:
@@ -172,31 +157,28 @@ def measure(totals: Totals) -> dict[str, np.ndarray]:
     return {"perception": _sum(parts, PERCEPTION), "cognition": _sum(parts, COGNITION)} | parts
 
 
-def submission(questions: Sequence[Question], predictions: Mapping[str, str]) -> dict[str, bytes]:
-    """Nothing: the labels are public."""
-    return {}
+def find_doubts(questions: Sequence[Question], split: str) -> list[str]:
+    """Return a sentence if the two questions of a pair are about different images.
 
-
-def doubts(questions: Sequence[Question], split: str) -> list[str]:
-    """A sentence if the two questions of a pair are about different images: then the lines of a file are out of order."""
+    Then the lines of a file are out of order.
+    """
     images: dict[str, str] = {}
     for question in questions:
         pair, image = question.facts["pair"], question.facts["image"]
         if images.setdefault(pair, image) != image:
             return [
-                f"{question.id} and the line before it are scored as a pair but are about two images: get {pair.split('/')[0]}.txt again"
+                f"{question.id} and the line before it are scored as a pair but are about two "
+                f"images: get {pair.split('/')[0]}.txt again"
             ]
     return []
 
 
 def _sum(parts: Mapping[str, np.ndarray], subtasks: Sequence[str]) -> np.ndarray:
-    """Points of the subtasks that are there; undefined if none is."""
+    """Return the points of the subtasks that are there; undefined if none is."""
     points = [parts[f"{subtask}.score"] for subtask in subtasks if f"{subtask}.score" in parts]
-    return (
-        sum(points[1:], start=points[0])
-        if points
-        else np.full_like(next(iter(parts.values())), np.nan)
-    )
+    if not points:
+        return np.full_like(next(iter(parts.values())), np.nan)
+    return sum(points[1:], start=points[0])
 
 
 def _notes(
@@ -206,14 +188,25 @@ def _notes(
     for name, subtasks in (("perception", PERCEPTION), ("cognition", COGNITION)):
         if missing := [subtask for subtask in subtasks if subtask not in there]:
             count = f"{len(subtasks) - len(missing)} of {len(subtasks)}"
-            yield f"{name} is the sum of {count} subtasks, without {', '.join(missing)}: do not compare it with published sums"
+            yield (
+                f"{name} is the sum of {count} subtasks, without {', '.join(missing)}: "
+                "do not compare it with published sums"
+            )
+
     if num_halves:
-        yield f"{num_halves} images have only one of their two questions answered and count for acc, not for acc_plus"
+        yield (
+            f"{num_halves} images have only one of their two questions answered and count for acc, "
+            "not for acc_plus"
+        )
+
     if tabs := sum(
         "\t" in re.split(r"[\r\n]", predictions[question.id], maxsplit=1)[0]
         for question in questions
     ):
-        yield f"{tabs} answers hold a tab and are wrong; the official script would lose their lines and pair later questions wrongly"
+        yield (
+            f"{tabs} answers hold a tab and are wrong; the official script would lose their lines "
+            "and pair later questions wrongly"
+        )
 
 
 def _question(line: _Line, text: str, image: Path | None) -> Question:
@@ -232,7 +225,7 @@ def _question(line: _Line, text: str, image: Path | None) -> Question:
 
 
 def _lines(root: Path) -> Iterator[_Line]:
-    """Every question of every subtask that is there."""
+    """Yield every question of every subtask that is there."""
     if root.is_file():
         raise ValueError(f"{root} is one file: give the folder with the <subtask>.txt")
     texts = {subtask: root / f"{subtask}.txt" for subtask in SUBTASKS}
@@ -245,15 +238,16 @@ def _lines(root: Path) -> Iterator[_Line]:
             yield from _release_lines(subtask, folders[subtask])
     else:
         raise FileNotFoundError(
-            f"{root} has neither {SUBTASKS[0]}.txt nor {SUBTASKS[0]}/, nor those of another subtask: {SOURCE}"
+            f"{root} has neither {SUBTASKS[0]}.txt nor {SUBTASKS[0]}/, nor those of another "
+            f"subtask: {SOURCE}"
         )
 
 
 def _tool_lines(subtask: str, path: Path) -> Iterator[_Line]:
-    """Questions of a `<subtask>.txt` of eval_tool."""
+    """Yield the questions of a `<subtask>.txt` of eval_tool."""
     rows = _rows(path)
     if len(rows) % 2:
-        raise ValueError(f"{path} has {len(rows)} lines, not two an image: get the file again")
+        raise ValueError(f"{path} has {len(rows)} lines, not two per image: {AGAIN}")
     for number, row in enumerate(rows):
         image, question, answer = _fields(
             row, ("image", "question", "Yes or No"), f"{path} line {number + 1}"
@@ -262,13 +256,16 @@ def _tool_lines(subtask: str, path: Path) -> Iterator[_Line]:
 
 
 def _release_lines(subtask: str, folder: Path) -> Iterator[_Line]:
-    """Questions of a subtask's folder in the release: a `.txt` an image, beside the images or in `questions_answers_YN/`."""
+    """Yield the questions of a subtask's folder in the release.
+
+    It has a `.txt` per image, beside the images or in `questions_answers_YN/`.
+    """
     split_up = folder / "questions_answers_YN"
     number = 0
     for path in sorted((split_up if split_up.is_dir() else folder).glob("*.txt")):
         rows = _rows(path)
         if len(rows) != 2:
-            raise ValueError(f"{path} has {len(rows)} lines, not two: get the file again")
+            raise ValueError(f"{path} has {len(rows)} lines, not two: {AGAIN}")
         for row_number, row in enumerate(rows, start=1):
             question, answer = _fields(row, ("question", "Yes or No"), f"{path} line {row_number}")
             yield _Line(subtask, number, path.stem, question, answer)
@@ -279,29 +276,28 @@ def _rows(path: Path) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: get the file again") from error
+        raise ValueError(f"{path} is not UTF-8 text: {AGAIN}") from error
     return text.rstrip().split("\n")
 
 
 def _fields(row: str, names: Sequence[str], where: str) -> list[str]:
-    """The fields of a line, the last one as yes or no."""
+    """Return the fields of a line, the last one as yes or no."""
     *fields, answer = row.strip().split("\t")
     if len(fields) + 1 != len(names):
         raise ValueError(
-            f"{where} has {len(fields) + 1} fields, not {len(names)} ({', '.join(names)}) with tabs between: {row[:80]!r}"
+            f"{where} has {len(fields) + 1} fields, not {len(names)} ({', '.join(names)}) with "
+            f"tabs between: {row[:80]!r}"
         )
     if answer.strip().lower() not in ("yes", "no"):
-        raise ValueError(f"{where} has the answer {answer!r}, not Yes or No: mend that line")
+        raise ValueError(f"{where} has the answer {answer!r}, not Yes or No: fix that line")
     return [*fields, answer.strip().lower()]
 
 
 def _image(root: Path, line: _Line) -> Path:
-    """The image of a question, where the release may have it."""
-    names = (
-        [line.image]
-        if Path(line.image).suffix in _SUFFIXES
-        else [line.image + suffix for suffix in _SUFFIXES]
-    )
+    """Return the image of a question, in one of the places where the release has it."""
+    names = [line.image]
+    if Path(line.image).suffix not in _SUFFIXES:
+        names = [line.image + suffix for suffix in _SUFFIXES]
     for folder in (root / line.subtask / "images", root / line.subtask):
         for name in names:
             if (folder / name).is_file():
@@ -309,3 +305,44 @@ def _image(root: Path, line: _Line) -> Path:
     raise FileNotFoundError(
         f"no image {root / line.subtask / names[0]}, nor in images/ there: {SOURCE}"
     )
+
+
+BENCHMARK = Benchmark(
+    name="mme",
+    metrics=(
+        Metric("perception", "points", "sum of the ten perception subtasks, of 2000"),
+        Metric(
+            "cognition",
+            "points",
+            "sum of the four cognition subtasks, of 800",
+            column="mme_cognition",
+        ),
+        *(
+            Metric(f"{subtask}.score", "points", f"{subtask}: acc + acc_plus, of 200")
+            for subtask in SUBTASKS
+        ),
+        *(
+            Metric(
+                subtask,
+                "%",
+                f"{subtask}: acc (questions right) and acc_plus (images with both questions right)",
+            )
+            for subtask in SUBTASKS
+        ),
+    ),
+    splits={"test": Split(2374)},
+    protocol=(
+        "MME, LLaVA-1.5 prompt (question without ` Please answer yes or no.`, then `Answer the "
+        "question using a single word or phrase.`), greedy; yes or no in the first four "
+        "characters; a subtask's points are 100 x accuracy + 100 x share of images with both "
+        "answers right; headline: sum over the perception subtasks; 95 % interval: cluster "
+        "bootstrap over images"
+    ),
+    source=SOURCE,
+    max_new_tokens=128,
+    read=read,
+    read_labels=read_labels,
+    score=score,
+    measure=measure,
+    doubts=find_doubts,
+)

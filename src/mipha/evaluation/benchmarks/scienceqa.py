@@ -1,114 +1,133 @@
-"""ScienceQA, test: multiple choice from school lessons; the paper's number is over the questions that have an image.
+"""ScienceQA, test: multiple choice from school lessons; headline: questions with an image.
 
-A letter counts if the text is one of A to E, or starts with `X. `, or holds `The answer is X` and one more character exactly once.
-So "A.", "(A)", "a" and "The answer is A" at the very end are unreadable, and "The answer is AB." is A.
+A letter counts if the text is one of A to E, or starts with `X. `, or holds `The answer is X` and
+one more character exactly once. So "A.", "(A)", "a" and "The answer is A" at the very end are
+unreadable, and "The answer is AB." is A.
 
-Source: haotian-liu/LLaVA c121f043 `llava/eval/eval_science_qa.py`, `llava/eval/model_vqa_science.py` with `--single-pred-prompt`, and its
-prompts `llava_test_CQM-A.json`; files of lupantech/ScienceQA 2cbf8318.
+Source: haotian-liu/LLaVA c121f043 `llava/eval/eval_science_qa.py`,
+    `llava/eval/model_vqa_science.py` with `--single-pred-prompt`, and its prompts
+    `llava_test_CQM-A.json`; files of lupantech/ScienceQA 2cbf8318.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import Field, model_validator
 
 from mipha.comparison.statistics import Totals
-from mipha.evaluation.benchmark import Judgement, Metric, Question
-from mipha.evaluation.files import field, find, image_file, official_root, read_json
-from mipha.evaluation.prompts import LETTER, options
+from mipha.evaluation.benchmark import Benchmark, Judge, Judgement, Metric, Question, Split
+from mipha.evaluation.files import (
+    AGAIN,
+    OfficialRecord,
+    find,
+    image_file,
+    read_official,
+    read_record,
+)
+from mipha.evaluation.multiple_choice import LETTER, list_options
 
-MAX_NEW_TOKENS = 1024
-SPLITS = ("test",)
-SIZES = {"test": 4241}
-SERVERS: dict[str, str] = {}
-JUDGE = None
-BASELINES: dict[str, Callable[[Sequence[Question]], dict[str, str]]] = {}
+NUM_QUESTIONS = 4241
 NUM_WITH_IMAGE = 2017
 PROMPTS = "llava_test_CQM-A.json"
 SOURCE = (
-    "get problems.json, pid_splits.json (github.com/lupantech/ScienceQA, data/scienceqa) and images/test/<id>/image.png "
-    "(its tools/download.sh), all into one folder"
-)
-PROTOCOL = (
-    "ScienceQA test, LLaVA-1.5 prompt (`Context: hint` if any, question, lettered options, then `Answer with the option's letter from the "
-    "given choices directly.`), greedy; text is a letter A to E, or starts with `X. `, or has `The answer is X` once; mean over the "
-    "questions with an image; 95 % interval: bootstrap over questions, each of which has its own image"
-)
-METRICS = (
-    Metric("img_accuracy", "%", "IMG-Accuracy: questions with an image"),
-    Metric("accuracy", "%", "all questions"),
-    Metric("correct", "questions", "right answers"),
-    Metric("total", "questions", "questions"),
+    "get problems.json, pid_splits.json (github.com/lupantech/ScienceQA, data/scienceqa) and "
+    "images/test/<id>/image.png (its tools/download.sh), all into one folder"
 )
 _LETTERS = "ABCDE"
 """The official scorer knows five options; no question has more."""
 
 
-def questions(root: Path | None, split: str) -> list[Question]:
-    """Every test question in the order of `pid_splits.json`, those without an image too.
+class _Problem(OfficialRecord):
+    question: str
+    choices: list[str] = Field(min_length=2, max_length=len(_LETTERS))
+    answer: int
+    image: str | None
+    hint: str
+
+    @model_validator(mode="after")
+    def _answer_is_a_choice(self) -> _Problem:
+        if not 0 <= self.answer < len(self.choices):
+            raise ValueError(
+                f"has the answer {self.answer}, not the index of one of its "
+                f"{len(self.choices)} choices"
+            )
+        return self
+
+
+class _Splits(OfficialRecord):
+    test: list[str]
+
+
+class _Turn(OfficialRecord):
+    value: str
+
+
+class _Prompt(OfficialRecord):
+    id: str
+    conversations: list[_Turn] = Field(min_length=1)
+
+
+def read(root: Path, split: str) -> list[Question]:
+    """Return every test question in the order of `pid_splits.json`, those without an image too.
 
     Args:
-        root: Folder with `problems.json`, `pid_splits.json` and `images/test/<id>/image.png`; prompts are taken from LLaVA's
-            `llava_test_CQM-A.json` if that lies there as well.
+        root: Folder with `problems.json`, `pid_splits.json` and `images/test/<id>/image.png`.
+            Prompts come from LLaVA's `llava_test_CQM-A.json` if that lies there as well.
         split: `test`.
 
     Returns:
         Questions whose facts are `answer` (letter) and `has_image`.
-
-    Raises:
-        FileNotFoundError: A file or an image is missing.
-        ValueError: No folder, no such split, or a malformed file.
     """
-    root = official_root("scienceqa", root, split, SPLITS, SOURCE)
-    prompts = _prompts(root / PROMPTS) if (root / PROMPTS).is_file() else None
+    prompts = _read_prompts(root / PROMPTS) if (root / PROMPTS).is_file() else None
     asked = []
-    for question_id, problem, facts, where in _records(root):
+    for question_id, problem, facts in _read_problems(root):
         if prompts is None:
-            hint = field(problem, "hint", where)
-            prompt = (
-                (f"Context: {hint}\n" if hint else "")
-                + problem["question"]
-                + options(problem["choices"])
-            )
+            hint = f"Context: {problem.hint}\n" if problem.hint else ""
+            prompt = hint + problem.question + list_options(problem.choices)
+        elif question_id in prompts:
+            prompt = prompts[question_id]
         else:
-            prompt = field(prompts, question_id, str(root / PROMPTS))
-        image = (
-            image_file(root / "images" / split / question_id / problem["image"], SOURCE)
-            if facts["has_image"]
-            else None
-        )
+            raise ValueError(f"{root / PROMPTS} has no {question_id!r}: {AGAIN}")
+
+        image = None
+        if problem.image is not None:
+            image = image_file(root / "images" / split / question_id / problem.image, SOURCE)
         asked.append(Question(question_id, prompt.strip() + LETTER, image, facts))
     return asked
 
 
-def annotations(path: Path) -> list[Question]:
-    """The labelled test questions of a folder with `problems.json` and `pid_splits.json`."""
+def read_labels(path: Path) -> list[Question]:
+    """Return the labelled questions of a folder with `problems.json` and `pid_splits.json`."""
     return [
-        Question(question_id, problem["question"], None, facts)
-        for question_id, problem, facts, _ in _records(path)
+        Question(question_id, problem.question, None, facts)
+        for question_id, problem, facts in _read_problems(path)
     ]
 
 
 def read_letter(text: str) -> str | None:
-    """The letter that a text gives, verbatim; None where the official scorer notes FAILED.
+    """Return the letter that a text gives, verbatim; None where the official scorer says FAILED.
 
-    A letter that the question does not offer is still what was read; it is wrong.
+    A letter that the question does not offer is returned as well; it is wrong.
     """
     if len(text) == 1 and text in _LETTERS:
         return text
     if len(text) >= 3 and text[0] in _LETTERS and text[1:3] == ". ":
         return text[0]
+
     # The last dot of the official pattern is not escaped: it is any character but a newline.
     found = re.findall(r"The answer is ([A-Z]).", text)
     return found[0] if len(found) == 1 else None
 
 
-def score(questions: Sequence[Question], predictions: Mapping[str, str]) -> Judgement:
-    """Whether the letter read is that of the right choice."""
+def score(
+    questions: Sequence[Question], predictions: Mapping[str, str], judge: Judge | None = None
+) -> Judgement:
+    """Judge whether the letter read is that of the right choice."""
     parsed = {question.id: read_letter(predictions[question.id]) for question in questions}
     right = {
         question.id: float(parsed[question.id] == question.facts["answer"])
@@ -123,7 +142,7 @@ def score(questions: Sequence[Question], predictions: Mapping[str, str]) -> Judg
 
 
 def measure(totals: Totals) -> dict[str, np.ndarray]:
-    """Percent right of the questions with an image and of all, then the two counts that the official scorer prints."""
+    """Return percent right with an image and of all, then the official scorer's two counts."""
     return {
         "img_accuracy": 100 * totals.mean("img_accuracy"),
         "accuracy": 100 * totals.mean("accuracy"),
@@ -132,67 +151,69 @@ def measure(totals: Totals) -> dict[str, np.ndarray]:
     }
 
 
-def submission(questions: Sequence[Question], predictions: Mapping[str, str]) -> dict[str, bytes]:
-    """Nothing: the labels are public."""
-    return {}
-
-
-def doubts(questions: Sequence[Question], split: str) -> list[str]:
-    """A sentence if the whole test split has another number of images than the published one."""
+def find_doubts(questions: Sequence[Question], split: str) -> list[str]:
+    """Return a sentence if the whole split has not the published number of images."""
     with_image = sum(question.facts["has_image"] for question in questions)
-    if len(questions) != SIZES[split] or with_image == NUM_WITH_IMAGE:
+    if len(questions) != NUM_QUESTIONS or with_image == NUM_WITH_IMAGE:
         return []
     return [
-        f"{with_image:,} questions have an image, not the {NUM_WITH_IMAGE:,} of the published numbers: get problems.json again"
+        f"{with_image:,} questions have an image, not the {NUM_WITH_IMAGE:,} of the published "
+        "numbers: get problems.json again"
     ]
 
 
-def _records(root: Path) -> Iterator[tuple[str, dict[str, Any], dict[str, Any], str]]:
-    """Id, problem, facts and place of every test question."""
+def _read_problems(root: Path) -> Iterator[tuple[str, _Problem, dict[str, Any]]]:
+    """Yield id, problem and facts of every test question."""
     if root.is_file():
         raise ValueError(
             f"{root} is one file: give the folder with problems.json and pid_splits.json"
         )
-    problems_path, splits_path = (
-        find(root, (name,), SOURCE) for name in ("problems.json", "pid_splits.json")
-    )
-    problems = read_json(problems_path)
-    for question_id in field(read_json(splits_path), "test", str(splits_path)):
+    problems_path = find(root, ("problems.json",), SOURCE)
+    splits_path = find(root, ("pid_splits.json",), SOURCE)
+    problems = read_official(problems_path)
+
+    for question_id in read_record(_Splits, read_official(splits_path), str(splits_path)).test:
         if question_id not in problems:
             raise ValueError(
-                f"{problems_path} has no problem {question_id}, which {splits_path} names: get both files again"
+                f"{problems_path} has no problem {question_id}, which {splits_path} names: "
+                "get both files again"
             )
-        problem, where = problems[question_id], f"{problems_path} problem {question_id}"
-        text, choices, answer, image = (
-            field(problem, key, where) for key in ("question", "choices", "answer", "image")
-        )
-        if (
-            not isinstance(text, str)
-            or not isinstance(choices, list)
-            or not 2 <= len(choices) <= len(_LETTERS)
-        ):
-            raise ValueError(
-                f"{where} has the question {text!r} and the choices {choices!r}, not a text and 2 to 5 choices: get the file again"
-            )
-        if type(answer) is not int or not 0 <= answer < len(choices):
-            raise ValueError(
-                f"{where} has the answer {answer!r}, not the index of one of its {len(choices)} choices: get the file again"
-            )
-        yield (
-            question_id,
-            problem,
-            {"answer": _LETTERS[answer], "has_image": image is not None},
-            where,
-        )
+        where = f"{problems_path} problem {question_id}"
+        problem = read_record(_Problem, problems[question_id], where)
+        facts = {"answer": _LETTERS[problem.answer], "has_image": problem.image is not None}
+        yield question_id, problem, facts
 
 
-def _prompts(path: Path) -> dict[str, str]:
-    """Question id to LLaVA's human turn without the image marker."""
+def _read_prompts(path: Path) -> dict[str, str]:
+    """Return question id to LLaVA's human turn without the image marker."""
     prompts = {}
-    for number, record in enumerate(read_json(path)):
-        where = f"{path} record {number}"
-        turns = field(record, "conversations", where)
-        prompts[field(record, "id", where)] = (
-            field(turns[0] if turns else None, "value", where).replace("<image>", "").strip()
-        )
+    for number, content in enumerate(read_official(path)):
+        record = read_record(_Prompt, content, f"{path} record {number}")
+        prompts[record.id] = record.conversations[0].value.replace("<image>", "").strip()
     return prompts
+
+
+BENCHMARK = Benchmark(
+    name="scienceqa",
+    metrics=(
+        Metric("img_accuracy", "%", "IMG-Accuracy: questions with an image"),
+        Metric("accuracy", "%", "all questions"),
+        Metric("correct", "questions", "right answers"),
+        Metric("total", "questions", "questions"),
+    ),
+    splits={"test": Split(NUM_QUESTIONS)},
+    protocol=(
+        "ScienceQA test, LLaVA-1.5 prompt (`Context: hint` if any, question, lettered options, "
+        "then `Answer with the option's letter from the given choices directly.`), greedy; text is "
+        "a letter A to E, or starts with `X. `, or has `The answer is X` once; mean over the "
+        "questions with an image; 95 % interval: bootstrap over questions, each of which has its "
+        "own image"
+    ),
+    source=SOURCE,
+    max_new_tokens=1024,
+    read=read,
+    read_labels=read_labels,
+    score=score,
+    measure=measure,
+    doubts=find_doubts,
+)

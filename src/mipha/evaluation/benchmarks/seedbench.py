@@ -1,106 +1,106 @@
 """SEED-Bench 1, image part: four choices, a letter; the text must be that letter and nothing else.
 
-"A.", "(A)", "a" and "A. text" are wrong. The file asks about videos too. A model of single images is not asked those, but a predictions
-file that answers them is scored on them: `annotations` gives them as well, marked `optional`, and `video` and `total` appear.
+"A.", "(A)", "a" and "A. text" are wrong. The file asks about videos too. A model of single images
+is not asked those, but a predictions file that answers them is scored on them: `read_labels` gives
+them as well, marked `optional`, and `video` and `total` appear.
 
-Source: haotian-liu/LLaVA c121f043 `scripts/convert_seed_for_submission.py` (it stops with a KeyError on a type without one right answer;
-that type is 0 % here); AILab-CVC/SEED-Bench 991e849b `DATASET.md`. The `eval.py` there ranks choices by likelihood: no published number of
-this protocol is made with it.
+Source: haotian-liu/LLaVA c121f043 `scripts/convert_seed_for_submission.py` (it stops with a
+    KeyError on a type without one right answer; that type is 0 % here); AILab-CVC/SEED-Bench 991e849b
+    `DATASET.md`. The `eval.py` there ranks choices by likelihood: no published number of this
+    protocol is made with it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from mipha.comparison.statistics import Totals
-from mipha.evaluation.benchmark import Judgement, Metric, Question
-from mipha.evaluation.files import field, find, image_file, official_root, read_json
-from mipha.evaluation.prompts import LETTER, options
+from mipha.evaluation.benchmark import Benchmark, Judge, Judgement, Metric, Question, Split
+from mipha.evaluation.files import (
+    AGAIN,
+    OfficialRecord,
+    find,
+    image_file,
+    read_official,
+    read_record,
+)
+from mipha.evaluation.multiple_choice import LETTER, list_options
 
-MAX_NEW_TOKENS = 128
-SPLITS = ("image",)
-SIZES = {"image": 14233}
-SERVERS: dict[str, str] = {}
-JUDGE = None
-BASELINES: dict[str, Callable[[Sequence[Question]], dict[str, str]]] = {}
 FILE = "SEED-Bench.json"
 IMAGES = "SEED-Bench-image"
-SOURCE = f"get {FILE} and {IMAGES}.zip from huggingface.co/datasets/AILab-CVC/SEED-Bench, unpacked into one folder"
-PROTOCOL = (
-    "SEED-Bench 1, image questions (types 1 to 9), LLaVA-1.5 prompt (question, four lettered choices, then `Answer with the option's "
-    "letter from the given choices directly.`), greedy; the text must equal the letter; mean over questions; 95 % interval: cluster "
-    "bootstrap over images"
-)
-METRICS = (
-    Metric("image", "%", "image questions"),
-    Metric("video", "%", "video questions, where they were answered"),
-    Metric("total", "%", "image and video questions, where both were answered"),
-    Metric("type", "%", "questions of one type, by its official name"),
+SOURCE = (
+    f"get {FILE} and {IMAGES}.zip from huggingface.co/datasets/AILab-CVC/SEED-Bench, "
+    "unpacked into one folder"
 )
 _LETTERS = "ABCD"
 
 
-def questions(root: Path | None, split: str) -> list[Question]:
-    """Every image question in the order of the file.
+class _File(OfficialRecord):
+    question_type: dict[str, int]
+    questions: list[Any]
+
+
+class _Record(OfficialRecord):
+    question_id: str | int
+    question: str
+    choice_a: str
+    choice_b: str
+    choice_c: str
+    choice_d: str
+    answer: Literal["A", "B", "C", "D"]
+    data_type: Literal["image", "video"]
+    data_id: str
+    question_type_id: int
+
+
+def read(root: Path, split: str) -> list[Question]:
+    """Return every image question in the order of the file.
 
     Args:
         root: Folder with the question file and `SEED-Bench-image/<data_id>`.
         split: `image`.
 
     Returns:
-        Questions whose facts are `answer` (letter), `image` (data_id), `kind` (image or video), `type` (official name), `official_id`
-        (the id as the file has it) and `optional` (whether predictions may do without it).
-
-    Raises:
-        FileNotFoundError: The file or an image is missing.
-        ValueError: No folder, no such split, or a malformed file.
+        Questions whose facts are `answer` (letter), `image` (data_id), `kind` (image or video),
+        `type` (official name), `official_id` (the id as the file has it) and `optional` (whether
+        predictions may do without it).
     """
-    root = official_root("seedbench", root, split, SPLITS, SOURCE)
     asked = []
-    for record, facts, where in _records(root):
-        if facts["kind"] == "image":
-            choices = [field(record, f"choice_{letter}", where) for letter in _LETTERS.lower()]
-            image = image_file(root / IMAGES / facts["image"], SOURCE)
-            asked.append(
-                Question(
-                    str(facts["official_id"]),
-                    record["question"] + options(choices) + LETTER,
-                    image,
-                    facts,
-                )
-            )
+    for record, facts in _read_records(root):
+        if record.data_type == "image":
+            choices = (record.choice_a, record.choice_b, record.choice_c, record.choice_d)
+            prompt = record.question + list_options(choices) + LETTER
+            image = image_file(root / IMAGES / record.data_id, SOURCE)
+            asked.append(Question(str(record.question_id), prompt, image, facts))
     return asked
 
 
-def annotations(path: Path) -> list[Question]:
-    """The labelled questions of the official file, or of the folder that holds it: about images, and (optional) about videos."""
+def read_labels(path: Path) -> list[Question]:
+    """Return the labelled questions: about images, and (optional) about videos."""
     return [
-        Question(str(facts["official_id"]), record["question"], None, facts)
-        for record, facts, _ in _records(path)
+        Question(str(record.question_id), record.question, None, facts)
+        for record, facts in _read_records(path)
     ]
 
 
-def score(questions: Sequence[Question], predictions: Mapping[str, str]) -> Judgement:
-    """Whether the text is the letter; a text that is none of the four letters was not read."""
+def score(
+    questions: Sequence[Question], predictions: Mapping[str, str], judge: Judge | None = None
+) -> Judgement:
+    """Judge whether the text is the letter; a text that is none of the four is unreadable."""
     given = {question.id: predictions[question.id] for question in questions}
     right = {
         question.id: float(given[question.id] == question.facts["answer"]) for question in questions
     }
-    contributions = [
-        (
-            question.facts["image"],
-            dict.fromkeys(
-                (question.facts["kind"], "total", f"type.{question.facts['type']}"),
-                right[question.id],
-            ),
-        )
-        for question in questions
-    ]
+
+    contributions = []
+    for question in questions:
+        names = (question.facts["kind"], "total", f"type.{question.facts['type']}")
+        contributions.append((question.facts["image"], dict.fromkeys(names, right[question.id])))
     parsed = {
         name: text if len(text) == 1 and text in _LETTERS else None for name, text in given.items()
     }
@@ -110,14 +110,17 @@ def score(questions: Sequence[Question], predictions: Mapping[str, str]) -> Judg
 
 
 def measure(totals: Totals) -> dict[str, np.ndarray]:
-    """Percent right of image questions, of video questions and both together where videos were answered, and of each type."""
+    """Return percent right of image questions and of each type.
+
+    Video questions and both together are there where videos were answered.
+    """
     both = ("video", "total") if "video" in totals.names else ()
     types = sorted(name for name in totals.names if name.startswith("type."))
     return {name: 100 * totals.mean(name) for name in ("image", *both, *types)}
 
 
-def submission(questions: Sequence[Question], predictions: Mapping[str, str]) -> dict[str, bytes]:
-    """The leaderboard's file, a line a question."""
+def make_upload(questions: Sequence[Question], predictions: Mapping[str, str]) -> dict[str, bytes]:
+    """Return the leaderboard's file, a line per question."""
     rows = (
         {"question_id": question.facts["official_id"], "prediction": predictions[question.id]}
         for question in questions
@@ -125,57 +128,61 @@ def submission(questions: Sequence[Question], predictions: Mapping[str, str]) ->
     return {"seedbench_predictions.jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode()}
 
 
-def doubts(questions: Sequence[Question], split: str) -> list[str]:
-    """Nothing beyond the number of questions is known to differ between copies."""
-    return []
-
-
-def _records(root: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any], str]]:
-    """Record, facts and place of every question about an image or a video."""
+def _read_records(root: Path) -> Iterator[tuple[_Record, dict[str, Any]]]:
+    """Yield record and facts of every question about an image or a video."""
     path = find(root, (FILE,), SOURCE)
-    content = read_json(path)
-    types, records = (field(content, key, str(path)) for key in ("question_type", "questions"))
-    if not isinstance(types, dict) or not isinstance(records, list):
-        raise ValueError(
-            f"{path} has no table `question_type` or no list `questions`: this is not the official file"
-        )
-    names = {number: name for name, number in types.items()}
-    seen: dict[str, int] = {}
-    for number, record in enumerate(records):
+    content = read_record(_File, read_official(path), str(path))
+    names = {number: name for name, number in content.question_type.items()}
+    number_of: dict[str, int] = {}
+
+    for number, row in enumerate(content.questions):
         where = f"{path} question number {number} (from 0)"
-        question_id, text, answer = (
-            field(record, key, where) for key in ("question_id", "question", "answer")
+        record = read_record(_Record, row, where)
+        question_id = str(record.question_id)
+        if question_id in number_of:
+            raise ValueError(
+                f"{where} has the question_id {question_id} of question number "
+                f"{number_of[question_id]}: keep one of the two"
+            )
+        number_of[question_id] = number
+        if record.question_type_id not in names:
+            raise ValueError(
+                f"{where} has the question_type_id {record.question_type_id!r}, "
+                f"which question_type does not name: {AGAIN}"
+            )
+        yield (
+            record,
+            {
+                "answer": record.answer,
+                "image": record.data_id,
+                "kind": record.data_type,
+                "type": names[record.question_type_id],
+                "official_id": record.question_id,
+                "optional": record.data_type == "video",
+            },
         )
-        kind, data_id, type_id = (
-            field(record, key, where) for key in ("data_type", "data_id", "question_type_id")
-        )
-        if str(question_id) in seen:
-            raise ValueError(
-                f"{where} has the question_id {question_id} of question number {seen[str(question_id)]}: keep one of the two"
-            )
-        seen[str(question_id)] = number
-        if (
-            not isinstance(text, str)
-            or not isinstance(answer, str)
-            or len(answer) != 1
-            or answer not in _LETTERS
-        ):
-            raise ValueError(
-                f"{where} has the answer {answer!r} to {text!r}, not one of {', '.join(_LETTERS)} to a text: get the file again"
-            )
-        if kind not in ("image", "video"):
-            raise ValueError(
-                f"{where} has the data_type {kind!r}, not image or video: get {FILE} of SEED-Bench 1"
-            )
-        if type_id not in names:
-            raise ValueError(
-                f"{where} has the question_type_id {type_id!r}, which question_type does not name: get the file again"
-            )
-        facts = {
-            "answer": answer,
-            "image": data_id,
-            "kind": kind,
-            "type": names[type_id],
-            "official_id": question_id,
-        }
-        yield record, facts | {"optional": kind == "video"}, where
+
+
+BENCHMARK = Benchmark(
+    name="seedbench",
+    metrics=(
+        Metric("image", "%", "image questions"),
+        Metric("video", "%", "video questions, where they were answered"),
+        Metric("total", "%", "image and video questions, where both were answered"),
+        Metric("type", "%", "questions of one type, by its official name"),
+    ),
+    splits={"image": Split(14233)},
+    protocol=(
+        "SEED-Bench 1, image questions (types 1 to 9), LLaVA-1.5 prompt (question, four lettered "
+        "choices, then `Answer with the option's letter from the given choices directly.`), "
+        "greedy; the text must equal the letter; mean over questions; 95 % interval: cluster "
+        "bootstrap over images"
+    ),
+    source=SOURCE,
+    max_new_tokens=128,
+    read=read,
+    read_labels=read_labels,
+    score=score,
+    measure=measure,
+    submission=make_upload,
+)

@@ -1,232 +1,244 @@
-"""TextVQA 0.5.1 val: questions about text in photographs, ten human answers each, asked with the tokens that an OCR system read.
+"""TextVQA 0.5.1 val: questions about text in photographs, asked with tokens that OCR read.
 
-The published numbers of LLaVA-1.5 and Mipha are with the OCR line in the prompt (115 of 5,000 are empty), which other evaluators
-leave out. LLaVA's question file has each question after `str.capitalize`, the annotations have it in lower case; made from the OCR
-file, prompts are the same.
+The published numbers of LLaVA-1.5 and Mipha are with the OCR line in the prompt (115 of 5,000 are
+empty), which other evaluators leave out. LLaVA's question file has each question after
+`str.capitalize`, the annotations have it in lower case; made from the OCR file, prompts are the
+same.
 
-The official program finds a question by its image and its lower-case text; the ids here are the official `question_id`, which
-comes to the same as long as no image has one question twice.
+The official program finds a question by its image and its lower-case text. The ids here are the
+official `question_id`; the result is the same as long as no image has one question twice.
 
-Source: haotian-liu/LLaVA c121f043 `scripts/v1_5/eval/textvqa.sh`, `llava/eval/eval_textvqa.py`, `llava/eval/m4c_evaluator.py`, and the
-    question file `llava_textvqa_val_v051_ocr.jsonl`.
+Source: haotian-liu/LLaVA c121f043 `scripts/v1_5/eval/textvqa.sh`, `llava/eval/eval_textvqa.py`,
+    `llava/eval/m4c_evaluator.py`, and the question file `llava_textvqa_val_v051_ocr.jsonl`.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 
 from mipha.comparison.statistics import Totals
-from mipha.evaluation.answers import agreement, m4c
-from mipha.evaluation.benchmark import Judgement, Metric, Question
+from mipha.evaluation.answers import SHORT, agreement, m4c
+from mipha.evaluation.benchmark import Benchmark, Judge, Judgement, Metric, Question, Split
 from mipha.evaluation.files import (
-    field,
+    AGAIN,
+    OfficialRecord,
     find,
     image_file,
-    official_root,
-    read_json,
-    read_json_lines,
+    read_official,
+    read_record,
 )
-from mipha.evaluation.prompts import SHORT
+from mipha.files import read_json_lines
 
-METRICS = (
-    Metric(
-        "accuracy",
-        "%",
-        "mean over questions of min(1, matches among the other nine people / 3), averaged over the ten left out",
-    ),
-)
-SPLITS = ("val",)
-SIZES = {"val": 5000}
-SERVERS: Mapping[str, str] = {}
-PROTOCOL = (
-    "TextVQA 0.5.1 val, question + Rosetta OCR tokens + short-answer prompt, greedy; m4c soft accuracy (text and human answers through the "
-    "m4c processor); mean over questions; 95 % interval: cluster bootstrap over images"
-)
 SOURCE = (
-    "get TextVQA_0.5.1_val.json, TextVQA_Rosetta_OCR_v0.2_val.json and the images (train_images/) from https://textvqa.org/dataset, "
-    "or in place of the OCR file LLaVA's llava_textvqa_val_v051_ocr.jsonl, and put them into one folder"
+    "get TextVQA_0.5.1_val.json, TextVQA_Rosetta_OCR_v0.2_val.json and the images (train_images/) "
+    "from https://textvqa.org/dataset, or in place of the OCR file LLaVA's "
+    "llava_textvqa_val_v051_ocr.jsonl, and put them into one folder"
 )
-MAX_NEW_TOKENS = 128
-BASELINES: Mapping[str, Callable[[Sequence[Question]], dict[str, str]]] = {}
-JUDGE = None
-
 ANNOTATION_FILE = "TextVQA_0.5.1_val.json"
 OCR_FILES = ("llava_textvqa_val_v051_ocr.jsonl", "TextVQA_Rosetta_OCR_v0.2_val.json")
 OCR_LINE = "\nReference OCR token: "
 
 
-def questions(root: Path | None, split: str) -> list[Question]:
-    """Every question in the order of the annotation file, with the OCR tokens in the prompt.
+class _File(OfficialRecord):
+    data: list[Any]
+    dataset_version: str | None = None
+    dataset_type: str | None = None
+
+
+class _Record(OfficialRecord):
+    question_id: int
+    image_id: str
+    question: str
+    answers: list[str] = Field(min_length=10, max_length=10)
+
+
+class _Tokens(OfficialRecord):
+    image_id: str
+    ocr_tokens: list[str]
+
+
+class _LlavaLine(OfficialRecord):
+    """A line of LLaVA's question file, which has the image id as question_id."""
+
+    question_id: str
+    text: str
+
+
+def read(root: Path, split: str) -> list[Question]:
+    """Return every question in the order of the annotation file, with OCR tokens in the prompt.
 
     Returns:
-        Questions with the facts of `annotations`.
+        Questions with the facts of `read_labels`.
 
     Raises:
-        FileNotFoundError: A file or an image is missing.
-        ValueError: No root, no such split, a malformed file, or a question or an image without OCR line.
+        ValueError: A question or an image has no OCR line.
     """
-    root = official_root("textvqa", root, split, SPLITS, SOURCE)
-    labelled = _read_labels(find(root, [ANNOTATION_FILE], SOURCE))
+    labelled = read_labels(root)
     ocr_file = find(root, OCR_FILES, SOURCE)
-    prompts = (
-        _llava_prompts(ocr_file)
-        if ocr_file.suffix == ".jsonl"
-        else _rosetta_prompts(ocr_file, labelled)
-    )
-    images = dict.fromkeys(question.facts["image_id"] for question in labelled)
+    if ocr_file.suffix == ".jsonl":
+        prompts = _read_llava_prompts(ocr_file)
+    else:
+        prompts = _make_prompts(ocr_file, labelled)
+    image_ids = dict.fromkeys(question.facts["image_id"] for question in labelled)
     images = {
         image_id: image_file(root / "train_images" / f"{image_id}.jpg", SOURCE)
-        for image_id in images
+        for image_id in image_ids
     }
-    found = []
+
+    asked = []
     for question in labelled:
-        key = _key(question.facts["image_id"], question.text)
+        image_id = question.facts["image_id"]
+        key = _key(image_id, question.text)
         if key not in prompts:
             raise ValueError(
-                f"{ocr_file} lacks the question {question.text!r} (question_id {question.id}, image {key[0]}): get the file again"
+                f"{ocr_file} lacks the question {question.text!r} (question_id {question.id}, "
+                f"image {image_id}): {AGAIN}"
             )
-        found.append(Question(question.id, prompts[key], images[key[0]], question.facts))
-    return found
+        asked.append(Question(question.id, prompts[key], images[image_id], question.facts))
+    return asked
 
 
-def annotations(path: Path) -> list[Question]:
-    """The labelled questions, in the order of the annotation file.
+def read_labels(path: Path) -> list[Question]:
+    """Return the labelled questions, in the order of the annotation file.
 
     Returns:
-        Questions whose facts are `image_id`, `answers` (ten texts as people wrote them), `question`, and `edition` (which data set and
-        part the file says it is; None where it says nothing).
+        Questions whose facts are `image_id`, `answers` (ten texts as people wrote them),
+        `question`, and `edition` (data set and part that the file says it is; None where it says
+        nothing).
     """
-    return _read_labels(find(path, [ANNOTATION_FILE], SOURCE))
+    path = find(path, [ANNOTATION_FILE], SOURCE)
+    content = read_record(_File, read_official(path), str(path))
+    edition = None
+    if content.dataset_version is not None and content.dataset_type is not None:
+        edition = f"{content.dataset_version} {content.dataset_type}"
+
+    labelled: dict[int, Question] = {}
+    for number, row in enumerate(content.data):
+        where = f"{path} data[{number}]"
+        record = read_record(_Record, row, where)
+        if record.question_id in labelled:
+            raise ValueError(
+                f"{where}: question_id {record.question_id} stands in the file twice: {AGAIN}"
+            )
+        facts = {
+            "image_id": record.image_id,
+            "answers": tuple(record.answers),
+            "question": record.question,
+            "edition": edition,
+        }
+        question = Question(str(record.question_id), record.question, None, facts)
+        labelled[record.question_id] = question
+    return list(labelled.values())
 
 
-def score(questions: Sequence[Question], predictions: Mapping[str, str]) -> Judgement:
-    """Soft accuracy of the texts; both sides are normalised, always."""
+def score(
+    questions: Sequence[Question], predictions: Mapping[str, str], judge: Judge | None = None
+) -> Judgement:
+    """Judge by soft accuracy of the texts; both sides are always normalised."""
     per_question, normalised, contributions = {}, {}, []
     for question in questions:
         normalised[question.id] = prediction = m4c(predictions[question.id])
-        per_question[question.id] = accuracy = agreement(
-            prediction, [m4c(answer) for answer in question.facts["answers"]]
-        )
+        answers = [m4c(answer) for answer in question.facts["answers"]]
+        per_question[question.id] = accuracy = agreement(prediction, answers)
         contributions.append((question.facts["image_id"], {"accuracy": accuracy}))
     return Judgement(per_question, contributions, normalised=normalised)
 
 
 def measure(totals: Totals) -> dict[str, np.ndarray]:
-    """Accuracy in %."""
+    """Return accuracy in %."""
     return {"accuracy": 100 * totals.mean("accuracy")}
 
 
-def submission(questions: Sequence[Question], predictions: Mapping[str, str]) -> dict[str, bytes]:
-    """Nothing: the labels are public."""
-    return {}
-
-
-def doubts(questions: Sequence[Question], split: str) -> list[str]:
-    """Another version or part, questions that the official program cannot find or takes for one another."""
+def find_doubts(questions: Sequence[Question], split: str) -> list[str]:
+    """Return signs of another version or part, and questions that the official program loses."""
     found = []
     for edition in dict.fromkeys(question.facts["edition"] for question in questions):
         if edition not in (None, "0.5.1 val"):
             found.append(
                 f"the annotation file says it is {edition}, wanted 0.5.1 val: get {ANNOTATION_FILE}"
             )
+
     if several := [question.id for question in questions if "\n" in question.facts["question"]]:
         found.append(
-            f"{len(several)} questions have more than one line, such as {several[0]}: the official program stops at them"
+            f"{len(several)} questions have more than one line, such as {several[0]}: "
+            "the official program stops at them"
         )
+
     keys = Counter(
         _key(question.facts["image_id"], question.facts["question"]) for question in questions
     )
     if twice := [key for key, num in keys.items() if num > 1]:
         found.append(
-            f"{len(twice)} questions stand twice at one image, such as {twice[0]}: the official program scores both by the last"
+            f"{len(twice)} questions stand twice at one image, such as {twice[0]}: "
+            "the official program scores both by the last"
         )
     return found
 
 
-def _read_labels(path: Path) -> list[Question]:
-    data = read_json(path)
-    rows = _records(path, data)
-    edition = (
-        f"{data['dataset_version']} {data['dataset_type']}"
-        if "dataset_version" in data and "dataset_type" in data
-        else None
-    )
-    labelled: dict[int, Question] = {}
-    for where, record in rows:
-        question_id, image_id, text, answers = (
-            field(record, key, where) for key in ("question_id", "image_id", "question", "answers")
-        )
-        if not (
-            isinstance(question_id, int) and isinstance(image_id, str) and isinstance(text, str)
-        ):
-            raise ValueError(
-                f"{where} is {record}; wanted a number as question_id, a text as image_id and as question: get the file again"
-            )
-        if question_id in labelled:
-            raise ValueError(
-                f"{where}: question_id {question_id} stands in the file twice: get the file again"
-            )
-        if (
-            not isinstance(answers, list)
-            or len(answers) != 10
-            or not all(isinstance(answer, str) for answer in answers)
-        ):
-            raise ValueError(
-                f"{where} (question_id {question_id}) does not have ten human answers, each a text: get the official file again"
-            )
-        facts = {
-            "image_id": image_id,
-            "answers": tuple(answers),
-            "question": text,
-            "edition": edition,
-        }
-        labelled[question_id] = Question(str(question_id), text, None, facts)
-    return list(labelled.values())
-
-
-def _llava_prompts(path: Path) -> dict[tuple[str, str], str]:
-    """Key -> prompt: LLaVA's file has whole prompts, and the image id as question_id."""
+def _read_llava_prompts(path: Path) -> dict[tuple[str, str], str]:
+    """Return key to prompt from LLaVA's file, which has whole prompts."""
     prompts = {}
-    for number, line in read_json_lines(path):
+    for number, row in read_json_lines(path):
         where = f"{path} line {number}"
-        text = str(field(line, "text", where))
-        question, found, _ = text.partition(OCR_LINE)
-        if not found or not text.endswith(SHORT):
+        line = read_record(_LlavaLine, row, where)
+        question, found, _ = line.text.partition(OCR_LINE)
+        if not found or not line.text.endswith(SHORT):
             raise ValueError(
-                f"{where}: its text is not a question, a line {OCR_LINE.strip()!r} and {SHORT.strip()!r}: get the file again"
+                f"{where}: its text is not a question, a line {OCR_LINE.strip()!r} and "
+                f"{SHORT.strip()!r}: {AGAIN}"
             )
-        prompts[_key(str(field(line, "question_id", where)), question)] = text
+        prompts[_key(line.question_id, question)] = line.text
     return prompts
 
 
-def _rosetta_prompts(path: Path, labelled: Sequence[Question]) -> dict[tuple[str, str], str]:
-    """Key -> prompt, made from the tokens of the question's image."""
+def _make_prompts(path: Path, labelled: Sequence[Question]) -> dict[tuple[str, str], str]:
+    """Return key to prompt, made from the OCR tokens of the question's image."""
     tokens = {}
-    for where, record in _records(path, read_json(path)):
-        of_image = field(record, "ocr_tokens", where)
-        if not isinstance(of_image, list) or not all(isinstance(token, str) for token in of_image):
-            raise ValueError(f"{where}: its ocr_tokens are not a list of texts: get the file again")
-        tokens[field(record, "image_id", where)] = ", ".join(of_image)
-    with_tokens = [question for question in labelled if question.facts["image_id"] in tokens]
-    return {
-        _key(question.facts["image_id"], question.text): (
-            question.text.capitalize() + OCR_LINE + tokens[question.facts["image_id"]] + SHORT
-        )
-        for question in with_tokens
-    }
+    content = read_record(_File, read_official(path), str(path))
+    for number, row in enumerate(content.data):
+        record = read_record(_Tokens, row, f"{path} data[{number}]")
+        tokens[record.image_id] = ", ".join(record.ocr_tokens)
 
-
-def _records(path: Path, data: Any) -> list[tuple[str, Any]]:
-    records = field(data, "data", str(path))
-    if not isinstance(records, list):
-        raise ValueError(f"{path}: its 'data' is not a list: get the official file again")
-    return [(f"{path} data[{number}]", record) for number, record in enumerate(records)]
+    prompts = {}
+    for question in labelled:
+        image_id = question.facts["image_id"]
+        if image_id in tokens:
+            prompt = question.text.capitalize() + OCR_LINE + tokens[image_id] + SHORT
+            prompts[_key(image_id, question.text)] = prompt
+    return prompts
 
 
 def _key(image_id: str, question: str) -> tuple[str, str]:
     return image_id, question.lower()
+
+
+BENCHMARK = Benchmark(
+    name="textvqa",
+    metrics=(
+        Metric(
+            "accuracy",
+            "%",
+            "mean over questions of min(1, matches among the other nine people / 3), averaged over "
+            "the ten left out",
+        ),
+    ),
+    splits={"val": Split(5000)},
+    protocol=(
+        "TextVQA 0.5.1 val, question + Rosetta OCR tokens + short-answer prompt, greedy; m4c soft "
+        "accuracy (text and human answers through the m4c processor); mean over questions; 95 % "
+        "interval: cluster bootstrap over images"
+    ),
+    source=SOURCE,
+    max_new_tokens=128,
+    read=read,
+    read_labels=read_labels,
+    score=score,
+    measure=measure,
+    doubts=find_doubts,
+)

@@ -1,72 +1,54 @@
-"""VizWiz-VQA: questions that blind people asked about their own photographs, ten human answers each.
+"""VizWiz-VQA: questions of blind people about their own photographs, ten human answers each.
 
-Three numbers, from what is compared with what:
+Three numbers differ in the texts that are compared:
 
-    vizwiz_api            the headline: the official API on the text as it is uploaded, that is after the m4c processor
-    m4c_both_sides        m4c on the text and on the human answers, as most numbers on the public `val` are made; higher
+    vizwiz_api            the headline: the official API on the text as it is uploaded, after m4c
+    m4c_both_sides        m4c on the text and on the human answers, as most numbers on the public
+                          `val` are made; higher
     vizwiz_api_verbatim   the official API on the text itself, for uploads that skip m4c
 
-The published numbers are the server's on LLaVA's upload, and LLaVA's converter puts every answer through m4c before the API
-normalises it again, so `vizwiz_api` of `val` is what that pipeline would have got. The API takes human answers as they are: one
-that normalising would change ("t-shirt", "the dog") can never be matched. After m4c "dont" is "don't", which the API's curly
-table leaves alone; without it it becomes "don’t", which no person typed.
+The published numbers are the server's on LLaVA's upload. LLaVA's converter puts every answer
+through m4c before the API normalises it again, so `vizwiz_api` of `val` is the number of that
+pipeline. The API takes human answers as they are: one that normalising would change ("t-shirt",
+"the dog") can never be matched. After m4c "dont" is "don't", which the API's curly table leaves
+alone; without m4c it becomes "don’t", which no person typed.
 
-LLaVA's question file has each question after `str.capitalize`: "What is this? And what color is it?" is asked as "What is this?
-and what color is it?". Questions from the official files are asked the same way.
+LLaVA's question file has each question after `str.capitalize`: "What is this? And what color is
+it?" is asked as "What is this? and what color is it?". Questions from the official files are asked
+the same way.
 
-Source: VizWiz API `vqaEval.py` (copy in ranishah0402/VizWiz-VQA-ds598 7f189ba4); haotian-liu/LLaVA c121f043
-    `scripts/v1_5/eval/vizwiz.sh`, `scripts/convert_vizwiz_for_submission.py`, and the question file `llava_test.jsonl`.
+Source: VizWiz API `vqaEval.py` (copy in ranishah0402/VizWiz-VQA-ds598 7f189ba4);
+    haotian-liu/LLaVA c121f043 `scripts/v1_5/eval/vizwiz.sh`,
+    `scripts/convert_vizwiz_for_submission.py`, and the question file `llava_test.jsonl`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mipha.comparison.statistics import Totals
-from mipha.evaluation.answers import agreement, human_answers, m4c, vizwiz_api
-from mipha.evaluation.benchmark import Judgement, Metric, Question
+from mipha.evaluation.answers import SHORT, agreement, human_answers, m4c, vizwiz_api
+from mipha.evaluation.benchmark import Benchmark, Judge, Judgement, Metric, Question, Split
 from mipha.evaluation.files import (
-    field,
+    AGAIN,
+    OfficialRecord,
     find,
     image_file,
-    official_root,
-    read_json,
-    read_json_lines,
+    read_official,
+    read_record,
 )
-from mipha.evaluation.prompts import SHORT
+from mipha.files import read_json_lines
 
-METRICS = (
-    Metric(
-        "vizwiz_api",
-        "%",
-        "the official API on the text as uploaded (after m4c); human answers as they are",
-    ),
-    Metric(
-        "m4c_both_sides", "%", "m4c on the text and on the human answers; not what the server does"
-    ),
-    Metric("vizwiz_api_verbatim", "%", "the official API on the text without m4c first"),
-    Metric("perAnswerType", "%", "vizwiz_api on the questions of one answer type"),
-)
-SPLITS = ("val", "test")
-SIZES = {"val": 4319, "test": 8000}
-SERVERS = {"test": "EvalAI challenge 2185 (https://eval.ai/web/challenges/challenge-page/2185)"}
-PROTOCOL = (
-    "VizWiz-VQA, question + hint to say Unanswerable + short-answer prompt, greedy; the text through the m4c processor (as uploaded), then "
-    "the official VizWiz API, which normalises the text but no human answer; mean over questions; 95 % interval: bootstrap over images"
-)
 SOURCE = (
-    "get images and annotations from https://vizwiz.org/tasks-and-datasets/vqa and unpack them into one folder "
-    "(val.json and val/, test.json and test/; LLaVA's llava_test.jsonl does for test.json)"
+    "get images and annotations from https://vizwiz.org/tasks-and-datasets/vqa and unpack them "
+    "into one folder (val.json and val/, test.json and test/; LLaVA's llava_test.jsonl does for "
+    "test.json)"
 )
-MAX_NEW_TOKENS = 128
-BASELINES: Mapping[str, Callable[[Sequence[Question]], dict[str, str]]] = {}
-JUDGE = None
-
 FILES = {
     "val": ("val.json", "Annotations/val.json"),
     "test": ("llava_test.jsonl", "test.json", "Annotations/test.json"),
@@ -74,40 +56,52 @@ FILES = {
 PROMPT = "\nWhen the provided information is insufficient, respond with 'Unanswerable'." + SHORT
 
 
-def questions(root: Path | None, split: str) -> list[Question]:
-    """Every question of the split in the official order; the id is the image's file name.
+class _Record(OfficialRecord):
+    image: str
+    question: str
+
+
+class _Label(OfficialRecord):
+    answers: list[Any]
+    answer_type: str
+
+
+class _LlavaLine(OfficialRecord):
+    image: str
+    text: str
+
+
+def read(root: Path, split: str) -> list[Question]:
+    """Return every question of the split in the official order; the id is the image's file name.
 
     Returns:
-        Questions; with `val` their facts are those of `annotations`.
-
-    Raises:
-        FileNotFoundError: A file or an image is missing.
-        ValueError: No root, no such split, or a malformed file.
+        Questions; with `val` their facts are those of `read_labels`.
     """
-    root = official_root("vizwiz", root, split, SPLITS, SOURCE)
-    found = []
-    for where, record in _records(find(root, FILES[split], SOURCE)):
-        name, text = record["image"], record["question"].capitalize()
-        facts = _label(record, where) if split == "val" else {}
-        found.append(Question(name, text + PROMPT, image_file(root / split / name, SOURCE), facts))
-    return found
+    asked = []
+    for where, record, row in _read_records(find(root, FILES[split], SOURCE)):
+        facts = _read_label(row, where) if split == "val" else {}
+        image = image_file(root / split / record.image, SOURCE)
+        prompt = record.question.capitalize() + PROMPT
+        asked.append(Question(record.image, prompt, image, facts))
+    return asked
 
 
-def annotations(path: Path) -> list[Question]:
-    """The labelled questions of val.json, in its order.
+def read_labels(path: Path) -> list[Question]:
+    """Return the labelled questions of val.json, in its order.
 
     Returns:
         Questions whose facts are `answers` (ten texts as people wrote them) and `answer_type`.
     """
-    rows = _records(find(path, FILES["val"], SOURCE))
     return [
-        Question(record["image"], record["question"], None, _label(record, where))
-        for where, record in rows
+        Question(record.image, record.question, None, _read_label(row, where))
+        for where, record, row in _read_records(find(path, FILES["val"], SOURCE))
     ]
 
 
-def score(questions: Sequence[Question], predictions: Mapping[str, str]) -> Judgement:
-    """Agreement with the ten people in the three ways; a question's score is that of `vizwiz_api`."""
+def score(
+    questions: Sequence[Question], predictions: Mapping[str, str], judge: Judge | None = None
+) -> Judgement:
+    """Judge by agreement with the ten people in three ways; per question, by `vizwiz_api`."""
     per_question, normalised, uploaded, contributions = {}, {}, {}, []
     for question in questions:
         text, answers = predictions[question.id], question.facts["answers"]
@@ -125,14 +119,12 @@ def score(questions: Sequence[Question], predictions: Mapping[str, str]) -> Judg
 
 
 def measure(totals: Totals) -> dict[str, np.ndarray]:
-    """The three numbers, then by answer type, in %."""
-    return {"vizwiz_api": 100 * totals.mean("vizwiz_api")} | {
-        name: 100 * totals.mean(name) for name in totals.names
-    }
+    """Return the three numbers, then by answer type, in %."""
+    return {name: 100 * totals.mean(name) for name in ("vizwiz_api", *totals.names)}
 
 
-def submission(questions: Sequence[Question], predictions: Mapping[str, str]) -> dict[str, bytes]:
-    """The upload for `test`; nothing for `val`.
+def make_upload(questions: Sequence[Question], predictions: Mapping[str, str]) -> dict[str, bytes]:
+    """Return the upload for `test`; nothing for `val`.
 
     Source: haotian-liu/LLaVA c121f043 `scripts/convert_vizwiz_for_submission.py`.
     """
@@ -144,63 +136,90 @@ def submission(questions: Sequence[Question], predictions: Mapping[str, str]) ->
     return {"vizwiz_test.json": json.dumps(rows).encode()}
 
 
-def doubts(questions: Sequence[Question], split: str) -> list[str]:
-    """Images of another split, other than ten answers."""
+def find_doubts(questions: Sequence[Question], split: str) -> list[str]:
+    """Return signs of images of another split, and of other than ten answers."""
     found = []
-    if others := [
-        question.id for question in questions if not question.id.startswith(f"VizWiz_{split}_")
-    ]:
+    prefix = f"VizWiz_{split}_"
+    if others := [question.id for question in questions if not question.id.startswith(prefix)]:
         found.append(
-            f"{len(others)} images are not of split {split}, such as {others[0]}: use the file of split {split}"
+            f"{len(others)} images are not of split {split}, such as {others[0]}: "
+            f"use the file of split {split}"
         )
-    if wrong := sum(
-        len(question.facts["answers"]) != 10
-        for question in questions
-        if "answers" in question.facts
-    ):
+    labelled = [question for question in questions if "answers" in question.facts]
+    if wrong := sum(len(question.facts["answers"]) != 10 for question in labelled):
         found.append(
             f"{wrong} questions do not have ten human answers: get the official annotation file"
         )
     return found
 
 
-def _records(path: Path) -> Iterator[tuple[str, Any]]:
-    """(where, record with the texts `image` and `question`) of an official file, or of LLaVA's question file."""
+def _read_records(path: Path) -> Iterator[tuple[str, _Record, Any]]:
+    """Yield place, record and plain values of each question of an official file or of LLaVA's."""
+    rows = _read_llava_lines(path) if path.suffix == ".jsonl" else _read_rows(path)
     seen = set()
-    for where, record in (
-        _llava_records(path) if path.suffix == ".jsonl" else _official_records(path)
-    ):
-        name, text = field(record, "image", where), field(record, "question", where)
-        if not isinstance(name, str) or not isinstance(text, str):
-            raise ValueError(
-                f"{where} has the image {name!r} and the question {text!r}; wanted two texts: get the file again"
-            )
-        if name in seen:
-            raise ValueError(f"{where}: image {name} stands in the file twice: get the file again")
-        seen.add(name)
-        yield where, record
+    for where, row in rows:
+        record = read_record(_Record, row, where)
+        if record.image in seen:
+            raise ValueError(f"{where}: image {record.image} stands in the file twice: {AGAIN}")
+        seen.add(record.image)
+        yield where, record, row
 
 
-def _official_records(path: Path) -> Iterator[tuple[str, Any]]:
-    data = read_json(path)
-    if not isinstance(data, list):
-        raise ValueError(f"{path} is not a list of questions: get the official file again")
-    return ((f"{path} [{number}]", record) for number, record in enumerate(data))
+def _read_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    content = read_official(path)
+    if not isinstance(content, list):
+        raise ValueError(f"{path} is not a list of questions: {AGAIN}")
+    return ((f"{path} [{number}]", row) for number, row in enumerate(content))
 
 
-def _llava_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for number, line in read_json_lines(path):
+def _read_llava_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield LLaVA's lines as official ones, with the question in place of the prompt."""
+    for number, row in read_json_lines(path):
         where = f"{path} line {number}"
-        text = str(field(line, "text", where))
-        if not text.endswith(PROMPT):
-            raise ValueError(
-                f"{where}: its text does not end with {PROMPT!r}: get LLaVA's question file again"
-            )
-        yield where, {"image": field(line, "image", where), "question": text.removesuffix(PROMPT)}
+        line = read_record(_LlavaLine, row, where)
+        if not line.text.endswith(PROMPT):
+            raise ValueError(f"{where}: its text does not end with {PROMPT!r}: {AGAIN}")
+        yield where, {"image": line.image, "question": line.text.removesuffix(PROMPT)}
 
 
-def _label(record: Mapping[str, Any], where: str) -> dict[str, Any]:
-    return {
-        "answers": human_answers(record, where),
-        "answer_type": field(record, "answer_type", where),
-    }
+def _read_label(row: Any, where: str) -> dict[str, Any]:
+    label = read_record(_Label, row, where)
+    return {"answers": human_answers(label.answers, where), "answer_type": label.answer_type}
+
+
+BENCHMARK = Benchmark(
+    name="vizwiz",
+    metrics=(
+        Metric(
+            "vizwiz_api",
+            "%",
+            "the official API on the text as uploaded (after m4c); human answers as they are",
+        ),
+        Metric(
+            "m4c_both_sides",
+            "%",
+            "m4c on the text and on the human answers; not what the server does",
+        ),
+        Metric("vizwiz_api_verbatim", "%", "the official API on the text without m4c first"),
+        Metric("perAnswerType", "%", "vizwiz_api on the questions of one answer type"),
+    ),
+    splits={
+        "val": Split(4319),
+        "test": Split(
+            8000, "EvalAI challenge 2185 (https://eval.ai/web/challenges/challenge-page/2185)"
+        ),
+    },
+    protocol=(
+        "VizWiz-VQA, question + hint to say Unanswerable + short-answer prompt, greedy; the text "
+        "through the m4c processor (as uploaded), then the official VizWiz API, which normalises "
+        "the text but no human answer; mean over questions; 95 % interval: bootstrap over images"
+    ),
+    source=SOURCE,
+    max_new_tokens=128,
+    read=read,
+    read_labels=read_labels,
+    score=score,
+    measure=measure,
+    submission=make_upload,
+    doubts=find_doubts,
+)

@@ -1,21 +1,23 @@
 """VQAv2: open questions about COCO photographs, ten human answers each.
 
     val        labels are public
-    test-dev   what papers print, 107,394 questions; the server takes an upload of all of test2015 and scores this part
+    test-dev   what papers print, 107,394 questions; the server takes an upload of all of test2015
+               and scores this part
     test       all 447,793 questions of test2015
 
-The number is the VQA scorer's of 2021 on the uploaded text, and what is uploaded went through the m4c processor first. The two
-passes matter: "1/2" is uploaded as "1 2" and then loses against ten people who wrote "1/2".
+The number is the VQA scorer's of 2021 on the uploaded text, and the uploaded text went through the
+m4c processor first. The two passes matter: "1/2" is uploaded as "1 2" and then loses against ten
+people who wrote "1/2".
 
-Source: GT-Vision-Lab/VQA a013f004 `vqaEval.py`; haotian-liu/LLaVA c121f043 `scripts/v1_5/eval/vqav2.sh`,
-    `scripts/convert_vqav2_for_submission.py`.
+Source: GT-Vision-Lab/VQA a013f004 `vqaEval.py`; haotian-liu/LLaVA c121f043
+    `scripts/v1_5/eval/vqav2.sh`, `scripts/convert_vqav2_for_submission.py`.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ import numpy as np
 
 from mipha.comparison.statistics import Totals
 from mipha.evaluation.answers import (
+    SHORT,
     agreement,
     human_answers,
     m4c,
@@ -30,44 +33,26 @@ from mipha.evaluation.answers import (
     plain,
     vqa_official,
 )
-from mipha.evaluation.benchmark import Judgement, Metric, Question
+from mipha.evaluation.benchmark import Benchmark, Judge, Judgement, Metric, Question, Split
 from mipha.evaluation.files import (
-    field,
+    AGAIN,
+    OfficialRecord,
     find,
     image_file,
-    official_root,
-    read_json,
-    read_json_lines,
+    read_official,
+    read_record,
 )
-from mipha.evaluation.prompts import SHORT
+from mipha.files import read_json_lines
 
-METRICS = (
-    Metric(
-        "accuracy",
-        "%",
-        "mean over questions of min(1, matches among the other nine people / 3), averaged over the ten left out",
-    ),
-    Metric("perAnswerType", "%", "accuracy on the questions of one answer type"),
-    Metric("perQuestionType", "%", "accuracy on the questions that begin in one way"),
-)
-SPLITS = ("val", "test-dev", "test")
-SIZES = {"val": 214354, "test-dev": 107394, "test": 447793}
-SERVERS = dict.fromkeys(
-    ("test-dev", "test"), "EvalAI challenge 830 (https://eval.ai/web/challenges/challenge-page/830)"
-)
-PROTOCOL = (
-    "VQA v2.0, question + short-answer prompt, greedy; the text through the m4c processor (as uploaded), then VQAEval of 2021: both sides "
-    "normalised unless the ten human answers are all equal; mean over questions; 95 % interval: cluster bootstrap over images"
-)
 SOURCE = (
-    "get questions, annotations and COCO images from https://visualqa.org/download.html and unpack them into one folder "
-    "(v2_OpenEnded_mscoco_val2014_questions.json, v2_mscoco_val2014_annotations.json, val2014/, "
-    "v2_OpenEnded_mscoco_test2015_questions.json, v2_OpenEnded_mscoco_test-dev2015_questions.json, test2015/)"
+    "get questions, annotations and COCO images from https://visualqa.org/download.html and unpack "
+    "them into one folder (v2_OpenEnded_mscoco_val2014_questions.json, "
+    "v2_mscoco_val2014_annotations.json, val2014/, "
+    "v2_OpenEnded_mscoco_test2015_questions.json, "
+    "v2_OpenEnded_mscoco_test-dev2015_questions.json, test2015/)"
 )
-MAX_NEW_TOKENS = 128
-BASELINES: Mapping[str, Callable[[Sequence[Question]], dict[str, str]]] = {}
-JUDGE = None
-
+SERVER = "EvalAI challenge 830 (https://eval.ai/web/challenges/challenge-page/830)"
+SIZES = {"val": 214354, "test-dev": 107394, "test": 447793}
 QUESTION_FILES = {
     "val": ("v2_OpenEnded_mscoco_val2014_questions.json", "questions.json"),
     "test-dev": (
@@ -81,27 +66,62 @@ IMAGE_SETS = {"val": "val2014", "test-dev": "test2015", "test": "test2015"}
 DATA_SUBTYPES = {"val": "val2014", "test-dev": "test-dev2015", "test": "test2015"}
 
 
-def questions(root: Path | None, split: str) -> list[Question]:
-    """Every question of the split, in the order of the question file.
+class _QuestionFile(OfficialRecord):
+    questions: list[Any]
+    data_subtype: str | None = None
+
+
+class _AnnotationFile(OfficialRecord):
+    annotations: list[Any]
+    data_subtype: str | None = None
+
+
+class _Question(OfficialRecord):
+    question_id: int
+    image_id: int
+    question: str
+
+
+class _Annotation(OfficialRecord):
+    question_id: int
+    image_id: int
+    answers: list[Any]
+    answer_type: str
+    question_type: str
+
+
+class _LlavaLine(OfficialRecord):
+    """A line of LLaVA's question file: the image's name, and the prompt as the text."""
+
+    question_id: int
+    image: str
+    text: str
+
+
+def read(root: Path, split: str) -> list[Question]:
+    """Return every question of the split, in the order of the question file.
 
     Returns:
-        Questions; their facts are those of `annotations` with `val`, else `data_subtype`, the split that the file says it is (LLaVA's
-        say nothing: None). The first of `test-dev` has `not_asked`: the other ids of test2015, which the upload must list too.
+        Questions; their facts are those of `read_labels` with `val`, else `data_subtype`, the
+        split that the file says it is (LLaVA's say nothing: None). The first of `test-dev` has
+        `not_asked`: the other ids of test2015, which the upload must list too.
 
     Raises:
-        FileNotFoundError: A file or an image is missing.
-        ValueError: No root, no such split, a malformed file, or files that do not belong together.
+        ValueError: The files do not belong together.
     """
-    root = official_root("vqav2", root, split, SPLITS, SOURCE)
     path, image_set = find(root, QUESTION_FILES[split], SOURCE), IMAGE_SETS[split]
     subtype, asked = _read_questions(path)
+
+    # Labels where they are public.
     if split == "val":
-        labels = _read_labels(find(root, ANNOTATION_FILES, SOURCE))
+        labels = _read_annotations(find(root, ANNOTATION_FILES, SOURCE))
         _check_same(path, asked, labels)
     else:
         labels = {question_id: {"data_subtype": subtype} for question_id in asked}
     if split == "test-dev" and asked:
-        labels[next(iter(asked))]["not_asked"] = _rest_of_test(root, asked)
+        labels[next(iter(asked))]["not_asked"] = _find_rest_of_test(root, asked)
+
+    # Images.
     names = {image_id: f"COCO_{image_set}_{image_id:012d}.jpg" for image_id, _ in asked.values()}
     images = {
         image_id: image_file(root / image_set / name, SOURCE) for image_id, name in names.items()
@@ -112,43 +132,50 @@ def questions(root: Path | None, split: str) -> list[Question]:
     ]
 
 
-def annotations(path: Path) -> list[Question]:
-    """The labelled questions, in the order of the annotation file.
+def read_labels(path: Path) -> list[Question]:
+    """Return the labelled questions, in the order of the annotation file.
 
     Args:
-        path: The folder with questions and annotations, under their published names or as questions.json and annotations.json; or the
-            annotation file alone, which then gives questions without text.
+        path: The folder with questions and annotations, under their published names or as
+            questions.json and annotations.json; or the annotation file alone, which then gives
+            questions without text.
 
     Returns:
-        Questions whose facts are `image_id`, `answers` (ten texts as people wrote them), `answer_type`, `question_type`,
-        `data_subtype`, and `annotators` (see `mixed_up_annotators`).
+        Questions whose facts are `image_id`, `answers` (ten texts as people wrote them),
+        `answer_type`, `question_type`, `data_subtype`, and `annotators` (see
+        `mixed_up_annotators`).
     """
-    labels = _read_labels(find(path, ANNOTATION_FILES, SOURCE))
-    texts = dict.fromkeys(labels, "")
-    if path.is_dir():
-        question_file = find(path, QUESTION_FILES["val"], SOURCE)
-        asked = _read_questions(question_file)[1]
-        _check_same(question_file, asked, labels)
-        texts = {key: text for key, (_, text) in asked.items()}
-    return [Question(str(key), texts[key], None, facts) for key, facts in labels.items()]
+    labels = _read_annotations(find(path, ANNOTATION_FILES, SOURCE))
+    if not path.is_dir():
+        return [Question(str(key), "", None, facts) for key, facts in labels.items()]
+
+    question_file = find(path, QUESTION_FILES["val"], SOURCE)
+    _, asked = _read_questions(question_file)
+    _check_same(question_file, asked, labels)
+    return [Question(str(key), asked[key][1], None, facts) for key, facts in labels.items()]
 
 
-def score(questions: Sequence[Question], predictions: Mapping[str, str]) -> Judgement:
-    """Accuracy of the texts as they would be uploaded."""
+def score(
+    questions: Sequence[Question], predictions: Mapping[str, str], judge: Judge | None = None
+) -> Judgement:
+    """Judge by the accuracy of the texts as they would be uploaded."""
     per_question, normalised, uploaded, contributions = {}, {}, {}, []
     shared: dict[tuple[str, str, float], dict[str, float]] = {}
+
     for question in questions:
         facts = question.facts
         prediction = uploaded[question.id] = m4c(predictions[question.id])
         answers = [plain(answer) for answer in facts["answers"]]
-        # The quirk that costs most: ten equal answers are compared as they are, so "Yes" does not match ten "yes".
+        # The quirk that costs most: ten equal answers are compared as they are, so "Yes" does not
+        # match ten "yes".
         if len(set(answers)) > 1:
             answers = [vqa_official(answer) for answer in answers]
             prediction = vqa_official(prediction)
         accuracy = agreement(prediction, answers, facts["annotators"])
         per_question[question.id], normalised[question.id] = accuracy, prediction
+
+        # One object per kind and accuracy, of which there are hundreds, saves 100 MB.
         kinds = facts["answer_type"], facts["question_type"], accuracy
-        # One object for each of some hundred cases instead of one a question saves 100 MB.
         amounts = shared.setdefault(
             kinds,
             {
@@ -158,19 +185,20 @@ def score(questions: Sequence[Question], predictions: Mapping[str, str]) -> Judg
             },
         )
         contributions.append((facts["image_id"], amounts))
+
     return Judgement(per_question, contributions, normalised=normalised, submission=uploaded)
 
 
 def measure(totals: Totals) -> dict[str, np.ndarray]:
-    """Accuracy, then by answer type and by question type, in %."""
-    return {
-        name: 100 * totals.mean(name)
-        for name in ("accuracy", *sorted(set(totals.names) - {"accuracy"}))
-    }
+    """Return accuracy, then by answer type and by question type, in %."""
+    others = sorted(set(totals.names) - {"accuracy"})
+    return {name: 100 * totals.mean(name) for name in ("accuracy", *others)}
 
 
-def submission(questions: Sequence[Question], predictions: Mapping[str, str]) -> dict[str, bytes]:
-    """The upload: every id of test2015, the empty string for those that were not asked; nothing for `val`.
+def make_upload(questions: Sequence[Question], predictions: Mapping[str, str]) -> dict[str, bytes]:
+    """Return the upload for a private split; nothing for `val`.
+
+    It has every id of test2015, with the empty string for those that were not asked.
 
     Source: haotian-liu/LLaVA c121f043 `scripts/convert_vqav2_for_submission.py`.
     """
@@ -188,16 +216,20 @@ def submission(questions: Sequence[Question], predictions: Mapping[str, str]) ->
     return {"vqav2_test2015.json": json.dumps(rows).encode()}
 
 
-def doubts(questions: Sequence[Question], split: str) -> list[str]:
-    """Files of another split, other than ten answers, people that cannot be told apart, an upload that the server would refuse."""
+def find_doubts(questions: Sequence[Question], split: str) -> list[str]:
+    """Return signs of another split's files, of unofficial answers, and of a refused upload."""
     found = []
+
+    # The part that the file says it is.
     wanted = DATA_SUBTYPES[split]
-    for subtype in sorted(
-        {str(question.facts["data_subtype"]) for question in questions} - {wanted, "None"}
-    ):
+    subtypes = {str(question.facts["data_subtype"]) for question in questions}
+    for subtype in sorted(subtypes - {wanted, "None"}):
         found.append(
-            f"the file's data_subtype is {subtype}, that of split {split} is {wanted}: use the files of {wanted}"
+            f"the file's data_subtype is {subtype}, that of split {split} is {wanted}: "
+            f"use the files of {wanted}"
         )
+
+    # The human answers.
     labelled = [question.facts for question in questions if "answers" in question.facts]
     if wrong := sum(len(facts["answers"]) != 10 for facts in labelled):
         found.append(
@@ -205,114 +237,142 @@ def doubts(questions: Sequence[Question], split: str) -> list[str]:
         )
     if wrong := sum(facts["annotators"] is not None for facts in labelled):
         found.append(
-            f"{wrong} questions have people without an answer_id of their own, whom the scorer mixes up: get the official file"
+            f"{wrong} questions have people without an answer_id of their own, whom the scorer "
+            "mixes up: get the official file"
         )
+
+    # The ids that the server wants.
     if split == "test-dev":
-        num = len(questions) + sum(
-            len(question.facts.get("not_asked", ())) for question in questions
-        )
+        num_rest = sum(len(question.facts.get("not_asked", ())) for question in questions)
+        num = len(questions) + num_rest
         if num != SIZES["test"]:
             files = " or ".join(QUESTION_FILES["test"])
             found.append(
-                f"the upload has {num} ids but the server wants all {SIZES['test']} of test2015: put {files} into the folder"
+                f"the upload has {num} ids but the server wants all {SIZES['test']} of test2015: "
+                f"put {files} into the folder"
             )
     return found
 
 
 def _read_questions(path: Path) -> tuple[str | None, dict[int, tuple[int, str]]]:
-    """(data_subtype, question id -> (image id, question)) of an official file, or of one of LLaVA's."""
-    subtype, rows = (
-        (None, _llava_records(path)) if path.suffix == ".jsonl" else _records(path, "questions")
-    )
+    """Return data_subtype, and question id to (image id, question), of a question file.
+
+    Args:
+        path: An official file, or one of LLaVA's.
+    """
+    rows: Iterable[tuple[str, Any]]
+    if path.suffix == ".jsonl":
+        subtype, rows = None, _read_llava_lines(path)
+    else:
+        content = read_record(_QuestionFile, read_official(path), str(path))
+        subtype = content.data_subtype
+        rows = ((f"{path} questions[{n}]", row) for n, row in enumerate(content.questions))
+
+    # Tuples, not records: there are 447,793 of them.
     asked: dict[int, tuple[int, str]] = {}
-    for where, record in rows:
-        question_id, image_id, text = (
-            field(record, key, where) for key in ("question_id", "image_id", "question")
-        )
-        if not (
-            isinstance(question_id, int) and isinstance(image_id, int) and isinstance(text, str)
-        ):
+    for where, row in rows:
+        record = read_record(_Question, row, where)
+        if record.question_id in asked:
             raise ValueError(
-                f"{where} is {record}; wanted numbers as question_id and image_id, and a text: get the file again"
+                f"{where}: question_id {record.question_id} stands in the file twice: {AGAIN}"
             )
-        if question_id in asked:
-            raise ValueError(
-                f"{where}: question_id {question_id} stands in the file twice: get the file again"
-            )
-        asked[question_id] = image_id, text
+        asked[record.question_id] = record.image_id, record.question
     return subtype, asked
 
 
-def _llava_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where, record as in an official question file): LLaVA's lines have the image's name, and the prompt in place of the question."""
-    for number, line in read_json_lines(path):
+def _read_llava_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield LLaVA's lines as official questions."""
+    for number, row in read_json_lines(path):
         where = f"{path} line {number}"
-        name, text = str(field(line, "image", where)), str(field(line, "text", where))
-        named = re.fullmatch(r"COCO_test2015_(\d{12})\.jpg", name)
-        if not named or not text.endswith(SHORT):
+        line = read_record(_LlavaLine, row, where)
+        named = re.fullmatch(r"COCO_test2015_(\d{12})\.jpg", line.image)
+        if not named or not line.text.endswith(SHORT):
             raise ValueError(
-                f"{where}: wanted an image COCO_test2015_<12 digits>.jpg and a text that ends with {SHORT!r}"
+                f"{where}: wanted an image COCO_test2015_<12 digits>.jpg and a text that ends with "
+                f"{SHORT!r}"
             )
         yield (
             where,
             {
-                "question_id": field(line, "question_id", where),
+                "question_id": line.question_id,
                 "image_id": int(named[1]),
-                "question": text.removesuffix(SHORT),
+                "question": line.text.removesuffix(SHORT),
             },
         )
 
 
-def _read_labels(path: Path) -> dict[int, dict[str, Any]]:
-    """Question id -> facts, in the order of the annotation file."""
-    subtype, rows = _records(path, "annotations")
+def _read_annotations(path: Path) -> dict[int, dict[str, Any]]:
+    """Return question id to facts, in the order of the annotation file."""
+    content = read_record(_AnnotationFile, read_official(path), str(path))
     labels: dict[int, dict[str, Any]] = {}
-    for where, record in rows:
-        question_id = field(record, "question_id", where)
-        if not isinstance(question_id, int) or question_id in labels:
-            wrong = (
-                "stands in the file twice" if isinstance(question_id, int) else "is not a number"
+    for number, row in enumerate(content.annotations):
+        where = f"{path} annotations[{number}]"
+        record = read_record(_Annotation, row, where)
+        if record.question_id in labels:
+            raise ValueError(
+                f"{where}: question_id {record.question_id} stands in the file twice: {AGAIN}"
             )
-            raise ValueError(f"{where}: question_id {question_id!r} {wrong}: get the file again")
-        labels[question_id] = {
-            "image_id": field(record, "image_id", where),
-            "answers": human_answers(record, where),
-            "answer_type": field(record, "answer_type", where),
-            "question_type": field(record, "question_type", where),
-            "data_subtype": subtype,
-            "annotators": mixed_up_annotators(record["answers"]),
+        labels[record.question_id] = {
+            "image_id": record.image_id,
+            "answers": human_answers(record.answers, where),
+            "answer_type": record.answer_type,
+            "question_type": record.question_type,
+            "data_subtype": content.data_subtype,
+            "annotators": mixed_up_annotators(record.answers),
         }
     return labels
-
-
-def _records(path: Path, key: str) -> tuple[str | None, Iterator[tuple[str, Any]]]:
-    """(data_subtype, (where, record) of each) of an official file."""
-    data = read_json(path)
-    records = field(data, key, str(path))
-    if not isinstance(records, list):
-        raise ValueError(f"{path}: its {key!r} is not a list: get the official file again")
-    return data.get("data_subtype"), (
-        (f"{path} {key}[{number}]", record) for number, record in enumerate(records)
-    )
 
 
 def _check_same(question_file: Path, asked: Mapping[int, Any], labels: Mapping[int, Any]) -> None:
     if different := asked.keys() ^ labels.keys():
         one = min(different)
         raise ValueError(
-            f"{question_file} and the annotations beside it are not of one set, {len(different)} ids are in one only: question_id {one} "
-            f"is not in the {'annotations' if one in asked else 'questions'}; get both files of val2014"
+            f"{question_file} and the annotations beside it are not of one set, {len(different)} "
+            f"ids are in one only: question_id {one} is not in the "
+            f"{'annotations' if one in asked else 'questions'}; get both files of val2014"
         )
 
 
-def _rest_of_test(root: Path, asked: Mapping[int, Any]) -> tuple[int, ...]:
-    """Ids of test2015 that are not asked; none where there is no file of test2015."""
+def _find_rest_of_test(root: Path, asked: Mapping[int, Any]) -> tuple[int, ...]:
+    """Return the ids of test2015 that are not asked; none where there is no file of test2015."""
     path = next((root / name for name in QUESTION_FILES["test"] if (root / name).is_file()), None)
     if path is None:
         return ()
-    everything = _read_questions(path)[1]
+    _, everything = _read_questions(path)
     if unknown := [question_id for question_id in asked if question_id not in everything]:
         raise ValueError(
-            f"{path} lacks question_id {unknown[0]} of test-dev2015, which is a part of test2015: get both files again"
+            f"{path} lacks question_id {unknown[0]} of test-dev2015, which is a part of test2015: "
+            "get both files again"
         )
     return tuple(question_id for question_id in everything if question_id not in asked)
+
+
+BENCHMARK = Benchmark(
+    name="vqav2",
+    metrics=(
+        Metric(
+            "accuracy",
+            "%",
+            "mean over questions of min(1, matches among the other nine people / 3), averaged over "
+            "the ten left out",
+        ),
+        Metric("perAnswerType", "%", "accuracy on the questions of one answer type"),
+        Metric("perQuestionType", "%", "accuracy on the questions that begin in one way"),
+    ),
+    splits={
+        split: Split(size, None if split == "val" else SERVER) for split, size in SIZES.items()
+    },
+    protocol=(
+        "VQA v2.0, question + short-answer prompt, greedy; the text through the m4c processor (as "
+        "uploaded), then VQAEval of 2021: both sides normalised unless the ten human answers are "
+        "all equal; mean over questions; 95 % interval: cluster bootstrap over images"
+    ),
+    source=SOURCE,
+    max_new_tokens=128,
+    read=read,
+    read_labels=read_labels,
+    score=score,
+    measure=measure,
+    submission=make_upload,
+    doubts=find_doubts,
+)

@@ -1,18 +1,24 @@
-"""Which option an answer to a multiple-choice question names: MMBench's rules, and its prompt for a judge.
+"""Multiple choice: how a prompt lists options, which option an answer names, and asking a judge.
 
-Source: open-compass/VLMEvalKit `vlmeval/utils/matching_util.py:can_infer` and `vlmeval/dataset/utils/multiple_choice.py`, as of
-    e8e78f05 (August 2026). Older versions, the server's of early 2024 among them, lack the position, length and "answer is" rules.
+Source: haotian-liu/LLaVA c121f043 `scripts/v1_5/eval` (prompts); open-compass/VLMEvalKit e8e78f05
+    (August 2026) `vlmeval/utils/matching_util.py:can_infer` and
+    `vlmeval/dataset/utils/multiple_choice.py` (reading). Older versions, such as the one that the
+    MMBench server ran in early 2024, lack the position, length and "answer is" rules.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from mipha.evaluation.benchmark import Judge
 
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+"""End of a LLaVA-1.5 prompt that asks for a letter."""
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
 REFUSED = "Z"
-"""Letter for an answer that refuses, or that a judge finds unlike every option."""
+"""Letter of an answer that refuses, or that a judge finds unlike every option."""
 
 JUDGE_TRIES = 3
 JUDGE_MAX_TOKENS = 1024
@@ -30,11 +36,13 @@ _ANSWER_IS = re.compile(r"(?:correct\s+)?answer\s+is\s+\**([ABCD])", re.IGNORECA
 _LAST_WORDS = 4
 
 _PROMPT = (
-    "You are an AI assistant who will help me to match an answer with several options of a single-choice question. "
+    "You are an AI assistant who will help me to match an answer with several options of a "
+    "single-choice question. "
     "You are provided with a question, several options, and an answer, "
     "and you need to find which option is most similar to the answer. "
     "If the meaning of all options are significantly different from the answer, output Z. "
-    "Your should output a single uppercase character in A, B, C, D (if they are valid options), and Z. \n"
+    "Your should output a single uppercase character in A, B, C, D (if they are valid options), "
+    "and Z. \n"
     "Example 1: \n"
     "Question: What is the main object in image?\nOptions: A. teddy bear B. rabbit C. cat D. dog\n"
     "Answer: a cute teddy bear\nYour output: A\n"
@@ -59,42 +67,28 @@ _PROMPT_CN = (
 )
 
 
+def list_options(choices: Sequence[str]) -> str:
+    """Return one line per option, each after a newline: `\\nA. red\\nB. blue`."""
+    return "".join(
+        f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)
+    )
+
+
 def read_option(answer: str, choices: Mapping[str, str]) -> str | None:
-    """The letter that an answer names, `Z` for a refusal, None where the rules cannot tell.
+    """Return the letter that an answer names.
 
     Args:
-        answer: Verbatim.
+        answer: The text, verbatim.
         choices: Letter to option text.
+
+    Returns:
+        A letter, `Z` for a refusal, or None where the rules cannot tell.
     """
-    return _by_letter(answer, choices) or _by_text(answer, choices)
-
-
-def _by_letter(answer: str, choices: Mapping[str, str]) -> str | None:
-    if _NO_REPLY in answer:
-        return None
-    if any(refusal in answer for refusal in _REFUSALS):
-        return REFUSED
-    words = answer.translate(_MARKS).split()
-    named = [letter for letter in choices if letter in words]
-    # The first occurrence must be among the last words: "A dog chases the red ball" is about a dog, not option A.
-    if len(named) == 1 and words.index(named[0]) >= len(words) - _LAST_WORDS:
-        return named[0]
-    if not named and REFUSED in words:
-        return REFUSED
-    found = _ANSWER_IS.search(answer)
-    return found[1].upper() if found and found[1].upper() in choices else None
-
-
-def _by_text(answer: str, choices: Mapping[str, str]) -> str | None:
-    answer = answer.lower()
-    if len(answer) > 2 * sum(map(len, choices.values())):
-        return None
-    contained = [letter for letter, option in choices.items() if option.lower() in answer]
-    return contained[0] if len(contained) == 1 else None
+    return _read_letter(answer, choices) or _read_text(answer, choices)
 
 
 def matching_prompt(question: str, choices: Mapping[str, str], answer: str) -> str:
-    """What the judge is asked: Chinese if the question has a Chinese character."""
+    """Return the question to a judge, in Chinese if the question has a Chinese character."""
     options = "There are several options: \n" + "".join(
         f"{letter}. {option}\n" for letter, option in choices.items()
     )
@@ -105,9 +99,11 @@ def matching_prompt(question: str, choices: Mapping[str, str], answer: str) -> s
 def ask_for_option(
     question_id: str, question: str, choices: Mapping[str, str], answer: str, judge: Judge
 ) -> str | None:
-    """The letter that the judge finds, None if no reply names one.
+    """Ask a judge which option an answer names.
 
-    The official program then draws an option at random; a score is not to rest on that.
+    Returns:
+        A letter, or None if no reply names one. The official program then draws an option at
+        random; a score must not depend on that.
     """
     prompt = matching_prompt(question, choices, answer)
     for attempt in range(JUDGE_TRIES):
@@ -118,5 +114,31 @@ def ask_for_option(
 
 
 def is_chinese(text: str) -> bool:
-    """Whether a Chinese character is in the text."""
+    """Return whether the text has a Chinese character."""
     return re.search("[\u4e00-\u9fff]", text) is not None
+
+
+def _read_letter(answer: str, choices: Mapping[str, str]) -> str | None:
+    if _NO_REPLY in answer:
+        return None
+    if any(refusal in answer for refusal in _REFUSALS):
+        return REFUSED
+
+    # The first occurrence must be among the last words: "A dog chases the red ball" is about a dog.
+    words = answer.translate(_MARKS).split()
+    named = [letter for letter in choices if letter in words]
+    if len(named) == 1 and words.index(named[0]) >= len(words) - _LAST_WORDS:
+        return named[0]
+    if not named and REFUSED in words:
+        return REFUSED
+
+    found = _ANSWER_IS.search(answer)
+    return found[1].upper() if found and found[1].upper() in choices else None
+
+
+def _read_text(answer: str, choices: Mapping[str, str]) -> str | None:
+    answer = answer.lower()
+    if len(answer) > 2 * sum(map(len, choices.values())):
+        return None
+    contained = [letter for letter, option in choices.items() if option.lower() in answer]
+    return contained[0] if len(contained) == 1 else None

@@ -1,0 +1,150 @@
+"""What the test of a benchmark brings to the tests of the command line and of the evaluation.
+
+Every `tests/evaluation/benchmarks/test_<name>.py` ends with `OFFICIAL = Official(...)`: a function
+that writes a small folder in the official format, as it lies after the downloads, and what holds of
+these files. `collect` finds them, so a new benchmark needs no entry in any central table.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mipha.evaluation.benchmark import list_benchmarks
+
+
+@dataclass(frozen=True)
+class BrokenLabel:
+    """A change of an official file that makes a label wrong.
+
+    Args:
+        file: Path in the folder.
+        old: Text in the file.
+        new: Text in its place.
+        words: Words of the error.
+    """
+
+    file: str
+    old: str
+    new: str
+    words: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Upload:
+    """The file for the server of a private split.
+
+    Args:
+        file: Its name.
+        key: Key (or column) of a question's id in it.
+        asked: Ids in the order of the questions.
+        server: Words that name the server.
+        not_asked: Ids that the server wants as well, with an empty answer.
+    """
+
+    file: str
+    key: str
+    asked: Sequence[str | int]
+    server: str
+    not_asked: Sequence[str | int] = ()
+
+
+@dataclass(frozen=True)
+class Official:
+    """Official files in small, and what holds of them.
+
+    Args:
+        write: Writes the files into a folder, the private splits' questions too.
+        gold: Question id to an answer with full marks, in the order of the files.
+        size: Official number of questions of the main split, as papers and data files give it.
+        readings: Which of parsed, normalised and submission a score file has.
+        broken_label: A wrong label, and what is said about it.
+        metric: Name of the headline, as papers report it.
+        unit: Unit of the headline.
+        best: Headline of the gold answers.
+        scored: Ids with a score of their own; None: all.
+        image: An image whose absence must be noticed; None: images are in the table.
+        other_files: More files whose absence must be noticed.
+        without_file: Words of the error about predictions when the label's file is missing; None:
+            the file's name.
+        upload: File that a complete set of answers to the main split gives, if any.
+        served: Private split to its upload.
+        replies: Lines of a judge's recorded replies.
+        prompts: Parts of what a dry run prints.
+        num_bare: Questions without an image among the three prompts of a dry run.
+        without_sums: Metrics that are not made from sums, so that no pair of models is compared.
+    """
+
+    write: Callable[[Path], None]
+    gold: Mapping[str, str]
+    size: str
+    readings: tuple[str, ...]
+    broken_label: BrokenLabel
+    metric: str = "accuracy"
+    unit: str = "%"
+    best: float = 100.0
+    scored: Sequence[str] | None = None
+    image: str | None = None
+    other_files: tuple[str, ...] = ()
+    without_file: str | None = None
+    upload: str | None = None
+    served: Mapping[str, Upload] = field(default_factory=dict)
+    replies: Sequence[Mapping[str, Any]] = ()
+    prompts: tuple[str, ...] = ()
+    num_bare: int = 0
+    without_sums: tuple[str, ...] = ()
+
+    @property
+    def num_shown(self) -> int:
+        """Prompts that a dry run shows."""
+        return min(3, len(self.gold))
+
+    @property
+    def scored_ids(self) -> list[str]:
+        """Ids with a score of their own."""
+        return list(self.gold if self.scored is None else self.scored)
+
+
+def collect() -> dict[str, Official]:
+    """Name of every benchmark that exists to what its test brings."""
+    modules = {
+        name: importlib.import_module(f"tests.evaluation.benchmarks.test_{name}")
+        for name in list_benchmarks()
+    }
+    lacking = [name for name, module in modules.items() if not hasattr(module, "OFFICIAL")]
+    assert not lacking, f"the tests of {', '.join(lacking)} bring no OFFICIAL = Official(...)"
+    return {name: module.OFFICIAL for name, module in modules.items()}
+
+
+def write_file(path: Path, content: Any) -> None:
+    """Write a text, or anything else as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+    path.write_text(text, encoding="utf-8")
+
+
+def write_images(folder: Path, names: Iterable[str], kind: str = "") -> None:
+    """Write images of a few pixels, each of its own, in the format that the name tells."""
+    for name in names:
+        folder.mkdir(parents=True, exist_ok=True)
+        form = kind or {".jpg": "JPEG", ".png": "PNG"}[Path(name).suffix]
+        (folder / name).write_bytes(picture(f"{folder.name}/{name}", form))
+
+
+def picture(name: str, kind: str = "PNG") -> bytes:
+    """A picture of its own for every name."""
+    pixels = np.random.default_rng(zlib.crc32(name.encode())).integers(
+        0, 255, (6, 8, 3), dtype=np.uint8
+    )
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, kind)
+    return file.getvalue()
