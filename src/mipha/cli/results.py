@@ -44,7 +44,7 @@ def evaluate(
         Path | None, typer.Option("-o", "--out", help="Where results go, if not into the run.")
     ] = None,
     blind: Annotated[
-        bool, typer.Option("--blind", help="Show grey in place of every picture.")
+        bool, typer.Option("--blind", help="Show grey in place of every image.")
     ] = False,
     dry_run: Annotated[
         bool,
@@ -65,6 +65,7 @@ def evaluate(
     if dry_run:
         print_plan(plan(names, data_root, split), run)
         return
+
     grader = _judge(judge, judge_model, judge_replies, out or run)
     results = measure(
         run, names, data_root, batch_size, limit, split, out, blind=blind, judge=grader
@@ -167,7 +168,7 @@ def _compare_paired(first: Path, second: Path, json_out: Path | None) -> None:
 
 
 def _judge(url: str | None, model: str | None, replies: Path | None, folder: Path) -> Judge | None:
-    """The judge that the options ask for."""
+    """Return the judge that the options ask for."""
     from mipha.evaluation.judge import Endpoint, Replay
 
     if replies is not None and url is not None:

@@ -205,11 +205,14 @@ def _plot_learning_rates(axes: Axes, rows: list[dict[str, Any]], steps: list[int
         curves.setdefault(tuple(row.get(key, math.nan) for row in rows), []).append(
             key.partition("/")[2].replace("_", " ")
         )
+
+    # Parts with the same rate share a curve.
     styles = ("-", "--", ":")
     for (curve, parts), style in zip(curves.items(), styles, strict=False):
         axes.plot(steps, curve, color=GREY, linewidth=1.2, linestyle=style, label=", ".join(parts))
     if len(curves) > 1:
         axes.legend(frameon=False, fontsize=7, labelcolor=GREY)
+
     axes.set_ylim(bottom=0)
     axes.set_ylabel("learning\nrate")
     axes.set_xlabel("optimizer step")

@@ -69,8 +69,8 @@ class Tally:
     """Contributions summed by cluster: all that a metric's value, interval and tests need.
 
     Args:
-        clusters: Label of each cluster.
-        names: What is contributed to.
+        clusters: Label of each cluster, in the order of the rows.
+        names: Names of the contributions, in the order of the columns.
         sums: Shape (clusters, names).
         counts: Shape (clusters, names).
     """

@@ -119,6 +119,7 @@ def _cells(rows: Sequence[Row], bold: str) -> tuple[list[str], list[list[str]]]:
     facts = [key for key in FACTS if any(key in row.facts for row in rows)]
     columns = columns_of(rows)
     best = {column: best_of(rows, column) for column in columns}
+
     body = []
     for row in rows:
         shown = []
@@ -168,6 +169,7 @@ def _csv(rows: Sequence[Row]) -> str:
         for column in columns
         if any(row.cells[column].low is not None for row in rows if column in row.cells)
     ]
+
     header = [
         "name",
         *facts,
@@ -178,6 +180,7 @@ def _csv(rows: Sequence[Row]) -> str:
     text = io.StringIO()
     writer = csv.DictWriter(text, header, restval="", lineterminator="\n")
     writer.writeheader()
+
     for row in rows:
         ends = {
             f"{c}_{end}": getattr(row.cells[c], end)
@@ -187,6 +190,7 @@ def _csv(rows: Sequence[Row]) -> str:
         }
         marks = {column: cell.printed.lstrip("0123456789.") for column, cell in row.cells.items()}
         notes = "; ".join(f"{column} {mark}" for column, mark in marks.items() if mark)
+
         writer.writerow(
             {
                 "name": row.name,

@@ -215,7 +215,7 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is asked of one benchmark.
+    """The questions of one benchmark that a model is asked.
 
     Args:
         benchmark: The benchmark.

@@ -25,7 +25,7 @@ from mipha.errors import import_optional
 from mipha.files import read_json
 
 AGAIN = "get the official file again"
-"""What a user should do with a damaged file."""
+"""Advice for a damaged file."""
 
 _LONGEST_SHOWN = 80
 """Characters of a wrong value that an error shows."""
@@ -101,7 +101,7 @@ def read_record(schema: type[Record], record: Any, where: str, fix: str = AGAIN)
         schema: Keys and their types.
         record: Plain values from a JSON file.
         where: File and line, or file and record, for the error.
-        fix: What the user should do, for the error.
+        fix: Advice to the user, for the error.
 
     Raises:
         ValueError: A key is missing, or a value has another type; names place, key and value.

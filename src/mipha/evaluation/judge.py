@@ -93,6 +93,7 @@ class Replay:
         recorded = self._runs[run] if run < len(self._runs) else run
         known = self._replies.get((question_id, recorded, attempt))
         known = known or self._replies.get((question_id, 0, None), {})
+
         for prompt_sha256 in (_digest(prompt), None):
             if prompt_sha256 in known:
                 return known[prompt_sha256]
@@ -146,6 +147,8 @@ class Endpoint:
         self._headers = {"Content-Type": "application/json"} | (
             {"Authorization": f"Bearer {api_key}"} if api_key else {}
         )
+
+        # Replies that an earlier call recorded.
         self._known: dict[tuple[_Place, str | None], str] = {}
         for row in read_lines(record) if record else ():
             if row.get("model") == model:
@@ -179,6 +182,7 @@ class Endpoint:
                 "max_tokens": max_tokens,
             }
             reply = self._request(body)
+
             if self.record is not None:
                 line = {
                     "question_id": question_id,
@@ -195,6 +199,7 @@ class Endpoint:
     def _request(self, body: dict[str, Any]) -> str:
         request = Request(self.url, json.dumps(body).encode(), self._headers)
         trouble = ""
+
         for number in range(TRIES):
             time.sleep(self._pause * 2 ** (number - 1) if number else 0)
             try:
@@ -211,6 +216,7 @@ class Endpoint:
                     ) from error
             except (OSError, HTTPException) as error:
                 trouble = str(error) or type(error).__name__
+
         raise ConnectionError(
             f"no reply from the judge at {self.url} in {TRIES} tries ({trouble}): "
             "run the same command again to go on"

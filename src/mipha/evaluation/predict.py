@@ -259,9 +259,12 @@ class _Answering:
             except Exception as error:
                 if _is_system_error(error):
                     raise
+
                 left = [question for question in part if question.id not in self.answered]
                 if len(left) < len(part):
                     self.failed_since_answer.clear()
+
+                # Halve, or blame the one that is left.
                 if len(left) > 1:
                     todo += [left[len(left) // 2 :], left[: len(left) // 2]]
                 elif left:

@@ -22,25 +22,11 @@ def print_results(results: Sequence[Result]) -> None:
     console = Console()
     for result in results:
         if result.scores:
-            table = _table(
-                f"{result.benchmark} {result.split}{' (blind)' if result.blind else ''}",
-                "metric",
-                "value",
-                "95 % interval",
-                "n",
-            )
-            for score in result.scores:
-                interval = (
-                    ""
-                    if score.low is None or score.high is None
-                    else f"{score.low:.1f} to {score.high:.1f}"
-                )
-                table.add_row(score.metric, _value(score.value, score.unit), interval, str(score.n))
-            for name, value in result.baselines.items():
-                table.add_row(f"{name} baseline", _value(value, result.scores[0].unit), style="dim")
-            console.print(table)
+            console.print(_score_table(result))
         for note in result.notes:
             console.print(f"{result.benchmark}: {note}", soft_wrap=True, highlight=False)
+
+        # Answers that are missing.
         if result.n_failed:
             console.print(
                 f"{result.n_failed} of {result.n_asked} questions failed and are not in these "
@@ -48,10 +34,8 @@ def print_results(results: Sequence[Result]) -> None:
                 style="red",
             )
         if not result.complete:
-            console.print(
-                f"not complete: {result.n_asked - result.n_failed} of {result.num_questions} "
-                "questions"
-            )
+            num_answered = result.n_asked - result.n_failed
+            console.print(f"not complete: {num_answered} of {result.num_questions} questions")
 
 
 def print_plan(plans: Sequence[Plan], model: Path) -> None:
@@ -85,13 +69,12 @@ def print_plan(plans: Sequence[Plan], model: Path) -> None:
 
 def print_scored(content: Mapping[str, Any]) -> None:
     """Print what `mipha score` found."""
-    console = Console()
+    table = _table("", "metric", "value", "95 % interval")
     low, high = content["interval"]
     interval = "" if low is None else f"{low:.2f} to {high:.2f}"
-    table = _table("", "metric", "value", "95 % interval")
-    table.add_row(
-        content["metric"], _value(content["headline"], content["unit"]), interval, style="bold"
-    )
+    headline = _value(content["headline"], content["unit"])
+    table.add_row(content["metric"], headline, interval, style="bold")
+
     for name, value in content["metrics"].items():
         members = value.items() if isinstance(value, dict) else [("", value)]
         for member, number in members:
@@ -100,6 +83,8 @@ def print_scored(content: Mapping[str, Any]) -> None:
                     f"{name}.{member}" if member else name,
                     "undefined" if number is None else f"{number:.2f}",
                 )
+
+    console = Console()
     console.print(table)
     for note in content["notes"]:
         console.print(note, soft_wrap=True, highlight=False)
@@ -107,15 +92,8 @@ def print_scored(content: Mapping[str, Any]) -> None:
 
 def print_paired(rows: Sequence[PairedRow]) -> None:
     """Print differences with intervals and p-values, benchmark by benchmark."""
-    table = _table(
-        "A minus B, question by question",
-        "benchmark",
-        "metric",
-        "difference",
-        "95 % interval",
-        "p",
-        "p (Holm)",
-    )
+    columns = ("benchmark", "metric", "difference", "95 % interval", "p", "p (Holm)")
+    table = _table("A minus B, question by question", *columns)
     shown = ""
     for row in rows:
         found = row.paired
@@ -129,6 +107,7 @@ def print_paired(rows: Sequence[PairedRow]) -> None:
             style="" if row.p_holm is None else "bold",
         )
         shown = row.benchmark
+
     console = Console()
     console.print(table)
     console.print(
@@ -136,6 +115,20 @@ def print_paired(rows: Sequence[PairedRow]) -> None:
         "p (Holm): headlines, adjusted for the number of benchmarks",
         style="dim",
     )
+
+
+def _score_table(result: Result) -> Table:
+    blind = " (blind)" if result.blind else ""
+    title = f"{result.benchmark} {result.split}{blind}"
+    table = _table(title, "metric", "value", "95 % interval", "n")
+    for score in result.scores:
+        interval = ""
+        if score.low is not None and score.high is not None:
+            interval = f"{score.low:.1f} to {score.high:.1f}"
+        table.add_row(score.metric, _value(score.value, score.unit), interval, str(score.n))
+    for name, value in result.baselines.items():
+        table.add_row(f"{name} baseline", _value(value, result.scores[0].unit), style="dim")
+    return table
 
 
 def _pick(questions: Sequence[Question]) -> list[Question]:

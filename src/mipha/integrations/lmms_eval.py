@@ -2,7 +2,8 @@
 
     python -m lmms_eval --model mipha --model_args pretrained=runs/quickstart --tasks mme
 
-Source: EvolvingLMMs-Lab/lmms-eval 0.7 `docs/model_guide.md`, `lmms_eval/api/task.py` (arguments of a chat request are six).
+Source: EvolvingLMMs-Lab/lmms-eval 0.7 `docs/model_guide.md`, `lmms_eval/api/task.py` (a chat request
+    has six arguments).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ manifest = ModelManifest(model_id="mipha", chat_class_path="mipha.integrations.l
 
 
 class Mipha(lmms):
-    """Answers through `mipha.Assistant`: greedy, one image a question at most."""
+    """A model that answers through `mipha.Assistant`: greedy, at most one image per question."""
 
     is_simple = False
 
@@ -35,22 +36,25 @@ class Mipha(lmms):
         super().__init__()
         if kwargs:
             raise ValueError(
-                f"mipha takes pretrained, device and batch_size as model arguments, not {', '.join(kwargs)}: leave them out"
+                "mipha takes pretrained, device and batch_size as model arguments, not "
+                f"{', '.join(kwargs)}: leave them out"
             )
         self.assistant = load(pretrained, device=device)
         self.batch_size = int(batch_size)
 
     def generate_until(self, requests: list[Any]) -> list[str]:
-        """Answers in the order of the requests.
+        """Return answers in the order of the requests.
 
         Raises:
             ValueError: A request has several images, several turns, or asks for sampling.
         """
-        texts: list[str] = [""] * len(requests)
-        groups: dict[tuple[int, tuple[str, ...]], list[int]] = {}
+        # Requests with the same limits are asked together.
         pairs = [self._pair(*request.args) for request in requests]
+        groups: dict[tuple[int, tuple[str, ...]], list[int]] = {}
         for place, (_, max_new_tokens, until) in enumerate(pairs):
             groups.setdefault((max_new_tokens, until), []).append(place)
+
+        texts: list[str] = [""] * len(requests)
         bar = tqdm(total=len(requests), desc="mipha", disable=self.rank != 0)
         for (max_new_tokens, until), places in groups.items():
             asked = [pairs[place][0] for place in places]
@@ -60,6 +64,7 @@ class Mipha(lmms):
                 batch_size=self.batch_size,
                 on_answers=lambda found, _: bar.update(len(found)),
             )
+
             for place, answer in zip(places, answers, strict=True):
                 texts[place] = _cut(answer.text, until)
                 context, _, options = requests[place].args[:3]
@@ -68,13 +73,13 @@ class Mipha(lmms):
         return texts
 
     def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-        """Not offered: the protocols that mipha reproduces read generated text."""
+        """Refuse: the protocols that mipha reproduces read generated text."""
         raise NotImplementedError(
             "mipha answers by generation: choose a task with output_type generate_until"
         )
 
     def generate_until_multi_round(self, requests: list[Any]) -> list[str]:
-        """Not offered: a question is one turn."""
+        """Refuse: a question is one turn."""
         raise NotImplementedError(
             "mipha answers single turns here: choose a task with output_type generate_until"
         )
@@ -90,14 +95,18 @@ class Mipha(lmms):
     ) -> Any:
         if options.get("do_sample") and options.get("temperature"):
             raise ValueError(
-                f"task {task} asks for sampling (temperature {options['temperature']}), mipha answers greedily: set it to 0"
+                f"task {task} asks for sampling (temperature {options['temperature']}), "
+                "mipha answers greedily: set it to 0"
             )
+
         messages = ChatMessages(messages=to_messages(self.task_dict[task][split][doc_id]))
         images, videos, audios = messages.extract_media()
         if len(images) > 1 or videos or audios or len(messages.messages) > 1:
             raise ValueError(
-                f"task {task} document {doc_id} is more than one image and one turn, which this model cannot read: choose another task"
+                f"task {task} document {doc_id} is more than one image and one turn, "
+                "which this model cannot read: choose another task"
             )
+
         text = "\n".join(
             content.text for content in messages.messages[0].content if content.type == "text"
         )
@@ -110,6 +119,6 @@ class Mipha(lmms):
 
 
 def _cut(text: str, until: tuple[str, ...]) -> str:
-    """The text before the first stop string."""
+    """Return the text before the first stop string."""
     ends = [text.index(stop) for stop in until if stop and stop in text]
     return text[: min(ends)] if ends else text

@@ -19,7 +19,7 @@ from mipha.assistant import load
 
 
 class Mipha(BaseModel):
-    """Answers through `mipha.Assistant`: greedy, one image a question at most."""
+    """A model that answers through `mipha.Assistant`: greedy, at most one image per question."""
 
     INSTALL_REQ = False
     INTERLEAVE = False
@@ -33,7 +33,7 @@ class Mipha(BaseModel):
         self.max_new_tokens = max_new_tokens
 
     def generate_inner(self, message: list[dict[str, Any]], dataset: str | None = None) -> str:
-        """The answer to a message of `{"type": "image" | "text", "value": ...}` parts.
+        """Return the answer to a message of `{"type": "image" | "text", "value": ...}` parts.
 
         Raises:
             ValueError: Several images.
@@ -41,7 +41,8 @@ class Mipha(BaseModel):
         images = [part["value"] for part in message if part["type"] == "image"]
         if len(images) > 1:
             raise ValueError(
-                f"{dataset or 'the message'} has {len(images)} images, and this model reads one: choose another data set"
+                f"{dataset or 'the message'} has {len(images)} images, and this model reads one: "
+                "choose another data set"
             )
         question = "\n".join(part["value"] for part in message if part["type"] == "text")
         return self.assistant.answer(

@@ -137,6 +137,7 @@ def question_only_baseline(questions: Iterable[Question]) -> dict[str, str]:
 
 def _read(root: Path | None, split: str) -> list[Question]:
     """Return the questions, without a look at their images."""
+    # Answers to each question string in the whole official training split.
     by_text: dict[str, Counter[str]] = defaultdict(Counter)
     for part in ("train", "validation"):
         for text, answer in (
@@ -145,6 +146,7 @@ def _read(root: Path | None, split: str) -> list[Question]:
             by_text[text][answer] += 1
     usual = {text: _most_frequent(counts) for text, counts in by_text.items()}
     most_frequent = _most_frequent(sum(by_text.values(), Counter()))
+
     folder, by_image = questions_of(root, split)
     return [
         Question(

@@ -103,6 +103,7 @@ def score(
         question.id: float(normalised[question.id] == question.facts["answer"])
         for question in questions
     }
+
     contributions = [
         (question.facts["image"], dict.fromkeys(_metrics_of(question.facts), right[question.id]))
         for question in questions

@@ -430,6 +430,7 @@ def _judge_notes(
             f"scored by rules, without a judge (exact_matching): {num_unread:,} of {len(parsed):,} "
             "answers name no option and count as wrong"
         ]
+
     notes = [
         f"the judge was asked about {len(asked):,} of {len(parsed):,} answers: "
         "those that the rules cannot read, where they decide"

@@ -230,6 +230,7 @@ def _lines(root: Path) -> Iterator[_Line]:
         raise ValueError(f"{root} is one file: give the folder with the <subtask>.txt")
     texts = {subtask: root / f"{subtask}.txt" for subtask in SUBTASKS}
     folders = {subtask: root / subtask for subtask in SUBTASKS}
+
     if there := [subtask for subtask, path in texts.items() if path.is_file()]:
         for subtask in there:
             yield from _tool_lines(subtask, texts[subtask])

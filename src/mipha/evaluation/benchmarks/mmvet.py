@@ -217,6 +217,7 @@ def _grade(question: Question, prediction: str, judge: Judge, run: int) -> float
     The official program then fetches a sixth reply, and does not read it.
     """
     prompt = grading_prompt(question.text, question.facts["answer"], prediction)
+
     for attempt in range(_TRIES):
         # The first repetition is at temperature 0 as well, only the prompt is longer.
         temperature = 0.5 * max(0, attempt - 1)

@@ -291,6 +291,7 @@ def _read_llava_lines(path: Path) -> Iterator[tuple[str, Any]]:
                 f"{where}: wanted an image COCO_test2015_<12 digits>.jpg and a text that ends with "
                 f"{SHORT!r}"
             )
+
         yield (
             where,
             {
@@ -312,6 +313,7 @@ def _read_annotations(path: Path) -> dict[int, dict[str, Any]]:
             raise ValueError(
                 f"{where}: question_id {record.question_id} stands in the file twice: {AGAIN}"
             )
+
         labels[record.question_id] = {
             "image_id": record.image_id,
             "answers": human_answers(record.answers, where),
