@@ -384,7 +384,8 @@ def test_a_missing_image_is_found_before_anything_is_asked(
         ("x" * 65, "mmbench_dev_20230712.tsv line 3: the image is not base64"),
         (
             "",
-            "mmbench_dev_20230712.tsv line 3: the image is neither an image in base64 nor the index of a row with one",
+            "mmbench_dev_20230712.tsv line 3: the image is neither an image in base64 nor the index "
+            "of a row with one",
         ),
         ("12", "mmbench_dev_20230712.tsv line 3: the image is neither"),
     ],

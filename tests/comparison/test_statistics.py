@@ -260,7 +260,7 @@ def accuracy(totals: Totals) -> Mapping[str, np.ndarray]:
 def train_once(
     rng: np.random.Generator, ease: np.ndarray, shift: float, seeds_spread: float
 ) -> Tally:
-    """One trained model: every image's questions are right with its ease, moved by the recipe and by the seed."""
+    """One trained model: right with the ease of an image, moved by the recipe and the seed."""
     chance = np.clip(ease + shift + rng.normal(0, seeds_spread), 0, 1)
     right = rng.random((4, len(ease))) < chance
     return tally(
@@ -296,7 +296,8 @@ def test_two_identical_recipes_differ_in_about_one_case_of_twenty(spread: float)
     for _ in range(300):
         a, b = ([train_once(rng, ease, 0.0, spread) for _ in range(3)] for _ in range(2))
         found += seed_difference(a, b, accuracy, "accuracy", 100).p_value < 0.05
-    # Of 300, 5 % are 15, and by chance 1 in 1,000 times fewer than 4 or more than 28. (n = 3 makes Welch's test a little careful.)
+    # Of 300, 5 % are 15, and by chance 1 in 1,000 times fewer than 4 or more than 28. With n = 3
+    # Welch's test is a little careful.
     assert 2 <= found <= 28
 
 

@@ -37,13 +37,15 @@ FOUR = {"A": "a cat", "B": "two dogs", "C": "blue", "D": "nothing at all"}
         ("B it is then", "B"),
         ("B it is then, yes", None),
         ("B is what I would say: B", None),
-        # Then an "answer is" anywhere, in any case, with or without asterisks, and no word boundary after the letter.
+        # Then an "answer is" anywhere, in any case, with or without asterisks, and no word boundary
+        # after the letter.
         ("The correct answer is B because nobody in here is wearing a red hat.", "B"),
         ("I think the ANSWER  IS **c** since there is no other that fits.", "C"),
         ("My answer is drawn from what is there.", "D"),
         ("The answer is: B, as anybody can see from here.", None),
         ("The answer is e, and then the answer is B of all four.", "B"),
-        # Then option texts, in any case, if just one is contained and the answer is not too long (2 x 31 characters).
+        # Then option texts, in any case, if just one is contained and the answer is not too long
+        # (2 x 31 characters).
         ("I see TWO DOGS", "B"),
         ("bluebird", "C"),
         ("two dogs and a cat", None),

@@ -162,4 +162,5 @@ def test_a_wrong_line_is_named(
 
 def test_a_judge_for_rules_alone_is_refused(asked: list[Question]) -> None:
     with pytest.raises(ValueError, match="by rules alone"):
-        judge_answers(load_benchmark("easy_vqa"), asked, {}, judge=object())  # type: ignore[arg-type]
+        benchmark = load_benchmark("easy_vqa")
+        judge_answers(benchmark, asked, {}, judge=object())  # type: ignore[arg-type]

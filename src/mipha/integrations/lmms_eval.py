@@ -2,8 +2,8 @@
 
     python -m lmms_eval --model mipha --model_args pretrained=runs/quickstart --tasks mme
 
-Source: EvolvingLMMs-Lab/lmms-eval 0.7 `docs/model_guide.md`, `lmms_eval/api/task.py` (a chat request
-    has six arguments).
+Source: EvolvingLMMs-Lab/lmms-eval 0.7 `docs/model_guide.md`, `lmms_eval/api/task.py` (a chat
+    request has six arguments).
 """
 
 from __future__ import annotations

@@ -308,7 +308,7 @@ OFFICIAL = Official(
     unit="points",
     best=2000.0,
     image="landmark/0001.jpg",
-    # The score is made of those subtasks that are there, so it is the prediction that has no question.
+    # The score is made of those subtasks that are there, so a prediction has no question.
     without_file="no question has the id OCR/0",
     prompts=(
         "    <image>\n    Is it existence Yes?\n"

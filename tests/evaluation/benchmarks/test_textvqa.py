@@ -107,7 +107,7 @@ def _write_ocr(root: Path, name: str) -> None:
             {"image_id": "b9dc", "ocr_tokens": [], "ocr_info": []},
             {"image_id": "003a", "ocr_tokens": ["S,,", "$5"], "ocr_info": []},
         ]
-        (root / name).write_text(json.dumps({"data": data}))
+        (root / name).write_text(json.dumps({"dataset_version": 0.2, "data": data}))
         return
     asked = [
         ("003a", "What is it?", "S,,, $5"),

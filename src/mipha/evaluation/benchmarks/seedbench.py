@@ -5,8 +5,8 @@ is not asked those, but a predictions file that answers them is scored on them: 
 them as well, marked `optional`, and `video` and `total` appear.
 
 Source: haotian-liu/LLaVA c121f043 `scripts/convert_seed_for_submission.py` (it stops with a
-    KeyError on a type without one right answer; that type is 0 % here); AILab-CVC/SEED-Bench 991e849b
-    `DATASET.md`. The `eval.py` there ranks choices by likelihood: no published number of this
+    KeyError on a type without one right answer; that type is 0 % here); AILab-CVC/SEED-Bench
+    991e849b `DATASET.md`. The `eval.py` there ranks choices by likelihood: no published number of this
     protocol is made with it.
 """
 
@@ -24,6 +24,7 @@ from mipha.evaluation.benchmark import Benchmark, Judge, Judgement, Metric, Ques
 from mipha.evaluation.files import (
     AGAIN,
     OfficialRecord,
+    QuestionId,
     find,
     image_file,
     read_official,
@@ -48,13 +49,13 @@ class _File(OfficialRecord):
 class _Record(OfficialRecord):
     question_id: str | int
     question: str
-    choice_a: str
-    choice_b: str
-    choice_c: str
-    choice_d: str
+    choice_a: Any
+    choice_b: Any
+    choice_c: Any
+    choice_d: Any
     answer: Literal["A", "B", "C", "D"]
     data_type: Literal["image", "video"]
-    data_id: str
+    data_id: QuestionId
     question_type_id: int
 
 

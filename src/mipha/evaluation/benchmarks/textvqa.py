@@ -28,6 +28,7 @@ from mipha.evaluation.benchmark import Benchmark, Judge, Judgement, Metric, Ques
 from mipha.evaluation.files import (
     AGAIN,
     OfficialRecord,
+    QuestionId,
     find,
     image_file,
     read_official,
@@ -47,8 +48,8 @@ OCR_LINE = "\nReference OCR token: "
 
 class _File(OfficialRecord):
     data: list[Any]
-    dataset_version: str | None = None
-    dataset_type: str | None = None
+    dataset_version: Any = None
+    dataset_type: Any = None
 
 
 class _Record(OfficialRecord):
@@ -66,7 +67,7 @@ class _Tokens(OfficialRecord):
 class _LlavaLine(OfficialRecord):
     """A line of LLaVA's question file, which has the image id as question_id."""
 
-    question_id: str
+    question_id: QuestionId
     text: str
 
 

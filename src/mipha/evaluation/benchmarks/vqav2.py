@@ -68,12 +68,12 @@ DATA_SUBTYPES = {"val": "val2014", "test-dev": "test-dev2015", "test": "test2015
 
 class _QuestionFile(OfficialRecord):
     questions: list[Any]
-    data_subtype: str | None = None
+    data_subtype: Any = None
 
 
 class _AnnotationFile(OfficialRecord):
     annotations: list[Any]
-    data_subtype: str | None = None
+    data_subtype: Any = None
 
 
 class _Question(OfficialRecord):
