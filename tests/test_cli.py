@@ -174,7 +174,7 @@ def test_train_gives_the_overridden_recipe_to_the_pipeline(
     )
     assert done.exit_code == 0 and str(tmp_path / "finetune" / "checkpoint") in done.stdout
     ((recipe, folder, track),) = calls
-    assert (recipe.seed, recipe.stages.finetune.learning_rate, folder, track) == (
+    assert (recipe.seed, recipe.stages["finetune"].learning_rate, folder, track) == (
         7,
         1e-4,
         tmp_path,

@@ -176,7 +176,7 @@ def test_the_commands_fit_the_quickstart_which_they_name() -> None:
     assert len(trained) == 2
     for words in trained:
         recipe = load_recipe("quickstart").override(*words[5:])
-        assert str(recipe.stages.finetune.data[0].root) == "clean.jsonl"
+        assert str(recipe.stages["finetune"].data[0].root) == "clean.jsonl"
     outside_blocks = re.sub(r"^```.*?^```$", "", TEXT, flags=re.DOTALL | re.MULTILINE)
     assert not re.search("`(mipha|python) ", outside_blocks), "a command that is not run here"
 
