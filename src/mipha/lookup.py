@@ -28,8 +28,13 @@ _Loader.add_implicit_resolver(
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return a clause for an error message: the nearest known names, or all of them."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    near = near_names(name, known)
     return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known) or 'none'}"
+
+
+def near_names(name: str, known: Iterable[str]) -> list[str]:
+    """Return the known names that are nearest to a mistyped one, at most three."""
+    return difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.5)
 
 
 def files_in(folder: Path, suffix: str) -> list[str]:

@@ -91,7 +91,9 @@ class RecipeBase(Strict):
 
     def dump(self) -> str:
         """Return the file as YAML, with every default written out."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=120)
+        return yaml.safe_dump(
+            self.model_dump(mode="json"), sort_keys=False, width=120, allow_unicode=True
+        )
 
     def digest(self) -> str:
         """Return twelve hex digits that name what the file decides."""

@@ -183,6 +183,11 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def is_first_process() -> bool:
+    """Return whether this process is the first of those that `torchrun` started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def model_folder(path: str | Path) -> Path:
     """Return the standard model folder that a run, or a model folder itself, stands for.
 

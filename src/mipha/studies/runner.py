@@ -33,7 +33,7 @@ from mipha.studies.folder import (
     runs_in,
     share_stages,
 )
-from mipha.studies.study import Experiment, Measured, Scale, Study
+from mipha.studies.study import Experiment, Measured, Scale
 
 console = Console()
 
@@ -41,29 +41,23 @@ _LOOK_EVERY = 5.0
 """Seconds between looks into every run for the bar: on two cores more often would be felt."""
 
 
-def run_study(
-    study: Study,
-    scale: str,
-    out: str | Path,
+def run_missing(
+    experiment: Experiment,
+    out: Path,
     seeds: int | None = None,
     slots: int = 1,
     slurm: dict[str, Any] | None = None,
     share: Sequence[str | Path] = (),
-) -> Path:
-    """Train and evaluate the runs that are missing.
+) -> None:
+    """Train and evaluate the runs of a study that are missing.
 
     Args:
-        study: What is compared.
-        scale: `mini` or `paper`.
+        experiment: What is compared, at one scale.
         out: Folder of this study; the same one goes on where it stopped.
-        seeds: Repeats of every variant; None: as the study says. More may be asked for later.
+        seeds: Repeats of every variant; None: as the study says.
         slots: Runs at a time; with several GPUs each run sees one of them.
         slurm: Parameters of a SLURM job for submitit, one job a run, in place of processes here.
-        share: Folders of other studies. Their runs and first stages of the same recipes are taken
-            over in place of being trained again.
-
-    Returns:
-        The folder.
+        share: Folders of other studies, whose runs and first stages are taken over.
 
     Raises:
         FileNotFoundError: A folder to share from holds no study.
@@ -72,7 +66,6 @@ def run_study(
         RuntimeError: Runs failed; names their logs. The others were finished.
     """
     # Check what can be checked before anything is trained.
-    out, experiment = Path(out), study.at(scale)
     for wanted in experiment.asked.evaluate:
         compared_by(wanted)
     others = [job for folder in share for job in runs_in(Path(folder))]
@@ -88,7 +81,9 @@ def run_study(
 
     # Run what is missing.
     missing = [job for job in jobs if not _is_done(job, experiment.asked)]
-    console.print(f"{study.title}: {len(jobs)} runs, {len(jobs) - len(missing)} of them done")
+    console.print(
+        f"{experiment.study.title}: {len(jobs)} runs, {len(jobs) - len(missing)} of them done"
+    )
     with _progress(jobs) as watch, _executor(slots, slurm, out / "logs") as submit:
         failed = _run_all(
             missing,
@@ -104,7 +99,6 @@ def run_study(
             f"{len(failed)} of {len(jobs)} runs failed: see {logs}, "
             "fix the cause and run the same command again"
         )
-    return out
 
 
 def make(job: Job, experiment: Experiment, out: Path, environment: dict[str, str]) -> None:
