@@ -91,9 +91,7 @@ class RecipeBase(Strict):
 
     def dump(self) -> str:
         """Return the file as YAML, with every default written out."""
-        return yaml.safe_dump(
-            self.model_dump(mode="json"), sort_keys=False, width=120, allow_unicode=True
-        )
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=120)
 
     def digest(self) -> str:
         """Return twelve hex digits that name what the file decides."""
