@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mipha.api import run_study
 from mipha.run import create_run, open_run
 from mipha.studies.folder import Job, awaits, claim, jobs_of, open_study, share_stages
 from mipha.studies.report import write_report
-from mipha.studies.runner import _environment, run_study
+from mipha.studies.runner import _environment
 from mipha.studies.study import Study, load_study
 
 

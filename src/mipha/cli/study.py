@@ -25,7 +25,8 @@ def run(
     scale: Annotated[
         str,
         typer.Option(
-            help="mini: two CPU cores and the quickstart's parts; paper: GPUs and published weights."
+            help="mini: two CPU cores and the quickstart's parts; "
+            "paper: GPUs and published weights."
         ),
     ] = "mini",
     seeds: Annotated[
