@@ -256,7 +256,7 @@ def test_every_problem_is_listed_at_once(tmp_path: Path) -> None:
     del plain["model"]["vision_tower"]
     plain["stages"]["finetune"]["batch_size"] = 0
     path = tmp_path / "mine.yaml"
-    path.write_text(yaml.safe_dump(plain))
+    path.write_text(yaml.safe_dump(plain, sort_keys=False))
     with pytest.raises(ValueError, match="is not a valid recipe") as caught:
         load_recipe(path)
     text = str(caught.value)
@@ -336,7 +336,11 @@ def test_a_file_that_is_no_recipe(tmp_path: Path, text: str) -> None:
 
 def test_a_file_reads_numbers_as_people_write_them(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text(yaml.safe_dump(tree()).replace("learning_rate: 0.001", "learning_rate: 1e-3"))
+    path.write_text(
+        yaml.safe_dump(tree(), sort_keys=False).replace(
+            "learning_rate: 0.001", "learning_rate: 1e-3"
+        )
+    )
     assert "1e-3" in path.read_text()
     assert load_recipe(path).stages["finetune"].learning_rate == 1e-3
 
@@ -409,6 +413,14 @@ def test_stages_are_any_and_keep_their_order(names: tuple[str, ...]) -> None:
     assert recipe.last_stage == names[-1]
 
 
+def test_stages_can_be_replaced_as_a_whole_and_then_overridden(recipe: Recipe) -> None:
+    alone = yaml.safe_dump({"only": tree()["stages"]["finetune"]}, default_flow_style=True)
+    changed = recipe.override(f"stages={alone}", "stages.only.epochs=2", "data.only=x.jsonl")
+    assert list(changed.stages) == ["only"] and changed.stages["only"].epochs == 2
+    with pytest.raises(ValueError, match="no stage 'finetune': known: only"):
+        recipe.override(f"stages={alone}", "stages.finetune.epochs=2")
+
+
 def test_the_order_of_stages_is_part_of_what_a_recipe_trains() -> None:
     one, other = (Recipe.parse(staged(*names), "x") for names in (("a", "b"), ("b", "a")))
     assert one.digest() != other.digest()
@@ -428,3 +440,10 @@ def test_a_group_that_was_null_can_be_filled(recipe: Recipe) -> None:
     lora = ("stages.finetune.tuning.lora=null", "stages.finetune.tuning.lora.rank=4")
     changed = recipe.override("stages.finetune.tuning.language_model=lora", *lora)
     assert changed.stages["finetune"].tuning.lora.rank == 4
+
+
+def test_a_file_whose_keys_were_sorted_is_not_trained_backwards(tmp_path: Path) -> None:
+    path = tmp_path / "sorted.yaml"
+    path.write_text(yaml.safe_dump(tree()))
+    with pytest.raises(ValueError, match="pretrain stands after finetune: put pretrain first"):
+        load_recipe(path)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -84,7 +85,7 @@ class RecipeBase(Strict):
                     f"override {assignment!r} has no `=`: write key.path=value, for example seed=7"
                 )
             value = read_yaml(text, f"override {assignment!r}: the value")
-            _assign(tree, *self._expand(key.strip().split("."), value))
+            _assign(tree, *self._expand(tree, key.strip().split("."), value))
 
         changes = f" with {', '.join(assignments)}" if assignments else ""
         return self.parse(tree, f"{self.kind} {self.name!r}{changes}")
@@ -110,8 +111,8 @@ class RecipeBase(Strict):
             if mine.get(key) != theirs.get(key)
         }
 
-    def _expand(self, path: list[str], value: Any) -> tuple[list[str], Any]:
-        """Return what an assignment stands for, where the schema has short forms."""
+    def _expand(self, tree: dict[str, Any], path: list[str], value: Any) -> tuple[list[str], Any]:
+        """Return the path and the value that an assignment to a tree stands for."""
         return path, value
 
 
@@ -477,16 +478,25 @@ class Recipe(RecipeBase):
         "each later one from the model of the stage before",
     )
 
+    @field_validator("stages")
+    @classmethod
+    def _pretrain_first(cls, stages: dict[str, StageRecipe]) -> dict[str, StageRecipe]:
+        # A program that sorts keys turns the two around, and so would train them in that order.
+        names = [name for name in stages if name in ("pretrain", "finetune")]
+        if names == ["finetune", "pretrain"]:
+            raise ValueError(
+                "stages are trained in the order of the file, and pretrain stands after finetune: "
+                "put pretrain first, or rename it"
+            )
+        return stages
+
     def stage(self, name: str) -> StageRecipe:
         """Return one stage.
 
         Raises:
             ValueError: The recipe has no stage of that name.
         """
-        if name not in self.stages:
-            raise ValueError(
-                f"recipe {self.name!r} has no stage {name!r}: {did_you_mean(name, self.stages)}"
-            )
+        _check_has_stage(self.name, self.stages, name)
         return self.stages[name]
 
     @property
@@ -522,16 +532,26 @@ class Recipe(RecipeBase):
             content["order"] = list(self.stages)
         return content
 
-    def _expand(self, path: list[str], value: Any) -> tuple[list[str], Any]:
+    def _expand(self, tree: dict[str, Any], path: list[str], value: Any) -> tuple[list[str], Any]:
         """Expand `data.STAGE` to `stages.STAGE.data`, and a path or a name to a data set."""
         if path[0] == "data" and len(path) > 1:
             path = ["stages", path[1], "data", *path[2:]]
-        if path[0] == "stages" and len(path) > 1:
-            self.stage(path[1])
+
+        # A new stage cannot be made this way, so that a mistyped one is an error.
+        stages = tree["stages"]
+        if path[0] == "stages" and len(path) > 1 and isinstance(stages, dict):
+            _check_has_stage(self.name, stages, path[1])
+
         if path[-1] == "data" and isinstance(value, str):
             is_path = "/" in value or "." in value
             value = {"dataset": "auto", "root": value} if is_path else {"dataset": value}
         return path, value
+
+
+def _check_has_stage(recipe: str, stages: Iterable[str], name: str) -> None:
+    if name not in stages:
+        near = did_you_mean(name, stages)
+        raise ValueError(f"recipe {recipe!r} has no stage {name!r}: {near}")
 
 
 def list_recipes() -> list[str]:

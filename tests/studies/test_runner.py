@@ -42,7 +42,7 @@ def study(tiny_parts, tiny_data: Path, tmp_path: Path) -> Study:
         "precision": "float32",
         "stages": {"pretrain": stage, "finetune": stage},
     }
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     axes = {"tuned": {"projector": [], "all": ["stages.finetune.tuning.language_model=full"]}}
     scale = {
         "recipe": str(tmp_path / "tiny.yaml"),
