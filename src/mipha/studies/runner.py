@@ -51,19 +51,7 @@ def run_missing(
 ) -> None:
     """Train and evaluate the runs of a study that are missing.
 
-    Args:
-        experiment: What is compared, at one scale.
-        out: Folder of this study; the same one goes on where it stopped.
-        seeds: Repeats of every variant; None: as the study says.
-        slots: Runs at a time; with several GPUs each run sees one of them.
-        slurm: Parameters of a SLURM job for submitit, one job a run, in place of processes here.
-        share: Folders of other studies, whose runs and first stages are taken over.
-
-    Raises:
-        FileNotFoundError: A folder to share from holds no study.
-        ValueError: The folder holds another study, a run in it was made with another recipe, or a
-            benchmark has no such metric.
-        RuntimeError: Runs failed; names their logs. The others were finished.
+    Arguments and errors are those of `mipha.api.run_study`.
     """
     # Check what can be checked before anything is trained.
     for wanted in experiment.asked.evaluate:
