@@ -19,8 +19,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from mipha.cli import app
-from mipha.data.datasets.auto import detect
 from mipha.data.dataset import list_datasets
+from mipha.data.datasets.auto import detect
 from mipha.recipe import Recipe, load_recipe
 
 TEXT = (Path(__file__).parents[2] / "docs" / "own-data.md").read_text(encoding="utf-8")
