@@ -23,7 +23,7 @@ from mipha.alignment.curves import plot_several
 from mipha.alignment.datasets import load_preferences
 from mipha.alignment.encoding import encode_exchange, encode_prompt
 from mipha.alignment.preference import train_cost, train_reward
-from mipha.alignment.recipe import parse_alignment_recipe
+from mipha.alignment.recipe import StepRecipe
 from mipha.alignment.rlhf import rlhf, safe_rlhf
 from mipha.alignment.rollout import sample
 from mipha.alignment.scoring import Scorer
@@ -103,7 +103,7 @@ def recipe_of(step: str, folder: Path, steps: int) -> Any:
         trees[step]["threshold"] = once(
             folder / "threshold.json", lambda: {"threshold": cost_of_safe(folder)}
         )["threshold"]
-    return parse_alignment_recipe(
+    return StepRecipe.parse(
         {"name": f"toy-{step}", "step": step, **_SHARED, **trees[step]}, source="benchmark"
     )
 

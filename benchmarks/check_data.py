@@ -73,7 +73,7 @@ def _tokens(name: str) -> dict:
 
     recipe = load_recipe(name).override("stages.finetune.row_tokens=2048")
     return {
-        "stage": recipe.stages.finetune,
+        "stage": recipe.stages["finetune"],
         "processor": build(recipe.model)[1],
         "seed": recipe.seed,
     }

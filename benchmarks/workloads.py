@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mipha.recipe import ModelRecipe, Recipe, StageRecipe, StagesRecipe, TuningRecipe
+from mipha.recipe import ModelRecipe, Recipe, StageRecipe, TuningRecipe
 
 _WORDS = (
     "what",
@@ -210,9 +210,7 @@ def stage_recipe(
 
 def whole_recipe(parts: ModelRecipe, stage: StageRecipe) -> Recipe:
     """A recipe both of whose stages are this one, for what wants a whole recipe."""
-    return Recipe(
-        name="benchmark", model=parts, stages=StagesRecipe(pretrain=stage, finetune=stage)
-    )
+    return Recipe(name="benchmark", model=parts, stages={"pretrain": stage, "finetune": stage})
 
 
 def _words(random: np.random.Generator, least: int, most: int) -> str:

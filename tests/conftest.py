@@ -17,7 +17,7 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
-from mipha.recipe import ModelRecipe, Recipe, parse_recipe
+from mipha.recipe import ModelRecipe, Recipe
 
 if TYPE_CHECKING:
     from transformers import LlavaProcessor, PreTrainedTokenizerFast
@@ -223,7 +223,7 @@ def tiny_run_recipe(tiny_parts: Callable[..., TinyParts], tiny_data: Path) -> Ca
                 },
             },
         }
-        return parse_recipe(tree, source="tiny").override(*overrides)
+        return Recipe.parse(tree, source="tiny").override(*overrides)
 
     return recipe
 

@@ -13,10 +13,12 @@ import yaml
 from typer.testing import CliRunner
 
 from mipha import recipe as recipe_module
+from mipha.alignment.recipe import load_alignment_recipe
 from mipha.catalog.language_models import LANGUAGE_MODELS
-from mipha.cli import app
+from mipha.cli import app, catalog
 from mipha.evaluation.benchmark import list_benchmarks
 from mipha.recipe import list_recipes, load_recipe
+from mipha.studies.study import load_study
 
 
 def invoke(*arguments: str, **options: Any) -> Any:
@@ -174,7 +176,7 @@ def test_train_gives_the_overridden_recipe_to_the_pipeline(
     )
     assert done.exit_code == 0 and str(tmp_path / "finetune" / "checkpoint") in done.stdout
     ((recipe, folder, track),) = calls
-    assert (recipe.seed, recipe.stages.finetune.learning_rate, folder, track) == (
+    assert (recipe.seed, recipe.stages["finetune"].learning_rate, folder, track) == (
         7,
         1e-4,
         tmp_path,
@@ -234,3 +236,53 @@ def test_chat_keeps_the_conversation_until_reset_or_another_picture(
     assert invoke("chat", str(tmp_path), input="hi\n").exit_code == 0, "the end of the input leaves"
     missing = invoke("chat", str(tmp_path), "--image", "nope.png")
     assert missing.exit_code == 2 and "no image nope.png" in missing.stderr
+
+
+def catalog_names() -> list[str]:
+    """Every name that `mipha list` shows."""
+    return [name for kind in catalog._kinds().values() for name in kind.names]
+
+
+@pytest.mark.parametrize("name", catalog_names())
+def test_whatever_is_listed_can_be_shown(name: str) -> None:
+    shown = invoke("show", name)
+    assert shown.exit_code == 0 and len(shown.stdout) > 20, shown.stderr
+
+
+def test_what_is_shown_can_be_read_back(tmp_path: Path) -> None:
+    """A complete study, recipe or alignment recipe to change and use."""
+    for name, load in (
+        ("freezing", load_study),
+        ("quickstart", load_recipe),
+        ("phi-2-sft", load_alignment_recipe),
+    ):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(invoke("show", name).stdout, encoding="utf-8")
+        assert load(path) == load(name)
+        assert invoke("show", str(path)).stdout == path.read_text(encoding="utf-8")
+
+
+def test_a_name_that_stands_for_two_things_shows_both() -> None:
+    shown = invoke("show", "easy_vqa").stdout
+    assert "# dataset easy_vqa" in shown and "# benchmark easy_vqa" in shown
+
+
+@pytest.mark.parametrize("kind", ["vision-tower", "vision_tower", "vision towers"])
+def test_list_filters_by_kind(kind: str) -> None:
+    shown = invoke("list", kind).stdout
+    assert "siglip-so400m-384" in shown and "phi-2" not in shown
+
+
+def test_unknown_names_and_kinds_are_one_sentence() -> None:
+    wrong = invoke("list", "recipe-alignment")
+    assert wrong.exit_code == 2 and "no kind 'recipe-alignment': did you mean" in wrong.stderr
+    far = invoke("show", "zzzzzz")
+    assert far.exit_code == 2 and far.stderr == (
+        "mipha: the catalog has no 'zzzzzz': `mipha list` shows what there is\n"
+    )
+
+
+@pytest.mark.parametrize("arguments", [["-h"], ["show", "-h"], ["study", "run", "-h"]])
+def test_h_is_help(arguments: list[str]) -> None:
+    shown = invoke(*arguments)
+    assert shown.exit_code == 0 and shown.stdout == invoke(*arguments[:-1], "--help").stdout

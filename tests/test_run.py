@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mipha.recipe import Recipe, parse_recipe
+from mipha.recipe import Recipe
 from mipha.run import create_run, model_folder, open_run
 
 
@@ -22,7 +22,7 @@ def make_recipe(**changes: object) -> Recipe:
         "model": {"vision_tower": "dinov2-small", "language_model": "smollm2-135m"},
         "stages": {"pretrain": stage, "finetune": {**stage, **changes}},
     }
-    return parse_recipe(tree, "tiny")
+    return Recipe.parse(tree, "tiny")
 
 
 def make_model(folder: Path) -> Path:
@@ -140,8 +140,25 @@ def test_every_path_lies_in_the_run_and_none_twice(tmp_path: Path) -> None:
     ]
     paths.append(run.evaluation("easy_vqa"))
     assert len(set(paths)) == len(paths) and all(path.is_relative_to(tmp_path) for path in paths)
-    with pytest.raises(AssertionError):
-        run.stage("finetuning")
+    with pytest.raises(ValueError, match="no stage 'finetuning': did you mean finetune"):
+        run.recipe.stage("finetuning")
+
+
+@pytest.mark.parametrize("names", [("finetune",), ("pretrain", "finetune", "more")])
+def test_a_run_is_trained_when_its_last_stage_is_finished(
+    names: tuple[str, ...], tmp_path: Path
+) -> None:
+    stage = make_recipe().stages["finetune"]
+    recipe = make_recipe().model_copy(update={"stages": dict.fromkeys(names, stage)})
+    run = create_run(tmp_path, recipe)
+    for name in names:
+        assert not run.is_trained
+        with pytest.raises(FileNotFoundError, match=f"has not finished {names[-1]}: run the same"):
+            run.final_checkpoint()
+        make_model(run.checkpoint(name))
+    assert run.is_trained and run.final_checkpoint() == tmp_path / names[-1] / "checkpoint"
+    with pytest.raises(ValueError, match="holds a run of another recipe"):
+        create_run(tmp_path, make_recipe(learning_rate=2e-3))
 
 
 def test_what_a_stage_is_trained_on_is_kept_and_cannot_change_once_it_began(tmp_path: Path) -> None:

@@ -1,27 +1,54 @@
-"""Multimodal small language models: build, train, evaluate, ask. The public names are loaded on first use."""
+"""Multimodal small language models: build, train, evaluate, ask.
+
+The public names are loaded on first use, so that importing the package is instant.
+"""
 
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-_PUBLIC = {
+if TYPE_CHECKING:
+    from mipha.api import evaluate, run_study, train
+    from mipha.assistant import Answer, Assistant, load
+    from mipha.comparison.tables import compare
+    from mipha.recipe import Recipe, load_recipe
+    from mipha.studies.study import Study, load_study
+
+_HOME = {
     "load_recipe": "mipha.recipe",
     "Recipe": "mipha.recipe",
-    "train": "mipha.training.pipeline",
-    "evaluate": "mipha.evaluation.evaluate",
+    "train": "mipha.api",
+    "evaluate": "mipha.api",
     "compare": "mipha.comparison.tables",
     "load_study": "mipha.studies.study",
-    "run_study": "mipha.studies.runner",
+    "Study": "mipha.studies.study",
+    "run_study": "mipha.api",
     "load": "mipha.assistant",
     "Assistant": "mipha.assistant",
     "Answer": "mipha.assistant",
 }
 
-__all__ = list(_PUBLIC)
+__all__ = [
+    "Answer",
+    "Assistant",
+    "Recipe",
+    "Study",
+    "compare",
+    "evaluate",
+    "load",
+    "load_recipe",
+    "load_study",
+    "run_study",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _PUBLIC:
+    if name not in _HOME:
         raise AttributeError(f"module 'mipha' has no attribute {name!r}")
-    return getattr(importlib.import_module(_PUBLIC[name]), name)
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

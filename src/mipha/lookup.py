@@ -1,4 +1,4 @@
-"""Names: what a folder or a table holds, the YAML behind one, and "did you mean" for a name that is not there."""
+"""Names: those of a folder, the YAML behind one, and "did you mean" for one that is not there."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import yaml
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML that reads 1e-3 as a number (YAML 1.1 wants 1.0e-3, and a learning rate that is a string helps nobody)."""
+    """YAML that reads 1e-3 as a number, where YAML 1.1 wants 1.0e-3."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -26,41 +26,48 @@ _Loader.add_implicit_resolver(
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A clause for an error message: the nearest known names, or all of them."""
+    """Return a clause for an error message: the nearest known names, or all of them."""
     known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    near = near_names(name, known)
     return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known) or 'none'}"
 
 
+def near_names(name: str, known: Iterable[str]) -> list[str]:
+    """Return the known names that are nearest to a mistyped one, at most three."""
+    return difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.5)
+
+
 def files_in(folder: Path, suffix: str) -> list[str]:
-    """Stems of the files with this suffix: the folder is the registry."""
+    """Return the stems of the files with this suffix: the folder is the registry."""
     return sorted(path.stem for path in folder.glob(f"*{suffix}") if not path.stem.startswith("_"))
 
 
 def read_named(name: str | Path, folder: Path, kind: str) -> tuple[Any, Path]:
-    """The plain values of a YAML file of the catalog, or of any: and the file.
+    """Read a YAML file of the catalog, or any other.
 
     Args:
         name: Stem of a file in `folder`, or a path that ends in .yaml.
         kind: What it is, for messages.
 
+    Returns:
+        Its plain values, and its path.
+
     Raises:
         FileNotFoundError: Neither.
-        ValueError: It is no YAML.
+        ValueError: The file is not YAML.
     """
     path = Path(name) if str(name).endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"no {kind} {str(name)!r}: {did_you_mean(str(name), files_in(folder, '.yaml'))}, or give a .yaml file"
-        )
+        near = did_you_mean(str(name), files_in(folder, ".yaml"))
+        raise FileNotFoundError(f"no {kind} {str(name)!r}: {near}, or give a .yaml file")
     return read_yaml(path.read_text(encoding="utf-8"), str(path)), path
 
 
 def read_yaml(text: str, source: str) -> Any:
-    """Plain values from YAML.
+    """Return plain values from YAML.
 
     Raises:
-        ValueError: It is none; names the source.
+        ValueError: The text is not YAML; names the source.
     """
     try:
         return yaml.load(text, _Loader)

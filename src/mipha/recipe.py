@@ -1,8 +1,9 @@
 """A recipe: everything that decides a training run, in one strict YAML file.
 
-    load_recipe("quickstart") -> Recipe -> .override("seed=7", "stages.finetune.learning_rate=1e-4") -> .save(path)
+    load_recipe("quickstart") -> Recipe -> .override("seed=7", "data.finetune=mine.jsonl")
 
-An unknown key, a value of the wrong type and a setting that would be ignored are errors here, before a model is built.
+An unknown key, a value of the wrong type and a setting that would be ignored are errors here,
+before a model is built. `RecipeBase` is the part that alignment recipes and studies share.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -24,7 +27,7 @@ from pydantic import (
     model_validator,
 )
 
-from mipha.lookup import files_in, read_named, read_yaml
+from mipha.lookup import did_you_mean, files_in, read_named, read_yaml
 from mipha.validation import validated
 
 RECIPES = Path(__file__).parent / "catalog" / "recipes"
@@ -33,22 +36,143 @@ Part = Literal["vision_tower", "projector", "language_model"]
 PARTS: tuple[Part, ...] = ("vision_tower", "projector", "language_model")
 Layered = Literal["vision_tower", "language_model"]
 """The parts that are a stack of repeated layers."""
-StageName = Literal["pretrain", "finetune"]
-STAGES: tuple[StageName, ...] = ("pretrain", "finetune")
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """A schema that refuses unknown keys, and whose objects cannot be changed."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class ModelRecipe(_Strict):
+class RecipeBase(Strict):
+    """What one YAML file says: overridden, dumped, named by a digest, compared."""
+
+    kind: ClassVar[str] = "recipe"
+    """What messages call it."""
+    uncounted: ClassVar[frozenset[str]] = frozenset({"name", "description"})
+    """Keys that the digest leaves out, because they do not change the result."""
+
+    name: str
+
+    @classmethod
+    def parse(cls, tree: Any, source: str) -> Self:
+        """Check a tree of plain values against the schema.
+
+        Args:
+            tree: Content of the YAML file.
+            source: Where the tree comes from, for the message.
+
+        Raises:
+            ValueError: Names the source and, a line each, the key, the value and the fix.
+        """
+        return validated(cls, tree, source, cls.kind)
+
+    def override(self, *assignments: str) -> Self:
+        """Return a copy with some values replaced.
+
+        Args:
+            assignments: `key.path=value`. The value is read as YAML, so `[1, 2]`, `null` and
+                `{a: 1}` work. A number in a path is the place in a list; a list of one needs none.
+
+        Raises:
+            ValueError: An assignment has no `=`, names an unknown key, or its value does not fit.
+        """
+        tree = self.model_dump(mode="json", exclude_unset=True)
+        for assignment in assignments:
+            key, equals, text = assignment.partition("=")
+            if not equals:
+                raise ValueError(
+                    f"override {assignment!r} has no `=`: write key.path=value, for example seed=7"
+                )
+            value = read_yaml(text, f"override {assignment!r}: the value")
+            _assign(tree, *self._expand(tree, key.strip().split("."), value))
+
+        changes = f" with {', '.join(assignments)}" if assignments else ""
+        return self.parse(tree, f"{self.kind} {self.name!r}{changes}")
+
+    def dump(self) -> str:
+        """Return the file as YAML, with every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=120)
+
+    def digest(self) -> str:
+        """Return twelve hex digits that name what the file decides."""
+        return digest_of(self.content())
+
+    def content(self) -> dict[str, Any]:
+        """Return the plain values that count for the digest."""
+        return self.model_dump(mode="json", exclude=set(self.uncounted))
+
+    def differences(self, other: RecipeBase) -> dict[str, tuple[Any, Any]]:
+        """Return each dotted key whose value counts and differs, with this value and the other."""
+        mine, theirs = flatten(self.content()), flatten(other.content())
+        return {
+            key: (mine.get(key), theirs.get(key))
+            for key in dict.fromkeys([*mine, *theirs])
+            if mine.get(key) != theirs.get(key)
+        }
+
+    def _expand(self, tree: dict[str, Any], path: list[str], value: Any) -> tuple[list[str], Any]:
+        """Return the path and the value that an assignment to a tree stands for."""
+        return path, value
+
+
+def digest_of(content: Any) -> str:
+    """Return twelve hex digits that name plain values; the order of keys does not count."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Return a tree of plain values as one level: dotted key to value."""
+    if not isinstance(tree, (dict, list)) or not tree:
+        return {prefix: tree}
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree)
+    return {
+        key: value
+        for name, node in items
+        for key, value in flatten(node, f"{prefix}.{name}" if prefix else str(name)).items()
+    }
+
+
+def _assign(tree: dict[str, Any], path: list[str], value: Any) -> None:
+    """Set the value at a path; groups on the way are made."""
+    node: Any = tree
+    for depth, key in enumerate(path[:-1]):
+        child = node[_index(node, key, path)] if isinstance(node, list) else node.get(key)
+
+        # A group that is missing, or was set to null, starts empty.
+        if child is None:
+            child = {}
+            node[int(key) if isinstance(node, list) else key] = child
+
+        # `data.finetune.limit=5` means the one data set, where there is one.
+        if isinstance(child, list) and len(child) == 1 and not path[depth + 1].isdigit():
+            child = child[0]
+        if not isinstance(child, (dict, list)):
+            raise ValueError(
+                f"override {'.'.join(path)}: {'.'.join(path[: depth + 1])} is a value, "
+                "not a group of keys"
+            )
+        node = child
+    node[_index(node, path[-1], path) if isinstance(node, list) else path[-1]] = value
+
+
+def _index(entries: list[Any], key: str, path: list[str]) -> int:
+    if not key.isdigit() or int(key) >= len(entries):
+        raise ValueError(
+            f"override {'.'.join(path)}: a list of {len(entries)} has no entry {key!r}"
+        )
+    return int(key)
+
+
+class ModelRecipe(Strict):
     """Which parts are joined, and how the image enters."""
 
     vision_tower: str = Field(description="catalog name, folder or hub id")
     language_model: str = Field(description="catalog name, folder or hub id")
     chat_template: str | None = Field(
         None,
-        description="name in catalog/chat_templates or a .jinja file; null: the language model's own",
+        description="name in catalog/chat_templates or a .jinja file; "
+        "null: the language model's own",
     )
     image_size: int | None = Field(None, ge=1, description="pixels a side; null: the tower's own")
     feature_layer: int = Field(
@@ -56,12 +180,14 @@ class ModelRecipe(_Strict):
     )
     post_layernorm: bool = Field(
         False,
-        description="norm it as the tower norms its output; only transformers reads such a checkpoint",
+        description="norm it as the tower norms its output; "
+        "only transformers reads such a checkpoint",
     )
     pad_to_square: bool = Field(True, description="true: pad with the mean colour; false: squash")
     calibrate_projector: bool = Field(
         False,
-        description="start the projector at the scales of features and text, from the first training images",
+        description="start the projector at the scales of features and text, "
+        "from the first training images",
     )
 
 
@@ -70,39 +196,44 @@ def _as_list(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else [value]
 
 
-class DataRecipe(_Strict):
+class DataRecipe(Strict):
     """One data set of a stage."""
 
     dataset: str = Field(description="module name in data/datasets; auto: told from the data")
     root: Path | None = Field(
         None,
-        description="file or folder the data set reads; null: the packaged copy, where there is one",
+        description="file or folder the data set reads; "
+        "null: the packaged copy, where there is one",
     )
     split: str = "train"
     image_root: Annotated[tuple[Path, ...], BeforeValidator(_as_list)] = Field(
         (),
-        description="folders that images may lie in, beside the data file's own; a relative path starts from the first",
+        description="folders that images may lie in, beside the data file's own; "
+        "a relative path starts from the first",
     )
     limit: int | None = Field(None, ge=1, description="use the first N samples only")
     weight: float = Field(
         1.0,
         gt=0,
         allow_inf_nan=False,
-        description="how often an epoch shows each sample; 0.5: a half of them, the other half in the next",
+        description="how often an epoch shows each sample; "
+        "0.5: one half of them, and the other half in the next epoch",
     )
     cap: int | None = Field(
         None, ge=1, description="at most N samples an epoch, others in the next"
     )
     images: Literal["own", "grey", "shuffled"] = Field(
         "own",
-        description="what samples show; grey, or the images of other samples: what a model learns from the texts alone",
+        description="what samples show: own images, grey, or images of other samples; "
+        "with the last two a model learns from the texts alone",
     )
 
 
-class LoraRecipe(_Strict):
+class LoraRecipe(Strict):
     """The shape of low-rank adapters.
 
-    Source: section 4.3 of the paper for rank 128 and alpha 256; it gives no dropout, 0.05 is that of upstream's code.
+    Source: section 4.3 of the paper for rank 128 and alpha 256; it gives no dropout,
+    0.05 is that of upstream's code.
     """
 
     rank: int = Field(128, ge=1)
@@ -133,12 +264,14 @@ def _layered_parts(value: Any) -> Any:
 LayeredTuning = Annotated[str, BeforeValidator(_known_tuning)]
 
 
-class TuningRecipe(_Strict):
+class TuningRecipe(Strict):
     """What is trained of each part.
 
-    frozen: nothing, the head neither. full: all that the features or the answer depend on. lora: adapters in every linear layer of
-    its stack, the part's own weights frozen. qlora: the same, over weights kept in 4 bits (one GPU only). last-N: its last N layers,
-    nothing before or behind them. A stage with adapters exports its model with them merged in, so that any stage can follow it.
+    frozen: nothing, nor the head. full: all that the features or the answer depend on. lora:
+    adapters in every linear layer of its stack, over frozen weights. qlora: the same, over weights
+    in 4 bits (one GPU only). last-N: its last N layers, nothing before or behind them.
+
+    A stage with adapters exports its model with them merged in, so that any stage can follow it.
     """
 
     vision_tower: LayeredTuning = Field(description="frozen, full, lora, qlora or last-N")
@@ -154,19 +287,25 @@ class TuningRecipe(_Strict):
     @classmethod
     def _only_where_used(cls, value: LoraRecipe | None, info: ValidationInfo) -> LoraRecipe | None:
         adapted = any(info.data.get(part) in ("lora", "qlora") for part in PARTS)
+
         if value is not None and not adapted:
             raise ValueError(
-                "no part is lora or qlora, so this would have no effect: remove it (lora=null) or set a part to lora"
+                "no part is lora or qlora, so this would have no effect: "
+                "remove it (lora=null) or set a part to lora"
             )
         return (value or LoraRecipe()) if adapted else None
+
+    def of(self, part: Part) -> str:
+        """Return how a part is tuned: frozen, full, lora, qlora or last-N."""
+        return getattr(self, part)
 
     @property
     def adapted(self) -> tuple[Part, ...]:
         """The parts that are trained through adapters."""
-        return tuple(part for part in PARTS if getattr(self, part) in ("lora", "qlora"))
+        return tuple(part for part in PARTS if self.of(part) in ("lora", "qlora"))
 
 
-class StageRecipe(_Strict):
+class StageRecipe(Strict):
     """One training stage."""
 
     data: Annotated[tuple[DataRecipe, ...], BeforeValidator(_as_list)] = Field(min_length=1)
@@ -206,17 +345,20 @@ class StageRecipe(_Strict):
     max_grad_norm: float = Field(1.0, ge=0, description="0: no clipping")
     group_by_modality_length: bool = Field(
         False,
-        description="padded only: steps of samples with images and steps of text alone, as upstream trains",
+        description="padded only: steps of samples with images and steps of text alone, "
+        "as upstream trains",
     )
     activation_checkpointing: Annotated[
         bool | tuple[Layered, ...], BeforeValidator(_layered_parts)
     ] = Field(
         False,
-        description="keep only what enters a layer and compute it again in the backward pass: true, or a list of parts",
+        description="keep only what enters a layer and compute the rest again backward: "
+        "true, or a list of parts",
     )
     unreadable_images: Literal["fail", "substitute"] = Field(
         "fail",
-        description="an image that cannot be read: stop, or train on a grey picture and count it in the metrics",
+        description="an image that cannot be read: stop, "
+        "or train on a grey image and count it in the metrics",
     )
     checkpoint_every: int = Field(100, ge=1, description="optimizer steps between checkpoints")
     held_out: float = Field(
@@ -228,35 +370,40 @@ class StageRecipe(_Strict):
 
     @model_validator(mode="after")
     def _nothing_ignored(self) -> StageRecipe:
-        trained = [part for part in PARTS if getattr(self.tuning, part) != "frozen"]
+        trained = [part for part in PARTS if self.tuning.of(part) != "frozen"]
         if not trained:
             raise ValueError(
-                "every part is frozen, so nothing would be trained: set one part of `tuning` to full"
+                "every part is frozen, so nothing would be trained: "
+                "set one part of `tuning` to full"
             )
+
+        # Settings that would have no effect.
         if idle := sorted(set(self.part_learning_rates) - set(trained)):
             raise ValueError(
-                f"part_learning_rates names {', '.join(idle)}, which `tuning` keeps frozen: remove it or tune the part"
+                f"part_learning_rates names {', '.join(idle)}, which `tuning` keeps frozen: "
+                "remove it or tune the part"
             )
         if self.validate_every is not None and not self.held_out:
             raise ValueError(
-                f"validate_every={self.validate_every} has no effect without held_out: set that to 0.05, say, or remove it"
+                f"validate_every={self.validate_every} has no effect without held_out: "
+                "set that to 0.05, say, or remove it"
             )
         if self.samples_per_image is not None and self.batching != "shared-image":
             raise ValueError(
-                f"samples_per_image has no effect with batching={self.batching}: remove it or use shared-image"
+                f"samples_per_image has no effect with batching={self.batching}: "
+                "remove it or use shared-image"
             )
         if self.group_by_modality_length and self.batching != "padded":
             raise ValueError(
-                f"group_by_modality_length has no effect with batching={self.batching}: remove it or use padded"
+                f"group_by_modality_length has no effect with batching={self.batching}: "
+                "remove it or use padded"
             )
-        listed = (
-            self.activation_checkpointing
-            if isinstance(self.activation_checkpointing, tuple)
-            else ()
-        )
-        if "vision_tower" in listed and self.tuning.vision_tower == "frozen":
+        listed = self.activation_checkpointing
+        is_listed = isinstance(listed, tuple) and "vision_tower" in listed
+        if is_listed and self.tuning.vision_tower == "frozen":
             raise ValueError(
-                "activation_checkpointing of a frozen vision_tower has no effect, for no gradient passes it: remove it there"
+                "activation_checkpointing of a frozen vision_tower has no effect, "
+                "because no gradient passes it: remove it there"
             )
         return self
 
@@ -273,19 +420,37 @@ class StageRecipe(_Strict):
 
     @property
     def bundle(self) -> int | None:
-        """Samples of one image that stay side by side in the order; null where samples are shuffled one by one."""
+        """Samples of one image that stay side by side; None where each is shuffled alone."""
         return (self.samples_per_image or 8) if self.batching == "shared-image" else None
 
 
-class StagesRecipe(_Strict):
-    pretrain: StageRecipe
-    finetune: StageRecipe
+_TAKEN = ("evaluation",)
+"""Folders of a run that are no stage."""
 
 
-class Recipe(_Strict):
-    """A whole training run: parts, data, two stages."""
+def _known_stage_name(name: str) -> str:
+    if not re.fullmatch("[a-z][a-z0-9_-]*", name):
+        raise ValueError(
+            "a stage's name begins with a small letter and has small letters, digits, - and _, "
+            "for example finetune-2"
+        )
+    if name in _TAKEN:
+        raise ValueError("a run has a folder of that name for something else: rename the stage")
+    return name
 
-    name: str
+
+StageName = Annotated[str, AfterValidator(_known_stage_name)]
+
+
+class Recipe(RecipeBase):
+    """A whole training run: parts, data, stages."""
+
+    uncounted: ClassVar[frozenset[str]] = RecipeBase.uncounted | {
+        "sharding",
+        "keep_states",
+        "async_checkpoints",
+    }
+
     description: str = ""
     seed: int = Field(0, ge=0)
     precision: Literal["auto", "float32", "bfloat16"] = Field(
@@ -296,60 +461,101 @@ class Recipe(_Strict):
     )
     sharding: Literal["auto", "ddp", "fsdp", "hsdp"] = Field(
         "auto",
-        description="with several processes, ddp: each holds all; fsdp: each holds a part; hsdp: each machine holds all; "
-        "auto: fsdp on one machine, hsdp on several",
+        description="with several processes, ddp: each holds all; fsdp: each holds a part; "
+        "hsdp: each machine holds all; auto: fsdp on one machine, hsdp on several",
     )
     keep_states: int = Field(
         2,
         ge=1,
-        description="training states kept to resume from; 2: the one before, should the newest be damaged",
+        description="training states kept to resume from; "
+        "2: also the one before, in case the newest is damaged",
     )
     async_checkpoints: bool = Field(False, description="write training states in the background")
     model: ModelRecipe
-    stages: StagesRecipe
+    stages: dict[StageName, StageRecipe] = Field(
+        min_length=1,
+        description="in the order of training: the first starts from the parts, "
+        "each later one from the model of the stage before",
+    )
 
-    def override(self, *assignments: str) -> Recipe:
-        """This recipe with some values replaced.
+    @field_validator("stages")
+    @classmethod
+    def _pretrain_first(cls, stages: dict[str, StageRecipe]) -> dict[str, StageRecipe]:
+        # A program that sorts keys turns the two around, and so would train them in that order.
+        names = [name for name in stages if name in ("pretrain", "finetune")]
+        if names == ["finetune", "pretrain"]:
+            raise ValueError(
+                "stages are trained in the order of the file, and pretrain stands after finetune: "
+                "put pretrain first, or rename it"
+            )
+        return stages
 
-        Args:
-            assignments: `key.path=value`; the value is read as YAML, so `[1, 2]`, `null` and `{a: 1}` work.
-                `data.finetune=PATH` is short for `stages.finetune.data=PATH`.
+    def stage(self, name: str) -> StageRecipe:
+        """Return one stage.
 
         Raises:
-            ValueError: An assignment has no `=`, names an unknown key, or its value does not fit.
+            ValueError: The recipe has no stage of that name.
         """
-        tree = self.model_dump(mode="json", exclude_unset=True)
-        for assignment in assignments:
-            key, equals, text = assignment.partition("=")
-            if not equals:
-                raise ValueError(
-                    f"override {assignment!r} has no `=`: write key.path=value, for example seed=7"
-                )
-            _assign(
-                tree, key.strip().split("."), read_yaml(text, f"override {assignment!r}: the value")
-            )
-        return parse_recipe(
-            tree,
-            source=f"recipe {self.name!r} with {', '.join(assignments)}"
-            if assignments
-            else self.name,
-        )
+        _check_has_stage(self.name, self.stages, name)
+        return self.stages[name]
 
-    def dump(self) -> str:
-        """This recipe as YAML with every default written out."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=120)
+    @property
+    def last_stage(self) -> str:
+        """The stage that makes the final model."""
+        return list(self.stages)[-1]
 
-    def digest(self) -> str:
-        """Twelve hex digits that name what this recipe trains; names, and how states are kept and weights spread, do not count."""
-        content = self.model_dump(
-            mode="json",
-            exclude={"name", "description", "sharding", "keep_states", "async_checkpoints"},
-        )
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+    def stage_before(self, name: str) -> str | None:
+        """Return the stage whose model a stage starts from; None for the first stage."""
+        names = list(self.stages)
+        place = names.index(name)
+        return names[place - 1] if place else None
+
+    def stage_digest(self, name: str) -> str:
+        """Return twelve hex digits that name what the stages up to and including one make.
+
+        Two recipes that agree in these share the stage's model.
+        """
+        names = list(self.stages)
+        content = self.model_dump(mode="json", include={"seed", "precision", "model"})
+        content["stages"] = [
+            (made, self.stages[made].model_dump(mode="json"))
+            for made in names[: names.index(name) + 1]
+        ]
+        return digest_of(content)
+
+    def content(self) -> dict[str, Any]:
+        """Return the plain values that count for the digest."""
+        content = super().content()
+
+        # A digest sorts keys, so any order but that of the paper's two stages is written down.
+        if list(self.stages) != ["pretrain", "finetune"]:
+            content["order"] = list(self.stages)
+        return content
+
+    def _expand(self, tree: dict[str, Any], path: list[str], value: Any) -> tuple[list[str], Any]:
+        """Expand `data.STAGE` to `stages.STAGE.data`, and a path or a name to a data set."""
+        if path[0] == "data" and len(path) > 1:
+            path = ["stages", path[1], "data", *path[2:]]
+
+        # A new stage cannot be made this way, so that a mistyped one is an error.
+        stages = tree["stages"]
+        if path[0] == "stages" and len(path) > 1 and isinstance(stages, dict):
+            _check_has_stage(self.name, stages, path[1])
+
+        if path[-1] == "data" and isinstance(value, str):
+            is_path = "/" in value or "." in value
+            value = {"dataset": "auto", "root": value} if is_path else {"dataset": value}
+        return path, value
+
+
+def _check_has_stage(recipe: str, stages: Iterable[str], name: str) -> None:
+    if name not in stages:
+        near = did_you_mean(name, stages)
+        raise ValueError(f"recipe {recipe!r} has no stage {name!r}: {near}")
 
 
 def list_recipes() -> list[str]:
-    """Names of the catalog's recipes."""
+    """Return the names of the catalog's recipes."""
     return files_in(RECIPES, ".yaml")
 
 
@@ -361,43 +567,4 @@ def load_recipe(name: str | Path) -> Recipe:
         ValueError: The file is not a valid recipe; the message names each key.
     """
     tree, path = read_named(name, RECIPES, "recipe")
-    return parse_recipe(tree, source=str(path))
-
-
-def parse_recipe(tree: Any, source: str) -> Recipe:
-    """Check a tree of plain values against the schema.
-
-    Raises:
-        ValueError: Names the source and, a line each, the key, the value and the mend.
-    """
-    return validated(Recipe, tree, source, "recipe")
-
-
-def _assign(tree: dict[str, Any], path: list[str], value: Any) -> None:
-    if path[0] == "data" and len(path) > 1:
-        path = ["stages", path[1], "data", *path[2:]]
-    if path[-1] == "data" and isinstance(value, str):
-        value = (
-            {"dataset": "auto", "root": value}
-            if "/" in value or "." in value
-            else {"dataset": value}
-        )
-    node: Any = tree
-    for depth, key in enumerate(path[:-1]):
-        node = node[_index(node, key, path)] if isinstance(node, list) else node.setdefault(key, {})
-        # `data.finetune.limit=5` means the one data set, where there is one.
-        if isinstance(node, list) and len(node) == 1 and not path[depth + 1].isdigit():
-            node = node[0]
-        if not isinstance(node, (dict, list)):
-            raise ValueError(
-                f"override {'.'.join(path)}: {'.'.join(path[: depth + 1])} is a value, not a group of keys"
-            )
-    node[_index(node, path[-1], path) if isinstance(node, list) else path[-1]] = value
-
-
-def _index(entries: list[Any], key: str, path: list[str]) -> int:
-    if not key.isdigit() or int(key) >= len(entries):
-        raise ValueError(
-            f"override {'.'.join(path)}: a list of {len(entries)} has no entry {key!r}"
-        )
-    return int(key)
+    return Recipe.parse(tree, source=str(path))

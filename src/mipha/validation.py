@@ -1,4 +1,4 @@
-"""What a file says against what may be said: each wrong key is a line with its value and the mend."""
+"""A tree of plain values checked against a schema: each wrong key is a line with its fix."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _LONGEST = 100
 
 
 def validated(schema: type[Model], tree: Any, source: str, kind: str) -> Model:
-    """A tree of plain values as the schema's object.
+    """Return a tree of plain values as the schema's object.
 
     Args:
         source: Where the tree comes from, for the message.
         kind: What it should be, for the message: `recipe`.
 
     Raises:
-        ValueError: Names the source and, a line each, the key, the value and the mend.
+        ValueError: Names the source and, a line each, the key, the value and the fix.
     """
     try:
         return schema.model_validate(tree)
@@ -31,16 +31,22 @@ def validated(schema: type[Model], tree: Any, source: str, kind: str) -> Model:
 
 
 def _explain(problem: Any, schema: type[BaseModel], kind: str) -> str:
-    *place, last = problem["loc"] or ("",)
-    key = ".".join(map(str, problem["loc"]))
+    # Pydantic marks a key of a mapping that is not valid with [key].
+    *place, last = [part for part in problem["loc"] if part != "[key]"] or [""]
+    key = ".".join(map(str, [*place, last]))
+
     if problem["type"] == "extra_forbidden":
         return f"{key}: unknown key; {did_you_mean(str(last), _fields_at(schema, place))}"
     value = "" if problem["type"] == "missing" or not key else f" (got {problem['input']!r})"
-    return f"{key or kind}: {problem['msg'].removeprefix('Value error, ')}{value if len(value) < _LONGEST else ''}"
+    message = problem["msg"].removeprefix("Value error, ")
+    return f"{key or kind}: {message}{value if len(value) < _LONGEST else ''}"
 
 
 def _fields_at(schema: type[BaseModel], place: list[int | str]) -> set[str]:
-    """Keys that may stand at a place; an index or a name that the user chose leads no deeper into the schema."""
+    """Return the keys that may stand at a place.
+
+    An index, or a name that the user chose, leads no deeper into the schema.
+    """
     schemas = [schema]
     for key in place:
         fields = [found.model_fields[key] for found in schemas if key in found.model_fields]

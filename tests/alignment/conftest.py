@@ -63,7 +63,7 @@ def step_recipe(
     """`step_recipe("sft", "seed=1", ..., family=)`: six short steps on a tiny language model, and overrides of them."""
 
     def recipe(step: str, *overrides: str, family: str = "llama") -> StepRecipe:
-        from mipha.alignment.recipe import parse_alignment_recipe
+        from mipha.alignment.recipe import StepRecipe
 
         tree = {
             "name": "tiny",
@@ -81,7 +81,7 @@ def step_recipe(
             "micro_batch": 2,
             "checkpoint_every": 2,
         }
-        return parse_alignment_recipe(tree, source="tiny").override(*overrides)
+        return StepRecipe.parse(tree, source="tiny").override(*overrides)
 
     return recipe
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from mipha.alignment.recipe import (
+    StepRecipe,
     list_alignment_recipes,
     load_alignment_recipe,
-    parse_alignment_recipe,
 )
 
 TREE = {
@@ -40,12 +40,12 @@ TREE = {
 )
 def test_what_would_be_ignored_or_cannot_be_is_refused(change: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError) as refused:
-        parse_alignment_recipe(TREE | change, source="a.yaml")
+        StepRecipe.parse(TREE | change, source="a.yaml")
     assert said in str(refused.value)
 
 
 def test_a_recipe_round_trips_and_its_digest_names_what_it_trains(tmp_path: Path) -> None:
-    recipe = parse_alignment_recipe(TREE, source="a")
+    recipe = StepRecipe.parse(TREE, source="a")
     assert recipe.learning_rate == 0.001
     (tmp_path / "a.yaml").write_text(recipe.dump(), encoding="utf-8")
     assert load_alignment_recipe(tmp_path / "a.yaml") == recipe
@@ -53,16 +53,25 @@ def test_a_recipe_round_trips_and_its_digest_names_what_it_trains(tmp_path: Path
     changed = recipe.override("tuning=lora", "lora.rank=4", "learning_rate=1e-4")
     assert (changed.lora.rank, changed.lora.alpha, changed.learning_rate) == (4, 256, 1e-4)
     assert changed.digest() != recipe.digest()
-    assert recipe.differences(changed) == ["learning_rate", "lora", "tuning"]
+    assert recipe.differences(changed).keys() >= {
+        "learning_rate",
+        "lora.rank",
+        "tuning",
+    }
 
 
 @pytest.mark.parametrize(
     ("override", "said"),
-    [("seed", "has no `=`"), ("a.b=1", "only lora is a group"), ("seed=[", "not valid YAML")],
+    [
+        ("seed", "has no `=`"),
+        ("a.b=1", "a: unknown key"),
+        ("name.b=1", "name is a value, not a group of keys"),
+        ("seed=[", "not valid YAML"),
+    ],
 )
 def test_a_bad_override_is_one_sentence(override: str, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        parse_alignment_recipe(TREE, source="a").override(override)
+        StepRecipe.parse(TREE, source="a").override(override)
 
 
 def test_the_catalog_is_valid_and_a_wrong_name_is_helped() -> None:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 if TYPE_CHECKING:
-    from mipha.alignment.rlhf_recipe import RlhfRecipe
+    from mipha.alignment.recipe import RlhfRecipe
 
 
 def reward(prompts: list[list[int]], responses: list[list[int]]) -> torch.Tensor:
@@ -34,8 +34,8 @@ def rlhf_recipe(alignment_data: dict[str, Path], tiny_parts: Callable) -> Callab
     """`rlhf_recipe("safe-rlhf", "seed=1", family=)`: a few short steps."""
 
     def recipe(step: str, *overrides: str, family: str = "llama", **extra: Any) -> RlhfRecipe:
-        import mipha.alignment.rlhf_recipe  # noqa: F401
-        from mipha.alignment.recipe import parse_alignment_recipe
+        import mipha.alignment.recipe  # noqa: F401
+        from mipha.alignment.recipe import StepRecipe
 
         tree = {
             "name": "tiny",
@@ -58,7 +58,7 @@ def rlhf_recipe(alignment_data: dict[str, Path], tiny_parts: Callable) -> Callab
             "checkpoint_every": 2,
             **extra,
         }
-        return parse_alignment_recipe(tree, source="tiny").override(*overrides)
+        return StepRecipe.parse(tree, source="tiny").override(*overrides)
 
     return recipe
 
@@ -225,7 +225,7 @@ def test_killed_at_any_step_it_ends_as_if_never_stopped(
 PROGRAM = """
 import os, signal, sys, torch
 from pathlib import Path
-import mipha.alignment.rlhf_recipe
+import mipha.alignment.recipe
 from mipha.alignment import state
 from mipha.alignment.recipe import load_alignment_recipe
 from mipha.alignment.rlhf import train_policy

@@ -28,11 +28,9 @@ def processor(tiny_model: Callable) -> LlavaProcessor:
 
 @pytest.fixture(scope="module")
 def stage(tiny_run_recipe: Callable) -> Callable[..., StageRecipe]:
-    return lambda *changes: (
-        tiny_run_recipe(
-            "stages.finetune.max_steps=null", *(FINETUNE + change for change in changes)
-        ).stages.finetune
-    )
+    return lambda *changes: tiny_run_recipe(
+        "stages.finetune.max_steps=null", *(FINETUNE + change for change in changes)
+    ).stages["finetune"]
 
 
 @pytest.fixture(scope="module")

@@ -43,9 +43,9 @@ def source(tmp_path: Path) -> LoadedData:
 
 @pytest.fixture
 def stage(tiny_run_recipe: Callable) -> Callable[..., StageRecipe]:
-    return lambda *values: (
-        tiny_run_recipe(*(f"stages.finetune.{value}" for value in values)).stages.finetune
-    )
+    return lambda *values: tiny_run_recipe(
+        *(f"stages.finetune.{value}" for value in values)
+    ).stages["finetune"]
 
 
 def _printed(view) -> str:

@@ -19,8 +19,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from mipha.cli import app
-from mipha.data.datasets.auto import detect
 from mipha.data.dataset import list_datasets
+from mipha.data.datasets.auto import detect
 from mipha.recipe import Recipe, load_recipe
 
 TEXT = (Path(__file__).parents[2] / "docs" / "own-data.md").read_text(encoding="utf-8")
@@ -176,7 +176,7 @@ def test_the_commands_fit_the_quickstart_which_they_name() -> None:
     assert len(trained) == 2
     for words in trained:
         recipe = load_recipe("quickstart").override(*words[5:])
-        assert str(recipe.stages.finetune.data[0].root) == "clean.jsonl"
+        assert str(recipe.stages["finetune"].data[0].root) == "clean.jsonl"
     outside_blocks = re.sub(r"^```.*?^```$", "", TEXT, flags=re.DOTALL | re.MULTILINE)
     assert not re.search("`(mipha|python) ", outside_blocks), "a command that is not run here"
 

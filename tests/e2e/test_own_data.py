@@ -136,7 +136,7 @@ def test_every_format_in_one_mixture(
         f"stages.finetune.batching={batching}",
         "stages.finetune.epochs=1",
     ).override("stages.pretrain.max_steps=1")
-    size = len(Mixture(recipe.stages.finetune.data))
+    size = len(Mixture(recipe.stages["finetune"].data))
     assert size == 5 + 3 + 1 + 4 + 4 + 4 + (3 + 3 + 3 + 3 if find_spec("pyarrow") else 0)
     run = train(recipe, home / "run")
     rows = [json.loads(line) for line in run.metrics("finetune").read_text().splitlines()]

@@ -17,7 +17,7 @@ from mipha.models.tuning import (
     part_parameters,
     unread_parameters,
 )
-from mipha.recipe import PARTS, TuningRecipe, parse_recipe
+from mipha.recipe import PARTS, Recipe, TuningRecipe
 
 COMBINATIONS = [
     dict(zip(PARTS, chosen, strict=True))
@@ -186,17 +186,21 @@ def test_a_wish_that_cannot_be_or_does_nothing_is_refused(
 def test_adapters_have_the_shape_of_the_paper_unless_told(tiny_run_recipe: Callable) -> None:
     """And a recipe that is written with it is read back, also by an override that puts the adapters away again."""
     recipe = tiny_run_recipe("stages.finetune.tuning.language_model=lora")
-    lora = recipe.stages.finetune.tuning.lora
+    lora = recipe.stages["finetune"].tuning.lora
     assert (lora.rank, lora.alpha, lora.dropout) == (128, 256, 0.05)
-    assert recipe.stages.pretrain.tuning.lora is None
-    assert parse_recipe(yaml.safe_load(recipe.dump()), source="dump").digest() == recipe.digest()
+    assert recipe.stages["pretrain"].tuning.lora is None
+    assert Recipe.parse(yaml.safe_load(recipe.dump()), source="dump").digest() == recipe.digest()
     assert (
-        recipe.override("stages.finetune.tuning.language_model=full").stages.finetune.tuning.lora
+        recipe.override("stages.finetune.tuning.language_model=full").stages["finetune"].tuning.lora
         is None
     )
-    smaller = recipe.override(
-        "stages.finetune.tuning.lora.rank=8", "stages.finetune.tuning.vision_tower=last-2"
-    ).stages.finetune.tuning
+    smaller = (
+        recipe.override(
+            "stages.finetune.tuning.lora.rank=8", "stages.finetune.tuning.vision_tower=last-2"
+        )
+        .stages["finetune"]
+        .tuning
+    )
     assert (smaller.lora.rank, smaller.lora.alpha, smaller.vision_tower, smaller.adapted) == (
         8,
         256,

@@ -55,7 +55,7 @@ def write_runs(
     also: dict[str, dict[str, float]] | None = None,
 ) -> None:
     """Finished runs that answer as well as said, without having been trained; other metrics may have numbers of their own."""
-    for job in jobs_of(study, "mini", out, seeds):
+    for job in jobs_of(study.at("mini"), out, seeds):
         run = create_run(job.folder, job.recipe)
         rng = np.random.default_rng([job.seed, sum(job.variant.encode())])
         right = {
@@ -81,7 +81,7 @@ def write_runs(
 def test_a_planted_effect_is_found_and_no_other(study: Study, tmp_path: Path) -> None:
     out = tmp_path / "out"
     write_runs(study, out, {"all": 0.8, "projector": 0.4, "low": 0.8})
-    findings = find(study, "mini", out)
+    findings = find(study.at("mini"), out)
     assert [overall(judged) for judged in findings.judged] == ["holds", "holds"]
     (planted,) = findings.judged[0].comparisons
     assert (planted.first, planted.second) == (
@@ -111,7 +111,9 @@ def test_variants_are_compared_by_the_metric_that_is_asked_for(
             update={"scales": {"mini": scale.model_copy(update={"evaluate": (measured,)})}}
         )
 
-    assert by("shape").digest("mini") == study.digest("mini"), "nothing else is trained or asked"
+    assert by("shape").at("mini").digest() == study.at("mini").digest(), (
+        "nothing else is trained or asked"
+    )
     out = tmp_path / "out"
     write_runs(
         study,
@@ -119,7 +121,7 @@ def test_variants_are_compared_by_the_metric_that_is_asked_for(
         {"all": 0.8, "projector": 0.4, "low": 0.8},
         also={"shape": {"all": 0.3, "projector": 0.9, "low": 0.3}},
     )
-    findings = find(by("shape"), "mini", out)
+    findings = find(by("shape").at("mini"), out)
     assert [overall(judged) for judged in findings.judged] == ["does not hold", "holds"]
     assert findings.scores["projector"]["easy_vqa"].mean == pytest.approx(90, abs=6)
     text = markdown(findings)
@@ -132,29 +134,29 @@ def test_variants_are_compared_by_the_metric_that_is_asked_for(
         ValueError,
         match="runs of all were measured on easy_vqa without colour: remove their evaluation folders",
     ):
-        find(by("colour"), "mini", out)
+        find(by("colour").at("mini"), out)
     with pytest.raises(
         ValueError, match="benchmark easy_vqa has no metric 'color': did you mean colour"
     ):
-        find(by("color"), "mini", out)
+        find(by("color").at("mini"), out)
 
 
 def test_a_false_claim_does_not_hold_and_one_run_is_not_enough(
     study: Study, tmp_path: Path
 ) -> None:
     write_runs(study, tmp_path / "false", {"all": 0.4, "projector": 0.8, "low": 0.8})
-    assert [overall(judged) for judged in find(study, "mini", tmp_path / "false").judged] == [
+    assert [overall(judged) for judged in find(study.at("mini"), tmp_path / "false").judged] == [
         "does not hold",
         "does not hold",
     ]
     write_runs(study, tmp_path / "once", {"all": 0.9, "projector": 0.1, "low": 0.9}, seeds=1)
-    assert [overall(judged) for judged in find(study, "mini", tmp_path / "once").judged] == [
+    assert [overall(judged) for judged in find(study.at("mini"), tmp_path / "once").judged] == [
         "not enough runs"
     ] * 2
     with pytest.raises(
         FileNotFoundError, match="has no finished run: make them with `mipha study run own"
     ):
-        find(study, "mini", tmp_path / "nothing")
+        find(study.at("mini"), tmp_path / "nothing")
 
 
 @pytest.mark.parametrize(

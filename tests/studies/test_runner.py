@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
-from mipha.run import open_run
-from mipha.studies.folder import claim, jobs_of, open_study
+from mipha.api import run_study
+from mipha.run import create_run, open_run
+from mipha.studies.folder import Job, awaits, claim, jobs_of, open_study, share_stages
 from mipha.studies.report import write_report
-from mipha.studies.runner import _threads, run_study
-from mipha.studies.sharing import adopt_pretrain, pretrain_donor
+from mipha.studies.runner import _environment
 from mipha.studies.study import Study, load_study
 
 
@@ -41,7 +42,7 @@ def study(tiny_parts, tiny_data: Path, tmp_path: Path) -> Study:
         "precision": "float32",
         "stages": {"pretrain": stage, "finetune": stage},
     }
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     axes = {"tuned": {"projector": [], "all": ["stages.finetune.tuning.language_model=full"]}}
     scale = {
         "recipe": str(tmp_path / "tiny.yaml"),
@@ -67,7 +68,7 @@ def test_a_study_runs_shares_its_first_stage_and_does_nothing_twice(
 ) -> None:
     out = tmp_path / "out"
     run_study(study, "mini", out, slots=1)
-    first, second = (open_run(job.folder) for job in jobs_of(study, "mini", out, 1))
+    first, second = (open_run(job.folder) for job in jobs_of(study.at("mini"), out, 1))
     for run in (first, second):
         scores = json.loads((run.evaluation("easy_vqa") / "scores.json").read_text())
         assert scores["n_asked"] == 4 and scores["n_failed"] == 0
@@ -79,7 +80,7 @@ def test_a_study_runs_shares_its_first_stage_and_does_nothing_twice(
         == "of projector, seed-0"
     )
     assert first.checkpoint("finetune").stat().st_ino != second.checkpoint("finetune").stat().st_ino
-    write_report(study, "mini", out)
+    write_report(study.at("mini"), out)
     report = (out / "report.md").read_text()
     assert "**All is not better** (none): **not enough runs**" in report, "one run each"
     assert "| stages.finetune.tuning.language_model | frozen | full |" in report
@@ -118,7 +119,7 @@ def test_another_study_takes_over_the_runs_and_first_stages_of_the_same_recipes(
     assert not (tmp_path / "second").exists()
     run_study(other, "mini", tmp_path / "second", share=[tmp_path / "first"])
     donor = open_run(tmp_path / "first" / "runs" / "projector" / "seed-0")
-    same, new = (open_run(job.folder) for job in jobs_of(other, "mini", tmp_path / "second", 1))
+    same, new = (open_run(job.folder) for job in jobs_of(other.at("mini"), tmp_path / "second", 1))
     weights = "model.safetensors"
     assert (same.checkpoint("finetune") / weights).samefile(
         donor.checkpoint("finetune") / weights
@@ -160,7 +161,7 @@ def test_jobs_go_through_submitit(
         run_study(alone, "mini", tmp_path / "out", slurm={"timeout_min": "ten"})
     run_study(alone, "mini", tmp_path / "out", slurm={"timeout_min": 10})
     assert "no SLURM on this machine" in capsys.readouterr().out
-    (job,) = jobs_of(alone, "mini", tmp_path / "out", 1)
+    (job,) = jobs_of(alone.at("mini"), tmp_path / "out", 1)
     assert (
         json.loads((open_run(job.folder).evaluation("easy_vqa") / "scores.json").read_text())[
             "n_asked"
@@ -173,9 +174,9 @@ def test_jobs_go_through_submitit(
 def test_runs_side_by_side_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
     assert (
-        _threads(1) == {}
-        and _threads(4) == {"OMP_NUM_THREADS": "2"}
-        and _threads(9) == {"OMP_NUM_THREADS": "1"}
+        _environment(1) == {}
+        and _environment(4) == {"OMP_NUM_THREADS": "2"}
+        and _environment(9) == {"OMP_NUM_THREADS": "1"}
     )
 
 
@@ -195,13 +196,13 @@ def test_a_failed_run_is_named_with_its_log(study: Study, tmp_path: Path, tiny_d
 def test_a_folder_of_another_study_is_refused_before_anything_is_trained(
     study: Study, tmp_path: Path
 ) -> None:
-    claim(study.model_copy(update={"name": "other"}), "mini", tmp_path / "out")
+    claim(study.model_copy(update={"name": "other"}).at("mini"), tmp_path / "out")
     with pytest.raises(
         ValueError,
         match=r"holds study other at scale mini, not study own at scale mini: choose another -o",
     ):
         run_study(study, "mini", tmp_path / "out")
-    claim(study, "mini", tmp_path / "own")
+    claim(study.at("mini"), tmp_path / "own")
     changed = study.scales["mini"].model_copy(
         update={"overrides": (*study.scales["mini"].overrides, "seed=7")}
     )
@@ -219,28 +220,63 @@ def test_a_folder_of_another_study_is_refused_before_anything_is_trained(
 def test_a_folder_is_known_again_by_a_version_that_has_more_keys(
     study: Study, tmp_path: Path
 ) -> None:
-    claim(study, "mini", tmp_path / "out")
+    claim(study.at("mini"), tmp_path / "out")
     written = yaml.safe_load((tmp_path / "out" / "study.yaml").read_text())
     del written["scales"]["mini"]["overrides"]  # as if it were new
     (tmp_path / "out" / "study.yaml").write_text(yaml.safe_dump(written, sort_keys=False))
-    claim(study, "mini", tmp_path / "out")
-    assert open_study(tmp_path / "out") == (study, "mini")
+    claim(study.at("mini"), tmp_path / "out")
+    assert open_study(tmp_path / "out") == study.at("mini")
 
 
-def test_a_run_that_began_its_own_first_stage_adopts_none(study: Study, tmp_path: Path) -> None:
-    from mipha.run import create_run
-
-    one, two = jobs_of(study, "mini", tmp_path / "out", 1)
-    for job in (one, two):
-        create_run(job.folder, job.recipe)
-    assert pretrain_donor(two, [one, two]) is None, "nobody has finished it"
-    checkpoint = one.folder / "pretrain" / "checkpoint"
+def finish(job: Job, stage: str) -> None:
+    """Leave what a finished stage leaves."""
+    checkpoint = job.folder / stage / "checkpoint"
     checkpoint.mkdir(parents=True)
     (checkpoint / "config.json").write_text("{}")
-    (checkpoint / "model.safetensors").write_bytes(b"w")
-    (one.folder / "pretrain" / "states").mkdir()
-    assert pretrain_donor(two, [one, two]) == one
-    adopt_pretrain(one.folder, two.folder)
-    assert (two.folder / "pretrain" / "checkpoint" / "model.safetensors").read_bytes() == b"w"
-    assert not (two.folder / "pretrain" / "states").exists()
-    assert pretrain_donor(two, [one, two]) is None, "it has one now"
+    (checkpoint / "model.safetensors").write_text(stage)
+    (job.folder / stage / "states").mkdir()
+    job.run.record_data(stage, {"samples": 3, "sha256": stage})
+
+
+def test_a_run_shares_the_stages_in_which_recipes_agree_and_no_more(
+    study: Study, tmp_path: Path
+) -> None:
+    """Three stages, of which two are equal; a stage that a run began is its own."""
+    recipe = study.at("mini").variants[0].recipe
+    stages = dict.fromkeys(("pretrain", "finetune", "polish"), recipe.stages["pretrain"])
+    recipe = recipe.model_copy(update={"stages": stages})
+    jobs = [
+        Job(name, 0, recipe.override(*changes), tmp_path / name / "seed-0")
+        for name, changes in (
+            ("one", []),
+            ("two", ["stages.polish.learning_rate=0.5"]),
+            ("three", ["stages.finetune.learning_rate=0.5"]),
+        )
+    ]
+    one, two, three = jobs
+    for job in jobs:
+        create_run(job.folder, job.recipe)
+
+    assert awaits(two, [one]) and awaits(three, [one]) and not awaits(two, [])
+    share_stages(two, jobs)
+    assert two.num_finished == 0, "nobody has finished any"
+    finish(one, "pretrain")
+    share_stages(three, jobs)
+    assert three.num_finished == 1 and not awaits(three, [one]), "finetune differs"
+    finish(one, "finetune")
+    share_stages(two, jobs)
+    share_stages(three, jobs)
+    assert [job.num_finished for job in jobs] == [2, 2, 1]
+    assert not awaits(two, [one]), "polish differs"
+    weights = [job.folder / "finetune" / "checkpoint" / "model.safetensors" for job in (one, two)]
+    assert weights[0].samefile(weights[1]) and not (two.folder / "finetune" / "states").exists()
+    made_with = json.loads((two.folder / "provenance.json").read_text())
+    assert (made_with["pretrain"], made_with["finetune"]) == ("of one, seed-0",) * 2
+    assert made_with["data"].keys() == {"pretrain", "finetune"}
+
+    # What a run began itself is not replaced.
+    again = replace(one, folder=tmp_path / "again" / "seed-0")
+    create_run(again.folder, again.recipe)
+    again.run.states("pretrain").mkdir(parents=True)
+    share_stages(again, jobs)
+    assert again.num_finished == 0 and not awaits(again, [one])

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from mipha.recipe import load_recipe
-from mipha.studies.study import list_studies, load_study, pretrain_digest
+from mipha.studies.study import list_studies, load_study
 
 CLAIM = {"claim": "c", "source": "s"}
 
@@ -42,7 +42,9 @@ def written(tmp_path: Path):
 def test_every_study_of_the_catalog_has_its_variants_at_each_scale(name: str) -> None:
     study = load_study(name)
     assert study.name == name and all(scale.takeaways for scale in study.scales.values())
-    names = {scale: [variant.name for variant in study.variants(scale)] for scale in study.scales}
+    names = {
+        scale: [variant.name for variant in study.at(scale).variants] for scale in study.scales
+    }
     assert set(names) == {"mini", "paper"}
     assert study.scales["mini"].seeds >= 3 and "paper" in study.scales["mini"].note
 
@@ -52,29 +54,31 @@ def test_variants_are_the_combinations_of_all_axes(written) -> None:
         "tuned": {"projector": ["stages.finetune.tuning.language_model=frozen"], "all": []},
         "rate": {"key": "stages.finetune.learning_rate", "values": [1e-4, 1e-3]},
     }
-    variants = written(scale={"axes": axes}).variants("mini")
+    variants = written(scale={"axes": axes}).at("mini").variants
     assert [(variant.name, variant.number) for variant in variants] == [
         ("projector-rate=0.0001", 1e-4),
         ("projector-rate=0.001", 1e-3),
         ("all-rate=0.0001", 1e-4),
         ("all-rate=0.001", 1e-3),
     ]
-    assert variants[1].recipe.stages.finetune.learning_rate == 1e-3
-    assert variants[1].recipe.stages.finetune.tuning.language_model == "frozen"
+    assert variants[1].recipe.stages["finetune"].learning_rate == 1e-3
+    assert variants[1].recipe.stages["finetune"].tuning.language_model == "frozen"
     assert variants[2].with_seed(3).seed == load_recipe("quickstart").seed + 3
 
 
 def test_a_first_stage_is_shared_exactly_where_it_is_the_same() -> None:
     recipe = load_recipe("quickstart")
     same = recipe.override("stages.finetune.learning_rate=3e-4", "name=other")
-    assert pretrain_digest(same) == pretrain_digest(recipe)
+    assert same.stage_digest("pretrain") == recipe.stage_digest("pretrain")
+    assert same.stage_digest("finetune") != recipe.stage_digest("finetune")
     for change in (
         "seed=1",
         "precision=float32",
         "model.feature_layer=8",
         "stages.pretrain.learning_rate=1e-3",
     ):
-        assert pretrain_digest(recipe.override(change)) != pretrain_digest(recipe), change
+        changed = recipe.override(change)
+        assert changed.stage_digest("pretrain") != recipe.stage_digest("pretrain"), change
 
 
 @pytest.mark.parametrize(
@@ -102,7 +106,7 @@ def test_a_first_stage_is_shared_exactly_where_it_is_the_same() -> None:
 )
 def test_what_cannot_be_meant_is_refused(written, changes: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
-        written(**changes).variants("mini")
+        written(**changes).at("mini")
 
 
 def test_unknown_names_are_told() -> None:
@@ -111,16 +115,38 @@ def test_unknown_names_are_told() -> None:
     with pytest.raises(
         ValueError, match="study 'freezing' has no scale 'papr': did you mean paper"
     ):
-        load_study("freezing").variants("papr")
+        load_study("freezing").at("papr")
 
 
 def test_the_digest_is_of_what_is_trained_and_measured(written) -> None:
     study = written()
-    assert written(title="Other words").digest("mini") == study.digest("mini")
-    assert written(scale={"seeds": 5, "note": "n"}).digest("mini") == study.digest("mini")
-    assert written(scale={"overrides": ["stages.finetune.max_steps=3"]}).digest(
-        "mini"
-    ) != study.digest("mini")
-    assert written(scale={"evaluate": [{"benchmark": "easy_vqa", "limit": 5}]}).digest(
-        "mini"
-    ) != study.digest("mini")
+    assert written(title="Other words").at("mini").digest() == study.at("mini").digest()
+    assert written(scale={"seeds": 5, "note": "n"}).at("mini").digest() == study.at("mini").digest()
+    assert (
+        written(scale={"overrides": ["stages.finetune.max_steps=3"]}).at("mini").digest()
+        != study.at("mini").digest()
+    )
+    assert (
+        written(scale={"evaluate": [{"benchmark": "easy_vqa", "limit": 5}]}).at("mini").digest()
+        != study.at("mini").digest()
+    )
+
+
+def test_a_study_is_overridden_like_a_recipe(written) -> None:
+    study = written()
+    changed = study.override(
+        "scales.mini.seeds=5",
+        "scales.mini.evaluate.limit=9",
+        "scales.mini.axes.tuned.low=[stages.finetune.learning_rate=1e-6]",
+    )
+    asked = changed.at("mini").asked
+    assert (asked.seeds, asked.evaluate[0].limit) == (5, 9)
+    assert [variant.name for variant in changed.at("mini").variants] == ["projector", "all", "low"]
+    with pytest.raises(ValueError, match=r"scales\.mini\.sedes: unknown key; did you mean seeds"):
+        study.override("scales.mini.sedes=5")
+
+
+def test_an_override_of_a_stage_that_the_base_recipe_lacks_names_its_stages(written) -> None:
+    study = written(scale={"overrides": ["stages.fintune.max_steps=3"]})
+    with pytest.raises(ValueError, match="no stage 'fintune': did you mean finetune"):
+        study.at("mini")

@@ -13,9 +13,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mipha.recipe import STAGES, Recipe
+from mipha.recipe import Recipe
 from mipha.run import Run
 from mipha.training.pipeline import train
+
+STAGES = ("pretrain", "finetune")
 
 LONG = ("stages.finetune.max_steps=12", "stages.finetune.epochs=3", "stages.pretrain.max_steps=3")
 TIMED = {

@@ -18,11 +18,13 @@ from mipha.data.batches import StepDataset
 from mipha.engine.optimizer import set_learning_rates
 from mipha.engine.states import StateWriter, list_states
 from mipha.models.tuning import apply_tuning, part_layers, part_parameters
-from mipha.recipe import STAGES, Recipe
+from mipha.recipe import Recipe
 from mipha.run import Run
 from mipha.training.loop import make_optimizer, train_stage
 from mipha.training.pipeline import train
 from mipha.world import World
+
+STAGES = ("pretrain", "finetune")
 
 LONG = ("stages.finetune.max_steps=12", "stages.finetune.epochs=3", "stages.pretrain.max_steps=3")
 TIMED = {
@@ -228,7 +230,7 @@ def test_activation_checkpointing_of_one_part_leaves_the_other(
         recipe = tiny_run_recipe(
             f"stages.finetune.activation_checkpointing=[{part}]", "stages.finetune.max_steps=1"
         )
-        stage = recipe.stages.finetune
+        stage = recipe.stages["finetune"]
         apply_tuning(model, stage.tuning)
         calls = [0, 0]
         for place, name in enumerate(("vision_tower", "language_model")):
@@ -252,13 +254,13 @@ def test_activation_checkpointing_recomputes_every_layer_that_gradients_pass(
         recipe = tiny_run_recipe(
             f"stages.{stage}.activation_checkpointing={wanted}", f"stages.{stage}.max_steps=1"
         )
-        apply_tuning(model, getattr(recipe.stages, stage).tuning)
+        apply_tuning(model, recipe.stages[stage].tuning)
         counts = calls[wanted] = [0, 0]
         for index, layer in enumerate(model.model.language_model.layers):
             layer.mlp.register_forward_pre_hook(
                 lambda *_, index=index, counts=counts: counts.__setitem__(index, counts[index] + 1)
             )
-        steps = StepDataset(mixture, processor, getattr(recipe.stages, stage), seed=0)
+        steps = StepDataset(mixture, processor, recipe.stages[stage], seed=0)
         train_stage(model, steps, recipe, stage, tmp_path / f"{wanted}", HERE, autocast=None)
     assert calls[True] == [2 * count for count in calls[False]]
     assert calls[False] == [2, 2]  # micro-batches
@@ -270,7 +272,7 @@ def test_a_frozen_part_has_no_dropout(
     for stage, drops in (("pretrain", False), ("finetune", True)):
         model, processor = tiny_model("phi")
         recipe = tiny_run_recipe(f"stages.{stage}.max_steps=1")
-        wish = getattr(recipe.stages, stage)
+        wish = recipe.stages[stage]
         apply_tuning(model, wish.tuning)
         train_stage(
             model,
@@ -296,7 +298,7 @@ def test_frozen_layers_of_a_tuned_part_have_no_dropout(
     recipe = tiny_run_recipe(
         "stages.finetune.max_steps=1", "stages.finetune.tuning.language_model=last-1"
     )
-    stage = recipe.stages.finetune
+    stage = recipe.stages["finetune"]
     apply_tuning(model, stage.tuning)
     train_stage(
         model,
@@ -315,7 +317,7 @@ def test_frozen_layers_of_a_tuned_part_have_no_dropout(
 def mixture(tiny_run_recipe: Callable) -> object:
     from mipha.data.mixture import Mixture
 
-    return Mixture(tiny_run_recipe().stages.finetune.data)
+    return Mixture(tiny_run_recipe().stages["finetune"].data)
 
 
 def test_a_run_whose_newest_state_is_torn_ends_in_the_same_weights(
@@ -354,7 +356,7 @@ def test_a_run_whose_newest_state_is_torn_ends_in_the_same_weights(
 def test_each_part_has_its_own_rate(tiny_model: Callable, tiny_run_recipe: Callable) -> None:
     model, _ = tiny_model()
     rates = ("part_learning_rates={vision_tower: 2e-6}", "learning_rate=1e-3")
-    stage = tiny_run_recipe(*(f"stages.finetune.{rate}" for rate in rates)).stages.finetune
+    stage = tiny_run_recipe(*(f"stages.finetune.{rate}" for rate in rates)).stages["finetune"]
     apply_tuning(model, stage.tuning)
     optimizer = make_optimizer(model, stage)
     set_learning_rates(optimizer, 0.5)
@@ -371,7 +373,7 @@ def test_a_part_moves_at_its_own_rate(tiny_model: Callable, tiny_run_recipe: Cal
     """Adam's first step is the learning rate in every weight that has a gradient."""
     model, _ = tiny_model()
     rates = ("part_learning_rates={projector: 1e-2}", "learning_rate=1e-4")
-    stage = tiny_run_recipe(*(f"stages.finetune.{rate}" for rate in rates)).stages.finetune
+    stage = tiny_run_recipe(*(f"stages.finetune.{rate}" for rate in rates)).stages["finetune"]
     apply_tuning(model, stage.tuning)
     optimizer = make_optimizer(model, stage)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -389,7 +391,7 @@ def test_only_what_trains_is_in_the_optimizer(
     tiny_model: Callable, tiny_run_recipe: Callable
 ) -> None:
     model, _ = tiny_model("qwen2")
-    stage = tiny_run_recipe().stages.pretrain
+    stage = tiny_run_recipe().stages["pretrain"]
     apply_tuning(model, stage.tuning)
     groups = make_optimizer(model, stage).param_groups
     assert [group["part"] for group in groups] == ["projector"]
@@ -401,7 +403,7 @@ def test_only_what_trains_is_in_the_optimizer(
 def test_the_settings_reach_adam(tiny_model: Callable, tiny_run_recipe: Callable) -> None:
     model, _ = tiny_model()
     changes = ("adam_betas=[0.8, 0.95]", "adam_eps=1e-5", "weight_decay=0.1")
-    stage = tiny_run_recipe(*(f"stages.finetune.{change}" for change in changes)).stages.finetune
+    stage = tiny_run_recipe(*(f"stages.finetune.{change}" for change in changes)).stages["finetune"]
     apply_tuning(model, stage.tuning)
     for group in make_optimizer(model, stage).param_groups:
         assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.8, 0.95), 1e-5, 0.1)

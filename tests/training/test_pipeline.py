@@ -13,9 +13,10 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from mipha.assistant import load
-from mipha.recipe import STAGES
 from mipha.run import Run, open_run
 from mipha.training.pipeline import train
+
+STAGES = ("pretrain", "finetune")
 
 
 @pytest.fixture(scope="module")

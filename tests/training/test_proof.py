@@ -17,10 +17,12 @@ from mipha.assistant import load
 from mipha.models.adapters import merge_adapter
 from mipha.models.modeling import LlavaForConditionalGeneration, load_model
 from mipha.models.tuning import apply_tuning, part_layers
-from mipha.recipe import PARTS, STAGES, TuningRecipe
+from mipha.recipe import PARTS, TuningRecipe
 from mipha.run import Run
 from mipha.training.pipeline import train
 from mipha.training.proof import measure_change, record_start
+
+STAGES = ("pretrain", "finetune")
 
 LORA = "tuning={vision_tower: last-1, projector: full, language_model: lora, lora: {rank: 4, alpha: 16}}"
 RATES = "part_learning_rates={vision_tower: 1e-4, language_model: 2e-3}"

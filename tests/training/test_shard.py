@@ -20,13 +20,15 @@ import torch
 from mipha.engine.states import list_states
 from mipha.models.build import build
 from mipha.models.tuning import layers_of
-from mipha.recipe import STAGES, Recipe
+from mipha.recipe import Recipe
 from mipha.run import Run, open_run
 from mipha.training import pipeline
 from mipha.training.frozen import keep_frozen_in_bfloat16
 from mipha.training.pipeline import train
 from mipha.training.shard import mesh_of
 from mipha.world import World
+
+STAGES = ("pretrain", "finetune")
 
 # An epsilon that keeps the rounding of gradients that are truly 0 from moving weights; see test_loop.
 SMOOTH = (

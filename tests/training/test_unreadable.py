@@ -61,11 +61,11 @@ def test_grey_stands_in_and_every_case_is_counted_and_listed_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe = recipe.override(FINETUNE + "unreadable_images=substitute")
-    assert not is_readable(recipe.stages.finetune.data[0].root.parent / "3.png")
+    assert not is_readable(recipe.stages["finetune"].data[0].root.parent / "3.png")
     whole = train(recipe, tmp_path / "whole")
     rows = metrics(whole.metrics("finetune"))
     samples = [
-        json.loads(line) for line in recipe.stages.finetune.data[0].root.read_text().splitlines()
+        json.loads(line) for line in recipe.stages["finetune"].data[0].root.read_text().splitlines()
     ]
     shown = sum(sample["images"] == ["3.png"] for sample in samples)
     assert shown == 4 and sum(row["substituted_images"] for row in rows) == 2 * shown

@@ -44,7 +44,7 @@ def test_the_loss_is_that_of_the_model_on_images_it_never_saw(run: Run) -> None:
     metrics = rows(run.metrics("finetune"))
     assert [row["step"] for row in metrics if "validation_loss" in row] == [2, 4]
     assert not any("validation_loss" in row for row in rows(run.metrics("pretrain")))
-    stage = run.recipe.stages.finetune
+    stage = run.recipe.stages["finetune"]
     held_out, trained = Mixture(stage.data, 0.4, "validation"), Mixture(stage.data, 0.4)
     assert len(held_out) and {sample.id for sample in held_out}.isdisjoint(
         sample.id for sample in trained
@@ -70,7 +70,7 @@ def test_the_loss_is_that_of_the_model_on_images_it_never_saw(run: Run) -> None:
 
 def test_what_the_model_says_is_written_beside_what_it_should_say(run: Run) -> None:
     said = rows(run.stage("finetune") / "answers.jsonl")
-    stage = run.recipe.stages.finetune
+    stage = run.recipe.stages["finetune"]
     answers = {
         sample.id: sample.messages[1].text for sample in Mixture(stage.data, 0.4, "validation")
     }

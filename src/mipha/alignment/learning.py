@@ -13,7 +13,7 @@ from mipha.alignment.advantages import combined_advantages, generalized_advantag
 from mipha.alignment.critic import Critic
 from mipha.alignment.policy import Policy
 from mipha.alignment.ppo import chosen_log_probs, entropy, policy_loss, value_loss
-from mipha.alignment.rlhf_recipe import RlhfRecipe
+from mipha.alignment.recipe import RlhfRecipe
 from mipha.alignment.rollout import Rollout
 
 ScoreFunction = Callable[[list[list[int]], list[list[int]]], Tensor]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mipha.alignment.layers import check_depth, decoder_layers, input_of, top_layers
-from mipha.alignment.rlhf_recipe import RlhfRecipe
+from mipha.alignment.recipe import RlhfRecipe
 from mipha.alignment.rollout import Rollout
 from mipha.models.adapters import (
     adapter_layers,

@@ -1,33 +1,31 @@
-"""An alignment recipe: everything that decides one step of aligning a language model, in one strict YAML file.
+"""Alignment recipes: everything that decides one step of aligning a language model, in YAML.
 
-    load_alignment_recipe("phi-2-sft") -> SftRecipe -> .override("data=alpaca_data.json", "lora.rank=64") -> sft(recipe, out)
+    load_alignment_recipe("phi-2-sft") -> SftRecipe -> .override("data=alpaca_data.json")
 
-One file is one step (`step: sft | reward | cost | dpo | rlhf | safe-rlhf`), so a key that a step would ignore is an unknown key.
+One file is one step (`step: sft | reward | cost | dpo | rlhf | safe-rlhf`), so a key that a step
+would ignore is an unknown key.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import re
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from mipha.lookup import files_in, read_named, read_yaml
-from mipha.recipe import LoraRecipe
+from mipha.lookup import files_in, read_named
+from mipha.recipe import LoraRecipe, RecipeBase
 from mipha.validation import validated
 
 RECIPES = Path(__file__).parent.parent / "catalog" / "alignment"
 
 
-class StepRecipe(BaseModel):
+class StepRecipe(RecipeBase):
     """What every step has."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    kind: ClassVar[str] = "alignment recipe"
 
-    name: str
     description: str = ""
     seed: int = Field(
         0,
@@ -38,16 +36,19 @@ class StepRecipe(BaseModel):
         "auto", description="auto: bfloat16 where the device computes in it, else float32"
     )
     language_model: str = Field(
-        description="what is trained: catalog name, folder (the model/ of another step, say) or hub id"
+        description="what is trained: catalog name, hub id, "
+        "or folder (for example the model/ of another step)"
     )
     chat_template: str | None = Field(
         None,
-        description="name in catalog/chat_templates or a .jinja file; null: the language model's own",
+        description="name in catalog/chat_templates or a .jinja file; "
+        "null: the language model's own",
     )
     data: Path = Field(description="the published file")
     skip_empty: bool = Field(
         False,
-        description="leave out, and count, rows with an empty text or the same response twice; false: refuse them",
+        description="leave out, and count, rows with an empty text or the same response twice; "
+        "false: refuse them",
     )
     held_out: float = Field(
         0.05, ge=0, lt=1, description="share of the prompts kept out of training, for validation"
@@ -78,6 +79,21 @@ class StepRecipe(BaseModel):
         None, ge=1, description="optimizer steps between validations; null: at the end only"
     )
 
+    @classmethod
+    def parse(cls, tree: Any, source: str) -> Any:
+        """Check a tree of plain values against the schema of the step that it names.
+
+        Raises:
+            ValueError: Names the source and, a line each, the key, the value and the fix.
+        """
+        step = tree.get("step") if isinstance(tree, dict) else None
+        if step not in STEPS:
+            raise ValueError(
+                f"{source} is not a valid alignment recipe: "
+                f"step is {step!r}, but must be {', '.join(STEPS)}"
+            )
+        return validated(STEPS[step], tree, source, f"{step} recipe")
+
     @model_validator(mode="after")
     def _nothing_ignored(self) -> Self:
         if self.lora is not None and self.tuning != "lora":
@@ -86,64 +102,20 @@ class StepRecipe(BaseModel):
             )
         if self.held_out_data is not None and self.held_out:
             raise ValueError(
-                "held_out and held_out_data are two ways to hold rows out: set held_out=0, or held_out_data=null"
+                "held_out and held_out_data are two ways to hold rows out: "
+                "set held_out=0, or held_out_data=null"
             )
         if self.validate_every is not None and not (self.held_out or self.held_out_data):
             raise ValueError(
-                f"validate_every={self.validate_every} has no effect with nothing held out: set held_out=0.05, or remove it"
+                f"validate_every={self.validate_every} has no effect with nothing held out: "
+                "set held_out=0.05, or remove it"
             )
         if self.batch_size % self.micro_batch:
             raise ValueError(
-                f"micro_batch={self.micro_batch} does not divide batch_size={self.batch_size}: change one of them"
+                f"micro_batch={self.micro_batch} does not divide batch_size={self.batch_size}: "
+                "change one of them"
             )
         return self
-
-    def override(self, *assignments: str) -> Self:
-        """This recipe with some values replaced.
-
-        Args:
-            assignments: `key=value` or `lora.key=value`; the value is read as YAML.
-
-        Raises:
-            ValueError: An assignment has no `=`, names an unknown key, or its value does not fit.
-        """
-        tree = self.model_dump(mode="json", exclude_unset=True)
-        for assignment in assignments:
-            key, equals, text = assignment.partition("=")
-            if not equals:
-                raise ValueError(
-                    f"override {assignment!r} has no `=`: write key=value, for example seed=7"
-                )
-            value = read_yaml(text, f"override {assignment!r}: the value")
-            *group, last = key.strip().split(".")
-            if group not in ([], ["lora"]):
-                raise ValueError(f"override {assignment!r}: only lora is a group of keys")
-            node = tree if not group else tree.setdefault("lora", {})
-            if node is None:  # lora: null was said before
-                node = tree["lora"] = {}
-            node[last] = value
-        return parse_alignment_recipe(
-            tree,
-            f"recipe {self.name!r} with {', '.join(assignments)}" if assignments else self.name,
-        )
-
-    def dump(self) -> str:
-        """This recipe as YAML with every default written out."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=120)
-
-    def digest(self) -> str:
-        """Twelve hex digits that name what this recipe trains; name and description do not count."""
-        return hashlib.sha256(json.dumps(self._content(), sort_keys=True).encode()).hexdigest()[:12]
-
-    def differences(self, other: StepRecipe) -> list[str]:
-        """The keys in which another recipe differs."""
-        mine, theirs = self._content(), other._content()
-        return sorted(
-            key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key)
-        )
-
-    def _content(self) -> dict[str, Any]:
-        return self.model_dump(mode="json", exclude={"name", "description"})
 
 
 class SftRecipe(StepRecipe):
@@ -152,7 +124,8 @@ class SftRecipe(StepRecipe):
     step: Literal["sft"]
     packing: bool = Field(
         True,
-        description="several isolated conversations a row of max_tokens; batch_size then counts such rows",
+        description="several isolated conversations a row of max_tokens; "
+        "batch_size then counts such rows",
     )
 
 
@@ -172,7 +145,8 @@ class DpoRecipe(StepRecipe):
 
     step: Literal["dpo"]
     language_model: str = Field(
-        description="as in every step; or the run of a finished model, whose data are answers about pictures"
+        description="as in every step; "
+        "or the run of a finished model, whose data are answers about images"
     )
     prefer: Literal["better", "safer"] = Field(
         "better", description="which label says what response is preferred"
@@ -182,42 +156,156 @@ class DpoRecipe(StepRecipe):
     )
 
 
-def step_recipes() -> dict[str, type[StepRecipe]]:
-    """The recipe class of every step."""
-    from mipha.alignment.rlhf_recipe import (
-        RlhfRecipe,
-        SafeRlhfRecipe,
-    )  # which builds on this module
+def _known_tuning(value: Any) -> Any:
+    if not re.fullmatch("full|lora|last-[1-9][0-9]*", str(value)):
+        raise ValueError(
+            "the policy is tuned full, lora or last-N (its last N layers), for example last-4"
+        )
+    return value
 
-    preferences = {"reward": PreferenceRecipe, "cost": PreferenceRecipe, "dpo": DpoRecipe}
-    return {"sft": SftRecipe, **preferences, "rlhf": RlhfRecipe, "safe-rlhf": SafeRlhfRecipe}
+
+class RlhfRecipe(StepRecipe):
+    """PPO on a reward model.
+
+    `data` gives prompts: a preference file, of which only the training side's prompts are used.
+    The defaults are the settings of the reference program.
+
+    Source: https://github.com/PKU-Alignment/safe-rlhf and arXiv:2310.12773, from memory.
+    """
+
+    step: Literal["rlhf"]
+    reward_model: Path = Field(description="model/ folder of the reward step")
+    cost_model: Path | None = Field(
+        None, description="model/ folder of the cost step; rlhf only reports what it says"
+    )
+    instructions: Path | None = Field(
+        None, description="Alpaca file whose language-model loss is added (PTX); null: none"
+    )
+    ptx_weight: float = Field(
+        16.0, ge=0, description="of the loss on the instructions, a mean over tokens"
+    )
+    ptx_batch: int | None = Field(
+        None, ge=1, description="instructions per optimizer step; null: as many as responses"
+    )
+    tuning: Annotated[str, BeforeValidator(_known_tuning)] = Field(
+        "full", description="full, lora or last-N"
+    )
+    critic_layers: int = Field(
+        2,
+        ge=1,
+        description="last layers that each critic has of its own, above frozen ones it shares",
+    )
+    learning_rate: float = Field(1e-5, gt=0)
+    critic_learning_rate: float = Field(5e-6, gt=0)
+    batch_size: int = Field(
+        ge=1,
+        description="prompts per step: each is answered once, then all answers are learned from",
+    )
+    minibatches: int = Field(1, ge=1, description="optimizer steps per pass over a step's answers")
+    ppo_epochs: int = Field(1, ge=1, description="passes over a step's answers")
+    max_new_tokens: int = Field(
+        128, ge=1, description="longest response; max_tokens bounds prompt and response together"
+    )
+    temperature: float = Field(1.0, gt=0)
+    kl_weight: float = Field(
+        0.02, ge=0, description="beta; half of it acts on the policy, with and without a cost"
+    )
+    clip: float = Field(
+        0.2, gt=0, description="how far the ratio of new to old probability may pay off"
+    )
+    value_clip: float = Field(
+        5.0, gt=0, description="how far a critic may move from its old value in one step"
+    )
+    score_clip: float = Field(50.0, gt=0, description="scores beyond this are cut")
+    gae_gamma: float = Field(1.0, gt=0, le=1)
+    gae_lambda: float = Field(0.95, ge=0, le=1)
+
+    @field_validator("lora", mode="before")
+    @classmethod
+    def _without_dropout(cls, value: Any) -> Any:
+        return {"dropout": 0.0, **value} if isinstance(value, dict) else value
+
+    @model_validator(mode="after")
+    def _nothing_ignored_by_ppo(self) -> Self:
+        if self.batch_size % (self.minibatches * self.micro_batch):
+            raise ValueError(
+                f"minibatches={self.minibatches} of micro_batch={self.micro_batch} do not divide "
+                f"batch_size={self.batch_size}: change one"
+            )
+        if self.instructions is None and {"ptx_weight", "ptx_batch"} & self.model_fields_set:
+            given = min({"ptx_weight", "ptx_batch"} & self.model_fields_set)
+            if getattr(self, given) != RlhfRecipe.model_fields[given].default:
+                raise ValueError(
+                    f"{given} has no effect without instructions: give an Alpaca file, or remove it"
+                )
+        if self.lora is not None and self.lora.dropout:
+            raise ValueError(
+                "lora.dropout has no effect here, where the policy must learn as it samples: "
+                "set it to 0, or remove it"
+            )
+        if self.activation_checkpointing and self.tuning.startswith("last-"):
+            raise ValueError(
+                f"activation_checkpointing has no effect with tuning={self.tuning}: remove it"
+            )
+        return self
+
+    @property
+    def adapters(self) -> LoraRecipe:
+        """The adapters' shape, without dropout: ratios compare the policy with itself."""
+        return self.lora or LoraRecipe(dropout=0.0)
+
+
+class SafeRlhfRecipe(RlhfRecipe):
+    """PPO-Lagrangian: reward as high as it goes while the mean cost stays below a threshold."""
+
+    step: Literal["safe-rlhf"]
+    cost_model: Path = Field(description="model/ folder of the cost step: above zero is unsafe")
+    threshold: float = Field(
+        0.0,
+        allow_inf_nan=False,
+        description="mean cost to stay below; a little below zero leaves a margin",
+    )
+    initial_multiplier: float = Field(
+        1.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="lambda at first; 0: never any cost, and no cost critic",
+    )
+    multiplier_learning_rate: float = Field(0.1, ge=0)
+    max_multiplier: float = Field(5.0, gt=0)
+    cost_window: int = Field(128, ge=1, description="episodes whose mean cost moves lambda")
+    multiplier_delay: int = Field(0, ge=0, description="steps before lambda first moves")
+
+    @model_validator(mode="after")
+    def _multiplier_in_bounds(self) -> Self:
+        if self.initial_multiplier > self.max_multiplier:
+            raise ValueError(
+                f"initial_multiplier={self.initial_multiplier} is above "
+                f"max_multiplier={self.max_multiplier}: lower it"
+            )
+        return self
+
+
+AlignmentRecipe = SftRecipe | PreferenceRecipe | DpoRecipe | RlhfRecipe | SafeRlhfRecipe
+STEPS: dict[str, type[AlignmentRecipe]] = {
+    step: schema
+    for schema in get_args(AlignmentRecipe)
+    for step in get_args(schema.model_fields["step"].annotation)
+}
+"""Name of a step to the schema of its recipe."""
 
 
 def list_alignment_recipes() -> list[str]:
-    """Names of the catalog's alignment recipes."""
+    """Return the names of the catalog's alignment recipes."""
     return files_in(RECIPES, ".yaml")
 
 
-def load_alignment_recipe(name: str | Path) -> StepRecipe:
-    """Read a recipe of the catalog, or a YAML file.
+def load_alignment_recipe(name: str | Path) -> AlignmentRecipe:
+    """Read an alignment recipe of the catalog, or a YAML file.
 
     Raises:
         FileNotFoundError: Neither a catalog name nor a file.
         ValueError: The file is not a valid recipe; the message names each key.
     """
     tree, path = read_named(name, RECIPES, "alignment recipe")
-    return parse_alignment_recipe(tree, source=str(path))
-
-
-def parse_alignment_recipe(tree: Any, source: str) -> StepRecipe:
-    """Check a tree of plain values against the schema of its step.
-
-    Raises:
-        ValueError: Names the source and, a line each, the key, the value and the mend.
-    """
-    step, steps = tree.get("step") if isinstance(tree, dict) else None, step_recipes()
-    if step not in steps:
-        raise ValueError(
-            f"{source} is not a valid alignment recipe: step is {step!r}, but must be {', '.join(steps)}"
-        )
-    return validated(steps[step], tree, source, f"{step} recipe")
+    return StepRecipe.parse(tree, source=str(path))

@@ -33,7 +33,7 @@ from mipha.alignment.host import computes_in_bfloat16, load_part, load_rows, rec
 from mipha.alignment.lagrangian import Multiplier
 from mipha.alignment.learning import Learner, ScoreFunction
 from mipha.alignment.policy import Policy
-from mipha.alignment.rlhf_recipe import RlhfRecipe, SafeRlhfRecipe
+from mipha.alignment.recipe import RlhfRecipe, SafeRlhfRecipe
 from mipha.alignment.rollout import Rollout, sample
 from mipha.alignment.scoring import Scorer
 from mipha.alignment.sft import end_turns

@@ -1,1 +1,1 @@
-"""Facts as data: which language model, which tower, which template, which recipe. Nothing here imports torch."""
+"""Facts as data: language models, towers, templates, recipes, devices. No torch in here."""

@@ -1,4 +1,7 @@
-"""GPUs as published: what they compute, hold and move. A CPU is not here, for two of one name differ by what else they do."""
+"""GPUs as published: what they compute, hold and move.
+
+CPUs are not here, because two of one name differ by their other load.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,11 @@ class DeviceEntry:
 
     Args:
         reported_names: What `torch.cuda.get_device_name` calls it.
-        bfloat16_tflops: Matrix products of bfloat16 summed in float32, dense, 10^12 FLOP/s; null where there are none in hardware.
-        float32_tflops: Products of float32 without TF32, which is what torch computes unless it is told otherwise.
-        memory_gb: Gigabytes of 10^9 bytes. A driver shows more of HBM, and of GDDR with error correction about this.
+        bfloat16_tflops: Matrix products of bfloat16 summed in float32, dense, 10^12 FLOP/s; None
+            where the hardware has none.
+        float32_tflops: Products of float32 without TF32, as torch computes by default.
+        memory_gb: Gigabytes of 10^9 bytes. A driver shows more of HBM, and about this of GDDR with
+            error correction.
         bandwidth_gb_per_second: Of that memory.
         source: Where these numbers are printed.
     """
@@ -115,5 +120,5 @@ DEVICES: dict[str, DeviceEntry] = {
 
 
 def device_reported_as(name: str) -> DeviceEntry | None:
-    """The entry of a GPU by what the driver calls it; null where it is not in the catalog."""
+    """Return the entry of a GPU by its name in the driver; None where the catalog has none."""
     return next((entry for entry in DEVICES.values() if name in entry.reported_names), None)

@@ -1,7 +1,7 @@
-"""The configs of the catalog's parts, as published: what a full-size model is made of, without its weights.
+"""The configs of the catalog's parts, as published: the architecture of a full-size model.
 
-`catalog/configs/NAME.json` holds the keys of the published `config.json` that decide the architecture; `configs/README.md` says
-where they come from.
+`catalog/configs/NAME.json` holds the keys of the published `config.json` that decide the
+architecture; `configs/README.md` says where they come from.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ CONFIGS = Path(__file__).parent / "configs"
 
 
 def part_config(name: str) -> dict[str, Any]:
-    """The architecture of a vision tower or a language model of the catalog.
+    """Return the architecture of a vision tower or a language model of the catalog.
 
     Args:
         name: Catalog name.

@@ -1,4 +1,7 @@
-"""Language models by name, for `model.language_model` of a recipe; any folder or hub id works without an entry."""
+"""Language models by name, for `model.language_model` of a recipe.
+
+Any folder or hub id works without an entry.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LanguageModelEntry:
-    """Where a language model is, how a conversation is written for it, and where these facts come from.
+    """Where a language model is, its chat template, and where these facts come from.
 
     Args:
         path: Hub id, or `packaged:NAME` for weights that a Python package ships.
@@ -88,11 +91,13 @@ LANGUAGE_MODELS: dict[str, LanguageModelEntry] = {
     "phi-3-mini-4k-instruct": LanguageModelEntry(
         "microsoft/Phi-3-mini-4k-instruct", "phi-3", "MIT", "Phi-3, arXiv:2404.14219"
     ),
-    # Gemma 2 squeezes its logits after the head, for which LLaVA has no place: left out, which changes no greedy answer
+    # Gemma 2 squeezes its logits after the head, for which LLaVA has no place. It is left out,
+    # which changes no greedy answer.
     "gemma-2-2b-it": LanguageModelEntry(
         "google/gemma-2-2b-it", "gemma", "Gemma terms of use", "Gemma 2, arXiv:2408.00118"
     ),
-    # Five of six layers of Gemma 3 see 512 tokens at a time, so an image must be shorter: siglip-base-256, clip-large-224
+    # Five of six layers of Gemma 3 see 512 tokens at a time, so an image must be shorter:
+    # siglip-base-256, clip-large-224.
     "gemma-3-270m-it": LanguageModelEntry(
         "google/gemma-3-270m-it", "gemma", "Gemma terms of use", "Gemma 3, arXiv:2503.19786"
     ),

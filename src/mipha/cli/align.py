@@ -76,7 +76,8 @@ def _train(step: str, name: str, out: Path, overrides: list[str] | None) -> None
     recipe = load_alignment_recipe(name).override(*(overrides or ()))
     if recipe.step != step:
         raise ValueError(
-            f"{name} is a recipe for `mipha align {recipe.step}`, not {step}: use that verb, or another recipe"
+            f"{name} is a recipe for `mipha align {recipe.step}`, not {step}: "
+            "use that verb, or another recipe"
         )
 
     from mipha.alignment.steps import train_step

@@ -1,8 +1,7 @@
-"""Arguments that several verbs take, and who prints among several processes."""
+"""Arguments that several verbs take."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -17,6 +16,6 @@ Model = Annotated[
 ]
 
 
-def is_first() -> bool:
-    """Whether this process, of those that `torchrun` started, writes what is written once."""
-    return os.environ.get("RANK", "0") == "0"
+def split_names(groups: list[str] | None) -> list[str]:
+    """Return the names of an option that takes them with commas, several times, or not at all."""
+    return [name.strip() for group in groups or () for name in group.split(",") if name.strip()]

@@ -1,7 +1,10 @@
-"""The verbs that show what there is."""
+"""The verbs that show the catalog: `mipha list` and `mipha show`."""
 
 from __future__ import annotations
 
+import ast
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,17 +13,37 @@ import typer
 from mipha.cli.data import ImageRoot, RecipeName, Root, Stage, show_row
 
 
-def list_names() -> None:
-    """List recipes, parts, datasets and benchmarks."""
+@dataclass(frozen=True)
+class Kind:
+    """One kind of entry of the catalog.
+
+    Args:
+        names: What there is of it.
+        line: Name to one line that says what it is.
+        text: Name to the whole entry, as YAML where it is not a file of its own.
+    """
+
+    names: Iterable[str]
+    line: Callable[[str], str]
+    text: Callable[[str], str]
+
+
+def list_names(
+    kind: Annotated[
+        str | None,
+        typer.Argument(help="Only this kind, such as recipe, study or benchmark."),
+    ] = None,
+) -> None:
+    """List recipes, studies, parts, data sets, benchmarks: everything that has a name."""
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
     for column in ("kind", "name", "what it is"):
         table.add_column(column, overflow="fold")
-    for kind, entries in _catalog().items():
-        for number, (name, text) in enumerate(entries.items()):
-            table.add_row("" if number else kind, name, text)
+    for title, found in _chosen(kind).items():
+        for number, name in enumerate(found.names):
+            table.add_row("" if number else title, name, found.line(name))
     Console().print(table)
 
 
@@ -28,7 +51,7 @@ def show(
     name: Annotated[
         str,
         typer.Argument(
-            help="A recipe (name or .yaml), a vision tower or a language model; with --row, data."
+            help="Any name of `mipha list`, or a .yaml file of yours; with --row, data."
         ),
     ],
     row: Annotated[
@@ -39,63 +62,141 @@ def show(
     root: Root = None,
     image_root: ImageRoot = None,
 ) -> None:
-    """Show a recipe in full, a part's catalog entry, or one row of a data set."""
+    """Show an entry of the catalog in full, or one row of a data set."""
     if row is not None:
         show_row(name, row, recipe, stage, root, image_root)
         return
-    from dataclasses import asdict
-
-    import yaml
-
-    from mipha.catalog.language_models import LANGUAGE_MODELS
-    from mipha.catalog.vision_towers import VISION_TOWERS
-    from mipha.lookup import did_you_mean
-    from mipha.recipe import list_recipes, load_recipe
-
-    if recipe is not None or root or image_root:
+    if recipe is not None or stage is not None or root or image_root:
         raise ValueError(
-            "--recipe, --root and --image-root are for a row of a data set: "
+            "--recipe, --stage, --root and --image-root are for a row of a data set: "
             "give --row too, or leave them out"
         )
-    parts: dict[str, Any] = {**VISION_TOWERS, **LANGUAGE_MODELS}
-    if name in parts:
-        typer.echo(
-            yaml.safe_dump({name: asdict(parts[name])}, sort_keys=False, width=120), nl=False
-        )
-    elif name in list_recipes() or name.endswith((".yaml", ".yml")):
-        typer.echo(load_recipe(name).dump(), nl=False)
-    else:
-        raise ValueError(
-            f"no recipe or part {name!r}: {did_you_mean(name, [*list_recipes(), *parts])}"
-        )
+    if name.endswith((".yaml", ".yml")):
+        typer.echo(_show_file(name), nl=False)
+        return
+
+    # One name may stand for several things: a data set and the benchmark on it.
+    kinds = _kinds()
+    found = {title: kind for title, kind in kinds.items() if name in kind.names}
+    if not found:
+        from mipha.lookup import near_names
+
+        near = near_names(name, {known for kind in kinds.values() for known in kind.names})
+        fix = f"did you mean {' or '.join(near)}?" if near else "`mipha list` shows what there is"
+        raise ValueError(f"the catalog has no {name!r}: {fix}")
+    for title, kind in found.items():
+        if len(found) > 1:
+            typer.echo(f"# {title} {name}")
+        typer.echo(kind.text(name).rstrip("\n"))
 
 
-def _catalog() -> dict[str, dict[str, str]]:
-    """Kind to name to one line: what `list` prints."""
+def _show_file(name: str) -> str:
+    """Return a YAML file of the user with every default, whichever of the three kinds it is."""
+    from mipha.alignment.recipe import load_alignment_recipe
+    from mipha.lookup import read_yaml
+    from mipha.recipe import load_recipe
+    from mipha.studies.study import load_study
+
+    tree = read_yaml(Path(name).read_text(encoding="utf-8"), name) if Path(name).is_file() else {}
+    keys = tree.keys() if isinstance(tree, dict) else ()
+    if "scales" in keys:
+        return load_study(name).dump()
+    return (load_alignment_recipe(name) if "step" in keys else load_recipe(name)).dump()
+
+
+def _chosen(kind: str | None) -> dict[str, Kind]:
+    """Return the kinds that are listed."""
+    from mipha.lookup import did_you_mean
+
+    kinds = _kinds()
+    if kind is None:
+        return kinds
+    title = kind.replace("_", "-").replace(" ", "-").removesuffix("s")
+    if title not in kinds:
+        raise ValueError(f"no kind {kind!r}: {did_you_mean(title, kinds)}")
+    return {title: kinds[title]}
+
+
+def _kinds() -> dict[str, Kind]:
+    """Return everything that has a name, kind by kind."""
+    from mipha.alignment.recipe import list_alignment_recipes, load_alignment_recipe
+    from mipha.catalog.devices import DEVICES
     from mipha.catalog.language_models import LANGUAGE_MODELS
     from mipha.catalog.vision_towers import VISION_TOWERS
+    from mipha.comparison.results import PUBLISHED, published_table
     from mipha.evaluation.benchmark import BENCHMARKS, list_benchmarks
     from mipha.lookup import files_in
     from mipha.recipe import list_recipes, load_recipe
     from mipha.studies.study import list_studies, load_study
 
-    datasets = Path(__file__).parents[1] / "data" / "datasets"
+    package = Path(__file__).parents[1]
+    datasets, templates = package / "data" / "datasets", package / "catalog" / "chat_templates"
     return {
-        "study": {name: load_study(name).title for name in list_studies()},
-        "recipe": {name: load_recipe(name).description for name in list_recipes()},
-        "vision tower": {name: entry.source for name, entry in VISION_TOWERS.items()},
-        "language model": {name: entry.source for name, entry in LANGUAGE_MODELS.items()},
-        "dataset": {
-            name: _first_line(datasets / f"{name}.py") for name in files_in(datasets, ".py")
-        },
-        "benchmark": {name: _first_line(BENCHMARKS / f"{name}.py") for name in list_benchmarks()},
+        "study": Kind(
+            list_studies(),
+            lambda name: load_study(name).title,
+            lambda name: load_study(name).dump(),
+        ),
+        "recipe": Kind(
+            list_recipes(),
+            lambda name: load_recipe(name).description,
+            lambda name: load_recipe(name).dump(),
+        ),
+        "alignment-recipe": Kind(
+            list_alignment_recipes(),
+            lambda name: load_alignment_recipe(name).description,
+            lambda name: load_alignment_recipe(name).dump(),
+        ),
+        "vision-tower": _table(VISION_TOWERS),
+        "language-model": _table(LANGUAGE_MODELS),
+        "chat-template": Kind(
+            files_in(templates, ".jinja"),
+            lambda name: f"catalog/chat_templates/{name}.jinja",
+            lambda name: (templates / f"{name}.jinja").read_text(encoding="utf-8"),
+        ),
+        "dataset": _modules(datasets, files_in(datasets, ".py")),
+        "benchmark": _modules(BENCHMARKS, list_benchmarks()),
+        "published-table": Kind(
+            files_in(PUBLISHED, ".csv"),
+            lambda name: (
+                f"{len(published_table(int(name.removeprefix('table-'))))} rows of the "
+                "Mipha paper, for `mipha compare --published`"
+            ),
+            lambda name: (PUBLISHED / f"{name}.csv").read_text(encoding="utf-8"),
+        ),
+        "device": _table(DEVICES),
     }
 
 
-def _first_line(module: Path) -> str:
-    """First line of a module's docstring, read without importing it: a dataset's module may import torch."""
-    import ast
+def _table(entries: Mapping[str, Any]) -> Kind:
+    """Return the kind of a table of entries that have a source."""
+    import yaml
 
-    return (ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or "").partition("\n")[
-        0
-    ]
+    return Kind(
+        list(entries),
+        lambda name: entries[name].source,
+        lambda name: yaml.safe_dump({name: _plain(entries[name])}, sort_keys=False, width=120),
+    )
+
+
+def _plain(entry: Any) -> dict[str, Any]:
+    """Return an entry with lists for tuples, which YAML does not have."""
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in asdict(entry).items()
+    }
+
+
+def _modules(folder: Path, names: list[str]) -> Kind:
+    """Return the kind of a folder of modules, which say what they are in their docstrings."""
+
+    def docstring(name: str) -> str:
+        # Read without importing it: a data set's module may import torch.
+        tree = ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))
+        return ast.get_docstring(tree) or ""
+
+    return Kind(
+        names,
+        lambda name: docstring(name).partition("\n")[0],
+        lambda name: docstring(name),
+    )

@@ -27,7 +27,7 @@ RecipeName = Annotated[
 Stage = Annotated[
     str | None,
     typer.Option(
-        help="The recipe's stage: pretrain or finetune (default for DATA); without DATA, all."
+        help="The recipe's stage; without it the last one for DATA, and all without DATA."
     ),
 ]
 Root = Annotated[
@@ -73,7 +73,7 @@ def check(
     loaded = _load_recipe(recipe, stage)
     if data is not None:
         named = data_recipe(data, root, image_root or ())
-        chosen = [(named, _stages(loaded, stage or "finetune")[0] if loaded else None)]
+        chosen = [(named, _stages(loaded, stage)[-1] if loaded else None)]
     elif loaded is None or root or image_root:
         raise ValueError("give DATA, or only --recipe NAME for the data of a recipe's stages")
     else:
@@ -130,7 +130,7 @@ def show_row(
     from mipha.data.show import render, save_pixels, view_sample
 
     loaded = _load_recipe(recipe, stage)
-    chosen = _stages(loaded, stage or "finetune")[0] if loaded else None
+    chosen = _stages(loaded, stage)[-1] if loaded else None
     rows = load_data(data_recipe(data, root, image_root or ()))
     view = view_sample(rows, row, chosen, _processor(loaded))
     Console().print(render(view))
@@ -139,21 +139,20 @@ def show_row(
 
 
 def _load_recipe(name: str | None, stage: str | None) -> Recipe | None:
-    """Load the recipe, if one is named; check the stage first."""
+    """Load the recipe, if one is named, and check that it has the stage."""
     if name is None:
         return None
-    from mipha.recipe import STAGES, load_recipe
+    from mipha.recipe import load_recipe
 
-    if stage is not None and stage not in STAGES:
-        raise ValueError(f"no stage {stage!r}: choose {' or '.join(STAGES)}")
-    return load_recipe(name)
+    recipe = load_recipe(name)
+    if stage is not None:
+        recipe.stage(stage)
+    return recipe
 
 
 def _stages(recipe: Recipe, stage: str | None) -> list[StageRecipe]:
     """Return the recipe's stage of this name; all stages for None."""
-    from mipha.recipe import STAGES
-
-    return [getattr(recipe.stages, name) for name in STAGES if stage in (None, name)]
+    return list(recipe.stages.values()) if stage is None else [recipe.stage(stage)]
 
 
 def _processor(recipe: Recipe | None) -> LlavaProcessor | None:

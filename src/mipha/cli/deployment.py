@@ -61,7 +61,7 @@ def verify(
     ] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="With --gguf: of llama.cpp.")] = None,
 ) -> None:
-    """Load a checkpoint without mipha and compare; exit code 1 if another program does not give the same."""
+    """Load a checkpoint without mipha and compare; exit code 1 if results differ."""
     import json
 
     from mipha.files import write_whole
@@ -71,7 +71,8 @@ def verify(
         return
     if images or question or threads:
         raise ValueError(
-            "--images, --question and --threads are for --gguf: give a folder of GGUF files too, or leave them out"
+            "--images, --question and --threads are for --gguf: "
+            "give a folder of GGUF files too, or leave them out"
         )
 
     from mipha.deploy.verify import print_verification
@@ -214,7 +215,7 @@ def _compare_gguf(
 
     if images is None:
         raise ValueError(
-            "--gguf compares answers about pictures: give --images, a folder of them or easy_vqa:200"
+            "--gguf compares answers about images: give --images, a folder of them or easy_vqa:200"
         )
     name, _, number = str(images).partition(":")
     if name == "easy_vqa" and number.isdigit():
@@ -247,7 +248,8 @@ def _converse(assistant: Assistant, image: Path | None) -> None:
     """Read questions until /quit, the end of the input, or Ctrl-C; answers stream."""
     session = assistant.chat(image)
     typer.echo(
-        "ask something; /image PATH for another picture, /reset to forget the conversation, /quit to leave"
+        "ask something; /image PATH for another image, "
+        "/reset to forget the conversation, /quit to leave"
     )
     while True:
         try:
@@ -276,6 +278,6 @@ def _converse(assistant: Assistant, image: Path | None) -> None:
             except (ValueError, FileNotFoundError) as error:
                 typer.echo(str(error))
             except KeyboardInterrupt:
-                # The answer is still being made behind our back: its half-filled cache must not be gone on with.
+                # The answer is still being made: its half-filled cache must not be used again.
                 session = assistant.chat(image)
                 typer.echo("\n(stopped, and the conversation is forgotten)")

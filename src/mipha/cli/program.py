@@ -1,4 +1,4 @@
-"""The program `mipha`: its verbs in one list, and what a user can mend in one sentence."""
+"""The program `mipha`: its verbs in one list, and errors that a user can fix in one sentence."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from mipha.cli import align, catalog, data, deployment, results, study, training
 
 
 class _Verbs(TyperGroup):
-    """Every verb in one place that turns what a user can mend into one sentence, without a traceback."""
+    """Turns errors that a user can fix into one sentence without a traceback, for every verb."""
 
     def invoke(self, ctx: Any) -> Any:
-        os.environ.setdefault(
-            "HF_HUB_DISABLE_PROGRESS_BARS", "1"
-        )  # our own bars say what takes long
+        # Our own progress bars say what takes long.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
@@ -39,6 +39,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 
@@ -48,7 +49,10 @@ def _options(
         bool, typer.Option("--debug", envvar="MIPHA_DEBUG", help="Show tracebacks.")
     ] = False,
 ) -> None:
-    """Build, train and evaluate multimodal small language models: a vision tower, a projector, a small language model."""
+    """Build, train and evaluate multimodal small language models.
+
+    Such a model is a vision tower, a projector and a small language model.
+    """
 
 
 app.command("list")(catalog.list_names)
@@ -75,25 +79,32 @@ def main() -> None:
 
 
 def _sentence(error: Exception) -> str | None:
-    """What went wrong, for what a user can mend; None for our own mistakes, which keep their traceback."""
+    """Return what went wrong where a user can fix it.
+
+    None for our own mistakes, which keep their traceback.
+    """
     if isinstance(error, ModuleNotFoundError):
         if (error.name or "").partition(".")[0] == "mipha":
             return None
-        bare = str(error).startswith("No module named")
-        return (
-            f"the package {error.name!r} is not installed: pip install {error.name}"
-            if bare
-            else str(error)
-        )
+        if str(error).startswith("No module named"):
+            return f"the package {error.name!r} is not installed: pip install {error.name}"
+        return str(error)
     if isinstance(error, BrokenPipeError):
         return None
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk is full ({error.filename or 'no space left'}): free some space and run the same command again to go on"
+        return (
+            f"the disk is full ({error.filename or 'no space left'}): "
+            "free some space and run the same command again to go on"
+        )
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     if isinstance(error, (ValueError, OSError, FloatingPointError)):
         return str(error)
-    # Torch is not imported for the name's sake.
+
+    # Known by its name, because torch is not imported here.
     if type(error).__name__ == "OutOfMemoryError":
-        return "the accelerator's memory is full: lower --batch-size (evaluate), or micro_batch_rows or row_tokens (train)"
+        return (
+            "the accelerator's memory is full: lower --batch-size (evaluate), "
+            "or micro_batch_rows or row_tokens (train)"
+        )
     return None

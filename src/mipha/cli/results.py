@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mipha.cli.arguments import Model, is_first
+from mipha.cli.arguments import Model, split_names
 
 if TYPE_CHECKING:
     from mipha.evaluation.benchmark import Judge
@@ -55,13 +55,11 @@ def evaluate(
     judge_replies: JudgeReplies = None,
 ) -> None:
     """Measure a model; exit code 1 if a question failed."""
-    from mipha.deploy.model_card import write_model_card
-    from mipha.evaluation.evaluate import evaluate as measure
+    from mipha.api import evaluate as measure
     from mipha.evaluation.evaluate import plan
     from mipha.evaluation.tables import print_plan, print_results
-    from mipha.run import open_run
 
-    names = [name.strip() for group in benchmarks for name in group.split(",") if name.strip()]
+    names = split_names(benchmarks)
     if dry_run:
         print_plan(plan(names, data_root, split), run)
         return
@@ -71,9 +69,6 @@ def evaluate(
         run, names, data_root, batch_size, limit, split, out, blind=blind, judge=grader
     )
     print_results(results)
-    if out is None and is_first():
-        evaluated = open_run(run)
-        write_model_card(evaluated.final_checkpoint(), evaluated)  # with these scores
     if any(result.n_failed for result in results):
         raise typer.Exit(1)
 
@@ -146,8 +141,7 @@ def compare(
     from mipha.comparison.tables import compare as side_by_side
     from mipha.comparison.tables import print_comparison
 
-    names = [name.strip() for group in published or () for name in group.split(",") if name.strip()]
-    found = side_by_side(runs or (), names)
+    found = side_by_side(runs or (), split_names(published))
     for path in out or ():
         found.write(path)
     print_comparison(found)

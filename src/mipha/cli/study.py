@@ -25,7 +25,8 @@ def run(
     scale: Annotated[
         str,
         typer.Option(
-            help="mini: two CPU cores and the quickstart's parts; paper: GPUs and published weights."
+            help="mini: two CPU cores and the quickstart's parts; "
+            "paper: GPUs and published weights."
         ),
     ] = "mini",
     seeds: Annotated[
@@ -51,9 +52,8 @@ def run(
     ] = None,
 ) -> None:
     """Train and evaluate what is missing, then write the report."""
+    from mipha.api import run_study
     from mipha.lookup import read_yaml
-    from mipha.studies.report import write_report
-    from mipha.studies.runner import run_study
     from mipha.studies.study import load_study
 
     parameters = None
@@ -66,10 +66,9 @@ def run(
             key: read_yaml(value, f"--slurm {key}")
             for key, value in (pair.split("=", 1) for pair in slurm)
         }
-    study = load_study(name)
-    run_study(study, scale, out, seeds, jobs, parameters, share or ())
-    for path in write_report(study, scale, out):
-        typer.echo(f"written: {path}")
+    folder = run_study(load_study(name), scale, out, seeds, jobs, parameters, share or ())
+    for report in ("report.md", "report.html"):
+        typer.echo(f"written: {folder / report}")
 
 
 @verbs.command()
@@ -88,7 +87,6 @@ def report(
     from mipha.studies.folder import open_study
     from mipha.studies.report import write_report
 
-    study, scale = open_study(folder)
-    text, page = write_report(study, scale, folder)
+    text, page = write_report(open_study(folder), folder)
     Console().print(Markdown(text.read_text(encoding="utf-8")))
     typer.echo(f"written: {text} and {page}")

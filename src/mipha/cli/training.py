@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mipha.cli.arguments import Overrides, is_first
+from mipha.cli.arguments import Overrides, split_names
 
 
 def train(
@@ -24,18 +24,14 @@ def train(
         typer.Option(help="wandb, trackio; TensorBoard follows wherever it is installed."),
     ] = None,
 ) -> None:
-    """Train a recipe: pretrain, then finetune."""
+    """Train a recipe, stage by stage."""
+    from mipha.api import train as train_recipe
     from mipha.recipe import load_recipe
+    from mipha.run import is_first_process
 
     chosen = load_recipe(recipe).override(*(overrides or ()))
-
-    from mipha.deploy.model_card import write_model_card
-    from mipha.training.pipeline import train as train_recipe
-
-    trackers = [name.strip() for group in track or () for name in group.split(",") if name.strip()]
-    run = train_recipe(chosen, out, track=trackers)
-    if is_first():
-        write_model_card(run.final_checkpoint(), run)
+    run = train_recipe(chosen, out, track=split_names(track))
+    if is_first_process():
         typer.echo(f"trained {chosen.name}: {run.final_checkpoint()}")
 
 

@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from mipha.deploy.parts import Part, hub_licence, parts_of, without_folders
 from mipha.deploy.runtimes import runtimes
 from mipha.files import write_whole
-from mipha.recipe import PARTS, STAGES, Recipe
+from mipha.recipe import PARTS, Recipe
 from mipha.run import Run, model_folder, open_run
 
 
@@ -178,14 +178,11 @@ def _parts_table(parts: Sequence[Part]) -> str:
 
 def _training(recipe: Recipe) -> str:
     rows = []
-    for name in STAGES:
-        stage = getattr(recipe.stages, name)
+    for name, stage in recipe.stages.items():
         data = ", ".join(
             entry.dataset + (f" ({entry.root.name})" if entry.root else "") for entry in stage.data
         )
-        tuned = ", ".join(
-            f"{part.replace('_', ' ')} {getattr(stage.tuning, part)}" for part in PARTS
-        )
+        tuned = ", ".join(f"{part.replace('_', ' ')} {stage.tuning.of(part)}" for part in PARTS)
         length = (
             f"at most {stage.max_steps} steps" if stage.max_steps else f"{stage.epochs:g} epochs"
         )

@@ -17,7 +17,7 @@ def check_quantization(tuning: TuningRecipe, device: torch.device, num_processes
         ValueError: Weights of 4 bits are asked for without a GPU, or with several processes.
         FileNotFoundError: The package that computes in them is not installed.
     """
-    wanted = [part for part in tuning.adapted if getattr(tuning, part) == "qlora"]
+    wanted = [part for part in tuning.adapted if tuning.of(part) == "qlora"]
     if not wanted:
         return
     mend = f"set tuning.{wanted[0]} to lora"

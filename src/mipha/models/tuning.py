@@ -59,12 +59,12 @@ def apply_tuning(
     trained = {
         id(parameter)
         for part in PARTS
-        for parameter in _trained_parameters(model, part, getattr(tuning, part))
+        for parameter in _trained_parameters(model, part, tuning.of(part))
     }
     if tuning.adapted:
         assert tuning.lora is not None
         for part in tuning.adapted:
-            if getattr(tuning, part) == "qlora":
+            if tuning.of(part) == "qlora":
                 quantize(part_layers(model, part), torch.device(device), autocast or torch.float32)
         add_adapters(
             model, {part: part_layers(model, part) for part in tuning.adapted}, tuning.lora
@@ -77,7 +77,7 @@ def apply_tuning(
     for parameter in model.parameters():
         if parameter.is_floating_point():  # weights of 4 bits have no gradient to switch
             parameter.requires_grad_(id(parameter) in trained)
-    return [_count(model, part, getattr(tuning, part)) for part in PARTS]
+    return [_count(model, part, tuning.of(part)) for part in PARTS]
 
 
 def check_tuning(model: LlavaForConditionalGeneration, tuning: TuningRecipe) -> None:
@@ -87,7 +87,7 @@ def check_tuning(model: LlavaForConditionalGeneration, tuning: TuningRecipe) -> 
         ValueError: A part has fewer layers than are to be trained, or no layers that adapters fit.
     """
     for part in PARTS:
-        tuned_modules(model, part, getattr(tuning, part))
+        tuned_modules(model, part, tuning.of(part))
     for part in tuning.adapted:
         linear_layers(part, part_layers(model, part))
 

@@ -31,7 +31,7 @@ from mipha.models.flops import StepFlops, Work
 from mipha.models.modeling import LlavaForConditionalGeneration
 from mipha.models.tuning import TunedPart, apply_tuning
 from mipha.planning.memory import MicroBatch, kept_bytes, memory_of
-from mipha.recipe import STAGES, Recipe, StageName, StageRecipe
+from mipha.recipe import Recipe, StageRecipe
 from mipha.run import Run
 
 EFFICIENCY = {"gpu": 0.4, "cpu": 0.5}
@@ -94,7 +94,7 @@ class StagePlan:
         mends: What would make it fit, best first; empty where it does.
     """
 
-    name: StageName
+    name: str
     stage: StageRecipe
     parts: tuple[TunedPart, ...]
     samples: int
@@ -169,7 +169,7 @@ def plan(
     """
     return [
         _plan_stage(recipe, name, device, num_devices, efficiency or EFFICIENCY[device.kind])
-        for name in STAGES
+        for name in recipe.stages
     ]
 
 
@@ -195,9 +195,9 @@ def compare(stage: StagePlan, run: Run, device: Device, num_devices: int) -> Com
 
 
 def _plan_stage(
-    recipe: Recipe, name: StageName, device: Device, num_devices: int, efficiency: float
+    recipe: Recipe, name: str, device: Device, num_devices: int, efficiency: float
 ) -> StagePlan:
-    stage: StageRecipe = getattr(recipe.stages, name)
+    stage: StageRecipe = recipe.stages[name]
     model = skeleton(recipe.model)
     parts = tuple(
         apply_tuning(model, stage.tuning, "meta", torch.bfloat16 if device.autocast else None)
@@ -249,7 +249,7 @@ def _largest_rows(
 
 
 def _mends(
-    recipe: Recipe, name: StageName, device: Device, num_devices: int, step: StepWork
+    recipe: Recipe, name: str, device: Device, num_devices: int, step: StepWork
 ) -> tuple[str, ...]:
     """Changes of the recipe, each on top of those before it, until the stage fits."""
     levers = (
@@ -260,13 +260,13 @@ def _mends(
     )
     chosen: list[str] = []
     for lever in levers:
-        if lever.endswith("lora") and getattr(recipe.stages, name).tuning.language_model != "full":
+        if lever.endswith("lora") and recipe.stages[name].tuning.language_model != "full":
             continue
         if lever.endswith("qlora") and (num_devices > 1 or find_spec("bitsandbytes") is None):
             continue  # one device only; and its layers are what is counted
         chosen = [*(kept for kept in chosen if kept.split("=")[0] != lever.split("=")[0]), lever]
         changed = recipe.override(*(f"stages.{name}.{one}" for one in chosen))
-        stage = getattr(changed.stages, name)
+        stage = changed.stages[name]
         model = skeleton(changed.model)
         apply_tuning(model, stage.tuning, "meta", torch.bfloat16 if device.autocast else None)
         widest = step.widest

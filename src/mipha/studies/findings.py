@@ -1,7 +1,7 @@
-"""What a study's runs say: scores of each variant over its seeds, the planned comparisons, and whether each takeaway holds.
+"""What a study's runs say: each variant's scores, the planned comparisons, each takeaway's verdict.
 
-Only the pairs that a takeaway names are tested, and all of a study's p-values are adjusted together (Holm): looking at every pair
-would make chance findings of them.
+Only the pairs that a takeaway names are tested, and all p-values of a study are adjusted together
+(Holm): looking at every pair would make findings of chance.
 """
 
 from __future__ import annotations
@@ -23,12 +23,11 @@ from mipha.comparison.statistics import (
     seed_difference,
 )
 from mipha.evaluation.benchmark import Benchmark, Metric, load_benchmark
-from mipha.files import read_lines
+from mipha.files import read_json, read_lines
 from mipha.lookup import did_you_mean
-from mipha.recipe import STAGES
-from mipha.run import flat, open_run
+from mipha.recipe import flatten
 from mipha.studies.folder import Job, jobs_of
-from mipha.studies.study import Measured, Study, Takeaway, Variant
+from mipha.studies.study import Experiment, Measured, Takeaway, Variant
 
 Verdict = Literal["holds", "does not hold", "not enough runs"]
 ALPHA = 0.05
@@ -39,7 +38,7 @@ class Cost:
     """What one run took.
 
     Args:
-        minutes: Training time of both stages, as if each were its own.
+        minutes: Training time of all stages, as if each were its own.
         memory: Peak, GiB.
         tokens: Real ones trained on.
     """
@@ -90,17 +89,17 @@ class Findings:
     """All that a report shows.
 
     Args:
+        experiment: The study at one scale.
         headline: Benchmark to the metric that is compared.
         scores: Variant, then benchmark.
         details: Variant, then benchmark, then every metric of it that was measured.
         costs: Variant to its runs' costs, over finished runs.
         differences: Variant to recipe keys in which variants differ, with its own values.
+        judged: Every takeaway with its verdicts.
         num_missing: Runs that the study asks for and that are not finished.
     """
 
-    study: Study
-    scale: str
-    variants: tuple[Variant, ...]
+    experiment: Experiment
     headline: dict[str, Metric]
     scores: dict[str, dict[str, VariantScores]]
     details: dict[str, dict[str, dict[str, VariantScores]]]
@@ -110,42 +109,44 @@ class Findings:
     num_missing: int
 
 
-def find(study: Study, scale: str, out: Path) -> Findings:
+def find(experiment: Experiment, out: Path) -> Findings:
     """Read the runs of a study's folder.
 
     Raises:
         FileNotFoundError: No run is finished.
         ValueError: The metric to compare by is none of the benchmark's, or was not measured.
     """
-    size = study.scale(scale)
-    variants = study.variants(scale)
-    seeds = max(
-        (int(path.name.removeprefix("seed-")) + 1 for path in (out / "runs").glob("*/seed-*")),
-        default=0,
-    )
-    jobs = jobs_of(study, scale, out, seeds)
-    benchmarks = [wanted.benchmark for wanted in size.evaluate]
+    asked = experiment.asked
+    names = [variant.name for variant in experiment.variants]
+    benchmarks = {wanted.benchmark: load_benchmark(wanted.benchmark) for wanted in asked.evaluate}
+    headline = {wanted.benchmark: compared_by(wanted) for wanted in asked.evaluate}
+
+    # Read what each run measured.
+    seeds = [int(path.name.removeprefix("seed-")) for path in (out / "runs").glob("*/seed-*")]
+    jobs = jobs_of(experiment, out, max(seeds, default=-1) + 1)
     tallies = {
-        (variant.name, name): _tallies(jobs, variant.name, name)
-        for variant in variants
-        for name in benchmarks
+        (variant, name): _tallies(jobs, variant, name) for variant in names for name in benchmarks
     }
     if not any(tallies.values()):
         raise FileNotFoundError(
-            f"{out} has no finished run: make them with `mipha study run {study.name} -o {out}`"
+            f"{out} has no finished run: "
+            f"make them with `mipha study run {experiment.name} -o {out}`"
         )
-    headline = {wanted.benchmark: compared_by(wanted) for wanted in size.evaluate}
-    measures = {name: load_benchmark(name).measure for name in benchmarks}
+
+    # Every metric, and of them the one that variants are compared by.
     details = {
-        variant.name: {
-            name: _details(load_benchmark(name), tallies[variant.name, name]) for name in benchmarks
+        variant: {
+            name: _details(benchmark, tallies[variant, name])
+            for name, benchmark in benchmarks.items()
         }
-        for variant in variants
+        for variant in names
     }
     for variant, name in tallies:
         if details[variant][name] and headline[name].name not in details[variant][name]:
-            measured = f"runs of {variant} were measured on {name} without {headline[name].name}"
-            raise ValueError(f"{measured}: remove their evaluation folders and run the study again")
+            raise ValueError(
+                f"runs of {variant} were measured on {name} without {headline[name].name}: "
+                "remove their evaluation folders and run the study again"
+            )
     scores = {
         variant: {
             name: found.get(headline[name].name, VariantScores(()))
@@ -153,96 +154,86 @@ def find(study: Study, scale: str, out: Path) -> Findings:
         }
         for variant, of_benchmark in details.items()
     }
-    compared = _compare(
-        size.takeaways,
-        benchmarks,
-        tallies,
-        measures,
-        {name: headline[name].name for name in benchmarks},
-    )
-    done = [job for job in jobs if open_run(job.folder).is_finished("finetune")]
+
+    # Judge the takeaways.
+    compared = _compare(asked.takeaways, benchmarks, headline, tallies)
+    judged = tuple(_judge(takeaway, list(benchmarks), compared) for takeaway in asked.takeaways)
+
+    done = [job for job in jobs if job.is_trained]
+    costs = {
+        variant: tuple(_cost(job) for job in done if job.variant == variant) for variant in names
+    }
     return Findings(
-        study,
-        scale,
-        tuple(variants),
+        experiment,
         headline,
         scores,
         details,
-        {
-            variant.name: tuple(_cost(job) for job in done if job.variant == variant.name)
-            for variant in variants
-        },
-        _differences(variants),
-        tuple(_judge(takeaway, benchmarks, compared) for takeaway in size.takeaways),
-        len(jobs) - len(done),
+        costs,
+        _differences(experiment.variants),
+        judged,
+        num_missing=len(jobs) - len(done),
     )
 
 
 def compared_by(wanted: Measured) -> Metric:
-    """The metric that variants are compared by.
+    """Return the metric that variants are compared by.
 
     Raises:
         ValueError: The benchmark has no such metric.
     """
     metrics = {metric.name: metric for metric in load_benchmark(wanted.benchmark).metrics}
     if wanted.metric is not None and wanted.metric not in metrics:
-        raise ValueError(
-            f"benchmark {wanted.benchmark} has no metric {wanted.metric!r}: {did_you_mean(wanted.metric, metrics)}"
-        )
+        near = did_you_mean(wanted.metric, metrics)
+        raise ValueError(f"benchmark {wanted.benchmark} has no metric {wanted.metric!r}: {near}")
     return metrics[wanted.metric] if wanted.metric else next(iter(metrics.values()))
 
 
 def judge(takeaway: Takeaway, found: SeedDifference, p_holm: float) -> Verdict:
-    """Whether one comparison bears a takeaway out.
+    """Return whether one comparison bears a takeaway out.
 
-    `better` holds where the difference is above zero beyond chance; it fails where the whole interval lies below what counts as a
-    difference. `on_par` holds where the whole interval lies within that, and fails where the difference is beyond it and beyond
-    chance. `not_better` holds where the whole interval lies below it. All else wants more runs.
+    The margin is the takeaway's `within`. All else wants more runs:
+
+    - `better` holds where the difference is above zero beyond chance. It fails where the whole
+      interval lies below the margin.
+    - `on_par` holds where the whole interval lies within the margin. It fails where the difference
+      is beyond the margin and beyond chance.
+    - `not_better` holds where the whole interval lies below the margin. It fails where the
+      difference is above the margin and beyond chance.
     """
     margin = takeaway.within
     if math.isnan(found.p_value):
         return "not enough runs"
-    sure = p_holm < ALPHA
+    beyond_chance = p_holm < ALPHA
+
     if takeaway.better:
-        return (
-            "holds"
-            if sure and found.difference > 0
-            else "does not hold"
-            if found.high < margin
-            else "not enough runs"
-        )
-    if takeaway.on_par:
-        inside = -margin < found.low and found.high < margin
-        return (
-            "holds"
-            if inside
-            else "does not hold"
-            if sure and abs(found.difference) > margin
-            else "not enough runs"
-        )
-    return (
-        "holds"
-        if found.high < margin
-        else "does not hold"
-        if sure and found.difference > margin
-        else "not enough runs"
-    )
+        holds = beyond_chance and found.difference > 0
+        fails = found.high < margin
+    elif takeaway.on_par:
+        holds = -margin < found.low and found.high < margin
+        fails = beyond_chance and abs(found.difference) > margin
+    else:
+        holds = found.high < margin
+        fails = beyond_chance and found.difference > margin
+    return "holds" if holds else "does not hold" if fails else "not enough runs"
 
 
 def _compare(
     takeaways: Sequence[Takeaway],
-    benchmarks: Sequence[str],
+    benchmarks: dict[str, Benchmark],
+    headline: dict[str, Metric],
     tallies: dict[tuple[str, str], list[Tally]],
-    measures: dict,
-    metrics: dict[str, str],
 ) -> dict[tuple[str, str, str], Comparison]:
+    """Return (variant, variant, benchmark) to the comparison, for all pairs of the takeaways."""
     pairs = dict.fromkeys(pair for takeaway in takeaways for pair in takeaway.pairs)
     found = {}
     for first, second in pairs:
-        for name in benchmarks:
+        for name, benchmark in benchmarks.items():
             a, b = tallies[first, name], tallies[second, name]
             if a and b:
-                found[first, second, name] = seed_difference(a, b, measures[name], metrics[name])
+                found[first, second, name] = seed_difference(
+                    a, b, benchmark.measure, headline[name].name
+                )
+
     tested = [key for key, difference in found.items() if not math.isnan(difference.p_value)]
     adjusted = dict(zip(tested, holm([found[key].p_value for key in tested]), strict=True))
     return {
@@ -257,54 +248,51 @@ def _judge(
     verdicts: dict[str, Verdict] = {}
     for name in benchmarks:
         parts = [compared.get((*pair, name)) for pair in takeaway.pairs]
-        each = [
+        each: list[Verdict] = [
             judge(takeaway, part.found, part.p_holm) if part else "not enough runs"
             for part in parts
         ]
-        verdicts[name] = (
-            "does not hold"
-            if "does not hold" in each
-            else "not enough runs"
-            if "not enough runs" in each
-            else "holds"
-        )
+        # One that fails decides, then one that is open.
+        worst: tuple[Verdict, ...] = ("does not hold", "not enough runs", "holds")
+        verdicts[name] = next(verdict for verdict in worst if verdict in each)
+
     used = tuple(comparison for key, comparison in compared.items() if key[:2] in takeaway.pairs)
     return Judged(takeaway, verdicts, used)
 
 
 def _tallies(jobs: Sequence[Job], variant: str, benchmark: str) -> list[Tally]:
-    found = []
-    for job in jobs:
-        files = (
-            sorted((job.folder / "evaluation").glob("*/tally.json"))
-            if job.variant == variant
-            else []
-        )
-        contents = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-        found += [read_tally(content) for content in contents if content["benchmark"] == benchmark]
-    return found
+    """Return what each run of a variant contributes to a benchmark's metrics."""
+    contents = [
+        read_json(file)
+        for job in jobs
+        if job.variant == variant
+        for file in sorted((job.folder / "evaluation").glob("*/tally.json"))
+    ]
+    return [read_tally(content) for content in contents if content["benchmark"] == benchmark]
 
 
 def _details(benchmark: Benchmark, tallies: Sequence[Tally]) -> dict[str, VariantScores]:
-    """Every metric over the runs, in the benchmark's order; those that some run has no number of are left out."""
+    """Return every metric that all runs have a number of, in the benchmark's order."""
+    if not tallies:
+        return {}
     runs = [benchmark.measure(tally.totals()) for tally in tallies]
-    named = (
-        [metric.name for metric in benchmark.metrics if all(metric.name in found for found in runs)]
-        if runs
-        else []
-    )
+    named = [
+        metric.name for metric in benchmark.metrics if all(metric.name in found for found in runs)
+    ]
     return {name: VariantScores(tuple(float(found[name]) for found in runs)) for name in named}
 
 
 def _cost(job: Job) -> Cost:
-    rows = [row for stage in STAGES for row in read_lines(open_run(job.folder).metrics(stage))]
-    memory = max((row["peak_memory_gib"] for row in rows), default=math.nan)
+    rows = [row for stage in job.recipe.stages for row in read_lines(job.run.metrics(stage))]
     return Cost(
-        sum(row["seconds"] for row in rows) / 60, memory, sum(row["tokens"] for row in rows)
+        minutes=sum(row["seconds"] for row in rows) / 60,
+        memory=max((row["peak_memory_gib"] for row in rows), default=math.nan),
+        tokens=sum(row["tokens"] for row in rows),
     )
 
 
 def _differences(variants: Sequence[Variant]) -> dict[str, dict[str, object]]:
+    """Return, for each variant, the recipe keys in which variants differ, with its values."""
     trees = {variant.name: _values(variant) for variant in variants}
     keys = dict.fromkeys(key for tree in trees.values() for key in tree)
     differing = [
@@ -314,6 +302,6 @@ def _differences(variants: Sequence[Variant]) -> dict[str, dict[str, object]]:
 
 
 def _values(variant: Variant) -> dict[str, object]:
-    """Recipe key to value; an empty group of keys says nothing."""
-    values = flat(variant.recipe.model_dump(mode="json", exclude={"name", "description"}))
+    """Return recipe key to value; an empty group of keys says nothing."""
+    values = flatten(variant.recipe.model_dump(mode="json", exclude={"name", "description"}))
     return {key: value for key, value in values.items() if value != {}}

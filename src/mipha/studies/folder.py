@@ -1,4 +1,4 @@
-"""A study's folder, and the runs in it.
+"""A study's folder: its runs, and what of them is taken over in place of being trained again.
 
 DIR/study.yaml              the study as it was asked for, and `asked.json`: at which scale
     runs/<variant>/seed-<k> a run folder each
@@ -9,15 +9,19 @@ DIR/study.yaml              the study as it was asked for, and `asked.json`: at 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-import yaml
-
-from mipha.files import write_whole
+from mipha.files import read_json_object, whole_folder, write_whole
 from mipha.recipe import Recipe
-from mipha.run import open_run
-from mipha.studies.study import Study, load_study
+from mipha.run import Run, open_run
+from mipha.studies.study import Experiment, load_study
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,33 @@ class Job:
     recipe: Recipe
     folder: Path
 
+    @property
+    def run(self) -> Run:
+        """Its run; the folder need not be there yet."""
+        return Run(self.folder)
 
-def jobs_of(study: Study, scale: str, out: Path, seeds: int) -> list[Job]:
-    """Every run of a study, seed by seed, so that a study that is stopped has compared all variants as often as it could."""
-    variants = study.variants(scale)
+    @cached_property
+    def made(self) -> dict[str, str]:
+        """Stage to the digest of what it makes; two runs can share a stage where these agree."""
+        return {stage: self.recipe.stage_digest(stage) for stage in self.recipe.stages}
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the last stage is finished."""
+        return self.run.is_finished(self.recipe.last_stage)
+
+    @property
+    def num_finished(self) -> int:
+        """How many stages are finished, from the first on."""
+        finished = [self.run.is_finished(stage) for stage in self.recipe.stages]
+        return [*finished, False].index(False)
+
+
+def jobs_of(experiment: Experiment, out: Path, seeds: int) -> list[Job]:
+    """Return every run of a study, seed by seed.
+
+    So a study that is stopped has compared all variants as often as it could.
+    """
     return [
         Job(
             variant.name,
@@ -48,60 +75,52 @@ def jobs_of(study: Study, scale: str, out: Path, seeds: int) -> list[Job]:
             out / "runs" / variant.name / f"seed-{seed}",
         )
         for seed in range(seeds)
-        for variant in variants
+        for variant in experiment.variants
     ]
 
 
-def claim(study: Study, scale: str, out: Path) -> None:
+def claim(experiment: Experiment, out: Path) -> None:
     """Mark a folder as this study's.
 
     Raises:
-        ValueError: It is another's, or holds other files.
+        ValueError: The folder holds another study, or other files.
     """
-    path = out / "asked.json"
-    if path.is_file():
-        # Both are read by today's schema: a digest of another version's would refuse whatever has gained a key with a default since.
-        found, at = open_study(out)
-        if (found.name, at, found.digest(at)) != (study.name, scale, study.digest(scale)):
-            kind = (
-                "another version of it"
-                if (found.name, at) == (study.name, scale)
-                else f"study {study.name} at scale {scale}"
-            )
+    if (out / "asked.json").is_file():
+        # Both are read by today's schema: a digest that an older version wrote would refuse
+        # whatever has gained a key with a default since.
+        found = open_study(out)
+        same = (found.name, found.scale) == (experiment.name, experiment.scale)
+        if not same or found.digest() != experiment.digest():
+            other = f"study {experiment.name} at scale {experiment.scale}"
             raise ValueError(
-                f"{out} holds study {found.name} at scale {at}, not {kind}: choose another -o"
+                f"{out} holds study {found.name} at scale {found.scale}, "
+                f"not {'another version of it' if same else other}: choose another -o"
             )
     elif out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty and holds no study: choose another -o")
-    write_whole(
-        out / "study.yaml",
-        yaml.safe_dump(study.model_dump(mode="json"), sort_keys=False, width=120),
-    )
-    write_whole(path, json.dumps({"study": study.name, "scale": scale}) + "\n")
+
+    write_whole(out / "study.yaml", experiment.study.dump())
+    asked = {"study": experiment.name, "scale": experiment.scale}
+    write_whole(out / "asked.json", json.dumps(asked) + "\n")
 
 
-def open_study(out: Path) -> tuple[Study, str]:
-    """The study of a folder, and its scale.
+def open_study(out: Path) -> Experiment:
+    """Open the study of a folder, at its scale.
 
     Raises:
-        FileNotFoundError: The folder holds none.
+        FileNotFoundError: The folder holds no study.
     """
-    if not (out / "asked.json").is_file():
-        raise FileNotFoundError(
-            f"{out} holds no study: make one with `mipha study run NAME -o {out}`"
-        )
-    return load_study(out / "study.yaml"), json.loads(
-        (out / "asked.json").read_text(encoding="utf-8")
-    )["scale"]
+    _check_is_study(out)
+    return load_study(out / "study.yaml").at(read_json_object(out / "asked.json")["scale"])
 
 
 def runs_in(out: Path) -> list[Job]:
-    """The runs that a study's folder holds.
+    """Return the runs that a study's folder holds.
 
     Raises:
-        FileNotFoundError: It holds no study.
+        FileNotFoundError: The folder holds no study.
     """
-    open_study(out)
+    _check_is_study(out)
     return [
         Job(
             path.parent.parent.name,
@@ -113,6 +132,81 @@ def runs_in(out: Path) -> list[Job]:
     ]
 
 
-def is_trained(job: Job) -> bool:
-    """Whether both stages are finished."""
-    return open_run(job.folder).is_finished("finetune")
+def _check_is_study(out: Path) -> None:
+    if not (out / "asked.json").is_file():
+        raise FileNotFoundError(
+            f"{out} holds no study: make one with `mipha study run NAME -o {out}`"
+        )
+
+
+def share_stages(job: Job, others: Iterable[Job]) -> None:
+    """Give a run the stages that another run of the same parts, data and seed has made.
+
+    The first stages of two runs are shared as far as their recipes agree. A stage that the run has
+    begun itself stays its own.
+    """
+    stages = list(job.recipe.stages)
+    done = job.num_finished
+    if done == len(stages) or job.run.stage(stages[done]).exists():
+        return
+
+    # The more stages are shared, the better.
+    others = [other for other in others if other is not job]
+    for last in reversed(range(done, len(stages))):
+        name = stages[last]
+        for other in others:
+            if other.made.get(name) == job.made[name] and other.run.is_finished(name):
+                for stage in stages[done : last + 1]:
+                    adopt_stage(other.folder, job.folder, stage)
+                return
+
+
+def awaits(job: Job, running: Iterable[Job]) -> bool:
+    """Return whether a running job is making the stage that this one needs next."""
+    done, stages = job.num_finished, list(job.recipe.stages)
+    if done == len(stages) or job.run.stage(stages[done]).exists():
+        return False
+    return any(other.made.get(stages[done]) == job.made[stages[done]] for other in running)
+
+
+def adopt_run(donor: Path, folder: Path) -> None:
+    """Copy a finished run of the same recipe.
+
+    Weights are shared where the disk can; the panel's answers are asked anew.
+    """
+    with whole_folder(folder) as partial:
+        _copy(donor, partial, "states", "panel.jsonl")
+        made_with = read_json_object(partial / "provenance.json")
+        _write_provenance(partial, made_with | {"trained_as": str(donor.resolve())})
+
+
+def adopt_stage(donor: Path, folder: Path, stage: str) -> None:
+    """Copy one finished stage of another run; weights are shared where the disk can."""
+    facts = read_json_object(donor / "provenance.json").get("data", {})
+    with whole_folder(Run(folder).stage(stage)) as partial:
+        _copy(Run(donor).stage(stage), partial, "states")
+
+        # Provenance says where the stage is from, and on which data it was trained.
+        made_with = read_json_object(folder / "provenance.json")
+        made_with.setdefault(stage, f"of {donor.parent.name}, {donor.name}")
+        if stage in facts:
+            made_with.setdefault("data", {}).setdefault(stage, facts[stage])
+        _write_provenance(folder, made_with)
+
+
+def _copy(source: Path, target: Path, *left_out: str) -> None:
+    """Copy a folder's content; weights, which are never written in place, are shared."""
+    ignore = shutil.ignore_patterns(*left_out)
+    shutil.copytree(source, target, copy_function=_link, ignore=ignore, dirs_exist_ok=True)
+
+
+def _link(source: str, target: str) -> None:
+    if source.endswith(".safetensors"):
+        with suppress(OSError):  # another file system: copied
+            os.link(source, target)
+            return
+    shutil.copy2(source, target)
+
+
+def _write_provenance(folder: Path, facts: dict[str, Any]) -> None:
+    write_whole(folder / "provenance.json", json.dumps(facts, indent=2) + "\n")

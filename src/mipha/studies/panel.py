@@ -1,4 +1,4 @@
-"""The qualitative panel: a few pictures and questions, answered by every variant, to be read side by side.
+"""The qualitative panel: a few images and questions, answered by every variant side by side.
 
 python -m mipha.studies.panel RUN STUDY.yaml SCALE     writes RUN/panel.jsonl
 """
@@ -19,16 +19,19 @@ MAX_NEW_TOKENS = 128
 
 
 def asked_of(questions: Sequence[Question], measured: Sequence[Measured]) -> list[Asked]:
-    """The panel's questions with their pictures.
+    """Return the panel's questions with their images.
 
     Raises:
         ValueError: A benchmark that the study does not measure, or a number past its last question.
-        FileNotFoundError: A picture is not there.
+        FileNotFoundError: An image is not there.
     """
     by_name = {wanted.benchmark: wanted for wanted in measured}
     loaded: dict[str, Sequence[Asked]] = {}
     found = []
     for number, question in enumerate(questions):
+        facts = {"kind": question.kind}
+
+        # `benchmark:N` is the image of a benchmark's question.
         name, _, row = question.image.rpartition(":")
         if name in by_name and row.isdigit():
             if name not in loaded:
@@ -36,26 +39,24 @@ def asked_of(questions: Sequence[Question], measured: Sequence[Measured]) -> lis
                 loaded[name] = benchmark.questions(by_name[name].data_root, by_name[name].split)
             if int(row) >= len(loaded[name]):
                 raise ValueError(
-                    f"the panel wants question {row} of {name}, which has {len(loaded[name])}: use a smaller number"
+                    f"the panel wants question {row} of {name}, which has {len(loaded[name])}: "
+                    "use a smaller number"
                 )
             asked = loaded[name][int(row)]
-            found.append(
-                Asked(
-                    str(number),
-                    question.question or asked.text,
-                    asked.image,
-                    {"kind": question.kind},
-                )
-            )
+            text = question.question or asked.text
+            found.append(Asked(str(number), text, asked.image, facts))
             continue
+
+        # Anything else is a file.
         image = Path(question.image)
         if not image.is_file():
             raise FileNotFoundError(
-                f"the panel's picture {image} is not there, and no benchmark of the study is called {name or image}"
+                f"the panel's image {image} is not there, "
+                f"and no benchmark of the study is called {name or image}"
             )
         if question.question is None:
-            raise ValueError(f"the panel's picture {image} has no question: give one")
-        found.append(Asked(str(number), question.question, image, {"kind": question.kind}))
+            raise ValueError(f"the panel's image {image} has no question: give one")
+        found.append(Asked(str(number), question.question, image, facts))
     return found
 
 
@@ -77,10 +78,10 @@ def answer_panel(run: Path, questions: Sequence[Question], measured: Sequence[Me
 
 
 def panel_answers(run: Path) -> list[str]:
-    """What a run answered; nothing where it was not asked."""
+    """Return what a run answered; nothing where it was not asked."""
     return [row["answer"] for row in read_lines(run / "panel.jsonl")]
 
 
 if __name__ == "__main__":
-    chosen = load_study(sys.argv[2]).scale(sys.argv[3])
-    answer_panel(Path(sys.argv[1]), chosen.panel, chosen.evaluate)
+    asked = load_study(sys.argv[2]).at(sys.argv[3]).asked
+    answer_panel(Path(sys.argv[1]), asked.panel, asked.evaluate)

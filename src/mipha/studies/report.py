@@ -1,4 +1,4 @@
-"""A study's report: one Markdown file and one page that needs nothing beside it."""
+"""A study's report: one Markdown file, one figure, and one page that needs nothing beside it."""
 
 from __future__ import annotations
 
@@ -8,40 +8,55 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from mipha.comparison.figures import BLUE, FAINT, GREY, INK, new_figure, save_figure
 from mipha.comparison.results import TITLES
 from mipha.evaluation.benchmark import Question as Asked
 from mipha.files import write_whole
-from mipha.studies.figures import draw_scores
 from mipha.studies.findings import Comparison, Findings, Judged, VariantScores, find
 from mipha.studies.panel import asked_of, panel_answers
-from mipha.studies.study import Study
+from mipha.studies.study import Experiment
 
 _STYLE = """
-:root { --ink: #1f2933; --grey: #616e7c; --faint: #e4e7eb; --paper: #ffffff; --back: #f5f7fa; --good: #2a7f4f; --bad: #b83232; }
+:root {
+  --ink: #1f2933; --grey: #616e7c; --faint: #e4e7eb; --paper: #ffffff; --back: #f5f7fa;
+  --good: #2a7f4f; --bad: #b83232;
+}
 * { box-sizing: border-box; }
-body { margin: 0; background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif; }
+body {
+  margin: 0; background: var(--back); color: var(--ink);
+  font: 15px/1.5 system-ui, "DejaVu Sans", sans-serif;
+}
 main { max-width: 1040px; margin: 0 auto; padding: 24px 16px 64px; }
-h1 { font-size: 24px; margin: 0; } h2 { font-size: 18px; margin: 32px 0 8px; }
+h1 { font-size: 24px; margin: 0; }
+h2 { font-size: 18px; margin: 32px 0 8px; }
 .grey { color: var(--grey); }
-.wide, .claim, img.figure { background: var(--paper); border: 1px solid var(--faint); border-radius: 8px; }
+.wide, .claim, img.figure {
+  background: var(--paper); border: 1px solid var(--faint); border-radius: 8px;
+}
 .wide, .claim { overflow-x: auto; padding: 8px 14px; }
 table { border-collapse: collapse; }
-td, th { text-align: left; vertical-align: top; padding: 4px 18px 4px 0; } th { color: var(--grey); font-weight: normal; }
+td, th { text-align: left; vertical-align: top; padding: 4px 18px 4px 0; }
+th { color: var(--grey); font-weight: normal; }
 td + td { font-variant-numeric: tabular-nums; }
-img.figure { max-width: 100%; } td img { width: 96px; height: auto; border: 1px solid var(--faint); }
-.claim { border-left: 6px solid var(--grey); margin: 8px 0; } .claim b { display: block; } .claim i { font-style: normal; }
-.claim.holds { border-left-color: var(--good); } .claim.does-not-hold { border-left-color: var(--bad); }
-.holds i { color: var(--good); } .does-not-hold i { color: var(--bad); }
+img.figure { max-width: 100%; }
+td img { width: 96px; height: auto; border: 1px solid var(--faint); }
+.claim { border-left: 6px solid var(--grey); margin: 8px 0; }
+.claim b { display: block; }
+.claim i { font-style: normal; }
+.claim.holds { border-left-color: var(--good); }
+.claim.does-not-hold { border-left-color: var(--bad); }
+.holds i { color: var(--good); }
+.does-not-hold i { color: var(--bad); }
 """
 
 
-def write_report(study: Study, scale: str, out: Path) -> tuple[Path, Path]:
+def write_report(experiment: Experiment, out: Path) -> tuple[Path, Path]:
     """Write `report.md`, `report.html` and `scores.png` into a study's folder.
 
     Raises:
         FileNotFoundError: No run is finished.
     """
-    findings = find(study, scale, out)
+    findings = find(experiment, out)
     draw_scores(findings, out / "scores.png")
     write_whole(out / "report.md", markdown(findings))
     write_whole(out / "report.html", page(findings, out))
@@ -49,8 +64,8 @@ def write_report(study: Study, scale: str, out: Path) -> tuple[Path, Path]:
 
 
 def markdown(findings: Findings) -> str:
-    """The report as Markdown, with `scores.png` beside it."""
-    parts = [f"# {findings.study.title}\n\n{intro(findings)}\n"]
+    """Return the report as Markdown, with `scores.png` beside it."""
+    parts = [f"# {findings.experiment.study.title}\n\n{intro(findings)}\n"]
     if findings.judged:
         parts.append("## Takeaways\n")
     for judged in findings.judged:
@@ -69,53 +84,60 @@ def markdown(findings: Findings) -> str:
 
 
 def page(findings: Findings, out: Path) -> str:
-    """The report as one HTML page, figure, pictures and answers in it."""
+    """Return the report as one HTML page, with the figure, images and answers in it."""
     claims = []
     for judged in findings.judged:
         verdict = overall(judged)
         kind = verdict if verdict in ("holds", "does not hold") else "open"
         table = _html_table(_comparison_rows(judged.comparisons, findings))
+        claim = f"{html.escape(judged.takeaway.claim)}: <i>{html.escape(verdict)}</i>"
         claims.append(
-            f'<div class="claim {kind.replace(" ", "-")}"><b>{html.escape(judged.takeaway.claim)}: <i>{html.escape(verdict)}</i></b>'
+            f'<div class="claim {kind.replace(" ", "-")}"><b>{claim}</b>'
             f'<span class="grey">{html.escape(judged.takeaway.source)}</span>{table}</div>'
         )
+
     details = [f'<div class="wide">{_html_table(rows)}</div>' for rows in _detailed(findings)]
     figure = base64.b64encode((out / "scores.png").read_bytes()).decode()
+    title = html.escape(findings.experiment.study.title)
     sections = [
-        f"<h1>{html.escape(findings.study.title)}</h1><p>{html.escape(intro(findings))}</p>",
+        f"<h1>{title}</h1><p>{html.escape(intro(findings))}</p>",
         *(["<h2>Takeaways</h2>" + "".join(claims)] if claims else []),
         f'<h2>Scores</h2><div class="wide">{_html_table(score_rows(findings))}</div>'
-        f'<p><img class="figure" alt="scores of every variant, a dot a seed" src="data:image/png;base64,{figure}"></p>',
+        f'<p><img class="figure" alt="scores of every variant, a dot a seed" '
+        f'src="data:image/png;base64,{figure}"></p>',
         *(["<h2>In detail</h2>", *details] if details else []),
         f'<h2>What differs</h2><div class="wide">{_html_table(difference_rows(findings))}</div>',
         f'<h2>Cost</h2><div class="wide">{_html_table(cost_rows(findings))}</div>',
         _panel(findings, out),
     ]
-    title = html.escape(findings.study.title)
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{_STYLE}</style></head><body><main>{''.join(sections)}</main></body></html>\n"
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title}</title><style>{_STYLE}</style></head>"
+        f"<body><main>{''.join(sections)}</main></body></html>\n"
     )
 
 
 def intro(findings: Findings) -> str:
-    """What was asked, at which scale, and what of it is there."""
+    """Return what was asked, at which scale, and what of it is there."""
+    experiment = findings.experiment
     counts = {name: len(costs) for name, costs in findings.costs.items()}
     runs = (
         f"{min(counts.values())} to {max(counts.values())}"
         if len(set(counts.values())) > 1
         else str(next(iter(counts.values())))
     )
+
     missing = f" {findings.num_missing} runs are not finished." if findings.num_missing else ""
-    size = findings.study.scale(findings.scale)
     return (
-        f"Scale {findings.scale}, base recipe {size.recipe}, {len(counts)} variants, {runs} runs each. "
-        f"In the paper: {findings.study.source}.{missing} {size.note}".strip()
+        f"Scale {experiment.scale}, base recipe {experiment.asked.recipe}, "
+        f"{len(counts)} variants, {runs} runs each. "
+        f"In the paper: {experiment.study.source}.{missing} {experiment.asked.note}".strip()
     )
 
 
 def overall(judged: Judged) -> str:
-    """One word for a takeaway, or on how many benchmarks it holds."""
+    """Return one word for a takeaway, or on how many benchmarks it holds."""
     verdicts = list(judged.verdicts.values())
     if len(set(verdicts)) == 1:
         return verdicts[0]
@@ -126,13 +148,13 @@ def overall(judged: Judged) -> str:
 
 
 def score_rows(findings: Findings) -> list[list[str]]:
-    """Header, then a variant a row: mean, deviation over seeds and number of runs on each benchmark."""
+    """Return a header, then a variant a row: mean, deviation over seeds and number of runs."""
     header = [
         "variant",
         *(f"{name}, {metric.name} ({metric.unit})" for name, metric in findings.headline.items()),
     ]
     body = []
-    for variant in findings.variants:
+    for variant in findings.experiment.variants:
         found = findings.scores[variant.name].values()
         body.append(
             [
@@ -147,9 +169,10 @@ def score_rows(findings: Findings) -> list[list[str]]:
 
 
 def detail_rows(findings: Findings, benchmark: str) -> list[list[str]]:
-    """Header, then a metric of the benchmark a row with each variant's mean and deviation."""
+    """Return a header, then a metric a row with each variant's mean and deviation."""
     found = {
-        variant.name: findings.details[variant.name][benchmark] for variant in findings.variants
+        variant.name: findings.details[variant.name][benchmark]
+        for variant in findings.experiment.variants
     }
     metrics = dict.fromkeys(metric for scores in found.values() for metric in scores)
     header = [TITLES.get(benchmark, benchmark), *found]
@@ -169,7 +192,7 @@ def detail_rows(findings: Findings, benchmark: str) -> list[list[str]]:
 
 
 def _detailed(findings: Findings) -> list[list[list[str]]]:
-    """A table for each benchmark that has more than its headline."""
+    """Return a table for each benchmark that has more than its headline."""
     tables = [detail_rows(findings, benchmark) for benchmark in findings.headline]
     return [rows for rows in tables if len(rows) > 2]
 
@@ -179,8 +202,8 @@ def _spread(scores: VariantScores) -> str:
 
 
 def difference_rows(findings: Findings) -> list[list[str]]:
-    """Header, then a recipe key a row with each variant's value."""
-    names = [variant.name for variant in findings.variants]
+    """Return a header, then a recipe key a row with each variant's value."""
+    names = [variant.name for variant in findings.experiment.variants]
     keys = next(iter(findings.differences.values()))
     shown = {
         name: {
@@ -193,7 +216,7 @@ def difference_rows(findings: Findings) -> list[list[str]]:
 
 
 def cost_rows(findings: Findings) -> list[list[str]]:
-    """Header, then a variant a row: means over its runs."""
+    """Return a header, then a variant a row: means over its runs."""
     rows = [["variant", "training, minutes", "peak memory, GiB", "tokens trained on"]]
     for name, costs in findings.costs.items():
         if costs:
@@ -226,18 +249,19 @@ def _comparison_rows(comparisons: Sequence[Comparison], findings: Findings) -> l
 
 
 def _panel(findings: Findings, out: Path) -> str:
-    size = findings.study.scale(findings.scale)
-    names = [variant.name for variant in findings.variants]
+    asked_of_all = findings.experiment.asked
+    names = [variant.name for variant in findings.experiment.variants]
     answers = {name: panel_answers(out / "runs" / name / "seed-0") for name in names}
     if not any(answers.values()):
         return ""
     rows = []
-    for number, asked in enumerate(asked_of(size.panel, size.evaluate)):
+    for number, asked in enumerate(asked_of(asked_of_all.panel, asked_of_all.evaluate)):
         said = (
             html.escape(answers[name][number]) if number < len(answers[name]) else "-"
             for name in names
         )
-        question = f'{html.escape(asked.text)}<br><span class="grey">{html.escape(asked.facts["kind"])}</span>'
+        kind = html.escape(asked.facts["kind"])
+        question = f'{html.escape(asked.text)}<br><span class="grey">{kind}</span>'
         rows.append("".join(f"<td>{cell}</td>" for cell in (_picture(asked), question, *said)))
     header = "".join(f"<th>{html.escape(name)}</th>" for name in ("picture", "question", *names))
     table = "".join(f"<tr>{row}</tr>" for row in (header, *rows))
@@ -251,6 +275,73 @@ def _picture(asked: Asked) -> str:
     content = asked.image if isinstance(asked.image, bytes) else Path(asked.image).read_bytes()
     kind = "png" if content[:4] == b"\x89PNG" else "jpeg"
     return f'<img alt="" src="data:image/{kind};base64,{base64.b64encode(content).decode()}">'
+
+
+def draw_scores(findings: Findings, path: Path) -> None:
+    """Draw one panel a benchmark: a bar or a point a variant, a dot a seed.
+
+    Args:
+        findings: What is drawn; a curve where every variant has a number, else bars.
+        path: `.png` or `.svg`, written whole.
+    """
+    benchmarks = list(findings.headline)
+    numeric = all(variant.number is not None for variant in findings.experiment.variants)
+
+    # A grid of panels.
+    columns = min(4, len(benchmarks))
+    rows = math.ceil(len(benchmarks) / columns)
+    figure = new_figure(max(5.6, 3.4 * columns), 3.3 * rows)
+    panels = figure.subplots(rows, columns, squeeze=False).ravel()
+
+    for axes, name in zip(panels, benchmarks, strict=False):
+        (_curve if numeric else _bars)(axes, findings, name)
+        title, metric = TITLES.get(name, name), findings.headline[name]
+        axes.set_title(title, loc="left", color=INK, fontsize=11, fontweight="bold")
+        axes.set_ylabel(f"{metric.name} ({metric.unit})", color=GREY, fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(colors=GREY, labelsize=8)
+        axes.grid(axis="y", color=FAINT)
+        axes.set_axisbelow(True)
+
+    for axes in panels[len(benchmarks) :]:
+        axes.set_visible(False)
+    figure.tight_layout()
+    save_figure(figure, path)
+
+
+def _bars(axes, findings: Findings, benchmark: str) -> None:
+    names = [variant.name for variant in findings.experiment.variants]
+    for place, name in enumerate(names):
+        scores = findings.scores[name][benchmark]
+        if scores.values:
+            axes.bar(place, scores.mean, width=0.6, color=BLUE, alpha=0.3)
+            axes.plot([place] * len(scores.values), scores.values, "o", color=BLUE, markersize=4)
+    axes.set_xticks(
+        range(len(names)),
+        [name.replace("-", "-\n", 1) if len(name) > 12 else name for name in names],
+    )
+
+
+def _curve(axes, findings: Findings, benchmark: str) -> None:
+    in_order = sorted(findings.experiment.variants, key=lambda variant: variant.number)
+    points = [(variant.number, findings.scores[variant.name][benchmark]) for variant in in_order]
+    measured = [(number, scores) for number, scores in points if scores.values]
+
+    axes.plot(
+        [number for number, _ in measured],
+        [scores.mean for _, scores in measured],
+        color=BLUE,
+        linewidth=2,
+    )
+    for number, scores in measured:
+        axes.plot([number] * len(scores.values), scores.values, "o", color=BLUE, markersize=4)
+
+    numbers = [number for number, _ in points]
+    if min(numbers) > 0 and max(numbers) / min(numbers) >= 10:
+        axes.set_xscale("log")
+    axes.set_xticks(numbers, [f"{number:g}" for number in numbers])
+    (axis,) = {variant.name.split("=")[0] for variant in findings.experiment.variants}
+    axes.set_xlabel(axis, color=GREY, fontsize=9)
 
 
 def _markdown_table(rows: Sequence[Sequence[str]]) -> str:

@@ -1,11 +1,11 @@
-"""Train and measure what a study lacks: one process a run, as many at a time as there are slots; killed, it goes on where it stopped.
+"""Train and measure what a study lacks: one process a run, as many at a time as there are slots.
 
-What another study has trained by the same recipe is taken over where its folder is given: whole runs, or their first stages.
+A study that was killed goes on where it stopped. What another study has trained by the same recipe
+is taken over where its folder is given: whole runs, or their first stages.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import subprocess
@@ -20,12 +20,20 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mipha.recipe import STAGES
-from mipha.run import available_cores, create_run, open_run
+from mipha.errors import import_optional
+from mipha.files import read_json
+from mipha.run import available_cores, create_run
 from mipha.studies.findings import compared_by
-from mipha.studies.folder import Job, claim, is_trained, jobs_of, runs_in
-from mipha.studies.sharing import adopt_pretrain, adopt_run, pretrain_donor
-from mipha.studies.study import Measured, Scale, Study, pretrain_digest
+from mipha.studies.folder import (
+    Job,
+    adopt_run,
+    awaits,
+    claim,
+    jobs_of,
+    runs_in,
+    share_stages,
+)
+from mipha.studies.study import Experiment, Measured, Scale
 
 console = Console()
 
@@ -33,103 +41,79 @@ _LOOK_EVERY = 5.0
 """Seconds between looks into every run for the bar: on two cores more often would be felt."""
 
 
-def run_study(
-    study: Study,
-    scale: str,
-    out: str | Path,
+def run_missing(
+    experiment: Experiment,
+    out: Path,
     seeds: int | None = None,
     slots: int = 1,
     slurm: dict[str, Any] | None = None,
     share: Sequence[str | Path] = (),
-) -> Path:
-    """Train and evaluate the runs that are missing.
+) -> None:
+    """Train and evaluate the runs of a study that are missing.
 
-    Args:
-        study: What is compared.
-        scale: `mini` or `paper`.
-        out: Folder of this study; the same one goes on where it stopped.
-        seeds: Repeats of every variant; null: as the study says. More of them may be asked for later.
-        slots: Runs at a time; with several GPUs each run sees one of them.
-        slurm: Parameters of a SLURM job for submitit, a job a run, in place of processes on this machine.
-        share: Folders of other studies, whose runs and first stages of the same recipes are taken over in place of being trained again.
-
-    Returns:
-        The folder.
-
-    Raises:
-        FileNotFoundError: A folder to share from holds no study.
-        ValueError: The folder holds another study, a run in it was made with another recipe, or a benchmark has no such metric.
-        RuntimeError: Runs failed; names their logs. The others were finished.
+    Arguments and errors are those of `mipha.api.run_study`.
     """
-    size, out = study.scale(scale), Path(out)
-    for wanted in size.evaluate:
-        compared_by(wanted)  # known before anything is trained
+    # Check what can be checked before anything is trained.
+    for wanted in experiment.asked.evaluate:
+        compared_by(wanted)
     others = [job for folder in share for job in runs_in(Path(folder))]
-    claim(study, scale, out)
-    jobs = jobs_of(study, scale, out, seeds or size.seeds)
-    donors = {
-        other.recipe.digest(): other.folder for other in reversed(others) if is_trained(other)
-    }  # the first of several
+    claim(experiment, out)
+
+    # Make the run folders; whole runs are taken over from the first study that has them.
+    jobs = jobs_of(experiment, out, seeds or experiment.asked.seeds)
+    donors = {other.recipe.digest(): other.folder for other in reversed(others) if other.is_trained}
     for job in jobs:
         if not job.folder.exists() and (donor := donors.get(job.recipe.digest())):
             adopt_run(donor, job.folder)
-        create_run(
-            job.folder, job.recipe
-        )  # refuses a run of another recipe, before anything is trained
-    missing = [job for job in jobs if not _is_done(job, size)]
-    console.print(f"{study.title}: {len(jobs)} runs, {len(jobs) - len(missing)} of them done")
-    with _progress(jobs) as watch:
+        create_run(job.folder, job.recipe)
+
+    # Run what is missing.
+    missing = [job for job in jobs if not _is_done(job, experiment.asked)]
+    console.print(
+        f"{experiment.study.title}: {len(jobs)} runs, {len(jobs) - len(missing)} of them done"
+    )
+    with _progress(jobs) as watch, _executor(slots, slurm, out / "logs") as submit:
         failed = _run_all(
             missing,
             [*jobs, *others],
-            lambda job, environment: (make, job, study, scale, out, environment),
-            slots,
-            slurm,
-            out / "logs",
-            watch,
+            start=lambda job, gpu: submit(make, job, experiment, out, _environment(slots, gpu)),
+            gpus=_gpus(slots) if slurm is None else [],
+            slots=slots if slurm is None else None,
+            watch=watch,
         )
     if failed:
         logs = ", ".join(str(_log(out, job)) for job in failed)
         raise RuntimeError(
-            f"{len(failed)} of {len(jobs)} runs failed: see {logs}, mend it and run the same command again"
+            f"{len(failed)} of {len(jobs)} runs failed: see {logs}, "
+            "fix the cause and run the same command again"
         )
-    return out
 
 
-def make(job: Job, study: Study, scale: str, out: Path, environment: dict[str, str]) -> None:
-    """Train, evaluate and question one run in processes of its own: what one leaves in memory is not the next one's.
+def make(job: Job, experiment: Experiment, out: Path, environment: dict[str, str]) -> None:
+    """Train, evaluate and question one run, each in a process with memory of its own.
 
     Raises:
-        CalledProcessError: It failed; the log says why.
+        CalledProcessError: A process failed; the log says why.
     """
-    program = [sys.executable, "-m"]
-    commands = (
-        []
-        if is_trained(job)
-        else [["mipha", "train", str(job.folder / "recipe.yaml"), "-o", str(job.folder)]]
-    )
-    size = study.scale(scale)
-    for wanted in (wanted for wanted in size.evaluate if not _is_measured(job.folder, wanted)):
-        options = {
-            "--data-root": wanted.data_root,
-            "--split": wanted.split,
-            "--limit": wanted.limit,
-        }
-        given = [
-            part
-            for key, value in options.items()
-            if value is not None
-            for part in (key, str(value))
-        ]
-        commands.append(["mipha", "evaluate", str(job.folder), "-b", wanted.benchmark, *given])
-    if _wants_panel(job, size):
-        commands.append(["mipha.studies.panel", str(job.folder), str(out / "study.yaml"), scale])
+    folder, asked = str(job.folder), experiment.asked
+    commands = []
+    if not job.is_trained:
+        commands.append(["mipha", "train", str(job.folder / "recipe.yaml"), "-o", folder])
+    for wanted in asked.evaluate:
+        if not _is_measured(job.folder, wanted):
+            commands.append(
+                ["mipha", "evaluate", folder, "-b", wanted.benchmark, *_options(wanted)]
+            )
+    if _wants_panel(job, asked):
+        study = str(out / "study.yaml")
+        commands.append(["mipha.studies.panel", folder, study, experiment.scale])
+
     log = _log(out, job)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
         for command in commands:
             subprocess.run(
-                [*program, *command],
+                [sys.executable, "-m", *command],
                 check=True,
                 stdout=file,
                 stderr=file,
@@ -137,23 +121,34 @@ def make(job: Job, study: Study, scale: str, out: Path, environment: dict[str, s
             )
 
 
-def _is_done(job: Job, size: Scale) -> bool:
+def _options(wanted: Measured) -> list[str]:
+    """Return the options of `mipha evaluate` that a benchmark is asked with."""
+    options = {
+        "--data-root": wanted.data_root,
+        "--split": wanted.split,
+        "--limit": wanted.limit,
+    }
+    given = {key: str(value) for key, value in options.items() if value is not None}
+    return [part for pair in given.items() for part in pair]
+
+
+def _is_done(job: Job, asked: Scale) -> bool:
     return (
-        is_trained(job)
-        and not _wants_panel(job, size)
-        and all(_is_measured(job.folder, wanted) for wanted in size.evaluate)
+        job.is_trained
+        and not _wants_panel(job, asked)
+        and all(_is_measured(job.folder, wanted) for wanted in asked.evaluate)
     )
 
 
-def _wants_panel(job: Job, size: Scale) -> bool:
-    """Whether it has yet to answer the panel; one run of each variant speaks for it."""
-    return bool(size.panel) and job.seed == 0 and not (job.folder / "panel.jsonl").is_file()
+def _wants_panel(job: Job, asked: Scale) -> bool:
+    """Return whether a run has yet to answer the panel; the first seed speaks for its variant."""
+    return bool(asked.panel) and job.seed == 0 and not (job.folder / "panel.jsonl").is_file()
 
 
 def _is_measured(folder: Path, wanted: Measured) -> bool:
-    """Whether the benchmark's scores are there, over as many questions as the study asks."""
+    """Return whether a benchmark's scores are there, over as many questions as the study asks."""
     for file in (folder / "evaluation").glob("*/scores.json"):
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = read_json(file)
         asked = min(wanted.limit or found["num_questions"], found["num_questions"])
         same = (
             found["benchmark"] == wanted.benchmark
@@ -170,47 +165,53 @@ def _log(out: Path, job: Job) -> Path:
 
 
 def _run_all(
-    jobs: list[Job],
-    every: list[Job],
-    call: Callable[[Job, dict[str, str]], tuple],
-    slots: int,
-    slurm: dict[str, Any] | None,
-    logs: Path,
+    jobs: Sequence[Job],
+    every: Sequence[Job],
+    start: Callable[[Job, str | None], Any],
+    gpus: list[str],
+    slots: int | None,
     watch: Callable[[], None],
 ) -> list[Job]:
-    """Run jobs, each when a slot is free and its first stage is its own to train or is there to be shared; returns the failed ones."""
+    """Run jobs, each when a slot is free and its next stage is made by no other.
+
+    Args:
+        jobs: What is run.
+        every: Runs whose stages may be shared.
+        start: Starts a job on a GPU, or on what there is; returns its future.
+        gpus: The GPU of each slot, where every run is to see one of several.
+        slots: Jobs at a time; None: any number.
+        watch: Called twice a second.
+
+    Returns:
+        The jobs that failed.
+    """
     waiting, failed = list(jobs), []
     running: dict[Any, tuple[Job, str | None]] = {}
-    gpus = _gpus(slots) if slurm is None else []
-    with _executor(slots, slurm, logs) as submit:
-        while waiting or running:
-            for job in waiting[:]:
-                if slurm is None and len(running) >= slots:
-                    break
-                if not open_run(job.folder).is_finished("pretrain"):
-                    if donor := pretrain_donor(job, every):
-                        adopt_pretrain(donor.folder, job.folder)
-                    elif any(
-                        pretrain_digest(other.recipe) == pretrain_digest(job.recipe)
-                        for other, _ in running.values()
-                    ):
-                        continue  # being made: it will be shared
-                gpu = gpus.pop() if gpus else None
-                environment = _threads(slots) if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
-                running[submit(*call(job, environment))] = (job, gpu)
-                waiting.remove(job)
-            time.sleep(0.5)
-            for future in [future for future in running if future.done()]:
-                job, gpu = running.pop(future)
-                gpus += [gpu] if gpu is not None else []
-                if future.exception():
-                    failed.append(job)
-            watch()
+    while waiting or running:
+        # Start what can start.
+        for job in waiting[:]:
+            if slots is not None and len(running) >= slots:
+                break
+            share_stages(job, every)
+            if awaits(job, [other for other, _ in running.values()]):
+                continue
+            gpu = gpus.pop() if gpus else None
+            running[start(job, gpu)] = (job, gpu)
+            waiting.remove(job)
+
+        # Collect what has ended.
+        time.sleep(0.5)
+        for future in [future for future in running if future.done()]:
+            job, gpu = running.pop(future)
+            gpus += [gpu] if gpu is not None else []
+            if future.exception():
+                failed.append(job)
+        watch()
     return failed
 
 
 def _gpus(slots: int) -> list[str]:
-    """The GPU of each slot, where every run is to see one of several."""
+    """Return the GPU of each slot, where every run is to see one of several."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         known = [name for name in visible.split(",") if name]
@@ -225,8 +226,10 @@ def _gpus(slots: int) -> list[str]:
     return known[:slots] if slots > 1 else []
 
 
-def _threads(slots: int) -> dict[str, str]:
-    """Runs side by side on a CPU share its cores: with all of them each, they would wait for one another."""
+def _environment(slots: int, gpu: str | None = None) -> dict[str, str]:
+    """Return the environment in which a run has its GPU, or its share of the CPU's cores."""
+    if gpu is not None:
+        return {"CUDA_VISIBLE_DEVICES": gpu}
     if slots == 1:
         return {}
     return {"OMP_NUM_THREADS": str(max(1, available_cores() // slots))}
@@ -234,7 +237,7 @@ def _threads(slots: int) -> dict[str, str]:
 
 @contextmanager
 def _executor(slots: int, slurm: dict[str, Any] | None, logs: Path) -> Iterator[Callable[..., Any]]:
-    """What starts a job: a thread that waits for its processes, or SLURM."""
+    """Yield what starts a job: a thread that waits for its processes, or SLURM."""
     if slurm is None:
         with ThreadPoolExecutor(slots) as pool:
             yield pool.submit
@@ -243,13 +246,8 @@ def _executor(slots: int, slurm: dict[str, Any] | None, logs: Path) -> Iterator[
 
 
 def _submitit(parameters: dict[str, Any], folder: Path) -> Any:
-    """SLURM, or where there is none processes of this machine."""
-    try:
-        import submitit
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "SLURM jobs need submitit: pip install 'mipha-vlm[slurm]'", name="submitit"
-        ) from error
+    """Return the executor of SLURM, or where there is none, of processes on this machine."""
+    submitit = import_optional("submitit", "a SLURM job", "slurm")
     executor = submitit.AutoExecutor(folder=folder)
     try:
         executor.update_parameters(**parameters)
@@ -262,7 +260,7 @@ def _submitit(parameters: dict[str, Any], folder: Path) -> Any:
 
 @contextmanager
 def _progress(jobs: list[Job]) -> Iterator[Callable[[], None]]:
-    """A bar over the whole study; the time that is left follows from the pace of this start."""
+    """Show a bar over the whole study; the pace of this start tells the time that is left."""
     columns = (
         TextColumn("[bold]{task.description}"),
         BarColumn(20),
@@ -284,14 +282,12 @@ def _progress(jobs: list[Job]) -> Iterator[Callable[[], None]]:
 
 
 def _share_done(job: Job) -> float:
-    """How much of a run's training is done, by its optimizer steps where the recipe says how many there are."""
-    run = open_run(job.folder)
-    if is_trained(job):
+    """Return how much of a run's training is done, where the recipe says how many steps it has."""
+    if job.is_trained:
         return 1.0
-    planned = sum(getattr(job.recipe.stages, stage).max_steps or 0 for stage in STAGES)
+    planned = sum(stage.max_steps or 0 for stage in job.recipe.stages.values())
     if not planned:
         return 0.0
-    files = [path for path in map(run.metrics, STAGES) if path.is_file()]
-    return min(
-        1.0, sum(path.read_bytes().count(b"\n") for path in files) / planned
-    )  # lines are counted, not read
+    files = [path for path in map(job.run.metrics, job.recipe.stages) if path.is_file()]
+    steps = sum(path.read_bytes().count(b"\n") for path in files)  # counted, not parsed
+    return min(1.0, steps / planned)

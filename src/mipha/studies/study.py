@@ -1,24 +1,23 @@
-"""A study: a base recipe, what is varied of it, how it is measured, and what the paper concluded; one strict YAML file.
+"""A study: a base recipe, what is varied of it, how it is measured, and what the paper concluded.
 
-    load_study("freezing") -> Study -> .variants("mini") -> the recipes to train
+    load_study("freezing") -> Study -> .at("mini") -> Experiment -> .variants: recipes to train
 
-Two scales of one question: `paper` for GPUs and published weights, `mini` for two CPU cores and the quickstart's real parts.
+Two scales of one question: `paper` for GPUs and published weights, `mini` for two CPU cores and the
+quickstart's real parts. One strict YAML file, overridden like a recipe.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from mipha.lookup import did_you_mean, files_in, read_named
-from mipha.recipe import Recipe, load_recipe
-from mipha.validation import validated
+from mipha.recipe import Recipe, RecipeBase, Strict, digest_of, load_recipe
 
 STUDIES = Path(__file__).parents[1] / "catalog" / "studies"
 
@@ -28,11 +27,7 @@ Names = Annotated[
 ]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Numbers(_Strict):
+class Numbers(Strict):
     """A numeric axis: one recipe key at several values, drawn as a curve."""
 
     key: str = Field(description="recipe key, such as stages.finetune.learning_rate")
@@ -43,7 +38,7 @@ Axis = dict[str, tuple[str, ...]] | Numbers
 """Name of a choice to the recipe overrides that make it; or numbers."""
 
 
-class Measured(_Strict):
+class Measured(Strict):
     """One benchmark that every variant is asked."""
 
     benchmark: str
@@ -55,10 +50,11 @@ class Measured(_Strict):
     )
 
 
-class Takeaway(_Strict):
+class Takeaway(Strict):
     """What the paper concluded, as a statement about variants that runs can bear out or not.
 
-    Exactly one of: `better` (each of them, than each of `than`), `on_par` (these two), `not_better` (each of them, than each of `than`).
+    Exactly one of: `better` (each of them, than each of `than`), `not_better` (likewise), and
+    `on_par` (these two).
     """
 
     claim: str
@@ -70,7 +66,8 @@ class Takeaway(_Strict):
     within: float = Field(
         2.0,
         gt=0,
-        description="on par, or not better: differences up to this count as none, in the metric's unit",
+        description="on par, or not better: differences up to this count as none, "
+        "in the metric's unit",
     )
 
     @model_validator(mode="after")
@@ -86,24 +83,24 @@ class Takeaway(_Strict):
     @property
     def pairs(self) -> list[tuple[str, str]]:
         """The comparisons that it is about."""
-        return (
-            [self.on_par]
-            if self.on_par
-            else list(itertools.product(self.better or self.not_better, self.than))
-        )  # type: ignore[list-item]
+        if self.on_par:
+            first, second = self.on_par
+            return [(first, second)]
+        return list(itertools.product(self.better or self.not_better, self.than))
 
 
-class Question(_Strict):
+class Question(Strict):
     """One cell of the qualitative panel: every variant's answer stands side by side."""
 
     image: str = Field(
-        description="a file, or `benchmark:N`: the picture of question N, from 0, of a benchmark that is measured"
+        description="a file, or `benchmark:N`: the image of question N, from 0, "
+        "of a benchmark that is measured"
     )
     question: str | None = Field(None, description="null: the benchmark's own")
     kind: str = Field(description="what it tests: counting, OCR, description ...")
 
 
-class Scale(_Strict):
+class Scale(Strict):
     """One size of the study."""
 
     recipe: str = Field(description="the base recipe")
@@ -116,83 +113,37 @@ class Scale(_Strict):
     note: str = Field("", description="what this scale can say, and what it cannot")
 
 
-class Study(_Strict):
+class Study(RecipeBase):
     """One experiment of the paper, at one or two scales."""
 
-    name: str
+    kind: ClassVar[str] = "study"
+
     title: str
     source: str
     scales: dict[ScaleName, Scale] = Field(min_length=1)
 
-    def scale(self, name: str) -> Scale:
-        """One size of it.
+    def at(self, scale: str) -> Experiment:
+        """Return the study at one scale, with its variants.
 
         Raises:
-            ValueError: The study has no such scale.
+            ValueError: The study has no such scale, an override does not fit the recipe, two
+                variants are the same, or a takeaway names an unknown variant.
         """
-        if name not in self.scales:
-            raise ValueError(
-                f"study {self.name!r} has no scale {name!r}: {did_you_mean(name, list(self.scales))}"
-            )
-        return self.scales[name]  # type: ignore[index]
+        if scale not in self.scales:
+            near = did_you_mean(scale, list(self.scales))
+            raise ValueError(f"study {self.name!r} has no scale {scale!r}: {near}")
+        asked = self.scales[scale]
+        variants = _make_variants(asked, f"study {self.name}, scale {scale}")
 
-    def variants(self, scale: str) -> list[Variant]:
-        """Every combination of the axes' choices, as recipes with seed 0.
-
-        Raises:
-            ValueError: An override does not fit the recipe, or two variants are one.
-        """
-        size = self.scale(scale)
-        base = load_recipe(size.recipe).override(*size.overrides)
-        found: list[Variant] = []
-        for choice in itertools.product(
-            *(_choices(axis, values) for axis, values in size.axes.items())
-        ):
-            name = "-".join(label for label, _, _ in choice)
-            try:
-                recipe = base.override(
-                    *(override for _, overrides, _ in choice for override in overrides)
-                )
-            except ValueError as error:
-                raise ValueError(
-                    f"study {self.name}, scale {scale}, variant {name}: {error}"
-                ) from error
-            same = next(
-                (
-                    other
-                    for other in found
-                    if other.recipe.digest() == recipe.digest() or other.name == name
-                ),
-                None,
-            )
-            if same:
-                raise ValueError(
-                    f"study {self.name}, scale {scale}: variants {same.name} and {name} are the same: remove one"
-                )
-            number = next((value for _, _, value in choice if value is not None), None)
-            found.append(Variant(name, recipe, number))
-        for takeaway in size.takeaways:
-            for unknown in {name for pair in takeaway.pairs for name in pair} - {
-                variant.name for variant in found
-            }:
-                known = [variant.name for variant in found]
-                raise ValueError(
-                    f"takeaway {takeaway.claim!r}: scale {scale} has no variant {unknown!r}; {did_you_mean(unknown, known)}"
-                )
-        return found
-
-    def digest(self, scale: str) -> str:
-        """Twelve hex digits of what is trained and asked at a scale, whatever is then said of it and however many seeds there are."""
-        said_only = {
-            "seeds": True,
-            "takeaways": True,
-            "panel": True,
-            "note": True,
-            "evaluate": {"__all__": {"metric"}},
-        }
-        content = self.scale(scale).model_dump(mode="json", exclude=said_only)
-        content["recipes"] = [variant.recipe.digest() for variant in self.variants(scale)]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+        names = [variant.name for variant in variants]
+        for takeaway in asked.takeaways:
+            for name in itertools.chain(*takeaway.pairs):
+                if name not in names:
+                    raise ValueError(
+                        f"takeaway {takeaway.claim!r}: scale {scale} has no variant {name!r}; "
+                        f"{did_you_mean(name, names)}"
+                    )
+        return Experiment(self, scale, asked, tuple(variants))
 
 
 @dataclass(frozen=True)
@@ -210,19 +161,50 @@ class Variant:
     number: float | None = None
 
     def with_seed(self, seed: int) -> Recipe:
-        """Its recipe for one of the repeats."""
+        """Return its recipe for one of the repeats."""
         return self.recipe.override(f"seed={self.recipe.seed + seed}")
 
 
-def pretrain_digest(recipe: Recipe) -> str:
-    """Twelve hex digits that name what the first stage makes: two recipes that agree in these share it."""
-    content = recipe.model_dump(mode="json", include={"seed", "precision", "model"})
-    content["pretrain"] = recipe.stages.pretrain.model_dump(mode="json")
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+@dataclass(frozen=True)
+class Experiment:
+    """A study at one scale: what is trained, measured and said of it. Get one from `Study.at`.
+
+    Args:
+        study: The study.
+        scale: Name of the scale.
+        asked: The scale's recipe, benchmarks, takeaways and panel.
+        variants: Every combination of the axes' choices, as recipes with seed 0.
+    """
+
+    study: Study
+    scale: str
+    asked: Scale
+    variants: tuple[Variant, ...]
+
+    @property
+    def name(self) -> str:
+        """Name of the study."""
+        return self.study.name
+
+    def digest(self) -> str:
+        """Return twelve hex digits of what is trained and asked.
+
+        What is then said of it, and how many seeds there are, does not count.
+        """
+        said_only = {
+            "seeds": True,
+            "takeaways": True,
+            "panel": True,
+            "note": True,
+            "evaluate": {"__all__": {"metric"}},
+        }
+        content = self.asked.model_dump(mode="json", exclude=said_only)
+        content["recipes"] = [variant.recipe.digest() for variant in self.variants]
+        return digest_of(content)
 
 
 def list_studies() -> list[str]:
-    """Names of the catalog's studies."""
+    """Return the names of the catalog's studies."""
     return files_in(STUDIES, ".yaml")
 
 
@@ -234,11 +216,32 @@ def load_study(name: str | Path) -> Study:
         ValueError: The file is not a valid study; the message names each key.
     """
     tree, path = read_named(name, STUDIES, "study")
-    return validated(Study, tree, str(path), "study")
+    return Study.parse(tree, str(path))
 
 
-def _choices(axis: str, values: Axis) -> list[tuple[str, tuple[str, ...], Any]]:
-    """(label, overrides, number) of every choice of an axis."""
+def _make_variants(asked: Scale, where: str) -> list[Variant]:
+    """Return every combination of the axes' choices; `where` names the scale in messages."""
+    base = load_recipe(asked.recipe).override(*asked.overrides)
+    found: list[Variant] = []
+    for choice in itertools.product(*(_choices(*axis) for axis in asked.axes.items())):
+        name = "-".join(label for label, _, _ in choice)
+        try:
+            recipe = base.override(*itertools.chain(*(overrides for _, overrides, _ in choice)))
+        except ValueError as error:
+            raise ValueError(f"{where}, variant {name}: {error}") from error
+
+        for other in found:
+            if name == other.name or recipe.digest() == other.recipe.digest():
+                raise ValueError(
+                    f"{where}: variants {other.name} and {name} are the same: remove one"
+                )
+        number = next((value for _, _, value in choice if value is not None), None)
+        found.append(Variant(name, recipe, number))
+    return found
+
+
+def _choices(axis: str, values: Axis) -> Sequence[tuple[str, tuple[str, ...], Any]]:
+    """Return (label, overrides, number) of every choice of an axis."""
     if isinstance(values, Numbers):
         return [(f"{axis}={value:g}", (f"{values.key}={value}",), value) for value in values.values]
     return [(label, overrides, None) for label, overrides in values.items()]

@@ -25,7 +25,7 @@ from mipha.models.attention import use_segments
 from mipha.models.flops import StepFlops
 from mipha.models.modeling import LlavaForConditionalGeneration
 from mipha.models.tuning import layers_of, part_parameters
-from mipha.recipe import PARTS, Recipe, StageName, StageRecipe
+from mipha.recipe import PARTS, Recipe, StageRecipe
 from mipha.training.metrics import Meter, describe_steps
 from mipha.training.shard import place
 from mipha.training.unreadable import Unreadable
@@ -36,7 +36,7 @@ def train_stage(
     model: LlavaForConditionalGeneration,
     steps: StepDataset,
     recipe: Recipe,
-    name: StageName,
+    name: str,
     folder: Path,
     world: World,
     *,
@@ -64,7 +64,7 @@ def train_stage(
         OSError: A state could not be written.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after the current step was finished and saved.
     """
-    stage: StageRecipe = getattr(recipe.stages, name)
+    stage: StageRecipe = recipe.stages[name]
     meter = Meter(StepFlops(model), peak_flops(world, autocast))
     for part in stage.checkpointed:
         getattr(model.model, part).gradient_checkpointing_enable({"use_reentrant": False})

@@ -1,4 +1,4 @@
-"""Recipe -> trained model: pretrain, then finetune; skips what is done, resumes what is not, exports a standard checkpoint."""
+"""Recipe -> trained model, stage by stage: skips what is done, resumes what is not, exports."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from mipha.models.processing import load_processor
 from mipha.models.projector import calibrate_projector
 from mipha.models.quantization import check_quantization
 from mipha.models.tuning import TunedPart, apply_tuning, check_tuning, tuned_modules
-from mipha.recipe import PARTS, STAGES, Recipe, StageName
+from mipha.recipe import PARTS, Recipe
 from mipha.run import Run, create_run
 from mipha.training.frozen import keep_frozen_in_bfloat16, kept_in, with_originals
 from mipha.training.loop import train_stage
@@ -51,7 +51,7 @@ CALIBRATION_IMAGES = 64
 
 
 def train(recipe: Recipe, folder: str | Path, track: Sequence[str] = ()) -> Run:
-    """Train both stages of a recipe in a run folder; run again, it goes on where it stopped.
+    """Train the stages of a recipe in a run folder; run again, it goes on where it stopped.
 
     Args:
         recipe: What to train.
@@ -73,7 +73,7 @@ def train(recipe: Recipe, folder: str | Path, track: Sequence[str] = ()) -> Run:
     run = create_run(Path(folder), recipe) if world.is_first else None
     world.barrier()
     run = run or create_run(Path(folder), recipe)
-    stages = {name: getattr(recipe.stages, name) for name in STAGES if not run.is_finished(name)}
+    stages = {name: stage for name, stage in recipe.stages.items() if not run.is_finished(name)}
     mixtures = {name: Mixture(stage.data, stage.held_out) for name, stage in stages.items()}
     held_out = {
         name: Mixture(stage.data, stage.held_out, "validation")
@@ -85,7 +85,7 @@ def train(recipe: Recipe, folder: str | Path, track: Sequence[str] = ()) -> Run:
         sha256 = mixture.check()
         if world.is_first:
             run.record_data(name, {"samples": len(mixture), "sha256": sha256})
-    for name in set(STAGES) - set(mixtures) if world.is_first else ():
+    for name in recipe.stages.keys() - mixtures.keys() if world.is_first else ():
         _drop_states(run, name)  # of a process that was killed between its last two lines
     for name, mixture in mixtures.items():
         _train_stage(run, recipe, name, mixture, held_out.get(name), world, track)
@@ -95,13 +95,13 @@ def train(recipe: Recipe, folder: str | Path, track: Sequence[str] = ()) -> Run:
 def _train_stage(
     run: Run,
     recipe: Recipe,
-    name: StageName,
+    name: str,
     mixture: Mixture,
     held_out: Mixture | None,
     world: World,
     track: Sequence[str],
 ) -> None:
-    stage, folder = getattr(recipe.stages, name), run.stage(name)
+    stage, folder = recipe.stages[name], run.stage(name)
     autocast = autocast_dtype(recipe.precision, world.device)
     torch.manual_seed(recipe.seed)  # the projector's start
     model, processor = _start(run, recipe, name, mixture)
@@ -117,7 +117,8 @@ def _train_stage(
     )  # a broken template or data set fails here, not at step 1
     check_tuning(model, stage.tuning)
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    base = run.checkpoint("pretrain") if name == "finetune" else folder / "base"
+    before = recipe.stage_before(name)
+    base = run.checkpoint(before) if before else folder / "base"
     if world.is_first and stage.tuning.adapted and not base.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
         check_free_space(folder, size)
@@ -166,7 +167,7 @@ def _train_stage(
             whole = [
                 module
                 for part in PARTS
-                for module in tuned_modules(model, part, getattr(stage.tuning, part))
+                for module in tuned_modules(model, part, stage.tuning.of(part))
             ]
             save_adapter(model, weights, whole, base, folder / "adapter")
             weights = merged_weights(model, weights)
@@ -188,25 +189,24 @@ def _whole_weights(placed: nn.Module, world: World) -> dict[str, torch.Tensor]:
     }
 
 
-def _drop_states(run: Run, name: StageName) -> None:
+def _drop_states(run: Run, name: str) -> None:
     """Of a finished stage the exported checkpoint remains."""
     shutil.rmtree(run.states(name), ignore_errors=True)
 
 
 def _start(
-    run: Run, recipe: Recipe, name: StageName, mixture: Mixture
+    run: Run, recipe: Recipe, name: str, mixture: Mixture
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """The model that a stage begins with: the parts, or what the stage before left."""
-    if name == "finetune":
-        return load_model(str(run.checkpoint("pretrain"))), load_processor(
-            run.checkpoint("pretrain")
-        )
+    if before := recipe.stage_before(name):
+        checkpoint = run.checkpoint(before)
+        return load_model(str(checkpoint)), load_processor(checkpoint)
     model, processor = build(recipe.model)
     if recipe.model.calibrate_projector:
         calibrate_projector(
             model,
             _first_images(
-                mixture, processor, recipe.stages.pretrain.unreadable_images == "substitute"
+                mixture, processor, recipe.stages[name].unreadable_images == "substitute"
             ),
         )
     return model, processor
@@ -222,14 +222,12 @@ def _first_images(mixture: Mixture, processor: LlavaProcessor, only_readable: bo
     images = [open_image(source) for source in sources if not only_readable or is_readable(source)]
     if not images:
         raise ValueError(
-            "calibrate_projector needs images, but the pretrain data have none: set model.calibrate_projector=false"
+            "calibrate_projector needs images, but the first stage's data have none: set model.calibrate_projector=false"
         )
     return processor.image_processor(images, return_tensors="pt")["pixel_values"]
 
 
-def _announce(
-    name: StageName, mixture: Mixture, steps: StepDataset, tuned: list[TunedPart]
-) -> None:
+def _announce(name: str, mixture: Mixture, steps: StepDataset, tuned: list[TunedPart]) -> None:
     title = f"{name}: {len(mixture):,} samples, {len(steps):,} steps of {steps.stage.batch_size} samples"
     console.print(tuning_table(title, tuned, steps.stage))
     for note in mixture.notes:

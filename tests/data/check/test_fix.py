@@ -39,7 +39,7 @@ def _talk(question: str, answer: str) -> dict[str, Any]:
 
 def test_the_copy_has_what_can_be_trained_on(corpus: Corpus, tiny_model, tiny_run_recipe) -> None:
     before = corpus.planted.read_bytes()
-    stage = tiny_run_recipe("stages.finetune.row_tokens=2048").stages.finetune
+    stage = tiny_run_recipe("stages.finetune.row_tokens=2048").stages["finetune"]
     more = {
         "stage": stage,
         "processor": tiny_model()[1],

@@ -40,7 +40,7 @@ def _source(path: Path) -> LoadedData:
 def _stage(tiny_run_recipe: Callable[..., Recipe], **values: object) -> StageRecipe:
     return tiny_run_recipe(
         *(f"stages.finetune.{key}={value}" for key, value in values.items())
-    ).stages.finetune
+    ).stages["finetune"]
 
 
 def _write(file: Path, rows: list[Any]) -> LoadedData:

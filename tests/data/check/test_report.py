@@ -63,7 +63,7 @@ def plain(corpus: Corpus) -> CheckResult:
 
 @pytest.fixture
 def full(corpus: Corpus, tiny_model, tiny_run_recipe) -> CheckResult:
-    stage = tiny_run_recipe("stages.finetune.row_tokens=2048").stages.finetune
+    stage = tiny_run_recipe("stages.finetune.row_tokens=2048").stages["finetune"]
     return check_data(load_data(data_recipe(str(corpus.planted))), stage, tiny_model()[1])
 
 
@@ -150,7 +150,7 @@ def test_the_page_colours_exactly_the_trained_tokens(
         {"role": "assistant", "content": answer},
     ]
     (tmp_path / "one.jsonl").write_text(json.dumps({"messages": talk, "images": ["a.png"]}) + "\n")
-    stage = tiny_run_recipe().stages.finetune
+    stage = tiny_run_recipe().stages["finetune"]
     page = html_report(
         check_data(load_data(data_recipe(str(tmp_path / "one.jsonl"))), stage, tiny_model()[1])
     )
@@ -191,7 +191,7 @@ def test_no_text_of_the_data_becomes_part_of_the_page(
     file.parent.mkdir()
     file.write_text("\n".join(map(json.dumps, rows)) + "\n")
     more = (
-        {"stage": tiny_run_recipe().stages.finetune, "processor": tiny_model()[1]}
+        {"stage": tiny_run_recipe().stages["finetune"], "processor": tiny_model()[1]}
         if with_tokens
         else {}
     )
