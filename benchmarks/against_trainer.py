@@ -28,7 +28,10 @@ from mipha.files import read_lines
 from mipha.models.build import build
 from mipha.models.tuning import apply_tuning
 from mipha.recipe import ModelRecipe
-from mipha.training.loop import train_stage
+from mipha.run import Run
+from mipha.training.loop import run_steps
+from mipha.training.placement import place
+from mipha.training.stage import Stage
 from mipha.world import join_world
 
 
@@ -156,17 +159,12 @@ def measure(
             restart()
             model.set_attn_implementation("sdpa")
             shutil.rmtree(folder / "own", ignore_errors=True)
-            autocast = torch.bfloat16 if bf16 else None
-            train_stage(
-                model,
-                steps,
-                whole_recipe(parts, recipe),
-                "finetune",
-                folder / "own",
-                world,
-                autocast=autocast,
-            )
-            lines = list(read_lines(folder / "own" / "metrics.jsonl"))
+            precision = f"precision={'bfloat16' if bf16 else 'float32'}"
+            whole = whole_recipe(parts, recipe).override(precision)
+            stage = Stage(Run(folder / "own"), whole, "finetune", world)
+            place(model, stage)
+            run_steps(stage, model, steps)
+            lines = list(read_lines(stage.run.metrics("finetune")))
             found[f"mipha, {_type(bf16)}"] = [line["loss"] for line in lines]
             return sum(line["seconds"] for line in lines)
 

@@ -57,7 +57,10 @@ def measure_point(axis: str, value: int, folder: Path) -> dict[str, float]:
     from mipha.files import read_lines
     from mipha.models.build import build
     from mipha.models.tuning import apply_tuning
-    from mipha.training.loop import train_stage
+    from mipha.run import Run
+    from mipha.training.loop import run_steps
+    from mipha.training.placement import place
+    from mipha.training.stage import Stage
     from mipha.world import join_world
 
     torch.set_num_threads(1)
@@ -79,12 +82,13 @@ def measure_point(axis: str, value: int, folder: Path) -> dict[str, float]:
     started = time.perf_counter()
     step = steps[0]
     reading = time.perf_counter() - started
-    train_stage(
-        model, steps, whole_recipe(parts, recipe), "finetune", folder / "run", world, autocast=None
-    )
+    whole = whole_recipe(parts, recipe).override("precision=float32")
+    stage = Stage(Run(folder / "run"), whole, "finetune", world)
+    place(model, stage)
+    run_steps(stage, model, steps)
     if not world.is_first:
         return {}
-    rows = list(read_lines(folder / "run" / "metrics.jsonl"))
+    rows = list(read_lines(stage.run.metrics("finetune")))
     return {
         "seconds_a_step": round(statistics.median(row["seconds"] for row in rows[1:]), 3),
         "seconds_to_first_read": round(reading, 3),

@@ -16,7 +16,7 @@ def test_a_missing_package_names_the_feature_and_the_command() -> None:
 
 
 def test_a_package_without_an_extra_is_installed_by_its_own_name() -> None:
-    with pytest.raises(MissingPackage, match="pip install wandb-core$"):
+    with pytest.raises(MissingPackage, match=r"pip install wandb-core$"):
         import_optional("no_such_package", "tracking", package="wandb-core")
 
 

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mipha.data.held_out import side_of
 from mipha.data.images import grey_image
 from mipha.data.mixture import Mixture
+from mipha.data.sample import Sample
 from mipha.recipe import DataRecipe
 
 
@@ -214,6 +216,29 @@ def test_an_image_is_on_one_side_only(write: Callable, tmp_path: Path) -> None:
         ValueError, match=r"held_out=1e-09 leaves no sample for validation: choose another share"
     ):
         Mixture([first], 1e-9, "validation")
+
+
+def test_both_sides_of_a_split_read_each_image_once(
+    write: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(12):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    data = [write("a", [f"{number}.png" for number in range(12)])]
+    alone = {side: list(Mixture(data, 0.4, side)) for side in ("train", "validation")}
+
+    looked_at: list[str] = []
+
+    def noted(sample: Sample, held_out: float) -> str | None:
+        looked_at.append(sample.id)
+        return side_of(sample, held_out)
+
+    monkeypatch.setattr("mipha.data.mixture.side_of", noted)
+    train = Mixture(data, 0.4)
+    assert len(train.image_keys) == len(train)  # read before, it must not be the other side's
+    validation = train.on_side("validation")
+    assert len(looked_at) == 12
+    assert list(train) == alone["train"] and list(validation) == alone["validation"]
+    assert len(validation.image_keys) == len(validation) != len(train)
 
 
 def test_a_mixture_travels_to_another_process(write: Callable) -> None:

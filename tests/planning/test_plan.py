@@ -22,8 +22,8 @@ def test_the_papers_model_on_what_the_paper_had() -> None:
     assert (pretrain.samples, finetune.samples) == (558_128, 665_298)
     assert pretrain.steps == -(-558_128 // 256) and finetune.steps == -(-2 * 665_298 // 128)
     assert (
-        not pretrain.mends
-        and not finetune.mends
+        not pretrain.fixes
+        and not finetune.fixes
         and finetune.largest_rows >= finetune.stage.micro_batch_rows
     )
     # 2 x (729 x 9.5 M + 764 x 2.65 G + 25 x 131 M) forward of the projector, the layers and the head, twice that with activations'
@@ -39,13 +39,13 @@ def test_where_it_does_not_fit_the_plan_says_what_would(tiny_parts, tiny_data) -
     tight = replace(SMALL, memory=(needs.total_memory - needs.memory["activations"] / 4) / 0.9)
     _, finetune = plan(recipe, tight)
     assert (
-        finetune.mends == ("stages.finetune.activation_checkpointing=true",)
+        finetune.fixes == ("stages.finetune.activation_checkpointing=true",)
         and finetune.largest_rows < finetune.step.widest.rows
     )
-    _, mended = plan(recipe.override(*finetune.mends), tight)
-    assert not mended.mends and mended.total_memory < finetune.total_memory
+    _, fixed = plan(recipe.override(*finetune.fixes), tight)
+    assert not fixed.fixes and fixed.total_memory < finetune.total_memory
     _, hopeless = plan(recipe, replace(SMALL, memory=1e6))
-    assert hopeless.largest_rows == 0 and hopeless.mends == (
+    assert hopeless.largest_rows == 0 and hopeless.fixes == (
         "more than 1 devices, or devices with more memory",
     )
 

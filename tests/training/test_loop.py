@@ -20,8 +20,10 @@ from mipha.engine.states import StateWriter, list_states
 from mipha.models.tuning import apply_tuning, part_layers, part_parameters
 from mipha.recipe import Recipe
 from mipha.run import Run
-from mipha.training.loop import make_optimizer, train_stage
+from mipha.training.loop import make_optimizer, run_steps
 from mipha.training.pipeline import train
+from mipha.training.placement import place
+from mipha.training.stage import Stage
 from mipha.world import World
 
 STAGES = ("pretrain", "finetune")
@@ -57,6 +59,12 @@ def launch() -> Callable[[Recipe, Path], multiprocessing.Process]:
         return process
 
     return start
+
+
+def run_stage(stage: Stage, model: torch.nn.Module, steps: StepDataset) -> None:
+    """Take the steps of a stage with a model whose tuning is applied."""
+    place(model, stage)
+    run_steps(stage, model, steps)
 
 
 def wait_for_lines(path: Path, wanted: int, process: multiprocessing.Process) -> None:
@@ -233,13 +241,13 @@ def test_activation_checkpointing_of_one_part_leaves_the_other(
         stage = recipe.stages["finetune"]
         apply_tuning(model, stage.tuning)
         calls = [0, 0]
-        for place, name in enumerate(("vision_tower", "language_model")):
+        for number, name in enumerate(("vision_tower", "language_model")):
             mlp = part_layers(model, name)[0].mlp
             mlp.register_forward_pre_hook(
-                lambda *_, place=place, calls=calls: calls.__setitem__(place, calls[place] + 1)
+                lambda *_, number=number, calls=calls: calls.__setitem__(number, calls[number] + 1)
             )
         steps = StepDataset(mixture, processor, stage, seed=0)
-        train_stage(model, steps, recipe, "finetune", tmp_path / part, HERE, autocast=None)
+        run_stage(Stage(Run(tmp_path / part), recipe, "finetune", HERE), model, steps)
         assert tuple(count / len(steps[0].micro_batches) for count in calls) == expected, part
 
 
@@ -261,7 +269,7 @@ def test_activation_checkpointing_recomputes_every_layer_that_gradients_pass(
                 lambda *_, index=index, counts=counts: counts.__setitem__(index, counts[index] + 1)
             )
         steps = StepDataset(mixture, processor, recipe.stages[stage], seed=0)
-        train_stage(model, steps, recipe, stage, tmp_path / f"{wanted}", HERE, autocast=None)
+        run_stage(Stage(Run(tmp_path / f"{wanted}"), recipe, stage, HERE), model, steps)
     assert calls[True] == [2 * count for count in calls[False]]
     assert calls[False] == [2, 2]  # micro-batches
 
@@ -274,15 +282,8 @@ def test_a_frozen_part_has_no_dropout(
         recipe = tiny_run_recipe(f"stages.{stage}.max_steps=1")
         wish = recipe.stages[stage]
         apply_tuning(model, wish.tuning)
-        train_stage(
-            model,
-            StepDataset(mixture, processor, wish, seed=0),
-            recipe,
-            stage,
-            tmp_path / stage,
-            HERE,
-            autocast=None,
-        )
+        steps = StepDataset(mixture, processor, wish, seed=0)
+        run_stage(Stage(Run(tmp_path), recipe, stage, HERE), model, steps)
         dropouts = [
             module
             for module in model.model.language_model.modules()
@@ -300,15 +301,8 @@ def test_frozen_layers_of_a_tuned_part_have_no_dropout(
     )
     stage = recipe.stages["finetune"]
     apply_tuning(model, stage.tuning)
-    train_stage(
-        model,
-        StepDataset(mixture, processor, stage, seed=0),
-        recipe,
-        "finetune",
-        tmp_path,
-        HERE,
-        autocast=None,
-    )
+    steps = StepDataset(mixture, processor, stage, seed=0)
+    run_stage(Stage(Run(tmp_path), recipe, "finetune", HERE), model, steps)
     drops = [layer.resid_dropout.training for layer in model.model.language_model.layers]
     assert drops == [False, True]
 

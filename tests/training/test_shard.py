@@ -23,9 +23,8 @@ from mipha.models.tuning import layers_of
 from mipha.recipe import Recipe
 from mipha.run import Run, open_run
 from mipha.training import pipeline
-from mipha.training.frozen import keep_frozen_in_bfloat16
 from mipha.training.pipeline import train
-from mipha.training.shard import mesh_of
+from mipha.training.placement import mesh_of, round_frozen
 from mipha.world import World
 
 STAGES = ("pretrain", "finetune")
@@ -41,11 +40,11 @@ import json, os, signal, threading, time
 from pathlib import Path
 import torch
 from mipha.recipe import load_recipe
-from mipha.training import frozen, pipeline
+from mipha.training import pipeline, placement
 from mipha.training.pipeline import train
 
 # As on a GPU: layers of two types are sharded together.
-pipeline.keep_frozen_in_bfloat16 = lambda model, device: frozen.keep_frozen_in_bfloat16(model, torch.device("cuda"))
+pipeline.round_frozen = lambda model, device: placement.round_frozen(model, torch.device("cuda"))
 os.environ.update(LAUNCHED)  # what torchrun sets, given by the test
 
 def stop_after(metrics, lines):
@@ -229,8 +228,8 @@ def test_two_processes_train_what_one_trains(
 ) -> None:
     monkeypatch.setattr(
         pipeline,
-        "keep_frozen_in_bfloat16",
-        lambda model, device: keep_frozen_in_bfloat16(model, torch.device("cuda")),
+        "round_frozen",
+        lambda model, device: round_frozen(model, torch.device("cuda")),
     )
     two, one = open_run(by_two / case), train(recipes[case], tmp_path / "one")
     assert_equal(one, two, weights, metrics)
@@ -273,7 +272,7 @@ def test_how_processes_share_a_model(
 ) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
     monkeypatch.setattr(
-        "mipha.training.shard.init_device_mesh", lambda device, shape, **names: shape
+        "mipha.training.placement.init_device_mesh", lambda device, shape, **names: shape
     )
     assert mesh_of(sharding, World(0, size, torch.device("cpu"))) == shape
 
@@ -318,7 +317,7 @@ def assert_equal(one: Run, two: Run, weights: Callable, metrics: Callable) -> No
             assert row["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
             assert all(
                 row[key] == other[key]
-                for key in ("samples", "images", "tokens", "supervised_tokens")
+                for key in ("samples", "images", "tokens", "supervised_tokens", "teraflop")
             )
         for part, mine in tuning(one, stage).items():
             theirs = tuning(two, stage)[part]

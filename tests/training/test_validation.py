@@ -17,6 +17,7 @@ from mipha.models.processing import load_processor
 from mipha.recipe import Recipe
 from mipha.run import Run
 from mipha.training.pipeline import train
+from mipha.training.stage import Stage
 from mipha.training.validation import NUM_ANSWERS, Validation
 from mipha.world import World
 
@@ -54,15 +55,9 @@ def test_the_loss_is_that_of_the_model_on_images_it_never_saw(run: Run) -> None:
         load_model(str(run.final_checkpoint())),
         load_processor(run.final_checkpoint()),
     )
-    alone = Validation(
-        held_out,
-        processor,
-        stage,
-        run.recipe.seed,
-        World(0, 1, torch.device("cpu")),
-        None,
-        run.folder / "again.jsonl",
-    )
+    recipe, here = run.recipe.override("precision=float32"), World(0, 1, torch.device("cpu"))
+    again = Stage(Run(run.folder / "again"), recipe, "finetune", here)
+    alone = Validation(again, held_out, processor)
     assert alone.measure(model, 4)["validation_loss"] == pytest.approx(
         metrics[-1]["validation_loss"], rel=1e-5
     )

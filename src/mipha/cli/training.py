@@ -78,7 +78,7 @@ def plan(
             json.dumps(as_json(plans, wanted, num_devices, price, compared), indent=2) + "\n",
         )
     print_plan(chosen.name, plans, wanted, num_devices, price, compared)
-    if any(stage.mends for stage in plans):
+    if any(stage.fixes for stage in plans):
         raise typer.Exit(1)
 
 

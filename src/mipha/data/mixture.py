@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -18,6 +19,8 @@ from mipha.data.images import grey_image
 from mipha.data.order import draw_samples, epoch_order, samples_shown
 from mipha.data.sample import ImageSource, Sample
 from mipha.recipe import DataRecipe
+
+_SIDES: tuple[Side | None, ...] = ("train", "validation", None)
 
 
 @dataclass(frozen=True)
@@ -69,18 +72,38 @@ class Mixture(Sequence[Sample]):
     ) -> None:
         assert 0 <= held_out < 1 and (held_out or side == "train"), (held_out, side)
         self.notes: list[str] = []
-        self.sources = tuple(
-            self._load(recipe, name, held_out, side)
-            for recipe, name in zip(data, _names(data), strict=True)
-        )
-        self._starts = np.cumsum([0, *(len(source) for source in self.sources)])
+        self._held_out = held_out
+        self._whole = [
+            self._load(recipe, name) for recipe, name in zip(data, _names(data), strict=True)
+        ]
+        self._sides = [self._sides_of(source) for source in self._whole] if held_out else []
         self._grey = grey_image()
+        self._take(side)
+
+    def on_side(self, side: Side) -> Mixture:
+        """Return the samples of another side of the split; nothing is read again for it."""
+        other = copy.copy(self)
+        for made in ("_behind", "image_keys"):
+            other.__dict__.pop(made, None)
+        other._take(side)
+        return other
+
+    def _take(self, side: Side) -> None:
+        """Use the samples of one side of the split."""
+        self.sources = tuple(self._whole)
+        if self._held_out:
+            self.sources = tuple(
+                replace(source, rows=np.flatnonzero(sides == _SIDES.index(side)))
+                for source, sides in zip(self._whole, self._sides, strict=True)
+            )
+        self._starts = np.cumsum([0, *(len(source) for source in self.sources)])
         if not len(self):
             raise ValueError(
-                f"held_out={held_out} leaves no sample for {side}: choose another share, or give more images"
+                f"held_out={self._held_out} leaves no sample for {side}: "
+                "choose another share, or give more images"
             )
 
-    def _load(self, recipe: DataRecipe, name: str, held_out: float, side: Side) -> Source:
+    def _load(self, recipe: DataRecipe, name: str) -> Source:
         data = load_data(recipe)
         self.notes += [note for note in (data.format, data.left_out) if note]
         if not len(data):
@@ -88,21 +111,24 @@ class Mixture(Sequence[Sample]):
                 f"data set {recipe.dataset} ({recipe.root or 'packaged'}, split {recipe.split}) "
                 "has no samples"
             )
+        return Source(name, recipe, data.to_sample, data.records, range(len(data)))
 
-        source = Source(name, recipe, data.to_sample, data.records, range(len(data)))
-        return self._one_side(source, held_out, side) if held_out else source
-
-    def _one_side(self, source: Source, held_out: float, side: Side) -> Source:
-        sides = [side_of(source.sample(index), held_out) for index in range(len(source))]
-        if torn := sides.count(None):
-            self.notes.append(
-                f"{source.name}: {torn} of {len(source)} samples are used on neither side, for they show images of both"
-            )
-        rows = np.asarray(
-            [row for row, own in zip(source.rows, sides, strict=True) if own == side],
-            dtype=np.int64,
+    def _sides_of(self, source: Source) -> np.ndarray:
+        """Return `(samples,)` int8: which of `_SIDES` each sample is on; every image is read."""
+        sides = np.fromiter(
+            (
+                _SIDES.index(side_of(source.sample(index), self._held_out))
+                for index in range(len(source))
+            ),
+            dtype=np.int8,
+            count=len(source),
         )
-        return replace(source, rows=rows)
+        if torn := int((sides == _SIDES.index(None)).sum()):
+            self.notes.append(
+                f"{source.name}: {torn} of {len(source)} samples are used on neither side, "
+                "because they show images of both"
+            )
+        return sides
 
     def __len__(self) -> int:
         return int(self._starts[-1])

@@ -77,11 +77,13 @@ class Trackers:
         step = metrics["step"]
         if step <= self._tracked:
             return
+
         numbers = {
             key: value
             for key, value in metrics.items()
             if key != "step" and isinstance(value, (int, float))
         }
+        # One that fails is dropped.
         self._trackers = [
             tracker
             for tracker in self._trackers

@@ -1,17 +1,19 @@
-"""Floating point operations of a training step, counted from the model's matrices and from what attends to what.
+"""FLOPs of a training step, counted from the model's matrices and from what attends to what.
 
-                        positions that pass it       linear FLOPs          attention FLOPs
-vision tower            tokens of each image         2 x weights x n       4 x width x n^2, all see all
-projector               image tokens
-language model          real tokens                  2 x weights x n       4 x width x pairs, (query, key) that the mask allows
-head                    supervised positions
+                 positions that pass it     linear FLOPs      attention FLOPs
+vision tower     tokens of each image       2 x weights x n   4 x width x n^2: all see all
+projector        image tokens               2 x weights x n
+language model   real tokens                2 x weights x n   4 x width x (query, key) pairs
+head             supervised positions       2 x weights x n
 
-A step costs the forward pass once; where a gradient passes, its products with the weights once more; where the weights train, the
-weights' gradient too: 1, 2 or 3 times. Both factors of attention are activations, so it is 3 wherever a gradient passes. Padding, blank
-images, norms, and what activation checkpointing computes twice are not counted: this is what a step is worth, not what it costs.
+A step costs the forward pass once; where a gradient passes, its products with the weights once
+more; where the weights train, their gradient too: 1, 2 or 3 times. Both factors of attention are
+activations, so it costs 3 times wherever a gradient passes. Padding, blank images, norms, and what
+activation checkpointing computes twice are not counted: this is what a step is worth, not what it
+costs.
 
-Source: PaLM (Chowdhery et al. 2022), appendix B, for 2 FLOPs a weight and token forward and twice that backward; there attention counts
-all pairs, here those of the mask.
+Source: PaLM (Chowdhery et al. 2022), appendix B, for 2 FLOPs a weight and token forward and twice
+that backward. There attention counts all pairs, here those of the mask.
 """
 
 from __future__ import annotations
@@ -35,10 +37,10 @@ class Unit:
     """A stretch of the model, in the order of the forward pass.
 
     Args:
-        part: What it belongs to.
-        positions: What passes it.
+        part: Part that it belongs to.
+        positions: Positions that pass it.
         weights: Numbers in its matrices; each is multiplied with every position.
-        trained: How many of these get a gradient.
+        trained: Numbers of these that get a gradient.
         attention: Heads times width of a head; 0 where nothing attends.
         reached: Whether a gradient passes it in the backward pass.
     """
@@ -51,26 +53,25 @@ class Unit:
     reached: bool
 
     def flops(self, num_positions: int, num_pairs: int) -> tuple[int, int]:
-        """What it takes forward, and forward and backward together.
+        """Return its FLOPs forward, and forward and backward together.
 
         Args:
-            num_positions: That pass it.
+            num_positions: Positions that pass it.
             num_pairs: (query, key) pairs that attend.
         """
         linear, attention = 2 * num_positions, 4 * self.attention * num_pairs
         forward = linear * self.weights + attention
-        return forward, forward + (
-            linear * (self.weights + self.trained) + 2 * attention if self.reached else 0
-        )
+        backward = linear * (self.weights + self.trained) + 2 * attention
+        return forward, forward + (backward if self.reached else 0)
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a step, or a sample, gives the model to do: real positions alone.
+    """The work of a step, or of a sample: real positions alone.
 
     Args:
-        images: Encoded; a shared one counts once.
-        tokens: Of the language model.
+        images: Images encoded; a shared one counts once.
+        tokens: Tokens of the language model.
         pairs: (query, key) pairs that its mask allows.
         supervised: Positions whose logits are made.
     """
@@ -90,23 +91,27 @@ class PartFlops:
 
 
 class StepFlops:
-    """Counts the FLOPs of steps of one model, whose tuning is applied; the model may be on the meta device.
+    """Counts the FLOPs of steps of one model; it may be on the meta device.
 
-    Every matrix of a layer is taken to be multiplied with every position, so a mixture of experts is counted as if all were asked.
+    Every matrix of a layer counts as multiplied with every position, so a mixture of experts counts
+    as if every expert were asked.
+
+    Args:
+        model: Model with its tuning applied.
     """
 
     def __init__(self, model: LlavaForConditionalGeneration) -> None:
         vision = model.config.vision_config
         self._patches = (vision.image_size // vision.patch_size) ** 2
         self._image_tokens = model.config.image_seq_length
-        # The stock class leaves out the first of the tower's tokens where there is one before the patches.
+        # The stock class leaves out the tower's first token where there is one before the patches.
         self._tower_tokens = self._image_tokens + (
             model.config.vision_feature_select_strategy == "default"
         )
         self.units = tuple(_units(model))
 
     def by_part(self, work: Work) -> dict[Part, PartFlops]:
-        """FLOPs of each part; the head belongs to the language model."""
+        """Return the FLOPs of each part; the head belongs to the language model."""
         counts: dict[Positions, tuple[int, int]] = {
             "patches": (work.images * self._patches, 0),
             "tower tokens": (work.images * self._tower_tokens, work.images * self._tower_tokens**2),
@@ -122,36 +127,34 @@ class StepFlops:
         return sums
 
     def total(self, work: Work) -> int:
-        """Forward and backward FLOPs of all parts."""
+        """Return the forward and backward FLOPs of all parts."""
         return sum(flops.total for flops in self.by_part(work).values())
 
 
 def _units(model: LlavaForConditionalGeneration) -> Iterator[Unit]:
-    inner, vision, text = model.model, model.config.vision_config, model.config.text_config
-    tower_layers, language_layers = (
-        part_layers(model, "vision_tower"),
-        part_layers(model, "language_model"),
-    )
-    patch_embedding = [
-        module for module in inner.vision_tower.modules() if isinstance(module, nn.Conv2d)
-    ]
-    embeddings_train = any(
-        parameter.requires_grad for parameter in model.get_input_embeddings().parameters()
-    )
+    """Yield the stretches of a model in the order of the forward pass."""
+    inner, config = model.model, model.config
+    patches = [module for module in inner.vision_tower.modules() if isinstance(module, nn.Conv2d)]
+    tower_layers = part_layers(model, "vision_tower")
+    language_layers = part_layers(model, "language_model")
+    tower_width = _attention_width(config.vision_config)
+    language_width = _attention_width(config.text_config)
+
     chain: list[tuple[Part, Positions, nn.Module, int]] = [
-        *(("vision_tower", "patches", module, 0) for module in patch_embedding),
-        *(
-            ("vision_tower", "tower tokens", layer, _attention_width(vision))
-            for layer in tower_layers
-        ),
+        *(("vision_tower", "patches", module, 0) for module in patches),
+        *(("vision_tower", "tower tokens", layer, tower_width) for layer in tower_layers),
         ("projector", "image tokens", inner.multi_modal_projector, 0),
-        *(("language_model", "tokens", layer, _attention_width(text)) for layer in language_layers),
+        *(("language_model", "tokens", layer, language_width) for layer in language_layers),
         ("language_model", "supervised", model.lm_head, 0),
     ]
+
+    # A gradient passes everything behind the first weight that trains.
+    embeddings_train = _trains(model.get_input_embeddings())
     reached = False
     for part, positions, module, attention in chain:
         reached = reached or _trains(module) or (part == "language_model" and embeddings_train)
-        # Of a layer, its matrices; biases, norms and scales are no products. A convolution's kernel is a matrix with more axes.
+        # Biases, norms and scales are no products. A convolution's kernel is a matrix with more
+        # axes.
         matrices = [parameter for parameter in module.parameters() if parameter.dim() >= 2]
         weights = sum(num_weights(matrix) for matrix in matrices)
         trained = sum(num_weights(matrix) for matrix in matrices if matrix.requires_grad)

@@ -77,6 +77,11 @@ def apply_tuning(
     for parameter in model.parameters():
         if parameter.is_floating_point():  # weights of 4 bits have no gradient to switch
             parameter.requires_grad_(id(parameter) in trained)
+    return describe_tuning(model, tuning)
+
+
+def describe_tuning(model: LlavaForConditionalGeneration, tuning: TuningRecipe) -> list[TunedPart]:
+    """Return what trains of each part, counted in a model with its tuning applied."""
     return [_count(model, part, tuning.of(part)) for part in PARTS]
 
 

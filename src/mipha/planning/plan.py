@@ -1,10 +1,11 @@
-"""What a recipe will take, before it takes it: parameters, memory by component, time, tokens, money.
+"""What a recipe takes before it runs: parameters, memory, time.
 
-recipe --skeleton on the meta device--> parameters --layers run on tensors without numbers--> bytes kept for the backward pass
-data   --first steps of the stage, or what is known of a published set--> tokens, images, FLOPs of a step --device--> seconds
+recipe --skeleton on the meta device--> parameters --layers run on fake tensors--> memory
+data   --first steps of the stage, or facts of a published set--> FLOPs of a step --device--> time
 
-Memory is counted (`memory.py`), not fitted: what that leaves out (the allocator's holes, a library's buffers) is the reserve. Time is FLOPs
-by a share of the peak that is an assumption until a run has been measured: `compare` says how far off both were.
+Memory is counted (`memory.py`), not fitted; what the count leaves out (holes of the allocator,
+buffers of libraries) is the reserve. Time is FLOPs by a share of the peak, which is an assumption
+until a run has been measured: `compare` says how far off both were.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import os
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from math import ceil
 
@@ -35,23 +36,35 @@ from mipha.recipe import Recipe, StageRecipe
 from mipha.run import Run
 
 EFFICIENCY = {"gpu": 0.4, "cpu": 0.5}
-"""Share of the peak that a step reaches, where no run says better: 0.4 is common for models of this size on an H100; 0.5 of its own
-matrix products is what the quickstart reached on two cores (LOG.md)."""
+"""Share of the peak that a step reaches, where no run says better.
 
-_STEPS_LOOKED_AT = 3
+0.4 is common for models of this size on an H100. The quickstart reached 0.5 of the matrix products
+of its own two cores (LOG.md).
+"""
+
+_STEPS_READ = 3
 _RESERVE = 0.9
 """Share of a device's memory that a plan may use."""
+
+_LEVERS = (
+    "activation_checkpointing=true",
+    "micro_batch_rows=1",
+    "tuning.language_model=lora",
+    "tuning.language_model=qlora",
+)
+"""Changes of a stage that save memory, those first that change least what is trained."""
 
 
 @dataclass(frozen=True)
 class Device:
-    """What a plan is made for.
+    """The device that a plan is made for.
 
     Args:
-        name: As asked.
+        name: Name that was asked for.
         kind: gpu or cpu.
-        flops: Peak of one device in the type that the recipe computes in, FLOP/s; null where that is not known.
-        memory: Bytes of one device.
+        flops: Peak of one device in the type that the recipe computes in, FLOP/s; None where it is
+            not known.
+        memory: Memory of one device, bytes.
         autocast: Whether matrix products run in bfloat16.
     """
 
@@ -61,17 +74,22 @@ class Device:
     memory: float
     autocast: bool
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The type that matrix products run in; None for the type of the weights."""
+        return torch.bfloat16 if self.autocast else None
+
 
 @dataclass(frozen=True)
 class StepWork:
     """A mean step of a stage.
 
     Args:
-        work: Of all devices.
-        padding: Share of the positions computed that is padding.
-        micro_batches: A device computes one after the other.
+        work: Work of all devices.
+        padding: Share of the computed positions that is padding.
+        micro_batches: Micro-batches that a device computes one after the other.
         widest: The widest micro-batch.
-        source: Where these come from.
+        source: Where these numbers come from.
     """
 
     work: Work
@@ -83,15 +101,18 @@ class StepWork:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage.
+    """The plan of one stage.
 
     Args:
-        parts: What trains.
-        memory: Component to bytes a device, at the largest micro-batch.
-        flops: Of a step, all devices.
-        seconds: Of a step; null where the device's peak is not known.
-        largest_rows: The most micro_batch_rows that fit; 0: none.
-        mends: What would make it fit, best first; empty where it does.
+        parts: What trains of each part.
+        samples: Samples of the stage.
+        steps: Optimizer steps of the stage.
+        step: A mean step.
+        memory: Bytes of a device by component, at the widest micro-batch.
+        flops: FLOPs of a step on all devices.
+        seconds: Seconds of a step; None where the peak of the device is not known.
+        largest_rows: The largest micro_batch_rows that fits; 0 where none does.
+        fixes: Changes that would make it fit; empty where it does.
     """
 
     name: str
@@ -104,20 +125,28 @@ class StagePlan:
     flops: float
     seconds: float | None
     largest_rows: int
-    mends: tuple[str, ...]
+    fixes: tuple[str, ...]
 
     @property
     def total_memory(self) -> float:
+        """Bytes of a device, all components."""
         return sum(self.memory.values())
 
     @property
     def hours(self) -> float | None:
+        """Hours of the whole stage."""
         return None if self.seconds is None else self.steps * self.seconds / 3600
 
 
 @dataclass(frozen=True)
 class Compared:
-    """A finished stage beside its plan: seconds a step, and bytes of one device."""
+    """A finished stage beside its plan, each as (planned, measured).
+
+    Args:
+        seconds: Seconds of a step.
+        memory: Bytes of a device.
+        efficiency: Share of the peak that the run reached.
+    """
 
     seconds: tuple[float | None, float]
     memory: tuple[float, float]
@@ -125,29 +154,24 @@ class Compared:
 
 
 def device_named(name: str, precision: str = "auto") -> Device:
-    """A device of the catalog, or this machine's CPU (`cpu`), whose matrix products are measured.
+    """Return a device of the catalog, or this machine's CPU (`cpu`), which is measured.
 
     Raises:
-        ValueError: No such device, or it has no units for the precision.
+        ValueError: There is no such device, or it has no units for the precision.
     """
     if name == "cpu":
         native = torch.cpu._is_avx512_bf16_supported()
         autocast = precision == "bfloat16" or (precision == "auto" and native)
-        return Device(
-            name,
-            "cpu",
-            _measured_flops(torch.bfloat16 if autocast else torch.float32),
-            _host_memory(),
-            autocast,
-        )
+        flops = _measure_flops(torch.bfloat16 if autocast else torch.float32)
+        memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+        return Device(name, "cpu", flops, memory, autocast)
+
     if name not in DEVICES:
-        raise ValueError(
-            f"no device {name!r}: {did_you_mean(name, ['cpu', *DEVICES])}; known are cpu, {', '.join(DEVICES)}"
-        )
+        hint = did_you_mean(name, ["cpu", *DEVICES])
+        raise ValueError(f"no device {name!r}: {hint}; known are cpu, {', '.join(DEVICES)}")
     entry = DEVICES[name]
-    autocast = precision == "bfloat16" or (
-        precision == "auto" and entry.bfloat16_tflops is not None
-    )
+    native = entry.bfloat16_tflops is not None
+    autocast = precision == "bfloat16" or (precision == "auto" and native)
     tflops = entry.tflops("bfloat16" if autocast else "float32")
     if tflops is None:
         raise ValueError(f"{name} does not compute in bfloat16: set precision=float32")
@@ -157,24 +181,23 @@ def device_named(name: str, precision: str = "auto") -> Device:
 def plan(
     recipe: Recipe, device: Device, num_devices: int = 1, efficiency: float | None = None
 ) -> list[StagePlan]:
-    """What each stage takes.
+    """Plan each stage of a recipe.
 
     Args:
-        num_devices: The weights that train, their gradients and moments are spread over these (FSDP) unless the recipe says `ddp`.
-        efficiency: Share of the peak that a step reaches; null: an assumption.
+        num_devices: Devices that train together. The weights that train, their gradients and
+            moments are spread over them (FSDP), unless the recipe says `ddp`.
+        efficiency: Share of the peak that a step reaches; None for an assumption.
 
     Raises:
         FileNotFoundError: A part, or a data set that is not a published one, is not there.
         ValueError: The parts do not go together.
     """
-    return [
-        _plan_stage(recipe, name, device, num_devices, efficiency or EFFICIENCY[device.kind])
-        for name in recipe.stages
-    ]
+    share = efficiency or EFFICIENCY[device.kind]
+    return [_plan_stage(_Case(recipe, name, device, num_devices), share) for name in recipe.stages]
 
 
 def compare(stage: StagePlan, run: Run, device: Device, num_devices: int) -> Compared:
-    """A stage's plan beside the metrics of a run of the same recipe.
+    """Compare the plan of a stage with the metrics of a run of the same recipe.
 
     Raises:
         FileNotFoundError: The run has no steps of this stage.
@@ -184,206 +207,203 @@ def compare(stage: StagePlan, run: Run, device: Device, num_devices: int) -> Com
         raise FileNotFoundError(
             f"{run.folder} has no metrics of {stage.name}: give a run that trained it"
         )
+
     seconds = statistics.median(row["seconds"] for row in rows)
+    memory = max(row["peak_memory_gib"] for row in rows) * 2**30
     peak = device.flops and device.flops * num_devices
     reached = stage.flops / seconds / peak if peak else None
-    return Compared(
-        (stage.seconds, seconds),
-        (stage.total_memory, max(row["peak_memory_gib"] for row in rows) * 2**30),
-        reached,
-    )
+    return Compared((stage.seconds, seconds), (stage.total_memory, memory), reached)
 
 
-def _plan_stage(
-    recipe: Recipe, name: str, device: Device, num_devices: int, efficiency: float
-) -> StagePlan:
-    stage: StageRecipe = recipe.stages[name]
-    model = skeleton(recipe.model)
-    parts = tuple(
-        apply_tuning(model, stage.tuning, "meta", torch.bfloat16 if device.autocast else None)
-    )
-    samples, steps, step = _steps_of(recipe, stage, model, num_devices)
+@dataclass(frozen=True)
+class _Case:
+    """A stage of a recipe on some devices."""
+
+    recipe: Recipe
+    name: str
+    device: Device
+    num_devices: int
+
+    @property
+    def stage(self) -> StageRecipe:
+        return self.recipe.stages[self.name]
+
+    def build_model(self) -> LlavaForConditionalGeneration:
+        """Return the model on the meta device, with its tuning applied."""
+        model = skeleton(self.recipe.model)
+        apply_tuning(model, self.stage.tuning, "meta", self.device.dtype)
+        return model
+
+    def count_memory(
+        self, model: LlavaForConditionalGeneration, batch: MicroBatch
+    ) -> dict[str, float]:
+        """Return bytes of a device by component."""
+        shards = 1 if self.recipe.sharding == "ddp" else self.num_devices
+        device = self.device
+        return memory_of(model, self.stage, batch, device.kind, device.autocast, shards)
+
+    def fits(self, memory: dict[str, float]) -> bool:
+        return sum(memory.values()) <= _RESERVE * self.device.memory
+
+
+def _plan_stage(case: _Case, efficiency: float) -> StagePlan:
+    stage, device = case.stage, case.device
+    model = skeleton(case.recipe.model)
+    parts = tuple(apply_tuning(model, stage.tuning, "meta", device.dtype))
+    samples, steps, step = _read_steps(case, model)
+    memory = case.count_memory(model, step.widest)
+
+    # Activation checkpointing computes a part's forward pass twice, which is worth nothing.
     flops = StepFlops(model)
     total = float(flops.total(step.work))
-    memory = memory_of(
-        model, stage, step.widest, device.kind, device.autocast, _shards(recipe, num_devices)
-    )
-    rows = _largest_rows(stage, model, step, device, memory)
+    by_part = flops.by_part(step.work)
+    computed = total + sum(by_part[part].forward for part in stage.checkpointed)
     seconds = None
     if device.flops:
-        again = sum(
-            flops.by_part(step.work)[part].forward for part in stage.checkpointed
-        )  # computed twice, worth nothing
-        seconds = (total + again) / (1 - step.padding) / (device.flops * num_devices * efficiency)
-    fits = sum(memory.values()) <= _RESERVE * device.memory
-    mends = () if fits else _mends(recipe, name, device, num_devices, step)
-    return StagePlan(name, stage, parts, samples, steps, step, memory, total, seconds, rows, mends)
+        speed = device.flops * case.num_devices * efficiency
+        seconds = computed / (1 - step.padding) / speed
 
-
-def _shards(recipe: Recipe, num_devices: int) -> int:
-    """Devices that weights are spread over."""
-    return 1 if recipe.sharding == "ddp" else num_devices
+    return StagePlan(
+        name=case.name,
+        stage=stage,
+        parts=parts,
+        samples=samples,
+        steps=steps,
+        step=step,
+        memory=memory,
+        flops=total,
+        seconds=seconds,
+        largest_rows=_largest_rows(case, model, step, memory),
+        fixes=() if case.fits(memory) else _find_fixes(case, step),
+    )
 
 
 def _largest_rows(
-    stage: StageRecipe,
-    model: LlavaForConditionalGeneration,
-    step: StepWork,
-    device: Device,
-    memory: dict[str, float],
+    case: _Case, model: LlavaForConditionalGeneration, step: StepWork, memory: dict[str, float]
 ) -> int:
-    """The most rows of a micro-batch that fit: what is kept grows evenly with them."""
+    """Return the most rows of a micro-batch that fit; what is kept grows evenly with them."""
     batch = step.widest
-    one, two = (
-        memory["activations"],
-        kept_bytes(
-            model,
-            stage,
-            MicroBatch(2 * batch.rows, batch.tokens, 2 * batch.images),
-            device.autocast,
-        ),
-    )
+    twice = MicroBatch(2 * batch.rows, batch.tokens, 2 * batch.images)
+    one = memory["activations"]
+    two = kept_bytes(model, case.stage, twice, case.device.autocast)
+    if two <= one:
+        return 0
     fixed = sum(memory.values()) - one
-    room = _RESERVE * device.memory - fixed - (2 * one - two)
-    return max(0, int(room / (two - one) * batch.rows)) if two > one else 0
+    room = _RESERVE * case.device.memory - fixed - (2 * one - two)
+    return max(0, int(room / (two - one) * batch.rows))
 
 
-def _mends(
-    recipe: Recipe, name: str, device: Device, num_devices: int, step: StepWork
-) -> tuple[str, ...]:
-    """Changes of the recipe, each on top of those before it, until the stage fits."""
-    levers = (
-        "activation_checkpointing=true",
-        "micro_batch_rows=1",
-        "tuning.language_model=lora",
-        "tuning.language_model=qlora",
-    )
+def _find_fixes(case: _Case, step: StepWork) -> tuple[str, ...]:
+    """Return changes of the recipe, each on top of those before it, until the stage fits."""
     chosen: list[str] = []
-    for lever in levers:
-        if lever.endswith("lora") and recipe.stages[name].tuning.language_model != "full":
+    for lever in _LEVERS:
+        if lever.endswith("lora") and case.stage.tuning.language_model != "full":
             continue
-        if lever.endswith("qlora") and (num_devices > 1 or find_spec("bitsandbytes") is None):
-            continue  # one device only; and its layers are what is counted
-        chosen = [*(kept for kept in chosen if kept.split("=")[0] != lever.split("=")[0]), lever]
-        changed = recipe.override(*(f"stages.{name}.{one}" for one in chosen))
-        stage = changed.stages[name]
-        model = skeleton(changed.model)
-        apply_tuning(model, stage.tuning, "meta", torch.bfloat16 if device.autocast else None)
+        # 4 bits are for one device, and their layers are what is counted.
+        has_package = find_spec("bitsandbytes") is not None
+        if lever.endswith("qlora") and (case.num_devices > 1 or not has_package):
+            continue
+
+        # A later value of a key replaces the earlier one.
+        key = lever.split("=")[0]
+        chosen = [*(kept for kept in chosen if kept.split("=")[0] != key), lever]
+        fixes = tuple(f"stages.{case.name}.{change}" for change in chosen)
+        changed = replace(case, recipe=case.recipe.override(*fixes))
+
         widest = step.widest
-        rows = min(widest.rows, stage.micro_batch_rows)
+        rows = min(widest.rows, changed.stage.micro_batch_rows)
         batch = MicroBatch(rows, widest.tokens, ceil(widest.images * rows / widest.rows))
-        total = sum(
-            memory_of(
-                model, stage, batch, device.kind, device.autocast, _shards(recipe, num_devices)
-            ).values()
-        )
-        if total <= _RESERVE * device.memory:
-            return tuple(f"stages.{name}.{one}" for one in chosen)
-    return (f"more than {num_devices} devices, or devices with more memory",)
+        if case.fits(changed.count_memory(changed.build_model(), batch)):
+            return fixes
+    return (f"more than {case.num_devices} devices, or devices with more memory",)
 
 
-def _steps_of(
-    recipe: Recipe, stage: StageRecipe, model: LlavaForConditionalGeneration, num_devices: int
-) -> tuple[int, int, StepWork]:
-    """Samples of the stage, its steps, and a mean one: the first few as they will be, or from what is known of published data."""
+def _read_steps(case: _Case, model: LlavaForConditionalGeneration) -> tuple[int, int, StepWork]:
+    """Return the samples of a stage, its steps, and a mean step.
+
+    The first steps are made as training makes them; for published data that are not on this
+    machine, a step follows from what is known of them.
+    """
+    recipe, stage = case.recipe, case.stage
     known = [PUBLISHED_DATA.get(data.dataset) for data in stage.data]
     missing = [data for data in stage.data if data.root is not None and not data.root.exists()]
     if missing and all(known):
-        return _published_steps(stage, [fact for fact in known if fact], model, num_devices)
-    steps = StepDataset(
-        Mixture(stage.data, stage.held_out),
-        load_parts_processor(recipe.model),
-        stage,
-        recipe.seed,
-        0,
-        num_devices,
-    )
-    looked_at = [steps[number] for number in range(min(_STEPS_LOOKED_AT, len(steps)))]
-    widest = max(
-        (batch for step in looked_at for batch in step.micro_batches),
-        key=lambda batch: batch["input_ids"].numel(),
-    )
-    images = max(
-        len(batch["pixel_values"]) if "pixel_values" in batch else 0
-        for step in looked_at
-        for batch in step.micro_batches
-    )
-    counts = [
-        Work(step.num_images, step.num_tokens, step.num_pairs, step.num_supervised)
-        for step in looked_at
-    ]
+        return _published_steps(case, [fact for fact in known if fact], model)
+
+    mixture = Mixture(stage.data, stage.held_out)
+    processor = load_parts_processor(recipe.model)
+    steps = StepDataset(mixture, processor, stage, recipe.seed, 0, case.num_devices)
+    first = [steps[number] for number in range(min(_STEPS_READ, len(steps)))]
+
+    # The mean of their work.
     work = Work(
-        *(
-            round(statistics.mean(getattr(count, key) for count in counts))
-            for key in ("images", "tokens", "pairs", "supervised")
-        )
+        images=round(statistics.mean(step.num_images for step in first)),
+        tokens=round(statistics.mean(step.num_tokens for step in first)),
+        pairs=round(statistics.mean(step.num_pairs for step in first)),
+        supervised=round(statistics.mean(step.num_supervised for step in first)),
     )
-    padding = 1 - sum(step.num_tokens for step in looked_at) / sum(
-        step.num_padded for step in looked_at
-    )
-    micro_batches = statistics.mean(len(step.micro_batches) for step in looked_at)
-    shape = widest["input_ids"].shape
-    source = f"the first {len(looked_at)} steps"
-    return (
-        len(steps.mixture),
-        len(steps),
-        StepWork(work, padding, micro_batches, MicroBatch(shape[0], shape[1], images), source),
-    )
+    padding = 1 - sum(step.num_tokens for step in first) / sum(step.num_padded for step in first)
+    micro_batches = statistics.mean(len(step.micro_batches) for step in first)
+
+    # The widest micro-batch: the most tokens, and the most images.
+    batches = [batch for step in first for batch in step.micro_batches]
+    rows, tokens = max((batch["input_ids"].shape for batch in batches), key=lambda s: s.numel())
+    images = max(len(batch.get("pixel_values", ())) for batch in batches)
+    widest = MicroBatch(rows, tokens, images)
+
+    source = f"the first {len(first)} steps"
+    return len(mixture), len(steps), StepWork(work, padding, micro_batches, widest, source)
 
 
 def _published_steps(
-    stage: StageRecipe,
-    known: Sequence[PublishedData],
-    model: LlavaForConditionalGeneration,
-    num_devices: int,
+    case: _Case, known: Sequence[PublishedData], model: LlavaForConditionalGeneration
 ) -> tuple[int, int, StepWork]:
-    """From the facts of published sets that are not on this machine; how their lengths spread is not known, so rows are full or mean."""
+    """Return the same from the facts of published data.
+
+    How their lengths spread is not known, so packed rows are full and padded rows have twice the
+    mean text.
+    """
+    stage, size = case.stage, case.stage.batch_size
+    image_tokens = model.config.image_seq_length
     sizes = [
         min(fact.samples, data.limit or fact.samples)
         for fact, data in zip(known, stage.data, strict=True)
     ]
-    samples = sum(sizes)
-    steps, _ = count_steps(
-        stage,
-        sum(
-            samples_shown(size, data.weight, data.cap)
-            for size, data in zip(sizes, stage.data, strict=True)
-        ),
+    shown = sum(
+        samples_shown(count, data.weight, data.cap)
+        for count, data in zip(sizes, stage.data, strict=True)
     )
-    image_tokens, size = model.config.image_seq_length, stage.batch_size
+    steps, _ = count_steps(stage, shown)
 
     def mean(key: str) -> float:
-        return sum(getattr(fact, key) * fact.samples for fact in known) / sum(
-            fact.samples for fact in known
-        )
+        total = sum(fact.samples for fact in known)
+        return sum(getattr(fact, key) * fact.samples for fact in known) / total
 
+    # Tokens of a mean sample, and of the longest row.
     length = mean("images") * image_tokens + mean("text_tokens")
-    longest = (
-        min(stage.row_tokens, image_tokens + 2 * mean("text_tokens"))
-        if stage.batching == "padded"
-        else stage.row_tokens
-    )
-    padding = 0.05 if stage.batching != "padded" else 1 - length / longest
+    is_padded = stage.batching == "padded"
+    longest = stage.row_tokens
+    if is_padded:
+        longest = min(longest, image_tokens + 2 * mean("text_tokens"))
+    padding = 1 - length / longest if is_padded else 0.05
+
     pairs = length * (length + 1) / 2
-    work = Work(
-        *(round(size * each) for each in (mean("images"), length, pairs, mean("supervised_tokens")))
-    )
-    rows = size if stage.batching == "padded" else ceil(size * length / longest)
-    own = max(1, ceil(rows / num_devices))
+    each = (mean("images"), length, pairs, mean("supervised_tokens"))
+    work = Work(*(round(size * number) for number in each))
+
+    # Rows of a step, of a device, and of its widest micro-batch.
+    rows = size if is_padded else ceil(size * length / longest)
+    own = max(1, ceil(rows / case.num_devices))
     widest = min(stage.micro_batch_rows, own)
-    images = ceil(widest * (1 if stage.batching == "padded" else longest / length))
-    step = StepWork(
-        work,
-        padding,
-        ceil(own / widest),
-        MicroBatch(widest, round(longest), images),
-        "; ".join(fact.source for fact in known),
-    )
-    return samples, steps, step
+    images = ceil(widest * (1 if is_padded else longest / length))
+    batch = MicroBatch(widest, round(longest), images)
+
+    source = "; ".join(fact.source for fact in known)
+    return sum(sizes), steps, StepWork(work, padding, ceil(own / widest), batch, source)
 
 
-def _measured_flops(dtype: torch.dtype) -> float:
-    """What this machine's processor reaches in matrix products of this type, FLOP/s, on the threads that torch uses."""
+def _measure_flops(dtype: torch.dtype) -> float:
+    """Return what this CPU reaches in matrix products, FLOP/s, on the threads that torch uses."""
     left, right = torch.ones(1024, 2048, dtype=dtype), torch.ones(2048, 2048, dtype=dtype)
     times = []
     for _ in range(6):
@@ -391,7 +411,3 @@ def _measured_flops(dtype: torch.dtype) -> float:
         left @ right
         times.append(time.perf_counter() - start)
     return 2 * 1024 * 2048 * 2048 / statistics.median(times[1:])
-
-
-def _host_memory() -> float:
-    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

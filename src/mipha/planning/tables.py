@@ -1,4 +1,4 @@
-"""A plan as tables in the terminal, and as plain values."""
+"""A plan as a table in the terminal, and as plain values."""
 
 from __future__ import annotations
 
@@ -20,37 +20,7 @@ def as_json(
     price: float | None,
     compared: Sequence[Compared],
 ) -> dict[str, Any]:
-    """The plan as plain values: bytes, seconds, hours, and money where a price was given."""
-    stages = []
-    for stage in plans:
-        stages.append(
-            {
-                "stage": stage.name,
-                "parameters": {
-                    part.part: {
-                        "tuning": part.tuning,
-                        "all": part.parameters,
-                        "trained": part.trained,
-                    }
-                    for part in stage.parts
-                },
-                "samples": stage.samples,
-                "steps": stage.steps,
-                "tokens_per_step": stage.step.work.tokens,
-                "images_per_step": stage.step.work.images,
-                "padding_percent": 100 * stage.step.padding,
-                "lengths_from": stage.step.source,
-                "memory_bytes": stage.memory,
-                "teraflop_per_step": stage.flops / 1e12,
-                "seconds_per_step": stage.seconds,
-                "hours": stage.hours,
-                "cost": None
-                if price is None or stage.hours is None
-                else price * num_devices * stage.hours,
-                "largest_micro_batch_rows": stage.largest_rows,
-                "mends": list(stage.mends),
-            }
-        )
+    """Return the plan as plain values: bytes, seconds, hours, and money where there is a price."""
     keys = ("predicted", "measured")
     measured = [
         {
@@ -62,8 +32,31 @@ def as_json(
     return {
         "device": device.name,
         "num_devices": num_devices,
-        "stages": stages,
+        "stages": [_stage_as_json(stage, num_devices, price) for stage in plans],
         "compared": measured,
+    }
+
+
+def _stage_as_json(stage: StagePlan, num_devices: int, price: float | None) -> dict[str, Any]:
+    return {
+        "stage": stage.name,
+        "parameters": {
+            part.part: {"tuning": part.tuning, "all": part.parameters, "trained": part.trained}
+            for part in stage.parts
+        },
+        "samples": stage.samples,
+        "steps": stage.steps,
+        "tokens_per_step": stage.step.work.tokens,
+        "images_per_step": stage.step.work.images,
+        "padding_percent": 100 * stage.step.padding,
+        "lengths_from": stage.step.source,
+        "memory_bytes": stage.memory,
+        "teraflop_per_step": stage.flops / 1e12,
+        "seconds_per_step": stage.seconds,
+        "hours": stage.hours,
+        "cost": _cost(stage, num_devices, price),
+        "largest_micro_batch_rows": stage.largest_rows,
+        "mends": list(stage.fixes),
     }
 
 
@@ -75,62 +68,50 @@ def print_plan(
     price: float | None,
     compared: Sequence[Compared],
 ) -> None:
-    """Parameters, memory and time of each stage side by side, then what to change where it does not fit."""
-    table = Table(
-        title=f"{recipe} on {num_devices} x {device.name}",
-        title_justify="left",
-        box=None,
-        pad_edge=False,
-    )
+    """Print the stages side by side, then what to change where a stage does not fit."""
+    title = f"{recipe} on {num_devices} x {device.name}"
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
     table.add_column("")
     for stage in plans:
         table.add_column(stage.name, justify="right")
-    for index, part in enumerate(plans[0].parts):
-        cells = [
-            f"{stage.parts[index].trained / 1e6:,.1f} of {stage.parts[index].parameters / 1e6:,.1f} M train"
-            for stage in plans
-        ]
-        table.add_row(part.part, *cells)
-    rows: dict[str, list[str]] = {
-        "samples": [f"{stage.samples:,}" for stage in plans],
-        "steps": [f"{stage.steps:,}" for stage in plans],
-        "tokens a step": [
-            f"{stage.step.work.tokens:,} + {stage.step.padding:.1%} padding" for stage in plans
-        ],
-        "images a step": [f"{stage.step.work.images:,}" for stage in plans],
-        **{
-            f"memory, {key}": [f"{stage.memory[key] / 1e9:.2f} GB" for stage in plans]
-            for key in plans[0].memory
-        },
-        "memory of a device": [
-            f"{stage.total_memory / 1e9:.2f} of {device.memory / 1e9:.0f} GB" for stage in plans
-        ],
-        "largest micro_batch_rows": [
-            str(stage.largest_rows) if stage.largest_rows else "none fits" for stage in plans
-        ],
-        "TFLOP a step": [f"{stage.flops / 1e12:,.2f}" for stage in plans],
-        "seconds a step": [
-            "-" if stage.seconds is None else f"{stage.seconds:.2f}" for stage in plans
-        ],
-        "hours": ["-" if stage.hours is None else f"{stage.hours:.2f}" for stage in plans],
-    }
+
+    # Parameters, work and memory.
+    for parts in zip(*(stage.parts for stage in plans), strict=True):
+        cells = [f"{p.trained / 1e6:,.1f} of {p.parameters / 1e6:,.1f} M train" for p in parts]
+        table.add_row(parts[0].part, *cells)
+    table.add_row("samples", *(f"{stage.samples:,}" for stage in plans))
+    table.add_row("steps", *(f"{stage.steps:,}" for stage in plans))
+    cells = [f"{s.step.work.tokens:,} + {s.step.padding:.1%} padding" for s in plans]
+    table.add_row("tokens a step", *cells)
+    table.add_row("images a step", *(f"{stage.step.work.images:,}" for stage in plans))
+    for key in plans[0].memory:
+        table.add_row(f"memory, {key}", *(f"{stage.memory[key] / 1e9:.2f} GB" for stage in plans))
+    room = f"{device.memory / 1e9:.0f} GB"
+    table.add_row("memory of a device", *(f"{s.total_memory / 1e9:.2f} of {room}" for s in plans))
+    cells = [str(stage.largest_rows) if stage.largest_rows else "none fits" for stage in plans]
+    table.add_row("largest micro_batch_rows", *cells)
+
+    # Time and money.
+    table.add_row("TFLOP a step", *(f"{stage.flops / 1e12:,.2f}" for stage in plans))
+    table.add_row("seconds a step", *(_number(stage.seconds, ".2f") for stage in plans))
+    table.add_row("hours", *(_number(stage.hours, ".2f") for stage in plans))
     if price is not None:
-        rows["cost"] = [
-            "-" if stage.hours is None else f"{price * num_devices * stage.hours:,.2f}"
-            for stage in plans
-        ]
-    for name, cells in rows.items():
-        table.add_row(name, *cells)
-    for name, pick in (("measured seconds a step", "seconds"), ("measured memory", "memory")):
-        if compared:
-            table.add_row(name, *(_measured(getattr(one, pick), pick) for one in compared))
+        costs = [_cost(stage, num_devices, price) for stage in plans]
+        table.add_row("cost", *(_number(cost, ",.2f") for cost in costs))
+
+    # A run beside its plan.
+    if compared:
+        cells = [f"{one.seconds[1]:.2f}{_off(one.seconds)}" for one in compared]
+        table.add_row("measured seconds a step", *cells)
+        cells = [f"{one.memory[1] / 1e9:.2f} GB{_off(one.memory)}" for one in compared]
+        table.add_row("measured memory", *cells)
+
     console.print(table)
     for stage in plans:
         console.print(f"[dim]{stage.name}: lengths from {stage.step.source}")
-        if stage.mends:
-            console.print(
-                f"[red]{stage.name} does not fit[/red]; it would with {', '.join(stage.mends)}"
-            )
+        if stage.fixes:
+            changes = ", ".join(stage.fixes)
+            console.print(f"[red]{stage.name} does not fit[/red]; it would with {changes}")
     if compared and all(one.efficiency for one in compared):
         shares = ", ".join(f"{one.efficiency:.2f}" for one in compared if one.efficiency)
         console.print(
@@ -138,7 +119,15 @@ def print_plan(
         )
 
 
-def _measured(pair: tuple[float | None, float], kind: str) -> str:
-    predicted, found = pair
-    off = "" if not predicted else f", plan {100 * (predicted / found - 1):+.0f} %"
-    return f"{found:.2f}{off}" if kind == "seconds" else f"{found / 1e9:.2f} GB{off}"
+def _cost(stage: StagePlan, num_devices: int, price: float | None) -> float | None:
+    return None if price is None or stage.hours is None else price * num_devices * stage.hours
+
+
+def _number(value: float | None, style: str) -> str:
+    return "-" if value is None else format(value, style)
+
+
+def _off(pair: tuple[float | None, float]) -> str:
+    """How far off the plan was."""
+    planned, measured = pair
+    return f", plan {100 * (planned / measured - 1):+.0f} %" if planned else ""

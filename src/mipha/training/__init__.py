@@ -1,1 +1,4 @@
-"""Two stages on plain torch: batches -> loss_sum, num_tokens -> step. `torchrun -m mipha train ...` for several processes."""
+"""Training on plain torch: `torchrun -m mipha train ...` for several processes.
+
+Read pipeline.py first, then loop.py.
+"""

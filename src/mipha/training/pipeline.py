@@ -1,4 +1,8 @@
-"""Recipe -> trained model, stage by stage: skips what is done, resumes what is not, exports."""
+"""Recipe -> trained model, stage by stage; skips what is done and resumes what is not.
+
+Each stage: build, tune, place, steps, prove, export. Its checkpoint is a standard model folder, and
+appears when the stage is finished; the next stage starts from it.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch import Tensor
 from transformers import LlavaProcessor
 
 from mipha.comparison.figures import plot_metrics
@@ -18,7 +21,6 @@ from mipha.data.encode import encode
 from mipha.data.images import ImageSource, is_readable, open_image
 from mipha.data.mixture import Mixture
 from mipha.engine.machine import check_free_space, check_writable
-from mipha.engine.precision import autocast_dtype
 from mipha.engine.trackers import check_trackers
 from mipha.files import read_lines
 from mipha.models.adapters import merged_weights, remove_adapters, save_adapter
@@ -27,11 +29,17 @@ from mipha.models.modeling import LlavaForConditionalGeneration, attention_windo
 from mipha.models.processing import load_processor
 from mipha.models.projector import calibrate_projector
 from mipha.models.quantization import check_quantization
-from mipha.models.tuning import TunedPart, apply_tuning, check_tuning, tuned_modules
+from mipha.models.tuning import (
+    TunedPart,
+    apply_tuning,
+    check_tuning,
+    describe_tuning,
+    tuned_modules,
+)
 from mipha.recipe import PARTS, Recipe
 from mipha.run import Run, create_run
-from mipha.training.frozen import keep_frozen_in_bfloat16, kept_in, with_originals
-from mipha.training.loop import train_stage
+from mipha.training.loop import run_steps
+from mipha.training.placement import gather_weights, place, restore_frozen, round_frozen
 from mipha.training.proof import (
     change_table,
     contradictions,
@@ -41,6 +49,7 @@ from mipha.training.proof import (
     tuning_table,
     write_report,
 )
+from mipha.training.stage import Stage
 from mipha.training.validation import Validation
 from mipha.world import World, join_world
 
@@ -54,166 +63,125 @@ def train(recipe: Recipe, folder: str | Path, track: Sequence[str] = ()) -> Run:
     """Train the stages of a recipe in a run folder; run again, it goes on where it stopped.
 
     Args:
-        recipe: What to train.
-        folder: New, or the run folder of this same recipe.
-        track: Trackers that follow the metrics: wandb, trackio. TensorBoard does wherever it is installed.
+        recipe: Recipe of the run.
+        folder: New folder, or the run folder of this same recipe.
+        track: Trackers that follow the metrics: wandb, trackio. TensorBoard always does, where it
+            is installed.
 
     Returns:
         The run, with a standard checkpoint for each stage.
 
     Raises:
-        ValueError, FileNotFoundError: Something the user can mend, said before the first step where it can be known; also data that
-            changed since the run began.
+        ValueError, FileNotFoundError: Something the user can fix, said before the first step where
+            it can be known; also data that changed since the run began.
         OSError: The disk cannot hold the run, or the folder cannot be written to.
     """
+    # Begin: the run folder, and the stages that are not finished in it.
     check_trackers(track)
     world = join_world()
-    if world.is_first and not Path(folder).is_file():
-        check_writable(Path(folder))
-    run = create_run(Path(folder), recipe) if world.is_first else None
-    world.barrier()
-    run = run or create_run(Path(folder), recipe)
-    stages = {name: stage for name, stage in recipe.stages.items() if not run.is_finished(name)}
-    mixtures = {name: Mixture(stage.data, stage.held_out) for name, stage in stages.items()}
-    held_out = {
-        name: Mixture(stage.data, stage.held_out, "validation")
-        for name, stage in stages.items()
-        if stage.held_out
-    }
-    for name, mixture in mixtures.items():
-        check_quantization(stages[name].tuning, world.device, world.size)
-        sha256 = mixture.check()
-        if world.is_first:
-            run.record_data(name, {"samples": len(mixture), "sha256": sha256})
-    for name in recipe.stages.keys() - mixtures.keys() if world.is_first else ():
-        _drop_states(run, name)  # of a process that was killed between its last two lines
-    for name, mixture in mixtures.items():
-        _train_stage(run, recipe, name, mixture, held_out.get(name), world, track)
+    run = _open_run(Path(folder), recipe, world)
+    unfinished = [name for name in recipe.stages if not run.is_finished(name)]
+    stages = [Stage(run, recipe, name, world, track) for name in unfinished]
+
+    # Read the data of all stages before the first trains: a broken record ends the run now.
+    data = [_read_data(stage) for stage in stages]
+
+    # A process that was killed between its last two lines left states of a finished stage.
+    if world.is_first:
+        for name in recipe.stages.keys() - unfinished:
+            _drop_states(run, name)
+
+    for stage, (mixture, held_out) in zip(stages, data, strict=True):
+        train_stage(stage, mixture, held_out)
     return run
 
 
-def _train_stage(
-    run: Run,
-    recipe: Recipe,
-    name: str,
-    mixture: Mixture,
-    held_out: Mixture | None,
-    world: World,
-    track: Sequence[str],
-) -> None:
-    stage, folder = recipe.stages[name], run.stage(name)
-    autocast = autocast_dtype(recipe.precision, world.device)
-    torch.manual_seed(recipe.seed)  # the projector's start
-    model, processor = _start(run, recipe, name, mixture)
-    steps = StepDataset(mixture, processor, stage, recipe.seed, world.rank, world.size)
-    window = attention_window(model.config)
-    if window and stage.batching != "padded" and stage.row_tokens > window:
-        raise ValueError(
-            f"stages.{name}.row_tokens={stage.row_tokens} is more than the {window} tokens that this language model's sliding layers "
-            f"see, and packed rows know no window: set stages.{name}.batching=padded, or row_tokens={window}"
-        )
-    encode(
-        mixture[0], processor, stage.row_tokens, stage.prompt
-    )  # a broken template or data set fails here, not at step 1
-    check_tuning(model, stage.tuning)
-    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    before = recipe.stage_before(name)
-    base = run.checkpoint(before) if before else folder / "base"
-    if world.is_first and stage.tuning.adapted and not base.is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
-        check_free_space(folder, size)
-        save_checkpoint(
-            model, processor, base
-        )  # adapters are of use with their base alone, and the first stage's is on no disk yet
-    torch.manual_seed(recipe.seed)  # the adapters' start
-    tuned = apply_tuning(model, stage.tuning, world.device, autocast)
-    start = run.states(name) / "start.safetensors"
+def train_stage(stage: Stage, mixture: Mixture, held_out: Mixture | None) -> None:
+    """Train one stage and export its checkpoint.
+
+    Args:
+        mixture: Samples to train on.
+        held_out: Samples to validate on, if any.
+    """
+    run, world, seed, settings = stage.run, stage.world, stage.recipe.seed, stage.settings
+
+    # Build: the model that the stage starts from, and the steps that it takes.
+    torch.manual_seed(seed)  # for the first weights of the projector
+    model, processor = _load_start(stage, mixture)
+    steps = StepDataset(mixture, processor, settings, seed, world.rank, world.size)
+    _check_build(stage, model, processor, mixture)
+
+    # Tune: choose what trains, keep a record of the start, and round what is frozen.
+    torch.manual_seed(seed)  # for the first weights of adapters
+    apply_tuning(model, settings.tuning, world.device, stage.autocast)
     if world.is_first:
-        folder.mkdir(parents=True, exist_ok=True)
-        trained = sum(
-            parameter.numel() * parameter.element_size()
-            for parameter in model.parameters()
-            if parameter.requires_grad
-        )
-        # The kept states and the one being written (weights and two moments each), the start, the adapter, and the checkpoint.
-        check_free_space(folder, (3 * (recipe.keep_states + 1) + 2) * trained + size)
-        refuse_contradictions(folder / "tuning.json")
-        record_start(model, start)
-    originals = keep_frozen_in_bfloat16(model, world.device) if autocast is torch.bfloat16 else {}
+        _record_start(stage, model)
+    in_bfloat16 = stage.autocast is torch.bfloat16
+    originals = round_frozen(model, world.device) if in_bfloat16 else {}
+    tuned = describe_tuning(model, settings.tuning)
     if world.is_first:
-        tuned = kept_in(model, tuned)
-        _announce(name, mixture, steps, tuned)
-        write_report(folder / "tuning.json", tuned, stage)
+        _announce(stage, mixture, steps, tuned)
     world.barrier()
-    validate = None
-    if held_out is not None:
-        validate = Validation(
-            held_out, processor, stage, recipe.seed, world, autocast, folder / "answers.jsonl"
-        ).measure
-    placed = train_stage(
-        model, steps, recipe, name, folder, world, autocast=autocast, validate=validate, track=track
-    )
-    weights = with_originals(_whole_weights(placed, world), originals)
+
+    # Place the model on its device, or spread it over many.
+    place(model, stage)
+
+    # Steps: to the last one, from the newest training state.
+    validation = Validation(stage, held_out, processor) if held_out is not None else None
+    run_steps(stage, model, steps, validation.measure if validation else None)
+
+    # Prove that exactly those weights moved that were to.
+    weights = restore_frozen(gather_weights(model, world), originals)
     if world.is_first:
-        plot_metrics(run.metrics(name), folder / "loss.png")
-        changes = measure_change(model, weights, start)
-        found = contradictions(
-            changes, tuned, images=sum(row["images"] for row in read_lines(run.metrics(name)))
-        )
-        write_report(folder / "tuning.json", tuned, stage, changes, found)
-        console.print(change_table(f"{name}: what moved", changes))
-        refuse_contradictions(folder / "tuning.json")
-        if stage.tuning.adapted:
-            whole = [
-                module
-                for part in PARTS
-                for module in tuned_modules(model, part, stage.tuning.of(part))
-            ]
-            save_adapter(model, weights, whole, base, folder / "adapter")
-            weights = merged_weights(model, weights)
-            remove_adapters(model)
-        save_checkpoint(model, processor, run.checkpoint(name), weights)
-        _drop_states(run, name)
+        plot_metrics(run.metrics(stage.name), stage.folder / "loss.png")
+        _prove(stage, model, weights, tuned)
+
+    # Export the checkpoint, which finishes the stage; its training states go.
+    if world.is_first:
+        _export(stage, model, processor, weights)
+        _drop_states(run, stage.name)
     world.barrier()
 
 
-def _whole_weights(placed: nn.Module, world: World) -> dict[str, torch.Tensor]:
-    """All weights on the first process, each once: of a tied head, sharding makes a second tensor that is the embeddings again."""
-    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(placed, options=whole) if world.size > 1 else placed.state_dict()
-    every, once = (
-        dict(placed.named_parameters(remove_duplicate=remove)) for remove in (False, True)
-    )
-    return {
-        name: weight for name, weight in weights.items() if name not in every.keys() - once.keys()
-    }
+def _open_run(folder: Path, recipe: Recipe, world: World) -> Run:
+    """Make or open the run folder: the first process before the others."""
+    if world.is_first and not folder.is_file():
+        check_writable(folder)
+    run = create_run(folder, recipe) if world.is_first else None
+    world.barrier()
+    return run or create_run(folder, recipe)
 
 
-def _drop_states(run: Run, name: str) -> None:
-    """Of a finished stage the exported checkpoint remains."""
-    shutil.rmtree(run.states(name), ignore_errors=True)
+def _read_data(stage: Stage) -> tuple[Mixture, Mixture | None]:
+    """Read and check the samples of a stage: those to train on, and those held out."""
+    settings = stage.settings
+    check_quantization(settings.tuning, stage.world.device, stage.world.size)
+    mixture = Mixture(settings.data, settings.held_out)
+    held_out = mixture.on_side("validation") if settings.held_out else None
+
+    sha256 = mixture.check()
+    if stage.world.is_first:
+        stage.run.record_data(stage.name, {"samples": len(mixture), "sha256": sha256})
+    return mixture, held_out
 
 
-def _start(
-    run: Run, recipe: Recipe, name: str, mixture: Mixture
+def _load_start(
+    stage: Stage, mixture: Mixture
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """The model that a stage begins with: the parts, or what the stage before left."""
-    if before := recipe.stage_before(name):
-        checkpoint = run.checkpoint(before)
+    """Return the model that a stage starts from: what the stage before left, or the parts."""
+    if stage.before:
+        checkpoint = stage.run.checkpoint(stage.before)
         return load_model(str(checkpoint)), load_processor(checkpoint)
-    model, processor = build(recipe.model)
-    if recipe.model.calibrate_projector:
-        calibrate_projector(
-            model,
-            _first_images(
-                mixture, processor, recipe.stages[name].unreadable_images == "substitute"
-            ),
-        )
+
+    model, processor = build(stage.recipe.model)
+    if stage.recipe.model.calibrate_projector:
+        only_readable = stage.settings.unreadable_images == "substitute"
+        calibrate_projector(model, _first_images(mixture, processor, only_readable))
     return model, processor
 
 
-def _first_images(mixture: Mixture, processor: LlavaProcessor, only_readable: bool) -> torch.Tensor:
-    """The images that the projector's start is measured on, `(images, 3, height, width)`."""
+def _first_images(mixture: Mixture, processor: LlavaProcessor, only_readable: bool) -> Tensor:
+    """Return the images that set the projector's start, `(images, 3, height, width)`."""
     sources: dict[ImageSource, None] = {}
     for sample in mixture:
         sources |= dict.fromkeys(sample.images)
@@ -222,13 +190,94 @@ def _first_images(mixture: Mixture, processor: LlavaProcessor, only_readable: bo
     images = [open_image(source) for source in sources if not only_readable or is_readable(source)]
     if not images:
         raise ValueError(
-            "calibrate_projector needs images, but the first stage's data have none: set model.calibrate_projector=false"
+            "calibrate_projector needs images, but the data of the first stage have none: "
+            "set model.calibrate_projector=false"
         )
     return processor.image_processor(images, return_tensors="pt")["pixel_values"]
 
 
-def _announce(name: str, mixture: Mixture, steps: StepDataset, tuned: list[TunedPart]) -> None:
-    title = f"{name}: {len(mixture):,} samples, {len(steps):,} steps of {steps.stage.batch_size} samples"
-    console.print(tuning_table(title, tuned, steps.stage))
+def _check_build(
+    stage: Stage, model: LlavaForConditionalGeneration, processor: LlavaProcessor, mixture: Mixture
+) -> None:
+    """Refuse what would fail later, and save the base that adapters need."""
+    settings = stage.settings
+    window = attention_window(model.config)
+    if window and settings.batching != "padded" and settings.row_tokens > window:
+        raise ValueError(
+            f"stages.{stage.name}.row_tokens={settings.row_tokens} is more than the {window} "
+            "tokens that this language model's sliding layers see, and packed rows know no window: "
+            f"set stages.{stage.name}.batching=padded, or row_tokens={window}"
+        )
+    encode(mixture[0], processor, settings.row_tokens, settings.prompt)
+    check_tuning(model, settings.tuning)
+
+    # An adapter is of use with its base alone, and the base of the first stage is on no disk yet.
+    if stage.world.is_first and settings.tuning.adapted and not stage.base.is_dir():
+        stage.folder.mkdir(parents=True, exist_ok=True)
+        check_free_space(stage.folder, _num_bytes(model))
+        save_checkpoint(model, processor, stage.base)
+
+
+def _record_start(stage: Stage, model: LlavaForConditionalGeneration) -> None:
+    """Check that the disk holds the stage, and keep the weights that the proof compares with."""
+    stage.folder.mkdir(parents=True, exist_ok=True)
+    # Each state has the weights that train and two moments of each; one more is being written.
+    # The start, the adapter and the checkpoint come on top.
+    states = 3 * (stage.recipe.keep_states + 1)
+    trained = _num_bytes(model, only_trained=True)
+    check_free_space(stage.folder, (states + 2) * trained + _num_bytes(model))
+    refuse_contradictions(stage.report)
+    record_start(model, stage.start)
+
+
+def _num_bytes(model: LlavaForConditionalGeneration, only_trained: bool = False) -> int:
+    weights = (w for w in model.parameters() if w.requires_grad or not only_trained)
+    return sum(weight.numel() * weight.element_size() for weight in weights)
+
+
+def _announce(
+    stage: Stage, mixture: Mixture, steps: StepDataset, tuned: Sequence[TunedPart]
+) -> None:
+    """Show and write down what will train."""
+    settings = stage.settings
+    size = f"{len(mixture):,} samples, {len(steps):,} steps of {settings.batch_size} samples"
+    console.print(tuning_table(f"{stage.name}: {size}", tuned, settings))
     for note in mixture.notes:
         console.print(f"[yellow]{note}")
+    write_report(stage.report, tuned, settings)
+
+
+def _prove(
+    stage: Stage,
+    model: LlavaForConditionalGeneration,
+    weights: dict[str, Tensor],
+    tuned: Sequence[TunedPart],
+) -> None:
+    """Compare the weights with the start; refuse a stage that did not train what it should."""
+    num_images = sum(row["images"] for row in read_lines(stage.run.metrics(stage.name)))
+    changes = measure_change(model, weights, stage.start)
+    found = contradictions(changes, tuned, num_images)
+    write_report(stage.report, tuned, stage.settings, changes, found)
+    console.print(change_table(f"{stage.name}: what moved", changes))
+    refuse_contradictions(stage.report)
+
+
+def _export(
+    stage: Stage,
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    weights: dict[str, Tensor],
+) -> None:
+    """Write the checkpoint; adapters are saved by themselves, and merged into it."""
+    tuning = stage.settings.tuning
+    if tuning.adapted:
+        whole = [module for part in PARTS for module in tuned_modules(model, part, tuning.of(part))]
+        save_adapter(model, weights, whole, stage.base, stage.folder / "adapter")
+        weights = merged_weights(model, weights)
+        remove_adapters(model)
+    save_checkpoint(model, processor, stage.run.checkpoint(stage.name), weights)
+
+
+def _drop_states(run: Run, name: str) -> None:
+    """Delete the training states of a finished stage; its checkpoint remains."""
+    shutil.rmtree(run.states(name), ignore_errors=True)

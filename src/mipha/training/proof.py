@@ -1,9 +1,10 @@
-"""What trains, said before and measured after: what is frozen is bit-equal to its start, what is tuned has moved.
+"""What trains, said before and measured after: frozen is bit-equal to its start, tuned has moved.
 
-first start   record_start    -> states/start.safetensors: the weights that train, and a digest of each that does not
-end           measure_change  -> tuning.json: how far each part moved, and the contradictions that fail the run
+start   record_start    -> states/start.safetensors: weights that train, digests of the others
+end     measure_change  -> tuning.json: how far each part moved, and what contradicts the recipe
 
-With several processes the first one measures, on weights that were gathered whole: sharding is nothing that the proof has to trust.
+The first process measures, on weights that were gathered whole, so that the proof need not trust
+sharding.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -33,15 +35,15 @@ class Change:
     """How far one part is from where its stage began.
 
     Args:
-        part: Its name.
-        frozen: Its tensors that must stay.
-        frozen_changed: Names of those that did not.
-        trained: Its tensors that train.
-        moved: How many of those differ from their start in any bit.
-        idle: Its layers, and what is outside of them as one, in which something trains and nothing moved.
-        relative: Norm of the change of what trains, over its norm at the start; an adapter counts as what it adds to the weight
-            beside it.
-        largest: Change of a single weight.
+        part: Name of the part.
+        frozen: Number of its tensors that must stay.
+        frozen_changed: Names of those that did not stay.
+        trained: Number of its tensors that train.
+        moved: Number of those that differ from their start in any bit.
+        idle: Layers in which something trains and nothing moved; what is outside of layers is one.
+        relative: Norm of the change of what trains, over its norm at the start. An adapter counts
+            as what it adds to the weight beside it.
+        largest: Largest change of a single weight.
     """
 
     part: Part
@@ -55,125 +57,124 @@ class Change:
 
 
 def record_start(model: LlavaForConditionalGeneration, path: Path) -> None:
-    """Keep what the stage begins with; where that was kept before, look whether it is the same.
+    """Keep what the stage begins with; where it was kept before, check that it is the same.
 
     Args:
-        model: With its tuning applied, not yet sharded, before a state is loaded.
-        path: The file that the stage's end is measured against.
+        model: Model with its tuning applied, not yet sharded, before a state is loaded.
+        path: File that the end of the stage is measured against.
 
     Raises:
         ValueError: The stage was begun with other weights: its states do not fit these.
     """
-    trained = {
-        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
-    }
+    parameters = dict(model.named_parameters())
+    trained = {name: weight for name, weight in parameters.items() if weight.requires_grad}
     digests = {
-        name: tensor_digest(parameter)
-        for name, parameter in model.named_parameters()
-        if name not in trained
+        name: tensor_digest(weight) for name, weight in parameters.items() if name not in trained
     }
+
     if path.is_file():
         with safe_open(path, framework="pt") as file:
             before = file.metadata() or {}
-        differ = sorted(
-            name for name in before.keys() | digests.keys() if before.get(name) != digests.get(name)
-        )
+        names = sorted(before.keys() | digests.keys())
+        differ = [name for name in names if before.get(name) != digests.get(name)]
         if differ:
             raise ValueError(
-                f"{path.parent} was begun with other weights ({_some(differ)}): delete that folder to start the stage anew"
+                f"{path.parent} was begun with other weights ({_list_some(differ)}): "
+                "delete that folder to start the stage anew"
             )
         return
+
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.partial")
-    save_file(
-        {name: parameter.detach().cpu().contiguous() for name, parameter in trained.items()},
-        beside,
-        metadata=digests,
-    )
+    tensors = {name: weight.detach().cpu().contiguous() for name, weight in trained.items()}
+    save_file(tensors, beside, metadata=digests)
     os.replace(beside, path)
 
 
 def measure_change(
     model: LlavaForConditionalGeneration, weights: Mapping[str, Tensor], start: Path
 ) -> list[Change]:
-    """Compare weights with the stage's start.
+    """Compare weights with the start of the stage.
 
     Args:
-        model: May be sharded, for only its structure is read.
+        model: Model; may be sharded, because only its structure is read.
         weights: All of its weights by name, whole.
-        start: The file of `record_start`.
+        start: File of `record_start`.
 
     Returns:
-        One for each part.
+        One change for each part.
     """
+    with safe_open(start, framework="pt") as file:
+        return [_measure_part(model, part, weights, file) for part in PARTS]
+
+
+def _measure_part(
+    model: LlavaForConditionalGeneration, part: Part, weights: Mapping[str, Tensor], start: Any
+) -> Change:
+    """Compare one part.
+
+    Args:
+        start: Open file of `record_start`: weights that train, and digests of the others.
+    """
+    parameters, trains = part_parameters(model, part), set(start.keys())
+    digests = start.metadata() or {}
+    frozen = [name for name in parameters if name not in trains]
+    trained = [name for name in parameters if name in trains]
+
+    # Any bit counts as moved.
+    moved = {
+        name for name in trained if not torch.equal(start.get_tensor(name), weights[name].cpu())
+    }
+    idle = [
+        unit
+        for unit, names in _units(model, part).items()
+        if names & set(trained) and not names & moved
+    ]
+
+    # Sizes of the change: of own weights, and of what adapters add to the weights beside them.
     factors = {
         id(parameter)
         for layer in adapter_layers(model).values()
         for parameter in adapter_parameters(layer)
     }
-    changes = []
-    with safe_open(start, framework="pt") as file:
-        trains, digests = set(file.keys()), file.metadata() or {}
-        for part in PARTS:
-            parameters = part_parameters(model, part)
-            frozen = [name for name in parameters if name not in trains]
-            trained = [name for name in parameters if name in trains]
-            moved = {
-                name
-                for name in trained
-                if not torch.equal(file.get_tensor(name), weights[name].cpu())
-            }
-            pairs = (
-                (file.get_tensor(name), weights[name].cpu())
-                for name in trained
-                if id(parameters[name]) not in factors
-            )
-            sizes = [_sizes(before, after - before) for before, after in pairs]
-            deltas = adapter_deltas(model, weights)
-            sizes += [
-                _sizes(own, delta)
-                for name, own, delta in deltas
-                if f"{name}.base_layer.weight" in parameters
-            ]
-            before, change = (
-                sum(size[0] ** 2 for size in sizes) ** 0.5,
-                sum(size[1] ** 2 for size in sizes) ** 0.5,
-            )
-            changes.append(
-                Change(
-                    part=part,
-                    frozen=len(frozen),
-                    frozen_changed=tuple(
-                        name for name in frozen if tensor_digest(weights[name]) != digests[name]
-                    ),
-                    trained=len(trained),
-                    moved=len(moved),
-                    idle=tuple(
-                        unit
-                        for unit, names in _units(model, part).items()
-                        if names & set(trained) and not names & moved
-                    ),
-                    relative=change / before if before else float(change > 0),
-                    largest=max((size[2] for size in sizes), default=0.0),
-                )
-            )
-    return changes
+    sizes = []
+    for name in trained:
+        if id(parameters[name]) not in factors:
+            before = start.get_tensor(name)
+            sizes.append(_sizes(before, weights[name].cpu() - before))
+    for name, own, delta in adapter_deltas(model, weights):
+        if f"{name}.base_layer.weight" in parameters:
+            sizes.append(_sizes(own, delta))
+    norm = sum(size[0] ** 2 for size in sizes) ** 0.5
+    change = sum(size[1] ** 2 for size in sizes) ** 0.5
+
+    return Change(
+        part=part,
+        frozen=len(frozen),
+        frozen_changed=tuple(
+            name for name in frozen if tensor_digest(weights[name]) != digests[name]
+        ),
+        trained=len(trained),
+        moved=len(moved),
+        idle=tuple(idle),
+        relative=change / norm if norm else float(change > 0),
+        largest=max((size[2] for size in sizes), default=0.0),
+    )
 
 
 def contradictions(changes: Sequence[Change], tuned: Sequence[TunedPart], images: int) -> list[str]:
-    """What was measured but not asked for: a frozen tensor that changed, a tuned layer that did not.
+    """Return what contradicts the recipe: a frozen tensor that changed, a tuned layer that did not.
 
     Args:
-        images: That the stage was trained on, in all; without any, only the language model can move.
+        images: Images that the stage was trained on; without any, only the language model can move.
     """
     found = []
     for change, wish in zip(changes, tuned, strict=True):
+        name = f"{change.part} ({wish.tuning})"
         if change.frozen_changed:
-            found.append(
-                f"{change.part} ({wish.tuning}): frozen tensors changed, {_some(change.frozen_changed)}"
-            )
+            found.append(f"{name}: frozen tensors changed, {_list_some(change.frozen_changed)}")
         if change.idle and (images or change.part == "language_model"):
-            found.append(f"{change.part} ({wish.tuning}): nothing moved in {_some(change.idle)}")
+            found.append(f"{name}: nothing moved in {_list_some(change.idle)}")
     return found
 
 
@@ -184,79 +185,61 @@ def write_report(
     changes: Sequence[Change] = (),
     found: Sequence[str] = (),
 ) -> None:
-    """Write what trains, and once it is known how far it moved and what contradicts the recipe, as JSON."""
+    """Write as JSON what trains; at the end also how far it moved, and the contradictions."""
     measured = {change.part: {"change": asdict(change)} for change in changes}
-    rates = {
-        wish.part: {"learning_rate": stage.peak_learning_rate(wish.part)}
-        for wish in tuned
-        if wish.trained
-    }
-    rows = {
-        wish.part: asdict(wish) | rates.get(wish.part, {}) | measured.get(wish.part, {})
-        for wish in tuned
-    }
+    rows = {}
+    for wish in tuned:
+        rate = {"learning_rate": stage.peak_learning_rate(wish.part)} if wish.trained else {}
+        rows[wish.part] = asdict(wish) | rate | measured.get(wish.part, {})
     write_whole(path, json.dumps({"parts": rows, "contradictions": list(found)}, indent=2) + "\n")
 
 
 def refuse_contradictions(path: Path) -> None:
-    """Fail where a stage's report names a contradiction; one that an earlier process found stands until the stage is trained anew.
+    """Refuse a stage whose report names contradictions, also those that an earlier process found.
 
     Raises:
-        ValueError: It does.
+        ValueError: It does; they stand until the stage is trained anew.
     """
     found = json.loads(path.read_text(encoding="utf-8"))["contradictions"] if path.is_file() else []
     if found:
         raise ValueError(
-            f"{path.parent} did not train what its recipe asks for, so no checkpoint was exported: {'; '.join(found)}. Look for code that "
-            f"cuts gradients or writes weights (no_grad, detach, a hook) and for a learning rate too small to move them, then delete "
+            f"{path.parent} did not train what its recipe asks for, so no checkpoint was exported: "
+            f"{'; '.join(found)}. Look for code that cuts gradients or writes weights (no_grad, "
+            "detach, a hook) and for a learning rate too small to move them, then delete "
             f"{path.parent} to train the stage anew"
         )
 
 
 def tuning_table(title: str, tuned: Sequence[TunedPart], stage: StageRecipe) -> Table:
-    """What will train, part by part."""
+    """Return a table of what will train, part by part."""
     table = _table(title, "part", "tuning", "parameters", "trained", "learning rate", "kept in")
     for wish in tuned:
         rate = f"{stage.peak_learning_rate(wish.part):g}" if wish.trained else "-"
-        table.add_row(
-            wish.part,
-            wish.tuning,
-            f"{wish.parameters:,}",
-            f"{wish.trained:,}",
-            rate,
-            ", ".join(wish.dtypes),
-        )
+        numbers = (f"{wish.parameters:,}", f"{wish.trained:,}", rate)
+        table.add_row(wish.part, wish.tuning, *numbers, ", ".join(wish.dtypes))
     return table
 
 
 def change_table(title: str, changes: Sequence[Change]) -> Table:
-    """What has moved, part by part."""
-    table = _table(
-        title, "part", "tensors moved", "relative change", "largest change", "frozen, bit-equal"
-    )
+    """Return a table of what has moved, part by part."""
+    columns = ("tensors moved", "relative change", "largest change", "frozen, bit-equal")
+    table = _table(title, "part", *columns)
     for change in changes:
-        moved = (
-            (
-                f"{change.moved} of {change.trained}",
-                f"{change.relative:.2%}",
-                f"{change.largest:.2g}",
-            )
-            if change.trained
-            else ("-",) * 3
-        )
-        still = (
-            f"{change.frozen - len(change.frozen_changed)} of {change.frozen}"
-            if change.frozen
-            else "-"
-        )
+        moved, still = ["-"] * 3, "-"
+        if change.trained:
+            moved = [f"{change.moved} of {change.trained}"]
+            moved += [f"{change.relative:.2%}", f"{change.largest:.2g}"]
+        if change.frozen:
+            still = f"{change.frozen - len(change.frozen_changed)} of {change.frozen}"
         table.add_row(change.part, *moved, still)
     return table
 
 
 def _units(model: LlavaForConditionalGeneration, part: Part) -> dict[str, set[str]]:
-    """Names of a part's tensors by layer: the smallest piece that a gradient reaches whole or not at all.
+    """Names of a part's tensors by layer, the smallest piece that a gradient reaches as a whole.
 
-    A single tensor can stay for good reason: the bias of an attention key has no gradient, a low-rank factor has none in the first step.
+    A single tensor can stay for good reason: the bias of an attention key has no gradient, and a
+    low-rank factor has none in the first step.
     """
     names = {id(parameter): name for name, parameter in part_parameters(model, part).items()}
     layers = part_layers(model, part) if part != "projector" else []
@@ -276,16 +259,13 @@ def _sizes(before: Tensor, change: Tensor) -> tuple[float, float, float]:
     return norms[0], norms[1], change.detach().abs().max().item()
 
 
-def _some(names: Sequence[str], most: int = 3) -> str:
+def _list_some(names: Sequence[str], most: int = 3) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left")
     for column in columns:
-        table.add_column(
-            column,
-            justify="left" if column in ("part", "tuning") else "right",
-            no_wrap=column == "part",
-        )
+        justify = "left" if column in ("part", "tuning") else "right"
+        table.add_column(column, justify=justify, no_wrap=column == "part")
     return table

@@ -1,11 +1,10 @@
-"""What a stage is worth on images that it never trains on: the loss, and a few answers beside what they should be."""
+"""A stage measured on held-out images: the loss, and a few answers beside the expected ones."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import ceil
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -20,8 +19,7 @@ from mipha.data.sample import IMAGE, Sample
 from mipha.engine.precision import autocast
 from mipha.files import append_line
 from mipha.models.modeling import LlavaForConditionalGeneration
-from mipha.recipe import StageRecipe
-from mipha.world import World
+from mipha.training.stage import Stage
 
 NUM_SAMPLES = 256
 """Samples that the loss is measured on, the same ones each time."""
@@ -31,78 +29,69 @@ MAX_NEW_TOKENS = 64
 
 
 class Validation:
-    """Measures a model in training; leaves it as it was.
+    """Measures a model in training, and leaves it as it was.
+
+    All processes measure the loss together. Answers need a whole model, so only a single process
+    gives them, into the stage's answers.jsonl: `{"step", "sample", "question", "answer",
+    "expected"}`.
 
     Args:
-        mixture: The held-out side.
-        processor: Of the model.
-        stage: How samples become rows.
-        seed: Chooses the samples.
-        world: All processes measure together; answers are given by a model that is whole, that is with one process.
-        autocast: Type that matrix products run in; null for that of the weights.
-        answers_file: Gets `{"step", "sample", "question", "answer", "expected"}` lines.
+        mixture: Held-out samples.
+        processor: Processor of the model.
     """
 
-    def __init__(
-        self,
-        mixture: Mixture,
-        processor: LlavaProcessor,
-        stage: StageRecipe,
-        seed: int,
-        world: World,
-        autocast: torch.dtype | None,
-        answers_file: Path,
-    ) -> None:
-        once = stage.model_copy(update={"epochs": 1.0, "max_steps": None})
-        self.steps = StepDataset(mixture, processor, once, seed, world.rank, world.size)
-        self.num_steps = min(len(self.steps), ceil(NUM_SAMPLES / stage.batch_size))
-        self.processor, self.world, self.autocast, self.answers_file = (
-            processor,
-            world,
-            autocast,
-            answers_file,
+    def __init__(self, stage: Stage, mixture: Mixture, processor: LlavaProcessor) -> None:
+        self.stage, self.processor = stage, processor
+        settings, world = stage.settings, stage.world
+        once = settings.model_copy(update={"epochs": 1.0, "max_steps": None})
+        self.steps = StepDataset(
+            mixture, processor, once, stage.recipe.seed, world.rank, world.size
         )
-        self.substitutes = stage.unreadable_images == "substitute"
-        self.asked = (
-            _askable(mixture, self.substitutes)
-            if stage.prompt == "chat" and world.size == 1
-            else []
-        )
+        self.num_steps = min(len(self.steps), ceil(NUM_SAMPLES / settings.batch_size))
+        self.substitutes = settings.unreadable_images == "substitute"
+        can_answer = settings.prompt == "chat" and world.size == 1
+        self.asked = _find_questions(mixture, self.substitutes) if can_answer else []
 
     def measure(self, model: nn.Module, number: int) -> dict[str, float]:
-        """The mean loss over supervised tokens, nats, for a line of metrics; answers go into their file.
+        """Return the mean loss over supervised tokens, in nats, for a line of metrics.
 
         Args:
-            model: As placed.
+            model: Model as placed.
             number: Optimizer steps done.
         """
-        total = torch.zeros((), device=self.world.device)
+        world, dtype = self.stage.world, self.stage.autocast
+        total = torch.zeros((), device=world.device)
         supervised = substituted = 0
-        with _as_when_it_answers(model):
-            for place in range(self.num_steps):
-                step = self.steps[place]
+
+        with _as_in_use(model):
+            for index in range(self.num_steps):
+                step = self.steps[index]
                 supervised += step.num_supervised
                 substituted += len(step.substituted)
                 for batch in step.micro_batches:
-                    batch = to_device(batch, self.world.device)
-                    with autocast(self.world.device, self.autocast):
+                    batch = to_device(batch, world.device)
+                    with autocast(world.device, dtype):
                         total += model(**batch).loss_sum
+
+            # Frozen layers may be kept in the type that products run in, so answers need it too.
             if self.asked:
-                # Frozen layers may be kept in the type that products run in.
-                with autocast(self.world.device, self.autocast):
+                with autocast(world.device, dtype):
                     self._answer(model, number)
-        measured = {"validation_loss": float(self.world.total(total) / supervised)}
+
+        measured = {"validation_loss": float(world.total(total) / supervised)}
         if self.substitutes:
-            count = torch.tensor(substituted, device=self.world.device)
-            measured["validation_substituted_images"] = int(self.world.total(count))
+            count = world.total(torch.tensor(substituted, device=world.device))
+            measured["validation_substituted_images"] = int(count)
         return measured
 
     def _answer(self, model: nn.Module, number: int) -> None:
+        """Ask the model, and write down what it says."""
         assert isinstance(model, LlavaForConditionalGeneration)
         pairs = [
             (sample.images[0] if sample.images else None, _question(sample))
             for sample in self.asked
         ]
+
         answers = Assistant(model, self.processor).answer_many(pairs, max_new_tokens=MAX_NEW_TOKENS)
         for sample, answer in zip(self.asked, answers, strict=True):
             row = {
@@ -110,12 +99,13 @@ class Validation:
                 "sample": sample.id,
                 "question": _question(sample),
                 "answer": answer.text,
+                "expected": sample.messages[1].text,
             }
-            append_line(self.answers_file, row | {"expected": sample.messages[1].text})
+            append_line(self.stage.folder / "answers.jsonl", row)
 
 
-def _askable(mixture: Mixture, only_readable: bool) -> list[Sample]:
-    """The first samples that are a question about one image at most and its answer."""
+def _find_questions(mixture: Mixture, only_readable: bool) -> list[Sample]:
+    """Return the first samples that are a question about one image at most, and its answer."""
     found: list[Sample] = []
     for sample in mixture:
         roles = [message.role for message in sample.messages[:2]]
@@ -132,11 +122,12 @@ def _question(sample: Sample) -> str:
 
 
 @contextmanager
-def _as_when_it_answers(model: nn.Module) -> Iterator[None]:
-    """No gradient, no dropout, and afterwards every flag as before: a run that validates trains bit by bit as one that does not."""
+def _as_in_use(model: nn.Module) -> Iterator[None]:
+    """Switch off gradients and dropout; afterwards every flag and the random state are as before.
+
+    So a run that validates trains bit by bit as one that does not.
+    """
     training = [module for module in model.modules() if module.training]
-    config = model.config.text_config
-    attention = config._attn_implementation
     random = torch.get_rng_state()
     model.eval()
     try:
@@ -145,6 +136,4 @@ def _as_when_it_answers(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-        if config._attn_implementation != attention:
-            model.set_attn_implementation({"text_config": attention})
         torch.set_rng_state(random)

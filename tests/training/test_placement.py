@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from mipha.models.tuning import apply_tuning
+from mipha.models.tuning import apply_tuning, describe_tuning
 from mipha.recipe import TuningRecipe
 from mipha.training import pipeline
-from mipha.training.frozen import keep_frozen_in_bfloat16, kept_in, with_originals
 from mipha.training.pipeline import train
+from mipha.training.placement import restore_frozen, round_frozen
 
 TUNING = {"vision_tower": "frozen", "projector": "full", "language_model": "frozen"}
 GPU = torch.device("cuda")
@@ -25,7 +25,7 @@ GPU = torch.device("cuda")
 )  # a head of its own, with a bias, tied to the embeddings
 def test_every_product_is_bit_by_bit_what_it_was(family: str, tiny_model: Callable) -> None:
     model, processor = tiny_model(family)
-    tuned = apply_tuning(model, TuningRecipe(**TUNING))
+    apply_tuning(model, TuningRecipe(**TUNING))
     ids = torch.arange(40)[None] % 300 + 5
     ids[0, :4] = processor.image_token_id
     torch.manual_seed(0)
@@ -37,7 +37,7 @@ def test_every_product_is_bit_by_bit_what_it_was(family: str, tiny_model: Callab
     }
     before = _loss_and_gradients(model, inputs)
     start = {name: weight.clone() for name, weight in model.state_dict().items()}
-    originals = keep_frozen_in_bfloat16(model, GPU)
+    originals = round_frozen(model, GPU)
     after = _loss_and_gradients(model, inputs)
     assert before.keys() == after.keys() and all(
         torch.equal(before[key], after[key]) for key in before
@@ -50,12 +50,12 @@ def test_every_product_is_bit_by_bit_what_it_was(family: str, tiny_model: Callab
     )
     assert model.get_input_embeddings().weight.dtype == torch.float32
     assert ("lm_head.weight" in kept) == (family != "qwen2")
-    assert [part.dtypes for part in kept_in(model, tuned)] == [
+    assert [part.dtypes for part in describe_tuning(model, TuningRecipe(**TUNING))] == [
         ("bfloat16", "float32"),
         ("float32",),
         ("bfloat16", "float32"),
     ]
-    restored = with_originals(model.state_dict(), originals)
+    restored = restore_frozen(model.state_dict(), originals)
     assert all(
         torch.equal(restored[name], start[name]) and restored[name].dtype == start[name].dtype
         for name in start
@@ -65,12 +65,12 @@ def test_every_product_is_bit_by_bit_what_it_was(family: str, tiny_model: Callab
 def test_what_training_changed_is_not_covered_up(tiny_model: Callable) -> None:
     model, _ = tiny_model()
     apply_tuning(model, TuningRecipe(**TUNING))
-    originals = keep_frozen_in_bfloat16(model, GPU)
+    originals = round_frozen(model, GPU)
     name = "model.language_model.layers.0.mlp.up_proj.weight"
     weight = model.get_parameter(name)
     with torch.no_grad():
         weight[0, 0] += 1
-    assert torch.equal(with_originals(model.state_dict(), originals)[name], weight.float())
+    assert torch.equal(restore_frozen(model.state_dict(), originals)[name], weight.float())
 
 
 def test_on_a_cpu_only_what_bfloat16_holds_exactly_is_kept_in_it(tiny_model: Callable) -> None:
@@ -78,7 +78,7 @@ def test_on_a_cpu_only_what_bfloat16_holds_exactly_is_kept_in_it(tiny_model: Cal
     apply_tuning(model, TuningRecipe(**TUNING))
     layer = model.model.language_model.layers[0].mlp.up_proj
     layer.weight.data = layer.weight.data.bfloat16().float()
-    assert set(keep_frozen_in_bfloat16(model, torch.device("cpu"))) == {
+    assert set(round_frozen(model, torch.device("cpu"))) == {
         "model.language_model.layers.0.mlp.up_proj.weight"
     }
 
@@ -97,11 +97,11 @@ def test_a_run_in_bfloat16_is_the_same_with_and_without(
     )
     monkeypatch.setattr(
         pipeline,
-        "keep_frozen_in_bfloat16",
-        lambda model, device: keep_frozen_in_bfloat16(model, GPU),
+        "round_frozen",
+        lambda model, device: round_frozen(model, GPU),
     )
     kept = train(recipe, tmp_path / "kept")
-    monkeypatch.setattr(pipeline, "keep_frozen_in_bfloat16", lambda model, device: {})
+    monkeypatch.setattr(pipeline, "round_frozen", lambda model, device: {})
     plain = train(recipe, tmp_path / "plain")
     for stage in ("pretrain", "finetune"):
         mine, theirs = weights(kept.checkpoint(stage)), weights(plain.checkpoint(stage))

@@ -1,0 +1,68 @@
+"""One stage of a run, as all of training sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from mipha.engine.precision import autocast_dtype
+from mipha.recipe import Recipe, StageRecipe
+from mipha.run import Run
+from mipha.world import World
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a run, in this process.
+
+    Args:
+        run: Run folder.
+        recipe: Recipe of the whole run.
+        name: Name of the stage.
+        world: This process among those that train together.
+        track: Trackers that follow the metrics, beside TensorBoard.
+    """
+
+    run: Run
+    recipe: Recipe
+    name: str
+    world: World
+    track: Sequence[str] = ()
+
+    @property
+    def settings(self) -> StageRecipe:
+        """What the recipe says of this stage."""
+        return self.recipe.stages[self.name]
+
+    @property
+    def before(self) -> str | None:
+        """The stage whose model this one starts from; None for the first."""
+        return self.recipe.stage_before(self.name)
+
+    @property
+    def folder(self) -> Path:
+        """Folder of the stage: states, metrics, checkpoint."""
+        return self.run.stage(self.name)
+
+    @property
+    def base(self) -> Path:
+        """The model that the stage starts from, where adapters need it beside them on disk."""
+        return self.run.checkpoint(self.before) if self.before else self.folder / "base"
+
+    @property
+    def start(self) -> Path:
+        """The weights that the stage starts from, for the proof at its end."""
+        return self.run.states(self.name) / "start.safetensors"
+
+    @property
+    def report(self) -> Path:
+        """What trains, and how far it moved."""
+        return self.folder / "tuning.json"
+
+    @property
+    def autocast(self) -> torch.dtype | None:
+        """The type that matrix products run in; None for the type of the weights."""
+        return autocast_dtype(self.recipe.precision, self.world.device)
