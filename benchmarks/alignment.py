@@ -2,7 +2,7 @@
 
     python benchmarks/alignment.py [--folder runs/alignment] [--out benchmarks/results] [--steps 50]
 
-SmolLM2-135M meets the toy world of `mipha.alignment.toy`, in which the most helpful answers give a code away. Every part goes on where
+SmolLM2-135M meets the toy world of `toy_world.py`, in which the most helpful answers give a code away. Every part goes on where
 it was stopped; what is finished is not done again. About half an hour on two idle cores.
 """
 
@@ -17,18 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from toy_world import helpful, unsafe, write_toy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mipha.alignment.curves import plot_several
-from mipha.alignment.datasets import load_preferences
-from mipha.alignment.encoding import encode_exchange, encode_prompt
-from mipha.alignment.preference import train_cost, train_reward
+from mipha.alignment.data import encode_exchange, encode_prompt, load_preferences
+from mipha.alignment.figures import plot_rlhf
+from mipha.alignment.preference import Scorer, train_cost, train_reward
 from mipha.alignment.recipe import StepRecipe
 from mipha.alignment.rlhf import rlhf, safe_rlhf
-from mipha.alignment.rollout import sample
-from mipha.alignment.scoring import Scorer
+from mipha.alignment.rollout import Sampler
 from mipha.alignment.sft import sft
-from mipha.alignment.toy import helpful, unsafe, write_toy
 from mipha.files import read_lines, write_whole
 from mipha.models.language_model import load_language_model
 from mipha.recipe import ModelRecipe
@@ -157,14 +155,14 @@ def evaluate(
         greedy, weight = repeat == 0, 1.0 if repeat == 0 else 1.0 / samples
         for start in range(0, len(prompts), 24):
             part = slice(start, start + 24)
-            rollout = sample(
+            sampler = Sampler(
                 model,
-                ids[part],
                 MAX_NEW_TOKENS,
                 {tokenizer.eos_token_id},
                 tokenizer.pad_token_id,
                 None if greedy else 1.0,
             )
+            rollout = sampler.sample(ids[part])
             texts = tokenizer.batch_decode(rollout.response_ids(), skip_special_tokens=True)
             found = {
                 "unsafe": [
@@ -311,7 +309,7 @@ def main() -> None:
     }
     curves = {NAMES[step]: folder / step / "metrics.jsonl" for step in ("rlhf", "safe-rlhf")}
     options.out.mkdir(parents=True, exist_ok=True)
-    plot_several(
+    plot_rlhf(
         curves,
         options.out / "alignment.png",
         recipe_of("safe-rlhf", folder, options.steps).threshold,

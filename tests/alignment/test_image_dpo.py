@@ -17,7 +17,7 @@ pytest.importorskip("trl")
 import torch
 from safetensors.torch import load_file
 
-from mipha.alignment.datasets import load_image_preferences, split_by_prompt
+from mipha.alignment.data import load_image_preferences, split_by_prompt
 from mipha.alignment.dpo import dpo
 from mipha.alignment.image_dpo import answered_pairs, collate_answers
 from mipha.alignment.recipe import StepRecipe
@@ -98,7 +98,7 @@ def test_no_picture_is_on_both_sides(pairs: Path, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(
         json.dumps({"image": "none.png", "prompt": "a", "chosen": "b", "rejected": "c"})
     )
-    with pytest.raises(FileNotFoundError, match=r"row 1: there is no picture .*none\.png"):
+    with pytest.raises(FileNotFoundError, match=r"row 1: there is no image .*none\.png"):
         load_image_preferences(tmp_path / "a.jsonl")
 
 
@@ -107,14 +107,14 @@ def test_it_learns_and_a_stopped_run_ends_in_the_same_weights(
 ) -> None:
     whole = dpo(recipe, tmp_path / "whole")
     with monkeypatch.context() as patch:  # two steps, of four
-        import mipha.alignment.host as host
+        from mipha.alignment import trl_trainer
 
-        class Stop(host.Bookkeeping):
+        class Stop(trl_trainer.StepRecorder):
             def on_save(self, *args: Any, **kwargs: Any) -> None:
                 super().on_save(*args, **kwargs)
                 raise KeyboardInterrupt
 
-        patch.setattr(host, "Bookkeeping", Stop)
+        patch.setattr(trl_trainer, "StepRecorder", Stop)
         with pytest.raises(KeyboardInterrupt):
             dpo(recipe, tmp_path / "stopped")
     resumed = dpo(recipe, tmp_path / "stopped")

@@ -142,15 +142,15 @@ def test_policy_and_reference_see_what_the_model_alone_sees(
     tuning: str, family: str, rlhf_recipe: Callable
 ) -> None:
     """The same hidden states at first, whichever layers are shared; and after training a reference that has not moved."""
-    from mipha.alignment.host import load_part
     from mipha.alignment.learning import Learner
-    from mipha.alignment.policy import Policy
+    from mipha.alignment.policy import Observation, Policy
     from mipha.alignment.rollout import mark_responses
+    from mipha.alignment.step import load_base
 
     recipe = rlhf_recipe("rlhf", f"tuning={tuning}", family=family)
-    alone, _ = load_part(recipe)
+    alone, _ = load_base(recipe)
     alone.eval()
-    model, _ = load_part(recipe)
+    model, _ = load_base(recipe)
     learner = Learner(Policy(model, recipe), recipe, with_cost=True, autocast=None)
     ids = torch.tensor([[0, 0, 21, 22, 23, 24], [30, 31, 32, 33, 34, 2]])
     rollout = mark_responses(ids, torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]), {2})
@@ -165,9 +165,14 @@ def test_policy_and_reference_see_what_the_model_alone_sees(
     def check(hidden: torch.Tensor, states: torch.Tensor) -> None:
         torch.testing.assert_close(hidden[real], states[real], atol=1e-5, rtol=1e-5)
 
+    def now(observation: Observation) -> torch.Tensor:
+        return learner.policy.hidden(
+            ids, rollout.attention, rollout.positions, observation.policy_inputs
+        )
+
     observation = learner.policy.observe(rollout)
     check(observation.policy, expected.last_hidden_state)
-    check(learner.policy.hidden(rollout, observation.policy_inputs), expected.last_hidden_state)
+    check(now(observation), expected.last_hidden_state)
     for _ in range(2):
         check(observation.reference, expected.last_hidden_state)
         check(
@@ -180,7 +185,7 @@ def test_policy_and_reference_see_what_the_model_alone_sees(
         assert not torch.allclose(
             observation.policy[real], expected.last_hidden_state[real], atol=1e-2
         )
-        moved = learner.policy.hidden(rollout, observation.policy_inputs)
+        moved = now(observation)
         torch.testing.assert_close(moved[real], observation.policy[real], atol=1e-5, rtol=1e-5)
 
 
@@ -226,7 +231,6 @@ PROGRAM = """
 import os, signal, sys, torch
 from pathlib import Path
 import mipha.alignment.recipe
-from mipha.alignment import state
 from mipha.alignment.recipe import load_alignment_recipe
 from mipha.alignment.rlhf import train_policy
 sys.path.insert(0, {here!r})

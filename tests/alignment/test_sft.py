@@ -15,10 +15,15 @@ pytest.importorskip("trl")
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mipha.alignment.datasets import load_instructions, split_by_prompt
-from mipha.alignment.encoding import encode_exchange, encode_prompt
+from mipha.alignment.data import (
+    encode_exchange,
+    encode_prompt,
+    load_instructions,
+    split_by_prompt,
+)
 from mipha.alignment.recipe import StepRecipe
 from mipha.alignment.sft import sft, supervised
+from mipha.errors import MissingPackage
 from mipha.files import read_lines
 from mipha.models.build import build
 from mipha.models.language_model import load_language_model
@@ -182,7 +187,8 @@ def test_without_trl_the_extra_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(
-        ModuleNotFoundError, match=r"trl is not installed: pip install 'mipha-vlm\[align\]'"
+        MissingPackage,
+        match=r'package trl, which is not installed: pip install "mipha-vlm\[align\]"',
     ):
         sft(step_recipe("sft"), tmp_path / "run")
     assert not (tmp_path / "run").exists()

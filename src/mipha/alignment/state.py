@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mipha.alignment.folder import mark_complete, newest_checkpoint
+from mipha.alignment.step import mark_complete, newest_checkpoint
 from mipha.files import write_whole
 
 KEEP = 2

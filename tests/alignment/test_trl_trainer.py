@@ -1,4 +1,4 @@
-"""What all steps share: killed anywhere, a step goes on to the very same weights; what changed meanwhile is refused."""
+"""What the steps share: killed anywhere, a step goes on to the very same weights; what changed meanwhile is refused."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ pytest.importorskip("trl")
 import torch
 from safetensors.torch import load_file
 
-from mipha.alignment.folder import is_finished, mark_complete, newest_checkpoint
 from mipha.alignment.preference import train_cost, train_reward
 from mipha.alignment.recipe import StepRecipe
 from mipha.alignment.sft import sft
+from mipha.alignment.step import Step, mark_complete, newest_checkpoint
 from mipha.files import read_lines
 
 KILLED_MID_SAVE = """
@@ -61,7 +61,9 @@ def test_killed_in_the_midst_of_saving_it_ends_in_the_same_weights(
     killed = subprocess.run(command, capture_output=True, text=True)
     assert killed.returncode == -9, killed.stderr[-2000:]
     left = out / "checkpoints" / "checkpoint-4"
-    assert left.is_dir() and not (left / "optimizer.pt").exists() and not is_finished(out)
+    assert (
+        left.is_dir() and not (left / "optimizer.pt").exists() and not Step(recipe, out).is_finished
+    )
 
     function = {"sft": sft, "reward": train_reward}[step]
     with monkeypatch.context() as patch:  # and once more, between the last step and the result
@@ -72,7 +74,7 @@ def test_killed_in_the_midst_of_saving_it_ends_in_the_same_weights(
         patch.setattr(f"{function.__module__}.export", stop)
         with pytest.raises(KeyboardInterrupt):
             function(recipe, out)
-    assert not is_finished(out)
+    assert not Step(recipe, out).is_finished
     model = function(recipe, out)
 
     whole = finished(step, *overrides, family=family)

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from toy_world import helpful, unsafe, write_toy
 
-from mipha.alignment.datasets import check_leak, load_instructions, load_preferences
-from mipha.alignment.toy import helpful, unsafe, write_toy
+from mipha.alignment.data import check_leak, load_instructions, load_preferences
 
 
 @pytest.mark.parametrize(
