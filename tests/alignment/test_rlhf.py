@@ -151,7 +151,7 @@ def test_policy_and_reference_see_what_the_model_alone_sees(
     alone, _ = load_base(recipe)
     alone.eval()
     model, _ = load_base(recipe)
-    learner = Learner(Policy(model, recipe), recipe, with_cost=True, autocast=None)
+    learner = Learner(Policy(model, recipe), recipe, with_cost=True, dtype=None)
     ids = torch.tensor([[0, 0, 21, 22, 23, 24], [30, 31, 32, 33, 34, 2]])
     rollout = mark_responses(ids, torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]), {2})
     seen = {

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from mipha.alignment.preference import train_cost, train_reward
 from mipha.alignment.recipe import StepRecipe
 from mipha.alignment.sft import sft
-from mipha.alignment.step import Step, mark_complete, newest_checkpoint
+from mipha.alignment.step import Step
+from mipha.engine.states import newest_state
 from mipha.files import read_lines
 
 KILLED_MID_SAVE = """
@@ -118,17 +119,6 @@ def test_states_of_another_base_or_of_other_data_are_refused(
         train_cost(recipe, out)
 
 
-def test_only_whole_states_are_resumed(tmp_path: Path) -> None:
-    for step in (2, 10, 12, 14):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "optimizer.pt").write_bytes(b"1234")
-        if step != 12:  # killed before its mark
-            mark_complete(tmp_path / f"checkpoint-{step}")
-    (tmp_path / "checkpoint-14" / "optimizer.pt").write_bytes(b"12")  # cut short since
-    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2"]
-
-
 def test_a_folder_of_something_else_is_not_touched(
     step_recipe: Callable[..., StepRecipe], tmp_path: Path
 ) -> None:
@@ -154,7 +144,7 @@ def test_a_step_that_is_not_finite_stops_and_keeps_its_states(
     monkeypatch.setattr(preference, "pair_loss", explode)
     with pytest.raises(FloatingPointError, match="step 4: the loss is nan"):
         train_reward(step_recipe("reward"), tmp_path / "run")
-    state = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    state = newest_state(tmp_path / "run" / "checkpoints")
     assert state is not None and state.name == "checkpoint-2"
     assert all(
         weight.isfinite().all() for weight in load_file(state / "model.safetensors").values()

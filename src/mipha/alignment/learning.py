@@ -26,6 +26,8 @@ from mipha.alignment.ppo import (
 )
 from mipha.alignment.recipe import RlhfRecipe
 from mipha.alignment.rollout import Rollout
+from mipha.engine.optimizer import Group, make_adamw, set_learning_rates
+from mipha.engine.precision import autocast
 
 
 @dataclass(frozen=True)
@@ -94,13 +96,13 @@ class Learner:
         policy: Policy, of which nothing trains yet.
         recipe: Recipe of the step.
         with_cost: Whether there is a critic of the cost beside that of the reward.
-        autocast: Type of matrix products; None: that of the weights.
+        dtype: Type of matrix products; None: that of the weights.
     """
 
     def __init__(
-        self, policy: Policy, recipe: RlhfRecipe, with_cost: bool, autocast: torch.dtype | None
+        self, policy: Policy, recipe: RlhfRecipe, with_cost: bool, dtype: torch.dtype | None
     ) -> None:
-        self.policy, self._recipe, self._autocast = policy, recipe, autocast
+        self.policy, self._recipe, self._dtype = policy, recipe, dtype
         self.device = policy.model.device
 
         # The critics copy their layers before the policy's are switched on.
@@ -113,13 +115,10 @@ class Learner:
         }
 
         # The betas are those of the reference program.
-        peaks = dict.fromkeys(self.critics, recipe.critic_learning_rate)
-        peaks["policy"] = recipe.learning_rate
-        self.optimizer = torch.optim.AdamW(
-            [
-                {"params": list(group.values()), "lr": peaks[name], "peak": peaks[name]}
-                for name, group in groups.items()
-            ],
+        rates = dict.fromkeys(self.critics, recipe.critic_learning_rate)
+        rates["policy"] = recipe.learning_rate
+        self.optimizer = make_adamw(
+            [Group(name, list(group.values()), rates[name]) for name, group in groups.items()],
             betas=(0.9, 0.95),
             weight_decay=recipe.weight_decay,
         )
@@ -221,8 +220,7 @@ class Learner:
             FloatingPointError: A loss or gradient is not finite; no weight was changed by it.
         """
         recipe, means = self._recipe, {}
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * share
+        set_learning_rates(self.optimizer, share)
 
         # Every pass over the experience takes its minibatches in order.
         size = recipe.batch_size // recipe.minibatches
@@ -331,6 +329,4 @@ class Learner:
         return rollout.before(values) * rollout.mask
 
     def _mixed(self) -> torch.autocast:
-        return torch.autocast(
-            self.device.type, dtype=self._autocast, enabled=self._autocast is not None
-        )
+        return autocast(self.device, self._dtype)

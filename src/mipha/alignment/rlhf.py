@@ -17,13 +17,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from mipha.alignment.data import (
@@ -43,7 +41,6 @@ from mipha.alignment.ppo import Multiplier
 from mipha.alignment.preference import Scorer
 from mipha.alignment.recipe import RlhfRecipe, SafeRlhfRecipe
 from mipha.alignment.rollout import Judge, Prompt, Sampler, ScoreFunction, UnsafeRule
-from mipha.alignment.state import load_state, save_state
 from mipha.alignment.step import (
     Step,
     begin_step,
@@ -51,9 +48,13 @@ from mipha.alignment.step import (
     load_rows,
     record_base,
     stop_at_end_of_turn,
+    training_device,
     write_result,
 )
-from mipha.alignment.trl_trainer import computes_in_bfloat16
+from mipha.engine.optimizer import warmup_cosine
+from mipha.engine.precision import autocast_dtype
+from mipha.engine.progress import Shown, show_progress
+from mipha.engine.states import load_tensors, save_tensors
 from mipha.files import append_line, keep_lines
 from mipha.models.language_model import end_of_turn
 
@@ -89,9 +90,10 @@ def _train_with_scorers(recipe: RlhfRecipe, out: Path, unsafe: UnsafeRule | None
     if Step(recipe, out).is_finished:
         return begin_step(recipe, out).model
 
-    dtype = torch.bfloat16 if computes_in_bfloat16(recipe.precision) else torch.float32
-    reward = Scorer.load(recipe.reward_model, _device(), dtype)
-    cost = Scorer.load(recipe.cost_model, _device(), dtype) if recipe.cost_model else None
+    device = training_device()
+    dtype = autocast_dtype(recipe.precision, device) or torch.float32
+    reward = Scorer.load(recipe.reward_model, device, dtype)
+    cost = Scorer.load(recipe.cost_model, device, dtype) if recipe.cost_model else None
     return train_policy(recipe, out, reward.score, cost.score if cost else None, unsafe)
 
 
@@ -126,9 +128,9 @@ def train_policy(
     instructions = _encode_instructions(tokenizer, recipe)
 
     # Set up what writes responses, what scores them and what learns from them.
-    model = model.to(_device())
+    device = training_device()
+    model, dtype = model.to(device), autocast_dtype(recipe.precision, device)
     multiplier = _new_multiplier(recipe)
-    autocast = torch.bfloat16 if computes_in_bfloat16(recipe.precision) else None
     run = _Run(
         step=step,
         prompts=prompts,
@@ -138,12 +140,12 @@ def train_policy(
         sampler=_new_sampler(model, tokenizer, recipe),
         judge=Judge(tokenizer, {"reward": reward} | ({"cost": cost} if cost else {}), unsafe),
         multiplier=multiplier,
-        learner=Learner(Policy(model, recipe), recipe, multiplier.value > 0, autocast),
+        learner=Learner(Policy(model, recipe), recipe, multiplier.value > 0, dtype),
     )
 
     # Train, from the newest state where there is one.
     done = _resume(run)
-    with _show_progress(recipe, done, run.num_steps) as show:
+    with show_progress(recipe.step, run.num_steps, _describe) as show:
         for number in range(done + 1, run.num_steps + 1):
             is_last = number == run.num_steps
             metrics = _take_step(run, number)
@@ -222,7 +224,7 @@ def _take_step(run: _Run, number: int) -> dict[str, float]:
     experience = learner.assign(experience, multiplier)
 
     # Learn.
-    share = _schedule(number - 1, run.num_steps, recipe.warmup_ratio)
+    share = warmup_cosine(number - 1, run.num_steps, recipe.warmup_ratio)
     updates = recipe.minibatches * recipe.ppo_epochs
     instructions = [
         _instructions_of_update(run, (number - 1) * updates + update) for update in range(updates)
@@ -271,7 +273,7 @@ def _validate(run: _Run) -> dict[str, float]:
 
 def _resume(run: _Run) -> int:
     """Load the newest training state; return the number of steps done."""
-    position = load_state(run.step.states, run.learner.trained, run.learner.optimizer)
+    position = load_tensors(run.step.states, run.learner.trained, run.learner.optimizer)
     done = 0 if position is None else position["step"]
     if position is not None:
         run.multiplier.load_state(position)
@@ -280,9 +282,8 @@ def _resume(run: _Run) -> int:
 
 
 def _save(run: _Run, number: int) -> None:
-    learner = run.learner
-    position = run.multiplier.state()
-    save_state(run.step.states, number, learner.trained, learner.optimizer, position)
+    state, learner = run.step.states / f"checkpoint-{number}", run.learner
+    save_tensors(state, learner.trained, learner.optimizer, run.multiplier.state())
 
 
 # Data --------------------------------------------------------------------------------------------
@@ -370,40 +371,15 @@ def _new_multiplier(recipe: RlhfRecipe) -> Multiplier:
     )
 
 
-def _schedule(step: int, num_steps: int, warmup_ratio: float) -> float:
-    """Share of the peak learning rate: linear warmup, then a cosine to zero."""
-    warmup = math.ceil(num_steps * warmup_ratio)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@contextmanager
-def _show_progress(
-    recipe: RlhfRecipe, done: int, total: int
-) -> Iterator[Callable[[dict[str, float]], None]]:
-    """Show a progress bar; the function that it yields takes each step's metrics."""
-    columns = (
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=12),
-        TextColumn("{task.completed}/{task.total}  {task.fields[said]}"),
-        TimeRemainingColumn(compact=True),
-    )
-    labels = {"multiplier": "lambda"}
-    with Progress(*columns, speed_estimate_period=600) as progress:
-        task = progress.add_task(recipe.step, total=total, completed=done, said="")
-
-        def show(metrics: dict[str, float]) -> None:
-            said = "  ".join(
-                f"{labels.get(name, name)} {metrics[name]:.2f}"
-                for name in ("reward", "cost", "multiplier", "unsafe", "kl")
-                if name in metrics
-            )
-            speed = f"{metrics['tokens_per_second']:,.0f} tokens/s"
-            progress.update(task, completed=metrics["step"], said=f"{said}  {speed}")
-
-        yield show
+def _describe(steps: Sequence[Mapping[str, float]]) -> Shown:
+    """Return what the progress shows of the last steps."""
+    last = steps[-1]
+    labels = {
+        "reward": "reward",
+        "cost": "cost",
+        "multiplier": "lambda",
+        "unsafe": "unsafe",
+        "kl": "kl",
+    }
+    means = [f"{label} {last[name]:.2f}" for name, label in labels.items() if name in last]
+    return Shown("  ".join(means), f"{last['tokens_per_second']:,.0f} tokens/s")

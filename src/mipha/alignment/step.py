@@ -4,7 +4,7 @@ runs/sft/recipe.yaml      the recipe with every default written out; marks the f
          provenance.json  versions, and hashes of the starting model and of the data
          metrics.jsonl    one line per optimizer step, one per validation
          loss.png         the metrics as a figure; curves.png for RLHF
-         checkpoints/     training states to resume from; removed when the step is finished
+         checkpoints/     training states to resume from (engine/states.py); removed at the end
          adapter/         with LoRA, the adapter in PEFT's format (not for RLHF)
          model/           the result; exists, whole, when the step is finished
 """
@@ -32,8 +32,6 @@ from mipha.run import provenance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-_MARK = "complete.json"
 
 
 @dataclass(frozen=True)
@@ -113,6 +111,11 @@ def begin_step(recipe: StepRecipe, folder: Path) -> Step:
     if step.is_finished:
         step.drop_states()
     return step
+
+
+def training_device() -> torch.device:
+    """Return the device that a step trains on."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 # What a step is trained from ---------------------------------------------------------------------
@@ -229,39 +232,3 @@ def write_result(step: Step, model: PreTrainedModel, tokenizer: PreTrainedTokeni
         tokenizer.save_pretrained(partial)
     step.drop_states()
     return step.model
-
-
-# Training states ---------------------------------------------------------------------------------
-
-
-def mark_complete(checkpoint: Path) -> None:
-    """Write a training state's last file, which holds the sizes of all others."""
-    sizes = {
-        str(path.relative_to(checkpoint)): path.stat().st_size
-        for path in sorted(checkpoint.rglob("*"))
-        if path.is_file()
-    }
-    write_whole(checkpoint / _MARK, json.dumps(sizes, indent=2) + "\n")
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """Return the newest whole training state; remove those that are not whole.
-
-    transformers' trainer writes its files in place, takes the newest folder whatever is in it, and
-    silently starts its optimizer anew where that file is missing.
-    """
-    states = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    whole = [state for state in states if _is_whole(state)]
-    for state in set(states) - set(whole):
-        shutil.rmtree(state)
-    return whole[-1] if whole else None
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    if not (checkpoint / _MARK).is_file():
-        return False
-    sizes = json.loads((checkpoint / _MARK).read_text(encoding="utf-8"))
-    return all(
-        (checkpoint / name).is_file() and (checkpoint / name).stat().st_size == size
-        for name, size in sizes.items()
-    )

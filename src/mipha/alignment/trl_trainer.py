@@ -17,7 +17,9 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 
 from mipha.alignment.figures import plot_losses
 from mipha.alignment.recipe import StepRecipe
-from mipha.alignment.step import Step, begin_step, mark_complete, newest_checkpoint, write_result
+from mipha.alignment.step import Step, begin_step, training_device, write_result
+from mipha.engine.precision import autocast_dtype
+from mipha.engine.states import newest_state, seal_state
 from mipha.errors import import_optional
 from mipha.files import append_line, keep_lines
 from mipha.recipe import LoraRecipe
@@ -60,8 +62,8 @@ def trainer_options(step: Step, validates: bool) -> dict[str, Any]:
     Args:
         validates: Whether there are held-out rows.
     """
-    recipe = step.recipe
-    bfloat16 = computes_in_bfloat16(recipe.precision)
+    recipe, device = step.recipe, training_device()
+    bfloat16 = autocast_dtype(recipe.precision, device) is not None
     return {
         "output_dir": str(step.states),
         # Order and randomness. Without a seed of its own, the order would depend on earlier draws.
@@ -82,8 +84,8 @@ def trainer_options(step: Step, validates: bool) -> dict[str, Any]:
         # Device. transformers wants to be told that bfloat16 on a CPU is meant.
         "gradient_checkpointing": recipe.activation_checkpointing,
         "bf16": bfloat16,
-        "use_cpu": bfloat16 and not torch.cuda.is_available(),
-        "dataloader_pin_memory": torch.cuda.is_available(),
+        "use_cpu": bfloat16 and device.type == "cpu",
+        "dataloader_pin_memory": device.type == "cuda",
         # Metrics. A loss that is not a number must be seen; our own bar replaces tqdm's.
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
@@ -145,8 +147,9 @@ def train(trainer: Trainer, step: Step) -> None:
     trainer.add_callback(QuietBar())
     trainer.add_callback(StepRecorder(step))
 
-    # Find where to resume.
-    state = newest_checkpoint(step.states)
+    # Find where to resume. transformers writes its states in place, takes the newest folder whatever
+    # is in it, and silently starts its optimizer anew where that file is missing.
+    state = newest_state(step.states, remove_torn=True)
     done = TrainerState()
     if state:
         _check_names(trainer, state)
@@ -179,16 +182,6 @@ def merged_model(trainer: Trainer, step: Step) -> PreTrainedModel:
         model.save_pretrained(step.folder / "adapter")
         model = model.merge_and_unload(safe_merge=True)
     return model
-
-
-def computes_in_bfloat16(precision: str) -> bool:
-    if precision != "auto":
-        return precision == "bfloat16"
-    return (
-        torch.cuda.is_bf16_supported()
-        if torch.cuda.is_available()
-        else torch.cpu._is_avx512_bf16_supported()
-    )
 
 
 def _check_names(trainer: Trainer, state: Path) -> None:
@@ -253,4 +246,4 @@ class StepRecorder(TrainerCallback):
             append_line(self.step.metrics, row)
 
     def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        mark_complete(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        seal_state(Path(args.output_dir) / f"checkpoint-{state.global_step}")
