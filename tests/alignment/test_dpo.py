@@ -1,4 +1,4 @@
-"""Direct preference optimisation: the right response is preferred, over the model that it started from."""
+"""Direct preference optimization: the labelled response is preferred, more than at the start."""
 
 from __future__ import annotations
 

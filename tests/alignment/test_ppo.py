@@ -29,9 +29,10 @@ def test_generalized_advantages_of_a_hand_worked_example() -> None:
     values = torch.tensor([[0.5, 1.0, 1.5], [2.0, 1.0, 7.0]])
     mask = torch.tensor([[True, True, True], [True, True, False]])
     advantages, returns = generalized_advantages(rewards, values, mask, gamma=0.5, lam=0.5)
-    # surprises of row 1: 1 + .5*1 - .5 = 1;  0 + .5*1.5 - 1 = -.25;  2 - 1.5 = .5
-    # and from behind, each a quarter of the next: .5;  -.25 + .125 = -.125;  1 - .03125 = .96875
-    # row 2 ends after two tokens, whatever stands behind: 4 - 1 = 3;  1 + .5*1 - 2 = -.5, plus a quarter of 3
+    # errors of row 1: 1 + .5*1 - .5 = 1;  0 + .5*1.5 - 1 = -.25;  2 - 1.5 = .5
+    # from the end, each plus a quarter of the next: .5;  -.25 + .125 = -.125;  1 - .03125 = .96875
+    # row 2 ends after two tokens, and what follows does not count:
+    # 4 - 1 = 3;  1 + .5*1 - 2 = -.5, plus a quarter of 3
     assert advantages.tolist() == [[0.96875, -0.125, 0.5], [0.25, 3.0, 0.0]]
     assert returns.tolist() == [[1.46875, 0.875, 2.0], [2.25, 4.0, 0.0]]
 

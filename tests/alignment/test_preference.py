@@ -1,4 +1,4 @@
-"""Reward and cost models: losses by hand, pairs the right way round, scores at the end of the turn."""
+"""Reward and cost models: losses by hand, order of pairs, scores at the end of the turn."""
 
 from __future__ import annotations
 
@@ -46,14 +46,17 @@ def tokenizer(finished: Callable[..., Path]) -> Any:
 
 
 def test_reward_loss_by_hand() -> None:
-    # differences 1 and -2: ln(1 + 1/e) = 0.313262 and ln(1 + e^2) = 2.126928; mean square of 1, 0, 0, 2 = 1.25
+    # differences 1 and -2: ln(1 + 1/e) = 0.313262 and ln(1 + e^2) = 2.126928
+    # mean square of 1, 0, 0, 2: 1.25
     assert pair_loss(HIGHER, LOWER, 0.0).item() == pytest.approx(1.220095, abs=1e-5)
     assert pair_loss(HIGHER, LOWER, 0.1).item() == pytest.approx(1.220095 + 0.125, abs=1e-5)
 
 
 def test_cost_loss_by_hand() -> None:
-    # The more harmful: unsafe, unsafe; the others: safe, unsafe. Each adds ln(1 + exp(-sign * score)):
-    # ln(1 + 1/e) = 0.313262, ln 2 = 0.693147; ln 2 = 0.693147, ln(1 + exp(-2)) = 0.126928; sums 1.006409 and 0.820075
+    # The more harmful: unsafe, unsafe; the others: safe, unsafe. Each adds
+    # ln(1 + exp(-sign * score)):
+    # ln(1 + 1/e) = 0.313262 and ln 2 = 0.693147, sum 1.006409
+    # ln 2 = 0.693147 and ln(1 + exp(-2)) = 0.126928, sum 0.820075
     loss = pair_loss(HIGHER, LOWER, 0.0, torch.tensor([1.0, 1.0]), torch.tensor([-1.0, 1.0]))
     assert loss.item() == pytest.approx(1.220095 + 0.913242, abs=1e-5)
 
@@ -234,7 +237,7 @@ def test_the_last_token_counts_even_where_it_looks_like_padding(scorer: Scorer) 
 def test_the_end_of_the_turn_is_read_where_it_would_be_padding(
     family: str, vocab_size: int | None, tiny_parts: Callable[..., Any]
 ) -> None:
-    """As with Phi-2, whose tokenizer has no padding of its own: the stock class would read the token before."""
+    """Phi-2's tokenizer has no padding of its own: the stock class would read the token before."""
     recipe = tiny_parts(family, vocab_size=vocab_size).recipe()
     language_model, tokenizer, template = load_language_model(recipe, torch.float32)
     tokenizer.chat_template, tokenizer.pad_token = template, tokenizer.eos_token

@@ -1,4 +1,4 @@
-"""RLHF and Safe RLHF of a tiny language model on rules that can be checked: what is learned, what is equal, what survives a kill."""
+"""RLHF and Safe RLHF of a tiny language model: what is learned, is equal, survives a kill."""
 
 from __future__ import annotations
 
@@ -85,7 +85,10 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 def test_a_policy_learns_what_a_rule_rewards_and_a_price_on_cost_holds_it_back(
     rlhf_recipe: Callable, tiny_parts: Callable, tmp_path: Path
 ) -> None:
-    """Tokens of two kinds are rewarded, and one of the kinds costs; a kind is a side of the head, so that a small model can learn it."""
+    """Tokens of two kinds are rewarded, and one of the kinds costs.
+
+    A kind is a side of the head, so that a small model can learn it.
+    """
     head = load_file(tiny_parts("llama").language_model / "model.safetensors")["lm_head.weight"]
     kinds = (head[:, :2] > 0).float()
 
@@ -141,7 +144,7 @@ def test_a_price_of_zero_is_plain_ppo(tuning: str, rlhf_recipe: Callable, tmp_pa
 def test_policy_and_reference_see_what_the_model_alone_sees(
     tuning: str, family: str, rlhf_recipe: Callable
 ) -> None:
-    """The same hidden states at first, whichever layers are shared; and after training a reference that has not moved."""
+    """The hidden states are equal at first; after training, the reference has not moved."""
     from mipha.alignment.learning import Learner
     from mipha.alignment.policy import Observation, Policy
     from mipha.alignment.rollout import mark_responses

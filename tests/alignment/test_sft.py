@@ -1,4 +1,4 @@
-"""What is trained on, and what comes out: the assistant's words alone, and a language model that a recipe takes."""
+"""SFT trains on the assistant's words alone, and gives a language model that a recipe takes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_labels_are_the_assistants_words_and_the_end_of_the_turn(
     for row, encoded in zip(rows, supervised(tokenizer, rows, max_tokens=256), strict=True):
         trained = [label for label in encoded["labels"] if label != -100]
         assert tokenizer.decode(trained).strip() == f"{row.response}<|im_end|>"
-        assert encoded["input_ids"][-len(trained) :] == trained  # nothing behind the end
+        assert encoded["input_ids"][-len(trained) :] == trained  # nothing after the end
         assert row.prompt in tokenizer.decode(encoded["input_ids"][: -len(trained)])
 
 
@@ -66,7 +66,8 @@ def test_too_long_rows_are_counted_and_never_cut(
     over = sum(length > longest - 1 for length in lengths)
     with pytest.raises(
         ValueError,
-        match=rf"row \d+ takes {longest} tokens, more than .* \({over} rows are too long.*set max_tokens={longest}",
+        match=rf"row \d+ takes {longest} tokens, more than .* "
+        rf"\({over} rows are too long.*set max_tokens={longest}",
     ):
         supervised(tokenizer, rows, longest - 1)
     assert len(supervised(tokenizer, rows, longest)) == len(rows)
@@ -100,7 +101,7 @@ def test_packed_rows_are_isolated_and_every_token_weighs_the_same(
     step_recipe: Callable[..., StepRecipe],
     alignment_data: dict[str, Path],
 ) -> None:
-    """The first step sees all conversations, in as many rows as a step has: its loss is that of each read alone, by the base model."""
+    """The first step sees all conversations; its loss is that of each alone, by the base model."""
     base = AutoModelForCausalLM.from_pretrained(
         step_recipe("sft").language_model, dtype=torch.float32
     )
@@ -115,7 +116,7 @@ def test_packed_rows_are_isolated_and_every_token_weighs_the_same(
             logits, torch.tensor(row["labels"][1:]), reduction="sum"
         ).item()
         tokens += sum(label != -100 for label in row["labels"])
-    # 557 tokens make three rows of 256, in two forward passes of two and one: less than the four of a step.
+    # 557 tokens make three rows of 256, in two forward passes of two and one. A step has four rows.
     first = next(read_lines(out / "metrics.jsonl"))
     assert first["loss"] == pytest.approx(total / tokens, rel=1e-4)
 
@@ -174,7 +175,8 @@ def test_prompts_that_leak_into_the_held_out_file_are_refused(
     )
     with pytest.raises(
         ValueError,
-        match=r"test.json row 1 is held out, but .*alpaca_data.json row 4 trains on the same prompt",
+        match=r"test.json row 1 is held out, but .*alpaca_data.json row 4 "
+        "trains on the same prompt",
     ):
         sft(
             step_recipe("sft", "held_out=0", f"held_out_data={tmp_path / 'test.json'}"),

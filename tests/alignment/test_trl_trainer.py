@@ -1,4 +1,4 @@
-"""What the steps share: killed anywhere, a step goes on to the very same weights; what changed meanwhile is refused."""
+"""What the steps share: a killed step ends in the same weights; changed data are refused."""
 
 from __future__ import annotations
 

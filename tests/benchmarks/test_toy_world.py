@@ -1,4 +1,4 @@
-"""The toy world: its rules on texts that were read by eye, and files that say only what the rules say."""
+"""The toy world: its rules on known texts, and its files, which agree with the rules."""
 
 from __future__ import annotations
 

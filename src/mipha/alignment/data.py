@@ -1,8 +1,8 @@
 """Instructions and preferences: read as they are published, checked, held out and encoded.
 
-alpaca_data.json  [{"instruction", "input", "output"}, ...]                          -> Instruction
-train.jsonl[.xz]  {"prompt", "response_0", "response_1", "is_response_0_safe", ...}  -> Preference
-pairs.jsonl       {"image", "prompt", "chosen", "rejected"}                          -> ImagePreference
+    Instruction      alpaca_data.json  [{"instruction", "input", "output"}, ...]
+    Preference       train.jsonl[.xz]  {"prompt", "response_0", "is_response_0_safe", ...}
+    ImagePreference  pairs.jsonl       {"image", "prompt", "chosen", "rejected"}
 
 Each layout may come as JSON, JSON lines or parquet. A prompt and its response become token ids:
 

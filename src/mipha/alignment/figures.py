@@ -67,7 +67,7 @@ def plot_losses(metrics_jsonl: Path, png: Path, title: str) -> None:
 
 
 def plot_rlhf(runs: Mapping[str, Path], png: Path, threshold: float | None = None) -> None:
-    """Draw the means of each RLHF step: reward, cost, lambda, unsafe share and KL, where they exist.
+    """Draw the means of each RLHF step: reward, cost, lambda, unsafe share, KL, where they exist.
 
     Args:
         runs: metrics.jsonl of each run, as `train_policy` writes it, by the run's title; several

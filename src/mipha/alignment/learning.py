@@ -95,7 +95,7 @@ class Learner:
     Args:
         policy: Policy, of which nothing trains yet.
         recipe: Recipe of the step.
-        with_cost: Whether there is a critic of the cost beside that of the reward.
+        with_cost: Whether there is a critic of the cost too.
         dtype: Type of matrix products; None: that of the weights.
     """
 

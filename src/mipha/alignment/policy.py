@@ -297,7 +297,7 @@ def _check_depth(model: PreTrainedModel, number: int, setting: str) -> None:
 
 
 def _masked(attention: Tensor, positions: Tensor) -> dict[str, Any]:
-    """Return the arguments that every forward pass gets beside its tokens."""
+    """Return the arguments that every forward pass gets besides its tokens."""
     return {"attention_mask": attention, "position_ids": positions, "use_cache": False}
 
 

@@ -1,8 +1,9 @@
 """The formulas of PPO and PPO-Lagrangian: token rewards, advantages, losses and the multiplier.
 
     scores, KL --token_rewards--> rewards --generalized_advantages--> advantages, returns
-    reward and cost advantages --combined_advantages, weighted by Multiplier--> one advantage a token
-    advantages --policy_loss--> the policy's loss      returns --value_loss--> a critic's loss
+    advantages of reward and cost, Multiplier --combined_advantages--> one advantage a token
+    advantages --policy_loss--> the policy's loss
+    returns --value_loss--> a critic's loss
 
 Every tensor is `(samples, tokens)` unless its line says otherwise. `mask` is true for a response's
 tokens, including the one that ends its turn; every row begins with one. Losses are sums over

@@ -5,7 +5,7 @@ reward  the more helpful response scores higher
 cost    the more harmful response scores higher, and a score above zero says unsafe
         L = -E log s(C_worse - C_safer)  - E log s(+-C)        + m E[C^2]
 
-    load_preferences -> ranked_pairs -> collate_pairs -> TRL's RewardTrainer on `pair_loss` -> model/
+    load_preferences -> ranked_pairs -> collate_pairs -> RewardTrainer on `pair_loss` -> model/
     Scorer.load(model/).score(prompt ids, response ids) -> one number for each response
 
 Source: Safe RLHF, arXiv:2310.12773, equations of the reward and the cost model; the mean square is

@@ -131,7 +131,7 @@ def train_policy(
     device = training_device()
     model, dtype = model.to(device), autocast_dtype(recipe.precision, device)
     multiplier = _new_multiplier(recipe)
-    run = _Run(
+    setup = _Setup(
         step=step,
         prompts=prompts,
         held_out=held_out_prompts,
@@ -144,27 +144,27 @@ def train_policy(
     )
 
     # Train, from the newest state where there is one.
-    done = _resume(run)
-    with show_progress(recipe.step, run.num_steps, _describe) as show:
-        for number in range(done + 1, run.num_steps + 1):
-            is_last = number == run.num_steps
-            metrics = _take_step(run, number)
-            if held_out and (is_last or number % (recipe.validate_every or run.num_steps) == 0):
-                metrics |= _validate(run)
+    done = _resume(setup)
+    with show_progress(recipe.step, setup.num_steps, _describe) as show:
+        for number in range(done + 1, setup.num_steps + 1):
+            is_last = number == setup.num_steps
+            metrics = _take_step(setup, number)
+            if held_out and (is_last or number % (recipe.validate_every or setup.num_steps) == 0):
+                metrics |= _validate(setup)
             append_line(step.metrics, metrics)
             show(metrics)
             if is_last or number % recipe.checkpoint_every == 0:
-                _save(run, number)
+                _save(setup, number)
 
     # Draw and export.
     title = f"{recipe.step}: {recipe.name}"
     threshold = recipe.threshold if isinstance(recipe, SafeRlhfRecipe) else None
     plot_rlhf({title: step.metrics}, out / "curves.png", threshold)
-    return write_result(step, run.learner.policy.merge_adapters(), tokenizer)
+    return write_result(step, setup.learner.policy.merge_adapters(), tokenizer)
 
 
 @dataclass(frozen=True)
-class _Run:
+class _Setup:
     """Everything that a step of training works with.
 
     Args:
@@ -172,7 +172,7 @@ class _Run:
         prompts: Prompts to train on.
         held_out: Held-out prompts.
         instructions: Instructions whose language-model loss is added; may be empty.
-        num_steps: Number of steps of the whole run.
+        num_steps: Number of steps of the whole setup.
         sampler: Writer of responses.
         judge: Functions that score them.
         multiplier: Price of cost.
@@ -195,7 +195,7 @@ class _Run:
         return self.step.recipe
 
 
-def _take_step(run: _Run, number: int) -> dict[str, float]:
+def _take_step(setup: _Setup, number: int) -> dict[str, float]:
     """Take one step of RLHF.
 
     Args:
@@ -207,27 +207,27 @@ def _take_step(run: _Run, number: int) -> dict[str, float]:
     Raises:
         FloatingPointError: A score, loss or gradient is not finite; names the step and its prompts.
     """
-    recipe, learner, began = run.recipe, run.learner, time.monotonic()
+    recipe, learner, began = setup.recipe, setup.learner, time.monotonic()
 
     # Sample a response to each prompt, and score it.
     torch.manual_seed(recipe.seed * 1_000_003 + number)
-    order = batch_indices(len(run.prompts), recipe.batch_size, number - 1, recipe.seed)
-    prompts = [run.prompts[index] for index in order]
-    rollout = run.sampler.sample([prompt.ids for prompt in prompts])
-    scores, means = run.judge.score(prompts, rollout, number)
+    order = batch_indices(len(setup.prompts), recipe.batch_size, number - 1, recipe.seed)
+    prompts = [setup.prompts[index] for index in order]
+    rollout = setup.sampler.sample([prompt.ids for prompt in prompts])
+    scores, means = setup.judge.score(prompts, rollout, number)
 
     # Look at the responses with all models, move lambda, and make advantages of the scores.
     experience = learner.observe(rollout, scores)
     multiplier = 0.0
     if "cost" in learner.critics:
-        multiplier = run.multiplier.update(number, scores["cost"].tolist())
+        multiplier = setup.multiplier.update(number, scores["cost"].tolist())
     experience = learner.assign(experience, multiplier)
 
     # Learn.
-    share = warmup_cosine(number - 1, run.num_steps, recipe.warmup_ratio)
+    share = warmup_cosine(number - 1, setup.num_steps, recipe.warmup_ratio)
     updates = recipe.minibatches * recipe.ppo_epochs
     instructions = [
-        _instructions_of_update(run, (number - 1) * updates + update) for update in range(updates)
+        _instructions_of_update(setup, (number - 1) * updates + update) for update in range(updates)
     ]
     try:
         losses = learner.learn(experience, instructions, share)
@@ -235,7 +235,7 @@ def _take_step(run: _Run, number: int) -> dict[str, float]:
         named = ", ".join(prompt.id for prompt in prompts)
         raise FloatingPointError(
             f"step {number}: {error}; its prompts are {named}. No weight was changed by it, and "
-            f"the states in {run.step.states} are intact: "
+            f"the states in {setup.step.states} are intact: "
             "lower the learning_rate, or try precision=float32"
         ) from error
 
@@ -252,38 +252,38 @@ def _take_step(run: _Run, number: int) -> dict[str, float]:
     }
 
 
-def _validate(run: _Run) -> dict[str, float]:
+def _validate(setup: _Setup) -> dict[str, float]:
     """Return means over one sampled response to each held-out prompt.
 
     The random numbers are the same every time, and training's own stay as they were.
     """
     sums: dict[str, float] = {}
-    size = run.recipe.batch_size
+    size = setup.recipe.batch_size
     with torch.random.fork_rng():
-        torch.manual_seed(run.recipe.seed)
-        for start in range(0, len(run.held_out), size):
-            prompts = run.held_out[start : start + size]
-            rollout = run.sampler.sample([prompt.ids for prompt in prompts])
-            _, means = run.judge.score(prompts, rollout, step=0)
+        torch.manual_seed(setup.recipe.seed)
+        for start in range(0, len(setup.held_out), size):
+            prompts = setup.held_out[start : start + size]
+            rollout = setup.sampler.sample([prompt.ids for prompt in prompts])
+            _, means = setup.judge.score(prompts, rollout, step=0)
             for name, value in means.items():
-                weighted = value * len(prompts) / len(run.held_out)
+                weighted = value * len(prompts) / len(setup.held_out)
                 sums[f"validation_{name}"] = sums.get(f"validation_{name}", 0.0) + weighted
     return sums
 
 
-def _resume(run: _Run) -> int:
+def _resume(setup: _Setup) -> int:
     """Load the newest training state; return the number of steps done."""
-    position = load_tensors(run.step.states, run.learner.trained, run.learner.optimizer)
+    position = load_tensors(setup.step.states, setup.learner.trained, setup.learner.optimizer)
     done = 0 if position is None else position["step"]
     if position is not None:
-        run.multiplier.load_state(position)
-    keep_lines(run.step.metrics, done)
+        setup.multiplier.load_state(position)
+    keep_lines(setup.step.metrics, done)
     return done
 
 
-def _save(run: _Run, number: int) -> None:
-    state, learner = run.step.states / f"checkpoint-{number}", run.learner
-    save_tensors(state, learner.trained, learner.optimizer, run.multiplier.state())
+def _save(setup: _Setup, number: int) -> None:
+    state, learner = setup.step.states / f"checkpoint-{number}", setup.learner
+    save_tensors(state, learner.trained, learner.optimizer, setup.multiplier.state())
 
 
 # Data --------------------------------------------------------------------------------------------
@@ -338,9 +338,9 @@ def _encode_instructions(tokenizer: PreTrainedTokenizerBase, recipe: RlhfRecipe)
     return [(prompt, response) for _, prompt, response in encoded]
 
 
-def _instructions_of_update(run: _Run, number: int) -> list[Exchange]:
-    """Return the instructions of an optimizer step, counted from 0 over the whole run."""
-    recipe, instructions = run.recipe, run.instructions
+def _instructions_of_update(setup: _Setup, number: int) -> list[Exchange]:
+    """Return the instructions of an optimizer step, counted from 0 over the whole setup."""
+    recipe, instructions = setup.recipe, setup.instructions
     if not instructions:
         return []
     size = recipe.ptx_batch or recipe.batch_size // recipe.minibatches

@@ -81,7 +81,7 @@ def trainer_options(step: Step, validates: bool) -> dict[str, Any]:
         "per_device_train_batch_size": recipe.micro_batch,
         "per_device_eval_batch_size": recipe.micro_batch,
         "gradient_accumulation_steps": recipe.batch_size // recipe.micro_batch,
-        # Device. transformers wants to be told that bfloat16 on a CPU is meant.
+        # Device. transformers asks to confirm bfloat16 on a CPU.
         "gradient_checkpointing": recipe.activation_checkpointing,
         "bf16": bfloat16,
         "use_cpu": bfloat16 and device.type == "cpu",
@@ -147,8 +147,8 @@ def train(trainer: Trainer, step: Step) -> None:
     trainer.add_callback(QuietBar())
     trainer.add_callback(StepRecorder(step))
 
-    # Find where to resume. transformers writes its states in place, takes the newest folder whatever
-    # is in it, and silently starts its optimizer anew where that file is missing.
+    # Find where to resume. transformers writes its states in place, takes the newest folder even
+    # if it is torn, and silently starts its optimizer anew where that file is missing.
     state = newest_state(step.states, remove_torn=True)
     done = TrainerState()
     if state:
