@@ -285,6 +285,8 @@ def _text(record: dict[str, Any], key: str, where: str, optional: bool = False) 
             f"{where}: {key!r} must be text, but is {value!r}: "
             "is this the layout that this step reads?"
         )
+
+    # A lone surrogate has no UTF-8, so no tokenizer reads it.
     try:
         value.encode()
     except UnicodeEncodeError as error:

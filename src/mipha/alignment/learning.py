@@ -68,16 +68,16 @@ class Experience:
             return {name: tensor[chosen] for name, tensor in tensors.items()}
 
         return Experience(
-            self.rollout.rows(chosen),
-            each(self.scores),
-            self.log_probs[chosen],
-            self.log_ratio[chosen],
-            self.entropy[chosen],
-            None if self.policy_inputs is None else self.policy_inputs[chosen],
-            self.critic_inputs[chosen],
-            each(self.old_values),
-            each(self.returns),
-            None if self.advantages is None else self.advantages[chosen],
+            rollout=self.rollout.rows(chosen),
+            scores=each(self.scores),
+            log_probs=self.log_probs[chosen],
+            log_ratio=self.log_ratio[chosen],
+            entropy=self.entropy[chosen],
+            policy_inputs=None if self.policy_inputs is None else self.policy_inputs[chosen],
+            critic_inputs=self.critic_inputs[chosen],
+            old_values=each(self.old_values),
+            returns=each(self.returns),
+            advantages=None if self.advantages is None else self.advantages[chosen],
         )
 
     def means(self) -> dict[str, float]:
@@ -136,14 +136,16 @@ class Learner:
 
         has_inputs = parts[0].policy_inputs is not None
         return Experience(
-            rollout,
-            scores,
-            join("log_probs"),
-            join("log_ratio"),
-            join("entropy"),
-            join("policy_inputs") if has_inputs else None,
-            join("critic_inputs"),
-            {name: torch.cat([part.old_values[name] for part in parts]) for name in self.critics},
+            rollout=rollout,
+            scores=scores,
+            log_probs=join("log_probs"),
+            log_ratio=join("log_ratio"),
+            entropy=join("entropy"),
+            policy_inputs=join("policy_inputs") if has_inputs else None,
+            critic_inputs=join("critic_inputs"),
+            old_values={
+                name: torch.cat([part.old_values[name] for part in parts]) for name in self.critics
+            },
         )
 
     @torch.no_grad()
@@ -169,14 +171,14 @@ class Learner:
                 for name, critic in self.critics.items()
             }
         return Experience(
-            rollout,
-            {},
-            log_probs,
-            log_ratio,
-            spread,
-            seen.policy_inputs,
-            seen.critic_inputs,
-            values,
+            rollout=rollout,
+            scores={},
+            log_probs=log_probs,
+            log_ratio=log_ratio,
+            entropy=spread,
+            policy_inputs=seen.policy_inputs,
+            critic_inputs=seen.critic_inputs,
+            old_values=values,
         )
 
     def assign(self, experience: Experience, multiplier: float) -> Experience:
@@ -188,6 +190,8 @@ class Learner:
         """
         recipe, mask = self._recipe, experience.rollout.mask
         advantages, returns = {}, {}
+
+        # Leaving the reference lowers the reward and raises the cost, hence the signs.
         for name, sign in zip(self.critics, (1, -1), strict=False):
             rewards = token_rewards(
                 experience.scores[name],
@@ -199,6 +203,7 @@ class Learner:
             advantages[name], returns[name] = generalized_advantages(
                 rewards, experience.old_values[name], mask, recipe.gae_gamma, recipe.gae_lambda
             )
+
         combined = combined_advantages(advantages["reward"], advantages.get("cost"), multiplier)
         return replace(experience, returns=returns, advantages=combined)
 
