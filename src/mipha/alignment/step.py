@@ -28,7 +28,7 @@ from mipha.files import read_json_object, whole_folder, write_whole
 from mipha.models.fingerprint import joint_digest, tensor_digest
 from mipha.models.language_model import end_of_turn, load_language_model
 from mipha.recipe import ModelRecipe
-from mipha.run import provenance
+from mipha.run import claim_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -84,27 +84,9 @@ def begin_step(recipe: StepRecipe, folder: Path) -> Step:
             "start it without torchrun"
         )
 
-    # Claim the folder.
     known = folder / "recipe.yaml"
-    if known.is_file():
-        there = load_alignment_recipe(known)
-        if there.digest() != recipe.digest():
-            keys = ", ".join(there.differences(recipe))
-            raise ValueError(
-                f"{folder} holds a step of another recipe (it differs in {keys}): "
-                "choose another -o, or use the old recipe"
-            )
-    elif folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file, not a folder: choose another -o")
-    elif folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise ValueError(
-            f"{folder} is not empty and not an alignment step: "
-            "choose another -o, or empty the folder"
-        )
-    else:
-        write_whole(known, recipe.dump())
-    if not (folder / "provenance.json").is_file():
-        write_whole(folder / "provenance.json", json.dumps(provenance(), indent=2) + "\n")
+    before = load_alignment_recipe(known) if known.is_file() else None
+    claim_folder(folder, recipe, before, "an alignment step")
 
     # A process that was killed after the result was written leaves its states behind.
     step = Step(recipe, folder)
