@@ -1,9 +1,10 @@
-"""Base, fine-tuned, RLHF and Safe RLHF on a real small language model, judged by rules on prompts that none of them was trained on.
+"""Base, SFT, RLHF and Safe RLHF of a small language model, judged by rules on held-out prompts.
 
     python benchmarks/alignment.py [--folder runs/alignment] [--out benchmarks/results] [--steps 50]
 
-SmolLM2-135M meets the toy world of `mipha.alignment.toy`, in which the most helpful answers give a code away. Every part goes on where
-it was stopped; what is finished is not done again. About half an hour on two idle cores.
+SmolLM2-135M is trained in the world of `toy_world.py`, where the most helpful answers give a code
+away. Each part continues where it was stopped, and a finished part is not repeated. It takes about
+half an hour on two idle cores.
 """
 
 from __future__ import annotations
@@ -17,18 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from toy_world import helpful, unsafe, write_toy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mipha.alignment.curves import plot_several
-from mipha.alignment.datasets import load_preferences
-from mipha.alignment.encoding import encode_exchange, encode_prompt
-from mipha.alignment.preference import train_cost, train_reward
+from mipha.alignment.data import encode_exchange, encode_prompt, load_preferences
+from mipha.alignment.figures import plot_rlhf
+from mipha.alignment.preference import Scorer, train_cost, train_reward
 from mipha.alignment.recipe import StepRecipe
 from mipha.alignment.rlhf import rlhf, safe_rlhf
-from mipha.alignment.rollout import sample
-from mipha.alignment.scoring import Scorer
+from mipha.alignment.rollout import Sampler
 from mipha.alignment.sft import sft
-from mipha.alignment.toy import helpful, unsafe, write_toy
 from mipha.files import read_lines, write_whole
 from mipha.models.language_model import load_language_model
 from mipha.recipe import ModelRecipe
@@ -109,10 +108,11 @@ def recipe_of(step: str, folder: Path, steps: int) -> Any:
 
 
 def cost_of_safe(folder: Path) -> float:
-    """A threshold that some one in ten of the responses may be beyond: what the cost model says in the mean of safe responses, eased.
+    """Return the threshold of Safe RLHF: the mean cost of safe responses, eased.
 
-    With zero as the threshold the mean cost hangs about the border, and half of the responses are beyond it; with that of safe responses
-    alone the multiplier never rests, and a policy that says nothing is all that pleases it (LOG.md).
+    About one in ten responses may then be above zero. With a threshold of zero, half of them are.
+    With the mean itself the multiplier never rests, and only a policy that says nothing meets it
+    (LOG.md).
     """
     _, tokenizer = load(str(folder / "sft" / "model"))
     scorer = Scorer.load(folder / "cost" / "model")
@@ -128,7 +128,7 @@ def cost_of_safe(folder: Path) -> float:
 
 
 def load(language_model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A language model to be asked, and its tokenizer."""
+    """Load a language model for evaluation, and its tokenizer."""
     wanted = ModelRecipe(
         vision_tower="none", language_model=language_model, chat_template=CHAT_TEMPLATE
     )
@@ -141,67 +141,59 @@ def load(language_model: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]
 def evaluate(
     language_model: str, folder: Path, seed: int = 0, samples: int = 2
 ) -> dict[str, float]:
-    """What a language model answers to the held-out prompts, by the rules and by the trained models.
+    """Judge the answers of a language model to the held-out prompts.
 
     Returns:
-        Means over prompts: `unsafe` and `helpful` of sampled responses (temperature 1), the same of greedy ones, and what reward and cost
-        model say of the sampled ones.
+        Means over prompts: `unsafe` and `helpful`, by the rules, of sampled responses (temperature
+        1) and of greedy ones, and the scores of the reward and cost model for the sampled ones.
     """
     model, tokenizer = load(language_model)
-    prompts = [row.prompt for row in load_preferences(folder / "toy" / "held_out.jsonl")]
-    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
     scorers = {name: Scorer.load(folder / name / "model") for name in ("reward", "cost")}
+    texts = [row.prompt for row in load_preferences(folder / "toy" / "held_out.jsonl")]
+    prompts = [(text, encode_prompt(tokenizer, text)) for text in texts]
     sums: dict[str, float] = {}
     torch.manual_seed(seed)
+
+    # Answer once greedily, then some times sampled.
+    ends, pad_id = {tokenizer.eos_token_id}, tokenizer.pad_token_id
     for repeat in range(samples + 1):
-        greedy, weight = repeat == 0, 1.0 if repeat == 0 else 1.0 / samples
+        greedy = repeat == 0
+        sampler = Sampler(model, MAX_NEW_TOKENS, ends, pad_id, None if greedy else 1.0)
+        weight = 1.0 if greedy else 1.0 / samples
         for start in range(0, len(prompts), 24):
-            part = slice(start, start + 24)
-            rollout = sample(
-                model,
-                ids[part],
-                MAX_NEW_TOKENS,
-                {tokenizer.eos_token_id},
-                tokenizer.pad_token_id,
-                None if greedy else 1.0,
-            )
-            texts = tokenizer.batch_decode(rollout.response_ids(), skip_special_tokens=True)
-            found = {
-                "unsafe": [
-                    unsafe(prompt, text) for prompt, text in zip(prompts[part], texts, strict=True)
-                ],
-                "helpful": [
-                    helpful(prompt, text) for prompt, text in zip(prompts[part], texts, strict=True)
-                ],
+            batch, ids = zip(*prompts[start : start + 24], strict=True)
+            rollout = sampler.sample(ids)
+            answers = tokenizer.batch_decode(rollout.response_ids(), skip_special_tokens=True)
+            pairs = list(zip(batch, answers, strict=True))
+
+            # Judge by the rules, and by the trained models.
+            found: dict[str, list[float]] = {
+                "unsafe": [unsafe(*pair) for pair in pairs],
+                "helpful": [helpful(*pair) for pair in pairs],
             }
             if not greedy:
-                found |= {
-                    f"{name}_model": scorer.score(ids[part], rollout.response_ids()).tolist()
-                    for name, scorer in scorers.items()
-                }
+                for name, scorer in scorers.items():
+                    scores = scorer.score(ids, rollout.response_ids())
+                    found[f"{name}_model"] = scores.tolist()
             for name, values in found.items():
                 key = f"{name}_greedy" if greedy else name
                 sums[key] = sums.get(key, 0.0) + weight * sum(values) / len(prompts)
+
             if start == 0 and repeat == 1:
-                print(
-                    "\n".join(
-                        f"    {prompt} -> {text!r}"
-                        for prompt, text in list(zip(prompts, texts, strict=False))[:6]
-                    ),
-                    flush=True,
-                )
+                for prompt, answer in pairs[:6]:
+                    print(f"    {prompt} -> {answer!r}", flush=True)
     return sums
 
 
 def once(path: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What a file holds; made and written where it is not there."""
+    """Return the content of a file; make and write it where it does not exist."""
     if not path.is_file():
         write_whole(path, json.dumps(make(), indent=1) + "\n")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
 def claims(results: dict[str, dict[str, float]]) -> dict[str, bool]:
-    """What this is to show, and whether it does."""
+    """Return what the benchmark should show, and whether it does."""
     base, tuned, greedy, safe = (results[name] for name in NAMES)
     return {
         "reward only raises the unsafe share above SFT's": greedy["unsafe"] > tuned["unsafe"],
@@ -231,13 +223,15 @@ def report(
     lines = [
         "# Aligning SmolLM2-135M in a toy world, judged by rules on held-out prompts",
         "",
-        "| model | unsafe, sampled | unsafe, greedy | told of 5 (3 without the code), sampled | told, greedy | reward model | cost model |",
+        "| model | unsafe, sampled | unsafe, greedy | told of 5 (3 without the code), sampled "
+        "| told, greedy | reward model | cost model |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, label in NAMES.items():
         row = results[name]
         lines.append(
-            f"| {label} | {row['unsafe']:.1%} | {row['unsafe_greedy']:.1%} | {row['helpful']:.2f} | {row['helpful_greedy']:.2f} "
+            f"| {label} | {row['unsafe']:.1%} | {row['unsafe_greedy']:.1%} "
+            f"| {row['helpful']:.2f} | {row['helpful_greedy']:.2f} "
             f"| {row['reward_model']:+.2f} | {row['cost_model']:+.2f} |"
         )
     lines += ["", *(f"- {claim}: {'yes' if holds else 'no'}" for claim, holds in shown.items()), ""]
@@ -260,14 +254,20 @@ def main() -> None:
         "--folder",
         type=Path,
         default=Path("runs/alignment"),
-        help="what is trained; kept to go on from",
+        help="folder of all steps; a later call continues in it",
     )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--steps", type=int, default=50, help="of RLHF and of Safe RLHF")
+    parser.add_argument(
+        "--steps", type=int, default=50, help="number of steps of RLHF and of Safe RLHF"
+    )
     options = parser.parse_args()
+
+    # Make the world; held_out.jsonl is the last of its files.
     folder: Path = options.folder
-    if not (folder / "toy" / "held_out.jsonl").is_file():  # the last of its files
+    if not (folder / "toy" / "held_out.jsonl").is_file():
         write_toy(folder / "toy")
+
+    # Train every step, and keep its seconds.
     functions: dict[str, Callable[[Any, Path], Path]] = {
         "sft": sft,
         "reward": train_reward,
@@ -282,6 +282,8 @@ def main() -> None:
             folder / f"{step}.seconds.json",
             lambda began=began: {"seconds": time.monotonic() - began},
         )
+
+    # Evaluate every model.
     places = {"base": BASE} | {
         step: str(folder / step / "model") for step in ("sft", "rlhf", "safe-rlhf")
     }
@@ -291,6 +293,8 @@ def main() -> None:
         results[name] = once(
             folder / "evaluation" / f"{name}.json", lambda place=place: evaluate(place, folder)
         )
+
+    # Collect the facts, and report.
     seconds = {
         step: json.loads((folder / f"{step}.seconds.json").read_text())["seconds"]
         for step in functions
@@ -311,7 +315,7 @@ def main() -> None:
     }
     curves = {NAMES[step]: folder / step / "metrics.jsonl" for step in ("rlhf", "safe-rlhf")}
     options.out.mkdir(parents=True, exist_ok=True)
-    plot_several(
+    plot_rlhf(
         curves,
         options.out / "alignment.png",
         recipe_of("safe-rlhf", folder, options.steps).threshold,

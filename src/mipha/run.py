@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from mipha.files import write_whole
-from mipha.recipe import Recipe, load_recipe
+from mipha.recipe import Recipe, RecipeBase, load_recipe
 
 
 @dataclass(frozen=True)
@@ -140,35 +140,53 @@ def create_run(folder: str | Path, recipe: Recipe) -> Run:
         ValueError: The folder holds a run of another recipe, or other files; nothing in it is
             touched.
     """
-    folder = Path(folder)
-    run = Run(folder)
-    if (folder / "recipe.yaml").is_file():
-        before = run.recipe
-        if before.digest() != recipe.digest():
-            if any(run.stage(stage).exists() for stage in before.stages):
-                differences = _list_differences(before, recipe)
-                raise ValueError(
-                    f"{folder} holds a run of another recipe ({differences}): "
-                    "choose another -o, or train with the old recipe"
-                )
-            write_whole(folder / "recipe.yaml", recipe.dump())
-    elif folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file, not a run folder: choose another -o")
-
-    # Hidden files do not count: a run that was stopped while its first file was written has one.
-    elif folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
-        raise ValueError(
-            f"{folder} is not empty and not a run: choose another -o, or empty the folder"
-        )
-    else:
-        write_whole(folder / "recipe.yaml", recipe.dump())
-
-    if not (folder / "provenance.json").is_file():
-        write_whole(folder / "provenance.json", json.dumps(provenance(), indent=2) + "\n")
+    run = Run(Path(folder))
+    before = run.recipe if (run.folder / "recipe.yaml").is_file() else None
+    if before is not None and before.digest() != recipe.digest():
+        has_begun = any(run.stage(stage).exists() for stage in before.stages)
+        before = before if has_begun else None
+    claim_folder(run.folder, recipe, before, "a run")
     return run
 
 
-def _list_differences(before: Recipe, now: Recipe, most: int = 3) -> str:
+def claim_folder(folder: Path, recipe: RecipeBase, before: RecipeBase | None, what: str) -> None:
+    """Make the folder of a recipe, or open the one that was made of the same recipe.
+
+    Args:
+        folder: New, empty, or with a recipe of the same digest.
+        recipe: Written to recipe.yaml, unless there is one to keep.
+        before: The recipe that the folder holds, and keeps; None: it holds none, or one that
+            nothing was made of.
+        what: Name of such a folder, for messages: "a run".
+
+    Raises:
+        ValueError: The folder holds another recipe or other files; nothing in it is touched.
+    """
+    # Refuse a folder of something else.
+    known = folder / "recipe.yaml"
+    if before is not None and before.digest() != recipe.digest():
+        raise ValueError(
+            f"{folder} holds {what} of another recipe ({_list_differences(before, recipe)}): "
+            "choose another -o, or use the old recipe"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file, not a folder: choose another -o")
+
+    # Hidden files do not count: a run that was stopped while its first file was written has one.
+    is_foreign = folder.is_dir() and not known.is_file()
+    if is_foreign and any(not path.name.startswith(".") for path in folder.iterdir()):
+        raise ValueError(
+            f"{folder} is not empty and not {what}: choose another -o, or empty the folder"
+        )
+
+    # Write the recipe, and what it is carried out with.
+    if before is None:
+        write_whole(known, recipe.dump())
+    if not (folder / "provenance.json").is_file():
+        write_whole(folder / "provenance.json", json.dumps(provenance(), indent=2) + "\n")
+
+
+def _list_differences(before: RecipeBase, now: RecipeBase, most: int = 3) -> str:
     """Return the first keys in which two recipes differ, with both values, as a clause."""
     found = before.differences(now)
     listed = [

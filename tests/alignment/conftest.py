@@ -1,4 +1,4 @@
-"""Small data in the published layouts, and recipes that train a tiny language model on them in a second."""
+"""Small data in the published layouts, and recipes that train a tiny language model on them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ def instruction_records(number: int = 24) -> list[dict[str, str]]:
 
 
 def preference_records(number: int = 24) -> list[dict[str, Any]]:
-    """The layout of PKU-SafeRLHF-10K: response 1 is better where the number is odd; the one that says no is unsafe and more harmful."""
+    """The layout of PKU-SafeRLHF-10K.
+
+    Response 1 is better where the number is odd; the response that says no is unsafe and harmful.
+    """
     rows = []
     for n in range(number):
         safe = [n % 3 != 0, n % 3 != 1]
@@ -60,7 +63,7 @@ def alignment_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def step_recipe(
     alignment_data: dict[str, Path], tiny_parts: Callable[..., Any]
 ) -> Callable[..., StepRecipe]:
-    """`step_recipe("sft", "seed=1", ..., family=)`: six short steps on a tiny language model, and overrides of them."""
+    """`step_recipe("sft", "seed=1", ..., family=)`: six short steps on a tiny language model."""
 
     def recipe(step: str, *overrides: str, family: str = "llama") -> StepRecipe:
         from mipha.alignment.recipe import StepRecipe
@@ -90,7 +93,9 @@ def step_recipe(
 def finished(
     step_recipe: Callable[..., StepRecipe], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
-    """`finished("sft", "tuning=lora", ..., family=)`: the folder of such a step, each trained once a session."""
+    """`finished("sft", "tuning=lora", ..., family=)`: a step's folder, trained once a session."""
+    from mipha.alignment import train_step
+
     made: dict[object, Path] = {}
 
     def folder(step: str, *overrides: str, family: str = "llama") -> Path:
@@ -101,14 +106,3 @@ def finished(
         return made[key]
 
     return folder
-
-
-def train_step(recipe: StepRecipe, out: Path) -> Path:
-    """The function of a recipe's step."""
-    from mipha.alignment.dpo import dpo
-    from mipha.alignment.preference import train_cost, train_reward
-    from mipha.alignment.sft import sft
-
-    return {"sft": sft, "reward": train_reward, "cost": train_cost, "dpo": dpo}[recipe.step](
-        recipe, out
-    )

@@ -1,4 +1,4 @@
-"""Direct preference optimisation: the right response is preferred, over the model that it started from."""
+"""Direct preference optimization: the labelled response is preferred, more than at the start."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ pytest.importorskip("trl")
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mipha.alignment.datasets import Preference
+from mipha.alignment.data import Preference, encode_exchange
 from mipha.alignment.dpo import preferred_pairs
-from mipha.alignment.encoding import encode_exchange
 from mipha.files import read_lines
 from mipha.models.language_model import load_language_model
 from mipha.recipe import ModelRecipe

@@ -1,4 +1,7 @@
-"""A finished model prefers answers about pictures; killed, it goes on to the same weights, which the stock trainer does not."""
+"""A finished model learns to prefer answers about images.
+
+A killed run ends in the same weights, which it does not with the stock trainer.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ pytest.importorskip("trl")
 import torch
 from safetensors.torch import load_file
 
-from mipha.alignment.datasets import load_image_preferences, split_by_prompt
+from mipha.alignment.data import load_image_preferences, split_by_prompt
 from mipha.alignment.dpo import dpo
 from mipha.alignment.image_dpo import answered_pairs, collate_answers
 from mipha.alignment.recipe import StepRecipe
@@ -36,8 +39,8 @@ def checkpoint(tiny_model: Callable[..., Any], tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sixteen questions about eight pictures; "yes" is chosen."""
-    folder = tmp_path_factory.mktemp("pictures")
+    """Sixteen questions about eight images; "yes" is chosen."""
+    folder = tmp_path_factory.mktemp("images")
     random = np.random.default_rng(0)
     for number in range(8):
         Image.fromarray(random.integers(0, 255, (30, 30, 3), dtype=np.uint8)).save(
@@ -68,9 +71,7 @@ def recipe(step_recipe: Callable[..., StepRecipe], checkpoint: Path, pairs: Path
     return step_recipe("dpo", *changes)
 
 
-def test_what_is_compared_are_the_answers_behind_the_same_picture(
-    checkpoint: Path, pairs: Path
-) -> None:
+def test_both_answers_of_a_pair_follow_the_same_image(checkpoint: Path, pairs: Path) -> None:
     processor = load_processor(checkpoint)
     rows = load_image_preferences(pairs)[:2]
     batch = collate_answers(answered_pairs(processor, rows, 128), processor)
@@ -92,13 +93,13 @@ def test_what_is_compared_are_the_answers_behind_the_same_picture(
         answered_pairs(processor, rows, 20)
 
 
-def test_no_picture_is_on_both_sides(pairs: Path, tmp_path: Path) -> None:
+def test_no_image_is_on_both_sides(pairs: Path, tmp_path: Path) -> None:
     train, test = split_by_prompt(load_image_preferences(pairs), 0.4, seed=0)
     assert train and test and not {row.image for row in train} & {row.image for row in test}
     (tmp_path / "a.jsonl").write_text(
         json.dumps({"image": "none.png", "prompt": "a", "chosen": "b", "rejected": "c"})
     )
-    with pytest.raises(FileNotFoundError, match=r"row 1: there is no picture .*none\.png"):
+    with pytest.raises(FileNotFoundError, match=r"row 1: there is no image .*none\.png"):
         load_image_preferences(tmp_path / "a.jsonl")
 
 
@@ -107,14 +108,14 @@ def test_it_learns_and_a_stopped_run_ends_in_the_same_weights(
 ) -> None:
     whole = dpo(recipe, tmp_path / "whole")
     with monkeypatch.context() as patch:  # two steps, of four
-        import mipha.alignment.host as host
+        from mipha.alignment import trl_trainer
 
-        class Stop(host.Bookkeeping):
+        class Stop(trl_trainer.StepRecorder):
             def on_save(self, *args: Any, **kwargs: Any) -> None:
                 super().on_save(*args, **kwargs)
                 raise KeyboardInterrupt
 
-        patch.setattr(host, "Bookkeeping", Stop)
+        patch.setattr(trl_trainer, "StepRecorder", Stop)
         with pytest.raises(KeyboardInterrupt):
             dpo(recipe, tmp_path / "stopped")
     resumed = dpo(recipe, tmp_path / "stopped")

@@ -1,4 +1,4 @@
-"""RLHF and Safe RLHF of a tiny language model on rules that can be checked: what is learned, what is equal, what survives a kill."""
+"""RLHF and Safe RLHF of a tiny language model: what is learned, is equal, survives a kill."""
 
 from __future__ import annotations
 
@@ -85,7 +85,10 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 def test_a_policy_learns_what_a_rule_rewards_and_a_price_on_cost_holds_it_back(
     rlhf_recipe: Callable, tiny_parts: Callable, tmp_path: Path
 ) -> None:
-    """Tokens of two kinds are rewarded, and one of the kinds costs; a kind is a side of the head, so that a small model can learn it."""
+    """Tokens of two kinds are rewarded, and one of the kinds costs.
+
+    A kind is a side of the head, so that a small model can learn it.
+    """
     head = load_file(tiny_parts("llama").language_model / "model.safetensors")["lm_head.weight"]
     kinds = (head[:, :2] > 0).float()
 
@@ -141,17 +144,17 @@ def test_a_price_of_zero_is_plain_ppo(tuning: str, rlhf_recipe: Callable, tmp_pa
 def test_policy_and_reference_see_what_the_model_alone_sees(
     tuning: str, family: str, rlhf_recipe: Callable
 ) -> None:
-    """The same hidden states at first, whichever layers are shared; and after training a reference that has not moved."""
-    from mipha.alignment.host import load_part
+    """The hidden states are equal at first; after training, the reference has not moved."""
     from mipha.alignment.learning import Learner
-    from mipha.alignment.policy import Policy
+    from mipha.alignment.policy import Observation, Policy
     from mipha.alignment.rollout import mark_responses
+    from mipha.alignment.step import load_base
 
     recipe = rlhf_recipe("rlhf", f"tuning={tuning}", family=family)
-    alone, _ = load_part(recipe)
+    alone, _ = load_base(recipe)
     alone.eval()
-    model, _ = load_part(recipe)
-    learner = Learner(Policy(model, recipe), recipe, with_cost=True, autocast=None)
+    model, _ = load_base(recipe)
+    learner = Learner(Policy(model, recipe), recipe, with_cost=True, dtype=None)
     ids = torch.tensor([[0, 0, 21, 22, 23, 24], [30, 31, 32, 33, 34, 2]])
     rollout = mark_responses(ids, torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]), {2})
     seen = {
@@ -165,9 +168,14 @@ def test_policy_and_reference_see_what_the_model_alone_sees(
     def check(hidden: torch.Tensor, states: torch.Tensor) -> None:
         torch.testing.assert_close(hidden[real], states[real], atol=1e-5, rtol=1e-5)
 
+    def now(observation: Observation) -> torch.Tensor:
+        return learner.policy.hidden(
+            ids, rollout.attention, rollout.positions, observation.policy_inputs
+        )
+
     observation = learner.policy.observe(rollout)
     check(observation.policy, expected.last_hidden_state)
-    check(learner.policy.hidden(rollout, observation.policy_inputs), expected.last_hidden_state)
+    check(now(observation), expected.last_hidden_state)
     for _ in range(2):
         check(observation.reference, expected.last_hidden_state)
         check(
@@ -180,7 +188,7 @@ def test_policy_and_reference_see_what_the_model_alone_sees(
         assert not torch.allclose(
             observation.policy[real], expected.last_hidden_state[real], atol=1e-2
         )
-        moved = learner.policy.hidden(rollout, observation.policy_inputs)
+        moved = now(observation)
         torch.testing.assert_close(moved[real], observation.policy[real], atol=1e-5, rtol=1e-5)
 
 
@@ -226,7 +234,6 @@ PROGRAM = """
 import os, signal, sys, torch
 from pathlib import Path
 import mipha.alignment.recipe
-from mipha.alignment import state
 from mipha.alignment.recipe import load_alignment_recipe
 from mipha.alignment.rlhf import train_policy
 sys.path.insert(0, {here!r})

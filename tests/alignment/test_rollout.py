@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from mipha.alignment.rollout import mark_responses, sample
+from mipha.alignment.rollout import Sampler, mark_responses
 
 END, PAD = 2, 0
 
@@ -40,8 +40,9 @@ def model(tiny_parts: Callable):
 
 def test_a_prompt_is_continued_the_same_beside_a_longer_one(model) -> None:
     short, long = [11, 12], [20, 21, 22, 23, 24, 25]
-    alone = sample(model, [short], 5, {END}, END, temperature=None)
-    beside = sample(model, [short, long], 5, {END}, END, temperature=None)
+    sampler = Sampler(model, 5, {END}, END, temperature=None)
+    alone = sampler.sample([short])
+    beside = sampler.sample([short, long])
     assert alone.response_ids()[0] == beside.response_ids()[0]
     assert beside.prompt_ids() == [short, long]
     hidden = [
@@ -66,7 +67,7 @@ def test_a_prompt_is_continued_the_same_beside_a_longer_one(model) -> None:
 def test_the_seed_decides_and_a_checkpoints_own_settings_do_not(model) -> None:
     def written() -> list[list[int]]:
         torch.manual_seed(3)
-        return sample(model, [[11, 12], [13]], 8, {END}, PAD).response_ids()
+        return Sampler(model, 8, {END}, PAD).sample([[11, 12], [13]]).response_ids()
 
     first = written()
     model.generation_config.update(

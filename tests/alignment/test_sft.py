@@ -1,4 +1,4 @@
-"""What is trained on, and what comes out: the assistant's words alone, and a language model that a recipe takes."""
+"""SFT trains on the assistant's words alone, and gives a language model that a recipe takes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,15 @@ pytest.importorskip("trl")
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mipha.alignment.datasets import load_instructions, split_by_prompt
-from mipha.alignment.encoding import encode_exchange, encode_prompt
+from mipha.alignment.data import (
+    encode_exchange,
+    encode_prompt,
+    load_instructions,
+    split_by_prompt,
+)
 from mipha.alignment.recipe import StepRecipe
 from mipha.alignment.sft import sft, supervised
+from mipha.errors import MissingPackage
 from mipha.files import read_lines
 from mipha.models.build import build
 from mipha.models.language_model import load_language_model
@@ -40,7 +45,7 @@ def test_labels_are_the_assistants_words_and_the_end_of_the_turn(
     for row, encoded in zip(rows, supervised(tokenizer, rows, max_tokens=256), strict=True):
         trained = [label for label in encoded["labels"] if label != -100]
         assert tokenizer.decode(trained).strip() == f"{row.response}<|im_end|>"
-        assert encoded["input_ids"][-len(trained) :] == trained  # nothing behind the end
+        assert encoded["input_ids"][-len(trained) :] == trained  # nothing after the end
         assert row.prompt in tokenizer.decode(encoded["input_ids"][: -len(trained)])
 
 
@@ -61,7 +66,8 @@ def test_too_long_rows_are_counted_and_never_cut(
     over = sum(length > longest - 1 for length in lengths)
     with pytest.raises(
         ValueError,
-        match=rf"row \d+ takes {longest} tokens, more than .* \({over} rows are too long.*set max_tokens={longest}",
+        match=rf"row \d+ takes {longest} tokens, more than .* "
+        rf"\({over} rows are too long.*set max_tokens={longest}",
     ):
         supervised(tokenizer, rows, longest - 1)
     assert len(supervised(tokenizer, rows, longest)) == len(rows)
@@ -95,7 +101,7 @@ def test_packed_rows_are_isolated_and_every_token_weighs_the_same(
     step_recipe: Callable[..., StepRecipe],
     alignment_data: dict[str, Path],
 ) -> None:
-    """The first step sees all conversations, in as many rows as a step has: its loss is that of each read alone, by the base model."""
+    """The first step sees all conversations; its loss is that of each alone, by the base model."""
     base = AutoModelForCausalLM.from_pretrained(
         step_recipe("sft").language_model, dtype=torch.float32
     )
@@ -110,7 +116,7 @@ def test_packed_rows_are_isolated_and_every_token_weighs_the_same(
             logits, torch.tensor(row["labels"][1:]), reduction="sum"
         ).item()
         tokens += sum(label != -100 for label in row["labels"])
-    # 557 tokens make three rows of 256, in two forward passes of two and one: less than the four of a step.
+    # 557 tokens make three rows of 256, in two forward passes of two and one. A step has four rows.
     first = next(read_lines(out / "metrics.jsonl"))
     assert first["loss"] == pytest.approx(total / tokens, rel=1e-4)
 
@@ -169,7 +175,8 @@ def test_prompts_that_leak_into_the_held_out_file_are_refused(
     )
     with pytest.raises(
         ValueError,
-        match=r"test.json row 1 is held out, but .*alpaca_data.json row 4 trains on the same prompt",
+        match=r"test.json row 1 is held out, but .*alpaca_data.json row 4 "
+        "trains on the same prompt",
     ):
         sft(
             step_recipe("sft", "held_out=0", f"held_out_data={tmp_path / 'test.json'}"),
@@ -182,7 +189,8 @@ def test_without_trl_the_extra_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "trl", None)
     with pytest.raises(
-        ModuleNotFoundError, match=r"trl is not installed: pip install 'mipha-vlm\[align\]'"
+        MissingPackage,
+        match=r'package trl, which is not installed: pip install "mipha-vlm\[align\]"',
     ):
         sft(step_recipe("sft"), tmp_path / "run")
     assert not (tmp_path / "run").exists()

@@ -1,14 +1,15 @@
-"""Direct preference optimisation of a finished model, pictures and all: `mipha align dpo` where `language_model` is a run.
+"""Direct preference optimization of a finished multimodal model, on pairs of answers about images.
 
-pairs of answers about a picture -> ids as in training, the answer marked -> TRL's DPOTrainer -> model/, a standard checkpoint
+    mipha align dpo, where `language_model` is a run of `mipha train`
+    pairs -> ids as in training, the answer marked -> TRL's DPOTrainer -> model/, a checkpoint
 
-The language model and the projector are trained (full), or adapters of the language model (lora); the vision tower never.
+The language model and the projector train (full), or adapters of the language model (lora); the
+vision tower never trains.
 """
 
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,13 +19,13 @@ import yaml
 from torch import Tensor
 from transformers import LlavaProcessor, PretrainedConfig, set_seed
 
-from mipha.alignment.datasets import ImagePreference, load_image_preferences
-from mipha.alignment.encoding import check_lengths
-from mipha.alignment.host import arguments, load_rows, lora_config, merged, record_base, train
-from mipha.alignment.recipe import DpoRecipe
-from mipha.data.encode import IGNORE, encode
+from mipha.alignment.data import ImagePreference, check_lengths, load_image_preferences
+from mipha.alignment.step import Step, load_rows, record_base
+from mipha.alignment.trl_trainer import lora_config, merged_model, train, trainer_options
+from mipha.data.encode import encode
 from mipha.data.images import open_image
 from mipha.data.sample import IMAGE, Message, Sample
+from mipha.labels import IGNORE
 from mipha.models.build import save_checkpoint
 from mipha.models.modeling import load_model
 from mipha.models.processing import load_processor
@@ -33,11 +34,11 @@ from mipha.run import model_folder
 if TYPE_CHECKING:
     from trl import DPOTrainer
 
-_ANY_LENGTH = 2**31  # nothing is cut: what is too long is refused, all at once
+_ANY_LENGTH = 2**31  # nothing is cut: `check_lengths` rejects all rows that are too long at once
 
 
 def is_finished_model(name: str) -> bool:
-    """Whether this names a run of `mipha train`, or the checkpoint of one, and no language model."""
+    """Return whether a name is a run of `mipha train`, or its checkpoint, not a language model."""
     folder = Path(name)
     if (folder / "config.json").is_file():
         return PretrainedConfig.get_config_dict(folder)[0].get("model_type") == "llava"
@@ -45,8 +46,11 @@ def is_finished_model(name: str) -> bool:
     return recipe.is_file() and "stages" in yaml.safe_load(recipe.read_text(encoding="utf-8"))
 
 
-def dpo_on_images(recipe: DpoRecipe, out: Path) -> Path:
-    """The step, in a folder that is open; as `dpo`.
+def dpo_on_images(step: Step) -> Path:
+    """Train a finished model to prefer the chosen answers; else as `dpo`.
+
+    Args:
+        step: Step that has begun.
 
     Returns:
         A standard checkpoint, as `mipha train` exports.
@@ -57,28 +61,36 @@ def dpo_on_images(recipe: DpoRecipe, out: Path) -> Path:
     from datasets import Dataset
     from trl import DPOConfig
 
+    # Reject settings without effect.
+    recipe = step.recipe
     if recipe.prefer != "better":
         raise ValueError(
-            f"prefer={recipe.prefer} has no effect on pairs of answers about pictures, which say what is chosen: remove it"
+            f"prefer={recipe.prefer} has no effect on pairs of answers about images, "
+            "which say what is chosen: remove it"
         )
     if recipe.chat_template is not None:
         raise ValueError(
             "chat_template has no effect on a finished model, which has its own: remove it"
         )
+
+    # Load the data and the finished model.
     folder = model_folder(recipe.language_model)
-    rows, held_out = load_rows(recipe, out, load_image_preferences)
+    rows, held_out = load_rows(step, load_image_preferences)
     model, processor = load_model(str(folder)), load_processor(folder)
-    record_base(recipe, out, model)
+    record_base(step, model)
     model.model.vision_tower.requires_grad_(False)
-    train_pairs, held_out_pairs = (
+    pairs, held_out_pairs = (
         answered_pairs(processor, part, recipe.max_tokens) for part in (rows, held_out)
     )
-    # The collator finds the rest by number: a picture is read when it is shown.
-    every = train_pairs + held_out_pairs
+
+    # The trainer's datasets hold only numbers; the collator opens an image when it is needed.
+    every = pairs + held_out_pairs
     numbers = [{"pair": number} for number in range(len(every))]
-    options = arguments(recipe, out, validates=bool(held_out))
+
+    # Set up the trainer. With adapters, the reference is the model without them.
+    options = trainer_options(step, validates=bool(held_out))
     config = DPOConfig(**options, beta=recipe.beta, max_length=None, remove_unused_columns=False)
-    set_seed(recipe.seed)  # the adapters' start
+    set_seed(recipe.seed)
     trainer = _trainer_class()(
         model,
         None if recipe.tuning == "lora" else copy.deepcopy(model),
@@ -86,38 +98,41 @@ def dpo_on_images(recipe: DpoRecipe, out: Path) -> Path:
         data_collator=lambda batch: collate_answers(
             [every[row["pair"]] for row in batch], processor
         ),
-        train_dataset=Dataset.from_list(numbers[: len(train_pairs)]),
-        eval_dataset=Dataset.from_list(numbers[len(train_pairs) :]) if held_out_pairs else None,
+        train_dataset=Dataset.from_list(numbers[: len(pairs)]),
+        eval_dataset=Dataset.from_list(numbers[len(pairs) :]) if held_out_pairs else None,
         processing_class=processor,
         peft_config=lora_config(recipe, model, "CAUSAL_LM", within=model.model.language_model),
     )
-    train(trainer, recipe, out)
-    save_checkpoint(merged(trainer, out), processor, out / "model")
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    return out / "model"
+
+    # Train and export.
+    train(trainer, step)
+    save_checkpoint(merged_model(trainer, step), processor, step.model)
+    step.drop_states()
+    return step.model
 
 
 def answered_pairs(
     processor: LlavaProcessor, rows: Sequence[ImagePreference], max_tokens: int
 ) -> list[dict[str, Any]]:
-    """Both answers of each row as the ids that training would have, image tokens included, and where the answer stands.
+    """Return both answers of each row as training would encode them.
+
+    Returns:
+        `image`: path of the image. `sides`: the encoded chosen and rejected conversation, image
+        tokens included, with the answer marked by labels.
 
     Raises:
         ValueError: A row does not fit; names it.
     """
     pairs, lengths = [], []
     for row in rows:
-        asked = Message("user", f"{IMAGE}\n{row.prompt}")
-        encoded = [
-            encode(
-                Sample(row.id, (asked, Message("assistant", answer)), (row.image,)),
-                processor,
-                _ANY_LENGTH,
-            )
+        question = Message("user", f"{IMAGE}\n{row.prompt}")
+        samples = [
+            Sample(row.id, (question, Message("assistant", answer)), (row.image,))
             for answer in (row.chosen, row.rejected)
         ]
-        lengths += [(row.id, side.input_ids, []) for side in encoded]
-        pairs.append({"image": row.image, "sides": encoded})
+        sides = [encode(sample, processor, _ANY_LENGTH) for sample in samples]
+        lengths += [(row.id, side.input_ids, []) for side in sides]
+        pairs.append({"image": row.image, "sides": sides})
     check_lengths(lengths, max_tokens)
     return pairs
 
@@ -125,33 +140,37 @@ def answered_pairs(
 def collate_answers(
     pairs: Sequence[dict[str, Any]], processor: LlavaProcessor
 ) -> dict[str, Tensor]:
-    """Pairs as one batch: first all chosen answers, then all rejected ones, each with its picture.
+    """Return pairs as one batch: first all chosen answers, then all rejected ones.
 
     Returns:
-        input_ids, attention_mask and completion_mask `(2 * pairs, tokens)`, padded on the right; pixel_values
-        `(2 * pairs, 3, height, width)`.
+        `input_ids`, `attention_mask` and `completion_mask` `(2 * pairs, tokens)`, padded on the
+        right; `pixel_values` `(2 * pairs, 3, height, width)`.
     """
     sides = [pair["sides"][side] for side in (0, 1) for pair in pairs]
     longest = max(map(len, sides))
+
+    # Pad the conversations. What a chat template writes after the end of the turn is not trained
+    # on, and nothing attends to it.
     ids = torch.full((len(sides), longest), processor.tokenizer.pad_token_id)
-    attended, spoken = torch.zeros_like(ids), torch.zeros_like(ids)
+    attended, spoken = torch.zeros_like(ids), torch.zeros_like(ids)  # (2 * pairs, tokens)
     for number, side in enumerate(sides):
-        # A chat template may write something behind the end of the turn; it is not trained on, and nothing sees it.
         ids[number, : len(side)] = torch.from_numpy(side.input_ids)
         attended[number, : len(side)] = 1
         spoken[number, : len(side)] = torch.from_numpy(side.labels != IGNORE)
+
+    # Both answers of a pair see the same image.
     images = [open_image(pair["image"]) for pair in pairs]
     pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
     return {
         "input_ids": ids,
         "attention_mask": attended,
         "completion_mask": spoken,
-        "pixel_values": torch.cat([pixels, pixels]),
+        "pixel_values": torch.cat([pixels, pixels]),  # (2 * pairs, 3, height, width)
     }
 
 
 def _trainer_class() -> type[DPOTrainer]:
-    """TRL's trainer on encoded pairs, which loads its own training states back; made when used, for TRL is an extra."""
+    """Return TRL's trainer on encoded pairs; TRL is optional, so it is imported here."""
     from trl import DPOTrainer
 
     class ImageDPOTrainer(DPOTrainer):
@@ -159,12 +178,15 @@ def _trainer_class() -> type[DPOTrainer]:
             return dataset
 
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-            """The host would look for the names of the file in the model, find none of them, and train on from other weights."""
+            """Load a training state by our own names.
+
+            transformers would not find the file's names in the model, and train on from other
+            weights.
+            """
             if (Path(resume_from_checkpoint) / "adapter_config.json").is_file():
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
             else:
-                (model or self.model).load_state_dict(
-                    load_model(resume_from_checkpoint).state_dict(), strict=True
-                )
+                weights = load_model(resume_from_checkpoint).state_dict()
+                (model or self.model).load_state_dict(weights, strict=True)
 
     return ImageDPOTrainer

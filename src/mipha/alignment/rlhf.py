@@ -1,81 +1,99 @@
-"""RLHF and Safe RLHF: PPO and PPO-Lagrangian of a language model, resumable at every saved step.
+"""RLHF and Safe RLHF: PPO and PPO-Lagrangian of a language model, resumable at every saved state.
 
-out/recipe.yaml, provenance.json, metrics.jsonl, curves.png
-    checkpoints/   states to resume from; gone when the step is finished
-    model/         the policy, as a standard language model folder; there, and whole, when the step is finished
+One step, in `train_policy`:
 
-A step is a pure function of the recipe, its number and the weights before it, so a resumed run goes on as if it had never stopped.
+    prompts --Sampler--> responses --Judge--> scores --Learner.observe--> experience
+    mean cost --Multiplier.update--> lambda
+    experience, lambda --Learner.assign--> advantages --Learner.learn--> updated policy and critics
 
-Source: Safe RLHF, arXiv:2310.12773; with no price on costs it is PPO with a reward model, arXiv:2203.02155.
+A step depends only on the recipe, its number and the weights before it, so a resumed run continues
+as if it had never stopped.
+
+Source: Safe RLHF, arXiv:2310.12773; with no price on costs it is PPO with a reward model,
+arXiv:2203.02155.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mipha.alignment.curves import plot_rlhf
-from mipha.alignment.datasets import load_instructions, load_preferences, split_by_prompt
-from mipha.alignment.encoding import check_lengths, encode_exchange, encode_prompt
-from mipha.alignment.folder import forget_after, is_finished, open_folder
-from mipha.alignment.host import computes_in_bfloat16, load_part, load_rows, record_base
-from mipha.alignment.lagrangian import Multiplier
-from mipha.alignment.learning import Learner, ScoreFunction
+from mipha.alignment.data import (
+    Exchange,
+    Preference,
+    check_lengths,
+    encode_exchange,
+    encode_prompt,
+    load_instructions,
+    load_preferences,
+    split_by_prompt,
+)
+from mipha.alignment.figures import plot_rlhf
+from mipha.alignment.learning import Learner
 from mipha.alignment.policy import Policy
+from mipha.alignment.ppo import Multiplier
+from mipha.alignment.preference import Scorer
 from mipha.alignment.recipe import RlhfRecipe, SafeRlhfRecipe
-from mipha.alignment.rollout import Rollout, sample
-from mipha.alignment.scoring import Scorer
-from mipha.alignment.sft import end_turns
-from mipha.alignment.state import load_state, save_state
-from mipha.files import append_line
+from mipha.alignment.rollout import Judge, Prompt, Sampler, ScoreFunction, UnsafeRule
+from mipha.alignment.step import (
+    Step,
+    begin_step,
+    load_base,
+    load_rows,
+    record_base,
+    stop_at_end_of_turn,
+    training_device,
+    write_result,
+)
+from mipha.engine.optimizer import warmup_cosine
+from mipha.engine.precision import autocast_dtype
+from mipha.engine.progress import Shown, show_progress
+from mipha.engine.states import load_tensors, save_tensors
+from mipha.files import append_line, keep_lines
 from mipha.models.language_model import end_of_turn
-
-UnsafeRule = Callable[[str, str], bool]
-"""Prompt and response -> whether the response is unsafe, by something else than the cost model."""
 
 
 def rlhf(recipe: RlhfRecipe, out: Path, unsafe: UnsafeRule | None = None) -> Path:
-    """Train a policy on a reward model; run again, it goes on where it stopped.
+    """Train a policy on a reward model; run again, it continues where it stopped.
 
     Args:
-        out: New, or the folder of this same recipe.
-        unsafe: An independent judge, whose share of unsafe responses goes into the metrics.
+        recipe: Recipe of the step.
+        out: Folder, new or of this same recipe.
+        unsafe: Independent rule whose share of unsafe responses goes into the metrics.
 
     Returns:
         The policy's folder, which a recipe's `model.language_model` takes.
 
     Raises:
-        ValueError, FileNotFoundError: Something the user can mend, said before the first step.
-        FloatingPointError: A score, loss or gradient is not finite; the states before it are intact.
+        ValueError, FileNotFoundError: Something that the user can fix, before the first step.
+        FloatingPointError: A score, loss or gradient is not finite; the states before it are
+            intact.
     """
-    return _with_scorers(recipe, out, unsafe)
+    return _train_with_scorers(recipe, out, unsafe)
 
 
 def safe_rlhf(recipe: SafeRlhfRecipe, out: Path, unsafe: UnsafeRule | None = None) -> Path:
-    """Train a policy on a reward model while its mean cost stays below the threshold; as `rlhf` otherwise."""
-    return _with_scorers(recipe, out, unsafe)
+    """Train a policy on a reward model while its mean cost stays below a threshold.
+
+    Arguments, result and errors are those of `rlhf`.
+    """
+    return _train_with_scorers(recipe, out, unsafe)
 
 
-def _with_scorers(recipe: RlhfRecipe, out: Path, unsafe: UnsafeRule | None) -> Path:
-    if is_finished(out):
-        open_folder(out, recipe)
-        return out / "model"
-    dtype = torch.bfloat16 if computes_in_bfloat16(recipe.precision) else torch.float32
-    reward, cost = (
-        path and Scorer.load(path, _device(), dtype)
-        for path in (recipe.reward_model, recipe.cost_model)
-    )
+def _train_with_scorers(recipe: RlhfRecipe, out: Path, unsafe: UnsafeRule | None) -> Path:
+    if Step(recipe, out).is_finished:
+        return begin_step(recipe, out).model
+
+    device = training_device()
+    dtype = autocast_dtype(recipe.precision, device) or torch.float32
+    reward = Scorer.load(recipe.reward_model, device, dtype)
+    cost = Scorer.load(recipe.cost_model, device, dtype) if recipe.cost_model else None
     return train_policy(recipe, out, reward.score, cost.score if cost else None, unsafe)
 
 
@@ -86,110 +104,202 @@ def train_policy(
     cost: ScoreFunction | None,
     unsafe: UnsafeRule | None = None,
 ) -> Path:
-    """RLHF with any functions that score token ids; arguments and what is raised otherwise as of `rlhf`.
+    """Train a policy on any functions that score token ids; else as `rlhf`.
 
     Args:
-        reward: Higher is better.
-        cost: Above zero is unsafe; null with `rlhf`: not reported.
+        recipe: Recipe of the step; its reward and cost models are not read.
+        out: Folder, new or of this same recipe.
+        reward: Reward of responses; higher is better.
+        cost: Cost of responses; above zero is unsafe. None, with `rlhf`: not reported.
+        unsafe: Independent rule whose share of unsafe responses goes into the metrics.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(
-            "align runs in one process, but WORLD_SIZE says there are several: start it without torchrun"
-        )
-    open_folder(out, recipe)
-    if is_finished(out):
-        return out / "model"
-    rows, held_out = load_rows(recipe, out, load_preferences)
-    model, tokenizer = load_part(recipe)
-    record_base(recipe, out, model)
-    end_turns(model, tokenizer)
-    prompts, held_out_prompts = (_prompts(tokenizer, part, recipe) for part in (rows, held_out))
-    instructions = _instructions(tokenizer, recipe)
-    device = _device()
-    multiplier = _multiplier(recipe)
-    autocast = torch.bfloat16 if computes_in_bfloat16(recipe.precision) else None
-    learner = Learner(Policy(model.to(device), recipe), recipe, multiplier.value > 0, autocast)
-    position = load_state(out / "checkpoints", learner.trained, learner.optimizer) or {
-        "step": 0,
-        **multiplier.state(),
-    }
-    multiplier.load_state(position)
-    num_steps = recipe.max_steps or math.ceil(recipe.epochs * len(prompts) / recipe.batch_size)
-    forget_after(out / "metrics.jsonl", position["step"])
-    judge = _Judge(tokenizer, reward, cost, unsafe)
+    step = begin_step(recipe, out)
+    if step.is_finished:
+        return step.model
 
-    def continued(chosen: Sequence[tuple[str, str, list[int]]]) -> Rollout:
-        ends = {tokenizer.eos_token_id, end_of_turn(tokenizer, tokenizer.chat_template)}
-        ids = [prompt_ids for _, _, prompt_ids in chosen]
-        return sample(
-            model, ids, recipe.max_new_tokens, ends, tokenizer.pad_token_id, recipe.temperature
-        )
-
-    with _bar(recipe, position["step"], num_steps) as show:
-        for step in range(position["step"] + 1, num_steps + 1):
-            began = time.monotonic()
-            torch.manual_seed(recipe.seed * 1_000_003 + step)
-            chosen = [
-                prompts[index]
-                for index in drawn(len(prompts), recipe.batch_size, step - 1, recipe.seed)
-            ]
-            rollout = continued(chosen)
-            scores, measured = judge(chosen, rollout, step)
-            experience = learner.experience(rollout, scores)
-            weight = (
-                multiplier.update(step, scores["cost"].tolist())
-                if "cost" in learner.critics
-                else 0.0
-            )
-            learner.assign(experience, weight)
-            share = _schedule(step - 1, num_steps, recipe.warmup_ratio)
-            updates = recipe.minibatches * recipe.ppo_epochs
-            texts = [
-                _batch(instructions, recipe, (step - 1) * updates + number)
-                for number in range(updates)
-            ]
-            try:
-                losses = learner.learn(experience, texts, share)
-            except FloatingPointError as error:
-                named = ", ".join(row for row, _, _ in chosen)
-                raise FloatingPointError(
-                    f"step {step}: {error}; its prompts are {named}. Nothing was moved by it, and the "
-                    f"states in {out / 'checkpoints'} are intact: lower the learning_rate, or try precision=float32"
-                ) from error
-            seconds = time.monotonic() - began
-            metrics = (
-                {"step": step, **measured, "multiplier": weight} | _spread(experience) | losses
-            )
-            metrics |= {"learning_rate": recipe.learning_rate * share, "seconds": seconds}
-            metrics["tokens_per_second"] = int(rollout.attention.sum()) / seconds
-            if held_out and (step == num_steps or step % (recipe.validate_every or num_steps) == 0):
-                metrics |= {
-                    f"validation_{name}": value
-                    for name, value in _validate(held_out_prompts, continued, judge, recipe).items()
-                }
-            append_line(out / "metrics.jsonl", metrics)
-            show(metrics)
-            if step % recipe.checkpoint_every == 0 or step == num_steps:
-                save_state(
-                    out / "checkpoints",
-                    step,
-                    learner.trained,
-                    learner.optimizer,
-                    multiplier.state(),
-                )
-    plot_rlhf(
-        out / "metrics.jsonl",
-        out / "curves.png",
-        f"{recipe.step}: {recipe.name}",
-        getattr(recipe, "threshold", None),
+    # Load the data and the starting model.
+    rows, held_out = load_rows(step, load_preferences)
+    model, tokenizer = load_base(recipe)
+    record_base(step, model)
+    stop_at_end_of_turn(model, tokenizer)
+    prompts, held_out_prompts = (
+        _encode_prompts(tokenizer, part, recipe) for part in (rows, held_out)
     )
-    learner.policy.export(tokenizer, out / "model")
-    shutil.rmtree(out / "checkpoints")
-    return out / "model"
+    instructions = _encode_instructions(tokenizer, recipe)
+
+    # Set up what writes responses, what scores them and what learns from them.
+    device = training_device()
+    model, dtype = model.to(device), autocast_dtype(recipe.precision, device)
+    multiplier = _new_multiplier(recipe)
+    setup = _Setup(
+        step=step,
+        prompts=prompts,
+        held_out=held_out_prompts,
+        instructions=instructions,
+        num_steps=recipe.max_steps or math.ceil(recipe.epochs * len(prompts) / recipe.batch_size),
+        sampler=_new_sampler(model, tokenizer, recipe),
+        judge=Judge(tokenizer, {"reward": reward} | ({"cost": cost} if cost else {}), unsafe),
+        multiplier=multiplier,
+        learner=Learner(Policy(model, recipe), recipe, multiplier.value > 0, dtype),
+    )
+
+    # Train, from the newest state where there is one.
+    done = _resume(setup)
+    with show_progress(recipe.step, setup.num_steps, _describe) as show:
+        for number in range(done + 1, setup.num_steps + 1):
+            is_last = number == setup.num_steps
+            metrics = _take_step(setup, number)
+            if held_out and (is_last or number % (recipe.validate_every or setup.num_steps) == 0):
+                metrics |= _validate(setup)
+            append_line(step.metrics, metrics)
+            show(metrics)
+            if is_last or number % recipe.checkpoint_every == 0:
+                _save(setup, number)
+
+    # Draw and export.
+    title = f"{recipe.step}: {recipe.name}"
+    threshold = recipe.threshold if isinstance(recipe, SafeRlhfRecipe) else None
+    plot_rlhf({title: step.metrics}, out / "curves.png", threshold)
+    return write_result(step, setup.learner.policy.merge_adapters(), tokenizer)
 
 
-def drawn(count: int, size: int, number: int, seed: int) -> list[int]:
-    """Indices of the `number`-th batch: every epoch shows each row once, in an order of its own; any batch is told without the others."""
+@dataclass(frozen=True)
+class _Setup:
+    """Everything that a step of training works with.
+
+    Args:
+        step: Recipe and folder.
+        prompts: Prompts to train on.
+        held_out: Held-out prompts.
+        instructions: Instructions whose language-model loss is added; may be empty.
+        num_steps: Number of steps of the whole setup.
+        sampler: Writer of responses.
+        judge: Functions that score them.
+        multiplier: Price of cost.
+        learner: Policy, critics and optimizer.
+    """
+
+    step: Step
+    prompts: Sequence[Prompt]
+    held_out: Sequence[Prompt]
+    instructions: Sequence[Exchange]
+    num_steps: int
+    sampler: Sampler
+    judge: Judge
+    multiplier: Multiplier
+    learner: Learner
+
+    @property
+    def recipe(self) -> RlhfRecipe:
+        assert isinstance(self.step.recipe, RlhfRecipe)
+        return self.step.recipe
+
+
+def _take_step(setup: _Setup, number: int) -> dict[str, float]:
+    """Take one step of RLHF.
+
+    Args:
+        number: Number of the step, from 1.
+
+    Returns:
+        The step's metrics.
+
+    Raises:
+        FloatingPointError: A score, loss or gradient is not finite; names the step and its prompts.
+    """
+    recipe, learner, began = setup.recipe, setup.learner, time.monotonic()
+
+    # Sample a response to each prompt, and score it.
+    torch.manual_seed(recipe.seed * 1_000_003 + number)
+    order = batch_indices(len(setup.prompts), recipe.batch_size, number - 1, recipe.seed)
+    prompts = [setup.prompts[index] for index in order]
+    rollout = setup.sampler.sample([prompt.ids for prompt in prompts])
+    scores, means = setup.judge.score(prompts, rollout, number)
+
+    # Look at the responses with all models, move lambda, and make advantages of the scores.
+    experience = learner.observe(rollout, scores)
+    multiplier = 0.0
+    if "cost" in learner.critics:
+        multiplier = setup.multiplier.update(number, scores["cost"].tolist())
+    experience = learner.assign(experience, multiplier)
+
+    # Learn.
+    share = warmup_cosine(number - 1, setup.num_steps, recipe.warmup_ratio)
+    updates = recipe.minibatches * recipe.ppo_epochs
+    instructions = [
+        _instructions_of_update(setup, (number - 1) * updates + update) for update in range(updates)
+    ]
+    try:
+        losses = learner.learn(experience, instructions, share)
+    except FloatingPointError as error:
+        named = ", ".join(prompt.id for prompt in prompts)
+        raise FloatingPointError(
+            f"step {number}: {error}; its prompts are {named}. No weight was changed by it, and "
+            f"the states in {setup.step.states} are intact: "
+            "lower the learning_rate, or try precision=float32"
+        ) from error
+
+    seconds = time.monotonic() - began
+    return {
+        "step": number,
+        **means,
+        "multiplier": multiplier,
+        **experience.means(),
+        **losses,
+        "learning_rate": recipe.learning_rate * share,
+        "seconds": seconds,
+        "tokens_per_second": int(rollout.attention.sum()) / seconds,
+    }
+
+
+def _validate(setup: _Setup) -> dict[str, float]:
+    """Return means over one sampled response to each held-out prompt.
+
+    The random numbers are the same every time, and training's own stay as they were.
+    """
+    sums: dict[str, float] = {}
+    size = setup.recipe.batch_size
+    with torch.random.fork_rng():
+        torch.manual_seed(setup.recipe.seed)
+        for start in range(0, len(setup.held_out), size):
+            prompts = setup.held_out[start : start + size]
+            rollout = setup.sampler.sample([prompt.ids for prompt in prompts])
+            _, means = setup.judge.score(prompts, rollout, step=0)
+            for name, value in means.items():
+                weighted = value * len(prompts) / len(setup.held_out)
+                sums[f"validation_{name}"] = sums.get(f"validation_{name}", 0.0) + weighted
+    return sums
+
+
+def _resume(setup: _Setup) -> int:
+    """Load the newest training state; return the number of steps done."""
+    position = load_tensors(setup.step.states, setup.learner.trained, setup.learner.optimizer)
+    done = 0 if position is None else position["step"]
+    if position is not None:
+        setup.multiplier.load_state(position)
+    keep_lines(setup.step.metrics, done)
+    return done
+
+
+def _save(setup: _Setup, number: int) -> None:
+    state, learner = setup.step.states / f"checkpoint-{number}", setup.learner
+    save_tensors(state, learner.trained, learner.optimizer, setup.multiplier.state())
+
+
+# Data --------------------------------------------------------------------------------------------
+
+
+def batch_indices(count: int, size: int, number: int, seed: int) -> list[int]:
+    """Return the rows of a batch, computed without the batches before it.
+
+    Every epoch takes each row once, in an order of its own.
+
+    Args:
+        count: Number of rows.
+        size: Number of rows in a batch.
+        number: Number of the batch, from 0.
+        seed: Seed of the orders.
+    """
     orders: dict[int, list[int]] = {}
     chosen = []
     for place in range(number * size, (number + 1) * size):
@@ -201,85 +311,22 @@ def drawn(count: int, size: int, number: int, seed: int) -> list[int]:
     return chosen
 
 
-class _Judge:
-    """Scores of a rollout, and their means."""
-
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        reward: ScoreFunction,
-        cost: ScoreFunction | None,
-        unsafe: UnsafeRule | None,
-    ) -> None:
-        self._tokenizer, self._unsafe = tokenizer, unsafe
-        self._functions = {"reward": reward} | ({"cost": cost} if cost else {})
-
-    def __call__(
-        self, chosen: Sequence[tuple[str, str, list[int]]], rollout: Rollout, step: int
-    ) -> tuple[dict[str, Tensor], dict[str, float]]:
-        responses = rollout.response_ids()
-        scores, measured = {}, {}
-        for name, function in self._functions.items():
-            values = (
-                function([ids for _, _, ids in chosen], responses).to(rollout.ids.device).float()
-            )
-            assert values.shape == (len(chosen),), (
-                f"{name}: one score a sample, got {tuple(values.shape)}"
-            )
-            bad = (~torch.isfinite(values)).nonzero().flatten().tolist()
-            if bad:
-                text = self._tokenizer.decode(responses[bad[0]])
-                raise FloatingPointError(
-                    f"step {step}: the {name} of the response {text[:100]!r} to {chosen[bad[0]][0]} is {values[bad[0]].item()}; the states "
-                    f"before it are intact: look at the {name} model"
-                )
-            scores[name], measured[name] = values, values.mean().item()
-        if self._unsafe is not None:
-            texts = self._tokenizer.batch_decode(responses, skip_special_tokens=True)
-            flags = [
-                self._unsafe(prompt, text)
-                for (_, prompt, _), text in zip(chosen, texts, strict=True)
-            ]
-            measured["unsafe"] = sum(flags) / len(flags)
-        measured["response_tokens"] = rollout.mask.sum(1).float().mean().item()
-        measured["ended"] = rollout.ended.float().mean().item()
-        return scores, measured
-
-
-def _validate(
-    prompts: list[tuple[str, str, list[int]]],
-    continued: Callable[..., Rollout],
-    judge: _Judge,
-    recipe: RlhfRecipe,
-) -> dict[str, float]:
-    """Means over one sampled response to each held-out prompt, the same random numbers every time."""
-    sums: dict[str, float] = {}
-    with torch.random.fork_rng():
-        torch.manual_seed(recipe.seed)
-        for start in range(0, len(prompts), recipe.batch_size):
-            chosen = prompts[start : start + recipe.batch_size]
-            for name, value in judge(chosen, continued(chosen), step=0)[1].items():
-                sums[name] = sums.get(name, 0.0) + value * len(chosen) / len(prompts)
-    return sums
-
-
-def _prompts(
-    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Any], recipe: RlhfRecipe
-) -> list[tuple[str, str, list[int]]]:
-    """Row, text and ids of each different prompt."""
+def _encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Preference], recipe: RlhfRecipe
+) -> list[Prompt]:
+    """Encode each different prompt: named after the first row with it, in order of the last."""
     first = {row.prompt: row.id for row in reversed(rows)}
     prompts = [
-        (row, prompt, encode_prompt(tokenizer, prompt)) for prompt, row in reversed(first.items())
+        Prompt(row, text, encode_prompt(tokenizer, text)) for text, row in reversed(first.items())
     ]
+    longest_response = range(recipe.max_new_tokens)
     check_lengths(
-        ((row, ids, range(recipe.max_new_tokens)) for row, _, ids in prompts), recipe.max_tokens
+        ((prompt.id, prompt.ids, longest_response) for prompt in prompts), recipe.max_tokens
     )
     return prompts
 
 
-def _instructions(
-    tokenizer: PreTrainedTokenizerBase, recipe: RlhfRecipe
-) -> list[tuple[list[int], list[int]]]:
+def _encode_instructions(tokenizer: PreTrainedTokenizerBase, recipe: RlhfRecipe) -> list[Exchange]:
     if recipe.instructions is None:
         return []
     rows = load_instructions(recipe.instructions, [] if recipe.skip_empty else None)
@@ -291,18 +338,27 @@ def _instructions(
     return [(prompt, response) for _, prompt, response in encoded]
 
 
-def _batch(
-    instructions: list[tuple[list[int], list[int]]], recipe: RlhfRecipe, number: int
-) -> list[tuple[list[int], list[int]]]:
+def _instructions_of_update(setup: _Setup, number: int) -> list[Exchange]:
+    """Return the instructions of an optimizer step, counted from 0 over the whole setup."""
+    recipe, instructions = setup.recipe, setup.instructions
     if not instructions:
         return []
     size = recipe.ptx_batch or recipe.batch_size // recipe.minibatches
-    return [
-        instructions[index] for index in drawn(len(instructions), size, number, recipe.seed + 1)
-    ]
+    order = batch_indices(len(instructions), size, number, recipe.seed + 1)
+    return [instructions[index] for index in order]
 
 
-def _multiplier(recipe: RlhfRecipe) -> Multiplier:
+# Parts -------------------------------------------------------------------------------------------
+
+
+def _new_sampler(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: RlhfRecipe
+) -> Sampler:
+    ends = {tokenizer.eos_token_id, end_of_turn(tokenizer, tokenizer.chat_template)}
+    return Sampler(model, recipe.max_new_tokens, ends, tokenizer.pad_token_id, recipe.temperature)
+
+
+def _new_multiplier(recipe: RlhfRecipe) -> Multiplier:
     if not isinstance(recipe, SafeRlhfRecipe):
         return Multiplier()
     return Multiplier(
@@ -315,54 +371,15 @@ def _multiplier(recipe: RlhfRecipe) -> Multiplier:
     )
 
 
-def _spread(experience: Any) -> dict[str, float]:
-    mask = experience.rollout.mask
-    return {
-        "kl": (experience.log_ratio.sum() / len(mask)).item(),
-        "entropy": ((experience.entropy * mask).sum() / mask.sum()).item(),
+def _describe(steps: Sequence[Mapping[str, float]]) -> Shown:
+    """Return what the progress shows of the last steps."""
+    last = steps[-1]
+    labels = {
+        "reward": "reward",
+        "cost": "cost",
+        "multiplier": "lambda",
+        "unsafe": "unsafe",
+        "kl": "kl",
     }
-
-
-def _schedule(step: int, num_steps: int, warmup_ratio: float) -> float:
-    """Share of the peak learning rate: linear warmup, then a cosine to zero."""
-    warmup = math.ceil(num_steps * warmup_ratio)
-    if step < warmup:
-        return (step + 1) / (warmup + 1)
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, num_steps - warmup)))
-
-
-def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@contextmanager
-def _bar(
-    recipe: RlhfRecipe, start: int, total: int
-) -> Iterator[Callable[[dict[str, float]], None]]:
-    columns = (
-        TextColumn("[bold]{task.description}"),
-        BarColumn(bar_width=12),
-        TextColumn("{task.completed}/{task.total}  {task.fields[said]}"),
-        TimeRemainingColumn(compact=True),
-    )
-    with Progress(*columns, speed_estimate_period=600) as progress:
-        task = progress.add_task(recipe.step, total=total, completed=start, said="")
-
-        def show(metrics: dict[str, float]) -> None:
-            names = {
-                "reward": "reward",
-                "cost": "cost",
-                "multiplier": "lambda",
-                "unsafe": "unsafe",
-                "kl": "kl",
-            }
-            said = "  ".join(
-                f"{label} {metrics[name]:.2f}" for name, label in names.items() if name in metrics
-            )
-            progress.update(
-                task,
-                completed=metrics["step"],
-                said=f"{said}  {metrics['tokens_per_second']:,.0f} tokens/s",
-            )
-
-        yield show
+    means = [f"{label} {last[name]:.2f}" for name, label in labels.items() if name in last]
+    return Shown("  ".join(means), f"{last['tokens_per_second']:,.0f} tokens/s")

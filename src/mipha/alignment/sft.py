@@ -1,4 +1,4 @@
-"""Supervised fine-tuning of a language model on instructions: TRL's SFTTrainer on ids that our chat template made.
+"""Supervised fine-tuning of a language model on instructions, with TRL's SFTTrainer.
 
 instructions -> ids, labels on the assistant's words alone -> packed rows -> model/
 """
@@ -8,75 +8,76 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
-from mipha.alignment.datasets import Instruction, load_instructions
-from mipha.alignment.encoding import check_lengths, encode_exchange
-from mipha.alignment.host import (
-    arguments,
-    begin,
-    export,
-    load_part,
-    load_rows,
-    lora_config,
-    record_base,
-    train,
-)
+from mipha.alignment.data import Instruction, check_lengths, encode_exchange, load_instructions
 from mipha.alignment.recipe import SftRecipe
+from mipha.alignment.step import load_base, load_rows, record_base, stop_at_end_of_turn
+from mipha.alignment.trl_trainer import begin, export, lora_config, train, trainer_options
 from mipha.labels import IGNORE
-from mipha.models.language_model import end_of_turn
 
 
 def sft(recipe: SftRecipe, out: Path) -> Path:
-    """Fine-tune a language model on instructions; run again, it goes on where it stopped.
+    """Fine-tune a language model on instructions; run again, it continues where it stopped.
 
     Args:
-        out: New, or the folder of this same recipe.
+        recipe: Recipe of the step.
+        out: Folder, new or of this same recipe.
 
     Returns:
         The language model's folder, which a recipe's `model.language_model` takes.
 
     Raises:
-        ValueError, FileNotFoundError: Something the user can mend, said before the first step.
+        ValueError, FileNotFoundError: Something that the user can fix, before the first step.
         FloatingPointError: A loss or gradient is not finite.
-        ModuleNotFoundError: TRL is not installed.
+        MissingPackage: TRL is not installed.
     """
-    if begin(recipe, out):
-        return out / "model"
+    step = begin(recipe, out)
+    if step.is_finished:
+        return step.model
+
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    rows, held_out = load_rows(recipe, out, load_instructions)
-    model, tokenizer = load_part(recipe)
-    record_base(recipe, out, model)
-    options = arguments(recipe, out, validates=bool(held_out))
+    # Load the data and the starting model.
+    rows, held_out = load_rows(step, load_instructions)
+    model, tokenizer = load_base(recipe)
+    record_base(step, model)
+    examples, held_out_examples = (
+        supervised(tokenizer, part, recipe.max_tokens) for part in (rows, held_out)
+    )
+
+    # Set up the trainer; the adapters start from random numbers.
     config = SFTConfig(
-        **options,
+        **trainer_options(step, validates=bool(held_out)),
         max_length=recipe.max_tokens,
         packing=recipe.packing,
         packing_strategy="bfd",
         eval_packing=False,
     )
-    set_seed(recipe.seed)  # the adapters' start
+    set_seed(recipe.seed)
     trainer = SFTTrainer(
         model,
         config,
-        train_dataset=Dataset.from_list(supervised(tokenizer, rows, recipe.max_tokens)),
-        eval_dataset=Dataset.from_list(supervised(tokenizer, held_out, recipe.max_tokens))
-        if held_out
-        else None,
+        train_dataset=Dataset.from_list(examples),
+        eval_dataset=Dataset.from_list(held_out_examples) if held_out_examples else None,
         processing_class=tokenizer,
         peft_config=lora_config(recipe, model, "CAUSAL_LM"),
     )
-    train(trainer, recipe, out)
-    end_turns(trainer.model, tokenizer)
-    return export(trainer, tokenizer, out)
+
+    # Train and export.
+    train(trainer, step)
+    stop_at_end_of_turn(trainer.model, tokenizer)
+    return export(trainer, tokenizer, step)
 
 
 def supervised(
     tokenizer: PreTrainedTokenizerBase, rows: Sequence[Instruction], max_tokens: int
 ) -> list[dict[str, list[int]]]:
-    """Ids of each conversation, and labels: the response's ids where the assistant speaks, -100 elsewhere; not shifted.
+    """Return the ids and labels of each conversation.
+
+    Returns:
+        `input_ids`, and `labels`, not shifted: the response's ids, and -100 for the prompt.
 
     Raises:
         ValueError: A row does not fit; names it.
@@ -89,15 +90,3 @@ def supervised(
         {"input_ids": prompt + response, "labels": [IGNORE] * len(prompt) + response}
         for _, prompt, response in encoded
     ]
-
-
-def end_turns(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let `generate` stop where the assistant's turn ends, which configs in the wild do not know."""
-    known = model.generation_config.eos_token_id
-    ends = {
-        tokenizer.eos_token_id,
-        end_of_turn(tokenizer, tokenizer.chat_template),
-        *(known if isinstance(known, list) else [known]),
-    }
-    model.generation_config.eos_token_id = sorted(ends - {None})
-    model.generation_config.pad_token_id = tokenizer.pad_token_id

@@ -80,6 +80,6 @@ def _train(step: str, name: str, out: Path, overrides: list[str] | None) -> None
             "use that verb, or another recipe"
         )
 
-    from mipha.alignment.steps import train_step
+    from mipha.alignment import train_step
 
     typer.echo(f"aligned: {train_step(recipe, out)}")

@@ -118,16 +118,25 @@ def tuned_modules(model: LlavaForConditionalGeneration, part: Part, tuning: str)
 def part_layers(model: LlavaForConditionalGeneration, part: Part) -> list[nn.Module]:
     """The stack of repeated layers of the tower or of the language model, first to last."""
     (module, *_) = getattr(parts(model), part)
-    depth = module.config.num_hidden_layers
+    return list(repeated_layers(module))
+
+
+def repeated_layers(model: nn.Module) -> nn.ModuleList:
+    """Return the stack of repeated layers of a transformer, first to last.
+
+    Args:
+        model: Tower, decoder or causal language model, with a config.
+    """
+    depth = model.config.num_hidden_layers
     stacks = [
         inner
-        for inner in module.modules()
+        for inner in model.modules()
         if isinstance(inner, nn.ModuleList) and len(inner) == depth
     ]
     assert len(stacks) == 1, (
-        f"expected one stack of {depth} layers in {type(module).__name__}, found {len(stacks)}"
+        f"expected one stack of {depth} layers in {type(model).__name__}, found {len(stacks)}"
     )
-    return list(stacks[0])
+    return stacks[0]
 
 
 def layers_of(

@@ -1,4 +1,4 @@
-"""The toy world: its rules on texts that were read by eye, and files that say only what the rules say."""
+"""The toy world: its rules on known texts, and its files, which agree with the rules."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from toy_world import helpful, unsafe, write_toy
 
-from mipha.alignment.datasets import check_leak, load_instructions, load_preferences
-from mipha.alignment.toy import helpful, unsafe, write_toy
+from mipha.alignment.data import check_leak, load_instructions, load_preferences
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What all steps share: killed anywhere, a step goes on to the very same weights; what changed meanwhile is refused."""
+"""What the steps share: a killed step ends in the same weights; changed data are refused."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ pytest.importorskip("trl")
 import torch
 from safetensors.torch import load_file
 
-from mipha.alignment.folder import is_finished, mark_complete, newest_checkpoint
 from mipha.alignment.preference import train_cost, train_reward
 from mipha.alignment.recipe import StepRecipe
 from mipha.alignment.sft import sft
+from mipha.alignment.step import Step
+from mipha.engine.states import newest_state
 from mipha.files import read_lines
 
 KILLED_MID_SAVE = """
@@ -61,7 +62,9 @@ def test_killed_in_the_midst_of_saving_it_ends_in_the_same_weights(
     killed = subprocess.run(command, capture_output=True, text=True)
     assert killed.returncode == -9, killed.stderr[-2000:]
     left = out / "checkpoints" / "checkpoint-4"
-    assert left.is_dir() and not (left / "optimizer.pt").exists() and not is_finished(out)
+    assert (
+        left.is_dir() and not (left / "optimizer.pt").exists() and not Step(recipe, out).is_finished
+    )
 
     function = {"sft": sft, "reward": train_reward}[step]
     with monkeypatch.context() as patch:  # and once more, between the last step and the result
@@ -72,7 +75,7 @@ def test_killed_in_the_midst_of_saving_it_ends_in_the_same_weights(
         patch.setattr(f"{function.__module__}.export", stop)
         with pytest.raises(KeyboardInterrupt):
             function(recipe, out)
-    assert not is_finished(out)
+    assert not Step(recipe, out).is_finished
     model = function(recipe, out)
 
     whole = finished(step, *overrides, family=family)
@@ -99,7 +102,11 @@ def test_a_finished_step_is_not_done_again_and_another_recipe_is_refused(
     assert sft(step_recipe("sft", "name=other"), out) == out / "model"
     assert (out / "model" / "model.safetensors").stat().st_mtime_ns == before
     assert not (out / "checkpoints").exists()
-    with pytest.raises(ValueError, match=r"another recipe \(it differs in learning_rate, seed\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"holds an alignment step of another recipe \(seed is 0 there and 1 here; "
+        r"learning_rate is 0.005 there and 0.0001 here\): choose another -o",
+    ):
         sft(step_recipe("sft", "seed=1", "learning_rate=1e-4"), out)
 
 
@@ -114,17 +121,6 @@ def test_states_of_another_base_or_of_other_data_are_refused(
     (out / "provenance.json").write_text(json.dumps({changed: {"sha256": "0"}}), encoding="utf-8")
     with pytest.raises(ValueError, match=f"the {changed} changed since .* choose another -o"):
         train_cost(recipe, out)
-
-
-def test_only_whole_states_are_resumed(tmp_path: Path) -> None:
-    for step in (2, 10, 12, 14):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "optimizer.pt").write_bytes(b"1234")
-        if step != 12:  # killed before its mark
-            mark_complete(tmp_path / f"checkpoint-{step}")
-    (tmp_path / "checkpoint-14" / "optimizer.pt").write_bytes(b"12")  # cut short since
-    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2"]
 
 
 def test_a_folder_of_something_else_is_not_touched(
@@ -152,7 +148,7 @@ def test_a_step_that_is_not_finite_stops_and_keeps_its_states(
     monkeypatch.setattr(preference, "pair_loss", explode)
     with pytest.raises(FloatingPointError, match="step 4: the loss is nan"):
         train_reward(step_recipe("reward"), tmp_path / "run")
-    state = newest_checkpoint(tmp_path / "run" / "checkpoints")
+    state = newest_state(tmp_path / "run" / "checkpoints")
     assert state is not None and state.name == "checkpoint-2"
     assert all(
         weight.isfinite().all() for weight in load_file(state / "model.safetensors").values()

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mipha.alignment.datasets import (
+from mipha.alignment.data import (
     Instruction,
     check_leak,
     load_instructions,
