@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from mipha.models.folders import load_weights, locate, reading
+from mipha.models.checkpoint_folder import load_weights, locate, reading
 from mipha.models.language_model import end_of_turn
 
 PAD = "<|score_pad|>"
