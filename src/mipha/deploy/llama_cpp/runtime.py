@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mipha.data.images import open_image
+from mipha.data.images import ImageLike, upright_rgb
 from mipha.deploy.llama_cpp.library import (
     LOG_LOCK,
     Vision,
@@ -30,9 +30,6 @@ from mipha.deploy.llama_cpp.library import (
     load_library,
     unreadable,
 )
-
-ImageLike = Path | str | bytes | Image.Image | np.ndarray
-"""A path, the bytes of an image file, a PIL image, or an array `(height, width, 3)` of 0..255."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +186,7 @@ class LlamaCpp:
         Raises:
             ValueError: There is no mmproj.
         """
-        return self._vision.embeddings(_open(image))
+        return self._vision.embeddings(upright_rgb(image))
 
     def tokenize(self, text: str) -> list[int]:
         """Return the token ids of a text; special tokens are read as such, none is put in front."""
@@ -248,7 +245,7 @@ class LlamaCpp:
         content = (
             [text]
             if image is None
-            else [{"type": "image_url", "image_url": {"url": _data_uri(_open(image))}}, text]
+            else [{"type": "image_url", "image_url": {"url": _data_uri(upright_rgb(image))}}, text]
         )
         # Penalties and the like are off by default; a temperature of 0 takes the likeliest token.
         return {"messages": [{"role": "user", "content": content}], "temperature": 0}
@@ -297,13 +294,6 @@ def _params(model: Path, mmproj: Path | None, threads: int | None, context: int)
 def _margin(token: dict[str, Any]) -> float:
     first, *others = sorted((other["logprob"] for other in token["top_logprobs"]), reverse=True)
     return first - others[0] if others else float("inf")
-
-
-def _open(image: ImageLike) -> Image.Image:
-    """Open an image by our rules, upright and RGB; llama.cpp ignores EXIF and some formats."""
-    if isinstance(image, (Path, str, bytes)):
-        return open_image(Path(image) if isinstance(image, str) else image)
-    return open_image(_png(image if isinstance(image, Image.Image) else Image.fromarray(image)))
 
 
 def _data_uri(image: Image.Image) -> str:
