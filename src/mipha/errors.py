@@ -13,13 +13,16 @@ class MissingPackage(ModuleNotFoundError):
         package: Name of the package, as pip takes it.
         feature: What needs it; the subject of the sentence, for example "reading parquet".
         extra: Extra of mipha-vlm that installs the package; None where none does.
+        then: Command to run after that; None where there is none.
     """
 
-    def __init__(self, package: str, feature: str, extra: str | None = None) -> None:
-        install = f'"mipha-vlm[{extra}]"' if extra else package
+    def __init__(
+        self, package: str, feature: str, extra: str | None = None, then: str | None = None
+    ) -> None:
+        install = f'pip install "mipha-vlm[{extra}]"' if extra else f"pip install {package}"
         super().__init__(
             f"{feature} needs the Python package {package}, which is not installed: "
-            f"pip install {install}",
+            + (f"{install}, then {then}" if then else install),
             name=package,
         )
 

@@ -18,13 +18,24 @@ from typing import Any
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file whole or not at all."""
+    with whole_file(path) as partial, partial.open("wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Write a file that appears whole or not at all, with a program that takes a path.
+
+    Yields:
+        A path beside the target. Its file takes the target's place when the block ends, and is
+        removed where the block raises.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with partial.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
+        yield partial
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

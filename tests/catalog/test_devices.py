@@ -19,11 +19,7 @@ def test_a_device_is_found_by_what_the_driver_calls_it() -> None:
 def test_an_entry_is_plausible_and_has_a_source(name: str) -> None:
     entry = DEVICES[name]
     assert entry.source and entry.reported_names
-    assert (
-        5 < entry.float32_tflops < 200
-        and 8 <= entry.memory_gb <= 300
-        and 200 < entry.bandwidth_gb_per_second < 10_000
-    )
+    assert 5 < entry.float32_tflops < 200 and 8 <= entry.memory_gb <= 300
     # Twice and more what single float32 units do; sparse figures, double again, would stand out.
     assert entry.bfloat16_tflops is None or 1.9 < entry.bfloat16_tflops / entry.float32_tflops < 31
     assert (

@@ -8,7 +8,7 @@ import pytest
 
 from mipha.catalog.full_size import CONFIGS, part_config
 from mipha.catalog.language_models import LANGUAGE_MODELS
-from mipha.catalog.vision_towers import VISION_TOWERS, image_size_for
+from mipha.catalog.vision_towers import VISION_TOWERS
 from mipha.lookup import files_in
 from mipha.models.packaged import PACKAGED
 from mipha.models.processing import TEMPLATES
@@ -65,25 +65,6 @@ def test_each_template_is_there_and_used() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("tower", "size"),
-    [
-        ("clip-large-336", 336),
-        ("siglip-so400m-384", 336),
-        ("siglip-large-384", 384),
-        ("dinov2-large", 336),
-        ("vit-large-in21k", 384),
-    ],
-)
-def test_the_towers_of_the_paper_at_576_patches(tower: str, size: int) -> None:
-    """24 x 24 patches: 336 pixels of 14, 384 of 16."""
-    assert image_size_for(tower) == size
-
-
-def test_other_numbers_of_patches() -> None:
-    assert image_size_for("clip-large-336", 256) == 224
-    assert image_size_for("siglip-base-256", 256) == 256
-    with pytest.raises(ValueError, match="num_patches=700 is no square number: use 676 or 729"):
-        image_size_for("clip-large-336", 700)
+def test_a_part_without_a_config_is_answered_with_the_nearest() -> None:
     with pytest.raises(ValueError, match="no config of a part 'phi2': did you mean phi-2"):
         part_config("phi2")

@@ -19,7 +19,8 @@ gguf = pytest.importorskip("gguf")
 pytest.importorskip("xllamacpp")
 
 from mipha.deploy.gguf.export import export_gguf  # noqa: E402
-from mipha.deploy.llama_cpp import LlamaCpp, library, quantize_gguf  # noqa: E402
+from mipha.deploy.llama_cpp import LlamaCpp, library  # noqa: E402
+from mipha.deploy.llama_cpp.quantize import quantize_gguf  # noqa: E402
 
 QUESTION = "What is in the picture?"
 LAYERS = 8

@@ -173,10 +173,13 @@ def _shards(folder: Path, drop: bool) -> None:
     ("spoil", "message"),
     [
         (_cut, r"model\.safetensors is cut short"),
-        (lambda folder: _shards(folder, drop=True), r"no model-00002-of-00002\.safetensors"),
+        (
+            lambda folder: _shards(folder, drop=True),
+            r"lacks 1 of 2 shards, such as model-00002-of-00002\.safetensors",
+        ),
         (
             lambda folder: _shards(folder, drop=False),
-            r"lacks 1 tensors that model\.safetensors\.index\.json names, language_model\.",
+            r"lacks 1 tensors that model\.safetensors\.index\.json names, such as language_model\.",
         ),
         (
             lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
@@ -198,7 +201,7 @@ def _shards(folder: Path, drop: bool) -> None:
         ),
         (
             lambda folder: (folder / "config.json").write_text('{"model_type": '),
-            r"config\.json is not JSON",
+            r"config\.json line 1 is not valid JSON",
         ),
         (lambda folder: (folder / "chat_template.jinja").unlink(), r"no chat_template\.jinja"),
         (lambda folder: (folder / "processor_config.json").unlink(), r"no processor_config\.json"),

@@ -14,7 +14,10 @@ SOURCE = Path(__file__).parents[2] / "src" / "mipha"
 FILES = sorted(SOURCE.rglob("*.py"))
 
 LAYERS = (
-    {"recipe", "run", "files", "errors", "labels", "lookup", "validation", "catalog"},
+    {
+        *("recipe", "run", "files", "checkpoint_files", "errors"),
+        *("labels", "lookup", "validation", "catalog"),
+    },
     {"models", "data", "world"},
     {"assistant", "comparison", "engine"},
     {"training", "planning", "evaluation", "alignment", "deploy", "integrations"},
@@ -119,6 +122,7 @@ def test_the_light_rooms_do_not_load_torch() -> None:
             "recipe",
             "run",
             "files",
+            "checkpoint_files",
             "errors",
             "labels",
             "lookup",

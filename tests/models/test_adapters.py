@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
+from mipha.errors import MissingPackage
 from mipha.models.adapters import (
     adapter_layers,
     merge_adapter,
@@ -306,7 +307,7 @@ def test_4_bits_are_refused_where_they_cannot_run() -> None:
         check_quantization(wanted, gpu, 2)
     if find_spec("bitsandbytes") is None:
         with pytest.raises(
-            FileNotFoundError,
+            MissingPackage,
             match=r'bitsandbytes, which is not installed: pip install "mipha-vlm\[qlora\]"',
         ):
             check_quantization(wanted, gpu, 1)

@@ -285,8 +285,8 @@ def test_load_refuses_a_checkpoint_that_lacks_a_weight(read_back: dict, tmp_path
 
 def test_save_replaces_what_a_killed_save_left(tiny_model: Callable, tmp_path: Path) -> None:
     model, processor = tiny_model()
-    (tmp_path / "model.partial").mkdir()
-    (tmp_path / "model.partial" / "rubbish").touch()
+    (tmp_path / ".model.partial").mkdir()
+    (tmp_path / ".model.partial" / "rubbish").touch()
     save_checkpoint(model, processor, tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert not (tmp_path / "model" / "rubbish").exists()

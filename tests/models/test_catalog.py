@@ -13,7 +13,7 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from mipha.catalog.full_size import part_config
 from mipha.catalog.language_models import LANGUAGE_MODELS
-from mipha.catalog.vision_towers import VISION_TOWERS, image_size_for
+from mipha.catalog.vision_towers import VISION_TOWERS
 from mipha.models.build import skeleton
 from mipha.models.modeling import LlavaForConditionalGeneration, parts
 from mipha.models.packaged import PACKAGED, packaged_folder
@@ -192,8 +192,9 @@ def test_the_released_mipha(language_model: str, billions: float, gigabytes: flo
     ["clip-large-336", "siglip-so400m-384", "siglip-large-384", "dinov2-large", "vit-large-in21k"],
 )
 def test_towers_at_equal_tokens(tower: str) -> None:
-    """The paper's comparison, at 576 tokens for each."""
-    model = full_size(tower, "qwen2.5-0.5b-instruct", image_size=image_size_for(tower))
+    """The paper's comparison, at 24 x 24 = 576 patches for each: 336 pixels of 14, 384 of 16."""
+    size = 24 * part_config(tower)["patch_size"]
+    model = full_size(tower, "qwen2.5-0.5b-instruct", image_size=size)
     assert model.config.image_seq_length == 576
     tables = [
         weight

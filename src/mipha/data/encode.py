@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from transformers import LlavaProcessor
 
+from mipha.checkpoint_files import count_image_tokens
 from mipha.data.faults import RecordError
 from mipha.data.images import ImageSource
 from mipha.data.sample import IMAGE, Message, Sample
@@ -130,11 +131,12 @@ def check_text(sample: Sample) -> None:
 def tokens_per_image(processor: LlavaProcessor) -> int:
     """Tokens that one image takes in the sequence."""
     size = processor.image_processor.size
-    patches = (size["height"] // processor.patch_size) * (size["width"] // processor.patch_size)
-    return (
-        patches
-        + processor.num_additional_image_tokens
-        - (processor.vision_feature_select_strategy == "default")
+    return count_image_tokens(
+        size["height"],
+        size["width"],
+        processor.patch_size,
+        processor.num_additional_image_tokens,
+        processor.vision_feature_select_strategy,
     )
 
 

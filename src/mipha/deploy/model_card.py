@@ -1,21 +1,102 @@
-"""The model card: README.md of a checkpoint's folder, for people, with a metadata block that the Hugging Face hub reads."""
+"""The model card: README.md of a checkpoint's folder, with a metadata block that the hub reads.
+
+It names the pretrained parts of the model and their licences, as far as they are known.
+"""
 
 from __future__ import annotations
 
-import json
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 
-from mipha.deploy.parts import Part, hub_licence, parts_of, without_folders
+from mipha.catalog.language_models import LANGUAGE_MODELS
+from mipha.catalog.vision_towers import VISION_TOWERS
+from mipha.checkpoint_files import read_config
 from mipha.deploy.runtimes import runtimes
-from mipha.files import write_whole
+from mipha.files import read_json_object, whole_folder, write_whole
 from mipha.recipe import PARTS, Recipe
 from mipha.run import Run, model_folder, open_run
+
+_HUB_LICENCES = {"MIT": "mit", "Apache-2.0": "apache-2.0"}
+"""The hub's names of licences that a tower and a language model of the catalog share."""
+
+
+@dataclass(frozen=True)
+class PretrainedPart:
+    """A pretrained model that a model was made of.
+
+    Args:
+        role: `vision tower` or `language model`.
+        name: Name in the recipe; of a local folder, its last name.
+        hub_id: Id on the hub; None where it is not there, or nothing is known.
+        licence: Licence of its weights; None where nothing is known.
+        source: Publisher; empty where nothing is known.
+    """
+
+    role: str
+    name: str
+    hub_id: str | None
+    licence: str | None
+    source: str
+
+
+def pretrained_parts(config: dict[str, Any], recipe: Recipe | None) -> list[PretrainedPart]:
+    """Return the parts that a recipe names; without a recipe, the kinds that the config names."""
+    if recipe is None:
+        kinds = {"vision tower": config["vision_config"], "language model": config["text_config"]}
+        return [
+            PretrainedPart(role, f"a {kind.get('model_type')}", None, None, "")
+            for role, kind in kinds.items()
+        ]
+
+    found = []
+    for role, name, catalog in (
+        ("vision tower", recipe.model.vision_tower, VISION_TOWERS),
+        ("language model", recipe.model.language_model, LANGUAGE_MODELS),
+    ):
+        entry = catalog.get(name)
+        path = entry.path if entry else name
+        hub_id = (
+            path
+            if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", path) and not Path(path).is_dir()
+            else None
+        )
+        known = (entry.licence, entry.source) if entry else (None, "")
+        shown = without_folders(name) if hub_id is None else name
+        found.append(PretrainedPart(role, shown, hub_id, *known))
+    return found
+
+
+def hub_licence(parts: Sequence[PretrainedPart]) -> str:
+    """Return the hub's licence name for a model of these parts; `other` where theirs differ."""
+    licences = {part.licence for part in parts}
+    if None in licences:
+        return "unknown"
+    (one, *more) = licences
+    return "other" if more else _HUB_LICENCES.get(str(one), "other")
+
+
+def without_folders(value: Any) -> Any:
+    """Return a tree of plain values with every path cut to its last name: cards are public."""
+    if isinstance(value, dict):
+        short: dict[Any, Any] = {}
+        for key, inner in value.items():
+            name = without_folders(key)
+            while name in short:  # files of one name in two folders
+                name += "'"
+            short[name] = without_folders(inner)
+        return short
+    if isinstance(value, list):
+        return [without_folders(inner) for inner in value]
+    return (
+        Path(value).name if isinstance(value, str) and re.match(r"(/|~|\.\.?/)", value) else value
+    )
 
 
 def write_model_card(checkpoint: Path, run: Run | None = None) -> Path:
@@ -23,7 +104,7 @@ def write_model_card(checkpoint: Path, run: Run | None = None) -> Path:
 
     Args:
         checkpoint: A model folder.
-        run: Where it is the final model of a run: its recipe, provenance and scores go into the card.
+        run: Run whose final model it is; its recipe, provenance and scores go into the card.
 
     Returns:
         The file.
@@ -48,28 +129,25 @@ def export_for_hub(model: str | Path, out: Path) -> Path:
     run = None if checkpoint == Path(model) else open_run(model)
     if out.exists():
         raise ValueError(f"{out} exists: choose another -o, or remove it")
-    beside = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    shutil.copytree(checkpoint, beside)
-    write_whole(beside / "README.md", model_card(checkpoint, run, name=out.name))
-    beside.rename(out)
+
+    with whole_folder(out) as partial:
+        shutil.copytree(checkpoint, partial, dirs_exist_ok=True)
+        write_whole(partial / "README.md", model_card(checkpoint, run, name=out.name))
     return out
 
 
 def model_card(checkpoint: Path, run: Run | None = None, name: str | None = None) -> str:
-    """The text of the card.
+    """Return the text of the card.
 
     Args:
         checkpoint: A model folder.
-        run: Where it is the final model of a run.
-        name: Of the model, where no recipe names it; None: the folder's.
+        run: Run whose final model it is.
+        name: Name of the model, where no recipe names it; None for the folder's.
     """
-    config, processor = (
-        json.loads((checkpoint / file).read_text(encoding="utf-8"))
-        for file in ("config.json", "processor_config.json")
-    )
+    config = read_config(checkpoint)
+    processor = read_config(checkpoint, "processor_config.json")
     recipe = run.recipe if run else None
-    parts = parts_of(config, recipe)
+    parts = pretrained_parts(config, recipe)
     results = list(_results(run)) if run else []
     name = recipe.name if recipe else name or checkpoint.resolve().name
     sections = [
@@ -98,7 +176,7 @@ def model_card(checkpoint: Path, run: Run | None = None, name: str | None = None
     )
 
 
-def _metadata(name: str, parts: Sequence[Part], results: Sequence[dict[str, Any]]) -> str:
+def _metadata(name: str, parts: Sequence[PretrainedPart], results: Sequence[dict[str, Any]]) -> str:
     licence = hub_licence(parts)
     data = ModelCardData(
         model_name=name,
@@ -127,9 +205,9 @@ def _eval_result(result: dict[str, Any]) -> EvalResult:
 
 
 def _results(run: Run) -> Iterator[dict[str, Any]]:
-    """Content of every scores.json of a run that has scores."""
+    """Yield the content of every scores.json of a run that has scores."""
     for path in sorted((run.folder / "evaluation").glob("*/scores.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = read_json_object(path)
         if result["scores"]:
             yield result
 
@@ -138,15 +216,22 @@ def _comparable(result: dict[str, Any]) -> bool:
     return result["complete"] and not result["blind"] and result["scores"][0]["value"] is not None
 
 
-def _about(parts: Sequence[Part], recipe: Recipe | None) -> str:
+def _about(parts: Sequence[PretrainedPart], recipe: Recipe | None) -> str:
     tower, language_model = (part.name for part in parts)
-    made = f"A multimodal small language model that answers about a picture: {tower} and {language_model}, joined by a two-layer MLP."
+    made = (
+        "A multimodal small language model that answers about a picture: "
+        f"{tower} and {language_model}, joined by a two-layer MLP."
+    )
     return made if recipe is None or not recipe.description else f"{made}\n\n{recipe.description}"
 
 
 def _use(config: dict[str, Any]) -> str:
     if {row.name: row.status for row in runtimes(config, {})}["transformers"] != "exact":
-        return '```python\nimport mipha\n\nprint(mipha.load("FOLDER").answer("picture.jpg", "What is in the picture?").text)\n```'
+        return """```python
+import mipha
+
+print(mipha.load("FOLDER").answer("picture.jpg", "What is in the picture?").text)
+```"""
     return """```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -165,7 +250,7 @@ def _where(config: dict[str, Any], processor: dict[str, Any]) -> str:
     return _table(("program", "", "why"), rows)
 
 
-def _parts_table(parts: Sequence[Part]) -> str:
+def _parts_table(parts: Sequence[PretrainedPart]) -> str:
     rows = [
         (part.role, f"`{part.hub_id or part.name}`", part.licence or "unknown", part.source)
         for part in parts
@@ -193,18 +278,20 @@ def _training(recipe: Recipe) -> str:
 def _scores(results: Sequence[dict[str, Any]]) -> str:
     if not results:
         return "It was not measured."
+
     rows = []
     for result in results:
         notes = ["shown grey in place of every picture"] if result["blind"] else []
         if not result["complete"]:
-            notes.append(
-                f"{result['n_asked'] - result['n_failed']:,} of {result['num_questions']:,} questions: not comparable"
-            )
+            answered = result["n_asked"] - result["n_failed"]
+            notes.append(f"{answered:,} of {result['num_questions']:,} questions: not comparable")
+
+        # The headline, and further sums: MME is published as two.
         headline, *others = result["scores"]
-        beside = [
+        sums = [
             score for score in others if score["unit"] == "points" and "." not in score["metric"]
-        ]  # MME is published as two sums
-        for score in (headline, *beside):
+        ]
+        for score in (headline, *sums):
             value = (
                 "undefined" if score["value"] is None else f"{score['value']:.2f} {score['unit']}"
             )
@@ -222,9 +309,9 @@ def _interval(score: dict[str, Any], form: str = ", 95 % interval ") -> str:
 
 
 def _made(run: Run, recipe: Recipe) -> str:
-    """Recipe and provenance in full, but for the folders of the machine it was made on."""
+    """Write recipe and provenance in full, without the folders of the machine."""
     path = run.folder / "provenance.json"
-    made_with = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    made_with = read_json_object(path) if path.is_file() else {}
     blocks = {f"recipe {recipe.digest()}": recipe.model_dump(mode="json"), "provenance": made_with}
     texts = {
         title: yaml.safe_dump(without_folders(tree), sort_keys=False, width=120)
@@ -238,22 +325,21 @@ def _made(run: Run, recipe: Recipe) -> str:
 
 
 def _limits(config: dict[str, Any], processor: dict[str, Any]) -> str:
-    size, tokens, pixels = (
-        config["vision_config"]["image_size"],
-        config.get("image_seq_length"),
-        processor.get("image_processor", {}),
-    )
-    shape = "padded" if pixels.get("do_pad") else "squashed"
+    size, tokens = config["vision_config"]["image_size"], config.get("image_seq_length")
+    shape = "padded" if processor.get("image_processor", {}).get("do_pad") else "squashed"
     lines = [
-        f"A picture is {shape} to a square of {size} x {size} pixels, {tokens} tokens: what is too small there is not seen."
+        f"A picture is {shape} to a square of {size} x {size} pixels, {tokens} tokens: "
+        "what is too small there is not seen."
     ]
     if longest := config["text_config"].get("max_position_embeddings"):
         lines.append(f"Pictures, questions and answers together are at most {longest:,} tokens.")
     lines.append(
-        "It can name what is not in the picture, with confidence: do not rely on it where a wrong answer does harm."
+        "It can name what is not in the picture, with confidence: "
+        "do not rely on it where a wrong answer does harm."
     )
     lines.append(
-        "It repeats what its parts and its training data hold, their errors and prejudices included."
+        "It repeats what its parts and its training data hold, "
+        "their errors and prejudices included."
     )
     return "\n".join(f"- {line}" for line in lines)
 

@@ -1,13 +1,16 @@
-"""Whether exported GGUF files still are the model: pictures, tower and projector, first words and whole answers, file by file.
+"""Compare exported GGUF files with the checkpoint: image features, first tokens, answers.
 
 checkpoint, float32  --[transformers]-->  features, first logits, answers ---+
-GGUF files           --[llama.cpp]----->  the same, from the picture file  --+--> rows, each with a verdict
-                     --[llama.cpp]----->  the same, from our own pixels   ---+
+GGUF files           --[llama.cpp]----->  the same, from the image file    --+--> rows, each with
+                     --[llama.cpp]----->  the same, from our own pixels   ---+    a verdict
 
-A picture that has the tower's size already is neither resized nor padded by llama.cpp. So what is wrong with our own pixels lies in the
-weights, and what is wrong with the picture's file alone lies in how pictures are resized and padded. A square picture it resizes as
-Pillow does, bit by bit; any other it shrinks first and then pads, in CLIP's grey, where we pad in the tower's mean colour, or squash.
-Source: llama.cpp b11549 `tools/mtmd/mtmd-image.cpp` (resize), `tools/mtmd/clip.cpp` (image_pad_color of PROJECTOR_TYPE_MLP).
+llama.cpp neither resizes nor pads an image of the tower's own size. So an error with our own pixels
+comes from the weights, and an error with the image file alone from resizing and padding. llama.cpp
+resizes a square image as Pillow does, bit by bit; it shrinks any other and then pads it in CLIP's
+grey, where we pad in the tower's mean colour, or squash.
+
+Source: llama.cpp b11549 `tools/mtmd/mtmd-image.cpp` (resize), `tools/mtmd/clip.cpp`
+    (image_pad_color of PROJECTOR_TYPE_MLP).
 """
 
 from __future__ import annotations
@@ -45,18 +48,18 @@ Pair = tuple[Path, str]
 """An image and a question about it."""
 
 LEAST_LOGIT = -7.0
-"""In nats: below one in a thousand it is not asked how unlikely a token is; rounding moves the tail of 50,000 tokens most."""
+"""Floor of log-probabilities in nats: rounding moves tokens below one in a thousand most."""
 
 NUM_IMAGES = 32
-"""Embeddings are compared on so many images: either they agree there or they do not, and each takes megabytes."""
+"""Images whose embeddings are compared; each takes megabytes."""
 
 NUM_LOGITS = 16
-"""First tokens are compared on so many questions: each is a whole prompt read once more."""
+"""Questions whose first tokens are compared; each is a whole prompt read once more."""
 
 
 @dataclass(frozen=True)
 class _Reference:
-    """What the checkpoint itself says."""
+    """The checkpoint's own numbers and answers."""
 
     answers: list[str]
     num_prompt_tokens: list[int]
@@ -66,7 +69,7 @@ class _Reference:
     seconds: float
 
     def seen(self, image: Path) -> Image.Image:
-        """The picture with our own pixels."""
+        """Return the image in our own pixels."""
         return as_seen(self.processor, open_image(image))
 
 
@@ -77,12 +80,13 @@ def check_parity(
     questions: Sequence[str] = (),
     **options: Any,
 ) -> Parity:
-    """Ask the same of a checkpoint and of its GGUF files: every question about every image.
+    """Ask a checkpoint and its GGUF files every question about every image.
 
     Args:
         checkpoint: A run, or a model folder.
-        folder: What `export_gguf` wrote: model-KIND.gguf, and one mmproj-KIND.gguf.
-        questions: Empty: the request for a description.
+        folder: Folder of `export_gguf`: model-KIND.gguf, and one mmproj-KIND.gguf.
+        images: Image files.
+        questions: Questions; empty for the request for a description.
         options: See `check_pairs`.
 
     Raises:
@@ -105,15 +109,15 @@ def check_pairs(
     threads: int | None = None,
     device: str | None = None,
 ) -> Parity:
-    """Ask the same of a checkpoint and of its GGUF files.
+    """Ask a checkpoint and its GGUF files the same questions.
 
     Args:
         checkpoint: A run, or a model folder.
-        folder: What `export_gguf` wrote: model-KIND.gguf, and one mmproj-KIND.gguf.
-        pairs: Images and questions; those about one image are best neighbours.
-        max_new_tokens: Longest answer, tokens; what is cut off on both sides counts as the same.
-        threads: Of llama.cpp; None: as many as there are cores.
-        device: Of ours; None: the GPU if there is one.
+        folder: Folder of `export_gguf`: model-KIND.gguf, and one mmproj-KIND.gguf.
+        pairs: Images and questions; questions about one image should be neighbours.
+        max_new_tokens: Longest answer in tokens; answers are compared up to there.
+        threads: Threads of llama.cpp; None for as many as there are cores.
+        device: Device of the checkpoint; None for the GPU if there is one.
 
     Raises:
         FileNotFoundError: No such checkpoint, image or GGUF file.
@@ -121,12 +125,16 @@ def check_pairs(
     """
     if not pairs:
         raise ValueError("there is nothing to compare: give at least one image")
+
     models, mmproj = gguf_files(folder)
     with _progress() as progress:
+        # Ask the checkpoint.
         bar = progress.add_task("the checkpoint", total=len(pairs))
         reference = _ask_ours(
             checkpoint, pairs, max_new_tokens, device, lambda num: progress.advance(bar, num)
         )
+
+        # Ask the files; the first one's runtime also gives the embeddings, which all share.
         embeddings: tuple[EmbeddingParity, ...] = ()
         files = []
         context = max(reference.num_prompt_tokens) + max_new_tokens + 256
@@ -147,7 +155,7 @@ def check_pairs(
 
 
 def gguf_files(folder: Path) -> tuple[list[Path], Path]:
-    """The language models of an export, the largest first, and its mmproj.
+    """Return the language models of an export, the largest first, and its mmproj.
 
     Raises:
         FileNotFoundError: One of the two is missing.
@@ -157,17 +165,19 @@ def gguf_files(folder: Path) -> tuple[list[Path], Path]:
     mmprojs = sorted(folder.glob("mmproj-*.gguf"))
     if not models or not mmprojs:
         raise FileNotFoundError(
-            f"{folder} has no model-*.gguf with an mmproj-*.gguf: make both with `mipha export --to gguf`"
+            f"{folder} has no model-*.gguf with an mmproj-*.gguf: "
+            "make both with `mipha export --to gguf`"
         )
     if len(mmprojs) > 1:
         raise ValueError(
-            f"{folder} has {len(mmprojs)} mmproj-*.gguf, and it is not told which to compare: keep one of them there"
+            f"{folder} has {len(mmprojs)} mmproj-*.gguf, and only one can be compared: "
+            "keep one of them there"
         )
     return models, mmprojs[0]
 
 
 def images_in(folder: Path) -> list[Path]:
-    """Every image file in a folder and below, in order.
+    """Return every image file in a folder and below, in order.
 
     Raises:
         FileNotFoundError: There is none.
@@ -179,7 +189,7 @@ def images_in(folder: Path) -> list[Path]:
 
 
 def easy_vqa_pairs(num: int, root: Path | None = None) -> list[Pair]:
-    """Questions of easy-VQA's test split, evenly from all of it.
+    """Return questions of easy-VQA's test split, spread evenly over it.
 
     Raises:
         FileNotFoundError: The data is not there.
@@ -193,21 +203,19 @@ def easy_vqa_pairs(num: int, root: Path | None = None) -> list[Pair]:
 
 
 def as_seen(processor: LlavaProcessor, image: Image.Image) -> Image.Image:
-    """The picture as our tower sees it: padded or squashed to its size, in 8 bits.
+    """Return the image as our tower sees it: padded or squashed to its size, in 8 bits.
 
     The processor resizes in 8 bits and only then scales, so nothing is lost on the way back.
     """
-    pixels = processor.image_processor(image, return_tensors="np")["pixel_values"][0].transpose(
-        1, 2, 0
-    )
-    scaled = (
-        pixels * processor.image_processor.image_std + processor.image_processor.image_mean
-    ) * 255
+    image_processor = processor.image_processor
+    pixels = image_processor(image, return_tensors="np")["pixel_values"][0]  # (3, height, width)
+    pixels = pixels.transpose(1, 2, 0)  # (height, width, 3)
+    scaled = (pixels * image_processor.image_std + image_processor.image_mean) * 255
     return Image.fromarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8))
 
 
 def wilson(num: int, total: int) -> tuple[float, float]:
-    """95 % interval of a share, which has a width even where all are the same.
+    """Return the 95 % interval of a share, which has a width even for a share of 0 or 1.
 
     Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
     """
@@ -225,7 +233,8 @@ def _ask_ours(
     device: str | None,
     on_answers: Callable[[int], None],
 ) -> _Reference:
-    """The checkpoint's own numbers, in float32: what judges must round less than what is judged."""
+    """Ask the checkpoint in float32: a reference must round less than the files it judges."""
+    # Compute features, prompts and first logits.
     assistant = load(checkpoint, device, torch.float32)
     images = list(dict.fromkeys(image for image, _ in pairs))
     pixels = {image: assistant.pixels(image) for image in images[:NUM_IMAGES]}
@@ -247,6 +256,8 @@ def _ask_ours(
             input_ids=inputs, pixel_values=assistant.pixels(image), logits_to_keep=1
         ).logits[0, -1]
         logits.append(found.log_softmax(-1).cpu().numpy())
+
+    # Answer.
     start = time.perf_counter()
     answers = assistant.answer_many(
         pairs, max_new_tokens=max_new_tokens, on_answers=lambda places, _: on_answers(len(places))
@@ -278,14 +289,16 @@ def _embedding_row(
     reference: _Reference,
     otherwise: str,
 ) -> EmbeddingParity:
-    """A row whose verdict, if it is not ok, is `otherwise`."""
+    """Compare the embeddings of some images; `otherwise` is the verdict if they differ."""
     ours = np.concatenate(list(reference.features.values()))
     theirs = np.concatenate([runtime.image_embeddings(image) for image in images])
     if theirs.shape != ours.shape:
-        shapes = f"{theirs.shape[0]} image tokens of {theirs.shape[1]} numbers, the checkpoint {ours.shape[0]} of {ours.shape[1]}"
         raise ValueError(
-            f"{runtime.mmproj} makes {shapes}: it is of another model, so export this one again"
+            f"{runtime.mmproj} makes {theirs.shape[0]} image tokens of {theirs.shape[1]} numbers, "
+            f"the checkpoint {ours.shape[0]} of {ours.shape[1]}: "
+            "it is of another model, so export this one again"
         )
+
     scale = float((theirs * ours).sum() / (ours * ours).sum())
     cosines = (theirs * ours).sum(-1) / np.maximum(
         np.linalg.norm(theirs, axis=-1) * np.linalg.norm(ours, axis=-1), 1e-12
@@ -309,12 +322,15 @@ def _compare(
     max_new_tokens: int,
     on_answer: Callable[[], None],
 ) -> FileParity:
+    # Answer every question from the image file.
     replies, seconds = [], 0.0
     for image, question in pairs:
         start = time.perf_counter()
         replies.append(runtime.reply(image, question, max_new_tokens))
         seconds += time.perf_counter() - start
         on_answer()
+
+    # Ask again with our own pixels where the answer is another: are the pixels to blame?
     different = []
     for (image, question), ours, reply in zip(pairs, reference.answers, replies, strict=True):
         if reply.text != ours:
@@ -323,6 +339,8 @@ def _compare(
             different.append(
                 Disagreement(str(image), question, ours, reply.text, _margin(reply, ours), because)
             )
+
+    # Compare the logits of the first tokens.
     errors, tops = [], 0
     for (image, question), ours in zip(pairs, reference.logits, strict=False):
         theirs = runtime.first_token_logits(reference.seen(image), question)
@@ -333,6 +351,7 @@ def _compare(
             if same_words
             else float("inf")
         )
+
     num_same = len(pairs) - len(different)
     low, high = wilson(num_same, len(pairs))
     return FileParity(
@@ -356,18 +375,16 @@ def _compare(
 
 
 def _margin(reply: Reply, ours: str) -> float | None:
-    """How sure their first token was that does not lead to our answer."""
+    """Return the margin of their first token that does not lead to our answer."""
     text = b""
     for piece, margin in zip(reply.pieces, reply.margins, strict=True):
         text += piece
-        readable = text.decode(
-            errors="ignore"
-        ).lstrip()  # a token may end in the middle of a letter
+        readable = text.decode(errors="ignore").lstrip()  # a token may end inside a letter
         if not ours.replace("\ufffd", "").startswith(readable):
             return margin
-    return (
-        reply.margins[-1] if reply.finished and reply.margins else None
-    )  # the end of their turn, where ours goes on
+
+    # Their turn ended where ours goes on.
+    return reply.margins[-1] if reply.finished and reply.margins else None
 
 
 @contextmanager

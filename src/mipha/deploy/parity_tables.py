@@ -1,4 +1,4 @@
-"""The report of `parity.py`: its rows and what is expected of them, on the terminal, as Markdown and as plain values."""
+"""The report of `parity.py`: its rows, their bounds, and how it is printed and written."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ from rich.table import Table
 from mipha.files import write_whole
 
 MIN_COSINE = 0.999
-"""Of each image token's embedding. f16 weights give 0.99999; a wrong activation, a shuffled position or another resize much less."""
+"""Cosine of each image token's embedding. f16 weights give 0.99999; a wrong activation, a shuffled
+position or another resize give much less."""
 
 MAX_LOGIT_ERROR = 0.2
-"""In nats, of the likelier tokens, for files that are not quantised: f16 errs by 0.01 to 0.04, a bias left away by whole units. q8_0 may
-err by 0.9, for llama.cpp then rounds activations to 8 bits too; whether that matters, the answers say."""
+"""Error of the likelier tokens in nats, for files that are not quantised: 0.01 to 0.04 in f16,
+whole units for a missing bias. q8_0 may err by 0.9, because llama.cpp then rounds activations to 8
+bits too; the answers tell whether that matters."""
 
 MIN_AGREEMENT = {True: 0.95, False: 0.80}
-"""Of greedy answers, by whether the weights keep 8 bits. Where a file is broken hardly one is the same; with 4 bits some change."""
+"""Share of equal greedy answers, by whether the weights keep 8 bits. With 4 bits some answers
+change; with a broken file hardly one is the same."""
 
 NEAR_TIE = 0.1
-"""In nats: the token that was not taken was at least 0.9 times as likely, so rounding alone decides."""
+"""Margin in nats: the runner-up was at least 0.9 times as likely, so rounding alone decides."""
 
 NUM_SHOWN = 5
 _FULL = {"f32", "f16", "bf16"}
@@ -37,14 +40,15 @@ class EmbeddingParity:
     """Image embeddings of llama.cpp against ours.
 
     Args:
-        pixels: Who resized and padded the pictures: llama.cpp, or we.
-        num_images: Compared.
-        cosine_min: Of all tokens of all images.
-        cosine_mean: Of all tokens of all images.
-        scale: How much larger theirs are on the whole: 1, but for Gemma, whose graph multiplies them by the root of the width later on.
-        max_error: Largest difference of a number, that scale taken out.
+        pixels: Who resized and padded the images: llama.cpp, or we.
+        num_images: Number of images.
+        cosine_min: Least cosine of all tokens of all images.
+        cosine_mean: Mean cosine of all tokens of all images.
+        scale: Ratio of theirs to ours: 1, except for Gemma, whose graph multiplies them by the root
+            of the width later.
+        max_error: Largest difference of a number after that scale is divided out.
         largest: Largest number in ours.
-        verdict: Ok, or what differs: pixels, if with ours all is well.
+        verdict: `ok`, or the difference: pixels, if ours give no difference.
     """
 
     pixels: Literal["llama.cpp", "ours"]
@@ -62,8 +66,13 @@ class Disagreement:
     """An answer that is not ours.
 
     Args:
-        margin: By how much their token was likelier than the next, in nats, where the answers part; None: not known.
-        because: With our own pixels it is ours after all, or it is not.
+        image: The image.
+        question: The question.
+        ours: Our answer.
+        theirs: Their answer.
+        margin: Margin of their token over the runner-up where the answers part, in nats; None where
+            it is not known.
+        because: `pixels` if the answer with our own pixels is ours, else `weights`.
     """
 
     image: str
@@ -80,18 +89,18 @@ class FileParity:
 
     Args:
         file: Its name.
-        quantization: What it says of its weights.
-        num_questions: Asked.
-        num_same_prompts: Prompts with as many tokens as ours.
-        num_logits: First tokens compared, with our own pixels.
+        quantization: Kind of its weights.
+        num_questions: Number of questions.
+        num_same_prompts: Number of prompts with as many tokens as ours.
+        num_logits: Number of first tokens compared, with our own pixels.
         logit_error: Largest difference of a log-probability, for tokens that are not very unlikely.
-        num_same_tops: First tokens that are the same.
-        num_same: Answers that are the same, letter by letter, from the picture's file.
+        num_same_tops: Number of equal first tokens.
+        num_same: Number of answers from the image file that equal ours letter by letter.
         low: Lower end of the 95 % interval of that share.
         high: Upper end.
-        num_near_ties: Other answers that part at a near tie.
+        num_near_ties: Number of other answers that part at a near tie.
         disagreements: All other answers.
-        seconds: An answer, the image encoded once where questions about it follow each other.
+        seconds: Time of an answer; an image is encoded once for questions that follow each other.
     """
 
     file: str
@@ -110,12 +119,12 @@ class FileParity:
 
     @property
     def agreement(self) -> float:
-        """Share of answers that are the same."""
+        """Share of answers that equal ours."""
         return self.num_same / self.num_questions
 
     @property
     def verdict(self) -> str:
-        """Ok, or what differs."""
+        """`ok`, or the difference."""
         found = []
         if self.num_same_prompts < self.num_questions:
             found.append("prompts differ")
@@ -132,11 +141,11 @@ class Parity:
     """The whole report.
 
     Args:
-        checkpoint: Its folder.
-        folder: Of the GGUF files.
-        seconds: An answer of ours, in float32.
-        embeddings: With llama.cpp's pixels, with ours.
-        files: The language model's, the largest first.
+        checkpoint: Folder of the checkpoint.
+        folder: Folder of the GGUF files.
+        seconds: Time of an answer of ours, in float32.
+        embeddings: Image embeddings with llama.cpp's pixels, and with ours.
+        files: Files of the language model, the largest first.
     """
 
     checkpoint: str
@@ -147,15 +156,16 @@ class Parity:
 
     @property
     def passed(self) -> bool:
-        """Tower, projector and every file of the language model are within the bounds.
+        """Whether tower, projector and every file of the language model are within the bounds.
 
-        Pictures that llama.cpp resizes or pads otherwise are said, and count by what they do to the answers.
+        Images that llama.cpp resizes or pads otherwise are reported, and count by their effect on
+        the answers.
         """
         rows = [row for row in self.embeddings if row.pixels == "ours"] + list(self.files)
         return all(row.verdict == "ok" for row in rows)
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, as plain values."""
+        """Return everything as plain values."""
         found = asdict(self) | {"passed": self.passed}
         for plain, row in zip(found["files"], self.files, strict=True):
             plain |= {"agreement": row.agreement, "verdict": row.verdict}
@@ -163,7 +173,7 @@ class Parity:
 
 
 def print_parity(found: Parity) -> None:
-    """The report on the terminal."""
+    """Print the report."""
     console = Console()
     for title, columns, rows in _tables(found):
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
@@ -190,7 +200,7 @@ def print_parity(found: Parity) -> None:
 
 
 def parity_markdown(found: Parity) -> str:
-    """The report as Markdown."""
+    """Return the report as Markdown."""
     lines = [f"# {found.folder} against {found.checkpoint}", ""]
     for title, columns, rows in _tables(found):
         lines += [f"## {title}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
@@ -264,4 +274,7 @@ def _examples(found: Parity) -> Iterator[str]:
     for row in found.files:
         for one in row.disagreements[:NUM_SHOWN]:
             margin = "" if one.margin is None else f", {one.margin:.2f} nats apart"
-            yield f"{row.quantization}, {one.image}: {one.question!r}: ours {one.ours!r}, theirs {one.theirs!r} ({one.because}{margin})"
+            yield (
+                f"{row.quantization}, {one.image}: {one.question!r}: "
+                f"ours {one.ours!r}, theirs {one.theirs!r} ({one.because}{margin})"
+            )

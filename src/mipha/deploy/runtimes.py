@@ -1,7 +1,8 @@
-"""Which programs run a checkpoint as it was trained, which only nearly, which not at all, and why: rules over its configs.
+"""Rules that say which programs run a checkpoint: exactly, approximately or not at all, and why.
 
-Source: transformers 5.23 `LlavaForConditionalGeneration`; vLLM `model_executor/models/{llava,phi,gpt_neox,gemma}.py` and its pull
-    request 36787; llama.cpp `tools/mtmd/clip.cpp`, `tools/mtmd/models/llava.cpp`, `src/models/{gemma,gemma2}.cpp`.
+Source: transformers 5.23 `LlavaForConditionalGeneration`; vLLM
+    `model_executor/models/{llava,phi,gpt_neox,gemma}.py` and its pull request 36787; llama.cpp
+    `tools/mtmd/clip.cpp`, `tools/mtmd/models/llava.cpp`, `src/models/{gemma,gemma2}.cpp`.
 """
 
 from __future__ import annotations
@@ -10,18 +11,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mipha.checkpoint_files import CheckpointFiles
+
 Status = Literal["exact", "approximate", "unsupported"]
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """What one program makes of a checkpoint.
+    """How well one program runs a checkpoint.
 
     Args:
-        name: Of the program.
-        status: exact: the same numbers, up to rounding. approximate: it runs, and some answers differ. unsupported: it refuses the
-            checkpoint, or computes another model.
-        reason: Why, in a sentence.
+        name: Name of the program.
+        status: Verdict. exact: the same numbers, up to rounding. approximate: it runs, and some
+            answers differ. unsupported: it refuses the checkpoint, or computes another model.
+        reason: Reason, in a sentence.
     """
 
     name: str
@@ -41,10 +44,10 @@ _VLLM_LANGUAGE_MODELS = {
     "qwen3",
     "stablelm",
 }
-"""Those whose class in vLLM keeps its layers as `model` and its head as `lm_head`, under the names of the file."""
+"""Kinds whose class in vLLM names its layers `model` and its head `lm_head`, as the file does."""
 
 _LLAMA_CPP_LANGUAGE_MODELS = _VLLM_LANGUAGE_MODELS | {"gpt_neox"}
-"""Those that `deploy/gguf` writes."""
+"""Kinds that `deploy/gguf` writes."""
 
 _GREY_OF_CLIP = (122, 116, 104)
 """The colour that llama.cpp pads with in front of a LLaVA projector."""
@@ -53,7 +56,7 @@ _GREY_OF_CLIP = (122, 116, 104)
 def runtimes(
     config: Mapping[str, Any], processor: Mapping[str, Any], odd_keys: Sequence[str] = ()
 ) -> tuple[Runtime, ...]:
-    """What each program makes of a checkpoint.
+    """Judge how well each program runs a checkpoint.
 
     Args:
         config: Content of its config.json.
@@ -71,8 +74,20 @@ def runtimes(
     return ours, _transformers(config), vllm, _llama_cpp(config, processor)
 
 
+def odd_keys(files: CheckpointFiles) -> list[str]:
+    """Return the names of weights that no LLaVA on the hub has.
+
+    Transformers reads other spellings too, vLLM 0.32 does not.
+    """
+    kind = files.config["vision_config"].get("model_type")
+    has_inner = kind in ("clip_vision_model", "siglip_vision_model")
+    tower = "vision_tower.vision_model." if has_inner else "vision_tower."
+    known = ("language_model.", tower, "multi_modal_projector.")
+    return sorted(name for name in files.tensors if not name.startswith(known))
+
+
 def has_head_bias(config: Mapping[str, Any]) -> bool:
-    """Whether the language model's head has a bias; every Phi has one."""
+    """Return whether the language model's head has a bias; every Phi has one."""
     text = config["text_config"]
     return bool(text.get("lm_head_bias", text.get("model_type") == "phi"))
 
@@ -100,11 +115,13 @@ def _vllm(config: Mapping[str, Any]) -> Runtime:
             "unsupported",
             "its LLaVA leaves out the norm behind the tower's last layer, which this model reads",
         )
+
     if kind in ("gpt2", "gpt_neox"):
         return Runtime(
             "vLLM",
             "unsupported",
-            f"its LLaVA asks for layers named `model`, which its class for a {kind!r} does not have",
+            f"its LLaVA asks for layers named `model`, "
+            f"which its class for a {kind!r} does not have",
         )
     if kind not in _VLLM_LANGUAGE_MODELS:
         return Runtime("vLLM", "unsupported", f"nothing is known of a {kind!r} inside its LLaVA")
@@ -114,9 +131,14 @@ def _vllm(config: Mapping[str, Any]) -> Runtime:
             "unsupported",
             "text_config.architectures is not set, by which it picks the language model",
         )
+
     if kind in ("gemma", "gemma2"):
-        reason = "versions before its pull request 36787 (March 2026) scale image features as they scale words; later ones are exact"
-        return Runtime("vLLM", "approximate", reason)
+        return Runtime(
+            "vLLM",
+            "approximate",
+            "versions before its pull request 36787 (March 2026) scale image features "
+            "as they scale words; later ones are exact",
+        )
     return Runtime(
         "vLLM",
         "exact",
@@ -126,16 +148,15 @@ def _vllm(config: Mapping[str, Any]) -> Runtime:
 
 
 def _llama_cpp(config: Mapping[str, Any], processor: Mapping[str, Any]) -> Runtime:
-    kind, pixels = (
-        config["text_config"].get("model_type"),
-        processor.get("image_processor", processor),
-    )
+    kind = config["text_config"].get("model_type")
     if reason := _unreadable_tower(config):
         return Runtime("llama.cpp", "unsupported", reason)
     if kind not in _LLAMA_CPP_LANGUAGE_MODELS:
         return Runtime(
             "llama.cpp", "unsupported", f"nothing is known of a {kind!r} behind its LLaVA projector"
         )
+
+    pixels = processor.get("image_processor", processor)
     reasons = ["as GGUF, it resizes pictures that are no squares otherwise than PIL"]
     if config.get("projector_hidden_act", "gelu") == "gelu":
         reasons.append("computes the projector's GELU by its tanh form")
@@ -147,15 +168,14 @@ def _llama_cpp(config: Mapping[str, Any], processor: Mapping[str, Any]) -> Runti
         reasons.append(
             "leaves out the first patch and puts the class token behind the last (its issue 25814)"
         )
-    return Runtime(
-        "llama.cpp",
-        "approximate",
-        ", ".join(reasons[:-1]) + f" and {reasons[-1]}" if len(reasons) > 1 else reasons[0],
-    )
+
+    *first, last = reasons
+    reason = f"{', '.join(first)} and {last}" if first else last
+    return Runtime("llama.cpp", "approximate", reason)
 
 
 def _unreadable_tower(config: Mapping[str, Any]) -> str | None:
-    """vLLM and llama.cpp both know CLIP and SigLIP alone in a LLaVA with an MLP projector."""
+    """Return why vLLM and llama.cpp cannot read the tower: both know CLIP and SigLIP alone."""
     kind = str(config["vision_config"].get("model_type")).removesuffix("_vision_model")
     return (
         None

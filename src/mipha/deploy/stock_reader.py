@@ -1,6 +1,7 @@
-"""What transformers alone makes of a checkpoint. A program of its own, in which an import of mipha fails.
+"""Load a checkpoint with transformers alone, in a program in which an import of mipha fails.
 
-python -P stock_reader.py FOLDER    reads FOLDER/request.json and the pictures, writes FOLDER/reply.json and FOLDER/reply.safetensors
+python -P stock_reader.py FOLDER    reads FOLDER/request.json and the images,
+                                    writes FOLDER/reply.json and FOLDER/reply.safetensors
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 @torch.inference_mode()
 def main(folder: Path) -> None:
-    """Answer what was asked of the checkpoint, and say what it is.
+    """Answer the questions of a request, and describe the model that was loaded.
 
     Args:
-        folder: `request.json` holds `checkpoint`, `device`, `max_new_tokens`, `logits_to_keep` and `asked`: pairs of a picture's
-            file name in the folder, or null, and a question.
+        folder: Folder of the request. `request.json` holds `checkpoint`, `device`,
+            `max_new_tokens`, `logits_to_keep` and `asked`: pairs of an image's file name in the
+            folder, or null, and a question.
     """
+    # Load the model and the processor.
     request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
     model, info = AutoModelForImageTextToText.from_pretrained(
         request["checkpoint"],
@@ -35,9 +38,11 @@ def main(folder: Path) -> None:
     )
     model = model.to(request["device"]).eval()
     processor = AutoProcessor.from_pretrained(request["checkpoint"], local_files_only=True)
+
+    # Answer.
     ids, answers, features, tensors = [], [], [], {}
-    for number, (picture, question) in enumerate(request["asked"]):
-        content = [{"type": "image", "path": str(folder / picture)}] if picture else []
+    for number, (image, question) in enumerate(request["asked"]):
+        content = [{"type": "image", "path": str(folder / image)}] if image else []
         messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
         inputs = processor.apply_chat_template(
             messages,
@@ -47,7 +52,7 @@ def main(folder: Path) -> None:
             return_tensors="pt",
         )
         inputs = inputs.to(model.device)
-        if picture:
+        if image:
             tensors[f"pixels.{number}"] = inputs["pixel_values"][0]
             features.append(len(model.get_image_features(inputs["pixel_values"]).pooler_output[0]))
         tensors[f"logits.{number}"] = model(
@@ -56,6 +61,8 @@ def main(folder: Path) -> None:
         out = model.generate(**inputs, max_new_tokens=request["max_new_tokens"], do_sample=False)[0]
         ids.append(inputs["input_ids"][0].tolist())
         answers.append(processor.decode(out[len(ids[-1]) :], skip_special_tokens=True).strip())
+
+    # Describe the model.
     eos, embeddings = model.generation_config.eos_token_id, model.get_input_embeddings().weight
     reply = {
         "without_mipha": "mipha" in sys.modules and sys.modules["mipha"] is None,

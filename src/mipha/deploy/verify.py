@@ -1,12 +1,14 @@
-"""Whether a checkpoint is what it says it is, where mipha is not installed: asked here, asked in transformers alone, compared.
+"""Whether a checkpoint is what it says it is where mipha is not installed.
 
-folder read --> pictures made here --> [mipha] ids, pixels, logits, answers  --+
-                                  \\-> [transformers alone, own process] same --+--> checks --> transformers' row; rules --> the others'
+folder read --> images made here --> [mipha] ids, pixels, logits, answers ------+
+                                 \\-> [transformers alone, own process] the same -+--> checks
+checks --> the row of transformers;  rules --> the rows of the other programs
 """
 
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -21,30 +23,57 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from safetensors.torch import load_file
+from torch import Tensor
 
 from mipha.assistant import Assistant
+from mipha.checkpoint_files import CheckpointFiles, read_checkpoint
 from mipha.data.sample import IMAGE, Message
-from mipha.deploy.checks import ASKED, Check, file_checks, load_checks, number_checks, prompt_checks
-from mipha.deploy.folder import odd_keys, read_folder
-from mipha.deploy.runtimes import Runtime, Status, runtimes
+from mipha.deploy.runtimes import Runtime, Status, has_head_bias, odd_keys, runtimes
 from mipha.models.language_model import end_of_turn
 from mipha.models.modeling import load_model
 from mipha.models.processing import load_processor
 from mipha.run import model_folder
 
+QUESTIONS = (
+    ("wide", "What is in the picture?"),
+    ("tall", "Describe it in one word."),
+    ("square", "Is it red?"),
+    (None, "What is a picture?"),
+)
+"""Images of three shapes, because a processor may treat them differently, and one without."""
+
+TOLERANCE = 1e-4
+"""Largest difference of logits as a part of the largest logit: float32 agrees to about 1e-6."""
+
 MAX_NEW_TOKENS = 16
+
 LOGITS_TO_KEEP = 32
-"""Of the last tokens of a prompt: through attention they depend on all before them."""
+"""Last tokens of a prompt whose logits are compared: they depend on all before them."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Args:
+        name: Name of the check.
+        passed: Whether the checkpoint passed.
+        found: Finding, in words.
+    """
+
+    name: str
+    passed: bool
+    found: str
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found about a checkpoint.
+    """Findings about a checkpoint.
 
     Args:
         checkpoint: Its folder.
-        checks: In the order of a load: files, weights, words, pictures, numbers.
-        runtimes: What each program makes of it; measured for transformers, by rule for the others.
+        checks: Checks in the order of a load: files, weights, words, images, numbers.
+        runtimes: Verdict for each program: measured for transformers, by rule for the others.
     """
 
     checkpoint: str
@@ -53,48 +82,51 @@ class Verification:
 
     @property
     def exact(self) -> bool:
-        """Every check passed: it is a standard checkpoint, and transformers alone gives our numbers and answers."""
+        """Whether it is a standard checkpoint, of which transformers alone computes our numbers."""
         return all(check.passed for check in self.checks)
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, as plain values."""
+        """Return everything as plain values."""
         return asdict(self) | {"exact": self.exact}
 
 
 def verify(checkpoint: str | Path, device: str | None = None) -> Verification:
-    """Compare what we make of a checkpoint with what transformers alone makes of it, in float32.
+    """Compare what we compute from a checkpoint with what transformers alone computes, in float32.
 
     Args:
         checkpoint: A model folder, or a run.
-        device: None: the GPU if there is one.
+        device: Device for both; None for the GPU if there is one.
 
     Raises:
         FileNotFoundError: No such folder, an unfinished run, or a file is missing.
         ValueError: The folder is no LLaVA, is damaged, or holds pickles or code.
     """
-    folder = (
-        Path(checkpoint)
-        if (Path(checkpoint) / "config.json").is_file()
-        else model_folder(checkpoint)
-    )
-    files = read_folder(folder)
+    is_model = (Path(checkpoint) / "config.json").is_file()
+    folder = Path(checkpoint) if is_model else model_folder(checkpoint)
+    files = read_checkpoint(folder)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+    # Ask both the same questions, one model in memory at a time.
     with TemporaryDirectory() as place:
         exchange = Path(place)
-        pictures = _make_pictures(exchange)
-        ours = _ask_ours(folder, pictures, device)
-        torch.cuda.empty_cache()  # one model at a time: the other process loads its own
+        images = _make_images(exchange)
+        ours = _ask_ours(folder, images, device)
+        torch.cuda.empty_cache()
         stock = _ask_stock(folder, exchange, device)
+
+    # Compare the replies.
     status: Status
     if isinstance(stock, str):
         measured, status = [Check("loads without mipha", False, stock)], "unsupported"
     else:
         measured = [
-            *load_checks(files, stock),
-            *prompt_checks(files, ours, stock),
-            *number_checks(ours, stock),
+            *_check_load(files, stock),
+            *_check_prompts(files, ours, stock),
+            *_check_numbers(ours, stock),
         ]
         status = "exact" if all(check.passed for check in measured) else "approximate"
+
+    # Judge every program; transformers by what was measured.
     failed = "; ".join(f"{check.name}: {check.found}" for check in measured if not check.passed)
     judged = [
         replace(row, status=status, reason=failed or row.reason)
@@ -102,85 +134,227 @@ def verify(checkpoint: str | Path, device: str | None = None) -> Verification:
         else row
         for row in runtimes(files.config, files.processor, odd_keys(files))
     ]
-    return Verification(str(folder), (*file_checks(files), *measured), tuple(judged))
+    return Verification(str(folder), (*_check_files(files), *measured), tuple(judged))
 
 
 def print_verification(found: Verification) -> None:
-    """The checks, and where the checkpoint runs."""
-    console = Console()
-    checks, where = Table(box=None, pad_edge=False), Table(box=None, pad_edge=False)
-    for table, columns in ((checks, ("check", "", "found")), (where, ("runs in", "", "why"))):
+    """Print the checks, and where the checkpoint runs."""
+    checks, programs = Table(box=None, pad_edge=False), Table(box=None, pad_edge=False)
+    for table, columns in (
+        (checks, ("check", "", "found")),
+        (programs, ("runs in", "", "why")),
+    ):
         for column in columns:
             table.add_column(column, overflow="fold")
+
     for check in found.checks:
-        checks.add_row(
-            check.name, "[green]ok[/]" if check.passed else "[red]no[/]", escape(check.found)
-        )
+        passed = "[green]ok[/]" if check.passed else "[red]no[/]"
+        checks.add_row(check.name, passed, escape(check.found))
     colours = {"exact": "green", "approximate": "yellow", "unsupported": "red"}
     for row in found.runtimes:
-        where.add_row(row.name, f"[{colours[row.status]}]{row.status}[/]", escape(row.reason))
-    console.print(checks, "", where, "", sep="\n")
+        programs.add_row(row.name, f"[{colours[row.status]}]{row.status}[/]", escape(row.reason))
+
+    console = Console()
+    console.print(checks, "", programs, "", sep="\n")
     failed = sum(not check.passed for check in found.checks)
-    console.print(
-        f"{found.checkpoint}: {f'{failed} checks failed' if failed else 'exact'}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    verdict = f"{failed} checks failed" if failed else "exact"
+    console.print(f"{found.checkpoint}: {verdict}", highlight=False, soft_wrap=True)
 
 
-def _make_pictures(folder: Path) -> dict[str, Image.Image]:
-    """Coloured ramps with noise: no two patches are alike, and neither are the pictures."""
-    random, pictures = np.random.default_rng(0), {}
+def _make_images(folder: Path) -> dict[str, Image.Image]:
+    """Make coloured ramps with noise: no two patches are alike, and no two images."""
+    random, images = np.random.default_rng(0), {}
     for name, (width, height) in {"wide": (96, 60), "tall": (50, 90), "square": (64, 64)}.items():
         ramp = (
             np.linspace(0, 160, width)[None, :, None] * random.random(3)
             + np.linspace(0, 60, height)[:, None, None]
-        )
-        pictures[name] = Image.fromarray(
-            (ramp + random.integers(0, 30, (height, width, 3))).astype(np.uint8)
-        )
-        pictures[name].save(folder / f"{name}.png")
-    return pictures
+        )  # (height, width, 3)
+        noise = random.integers(0, 30, (height, width, 3))
+        images[name] = Image.fromarray((ramp + noise).astype(np.uint8))
+        images[name].save(folder / f"{name}.png")
+    return images
 
 
 @torch.inference_mode()
-def _ask_ours(folder: Path, pictures: dict[str, Image.Image], device: str) -> dict[str, Any]:
+def _ask_ours(folder: Path, images: dict[str, Image.Image], device: str) -> dict[str, Any]:
     model, processor = load_model(str(folder), device), load_processor(folder)
     assistant = Assistant(model, processor)
     ours: dict[str, Any] = {"ids": [], "pixels": [], "logits": [], "answers": [], "bias": None}
-    for name, question in ASKED:
-        picture = pictures[name] if name else None
+
+    for name, question in QUESTIONS:
+        image = images[name] if name else None
         ids = assistant.prompt_ids([Message("user", f"{IMAGE}\n{question}" if name else question)])
-        pixels = assistant.pixels(picture) if picture else None
+        pixels = assistant.pixels(image) if image else None
         logits = model(
             input_ids=torch.tensor([ids], device=device),
             pixel_values=pixels,
             logits_to_keep=LOGITS_TO_KEEP,
         ).logits[0]
+        answer = assistant.answer(image, question, max_new_tokens=MAX_NEW_TOKENS)
         ours["ids"].append(ids)
         ours["pixels"].append(None if pixels is None else pixels[0].cpu())
         ours["logits"].append(logits.cpu())
-        ours["answers"].append(
-            assistant.answer(picture, question, max_new_tokens=MAX_NEW_TOKENS).text
-        )
+        ours["answers"].append(answer.text)
+
     if model.lm_head.bias is not None:
         ours["bias"] = model.lm_head.bias.detach().cpu()
     try:
         ours["end"] = end_of_turn(processor.tokenizer, processor.chat_template)
-    except ValueError as error:  # a template of other people's: what is wrong with it is a finding
+    except ValueError as error:  # the template may be a stranger's: its fault is a finding
         ours["end"] = str(error)
     return ours
 
 
 def _ask_stock(folder: Path, exchange: Path, device: str) -> dict[str, Any] | str:
-    """The reply of transformers alone, or the last line of what it said instead."""
-    asked = [(f"{name}.png" if name else None, question) for name, question in ASKED]
-    request = {"checkpoint": str(folder.resolve()), "device": device, "asked": asked}
-    request |= {"max_new_tokens": MAX_NEW_TOKENS, "logits_to_keep": LOGITS_TO_KEEP}
+    """Return the reply of transformers alone, or the last line of its error."""
+    request = {
+        "checkpoint": str(folder.resolve()),
+        "device": device,
+        "asked": [(f"{name}.png" if name else None, question) for name, question in QUESTIONS],
+        "max_new_tokens": MAX_NEW_TOKENS,
+        "logits_to_keep": LOGITS_TO_KEEP,
+    }
     (exchange / "request.json").write_text(json.dumps(request), encoding="utf-8")
+
     program = Path(__file__).with_name("stock_reader.py")
     done = subprocess.run([sys.executable, "-P", program, exchange], capture_output=True, text=True)
     if done.returncode:
         return (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+
     reply = json.loads((exchange / "reply.json").read_text(encoding="utf-8"))
     return reply | {"tensors": load_file(exchange / "reply.safetensors")}
+
+
+def _check_files(files: CheckpointFiles) -> list[Check]:
+    """Check what programs other than transformers go by: names and types."""
+    odd = odd_keys(files)
+    architectures = files.config["text_config"].get("architectures")
+    written = str(files.config.get("dtype", files.config.get("torch_dtype")))
+    held = ", ".join(files.dtypes)
+    return [
+        Check("files", True, "whole; no pickles, no code"),
+        Check(
+            "names of weights",
+            not odd,
+            f"{len(odd)} of no LLaVA, such as {odd[0]}" if odd else "as every LLaVA has them",
+        ),
+        Check(
+            "type of weights",
+            written == held,
+            held if written == held else f"{held}, but the config says {written}",
+        ),
+        Check(
+            "language model named",
+            bool(architectures),
+            f"text_config.architectures is {architectures}",
+        ),
+    ]
+
+
+def _check_load(files: CheckpointFiles, stock: dict[str, Any]) -> list[Check]:
+    """Check how the stock class loaded the weights. The head's bias has a check of its own."""
+    # Count the weights that found no place, or no value.
+    keys = {
+        kind: [key for key in found if key != "lm_head.bias"]
+        for kind, found in stock["keys"].items()
+    }
+    wrong = [
+        f"{len(found)} {kind.removesuffix('_keys')}, such as {found[0]}"
+        for kind, found in keys.items()
+        if found
+    ]
+
+    # Is the head the word embeddings, as the config says?
+    text = files.config["text_config"]
+    ties = bool(text.get("tie_word_embeddings", files.config.get("tie_word_embeddings")))
+    head = "tied" if stock["tied"] else "a head of its own"
+    if stock["tied"] != ties:
+        head += f", but the config says tied={ties}"
+
+    dropped = "lm_head.bias" in stock["keys"]["unexpected_keys"]
+    if dropped:
+        bias = "dropped by the stock class"
+    else:
+        bias = "kept" if has_head_bias(files.config) else "there is none"
+
+    is_stock = stock["without_mipha"] and stock["class"].endswith(".LlavaForConditionalGeneration")
+    return [
+        Check("loads without mipha", is_stock, stock["class"]),
+        Check("weights", not wrong, "; ".join(wrong) or f"all {len(files.tensors)} are used"),
+        Check("head and word embeddings", stock["tied"] == ties, head),
+        Check("head bias", not dropped, bias),
+    ]
+
+
+def _check_prompts(
+    files: CheckpointFiles, ours: dict[str, Any], stock: dict[str, Any]
+) -> list[Check]:
+    """Check the template, the image tokens in it, and where an answer ends."""
+    written = {
+        ids.count(stock["image_token_ids"][1])
+        for ids, (name, _) in zip(stock["ids"], QUESTIONS, strict=True)
+        if name
+    }
+    counts = {files.tokens_per_image, *written, *stock["features"]}
+    same = sum(mine == theirs for mine, theirs in zip(ours["ids"], stock["ids"], strict=True))
+
+    image, pad, (known, rows) = set(stock["image_token_ids"]), stock["pad_id"], stock["vocabulary"]
+    special = (
+        len(image) == 1 and pad is not None and pad not in image and max(image) < known <= rows
+    )
+    return [
+        Check(
+            "prompts",
+            same == len(QUESTIONS),
+            f"the template writes {same} of {len(QUESTIONS)} as we do, token by token",
+        ),
+        Check(
+            "tokens per image",
+            len(counts) == 1,
+            " and ".join(map(str, sorted(counts))) + ", by processor and by tower",
+        ),
+        Check(
+            "special tokens",
+            special,
+            f"image {sorted(image)}, padding {pad}, {known} tokens for {rows} rows",
+        ),
+        Check(
+            "end of an answer",
+            ours["end"] in stock["end_ids"],
+            f"the template ends it in {ours['end']}, generation at {stock['end_ids']}",
+        ),
+    ]
+
+
+def _check_numbers(ours: dict[str, Any], stock: dict[str, Any]) -> list[Check]:
+    """Check pixels, logits of the last tokens of each prompt, and greedy answers."""
+    tensors: dict[str, Tensor] = stock["tensors"]
+    pixels = max(
+        _difference(mine, tensors[f"pixels.{number}"])
+        for number, mine in enumerate(ours["pixels"])
+        if mine is not None
+    )
+
+    theirs = [tensors[f"logits.{number}"] for number in range(len(QUESTIONS))]
+    largest = max(float(mine.abs().max()) for mine in ours["logits"])
+    worst = max(map(_difference, ours["logits"], theirs))
+    logits = f"differ by up to {worst:.1e}, of {largest:.1f}"
+    if ours["bias"] is not None and worst > TOLERANCE * largest:
+        biased = [other + ours["bias"] for other in theirs]
+        left = max(map(_difference, ours["logits"], biased))
+        logits += f"; with the head's bias put back, by {left:.1e}"
+
+    same = sum(mine == other for mine, other in zip(ours["answers"], stock["answers"], strict=True))
+    return [
+        Check("pixels", pixels == 0, f"differ by up to {pixels:.1e}" if pixels else "the same"),
+        Check("logits", worst <= TOLERANCE * largest, logits),
+        Check(
+            "answers", same == len(QUESTIONS), f"{same} of {len(QUESTIONS)} are ours, word by word"
+        ),
+    ]
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    """Return the largest difference; infinite if the shapes differ or a number is not finite."""
+    difference = float((one - other).abs().max()) if one.shape == other.shape else float("inf")
+    return float("inf") if math.isnan(difference) else difference

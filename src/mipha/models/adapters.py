@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA) through peft: added to a model in memory, saved as stock peft reads them, merged into plain weights.
+"""Low-rank adapters (LoRA) through peft: added to a model, saved as stock peft reads them, merged.
 
 model + layers  --add_adapters-->  model with adapters  --training-->  weights by name
 weights  --save_adapter-->  adapter/ {adapter_config.json, adapter_model.safetensors, base.json}
@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mipha.files import read_json_object, whole_folder, write_whole
 from mipha.models.build import save_checkpoint
 from mipha.models.fingerprint import checkpoint_digest
 from mipha.models.modeling import LlavaForConditionalGeneration, load_model
@@ -30,23 +30,28 @@ from mipha.models.processing import load_processor
 from mipha.models.quantization import is_quantized
 from mipha.recipe import LoraRecipe, Part
 
-_NAME = "default"  # peft's own name for the one adapter of a model
-_PREFIX = "base_model.model."  # of every tensor in a file of peft's
+_NAME = "default"  # peft's name for the one adapter of a model
+_PREFIX = "base_model.model."  # of every tensor name in a file of peft
 
 
 def add_adapters(
     model: LlavaForConditionalGeneration, stacks: Mapping[Part, list[nn.Module]], lora: LoraRecipe
 ) -> None:
-    """Put an adapter beside every linear layer of some stacks; at first it adds nothing, for its second factor is zero.
+    """Put an adapter beside every linear layer of some stacks.
+
+    At first an adapter adds nothing, because its second factor is zero.
 
     Args:
-        stacks: The layers of each part that gets adapters.
-        lora: Their shape.
+        model: Model without adapters.
+        stacks: Layers of each part that gets adapters.
+        lora: Shape of the adapters.
 
     Raises:
         ValueError: A stack has no linear layers or uneven ones, or peft matched others.
     """
     assert not adapter_layers(model), "this model has adapters already"
+
+    # Name the layers that are meant, and a pattern that matches them alone.
     names = {id(module): name for name, module in model.named_modules()}
     wanted: set[str] = set()
     patterns = []
@@ -55,29 +60,32 @@ def add_adapters(
         stack = names[id(layers[0])].rpartition(".")[0]
         wanted |= {f"{names[id(layer)]}.{tail}" for layer in layers for tail in tails}
         patterns.append(rf"{re.escape(stack)}\.\d+\.({'|'.join(map(re.escape, tails))})")
+
+    # Let peft add the adapters. It asks for `is_loaded_in_4bit`; transformers need not know.
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules="|".join(patterns),
     )
-    model.is_loaded_in_4bit = any(
-        is_quantized(module) for module in model.modules()
-    )  # peft asks for it; the host need not know
+    model.is_loaded_in_4bit = any(is_quantized(module) for module in model.modules())
     inject_adapter_in_model(config, model)
     del model.is_loaded_in_4bit
+
+    # Peft matches names, and another version of transformers may have others.
     matched = set(adapter_layers(model))
-    if matched != wanted:  # peft matches names, and a host may rename its layers
+    if matched != wanted:
         raise ValueError(
-            f"adapters were added to {len(matched)} layers where {len(wanted)} were meant: this version of peft does not fit"
+            f"adapters were added to {len(matched)} layers where {len(wanted)} were meant: "
+            "this version of peft does not fit"
         )
 
 
 def linear_layers(part: Part, layers: list[nn.Module]) -> list[str]:
-    """Names of the linear layers inside each layer of a stack.
+    """Return the names of the linear layers inside each layer of a stack.
 
     Raises:
-        ValueError: A layer has none, or others than the first: adapters would leave out some of the stack unsaid.
+        ValueError: A layer has none, or others than the first: adapters would silently skip some.
     """
     found = [
         [name for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
@@ -86,29 +94,30 @@ def linear_layers(part: Part, layers: list[nn.Module]) -> list[str]:
     if not found[0] or any(names != found[0] for names in found):
         counts = sorted({len(names) for names in found})
         raise ValueError(
-            f"{part}: adapters want the same linear layers, at least one, in each of its {len(layers)} layers, but there are "
-            f"{' or '.join(map(str, counts))} in a layer: tune it full or last-N"
+            f"{part}: adapters want the same linear layers, at least one, in each of its "
+            f"{len(layers)} layers, but there are {' or '.join(map(str, counts))} in a layer: "
+            "tune it full or last-N"
         )
     return sorted(found[0])
 
 
 def adapter_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    """The layers with an adapter by name; each holds the linear layer that was there as its base layer."""
+    """Return the layers with an adapter by name; each holds its linear layer as base layer."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
 def adapter_parameters(layer: LoraLayer) -> list[nn.Parameter]:
-    """What trains of a layer with an adapter: its two factors."""
+    """Return what trains of a layer with an adapter: its two factors."""
     return [*layer.lora_A.parameters(), *layer.lora_B.parameters()]
 
 
 def adapter_deltas(
     model: nn.Module, weights: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """What each adapter adds.
+    """Compute what each adapter adds to its layer.
 
     Args:
-        model: With adapters; may be sharded, for only its structure is read.
+        model: Model with adapters; may be sharded, because only its structure is read.
         weights: All of its weights by name, whole.
 
     Yields:
@@ -116,19 +125,23 @@ def adapter_deltas(
     """
     for name, layer in adapter_layers(model).items():
         base = layer.get_base_layer()
-        own = (
-            dequantize_module_weight(base).detach()
-            if is_quantized(base)
-            else weights[f"{name}.base_layer.weight"]
-        )
-        first, second = (
-            weights[f"{name}.{factor}.{_NAME}.weight"] for factor in ("lora_A", "lora_B")
-        )
+        if is_quantized(base):
+            own = dequantize_module_weight(base).detach()
+        else:
+            own = weights[f"{name}.base_layer.weight"]
+
+        first = weights[f"{name}.lora_A.{_NAME}.weight"]  # (rank, in)
+        second = weights[f"{name}.lora_B.{_NAME}.weight"]  # (out, rank)
         yield name, own, layer.scaling[_NAME] * (second @ first)
 
 
 def merged_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights of the model without adapters that computes the same; arguments as of `adapter_deltas`."""
+    """Return the weights of the model without adapters that computes the same.
+
+    Args:
+        model: Model with adapters; may be sharded, because only its structure is read.
+        weights: All of its weights by name, whole.
+    """
     merged = dict(weights)
     for name, own, delta in adapter_deltas(model, weights):
         for key in [key for key in merged if key.startswith(f"{name}.")]:
@@ -140,7 +153,7 @@ def merged_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str,
 
 
 def remove_adapters(model: nn.Module) -> None:
-    """Put the linear layers back in their place; what the adapters learned is lost."""
+    """Put the linear layers back in their place; the adapters are lost."""
     for name, layer in adapter_layers(model).items():
         model.set_submodule(name, layer.get_base_layer())
 
@@ -152,50 +165,48 @@ def save_adapter(
     base: Path,
     folder: Path,
 ) -> None:
-    """Write the adapters as stock peft reads them, with the modules that were trained whole beside them.
+    """Write the adapters as stock peft reads them, and the modules that were trained whole.
 
     Args:
-        model: With adapters; may be sharded, for only its structure is read.
+        model: Model with adapters; may be sharded, because only its structure is read.
         weights: All of its weights by name, whole.
         whole: Modules whose own weights were trained.
         base: Checkpoint of the model that the adapters were added to.
-        folder: Where to; what is there is replaced.
+        folder: Target; a folder that is there is replaced.
     """
-    names = {id(module): name for name, module in model.named_modules()}
-    tied = {id(parameter): name for name, parameter in model.named_parameters()}
+    # Collect the tensors of the adapters.
     tensors = {}
     for name in adapter_layers(model):
         for factor in ("lora_A", "lora_B"):
             tensors[f"{name}.{factor}.weight"] = weights[f"{name}.{factor}.{_NAME}.weight"]
+
+    # Add those of the modules that were trained whole; a tied head is in the file a second time.
+    names = {id(module): name for name, module in model.named_modules()}
+    tied = {id(parameter): name for name, parameter in model.named_parameters()}
     saved = [(names[id(module)], module) for module in whole]
     for name, module in saved:
         for key, parameter in module.named_parameters():
-            tensors[f"{name}.{key}"] = weights[
-                tied[id(parameter)]
-            ].clone()  # a tied head stands in the file a second time
-    beside = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
+            tensors[f"{name}.{key}"] = weights[tied[id(parameter)]].clone()
+
+    # Say what they are, and which base they belong to.
     config: LoraConfig = model.peft_config[_NAME]
     config.modules_to_save = [name for name, _ in saved] or None
     config.base_model_name_or_path = str(base.resolve())
     config.inference_mode = True
-    config.save_pretrained(beside)
-    save_file(
-        {_PREFIX + name: tensor.contiguous().cpu() for name, tensor in tensors.items()},
-        beside / "adapter_model.safetensors",
-    )
-    quantized = any(
-        is_quantized(layer.get_base_layer()) for layer in adapter_layers(model).values()
-    )
+    layers = adapter_layers(model).values()
     facts = {
         "folder": os.path.relpath(base, folder),
         "sha256": checkpoint_digest(base),
-        "quantized": quantized,
+        "quantized": any(is_quantized(layer.get_base_layer()) for layer in layers),
     }
-    (beside / "base.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    beside.rename(folder)
+
+    with whole_folder(folder) as partial:
+        config.save_pretrained(partial)
+        save_file(
+            {_PREFIX + name: tensor.contiguous().cpu() for name, tensor in tensors.items()},
+            partial / "adapter_model.safetensors",
+        )
+        write_whole(partial / "base.json", json.dumps(facts, indent=2) + "\n")
 
 
 def merge_adapter(adapter: Path, folder: Path, base: Path | None = None) -> None:
@@ -203,57 +214,63 @@ def merge_adapter(adapter: Path, folder: Path, base: Path | None = None) -> None
 
     Args:
         adapter: Folder in PEFT's format.
-        folder: Must not exist; it appears when everything is in it.
-        base: Checkpoint of the model that the adapter was trained on; null: the one that the adapter names.
+        folder: New folder; it appears when everything is in it.
+        base: Checkpoint of the model that the adapter was trained on; None for the one that the
+            adapter names.
 
     Raises:
         FileNotFoundError: The adapter, or its base, is not there.
-        ValueError: The adapter was trained on another base or over weights of 4 bits, or the folder exists.
+        ValueError: The adapter was trained on another base or over weights of 4 bits, or the
+            folder exists.
     """
     if not (adapter / "adapter_config.json").is_file():
         raise FileNotFoundError(
-            f"{adapter} has no adapter_config.json: give the adapter/ folder of a stage, or one that peft wrote"
+            f"{adapter} has no adapter_config.json: "
+            "give the adapter/ folder of a stage, or one that peft wrote"
         )
     if folder.exists():
         raise ValueError(f"{folder} exists: choose another folder for the merged model")
-    facts = (
-        json.loads((adapter / "base.json").read_text(encoding="utf-8"))
-        if (adapter / "base.json").is_file()
-        else {}
-    )
-    named = (
-        adapter / facts["folder"]
-        if facts
-        else Path(PeftConfig.from_pretrained(adapter).base_model_name_or_path or "?")
-    )
+
+    # Find the base that the adapter was trained on. Without base.json only its name is known.
+    facts = read_json_object(adapter / "base.json") if (adapter / "base.json").is_file() else None
+    if facts is not None:
+        named = adapter / facts["folder"]
+    else:
+        named = Path(PeftConfig.from_pretrained(adapter).base_model_name_or_path or "?")
     base = base or named
     if not (base / "config.json").is_file():
         raise FileNotFoundError(
-            f"the base model {base} of {adapter} is not there: give the checkpoint that the adapter was trained on"
+            f"the base model {base} of {adapter} is not there: "
+            "give the checkpoint that the adapter was trained on"
         )
-    if facts and checkpoint_digest(base) != facts["sha256"]:
+    if facts is not None and checkpoint_digest(base) != facts["sha256"]:
         raise ValueError(
-            f"{adapter} was trained on another base than {base}: its weights differ from those of {named} at that time"
+            f"{adapter} was trained on another base than {base}: "
+            f"its weights differ from those of {named} at that time"
         )
-    if facts and facts["quantized"]:
+    if facts is not None and facts["quantized"]:
         raise ValueError(
-            f"{adapter} was trained over weights of 4 bits, and would answer otherwise over those of {base}: take the checkpoint/ beside "
-            "it, where it is merged as it was trained"
+            f"{adapter} was trained over weights of 4 bits, and would answer otherwise over those "
+            f"of {base}: take the checkpoint/ beside it, where it is merged as it was trained"
         )
+
+    # Merge.
     model = load_model(str(base))
     _check_fit(model, adapter, base)
-    head, embeddings = model.lm_head.weight, model.get_input_embeddings().weight
+    is_tied = model.lm_head.weight is model.get_input_embeddings().weight
     merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
-    if head is embeddings and torch.equal(
-        merged.lm_head.weight, merged.get_input_embeddings().weight
-    ):
-        merged.config.tie_word_embeddings = True  # peft loads what was tied as two
+
+    # Peft loads tied weights as two.
+    embeddings = merged.get_input_embeddings().weight
+    if is_tied and torch.equal(merged.lm_head.weight, embeddings):
+        merged.config.tie_word_embeddings = True
         merged.tie_weights()
+
     save_checkpoint(merged, load_processor(base), folder)
 
 
 def _check_fit(model: nn.Module, adapter: Path, base: Path) -> None:
-    """Every tensor of the adapter has its place in the base: peft passes over some that have none."""
+    """Refuse an adapter with a tensor that has no place in the base: peft skips some of them."""
     shapes = {
         name: tuple(parameter.shape)
         for name, parameter in model.named_parameters(remove_duplicate=False)
@@ -261,8 +278,9 @@ def _check_fit(model: nn.Module, adapter: Path, base: Path) -> None:
     with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
         found = {
             name.removeprefix(_PREFIX): tuple(file.get_slice(name).get_shape())
-            for name in file.keys()
-        }  # noqa: SIM118
+            for name in file.keys()  # noqa: SIM118  (not a dict)
+        }
+
     for name, shape in found.items():
         factor = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name)
         if factor:
@@ -272,5 +290,6 @@ def _check_fit(model: nn.Module, adapter: Path, base: Path) -> None:
             fits = shapes.get(name) == shape
         if not fits:
             raise ValueError(
-                f"{adapter} does not fit {base}, which has no place for {name} {shape}: give the base it was trained on"
+                f"{adapter} does not fit {base}, which has no place for {name} {shape}: "
+                "give the base it was trained on"
             )

@@ -1,14 +1,14 @@
 """ModelRecipe -> (model, processor): pretrained parts composed into one standard LLaVA.
 
-tower  --prune dead layers, resize positions-->  vision_tower              models/vision_tower.py
-LM     --image token in an unused row-------->   language_model, lm_head   models/language_model.py
-widths --------------------------------------->  multi_modal_projector (new)
-                                                 -> LlavaForConditionalGeneration
+tower           --drop unread layers, resize positions-->  vision_tower     models/vision_tower.py
+language model  --image token in an unused row---------->  language_model   models/language_model.py
+widths          ---------------------------------------->  multi_modal_projector (new)
+                                                           -> LlavaForConditionalGeneration
 """
 
 from __future__ import annotations
 
-import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,8 +26,10 @@ from transformers import (
 from mipha.catalog.full_size import CONFIGS, part_config
 from mipha.catalog.language_models import LANGUAGE_MODELS
 from mipha.catalog.vision_towers import VISION_TOWERS
+from mipha.checkpoint_files import count_image_tokens
+from mipha.files import whole_folder
 from mipha.lookup import files_in
-from mipha.models.folders import locate
+from mipha.models.checkpoint_folder import locate
 from mipha.models.language_model import (
     add_image_token,
     end_of_turn,
@@ -48,25 +50,42 @@ from mipha.models.vision_tower import (
 from mipha.recipe import ModelRecipe
 
 
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Token ids that a model is composed with.
+
+    Args:
+        image: Placeholder of an image.
+        ends: Tokens that end generation.
+        pad: Padding.
+        bos: Begin of a text; None where there is none.
+    """
+
+    image: int
+    ends: int | list[int] | None
+    pad: int | None
+    bos: int | None
+
+
 def build(
     recipe: ModelRecipe, dtype: torch.dtype = torch.float32
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Compose pretrained parts.
+    """Compose the pretrained parts of a recipe.
 
     Args:
-        recipe: Which parts, which feature layer, which image size.
-        dtype: Of all weights.
+        recipe: Parts, feature layer and image size.
+        dtype: Type of all weights.
 
     Raises:
-        FileNotFoundError: A part is neither a catalog name, a folder nor a hub id that can be reached.
+        FileNotFoundError: A part is neither a catalog name, a folder nor a hub id within reach.
         ValueError: The parts do not go together, or a part is of a kind that cannot be used.
     """
+    # Loading may draw random numbers; the projector's start must depend on the seed alone.
     random = torch.get_rng_state()
     tower, mean, std = load_vision_tower(recipe, dtype)
     language_model, tokenizer, template = load_language_model(recipe, dtype)
-    torch.set_rng_state(
-        random
-    )  # loading may draw numbers: the projector's start is to depend on the seed alone
+    torch.set_rng_state(random)
+
     return compose(language_model, tokenizer, template, tower, mean, std, recipe.pad_to_square)
 
 
@@ -81,24 +100,68 @@ def compose(
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Join a causal language model and a pruned tower with a new projector.
 
+    Args:
+        language_model: Causal language model.
+        tokenizer: Its tokenizer; gets the image token.
+        template: Its chat template.
+        tower: Vision tower that ends at the layer that is read.
+        mean: Mean of the pixels per channel, of values in 0..1.
+        std: Deviation of the pixels per channel.
+        pad_to_square: Whether images are padded to a square; otherwise squashed.
+
     Raises:
-        ValueError: One image is longer than what the language model reads, or sees at a time.
+        ValueError: One image is longer than the language model's context or sliding window.
     """
     image_token_id = add_image_token(tokenizer, language_model)
+
+    # The tokenizer and the template know the end of a turn; configs in the wild do not
+    # (the released Mipha-3B says id 2).
+    configured = language_model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, end_of_turn(tokenizer, template)}
+    ends |= set(configured) if isinstance(configured, list) else {configured}
+    tokens = SpecialTokens(
+        image=image_token_id,
+        ends=sorted(ends - {None}),
+        pad=tokenizer.pad_token_id,
+        bos=tokenizer.bos_token_id,
+    )
+
+    model = join_parts(language_model, tower, tokens)
+    prefix = num_prefix_tokens(tower)
+    processor = build_processor(tokenizer, template, tower.config, mean, std, pad_to_square, prefix)
+    return model, processor
+
+
+def join_parts(
+    language_model: PreTrainedModel, tower: PreTrainedModel, tokens: SpecialTokens
+) -> LlavaForConditionalGeneration:
+    """Put a language model and a tower into one LLaVA, with a new projector between them.
+
+    Args:
+        language_model: Causal language model, on any device, also meta.
+        tower: Vision tower that ends at the layer that is read.
+        tokens: Special tokens of the model.
+
+    Raises:
+        ValueError: One image is longer than the language model's context or sliding window.
+    """
+    # Say in the config what the language model's head is.
     text_config = language_model.config
     text_config.architectures = [type(language_model).__name__]  # llama.cpp and vLLM read it
     head = language_model.get_output_embeddings()
     text_config.lm_head_bias = head.bias is not None
     if text_config.tie_word_embeddings and not hasattr(language_model.base_model, "embed_tokens"):
-        # The stock class ties its head to a layer of this name alone: GPT-2's head gets a copy of its own.
+        # The stock class ties its head to a layer of this name alone: GPT-2 gets a copy.
         head.weight = nn.Parameter(head.weight.detach().clone())
         text_config.tie_word_embeddings = False
-    prefix = num_prefix_tokens(tower)
-    config = _llava_config(tower.config, prefix, text_config, image_token_id)
-    with torch.device(
-        "meta"
-    ):  # the parts replace everything: no memory, no random start for what is thrown away
+
+    # Make the LLaVA on the meta device: the parts replace everything, so no memory is spent and
+    # no random start is drawn for weights that are thrown away.
+    config = _llava_config(tower.config, num_prefix_tokens(tower), text_config, tokens.image)
+    with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
+
+    # Put the parts in.
     model.model.vision_tower = tower
     model.model.language_model = language_model.base_model
     model.lm_head = head
@@ -107,121 +170,57 @@ def compose(
     )
     model.tie_weights()
     model.config.tie_word_embeddings = bool(text_config.tie_word_embeddings)
-    # The tokenizer and the template know the end of a turn; configs in the wild do not (the released Mipha-3B says id 2).
-    ends = {
-        tokenizer.eos_token_id,
-        end_of_turn(tokenizer, template),
-        *_as_ids(language_model.generation_config.eos_token_id),
-    }
+
     model.generation_config = GenerationConfig(
-        eos_token_id=sorted(ends - {None}),
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokens.ends,
+        pad_token_id=tokens.pad,
+        bos_token_id=tokens.bos,
         do_sample=False,
     )
-    processor = build_processor(tokenizer, template, tower.config, mean, std, pad_to_square, prefix)
-    return model.eval(), processor
+    return model.eval()
 
 
 def skeleton(recipe: ModelRecipe) -> LlavaForConditionalGeneration:
-    """The model of a recipe on the meta device, without weights: what it will weigh, how long an image is, its checkpoint's keys.
+    """Return the model of a recipe on the meta device: its size, image length and keys, no weights.
 
-    Catalog names are read from the configs that come with them, so nothing is fetched. The rows that a full vocabulary gets
-    for the image token are not there: no tokenizer is read.
+    Catalog names are read from the configs that come with them, so nothing is downloaded. The rows
+    that a full vocabulary gets for the image token are missing, because no tokenizer is read.
 
     Raises:
-        FileNotFoundError: A part is neither a catalog name, a folder nor a hub id that can be reached.
+        FileNotFoundError: A part is neither a catalog name, a folder nor a hub id within reach.
         ValueError: The parts do not go together, or a part is of a kind that cannot be used.
     """
     vision_config = _part_config(recipe.vision_tower, "vision tower", list(VISION_TOWERS))
     text_config = _part_config(recipe.language_model, "language model", list(LANGUAGE_MODELS))
+
     with torch.device("meta"):
-        tower = TOWERS[vision_config.model_type](vision_config)
-        tower = fit_tower(tower, recipe.feature_layer, recipe.image_size, recipe.post_layernorm)
-        config = _llava_config(
-            tower.config,
-            num_prefix_tokens(tower),
-            text_config,
-            image_token_id=text_config.vocab_size - 1,
-        )
+        tower = _fitted_tower(recipe, vision_config)
+        last_row = text_config.vocab_size - 1
+        config = _llava_config(tower.config, num_prefix_tokens(tower), text_config, last_row)
         return LlavaForConditionalGeneration(config).eval()
 
 
 def load_parts_processor(recipe: ModelRecipe) -> LlavaProcessor:
-    """The processor of a recipe's model, without its weights: for looking at samples, and for their lengths.
+    """Load the processor of a recipe's model without its weights, to look at samples.
 
     Raises:
-        FileNotFoundError: A part is neither a catalog name, a folder nor a hub id that can be reached.
+        FileNotFoundError: A part is neither a catalog name, a folder nor a hub id within reach.
         ValueError: A part is of a kind that cannot be used.
     """
     _, text_config, tokenizer, template = load_tokenizer(recipe)
     _, vision_config, mean, std = read_tower(recipe.vision_tower)
     add_image_token(tokenizer)
+
     with torch.device("meta"):
-        tower = TOWERS[vision_config.model_type](vision_config)
-        tower = fit_tower(tower, recipe.feature_layer, recipe.image_size, recipe.post_layernorm)
+        tower = _fitted_tower(recipe, vision_config)
         prefix = num_prefix_tokens(tower)
-    _llava_config(
-        tower.config, prefix, text_config, tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    )  # refuses an image that is too long
+
+    # Making the config refuses an image that is too long.
+    image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    _llava_config(tower.config, prefix, text_config, image_token_id)
     return build_processor(
         tokenizer, template, tower.config, mean, std, recipe.pad_to_square, prefix
     )
-
-
-def _part_config(name: str, kind: str, known: list[str]) -> PretrainedConfig:
-    if name in known and name in files_in(CONFIGS, ".json"):
-        return AutoConfig.for_model(**part_config(name))
-    folder = locate(name, name, kind, known)
-    return (
-        read_config(folder, name)
-        if kind == "language model"
-        else AutoConfig.from_pretrained(folder)
-    )
-
-
-def _llava_config(
-    vision_config: PretrainedConfig,
-    num_prefix_tokens: int,
-    text_config: PretrainedConfig,
-    image_token_id: int,
-) -> LlavaConfig:
-    """The stock config that joins two parts.
-
-    Args:
-        vision_config: Of the tower as it is read: pruned, and at its final image size.
-        num_prefix_tokens: Tokens before the patches. The stock class leaves out the first; registers behind it stay.
-    """
-    num_tokens = (vision_config.image_size // vision_config.patch_size) ** 2 + max(
-        0, num_prefix_tokens - 1
-    )
-    too_long = f"an image of {vision_config.image_size} pixels takes {num_tokens} tokens, but"
-    longest, window = (
-        getattr(text_config, key, None) for key in ("max_position_embeddings", "sliding_window")
-    )
-    if longest and num_tokens >= longest:
-        raise ValueError(
-            f"{too_long} the language model reads {longest} in all: use a smaller model.image_size"
-        )
-    # Words behind the image could not see where it begins; and packed rows and batches of questions know no window.
-    if window and num_tokens >= window:
-        raise ValueError(
-            f"{too_long} the language model's sliding layers see {window} at a time: use a smaller model.image_size or tower"
-        )
-    return LlavaConfig(
-        vision_config=vision_config,
-        text_config=text_config,
-        image_token_index=image_token_id,
-        vision_feature_layer=-1,  # pruned to the layer that is read
-        vision_feature_select_strategy="default" if num_prefix_tokens else "full",
-        projector_hidden_act="gelu",
-        image_seq_length=num_tokens,
-        tie_word_embeddings=bool(text_config.tie_word_embeddings),
-    )
-
-
-def _as_ids(value: int | list[int] | None) -> list[int | None]:
-    return value if isinstance(value, list) else [value]
 
 
 def save_checkpoint(
@@ -233,15 +232,83 @@ def save_checkpoint(
     """Write a checkpoint that stock transformers loads, whole or not at all.
 
     Args:
-        folder: Must not exist; it appears when everything is in it.
-        weights: The whole state dict where the model's own is sharded.
+        model: Model to save.
+        processor: Its processor.
+        folder: New folder, or an empty one; it appears when everything is in it.
+        weights: Whole state dict, where the model's own is sharded.
+
+    Raises:
+        ValueError: The folder holds something.
     """
-    beside = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    for part in (model.config.text_config, model.config.vision_config):
-        part._name_or_path = (
-            ""  # else the folder on this machine that it was read from goes into a public file
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{folder} is not empty: choose another folder, or remove it")
+
+    with whole_folder(folder) as partial:
+        for config in (model.config.text_config, model.config.vision_config):
+            config._name_or_path = ""  # else a path of this machine goes into a public file
+        model.save_pretrained(partial, state_dict=weights)
+        processor.save_pretrained(partial)
+
+
+def _part_config(name: str, kind: str, known: list[str]) -> PretrainedConfig:
+    if name in known and name in files_in(CONFIGS, ".json"):
+        return AutoConfig.for_model(**part_config(name))
+
+    folder = locate(name, name, kind, known)
+    return (
+        read_config(folder, name)
+        if kind == "language model"
+        else AutoConfig.from_pretrained(folder)
+    )
+
+
+def _fitted_tower(recipe: ModelRecipe, config: PretrainedConfig) -> PreTrainedModel:
+    tower = TOWERS[config.model_type](config)
+    return fit_tower(tower, recipe.feature_layer, recipe.image_size, recipe.post_layernorm)
+
+
+def _llava_config(
+    vision_config: PretrainedConfig,
+    num_prefix_tokens: int,
+    text_config: PretrainedConfig,
+    image_token_id: int,
+) -> LlavaConfig:
+    """Return the stock config that joins two parts.
+
+    Args:
+        vision_config: Config of the tower as it is read: pruned, and at its final image size.
+        num_prefix_tokens: Tokens before the patches. The stock class leaves out the first of them;
+            registers behind it stay.
+        text_config: Config of the language model.
+        image_token_id: Placeholder of an image.
+    """
+    size = vision_config.image_size
+    strategy = "default" if num_prefix_tokens else "full"
+    num_tokens = count_image_tokens(
+        size, size, vision_config.patch_size, num_prefix_tokens, strategy
+    )
+
+    # Refuse an image that the language model cannot hold.
+    too_long = f"an image of {size} pixels takes {num_tokens} tokens, but the language model"
+    longest = getattr(text_config, "max_position_embeddings", None)
+    window = getattr(text_config, "sliding_window", None)
+    if longest and num_tokens >= longest:
+        raise ValueError(f"{too_long} reads {longest} in all: use a smaller model.image_size")
+    # Words behind the image could not see where it begins, and neither packed rows nor batches of
+    # questions support a window.
+    if window and num_tokens >= window:
+        raise ValueError(
+            f"{too_long}'s sliding layers see {window} at a time: "
+            "use a smaller model.image_size or tower"
         )
-    model.save_pretrained(beside, state_dict=weights)
-    processor.save_pretrained(beside)
-    beside.rename(folder)
+
+    return LlavaConfig(
+        vision_config=vision_config,
+        text_config=text_config,
+        image_token_index=image_token_id,
+        vision_feature_layer=-1,  # the tower ends at the layer that is read
+        vision_feature_select_strategy=strategy,
+        projector_hidden_act="gelu",
+        image_seq_length=num_tokens,
+        tie_word_embeddings=bool(text_config.tie_word_embeddings),
+    )

@@ -1,4 +1,4 @@
-"""Weights told apart by the bytes of their tensors: bit-equal or not, whatever the file they lie in."""
+"""Digests of weights: two tensors have the same one if and only if they are bit-equal."""
 
 from __future__ import annotations
 
@@ -10,25 +10,37 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from mipha.checkpoint_files import weight_files
+
 
 def tensor_digest(tensor: Tensor) -> str:
-    """Sha256 of a tensor's type, shape and bytes, in hex digits; of any device, not sharded."""
+    """Return the sha256 of a tensor's type, shape and bytes, in hex digits.
+
+    Args:
+        tensor: Tensor on any device, not sharded.
+    """
     content = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     content.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return content.hexdigest()
 
 
 def joint_digest(digests: Mapping[str, str]) -> str:
-    """One digest for many named ones; their order does not count."""
+    """Return one digest for many named ones; their order does not count."""
     return hashlib.sha256(
         "".join(f"{name} {digest}\n" for name, digest in sorted(digests.items())).encode()
     ).hexdigest()
 
 
 def checkpoint_digest(folder: Path) -> str:
-    """One digest for all tensors of a saved model; in how many files they lie does not count."""
+    """Return one digest for all tensors of a checkpoint; the number of shards does not count.
+
+    Raises:
+        FileNotFoundError: There are no weights, or some are missing.
+        ValueError: The weights are pickles, or the index of the shards is damaged.
+    """
     digests = {}
-    for path in folder.glob("*.safetensors"):
+    for path in weight_files(folder):
         with safe_open(path, framework="pt") as file:
-            digests |= {name: tensor_digest(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+            for name in file.keys():  # noqa: SIM118  (not a dict)
+                digests[name] = tensor_digest(file.get_tensor(name))
     return joint_digest(digests)

@@ -1,4 +1,4 @@
-"""The language model of a recipe: read, with its tokenizer and template, and refused where LLaVA could not hold it."""
+"""The language model of a recipe: loaded with tokenizer and template, or refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from mipha.catalog.language_models import LANGUAGE_MODELS
-from mipha.models.folders import load_weights, locate, model_type, reading
+from mipha.models.checkpoint_folder import load_weights, locate, model_type, reading
 from mipha.models.processing import IMAGE_TOKEN, checked_template, load_template
 from mipha.recipe import ModelRecipe
 
@@ -25,10 +25,10 @@ from mipha.recipe import ModelRecipe
 def load_language_model(
     recipe: ModelRecipe, dtype: torch.dtype
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, str]:
-    """The causal language model, its tokenizer (with a pad token) and the chat template with the loss mask.
+    """Load the causal language model, its tokenizer (with a pad token) and its chat template.
 
     Raises:
-        FileNotFoundError: It is nowhere, or its folder is not whole.
+        FileNotFoundError: It is not found, or its folder is not whole.
         ValueError: It is of a kind that cannot be used, or its template does not go with it.
     """
     name = recipe.language_model
@@ -39,7 +39,9 @@ def load_language_model(
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         else:
             model = load_weights(AutoModelForCausalLM, folder, dtype)
-    # Gemma 2 ends in 30 * tanh(logits / 30), for which the stock LLaVA has no place: no greedy answer changes without it.
+
+    # Gemma 2 ends in 30 * tanh(logits / 30), for which the stock LLaVA has no place. Greedy
+    # answers are the same without it.
     if getattr(model.config, "final_logit_softcapping", None):
         model.config.final_logit_softcapping = None
     check_composable(model, name)
@@ -49,10 +51,13 @@ def load_language_model(
 def load_tokenizer(
     recipe: ModelRecipe,
 ) -> tuple[str, PretrainedConfig, PreTrainedTokenizerBase, str]:
-    """What there is to know of a language model before its weights: its folder, config, tokenizer and chat template.
+    """Load everything of a language model but its weights.
+
+    Returns:
+        Folder or hub id, config, tokenizer (with a pad token), and chat template.
 
     Raises:
-        FileNotFoundError: It is nowhere, or its folder is not whole.
+        FileNotFoundError: It is not found, or its folder is not whole.
         ValueError: It is of a kind that cannot be used, or its template does not go with it.
     """
     name = recipe.language_model
@@ -60,6 +65,7 @@ def load_tokenizer(
     folder = locate(name, entry.path if entry else name, "language model", list(LANGUAGE_MODELS))
     config = read_config(folder, name)
     tokenizer = _read_tokenizer(folder, name)
+
     wanted = recipe.chat_template or (entry.chat_template if entry else None)
     if wanted:
         template = load_template(wanted, tokenizer)
@@ -67,27 +73,31 @@ def load_tokenizer(
         template = checked_template(tokenizer.chat_template, tokenizer, source=f"of {name}")
     else:
         raise ValueError(
-            f"language model {name!r} has no chat template: set model.chat_template, for example to vicuna"
+            f"language model {name!r} has no chat template: "
+            "set model.chat_template, for example to vicuna"
         )
-    end_of_turn(tokenizer, template)  # refused before the weights are read
+
+    end_of_turn(tokenizer, template)  # refuse a template without an end before the weights are read
     return folder, config, tokenizer, template
 
 
 def read_config(folder: str, name: str) -> PretrainedConfig:
-    """The config of a language model, read before its weights.
+    """Read the config of a language model, before its weights.
 
     Raises:
-        ValueError: It says that this is no model that LLaVA could hold.
+        ValueError: LLaVA cannot hold the model that the config describes.
     """
     with reading(folder, "language model", name):
         kind = model_type(folder)
     if kind not in CONFIG_MAPPING:
-        known = f"transformers {transformers.__version__}"
         raise ValueError(
-            f"language model {name!r} is a {kind!r}, which {known} does not know: code that comes with a checkpoint is never run"
+            f"language model {name!r} is a {kind!r}, which transformers {transformers.__version__} "
+            "does not know: code that comes with a checkpoint is never run"
         )
+
     with reading(folder, "language model", name):
         config = AutoConfig.from_pretrained(folder)
+
     reason = None
     if config.get_text_config() is not config:
         reason = "which holds more than a language model"
@@ -99,7 +109,8 @@ def read_config(folder: str, name: str) -> PretrainedConfig:
         reason = "in quantized weights, which do not train"
     if reason:
         raise ValueError(
-            f"language model {name!r} is a {kind!r}, {reason}: give a decoder-only language model in full weights"
+            f"language model {name!r} is a {kind!r}, {reason}: "
+            "give a decoder-only language model in full weights"
         )
     return config
 
@@ -111,26 +122,39 @@ def _read_tokenizer(folder: str, name: str) -> PreTrainedTokenizerBase:
         except (ValueError, KeyError, ImportError) as error:
             reason = " ".join(str(error).split())
             raise ValueError(
-                f"language model {name!r} has no tokenizer that can be read from {folder}: put its tokenizer.json there ({reason})"
+                f"language model {name!r} has no tokenizer that can be read from {folder}: "
+                f"put its tokenizer.json there ({reason})"
             ) from error
+    return with_pad_token(tokenizer)
+
+
+def with_pad_token(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """Use the EOS as pad token where a tokenizer has none.
+
+    Masks come from lengths, so the pad token is never mistaken for an EOS.
+    """
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = (
-            tokenizer.eos_token
-        )  # masks come from lengths, so the pad token is never mistaken for an EOS
+        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 @torch.no_grad()
 def check_composable(model: PreTrainedModel, name: str) -> None:
-    """Refuse a language model of which LLaVA would make another one: tried on a few words, not looked up by its kind.
+    """Refuse a language model whose logits change inside LLaVA, by running it on a few words.
 
-    LLaVA gives embeddings to the stack of layers and applies the head to what comes out. Our training puts samples side by
-    side behind a mask. So the words are given twice, side by side, and a third sample that is the embedding of no word, as
-    image features are; all must be as the model has it alone.
+    LLaVA gives embeddings to the stack of layers and applies the head to the result. Our training
+    puts samples side by side behind a mask. So the model gets the same words twice, side by side,
+    and a third sample that is the embedding of no word, like image features; the logits of both
+    copies must be those of the model alone.
+
+    Args:
+        model: Language model with its weights.
+        name: Name in the recipe, for messages.
 
     Raises:
-        ValueError: The head is not all there is behind the layers, or the mask does not keep samples apart.
+        ValueError: There is more than the head behind the layers, or samples in one row mix.
     """
+    # Put the samples side by side in one row, each behind its own mask.
     words = torch.linspace(0, model.config.vocab_size - 1, 7, device=model.device).long()[1:]
     embedded = model.get_input_embeddings()(words)
     inputs = torch.cat([embedded, embedded, embedded.mean(0, keepdim=True)])[None]
@@ -138,6 +162,8 @@ def check_composable(model: PreTrainedModel, name: str) -> None:
     mask = torch.zeros(inputs.shape[1], inputs.shape[1], dtype=model.dtype, device=model.device)
     mask.masked_fill_(torch.block_diag(*blocks) == 0, torch.finfo(model.dtype).min)
     positions = torch.cat([torch.arange(len(block), device=model.device) for block in blocks])[None]
+
+    # Compute the logits of the words alone, and those of the row as LLaVA does.
     refused = f"language model {name!r} is a {model.config.model_type!r}, which cannot be used"
     try:
         alone = model(input_ids=words[None], use_cache=False).logits[0]
@@ -150,26 +176,34 @@ def check_composable(model: PreTrainedModel, name: str) -> None:
         logits = model.get_output_embeddings()(hidden.last_hidden_state[0])
     except (RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(
-            f"{refused}: it does not take embeddings, positions and a mask ({' '.join(str(error).split())[:200]})"
+            f"{refused}: it does not take embeddings, positions and a mask "
+            f"({' '.join(str(error).split())[:200]})"
         ) from error
+
+    # Compare both copies.
     if not _close(logits[: len(words)], alone):
         raise ValueError(
-            f"{refused}: its logits are not its head on its hidden states, and the stock LLaVA format has no place for more"
+            f"{refused}: its logits are not its head on its hidden states, "
+            "and the stock LLaVA format has no place for more"
         )
     if not _close(logits[len(words) : 2 * len(words)], alone):
         raise ValueError(
-            f"{refused}: it carries words past the attention mask (a recurrent layer), so samples in one row would mix"
+            f"{refused}: it carries words past the attention mask (a recurrent layer), "
+            "so samples in one row would mix"
         )
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
-    """Whether most words have the same logits: a mixture of experts may send one that stands between two to either."""
+    """Return whether most words have the same logits.
+
+    Not all: a mixture of experts may send a word that lies between two experts to either.
+    """
     differences = (one - other).abs().amax(-1)
     return bool(differences.median() <= torch.finfo(other.dtype).eps ** 0.5 * other.abs().max())
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> int:
-    """Id of the token that ends the assistant's turn: the last one that is trained on.
+    """Return the id of the token that ends the assistant's turn: the last one that is trained on.
 
     Raises:
         ValueError: The turn does not end in a special token, so no answer would ever end.
@@ -187,6 +221,7 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> int:
         for token, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
         if mask
     ]
+
     added = tokenizer.added_tokens_decoder
     if not trained or not (
         trained[-1] in tokenizer.all_special_ids
@@ -194,8 +229,9 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> int:
     ):
         last = tokenizer.decode(trained[-1:])
         raise ValueError(
-            f"the chat template ends an answer in {last!r}, which is no special token of this language model, so no answer would end: "
-            "use another model.chat_template, for example vicuna"
+            f"the chat template ends an answer in {last!r}, which is no special token of this "
+            "language model, so no answer would end: use another model.chat_template, "
+            "for example vicuna"
         )
     return trained[-1]
 
@@ -203,7 +239,13 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> int:
 def add_image_token(
     tokenizer: PreTrainedTokenizerBase, language_model: PreTrainedModel | None = None
 ) -> int:
-    """Id of the image placeholder: an unused row of the vocabulary where there is one, else 64 new rows (null: the tokenizer alone)."""
+    """Add the image placeholder to a tokenizer and return its id.
+
+    Args:
+        tokenizer: Tokenizer to change.
+        language_model: Model that gets up to 64 new rows where no row of its vocabulary is unused;
+            None changes the tokenizer alone.
+    """
     tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_TOKEN]})
     token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     if language_model is not None and token_id >= language_model.config.vocab_size:

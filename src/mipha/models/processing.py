@@ -1,4 +1,4 @@
-"""Tokenizer, image processor and chat template as one processor of the host, which saves and loads it."""
+"""Tokenizer, image processor and chat template as one processor of transformers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 from transformers import AutoTokenizer, LlavaProcessor, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.image_utils import PILImageResampling
 
-# Named, because with torchvision installed the host would pick another backend, whose pixels differ in the last bits.
+# With torchvision installed, transformers would pick another backend, whose pixels differ in the
+# last bits.
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from mipha.lookup import did_you_mean, files_in
@@ -18,7 +19,11 @@ IMAGE_TOKEN = "<image>"
 
 
 def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The chat template of this name, fitted to a tokenizer that begins every text with a BOS (Gemma).
+    """Load a chat template, fitted to a tokenizer that begins every text with a BOS (Gemma).
+
+    Args:
+        name: Name in the catalog, or a .jinja file.
+        tokenizer: Tokenizer that will apply it.
 
     Raises:
         FileNotFoundError: No such template.
@@ -27,17 +32,24 @@ def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
     path = Path(name) if name.endswith(".jinja") else TEMPLATES / f"{name}.jinja"
     if not path.is_file():
         raise FileNotFoundError(
-            f"no chat template {name!r}: {did_you_mean(name, files_in(TEMPLATES, '.jinja'))}, or give a .jinja file"
+            f"no chat template {name!r}: {did_you_mean(name, files_in(TEMPLATES, '.jinja'))}, "
+            "or give a .jinja file"
         )
     return checked_template(path.read_text(encoding="utf-8"), tokenizer, source=str(path))
 
 
 def checked_template(template: str, tokenizer: PreTrainedTokenizerBase, source: str) -> str:
-    """The template, refused where it has no `{% generation %}` block: then nothing could be trained on."""
+    """Return a chat template that writes the tokenizer's BOS where it has one.
+
+    Raises:
+        ValueError: The template has no `{% generation %}` block, so nothing would be trained on.
+    """
     if "generation" not in template.replace("add_generation_prompt", ""):
         raise ValueError(
-            f"chat template {source} marks nothing to train on: put the assistant's words in {{% generation %}} ... {{% endgeneration %}}"
+            f"chat template {source} marks nothing to train on: "
+            "put the assistant's words in {% generation %} ... {% endgeneration %}"
         )
+
     adds_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [
         tokenizer.bos_token_id
     ]
@@ -53,14 +65,17 @@ def build_processor(
     pad_to_square: bool,
     num_prefix_tokens: int,
 ) -> LlavaProcessor:
-    """A processor whose image tokens agree with the tower.
+    """Return a processor whose image tokens agree with the tower.
 
     Args:
-        vision: The tower's config after build: `image_size` and `patch_size`, pixels.
-        mean: Per channel, of pixels in 0..1.
-        std: Per channel, of pixels in 0..1.
-        pad_to_square: Pad with the mean colour; otherwise squash.
-        num_prefix_tokens: Tokens that the tower puts before its patches; the first, the class token, is left out.
+        tokenizer: Tokenizer with the image token.
+        template: Chat template.
+        vision: Config of the tower in the model: `image_size` and `patch_size`, pixels.
+        mean: Mean of the pixels per channel, of values in 0..1.
+        std: Deviation of the pixels per channel.
+        pad_to_square: Whether images are padded with the mean colour; otherwise squashed.
+        num_prefix_tokens: Tokens that the tower puts before its patches; the first of them, the
+            class token, is left out.
     """
     size = {"height": vision.image_size, "width": vision.image_size}
     image_processor = LlavaImageProcessorPil(
@@ -84,22 +99,15 @@ def build_processor(
 
 
 def load_processor(folder: str | Path) -> LlavaProcessor:
-    """The processor of a saved checkpoint."""
+    """Load the processor of a saved checkpoint."""
+    folder = Path(folder)
+    saved = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
     return LlavaProcessor(
         image_processor=LlavaImageProcessorPil.from_pretrained(folder, local_files_only=True),
         tokenizer=AutoTokenizer.from_pretrained(folder, local_files_only=True),
-        **_saved_options(Path(folder)),
+        patch_size=saved["patch_size"],
+        vision_feature_select_strategy=saved["vision_feature_select_strategy"],
+        num_additional_image_tokens=saved["num_additional_image_tokens"],
+        image_token=saved["image_token"],
+        chat_template=(folder / "chat_template.jinja").read_text(encoding="utf-8"),
     )
-
-
-def _saved_options(folder: Path) -> dict:
-    saved = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
-    names = (
-        "patch_size",
-        "vision_feature_select_strategy",
-        "num_additional_image_tokens",
-        "image_token",
-    )
-    return {name: saved[name] for name in names} | {
-        "chat_template": (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    }

@@ -10,18 +10,22 @@ from mipha.models.modeling import LlavaForConditionalGeneration
 
 
 def new_projector(meta: nn.Module, language_model: PreTrainedModel) -> nn.Module:
-    """A projector with torch's default start, as LLaVA and Mipha have it.
+    """Return a projector with torch's default start, as LLaVA and Mipha have it.
 
     Args:
-        meta: The host's projector without memory.
-        language_model: Gives the type of the weights, and the scale where its text embeddings have one.
+        meta: Projector of transformers on the meta device.
+        language_model: Language model that the projector feeds: gives device, type of the weights,
+            and the scale of its text embeddings, where they have one.
     """
-    projector = meta.to_empty(device="cpu").to(language_model.dtype)
+    device = language_model.device
+    projector = meta.to_empty(device=device).to(language_model.dtype)
     for layer in (projector.linear_1, projector.linear_2):
         layer.reset_parameters()
-    # Gemma's text embeddings are scaled by sqrt(width) inside the embedding layer, where image features no longer pass.
+
+    # Gemma's text embeddings are scaled by sqrt(width) inside the embedding layer, which image
+    # features do not pass.
     scale = getattr(language_model.get_input_embeddings(), "embed_scale", None)
-    if scale is not None:
+    if scale is not None and device.type != "meta":
         _scale(projector.linear_2, float(scale))
     return projector
 
@@ -30,28 +34,34 @@ def new_projector(meta: nn.Module, language_model: PreTrainedModel) -> nn.Module
 def calibrate_projector(model: LlavaForConditionalGeneration, pixel_values: Tensor) -> None:
     """Start the projector where the tower's features and the text embeddings are.
 
-    The first layer takes features that are centred and of deviation 1 in every channel (folded into its weights, so the
-    model stays the stock one); the last layer's outputs get the deviation of the text embeddings. Channels of a tower
-    differ by orders of magnitude, and the default start sees little but the loudest.
+    The first layer takes features that are centred and of deviation 1 in every channel (folded into
+    its weights, so the model stays the stock one); the last layer's outputs get the deviation of
+    the text embeddings. Channels of a tower differ by orders of magnitude, and the default start
+    sees little but the loudest.
 
     Args:
+        model: Model whose projector is changed.
         pixel_values: A few dozen training images, `(images, 3, height, width)`.
     """
+    # Measure the tower's features.
     projector = model.model.multi_modal_projector
     hidden = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states[
         model.config.vision_feature_layer
     ]
     features = hidden[:, 1:] if model.config.vision_feature_select_strategy == "default" else hidden
-    features = features.flatten(0, 1).float()
+    features = features.flatten(0, 1).float()  # (tokens, width of the tower)
     mean, deviation = features.mean(0), features.std(0).clamp(min=1e-6)
+
+    # Fold centring and scaling into the first layer.
     first = projector.linear_1
     weight = first.weight / deviation
     first.weight.copy_(weight)
     first.bias.sub_(weight @ mean)
+
+    # Give the output the deviation of the text embeddings, measured on about 4,096 of them.
     embeddings = model.get_input_embeddings()
-    text = embeddings(
-        torch.arange(0, embeddings.num_embeddings, max(1, embeddings.num_embeddings // 4096))
-    )
+    stride = max(1, embeddings.num_embeddings // 4096)
+    text = embeddings(torch.arange(0, embeddings.num_embeddings, stride))
     _scale(projector.linear_2, float(text.float().std() / projector(features).std()))
 
 

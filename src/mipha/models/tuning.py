@@ -1,6 +1,6 @@
-"""Which parameters train: the recipe's wish applied to a model, counted.
+"""Which parameters train: the tuning of a recipe applied to a model, and counted.
 
-frozen  full  last-N     requires_grad of what is there
+frozen  full  last-N     requires_grad of the model's own parameters
 lora  qlora              adapters beside every linear layer of the stack: models/adapters.py
 """
 
@@ -19,14 +19,14 @@ from mipha.recipe import PARTS, Layered, Part, TuningRecipe
 
 @dataclass(frozen=True)
 class TunedPart:
-    """What trains of one part.
+    """The trained share of one part.
 
     Args:
-        part: Its name.
-        tuning: How the recipe wants it: frozen, full, lora, qlora or last-N.
-        parameters: All of its parameters, in numbers, adapters included.
-        trained: Those that get a gradient.
-        adapters: Linear layers that have an adapter.
+        part: Name of the part.
+        tuning: Tuning in the recipe: frozen, full, lora, qlora or last-N.
+        parameters: Number of all its parameters, adapters included.
+        trained: Number of those that get a gradient.
+        adapters: Number of linear layers with an adapter.
         dtypes: Types that its weights are kept in.
     """
 
@@ -44,23 +44,29 @@ def apply_tuning(
     device: torch.device | str = "cpu",
     autocast: torch.dtype | None = None,
 ) -> list[TunedPart]:
-    """Set what trains, and count it. Adapters, once added, stay: a model takes them a single time.
+    """Set which parameters train, and count them. A model takes adapters a single time.
 
-    Tensors of the tower that its features never pass (the norm behind the layer that is read, a mask token) stay frozen even
-    in a tuned tower: they get no gradient, and sharded training and optimizer state want one for every trained tensor.
+    Tensors of the tower that its features never pass (the norm behind the layer that is read, a
+    mask token) stay frozen even in a tuned tower: they get no gradient, and sharded training and
+    the optimizer's state need one for every trained tensor.
 
     Args:
-        device: Where weights of 4 bits will lie.
-        autocast: Type that matrix products run in; null for that of the weights.
+        model: Model to tune.
+        tuning: Tuning of each part.
+        device: Device that weights of 4 bits are put on.
+        autocast: Type that matrix products run in; None for the type of the weights.
 
     Raises:
         ValueError: A part has fewer layers than are to be trained, or no layers that adapters fit.
     """
+    # Find the model's own parameters that train.
     trained = {
         id(parameter)
         for part in PARTS
         for parameter in _trained_parameters(model, part, tuning.of(part))
     }
+
+    # Add adapters.
     if tuning.adapted:
         assert tuning.lora is not None
         for part in tuning.adapted:
@@ -74,6 +80,7 @@ def apply_tuning(
         for layer in adapter_layers(model).values()
         for parameter in adapter_parameters(layer)
     }
+
     for parameter in model.parameters():
         if parameter.is_floating_point():  # weights of 4 bits have no gradient to switch
             parameter.requires_grad_(id(parameter) in trained)
@@ -86,7 +93,7 @@ def describe_tuning(model: LlavaForConditionalGeneration, tuning: TuningRecipe) 
 
 
 def check_tuning(model: LlavaForConditionalGeneration, tuning: TuningRecipe) -> None:
-    """Refuse a wish that the parts cannot fulfil, and change nothing.
+    """Refuse a tuning that the parts cannot have, and change nothing.
 
     Raises:
         ValueError: A part has fewer layers than are to be trained, or no layers that adapters fit.
@@ -98,25 +105,27 @@ def check_tuning(model: LlavaForConditionalGeneration, tuning: TuningRecipe) -> 
 
 
 def tuned_modules(model: LlavaForConditionalGeneration, part: Part, tuning: str) -> list[nn.Module]:
-    """The modules of a part whose own weights train; none where it is frozen or has adapters.
+    """Return the modules of a part whose own weights train; none if it is frozen or has adapters.
 
     Raises:
-        ValueError: Fewer layers than the recipe asks for.
+        ValueError: The part has fewer layers than the recipe asks for.
     """
     if tuning == "full":
         return list(getattr(parts(model), part))
     if not tuning.startswith("last-"):
         return []
+
     layers, number = part_layers(model, part), int(tuning.removeprefix("last-"))
     if number > len(layers):
         raise ValueError(
-            f"{part}: {tuning} asks for more than its {len(layers)} layers: take last-{len(layers)} at most, or full"
+            f"{part}: {tuning} asks for more than its {len(layers)} layers: "
+            f"take last-{len(layers)} at most, or full"
         )
     return layers[-number:]
 
 
 def part_layers(model: LlavaForConditionalGeneration, part: Part) -> list[nn.Module]:
-    """The stack of repeated layers of the tower or of the language model, first to last."""
+    """Return the repeated layers of the tower or of the language model, first to last."""
     (module, *_) = getattr(parts(model), part)
     return list(repeated_layers(module))
 
@@ -151,7 +160,7 @@ def layers_of(
 
 
 def part_parameters(model: LlavaForConditionalGeneration, part: Part) -> dict[str, nn.Parameter]:
-    """The parameters of a part by their name in the model; a tied head counts once."""
+    """Return the parameters of a part by their name in the model; a tied head counts once."""
     modules = getattr(parts(model), part)
     inside = {id(parameter) for module in modules for parameter in module.parameters()}
     return {
@@ -160,11 +169,15 @@ def part_parameters(model: LlavaForConditionalGeneration, part: Part) -> dict[st
 
 
 def unread_parameters(model: LlavaForConditionalGeneration) -> set[str]:
-    """Names of the tower's parameters that its features do not depend on: measured with one small backward pass.
+    """Return names of the tower's parameters that its features do not depend on.
+
+    One small backward pass finds them.
 
     Raises:
-        ValueError: The features do depend on a parameter that no gradient reaches: tuned, it would stay as it is.
+        ValueError: The features depend on a parameter that no gradient reaches: tuning would not
+            change it.
     """
+    # See which parameters a gradient reaches.
     tensors = part_parameters(model, "vision_tower")
     before = {name: parameter.requires_grad for name, parameter in tensors.items()}
     for parameter in tensors.values():
@@ -178,6 +191,8 @@ def unread_parameters(model: LlavaForConditionalGeneration) -> set[str]:
     unread = {name for name, gradient in zip(tensors, gradients, strict=True) if gradient is None}
     if all(tensor.is_meta for tensor in tensors.values()):
         return unread  # a model without numbers has no features to compare
+
+    # Change the others: the features must stay as they are.
     with torch.no_grad():
         features = _features(model)
         kept = {name: tensors[name].clone() for name in unread}
@@ -188,28 +203,26 @@ def unread_parameters(model: LlavaForConditionalGeneration) -> set[str]:
             tensors[name].copy_(value)
     if not same:
         raise ValueError(
-            f"vision_tower: no gradient reaches {len(unread)} of its tensors, but its features depend on them: look for code in it that "
-            "cuts gradients (no_grad, detach), or set tuning.vision_tower to frozen"
+            f"vision_tower: no gradient reaches {len(unread)} of its tensors, "
+            "but its features depend on them: look for code in it that cuts gradients "
+            "(no_grad, detach), or set tuning.vision_tower to frozen"
         )
     return unread
 
 
 def _features(model: LlavaForConditionalGeneration) -> Tensor:
-    """Projected features of a small picture, `(tokens, width)`."""
-    size, weight = (
-        model.config.vision_config.image_size,
-        next(model.model.vision_tower.parameters()),
-    )
-    pixels = torch.linspace(
-        -1, 1, 3 * size * size, dtype=weight.dtype, device=weight.device
-    ).reshape(1, 3, size, size)
+    """Compute the projected features of a colour ramp, `(tokens, width)`."""
+    size = model.config.vision_config.image_size
+    weight = next(model.model.vision_tower.parameters())
+    values = torch.linspace(-1, 1, 3 * size * size, dtype=weight.dtype, device=weight.device)
+    pixels = values.reshape(1, 3, size, size)
     return torch.cat(model.get_image_features(pixels, return_dict=True).pooler_output)
 
 
 def _trained_parameters(
     model: LlavaForConditionalGeneration, part: Part, tuning: str
 ) -> list[nn.Parameter]:
-    """The part's own parameters that train."""
+    """Return the part's own parameters that train."""
     inside = [
         parameter
         for module in tuned_modules(model, part, tuning)

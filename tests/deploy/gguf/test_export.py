@@ -201,7 +201,7 @@ def llama(checkpoint: Callable[..., Path]) -> Path:
             {"text_config": {"model_type": "olmo"}},
             "a 'olmo' language model cannot be exported to GGUF, only llama, .*gemma3_text",
         ),
-        ({"text_config": {"hidden_act": "relu"}}, "for its activation is 'relu'"),
+        ({"text_config": {"hidden_act": "relu"}}, "because its activation is 'relu'"),
         (
             {
                 "text_config": {

@@ -1,5 +1,6 @@
-"""A checkpoint as GGUF, for llama.cpp and what is built on it: the language model in one file, tower and projector in another.
+"""A checkpoint as GGUF: the language model in one file, tower and projector in another.
 
-config + weights --language_model--> model-f16.gguf, model-q4_k_m.gguf ...   tokenizer and chat template inside
-                 --mmproj----------> mmproj-f16.gguf                         together in one folder, by `export_gguf`
+config + weights --language_model, tokenizer--> model-f16.gguf, model-q4_k_m.gguf ...
+                 --mmproj---------------------> mmproj-f16.gguf
+`export.export_gguf` writes both into one folder, each file by `writer`.
 """

@@ -1,32 +1,65 @@
-"""A run or a checkpoint -> a folder of GGUF files, ready for llama.cpp and Ollama."""
+"""A run or a checkpoint -> a folder of GGUF files, ready for llama.cpp and Ollama.
+
+Beside the GGUF files lie a README for people and a Modelfile for Ollama.
+"""
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, LlavaConfig
+from jinja2 import TemplateError
+from transformers import AutoTokenizer, GenerationConfig, LlavaConfig, PreTrainedTokenizerBase
 
-from mipha.deploy.folder import read_folder
-from mipha.deploy.gguf.chat_template import gguf_template
+from mipha.checkpoint_files import read_checkpoint
 from mipha.deploy.gguf.language_model import (
     family_of,
     language_model_fields,
     language_model_tensors,
 )
 from mipha.deploy.gguf.mmproj import check_mmproj, mmproj_fields, mmproj_tensors
-from mipha.deploy.gguf.modelfile import modelfile, readme
-from mipha.deploy.gguf.tokenizer import name_for, tokenizer_fields
+from mipha.deploy.gguf.tokenizer import gguf_template, name_for, tokenizer_fields
 from mipha.deploy.gguf.writer import KINDS, Field, Tensor, open_weights, write_gguf
-from mipha.deploy.parts import hub_licence, parts_of
-from mipha.files import write_whole
+from mipha.deploy.model_card import PretrainedPart, hub_licence, pretrained_parts
+from mipha.files import read_json_object, whole_folder, write_whole
+from mipha.recipe import Recipe
 from mipha.run import model_folder, open_run
 
 QUANTISED = ("q4_0", "q4_k_m", "q5_k_m", "q6_k")
-"""What llama.cpp's own quantiser makes of a file in f16."""
+"""Kinds that llama.cpp's quantiser makes of a file in f16."""
+
+# Letters of no language, by which the text between words is found.
+_SYSTEM, _ASKED, _ANSWERED, _ASKED_AGAIN = "\ue000", "\ue001", "\ue002", "\ue003"
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    """A checkpoint to export, weights unread.
+
+    Args:
+        folder: Its folder.
+        config: Its config.
+        processor: Content of processor_config.json.
+        tokenizer: Its tokenizer.
+        tokenizer_file: Content of tokenizer.json.
+        template: Its chat template.
+        ends: Tokens that end generation.
+        parts: Pretrained models that it was made of.
+        name: Name of the model, for llama.cpp.
+    """
+
+    folder: Path
+    config: LlavaConfig
+    processor: dict[str, Any]
+    tokenizer: PreTrainedTokenizerBase
+    tokenizer_file: dict[str, Any]
+    template: str
+    ends: list[int]
+    parts: list[PretrainedPart]
+    name: str
 
 
 def export_gguf(source: Path, out: Path, quantize: Sequence[str] = ("f16",)) -> list[Path]:
@@ -34,72 +67,93 @@ def export_gguf(source: Path, out: Path, quantize: Sequence[str] = ("f16",)) -> 
 
     Args:
         source: A run, or a model folder.
-        out: New folder: model-KIND.gguf for every kind, mmproj-f16.gguf (mmproj-f32.gguf where f32 is asked for), Modelfile, README.md.
-        quantize: Kinds of the language model's weights: f32, f16, bf16, q8_0, q4_0, q4_k_m, q5_k_m, q6_k.
+        out: New folder: model-KIND.gguf for every kind, mmproj-f16.gguf (mmproj-f32.gguf where f32
+            is asked for), Modelfile, README.md.
+        quantize: Kinds of the language model's weights: f32, f16, bf16, q8_0, q4_0, q4_k_m, q5_k_m,
+            q6_k.
 
     Returns:
         The files, the language models first, in the order of `quantize`.
 
     Raises:
-        FileNotFoundError: No such model, the run is not finished, or what writes GGUF is not installed.
-        ValueError: Neither a run nor a model, `out` exists, no such kind, or llama.cpp cannot compute this model.
+        FileNotFoundError: No such model, or the run is not finished.
+        ValueError: Neither a run nor a model, `out` exists, no such kind, or llama.cpp cannot
+            compute this model.
     """
+    known = (*KINDS, *QUANTISED)
     kinds = list(dict.fromkeys(kind.lower() for kind in quantize))
-    if unknown := [kind for kind in kinds if kind not in (*KINDS, *QUANTISED)]:
-        raise ValueError(f"no quantisation {unknown[0]!r}: give {', '.join((*KINDS, *QUANTISED))}")
+    if unknown := [kind for kind in kinds if kind not in known]:
+        raise ValueError(f"no quantisation {unknown[0]!r}: give {', '.join(known)}")
     if not kinds:
-        raise ValueError(
-            f"no quantisation is asked for: give some of {', '.join((*KINDS, *QUANTISED))}"
-        )
-    _check_installed()
+        raise ValueError(f"no quantisation is asked for: give some of {', '.join(known)}")
     folder = model_folder(source)
     if out.exists():
         raise ValueError(f"{out} exists: choose another -o, or remove it")
-    processor = read_folder(folder).processor
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    check_mmproj(config)
+
+    # Read everything but the weights; a model that llama.cpp cannot compute is refused here.
     recipe = None if folder == Path(source) else open_run(source).recipe
-    parts = parts_of(json.loads((folder / "config.json").read_text(encoding="utf-8")), recipe)
-    template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    ends = _as_list(GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id)
-    name = name_for(
-        recipe.name if recipe else out.name,
-        json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")),
-    )
-    about: dict[str, Field] = {"general.name": name, "general.license": hub_licence(parts)}
-    fields = about | {"general.type": "model"} | language_model_fields(config.text_config)
-    fields |= tokenizer_fields(folder, tokenizer, template, config.text_config.vocab_size, ends)
-    fields["tokenizer.chat_template"] = gguf_template(template, tokenizer)
-    pixels = processor["image_processor"]
-    image_fields = (
-        about
-        | {"general.type": "mmproj"}
-        | mmproj_fields(config, pixels["image_mean"], pixels["image_std"])
-    )
+    model = _read(folder, recipe, out.name)
+    fields, image_fields = _fields(model)
+
+    # Write the files.
+    models = [f"model-{kind}.gguf" for kind in kinds]
     mmproj_kind = "f32" if "f32" in kinds else "f16"
-    models, mmproj = [f"model-{kind}.gguf" for kind in kinds], f"mmproj-{mmproj_kind}.gguf"
-    beside = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    try:
+    mmproj = f"mmproj-{mmproj_kind}.gguf"
+    with whole_folder(out) as partial:
         with open_weights(folder) as weights:
-            _write_language_models(
-                beside, fields, language_model_tensors(weights, config.text_config), kinds, config
-            )
-            write_gguf(
-                beside / mmproj, "clip", image_fields, mmproj_tensors(weights, config), mmproj_kind
-            )
+            tensors = language_model_tensors(weights, model.config.text_config)
+            _write_language_models(partial, fields, tensors, kinds, model.config)
+            tensors = mmproj_tensors(weights, model.config)
+            write_gguf(partial / mmproj, "clip", image_fields, tensors, mmproj_kind)
         write_whole(
-            beside / "Modelfile", modelfile(models[0], mmproj, tokenizer, template, ends, parts)
+            partial / "Modelfile",
+            modelfile(models[0], mmproj, model.tokenizer, model.template, model.ends, model.parts),
         )
         write_whole(
-            beside / "README.md", readme(out.name, models, mmproj, config, processor, parts)
+            partial / "README.md",
+            readme(out.name, models, mmproj, model.config, model.processor, model.parts),
         )
-        beside.rename(out)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
     return [out / file for file in (*models, mmproj, "Modelfile", "README.md")]
+
+
+def _read(folder: Path, recipe: Recipe | None, name: str) -> _Checkpoint:
+    files = read_checkpoint(folder)
+    config = LlavaConfig.from_dict(files.config)
+    check_mmproj(config)
+
+    tokenizer_file = read_json_object(folder / "tokenizer.json")
+    ends = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
+    return _Checkpoint(
+        folder=folder,
+        config=config,
+        processor=files.processor,
+        tokenizer=AutoTokenizer.from_pretrained(folder, local_files_only=True),
+        tokenizer_file=tokenizer_file,
+        template=(folder / "chat_template.jinja").read_text(encoding="utf-8"),
+        ends=ends if isinstance(ends, list) else [] if ends is None else [ends],
+        parts=pretrained_parts(files.config, recipe),
+        name=name_for(recipe.name if recipe else name, tokenizer_file),
+    )
+
+
+def _fields(model: _Checkpoint) -> tuple[dict[str, Field], dict[str, Field]]:
+    """Return the fields of the language model's files, and those of the mmproj."""
+    about: dict[str, Field] = {
+        "general.name": model.name,
+        "general.license": hub_licence(model.parts),
+    }
+
+    text = model.config.text_config
+    fields = about | {"general.type": "model"} | language_model_fields(text)
+    fields |= tokenizer_fields(
+        model.tokenizer_file, model.tokenizer, model.template, text.vocab_size, model.ends
+    )
+    fields["tokenizer.chat_template"] = gguf_template(model.template, model.tokenizer)
+
+    image = model.processor["image_processor"]
+    image_fields = about | {"general.type": "mmproj"}
+    image_fields |= mmproj_fields(model.config, image["image_mean"], image["image_std"])
+    return fields, image_fields
 
 
 def _write_language_models(
@@ -109,10 +163,13 @@ def _write_language_models(
     kinds: list[str],
     config: LlavaConfig,
 ) -> None:
-    """One file for every kind. llama.cpp's own kinds are made from one in full, which goes again if nobody asked for it."""
+    """Write one file for every kind.
+
+    llama.cpp's kinds are made from a file in full precision, which is deleted unless asked for.
+    """
     architecture = family_of(config.text_config).architecture
     full = [kind for kind in kinds if kind in KINDS]
-    # f16 holds more digits than bf16, and fewer sizes: what was bf16 stays so
+    # f16 holds more digits than bf16, and a smaller range: weights in bf16 stay in it.
     made_from = next(
         (kind for kind in ("f32", "f16", "bf16") if kind in full),
         "bf16" if config.dtype == torch.bfloat16 else "f16",
@@ -120,8 +177,9 @@ def _write_language_models(
     quantised = [kind for kind in kinds if kind in QUANTISED]
     for kind in dict.fromkeys([*full, *([made_from] if quantised else [])]):
         write_gguf(folder / f"model-{kind}.gguf", architecture, fields, tensors, kind)
+
     if quantised:
-        from mipha.deploy.llama_cpp import quantize_gguf
+        from mipha.deploy.llama_cpp.quantize import quantize_gguf
 
         for kind in quantised:
             quantize_gguf(folder / f"model-{made_from}.gguf", folder / f"model-{kind}.gguf", kind)
@@ -129,14 +187,156 @@ def _write_language_models(
             (folder / f"model-{made_from}.gguf").unlink()
 
 
-def _as_list(ids: int | list[int] | None) -> list[int]:
-    return ids if isinstance(ids, list) else [] if ids is None else [ids]
+def modelfile(
+    model: str,
+    mmproj: str,
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    ends: list[int],
+    parts: Sequence[PretrainedPart],
+) -> str:
+    """Return Ollama's description of the model.
+
+    Args:
+        model: File of the language model.
+        mmproj: File of tower and projector.
+        tokenizer: The checkpoint's tokenizer.
+        template: The checkpoint's chat template, from which Ollama's is derived.
+        ends: Tokens that end generation.
+        parts: Pretrained parts whose licences are named.
+
+    Source: Ollama `docs/modelfile.md` and `docs/template.md`; `server/prompt.go` for `[img-0]`,
+        which it writes right before the words of a message with an image.
+    """
+    stops = tokenizer.convert_ids_to_tokens(ends)
+    lines = [
+        f"FROM ./{model}",
+        f"FROM ./{mmproj}",
+        f'TEMPLATE """{_go_template(tokenizer, template)}"""',
+        "PARAMETER temperature 0",
+    ]
+    lines += [f'PARAMETER stop "{stop}"' for stop in stops]
+    lines.append(f'LICENSE """{_licences(parts)}"""')
+    return "\n".join(lines) + "\n"
 
 
-def _check_installed() -> None:
+def _go_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+    """Return the chat template in Go's language, from the text that it writes around words."""
+
+    def between(turns: list[tuple[str, str]]) -> list[str]:
+        messages = [{"role": role, "content": text} for role, text in turns]
+        text = tokenizer.apply_chat_template(
+            messages, chat_template=template, add_generation_prompt=True, tokenize=False
+        )
+        pieces = []
+        for _, word in turns:
+            piece, text = text.split(word, 1)
+            pieces.append(piece)
+        return [*pieces, text]
+
+    # Render conversations, and take the text between the words.
+    first, to_answer, to_question, prompt = between(
+        [("user", _ASKED), ("assistant", _ANSWERED), ("user", _ASKED_AGAIN)]
+    )
     try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise FileNotFoundError(
-            "writing GGUF needs the package gguf: pip install 'mipha-vlm[gguf]'"
-        ) from error
+        system, after_system, _ = between([("system", _SYSTEM), ("user", _ASKED)])
+        system += "{{ .Content }}"
+    except TemplateError:  # some templates refuse a system turn
+        system, after_system = "", first
+    image = tokenizer.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _ASKED}]}],
+        chat_template=template,
+        tokenize=False,
+    )
+    after_image = image.split(_ASKED)[0].rpartition("<image>")[2]
+
+    # Ollama writes the BOS itself.
+    bos = tokenizer.bos_token
+    if bos and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]:
+        first, system = first.removeprefix(bos), system.removeprefix(bos)
+        after_system = after_system.removeprefix(bos)
+
+    words = (
+        '{{ if and (ge (len .Content) 7) (eq (slice .Content 0 5) "[img-") }}'
+        "{{ slice .Content 0 7 }}"
+        f"{after_image}{{{{ slice .Content 7 }}}}{{{{ else }}}}{{{{ .Content }}}}{{{{ end }}}}"
+    )
+    return (
+        '{{ $last := "" }}{{ range .Messages }}'
+        f'{{{{ if eq .Role "system" }}}}{system}'
+        f'{{{{ else if eq .Role "user" }}}}{{{{ if eq $last "" }}}}{first}'
+        f'{{{{ else if eq $last "system" }}}}{after_system}'
+        f"{{{{ else }}}}{to_question}{{{{ end }}}}{words}{prompt}"
+        f"{{{{ else }}}}{to_answer.removeprefix(prompt)}{{{{ .Content }}}}{{{{ end }}}}"
+        "{{ $last = .Role }}{{ end }}"
+    )
+
+
+def readme(
+    name: str,
+    models: Sequence[str],
+    mmproj: str,
+    config: LlavaConfig,
+    processor: Mapping[str, Any],
+    parts: Sequence[PretrainedPart],
+) -> str:
+    """Return the README: how to run the files, and how they differ from the checkpoint."""
+    image = processor["image_processor"]
+    colour = tuple(int(255 * mean) for mean in image["image_mean"])
+    own = (
+        f"pads it to a square with the colour {colour}, then scales it"
+        if image.get("do_pad")
+        else "squashes it"
+    )
+    differs = [
+        "A square picture is scaled by llama.cpp as by the checkpoint (Pillow's bicubic rule; "
+        "seen in b11549). Another shape llama.cpp scales first and pads then, with the colour "
+        f"(122, 116, 104); the checkpoint {own}. "
+        "Give pictures that are prepared so, and nothing differs.",
+        "The projector's GELU is computed by its tanh form, from a table in 16 bits, "
+        "as every GELU in llama.cpp.",
+    ]
+    if config.vision_config.model_type.startswith("clip"):
+        differs.append(
+            "llama.cpp's LLaVA puts CLIP's class token behind the patches, then leaves out the "
+            "first in the belief that it is this token (issue 25814): the first patch of a "
+            "picture, in the corner, is missing, and the class token stands behind the last. "
+            "The other patches are right, here also their positions. Builds with its pull request "
+            "25844 lack nothing."
+        )
+    if family_of(config.text_config).scales_images:
+        differs.append(
+            "llama.cpp multiplies image features by the root of the language model's width, as it "
+            "does words; the projector's last layer is divided by it, so that nothing differs."
+        )
+    files = "\n".join(
+        f"- `{model}`: the language model, with its tokenizer and chat template" for model in models
+    )
+    return f"""# {name}
+
+A multimodal small language model for llama.cpp and Ollama, exported by mipha.
+
+{files}
+- `{mmproj}`: the vision tower and the projector, for any of the language models
+- `Modelfile`: for Ollama
+
+## Use
+
+```
+llama-server -m {models[0]} --mmproj {mmproj} --jinja
+llama-mtmd-cli -m {models[0]} --mmproj {mmproj} --jinja --image picture.jpg -p "What is in the picture?" --temp 0
+ollama create {name.lower()} -f Modelfile
+```
+
+## What differs from the checkpoint
+
+{chr(10).join(f"- {line}" for line in differs)}
+
+## Licence
+
+{_licences(parts)}
+"""
+
+
+def _licences(parts: Sequence[PretrainedPart]) -> str:
+    return "; ".join(f"{part.role} ({part.name}): {part.licence or 'not known'}" for part in parts)

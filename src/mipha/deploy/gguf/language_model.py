@@ -1,7 +1,7 @@
-"""The language model as llama.cpp reads it: which families it knows, their fields, and what is rearranged in their weights.
+"""The language model as llama.cpp reads it: the families it knows, their fields, their weights.
 
-Source: llama.cpp `conversion/{phi,qwen,stablelm,gemma,gpt_neox,llama}.py` and `src/models/*.cpp`, for names, layouts and what each graph
-    computes; b11549 was run.
+Source: llama.cpp `conversion/{phi,qwen,stablelm,gemma,gpt_neox,llama}.py` and `src/models/*.cpp`,
+    for names, layouts and the computation of each graph; b11549 was run.
 """
 
 from __future__ import annotations
@@ -15,30 +15,29 @@ from typing import Any
 import numpy as np
 from transformers import PretrainedConfig
 
-from mipha.deploy.gguf.writer import Field, Tensor, Weights
+from mipha.deploy.gguf.writer import Field, Tensor, Weights, gguf
 
-_TANH = (
-    "gelu_pytorch_tanh",
-    "gelu_new",
-    "gelu_fast",
-    "gelu",
-)  # the last one is exact in the model, and tanh in llama.cpp
+# The last one is exact in the model, and tanh in llama.cpp.
+_TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu")
 _SILU = ("silu", "swish")
 
 UNCAPPED = 1e5
-"""A bound of the logits that changes none: llama.cpp has no switch to leave Gemma 2's away, and c * tanh(x / c) is x where c is large."""
+"""A bound of the logits that changes none: llama.cpp always applies Gemma 2's, and c * tanh(x / c)
+is x where c is large."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """What is particular to the language models of one `model_type`.
+    """Facts about the language models of one `model_type`.
 
     Args:
         architecture: llama.cpp's name.
-        activations: Those of the config that its graph computes.
-        tied: It takes the word embeddings as head where there is none.
-        window: Layers that see a window come in this rhythm, the last of each is whole; 0: all layers see all.
-        scales_images: Its graph multiplies image features, as if they were words, by the root of the width.
+        activations: Activations of the config that its graph computes.
+        tied: Whether it takes the word embeddings as head where there is none.
+        window: Period of the layers that see a window; the last of each period sees all. 0 means
+            that all layers see all.
+        scales_images: Whether its graph multiplies image features, as if they were words, by the
+            root of the width.
     """
 
     architecture: str
@@ -64,10 +63,10 @@ FAMILIES = {
 
 
 def family_of(config: PretrainedConfig) -> Family:
-    """The family of a language model.
+    """Return the family of a language model.
 
     Args:
-        config: The text config of the checkpoint.
+        config: Text config of the checkpoint.
 
     Raises:
         ValueError: llama.cpp has no such family, or computes another model than this one.
@@ -75,8 +74,11 @@ def family_of(config: PretrainedConfig) -> Family:
     kind = config.model_type
     if kind not in FAMILIES:
         raise ValueError(
-            f"a {kind!r} language model cannot be exported to GGUF, only {', '.join(FAMILIES)}: serve it with transformers"
+            f"a {kind!r} language model cannot be exported to GGUF, only {', '.join(FAMILIES)}: "
+            "serve it with transformers"
         )
+
+    # Read the facts that llama.cpp's graph fixes.
     family = FAMILIES[kind]
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     rope = _ropes(config)["full_attention"]
@@ -86,6 +88,8 @@ def family_of(config: PretrainedConfig) -> Family:
         for layer in range(len(types))
     ]
     scalar = getattr(config, "query_pre_attn_scalar", None)
+
+    # Compare them with the config.
     reason = None
     if activation not in family.activations:
         reason = f"its activation is {activation!r}, not {family.activations[0]!r}"
@@ -105,23 +109,26 @@ def family_of(config: PretrainedConfig) -> Family:
         )
     if reason:
         raise ValueError(
-            f"this {kind!r} language model cannot be exported to GGUF, for {reason}, which llama.cpp does not compute"
+            f"this {kind!r} language model cannot be exported to GGUF, because {reason}, "
+            "which llama.cpp does not compute: serve it with transformers"
         )
     return family
 
 
 def language_model_fields(config: PretrainedConfig) -> dict[str, Field]:
-    """Everything about the language model but its tokenizer, by llama.cpp's keys."""
+    """Return everything about the language model but its tokenizer, by llama.cpp's keys."""
     family = family_of(config)
     head_dim = _head_dim(config)
     rope = _ropes(config)
     window = getattr(config, "sliding_window", None)
+    context = config.max_position_embeddings
+    if window and not family.window:
+        # llama.cpp lets all layers of a Phi-3 or Mistral see the whole context. In a context that
+        # is shorter than the window that is the same.
+        context = min(context, window)
+
     fields: dict[str, Any] = {
-        # llama.cpp gives all layers of a Phi-3 or Mistral the whole context: shorter than the window, that is the same
-        "context_length": min(
-            config.max_position_embeddings,
-            window if window and not family.window else config.max_position_embeddings,
-        ),
+        "context_length": context,
         "embedding_length": config.hidden_size,
         "block_count": config.num_hidden_layers,
         "feed_forward_length": config.intermediate_size,
@@ -136,6 +143,8 @@ def language_model_fields(config: PretrainedConfig) -> dict[str, Field]:
         "rope.freq_base": float(rope["full_attention"]["rope_theta"]),
         "vocab_size": config.vocab_size,
     }
+
+    # Add what only some families have.
     if hasattr(config, "rms_norm_eps"):
         fields["attention.layer_norm_rms_epsilon"] = float(config.rms_norm_eps)
     else:
@@ -160,38 +169,39 @@ def language_model_fields(config: PretrainedConfig) -> dict[str, Field]:
 
 
 def language_model_tensors(weights: Weights, config: PretrainedConfig) -> list[Tensor]:
-    """The language model's weights under llama.cpp's names, in its layouts.
+    """Return the language model's weights under llama.cpp's names, in its layouts.
 
     Raises:
-        ValueError: A weight is of a name that llama.cpp has no place for.
+        ValueError: llama.cpp has no place for a weight of this name.
     """
-    import gguf
-
     family = family_of(config)
     architecture = next(
         key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family.architecture
     )
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+
+    # Name the weights, and collect the norms that StableLM has for each head.
     found, norms = [], {}
     for key in weights.names("language_model."):
         plain = key.removeprefix("language_model.")
         if config.model_type == "gpt_neox":
-            plain = plain.replace(
-                "model.", "gpt_neox.", 1
-            )  # inside a LLaVA the layers are called otherwise than alone
+            plain = plain.replace("model.", "gpt_neox.", 1)  # the name of its layers outside LLaVA
         if one_head := re.fullmatch(r"(.*)\.norms\.(\d+)\.weight", plain):
             norms.setdefault(one_head[1], {})[int(one_head[2])] = key
             continue
         name = names.get_name(plain, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise ValueError(
-                f"{key} has no place in llama.cpp's {family.architecture!r}: export the checkpoint as mipha saved it"
+                f"{key} has no place in llama.cpp's {family.architecture!r}: "
+                "export the checkpoint as mipha saved it"
             )
         found.append(weights.tensor(key, name, _change(config, plain)))
     found += [
         _stack(weights, f"{names.get_name(norm)}.weight", [keys[head] for head in sorted(keys)])
         for norm, keys in norms.items()
     ]
+
+    # Add what llama.cpp wants as a tensor of its own.
     if config.tie_word_embeddings and not family.tied:
         (words,) = (tensor for tensor in found if tensor.name == "token_embd.weight")
         found.append(Tensor("output.weight", words.shape, words.read, words.kept))
@@ -202,7 +212,7 @@ def language_model_tensors(weights: Weights, config: PretrainedConfig) -> list[T
 
 
 def _change(config: PretrainedConfig, name: str) -> Callable[[np.ndarray], np.ndarray] | None:
-    """What llama.cpp wants otherwise in one weight than the host has it."""
+    """Return how one weight changes from transformers' layout to llama.cpp's."""
     kind, heads = config.model_type, config.num_attention_heads
     if kind.startswith("gemma") and name.endswith("norm.weight"):
         return lambda weight: weight + 1
@@ -211,22 +221,28 @@ def _change(config: PretrainedConfig, name: str) -> Callable[[np.ndarray], np.nd
     if kind in ("llama", "mistral") and ".k_proj." in name:
         return partial(_pairs_together, config.num_key_value_heads)
     if kind == "gpt_neox" and ".query_key_value." in name:
-        return partial(_parts_together, heads)
+        return partial(_projections_together, heads)
     return None
 
 
 def _pairs_together(heads: int, weight: np.ndarray) -> np.ndarray:
-    """The two rows of a head that are turned into each other, side by side: llama.cpp's Llama turns neighbours, the host halves."""
+    """Put the two rows of a head that rotate together side by side.
+
+    llama.cpp's Llama rotates neighbours, transformers rotates halves.
+    """
     return weight.reshape(heads, 2, -1, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 
 
-def _parts_together(heads: int, weight: np.ndarray) -> np.ndarray:
-    """All queries, then all keys, then all values; the host has the three of a head side by side."""
+def _projections_together(heads: int, weight: np.ndarray) -> np.ndarray:
+    """Put all queries first, then all keys, then all values.
+
+    Transformers has the three of a head side by side.
+    """
     return weight.reshape(heads, 3, -1, *weight.shape[1:]).swapaxes(0, 1).reshape(weight.shape)
 
 
 def _stack(weights: Weights, name: str, keys: list[str]) -> Tensor:
-    """StableLM's norms of queries or keys, one a head, as rows of one tensor."""
+    """Return StableLM's norms of queries or keys, one a head, as rows of one tensor."""
     return Tensor(
         name,
         (len(keys), *weights.shape(keys[0])),
@@ -240,13 +256,13 @@ def _head_dim(config: PretrainedConfig) -> int:
 
 
 def _ropes(config: PretrainedConfig) -> dict[str, dict[str, Any]]:
-    """The position rule of each kind of layer."""
+    """Return the position rule of each kind of layer."""
     rope = config.rope_parameters
     return rope if "full_attention" in rope else {"full_attention": rope, "sliding_attention": rope}
 
 
 def _llama3_factors(config: PretrainedConfig) -> np.ndarray:
-    """What each frequency is divided by, so that positions far beyond the first training's length are told apart.
+    """Return the divisor of each frequency, which tells positions apart beyond the trained length.
 
     Source: the rule of rope type `llama3` in transformers `modeling_rope_utils.py`.
     """

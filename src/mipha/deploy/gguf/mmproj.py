@@ -1,6 +1,7 @@
-"""Tower and projector as llama.cpp's multimodal runtime reads them (`mmproj`): its LLaVA graph, which takes CLIP and SigLIP.
+"""Tower and projector as llama.cpp's multimodal runtime reads them (`mmproj`): CLIP or SigLIP.
 
-Source: llama.cpp `tools/mtmd/clip.cpp`, `clip-impl.h` and `models/llava.cpp`: names, fields, and what the graph computes.
+Source: llama.cpp `tools/mtmd/clip.cpp`, `clip-impl.h` and `models/llava.cpp`: names, fields, and
+    the computation of the graph.
 """
 
 from __future__ import annotations
@@ -35,23 +36,26 @@ _LAYER_NAMES = {
 }
 
 _USES_GELU = {"quick_gelu": False, "gelu": True, "gelu_pytorch_tanh": True, "gelu_new": True}
-"""Activations of a tower. llama.cpp knows the quick form and the tanh form, which also stands for the exact one."""
+"""Activations of a tower: llama.cpp has the quick form, and computes the exact one as tanh."""
 
 
 def check_mmproj(config: LlavaConfig) -> None:
-    """Refuse what the runtime cannot compute.
+    """Refuse a model that the runtime cannot compute.
 
     Raises:
-        ValueError: The tower is neither CLIP nor SigLIP, or a part of the config has no place in the runtime's LLaVA.
+        ValueError: The tower is neither CLIP nor SigLIP, or the runtime's LLaVA has no place for a
+            value of the config.
     """
     vision = config.vision_config
     kind = vision.model_type.removesuffix("_vision_model")
     if kind not in ("clip", "siglip"):
         raise ValueError(
-            f"llama.cpp's LLaVA has no {kind!r} tower, only CLIP and SigLIP: train with one of these, or serve with transformers"
+            f"llama.cpp's LLaVA has no {kind!r} tower, only CLIP and SigLIP: "
+            "train with one of these, or serve with transformers"
         )
+
     strategy = "default" if kind == "clip" else "full"
-    wrong = {
+    supported = {
         "vision_config.hidden_act": (vision.hidden_act, tuple(_USES_GELU)),
         "projector_hidden_act": (
             config.projector_hidden_act,
@@ -61,21 +65,23 @@ def check_mmproj(config: LlavaConfig) -> None:
         "vision_feature_layer": (config.vision_feature_layer, (-1, vision.num_hidden_layers)),
         "vision_feature_select_strategy": (config.vision_feature_select_strategy, (strategy,)),
     }
-    for key, (found, known) in wrong.items():
+    for key, (found, known) in supported.items():
         if found not in known:
             raise ValueError(
-                f"{key} is {found!r}, but llama.cpp's LLaVA computes only {' or '.join(map(repr, known))}: build the model so"
+                f"{key} is {found!r}, but llama.cpp's LLaVA computes only "
+                f"{' or '.join(map(repr, known))}: build the model so"
             )
 
 
 def mmproj_fields(
     config: LlavaConfig, image_mean: list[float], image_std: list[float]
 ) -> dict[str, Field]:
-    """Everything about tower, projector and pictures, by llama.cpp's keys.
+    """Return everything about tower, projector and images, by llama.cpp's keys.
 
     Args:
-        image_mean: Per channel, of pixels in 0..1.
-        image_std: Per channel, of pixels in 0..1.
+        config: Config of the model.
+        image_mean: Mean of the pixels per channel, of values in 0..1.
+        image_std: Deviation of the pixels per channel.
     """
     vision = config.vision_config
     return {
@@ -90,7 +96,7 @@ def mmproj_fields(
         "clip.vision.block_count": vision.num_hidden_layers,
         "clip.vision.attention.head_count": vision.num_attention_heads,
         "clip.vision.attention.layer_norm_epsilon": float(vision.layer_norm_eps),
-        # The tower was cut to the layer that is read. Left unsaid, a LLaVA's last layer is skipped.
+        # The tower ends at the layer that is read. Without this, a LLaVA's last layer is skipped.
         "clip.vision.feature_layer": [vision.num_hidden_layers],
         "clip.vision.image_mean": [float(value) for value in image_mean],
         "clip.vision.image_std": [float(value) for value in image_std],
@@ -98,13 +104,14 @@ def mmproj_fields(
 
 
 def mmproj_tensors(weights: Weights, config: LlavaConfig) -> list[Tensor]:
-    """The weights of tower and projector under llama.cpp's names."""
+    """Return the weights of tower and projector under llama.cpp's names."""
     reads_normed = getattr(config.vision_config, "tie_last_hidden_states", False)
     scale = (
         config.text_config.hidden_size**-0.5
         if family_of(config.text_config).scales_images
         else None
     )
+
     found = []
     for key in [*weights.names("vision_tower."), *weights.names("multi_modal_projector.")]:
         plain = key.split(".", 1)[1].removeprefix("vision_model.")
@@ -116,13 +123,15 @@ def mmproj_tensors(weights: Weights, config: LlavaConfig) -> list[Tensor]:
 
 
 def _with_positions_in_place(found: dict[str, Tensor]) -> list[Tensor]:
-    """The tensors, a class token's position added to it, and the patches' positions as their bias, one row a patch.
+    """Return the tensors with the positions added to the class token and the patches' bias.
 
-    llama.cpp puts the class token behind the patches, but gives out positions as if it stood before them (issue 25814), so every
-    patch would get its neighbour's. This way positions are right with that order and with the other.
+    llama.cpp puts the class token behind the patches, but numbers positions as if it stood before
+    them (issue 25814), so every patch would get its neighbour's. This way positions are right in
+    either order.
     """
     if "v.class_embd" not in found:
         return list(found.values())
+
     token, table = found["v.class_embd"], found["v.position_embd.weight"]
     assert "v.patch_embd.bias" not in found, "a tower with a class token and a bias of its patches"
     placed = {
@@ -143,7 +152,7 @@ def _with_positions_in_place(found: dict[str, Tensor]) -> list[Tensor]:
 
 
 def _name(plain: str) -> str:
-    """llama.cpp's name, without the end `.weight` or `.bias` of the host's, which stays."""
+    """Return llama.cpp's name; the end `.weight` or `.bias` stays."""
     stem, end = re.fullmatch(r"(.*?)(\.weight|\.bias)?", plain).groups()  # type: ignore[union-attr]
     if layer := re.fullmatch(r"encoder\.layers\.(\d+)\.(.*)", stem):
         return f"v.blk.{layer[1]}.{_LAYER_NAMES[layer[2]]}{end}"

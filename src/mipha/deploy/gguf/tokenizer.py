@@ -1,13 +1,17 @@
-"""The tokenizer as llama.cpp reads it: tokens, how words are split, merges or scores, and the tokens that mean something.
+"""Tokenizer and chat template as llama.cpp reads them.
 
-Source: llama.cpp `src/llama-vocab.cpp` for what each name of a pre-tokenizer does and how the two kinds work; `gguf` for the keys.
+The tokenizer: its tokens, how a text is split into words, merges or scores, and special tokens. The
+chat template: images come to it as marks in the text, and `generation` blocks mean nothing to it.
+
+Source: llama.cpp `src/llama-vocab.cpp` for the names of pre-tokenizers and the two kinds of
+    tokenizer, `gguf` for the keys; `common/chat.cpp` (`to_json_oaicompat`: a message with media
+    becomes one text, the mark right before the next part) and `tools/server/server-common.cpp`
+    (`get_media_marker`: `<__media_`, random letters, `__>`) for the template.
 """
 
 from __future__ import annotations
 
-import json
 import re
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -19,9 +23,12 @@ from mipha.models.processing import IMAGE_TOKEN
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
 _SPACE = "\u2581"
-"""What SentencePiece writes for a space."""
+"""Written for a space by SentencePiece."""
 
-_LETTERS_ONE_DIGIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LETTERS_ONE_DIGIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _LETTERS_THREE_DIGITS = _LETTERS_ONE_DIGIT.replace(r"\p{N}| ?", r"\p{N}{1,3}| ?")
 
 _SPLITS: dict[tuple[Any, ...], str] = {
@@ -30,61 +37,68 @@ _SPLITS: dict[tuple[Any, ...], str] = {
     (("Split", _LETTERS_ONE_DIGIT), ("ByteLevel", False)): "qwen2",
     (("Split", _LETTERS_THREE_DIGITS), ("ByteLevel", False)): "dbrx",
 }
-"""How a byte-level tokenizer splits a text into words -> llama.cpp's name for the same rule."""
+"""Rules by which byte-level tokenizers split a text into words, with llama.cpp's names for them."""
 
 _TAKES_WHOLE_WORDS = {"dbrx": "llama-bpe"}
 """Names of the rules whose words are looked up whole before any merge."""
 
 
 def tokenizer_fields(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, template: str, num_rows: int, ends: list[int]
+    content: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    num_rows: int,
+    ends: list[int],
 ) -> dict[str, Field]:
-    """Everything about the tokenizer, by llama.cpp's keys.
+    """Return everything about the tokenizer, by llama.cpp's keys.
 
     Args:
-        folder: Holds tokenizer.json.
-        tokenizer: The same, loaded.
-        template: The checkpoint's chat template: it tells the token that ends a turn.
-        num_rows: Of the word embeddings. Rows without a word become tokens that no text has.
+        content: Content of tokenizer.json.
+        tokenizer: The same tokenizer, loaded.
+        template: The checkpoint's chat template, which names the token that ends a turn.
+        num_rows: Rows of the word embeddings. Rows without a word become tokens that no text has.
         ends: Tokens that end generation.
 
     Raises:
         ValueError: It splits or merges text by a rule that llama.cpp does not have.
     """
-    content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     model = content["model"]
     if (
         model["type"] != "BPE"
         or model.get("continuing_subword_prefix")
         or model.get("end_of_word_suffix")
     ):
-        raise _refused(folder, f"is a {model['type']}, not a plain BPE")
+        raise _refused(f"is a {model['type']}, not a plain BPE")
+
     merges = [merge if isinstance(merge, list) else merge.split(" ") for merge in model["merges"]]
     tokens, types = _tokens(content, num_rows)
     fields: dict[str, Any] = {"tokens": tokens, "token_type": types}
+
+    # SentencePiece has scores, a byte-level tokenizer has merges.
     if model.get("byte_fallback"):
         fields |= {"model": "llama", "pre": "default", "scores": _scores(tokens, merges)}
-        fields["add_space_prefix"] = _adds_space(content, folder)
+        fields["add_space_prefix"] = _adds_space(content)
     else:
-        name = _split_name(content, folder)
+        name = _split_name(content)
         if model.get("ignore_merges"):
             if name not in _TAKES_WHOLE_WORDS:
-                raise _refused(folder, "looks words up whole before it merges")
+                raise _refused("looks words up whole before it merges")
             name = _TAKES_WHOLE_WORDS[name]
         fields |= {"model": "gpt2", "pre": name, "merges": [" ".join(pair) for pair in merges]}
+
     fields |= _special(tokenizer, template, ends)
     return {f"tokenizer.ggml.{key}": value for key, value in fields.items()}
 
 
 def name_for(name: str, content: dict[str, Any]) -> str:
-    """A name of the model after which llama.cpp treats its tokenizer rightly.
+    """Return a name of the model with which llama.cpp reads its tokenizer correctly.
 
-    A model whose name has `phi-3` in it gets special tokens that swallow the white space behind them; it must have the other
-    special tokens of Phi-3, or llama.cpp crashes.
+    llama.cpp gives a model with `phi-3` in its name special tokens that swallow the white space
+    behind them; without the other special tokens of Phi-3 it crashes.
 
     Args:
-        name: Wanted.
-        content: Of tokenizer.json.
+        name: Name to start from.
+        content: Content of tokenizer.json.
 
     Raises:
         ValueError: Its tokens swallow white space in another way.
@@ -94,59 +108,58 @@ def name_for(name: str, content: dict[str, Any]) -> str:
     left = {token["content"] for token in content["added_tokens"] if token["lstrip"]}
     if not swallows and not left:
         return re.sub(r"phi-?3", "phi 3", name, flags=re.IGNORECASE)
+
     kept = {"<unk>", "<s>", "<|endoftext|>"}
     others = (
         {token["content"] for token in content["added_tokens"]} - swallows - kept - {IMAGE_TOKEN}
     )
     if left or others or not kept | {"</s>"} <= known or swallows & kept:
         raise ValueError(
-            f"the special tokens {sorted(left or swallows)} swallow the white space beside them, which llama.cpp does for Phi-3 alone: "
-            "set lstrip and rstrip to false in tokenizer.json, if the model was trained so, or serve with transformers"
+            f"the special tokens {sorted(left or swallows)} swallow the white space beside them, "
+            "which llama.cpp does for Phi-3 alone: set lstrip and rstrip to false in "
+            "tokenizer.json, if the model was trained so, or serve with transformers"
         )
     return name if re.search("phi-?3", name, flags=re.IGNORECASE) else f"{name} (phi-3)"
 
 
 def _tokens(content: dict[str, Any], num_rows: int) -> tuple[list[str], list[int]]:
-    """Text and type of every row of the word embeddings."""
+    """Return text and type of every row of the word embeddings."""
     tokens, types = [f"[PAD{row}]" for row in range(num_rows)], [UNUSED] * num_rows
     unknown = content["model"].get("unk_token")
     by_bytes = content["model"].get("byte_fallback")
     for token, row in content["model"]["vocab"].items():
-        tokens[row], types[row] = (
-            token,
-            BYTE if by_bytes and re.fullmatch(r"<0x[0-9A-F]{2}>", token) else NORMAL,
-        )
+        is_byte = by_bytes and re.fullmatch(r"<0x[0-9A-F]{2}>", token)
+        tokens[row], types[row] = token, BYTE if is_byte else NORMAL
+
     for added in content["added_tokens"]:
-        # llama.cpp looks for added tokens in the text as it was written
+        # llama.cpp looks for added tokens in the text as it was written.
         tokens[added["id"]] = (
             added["content"] if added["special"] else added["content"].replace(_SPACE, " ")
         )
         types[added["id"]] = CONTROL if added["special"] else USER_DEFINED
         if added["content"] == IMAGE_TOKEN:
-            types[added["id"]] = UNUSED  # its row holds no picture: a text that names it is text
+            types[added["id"]] = UNUSED  # its row holds no image: a text that names it is text
     if unknown is not None and by_bytes:
         types[tokens.index(unknown)] = UNKNOWN
     return tokens, types
 
 
 def _scores(tokens: list[str], merges: list[list[str]]) -> list[float]:
-    """SentencePiece's order of merging: the earlier a token's first merge, the higher its score."""
+    """Return SentencePiece's scores: the earlier a token's first merge, the higher."""
     first: dict[str, int] = {}
     for rank, (left, right) in enumerate(merges):
         first.setdefault(left + right, rank)
     return [-float(first.get(token, len(merges))) for token in tokens]
 
 
-def _adds_space(content: dict[str, Any], folder: Path) -> bool:
-    """Whether a space is put before every text, for a SentencePiece tokenizer.
+def _adds_space(content: dict[str, Any]) -> bool:
+    """Return whether a SentencePiece tokenizer puts a space before every text.
 
     Raises:
-        ValueError: Its text is changed in another way than spaces made visible.
+        ValueError: It changes text otherwise than by making spaces visible.
     """
-    normalizers, splits = (
-        _flat(content["normalizer"], "normalizers"),
-        _flat(content["pre_tokenizer"], "pretokenizers"),
-    )
+    normalizers = _flat(content["normalizer"], "normalizers")
+    splits = _flat(content["pre_tokenizer"], "pretokenizers")
     adds = False
     for step in normalizers:
         if step["type"] == "Prepend" and step["prepend"] == _SPACE:
@@ -156,7 +169,8 @@ def _adds_space(content: dict[str, Any], folder: Path) -> bool:
             and step["pattern"] == {"String": " "}
             and step["content"] == _SPACE
         ):
-            raise _refused(folder, f"changes text by {step['type']!r} before it reads it")
+            raise _refused(f"changes text by {step['type']!r} before it reads it")
+
     for step in splits:
         if (
             step["type"] == "Metaspace"
@@ -168,27 +182,27 @@ def _adds_space(content: dict[str, Any], folder: Path) -> bool:
             step["type"] == "Split" and step["pattern"] == {"String": " "} and normalizers
         ):  # there are no spaces any more
             raise _refused(
-                folder, f"splits text by {step['type']!r} {step.get('prepend_scheme', '')}".rstrip()
+                f"splits text by {step['type']!r} {step.get('prepend_scheme', '')}".rstrip()
             )
     return adds
 
 
-def _split_name(content: dict[str, Any], folder: Path) -> str:
-    """llama.cpp's name for how a byte-level tokenizer splits text.
+def _split_name(content: dict[str, Any]) -> str:
+    """Return llama.cpp's name for the rule by which a byte-level tokenizer splits text.
 
     Raises:
-        ValueError: It has none.
+        ValueError: llama.cpp has no such rule.
     """
+    # llama.cpp leaves text as it is; nearly all text is in the form NFC.
     normalizers = [step["type"] for step in _flat(content["normalizer"], "normalizers")]
-    if set(normalizers) - {
-        "NFC"
-    }:  # llama.cpp leaves text as it is; nearly all text is in that form
-        raise _refused(folder, f"changes text by {', '.join(normalizers)} before it reads it")
+    if set(normalizers) - {"NFC"}:
+        raise _refused(f"changes text by {', '.join(normalizers)} before it reads it")
+
     rule: list[tuple[str, Any]] = []
     for step in _flat(content["pre_tokenizer"], "pretokenizers"):
         kind = step["type"]
         if kind == "ByteLevel" and step["add_prefix_space"]:
-            raise _refused(folder, "puts a space before every text")
+            raise _refused("puts a space before every text")
         detail = {"ByteLevel": step.get("use_regex", True), "Digits": step.get("individual_digits")}
         split = (
             step.get("pattern", {}).get("Regex")
@@ -196,8 +210,9 @@ def _split_name(content: dict[str, Any], folder: Path) -> str:
             else None
         )
         rule.append((kind, detail.get(kind, split)))
+
     if tuple(rule) not in _SPLITS:
-        raise _refused(folder, f"splits text into words by {rule}")
+        raise _refused(f"splits text into words by {rule}")
     return _SPLITS[tuple(rule)]
 
 
@@ -214,7 +229,7 @@ def _flat(step: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
 def _special(
     tokenizer: PreTrainedTokenizerBase, template: str, ends: list[int]
 ) -> dict[str, Field]:
-    """Tokens that begin, pad and end, and what is added to a text."""
+    """Return the special tokens, and which of them are added to a text."""
     ids = tokenizer("a").input_ids
     named = {
         "bos": tokenizer.bos_token_id,
@@ -231,16 +246,123 @@ def _special(
     fields["add_eos_token"] = (
         tokenizer.eos_token_id is not None and ids[-1] == tokenizer.eos_token_id
     )
+
     turn = end_of_turn(tokenizer, template)
     more = [token for token in dict.fromkeys([turn, *ends]) if token != tokenizer.eos_token_id]
     if len(more) > 2:
         raise ValueError(
-            f"generation ends at {len(more) + 1} tokens, but GGUF has place for three: shorten eos_token_id in generation_config.json"
+            f"generation ends at {len(more) + 1} tokens, but GGUF has place for three: "
+            "shorten eos_token_id in generation_config.json"
         )
     return fields | dict(zip(("eot_token_id", "eom_token_id"), more, strict=False))
 
 
-def _refused(folder: Path, what: str) -> ValueError:
+def _refused(what: str) -> ValueError:
     return ValueError(
-        f"the tokenizer of {folder} {what}, for which llama.cpp has no name: serve this checkpoint with transformers"
+        f"the checkpoint's tokenizer {what}, for which llama.cpp has no name: "
+        "serve this checkpoint with transformers"
     )
+
+
+_MARK = "<__media__>"
+
+_PRELUDE = """\
+{%- set marked = namespace(messages=[]) -%}
+{%- for message in messages -%}
+  {%- set words = namespace(text='') -%}
+  {%- if message.content is string -%}{%- set words.text = message.content -%}
+  {%- else -%}
+    {%- for part in message.content -%}{%- set words.text = words.text + part.text -%}{%- endfor -%}
+  {%- endif -%}
+  {%- if '<__media_' in words.text -%}
+    {%- set words.text = words.text | replace('<__media_', BEFORE + '<__media_') | replace('__>', '__>' + AFTER) -%}
+  {%- endif -%}
+  {%- set marked.messages = marked.messages + [{'role': message.role, 'content': words.text}] -%}
+{%- endfor -%}
+{%- set messages = marked.messages -%}
+"""
+"""Writes around a mark what the template writes around an image; turns messages into text."""
+
+
+def gguf_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a template that writes in llama.cpp what the checkpoint's writes here.
+
+    An image's mark stands in place of its token. The text that the template writes around an image
+    is found by rendering it.
+
+    Args:
+        template: Chat template with `generation` blocks; an image is a part of type `image`.
+        tokenizer: The checkpoint's tokenizer.
+
+    Raises:
+        ValueError: The text around an image is not the same for all images.
+    """
+    plain = re.sub(r"\{%(-?)\s*(end)?generation\s*(-?)%\}", r"{#\1 \3#}", template)
+    before, after = _around(template, tokenizer)
+    rendered = _PRELUDE.replace("BEFORE", _quoted(before)).replace("AFTER", _quoted(after)) + plain
+
+    # Check it on a few conversations.
+    for conversation in _CONVERSATIONS:
+        own = _render(template, tokenizer, conversation).replace(IMAGE_TOKEN, _MARK)
+        if _render(rendered, tokenizer, _as_marked(conversation)) != own:
+            raise ValueError(
+                "the chat template writes images in a way that llama.cpp cannot reproduce: write "
+                "them as the templates of mipha do, one placeholder and the text behind it, "
+                "wherever they stand"
+            )
+    return rendered
+
+
+_IMAGE = {"type": "image"}
+_CONVERSATIONS = (
+    [{"role": "user", "content": [{"type": "text", "text": "A?"}]}],
+    [{"role": "user", "content": [_IMAGE, {"type": "text", "text": "A?"}]}],
+    [
+        {"role": "user", "content": [_IMAGE, {"type": "text", "text": "A?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "b."}]},
+        {"role": "user", "content": [{"type": "text", "text": "C?"}]},
+    ],
+)
+
+
+def _around(template: str, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """Return the text before and after an image's token, inside a message."""
+    texts = [{"type": "text", "text": "first"}, {"type": "text", "text": "second"}]
+    rendered = _render(
+        template, tokenizer, [{"role": "user", "content": [texts[0], _IMAGE, texts[1]]}]
+    )
+    found = re.search(f"first(.*){re.escape(IMAGE_TOKEN)}(.*)second", rendered, flags=re.DOTALL)
+    if not found:
+        raise ValueError(
+            f"the chat template writes no {IMAGE_TOKEN} for a part of type image: "
+            "give the checkpoint a template that does"
+        )
+    return found[1], found[2]
+
+
+def _as_marked(conversation: list[dict]) -> list[dict]:
+    """Return the conversation as llama.cpp hands it to a template."""
+    return [
+        {
+            "role": message["role"],
+            "content": "".join(
+                _MARK if part is _IMAGE else part["text"] for part in message["content"]
+            ),
+        }
+        for message in conversation
+    ]
+
+
+def _render(template: str, tokenizer: PreTrainedTokenizerBase, conversation: list[dict]) -> str:
+    ends_with_answer = conversation[-1]["role"] == "assistant"
+    return tokenizer.apply_chat_template(
+        conversation,
+        chat_template=template,
+        add_generation_prompt=not ends_with_answer,
+        tokenize=False,
+    )
+
+
+def _quoted(text: str) -> str:
+    """Return a text as a Jinja string."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n") + "'"

@@ -1,4 +1,4 @@
-"""One GGUF file: fields and tensors, read and written one at a time, so that a large model fits in little memory."""
+"""One GGUF file, written tensor by tensor, so that a large model needs little memory."""
 
 from __future__ import annotations
 
@@ -12,10 +12,15 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
+from mipha.checkpoint_files import weight_files
+from mipha.errors import import_optional
+
+gguf = import_optional("gguf", "writing GGUF", "gguf")
+
 Field = bool | int | float | str | list[int] | list[float] | list[str]
 
 KINDS = {"f32": "F32", "f16": "F16", "bf16": "BF16", "q8_0": "Q8_0"}
-"""What is written here, by the name that GGUF has for it; other quantisations are llama.cpp's own work."""
+"""Kinds that are written here, with GGUF's name; llama.cpp itself makes the other quantisations."""
 
 _FILE_TYPES = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
 
@@ -25,10 +30,10 @@ class Tensor:
     """A tensor to write.
 
     Args:
-        name: As llama.cpp calls it.
-        shape: Of what `read` gives.
-        read: Makes it, as float32.
-        kept: It is a norm, a bias or a position table: float32 in every file.
+        name: llama.cpp's name.
+        shape: Its shape.
+        read: Function that makes it, as float32.
+        kept: Whether it is a norm, a bias or a position table: float32 in every file.
     """
 
     name: str
@@ -38,21 +43,21 @@ class Tensor:
 
 
 class Weights:
-    """Tensors of a checkpoint by name, read when asked for."""
+    """Tensors of a checkpoint by name, read on request."""
 
     def __init__(self, files: Mapping[str, Any]) -> None:
         self._files = files
 
     def names(self, prefix: str) -> list[str]:
-        """All names that begin so, in order."""
+        """Return all names with a prefix, in order."""
         return sorted(name for name in self._files if name.startswith(prefix))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of one, without reading it."""
+        """Return the shape of a tensor, without reading it."""
         return tuple(self._files[name].get_slice(name).get_shape())
 
     def read(self, name: str) -> np.ndarray:
-        """One of them, as float32."""
+        """Read a tensor as float32."""
         return self._files[name].get_tensor(name).to(torch.float32).numpy()
 
     def tensor(
@@ -62,12 +67,13 @@ class Weights:
         change: Callable[[np.ndarray], np.ndarray] | None = None,
         kept: bool = False,
     ) -> Tensor:
-        """One of them to write.
+        """Return a tensor to write.
 
         Args:
-            gguf_name: As llama.cpp calls it.
-            change: What happens to its numbers; its shape stays.
-            kept: Float32 in every file; vectors always are.
+            name: Name in the checkpoint.
+            gguf_name: llama.cpp's name.
+            change: Function that changes its numbers; its shape stays.
+            kept: Whether it is float32 in every file; vectors always are.
         """
         shape = self.shape(name)
         read = (lambda: change(self.read(name))) if change else lambda: self.read(name)
@@ -76,10 +82,10 @@ class Weights:
 
 @contextmanager
 def open_weights(folder: Path) -> Iterator[Weights]:
-    """The weights of a checkpoint's folder."""
+    """Open the weights of a checkpoint's folder."""
     files: dict[str, Any] = {}
     with ExitStack() as stack:
-        for path in sorted(folder.glob("*.safetensors")):
+        for path in weight_files(folder):
             file = stack.enter_context(safe_open(path, framework="pt"))
             files |= dict.fromkeys(file.keys(), file)
         yield Weights(files)
@@ -91,20 +97,23 @@ def write_gguf(
     """Write one file.
 
     Args:
-        architecture: What llama.cpp calls the model.
-        fields: By their keys; a list holds values of one type.
-        kind: One of `KINDS`. A matrix whose rows do not divide into blocks of q8_0 is written as f16.
+        path: The file.
+        architecture: llama.cpp's name of the model's kind.
+        fields: Fields by their keys; a list holds values of one type.
+        tensors: Tensors to write.
+        kind: One of `KINDS`. A matrix whose rows do not divide into blocks of q8_0 is written as
+            f16.
 
     Raises:
         ValueError: A number is too large for f16.
     """
-    import gguf
-
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_file_type(gguf.LlamaFileType[_FILE_TYPES[kind]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for key, value in fields.items():
         _add_field(writer, key, value)
+
+    # Announce the tensors; the file begins with all names, types and places.
     types = [_type_of(tensor, gguf.GGMLQuantizationType[KINDS[kind]]) for tensor in tensors]
     for tensor, dtype in zip(tensors, types, strict=True):
         stored = (
@@ -120,6 +129,8 @@ def write_gguf(
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
+
+    # Write them one by one.
     for tensor, dtype in zip(tensors, types, strict=True):
         array = tensor.read()
         assert array.shape == tensor.shape, f"{tensor.name} is {array.shape}, not {tensor.shape}"
@@ -132,12 +143,10 @@ def write_gguf(
 
 
 def _type_of(tensor: Tensor, wanted: Any) -> Any:
-    import gguf
-
     if tensor.kept:
         return gguf.GGMLQuantizationType.F32
     block, _ = gguf.GGML_QUANT_SIZES[wanted]
-    # llama.cpp's convolution takes its kernel in f32 or f16 alone
+    # llama.cpp's convolution takes its kernel in f32 or f16 alone.
     whole = tensor.shape[-1] % block == 0 and (
         len(tensor.shape) == 2 or wanted.name in ("F32", "F16")
     )
@@ -145,8 +154,6 @@ def _type_of(tensor: Tensor, wanted: Any) -> Any:
 
 
 def _add_field(writer: Any, key: str, value: Field) -> None:
-    import gguf
-
     kinds = gguf.GGUFValueType
     if isinstance(value, list):
         writer.add_array(key, value)

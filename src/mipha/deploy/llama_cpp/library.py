@@ -1,15 +1,19 @@
-"""llama.cpp's C functions, called where its server in Python offers nothing: words to tokens, an image to embeddings, rounding.
+"""llama.cpp's C functions, for tokens, image embeddings and rounding.
 
-A wrong layout of a struct would be read as other numbers, silently. So the two that are passed are first asked for their defaults, and
-compared with those that are known.
-Source: llama.cpp b11549 `include/llama.h`, `ggml/include/ggml.h`, `tools/mtmd/mtmd.h`; the defaults in `src/llama-model.cpp` and
-    `tools/mtmd/mtmd.cpp`.
+Its server in Python offers none of these. `load_library` declares the functions; `Vocabulary` and
+`Vision` are a model's two halves opened with them. A wrong layout of a struct would silently be
+read as other numbers. So the two structs that are passed are first asked for their defaults, which
+are compared with the known ones.
+
+Source: llama.cpp b11549 `include/llama.h`, `ggml/include/ggml.h`, `tools/mtmd/mtmd.h`; the defaults
+    in `src/llama-model.cpp` and `tools/mtmd/mtmd.cpp`.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from ctypes import (
     POINTER,
@@ -25,14 +29,21 @@ from ctypes import (
     c_void_p,
 )
 from functools import cache
+from pathlib import Path
 from threading import RLock
 from types import ModuleType
+
+import numpy as np
+from PIL import Image
+
+from mipha.errors import import_optional
 
 TESTED = "2026.10.11549"
 """The version of xllamacpp whose headers were read."""
 
 LOG_LOCK = RLock()
-"""Where a message goes is one setting for the whole process; a server is opened and closed under it too, for both wait for its thread."""
+"""Held while llama.cpp's messages are redirected, which is one setting for the whole process. A
+server is opened and closed under it too, because both wait for its thread."""
 
 _LogCallback = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)
 _ERROR = 4  # ggml.h: GGML_LOG_LEVEL_ERROR
@@ -40,7 +51,7 @@ _SPARE = 256
 
 
 class ModelParams(ctypes.Structure):
-    """`llama_model_params`, and room behind it: a later version with more fields writes into no one else's memory."""
+    """`llama_model_params`, with spare room: a later version with more fields writes into that."""
 
     _fields_ = [
         ("devices", c_void_p),
@@ -72,7 +83,7 @@ class ModelParams(ctypes.Structure):
 
 
 class VisionParams(ctypes.Structure):
-    """`mtmd_context_params`, and room behind it."""
+    """`mtmd_context_params`, with spare room."""
 
     _fields_ = [
         ("use_gpu", c_bool),
@@ -166,43 +177,42 @@ _SIGNATURES = {
 
 
 def import_xllamacpp() -> ModuleType:
-    """The package.
+    """Import the package that brings llama.cpp.
 
     Raises:
-        ValueError: It is not installed.
+        MissingPackage: It is not installed.
     """
-    try:
-        import xllamacpp
-    except ImportError as error:
-        raise ValueError(
-            f"llama.cpp is not installed ({error}): pip install 'mipha-vlm[gguf]'"
-        ) from error
-    return xllamacpp
+    return import_optional("xllamacpp", "running llama.cpp", "gguf")
 
 
 @cache
 def load_library() -> ctypes.CDLL:
-    """llama.cpp inside xllamacpp, its functions declared.
+    """Load llama.cpp from xllamacpp, and declare its functions.
 
     Raises:
-        ValueError: xllamacpp is not installed, or is of a version that these declarations do not fit.
+        MissingPackage: xllamacpp is not installed.
+        ValueError: Its version does not fit these declarations.
     """
     xllamacpp = import_xllamacpp()
-    mend = f"pip install 'xllamacpp=={TESTED}'"
+    install = f"pip install 'xllamacpp=={TESTED}'"
     library = ctypes.CDLL(xllamacpp.xllamacpp.__file__)
     for name, (result, *arguments) in _SIGNATURES.items():
         try:
             function = getattr(library, name)
         except AttributeError as error:
             raise ValueError(
-                f"xllamacpp {xllamacpp.__version__} does not offer llama.cpp's {name} on this system: {mend}"
+                f"xllamacpp {xllamacpp.__version__} does not offer llama.cpp's {name} "
+                f"on this system: {install}"
             ) from error
         function.restype, function.argtypes = result, arguments
+
     for params in (library.llama_model_default_params(), library.mtmd_context_params_default()):
         if unexpected := _unexpected(params):
             raise ValueError(
-                f"xllamacpp {xllamacpp.__version__} passes parameters otherwise than known here ({unexpected}): {mend}"
+                f"xllamacpp {xllamacpp.__version__} passes parameters otherwise than known here "
+                f"({unexpected}): {install}"
             )
+
     with LOG_LOCK, captured_errors(library):
         library.llama_backend_init()
     return library
@@ -210,9 +220,9 @@ def load_library() -> ctypes.CDLL:
 
 @contextmanager
 def captured_errors(library: ctypes.CDLL) -> Iterator[list[str]]:
-    """What llama.cpp says is kept from the terminal; its errors are collected.
+    """Keep llama.cpp's messages from the terminal, and collect its errors.
 
-    Only under `LOG_LOCK`: whoever waits, with Python's own lock in hand, for a thread that has something to say would wait for ever.
+    Only under `LOG_LOCK`: waiting with Python's own lock for a thread that logs would never end.
     """
     errors: list[str] = []
 
@@ -232,9 +242,144 @@ def captured_errors(library: ctypes.CDLL) -> Iterator[list[str]]:
 
 
 def _unexpected(params: ModelParams | VisionParams) -> str | None:
-    """The first field whose default is another than expected; what is not listed is zero."""
+    """Return the first field with another default than expected; a field not listed is zero."""
     for name, _ in params._fields_:
         value = getattr(params, name)
         if name != "spare" and (value or 0) != params.defaults.get(name, 0):
             return f"{type(params).__name__}.{name} is {value!r}"
     return None
+
+
+class Vocabulary:
+    """A GGUF model without its weights.
+
+    Args:
+        path: GGUF of a language model.
+
+    Raises:
+        ValueError: llama.cpp cannot read it; the message says why.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._library = library = load_library()
+        params = library.llama_model_default_params()
+        params.vocab_only = True
+        with LOG_LOCK, captured_errors(library) as errors:
+            self._model = library.llama_model_load_from_file(os.fsencode(path), params)
+        if not self._model:
+            raise ValueError(unreadable(path, errors))
+        self._words = library.llama_model_get_vocab(self._model)
+
+    def __len__(self) -> int:
+        return self._library.llama_vocab_n_tokens(self._words)
+
+    @property
+    def width(self) -> int:
+        """Width of the language model's embeddings."""
+        return int(self._field(f"{self._field('general.architecture')}.embedding_length"))
+
+    @property
+    def quantization(self) -> str:
+        """Kind of its weights as the file says it, such as q8_0."""
+        gguf = import_optional("gguf", "reading GGUF", "gguf")
+        name = gguf.LlamaFileType(int(self._field("general.file_type"))).name
+        return name.removeprefix("MOSTLY_").removeprefix("ALL_").lower()
+
+    def tokenize(self, text: str) -> list[int]:
+        """Return the token ids of a text; special tokens are read as such, none is put in front."""
+        # No token is empty; the rest is for a space that is put in front.
+        encoded = text.encode()
+        ids = (ctypes.c_int32 * (len(encoded) + 8))()
+        with LOG_LOCK, captured_errors(self._library):
+            num = self._library.llama_tokenize(
+                self._words, encoded, len(encoded), ids, len(ids), False, True
+            )
+        assert num >= 0, f"{-num} tokens of {len(encoded)} bytes"
+        return ids[:num]
+
+    def close(self) -> None:
+        """Free its memory; nothing else may be called afterwards."""
+        if self._model:
+            self._library.llama_model_free(self._model)
+            self._model = None
+
+    def _field(self, key: str) -> str:
+        value = ctypes.create_string_buffer(64)
+        size = self._library.llama_model_meta_val_str(self._model, key.encode(), value, len(value))
+        assert size > 0, f"the GGUF has no {key}"
+        return value.value.decode()
+
+
+class Vision:
+    """The tower and projector of an mmproj.
+
+    Args:
+        path: GGUF of tower and projector.
+        width: Width of the embeddings that it makes.
+        threads: Number of threads; None for all of this machine.
+
+    Raises:
+        ValueError: llama.cpp cannot read it; the message says why.
+    """
+
+    def __init__(self, path: Path, width: int, threads: int | None = None) -> None:
+        self._library, self._width = load_library(), width
+        params = self._library.mtmd_context_params_default()
+        params.warmup = params.print_timings = False
+        params.n_threads = threads or os.cpu_count() or 1
+        with LOG_LOCK, captured_errors(self._library) as errors:
+            self._context = self._library.mtmd_init_from_file(os.fsencode(path), None, params)
+        if not self._context:
+            raise ValueError(unreadable(path, errors))
+
+    def embeddings(self, image: Image.Image) -> np.ndarray:
+        """Return the embeddings of an image, `(tokens, width)`.
+
+        Args:
+            image: RGB image. llama.cpp neither resizes nor pads one of the tower's own size.
+        """
+        library = self._library
+        bitmap = library.mtmd_bitmap_init(*image.size, image.tobytes())
+        chunks = library.mtmd_input_chunks_init()
+        part = ctypes.pointer(InputPart(None, bitmap))
+        try:
+            with LOG_LOCK, captured_errors(library) as errors:
+                failed = library.mtmd_tokenize_from_parts(
+                    self._context, chunks, (type(part) * 1)(part), 1, False
+                )
+                num_chunks = library.mtmd_input_chunks_size(chunks)
+                chunk = library.mtmd_input_chunks_get(chunks, 0) if num_chunks == 1 else None
+                failed = failed or chunk is None or library.mtmd_encode_chunk(self._context, chunk)
+            if failed:
+                raise ValueError(
+                    f"llama.cpp cannot encode the image of {image.width} x {image.height} pixels: "
+                    f"{_first(errors)}"
+                )
+
+            num_tokens = library.mtmd_input_chunk_get_n_tokens(chunk)
+            found = np.ctypeslib.as_array(
+                library.mtmd_get_output_embd(self._context), (num_tokens, self._width)
+            )
+            return found.copy()  # the next image is written over it
+        finally:
+            library.mtmd_input_chunks_free(chunks)
+            library.mtmd_bitmap_free(bitmap)
+
+    def close(self) -> None:
+        """Free its memory; nothing else may be called afterwards."""
+        if self._context:
+            self._library.mtmd_free(self._context)
+            self._context = None
+
+
+def unreadable(path: Path, errors: Sequence[str]) -> str:
+    """Return the sentence for a file that llama.cpp refuses."""
+    return (
+        f"llama.cpp cannot open {path}: {_first(errors)}; "
+        "export the model again with `mipha export --to gguf`"
+    )
+
+
+def _first(errors: Sequence[str]) -> str:
+    """Return the first message, which tells most: later ones repeat that there was an error."""
+    return errors[0] if errors else "it gives no reason"

@@ -1,8 +1,10 @@
-"""A GGUF model in fewer bits: llama.cpp's rounding, and its choice of how many bits each matrix gets.
+"""A GGUF model in fewer bits: llama.cpp's rounding, and its choice of bits for each matrix.
 
-`xllamacpp` leaves llama.cpp's own program for this out, but not what it rounds with. So the choice of types is written here.
-Source: llama.cpp b11549 `src/llama-quant.cpp` (tensor_allows_quantization, tensor_type_fallback, llama_tensor_get_type_impl), for a dense
-    model and without an importance matrix.
+`xllamacpp` comes without llama.cpp's program for this, but with its rounding. So only the choice of
+types is written here.
+
+Source: llama.cpp b11549 `src/llama-quant.cpp` (tensor_allows_quantization, tensor_type_fallback,
+    llama_tensor_get_type_impl), for a dense model and without an importance matrix.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from mipha.deploy.gguf.writer import gguf
 from mipha.deploy.llama_cpp.library import LOG_LOCK, captured_errors, load_library
+from mipha.files import whole_file
 
 
 @dataclass(frozen=True)
@@ -24,9 +28,10 @@ class Kind:
     """One way to quantise.
 
     Args:
-        base: The type of most matrices.
-        mixed: Values and the second matrix of the MLP, in the layers where rounding harms most, get six bits.
-        file_type: What the file calls it.
+        base: Type of most matrices.
+        mixed: Whether values and the second matrix of the MLP get six bits in the layers where
+            rounding harms most.
+        file_type: Name in the file.
     """
 
     base: str
@@ -43,7 +48,7 @@ KINDS = {
 }
 
 _FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
-"""For rows that do not divide into blocks of 256: types with blocks of 32."""
+"""Types with blocks of 32, for rows that do not divide into blocks of 256."""
 
 _NOT_WEIGHTS = ("position_embd.weight", "token_types.weight")
 _FULL = ("F32", "F16", "BF16")
@@ -59,22 +64,17 @@ def quantize_gguf(source: Path, out: Path, kind: str) -> None:
     """Write a language model's GGUF in fewer bits, whole or not at all.
 
     Args:
-        source: In f16, bf16 or f32.
+        source: GGUF in f16, bf16 or f32.
         out: New file, or one to replace.
         kind: One of `KINDS`.
 
     Raises:
         FileNotFoundError: There is no source.
-        ValueError: No such kind, the source is quantised already or no GGUF, or llama.cpp is not installed.
+        ValueError: No such kind, or the source is quantised already or no GGUF.
+        MissingPackage: llama.cpp is not installed.
     """
     if kind.lower() not in KINDS:
         raise ValueError(f"no quantisation {kind!r}: give {', '.join(KINDS)}")
-    try:
-        import gguf
-    except ImportError as error:
-        raise ValueError(
-            f"what reads and writes GGUF is not installed ({error}): pip install 'mipha-vlm[gguf]'"
-        ) from error
     if not source.is_file():
         raise FileNotFoundError(f"no GGUF file {source}: make one with `mipha export --to gguf`")
     try:
@@ -86,20 +86,18 @@ def quantize_gguf(source: Path, out: Path, kind: str) -> None:
     if quantised := [tensor for tensor in reader.tensors if tensor.tensor_type.name not in _FULL]:
         name = quantised[0].tensor_type.name.lower()
         raise ValueError(
-            f"{source} is quantised already ({quantised[0].name} is {name}): quantise the file in f16, or errors add up"
+            f"{source} is quantised already ({quantised[0].name} is {name}): "
+            "quantise the file in f16, or errors add up"
         )
+
     wanted = KINDS[kind.lower()]
     types = _types(reader, wanted)
-    beside = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
-        _write(reader, types, wanted, beside)
-        os.replace(beside, out)
-    finally:
-        beside.unlink(missing_ok=True)
+    with whole_file(out) as partial:
+        _write(reader, types, wanted, partial)
 
 
 def _types(reader: Any, kind: Kind) -> dict[str, str]:
-    """The type of each tensor by its name."""
+    """Return the type of each tensor by its name."""
     shapes = {tensor.name: tensor.shape.tolist() for tensor in reader.tensors}  # innermost first
     num_layers = 1 + max(
         (int(found[1]) for name in shapes if (found := re.match(r"blk\.(\d+)\.", name))), default=0
@@ -130,20 +128,16 @@ def _types(reader: Any, kind: Kind) -> dict[str, str]:
 
 
 def _needs_more_bits(layer: int, num_layers: int) -> bool:
-    """The first eighth, the last eighth, and every third layer between."""
+    """Return whether a layer is in the first or last eighth, or every third between."""
     first = num_layers // 8
     return layer < first or layer >= 7 * num_layers // 8 or (layer - first) % 3 == 2
 
 
 def _block(name: str) -> int:
-    import gguf
-
     return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]][0]
 
 
 def _write(reader: Any, types: dict[str, str], kind: Kind, path: Path) -> None:
-    import gguf
-
     writer = gguf.GGUFWriter(path, reader.fields["general.architecture"].contents())
     writer.add_file_type(gguf.LlamaFileType[kind.file_type])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -156,7 +150,7 @@ def _write(reader: Any, types: dict[str, str], kind: Kind, path: Path) -> None:
             dtype = gguf.GGMLQuantizationType[types[tensor.name]]
             shape = tensor.shape.tolist()[::-1]
             in_bytes = gguf.quant_shape_to_byte_shape(shape, dtype)
-            # Shapes of quantised tensors are told in bytes; those of others as they are.
+            # The writer takes shapes of quantised tensors in bytes, those of others as they are.
             numpy_type = np.dtype({"F32": np.float32, "F16": np.float16}.get(dtype.name, np.uint8))
             told = shape if numpy_type.itemsize > 1 else in_bytes
             writer.add_tensor_info(
@@ -175,9 +169,7 @@ def _write(reader: Any, types: dict[str, str], kind: Kind, path: Path) -> None:
 
 
 def _rounded(tensor: Any, name: str) -> np.ndarray:
-    """The bytes of a tensor in another type; its rows are shared out among the cores."""
-    import gguf
-
+    """Return the bytes of a tensor in another type; the cores share its rows."""
     library, dtype = load_library(), gguf.GGMLQuantizationType[name]
     width = int(tensor.shape[0])
     rows = tensor.data.reshape(-1, tensor.data.shape[-1])

@@ -1,6 +1,7 @@
-"""A GGUF model answering in this process, through llama.cpp's own server: its chat template, its pictures, its sampling.
+"""A GGUF model that answers in this process, through llama.cpp's own server.
 
-So what is seen here is what every user of the files sees, not a copy of it.
+Chat template, image preprocessing and sampling are the server's, so this is what every user of the
+files gets.
 """
 
 from __future__ import annotations
@@ -20,12 +21,15 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mipha.data.images import open_image
-from mipha.deploy.llama_cpp.library import LOG_LOCK, import_xllamacpp, load_library
-from mipha.deploy.llama_cpp.parts import Vision, Vocabulary, unreadable
-
-ImageLike = Path | str | bytes | Image.Image | np.ndarray
-"""A path, the bytes of an image file, a PIL image, or an array `(height, width, 3)` of 0..255."""
+from mipha.data.images import ImageLike, upright_rgb
+from mipha.deploy.llama_cpp.library import (
+    LOG_LOCK,
+    Vision,
+    Vocabulary,
+    import_xllamacpp,
+    load_library,
+    unreadable,
+)
 
 
 @dataclass(frozen=True)
@@ -33,11 +37,11 @@ class Reply:
     """An answer, and how sure each of its tokens was.
 
     Args:
-        text: Stripped.
-        pieces: The bytes of every token; that which ends the turn has none, and may be left away.
-        margins: By how much the log-probability of each token beats that of the next one; 0: a tie.
-        num_prompt_tokens: What was read, the image's tokens included.
-        finished: It ended its turn; false when the length cut it off.
+        text: Text of the answer, stripped.
+        pieces: Bytes of every token; the one that ends the turn has none, and may be missing.
+        margins: Difference of each token's log-probability to that of the runner-up; 0 is a tie.
+        num_prompt_tokens: Tokens of the prompt, the image's included.
+        finished: Whether it ended its turn; False when the length cut it off.
     """
 
     text: str
@@ -48,19 +52,21 @@ class Reply:
 
 
 class LlamaCpp:
-    """A GGUF model in llama.cpp; a context manager, for it holds much memory.
+    """A GGUF model in llama.cpp; a context manager, because it holds much memory.
 
-    Its server also listens on a port of this machine alone, which the system picks, and answers no question there: the key is kept secret.
+    Its server also listens on a local port that the system picks, and answers no question there:
+    the key is kept secret.
 
     Args:
         model: GGUF of the language model.
-        mmproj: GGUF of tower and projector; None: no images.
-        threads: None: as many as there are cores.
-        context: Longest conversation, tokens, an image's included.
+        mmproj: GGUF of tower and projector; None for no images.
+        threads: Number of threads; None for as many as there are cores.
+        context: Longest conversation in tokens, an image's included.
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: llama.cpp cannot read a file, or is not installed.
+        ValueError: llama.cpp cannot read a file.
+        MissingPackage: llama.cpp is not installed.
     """
 
     def __init__(
@@ -94,8 +100,9 @@ class LlamaCpp:
         """Answer one question, greedily.
 
         Args:
-            image: What it is about; None: nothing.
-            max_new_tokens: Longest answer, tokens.
+            image: Image that it is about; None for no image.
+            question: The question.
+            max_new_tokens: Longest answer in tokens.
 
         Raises:
             ValueError: The question is longer than the context, or there is an image and no mmproj.
@@ -151,8 +158,12 @@ class LlamaCpp:
             thread.join()
 
     def first_token_logits(self, image: ImageLike | None, question: str) -> np.ndarray:
-        """Log-probabilities of the answer's first token, `(vocabulary,)` float32: its logits less one number for all of them."""
-        # Of a token that ends the turn it tells no numbers, so it is told to take another; the numbers stay those of the model.
+        """Return the log-probabilities of the answer's first token, `(vocabulary,)` float32.
+
+        They are its logits less one number for all of them.
+        """
+        # The server gives no numbers with a token that ends the turn. So it is told to take another
+        # one; the numbers stay those of the model.
         found = self._ask(
             image,
             question,
@@ -167,23 +178,23 @@ class LlamaCpp:
         return logits
 
     def image_embeddings(self, image: ImageLike) -> np.ndarray:
-        """What the projector gives, `(tokens, width of the language model)` float32.
+        """Return the projector's output, `(tokens, width of the language model)` float32.
 
         Args:
-            image: Where it has the tower's own size already, llama.cpp neither resizes nor pads it.
+            image: The image; llama.cpp neither resizes nor pads one of the tower's own size.
 
         Raises:
             ValueError: There is no mmproj.
         """
-        return self._vision.embeddings(_open(image))
+        return self._vision.embeddings(upright_rgb(image))
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of a text; special tokens are read as such, and none is put in front."""
+        """Return the token ids of a text; special tokens are read as such, none is put in front."""
         return self._vocabulary.tokenize(text)
 
     @property
     def quantization(self) -> str:
-        """What the file says of its weights, such as q8_0."""
+        """Kind of its weights as the file says it, such as q8_0."""
         return self._vocabulary.quantization
 
     def close(self) -> None:
@@ -208,10 +219,14 @@ class LlamaCpp:
     @cached_property
     def _vision(self) -> Vision:
         if self.mmproj is None:
-            raise ValueError(
-                f"{self.model.name} was opened without an mmproj, so it sees no images: give mmproj-*.gguf of the same export"
-            )
+            raise self._blind()
         return Vision(self.mmproj, self._vocabulary.width, self._threads)
+
+    def _blind(self) -> ValueError:
+        return ValueError(
+            f"{self.model.name} was opened without an mmproj, so it sees no images: "
+            "give mmproj-*.gguf of the same export"
+        )
 
     def _ask(self, image: ImageLike | None, question: str, **options: Any) -> dict[str, Any]:
         try:
@@ -224,14 +239,13 @@ class LlamaCpp:
 
     def _request(self, image: ImageLike | None, question: str) -> dict[str, Any]:
         if image is not None and self.mmproj is None:
-            raise ValueError(
-                f"{self.model.name} was opened without an mmproj, so it sees no images: give mmproj-*.gguf of the same export"
-            )
+            raise self._blind()
+
         text = {"type": "text", "text": question}
         content = (
             [text]
             if image is None
-            else [{"type": "image_url", "image_url": {"url": _data_uri(_open(image))}}, text]
+            else [{"type": "image_url", "image_url": {"url": _data_uri(upright_rgb(image))}}, text]
         )
         # Penalties and the like are off by default; a temperature of 0 takes the likeliest token.
         return {"messages": [{"role": "user", "content": content}], "temperature": 0}
@@ -239,17 +253,23 @@ class LlamaCpp:
     def _sentence(self, error: dict[str, Any]) -> str:
         if error.get("type") == "exceed_context_size_error":
             return (
-                f"the question is {error['n_prompt_tokens']} tokens long with its image, and the context {error['n_ctx']}: "
-                "open the model with a larger context"
+                f"the question is {error['n_prompt_tokens']} tokens long with its image, "
+                f"and the context {error['n_ctx']}: open the model with a larger context"
             )
         return f"llama.cpp refuses the question: {error.get('message', error)}"
 
     def _why_not(self, context: int) -> str:
-        """Its server says only that something failed, so tower and projector are tried again on their own."""
+        """Return why a model does not open, for which the server gives no reason.
+
+        Tower and projector are opened once more on their own.
+        """
         if self.mmproj:
             Vision(self.mmproj, self._vocabulary.width, self._threads).close()
         both = f" with {self.mmproj.name}" if self.mmproj else ""
-        reason = f"weights are missing, the two files are not of one model, or there is too little memory for {context} tokens"
+        reason = (
+            "weights are missing, the two files are not of one model, "
+            f"or there is too little memory for {context} tokens"
+        )
         return unreadable(self.model, [f"it does not load{both}: {reason}"])
 
 
@@ -274,13 +294,6 @@ def _params(model: Path, mmproj: Path | None, threads: int | None, context: int)
 def _margin(token: dict[str, Any]) -> float:
     first, *others = sorted((other["logprob"] for other in token["top_logprobs"]), reverse=True)
     return first - others[0] if others else float("inf")
-
-
-def _open(image: ImageLike) -> Image.Image:
-    """The picture by our rules: upright, RGB; llama.cpp's own reader knows neither EXIF nor every format."""
-    if isinstance(image, (Path, str, bytes)):
-        return open_image(Path(image) if isinstance(image, str) else image)
-    return open_image(_png(image if isinstance(image, Image.Image) else Image.fromarray(image)))
 
 
 def _data_uri(image: Image.Image) -> str:

@@ -12,8 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
-from mipha.deploy.folder import odd_keys, read_folder
-from mipha.deploy.runtimes import runtimes
+from mipha.checkpoint_files import read_checkpoint
+from mipha.deploy.runtimes import odd_keys, runtimes
 from mipha.deploy.serve.requests import ChatRequest
 from mipha.run import available_cores, model_folder
 
@@ -192,7 +192,7 @@ def choose_engine(source: Source, wanted: EngineName = "auto") -> EngineName:
 
     # Transformers serves every checkpoint, vLLM those that it reads.
     assert source.checkpoint is not None
-    content = read_folder(source.checkpoint)
+    content = read_checkpoint(source.checkpoint)
     if wanted == "transformers":
         return wanted
     vllm = next(

@@ -1,6 +1,7 @@
-"""What a released checkpoint's config.json says, as configs of the host: which language model, which tower, which layer is read.
+"""The config.json of a released checkpoint as configs of transformers: language model, tower.
 
-Nothing is decided by a name or a path: the family is the config's `model_type`, the kind of tower shows in its tensors.
+Nothing is decided by a name or a path: the family is the config's `model_type`, the kind of tower
+shows in its tensors.
 """
 
 from __future__ import annotations
@@ -21,12 +22,18 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from mipha.models.upstream_files import read_json
+from mipha.files import read_json_object
 
 
 @dataclass(frozen=True)
 class Family:
-    """A released layout: the classes its config may name, and the host's config and causal class of its language model."""
+    """A released layout.
+
+    Args:
+        architectures: Classes that its config may name.
+        config: Config of its language model in transformers.
+        causal: Causal class of its language model in transformers.
+    """
 
     architectures: tuple[str, ...]
     config: type[PretrainedConfig]
@@ -43,7 +50,10 @@ FAMILIES: dict[str, Family] = {
     "llava": _LLAVA,
     "llava_llama": _LLAVA,
 }
-"""By `model_type`, `-` read as `_`. Source: Mipha 21dafbf, configuration_mipha.py; LLaVA 1.5, llava_llama.py."""
+"""Layouts by `model_type`, with `_` for `-`.
+
+Source: Mipha 21dafbf, configuration_mipha.py; LLaVA 1.5, llava_llama.py.
+"""
 
 TOWER_CONFIGS: dict[str, type[PretrainedConfig]] = {
     "siglip": SiglipVisionConfig,
@@ -59,21 +69,21 @@ _TOWER_FACTS = {
     "hidden_act",
     "layer_norm_eps",
 }
-"""Never left to a default: upstream's are those of another tower."""
+"""Never left to a default: upstream's defaults are those of another tower."""
 
 
 @dataclass(frozen=True)
 class Described:
-    """What config.json says.
+    """The content of config.json.
 
     Args:
-        text: The language model.
-        causal: Its causal class.
-        tower: Facts of the tower inside the checkpoint; none where the config only names one.
-        tower_name: Folder or hub id of the tower it was made with.
+        text: Config of the language model.
+        causal: Causal class of the language model.
+        tower: Facts of the tower inside the checkpoint; None where the config only names a tower.
+        tower_name: Folder or hub id of the tower that the checkpoint was made with.
         feature_layer: Index of the hidden state that is read.
         features: `patch`, or `cls_patch` with the class token.
-        pad_to_square: Images are padded; otherwise squashed.
+        pad_to_square: Whether images are padded; otherwise squashed.
     """
 
     text: PretrainedConfig
@@ -87,7 +97,13 @@ class Described:
 
 @dataclass(frozen=True)
 class Pixels:
-    """What preprocessor_config.json says: pixels a side, and mean and deviation of pixels in 0..1."""
+    """The content of preprocessor_config.json.
+
+    Args:
+        size: Pixels a side.
+        mean: Mean of the pixels per channel, of values in 0..1.
+        std: Deviation of the pixels per channel.
+    """
 
     size: int
     mean: list[float]
@@ -97,21 +113,30 @@ class Pixels:
 def describe(config: Mapping[str, Any], folder: Path) -> Described:
     """Read a config, refusing what the standard model cannot express.
 
+    Args:
+        config: Content of config.json.
+        folder: Folder that it comes from, for messages.
+
     Raises:
-        ValueError: Another architecture or projector, images in several crops, or facts are missing; the message names the folder.
+        ValueError: Another architecture or projector, images in several crops, or missing facts.
     """
+    # Find the family.
     kind = str(config.get("model_type")).replace("-", "_")
     if "text_config" in config:
         raise ValueError(f"{folder} is already a standard {kind} checkpoint: use it as it is")
     if kind not in FAMILIES:
         raise ValueError(
-            f"{folder} is a {config.get('model_type')!r}: released checkpoints are {', '.join(FAMILIES)}"
+            f"{folder} is a {config.get('model_type')!r}: "
+            f"released checkpoints are {', '.join(FAMILIES)}"
         )
     family, named = FAMILIES[kind], config.get("architectures") or []
     if named and not set(named) & set(family.architectures):
         raise ValueError(
-            f"{folder} names the class {named[0]!r}, not {' or '.join(family.architectures)}: mend config.json"
+            f"{folder} names the class {named[0]!r}, not {' or '.join(family.architectures)}: "
+            "fix config.json"
         )
+
+    # Find the tower and the projector: Mipha has a config of its own for each.
     vision = config.get("vision_config") or {}
     if kind.startswith("mipha"):
         absent = [
@@ -121,15 +146,14 @@ def describe(config: Mapping[str, Any], folder: Path) -> Described:
         ]
         if absent:
             raise ValueError(
-                f"{folder}/config.json lacks vision_config.{absent[0]}: give the config that the checkpoint was saved with"
+                f"{folder}/config.json lacks vision_config.{absent[0]}: "
+                "give the config that the checkpoint was saved with"
             )
-        tower, projector, name = (
-            vision["vision_tower"],
-            vision["mm_projector"],
-            vision["vision_tower"].get("vision_model_name_or_path"),
-        )
+        tower, projector = vision["vision_tower"], vision["mm_projector"]
+        name = tower.get("vision_model_name_or_path")
     else:
         tower, projector, name = config, config, config.get("mm_vision_tower")
+
     _refuse_what_cannot_be_expressed(config, projector, folder)
     return Described(
         text=_text_config(family, config, folder),
@@ -148,15 +172,18 @@ def _refuse_what_cannot_be_expressed(
     projector_type = projector.get("mm_projector_type", "linear")
     if projector_type != "mlp2x_gelu":
         raise ValueError(
-            f"{folder} has a {projector_type!r} projector: only mlp2x_gelu is a part of the standard model"
+            f"{folder} has a {projector_type!r} projector: "
+            "only mlp2x_gelu is a part of the standard model"
         )
     if config.get("mm_use_im_start_end"):
         raise ValueError(
-            f"{folder} puts tokens around its images (mm_use_im_start_end), as no released model does: it cannot be used"
+            f"{folder} puts tokens around its images (mm_use_im_start_end), "
+            "as no released model does: it cannot be used"
         )
     if config.get("image_aspect_ratio") not in (None, "pad", "square"):
         raise ValueError(
-            f"{folder} has image_aspect_ratio={config['image_aspect_ratio']!r}: only pad and square can be used"
+            f"{folder} has image_aspect_ratio={config['image_aspect_ratio']!r}: "
+            "only pad and square can be used"
         )
 
 
@@ -166,13 +193,14 @@ def _text_config(family: Family, config: Mapping[str, Any], folder: Path) -> Pre
     ) - {"use_cache"}
     facts = {name: config[name] for name in sorted(names) if config.get(name) is not None}
     if family.config is GemmaConfig and facts.get("hidden_act") == "gelu":
-        # Upstream ran the exact GELU. The host reads "gelu" as the tanh form for Gemma, and leaves the exact one's other name alone.
+        # Upstream ran the exact GELU. For Gemma, transformers reads "gelu" as the tanh form and
+        # leaves the other name of the exact form alone.
         facts["hidden_act"] = "gelu_python"
     return _checked(family.config, facts, folder)
 
 
 def tower_family(names: Collection[str]) -> str | None:
-    """Which kind of tower these tensors are; none where the checkpoint holds no tower."""
+    """Return the kind of tower in a checkpoint, by its tensor names; None for no tower."""
     towers = [name for name in names if name.startswith("model.vision_tower.")]
     if not towers:
         return None
@@ -186,10 +214,14 @@ def tower_family(names: Collection[str]) -> str | None:
 def tower_config(
     described: Described, family: str, size: int | None, folder: Path
 ) -> PretrainedConfig:
-    """The tower's config, without the layers above the one that is read.
+    """Return the tower's config, without the layers above the one that is read.
 
     Args:
-        size: Pixels a side that the image processor makes; DINOv2 alone can take another size than its own.
+        described: Content of config.json.
+        family: Kind of tower.
+        size: Pixels a side that the image processor makes; only DINOv2 can take another size than
+            its own. None where there is no image processor.
+        folder: Folder of the checkpoint, for messages.
 
     Raises:
         ValueError: Facts are missing, there is no such layer, or images and tower do not fit.
@@ -198,14 +230,19 @@ def tower_config(
     absent = sorted(_TOWER_FACTS - facts.keys())
     if absent:
         raise ValueError(
-            f"{folder}/config.json does not say the tower's {absent[0]}: give the config of the checkpoint"
+            f"{folder}/config.json does not say the tower's {absent[0]}: "
+            "give the config of the checkpoint"
         )
+
+    # Cut the tower after the layer that is read.
     depth, layer = facts["num_hidden_layers"], described.feature_layer
     kept = layer if layer >= 0 else depth + 1 + layer
     if not 1 <= kept <= depth:
         raise ValueError(
-            f"{folder}/config.json reads layer {layer} of a tower with {depth} layers: mend mm_vision_select_layer"
+            f"{folder}/config.json reads layer {layer} of a tower with {depth} layers: "
+            "fix mm_vision_select_layer"
         )
+
     config_class = TOWER_CONFIGS[family]
     chosen = {
         name: facts[name] for name in config_class.__annotations__ if facts.get(name) is not None
@@ -213,6 +250,7 @@ def tower_config(
     unread = {"siglip": {"vision_use_head": False}, "dinov2": {"use_mask_token": False}}
     chosen |= {"num_hidden_layers": kept} | unread.get(family, {})
     config = _checked(config_class, chosen, folder)
+
     if size and size != config.image_size:
         if family != "dinov2":
             check_size(size, config.image_size, folder)
@@ -221,27 +259,29 @@ def tower_config(
 
 
 def check_size(size: int, wanted: int, folder: Path) -> None:
-    """Refuse images of another size than the tower's, whose number of tokens would be another.
+    """Refuse images of another size than the tower's: they would take another number of tokens.
 
     Raises:
-        ValueError: They differ.
+        ValueError: The sizes differ.
     """
     if size != wanted:
         raise ValueError(
-            f"{folder}/preprocessor_config.json makes images of {size} pixels, its tower takes {wanted}: give the tower's own"
+            f"{folder}/preprocessor_config.json makes images of {size} pixels, "
+            f"its tower takes {wanted}: give the tower's own"
         )
 
 
 def read_pixels(folder: Path) -> Pixels | None:
-    """What preprocessor_config.json says; none where there is none.
+    """Read preprocessor_config.json; None where there is none.
 
     Raises:
-        ValueError: It does not make square images of one size, or says no mean and deviation.
+        ValueError: It does not make square images of one size, or lacks mean and deviation.
     """
     path = folder / "preprocessor_config.json"
     if not path.is_file():
         return None
-    said = read_json(path)
+
+    said = read_json_object(path)
     size = said.get("crop_size") if said.get("do_center_crop") else said.get("size")
     sides = set(size.values()) if isinstance(size, dict) else {size}
     side = sides.pop() if len(sides) == 1 else None
@@ -250,7 +290,8 @@ def read_pixels(folder: Path) -> Pixels | None:
         isinstance(mean, list) and len(mean) == 3 for mean in means
     ):
         raise ValueError(
-            f"{path} does not say one size for square images, with image_mean and image_std: copy it from the tower"
+            f"{path} does not say one size for square images, with image_mean and image_std: "
+            "copy it from the tower"
         )
     return Pixels(side, *means)
 
@@ -263,5 +304,6 @@ def _checked(
     except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"{folder}/config.json is no {config_class.__name__}: mend it or copy it again ({reason})"
+            f"{folder}/config.json is no {config_class.__name__}: "
+            f"fix it or copy it again ({reason})"
         ) from error

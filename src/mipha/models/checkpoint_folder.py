@@ -1,0 +1,165 @@
+"""The folder of a pretrained model: found by name, fetched from the hub, loaded whole.
+
+    name --locate--> folder or hub id --reading--> config --load_weights--> model
+    name --fetch---> folder, without loading anything
+
+Only safetensors and JSON are read: never a pickle, never code. `mipha.checkpoint_files` looks at
+the files themselves.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from mipha.checkpoint_files import PICKLES, StoredTensor
+from mipha.lookup import did_you_mean
+from mipha.models.packaged import packaged_folder
+
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"),
+    *("added_tokens.json", "special_tokens_map.json", "tokenizer_config.json"),
+)
+
+
+def locate(name: str, path: str, kind: str, known: list[str]) -> str:
+    """Return the folder or the hub id of a part.
+
+    Args:
+        name: Name in the recipe.
+        path: Path in the catalog; the name itself where the catalog has no entry.
+        kind: Kind of part, for messages.
+        known: Names in the catalog.
+
+    Raises:
+        FileNotFoundError: A folder has no config, or the name is none of these.
+    """
+    if path.startswith("packaged:"):
+        return str(packaged_folder(path.removeprefix("packaged:")))
+
+    if Path(path).is_dir():
+        if not (Path(path) / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{kind} folder {path} has no config.json: "
+                "give the folder that save_pretrained wrote"
+            )
+        return path
+
+    if "/" not in path or path.startswith((".", "/")):
+        raise FileNotFoundError(
+            f"no {kind} {name!r}: {did_you_mean(name, known)}, or give a folder or a hub id"
+        )
+    return path
+
+
+def fetch(source: str | Path, *, weights: bool) -> Path:
+    """Return the local folder of a checkpoint; of one on the hub, only what is read is downloaded.
+
+    Args:
+        source: A folder or a hub id.
+        weights: Whether the weights are needed. False brings the small files alone, so that a
+            checkpoint that cannot be used is refused before gigabytes are downloaded.
+
+    Raises:
+        FileNotFoundError: No such folder, or the hub cannot be reached or has no such checkpoint.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+
+    name = str(source)
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        raise FileNotFoundError(
+            f"no checkpoint folder {name}: give the folder that holds its config.json, "
+            "or a hub id such as OWNER/NAME"
+        )
+    patterns = ["*.json", *TOKENIZER_FILES] + (["*.safetensors"] if weights else [])
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise FileNotFoundError(
+            f"{name} cannot be read from the hub: check name and network, "
+            f"or give a folder ({reason})"
+        ) from error
+
+
+@contextmanager
+def reading(folder: str, kind: str, name: str) -> Iterator[None]:
+    """Raise one sentence where transformers cannot read a folder or reach the hub.
+
+    Args:
+        folder: Folder or hub id.
+        kind: Kind of part.
+        name: Name in the recipe.
+
+    Raises:
+        FileNotFoundError: A file is missing or damaged, or the hub cannot be reached.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = " ".join(str(error).split())
+        fix = "check the name and the network, or give a folder"
+        if Path(folder).is_dir():
+            fix = "its folder is not whole"
+            files = sorted(Path(folder).iterdir())
+            pickles = [path.name for path in files if path.suffix in PICKLES]
+            if pickles and not any(".safetensors" in path.suffixes for path in files):
+                fix = f"{pickles[0]} is a pickle, which is never read; save it as safetensors"
+        raise FileNotFoundError(
+            f"{kind} {name!r} cannot be read from {folder}: {fix} ({reason})"
+        ) from error
+
+
+def model_type(folder: str) -> str | None:
+    """Return the kind of model that a folder says it holds, before a class of it is chosen."""
+    return PretrainedConfig.get_config_dict(folder)[0].get("model_type")
+
+
+def load_weights(
+    model_class: type, folder: str, dtype: torch.dtype, optional: tuple[str, ...] = ()
+) -> PreTrainedModel:
+    """Load a model with all of its weights; transformers only warns that missing ones are random.
+
+    Args:
+        model_class: Class of transformers, with `from_pretrained`.
+        folder: Folder or hub id.
+        dtype: Type that the weights get.
+        optional: Prefixes of names that may be missing, because nothing reads these weights.
+
+    Raises:
+        ValueError: The weights are not those of the model that the folder's config describes.
+    """
+    try:
+        model, info = model_class.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except RuntimeError as error:
+        if "mismatch" not in str(error):
+            raise
+        raise ValueError(
+            f"{folder}: the weights have other shapes than its config says: "
+            "give the folder they were saved in"
+        ) from error
+
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith(optional))
+    if missing:
+        raise ValueError(
+            f"{folder}: {len(missing)} weights are missing, {missing[0]} first: "
+            "it is not whole, or its config is another model's"
+        )
+    return model
+
+
+def read_tensor(name: str, stored: StoredTensor) -> Tensor:
+    """Read one tensor from disk."""
+    with safe_open(stored.file, framework="pt") as file:
+        return file.get_tensor(name)
