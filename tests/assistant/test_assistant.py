@@ -15,6 +15,8 @@ from mipha.data.sample import IMAGE, Message
 from mipha.models.build import save_checkpoint
 from mipha.models.decoding import Sampling
 from mipha.models.features import ImageFeatures
+from mipha.recipe import load_recipe
+from mipha.run import create_run
 
 QUESTIONS = (
     "Which colour?",
@@ -530,7 +532,6 @@ def test_load_takes_a_checkpoint_folder(
         load(tmp_path / "model", dtype="int4")
     with pytest.raises(ValueError, match=r"is neither a run .* nor a whole model"):
         load(tmp_path)
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "recipe.yaml").write_text("name: x\n")
+    create_run(tmp_path / "run", load_recipe("quickstart"))
     with pytest.raises(FileNotFoundError, match="has not finished finetune"):
         load(tmp_path / "run")

@@ -362,7 +362,9 @@ def test_the_linter_a_plan_and_training_count_the_same_steps(
         update={"data": (data.model_copy(update={"root": Path("/nowhere/at.all")}),)}
     )
     recipe = tiny_run_recipe()
-    assert plan._steps_of(recipe, gone, model, 1)[1] == len(steps)
+    recipe = recipe.model_copy(update={"stages": {"finetune": gone}})
+    case = plan._Case(recipe, "finetune", plan.device_named("a100"), 1)
+    assert plan._read_steps(case, model)[1] == len(steps)
 
 
 @pytest.mark.parametrize(
