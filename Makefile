@@ -18,8 +18,9 @@ $(INSTALLED): pyproject.toml constraints.txt requirements-quickstart.txt
 quickstart: install
 	.venv/bin/mipha quickstart -o runs/quickstart
 
+# One thread a process: two that wait for each other on a busy machine take 15 times as long.
 test: install
-	$(PYTHON) -m pytest
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --dist loadfile
 
 lint: install
 	$(PYTHON) -m ruff check .
