@@ -14,7 +14,7 @@ from mipha.evaluation.benchmark import Question as Asked
 from mipha.files import write_whole
 from mipha.studies.findings import Comparison, Findings, Judged, VariantScores, find
 from mipha.studies.panel import asked_of, panel_answers
-from mipha.studies.study import Experiment
+from mipha.studies.study import Experiment, Numbers
 
 _STYLE = """
 :root {
@@ -281,11 +281,12 @@ def draw_scores(findings: Findings, path: Path) -> None:
     """Draw one panel a benchmark: a bar or a point a variant, a dot a seed.
 
     Args:
-        findings: What is drawn; a curve where every variant has a number, else bars.
+        findings: What is drawn; a curve for a single numeric axis, else bars.
         path: `.png` or `.svg`, written whole.
     """
     benchmarks = list(findings.headline)
-    numeric = all(variant.number is not None for variant in findings.experiment.variants)
+    (axis, *others) = findings.experiment.asked.axes.values()
+    is_curve = isinstance(axis, Numbers) and not others
 
     # A grid of panels.
     columns = min(4, len(benchmarks))
@@ -294,7 +295,7 @@ def draw_scores(findings: Findings, path: Path) -> None:
     panels = figure.subplots(rows, columns, squeeze=False).ravel()
 
     for axes, name in zip(panels, benchmarks, strict=False):
-        (_curve if numeric else _bars)(axes, findings, name)
+        (_curve if is_curve else _bars)(axes, findings, name)
         title, metric = TITLES.get(name, name), findings.headline[name]
         axes.set_title(title, loc="left", color=INK, fontsize=11, fontweight="bold")
         axes.set_ylabel(f"{metric.name} ({metric.unit})", color=GREY, fontsize=9)
@@ -340,7 +341,7 @@ def _curve(axes, findings: Findings, benchmark: str) -> None:
     if min(numbers) > 0 and max(numbers) / min(numbers) >= 10:
         axes.set_xscale("log")
     axes.set_xticks(numbers, [f"{number:g}" for number in numbers])
-    (axis,) = {variant.name.split("=")[0] for variant in findings.experiment.variants}
+    (axis,) = findings.experiment.asked.axes
     axes.set_xlabel(axis, color=GREY, fontsize=9)
 
 
