@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import shlex
 from pathlib import Path
 
 import mipha
@@ -41,14 +42,12 @@ def test_overrides_in_the_text_are_valid() -> None:
         line
         for text in PAGES.values()
         for block in _blocks("bash", text)
-        for line in block.splitlines()
+        for line in block.replace("\\\n", "").splitlines()
     ]
     assert any("mipha align" in line for line in commands)
     found = 0
     for line in [*commands, *_blocks("python", README)]:
-        for assignment in {
-            word for word in re.findall(r"(?<![\w-])[\w.]+=[^\s\"`),]+", line) if word[0].islower()
-        }:
+        for assignment in _assignments(line):
             step = re.search(r"mipha align ([\w-]+) ([\w-]+)", line)
             if re.search(r"mipha (train|plan|quickstart)|override", line):
                 load_recipe("quickstart").override(assignment)
@@ -57,7 +56,14 @@ def test_overrides_in_the_text_are_valid() -> None:
             else:
                 continue
             found += 1
-    assert found >= 10
+    assert found >= 20
+
+
+def _assignments(text: str) -> list[str]:
+    """Return the words `key=value` of a command, or of the strings in Python code."""
+    is_python = text.startswith("import")
+    words = re.findall(r'"([^"]+)"', text) if is_python else shlex.split(text, comments=True)
+    return [word for word in words if re.match(r"[a-z][\w.]*=", word)]
 
 
 def test_verbs_exist() -> None:
