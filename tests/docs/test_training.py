@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from mipha import api
+from mipha.files import read_lines
 from mipha.recipe import DataRecipe, ModelRecipe, Recipe, StageRecipe, TuningRecipe, load_recipe
 from mipha.run import Run
 
@@ -121,6 +122,24 @@ def test_the_list_has_every_file_of_a_run_and_no_other(run: Run) -> None:
 def _pattern(row: str) -> str:
     """Return the pattern of the files that a row stands for; a folder stands for all in it."""
     return re.sub("<[^>]+>", "[^/]+", re.sub(r"\.", r"\.", row)) + ".+" * row.endswith("/")
+
+
+def test_every_key_of_the_metrics_is_explained(run: Run) -> None:
+    rows = re.findall(r"^\| (`[^|]+) \|", _section("Watch and resume a run"), flags=re.MULTILINE)
+    keys = {key for row in rows for key in re.findall("`([^`]+)`", row)}
+    patterns = [re.compile(_pattern(key)) for key in keys]
+    found = {
+        key
+        for stage in run.recipe.stages
+        for line in read_lines(run.metrics(stage))
+        for key in line
+    }
+    assert [key for key in found if not any(one.fullmatch(key) for one in patterns)] == []
+
+    # One data set has no counts of its own, and the peak of this device may not be known.
+    named = {one.pattern for one in patterns if any(one.fullmatch(key) for key in found)}
+    absent = {one.pattern for one in patterns} - named
+    assert absent <= {"samples/[^/]+", "mfu_percent"}
 
 
 def test_the_checkpoint_has_the_files_that_the_text_names(run: Run) -> None:
