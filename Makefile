@@ -1,7 +1,8 @@
-# make quickstart   train, measure and try a small multimodal assistant on this machine (about an hour on 2 CPU cores)
-# make test         all tests that need no GPU
-# make lint         ruff
-# make bench        speed of training, data and checkpoints, side by side (about half an hour; wants an idle machine)
+# make install      install mipha and all that the other targets need, into .venv
+# make quickstart   train, measure and try a small assistant: about an hour on 2 CPU cores
+# make test         run all tests that need no GPU
+# make lint         check style and format with ruff
+# make bench        measure training, data and states: about half an hour on an idle machine
 PYTHON := .venv/bin/python
 INSTALLED := .venv/installed
 
