@@ -1,7 +1,7 @@
 # make install      install mipha and all that the other targets need, into .venv
 # make quickstart   train, measure and try a small assistant: about an hour on 2 CPU cores
 # make test         run all tests that need no GPU
-# make lint         check style and format with ruff
+# make lint         check style and format with ruff, and types of the public names with mypy
 # make bench        measure training, data and states: about half an hour on an idle machine
 PYTHON := .venv/bin/python
 INSTALLED := .venv/installed
@@ -26,6 +26,7 @@ test: install
 lint: install
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
 
 bench: install
 	$(PYTHON) benchmarks/training.py --threads 2

@@ -328,7 +328,9 @@ class Assistant:
         # Encode the images that are not encoded yet, together. `self.features` does not keep them,
         # because a benchmark asks about thousands of images, each in one batch.
         pixels = [
-            self.pixels(image) for image in distinct.values() if not isinstance(image, EncodedImage)
+            self.pixels(image)
+            for image in distinct.values()
+            if image is not None and not isinstance(image, EncodedImage)
         ]
         made = iter(
             self.model.get_image_features(torch.cat(pixels)).pooler_output if pixels else ()
@@ -398,6 +400,7 @@ class Chat:
     def __init__(self, assistant: Assistant, image: AnyImage | None) -> None:
         self.assistant, self.image = assistant, image
         self.messages: list[Message] = []
+        self._cached: list[int] = []
         self._forget()
 
     def ask(self, question: str, *, max_new_tokens: int = 256) -> Iterator[str]:
@@ -407,14 +410,13 @@ class Chat:
         next token when the reader leaves.
         """
         # Make the prompt, and cut the cache back to what the prompt begins with.
-        assistant = self.assistant
-        has_image = self.image is not None
-        messages = [*self.messages, _user_turn(question, has_image and not self.messages)]
+        assistant, images = self.assistant, []
+        shows_image = self.image is not None and not self.messages
+        messages = [*self.messages, _user_turn(question, shows_image)]
         if self.image is not None:
             self.image = assistant.encode_image(self.image)
-        prompt = assistant.prompt(
-            messages, [self.image] if has_image else [], max_new_tokens=max_new_tokens
-        )
+            images = [self.image]
+        prompt = assistant.prompt(messages, images, max_new_tokens=max_new_tokens)
         self._keep_common_prefix(prompt.ids)
 
         # Generate in a thread; its callback puts the pieces into a queue, and None at the end.
@@ -426,6 +428,7 @@ class Chat:
 
         def on_tokens(new: list[int | None]) -> list[int]:
             (token,) = new
+            assert token is not None  # the only row has not ended
             tokens.append(token)
             queue.put(text.add(token))
             return [0] if left.is_set() else []
@@ -460,7 +463,7 @@ class Chat:
 
     def _forget(self) -> None:
         self._cache = DynamicCache(config=self.assistant.model.config.get_text_config())
-        self._cached: list[int] = []
+        self._cached = []
 
     def _keep_common_prefix(self, ids: list[int]) -> None:
         """Cut the cache back to the tokens that a prompt begins with, all but its last one."""
