@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mipha.cli import app
-from mipha.evaluation.evaluate import plan
+from mipha.evaluation.evaluate import plan_benchmarks
 from tests.evaluation.benchmarks.test_pope import write_official as write_pope
 from tests.evaluation.benchmarks.test_pope import write_subset as write_pope_subset
 from tests.evaluation.official import collect
@@ -105,7 +105,10 @@ def answer_in_one_word(model: Any, processor: Any, data: Path) -> None:
         for word in (" yes", " no", "A", "B")
     ]
     questions = [
-        question for part in plan(NAMES, data) for question in part.questions[::3] if question.image
+        question
+        for part in plan_benchmarks(NAMES, data)
+        for question in part.questions[::3]
+        if question.image
     ]
     inputs = [
         processor(

@@ -9,7 +9,7 @@ import pytest
 
 from mipha.catalog.published_data import PUBLISHED_DATA
 from mipha.files import append_line
-from mipha.planning.plan import Device, compare, device_named, plan
+from mipha.planning.plan import Device, compare_with_run, device_named, plan_training
 from mipha.recipe import load_recipe
 from mipha.run import create_run
 
@@ -18,7 +18,9 @@ SMALL = Device("small", "cpu", 1e11, 8e9, autocast=False)
 
 def test_the_papers_model_on_what_the_paper_had() -> None:
     """Eight GPUs of 80 GB, data that are not on this machine."""
-    pretrain, finetune = plan(load_recipe("mipha-3b-base"), device_named("a100"), num_devices=8)
+    pretrain, finetune = plan_training(
+        load_recipe("mipha-3b-base"), device_named("a100"), num_devices=8
+    )
     assert (pretrain.samples, finetune.samples) == (558_128, 665_298)
     assert pretrain.steps == -(-558_128 // 256) and finetune.steps == -(-2 * 665_298 // 128)
     assert (
@@ -35,16 +37,16 @@ def test_the_papers_model_on_what_the_paper_had() -> None:
 
 def test_where_it_does_not_fit_the_plan_says_what_would(tiny_parts, tiny_data) -> None:
     recipe = _tiny(tiny_parts, tiny_data)
-    _, needs = plan(recipe, SMALL)
+    _, needs = plan_training(recipe, SMALL)
     tight = replace(SMALL, memory=(needs.total_memory - needs.memory["activations"] / 4) / 0.9)
-    _, finetune = plan(recipe, tight)
+    _, finetune = plan_training(recipe, tight)
     assert (
         finetune.fixes == ("stages.finetune.activation_checkpointing=true",)
         and finetune.largest_rows < finetune.step.widest.rows
     )
-    _, fixed = plan(recipe.override(*finetune.fixes), tight)
+    _, fixed = plan_training(recipe.override(*finetune.fixes), tight)
     assert not fixed.fixes and fixed.total_memory < finetune.total_memory
-    _, hopeless = plan(recipe, replace(SMALL, memory=1e6))
+    _, hopeless = plan_training(recipe, replace(SMALL, memory=1e6))
     assert hopeless.largest_rows == 0 and hopeless.fixes == (
         "more than 1 devices, or devices with more memory",
     )
@@ -52,16 +54,16 @@ def test_where_it_does_not_fit_the_plan_says_what_would(tiny_parts, tiny_data) -
 
 def test_more_devices_take_less_memory_each_and_less_time(tiny_parts, tiny_data) -> None:
     recipe = _tiny(tiny_parts, tiny_data)
-    one, two = (plan(recipe, SMALL, number)[1] for number in (1, 2))
+    one, two = (plan_training(recipe, SMALL, number)[1] for number in (1, 2))
     assert two.memory["optimizer"] == one.memory["optimizer"] / 2
     assert two.seconds is not None and two.seconds < one.seconds
-    copied = plan(recipe.override("sharding=ddp"), SMALL, 2)[1]
+    copied = plan_training(recipe.override("sharding=ddp"), SMALL, 2)[1]
     assert copied.memory["optimizer"] == one.memory["optimizer"]
 
 
 def test_a_plan_of_data_that_are_here_reads_its_first_steps(tiny_parts, tiny_data) -> None:
     recipe = _tiny(tiny_parts, tiny_data)
-    pretrain, _ = plan(recipe, SMALL)
+    pretrain, _ = plan_training(recipe, SMALL)
     assert (
         pretrain.samples == 24 and pretrain.steps == 6 and "first 3 steps" in pretrain.step.source
     )
@@ -70,12 +72,12 @@ def test_a_plan_of_data_that_are_here_reads_its_first_steps(tiny_parts, tiny_dat
 
 def test_a_plan_is_compared_with_a_run(tiny_parts, tiny_data, tmp_path) -> None:
     recipe = _tiny(tiny_parts, tiny_data)
-    (pretrain, _), run = plan(recipe, SMALL), create_run(tmp_path / "run", recipe)
+    (pretrain, _), run = plan_training(recipe, SMALL), create_run(tmp_path / "run", recipe)
     with pytest.raises(FileNotFoundError, match="has no metrics of pretrain"):
-        compare(pretrain, run, SMALL, 1)
+        compare_with_run(pretrain, run, SMALL, 1)
     for seconds in (100.0, 2.0, 2.0):  # the first step warms up
         append_line(run.metrics("pretrain"), {"seconds": seconds, "peak_memory_gib": 1.5})
-    found = compare(pretrain, run, SMALL, 1)
+    found = compare_with_run(pretrain, run, SMALL, 1)
     assert found.seconds[1] == 2.0 and found.memory[1] == 1.5 * 2**30
     assert found.efficiency == pytest.approx(pretrain.flops / 2.0 / 1e11)
 

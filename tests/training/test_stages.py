@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mipha import api
-from mipha.planning.plan import device_named, plan
+from mipha.planning.plan import device_named, plan_training
 from mipha.recipe import Recipe
 from mipha.run import Run, model_folder
 from mipha.training.pipeline import train
@@ -97,5 +97,5 @@ def test_one_stage_is_enough(tiny_run_recipe: Callable, tmp_path: Path, weights:
 
 
 def test_a_plan_has_every_stage_in_order(three: Recipe) -> None:
-    plans = plan(three, device_named("h100", three.precision), 1, None)
+    plans = plan_training(three, device_named("h100", three.precision), 1, None)
     assert [stage.name for stage in plans] == ["pretrain", "finetune", "polish"]

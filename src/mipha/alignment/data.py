@@ -86,7 +86,7 @@ class ImagePreference:
     rejected: str
 
 
-Row = TypeVar("Row", Instruction, Preference, ImagePreference)
+AnyRow = TypeVar("AnyRow", Instruction, Preference, ImagePreference)
 
 Exchange = tuple[list[int], list[int]]
 """Token ids of a prompt and of its response."""
@@ -309,7 +309,9 @@ def _label(record: dict[str, Any], key: str, where: str, allowed: tuple[Any, Any
 # Holding out -------------------------------------------------------------------------------------
 
 
-def split_by_prompt(rows: Sequence[Row], held_out: float, seed: int) -> tuple[list[Row], list[Row]]:
+def split_by_prompt(
+    rows: Sequence[AnyRow], held_out: float, seed: int
+) -> tuple[list[AnyRow], list[AnyRow]]:
     """Split rows into a training and a held-out side, with no prompt on both sides.
 
     The side depends only on the seed and the prompt (case and white space aside). So the same
@@ -340,7 +342,7 @@ def split_by_prompt(rows: Sequence[Row], held_out: float, seed: int) -> tuple[li
     return train, test
 
 
-def check_leak(train: Iterable[Row], test: Iterable[Row]) -> None:
+def check_leak(train: Iterable[AnyRow], test: Iterable[AnyRow]) -> None:
     """Reject prompts that are both trained on and held out, case and white space aside.
 
     Raises:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from mipha.alignment.data import Row, check_leak, split_by_prompt
+from mipha.alignment.data import AnyRow, check_leak, split_by_prompt
 from mipha.alignment.recipe import StepRecipe, load_alignment_recipe
 from mipha.files import read_json_object, whole_folder, write_whole
 from mipha.models.fingerprint import joint_digest, tensor_digest
@@ -104,8 +104,8 @@ def training_device() -> torch.device:
 
 
 def load_rows(
-    step: Step, load: Callable[[Path, list[str] | None], list[Row]]
-) -> tuple[Sequence[Row], Sequence[Row]]:
+    step: Step, load: Callable[[Path, list[str] | None], list[AnyRow]]
+) -> tuple[Sequence[AnyRow], Sequence[AnyRow]]:
     """Read the rows to train on and the held-out rows, and record their hash.
 
     Args:

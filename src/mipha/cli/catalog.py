@@ -14,7 +14,7 @@ from mipha.cli.data import ImageRoot, RecipeName, Root, Stage, show_row
 
 
 @dataclass(frozen=True)
-class Kind:
+class Entries:
     """One kind of entry of the catalog.
 
     Args:
@@ -104,7 +104,7 @@ def _show_file(name: str) -> str:
     return (load_alignment_recipe(name) if "step" in keys else load_recipe(name)).dump()
 
 
-def _chosen(kind: str | None) -> dict[str, Kind]:
+def _chosen(kind: str | None) -> dict[str, Entries]:
     """Return the kinds that are listed."""
     from mipha.lookup import did_you_mean
 
@@ -117,7 +117,7 @@ def _chosen(kind: str | None) -> dict[str, Kind]:
     return {title: kinds[title]}
 
 
-def _kinds() -> dict[str, Kind]:
+def _kinds() -> dict[str, Entries]:
     """Return everything that has a name, kind by kind."""
     from mipha.alignment.recipe import list_alignment_recipes, load_alignment_recipe
     from mipha.catalog.devices import DEVICES
@@ -132,31 +132,31 @@ def _kinds() -> dict[str, Kind]:
     package = Path(__file__).parents[1]
     datasets, templates = package / "data" / "datasets", package / "catalog" / "chat_templates"
     return {
-        "study": Kind(
+        "study": Entries(
             list_studies(),
             lambda name: load_study(name).title,
             lambda name: load_study(name).dump(),
         ),
-        "recipe": Kind(
+        "recipe": Entries(
             list_recipes(),
             lambda name: load_recipe(name).description,
             lambda name: load_recipe(name).dump(),
         ),
-        "alignment-recipe": Kind(
+        "alignment-recipe": Entries(
             list_alignment_recipes(),
             lambda name: load_alignment_recipe(name).description,
             lambda name: load_alignment_recipe(name).dump(),
         ),
         "vision-tower": _table(VISION_TOWERS),
         "language-model": _table(LANGUAGE_MODELS),
-        "chat-template": Kind(
+        "chat-template": Entries(
             files_in(templates, ".jinja"),
             lambda name: f"catalog/chat_templates/{name}.jinja",
             lambda name: (templates / f"{name}.jinja").read_text(encoding="utf-8"),
         ),
         "dataset": _modules(datasets, files_in(datasets, ".py")),
         "benchmark": _modules(BENCHMARKS, list_benchmarks()),
-        "published-table": Kind(
+        "published-table": Entries(
             files_in(PUBLISHED, ".csv"),
             lambda name: (
                 f"{len(published_table(int(name.removeprefix('table-'))))} rows of the "
@@ -168,11 +168,11 @@ def _kinds() -> dict[str, Kind]:
     }
 
 
-def _table(entries: Mapping[str, Any]) -> Kind:
+def _table(entries: Mapping[str, Any]) -> Entries:
     """Return the kind of a table of entries that have a source."""
     import yaml
 
-    return Kind(
+    return Entries(
         list(entries),
         lambda name: entries[name].source,
         lambda name: yaml.safe_dump({name: _plain(entries[name])}, sort_keys=False, width=120),
@@ -187,7 +187,7 @@ def _plain(entry: Any) -> dict[str, Any]:
     }
 
 
-def _modules(folder: Path, names: list[str]) -> Kind:
+def _modules(folder: Path, names: list[str]) -> Entries:
     """Return the kind of a folder of modules, which say what they are in their docstrings."""
 
     def docstring(name: str) -> str:
@@ -195,7 +195,7 @@ def _modules(folder: Path, names: list[str]) -> Kind:
         tree = ast.parse((folder / f"{name}.py").read_text(encoding="utf-8"))
         return ast.get_docstring(tree) or ""
 
-    return Kind(
+    return Entries(
         names,
         lambda name: docstring(name).partition("\n")[0],
         lambda name: docstring(name),

@@ -56,12 +56,12 @@ def evaluate(
 ) -> None:
     """Measure a model; exit code 1 if a question failed."""
     from mipha.api import evaluate as measure
-    from mipha.evaluation.evaluate import plan
+    from mipha.evaluation.evaluate import plan_benchmarks
     from mipha.evaluation.tables import print_plan, print_results
 
     names = split_names(benchmarks)
     if dry_run:
-        print_plan(plan(names, data_root, split), run)
+        print_plan(plan_benchmarks(names, data_root, split), run)
         return
 
     grader = _judge(judge, judge_model, judge_replies, out or run)

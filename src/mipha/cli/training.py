@@ -60,17 +60,18 @@ def plan(
     import json
 
     from mipha.files import write_whole
-    from mipha.planning.plan import compare, device_named
-    from mipha.planning.plan import plan as plan_recipe
+    from mipha.planning.plan import compare_with_run, device_named, plan_training
     from mipha.planning.tables import as_json, print_plan
     from mipha.recipe import load_recipe
     from mipha.run import open_run
 
     chosen = load_recipe(recipe).override(*(overrides or ()))
     wanted = device_named(device, chosen.precision)
-    plans = plan_recipe(chosen, wanted, num_devices, efficiency)
+    plans = plan_training(chosen, wanted, num_devices, efficiency)
     compared = (
-        [compare(stage, open_run(run), wanted, num_devices) for stage in plans] if run else []
+        [compare_with_run(stage, open_run(run), wanted, num_devices) for stage in plans]
+        if run
+        else []
     )
     if json_out:
         write_whole(

@@ -189,7 +189,7 @@ class Mixture(Sequence[Sample]):
         text alone.
         """
         return np.fromiter(
-            (_images_key(sample) for sample in self), dtype=np.uint64, count=len(self)
+            (images_key(sample) for sample in self), dtype=np.uint64, count=len(self)
         )
 
     def epoch_samples(self, seed: int, epoch: int) -> np.ndarray:
@@ -229,7 +229,7 @@ class Mixture(Sequence[Sample]):
         digest = hashlib.sha256()
 
         for index, sample in enumerate(self):
-            keys[index] = _images_key(sample)
+            keys[index] = images_key(sample)
             digest.update(_described(sample))
             for image in sample.images:
                 if isinstance(image, Path) and (key := hash(image)) not in seen:
@@ -268,13 +268,14 @@ def _described(sample: Sample) -> bytes:
     return json.dumps([texts, images]).encode() + b"\n"
 
 
-def _images_key(sample: Sample) -> int:
+def images_key(sample: Sample) -> int:
+    """Return a number below 2^64: the same for samples that show the same images, 0 for none."""
     if not sample.images:
         return 0
     digest = hashlib.blake2b(digest_size=8)
     for image in sample.images:
         digest.update(
-            (image if isinstance(image, bytes) else str(image).encode("utf-8", "surrogateescape"))
+            (image if isinstance(image, bytes) else str(image).encode("utf-8", "surrogatepass"))
             + b"\0"
         )
     return int.from_bytes(digest.digest(), "big")

@@ -37,7 +37,7 @@ _STYLES = {
 }
 
 
-class Piece(NamedTuple):
+class TokenPiece(NamedTuple):
     """A token, or the several that make one character, or all tokens of one image.
 
     Args:
@@ -74,7 +74,7 @@ class View:
     sample: Sample
     image_notes: tuple[str, ...]
     rendered: str | None = None
-    pieces: tuple[Piece, ...] = ()
+    pieces: tuple[TokenPiece, ...] = ()
     num_truncated: int = 0
     problem: str | None = None
     pixels: tuple[Image.Image, ...] = ()
@@ -159,7 +159,7 @@ def view_sample(
     return replace(view, rendered=rendered, pieces=pieces, num_truncated=encoded.truncated)
 
 
-def token_pieces(encoded: Encoded, processor: LlavaProcessor) -> Iterator[Piece]:
+def token_pieces(encoded: Encoded, processor: LlavaProcessor) -> Iterator[TokenPiece]:
     """Yield tokens as text, in order; those that only together make a character stay together."""
     from mipha.data.encode import IGNORE, tokens_per_image
 
@@ -170,7 +170,7 @@ def token_pieces(encoded: Encoded, processor: LlavaProcessor) -> Iterator[Piece]
         end = start + 1
         if ids[start] == processor.image_token_id:
             end = start + tokens_per_image(processor)
-            yield Piece("", False, end - start, is_image=True)
+            yield TokenPiece("", False, end - start, is_image=True)
         else:
             text = _decoded(ids[start:end], processor)
             while (
@@ -180,7 +180,7 @@ def token_pieces(encoded: Encoded, processor: LlavaProcessor) -> Iterator[Piece]
             ):
                 end += 1
                 text = _decoded(ids[start:end], processor)
-            yield Piece(text, bool(trained[start]), end - start)
+            yield TokenPiece(text, bool(trained[start]), end - start)
         start = end
 
 
@@ -250,7 +250,7 @@ def save_pixels(view: View, folder: Path) -> list[Path]:
     return paths
 
 
-def _coloured(pieces: tuple[Piece, ...]) -> Text:
+def _coloured(pieces: tuple[TokenPiece, ...]) -> Text:
     text = Text()
     for number, piece in enumerate(pieces):
         if piece.is_image:

@@ -19,7 +19,7 @@ from mipha.evaluation.score import Result, score_predictions
 from mipha.run import Run, model_folder
 
 
-def plan(
+def plan_benchmarks(
     benchmarks: Sequence[str], data_root: str | Path | None = None, split: str | None = None
 ) -> list[Plan]:
     """Read the questions of all benchmarks, and check that their files and images are there.
@@ -83,7 +83,7 @@ def evaluate(
     Args:
         model: A run, a run folder, or the folder of an exported model.
         benchmarks: Names, see `list_benchmarks`.
-        data_root: See `plan`.
+        data_root: See `plan_benchmarks`.
         batch_size: Questions per forward pass.
         limit: First N questions only, for a quick look; the result says that it is not complete.
         split: Name of a split; None: each benchmark's own.
@@ -106,7 +106,7 @@ def evaluate(
     for name, number in (("batch_size", batch_size), ("limit", limit)):
         if number is not None and number < 1:
             raise ValueError(f"{name} is {number}: give 1 or more")
-    plans = [replace(part, limit=limit) for part in plan(benchmarks, data_root, split)]
+    plans = [replace(part, limit=limit) for part in plan_benchmarks(benchmarks, data_root, split)]
     for part in plans:
         if part.benchmark.judge == "required" and judge is None:
             raise ValueError(

@@ -5,7 +5,7 @@ data   --first steps of the stage, or facts of a published set--> FLOPs of a ste
 
 Memory is counted (`memory.py`), not fitted; what the count leaves out (holes of the allocator,
 buffers of libraries) is the reserve. Time is FLOPs by a share of the peak, which is an assumption
-until a run has been measured: `compare` says how far off both were.
+until a run has been measured: `compare_with_run` says how far off both were.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def device_named(name: str, precision: str = "auto") -> Device:
     return Device(name, "gpu", tflops * 1e12, entry.memory_gb * 1e9, autocast)
 
 
-def plan(
+def plan_training(
     recipe: Recipe, device: Device, num_devices: int = 1, efficiency: float | None = None
 ) -> list[StagePlan]:
     """Plan each stage of a recipe.
@@ -196,7 +196,7 @@ def plan(
     return [_plan_stage(_Case(recipe, name, device, num_devices), share) for name in recipe.stages]
 
 
-def compare(stage: StagePlan, run: Run, device: Device, num_devices: int) -> Compared:
+def compare_with_run(stage: StagePlan, run: Run, device: Device, num_devices: int) -> Compared:
     """Compare the plan of a stage with the metrics of a run of the same recipe.
 
     Raises:

@@ -65,7 +65,7 @@ class VariantScores:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class VariantComparison:
     """A planned comparison on one benchmark: first minus second."""
 
     first: str
@@ -81,7 +81,7 @@ class Judged:
 
     takeaway: Takeaway
     verdicts: dict[str, Verdict]
-    comparisons: tuple[Comparison, ...]
+    comparisons: tuple[VariantComparison, ...]
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ def _compare(
     benchmarks: dict[str, Benchmark],
     headline: dict[str, Metric],
     tallies: dict[tuple[str, str], list[Tally]],
-) -> dict[tuple[str, str, str], Comparison]:
+) -> dict[tuple[str, str, str], VariantComparison]:
     """Return (variant, variant, benchmark) to the comparison, for all pairs of the takeaways."""
     pairs = dict.fromkeys(pair for takeaway in takeaways for pair in takeaway.pairs)
     found = {}
@@ -237,13 +237,15 @@ def _compare(
     tested = [key for key, difference in found.items() if not math.isnan(difference.p_value)]
     adjusted = dict(zip(tested, holm([found[key].p_value for key in tested]), strict=True))
     return {
-        key: Comparison(*key, difference, adjusted.get(key, math.nan))
+        key: VariantComparison(*key, difference, adjusted.get(key, math.nan))
         for key, difference in found.items()
     }
 
 
 def _judge(
-    takeaway: Takeaway, benchmarks: Sequence[str], compared: dict[tuple[str, str, str], Comparison]
+    takeaway: Takeaway,
+    benchmarks: Sequence[str],
+    compared: dict[tuple[str, str, str], VariantComparison],
 ) -> Judged:
     verdicts: dict[str, Verdict] = {}
     for name in benchmarks:

@@ -10,15 +10,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mipha.evaluation.benchmark import Question as Asked
-from mipha.evaluation.benchmark import load_benchmark
+from mipha.evaluation.benchmark import Question, load_benchmark
 from mipha.files import read_lines, write_whole
-from mipha.studies.study import Measured, Question, load_study
+from mipha.studies.study import Measured, PanelQuestion, load_study
 
 MAX_NEW_TOKENS = 128
 
 
-def asked_of(questions: Sequence[Question], measured: Sequence[Measured]) -> list[Asked]:
+def asked_of(questions: Sequence[PanelQuestion], measured: Sequence[Measured]) -> list[Question]:
     """Return the panel's questions with their images.
 
     Raises:
@@ -26,7 +25,7 @@ def asked_of(questions: Sequence[Question], measured: Sequence[Measured]) -> lis
         FileNotFoundError: An image is not there.
     """
     by_name = {wanted.benchmark: wanted for wanted in measured}
-    loaded: dict[str, Sequence[Asked]] = {}
+    loaded: dict[str, Sequence[Question]] = {}
     found = []
     for number, question in enumerate(questions):
         facts = {"kind": question.kind}
@@ -44,7 +43,7 @@ def asked_of(questions: Sequence[Question], measured: Sequence[Measured]) -> lis
                 )
             asked = loaded[name][int(row)]
             text = question.question or asked.text
-            found.append(Asked(str(number), text, asked.image, facts))
+            found.append(Question(str(number), text, asked.image, facts))
             continue
 
         # Anything else is a file.
@@ -56,11 +55,13 @@ def asked_of(questions: Sequence[Question], measured: Sequence[Measured]) -> lis
             )
         if question.question is None:
             raise ValueError(f"the panel's image {image} has no question: give one")
-        found.append(Asked(str(number), question.question, image, facts))
+        found.append(Question(str(number), question.question, image, facts))
     return found
 
 
-def answer_panel(run: Path, questions: Sequence[Question], measured: Sequence[Measured]) -> None:
+def answer_panel(
+    run: Path, questions: Sequence[PanelQuestion], measured: Sequence[Measured]
+) -> None:
     """Write a run's answers to the panel, once."""
     from mipha.assistant import load
 

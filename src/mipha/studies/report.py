@@ -10,9 +10,9 @@ from pathlib import Path
 
 from mipha.comparison.figures import BLUE, FAINT, GREY, INK, new_figure, save_figure
 from mipha.comparison.results import TITLES
-from mipha.evaluation.benchmark import Question as Asked
+from mipha.evaluation.benchmark import Question
 from mipha.files import write_whole
-from mipha.studies.findings import Comparison, Findings, Judged, VariantScores, find
+from mipha.studies.findings import Findings, Judged, VariantComparison, VariantScores, find
 from mipha.studies.panel import asked_of, panel_answers
 from mipha.studies.study import Experiment, Numbers
 
@@ -228,7 +228,9 @@ def cost_rows(findings: Findings) -> list[list[str]]:
     return rows
 
 
-def _comparison_rows(comparisons: Sequence[Comparison], findings: Findings) -> list[list[str]]:
+def _comparison_rows(
+    comparisons: Sequence[VariantComparison], findings: Findings
+) -> list[list[str]]:
     rows = [["comparison", "benchmark", "difference", "95 % interval", "p", "p, adjusted"]]
     for one in comparisons:
         found = one.found
@@ -269,7 +271,7 @@ def _panel(findings: Findings, out: Path) -> str:
     return f'{title}<div class="wide"><table>{table}</table></div>'
 
 
-def _picture(asked: Asked) -> str:
+def _picture(asked: Question) -> str:
     if asked.image is None:
         return ""
     content = asked.image if isinstance(asked.image, bytes) else Path(asked.image).read_bytes()

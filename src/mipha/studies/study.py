@@ -89,7 +89,7 @@ class Takeaway(Strict):
         return list(itertools.product(self.better or self.not_better, self.than))
 
 
-class Question(Strict):
+class PanelQuestion(Strict):
     """One cell of the qualitative panel: every variant's answer stands side by side."""
 
     image: str = Field(
@@ -109,7 +109,7 @@ class Scale(Strict):
     evaluate: tuple[Measured, ...] = Field(min_length=1)
     seeds: int = Field(1, ge=1)
     takeaways: tuple[Takeaway, ...] = ()
-    panel: tuple[Question, ...] = ()
+    panel: tuple[PanelQuestion, ...] = ()
     note: str = Field("", description="what this scale can say, and what it cannot")
 
 

@@ -19,7 +19,7 @@ from mipha.data.sample import Sample
 from mipha.files import write_whole
 
 
-class Change(NamedTuple):
+class RowFix(NamedTuple):
     """What was done to one row.
 
     Args:
@@ -49,7 +49,7 @@ class Fixed(NamedTuple):
     file: Path
     list_file: Path
     num_kept: int
-    changes: tuple[Change, ...]
+    changes: tuple[RowFix, ...]
     note: str | None
 
 
@@ -80,7 +80,7 @@ def write_fixed(result: CheckResult, out: Path) -> Fixed:
         )
 
     # Choose the rows of the copy.
-    changes: list[Change] = []
+    changes: list[RowFix] = []
     kept = list(_kept(result, records, changes))
     content = (
         b"[\n" + b",\n".join(kept) + b"\n]\n"
@@ -119,7 +119,7 @@ def _json_file(result: CheckResult) -> JsonRecords:
     return files[0]
 
 
-def _kept(result: CheckResult, records: JsonRecords, changes: list[Change]) -> Iterator[bytes]:
+def _kept(result: CheckResult, records: JsonRecords, changes: list[RowFix]) -> Iterator[bytes]:
     """Yield the rows of the copy; a line that does not change keeps its very bytes."""
     lines = (
         []
@@ -134,11 +134,11 @@ def _kept(result: CheckResult, records: JsonRecords, changes: list[Change]) -> I
         why = found.get(row, [])
         where = result.data.shorten(records.where(row))
         if drop := [finding for finding in why if KINDS[finding.kind].action == "drop"]:
-            changes.append(Change(row, where, "left out", drop[0].sentence))
+            changes.append(RowFix(row, where, "left out", drop[0].sentence))
         elif why:
             record = result.data.records[row]
             content = _repaired(record.content, _image_texts(result.data.to_sample(record)))
-            changes += [Change(row, where, "mended", finding.what) for finding in why]
+            changes += [RowFix(row, where, "mended", finding.what) for finding in why]
             yield _as_json(content)
         else:
             yield (

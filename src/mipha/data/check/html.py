@@ -16,7 +16,7 @@ from mipha.data.check.findings import KINDS, SEVERITIES, Finding, Severity
 from mipha.data.check.linter import NO_RECIPE, CheckResult, Histogram
 from mipha.data.check.report import answer_lines, by_kind, headline, training_lines, verdict
 from mipha.data.images import ImageSource
-from mipha.data.show import Piece, View, open_quietly, view_sample, visible
+from mipha.data.show import TokenPiece, View, open_quietly, view_sample, visible
 
 _MOST_ROWS = 50
 _ROWS_A_KIND = 2
@@ -309,7 +309,7 @@ def _words(view: View) -> str:
     return f'{title}<div class="text">{"".join(_pieces(view.pieces))}</div>'
 
 
-def _pieces(pieces: Iterable[Piece]) -> Iterator[str]:
+def _pieces(pieces: Iterable[TokenPiece]) -> Iterator[str]:
     for number, piece in enumerate(pieces):
         if number == _MOST_PIECES:
             yield "<u> … and so on</u>"

@@ -28,7 +28,7 @@ from rich.progress import (
 from rich.text import Text
 
 from mipha.data.check.findings import SEVERITIES, Finding, Severity
-from mipha.data.check.rows import Job, RowFacts, check_rows
+from mipha.data.check.rows import CheckInputs, RowFacts, check_rows
 from mipha.data.check.whole_set import Seen, gather_evaluation
 from mipha.data.dataset import LoadedData
 from mipha.recipe import StageRecipe
@@ -186,15 +186,15 @@ def check_data(
     # Read the evaluation set.
     evaluation = None
     if against is not None:
-        rows = _all_rows(Job(against), workers, f"reading {against.name}", progress)
+        rows = _all_rows(CheckInputs(against), workers, f"reading {against.name}", progress)
         evaluation = gather_evaluation(against.name, rows)
 
     # Check each row, then compare it with those before it.
     seen = Seen(evaluation)
     columns = _Columns()
     findings: list[Finding] = []
-    job = Job(data, processor, stage)
-    for facts in _all_rows(job, workers, f"checking {data.name}", progress):
+    inputs = CheckInputs(data, processor, stage)
+    for facts in _all_rows(inputs, workers, f"checking {data.name}", progress):
         columns.add(facts)
         findings += facts.findings
         findings += seen.add(facts)
@@ -316,8 +316,8 @@ class _Columns:
         )
 
 
-def _all_rows(job: Job, workers: int, title: str, progress: bool) -> Iterator[RowFacts]:
-    chunks = check_rows(job, range(len(job.data)), workers)
+def _all_rows(inputs: CheckInputs, workers: int, title: str, progress: bool) -> Iterator[RowFacts]:
+    chunks = check_rows(inputs, range(len(inputs.data)), workers)
     first = next(chunks, [])  # the processes are forked here, before the bar's thread begins
 
     columns = (
@@ -328,7 +328,7 @@ def _all_rows(job: Job, workers: int, title: str, progress: bool) -> Iterator[Ro
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
-        task = bar.add_task(title, total=len(job.data))
+        task = bar.add_task(title, total=len(inputs.data))
         while first:
             yield from first
             bar.advance(task, len(first))

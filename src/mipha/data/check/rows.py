@@ -27,6 +27,7 @@ from mipha.data.check.images import ImageFacts, image_reader
 from mipha.data.check.text import CONTROL_TOKENS, special_tokens_of, text_problems
 from mipha.data.dataset import LoadedData
 from mipha.data.faults import RecordError
+from mipha.data.mixture import images_key
 from mipha.data.sample import IMAGE, Sample
 from mipha.labels import IGNORE
 from mipha.recipe import StageRecipe
@@ -51,7 +52,7 @@ _NO_TOKENIZER = frozenset({"lone-surrogate", "image-in-answer"})
 
 
 @dataclass(frozen=True)
-class Job:
+class CheckInputs:
     """What the processes need; tokens are counted where there is a processor."""
 
     data: LoadedData
@@ -59,7 +60,7 @@ class Job:
     stage: StageRecipe | None = None
 
 
-class Turn(NamedTuple):
+class TurnFacts(NamedTuple):
     """A question and its answer, to be found again.
 
     Args:
@@ -114,7 +115,7 @@ class RowFacts(NamedTuple):
     content: bytes | None = None
     images: tuple[ImageFacts, ...] = ()
     names: tuple[str, ...] = ()
-    turns: tuple[Turn, ...] = ()
+    turns: tuple[TurnFacts, ...] = ()
     num_answer_words: int = 0
     tokens: TokenFacts | None = None
     image_key: int = 0
@@ -123,11 +124,11 @@ class RowFacts(NamedTuple):
 # Many rows.
 
 
-def check_rows(job: Job, rows: Sequence[int], workers: int) -> Iterator[list[RowFacts]]:
+def check_rows(inputs: CheckInputs, rows: Sequence[int], workers: int) -> Iterator[list[RowFacts]]:
     """Check rows in their order, and yield their facts a chunk at a time.
 
     Args:
-        job: The data set.
+        inputs: The data set.
         rows: Places of the rows.
         workers: Number of processes; 1 works in this one. They are forked, so that the rows need
             not be read again; where the system cannot fork safely, this process works alone.
@@ -137,12 +138,12 @@ def check_rows(job: Job, rows: Sequence[int], workers: int) -> Iterator[list[Row
     """
     chunks = [rows[start : start + CHUNK] for start in range(0, len(rows), CHUNK)]
     if workers == 1 or len(rows) < WORTH_A_POOL or sys.platform != "linux":
-        check = row_checker(job)
+        check = row_checker(inputs)
         yield from ([check(row) for row in chunk] for chunk in chunks)
         return
 
     fork = multiprocessing.get_context("fork")
-    with ProcessPoolExecutor(workers, fork, _begin_worker, (job,)) as pool:
+    with ProcessPoolExecutor(workers, fork, _begin_worker, (inputs,)) as pool:
         done = 0
         try:
             for facts in pool.map(_check_chunk, chunks):
@@ -151,7 +152,7 @@ def check_rows(job: Job, rows: Sequence[int], workers: int) -> Iterator[list[Row
         except BrokenProcessPool as error:
             last = chunks[min(done + workers, len(chunks)) - 1][-1]
             raise OSError(
-                f"a process that checked rows {chunks[done][0]} to {last} of {job.data.name} was "
+                f"a process that checked rows {chunks[done][0]} to {last} of {inputs.data.name} was "
                 "killed: look at the images of those rows, or free memory"
             ) from error
 
@@ -159,11 +160,11 @@ def check_rows(job: Job, rows: Sequence[int], workers: int) -> Iterator[list[Row
 _check: Callable[[int], RowFacts]
 
 
-def _begin_worker(job: Job) -> None:
+def _begin_worker(inputs: CheckInputs) -> None:
     global _check
     # Ctrl-C is for the process that hands out the rows.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    _check = row_checker(job)
+    _check = row_checker(inputs)
 
 
 def _check_chunk(rows: Sequence[int]) -> list[RowFacts]:
@@ -173,9 +174,9 @@ def _check_chunk(rows: Sequence[int]) -> list[RowFacts]:
 # One row.
 
 
-def row_checker(job: Job) -> Callable[[int], RowFacts]:
+def row_checker(inputs: CheckInputs) -> Callable[[int], RowFacts]:
     """Return a function from a row's place to its facts; it remembers the images it has read."""
-    data, processor, stage = job.data, job.processor, job.stage
+    data, processor, stage = inputs.data, inputs.processor, inputs.stage
     read_image = image_reader()
     special = (
         re.compile("|".join(map(re.escape, CONTROL_TOKENS)))
@@ -236,7 +237,7 @@ def row_checker(job: Job) -> Callable[[int], RowFacts]:
                 if message.role == "assistant"
             ),
             tokens=tokens,
-            image_key=_image_key(sample),
+            image_key=images_key(sample),
         )
 
     return check
@@ -260,12 +261,12 @@ def _fault(
     return finding.where, (finding,)
 
 
-def _turns(sample: Sample) -> Iterator[Turn]:
+def _turns(sample: Sample) -> Iterator[TurnFacts]:
     talk = [message for message in sample.messages if message.role != "system"]
     for asked, said in zip(talk[::2], talk[1::2], strict=True):
         lines = [line for line in asked.text.replace(IMAGE, "").splitlines() if line.strip()]
         answer = " ".join(said.text.split())
-        yield Turn(
+        yield TurnFacts(
             line=_digest(_encoded(normalised(lines[0]) if lines else "")),
             question=_digest(_encoded(normalised(asked.text))),
             answer=answer if len(answer) <= _SHORT_ANSWER else "",
@@ -297,11 +298,6 @@ def _turn_problems(sample: Sample, record: Any) -> Iterator[Problem]:
     written = sum(str(turn.get("value")).count(IMAGE) for turn in turns if isinstance(turn, dict))
     if written > len(sample.images):
         yield "merged-marker", f"{written} <image> markers stand for {len(sample.images)} images"
-
-
-def _image_key(sample: Sample) -> int:
-    names = [image if isinstance(image, bytes) else _encoded(str(image)) for image in sample.images]
-    return int.from_bytes(_digest(b"\0".join(names))[:8], "big") if names else 0
 
 
 def _encoded(text: str) -> bytes:
