@@ -36,7 +36,7 @@ from mipha.alignment.recipe import PreferenceRecipe
 from mipha.alignment.step import load_base, load_rows, record_base
 from mipha.alignment.trl_trainer import begin, export, lora_config, train, trainer_options
 from mipha.models.checkpoint_folder import load_weights, locate, reading
-from mipha.models.language_model import end_of_turn
+from mipha.models.language_model import end_tokens
 
 if TYPE_CHECKING:
     from trl import RewardTrainer
@@ -317,8 +317,8 @@ def new_scorer(
         )
 
     # Give padding a token of its own.
-    ends = (None, tokenizer.eos_token_id, end_of_turn(tokenizer, tokenizer.chat_template))
-    if tokenizer.pad_token_id in ends:
+    ends = end_tokens(tokenizer, tokenizer.chat_template)
+    if tokenizer.pad_token_id in (None, *ends):
         tokenizer.add_special_tokens({"pad_token": PAD})
         if tokenizer.pad_token_id >= config.vocab_size:
             language_model.resize_token_embeddings(

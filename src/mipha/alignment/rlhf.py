@@ -56,7 +56,7 @@ from mipha.engine.precision import autocast_dtype
 from mipha.engine.progress import Shown, show_progress
 from mipha.engine.states import load_tensors, save_tensors
 from mipha.files import append_line, keep_lines
-from mipha.models.language_model import end_of_turn
+from mipha.models.language_model import end_tokens
 
 
 def rlhf(recipe: RlhfRecipe, out: Path, unsafe: UnsafeRule | None = None) -> Path:
@@ -354,7 +354,7 @@ def _instructions_of_update(setup: _Setup, number: int) -> list[Exchange]:
 def _new_sampler(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, recipe: RlhfRecipe
 ) -> Sampler:
-    ends = {tokenizer.eos_token_id, end_of_turn(tokenizer, tokenizer.chat_template)}
+    ends = set(end_tokens(tokenizer, tokenizer.chat_template))
     return Sampler(model, recipe.max_new_tokens, ends, tokenizer.pad_token_id, recipe.temperature)
 
 

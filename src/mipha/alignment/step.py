@@ -26,7 +26,7 @@ from mipha.alignment.data import AnyRow, check_leak, split_by_prompt
 from mipha.alignment.recipe import StepRecipe, load_alignment_recipe
 from mipha.files import read_json_object, whole_folder, write_whole
 from mipha.models.fingerprint import joint_digest, tensor_digest
-from mipha.models.language_model import end_of_turn, load_language_model
+from mipha.models.language_model import end_tokens, load_language_model
 from mipha.recipe import ModelRecipe
 from mipha.run import claim_folder
 
@@ -191,13 +191,9 @@ def _record(step: Step, key: str, facts: dict[str, Any]) -> None:
 
 def stop_at_end_of_turn(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Let `generate` stop where the assistant's turn ends, which published configs do not know."""
-    known = model.generation_config.eos_token_id
-    ends = {
-        tokenizer.eos_token_id,
-        end_of_turn(tokenizer, tokenizer.chat_template),
-        *(known if isinstance(known, list) else [known]),
-    }
-    model.generation_config.eos_token_id = sorted(ends - {None})
+    model.generation_config.eos_token_id = end_tokens(
+        tokenizer, tokenizer.chat_template, model.generation_config.eos_token_id
+    )
     model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 

@@ -32,7 +32,7 @@ from mipha.lookup import files_in
 from mipha.models.checkpoint_folder import locate
 from mipha.models.language_model import (
     add_image_token,
-    end_of_turn,
+    end_tokens,
     load_language_model,
     load_tokenizer,
     read_config,
@@ -114,14 +114,9 @@ def compose(
     """
     image_token_id = add_image_token(tokenizer, language_model)
 
-    # The tokenizer and the template know the end of a turn; configs in the wild do not
-    # (the released Mipha-3B says id 2).
-    configured = language_model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, end_of_turn(tokenizer, template)}
-    ends |= set(configured) if isinstance(configured, list) else {configured}
     tokens = SpecialTokens(
         image=image_token_id,
-        ends=sorted(ends - {None}),
+        ends=end_tokens(tokenizer, template, language_model.generation_config.eos_token_id),
         pad=tokenizer.pad_token_id,
         bos=tokenizer.bos_token_id,
     )

@@ -236,6 +236,26 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> int:
     return trained[-1]
 
 
+def end_tokens(
+    tokenizer: PreTrainedTokenizerBase, template: str, configured: int | list[int] | None = None
+) -> list[int]:
+    """Return the ids that end an answer.
+
+    The tokenizer and the template know the end of a turn. Configs in the wild do not (the released
+    Mipha-3B says id 2), so theirs only come on top.
+
+    Args:
+        tokenizer: Tokenizer of the language model.
+        template: Its chat template.
+        configured: `eos_token_id` of the generation config.
+
+    Raises:
+        ValueError: The turn does not end in a special token, so no answer would ever end.
+    """
+    known = configured if isinstance(configured, list) else [configured]
+    return sorted({tokenizer.eos_token_id, end_of_turn(tokenizer, template), *known} - {None})
+
+
 def add_image_token(
     tokenizer: PreTrainedTokenizerBase, language_model: PreTrainedModel | None = None
 ) -> int:
