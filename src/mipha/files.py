@@ -184,19 +184,33 @@ def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
 
+    for number, row in parse_json_lines(path.read_bytes(), path):
+        if not isinstance(row, dict):
+            raise ValueError(
+                f"{path} line {number} is not a JSON object ({str(row)[:60]!r}): fix that line"
+            )
+        yield number, row
+
+
+def parse_json_lines(content: bytes, path: Path) -> Iterator[tuple[int, Any]]:
+    """Parse JSON lines: each value with its line number from 1; skips empty lines.
+
+    Args:
+        content: Content of the file.
+        path: Path of the file, for messages.
+
+    Raises:
+        ValueError: A line is not JSON; names the file and the line.
+    """
     # Split at newlines only: a JSON string may hold other characters that end a line elsewhere.
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+    for number, line in enumerate(content.split(b"\n"), start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            value = json.loads(line)
         except ValueError as error:
             raise ValueError(_not_json_line(path, number, line)) from error
-        if not isinstance(row, dict):
-            raise ValueError(
-                f"{path} line {number} is not a JSON object ({line[:60]!r}): fix that line"
-            )
-        yield number, row
+        yield number, value
 
 
 def _not_json_line(path: Path, number: int, line: bytes) -> str:

@@ -128,7 +128,7 @@ def test_an_empty_instruction_is_refused_or_left_out_and_counted(
     ("name", "content", "said"),
     [
         ("a.json", b'[{"instruction": "x"', "is not whole JSON"),
-        ("a.jsonl", json.dumps(TASK).encode() + b'\n{"b"\n', "line 2 is not JSON"),
+        ("a.jsonl", json.dumps(TASK).encode() + b'\n{"b"\n', "line 2 is not valid JSON"),
         ("a.jsonl", b"[1]\n", "row 1 is not an object"),
         ("a.jsonl", b"\n", "has no rows"),
         ("a.jsonl.xz", b"no", "cannot be unpacked"),

@@ -15,6 +15,7 @@ the turn is left out: no policy ever writes it, so no score may depend on it.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import lzma
@@ -27,6 +28,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from mipha.errors import import_optional
+from mipha.files import parse_json_lines
 
 
 @dataclass(frozen=True)
@@ -232,27 +234,15 @@ def _read_values(path: Path) -> Iterable[Any]:
     except lzma.LZMAError as error:
         raise ValueError(f"{path} cannot be unpacked ({error}): download it again") from error
 
-    text = content.decode("utf-8-sig")
-    if not text.lstrip().startswith("["):
-        return _read_lines(path, text)
+    content = content.removeprefix(codecs.BOM_UTF8)
+    if not content.lstrip().startswith(b"["):
+        return (value for _, value in parse_json_lines(content, path))
     try:
-        return json.loads(text)
+        return json.loads(content)
     except ValueError as error:
         raise ValueError(
             f"{path} is not whole JSON ({error}): download it again, or fix it"
         ) from error
-
-
-def _read_lines(path: Path, text: str) -> Iterator[Any]:
-    # Split at newlines only: a JSON string may hold other Unicode separators.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            try:
-                yield json.loads(line)
-            except ValueError as error:
-                raise ValueError(
-                    f"{path} line {number} is not JSON ({line[:60]!r}): fix or remove that line"
-                ) from error
 
 
 def _is_skipped(fault: str | None, skipped: list[str] | None) -> bool:
