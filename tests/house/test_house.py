@@ -71,6 +71,10 @@ def test_imports_point_down(path: Path) -> None:
     assert wrong_imports(room, path.read_text(encoding="utf-8")) == []
 
 
+def test_the_layers_name_the_rooms_that_there_are() -> None:
+    assert set(LAYER) == {room_of(path) for path in FILES} - {"__init__"}
+
+
 def test_the_check_finds_imports_that_point_up_or_sideways() -> None:
     assert wrong_imports("run", "def f():\n    from mipha.models.build import build") == ["models"]
     assert wrong_imports("data", "from mipha import models") == ["models"]
@@ -129,6 +133,7 @@ def test_the_light_rooms_do_not_load_torch() -> None:
             "validation",
             "catalog",
             "comparison",
+            "api",
             "cli",
         }
     ]
