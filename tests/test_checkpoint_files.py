@@ -83,7 +83,7 @@ def test_pickles_and_code_are_refused_wherever_they_are(
 
 
 def test_tokens_of_an_image() -> None:
-    """A class token is left out, registers behind it stay; pixels that fill no patch are not read."""
+    """A class token is left out, registers stay; pixels without a whole patch do not count."""
     assert count_image_tokens(336, 336, 14, 1, "default") == 576
     assert count_image_tokens(384, 384, 14, 0, "full") == 729
     assert count_image_tokens(224, 224, 16, 5, "default") == 200

@@ -1,4 +1,4 @@
-"""The files of a checkpoint folder: find them, see that all are there, and read their headers.
+"""Find the files of a checkpoint folder, check that all are there, and read their headers.
 
 Nothing here loads a weight, a pickle, code or torch: config and processor are JSON, and a
 safetensors header is JSON too. A folder that a stranger made passes through here first:
@@ -24,7 +24,7 @@ PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 """Suffixes of files that may hold pickles: reading one can run code."""
 
 INDEX = "model.safetensors.index.json"
-"""Names the shard of every tensor, where the weights lie in several files."""
+"""File that names the shard of every tensor, where the weights are in several files."""
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Floating point types: the code in a safetensors header, and the name in torch."""
@@ -67,7 +67,7 @@ class CheckpointFiles:
 
     @property
     def tokens_per_image(self) -> int:
-        """Placeholders that the processor writes for one image."""
+        """Number of placeholders that the processor writes for one image."""
         return _tokens_per_image(self.processor)
 
 
@@ -85,7 +85,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the safetensors files of a checkpoint, all of which are there.
+    """Return the safetensors files of a checkpoint, after a check that all exist.
 
     Raises:
         FileNotFoundError: There are none, or some are missing.
@@ -104,7 +104,7 @@ def weight_files(folder: Path) -> list[Path]:
     if (folder / "model.safetensors").is_file():
         return [folder / "model.safetensors"]
 
-    # There are no weights to read: say which other ones there are.
+    # There are no weights to read: name the file that is there instead.
     if pickles := sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES):
         raise ValueError(
             f"{folder} holds pickled weights ({pickles[0]}), and reading a pickle can run code: "
@@ -251,8 +251,7 @@ def _check_image(folder: Path, config: dict[str, Any], processor: dict[str, Any]
         made = (*_image_pixels(processor), processor["patch_size"])
     except KeyError as error:
         raise ValueError(
-            f"{folder / 'processor_config.json'} does not say {error.args[0]!r}: "
-            "save the processor again"
+            f"{folder / 'processor_config.json'} lacks {error.args[0]!r}: save the processor again"
         ) from error
 
     wanted = (vision["image_size"], vision["image_size"], vision["patch_size"])

@@ -1,4 +1,7 @@
-"""What the instruct models' templates write, letter by letter, and what of it is trained on. Of the others: tests/data/test_encode.py."""
+"""The instruct models' templates, letter by letter, and their trained tokens.
+
+The other templates are tested in tests/data/test_encode.py.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,8 @@ CHAT = [
     {"role": "user", "content": "Red?"},
     {"role": "assistant", "content": "no"},
 ]
-# Source: the chat templates published with gemma-3-1b-it, Llama-3.2-1B-Instruct (without its dates) and Phi-3-mini-4k-instruct.
+# Source: the chat templates published with gemma-3-1b-it, Llama-3.2-1B-Instruct (without its dates)
+# and Phi-3-mini-4k-instruct.
 WRITTEN = {
     "gemma": (
         "<start_of_turn>user\nBe brief.\n\n<image>\nWhich shape?<end_of_turn>\n"
@@ -38,7 +42,8 @@ WRITTEN = {
         "<|start_header_id|>assistant<|end_header_id|>\n\n",
     ),
     "phi-3": (
-        "<|system|>\nBe brief.<|end|>\n<|user|>\n<image>\nWhich shape?<|end|>\n<|assistant|>\n[A circle.<|end|>]\n"
+        "<|system|>\nBe brief.<|end|>\n<|user|>\n<image>\nWhich shape?<|end|>\n"
+        "<|assistant|>\n[A circle.<|end|>]\n"
         "<|user|>\nRed?<|end|>\n<|assistant|>\n[no<|end|>]\n",
         "<|assistant|>\n",
     ),

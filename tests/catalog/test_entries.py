@@ -1,4 +1,4 @@
-"""The catalog's entries say where a part is, under which licence, and where that is known from; and each has its true config."""
+"""Every entry of the catalog has a place, a licence, a source and its true config."""
 
 from __future__ import annotations
 

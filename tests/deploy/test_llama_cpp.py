@@ -1,4 +1,4 @@
-"""The runtime itself: its numbers against transformers', what it refuses, and its quantised files against the written rules."""
+"""llama.cpp in this process: numbers against transformers, refusals, quantised files."""
 
 from __future__ import annotations
 
@@ -59,15 +59,15 @@ def runtime(exported: tuple[Path, Path]) -> Iterator[LlamaCpp]:
 
 
 @pytest.fixture(scope="module")
-def pictures() -> list[Image.Image]:
+def images() -> list[Image.Image]:
     """Of the size that the tower wants, so that nobody resizes them."""
     random = np.random.default_rng(0)
     return [Image.fromarray(random.integers(0, 255, (28, 28, 3), dtype=np.uint8)) for _ in range(3)]
 
 
-def _logits(assistant: Assistant, picture: Image.Image | None) -> np.ndarray:
-    ids = assistant.prompt_ids([Message("user", f"{IMAGE}\n{QUESTION}" if picture else QUESTION)])
-    pixels = None if picture is None else assistant.pixels(picture)
+def _logits(assistant: Assistant, image: Image.Image | None) -> np.ndarray:
+    ids = assistant.prompt_ids([Message("user", f"{IMAGE}\n{QUESTION}" if image else QUESTION)])
+    pixels = None if image is None else assistant.pixels(image)
     with torch.inference_mode():
         return (
             assistant.model(input_ids=torch.tensor([ids]), pixel_values=pixels)
@@ -78,56 +78,56 @@ def _logits(assistant: Assistant, picture: Image.Image | None) -> np.ndarray:
 
 
 def test_image_embeddings_are_ours(
-    runtime: LlamaCpp, assistant: Assistant, pictures: list[Image.Image]
+    runtime: LlamaCpp, assistant: Assistant, images: list[Image.Image]
 ) -> None:
     with torch.inference_mode():
         ours = torch.cat(
             [
                 assistant.model.get_image_features(assistant.pixels(one)).pooler_output[0]
-                for one in pictures
+                for one in images
             ]
         ).numpy()
-    theirs = np.concatenate([runtime.image_embeddings(one) for one in pictures])
-    assert theirs.shape == ours.shape == (12, 32)  # 2 x 2 patches of each of 3 pictures
+    theirs = np.concatenate([runtime.image_embeddings(one) for one in images])
+    assert theirs.shape == ours.shape == (12, 32)  # 2 x 2 patches of each of 3 images
     assert np.abs(theirs - ours).max() < 2e-3 * np.abs(ours).max()  # its GELU is the tanh form
-    assert np.array_equal(runtime.image_embeddings(np.asarray(pictures[0])), theirs[:4])
+    assert np.array_equal(runtime.image_embeddings(np.asarray(images[0])), theirs[:4])
 
 
 def test_first_logits_and_answers_are_ours(
-    runtime: LlamaCpp, assistant: Assistant, pictures: list[Image.Image]
+    runtime: LlamaCpp, assistant: Assistant, images: list[Image.Image]
 ) -> None:
-    for picture in (*pictures, None):
-        ours, theirs = _logits(assistant, picture), runtime.first_token_logits(picture, QUESTION)
+    for image in (*images, None):
+        ours, theirs = _logits(assistant, image), runtime.first_token_logits(image, QUESTION)
         assert theirs.shape == ours.shape == (512,)
         assert np.abs(theirs - ours).max() < 0.02  # of some 5: it keeps keys and values in 16 bits
         reply, answer = (
-            runtime.reply(picture, QUESTION, 12),
-            assistant.answer(picture, QUESTION, max_new_tokens=12),
+            runtime.reply(image, QUESTION, 12),
+            assistant.answer(image, QUESTION, max_new_tokens=12),
         )
         assert (reply.text, reply.finished) == (answer.text, answer.finished) and reply.text
         assert b"".join(reply.pieces).decode().strip() == reply.text
         assert all(margin > 0 for margin in reply.margins)
-        text = f"{IMAGE}\n{QUESTION}" if picture else QUESTION
+        text = f"{IMAGE}\n{QUESTION}" if image else QUESTION
         assert reply.num_prompt_tokens == len(assistant.prompt_ids([Message("user", text)]))
         assert (
-            "".join(runtime.stream(picture, QUESTION, 12)).strip()
-            == runtime.answer(picture, QUESTION, 12)
+            "".join(runtime.stream(image, QUESTION, 12)).strip()
+            == runtime.answer(image, QUESTION, 12)
             == reply.text
         )
 
 
 def test_a_file_is_read_by_our_rules(
-    runtime: LlamaCpp, pictures: list[Image.Image], tmp_path: Path
+    runtime: LlamaCpp, images: list[Image.Image], tmp_path: Path
 ) -> None:
-    turned = pictures[0].transpose(Image.Transpose.ROTATE_90)
+    turned = images[0].transpose(Image.Transpose.ROTATE_90)
     exif = Image.Exif()
     exif[0x0112] = 6  # shown turned by 90 degrees to the right
     turned.save(tmp_path / "turned.png", exif=exif)
     assert np.array_equal(
-        runtime.image_embeddings(tmp_path / "turned.png"), runtime.image_embeddings(pictures[0])
+        runtime.image_embeddings(tmp_path / "turned.png"), runtime.image_embeddings(images[0])
     )
     assert runtime.answer(str(tmp_path / "turned.png"), QUESTION, 6) == runtime.answer(
-        pictures[0], QUESTION, 6
+        images[0], QUESTION, 6
     )
 
 
@@ -139,23 +139,23 @@ def test_words_are_those_of_the_tokenizer(runtime: LlamaCpp, assistant: Assistan
         )
 
 
-def test_a_stream_may_be_left(runtime: LlamaCpp, pictures: list[Image.Image]) -> None:
-    whole = runtime.answer(pictures[0], QUESTION, 100)
-    stream = runtime.stream(pictures[0], QUESTION, 100)
+def test_a_stream_may_be_left(runtime: LlamaCpp, images: list[Image.Image]) -> None:
+    whole = runtime.answer(images[0], QUESTION, 100)
+    stream = runtime.stream(images[0], QUESTION, 100)
     first = next(stream)
     stream.close()
     assert whole.startswith(first.strip())
-    assert runtime.answer(pictures[0], QUESTION, 100) == whole
+    assert runtime.answer(images[0], QUESTION, 100) == whole
 
 
 def test_the_terminal_stays_clean(
-    exported: tuple[Path, Path], pictures: list[Image.Image], capfd: pytest.CaptureFixture
+    exported: tuple[Path, Path], images: list[Image.Image], capfd: pytest.CaptureFixture
 ) -> None:
     with LlamaCpp(
         exported[1] / "model-f32.gguf", exported[1] / "mmproj-f32.gguf", threads=1, context=128
     ) as opened:
-        opened.answer(pictures[0], QUESTION, 3)
-        opened.image_embeddings(pictures[0])
+        opened.answer(images[0], QUESTION, 3)
+        opened.image_embeddings(images[0])
     (exported[1] / "broken.gguf").write_bytes(b"GGUF and no more")
     with pytest.raises(
         ValueError, match=r"cannot open .*broken\.gguf: (?!it gives no reason).+; export"
@@ -179,14 +179,14 @@ def test_what_cannot_be_opened_is_named(exported: tuple[Path, Path], tmp_path: P
 
 
 def test_what_cannot_be_asked_is_said(
-    exported: tuple[Path, Path], runtime: LlamaCpp, pictures: list[Image.Image]
+    exported: tuple[Path, Path], runtime: LlamaCpp, images: list[Image.Image]
 ) -> None:
     with LlamaCpp(exported[1] / "model-f32.gguf", threads=1, context=128) as blind:
         for ask in (blind.answer, blind.first_token_logits):
             with pytest.raises(ValueError, match="opened without an mmproj"):
-                ask(pictures[0], QUESTION)
+                ask(images[0], QUESTION)
         with pytest.raises(ValueError, match="opened without an mmproj"):
-            blind.image_embeddings(pictures[0])
+            blind.image_embeddings(images[0])
         assert blind.answer(None, QUESTION, 4)
     for ask in (runtime.answer, lambda *asked: list(runtime.stream(*asked))):
         with pytest.raises(
@@ -247,7 +247,8 @@ def _tensors(path: Path) -> dict[str, gguf.ReaderTensor]:
     return {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
 
 
-# Of 8 layers an eighth is one: the first and the last get more bits, and between them every third, counted from the second.
+# An eighth of 8 layers is one: the first and the last get more bits, and between them every third,
+# counted from the second.
 MORE_BITS = {0, 3, 6, 7}
 
 

@@ -1,4 +1,4 @@
-"""The card: the hub's own reader parses it, its numbers are those of the run, its code runs, and it gives away no folder."""
+"""The card: the hub's reader parses it, numbers are the run's, its code runs, no folder leaks."""
 
 from __future__ import annotations
 
@@ -96,8 +96,8 @@ def test_the_card_holds_the_scores_of_the_run(make_run: Callable[..., Run]) -> N
     assert "| mme | test | perception | 1488.90 points | 1450.00 to 1520.00 |" in card.text
     assert "| mme | test | cognition | 295.00 points |  | 260 |" in card.text
     assert (
-        "| pope | test | f1 | 86.70 % | 80.00 to 90.00 | 100 | 97 of 2,000 questions: not comparable |"
-        in card.text
+        "| pope | test | f1 | 86.70 % | 80.00 to 90.00 | 100 "
+        "| 97 of 2,000 questions: not comparable |" in card.text
     )
     assert "| textvqa | test | accuracy | undefined |" in card.text
     assert "vqav2" not in card.text
@@ -124,7 +124,7 @@ def test_the_card_says_how_it_was_made_and_names_no_folder_of_this_machine(
     assert (
         card.data.pipeline_tag == "image-text-to-text" and card.data.library_name == "transformers"
     )
-    assert card.data.eval_results is None and "It was not measured." in card.text
+    assert card.data.eval_results is None and "The model was not evaluated." in card.text
     assert f"recipe {run.recipe.digest()}" in card.text and "seed: 17" in card.text
     assert all(digest in card.text for digest in hashes.values())
     trained = "vision tower full, projector full, language model full"
@@ -209,13 +209,13 @@ def test_the_code_on_the_card_runs(
     capsys: pytest.CaptureFixture,
 ) -> None:
     out = export_for_hub(make_run(family=family).folder, tmp_path / "out")
-    Image.new("RGB", (40, 30), "red").save(tmp_path / "picture.jpg")
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "image.jpg")
     (code,) = re.findall("```python\n(.*?)```", (out / "README.md").read_text(), flags=re.DOTALL)
     assert reader in code
     code = (
         code.replace("FOLDER OR HUB ID", str(out))
         .replace("FOLDER", str(out))
-        .replace("picture.jpg", str(tmp_path / "picture.jpg"))
+        .replace("image.jpg", str(tmp_path / "image.jpg"))
     )
     exec(compile(code, "README.md", "exec"), {})
     assert capsys.readouterr().out.strip()

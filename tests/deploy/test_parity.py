@@ -1,4 +1,4 @@
-"""The parity report: good files pass, and what is planted in a file is found in the row, and by the name, where it belongs."""
+"""The parity report: good files pass, and a planted fault is found in the right row by its name."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ QUESTIONS = ("What is in the picture?", "Which colour is the circle?")
 
 @pytest.fixture(scope="module")
 def exported(tiny_model: Callable, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A Phi, whose head has a bias, sure of its readable words; its processor pads in the tower's mean colour."""
+    """A Phi whose head has a bias, sure of its words; it pads in the tower's mean colour."""
     root = tmp_path_factory.mktemp("exported")
     model, processor = tiny_model("phi", "siglip")
     tokenizer = processor.tokenizer
@@ -50,20 +50,20 @@ def exported(tiny_model: Callable, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two of the tower's size, and a wide one, which llama.cpp pads in another colour than we."""
-    folder, random = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    folder, random = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for name, size in {"a": (28, 28), "b": (28, 28), "wide": (28, 84)}.items():
         Image.fromarray(random.integers(0, 255, (*size, 3), dtype=np.uint8)).save(
             folder / f"{name}.png"
         )
-    (folder / "notes.txt").write_text("no picture")
+    (folder / "notes.txt").write_text("no image")
     return folder
 
 
 @pytest.fixture(scope="module")
-def found(exported: tuple[Path, Path], pictures: Path) -> Parity:
-    square = [path for path in parity.images_in(pictures) if path.stem != "wide"]
+def found(exported: tuple[Path, Path], images: Path) -> Parity:
+    square = [path for path in parity.images_in(images) if path.stem != "wide"]
     return parity.check_parity(
         *exported, square, QUESTIONS, max_new_tokens=8, threads=1, device="cpu"
     )
@@ -116,12 +116,12 @@ def test_the_report_in_three_forms(
 
 
 def test_other_pixels_are_told_from_other_weights(
-    exported: tuple[Path, Path], pictures: Path, f32: Path
+    exported: tuple[Path, Path], images: Path, f32: Path
 ) -> None:
     found = parity.check_parity(
         exported[0],
         f32,
-        [pictures / "wide.png"],
+        [images / "wide.png"],
         QUESTIONS,
         max_new_tokens=8,
         threads=1,
@@ -155,13 +155,13 @@ def _change(path: Path, name: str, change: Callable[[np.ndarray], np.ndarray]) -
 
 @pytest.mark.parametrize("tensor", ["v.position_embd.weight", "mm.2.bias", "v.blk.0.ffn_up.weight"])
 def test_a_fault_in_the_tower_or_projector_is_found(
-    exported: tuple[Path, Path], pictures: Path, f32: Path, tensor: str
+    exported: tuple[Path, Path], images: Path, f32: Path, tensor: str
 ) -> None:
     _change(f32 / "mmproj-f32.gguf", tensor, lambda values: np.roll(values, 1, axis=0))
     found = parity.check_parity(
         exported[0],
         f32,
-        [pictures / "a.png"],
+        [images / "a.png"],
         QUESTIONS[:1],
         max_new_tokens=4,
         threads=1,
@@ -175,13 +175,13 @@ def test_a_fault_in_the_tower_or_projector_is_found(
     ("tensor", "factor"), [("output.bias", 0.0), ("blk.1.attn_v.weight", -1.0)]
 )
 def test_a_fault_in_the_language_model_is_found(
-    exported: tuple[Path, Path], pictures: Path, f32: Path, tensor: str, factor: float
+    exported: tuple[Path, Path], images: Path, f32: Path, tensor: str, factor: float
 ) -> None:
     _change(f32 / "model-f32.gguf", tensor, lambda values: values * factor)
     found = parity.check_parity(
         exported[0],
         f32,
-        [pictures / "a.png", pictures / "b.png"],
+        [images / "a.png", images / "b.png"],
         QUESTIONS,
         max_new_tokens=8,
         threads=1,
@@ -193,7 +193,7 @@ def test_a_fault_in_the_language_model_is_found(
     assert {one.because for one in row.disagreements} == {"weights"}
 
 
-def test_another_prompt_is_found(exported: tuple[Path, Path], pictures: Path, f32: Path) -> None:
+def test_another_prompt_is_found(exported: tuple[Path, Path], images: Path, f32: Path) -> None:
     file = f32 / "model-f32.gguf"
     content = file.read_bytes()
     begins = b"{{- '<|im_start|>' + message.role"
@@ -202,7 +202,7 @@ def test_another_prompt_is_found(exported: tuple[Path, Path], pictures: Path, f3
         content.replace(begins, b"{{- '<|im_begun|>' + message.role")
     )  # as long, but no token
     found = parity.check_parity(
-        exported[0], f32, [pictures / "a.png"], max_new_tokens=4, threads=1, device="cpu"
+        exported[0], f32, [images / "a.png"], max_new_tokens=4, threads=1, device="cpu"
     )
     assert found.files[0].num_same_prompts == 0 and found.files[0].verdict.startswith(
         "prompts differ"
@@ -257,34 +257,34 @@ def test_where_two_answers_part(ours: str, margin: float) -> None:
     assert parity._margin(reply, ours) == margin
 
 
-def test_a_square_picture_is_resized_as_by_us(exported: tuple[Path, Path]) -> None:
+def test_a_square_image_is_resized_as_by_us(exported: tuple[Path, Path]) -> None:
     processor, random = load_processor(exported[0]), np.random.default_rng(0)
     with LlamaCpp(
         exported[1] / "model-f32.gguf", exported[1] / "mmproj-f32.gguf", threads=1, context=64
     ) as runtime:
         for side in (9, 29, 64, 101, 336):
-            picture = Image.fromarray(random.integers(0, 255, (side, side, 3), dtype=np.uint8))
+            image = Image.fromarray(random.integers(0, 255, (side, side, 3), dtype=np.uint8))
             assert np.array_equal(
-                runtime.image_embeddings(picture),
-                runtime.image_embeddings(parity.as_seen(processor, picture)),
+                runtime.image_embeddings(image),
+                runtime.image_embeddings(parity.as_seen(processor, image)),
             ), side
 
 
-def test_our_pixels_come_back_as_they_are(exported: tuple[Path, Path], pictures: Path) -> None:
+def test_our_pixels_come_back_as_they_are(exported: tuple[Path, Path], images: Path) -> None:
     processor = load_processor(exported[0])
-    seen = parity.as_seen(processor, Image.open(pictures / "wide.png"))
+    seen = parity.as_seen(processor, Image.open(images / "wide.png"))
     assert seen.size == (28, 28)
     once, again = (
         processor.image_processor(one, return_tensors="np")["pixel_values"]
-        for one in (Image.open(pictures / "wide.png"), seen)
+        for one in (Image.open(images / "wide.png"), seen)
     )
     assert np.array_equal(once, again)
 
 
 def test_what_is_missing_is_named(
-    exported: tuple[Path, Path], pictures: Path, f32: Path, tmp_path: Path
+    exported: tuple[Path, Path], images: Path, f32: Path, tmp_path: Path
 ) -> None:
-    assert [path.name for path in parity.images_in(pictures)] == ["a.png", "b.png", "wide.png"]
+    assert [path.name for path in parity.images_in(images)] == ["a.png", "b.png", "wide.png"]
     with pytest.raises(FileNotFoundError, match="holds no image file"):
         parity.images_in(tmp_path)
     with pytest.raises(ValueError, match="give at least one image"):
@@ -301,4 +301,4 @@ def test_held_out_questions() -> None:
     pairs = parity.easy_vqa_pairs(200)
     assert len(pairs) == 200
     assert all(image.is_file() and image.parent.parent.name == "test" for image, _ in pairs[::20])
-    assert len({image for image, _ in pairs}) > 150  # from all of it, not the first twenty pictures
+    assert len({image for image, _ in pairs}) > 150  # from all of it, not the first twenty images

@@ -1,4 +1,4 @@
-"""Checkpoints as transformers alone sees them: good ones, one with a biased head, a spoiled one, and folders that are refused."""
+"""Verification of good, biased and spoiled checkpoints, and folders that are refused."""
 
 from __future__ import annotations
 
@@ -90,14 +90,14 @@ def test_a_biased_head_is_approximate_by_the_size_of_the_bias(
     bias = load_file(checkpoint("phi", "siglip") / "model.safetensors")[
         "language_model.lm_head.bias"
     ]
-    off, mended = re.fullmatch(
+    off, fixed = re.fullmatch(
         r"differ by up to (\S+), of \S+; with the head's bias put back, by (\S+)",
         failed(found)["logits"],
     ).groups()
     assert float(off) == pytest.approx(
         bias.abs().max().item(), rel=0.06
     )  # every logit lacks its own bias
-    assert float(mended) < 1e-4
+    assert float(fixed) < 1e-4
     status = {row.name: row for row in found.runtimes}
     assert (
         status["transformers"].status == "approximate"
@@ -240,7 +240,7 @@ CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
             "siglip_vision_model",
             {"model_type": "qwen2"},
             "exact exact approximate",
-            "no squares otherwise than PIL",
+            "not square differently from PIL",
         ),
         (
             "clip_vision_model",
@@ -302,7 +302,7 @@ def test_a_normed_last_layer_is_for_transformers_alone() -> None:
     [
         ({"do_pad": True, "image_mean": CLIP_MEAN}, None),
         ({"do_pad": True, "image_mean": [0.5, 0.5, 0.5]}, "in CLIP's grey"),
-        ({"do_pad": False, "image_mean": CLIP_MEAN}, "wants squashed"),
+        ({"do_pad": False, "image_mean": CLIP_MEAN}, "model squashes them"),
     ],
 )
 def test_llama_cpp_pads_by_its_own_rule(pixels: dict[str, Any], reason: str | None) -> None:
@@ -315,4 +315,4 @@ def test_llama_cpp_pads_by_its_own_rule(pixels: dict[str, Any], reason: str | No
         for row in runtimes(config, {"image_processor": pixels})
         if row.name == "llama.cpp"
     ]
-    assert ("pads pictures" in found) == (reason is not None) and (reason or "") in found
+    assert ("pads images" in found) == (reason is not None) and (reason or "") in found

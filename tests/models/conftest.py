@@ -30,7 +30,7 @@ PIXELS = {"num_channels": 3, "image_size": 28, "patch_size": 14}
 
 @pytest.fixture
 def random_part(tiny_parts: Callable, tmp_path: Path) -> Callable[..., Path]:
-    """`random_part("Qwen3ForCausalLM", head_dim=8)`: its folder, with the tiny tokenizer, or the tiny image processor beside it."""
+    """`random_part("Qwen3ForCausalLM", head_dim=8)`: a folder with tokenizer or processor."""
 
     def part(class_name: str, **facts: Any) -> Path:
         import torch

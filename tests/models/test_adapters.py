@@ -1,4 +1,4 @@
-"""Adapters: where they are put, what stock peft makes of them, and that merging changes no answer."""
+"""Adapters: their layers, stock peft reads them, and merging changes no answer."""
 
 from __future__ import annotations
 
@@ -130,7 +130,10 @@ def test_every_linear_layer_of_the_stacks_has_one(tiny_model: Callable, family: 
 
 
 def test_only_the_part_that_is_asked_for_has_them(tiny_model: Callable) -> None:
-    """Llama's layers are 32 wide, 16 for keys and values, 48 in the MLP; a factor pair has rank x (in + out) numbers."""
+    """Llama's layers are 32 wide, 16 for keys and values, 48 in the MLP.
+
+    A factor pair has rank x (in + out) numbers.
+    """
     model, _ = tiny_model()
     reports = apply_tuning(model, tuning(language_model="lora"))
     assert [report.adapters for report in reports] == [0, 0, 14]
@@ -154,7 +157,8 @@ def test_layers_that_adapters_do_not_fit_are_refused(tiny_model: Callable, damag
     for refuse in (check_tuning, apply_tuning):
         with pytest.raises(
             ValueError,
-            match=rf"language_model: adapters want the same linear layers.* but there are {counts} in a layer",
+            match=rf"language_model: adapters want the same linear layers.* but there are {counts} "
+            r"in a layer",
         ):
             refuse(model, tuning(language_model="lora"))
 
@@ -162,7 +166,7 @@ def test_layers_that_adapters_do_not_fit_are_refused(tiny_model: Callable, damag
 def test_layers_that_peft_passes_over_are_an_error(
     tiny_model: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As when peft met Phi's renamed layers and adapted none of them, unsaid."""
+    """Peft once met Phi's renamed layers and silently adapted none of them."""
     monkeypatch.setattr(
         "mipha.models.adapters.LoraConfig",
         lambda **facts: LoraConfig(**facts | {"target_modules": ["q_proj"]}),
@@ -300,7 +304,8 @@ def test_4_bits_are_refused_where_they_cannot_run() -> None:
     check_quantization(tuning(language_model="lora"), cpu, 8)
     with pytest.raises(
         ValueError,
-        match=r"language_model=qlora .* takes a GPU: set tuning\.language_model to lora, or train on a GPU",
+        match=r"language_model=qlora .* needs a GPU: "
+        r"set tuning\.language_model to lora, or train on a GPU",
     ):
         check_quantization(wanted, cpu, 1)
     with pytest.raises(ValueError, match=r"qlora is for one GPU, but 2 processes were started"):
@@ -319,7 +324,7 @@ def test_4_bits_are_refused_where_they_cannot_run() -> None:
     find_spec("bitsandbytes") is None, reason="bitsandbytes comes with the extra qlora"
 )
 def test_4_bits_train_and_merge(tiny_model: Callable) -> None:
-    """bitsandbytes computes on the CPU too, slowly: enough to hold its layers to what ours are held to."""
+    """bitsandbytes also computes on the CPU, slowly, so its layers pass the same tests as ours."""
     model, _ = tiny_model()
     full = logits(model)
     report = apply_tuning(model, tuning(language_model="qlora"))[-1]

@@ -75,7 +75,7 @@ def test_eager_attention_is_left_alone(tiny_model: Callable[..., Any]) -> None:
 
 
 def _samples(processor, prefix: int) -> list[Encoded]:
-    """Four image tokens behind a first word, then words: half of them share image and prefix, where a prefix is wanted."""
+    """Four image tokens behind a first word, then words; with a prefix, half share the image."""
     random = np.random.default_rng(0)
     samples = []
     for number, length in enumerate(LENGTHS):
@@ -172,7 +172,7 @@ def test_a_token_sees_its_own_past_and_nothing_else(layout: list[list[list[int]]
 
 
 def test_the_host_never_waits_for_a_number_of_the_rows(tiny_model: Callable, family: str) -> None:
-    """On a GPU every `.item()` or `.tolist()` stops the host until the device has caught up."""
+    """On a GPU every `.item()` or `.tolist()` makes the CPU wait for the device."""
 
     class Refuse(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, arguments=(), options=None):

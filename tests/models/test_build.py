@@ -1,4 +1,7 @@
-"""Every tower with every language model, each size and feature layer: composed, trained a step, saved, read back by transformers alone."""
+"""Every tower with every language model, each size and feature layer.
+
+Each is composed, trained one step, saved, and read back by transformers alone.
+"""
 
 from __future__ import annotations
 
@@ -41,21 +44,36 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 root, found = Path(sys.argv[1]), {}
-picture = {"type": "image", "path": str(root / "image.png")}
-messages, longer = [[{"role": "user", "content": [picture, {"type": "text", "text": text}]}] for text in sys.argv[2:]]
+image = {"type": "image", "path": str(root / "image.png")}
+messages, longer = [
+    [{"role": "user", "content": [image, {"type": "text", "text": text}]}]
+    for text in sys.argv[2:]
+]
 for folder in sorted(path for path in root.iterdir() if path.is_dir()):
     model, info = AutoModelForImageTextToText.from_pretrained(folder, output_loading_info=True)
     processor = AutoProcessor.from_pretrained(folder)
-    inputs = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt")
+    inputs = processor.apply_chat_template(
+        messages,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
     ours = torch.load(root / f"{folder.name}.pt", weights_only=True)
     with torch.no_grad():
         logits = model(**inputs).logits
-    # The stock class has no bias to put this into: what a runtime that knows Phi reads from the file.
-    logits = logits + load_file(folder / "model.safetensors").get("language_model.lm_head.bias", torch.zeros(()))
+    # The stock class drops this bias; a runtime that knows Phi reads it from the file.
+    tensors = load_file(folder / "model.safetensors")
+    logits = logits + tensors.get("language_model.lm_head.bias", torch.zeros(()))
     new = model.generate(**inputs, max_new_tokens=8)[0, inputs["input_ids"].shape[1]:]
     processor.tokenizer.padding_side = "left"
     both = processor.apply_chat_template(
-        [messages, longer], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
+        [messages, longer],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        padding=True,
     )
     batch = model.generate(**both, max_new_tokens=8)[:, both["input_ids"].shape[1]:]
     found[folder.name] = {
@@ -66,7 +84,11 @@ for folder in sorted(path for path in root.iterdir() if path.is_dir()):
         "scale": ours["logits"].abs().max().item(),
         "answer": processor.decode(new, skip_special_tokens=True).strip(),
         "batch": [text.strip() for text in processor.batch_decode(batch, skip_special_tokens=True)],
-        "problems": [str(key) for kind in ("missing_keys", "mismatched_keys") for key in info.get(kind, ())],
+        "problems": [
+            str(key)
+            for kind in ("missing_keys", "mismatched_keys")
+            for key in info.get(kind, ())
+        ],
         "left_over": sorted(map(str, info.get("unexpected_keys", ()))),
     }
 print(json.dumps(found))
@@ -74,17 +96,17 @@ print(json.dumps(found))
 
 
 @pytest.fixture(scope="module")
-def picture() -> Image.Image:
+def image() -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 255, (24, 40, 3), dtype=np.uint8))
 
 
 @pytest.fixture(scope="module")
 def read_back(
-    tiny_parts: Callable, tmp_path_factory: pytest.TempPathFactory, picture: Image.Image
+    tiny_parts: Callable, tmp_path_factory: pytest.TempPathFactory, image: Image.Image
 ) -> dict[str, dict[str, Any]]:
-    """Each combination trained one step and saved; what it says here, and what it says in a process without mipha."""
+    """Each combination, trained one step and saved: its numbers here and without mipha."""
     root = tmp_path_factory.mktemp("checkpoints")
-    picture.save(root / "image.png")
+    image.save(root / "image.png")
     said = {}
     made = {
         f"{family}-{tower}": tiny_parts(family, tower).recipe()
@@ -111,21 +133,21 @@ def read_back(
         model, processor = build(recipe)
         assistant = Assistant(model, processor)
         ids = torch.tensor([assistant.prompt_ids([Message("user", f"{IMAGE}\n{QUESTION}")])])
-        loss = model(input_ids=ids, pixel_values=assistant.pixels(picture), labels=ids).loss
+        loss = model(input_ids=ids, pixel_values=assistant.pixels(image), labels=ids).loss
         loss.backward()
         gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
         torch.optim.SGD(model.parameters(), lr=0.1).step()
         with torch.no_grad():
-            logits = model(input_ids=ids, pixel_values=assistant.pixels(picture)).logits
+            logits = model(input_ids=ids, pixel_values=assistant.pixels(image)).logits
         save_checkpoint(model, processor, root / name)
-        torch.save({"pixels": assistant.pixels(picture), "logits": logits}, root / f"{name}.pt")
+        torch.save({"pixels": assistant.pixels(image), "logits": logits}, root / f"{name}.pt")
         batch = [
             answer.text
             for answer in assistant.answer_many(
-                [(picture, QUESTION), (picture, LONGER)], max_new_tokens=8
+                [(image, QUESTION), (image, LONGER)], max_new_tokens=8
             )
         ]
-        answer = assistant.answer(picture, QUESTION, max_new_tokens=8).text
+        answer = assistant.answer(image, QUESTION, max_new_tokens=8).text
         said[name] = {
             "loss": loss.item(),
             "gradients": gradients,
@@ -202,7 +224,7 @@ def test_the_feature_layer_and_its_norm_matter(read_back: dict, tower: str) -> N
 def test_the_keys_are_those_of_llavas_on_the_hub(
     read_back: dict, family: str, tower: str, tmp_path: Path
 ) -> None:
-    """As `llava-hf` has them, which vLLM, SGLang and llama.cpp read by name: `vision_model.` for the towers that they know."""
+    """The names of `llava-hf`, which vLLM, SGLang and llama.cpp read."""
     folder = read_back[f"{family}-{tower}"]["ours"]["folder"]
     keys = set(load_file(folder / "model.safetensors"))
     of_tower = "vision_tower.vision_model." if tower in ("clip", "siglip") else "vision_tower."
@@ -258,18 +280,18 @@ def test_the_checkpoint_says_what_it_is(read_back: dict) -> None:
     assert not any("mipha" in path.read_text() for path in folder.glob("*.json"))
 
 
-def test_save_then_load_is_identity(read_back: dict, family: str, picture: Image.Image) -> None:
+def test_save_then_load_is_identity(read_back: dict, family: str, image: Image.Image) -> None:
     ours = read_back[f"{family}-dinov2"]["ours"]
     model, processor = load_model(str(ours["folder"])), load_processor(ours["folder"])
     saved = torch.load(f"{ours['folder']}.pt", weights_only=True)
     assistant = Assistant(model, processor)
     with torch.no_grad():
         logits = model(
-            input_ids=torch.tensor([ours["ids"]]), pixel_values=assistant.pixels(picture)
+            input_ids=torch.tensor([ours["ids"]]), pixel_values=assistant.pixels(image)
         ).logits
     assert torch.equal(logits, saved["logits"])
-    assert torch.equal(assistant.pixels(picture), saved["pixels"])
-    assert assistant.answer(picture, QUESTION, max_new_tokens=8).text == ours["answer"]
+    assert torch.equal(assistant.pixels(image), saved["pixels"])
+    assert assistant.answer(image, QUESTION, max_new_tokens=8).text == ours["answer"]
 
 
 def test_load_refuses_a_checkpoint_that_lacks_a_weight(read_back: dict, tmp_path: Path) -> None:
@@ -411,7 +433,8 @@ def test_a_hub_id_that_cannot_be_reached_gets_one_sentence(tiny_parts: Callable,
 def test_a_template_that_marks_nothing_is_refused(tiny_parts: Callable, tmp_path: Path) -> None:
     template = tmp_path / "mine.jinja"
     template.write_text(
-        "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}A:{% endif %}"
+        "{% for m in messages %}{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}A:{% endif %}"
     )
     with pytest.raises(ValueError, match=r"mine\.jinja marks nothing to train on"):
         build(tiny_parts().recipe(chat_template=str(template)))

@@ -1,4 +1,4 @@
-"""Every part of the catalog at full size, without memory: parameters, tokens of an image, keys of the checkpoint."""
+"""Every part of the catalog at full size on the meta device: parameters, image tokens, keys."""
 
 from __future__ import annotations
 
@@ -44,7 +44,8 @@ LANGUAGE_MODEL_PARAMETERS = {
     "gemma-3-270m-it": 268_098_176,
     "gemma-3-1b-it": 999_885_952,
 }
-# Of the whole tower, and the tokens of an image at its own size: the patches, and of DINOv3 four registers besides.
+# Parameters of the whole tower, and tokens of an image at its own size: the patches, and the four
+# registers of DINOv3.
 TOWER_FACTS = {
     "siglip-so400m-384": (428_225_600, 27 * 27),
     "siglip-so400m-224": (427_680_704, 16 * 16),
@@ -59,7 +60,8 @@ TOWER_FACTS = {
     "dinov2-small-lvd142m": (22_056_576, 37 * 37),
     "dinov2-small": (22_056_576 - 384, 37 * 37),  # the packaged one has no mask token
     "vit-large-in21k": (304_351_232, 14 * 14),
-    # a layer is 4 (w w + w) of attention, 2 w m + m + w of MLP and 4 w of norms, w = 192 and m = 768; then patches, 25 positions, the norm
+    # a layer is 4 (w w + w) of attention, 2 w m + m + w of MLP and 4 w of norms, w = 192 and
+    # m = 768; then patches, 25 positions, the norm
     "siglip-tiny-untrained": (3_232_128, 5 * 5),
     "vit-tiny-untrained": (2_824_896, 5 * 5),
     "siglip2-so400m-384": (428_225_600, 27 * 27),
@@ -70,7 +72,8 @@ TOWER_FACTS = {
     "dinov3-large": (303_129_600, 14 * 14 + 4),
 }
 
-# A layer is 4 (w w + w) of attention, 2 w m + m + w of MLP and 4 w of norms, for w = 1152 and m = 4304; outside the layers stand the
+# A layer is 4 (w w + w) of attention, 2 w m + m + w of MLP and 4 w of norms, for w = 1152 and
+# m = 4304; outside the layers stand the
 # patches, 3 x 14 x 14 w + w, the 729 positions and the final norm.
 SO400M_WITHOUT_LAYER_AND_HEAD = 26 * 15_239_504 + 1_520_640
 
@@ -177,7 +180,8 @@ def test_vision_towers(name: str) -> None:
 def test_the_released_mipha(language_model: str, billions: float, gigabytes: float) -> None:
     """With the layer and the pooling head that the released files hold and no feature passes.
 
-    Source: Mipha-3B on the hub holds 5.00 + 1.44 GB of bfloat16, Mipha-1.6B 3.71 GB; Mipha-2.4B is not released.
+    Source: Mipha-3B on the hub holds 5.00 + 1.44 GB of bfloat16, Mipha-1.6B 3.71 GB; Mipha-2.4B is
+        not released.
     """
     model = full_size("siglip-so400m-384", language_model)
     assert count(model.model.vision_tower) == SO400M_WITHOUT_LAYER_AND_HEAD

@@ -1,4 +1,4 @@
-"""FLOPs by the written rule, by hand, and by torch's own counter over the real forward and backward pass."""
+"""FLOPs by the rule, by hand, and by torch's counter over a real forward and backward pass."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FROZEN = dict.fromkeys(FULL, "frozen")
 
 
 def test_a_unit_costs_once_twice_or_three_times() -> None:
-    """10 positions, 7 weights: 2 x 10 x 7 = 140. Attention of width 3 over 20 pairs: 4 x 3 x 20 = 240."""
+    """2 x 10 positions x 7 weights = 140; attention of width 3 over 20 pairs: 4 x 3 x 20 = 240."""
     frozen, passed, trained, half = (
         Unit("projector", "tokens", 7, trained, attention=3, reached=reached)
         for trained, reached in ((0, False), (0, True), (7, True), (3, True))
@@ -30,7 +30,7 @@ def test_a_unit_costs_once_twice_or_three_times() -> None:
 
 
 def test_mipha_3b_by_hand() -> None:
-    """SigLIP SO400M with 26 of its layers at 384 pixels, and Phi-2: 729 patches of 14 x 14 x 3 numbers."""
+    """SigLIP SO400M with 26 layers at 384 pixels, and Phi-2: 729 patches of 14 x 14 x 3 numbers."""
     model = skeleton(
         ModelRecipe(
             vision_tower="siglip-so400m-384", language_model="phi-2", chat_template="vicuna"
@@ -88,7 +88,8 @@ def test_it_is_what_torch_counts(
         16 * tokens
     )  # of the rotary positions: a product too, of half a head's width, and once for all layers
     assert sum(part.forward for part in mine.values()) == pytest.approx(forward, abs=angles)
-    # The head is computed again for its chunk. What begins the chain needs no gradient of its input, which torch leaves out.
+    # The head is computed again for its chunk. The first module needs no gradient of its input,
+    # which torch leaves out.
     counted = counter.get_total_flops() - head
     total = sum(part.total for part in mine.values())
     first = next(unit for unit in StepFlops(model).units if unit.reached)

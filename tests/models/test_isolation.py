@@ -1,4 +1,4 @@
-"""Samples of one row never see one another: packed, shared-image and padded rows give what each sample gives alone."""
+"""Samples of one row never see one another: each sample of a packed row computes the same alone."""
 
 from __future__ import annotations
 

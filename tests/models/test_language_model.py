@@ -1,4 +1,4 @@
-"""Which language models can be composed, by trying; what cannot is refused in a sentence that says why."""
+"""Language models that can be composed, by trying; the others are refused with the reason."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_other_families_without_an_entry(
 REFUSED = {
     "GraniteForCausalLM": (
         {"logits_scaling": 8.0, "num_key_value_heads": 2},
-        "its logits are not its head on its hidden states",
+        "its logits are more than its head on its hidden states",
     ),
     "Lfm2ForCausalLM": (
         {"layer_types": ["conv", "full_attention"], "num_key_value_heads": 2},
@@ -142,7 +142,8 @@ def test_what_llava_would_change_is_refused(
         ({"hidden_size": 64, "head_dim": 8}, "the weights have other shapes than its config says"),
         (
             {"num_hidden_layers": 9},
-            r"weights are missing, model\.layers\.2.*: it is not whole, or its config is another model's",
+            r"weights are missing, model\.layers\.2.*: "
+            r"it is not whole, or its config is another model's",
         ),
     ],
 )
@@ -221,7 +222,7 @@ def test_a_language_model_without_a_tokenizer_is_refused(
 def test_generation_ends_where_the_template_ends_a_turn(
     tiny_parts: Callable, tmp_path: Path
 ) -> None:
-    """A base model written to in its instruct model's words: its own end of sequence is another token."""
+    """A base model with the template of its instruct model: its own end of sequence differs."""
     folder = copied(tiny_parts().language_model, tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ended = tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -240,7 +241,8 @@ def test_a_turn_that_ends_in_no_token_is_refused(tiny_parts: Callable) -> None:
     """Llama 3's markers are ordinary letters to another tokenizer: no answer would ever end."""
     with pytest.raises(
         ValueError,
-        match=r"ends an answer in '.*>', which is no special token .* use another model\.chat_template",
+        match=r"ends an answer in '.*>', which is no special token .* "
+        r"use another model\.chat_template",
     ):
         build(tiny_parts().recipe(chat_template="llama-3"))
 
@@ -255,7 +257,10 @@ def test_text_alone_is_what_smollm2_says(tiny_parts: Callable) -> None:
     model, processor = build(
         ModelRecipe(vision_tower=str(tiny_parts().vision_tower), language_model="smollm2-135m")
     )
-    text = "The capital of France is Paris. <|im_start|>user\nWhat is 12 + 30?<|im_end|>\n<|im_start|>assistant\n42"
+    text = (
+        "The capital of France is Paris. <|im_start|>user\nWhat is 12 + 30?<|im_end|>\n"
+        "<|im_start|>assistant\n42"
+    )
     ids = processor.tokenizer(text, return_tensors="pt").input_ids
     with torch.no_grad():
         ours, alone = model(input_ids=ids).logits, bare(input_ids=ids).logits

@@ -1,4 +1,4 @@
-"""Packaged weights: found without an import, checked, converted whole, and equal to what was shipped."""
+"""Packaged weights: found without an import, checked, converted, equal to the shipped ones."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_dinov2_computes_what_the_shipped_graph_computes() -> None:
 
 
 def _shipped_features(pixels):
-    """The shipped graph up to the final layernorm, run by onnx's own reference evaluator (about 2 s)."""
+    """The shipped graph up to the final layernorm, run by onnx's evaluator (about 2 s)."""
     import onnx
     from onnx.reference import ReferenceEvaluator
 

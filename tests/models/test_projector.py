@@ -32,7 +32,7 @@ def features(model: torch.nn.Module, pixel_values: Tensor) -> Tensor:
 def test_calibrated_the_first_layer_sees_unit_variance(
     tiny_model: Callable, tower: str, pixels: Callable
 ) -> None:
-    """Folded into its weights: what it makes of raw features is what it made of centred and scaled ones before."""
+    """Its output for raw features is the output that it had for centred and scaled ones."""
     model, _ = tiny_model("llama", tower)
     batch = pixels(model.config.vision_config.image_size)
     raw = features(model, batch)

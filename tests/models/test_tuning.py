@@ -1,4 +1,4 @@
-"""Frozen means bit-equal after a step; tuned means that every tensor the features pass has moved."""
+"""Frozen parts stay bit-equal in a step; in tuned parts every tensor that is used changes."""
 
 from __future__ import annotations
 
@@ -154,7 +154,8 @@ def test_a_tower_whose_gradient_is_cut_is_not_taken_for_unread(
     cut.forward = torch.no_grad()(cut.forward)
     with pytest.raises(
         ValueError,
-        match=r"vision_tower: no gradient reaches \d+ of its tensors, but its features depend on them",
+        match=r"vision_tower: no gradient reaches \d+ of its tensors, "
+        r"but its features depend on them",
     ):
         apply_tuning(model, TuningRecipe(**FROZEN | {"vision_tower": "full"}))
 
@@ -164,14 +165,16 @@ def test_a_tower_whose_gradient_is_cut_is_not_taken_for_unread(
     [
         (
             "language_model=last-0",
-            r"language_model: a part is frozen, full, lora, qlora or last-N .* for example last-4 \(got 'last-0'\)",
+            r"language_model: a part is frozen, full, lora, qlora or last-N .* "
+            r"for example last-4 \(got 'last-0'\)",
         ),
         ("vision_tower=lorra", r"vision_tower: a part is frozen, full, lora, qlora or last-N"),
         ("vision_tower=4", r"vision_tower: a part is frozen, full, lora, qlora or last-N"),
         ("projector=lora", r"projector: Input should be 'frozen' or 'full'"),
         (
             "lora.rank=8",
-            r"lora: no part is lora or qlora, so this would have no effect: remove it \(lora=null\) or set a part to lora",
+            r"lora: no part is lora or qlora, so this would have no effect: "
+            r"remove it \(lora=null\) or set a part to lora",
         ),
         ("lora.rnk=8", r"lora\.rnk: unknown key; did you mean rank\?"),
     ],
@@ -184,7 +187,7 @@ def test_a_wish_that_cannot_be_or_does_nothing_is_refused(
 
 
 def test_adapters_have_the_shape_of_the_paper_unless_told(tiny_run_recipe: Callable) -> None:
-    """And a recipe that is written with it is read back, also by an override that puts the adapters away again."""
+    """A recipe with adapters is read back, also with an override that removes the adapters."""
     recipe = tiny_run_recipe("stages.finetune.tuning.language_model=lora")
     lora = recipe.stages["finetune"].tuning.lora
     assert (lora.rank, lora.alpha, lora.dropout) == (128, 256, 0.05)

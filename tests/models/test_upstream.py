@@ -1,4 +1,4 @@
-"""Released checkpoints: the numbers are upstream's, every tensor is accounted for, and what cannot be imported is refused."""
+"""Released checkpoints: upstream's numbers, every tensor accounted for, the others refused."""
 
 from __future__ import annotations
 
@@ -38,15 +38,19 @@ sys.modules["mipha"] = None  # an import of it would fail
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-model, info = AutoModelForImageTextToText.from_pretrained(sys.argv[1], dtype=torch.float32, output_loading_info=True)
+model, info = AutoModelForImageTextToText.from_pretrained(
+    sys.argv[1], dtype=torch.float32, output_loading_info=True
+)
 ours = torch.load(sys.argv[2], weights_only=True)
 with torch.no_grad():
     logits = model(input_ids=ours["ids"], pixel_values=ours["pixels"]).logits + ours["bias"]
 prompt = AutoProcessor.from_pretrained(sys.argv[1]).apply_chat_template(
-    [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is it?"}]}], add_generation_prompt=True
+    [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is it?"}]}],
+    add_generation_prompt=True,
 )
 found = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
-print(json.dumps({"difference": (logits - ours["logits"]).abs().max().item(), "keys": found, "prompt": prompt}))
+difference = (logits - ours["logits"]).abs().max().item()
+print(json.dumps({"difference": difference, "keys": found, "prompt": prompt}))
 """
 
 
@@ -75,7 +79,7 @@ def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> 
 
 
 def fuse(tensors: dict[str, torch.Tensor]) -> None:
-    """As the old Phi has it: the rows of a head's query, key and value stand together, head after head. Here 4 heads of 20."""
+    """The layout of the old Phi: query, key and value head after head; here 4 heads of 20."""
     for layer in range(2):
         for kind in ("weight", "bias"):
             parts = [
@@ -146,7 +150,7 @@ def difference(
             "px",
             "logits",
             1e-5,
-        ),  # the host's own Gemma is off by 2e-6 without an image
+        ),  # the Gemma of transformers is off by 2e-6 without an image
     ],
 )
 def test_logits_are_upstreams(name: str, pixels: str, logits: str, tolerance: float) -> None:
@@ -171,7 +175,7 @@ def test_logits_are_upstreams(name: str, pixels: str, logits: str, tolerance: fl
 
 
 def test_positions_are_resized_by_upstreams_rule(tmp_path: Path) -> None:
-    """The image processor cuts out 28 pixels, the tower's table is for 70: upstream resized it for every image."""
+    """The processor makes 28 pixels, the tower's table is for 70: upstream resized it."""
     folder = copied("up_phi_dinov2", tmp_path / "a")
     crop = {
         "do_center_crop": True,
@@ -186,7 +190,7 @@ def test_positions_are_resized_by_upstreams_rule(tmp_path: Path) -> None:
 
 
 def test_a_fused_projection_is_split(tmp_path: Path) -> None:
-    """The 1.6B release: type with a hyphen, no number of key-value heads, one projection for query, key and value."""
+    """The 1.6B release: type with a hyphen, no number of key-value heads, one fused projection."""
     folder = copied(
         "up_phi_siglip",
         tmp_path / "a",
@@ -340,7 +344,7 @@ def test_an_import_keeps_the_type_of_the_weights(tiny_parts: Callable, tmp_path:
 
 @pytest.mark.parametrize("held", [False, True], ids=["tower-named", "tower-held"])
 def test_an_original_llava_checkpoint(tiny_parts: Callable, tmp_path: Path, held: bool) -> None:
-    """LLaVA 1.5: a Llama with the projector beside it; its CLIP is named, or held under one more prefix."""
+    """LLaVA 1.5: a Llama with the projector; its CLIP is only named, or has one more prefix."""
     parts = tiny_parts("llama", "clip")
     wanted, _ = build(parts.recipe())
     language_model = AutoModelForCausalLM.from_pretrained(parts.language_model)
@@ -469,7 +473,7 @@ def test_a_config_that_does_not_fit_is_refused(
         said = json.loads((folder / "config.json").read_text())
         del said["vision_config"]["vision_tower"]["hidden_act"]
         (folder / "config.json").write_text(json.dumps(said))
-        message = "does not say the tower's hidden_act"
+        message = "lacks the tower's hidden_act"
     with pytest.raises(ValueError, match=message) as caught:
         load_upstream(folder)
     assert "\n" not in str(caught.value)
@@ -597,7 +601,7 @@ def test_what_an_import_lacks_is_named(tmp_path: Path) -> None:
     (source / "preprocessor_config.json").write_text(
         json.dumps(PIXELS | {"size": {"height": 30, "width": 40}})
     )
-    with pytest.raises(ValueError, match="does not say one size for square images"):
+    with pytest.raises(ValueError, match="does not give one size for square images"):
         import_upstream(source, out)
     (source / "preprocessor_config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"has no preprocessor_config\.json"):

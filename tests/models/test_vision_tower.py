@@ -1,4 +1,4 @@
-"""A tower is cut to the layer that is read, and gives the features it gave; what cannot be a tower is refused in a sentence."""
+"""A tower is cut after the feature layer and keeps its features; other models are refused."""
 
 from __future__ import annotations
 
@@ -74,7 +74,8 @@ def test_the_final_norm_goes_behind_the_layer_that_is_read(
 def test_clip_norms_no_patch(tiny_parts: Callable) -> None:
     with pytest.raises(
         ValueError,
-        match=r"is not supported for 'clip_vision_model' towers: it norms its class token alone; use false",
+        match=r"is not supported for 'clip_vision_model' towers: "
+        r"it norms its class token alone; use false",
     ):
         build(tiny_parts("llama", "clip").recipe(post_layernorm=True))
 
@@ -97,7 +98,7 @@ REGISTERS = {
 def test_registers_stay_and_are_counted(
     tiny_parts: Callable, random_part: Callable, kind: str, tmp_path: Path
 ) -> None:
-    """The stock class leaves out the class token alone: 3 x 3 patches and the registers go to the language model."""
+    """The stock class drops the class token alone; 3 x 3 patches and the registers stay."""
     folder = random_part(kind, **REGISTERS[kind])
     model, processor = build(tiny_parts().recipe(vision_tower=str(folder), image_size=3 * 14))
     tokens = 9 + REGISTERS[kind]["num_register_tokens"]
@@ -124,7 +125,8 @@ def test_registers_stay_and_are_counted(
     assert torch.allclose(ours, theirs, atol=1e-6)
     with pytest.raises(
         ValueError,
-        match=r"post_layernorm=true is not supported for 'dino.* takes its hidden states before the norm",
+        match=r"post_layernorm=true is not supported for 'dino.* "
+        r"takes its hidden states before the norm",
     ):
         build(tiny_parts().recipe(vision_tower=str(folder), post_layernorm=True))
 
@@ -133,7 +135,7 @@ def test_registers_stay_and_are_counted(
 def test_a_tower_is_taken_out_of_a_model_of_images_and_text(
     tiny_parts: Callable, kind: str, tmp_path: Path
 ) -> None:
-    """What the hub has under `google/siglip-so400m-patch14-384` and `openai/clip-vit-large-patch14-336`."""
+    """The layout of google/siglip-so400m-patch14-384 and openai/clip-vit-large-patch14-336."""
     parts = tiny_parts("llama", kind.lower())
     alone = load_tower(parts.vision_tower)
     text = {
@@ -231,7 +233,7 @@ def test_pixels_of_unknown_scale_are_refused(tiny_parts: Callable, tmp_path: Pat
         '{"image_processor_type": "SiglipImageProcessor"}'
     )
     with pytest.raises(
-        ValueError, match="does not say how its pixels are scaled: write image_mean and image_std"
+        ValueError, match="lacks image_mean or image_std: write both into its preprocessor_config"
     ):
         build(tiny_parts().recipe(vision_tower=str(tmp_path)))
 
@@ -265,10 +267,11 @@ def projected_features(model: torch.nn.Module, pixels: torch.Tensor) -> torch.Te
 @pytest.mark.parametrize(
     ("old", "new"), [(16, 24), (24, 16), (24, 32), (27, 32), (37, 24), (14, 24), (3, 7), (1, 4)]
 )
-def test_a_table_is_resized_as_a_picture_is(old: int, new: int) -> None:
-    """CLIP L/14 at 224, 336 and 448, SigLIP so400m at 384 and 448, DINOv2 from 518 and ViT/16 from 224 to 576 patches.
+def test_a_table_is_resized_as_an_image_is(old: int, new: int) -> None:
+    """CLIP L/14 at 224, 336 and 448, SigLIP so400m at 384 and 448, DINOv2 of 518, ViT/16 of 224.
 
-    Pillow resizes a picture of one number a pixel by the same rule: cubic convolution with a = -0.5, widened where it shrinks.
+    Pillow resizes an image of one number a pixel by the same rule: cubic convolution with a = -0.5,
+    widened where it shrinks.
     """
     table = torch.randn(1 + old * old, 3, generator=torch.Generator().manual_seed(0))
     resized = resize_positions({"position_embedding.weight": table}, old, new)[
@@ -310,14 +313,14 @@ def test_sizes_that_go(size: int, patch: int, asked: int | None, got: int) -> No
 
 
 @pytest.mark.parametrize(
-    ("asked", "mend"), [(400, "392 or 406"), (385, "378 or 392"), (13, "14 or 28"), (1, "14 or 28")]
+    ("asked", "fix"), [(400, "392 or 406"), (385, "378 or 392"), (13, "14 or 28"), (1, "14 or 28")]
 )
 def test_a_size_between_patches_is_refused_with_the_nearest_two(
-    tiny_parts: Callable, asked: int, mend: str
+    tiny_parts: Callable, asked: int, fix: str
 ) -> None:
     with pytest.raises(
         ValueError,
-        match=f"image_size={asked} is not a multiple of the tower's patch of 14 pixels: use {mend}",
+        match=f"image_size={asked} is not a multiple of the tower's patch of 14 pixels: use {fix}",
     ):
         build(tiny_parts().recipe(image_size=asked))
 
@@ -327,7 +330,8 @@ def test_an_image_longer_than_the_context_is_refused(tiny_parts: Callable) -> No
     build(tiny_parts().recipe(image_size=22 * 14))
     with pytest.raises(
         ValueError,
-        match=r"an image of 322 pixels takes 529 tokens, but the language model reads 512 in all: use",
+        match=r"an image of 322 pixels takes 529 tokens, "
+        r"but the language model reads 512 in all: use",
     ):
         build(tiny_parts().recipe(image_size=23 * 14))
 
@@ -339,7 +343,8 @@ def test_an_image_longer_than_a_sliding_window_is_refused(
     build(tiny_parts().recipe(language_model=str(folder), image_size=3 * 14))
     with pytest.raises(
         ValueError,
-        match=r"takes 16 tokens, but the language model's sliding layers see 16 at a time: use a smaller",
+        match=r"takes 16 tokens, but the language model's sliding layers see 16 at a time: "
+        r"use a smaller",
     ):
         build(tiny_parts().recipe(language_model=str(folder), image_size=4 * 14))
 

@@ -1,1 +1,1 @@
-"""Facts as data: language models, towers, templates, recipes, devices. No torch in here."""
+"""Facts as data: language models, towers, templates, recipes, devices. No torch is imported."""

@@ -1,6 +1,6 @@
-"""GPUs as published: what they compute and hold.
+"""Speed and memory of GPUs, as their maker publishes them.
 
-CPUs are not here, because two of one name differ by their other load.
+CPUs are left out, because the speed of one model depends on its other load.
 """
 
 from __future__ import annotations
@@ -10,16 +10,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class DeviceEntry:
-    """A maker's figures of a GPU.
+    """The published figures of a GPU.
 
     Args:
-        reported_names: What `torch.cuda.get_device_name` calls it.
+        reported_names: Names that `torch.cuda.get_device_name` gives it.
         bfloat16_tflops: Matrix products of bfloat16 summed in float32, dense, 10^12 FLOP/s; None
             where the hardware has none.
         float32_tflops: Products of float32 without TF32, as torch computes by default.
         memory_gb: Gigabytes of 10^9 bytes. A driver shows more of HBM, and about this of GDDR with
             error correction.
-        source: Where these numbers are printed.
+        source: Document that prints these numbers.
     """
 
     reported_names: tuple[str, ...]
@@ -34,7 +34,7 @@ class DeviceEntry:
         return self.bfloat16_tflops if dtype == "bfloat16" else self.float32_tflops
 
 
-# Where a sheet prints products of sparse matrices, half of that is entered.
+# Half of the figure is entered where a sheet prints products of sparse matrices.
 DEVICES: dict[str, DeviceEntry] = {
     "b200": DeviceEntry(
         ("NVIDIA B200",), 2250.0, 75.0, 180.0, "NVIDIA HGX B200 data sheet, one of eight"

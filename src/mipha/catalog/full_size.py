@@ -1,7 +1,7 @@
-"""The configs of the catalog's parts, as published: the architecture of a full-size model.
+"""Published configs of the catalog's parts: the architecture of a full-size model.
 
 `catalog/configs/NAME.json` holds the keys of the published `config.json` that decide the
-architecture; `configs/README.md` says where they come from.
+architecture; `configs/README.md` names their sources.
 """
 
 from __future__ import annotations

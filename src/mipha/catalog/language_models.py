@@ -10,14 +10,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LanguageModelEntry:
-    """Where a language model is, its chat template, and where these facts come from.
+    """The place of a language model, its chat template and its licence, with the source.
 
     Args:
         path: Hub id, or `packaged:NAME` for weights that a Python package ships.
         chat_template: Name in `catalog/chat_templates`.
-        licence: Of the weights.
-        source: Who published or used it.
-        untrained: Config and tokenizer alone are read; the weights are drawn by the recipe's seed.
+        licence: Licence of the weights.
+        source: Paper or package that published or used it.
+        untrained: Whether only config and tokenizer are read, and the weights are drawn by the
+            recipe's seed.
     """
 
     path: str
@@ -28,7 +29,7 @@ class LanguageModelEntry:
 
 
 LANGUAGE_MODELS: dict[str, LanguageModelEntry] = {
-    # those of the paper: base models, written to as Vicuna is
+    # those of the paper: base models, with the template of Vicuna
     "phi-2": LanguageModelEntry("microsoft/phi-2", "vicuna", "MIT", "Mipha-3B, Table 2"),
     "phi-1.5": LanguageModelEntry("microsoft/phi-1_5", "vicuna", "MIT", "Mipha-1.6B, Table 2"),
     "gemma-2b": LanguageModelEntry(
@@ -57,7 +58,7 @@ LANGUAGE_MODELS: dict[str, LanguageModelEntry] = {
         "packaged:smollm2-135m",
         "chatml",
         "Apache-2.0",
-        "what its pretraining is worth: the study `language-model`",
+        "for the worth of its pretraining: the study `language-model`",
         untrained=True,
     ),
     # successors, instruct-tuned
@@ -91,8 +92,8 @@ LANGUAGE_MODELS: dict[str, LanguageModelEntry] = {
     "phi-3-mini-4k-instruct": LanguageModelEntry(
         "microsoft/Phi-3-mini-4k-instruct", "phi-3", "MIT", "Phi-3, arXiv:2404.14219"
     ),
-    # Gemma 2 squeezes its logits after the head, for which LLaVA has no place. It is left out,
-    # which changes no greedy answer.
+    # Gemma 2 squeezes its logits after the head, which LLaVA cannot express. This is left out and
+    # changes no greedy answer.
     "gemma-2-2b-it": LanguageModelEntry(
         "google/gemma-2-2b-it", "gemma", "Gemma terms of use", "Gemma 2, arXiv:2408.00118"
     ),

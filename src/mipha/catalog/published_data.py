@@ -1,4 +1,4 @@
-"""What is known of published training sets without having them: for planning."""
+"""Sizes of published training sets, for planning without the data."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class PublishedData:
-    """Means over a set.
+    """Size of a set, and means over its samples.
 
     Args:
-        samples: As published.
-        images: A sample.
-        text_tokens: A sample, the image's not counted.
-        supervised_tokens: Of them.
-        source: Where these come from; lengths are assumptions until the set has been read.
+        samples: Samples of the set, as published.
+        images: Images of a sample.
+        text_tokens: Tokens of a sample, without the image's.
+        supervised_tokens: Tokens of a sample that are trained on.
+        source: Source of these numbers; lengths are assumptions until the set has been read.
     """
 
     samples: int
@@ -32,4 +32,4 @@ PUBLISHED_DATA: dict[str, PublishedData] = {
         665_298, 0.94, 330, 180, "665,298 rows as published; lengths assumed: 330 text tokens"
     ),
 }
-"""By the data set's module."""
+"""Sizes by the module of the data set."""

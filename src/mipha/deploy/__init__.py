@@ -1,1 +1,1 @@
-"""From a checkpoint to others' hands: whether it loads without us and where, and the card that says what it is."""
+"""Publish a checkpoint: verify it in other programs, export it, serve it, and write its card."""

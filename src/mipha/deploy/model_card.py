@@ -1,6 +1,6 @@
-"""The model card: README.md of a checkpoint's folder, with a metadata block that the hub reads.
+"""Write the model card: README.md of a checkpoint's folder, with metadata for the hub.
 
-It names the pretrained parts of the model and their licences, as far as they are known.
+The card names the pretrained parts of the model and their licences, as far as they are known.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from mipha.recipe import PARTS, Recipe
 from mipha.run import Run, model_folder, open_run
 
 _HUB_LICENCES = {"MIT": "mit", "Apache-2.0": "apache-2.0"}
-"""The hub's names of licences that a tower and a language model of the catalog share."""
+"""The hub's names of licences that both a tower and a language model of the catalog have."""
 
 
 @dataclass(frozen=True)
@@ -146,10 +146,12 @@ def model_card(checkpoint: Path, run: Run | None = None, name: str | None = None
     """
     config = read_config(checkpoint)
     processor = read_config(checkpoint, "processor_config.json")
+
     recipe = run.recipe if run else None
     parts = pretrained_parts(config, recipe)
     results = list(_results(run)) if run else []
     name = recipe.name if recipe else name or checkpoint.resolve().name
+
     sections = [
         f"# {name}",
         _about(parts, recipe),
@@ -169,6 +171,7 @@ def model_card(checkpoint: Path, run: Run | None = None, name: str | None = None
             _made(run, recipe),
         ]
     sections += ["## Limits", _limits(config, processor)]
+
     return (
         f"---\n{_metadata(name, parts, results)}\n---\n\n"
         + "\n\n".join(section for section in sections if section)
@@ -219,7 +222,7 @@ def _comparable(result: dict[str, Any]) -> bool:
 def _about(parts: Sequence[PretrainedPart], recipe: Recipe | None) -> str:
     tower, language_model = (part.name for part in parts)
     made = (
-        "A multimodal small language model that answers about a picture: "
+        "A multimodal small language model that answers questions about an image: "
         f"{tower} and {language_model}, joined by a two-layer MLP."
     )
     return made if recipe is None or not recipe.description else f"{made}\n\n{recipe.description}"
@@ -230,15 +233,23 @@ def _use(config: dict[str, Any]) -> str:
         return """```python
 import mipha
 
-print(mipha.load("FOLDER").answer("picture.jpg", "What is in the picture?").text)
+print(mipha.load("FOLDER").answer("image.jpg", "What is in the image?").text)
 ```"""
     return """```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-model, processor = (kind.from_pretrained("FOLDER OR HUB ID") for kind in (AutoModelForImageTextToText, AutoProcessor))
-content = [{"type": "image", "path": "picture.jpg"}, {"type": "text", "text": "What is in the picture?"}]
+model = AutoModelForImageTextToText.from_pretrained("FOLDER OR HUB ID")
+processor = AutoProcessor.from_pretrained("FOLDER OR HUB ID")
+content = [
+    {"type": "image", "path": "image.jpg"},
+    {"type": "text", "text": "What is in the image?"},
+]
 inputs = processor.apply_chat_template(
-    [{"role": "user", "content": content}], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    [{"role": "user", "content": content}],
+    add_generation_prompt=True,
+    tokenize=True,
+    return_dict=True,
+    return_tensors="pt",
 )
 new = model.generate(**inputs, max_new_tokens=64)[0, inputs["input_ids"].shape[1] :]
 print(processor.decode(new, skip_special_tokens=True))
@@ -277,16 +288,16 @@ def _training(recipe: Recipe) -> str:
 
 def _scores(results: Sequence[dict[str, Any]]) -> str:
     if not results:
-        return "It was not measured."
+        return "The model was not evaluated."
 
     rows = []
     for result in results:
-        notes = ["shown grey in place of every picture"] if result["blind"] else []
+        notes = ["shown grey instead of every image"] if result["blind"] else []
         if not result["complete"]:
             answered = result["n_asked"] - result["n_failed"]
             notes.append(f"{answered:,} of {result['num_questions']:,} questions: not comparable")
 
-        # The headline, and further sums: MME is published as two.
+        # Take the headline, and further sums: MME is published as two.
         headline, *others = result["scores"]
         sums = [
             score for score in others if score["unit"] == "points" and "." not in score["metric"]
@@ -328,19 +339,18 @@ def _limits(config: dict[str, Any], processor: dict[str, Any]) -> str:
     size, tokens = config["vision_config"]["image_size"], config.get("image_seq_length")
     shape = "padded" if processor.get("image_processor", {}).get("do_pad") else "squashed"
     lines = [
-        f"A picture is {shape} to a square of {size} x {size} pixels, {tokens} tokens: "
-        "what is too small there is not seen."
+        f"An image is {shape} to a square of {size} x {size} pixels, {tokens} tokens: "
+        "details that are too small there are not seen."
     ]
+
     if longest := config["text_config"].get("max_position_embeddings"):
-        lines.append(f"Pictures, questions and answers together are at most {longest:,} tokens.")
+        lines.append(f"Images, questions and answers together are at most {longest:,} tokens.")
+
     lines.append(
-        "It can name what is not in the picture, with confidence: "
+        "It can name things that are not in the image, with confidence: "
         "do not rely on it where a wrong answer does harm."
     )
-    lines.append(
-        "It repeats what its parts and its training data hold, "
-        "their errors and prejudices included."
-    )
+    lines.append("It repeats the errors and prejudices of its parts and of its training data.")
     return "\n".join(f"- {line}" for line in lines)
 
 

@@ -5,9 +5,9 @@ GGUF files           --[llama.cpp]----->  the same, from the image file    --+--
                      --[llama.cpp]----->  the same, from our own pixels   ---+    a verdict
 
 llama.cpp neither resizes nor pads an image of the tower's own size. So an error with our own pixels
-comes from the weights, and an error with the image file alone from resizing and padding. llama.cpp
-resizes a square image as Pillow does, bit by bit; it shrinks any other and then pads it in CLIP's
-grey, where we pad in the tower's mean colour, or squash.
+comes from the weights, and an error that only the image file shows comes from resizing and padding.
+llama.cpp resizes a square image exactly as Pillow does; it shrinks any other and then pads it in
+CLIP's grey, where we pad in the tower's mean colour, or squash.
 
 Source: llama.cpp b11549 `tools/mtmd/mtmd-image.cpp` (resize), `tools/mtmd/clip.cpp`
     (image_pad_color of PROJECTOR_TYPE_MLP).
@@ -48,13 +48,13 @@ Pair = tuple[Path, str]
 """An image and a question about it."""
 
 LEAST_LOGIT = -7.0
-"""Floor of log-probabilities in nats: rounding moves tokens below one in a thousand most."""
+"""Floor of log-probabilities in nats: rounding moves the tokens below one in a thousand most."""
 
 NUM_IMAGES = 32
 """Images whose embeddings are compared; each takes megabytes."""
 
 NUM_LOGITS = 16
-"""Questions whose first tokens are compared; each is a whole prompt read once more."""
+"""Questions whose first tokens are compared; each needs a second pass over its prompt."""
 
 
 @dataclass(frozen=True)
@@ -121,10 +121,10 @@ def check_pairs(
 
     Raises:
         FileNotFoundError: No such checkpoint, image or GGUF file.
-        ValueError: There is nothing to ask, or llama.cpp cannot read a file.
+        ValueError: There are no pairs, or llama.cpp cannot read a file.
     """
     if not pairs:
-        raise ValueError("there is nothing to compare: give at least one image")
+        raise ValueError("no images to compare: give at least one image")
 
     models, mmproj = gguf_files(folder)
     with _progress() as progress:
@@ -184,7 +184,7 @@ def images_in(folder: Path) -> list[Path]:
     """
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not found:
-        raise FileNotFoundError(f"{folder} holds no image file: give a folder with pictures")
+        raise FileNotFoundError(f"{folder} holds no image file: give a folder with images")
     return found
 
 
@@ -330,7 +330,7 @@ def _compare(
         seconds += time.perf_counter() - start
         on_answer()
 
-    # Ask again with our own pixels where the answer is another: are the pixels to blame?
+    # Ask again with our own pixels where the answer differs: are the pixels the cause?
     different = []
     for (image, question), ours, reply in zip(pairs, reference.answers, replies, strict=True):
         if reply.text != ours:

@@ -1,4 +1,4 @@
-"""The report of `parity.py`: its rows, their bounds, and how it is printed and written."""
+"""The report of `parity.py`: its rows and their bounds, printed and written as files."""
 
 from __future__ import annotations
 
@@ -175,6 +175,8 @@ class Parity:
 def print_parity(found: Parity) -> None:
     """Print the report."""
     console = Console()
+
+    # Print the tables.
     for title, columns, rows in _tables(found):
         table = Table(title=title, title_justify="left", box=None, pad_edge=False)
         for number, column in enumerate(columns):
@@ -188,11 +190,13 @@ def print_parity(found: Parity) -> None:
                 *map(escape, cells), f"[{'green' if verdict == 'ok' else 'red'}]{verdict}[/]"
             )
         console.print(table, "")
+
+    # Print answers that differ, and the verdict.
     for line in _examples(found):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
-    said = "within the bounds" if found.passed else "not within the bounds"
+    verdict = "within the bounds" if found.passed else "not within the bounds"
     console.print(
-        f"{found.folder}: {said} of {found.checkpoint}",
+        f"{found.folder}: {verdict} of {found.checkpoint}",
         highlight=False,
         soft_wrap=True,
         markup=False,
@@ -242,6 +246,7 @@ def _tables(found: Parity) -> Iterator[tuple[str, tuple[str, ...], list[tuple[st
             for row in found.embeddings
         ],
     )
+
     yield (
         f"Answers: language model (ours in float32: {found.seconds:.2f} s each)",
         (

@@ -1,4 +1,4 @@
-"""Rules that say which programs run a checkpoint: exactly, approximately or not at all, and why.
+"""Judge which programs run a checkpoint exactly, approximately or not at all, and why.
 
 Source: transformers 5.23 `LlavaForConditionalGeneration`; vLLM
     `model_executor/models/{llava,phi,gpt_neox,gemma}.py` and its pull request 36787; llama.cpp
@@ -44,7 +44,7 @@ _VLLM_LANGUAGE_MODELS = {
     "qwen3",
     "stablelm",
 }
-"""Kinds whose class in vLLM names its layers `model` and its head `lm_head`, as the file does."""
+"""Kinds whose vLLM class names its layers `model` and its head `lm_head`, as checkpoints do."""
 
 _LLAMA_CPP_LANGUAGE_MODELS = _VLLM_LANGUAGE_MODELS | {"gpt_neox"}
 """Kinds that `deploy/gguf` writes."""
@@ -97,7 +97,7 @@ def _transformers(config: Mapping[str, Any]) -> Runtime:
         return Runtime(
             "transformers",
             "approximate",
-            "its LLaVA class has no bias in the head and drops this one's: load it with mipha",
+            "its LLaVA class has no bias in the head and drops this model's: load it with mipha",
         )
     return Runtime(
         "transformers", "exact", "it is a checkpoint of its own LlavaForConditionalGeneration"
@@ -129,7 +129,7 @@ def _vllm(config: Mapping[str, Any]) -> Runtime:
         return Runtime(
             "vLLM",
             "unsupported",
-            "text_config.architectures is not set, by which it picks the language model",
+            "text_config.architectures is not set, and it picks the language model by that",
         )
 
     if kind in ("gemma", "gemma2"):
@@ -157,13 +157,13 @@ def _llama_cpp(config: Mapping[str, Any], processor: Mapping[str, Any]) -> Runti
         )
 
     pixels = processor.get("image_processor", processor)
-    reasons = ["as GGUF, it resizes pictures that are no squares otherwise than PIL"]
+    reasons = ["as GGUF, it resizes images that are not square differently from PIL"]
     if config.get("projector_hidden_act", "gelu") == "gelu":
         reasons.append("computes the projector's GELU by its tanh form")
     if not pixels.get("do_pad"):
-        reasons.append("pads pictures to a square that this model wants squashed")
+        reasons.append("pads images to a square where this model squashes them")
     elif tuple(int(255 * mean) for mean in pixels.get("image_mean", ())) != _GREY_OF_CLIP:
-        reasons.append("pads pictures in CLIP's grey")
+        reasons.append("pads images in CLIP's grey")
     if str(config["vision_config"].get("model_type")).startswith("clip"):
         reasons.append(
             "leaves out the first patch and puts the class token behind the last (its issue 25814)"

@@ -1,4 +1,4 @@
-"""Load a checkpoint with transformers alone, in a program in which an import of mipha fails.
+"""Load a checkpoint with transformers alone, in a process where an import of mipha fails.
 
 python -P stock_reader.py FOLDER    reads FOLDER/request.json and the images,
                                     writes FOLDER/reply.json and FOLDER/reply.safetensors
@@ -25,7 +25,7 @@ def main(folder: Path) -> None:
     Args:
         folder: Folder of the request. `request.json` holds `checkpoint`, `device`,
             `max_new_tokens`, `logits_to_keep` and `asked`: pairs of an image's file name in the
-            folder, or null, and a question.
+            folder (None for no image) and a question.
     """
     # Load the model and the processor.
     request = json.loads((folder / "request.json").read_text(encoding="utf-8"))

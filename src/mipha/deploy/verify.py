@@ -1,4 +1,4 @@
-"""Whether a checkpoint is what it says it is where mipha is not installed.
+"""Verify that a checkpoint computes the same where mipha is not installed.
 
 folder read --> images made here --> [mipha] ids, pixels, logits, answers ------+
                                  \\-> [transformers alone, own process] the same -+--> checks
@@ -40,7 +40,7 @@ QUESTIONS = (
     ("square", "Is it red?"),
     (None, "What is a picture?"),
 )
-"""Images of three shapes, because a processor may treat them differently, and one without."""
+"""Images of three shapes, because a processor may treat them differently, and no image."""
 
 TOLERANCE = 1e-4
 """Largest difference of logits as a part of the largest logit: float32 agrees to about 1e-6."""
@@ -53,7 +53,7 @@ LOGITS_TO_KEEP = 32
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """One property of a checkpoint that was checked.
 
     Args:
         name: Name of the check.
@@ -82,7 +82,7 @@ class Verification:
 
     @property
     def exact(self) -> bool:
-        """Whether it is a standard checkpoint, of which transformers alone computes our numbers."""
+        """Whether transformers alone computes our numbers from this checkpoint."""
         return all(check.passed for check in self.checks)
 
     def as_json(self) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def print_verification(found: Verification) -> None:
 
 
 def _make_images(folder: Path) -> dict[str, Image.Image]:
-    """Make coloured ramps with noise: no two patches are alike, and no two images."""
+    """Make coloured ramps with noise, so that no two patches and no two images are equal."""
     random, images = np.random.default_rng(0), {}
     for name, (width, height) in {"wide": (96, 60), "tall": (50, 90), "square": (64, 64)}.items():
         ramp = (
@@ -226,11 +226,12 @@ def _ask_stock(folder: Path, exchange: Path, device: str) -> dict[str, Any] | st
 
 
 def _check_files(files: CheckpointFiles) -> list[Check]:
-    """Check what programs other than transformers go by: names and types."""
+    """Check the names and types that programs other than transformers rely on."""
     odd = odd_keys(files)
     architectures = files.config["text_config"].get("architectures")
     written = str(files.config.get("dtype", files.config.get("torch_dtype")))
     held = ", ".join(files.dtypes)
+
     return [
         Check("files", True, "whole; no pickles, no code"),
         Check(
@@ -264,7 +265,7 @@ def _check_load(files: CheckpointFiles, stock: dict[str, Any]) -> list[Check]:
         if found
     ]
 
-    # Is the head the word embeddings, as the config says?
+    # Compare the head with the word embeddings.
     text = files.config["text_config"]
     ties = bool(text.get("tie_word_embeddings", files.config.get("tie_word_embeddings")))
     head = "tied" if stock["tied"] else "a head of its own"

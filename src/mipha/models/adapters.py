@@ -37,9 +37,9 @@ _PREFIX = "base_model.model."  # of every tensor name in a file of peft
 def add_adapters(
     model: LlavaForConditionalGeneration, stacks: Mapping[Part, list[nn.Module]], lora: LoraRecipe
 ) -> None:
-    """Put an adapter beside every linear layer of some stacks.
+    """Add an adapter to every linear layer of some stacks.
 
-    At first an adapter adds nothing, because its second factor is zero.
+    A new adapter changes nothing, because its second factor is zero.
 
     Args:
         model: Model without adapters.
@@ -61,7 +61,7 @@ def add_adapters(
         wanted |= {f"{names[id(layer)]}.{tail}" for layer in layers for tail in tails}
         patterns.append(rf"{re.escape(stack)}\.\d+\.({'|'.join(map(re.escape, tails))})")
 
-    # Let peft add the adapters. It asks for `is_loaded_in_4bit`; transformers need not know.
+    # Let peft add the adapters. It reads `is_loaded_in_4bit`, which transformers must not see.
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
@@ -107,7 +107,7 @@ def adapter_layers(model: nn.Module) -> dict[str, LoraLayer]:
 
 
 def adapter_parameters(layer: LoraLayer) -> list[nn.Parameter]:
-    """Return what trains of a layer with an adapter: its two factors."""
+    """Return the trained parameters of a layer with an adapter: its two factors."""
     return [*layer.lora_A.parameters(), *layer.lora_B.parameters()]
 
 
@@ -136,7 +136,7 @@ def adapter_deltas(
 
 
 def merged_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights of the model without adapters that computes the same.
+    """Return the weights of the model without adapters that computes the same numbers.
 
     Args:
         model: Model with adapters; may be sharded, because only its structure is read.
@@ -153,7 +153,7 @@ def merged_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str,
 
 
 def remove_adapters(model: nn.Module) -> None:
-    """Put the linear layers back in their place; the adapters are lost."""
+    """Replace the layers with adapters by their own linear layers; the adapters are lost."""
     for name, layer in adapter_layers(model).items():
         model.set_submodule(name, layer.get_base_layer())
 
@@ -188,7 +188,7 @@ def save_adapter(
         for key, parameter in module.named_parameters():
             tensors[f"{name}.{key}"] = weights[tied[id(parameter)]].clone()
 
-    # Say what they are, and which base they belong to.
+    # Describe the adapters, and name their base.
     config: LoraConfig = model.peft_config[_NAME]
     config.modules_to_save = [name for name, _ in saved] or None
     config.base_model_name_or_path = str(base.resolve())
@@ -250,8 +250,8 @@ def merge_adapter(adapter: Path, folder: Path, base: Path | None = None) -> None
         )
     if facts is not None and facts["quantized"]:
         raise ValueError(
-            f"{adapter} was trained over weights of 4 bits, and would answer otherwise over those "
-            f"of {base}: take the checkpoint/ beside it, where it is merged as it was trained"
+            f"{adapter} was trained on weights of 4 bits, and its answers would "
+            f"change on those of {base}: use the checkpoint/ beside it, which has it merged"
         )
 
     # Merge.

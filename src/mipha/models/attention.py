@@ -1,4 +1,4 @@
-"""What a token of a row may see, and attention that computes nothing else.
+"""Attention within packed rows: which tokens see which, and no other pair is computed.
 
 A training row holds several samples that must not see one another. `spans` describe it: the tokens
 of each group's prefix and of its branches, in reading order. A token sees the earlier tokens of its
@@ -13,14 +13,14 @@ One description, several implementations; `describe_rows` gives each what it rea
     sdpa, eager   a dense mask, `(rows, 1, tokens, tokens)`: every pair of a row is computed
 
 Another implementation (flex, varlen) registers its name and its attention below, and reads the same
-segments. Transformers' own handling of packed rows is never used: it finds samples by position ids
-that restart, and then one question about a shared image sees another or loses the image.
+segments. The handling of packed rows in transformers is never used: it finds samples by position
+ids that restart, and then one question about a shared image sees another or loses the image.
 
-Speed: of a layer of SmolLM2-135M in bfloat16 (rows of 12 samples of 170 tokens, one thread of an
-EPYC with AVX-512 BF16, forward and backward) the matrix products of the weights take 125 ms;
-attention takes 390 through a dense mask, 75 sample by sample through the fused kernel, and 19
-through two plain products with a softmax between them. The plain products keep the attention
-weights for the backward pass, so long samples go through the fused kernel after all.
+Speed of one layer of SmolLM2-135M in bfloat16 (rows of 12 samples of 170 tokens, one thread of an
+EPYC with AVX-512 BF16, forward and backward): the matrix products of the weights take 125 ms.
+Attention takes 390 ms with a dense mask, 75 ms sample by sample with the fused kernel, and 19 ms
+with two plain products and a softmax between them. The plain products keep the attention weights
+for the backward pass, so long samples use the fused kernel.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ DENSE = ("sdpa", "eager")
 """Attention that reads a dense mask."""
 
 CHUNK = 256
-"""Tokens of branches that look back on their prefix together: few pairs between them are wasted."""
+"""Most tokens of branches that attend together: few pairs between branches are wasted."""
 
 MOST_WEIGHTS = 2**23
 """Attention weights of one product that are kept for the backward pass.
@@ -83,7 +83,7 @@ class Segment(NamedTuple):
 class Segments:
     """The segments of a batch in reading order, worked out once for all layers.
 
-    It goes to the layers in the place of a mask. It is opaque to torch on purpose: activation
+    The layers get it instead of a mask. It is opaque to torch on purpose: activation
     checkpointing keeps it for the recomputation, sharding hands it on, and `torch.compile` does not
     look into it, so that rows of new lengths compile nothing anew.
     """
@@ -110,20 +110,20 @@ def split_row(spans: Sequence[tuple[bool, int]], row: int = 0) -> list[Segment]:
 
 
 def is_packed(spans: Spans) -> bool:
-    """Whether a row holds several samples, so that causal attention alone would mix them."""
+    """Return whether a row holds several samples, so that causal attention alone mixes them."""
     return any(len(row) > 1 for row in spans)
 
 
 def dense_mask(spans: Spans, num_tokens: int, device: torch.device | str = "cpu") -> Tensor:
-    """Return the mask that says the same as the spans, pair by pair.
+    """Return the dense mask of some spans.
 
     Args:
-        spans: Of each row; what is behind the last one is padding, which sees padding.
+        spans: Spans of each row; tokens behind the last span are padding, which sees padding.
         num_tokens: Tokens of a row, padding included.
 
     Returns:
         `(rows, 1, tokens, tokens)` float32, added to the scores: 0 where a query sees a key, the
-        lowest number elsewhere. No query sees nothing: its softmax would not be a number.
+        lowest number elsewhere. Every query sees a key, else its softmax would not be a number.
     """
     group = torch.full((len(spans), num_tokens), -1)  # (rows, tokens); -1 is padding
     branch = torch.zeros_like(group)  # (rows, tokens); 0 is the prefix
@@ -152,17 +152,17 @@ _described: ContextVar[Segments | None] = ContextVar("segments of the rows", def
 def describe_rows(
     spans: Spans, implementation: str, shape: Sequence[int], device: torch.device
 ) -> Iterator[Tensor | None]:
-    """Say who sees whom while a model runs on packed rows.
+    """Tell the attention which tokens see which while a model runs on packed rows.
 
     The language model asks for its mask once in a forward pass (`_make_mask`), while this context
     is open, and hands the answer to every layer as an argument. So a layer that is recomputed in
     the backward pass has it, although the context is closed by then.
 
     Args:
-        spans: Of each row.
+        spans: Spans of each row.
         implementation: Name of the language model's attention.
-        shape: Of the batch, (rows, tokens).
-        device: Of the model.
+        shape: Shape of the batch, (rows, tokens).
+        device: Device of the model.
 
     Yields:
         The `attention_mask` to give the model; None where causal attention is all that is needed.
@@ -189,8 +189,8 @@ def describe_rows(
 
     token = _described.set(Segments(spans))
     try:
-        # With a mask of ones, transformers does not search position ids for packed samples, which
-        # would make the host wait for a GPU. `_make_mask` puts the segments in its place.
+        # With a mask of ones, transformers does not search position ids for packed samples, so the
+        # CPU does not wait for a GPU. `_make_mask` replaces that mask by the segments.
         yield torch.ones(tuple(shape), dtype=torch.bool, device=device)  # (rows, tokens)
     finally:
         _described.reset(token)
@@ -219,7 +219,7 @@ def check_described(position_ids: Tensor, attention_mask: Tensor | None) -> None
 
 
 def use_segments(model: PreTrainedModel) -> None:
-    """Let the language model of a LLaVA attend this way, if it attends by SDPA now."""
+    """Switch the language model of a LLaVA from SDPA to attention by segments."""
     if model.config.text_config._attn_implementation == "sdpa":
         model.set_attn_implementation({"text_config": SEGMENTS})
 
@@ -274,8 +274,8 @@ def attend_grouped(
     rows, heads, queries, head_dim = query.shape
     shared_heads = key.shape[1]
     repeats = heads // shared_heads
-    # Transformers does a single query well, and without a mask it repeats nothing either. Training
-    # may bring options that only transformers knows.
+    # Transformers does not repeat keys for a single query or without a mask. Training may pass
+    # options that only transformers knows.
     if (
         repeats == 1
         or queries == 1
@@ -348,7 +348,7 @@ def _attend_one(
     # Query heads that share a key head lie one behind another as more queries of one head.
     stacked = query.reshape(shared_heads, repeats * queries, head_dim)
 
-    # Long segments, and GPUs: the fused kernel, which keeps no weights for the backward pass.
+    # Use the fused kernel for long segments and on GPUs: it keeps no weights for the backward pass.
     if query.device.type != "cpu" or heads * queries * keys > MOST_WEIGHTS:
         if segment.prefix:
             seen = _sight(segment.prefix, segment.stretches, query.device)  # (queries, keys)
@@ -372,7 +372,7 @@ def _attend_one(
             )  # (1, heads, queries, value_dim)
         return out[0].reshape(heads, queries, value_dim)
 
-    # Short ones on a CPU: two plain products with a softmax between them.
+    # Use two plain products with a softmax between them for short segments on a CPU.
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
     bias = _bias(segment.prefix, segment.stretches, repeats, dtype)
     scores = torch.baddbmm(bias, stacked, key.transpose(1, 2), alpha=scaling)

@@ -1,4 +1,4 @@
-"""ModelRecipe -> (model, processor): pretrained parts composed into one standard LLaVA.
+"""Build a model and its processor from a recipe: pretrained parts as one standard LLaVA.
 
 tower           --drop unread layers, resize positions-->  vision_tower     models/vision_tower.py
 language model  --image token in an unused row---------->  language_model   models/language_model.py
@@ -58,7 +58,7 @@ class SpecialTokens:
         image: Placeholder of an image.
         ends: Tokens that end generation.
         pad: Padding.
-        bos: Begin of a text; None where there is none.
+        bos: Beginning of a text; None where there is none.
     """
 
     image: int
@@ -140,7 +140,7 @@ def join_parts(
     Raises:
         ValueError: One image is longer than the language model's context or sliding window.
     """
-    # Say in the config what the language model's head is.
+    # Describe the language model's head in the config.
     text_config = language_model.config
     text_config.architectures = [type(language_model).__name__]  # llama.cpp and vLLM read it
     head = language_model.get_output_embeddings()
@@ -156,7 +156,7 @@ def join_parts(
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(config)
 
-    # Put the parts in.
+    # Insert the parts.
     model.model.vision_tower = tower
     model.model.language_model = language_model.base_model
     model.lm_head = head
@@ -233,7 +233,7 @@ def save_checkpoint(
         weights: Whole state dict, where the model's own is sharded.
 
     Raises:
-        ValueError: The folder holds something.
+        ValueError: The folder is not empty.
     """
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"{folder} is not empty: choose another folder, or remove it")

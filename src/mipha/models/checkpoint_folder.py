@@ -1,4 +1,4 @@
-"""The folder of a pretrained model: found by name, fetched from the hub, loaded whole.
+"""Find the folder of a pretrained model, fetch it from the hub, and load it completely.
 
     name --locate--> folder or hub id --reading--> config --load_weights--> model
     name --fetch---> folder, without loading anything
@@ -120,7 +120,7 @@ def reading(folder: str, kind: str, name: str) -> Iterator[None]:
 
 
 def model_type(folder: str) -> str | None:
-    """Return the kind of model that a folder says it holds, before a class of it is chosen."""
+    """Return the `model_type` of a folder's config, by which its class is chosen."""
     return PretrainedConfig.get_config_dict(folder)[0].get("model_type")
 
 

@@ -1,4 +1,4 @@
-"""How each row of a `generate` call draws its tokens, when it ends, and how its text streams."""
+"""Sampling, stopping and streaming for each row of one `generate` call."""
 
 from __future__ import annotations
 
@@ -18,21 +18,20 @@ from transformers import (
 
 OnTokens = Callable[[list[int | None]], Collection[int]]
 """Callback of every step: takes the new token of each row (None for a row that has ended) and
-returns the rows that end now."""
+returns the rows that must end now."""
 
 _HALF_CHARACTER = "\ufffd"
-"""A decoder's sign for bytes that are no whole character; the next token may complete them."""
+"""Decoders write it for an incomplete character, which the next token may complete."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is drawn, where it is not the likeliest one.
+    """Sampling of one answer, where decoding is not greedy.
 
     Args:
         temperature: Divisor of the logits, above 0.
-        top_p: Probability that the likeliest tokens must have together; only they are drawn.
-            1: all tokens.
-        seed: Seed of the answer, whatever else is in the batch; None for a new one every time.
+        top_p: Joint probability of the likeliest tokens that may be drawn; 1 allows all tokens.
+        seed: Seed of the answer, independent of the batch; None for a new one every time.
     """
 
     temperature: float
@@ -41,9 +40,9 @@ class Sampling:
 
 
 class RowSampler(LogitsProcessor):
-    """Draws the token of each row that samples, and leaves a greedy `generate` no other choice.
+    """Draws the token of each row that samples, and makes all its other tokens impossible.
 
-    So rows with different sampling, and greedy rows, share a batch.
+    So rows with different sampling, and greedy rows, share a batch of a greedy `generate`.
     """
 
     def __init__(self, rows: Sequence[Sampling | None]) -> None:
@@ -61,7 +60,7 @@ class RowSampler(LogitsProcessor):
             scores: Logits, `(rows, vocabulary)`; changed in place.
         """
         for row, warpers, generator in self._drawn:
-            # A seed means the same on every machine only on the CPU.
+            # A seed gives the same draw on every machine only on the CPU.
             warped = warpers(input_ids[row : row + 1], scores[row : row + 1].float().cpu())
             # Sorted, so that a draw does not depend on the order of the vocabulary.
             likely, tokens = warped[0].softmax(dim=-1).sort(descending=True)  # (vocabulary,)
@@ -109,15 +108,15 @@ class RowWatch(StoppingCriteria):
 
 
 class AnswerText:
-    """The text of one answer while it is made.
+    """The text of one answer while it is generated.
 
-    No piece is taken back later, and all pieces together are the text of the whole answer.
+    The pieces together are the text of the whole answer; none is taken back later.
 
     Args:
         decode: Function from token ids to text, without special tokens.
         ends: Tokens that end the turn.
         limit: Longest answer, in tokens.
-        stop: Texts before which the answer ends.
+        stop: Texts that end the answer; they are left out.
     """
 
     def __init__(
@@ -167,7 +166,10 @@ class AnswerText:
 
 
 def _warpers(sampling: Sampling) -> LogitsProcessorList:
-    """Source: nucleus sampling, Holtzman et al. 2020, section 3.1."""
+    """Return the steps from logits to the distribution that is drawn from.
+
+    Source: nucleus sampling, Holtzman et al. 2020, section 3.1.
+    """
     warpers = LogitsProcessorList([TemperatureLogitsWarper(float(sampling.temperature))])
     if sampling.top_p < 1:
         warpers.append(TopPLogitsWarper(sampling.top_p))

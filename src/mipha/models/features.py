@@ -1,4 +1,4 @@
-"""Image features by the content of the pixels: an image seen lately is not encoded again."""
+"""A cache of image features by the content of the pixels, so that no image is encoded twice."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _IMAGES_AT_A_TIME = 8
 
 
 class ImageFeatures:
-    """Features of images, the newest of them kept.
+    """A cache of image features; the ones used longest ago are dropped first.
 
     Args:
-        model: Its tower and projector make them.
-        max_bytes: Most that is kept. An image of Mipha-3B takes 7.5 MB (729 tokens of 2,560
+        model: Model whose tower and projector compute them.
+        max_bytes: Size of the cache. An image of Mipha-3B takes 7.5 MB (729 tokens of 2,560
             float32).
     """
 
@@ -35,7 +35,7 @@ class ImageFeatures:
         Args:
             pixels: Each `(1, 3, height, width)`, as the tower reads it.
         """
-        # Look for what is kept; an image that comes twice is encoded once.
+        # Look in the cache; an image that comes twice is encoded once.
         keys = [_key(image) for image in pixels]
         found = {key: self._kept[key] for key in keys if key in self._kept}
         missing = {key: image for key, image in zip(keys, pixels, strict=True) if key not in found}
@@ -57,7 +57,7 @@ class ImageFeatures:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes that are kept now."""
+        """Bytes in the cache now."""
         return sum(features.nbytes for features in self._kept.values())
 
     def _keep(self, key: bytes, features: Tensor) -> None:

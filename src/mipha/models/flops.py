@@ -1,4 +1,4 @@
-"""FLOPs of a training step, counted from the model's matrices and from what attends to what.
+"""FLOPs of a training step, counted from the model's matrices and its attention mask.
 
                  positions that pass it     linear FLOPs      attention FLOPs
 vision tower     tokens of each image       2 x weights x n   4 x width x n^2: all see all
@@ -8,9 +8,9 @@ head             supervised positions       2 x weights x n
 
 A step costs the forward pass once; where a gradient passes, its products with the weights once
 more; where the weights train, their gradient too: 1, 2 or 3 times. Both factors of attention are
-activations, so it costs 3 times wherever a gradient passes. Padding, blank images, norms, and what
-activation checkpointing computes twice are not counted: this is what a step is worth, not what it
-costs.
+activations, so it costs 3 times wherever a gradient passes. Padding, blank images, norms, and the
+second forward pass of activation checkpointing are not counted: the count is the useful work of a
+step, not its cost.
 
 Source: PaLM (Chowdhery et al. 2022), appendix B, for 2 FLOPs a weight and token forward and twice
 that backward. There attention counts all pairs, here those of the mask.
@@ -34,14 +34,14 @@ Positions = Literal["patches", "tower tokens", "image tokens", "tokens", "superv
 
 @dataclass(frozen=True)
 class Unit:
-    """A stretch of the model, in the order of the forward pass.
+    """A section of the model, in the order of the forward pass.
 
     Args:
         part: Part that it belongs to.
         positions: Positions that pass it.
         weights: Numbers in its matrices; each is multiplied with every position.
         trained: Numbers of these that get a gradient.
-        attention: Heads times width of a head; 0 where nothing attends.
+        attention: Heads times width of a head; 0 where there is no attention.
         reached: Whether a gradient passes it in the backward pass.
     """
 
@@ -132,7 +132,7 @@ class StepFlops:
 
 
 def _units(model: LlavaForConditionalGeneration) -> Iterator[Unit]:
-    """Yield the stretches of a model in the order of the forward pass."""
+    """Yield the sections of a model in the order of the forward pass."""
     inner, config = model.model, model.config
     patches = [module for module in inner.vision_tower.modules() if isinstance(module, nn.Conv2d)]
     tower_layers = part_layers(model, "vision_tower")
@@ -153,8 +153,8 @@ def _units(model: LlavaForConditionalGeneration) -> Iterator[Unit]:
     reached = False
     for part, positions, module, attention in chain:
         reached = reached or _trains(module) or (part == "language_model" and embeddings_train)
-        # Biases, norms and scales are no products. A convolution's kernel is a matrix with more
-        # axes.
+        # Biases, norms and scales are not matrix products. A convolution's kernel is a matrix with
+        # more axes.
         matrices = [parameter for parameter in module.parameters() if parameter.dim() >= 2]
         weights = sum(num_weights(matrix) for matrix in matrices)
         trained = sum(num_weights(matrix) for matrix in matrices if matrix.requires_grad)

@@ -1,4 +1,4 @@
-"""The language model of a recipe: loaded with tokenizer and template, or refused."""
+"""Load the language model of a recipe with its tokenizer and template, or refuse it."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def load_language_model(
         else:
             model = load_weights(AutoModelForCausalLM, folder, dtype)
 
-    # Gemma 2 ends in 30 * tanh(logits / 30), for which the stock LLaVA has no place. Greedy
-    # answers are the same without it.
+    # Gemma 2 ends in 30 * tanh(logits / 30), which the stock LLaVA cannot express. Greedy answers
+    # are the same without it.
     if getattr(model.config, "final_logit_softcapping", None):
         model.config.final_logit_softcapping = None
     check_composable(model, name)
@@ -51,7 +51,7 @@ def load_language_model(
 def load_tokenizer(
     recipe: ModelRecipe,
 ) -> tuple[str, PretrainedConfig, PreTrainedTokenizerBase, str]:
-    """Load everything of a language model but its weights.
+    """Load the config, tokenizer and chat template of a language model, without its weights.
 
     Returns:
         Folder or hub id, config, tokenizer (with a pad token), and chat template.
@@ -183,8 +183,8 @@ def check_composable(model: PreTrainedModel, name: str) -> None:
     # Compare both copies.
     if not _close(logits[: len(words)], alone):
         raise ValueError(
-            f"{refused}: its logits are not its head on its hidden states, "
-            "and the stock LLaVA format has no place for more"
+            f"{refused}: its logits are more than its head on its hidden states, "
+            "which the stock LLaVA format cannot express"
         )
     if not _close(logits[len(words) : 2 * len(words)], alone):
         raise ValueError(
@@ -196,7 +196,7 @@ def check_composable(model: PreTrainedModel, name: str) -> None:
 def _close(one: Tensor, other: Tensor) -> bool:
     """Return whether most words have the same logits.
 
-    Not all: a mixture of experts may send a word that lies between two experts to either.
+    Not all, because a mixture of experts may send a word near its boundary to either expert.
     """
     differences = (one - other).abs().amax(-1)
     return bool(differences.median() <= torch.finfo(other.dtype).eps ** 0.5 * other.abs().max())

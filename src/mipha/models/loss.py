@@ -18,7 +18,7 @@ def supervised_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Return the next-token loss without making the logits of unsupervised positions.
 
-    Most positions are image or prompt, and a row of logits is 51,200 numbers for Phi-2: leaving
+    Most positions are image or prompt, and a row of logits is 51,200 numbers for Phi-2. Leaving
     them out is exact and removes most of the head's work. Chunks are recomputed in the backward
     pass, so that peak memory does not grow with length.
 

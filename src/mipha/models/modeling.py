@@ -1,7 +1,7 @@
-"""The LLaVA class of transformers, with three things that it lacks.
+"""The LLaVA class of transformers with three additions.
 
-They are the head's bias, a loss that skips what is not trained on, and rows of several samples that
-do not see one another.
+They are the head's bias, a loss over supervised positions only, and packed rows whose samples do
+not see one another.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class SupervisedOutput(LlavaCausalLMOutputWithPast):
 class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
     """Stock LLaVA with a biased head where the language model has one.
 
-    For Phi, the stock class drops the bias without a word. This class carries the stock name, and
-    says that it is no custom code, because transformers chooses the key names of a checkpoint by
-    these. So it reads and writes `language_model.model.layers.0...` like every LLaVA on the hub.
+    For Phi, the stock class silently drops the bias. This class has the stock name and reports that
+    it is no custom code, because transformers chooses the key names of a checkpoint by these. So it
+    reads and writes `language_model.model.layers.0...` like every LLaVA on the hub.
     """
 
     def __init__(self, config: LlavaConfig) -> None:
@@ -53,7 +53,7 @@ class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """Return False: else transformers would rename only some weights when it saves."""
+        """Return False, else transformers would rename only some weights when it saves."""
         return False
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
@@ -77,10 +77,10 @@ class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
         spans: Spans | None = None,
         **kwargs,
     ):
-        """Run as stock without `labels`. With them: the loss over supervised positions, no logits.
+        """Run as the stock class; with `labels`, return the loss and no logits.
 
-        The arguments are spelled out because `generate` reads this signature and drops, without a
-        word, what is not in it.
+        The arguments are spelled out because `generate` reads this signature and silently drops
+        all others.
 
         Args:
             input_ids: `(rows, tokens)`.
@@ -88,7 +88,7 @@ class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
             attention_mask: `(rows, tokens)`, or `(rows, 1, tokens, tokens)` added to the scores.
             position_ids: `(rows, tokens)`.
             labels: `(rows, tokens)`, -100 where not trained on.
-            spans: As `collate` makes them: who sees whom, in the place of `attention_mask`.
+            spans: As `collate` makes them: which tokens see which, instead of `attention_mask`.
 
         Raises:
             ValueError: A row holds several samples, and neither spans nor a mask of four axes say
@@ -103,13 +103,14 @@ class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
             **kwargs,
         }
 
-        # Say which tokens see which.
+        # Without spans, refuse packed rows that no mask describes.
         if spans is None:
             in_full = attention_mask is not None and attention_mask.dim() == 4
             if position_ids is not None and past_key_values is None and not in_full:
                 check_described(position_ids, attention_mask)
             return self._run(inputs, labels, past_key_values)
 
+        # With spans, describe the rows to the attention.
         tokens = input_ids if input_ids is not None else inputs_embeds  # (rows, tokens[, width])
         attention = self.config.text_config._attn_implementation
         with describe_rows(spans, attention, tokens.shape[:2], tokens.device) as mask:
@@ -130,7 +131,7 @@ class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
 
 
 def head_bias(config: LlavaConfig) -> bool:
-    """Whether the language model's head has a bias.
+    """Return whether the language model's head has a bias.
 
     The checkpoint's config says so; the stock class of Phi always has one.
     """

@@ -1,4 +1,4 @@
-"""Pretrained weights in Python packages, converted once into standard model folders: no hub needed.
+"""Pretrained weights from Python packages, converted once into standard folders, without a hub.
 
     packaged_folder("smollm2-135m")  ->  ~/.cache/mipha/smollm2-135m-b179c9523d0e-v1
                                      ->  AutoModelForCausalLM.from_pretrained(...)
@@ -24,8 +24,8 @@ from typing import Any, Literal
 from mipha.errors import MissingPackage
 from mipha.lookup import did_you_mean
 
-# Part of the folder's name: raised when the converters below write something else, so that folders
-# of before are not met again.
+# Part of the folder's name. It is raised when the converters below change, so that older folders
+# are not used.
 _CONVERSION = "v1"
 
 _CLS_POSITION = "onnx::Concat_1957"
@@ -66,7 +66,7 @@ def _smollm2_from_gguf(source: Path, folder: Path) -> None:
 
 
 def _dinov2_from_onnx(source: Path, folder: Path) -> None:
-    """Read the backbone's weights out of the graph; the saliency decoder behind it is left out."""
+    """Read the backbone's weights from the graph; the saliency decoder behind it is left out."""
     import onnx
     import torch
     from safetensors.torch import save_file
@@ -104,7 +104,7 @@ def _dinov2_from_onnx(source: Path, folder: Path) -> None:
     config.save_pretrained(folder)
 
     # Write the image processor: the rule of the DINOv2 releases, at the size of the positions. The
-    # package's own detector normalises alike.
+    # package's own detector normalises in the same way.
     side = {"height": 518, "width": 518}
     mean, std = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
     BitImageProcessorPil(
@@ -116,10 +116,10 @@ def _dinov2_from_onnx(source: Path, folder: Path) -> None:
 
 
 def _dinov2_arrays(graph: Any) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return all initialisers by name, and for each Dinov2 key the initialiser that holds it.
+    """Return all initialisers by name, and the initialiser of each Dinov2 key.
 
     The exporter folded the linear weights into initialisers without a name; the MatMul node that
-    reads one says whose it is.
+    reads one names its layer.
     """
     from onnx import numpy_helper
 
@@ -173,7 +173,7 @@ PACKAGED: dict[str, PackagedAsset] = {
         licence="Apache-2.0",
         kind="language_model",
         convert=_smollm2_from_gguf,
-        readers=("gguf", "accelerate"),  # transformers asks for both
+        readers=("gguf", "accelerate"),  # transformers needs both
     ),
     # DINOv2-small, fine-tuned by the package's author for saliency: the last layers serve that
     # head, so read hidden state 9 rather than the last.

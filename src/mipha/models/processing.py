@@ -19,7 +19,7 @@ IMAGE_TOKEN = "<image>"
 
 
 def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Load a chat template, fitted to a tokenizer that begins every text with a BOS (Gemma).
+    """Load a chat template; it writes the BOS of a tokenizer that begins every text with one.
 
     Args:
         name: Name in the catalog, or a .jinja file.
@@ -87,6 +87,7 @@ def build_processor(
         image_std=std,
         resample=PILImageResampling.BICUBIC,
     )
+
     return LlavaProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,

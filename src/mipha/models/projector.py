@@ -1,4 +1,4 @@
-"""The projector: two linear layers with an exact GELU between them, and where it starts from."""
+"""The projector, two linear layers with an exact GELU between them, and its initial weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mipha.models.modeling import LlavaForConditionalGeneration
 
 
 def new_projector(meta: nn.Module, language_model: PreTrainedModel) -> nn.Module:
-    """Return a projector with torch's default start, as LLaVA and Mipha have it.
+    """Return a projector with torch's default initial weights, as in LLaVA and Mipha.
 
     Args:
         meta: Projector of transformers on the meta device.
@@ -32,12 +32,12 @@ def new_projector(meta: nn.Module, language_model: PreTrainedModel) -> nn.Module
 
 @torch.no_grad()
 def calibrate_projector(model: LlavaForConditionalGeneration, pixel_values: Tensor) -> None:
-    """Start the projector where the tower's features and the text embeddings are.
+    """Fit the projector's initial weights to the tower's features and the text embeddings.
 
-    The first layer takes features that are centred and of deviation 1 in every channel (folded into
-    its weights, so the model stays the stock one); the last layer's outputs get the deviation of
-    the text embeddings. Channels of a tower differ by orders of magnitude, and the default start
-    sees little but the loudest.
+    The first layer gets features that are centred and have deviation 1 in every channel. This is
+    folded into its weights, so the model stays the stock one. The last layer's outputs get the
+    deviation of the text embeddings. Channels of a tower differ by orders of magnitude, and with
+    the default weights the largest ones hide the others.
 
     Args:
         model: Model whose projector is changed.

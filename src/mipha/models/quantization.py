@@ -12,7 +12,7 @@ from mipha.recipe import TuningRecipe
 
 
 def check_quantization(tuning: TuningRecipe, device: torch.device, num_processes: int) -> None:
-    """Refuse weights of 4 bits where they cannot run, before anything is built.
+    """Refuse weights of 4 bits where they cannot run, before a model is built.
 
     Args:
         tuning: Tuning of a stage.
@@ -30,7 +30,7 @@ def check_quantization(tuning: TuningRecipe, device: torch.device, num_processes
     fix = f"set tuning.{wanted[0]} to lora"
     if device.type != "cuda":
         raise ValueError(
-            f"{wanted[0]}=qlora computes with weights of 4 bits, which takes a GPU: "
+            f"{wanted[0]}=qlora computes with weights of 4 bits, which needs a GPU: "
             f"{fix}, or train on a GPU"
         )
     if num_processes > 1:

@@ -1,4 +1,4 @@
-"""Which parameters train: the tuning of a recipe applied to a model, and counted.
+"""Apply the tuning of a recipe to a model: which parameters train, and how many.
 
 frozen  full  last-N     requires_grad of the model's own parameters
 lora  qlora              adapters beside every linear layer of the stack: models/adapters.py
@@ -44,7 +44,7 @@ def apply_tuning(
     device: torch.device | str = "cpu",
     autocast: torch.dtype | None = None,
 ) -> list[TunedPart]:
-    """Set which parameters train, and count them. A model takes adapters a single time.
+    """Set which parameters train, and count them. A model can get adapters only once.
 
     Tensors of the tower that its features never pass (the norm behind the layer that is read, a
     mask token) stay frozen even in a tuned tower: they get no gradient, and sharded training and
@@ -88,7 +88,7 @@ def apply_tuning(
 
 
 def describe_tuning(model: LlavaForConditionalGeneration, tuning: TuningRecipe) -> list[TunedPart]:
-    """Return what trains of each part, counted in a model with its tuning applied."""
+    """Count the trained parameters of each part in a model with its tuning applied."""
     return [_count(model, part, tuning.of(part)) for part in PARTS]
 
 
@@ -177,7 +177,7 @@ def unread_parameters(model: LlavaForConditionalGeneration) -> set[str]:
         ValueError: The features depend on a parameter that no gradient reaches: tuning would not
             change it.
     """
-    # See which parameters a gradient reaches.
+    # Find the parameters that a gradient reaches.
     tensors = part_parameters(model, "vision_tower")
     before = {name: parameter.requires_grad for name, parameter in tensors.items()}
     for parameter in tensors.values():
@@ -190,9 +190,9 @@ def unread_parameters(model: LlavaForConditionalGeneration) -> set[str]:
         parameter.requires_grad_(before[name])
     unread = {name for name, gradient in zip(tensors, gradients, strict=True) if gradient is None}
     if all(tensor.is_meta for tensor in tensors.values()):
-        return unread  # a model without numbers has no features to compare
+        return unread  # a model on the meta device has no features to compare
 
-    # Change the others: the features must stay as they are.
+    # Change the unread ones: the features must stay the same.
     with torch.no_grad():
         features = _features(model)
         kept = {name: tensors[name].clone() for name in unread}
@@ -204,7 +204,7 @@ def unread_parameters(model: LlavaForConditionalGeneration) -> set[str]:
     if not same:
         raise ValueError(
             f"vision_tower: no gradient reaches {len(unread)} of its tensors, "
-            "but its features depend on them: look for code in it that cuts gradients "
+            "but its features depend on them: look in its code for cut gradients "
             "(no_grad, detach), or set tuning.vision_tower to frozen"
         )
     return unread

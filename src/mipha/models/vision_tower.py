@@ -1,9 +1,9 @@
-"""The vision tower of a recipe: loaded, cut after the layer that is read, sized to the image.
+"""Load the vision tower of a recipe, cut it after the feature layer, and fit it to the image size.
 
 Another image size needs another table of position embeddings. The table is an image of patches, one
 pixel a patch, and is resized like one: cubic convolution with a = -0.5, widened by the ratio where
 it shrinks (antialias), in float32. The positions of class tokens stay as they are. This happens
-once, when the model is built; the checkpoint holds the new table and says the new size.
+once, when the model is built; the checkpoint holds the new table and names the new size.
 
 Source: `resample_abs_pos_embed` of timm, bicubic with antialias; the BICUBIC of Pillow.
 """
@@ -75,7 +75,7 @@ def load_vision_tower(
 
 
 def read_tower(name: str) -> tuple[str | None, PretrainedConfig, list[float], list[float]]:
-    """Read everything of a tower but its weights.
+    """Read the config and the pixel scaling of a tower, without its weights.
 
     Returns:
         Folder or hub id (None for an untrained tower), config, and mean and deviation of its pixels
@@ -102,8 +102,8 @@ def read_tower(name: str) -> tuple[str | None, PretrainedConfig, list[float], li
         pixels, _ = BaseImageProcessor.get_image_processor_dict(folder)
     if not pixels.get("image_mean") or not pixels.get("image_std"):
         raise ValueError(
-            f"vision tower {name!r} does not say how its pixels are scaled: "
-            "write image_mean and image_std into its image processor"
+            f"the image processor of vision tower {name!r} lacks image_mean or image_std: "
+            "write both into its preprocessor_config.json"
         )
 
     with reading(folder, "vision tower", name):
@@ -117,9 +117,9 @@ def fit_tower(
     image_size: int | None = None,
     post_layernorm: bool = False,
 ) -> PreTrainedModel:
-    """Drop the layers above the one that is read, and resize the positions to another image size.
+    """Drop the layers above the feature layer, and resize the positions to another image size.
 
-    The last layer and pooling head of a tower read at -2 cost 4-7 % of its work, for no gradient.
+    The last layer and pooling head of a tower read at -2 are 4-7 % of its work and have no effect.
 
     Args:
         tower: Vision model of transformers.
@@ -175,6 +175,7 @@ def checked_image_size(image_size: int | None, config: PretrainedConfig) -> int:
             f"the tower reads images of {own} pixels in patches of {patch}: "
             "only square ones can be used"
         )
+
     if image_size in (None, own):
         return own
     if image_size % patch:
@@ -226,11 +227,11 @@ def _with_post_layernorm(tower: PreTrainedModel) -> PreTrainedModel:
     """Return the tower with its normed output as last hidden state, the one that LLaVA reads.
 
     SigLIP and ViT do so by a key of their config, which every transformers in the range of
-    `pyproject.toml` reads; transformers computes the norm, so nothing has to be folded. (Folding
-    would not do: the norm's scale and shift go into the projector's first layer, the division by
-    each token's deviation does not.) A DINOv2 takes its hidden states before the norm, inside its
-    encoder: it becomes the ViT that computes the same. CLIP was trained with a norm on its class
-    token alone.
+    `pyproject.toml` reads; transformers computes the norm, so no weights are folded. (Folding
+    cannot work: the projector's first layer can take the norm's scale and shift, but not the
+    division by each token's deviation.) A DINOv2 takes its hidden states before the norm, inside
+    its encoder, so it becomes the ViT that computes the same. CLIP was trained with a norm on its
+    class token alone.
     """
     refused = f"post_layernorm=true is not supported for {tower.config.model_type!r} towers"
     outputs = _outputs(tower)

@@ -1,4 +1,4 @@
-"""Checkpoints of any family, tower and tokenizer, small and random, and llama.cpp to read what becomes of them."""
+"""Small random checkpoints of any family, tower and tokenizer, and llama.cpp to read them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytest.importorskip("xllamacpp")
 
 
 @pytest.fixture(scope="session")
-def picture() -> Image.Image:
+def image() -> Image.Image:
     """Noise of the size that the tiny towers want, so that nobody resizes it."""
     return Image.fromarray(np.random.default_rng(0).integers(0, 255, (28, 28, 3), dtype=np.uint8))
 
@@ -33,7 +33,7 @@ def picture() -> Image.Image:
 def checkpoint(
     tiny_parts: Callable, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[..., Path]:
-    """`checkpoint("Qwen3ForCausalLM", "clip", head_dim=16)`: a saved model; every vector in it has something to say."""
+    """`checkpoint("Qwen3ForCausalLM", "clip", head_dim=16)`: a saved model without zero vectors."""
     root = tmp_path_factory.mktemp("checkpoints")
 
     def make(
@@ -62,7 +62,8 @@ def checkpoint(
             model_class.config_class(**WIDTHS | TEXT | ids | {"initializer_range": 0.15} | facts)
         )
         _fill(language_model)
-        # Never the likeliest: of an answer that is empty, or half a letter, llama.cpp's server tells no numbers.
+        # Never the likeliest: llama.cpp's server gives no numbers for an answer that is empty or
+        # half a letter.
         silent = {
             *tokenizer.all_special_ids,
             *(i for i in range(len(tokenizer)) if "\ufffd" in tokenizer.decode([i])),

@@ -1,4 +1,4 @@
-"""What llama.cpp computes from our files against what we compute: every family of language models, both towers, every kind of weights."""
+"""llama.cpp computes our numbers from our files: every family, tower and kind of weights."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def ours(checkpoint: Path, picture: Image.Image) -> tuple[list[np.ndarray], list[int], np.ndarray]:
-    """Log-probabilities of the first token without and with the picture, prompt lengths, and image features."""
+def ours(checkpoint: Path, image: Image.Image) -> tuple[list[np.ndarray], list[int], np.ndarray]:
+    """Log-probabilities of the first token without and with the image, prompt lengths, features."""
     import torch
 
     from mipha.assistant import load
@@ -81,10 +81,10 @@ def ours(checkpoint: Path, picture: Image.Image) -> tuple[list[np.ndarray], list
     assistant = load(checkpoint, "cpu")
     found, lengths = [], []
     with torch.inference_mode():
-        pixels = assistant.pixels(picture)
-        for text, image in ((QUESTION, None), (f"{IMAGE}\n{QUESTION}", pixels)):
+        pixels = assistant.pixels(image)
+        for text, values in ((QUESTION, None), (f"{IMAGE}\n{QUESTION}", pixels)):
             ids = assistant.prompt_ids([Message("user", text)])
-            logits = assistant.model(input_ids=torch.tensor([ids]), pixel_values=image).logits[
+            logits = assistant.model(input_ids=torch.tensor([ids]), pixel_values=values).logits[
                 0, -1
             ]
             found.append(logits.log_softmax(-1).numpy())
@@ -94,14 +94,14 @@ def ours(checkpoint: Path, picture: Image.Image) -> tuple[list[np.ndarray], list
 
 
 def theirs(
-    folder: Path, kind: str, picture: Image.Image
+    folder: Path, kind: str, image: Image.Image
 ) -> tuple[list[np.ndarray], list[int], np.ndarray]:
     with LlamaCpp(
         folder / f"model-{kind}.gguf", next(folder.glob("mmproj-*.gguf")), threads=1, context=256
     ) as model:
-        found = [model.first_token_logits(image, QUESTION) for image in (None, picture)]
-        lengths = [model.reply(image, QUESTION, 1).num_prompt_tokens for image in (None, picture)]
-        return found, lengths, model.image_embeddings(picture)
+        found = [model.first_token_logits(shown, QUESTION) for shown in (None, image)]
+        lengths = [model.reply(shown, QUESTION, 1).num_prompt_tokens for shown in (None, image)]
+        return found, lengths, model.image_embeddings(image)
 
 
 def difference(one: np.ndarray, other: np.ndarray) -> float:
@@ -110,20 +110,21 @@ def difference(one: np.ndarray, other: np.ndarray) -> float:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_computes_in_llama_cpp_what_it_computes_here(
-    checkpoint: Callable[..., Path], picture: Image.Image, tmp_path: Path, family: str
+    checkpoint: Callable[..., Path], image: Image.Image, tmp_path: Path, family: str
 ) -> None:
     class_name, facts = FAMILIES[family]
     source = checkpoint(class_name, "siglip", **facts)
     export_gguf(source, tmp_path / "out", ["f32"])
-    (text, with_picture), lengths, features = ours(source, picture)
+    (text, with_picture), lengths, features = ours(source, image)
     (their_text, their_picture), their_lengths, their_features = theirs(
-        tmp_path / "out", "f32", picture
+        tmp_path / "out", "f32", image
     )
     assert their_lengths == lengths  # the template, its image mark and BOS
-    # Weights are the same; llama.cpp keeps keys and values in 16 bits, and looks GELU up in a table of 16 bits.
+    # Weights are the same; llama.cpp keeps keys and values in 16 bits, and looks GELU up in a table
+    # of 16 bits.
     assert difference(text, their_text) < 0.02
     assert difference(with_picture, their_picture) < 0.03
-    assert difference(text, with_picture) > 0.3  # which the picture changes far more
+    assert difference(text, with_picture) > 0.3  # which the image changes far more
     assert difference(text[np.arange(len(text)) - 1], text) > 1
     scaled = family in (
         "gemma",
@@ -136,31 +137,32 @@ def test_every_family_computes_in_llama_cpp_what_it_computes_here(
 
 
 def test_clip_is_right_but_for_its_first_patch(
-    checkpoint: Callable[..., Path], picture: Image.Image, tmp_path: Path
+    checkpoint: Callable[..., Path], image: Image.Image, tmp_path: Path
 ) -> None:
     source = checkpoint("Qwen2ForCausalLM", "clip", **GROUPED)
     export_gguf(source, tmp_path / "out", ["f32"])
-    _, _, features = ours(source, picture)
-    _, _, their_features = theirs(tmp_path / "out", "f32", picture)
+    _, _, features = ours(source, image)
+    _, _, their_features = theirs(tmp_path / "out", "f32", image)
     small = 0.005 * np.abs(features).max()
-    # llama.cpp issue 25814: one patch is left out, and the class token comes last; a build that mends it gets all
+    # llama.cpp issue 25814: one patch is left out, and the class token comes last; a build that
+    # fixes it gets all.
     shifted = difference(features[1:], their_features[:-1]) < small
     assert shifted or difference(features, their_features) < small
     assert difference(features[1:], features[:-1]) > 20 * small
 
 
 def test_a_normed_last_layer_is_normed_there_too(
-    checkpoint: Callable[..., Path], picture: Image.Image, tmp_path: Path
+    checkpoint: Callable[..., Path], image: Image.Image, tmp_path: Path
 ) -> None:
     source = checkpoint(recipe={"post_layernorm": True, "feature_layer": -1})
     export_gguf(source, tmp_path / "out", ["f32"])
-    _, _, features = ours(source, picture)
-    _, _, their_features = theirs(tmp_path / "out", "f32", picture)
+    _, _, features = ours(source, image)
+    _, _, their_features = theirs(tmp_path / "out", "f32", image)
     assert difference(features, their_features) < 0.005 * np.abs(features).max()
 
 
 def test_fewer_bits_are_smaller_files_of_the_same_model(
-    checkpoint: Callable[..., Path], picture: Image.Image, tmp_path: Path
+    checkpoint: Callable[..., Path], image: Image.Image, tmp_path: Path
 ) -> None:
     kinds = {"f32": 0.02, "f16": 0.03, "bf16": 0.2, "q8_0": 0.5, "q4_0": 4.0}
     widths = {"hidden_size": 128, "intermediate_size": 256, "initializer_range": 0.08}
@@ -175,9 +177,9 @@ def test_fewer_bits_are_smaller_files_of_the_same_model(
         and sizes[1] == pytest.approx(sizes[2], rel=0.01)
         and sizes[2] > sizes[3] > sizes[4]
     )
-    (text, _), _, _ = ours(source, picture)
+    (text, _), _, _ = ours(source, image)
     for kind, most in kinds.items():
-        assert difference(text, theirs(tmp_path / "out", kind, picture)[0][0]) < most
+        assert difference(text, theirs(tmp_path / "out", kind, image)[0][0]) < most
 
 
 def test_a_quantised_model_alone_leaves_no_other_behind(
@@ -245,7 +247,7 @@ def test_other_towers_are_refused_with_those_that_can(tiny_model: Callable, tmp_
 def test_a_wrong_wish_gets_one_sentence(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no quantisation 'q3': give f32, f16"):
         export_gguf(llama, tmp_path / "out", ["f16", "q3"])
-    with pytest.raises(ValueError, match="no quantisation is asked for"):
+    with pytest.raises(ValueError, match="no quantisation is given"):
         export_gguf(llama, tmp_path / "out", [])
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match="exists: choose another -o"):

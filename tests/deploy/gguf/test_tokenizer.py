@@ -1,4 +1,4 @@
-"""Texts in tokens and conversations in text: llama.cpp with our fields and template, and transformers."""
+"""llama.cpp with our fields and template tokenizes and renders as transformers does."""
 
 from __future__ import annotations
 
@@ -38,8 +38,14 @@ TEXTS = (
     " ",
 )
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"]
-WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-TEMPLATE = "{% for message in messages %}{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}{% endfor %}"
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TEMPLATE = (
+    "{% for message in messages %}{% generation %}{{ message.content + '<|im_end|>' }}"
+    "{% endgeneration %}{% endfor %}"
+)
 
 
 def byte_level(*steps: Any, regex: bool = True, **facts: Any) -> Any:
@@ -71,7 +77,7 @@ def digits() -> Any:
 
 
 def sentence_piece(prepends: bool = False, swallows: bool = False) -> Any:
-    """A SentencePiece BPE as tokenizer.json has it; with special tokens that swallow the white space behind them, as Phi-3's."""
+    """A SentencePiece BPE; its special tokens may swallow white space, as Phi-3's."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
@@ -165,7 +171,7 @@ def test_rows_and_special_tokens(tmp_path: Path) -> None:
         and types["[PAD599]"] == UNUSED
     )
     assert types["<|im_end|>"] == 3 and types["    "] == 4 and types["a"] == 1
-    assert types["<image>"] == UNUSED  # a question that names it is not read as a picture
+    assert types["<image>"] == UNUSED  # a question that names it is not read as a image
     assert (values["eos_token_id"], values["eot_token_id"], values["padding_token_id"]) == (2, 0, 0)
     assert "bos_token_id" not in values and values["add_bos_token"] is False
     _, fields = fields_of(sentence_piece(), tmp_path)
@@ -250,7 +256,7 @@ def tokenizer(tiny_parts: Callable):
 
 
 @pytest.mark.parametrize("name", ["chatml", "gemma", "llama-3", "phi-3", "vicuna"])
-def test_the_mark_stands_where_the_picture_stood(tokenizer, name: str) -> None:
+def test_the_mark_stands_where_the_image_stood(tokenizer, name: str) -> None:
     template = load_template(name, tokenizer)
     theirs = gguf_template(template, tokenizer)
     assert "generation -%}" not in theirs.replace("add_generation_prompt -%}", "")
@@ -260,12 +266,12 @@ def test_the_mark_stands_where_the_picture_stood(tokenizer, name: str) -> None:
             list(messages), chat_template=template, add_generation_prompt=True, tokenize=False
         )
 
-    words, picture = {"type": "text", "text": 'What\'s "it"?'}, {"type": "image"}
+    words, image = {"type": "text", "text": 'What\'s "it"?'}, {"type": "image"}
     later = ({"role": "assistant", "content": "a cat"}, {"role": "user", "content": "Sure?"})
     for before in ((), (SYSTEM,)):
-        own = render(template, *before, {"role": "user", "content": [picture, words]}, *later)
+        own = render(template, *before, {"role": "user", "content": [image, words]}, *later)
         assert own.count("<image>\n") == 1 and own.startswith("<bos>")
-        # llama.cpp makes one text of a message with a picture; builds before 2026 hand over its parts
+        # llama.cpp makes one text of a message with an image; builds before 2026 pass on its parts
         for content in (MARK + words["text"], [{"type": "media_marker", "text": MARK}, words]):
             assert render(
                 theirs, *before, {"role": "user", "content": content}, *later
@@ -274,16 +280,20 @@ def test_the_mark_stands_where_the_picture_stood(tokenizer, name: str) -> None:
         assert render(theirs, *before, *plain) == render(template, *before, *plain)
 
 
-def test_a_template_without_pictures_is_refused(tokenizer) -> None:
-    template = "{% for message in messages %}{% for part in message.content %}{{ part.text }}{% endfor %}{% endfor %}"
+def test_a_template_without_images_is_refused(tokenizer) -> None:
+    template = (
+        "{% for message in messages %}{% for part in message.content %}{{ part.text }}"
+        "{% endfor %}{% endfor %}"
+    )
     with pytest.raises(ValueError, match="writes no <image> for a part of type image"):
         gguf_template(template, tokenizer)
 
 
-def test_a_template_that_counts_pictures_is_refused(tokenizer) -> None:
+def test_a_template_that_counts_images_is_refused(tokenizer) -> None:
     template = (
         "{% for message in messages %}{% for part in message.content %}"
-        "{% if part.type == 'image' %}{{ loop.index }}<image>\n{% else %}{{ part.text }}{% endif %}{% endfor %}{% endfor %}"
+        "{% if part.type == 'image' %}{{ loop.index }}<image>\n{% else %}{{ part.text }}{% endif %}"
+        "{% endfor %}{% endfor %}"
     )
     with pytest.raises(ValueError, match=r"in a way that llama\.cpp cannot reproduce"):
         gguf_template(template, tokenizer)
@@ -310,25 +320,24 @@ def test_ollama_is_told_the_same(tokenizer) -> None:
         "{{ else }}<|im_end|>USER: {{ end }}" in told
         and "{{ .Content }}{{ end }} ASSISTANT:{{ else }} {{ .Content }}" in told
     )
-    assert (
-        "{{ slice .Content 0 7 }}\n{{ slice .Content 7 }}" in told
-    )  # a new line behind the picture
+    assert "{{ slice .Content 0 7 }}\n{{ slice .Content 7 }}" in told  # a new line behind the image
     assert 'PARAMETER stop "<|im_end|>"\nPARAMETER stop "<|endoftext|>"\n' in told
     assert told.endswith(
-        'LICENSE """vision tower (siglip-base-224): Apache-2.0; language model (mine): not known"""\n'
+        'LICENSE """vision tower (siglip-base-224): Apache-2.0; '
+        'language model (mine): not known"""\n'
     )
 
 
 def test_a_system_turn_that_the_template_refuses_is_left_out(tokenizer) -> None:
     template = (
-        "{% for message in messages %}{% if message.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
-        + (
-            "{% if message.content is string %}[{{ message.content }}]{% else %}"
-            "{% for part in message.content %}{{ part.text or '<image>' }}{% endfor %}{% endif %}{% endfor %}"
-        )
+        "{% for message in messages %}"
+        "{% if message.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+        "{% if message.content is string %}[{{ message.content }}]{% else %}"
+        "{% for part in message.content %}{{ part.text or '<image>' }}{% endfor %}{% endif %}"
+        "{% endfor %}"
     )
     told = modelfile("a", "b", tokenizer, template, [], [])
     assert (
-        '{{ if eq .Role "system" }}{{ else if eq .Role "user" }}{{ if eq $last "" }}[{{ else if eq $last "system" }}[{{ else }}]['
-        in told
+        '{{ if eq .Role "system" }}{{ else if eq .Role "user" }}{{ if eq $last "" }}['
+        '{{ else if eq $last "system" }}[{{ else }}][' in told
     )

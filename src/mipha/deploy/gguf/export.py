@@ -1,6 +1,6 @@
-"""A run or a checkpoint -> a folder of GGUF files, ready for llama.cpp and Ollama.
+"""Export a run or a checkpoint as a folder of GGUF files for llama.cpp and Ollama.
 
-Beside the GGUF files lie a README for people and a Modelfile for Ollama.
+The folder also gets a README and a Modelfile for Ollama.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mipha.run import model_folder, open_run
 QUANTISED = ("q4_0", "q4_k_m", "q5_k_m", "q6_k")
 """Kinds that llama.cpp's quantiser makes of a file in f16."""
 
-# Letters of no language, by which the text between words is found.
+# Private letters that no language has: the text between them is found by their places.
 _SYSTEM, _ASKED, _ANSWERED, _ASKED_AGAIN = "\ue000", "\ue001", "\ue002", "\ue003"
 
 
@@ -85,7 +85,7 @@ def export_gguf(source: Path, out: Path, quantize: Sequence[str] = ("f16",)) -> 
     if unknown := [kind for kind in kinds if kind not in known]:
         raise ValueError(f"no quantisation {unknown[0]!r}: give {', '.join(known)}")
     if not kinds:
-        raise ValueError(f"no quantisation is asked for: give some of {', '.join(known)}")
+        raise ValueError(f"no quantisation is given: choose from {', '.join(known)}")
     folder = model_folder(source)
     if out.exists():
         raise ValueError(f"{out} exists: choose another -o, or remove it")
@@ -289,25 +289,24 @@ def readme(
         else "squashes it"
     )
     differs = [
-        "A square picture is scaled by llama.cpp as by the checkpoint (Pillow's bicubic rule; "
-        "seen in b11549). Another shape llama.cpp scales first and pads then, with the colour "
+        "llama.cpp scales a square image as the checkpoint does (Pillow's bicubic rule; seen in "
+        "b11549). It scales an image of another shape first and then pads it with the colour "
         f"(122, 116, 104); the checkpoint {own}. "
-        "Give pictures that are prepared so, and nothing differs.",
-        "The projector's GELU is computed by its tanh form, from a table in 16 bits, "
-        "as every GELU in llama.cpp.",
+        "With images that are prepared in this way, there is no difference.",
+        "llama.cpp computes the projector's GELU, as every GELU, by its tanh form, from a table in "
+        "16 bits.",
     ]
     if config.vision_config.model_type.startswith("clip"):
         differs.append(
-            "llama.cpp's LLaVA puts CLIP's class token behind the patches, then leaves out the "
-            "first in the belief that it is this token (issue 25814): the first patch of a "
-            "picture, in the corner, is missing, and the class token stands behind the last. "
-            "The other patches are right, here also their positions. Builds with its pull request "
-            "25844 lack nothing."
+            "llama.cpp's LLaVA puts CLIP's class token behind the patches and leaves out the first "
+            "patch instead of this token (issue 25814): the first patch of an image, in "
+            "the corner, is missing, and the class token stands behind the last. The other patches "
+            "and their positions are right. Builds with its pull request 25844 read all patches."
         )
     if family_of(config.text_config).scales_images:
         differs.append(
             "llama.cpp multiplies image features by the root of the language model's width, as it "
-            "does words; the projector's last layer is divided by it, so that nothing differs."
+            "does words; the projector's last layer is divided by it, so the result is the same."
         )
     files = "\n".join(
         f"- `{model}`: the language model, with its tokenizer and chat template" for model in models
@@ -324,7 +323,8 @@ A multimodal small language model for llama.cpp and Ollama, exported by mipha.
 
 ```
 llama-server -m {models[0]} --mmproj {mmproj} --jinja
-llama-mtmd-cli -m {models[0]} --mmproj {mmproj} --jinja --image picture.jpg -p "What is in the picture?" --temp 0
+llama-mtmd-cli -m {models[0]} --mmproj {mmproj} --jinja --temp 0 \\
+    --image image.jpg -p "What is in the image?"
 ollama create {name.lower()} -f Modelfile
 ```
 

@@ -1,4 +1,4 @@
-"""The language model as llama.cpp reads it: the families it knows, their fields, their weights.
+"""Write the language model as llama.cpp reads it: families, fields and weights.
 
 Source: llama.cpp `conversion/{phi,qwen,stablelm,gemma,gpt_neox,llama}.py` and `src/models/*.cpp`,
     for names, layouts and the computation of each graph; b11549 was run.
@@ -17,13 +17,13 @@ from transformers import PretrainedConfig
 
 from mipha.deploy.gguf.writer import Field, Tensor, Weights, gguf
 
-# The last one is exact in the model, and tanh in llama.cpp.
+# The last one is exact in the checkpoint, and tanh in llama.cpp.
 _TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu")
 _SILU = ("silu", "swish")
 
 UNCAPPED = 1e5
-"""A bound of the logits that changes none: llama.cpp always applies Gemma 2's, and c * tanh(x / c)
-is x where c is large."""
+"""A bound of the logits that has no effect: llama.cpp always applies Gemma 2's bound, and
+c * tanh(x / c) is x where c is large."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Family:
         tied: Whether it takes the word embeddings as head where there is none.
         window: Period of the layers that see a window; the last of each period sees all. 0 means
             that all layers see all.
-        scales_images: Whether its graph multiplies image features, as if they were words, by the
-            root of the width.
+        scales_images: Whether its graph multiplies image features, like words, by the root of the
+            width.
     """
 
     architecture: str
@@ -116,15 +116,15 @@ def family_of(config: PretrainedConfig) -> Family:
 
 
 def language_model_fields(config: PretrainedConfig) -> dict[str, Field]:
-    """Return everything about the language model but its tokenizer, by llama.cpp's keys."""
+    """Return the fields of the language model, without its tokenizer, by llama.cpp's keys."""
     family = family_of(config)
     head_dim = _head_dim(config)
     rope = _ropes(config)
     window = getattr(config, "sliding_window", None)
     context = config.max_position_embeddings
     if window and not family.window:
-        # llama.cpp lets all layers of a Phi-3 or Mistral see the whole context. In a context that
-        # is shorter than the window that is the same.
+        # In llama.cpp all layers of a Phi-3 or Mistral see the whole context, which is the same in
+        # a context that is no longer than the window.
         context = min(context, window)
 
     fields: dict[str, Any] = {
@@ -144,7 +144,7 @@ def language_model_fields(config: PretrainedConfig) -> dict[str, Field]:
         "vocab_size": config.vocab_size,
     }
 
-    # Add what only some families have.
+    # Add the fields that only some families have.
     if hasattr(config, "rms_norm_eps"):
         fields["attention.layer_norm_rms_epsilon"] = float(config.rms_norm_eps)
     else:
@@ -201,7 +201,7 @@ def language_model_tensors(weights: Weights, config: PretrainedConfig) -> list[T
         for norm, keys in norms.items()
     ]
 
-    # Add what llama.cpp wants as a tensor of its own.
+    # Add the tensors that llama.cpp needs and the checkpoint lacks.
     if config.tie_word_embeddings and not family.tied:
         (words,) = (tensor for tensor in found if tensor.name == "token_embd.weight")
         found.append(Tensor("output.weight", words.shape, words.read, words.kept))

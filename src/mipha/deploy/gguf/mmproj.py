@@ -1,4 +1,4 @@
-"""Tower and projector as llama.cpp's multimodal runtime reads them (`mmproj`): CLIP or SigLIP.
+"""Write tower and projector as llama.cpp's multimodal runtime reads them (`mmproj`).
 
 Source: llama.cpp `tools/mtmd/clip.cpp`, `clip-impl.h` and `models/llava.cpp`: names, fields, and
     the computation of the graph.
@@ -69,14 +69,14 @@ def check_mmproj(config: LlavaConfig) -> None:
         if found not in known:
             raise ValueError(
                 f"{key} is {found!r}, but llama.cpp's LLaVA computes only "
-                f"{' or '.join(map(repr, known))}: build the model so"
+                f"{' or '.join(map(repr, known))}: build the model with that value"
             )
 
 
 def mmproj_fields(
     config: LlavaConfig, image_mean: list[float], image_std: list[float]
 ) -> dict[str, Field]:
-    """Return everything about tower, projector and images, by llama.cpp's keys.
+    """Return the fields of tower, projector and images, by llama.cpp's keys.
 
     Args:
         config: Config of the model.

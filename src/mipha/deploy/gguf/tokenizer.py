@@ -1,7 +1,7 @@
-"""Tokenizer and chat template as llama.cpp reads them.
+"""Write tokenizer and chat template as llama.cpp reads them.
 
 The tokenizer: its tokens, how a text is split into words, merges or scores, and special tokens. The
-chat template: images come to it as marks in the text, and `generation` blocks mean nothing to it.
+chat template: llama.cpp passes images to it as marks in the text, and knows no `generation` blocks.
 
 Source: llama.cpp `src/llama-vocab.cpp` for the names of pre-tokenizers and the two kinds of
     tokenizer, `gguf` for the keys; `common/chat.cpp` (`to_json_oaicompat`: a message with media
@@ -50,13 +50,13 @@ def tokenizer_fields(
     num_rows: int,
     ends: list[int],
 ) -> dict[str, Field]:
-    """Return everything about the tokenizer, by llama.cpp's keys.
+    """Return the fields of the tokenizer, by llama.cpp's keys.
 
     Args:
         content: Content of tokenizer.json.
         tokenizer: The same tokenizer, loaded.
         template: The checkpoint's chat template, which names the token that ends a turn.
-        num_rows: Rows of the word embeddings. Rows without a word become tokens that no text has.
+        num_rows: Rows of the word embeddings. Rows without a token become tokens that no text has.
         ends: Tokens that end generation.
 
     Raises:
@@ -156,7 +156,7 @@ def _adds_space(content: dict[str, Any]) -> bool:
     """Return whether a SentencePiece tokenizer puts a space before every text.
 
     Raises:
-        ValueError: It changes text otherwise than by making spaces visible.
+        ValueError: It changes text in other ways than by making spaces visible.
     """
     normalizers = _flat(content["normalizer"], "normalizers")
     splits = _flat(content["pre_tokenizer"], "pretokenizers")
@@ -275,7 +275,8 @@ _PRELUDE = """\
     {%- for part in message.content -%}{%- set words.text = words.text + part.text -%}{%- endfor -%}
   {%- endif -%}
   {%- if '<__media_' in words.text -%}
-    {%- set words.text = words.text | replace('<__media_', BEFORE + '<__media_') | replace('__>', '__>' + AFTER) -%}
+    {%- set words.text = words.text | replace('<__media_', BEFORE + '<__media_') \
+| replace('__>', '__>' + AFTER) -%}
   {%- endif -%}
   {%- set marked.messages = marked.messages + [{'role': message.role, 'content': words.text}] -%}
 {%- endfor -%}
@@ -287,7 +288,7 @@ _PRELUDE = """\
 def gguf_template(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a template that writes in llama.cpp what the checkpoint's writes here.
 
-    An image's mark stands in place of its token. The text that the template writes around an image
+    An image's mark replaces its token. The text that the template writes around an image
     is found by rendering it.
 
     Args:

@@ -1,4 +1,4 @@
-"""One GGUF file, written tensor by tensor, so that a large model needs little memory."""
+"""Write one GGUF file tensor by tensor, so that a large model needs little memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Tensor:
     Args:
         name: llama.cpp's name.
         shape: Its shape.
-        read: Function that makes it, as float32.
+        read: Function that returns it as float32.
         kept: Whether it is a norm, a bias or a position table: float32 in every file.
     """
 
@@ -113,7 +113,7 @@ def write_gguf(
     for key, value in fields.items():
         _add_field(writer, key, value)
 
-    # Announce the tensors; the file begins with all names, types and places.
+    # Write the header: all names, types and places.
     types = [_type_of(tensor, gguf.GGMLQuantizationType[KINDS[kind]]) for tensor in tensors]
     for tensor, dtype in zip(tensors, types, strict=True):
         stored = (
@@ -130,7 +130,7 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
 
-    # Write them one by one.
+    # Write the tensors one by one.
     for tensor, dtype in zip(tensors, types, strict=True):
         array = tensor.read()
         assert array.shape == tensor.shape, f"{tensor.name} is {array.shape}, not {tensor.shape}"

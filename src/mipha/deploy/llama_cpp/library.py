@@ -1,9 +1,9 @@
 """llama.cpp's C functions, for tokens, image embeddings and rounding.
 
 Its server in Python offers none of these. `load_library` declares the functions; `Vocabulary` and
-`Vision` are a model's two halves opened with them. A wrong layout of a struct would silently be
-read as other numbers. So the two structs that are passed are first asked for their defaults, which
-are compared with the known ones.
+`Vision` are a model's two halves opened with them. A struct with a wrong layout would silently give
+other numbers. So llama.cpp first fills the two structs that are passed with its defaults, which are
+compared with the known ones.
 
 Source: llama.cpp b11549 `include/llama.h`, `ggml/include/ggml.h`, `tools/mtmd/mtmd.h`; the defaults
     in `src/llama-model.cpp` and `tools/mtmd/mtmd.cpp`.
@@ -42,7 +42,7 @@ TESTED = "2026.10.11549"
 """The version of xllamacpp whose headers were read."""
 
 LOG_LOCK = RLock()
-"""Held while llama.cpp's messages are redirected, which is one setting for the whole process. A
+"""Lock that is held while llama.cpp's messages are redirected, which affects the whole process. A
 server is opened and closed under it too, because both wait for its thread."""
 
 _LogCallback = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)
@@ -209,7 +209,7 @@ def load_library() -> ctypes.CDLL:
     for params in (library.llama_model_default_params(), library.mtmd_context_params_default()):
         if unexpected := _unexpected(params):
             raise ValueError(
-                f"xllamacpp {xllamacpp.__version__} passes parameters otherwise than known here "
+                f"xllamacpp {xllamacpp.__version__} has other parameters than the ones known here "
                 f"({unexpected}): {install}"
             )
 
@@ -287,7 +287,7 @@ class Vocabulary:
 
     def tokenize(self, text: str) -> list[int]:
         """Return the token ids of a text; special tokens are read as such, none is put in front."""
-        # No token is empty; the rest is for a space that is put in front.
+        # No token is empty; the spare room is for a space that is put in front.
         encoded = text.encode()
         ids = (ctypes.c_int32 * (len(encoded) + 8))()
         with LOG_LOCK, captured_errors(self._library):
@@ -381,5 +381,5 @@ def unreadable(path: Path, errors: Sequence[str]) -> str:
 
 
 def _first(errors: Sequence[str]) -> str:
-    """Return the first message, which tells most: later ones repeat that there was an error."""
+    """Return the first message: later ones only repeat that there was an error."""
     return errors[0] if errors else "it gives no reason"

@@ -1,7 +1,7 @@
-"""A GGUF model in fewer bits: llama.cpp's rounding, and its choice of bits for each matrix.
+"""Quantise a GGUF model with llama.cpp's rounding and its choice of bits for each matrix.
 
-`xllamacpp` comes without llama.cpp's program for this, but with its rounding. So only the choice of
-types is written here.
+`xllamacpp` has llama.cpp's rounding but not its program for this, so the choice of types is written
+here.
 
 Source: llama.cpp b11549 `src/llama-quant.cpp` (tensor_allows_quantization, tensor_type_fallback,
     llama_tensor_get_type_impl), for a dense model and without an importance matrix.
@@ -103,6 +103,7 @@ def _types(reader: Any, kind: Kind) -> dict[str, str]:
         (int(found[1]) for name in shapes if (found := re.match(r"blk\.(\d+)\.", name))), default=0
     )
     head = "output.weight" if "output.weight" in shapes else "token_embd.weight"
+
     types = {}
     for tensor in reader.tensors:
         name, shape = tensor.name, shapes[tensor.name]
@@ -112,6 +113,8 @@ def _types(reader: Any, kind: Kind) -> dict[str, str]:
             and not name.endswith("_norm.weight")
             and name not in _NOT_WEIGHTS
         )
+
+        # Choose by the place in the model.
         if not is_matrix:
             types[name] = tensor.tensor_type.name
         elif name == head:
@@ -120,6 +123,8 @@ def _types(reader: Any, kind: Kind) -> dict[str, str]:
             types[name] = "Q6_K" if _needs_more_bits(int(found[1]), num_layers) else kind.base
         else:
             types[name] = kind.base
+
+        # Take smaller blocks where the rows do not divide into these.
         if is_matrix and shape[0] % _block(types[name]):
             types[name] = _FALLBACK.get(types[name], types[name])
         if is_matrix and shape[0] % _block(types[name]):
@@ -141,11 +146,15 @@ def _write(reader: Any, types: dict[str, str], kind: Kind, path: Path) -> None:
     writer = gguf.GGUFWriter(path, reader.fields["general.architecture"].contents())
     writer.add_file_type(gguf.LlamaFileType[kind.file_type])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+    # Copy the fields.
     for field in reader.fields.values():
         if not field.name.startswith("GGUF.") and field.name not in _WRITTEN_BY_THE_WRITER:
             item = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
             writer.add_key_value(field.name, field.contents(), field.types[0], sub_type=item)
+
     try:
+        # Write the header: all names, types and places.
         for tensor in reader.tensors:
             dtype = gguf.GGMLQuantizationType[types[tensor.name]]
             shape = tensor.shape.tolist()[::-1]
@@ -159,6 +168,8 @@ def _write(reader: Any, types: dict[str, str], kind: Kind, path: Path) -> None:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
+
+        # Write the tensors one by one.
         for tensor in reader.tensors:
             same = types[tensor.name] == tensor.tensor_type.name
             writer.write_tensor_data(

@@ -1,7 +1,7 @@
-"""A GGUF model that answers in this process, through llama.cpp's own server.
+"""Run a GGUF model in this process, through llama.cpp's own server.
 
-Chat template, image preprocessing and sampling are the server's, so this is what every user of the
-files gets.
+Chat template, image preprocessing and sampling are the server's, so every user of the files gets
+the same answers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from mipha.deploy.llama_cpp.library import (
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer, and how sure each of its tokens was.
+    """An answer, with the margin of each of its tokens.
 
     Args:
         text: Text of the answer, stripped.
@@ -54,8 +54,8 @@ class Reply:
 class LlamaCpp:
     """A GGUF model in llama.cpp; a context manager, because it holds much memory.
 
-    Its server also listens on a local port that the system picks, and answers no question there:
-    the key is kept secret.
+    Its server also listens on a local port that the system picks, but its key is secret, so no
+    other program can use it.
 
     Args:
         model: GGUF of the language model.
@@ -82,10 +82,13 @@ class LlamaCpp:
                 raise FileNotFoundError(
                     f"no GGUF file {path}: make one with `mipha export --to gguf`"
                 )
+
         load_library()
         self.model, self.mmproj, self._threads = model, mmproj, threads
         params = _params(model, mmproj, threads, context)
         self._vocabulary = Vocabulary(model)
+
+        # Open the server; where it fails, find out why.
         try:
             with LOG_LOCK:
                 self._server = import_xllamacpp().Server(params)
@@ -110,7 +113,7 @@ class LlamaCpp:
         return self.reply(image, question, max_new_tokens).text
 
     def reply(self, image: ImageLike | None, question: str, max_new_tokens: int = 128) -> Reply:
-        """Answer one question, greedily, and say how sure each token was."""
+        """Answer one question, greedily, and return the margin of each token."""
         found = self._ask(image, question, max_tokens=max_new_tokens, logprobs=True, top_logprobs=2)
         choice = found["choices"][0]
         tokens = choice["logprobs"]["content"] if choice["logprobs"] else []
@@ -125,7 +128,7 @@ class LlamaCpp:
     def stream(
         self, image: ImageLike | None, question: str, max_new_tokens: int = 128
     ) -> Iterator[str]:
-        """Answer one question piece by piece; a reader who leaves stops it."""
+        """Yield the answer to one question piece by piece; a reader who leaves stops it."""
         pieces: SimpleQueue[str | BaseException | None] = SimpleQueue()
         request = self._request(image, question) | {"max_tokens": max_new_tokens, "stream": True}
         left = False
@@ -141,9 +144,7 @@ class LlamaCpp:
             try:
                 self._server.handle_chat_completions(request, told)
                 pieces.put(None)
-            except (
-                RuntimeError
-            ) as error:  # handed to the reader below: a thread's exception is seen by nobody
+            except RuntimeError as error:  # the reader below raises it: nobody sees a thread's
                 pieces.put(ValueError(f"llama.cpp refuses the question: {error}"))
 
         thread = Thread(target=run, daemon=True)
@@ -162,8 +163,8 @@ class LlamaCpp:
 
         They are its logits less one number for all of them.
         """
-        # The server gives no numbers with a token that ends the turn. So it is told to take another
-        # one; the numbers stay those of the model.
+        # The server gives no numbers for a token that ends the turn. With `ignore_eos` it takes
+        # another one; the numbers stay those of the model.
         found = self._ask(
             image,
             question,
@@ -259,7 +260,7 @@ class LlamaCpp:
         return f"llama.cpp refuses the question: {error.get('message', error)}"
 
     def _why_not(self, context: int) -> str:
-        """Return why a model does not open, for which the server gives no reason.
+        """Return the reason why a model does not open, which the server does not give.
 
         Tower and projector are opened once more on their own.
         """
@@ -278,11 +279,13 @@ def _params(model: Path, mmproj: Path | None, threads: int | None, context: int)
     params.model.path = str(model)
     if mmproj:
         params.mmproj.path = str(mmproj)
+
     params.n_ctx, params.n_parallel = context, 1
-    params.fit_params = False  # asked for a context, it gives that or fails
+    params.fit_params = False  # a context that does not fit is an error, not a smaller context
     params.warmup = False
-    params.cache_ram_mib = 0  # no copies of earlier conversations, of which it would keep 8 GiB
-    params.force_pure_content_parser = True  # the answer is what the model wrote
+    params.cache_ram_mib = 0  # no copies of earlier conversations: the default keeps 8 GiB
+    params.force_pure_content_parser = True  # the answer is the model's own text
+
     params.verbosity = -1
     params.ui = False
     params.hostnames, params.port, params.api_keys = ["127.0.0.1"], 0, [secrets.token_hex(16)]

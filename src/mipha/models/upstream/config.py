@@ -1,7 +1,7 @@
-"""The config.json of a released checkpoint as configs of transformers: language model, tower.
+"""Turn the config.json of a released checkpoint into configs of transformers.
 
-Nothing is decided by a name or a path: the family is the config's `model_type`, the kind of tower
-shows in its tensors.
+No name or path decides anything: the family is the config's `model_type`, and the names of the
+tensors give the kind of tower.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Family:
 
 _LLAVA = Family(("LlavaLlamaForCausalLM",), LlamaConfig, "LlamaForCausalLM")
 FAMILIES: dict[str, Family] = {
-    # Phi-2 and Phi-1.5 share the type; the fused projection of Phi-1.5 shows in its tensors.
+    # Phi-2 and Phi-1.5 share the type; the tensor names tell the fused projection of Phi-1.5.
     "mipha_phi": Family(
         ("MiphaPhiForCausalLM", "MiphaPhi15ForCausalLM"), PhiConfig, "PhiForCausalLM"
     ),
@@ -69,7 +69,7 @@ _TOWER_FACTS = {
     "hidden_act",
     "layer_norm_eps",
 }
-"""Never left to a default: upstream's defaults are those of another tower."""
+"""Facts that the config must state: upstream's defaults are those of another tower."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class Pixels:
 
 
 def describe(config: Mapping[str, Any], folder: Path) -> Described:
-    """Read a config, refusing what the standard model cannot express.
+    """Read a config, and refuse one that the standard model cannot express.
 
     Args:
         config: Content of config.json.
@@ -175,6 +175,7 @@ def _refuse_what_cannot_be_expressed(
             f"{folder} has a {projector_type!r} projector: "
             "only mlp2x_gelu is a part of the standard model"
         )
+
     if config.get("mm_use_im_start_end"):
         raise ValueError(
             f"{folder} puts tokens around its images (mm_use_im_start_end), "
@@ -224,14 +225,13 @@ def tower_config(
         folder: Folder of the checkpoint, for messages.
 
     Raises:
-        ValueError: Facts are missing, there is no such layer, or images and tower do not fit.
+        ValueError: Facts are missing, there is no such layer, or image size and tower do not fit.
     """
     facts = described.tower or {}
     absent = sorted(_TOWER_FACTS - facts.keys())
     if absent:
         raise ValueError(
-            f"{folder}/config.json does not say the tower's {absent[0]}: "
-            "give the config of the checkpoint"
+            f"{folder}/config.json lacks the tower's {absent[0]}: give the config of the checkpoint"
         )
 
     # Cut the tower after the layer that is read.
@@ -281,16 +281,16 @@ def read_pixels(folder: Path) -> Pixels | None:
     if not path.is_file():
         return None
 
-    said = read_json_object(path)
-    size = said.get("crop_size") if said.get("do_center_crop") else said.get("size")
+    content = read_json_object(path)
+    size = content.get("crop_size") if content.get("do_center_crop") else content.get("size")
     sides = set(size.values()) if isinstance(size, dict) else {size}
     side = sides.pop() if len(sides) == 1 else None
-    means = [said.get("image_mean"), said.get("image_std")]
+    means = [content.get("image_mean"), content.get("image_std")]
     if not isinstance(side, int) or not all(
         isinstance(mean, list) and len(mean) == 3 for mean in means
     ):
         raise ValueError(
-            f"{path} does not say one size for square images, with image_mean and image_std: "
+            f"{path} does not give one size for square images, with image_mean and image_std: "
             "copy it from the tower"
         )
     return Pixels(side, *means)

@@ -1,4 +1,4 @@
-"""A released checkpoint, loaded as the standard model or written as a standard checkpoint.
+"""Load a released checkpoint as the standard model, or write it as a standard checkpoint.
 
 folder or hub id --config.json--> configs of the parts --compose--> the standard model, empty
                  --headers------> plan: moved, split, dropped, or refused before a weight is read
@@ -62,7 +62,7 @@ _DINOV2_POSITIONS = "model.vision_tower.embeddings.position_embeddings"
 
 @dataclass(frozen=True)
 class _Planned:
-    """A checkpoint whose small files and headers go together; no weights are read yet.
+    """A checkpoint whose small files and headers fit together; no weights are read yet.
 
     Args:
         folder: Local folder.
@@ -133,7 +133,7 @@ def import_upstream(
 
     planned = _plan(str(source), vision_tower, complete=True)
     assert planned.tokenizer is not None and planned.pixels is not None
-    # All of these releases were trained on the vicuna conversation.
+    # All of these releases were trained with the vicuna template.
     template = load_template("vicuna", planned.tokenizer)
     model, report = _load(planned, planned.dtype, Report(str(source)))
 
@@ -153,7 +153,7 @@ def import_upstream(
 
 
 def _plan(source: str, vision_tower: str | Path | None, complete: bool) -> _Planned:
-    """Read everything but the weights, cheapest first, so that an unusable checkpoint fails early.
+    """Read everything but the weights, small files first, so that errors come early.
 
     Args:
         source: Folder or hub id.
@@ -197,7 +197,7 @@ def _plan(source: str, vision_tower: str | Path | None, complete: bool) -> _Plan
             "only towers without their class token ('patch') can be imported"
         )
 
-    # Compose the standard model without numbers, and plan how its tensors are filled.
+    # Compose the standard model on the meta device, and plan how its tensors are filled.
     model = _compose_empty(described, vision, tokenizer, has_head_bias="lm_head.bias" in stored)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if family == "dinov2" and described.tower:  # stored at its own size, resized when it is read
@@ -269,8 +269,8 @@ def _compose_empty(
     """Compose the standard model of a checkpoint on the meta device."""
     text = described.text
     if tokenizer is None:
-        # Nothing says which rows are unused. The last is where a small vocabulary has its end of
-        # text.
+        # Without a tokenizer, unused rows are not known. The last row is the end of text in a small
+        # vocabulary.
         image = text.vocab_size - 2
         pad = text.pad_token_id
     else:
@@ -294,7 +294,7 @@ def _compose_empty(
 def _load_tokenizer(folder: Path, vocab_size: int) -> PreTrainedTokenizerBase | None:
     """Load the tokenizer from its own files alone.
 
-    So no code runs, and the checkpoint's config, which transformers would ask, changes nothing.
+    So no code runs, and the checkpoint's config, which transformers would read, has no effect.
     """
     files = [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
     if not any(file.name in ("tokenizer.json", "tokenizer.model", "vocab.json") for file in files):
@@ -347,7 +347,7 @@ def _load(
     model.tie_weights()
     model.generation_config = planned.generation
 
-    # Fill it.
+    # Fill the model.
     if planned.tower is not None:
         model.model.vision_tower.load_state_dict(planned.tower.state_dict())
         name = planned.tower.name_or_path or planned.described.tower_name
@@ -356,27 +356,30 @@ def _load(
     fold_image_scale(model, report)
     add_rows(model, report)
 
-    # Report the rest that is not as it was.
+    # Report all other differences.
     report.notes += _notes(model, planned)
     return model.eval(), report
 
 
 def _notes(model: LlavaForConditionalGeneration, planned: _Planned) -> list[str]:
     notes, tokenizer, text = [], planned.tokenizer, model.config.text_config
+
+    # Compare the ends of a turn.
     if tokenizer is None:
         notes.append(
-            f"there is no tokenizer: id {planned.written_eos} is believed to end a turn, "
+            f"there is no tokenizer: id {planned.written_eos} is taken as the end of a turn, "
             f"and id {model.config.image_token_id} stands for an image"
         )
     elif planned.written_eos != tokenizer.eos_token_id:
         notes.append(
-            f"eos_token_id {planned.written_eos} of config.json gave way to the tokenizer's "
+            f"eos_token_id {planned.written_eos} of config.json is replaced by the tokenizer's "
             f"{tokenizer.eos_token_id} ({tokenizer.eos_token})"
         )
+
+    # Name what stock programs compute otherwise.
     if text.lm_head_bias:
         notes.append(
-            "lm_head.bias is in the checkpoint, "
-            "but the stock LLaVA class of transformers has no place for it"
+            "lm_head.bias is in the checkpoint, but the stock LLaVA class of transformers drops it"
         )
     if text.hidden_act == "gelu_python":
         notes.append(

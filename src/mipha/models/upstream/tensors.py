@@ -1,4 +1,4 @@
-"""Every tensor of a released checkpoint is moved into the standard model, or dropped for a reason.
+"""Move every tensor of a released checkpoint into the standard model, or drop it for a reason.
 
 `plan` decides by tables of names, before a weight is loaded:
 
@@ -6,8 +6,8 @@
     ...self_attn.query_key_value.weight   -> ...q_proj.weight, ...k_proj.weight, ...v_proj.weight
     model.vision_tower.vision_model.head. -> dropped, with the reason
 
-Every name is accounted for, or the whole checkpoint is refused. `copy_weights` carries the plan
-out; `fold_image_scale` and `add_rows` change numbers where upstream computed otherwise.
+Every name is accounted for, or the whole checkpoint is refused. `copy_weights` follows the plan;
+`fold_image_scale` and `add_rows` change numbers where upstream computed otherwise.
 """
 
 from __future__ import annotations
@@ -193,7 +193,7 @@ def copy_weights(
     """Fill a model by the plan, one tensor in memory at a time, and write the report.
 
     Args:
-        model: Model with room for the weights.
+        model: Model to fill.
         moves: Plan.
         stored: Tensors of the checkpoint by name.
         report: Report to fill.
@@ -237,7 +237,7 @@ def copy_weights(
 
 @torch.no_grad()
 def fold_image_scale(model: LlavaForConditionalGeneration, report: Report) -> None:
-    """Put Gemma's factor sqrt(width) on image features into the projector.
+    """Fold Gemma's factor sqrt(width) on image features into the projector.
 
     Upstream scaled images and words; the embedding layer of transformers scales words alone. The
     scaled layer stays in float32 whatever the other weights are, so that nothing is rounded twice.
