@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 import struct
+import warnings
 import zlib
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from PIL import Image
 
 from mipha.data.images import (
     MAX_SIDE,
+    ContrastWarning,
     FileSlice,
     ImageLike,
     grey_image,
@@ -443,3 +445,49 @@ def test_what_is_no_image_in_memory_is_named(tmp_path: Path) -> None:
         upright_rgb(Image.open(tmp_path / "cut.png"))
     with pytest.raises(FileNotFoundError, match=r"gone\.png"):
         upright_rgb(str(tmp_path / "gone.png"))
+
+
+def _grey_16(low: int, high: int) -> Image.Image:
+    return Image.fromarray(np.linspace(low, high, 64 * 64).reshape(64, 64).astype(np.uint16))
+
+
+def _white_on_nothing() -> Image.Image:
+    image = Image.new("RGBA", (64, 64), (255, 255, 255, 0))
+    image.paste((255, 255, 255, 255), (16, 16, 48, 48))
+    return image
+
+
+@pytest.mark.parametrize(
+    ("image", "fix"),
+    [
+        (_grey_16(0, 255), "save it with 8 bits"),
+        (_grey_16(0, 4000), "save it with 8 bits"),
+        (_grey_16(60_000, 63_000), "save it with 8 bits"),
+        (_white_on_nothing(), "save it on a darker background"),
+        (_white_on_nothing().convert("LA"), "save it on a darker background"),
+    ],
+)
+def test_an_image_that_loses_its_contrast_is_a_warning_with_the_fix(
+    image: Image.Image, fix: str
+) -> None:
+    with pytest.warns(ContrastWarning, match=fix):
+        upright_rgb(image)
+    with pytest.warns(ContrastWarning, match=fix):
+        open_image(_bytes(image, "PNG"))
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        _grey_16(0, 65535),
+        _grey_16(0, 8000),
+        _grey_16(300, 300),
+        Image.new("RGBA", (8, 8), (0, 0, 0, 0)),
+        Image.new("L", (8, 8), 9),
+        Image.new("RGB", (8, 8), "white"),
+    ],
+)
+def test_an_image_that_keeps_its_contrast_or_has_none_is_no_warning(image: Image.Image) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        upright_rgb(image)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Protocol, Union, runtime_checkable
 
@@ -50,6 +51,12 @@ SUFFIXES = frozenset(
     | {".jp2", ".j2k", ".avif", ".ico", ".heic", ".heif"}
 )
 """Suffixes of image files. A phone's .heic counts too, so that it is refused and not overlooked."""
+
+LOW_CONTRAST = 20
+"""Levels of 256 below which an image is nearly flat; 12 bits of grey kept as 16 leave 17."""
+
+_CONTENT = 64
+"""Levels of 16-bit grey, or of transparency, from which an image shows something."""
 
 _KEY_BYTES = 4096
 _WHITE = (255, 255, 255)
@@ -218,6 +225,10 @@ def _key(file: BinaryIO) -> bytes:
     ).digest()
 
 
+class ContrastWarning(UserWarning):
+    """An image loses nearly all of its contrast as RGB."""
+
+
 class _Unreadable(ValueError):
     """An image that cannot be read, and why."""
 
@@ -239,7 +250,14 @@ def _converted(
         image.load()
         _check_size(image, max_pixels)  # an icon's directory and the image in it may disagree
 
-        return _bounded(_to_rgb(_upright(image, in_place)))
+        upright = _upright(image, in_place)
+        rgb = _to_rgb(upright)
+        if cause := _lost_contrast(upright, rgb):
+            # The text is the same for every such image, so that Python shows it once.
+            warnings.warn(
+                f"{cause}; `mipha check` names such images", ContrastWarning, stacklevel=2
+            )
+        return _bounded(rgb)
     except Exception as error:  # decoders answer damage with nearly every kind of exception
         raise _Unreadable(name, error) from error
 
@@ -277,6 +295,32 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return Image.alpha_composite(white, layer).convert("RGB")
 
     return image.convert("RGB")
+
+
+def _lost_contrast(image: Image.Image, rgb: Image.Image) -> str | None:
+    """Return why an image shows something that its RGB form does not, with the fix; else None."""
+    is_16_bit = image.mode.startswith("I")
+    if not is_16_bit and not image.has_transparency_data:
+        return None  # other modes keep their contrast
+    if max(high - low for low, high in rgb.getextrema()) >= LOW_CONTRAST:
+        return None
+
+    low, high = image.getextrema() if is_16_bit else _alpha(image).getextrema()
+    if high - low < _CONTENT:
+        return None
+    if is_16_bit:
+        return (
+            "an image of 16 bits uses a small part of their range and is nearly flat as RGB: "
+            "save it with 8 bits, scaled to its own range"
+        )
+    return (
+        "a transparent image is nearly white on the white that is laid under it: "
+        "save it on a darker background"
+    )
+
+
+def _alpha(image: Image.Image) -> Image.Image:
+    return image.convert("RGBA").getchannel("A")
 
 
 def _from_16_bit(image: Image.Image) -> Image.Image:

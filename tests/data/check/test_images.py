@@ -122,3 +122,10 @@ def test_a_picture_of_many_rows_is_read_once(tmp_path: Path) -> None:
     (tmp_path / "a.png").unlink()
     assert read(tmp_path / "a.png", "a.png") == first
     assert read(tmp_path / "b.png", "b.png").problems[0][0] == "missing-image"
+
+
+def test_an_image_that_is_flat_as_rgb_alone_is_found_with_the_fix() -> None:
+    values = np.linspace(0, 4000, 64 * 64).reshape(64, 64).astype(np.uint16)
+    problems = dict(image_facts(_bytes(Image.fromarray(values)), "scan.png").problems)
+    text = problems["blank-image"]
+    assert "loses its contrast" in text and "save it with 8 bits" in text

@@ -14,7 +14,7 @@ from PIL import Image
 
 from mipha.data.check.findings import Problem, quoted
 from mipha.data.faults import RecordError
-from mipha.data.images import FORMATS, MAX_PIXELS, ImageSource, open_image
+from mipha.data.images import FORMATS, MAX_PIXELS, ContrastWarning, ImageSource, open_image
 
 MIN_SIDE = 16
 """Pixels: about one patch of the usual towers (14 or 16 pixels a side)."""
@@ -80,14 +80,19 @@ def image_facts(source: ImageSource, name: str) -> ImageFacts:
 
     # Read its pixels.
     try:
-        image = open_image(content)
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always", ContrastWarning)
+            image = open_image(content)
     except ValueError as error:
         damage = (
             f"{label} begins as a {stored} of {width} x {height} but cannot be read to the end "
             f"({_reason(error)})"
         )
         return _unusable("truncated-image", damage, width, height)
-    if all(high - low <= FLAT for low, high in image.getextrema()):
+    if lost := [one.message for one in found if one.category is ContrastWarning]:
+        cause = str(lost[0]).partition(";")[0]
+        problems.append(("blank-image", f"{label} loses its contrast: {cause}"))
+    elif all(high - low <= FLAT for low, high in image.getextrema()):
         colour = image.getpixel((0, 0))
         problems.append(("blank-image", f"{label} is one flat colour, about {colour}"))
 
