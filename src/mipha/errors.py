@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import re
+from importlib import metadata
 from types import ModuleType
 
 
@@ -45,3 +47,34 @@ def import_optional(
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise MissingPackage(package or module.partition(".")[0], feature, extra) from error
+
+
+class OldPackage(ImportError):
+    """A Python package is installed in a version that is too old."""
+
+
+def require_version(package: str, oldest: str) -> None:
+    """Refuse an old version of an installed package.
+
+    Args:
+        package: Name of the package, as pip takes it.
+        oldest: Oldest version that is known to work, such as 5.23.0.
+
+    Raises:
+        OldPackage: The installed version is older.
+        MissingPackage: The package is not installed.
+    """
+    try:
+        found = metadata.version(package)
+    except metadata.PackageNotFoundError as error:
+        raise MissingPackage(package, "mipha") from error
+    if _numbers(found) < _numbers(oldest):
+        raise OldPackage(
+            f"mipha needs {package} {oldest} or later, but {found} is installed: "
+            f"pip install '{package}>={oldest}'"
+        )
+
+
+def _numbers(version: str) -> list[int]:
+    """Return the first three numbers of a version."""
+    return [int(number) for number in re.findall(r"\d+", version)[:3]]

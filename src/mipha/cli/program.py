@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 from mipha.cli import align, catalog, data, deployment, results, study, training
+from mipha.errors import OldPackage
 
 
 class _Verbs(TyperGroup):
@@ -88,6 +89,8 @@ def _sentence(error: Exception) -> str | None:
             return None
         if str(error).startswith("No module named"):
             return f"the package {error.name!r} is not installed: pip install {error.name}"
+        return str(error)
+    if isinstance(error, OldPackage):
         return str(error)
     if isinstance(error, BrokenPipeError):
         return None
