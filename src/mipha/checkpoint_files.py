@@ -1,17 +1,23 @@
 """Find the files of a checkpoint folder, check that all are there, and read their headers.
 
 Nothing here loads a weight, a pickle, code or torch: config and processor are JSON, and a
-safetensors header is JSON too. A folder that a stranger made passes through here first:
+safetensors header is JSON too.
 
-    is_whole(folder)            yes or no: config and every weight file are there
+    is_whole(folder)            whether config and every weight file are there
     read_headers(folder)        every tensor's file, shape and dtype; pickles are refused
-    read_checkpoint(folder)     all of it, of a LLaVA that a stranger may have saved: no code
+    read_checkpoint(folder)     all of a LLaVA's folder, or the reason why it is refused
 
-`models/checkpoint_folder.py` finds such a folder by name and loads the weights.
+`read_checkpoint` is the gate for a folder that a stranger made: load, chat, evaluate, serve, verify
+and export pass it. An import reads another layout and passes its parts: `refuse_links`, `read_json`
+with finite numbers, `check_sizes`. `models/checkpoint_folder.py` finds a folder by name and loads
+the weights.
 """
 
 from __future__ import annotations
 
+import math
+import shlex
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +31,21 @@ PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
 INDEX = "model.safetensors.index.json"
 """File that names the shard of every tensor, where the weights are in several files."""
+
+CONFIGS = (
+    "config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+)
+"""Files whose keys are settings; the first ones of a LLaVA must exist."""
+
+TOKENS = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json")
+"""JSON files of a tokenizer, whose keys may be any words."""
+
+IMPLEMENTATIONS = (None, "eager", "sdpa", "grouped_mm", "batched_mm")
+"""Implementations that a config may name; transformers looks for others in packages and the hub."""
 
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Floating point types: the code in a safetensors header, and the name in torch."""
@@ -105,16 +126,33 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / "model.safetensors"]
 
     # There are no weights to read: name the file that is there instead.
-    if pickles := sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES):
+    pickles = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in PICKLES)
+    if pickles:
         raise ValueError(
             f"{folder} holds pickled weights ({pickles[0]}), and reading a pickle can run code: "
-            "convert to safetensors first"
+            f"convert them first, with {conversion_command(folder)}"
         )
     if any(folder.glob("*.safetensors")):
         raise FileNotFoundError(f"{folder} has shards but no {INDEX}: copy it too")
     raise FileNotFoundError(
         f"{folder} has no model.safetensors: give a checkpoint with safetensors weights"
     )
+
+
+def conversion_command(folder: Path) -> str:
+    """Return the shell command that writes a folder's pickled weights as one safetensors file.
+
+    `weights_only=True` lets torch build tensors alone, so no code of the pickle runs.
+    """
+    program = (
+        "import pathlib, sys, torch; from safetensors.torch import save_file; "
+        "place = pathlib.Path(sys.argv[1]); "
+        "files = sorted(place.glob('pytorch_model*.bin')); "
+        "parts = [torch.load(f, map_location='cpu', weights_only=True) for f in files]; "
+        "save_file({k: v.clone() for part in parts for k, v in part.items()}, "
+        "place / 'model.safetensors', metadata={'format': 'pt'})"
+    )
+    return f"python -c {shlex.quote(program)} {shlex.quote(str(folder))}"
 
 
 def read_headers(folder: Path) -> dict[str, StoredTensor]:
@@ -154,37 +192,54 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: The file is not a JSON object.
+        ValueError: The file is not a JSON object, or holds a number that is not finite.
     """
     if not (folder / name).is_file():
         raise FileNotFoundError(f"{folder} has no {name}: give the whole folder of a checkpoint")
-    return read_json_object(folder / name)
+
+    content = read_json_object(folder / name)
+    for key, value in _settings(content):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{folder / name} sets {key} to {value}: give a finite number")
+    return content
 
 
 def read_checkpoint(folder: Path) -> CheckpointFiles:
-    """Read the configs and the weight headers of a LLaVA, and refuse whatever would run code.
+    """Read the configs and the weight headers of a LLaVA, and refuse what is not safe to load.
 
     Raises:
         FileNotFoundError: A file is missing.
-        ValueError: A file is cut short, a pickle or code, the model is no LLaVA, or the processor
-            does not fit the tower.
+        ValueError: A file is cut short, a pickle, code or a link out of the folder; a config asks
+            for code, other weights or sizes that the weights do not have; the model is no LLaVA, or
+            the processor does not fit the tower.
     """
+    # Look at the kinds of files.
+    refuse_links(folder)
     refuse_code(folder)
+    refuse_adapter(folder)
+    if (folder / INDEX).is_file() and (folder / "model.safetensors").is_file():
+        raise ValueError(
+            f"{folder} holds model.safetensors and {INDEX}, and programs differ in which one they "
+            "read: remove one of them"
+        )
 
+    # Read every JSON file.
     config = read_config(folder)
     processor = read_config(folder, "processor_config.json")
-    for name in ("config.json", "processor_config.json", "tokenizer_config.json"):
-        if "auto_map" in read_config(folder, name):
-            raise ValueError(
-                f"{folder / name} asks for code of its own (auto_map), which is never run: "
-                "remove that key"
-            )
+    read_config(folder, "tokenizer_config.json")
+    for name in CONFIGS:
+        if (folder / name).is_file():
+            _refuse_redirects(folder / name, read_config(folder, name))
+    for name in TOKENS:
+        if (folder / name).is_file():
+            read_json_object(folder / name)
     if not (folder / "chat_template.jinja").is_file():
         raise FileNotFoundError(
             f"{folder} has no chat_template.jinja, so no conversation can be written for it: "
             "put its template there"
         )
 
+    # Check that they describe a LLaVA, and the one whose weights are there.
     parts = ("text_config", "vision_config")
     if config.get("model_type") != "llava" or not all(
         isinstance(config.get(part), dict) for part in parts
@@ -194,8 +249,37 @@ def read_checkpoint(folder: Path) -> CheckpointFiles:
             "model: export it with mipha, or `mipha import` it if it is a released Mipha"
         )
     _check_image(folder, config, processor)
+    _check_end_tokens(folder)
+    tensors = read_headers(folder)
+    for part in parts:
+        check_sizes(folder / "config.json", config[part], tensors)
 
-    return CheckpointFiles(config, processor, read_headers(folder))
+    return CheckpointFiles(config, processor, tensors)
+
+
+def refuse_links(folder: Path) -> None:
+    """Refuse a folder with a link that leads out of it, or with a pipe or a device.
+
+    The hub's cache keeps the files of a snapshot as links into a folder `blobs` of its own; these
+    are allowed.
+
+    Raises:
+        ValueError: There is one; names it.
+    """
+    top = folder.resolve()
+    allowed = [top]
+    if top.parent.name == "snapshots":
+        allowed.append(top.parent.parent / "blobs")
+
+    for path in sorted(folder.rglob("*")):
+        target = path.resolve()
+        if path.is_symlink() and not any(target.is_relative_to(place) for place in allowed):
+            raise ValueError(
+                f"{path} is a link out of the folder, to {target}: put the file itself there, or "
+                "remove the link"
+            )
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise ValueError(f"{path} is a pipe or a device, not a file: remove it")
 
 
 def refuse_code(folder: Path) -> None:
@@ -205,14 +289,69 @@ def refuse_code(folder: Path) -> None:
         ValueError: There is one; names it.
     """
     for path in sorted(folder.rglob("*")):
-        if path.suffix in PICKLES:
+        if path.suffix.lower() in PICKLES:
             raise ValueError(
                 f"{path} is a pickle, which can run code when it is read: "
                 "save weights as safetensors, and remove it"
             )
-        if path.suffix == ".py":
+        if path.suffix.lower() == ".py":
             raise ValueError(
                 f"{path} is code, and code that comes with a checkpoint is never run: remove it"
+            )
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Refuse a folder with an adapter beside its weights: transformers would apply it silently.
+
+    Raises:
+        ValueError: There is one.
+    """
+    if (folder / "adapter_config.json").exists():
+        raise ValueError(
+            f"{folder / 'adapter_config.json'} is an adapter beside a model: merge it with "
+            "`mipha export --merge`, or remove it"
+        )
+
+
+def refuse_redirects(folder: Path) -> None:
+    """Refuse a pretrained part with an adapter, or a config that asks for code or other weights.
+
+    Args:
+        folder: Folder of a vision tower or a language model.
+
+    Raises:
+        ValueError: The first such setting.
+    """
+    refuse_adapter(folder)
+    if (folder / "config.json").is_file():
+        _refuse_redirects(folder / "config.json", read_config(folder), may_have_code=True)
+
+
+def check_sizes(path: Path, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> None:
+    """Refuse a config with sizes that the weights do not have, before memory is taken for them.
+
+    Args:
+        path: File of the config, for messages.
+        config: Settings of one part of a model.
+        tensors: Weights of the model.
+
+    Raises:
+        ValueError: A size is not a whole number, or larger than every stored tensor.
+    """
+    longest = max((max(tensor.shape, default=1) for tensor in tensors.values()), default=0)
+    most = {
+        "num_hidden_layers": len(tensors),
+        **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), longest),
+        **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), longest),
+    }
+    for key, limit in most.items():
+        value = config.get(key)
+        if value is None:
+            continue
+        if type(value) is not int or not 1 <= value <= limit:
+            raise ValueError(
+                f"{path} sets {key} to {value!r}, but the weights allow 1 to {limit}: "
+                "give the config that the weights were saved with"
             )
 
 
@@ -235,26 +374,109 @@ def count_image_tokens(
 
 
 def _shard_names(folder: Path) -> list[str]:
-    """Names of the shards that the index lists; a name that leads out of the folder is refused."""
+    """Return the names of the shards that the index lists.
+
+    Raises:
+        ValueError: One leads out of the folder, or is not the name of a safetensors file.
+    """
     shards = read_json_object(folder / INDEX).get("weight_map")
-    names = sorted(set(map(str, shards.values()))) if isinstance(shards, dict) else []
-    if not names or any(Path(name).name != name for name in names):
-        raise ValueError(f"{folder / INDEX} does not name the shards beside it: copy it again")
-    return names
+    names = list(shards.values()) if isinstance(shards, dict) else []
+    if not names or not all(_is_shard(name) for name in names):
+        raise ValueError(
+            f"{folder / INDEX} does not name safetensors files beside it: copy it again"
+        )
+    return sorted(set(names))
+
+
+def _is_shard(name: Any) -> bool:
+    return isinstance(name, str) and Path(name).name == name and name.endswith(".safetensors")
+
+
+def _settings(content: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield every value of a tree of JSON values that is no object or list, with its last key."""
+    if isinstance(content, dict):
+        for name, value in content.items():
+            yield from _settings(value, name)
+    elif isinstance(content, list):
+        for value in content:
+            yield from _settings(value, key)
+    else:
+        yield key, content
+
+
+def _refuse_redirects(path: Path, content: dict[str, Any], may_have_code: bool = False) -> None:
+    """Refuse settings that make transformers run code, or read weights from elsewhere.
+
+    Args:
+        path: File of the settings.
+        content: Its content.
+        may_have_code: Whether `auto_map` is allowed: transformers runs that code only on request.
+
+    Source: transformers 5.23 `PreTrainedConfig.__init__` (attn_implementation),
+        `modeling_utils.py` (transformers_weights), `integrations/hub_kernels.py`.
+    """
+    for objects in _objects(content):
+        if "auto_map" in objects and not may_have_code:
+            raise ValueError(
+                f"{path} asks for code of its own (auto_map), which is never run: remove that key"
+            )
+        if objects.get("transformers_weights") is not None:
+            raise ValueError(
+                f"{path} names another file of weights (transformers_weights): remove that key"
+            )
+        if str(objects.get("model_type")).startswith("timm_"):
+            raise ValueError(
+                f"{path} asks for a model of timm ({objects['model_type']}), which fetches its own "
+                "code and weights: use a tower that transformers has"
+            )
+        for key, value in objects.items():
+            named = key.lstrip("_").startswith(("attn_implementation", "experts_implementation"))
+            if named and value not in IMPLEMENTATIONS:
+                raise ValueError(
+                    f"{path} asks for the implementation {value!r}, which may be code from the "
+                    f"hub: remove {key}"
+                )
+
+
+def _objects(content: Any) -> Iterator[dict[str, Any]]:
+    """Yield every object of a tree of JSON values."""
+    if isinstance(content, dict):
+        yield content
+        for value in content.values():
+            yield from _objects(value)
+    elif isinstance(content, list):
+        for value in content:
+            yield from _objects(value)
+
+
+def _check_end_tokens(folder: Path) -> None:
+    """Refuse a generation config whose token ids are not ids; its other values are not used."""
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return
+
+    content = read_config(folder, path.name)
+    for key in ("eos_token_id", "pad_token_id", "bos_token_id"):
+        ids = content.get(key)
+        ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+        if any(type(token) is not int or token < 0 for token in ids):
+            raise ValueError(f"{path} sets {key} to {content[key]!r}: give a token id")
 
 
 def _check_image(folder: Path, config: dict[str, Any], processor: dict[str, Any]) -> None:
     """Refuse a processor whose image is not the one that the tower takes."""
-    vision = config["vision_config"]
+    path, vision = folder / "processor_config.json", config["vision_config"]
     try:
         num_tokens = _tokens_per_image(processor)
         made = (*_image_pixels(processor), processor["patch_size"])
     except KeyError as error:
+        raise ValueError(f"{path} lacks {error.args[0]!r}: save the processor again") from error
+    except (TypeError, AttributeError, ArithmeticError, ValueError) as error:
         raise ValueError(
-            f"{folder / 'processor_config.json'} lacks {error.args[0]!r}: save the processor again"
+            f"{path} does not give image and patch sizes in pixels: save the processor again"
         ) from error
 
-    wanted = (vision["image_size"], vision["image_size"], vision["patch_size"])
+    wanted = (vision.get("image_size"), vision.get("image_size"), vision.get("patch_size"))
     expected = config.get("image_seq_length", num_tokens)
     if made != wanted or num_tokens != expected:
         raise ValueError(

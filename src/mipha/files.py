@@ -156,6 +156,8 @@ def read_json(path: Path, fix: str = "copy it again") -> Any:
         ) from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {fix}") from error
+    except RecursionError as error:
+        raise ValueError(f"{path} is nested too deeply: {fix}") from error
     finally:
         if collecting:
             gc.enable()

@@ -271,7 +271,7 @@ def test_what_cannot_be_merged_is_refused(
     facts = json.loads((adapter / "base.json").read_text())
     (adapter / "base.json").write_text(json.dumps(facts | {"quantized": True}))
     with pytest.raises(
-        ValueError, match=r"was trained over weights of 4 bits, .* take the checkpoint/ beside it"
+        ValueError, match=r"was trained on weights of 4 bits, .* use the checkpoint/ beside it"
     ):
         merge_adapter(adapter, merged)
 

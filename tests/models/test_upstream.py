@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -549,7 +550,7 @@ def test_shards(tmp_path: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"a": "../b.safetensors"}})
     )
-    with pytest.raises(ValueError, match="does not name the shards beside it"):
+    with pytest.raises(ValueError, match="does not name safetensors files beside it"):
         load_upstream(folder)
     (folder / "model.safetensors.index.json").unlink()
     with pytest.raises(
@@ -583,9 +584,96 @@ def test_a_pickle_is_never_read(tmp_path: Path) -> None:
     load_upstream(folder)
     (folder / "model.safetensors").unlink()
     (folder / "pytorch_model.bin").write_bytes(content)
-    with pytest.raises(ValueError, match=r"holds pickled weights .*: convert to safetensors first"):
+    with pytest.raises(
+        ValueError, match=r"holds pickled weights .*: convert them first, with python -c"
+    ):
         load_upstream(folder)
     assert not trace.exists()
+
+
+def test_pickled_weights_are_imported_after_the_command_of_the_message(tmp_path: Path) -> None:
+    folder = copied("up_phi_siglip", tmp_path / "it's a folder")
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(weights)
+    for number, part in enumerate((names[:50], names[50:]), start=1):
+        torch.save(
+            {name: weights[name] for name in part},
+            folder / f"pytorch_model-0000{number}-of-00002.bin",
+        )
+    with pytest.raises(ValueError, match="holds pickled weights") as caught:
+        load_upstream(folder)
+    command = str(caught.value).partition("convert them first, with ")[2]
+    assert command.startswith("python -c ")
+    subprocess.run(
+        command.replace("python", shlex.quote(sys.executable), 1), shell=True, check=True
+    )
+    assert difference(load_upstream(folder)[0], "up_phi_siglip") < 2e-6
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_not_imported(tmp_path: Path, value: float) -> None:
+    folder = copied("up_phi_siglip", tmp_path / "a")
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.mm_projector.0.weight"][0, 0] = value
+
+    rewrite(folder, change)
+    with pytest.raises(
+        ValueError, match=r"model\.mm_projector\.0\.weight hold numbers that are not finite"
+    ):
+        load_upstream(folder)
+
+
+def test_a_link_out_of_the_folder_is_not_imported(tmp_path: Path) -> None:
+    folder = copied("up_phi_siglip", tmp_path / "a")
+    (folder / "model.safetensors").rename(tmp_path / "weights")
+    (folder / "model.safetensors").symlink_to(tmp_path / "weights")
+    with pytest.raises(ValueError, match=r"model\.safetensors is a link out of the folder"):
+        load_upstream(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": 5}, "sets architectures to 5: give a list"),
+        ({"architectures": [None]}, "sets architectures to .*: give a list"),
+        ({"vision_config": [1]}, "vision_config that is no object"),
+        ({"num_hidden_layers": 10_000_000}, "sets num_hidden_layers to 10000000, but the weights"),
+        ({"num_hidden_layers": "x"}, "config.json"),
+        ({"hidden_size": "x"}, "config.json"),
+        ({"hidden_size": 0}, "config.json"),
+        ({"num_attention_heads": 0}, "config.json"),
+        ({"layer_norm_eps": float("nan")}, "sets layer_norm_eps to nan: give a finite number"),
+    ],
+)
+def test_a_damaged_config_is_one_sentence(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    folder = copied("up_phi_siglip", tmp_path / "a", **changes)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_upstream(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("patch_size", value) for value in (0, None, "x", 1.5)),
+        *(("image_size", value) for value in (0, "x")),
+        *(("num_hidden_layers", value) for value in (10_000_000, -1, "x")),
+        ("mm_vision_select_layer", "x"),
+        ("hidden_act", 5),
+    ],
+)
+def test_a_damaged_tower_config_is_one_sentence(tmp_path: Path, name: str, value: Any) -> None:
+    folder = copied("up_phi_siglip", tmp_path / "a")
+    content = json.loads((folder / "config.json").read_text())
+    content["vision_config"]["vision_tower"][name] = value
+    (folder / "config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"config\.json") as caught:
+        load_upstream(folder)
+    assert "\n" not in str(caught.value)
 
 
 def test_what_an_import_lacks_is_named(tmp_path: Path) -> None:

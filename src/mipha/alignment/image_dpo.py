@@ -27,7 +27,7 @@ from mipha.data.images import open_image
 from mipha.data.sample import IMAGE, Message, Sample
 from mipha.labels import IGNORE
 from mipha.models.build import save_checkpoint
-from mipha.models.modeling import load_model
+from mipha.models.modeling import load_model, load_saved_model
 from mipha.models.processing import load_processor
 from mipha.run import model_folder
 
@@ -186,7 +186,7 @@ def _trainer_class() -> type[DPOTrainer]:
             if (Path(resume_from_checkpoint) / "adapter_config.json").is_file():
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
             else:
-                weights = load_model(resume_from_checkpoint).state_dict()
+                weights = load_saved_model(resume_from_checkpoint).state_dict()
                 (model or self.model).load_state_dict(weights, strict=True)
 
     return ImageDPOTrainer

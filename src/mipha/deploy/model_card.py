@@ -17,9 +17,10 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from mipha.catalog.language_models import LANGUAGE_MODELS
 from mipha.catalog.vision_towers import VISION_TOWERS
-from mipha.checkpoint_files import read_config
+from mipha.checkpoint_files import read_checkpoint, read_config
 from mipha.deploy.runtimes import runtimes
 from mipha.files import read_json_object, whole_folder, write_whole
+from mipha.models.checkpoint_folder import check_finite_folder
 from mipha.recipe import PARTS, Recipe
 from mipha.run import Run, model_folder, open_run
 
@@ -123,12 +124,16 @@ def export_for_hub(model: str | Path, out: Path) -> Path:
 
     Raises:
         FileNotFoundError: No such model, or the run is not finished.
-        ValueError: Neither a run nor a model, or `out` exists.
+        ValueError: Neither a run nor a model, `out` exists, or the folder is not safe to publish.
     """
     checkpoint = model_folder(model)
     run = None if checkpoint == Path(model) else open_run(model)
     if out.exists():
         raise ValueError(f"{out} exists: choose another -o, or remove it")
+
+    # Refuse pickles, code, links out of the folder and broken weights: the copy will be public.
+    read_checkpoint(checkpoint)
+    check_finite_folder(checkpoint)
 
     with whole_folder(out) as partial:
         shutil.copytree(checkpoint, partial, dirs_exist_ok=True)

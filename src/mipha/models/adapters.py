@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mipha.checkpoint_files import read_config, refuse_code, refuse_links
 from mipha.files import read_json_object, whole_folder, write_whole
 from mipha.models.build import save_checkpoint
 from mipha.models.fingerprint import checkpoint_digest
@@ -231,8 +232,17 @@ def merge_adapter(adapter: Path, folder: Path, base: Path | None = None) -> None
     if folder.exists():
         raise ValueError(f"{folder} exists: choose another folder for the merged model")
 
+    # An adapter may come from a stranger.
+    refuse_links(adapter)
+    refuse_code(adapter)
+    read_config(adapter, "adapter_config.json")
+
     # Find the base that the adapter was trained on. Without base.json only its name is known.
     facts = read_json_object(adapter / "base.json") if (adapter / "base.json").is_file() else None
+    if facts is not None and not {"folder", "sha256", "quantized"} <= facts.keys():
+        raise ValueError(
+            f"{adapter / 'base.json'} does not describe the base of the adapter: copy it again"
+        )
     if facts is not None:
         named = adapter / facts["folder"]
     else:

@@ -10,7 +10,7 @@ the files themselves.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,7 +20,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from mipha.checkpoint_files import PICKLES, StoredTensor
+from mipha.checkpoint_files import (
+    PICKLES,
+    StoredTensor,
+    conversion_command,
+    read_headers,
+    refuse_redirects,
+)
 from mipha.lookup import did_you_mean
 from mipha.models.packaged import packaged_folder
 
@@ -41,11 +47,13 @@ def locate(name: str, path: str, kind: str, known: list[str]) -> str:
 
     Raises:
         FileNotFoundError: A folder has no config, or the name is none of these.
+        ValueError: A folder asks for code or other weights.
     """
     if path.startswith("packaged:"):
         return str(packaged_folder(path.removeprefix("packaged:")))
 
     if Path(path).is_dir():
+        refuse_redirects(Path(path))
         if not (Path(path) / "config.json").is_file():
             raise FileNotFoundError(
                 f"{kind} folder {path} has no config.json: "
@@ -113,7 +121,10 @@ def reading(folder: str, kind: str, name: str) -> Iterator[None]:
             files = sorted(Path(folder).iterdir())
             pickles = [path.name for path in files if path.suffix in PICKLES]
             if pickles and not any(".safetensors" in path.suffixes for path in files):
-                fix = f"{pickles[0]} is a pickle, which is never read; save it as safetensors"
+                fix = (
+                    f"{pickles[0]} is a pickle, which is never read; convert it with "
+                    f"{conversion_command(Path(folder))}"
+                )
         raise FileNotFoundError(
             f"{kind} {name!r} cannot be read from {folder}: {fix} ({reason})"
         ) from error
@@ -136,7 +147,8 @@ def load_weights(
         optional: Prefixes of names that may be missing, because nothing reads these weights.
 
     Raises:
-        ValueError: The weights are not those of the model that the folder's config describes.
+        ValueError: The weights are not those of the model that the folder's config describes, or
+            are not finite.
     """
     try:
         model, info = model_class.from_pretrained(
@@ -156,10 +168,53 @@ def load_weights(
             f"{folder}: {len(missing)} weights are missing, {missing[0]} first: "
             "it is not whole, or its config is another model's"
         )
+    check_finite(model.named_parameters(), folder)
     return model
 
 
 def read_tensor(name: str, stored: StoredTensor) -> Tensor:
-    """Read one tensor from disk."""
+    """Read one tensor from disk.
+
+    Raises:
+        ValueError: A number in it is not finite.
+    """
     with safe_open(stored.file, framework="pt") as file:
-        return file.get_tensor(name)
+        tensor = file.get_tensor(name)
+    check_finite([(name, tensor)], stored.file)
+    return tensor
+
+
+def check_finite(tensors: Iterable[tuple[str, Tensor]], source: str | Path) -> None:
+    """Refuse weights that hold NaN or infinity: every answer of such a model is meaningless.
+
+    Args:
+        tensors: Names and tensors, not on the meta device.
+        source: File or folder that they come from, for messages.
+
+    Raises:
+        ValueError: The first tensor with such a number; names it.
+    """
+    for name, tensor in tensors:
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        if tensor.element_size() == 1:
+            tensor = tensor.float()  # torch has no minimum of 8-bit floats
+        # Minimum and maximum pass NaN on, and take no memory of the tensor's size.
+        low, high = torch.aminmax(tensor.detach())
+        if not (torch.isfinite(low) and torch.isfinite(high)):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{source}: the weights {name} hold numbers that are not finite in {kind}: "
+                "take a checkpoint from before training diverged, or another dtype"
+            )
+
+
+def check_finite_folder(folder: Path) -> None:
+    """Refuse a checkpoint with numbers that are not finite, one tensor in memory at a time.
+
+    Raises:
+        FileNotFoundError: There are no weights, or some are missing.
+        ValueError: The first tensor with such a number; names it.
+    """
+    for name, stored in read_headers(folder).items():
+        read_tensor(name, stored)

@@ -13,11 +13,13 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import Cache, LlavaConfig
+from transformers import Cache, GenerationConfig, LlavaConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
+from mipha.checkpoint_files import read_checkpoint
 from mipha.models.attention import Spans, check_described, describe_rows
+from mipha.models.checkpoint_folder import check_finite
 from mipha.models.loss import supervised_cross_entropy
 
 
@@ -163,17 +165,43 @@ def attention_window(config: LlavaConfig) -> int | None:
 def load_model(
     folder: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> LlavaForConditionalGeneration:
-    """Load a saved checkpoint, complete or not at all.
+    """Load a saved checkpoint, complete or not at all; anybody may have made the folder.
 
     Raises:
-        ValueError: Weights are missing, left over or of another shape: the folder is not the
-            checkpoint that it says.
+        FileNotFoundError: A file is missing.
+        ValueError: `read_checkpoint` refuses the folder, or `load_saved_model` does.
     """
-    options = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
-    # Else transformers raises an error of its own for a wrong shape, in many sentences.
-    model, info = LlavaForConditionalGeneration.from_pretrained(
-        folder, **options, ignore_mismatched_sizes=True
-    )
+    read_checkpoint(Path(folder))
+    return load_saved_model(folder, device, dtype)
+
+
+def load_saved_model(
+    folder: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> LlavaForConditionalGeneration:
+    """Load the model of a folder that this program wrote, which may hold other files too.
+
+    Raises:
+        ValueError: Weights are missing, left over, of another shape or not finite: the folder is
+            not the checkpoint that it says.
+    """
+    # Load the model, and collect the names of weights that do not fit.
+    options = {
+        "dtype": dtype,
+        "local_files_only": True,
+        "use_safetensors": True,
+        "output_loading_info": True,
+        # Else transformers raises an error of its own for a wrong shape, in many sentences.
+        "ignore_mismatched_sizes": True,
+    }
+    try:
+        model, info = LlavaForConditionalGeneration.from_pretrained(folder, **options)
+    except Exception as error:  # transformers answers a damaged config with any kind of exception
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(
+            f"{folder} cannot be loaded as a LLaVA: check its config.json ({reason})"
+        ) from error
+
+    # Refuse weights that do not fit, or are not numbers.
     problems = {
         kind: sorted(map(str, info.get(kind) or ()))[:5]
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
@@ -181,4 +209,14 @@ def load_model(
     if any(problems.values()):
         found = {kind: names for kind, names in problems.items() if names}
         raise ValueError(f"{folder}: the weights do not fit the model they describe: {found}")
+    check_finite(model.named_parameters(), folder)
+
+    # Keep the special tokens alone: beams, penalties and the like of a stranger change answers.
+    tokens = model.generation_config
+    model.generation_config = GenerationConfig(
+        eos_token_id=tokens.eos_token_id,
+        pad_token_id=tokens.pad_token_id,
+        bos_token_id=tokens.bos_token_id,
+        do_sample=False,
+    )
     return model.to(device).eval()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from transformers import AutoTokenizer, LlavaProcessor, PretrainedConfig, PreTrainedTokenizerBase
@@ -12,6 +11,7 @@ from transformers.image_utils import PILImageResampling
 # last bits.
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from mipha.files import read_json_object
 from mipha.lookup import did_you_mean, files_in
 
 TEMPLATES = Path(__file__).parent.parent / "catalog" / "chat_templates"
@@ -100,15 +100,51 @@ def build_processor(
 
 
 def load_processor(folder: str | Path) -> LlavaProcessor:
-    """Load the processor of a saved checkpoint."""
+    """Load the processor of a saved checkpoint.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: Tokenizer or image processor cannot be read, or the chat template fails on every
+            conversation.
+    """
     folder = Path(folder)
-    saved = json.loads((folder / "processor_config.json").read_text(encoding="utf-8"))
-    return LlavaProcessor(
-        image_processor=LlavaImageProcessorPil.from_pretrained(folder, local_files_only=True),
-        tokenizer=AutoTokenizer.from_pretrained(folder, local_files_only=True),
-        patch_size=saved["patch_size"],
-        vision_feature_select_strategy=saved["vision_feature_select_strategy"],
-        num_additional_image_tokens=saved["num_additional_image_tokens"],
-        image_token=saved["image_token"],
-        chat_template=(folder / "chat_template.jinja").read_text(encoding="utf-8"),
-    )
+    saved = read_json_object(folder / "processor_config.json")
+    template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    try:
+        processor = LlavaProcessor(
+            image_processor=LlavaImageProcessorPil.from_pretrained(folder, local_files_only=True),
+            tokenizer=AutoTokenizer.from_pretrained(folder, local_files_only=True),
+            patch_size=saved["patch_size"],
+            vision_feature_select_strategy=saved["vision_feature_select_strategy"],
+            num_additional_image_tokens=saved["num_additional_image_tokens"],
+            image_token=saved["image_token"],
+            chat_template=template,
+        )
+    except Exception as error:  # the readers answer a damaged file with any kind of exception
+        raise ValueError(
+            f"tokenizer or image processor of {folder} cannot be read: copy their files again "
+            f"({_reason(error)})"
+        ) from error
+
+    _check_template_runs(processor.tokenizer, template, folder / "chat_template.jinja")
+    return processor
+
+
+def _check_template_runs(tokenizer: PreTrainedTokenizerBase, template: str, path: Path) -> None:
+    """Refuse a template that fails on content parts and on plain text."""
+    parts = [{"type": "image"}, {"type": "text", "text": "a"}]
+    for content in (parts, "a"):
+        try:
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": content}], chat_template=template, tokenize=False
+            )
+            return
+        except Exception as error:  # a template is a program, and can fail in any way
+            failed = error
+    raise ValueError(
+        f"{path} cannot write a conversation: give a working template ({_reason(failed)})"
+    ) from failed
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__

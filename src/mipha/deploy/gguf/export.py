@@ -25,6 +25,7 @@ from mipha.deploy.gguf.tokenizer import gguf_template, name_for, tokenizer_field
 from mipha.deploy.gguf.writer import KINDS, Field, Tensor, open_weights, write_gguf
 from mipha.deploy.model_card import PretrainedPart, hub_licence, pretrained_parts
 from mipha.files import read_json_object, whole_folder, write_whole
+from mipha.models.checkpoint_folder import check_finite_folder
 from mipha.recipe import Recipe
 from mipha.run import model_folder, open_run
 
@@ -77,8 +78,8 @@ def export_gguf(source: Path, out: Path, quantize: Sequence[str] = ("f16",)) -> 
 
     Raises:
         FileNotFoundError: No such model, or the run is not finished.
-        ValueError: Neither a run nor a model, `out` exists, no such kind, or llama.cpp cannot
-            compute this model.
+        ValueError: Neither a run nor a model, `out` exists, no such kind, weights are not
+            finite, or llama.cpp cannot compute this model.
     """
     known = (*KINDS, *QUANTISED)
     kinds = list(dict.fromkeys(kind.lower() for kind in quantize))
@@ -94,6 +95,7 @@ def export_gguf(source: Path, out: Path, quantize: Sequence[str] = ("f16",)) -> 
     recipe = None if folder == Path(source) else open_run(source).recipe
     model = _read(folder, recipe, out.name)
     fields, image_fields = _fields(model)
+    check_finite_folder(folder)
 
     # Write the files.
     models = [f"model-{kind}.gguf" for kind in kinds]

@@ -130,6 +130,10 @@ def describe(config: Mapping[str, Any], folder: Path) -> Described:
             f"released checkpoints are {', '.join(FAMILIES)}"
         )
     family, named = FAMILIES[kind], config.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise ValueError(
+            f"{folder}/config.json sets architectures to {named!r}: give a list with the class"
+        )
     if named and not set(named) & set(family.architectures):
         raise ValueError(
             f"{folder} names the class {named[0]!r}, not {' or '.join(family.architectures)}: "
@@ -138,6 +142,8 @@ def describe(config: Mapping[str, Any], folder: Path) -> Described:
 
     # Find the tower and the projector: Mipha has a config of its own for each.
     vision = config.get("vision_config") or {}
+    if not isinstance(vision, dict):
+        raise ValueError(f"{folder}/config.json holds a vision_config that is no object: fix it")
     if kind.startswith("mipha"):
         absent = [
             part
@@ -155,12 +161,17 @@ def describe(config: Mapping[str, Any], folder: Path) -> Described:
         tower, projector, name = config, config, config.get("mm_vision_tower")
 
     _refuse_what_cannot_be_expressed(config, projector, folder)
+    layer = tower.get("mm_vision_select_layer", -2)
+    if type(layer) is not int:
+        raise ValueError(
+            f"{folder}/config.json sets mm_vision_select_layer to {layer!r}: give a whole number"
+        )
     return Described(
         text=_text_config(family, config, folder),
         causal=family.causal,
         tower=tower if kind.startswith("mipha") else None,
         tower_name=str(name or ""),
-        feature_layer=int(tower.get("mm_vision_select_layer", -2)),
+        feature_layer=layer,
         features=str(tower.get("mm_vision_select_feature", "patch")),
         pad_to_square=config.get("image_aspect_ratio") == "pad",
     )
@@ -234,6 +245,14 @@ def tower_config(
             f"{folder}/config.json lacks the tower's {absent[0]}: give the config of the checkpoint"
         )
 
+    whole = ("hidden_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
+    for name in whole:
+        if type(facts[name]) is not int or facts[name] < 1:
+            raise ValueError(
+                f"{folder}/config.json sets the tower's {name} to {facts[name]!r}: "
+                "give a whole number above 0"
+            )
+
     # Cut the tower after the layer that is read.
     depth, layer = facts["num_hidden_layers"], described.feature_layer
     kept = layer if layer >= 0 else depth + 1 + layer
@@ -301,7 +320,7 @@ def _checked(
 ) -> PretrainedConfig:
     try:
         return config_class(**facts)
-    except (StrictDataclassError, TypeError, ValueError, KeyError) as error:
+    except (StrictDataclassError, ArithmeticError, TypeError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
             f"{folder}/config.json is no {config_class.__name__}: "

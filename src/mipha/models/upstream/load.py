@@ -28,7 +28,15 @@ from transformers import (
 )
 from transformers.initialization import no_init_weights
 
-from mipha.checkpoint_files import DTYPES, StoredTensor, read_config, read_headers, weight_files
+from mipha.checkpoint_files import (
+    DTYPES,
+    StoredTensor,
+    check_sizes,
+    read_config,
+    read_headers,
+    refuse_links,
+    weight_files,
+)
 from mipha.files import read_json_object, whole_folder, write_whole
 from mipha.models.build import SpecialTokens, join_parts, save_checkpoint
 from mipha.models.checkpoint_folder import TOKENIZER_FILES, fetch
@@ -162,6 +170,7 @@ def _plan(source: str, vision_tower: str | Path | None, complete: bool) -> _Plan
     """
     # Read the small files.
     folder = fetch(source, weights=False)
+    refuse_links(folder)
     content = read_config(folder)
     described = describe(content, folder)
     pixels = read_pixels(folder)
@@ -178,7 +187,12 @@ def _plan(source: str, vision_tower: str | Path | None, complete: bool) -> _Plan
 
     # Read the headers, and find the tower: the checkpoint holds it, describes it, or names it.
     folder = fetch(source, weights=True)
+    refuse_links(folder)
     stored = read_headers(folder)
+    for part in (content, described.tower or {}):
+        # Other sizes take no memory on the meta device, and are compared tensor by tensor.
+        depth = {"num_hidden_layers": part.get("num_hidden_layers")}
+        check_sizes(folder / "config.json", depth, stored)
     family, tower = tower_family(stored), None
     if family is None or described.tower is None:
         tower, pixels = _load_named_tower(described, vision_tower, pixels, folder)
@@ -198,7 +212,13 @@ def _plan(source: str, vision_tower: str | Path | None, complete: bool) -> _Plan
         )
 
     # Compose the standard model on the meta device, and plan how its tensors are filled.
-    model = _compose_empty(described, vision, tokenizer, has_head_bias="lm_head.bias" in stored)
+    try:
+        model = _compose_empty(described, vision, tokenizer, has_head_bias="lm_head.bias" in stored)
+    except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{folder}/config.json describes no model that can be built: "
+            f"fix it or copy it again ({error})"
+        ) from error
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if family == "dinov2" and described.tower:  # stored at its own size, resized when it is read
         side = described.tower["image_size"] // vision.patch_size
