@@ -253,6 +253,23 @@ def test_a_setting_that_is_not_safe_is_named(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("size", [14_000, 14_000_000])
+def test_an_image_with_more_patches_than_the_weights_have_rows_is_refused(
+    spoiled: Path, size: int
+) -> None:
+    side = {"height": size, "width": size}
+    processor = json.loads((spoiled / "processor_config.json").read_text())
+    processor["image_processor"] |= {"size": side, "crop_size": side}
+    (spoiled / "processor_config.json").write_text(json.dumps(processor))
+    edit(
+        spoiled / "config.json",
+        vision_config__image_size=size,
+        image_seq_length=(size // 14) ** 2,
+    )
+    with pytest.raises(ValueError, match="more than the weights have positions or words"):
+        read_checkpoint(spoiled)
+
+
 @pytest.mark.parametrize(
     "name",
     [

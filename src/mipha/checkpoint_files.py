@@ -253,8 +253,13 @@ def read_checkpoint(folder: Path) -> CheckpointFiles:
     tensors = read_headers(folder)
     for part in parts:
         check_sizes(folder / "config.json", config[part], tensors)
-
-    return CheckpointFiles(config, processor, tensors)
+    found = CheckpointFiles(config, processor, tensors)
+    if found.tokens_per_image > _longest(tensors):
+        raise ValueError(
+            f"{folder / 'processor_config.json'} makes {found.tokens_per_image} tokens an image, "
+            "which is more than the weights have positions or words: save the processor again"
+        )
+    return found
 
 
 def refuse_links(folder: Path) -> None:
@@ -338,11 +343,12 @@ def check_sizes(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Sto
     Raises:
         ValueError: A size is not a whole number, or larger than every stored tensor.
     """
-    longest = max((max(tensor.shape, default=1) for tensor in tensors.values()), default=0)
+    longest = _longest(tensors)
     most = {
         "num_hidden_layers": len(tensors),
         **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), longest),
         **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), longest),
+        "patch_size": longest,
     }
     for key, limit in most.items():
         value = config.get(key)
@@ -371,6 +377,11 @@ def count_image_tokens(
     """
     patches = (height // patch_size) * (width // patch_size)
     return patches + num_prefix_tokens - (select_strategy == "default")
+
+
+def _longest(tensors: Mapping[str, StoredTensor]) -> int:
+    """Return the longest side of all tensors: words, positions or widths of the model."""
+    return max((max(tensor.shape, default=1) for tensor in tensors.values()), default=0)
 
 
 def _shard_names(folder: Path) -> list[str]:

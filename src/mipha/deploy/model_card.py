@@ -136,7 +136,11 @@ def export_for_hub(model: str | Path, out: Path) -> Path:
     check_finite_folder(checkpoint)
 
     with whole_folder(out) as partial:
-        shutil.copytree(checkpoint, partial, dirs_exist_ok=True)
+        for path in sorted(checkpoint.rglob("*")):
+            if path.is_file():
+                target = partial / path.relative_to(checkpoint)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(path, target)
         write_whole(partial / "README.md", model_card(checkpoint, run, name=out.name))
     return out
 

@@ -198,7 +198,8 @@ def load_saved_model(
     except Exception as error:  # transformers answers a damaged config with any kind of exception
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(
-            f"{folder} cannot be loaded as a LLaVA: check its config.json ({reason})"
+            f"{folder} cannot be loaded as a LLaVA: check its config.json and "
+            f"generation_config.json ({reason})"
         ) from error
 
     # Refuse weights that do not fit, or are not numbers.
