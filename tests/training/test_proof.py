@@ -267,7 +267,7 @@ def test_4_bits_without_a_gpu_are_refused_before_anything_is_built(
     tiny_run_recipe: Callable, tmp_path: Path
 ) -> None:
     with pytest.raises(
-        ValueError, match=r"language_model=qlora .* takes a GPU: set tuning\.language_model to lora"
+        ValueError, match=r"language_model=qlora .* needs a GPU: set tuning\.language_model to lora"
     ):
         train(tiny_run_recipe(*QLORA, "model.vision_tower=nothing/there"), tmp_path / "run")
 
