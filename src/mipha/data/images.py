@@ -61,7 +61,7 @@ class StoredImage(Protocol):
     """An image inside a larger file, read when asked for: hashable, small, and named by `str`."""
 
     def read(self) -> bytes:
-        """The bytes of the image file."""
+        """Return the bytes of the image file."""
         ...
 
 
@@ -93,7 +93,7 @@ class FileSlice(NamedTuple):
         return f"{self.file}, {self.name}"
 
     def read(self) -> bytes:
-        """The bytes of the image file."""
+        """Return the bytes of the image file."""
         with self.file.open("rb") as file:
             file.seek(self.offset)
             return file.read(self.size)

@@ -1,4 +1,6 @@
-"""The format is told from the data and said; what fits nothing, or two things, is refused with the forms that are known."""
+"""The format is told from the data and said; what fits nothing, or two things, is refused with the
+forms that are known.
+"""
 
 from __future__ import annotations
 

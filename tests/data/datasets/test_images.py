@@ -1,4 +1,6 @@
-"""Images that records name: inside the data's own folders, whatever a record says and whatever links there are."""
+"""Images that records name: inside the data's own folders, whatever a record says and whatever
+links there are.
+"""
 
 from __future__ import annotations
 

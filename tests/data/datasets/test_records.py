@@ -1,4 +1,5 @@
-"""Record files are indexed, not read: each record comes back alone, whole, and with the line that an editor would show.
+"""Record files are indexed, not read: each record comes back alone, whole, and with the line that
+an editor would show.
 
 Which file is of which split, by the hub's words.
 """
@@ -154,7 +155,9 @@ def test_a_broken_row_does_not_hide_the_others(text: str, tmp_path: Path) -> Non
 
 
 def test_a_long_broken_file_is_refused_at_once(tmp_path: Path) -> None:
-    """A quote that is never closed must not make the search start again at each of two million places."""
+    """A quote that is never closed must not make the search start again at each of two million
+    places.
+    """
     (tmp_path / "a.json").write_text('[{"a": "' + "x" * 2_000_000)
     with pytest.raises(ValueError, match="not closed"):
         JsonRecords(tmp_path / "a.json")

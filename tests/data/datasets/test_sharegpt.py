@@ -1,4 +1,6 @@
-"""ShareGPT's manner: other names for the roles, a system turn, several images, and nothing moved or left out."""
+"""ShareGPT's manner: other names for the roles, a system turn, several images, and nothing moved or
+left out.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Rows of (image, question, answer) or (image, caption), by the names that people give such columns."""
+"""Rows of (image, question, answer) or (image, caption), by the names that people give such
+columns.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Tars that are read where they stand: what lies under one name is a sample, and nothing in them reaches outside."""
+"""Tars that are read where they stand: what lies under one name is a sample, and nothing in them
+reaches outside.
+"""
 
 from __future__ import annotations
 

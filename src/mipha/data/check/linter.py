@@ -291,7 +291,7 @@ class _Columns:
             ("sample length", "tokens", self.tokens),
             ("trained", "tokens", self.trained),
             ("answers of a sample", "words", self.answer_words),
-            ("longer side of a picture", "pixels", self.sides),
+            ("longer side of an image", "pixels", self.sides),
         ):
             if len(values):
                 yield histogram(name, unit, np.asarray(values))
