@@ -5,10 +5,12 @@ The chat template decides which tokens are trained on, and the text is tokenised
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 from transformers import LlavaProcessor
 
 from mipha.checkpoint_files import count_image_tokens
@@ -101,8 +103,11 @@ def encode(
     truncated = max(0, len(ids) - max_tokens)
     ids, labels = ids[:max_tokens], labels[:max_tokens]
     if (labels[1:] == IGNORE).all():
+        marked = all(not m.learned for m in sample.messages if m.role == "assistant")
         cause = (
-            f"row_tokens={max_tokens} cuts its answer off"
+            "all its answers are marked as not to be learned"
+            if marked
+            else f"row_tokens={max_tokens} cuts its answer off"
             if truncated
             else "the assistant says nothing"
         )
@@ -182,14 +187,51 @@ def _content_parts(text: str) -> list[dict[str, str]]:
 
 
 def _chat(sample: Sample, processor: LlavaProcessor) -> tuple[np.ndarray, np.ndarray]:
-    encoded = processor.tokenizer.apply_chat_template(
+    """Return ids and mask of the conversation in the processor's template.
+
+    Raises:
+        RecordError: The template refuses the conversation, or the answers that are learned cannot
+            be told from the others.
+    """
+    try:
+        encoded = _templated(sample, processor)
+    except (TemplateError, TypeError) as error:
+        raise RecordError(
+            f"the chat template does not write such a conversation: {error}",
+            "remove the sample, or choose another model.chat_template",
+            f"sample {sample.id}",
+        ) from error
+    ids = np.asarray(encoded["input_ids"])
+    supervised = np.asarray(encoded["assistant_masks"], dtype=bool)  # (tokens,)
+
+    answers = [message for message in sample.messages if message.role == "assistant"]
+    if all(message.learned for message in answers):
+        return ids, supervised
+
+    # The marks of the template are one stretch of tokens for each answer: leave some out.
+    edges = np.flatnonzero(np.diff(supervised.astype(np.int8), prepend=0, append=0))
+    stretches = edges.reshape(-1, 2)  # (answers, begin and end)
+    if len(stretches) != len(answers):
+        raise RecordError(
+            f"the chat template marks {len(stretches)} stretches of tokens for {len(answers)} "
+            "answers, so those that are not to be learned cannot be told",
+            "remove the sample, or choose another model.chat_template",
+            f"sample {sample.id}",
+            "loss-mark",
+        )
+    for (begin, end), message in zip(stretches, answers, strict=True):
+        supervised[begin:end] &= message.learned
+    return ids, supervised
+
+
+def _templated(sample: Sample, processor: LlavaProcessor) -> Mapping[str, Any]:
+    return processor.tokenizer.apply_chat_template(
         as_chat(sample.messages),
         chat_template=processor.chat_template,
         tokenize=True,
         return_dict=True,
         return_assistant_tokens_mask=True,
     )
-    return np.asarray(encoded["input_ids"]), np.asarray(encoded["assistant_masks"], dtype=bool)
 
 
 def _plain(sample: Sample, processor: LlavaProcessor) -> tuple[np.ndarray, np.ndarray]:
@@ -197,7 +239,8 @@ def _plain(sample: Sample, processor: LlavaProcessor) -> tuple[np.ndarray, np.nd
 
     Source: the `plain` conversation of LLaVA and Mipha.
     """
-    caption = "".join(message.text for message in sample.messages if message.role == "assistant")
+    answers = [message for message in sample.messages if message.role == "assistant"]
+    caption = "".join(message.text for message in answers if message.learned)
     bos = processor.tokenizer("").input_ids
     text = processor.tokenizer(caption + "\n", add_special_tokens=False).input_ids
     head = [*bos, *[processor.image_token_id] * len(sample.images)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,12 +16,15 @@ import numpy as np
 
 from mipha.data.dataset import load_data
 from mipha.data.held_out import Side, side_of
-from mipha.data.images import grey_image
+from mipha.data.images import grey_image, why_missing
 from mipha.data.order import draw_samples, epoch_order, samples_shown
 from mipha.data.sample import ImageSource, Sample
 from mipha.recipe import DataRecipe
 
 _SIDES: tuple[Side | None, ...] = ("train", "validation", None)
+
+_MOST_REMARKS = 20
+"""Notes on rows that are said one by one."""
 
 
 @dataclass(frozen=True)
@@ -219,6 +223,8 @@ class Mixture(Sequence[Sample]):
     def check(self) -> str:
         """Make every sample and look for every image file, before a run spends hours on the rest.
 
+        Remarks of the readers are counted, and added to the notes.
+
         Returns:
             SHA-256 over all texts and the names of all images, in order: it identifies the
             training data, wherever they lie.
@@ -231,8 +237,12 @@ class Mixture(Sequence[Sample]):
         missing: dict[Path, str] = {}
         seen: set[int] = set()
         digest = hashlib.sha256()
+        remarks: Counter[tuple[int, str]] = Counter()
 
         for index, sample in enumerate(self):
+            if sample.remarks:
+                number = self._source_of(index)
+                remarks.update((number, remark.about) for remark in sample.remarks)
             keys[index] = images_key(sample)
             digest.update(_described(sample))
             for image in sample.images:
@@ -240,13 +250,20 @@ class Mixture(Sequence[Sample]):
                     seen.add(key)
                     if not image.is_file():
                         missing[image] = sample.id
+        for (number, about), count in remarks.most_common(_MOST_REMARKS):
+            source = self.sources[number]
+            self.notes.append(f"{source.name}: {about} ({count} of {len(source)} samples)")
+        if len(remarks) > _MOST_REMARKS:
+            more = len(remarks) - _MOST_REMARKS
+            self.notes.append(f"{more} more remarks on the data: run `mipha check` on them")
         self.image_keys = keys  # else grouping by image would read everything again
 
         if missing:
             image, sample_id = next(iter(missing.items()))
             raise FileNotFoundError(
                 f"{len(missing)} of {len(seen)} image files are missing, for example {image} of "
-                f"sample {sample_id}: check the data's root and image_root, or remove those samples"
+                f"sample {sample_id}{f' ({why})' if (why := why_missing(image)) else ''}: "
+                "check the data's root and image_root, or remove those samples"
             )
         return digest.hexdigest()
 
@@ -264,7 +281,10 @@ def _names(data: Sequence[DataRecipe]) -> list[str]:
 
 
 def _described(sample: Sample) -> bytes:
-    texts = [[message.role, message.text] for message in sample.messages]
+    texts = [
+        [message.role, message.text, *([] if message.learned else ["not learned"])]
+        for message in sample.messages
+    ]
     images = [
         hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else Path(str(image)).name
         for image in sample.images
