@@ -50,8 +50,8 @@ class DataSet:
     detect: Callable[[Path | None], tuple[str, str]] | None = None
 
     def __post_init__(self) -> None:
-        assert self.to_sample is not None, f"{self.name}: give to_sample"
-        assert (self.load is None) != (self.detect is None), f"{self.name}: load or detect"
+        finds_one_way = (self.load is None) != (self.detect is None)
+        assert self.to_sample and finds_one_way, f"{self.name}: to_sample, and load or detect"
 
 
 @dataclass(frozen=True)
