@@ -44,16 +44,12 @@ class _Written(NamedTuple):
     Args:
         text: All that it writes.
         stretches: Texts of the stretches of tokens that it marks, in order.
-        ids: Token ids of all.
-        last: Begin and end of the last stretch; (0, 0) without one.
-        prompt: Token ids of the conversation without its last answer, ready to be answered.
+        prompt: Text of the conversation without its last answer, ready to be answered.
     """
 
     text: str
     stretches: tuple[str, ...]
-    ids: list[int]
-    last: tuple[int, int]
-    prompt: list[int]
+    prompt: str
 
 
 def fit_template(template: str, tokenizer: PreTrainedTokenizerBase, source: str) -> str:
@@ -143,15 +139,13 @@ def _fault_of(template: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
             return "it marks words of the user"
 
     # A prompt must go on as the conversation does, and all that follows it must be marked.
-    begin, end = written.last
-    size = len(written.prompt)
-    if written.prompt != written.ids[:size]:
-        shown = [tokenizer.decode(ids[:size][-8:]) for ids in (written.prompt, written.ids)]
-        return f"a prompt ends in {shown[0]!r} where the conversation trained on has {shown[1]!r}"
-    if size < begin:
-        return f"nothing marks {tokenizer.decode(written.ids[size:begin])!r} behind a prompt"
-    if _ANSWERS[-1] not in tokenizer.decode(written.ids[size:end]):
-        return "a prompt holds the beginning of the answer"
+    if not written.text.startswith(written.prompt):
+        there = written.text[: len(written.prompt)]
+        return f"a prompt ends in {written.prompt[-24:]!r} where {there[-24:]!r} is trained on"
+    behind, marked = written.text[len(written.prompt) :], written.stretches[-1].rstrip()
+    before_words = range(marked.index(_ANSWERS[-1]) + 1)
+    if not any(behind.startswith(marked[place:]) for place in before_words):
+        return f"a prompt is followed by {behind[:24]!r}, of which it marks {marked[:24]!r}"
     return None
 
 
@@ -171,20 +165,14 @@ def _write(template: str, tokenizer: PreTrainedTokenizerBase) -> _Written:
         place + 1 for place, mark in enumerate(marks) if mark and not any(marks[place + 1 :][:1])
     ]
     prompt = tokenizer.apply_chat_template(
-        messages[:-1],
-        chat_template=template,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
+        messages[:-1], chat_template=template, add_generation_prompt=True, tokenize=False
     )
     return _Written(
         text=text,
         stretches=tuple(
             tokenizer.decode(ids[start:end]) for start, end in zip(starts, ends, strict=True)
         ),
-        ids=list(ids),
-        last=(starts[-1], ends[-1]) if starts else (0, 0),
-        prompt=list(prompt["input_ids"]),
+        prompt=prompt,
     )
 
 
