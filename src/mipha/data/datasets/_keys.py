@@ -55,6 +55,7 @@ _MARK_LIKE = re.compile(
     r"(?:.*_)?(?:loss|train|trainable|training|learn|supervised?|masks?|masked|ignored?)"
     r"(?:_(?:on|turns?|flag|this|weights?|masks?|scale))*"
 )
+_QUOTED = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"")
 _MEDIA = re.compile(
     r"\.?(?:videos?|audios?|video_path|audio_path|mp4|webm|avi|mov|mkv|wav|mp3|flac)"
 )
@@ -327,12 +328,15 @@ def parse_list(value: Any) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         pass
+
+    # numpy writes ['a' 'b'], which Python would read as one text.
+    quoted = [one or other for one, other in _QUOTED.findall(text)]
+    if len(quoted) > 1 and not set(_QUOTED.sub("", text)) - set("[] \n"):
+        return quoted
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
-        pass
-    quoted = re.findall(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"", text)  # numpy: ['a' 'b']
-    return [one or other for one, other in quoted] or value
+        return value
 
 
 def _as_pair(turn: Any) -> list[Message] | None:
