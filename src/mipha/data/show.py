@@ -208,6 +208,7 @@ def render(view: View) -> RenderableType:
     lines += [
         Text(f"image {number}: {note}") for number, note in enumerate(view.image_notes, start=1)
     ]
+    lines += [Text(remark.about, "yellow") for remark in view.sample.remarks]
 
     if view.rendered is None:
         lines += [

@@ -348,10 +348,10 @@ def _begin_of_text(stream: BinaryIO, file: Path) -> int:
     head = stream.read(4)
     if head.startswith((b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")):
         raise ValueError(f"{file} is UTF-16 or UTF-32: save it as UTF-8")
-    if b"\x00" in head:
-        raise ValueError(f"{file} is no text in UTF-8, it begins with {head!r}: save it as UTF-8")
     if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")):
         raise ValueError(f"{file} is compressed: decompress it")
+    if b"\x00" in head:
+        raise ValueError(f"{file} is no text in UTF-8, it begins with {head!r}: save it as UTF-8")
     return len(_BOM) if head.startswith(_BOM) else 0
 
 
@@ -388,8 +388,9 @@ def _object_spans(
         depth += 1 if mark in b"[{" else -1 if mark in b"]}" else 0
         if depth == 0:
             objects.extend((begin, position))
-            if len(objects) == 2 and not _is_json(content[begin:position]):
-                return None
+            text = content[begin:position] if len(objects) == 2 else b""
+            if text and b"\n" not in text and not _is_json(text):
+                return None  # a broken line among others
     if depth or not objects or not _REST.match(content, position):
         return None
     if len(objects) > 2:
