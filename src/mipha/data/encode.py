@@ -244,7 +244,8 @@ def _plain(sample: Sample, processor: LlavaProcessor) -> tuple[np.ndarray, np.nd
     bos = processor.tokenizer("").input_ids
     text = processor.tokenizer(caption + "\n", add_special_tokens=False).input_ids
     head = [*bos, *[processor.image_token_id] * len(sample.images)]
-    return np.asarray(head + text), np.arange(len(head) + len(text)) >= len(head)
+    learned = any(message.learned for message in answers)
+    return np.asarray(head + text), (np.arange(len(head) + len(text)) >= len(head)) & learned
 
 
 def _expand_images(

@@ -32,14 +32,14 @@ _INVISIBLE = re.compile("[\u200b\u2060\ufeff\u00ad\u202a-\u202e\u2066-\u2069]")
 # Source: the processors of Qwen-VL, InternVL, Phi-3.5, Gemma 3, PaliGemma, Idefics, SmolVLM,
 # Pixtral, DeepSeek-VL, LLaVA-NeXT, Kosmos-2, MiniCPM-V and Fuyu; placeholders of ms-swift and MMMU.
 _FOREIGN_MARKER = re.compile(
-    r"<\|?/?(?:image|img|video|vision|picture|audio|media)(?:[_ |-][\w|-]{0,20}|\d{0,3})?\|?>"
+    r"<\|?(?:/?(?:image|img|vision)|video|picture|audio|media)(?:[_ |-][\w|-]{0,20}|\d{0,3})?\|?>"
     r"|<\|?/?(?:start|end)_of_(?:image|img|video|audio)\|?>|<im_(?:start|end|patch)>"
     r"|<\|?(?:bbox|ref-object|object_ref|box|quad|point|grounding|det|ref|region)"
     r"(?:_(?:start|end|pad))?\|>|<(?:bbox|ref-object|region\d{0,3}|cls-\d+|tile_\w+)>"
     r"|<(?:loc|seg|patch_index_)\[?_?\d{1,5}\]?>|<fake_token_around_image>|<global-img>"
     r"|<row_\d+_col_\d+>|<patch>|<img_context>|<image_?placeholder>|<\|?(?:speaker|newline)\|>"
     r"|\[(?:IMG|IMAGE|VIDEO|AUDIO)(?:[_ ]?(?:\d{1,3}|BREAK|END|TOKEN|PLACEHOLDER))?\]"
-    r"|\{(?:image|img|bbox)\}|\{\{(?:image|img)\}\}|!\[\]\(<?image>?\)|<ImageHere>|<Img>",
+    r"|(?<![\w\]}])\{(?:image|img|bbox)\}|\{\{(?:image|img)\}\}|!\[\]\(<?image>?\)|<ImageHere>|<Img>",
     re.IGNORECASE,
 )
 _MARKUP = re.compile(
