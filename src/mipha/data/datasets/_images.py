@@ -85,11 +85,13 @@ def choose_images(content: Mapping[str, Any]) -> list[str]:
     series = [
         name
         for name, value in content.items()
-        if isinstance(name, str) and _may_be_image(value) and _SERIES.fullmatch(name.strip())
+        if isinstance(name, str) and _place_in_series(name) is not None and _may_be_image(value)
     ]
+    if not series:
+        return names
     if series and names and names[0] in ("file_name", "filename", "path"):
         names = []  # a path beside the images says where the row comes from
-    return [*names, *sorted(series, key=_place_in_series)]
+    return [*names, *sorted(series, key=lambda name: _place_in_series(name) or 0)]
 
 
 def _may_be_image(value: Any) -> bool:
@@ -98,10 +100,13 @@ def _may_be_image(value: Any) -> bool:
     return isinstance(value, bytes | Mapping | StoredImage)
 
 
-def _place_in_series(name: str) -> int:
-    """Return the number or letter of image_2 as a number; left and right stay in their order."""
+@lru_cache(maxsize=4096)
+def _place_in_series(name: str) -> int | None:
+    """Return the number or letter of image_2 as a number, 0 for left and right; None for others."""
     found = _SERIES.fullmatch(name.strip())
-    number = found["number"] if found else None
+    if found is None:
+        return None
+    number = found["number"]
     return 0 if number is None else int(number) if number.isdigit() else ord(number.lower())
 
 
@@ -130,10 +135,12 @@ def image_source(value: Any, folders: ImageFolders, where: str) -> ImageSource:
         keys = ("bytes", "path", "image", "url")
         value = next((value[key] for key in keys if value.get(key) is not None), None)
 
+    if isinstance(value, str):  # first, because the other question takes longer
+        if value.startswith("data:"):
+            return _from_data_uri(value, where)
+        return path_inside(folders, value, where)
     if isinstance(value, bytes | StoredImage):
         return value
-    if isinstance(value, str) and value.startswith("data:"):
-        return _from_data_uri(value, where)
     return path_inside(folders, value, where)
 
 

@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 from mipha.data.datasets._images import (
@@ -167,7 +168,7 @@ class Keys:
         """
         learned = True
         for key, value in turn.items():
-            if value is None or not isinstance(key, str):
+            if value is None or not isinstance(key, str) or not _may_mark(key):
                 continue
             if key in MARKS:
                 if (mark := _as_mark(value)) is None:
@@ -177,7 +178,7 @@ class Keys:
                         "loss-mark",
                     )
                 learned &= mark
-            elif _MARK_LIKE.fullmatch(key.lower()) and _is_mark_like(value):
+            elif _is_mark_like(value):
                 raise self.fault(
                     f'the "{key}" of {name} is {short(value)}, which may say whether it is learned',
                     'write "weight": 1 or "weight": 0 instead',
@@ -198,10 +199,10 @@ class Keys:
         learned = [message.learned for message in messages]
         answers = [place for place, message in enumerate(messages) if message.role == "assistant"]
         for key, value in self.content.items():
-            name = key.lower() if isinstance(key, str) else ""
-            value = parse_list(value) if name in _LIST_MARKS else value
-            if name not in _LIST_MARKS:
-                if _MARK_LIKE.fullmatch(name) and _is_mark_like(value):
+            if not isinstance(key, str) or not _may_mark(key):
+                continue
+            if key.lower() not in _LIST_MARKS:
+                if _is_mark_like(value):
                     raise self.fault(
                         f'its "{key}" is {short(value)}, which may say what is learned',
                         'write "loss_mask" with 1 or 0 for each turn, or remove the key',
@@ -210,6 +211,7 @@ class Keys:
                 continue
 
             # One mark for the whole record.
+            value = parse_list(value)
             if not is_list(value):
                 if value is not None and (mark := _as_mark(value)) is not None:
                     self.read.add(key)
@@ -234,7 +236,7 @@ class Keys:
             for place, mark in zip(places, marks, strict=True):
                 learned[place] &= bool(mark)
         return [
-            replace(message, learned=mark or message.role != "assistant")
+            message if mark or message.role != "assistant" else replace(message, learned=False)
             for message, mark in zip(messages, learned, strict=True)
         ]
 
@@ -317,6 +319,12 @@ class Keys:
             return os.path.isfile(str(image_source(item, self.folders, self.where)))
         except (RecordError, ValueError, OSError):
             return False
+
+
+@lru_cache(maxsize=4096)
+def _may_mark(key: str) -> bool:
+    """Return whether a key of this name may say what is learned."""
+    return key.lower() in _LIST_MARKS or _MARK_LIKE.fullmatch(key.lower()) is not None
 
 
 def parse_list(value: Any) -> Any:
