@@ -230,6 +230,7 @@ def test_marks_that_cannot_be_followed_are_refused(
     file = _write(folder, row)
     if sentence is None:  # a mark for each answer: the only one is not learned
         assert not _samples(file)[0].messages[1].learned
+        assert "all its answers are marked" in _found(file)["nothing-trained"]
         return
     (finding,) = [f for f in _check(file).findings if f.kind == "loss-mark"]
     assert finding.severity == "error"
@@ -254,6 +255,8 @@ def test_marks_that_cannot_be_followed_are_refused(
         ({"choices": {"text": ["red", "blue", "green"], "label": list("123")}, "answer": 1}, "A"),
         ({"choices": ["red", "blue", "green"], "correct_choice_idx": 2}, "C"),
         ({"A": "red", "B": "blue", "C": "green", "D": None, "answer": "B"}, "B"),
+        ({"choices": ["A. red", "B. blue", "C. green"], "answer": "B. blue"}, "B"),
+        ({"choices": ["(A) red", "(B) blue", "(C) green"], "answer": 2}, "C"),
         ({"option_a": "red", "option_b": "blue", "option_c": "green", "answer": "c"}, "C"),
     ],
 )
@@ -302,6 +305,8 @@ def test_a_number_may_be_an_answer(folder: Path) -> None:
         {"image_1": "a.png", "image_2": "b.png", "image_3": None},
         {"left_image": "a.png", "right_image": "b.png"},
         {"images": ["a.png", "b.png"], "source_image": "dir/a.png"},
+        {"image": "['a.png', 'b.png']"},
+        {"images": '["a.png", "b.png"]'},
     ],
 )
 def test_several_columns_of_images_are_all_shown(row: dict, folder: Path) -> None:
@@ -324,6 +329,7 @@ def test_several_columns_of_images_are_all_shown(row: dict, folder: Path) -> Non
         ({"choices": ["x", "y"]}, "choices"),
         ({"conversation_history": [["a", "b"]]}, "conversation_history"),
         ({"system_instruction": "Be brief."}, "system_instruction"),
+        ({"train_detail": [{"begin_offset": 0, "train": False}]}, "train_detail"),
     ],
 )
 def test_a_key_that_changes_the_meaning_is_an_error(more: dict, key: str, folder: Path) -> None:

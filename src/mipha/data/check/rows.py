@@ -281,6 +281,10 @@ def _turns(sample: Sample) -> Iterator[TurnFacts]:
 
 def _turn_problems(sample: Sample, record: Any) -> Iterator[Problem]:
     """Find markers in answers, answers that repeat the question, and what the format changed."""
+    answers = [message for message in sample.messages if message.role == "assistant"]
+    if not any(message.learned for message in answers):
+        yield "nothing-trained", "all its answers are marked as not to be learned"
+
     asked = ""
     for message in sample.messages:
         if message.role == "assistant":

@@ -34,6 +34,7 @@ INSTRUCTION = "Answer with the option's letter from the given choices directly."
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 _COLUMN = re.compile(r"(?:option|choice|answer)?_?([a-h])|(?:option|choice)_?([1-8])")
+_LETTERED = re.compile(r"\(?([A-Za-z])[).:]\s+")
 _LETTER = re.compile(r"\(?([A-Za-z])[).:]?")
 
 
@@ -78,6 +79,8 @@ def read_choice(keys: Keys, question: str, columns: Sequence[str], answer: Any) 
         RecordError: The options cannot be read, or the answer is none of them or could be two.
     """
     options, letters = _read_options(keys, columns)
+    if all(_lettered(option, place) for place, option in enumerate(options)):
+        options = [_LETTERED.sub("", option) for option in options]
     if len(options) < 2 or len(options) > len(LETTERS):
         raise keys.fault(
             f"its {columns[0]} are {short(keys.content.get(columns[0]))}",
@@ -119,6 +122,10 @@ def _read_options(keys: Keys, columns: Sequence[str]) -> tuple[list[str], list[s
 
 def _number_of(keys: Keys, options: list[str], letters: list[str], answer: Any) -> int:
     """Return the number of the right option, from 0."""
+    if isinstance(answer, str) and (match := _LETTERED.match(answer)):
+        rest = answer[match.end() :].strip().casefold()
+        if rest in [option.strip().casefold() for option in options]:
+            answer = match[1]  # as in "B. a dog"
     named = parse_list(answer)
     if is_list(named) and len(named) == 1:
         answer = named[0]
@@ -150,6 +157,12 @@ def _number_of(keys: Keys, options: list[str], letters: list[str], answer: Any) 
             "unclear-choice",
         )
     return found.pop()
+
+
+def _lettered(option: str, place: int) -> bool:
+    """Return whether an option begins with its own letter, as in `A. a cat`."""
+    match = _LETTERED.match(option)
+    return match is not None and match[1].upper() == LETTERS[place]
 
 
 def _text(value: Any) -> str:

@@ -28,7 +28,7 @@ from mipha.data.faults import FaultKind, RecordError
 from mipha.data.images import SUFFIXES, ImageSource, StoredImage
 from mipha.data.sample import Message, Remark
 
-SYSTEM = ("system", "system_prompt", "system_message")
+SYSTEM = ("system", "system_prompt", "system_message", "systemPrompt", "systemprompt")
 """Names under which a record gives its system turn."""
 
 # Source: OpenAI (weight), ms-swift (loss, loss_scale), LLaMA-Factory (loss_mask, loss_weight),
@@ -56,6 +56,7 @@ _MARK_LIKE = re.compile(
     r"(?:.*_)?(?:loss|train|trainable|training|learn|supervised?|masks?|masked|ignored?)"
     r"(?:_(?:on|turns?|flag|this|weights?|masks?|scale))*"
 )
+_TRAIN_LIKE = re.compile(r".*(?:train|loss|learn).*")
 _QUOTED = re.compile(r"'((?:[^'\\]|\\.)*)'|\"((?:[^\"\\]|\\.)*)\"")
 _MEDIA = re.compile(
     r"\.?(?:videos?|audios?|video_path|audio_path|mp4|webm|avi|mov|mkv|wav|mp3|flac)"
@@ -106,6 +107,8 @@ class Keys:
         values: list[Any] = []
         for name in names:
             value = self.content[name]
+            if is_list(listed := parse_list(value)):  # a table's cell
+                value = listed
             if name == "images" and not is_list(value):
                 raise self.fault(f'"images" is {short(value)}', "wanted a list of paths")
             values += value if is_list(value) else [value]
@@ -277,6 +280,9 @@ class Keys:
             return "an image"
         if _MEDIA.fullmatch(name) or _IMAGE_FILES.fullmatch("." + name.removeprefix(".")):
             return "a file that the model does not see"
+
+        if _TRAIN_LIKE.fullmatch(name) and isinstance(value, list | tuple | dict):
+            return "marks on what is learned"
 
         # Words that stand in the sample anyway change nothing.
         text = "\n".join(message.text for message in messages)
