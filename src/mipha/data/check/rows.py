@@ -154,8 +154,8 @@ def check_rows(inputs: CheckInputs, rows: Sequence[int], workers: int) -> Iterat
         except BrokenProcessPool as error:
             last = chunks[min(done + workers, len(chunks)) - 1][-1]
             raise OSError(
-                f"a process that checked rows {chunks[done][0]} to {last} of {inputs.data.name} was "
-                "killed: look at the images of those rows, or free memory"
+                f"a process that checked rows {chunks[done][0]} to {last} of {inputs.data.name} "
+                "was killed: look at the images of those rows, or free memory"
             ) from error
 
 
