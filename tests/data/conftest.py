@@ -17,7 +17,7 @@ def conversation(question: str) -> list[dict[str, str]]:
 
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., DataRecipe]:
-    """`write(name, images)`: a messages file with a sample for each, null for one without an image."""
+    """`write(name, images)`: a messages file, a sample for each; None means no image."""
 
     def file(name: str, images: list[str | None], /, **options: object) -> DataRecipe:
         lines = [

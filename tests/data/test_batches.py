@@ -1,4 +1,6 @@
-"""Steps are a pure function of their number: the same samples whoever asks, dealt to as many processes as there are."""
+"""Steps are a pure function of their number: the same samples whoever asks, dealt to as many
+processes as there are.
+"""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def test_every_file_is_a_data_set_of_its_name() -> None:
 
 def test_a_data_set_reads_or_detects() -> None:
     for values in ({}, {"load": list}, {"load": list, "to_sample": str, "detect": str}):
-        with pytest.raises(AssertionError, match="mine: load and to_sample, or detect"):
+        with pytest.raises(AssertionError, match="mine: to_sample, and load or detect"):
             DataSet("mine", **values)
 
 
@@ -64,9 +64,10 @@ def test_a_data_set_is_one_file(mine: Path) -> None:
 
 
 def test_a_plain_error_of_a_data_set_is_a_malformed_row(mine: Path) -> None:
-    [finding] = check_data(load_data(DataRecipe(dataset="mine"))).findings
+    finding, left_out = check_data(load_data(DataRecipe(dataset="mine"))).findings
     assert (finding.kind, finding.row, finding.where) == ("malformed", 1, "")
     assert finding.what == "Why? has no answer"
+    assert (left_out.kind, left_out.row, left_out.what) == ("left-out", None, "nothing of train")
 
 
 def test_a_detected_format_is_loaded_and_said(write: Callable) -> None:
@@ -76,7 +77,7 @@ def test_a_detected_format_is_loaded_and_said(write: Callable) -> None:
         loaded.format
         == f"{root} is read as messages: conversations whose turns have a role and content"
     )
-    assert loaded.to_sample is load_dataset("messages").to_sample
+    assert loaded.to_sample is load_dataset("auto").to_sample, "each record by its own format"
     assert loaded.shorten(loaded.format).startswith("a.jsonl is read as messages")
 
 

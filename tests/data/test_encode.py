@@ -20,7 +20,8 @@ TEMPLATES = pytest.mark.parametrize("template", ["chatml", "vicuna"])
 KINDS = pytest.mark.parametrize("family", ["llama", "qwen2", "gemma"])
 """A plain tokenizer, one of the host's own classes, and one that puts a BOS before every text."""
 
-# Words, and what tokenizers stumble over: white space at the ends, other scripts; not the markers of image and turn, which are no text.
+# Words, and what tokenizers stumble over: white space at the ends, other scripts; not the markers
+# of image and turn, which are no text.
 pieces = st.sampled_from(
     [
         " ",
@@ -149,10 +150,12 @@ def test_the_template_is_written_as_its_source_writes_it(
         "The assistant gives helpful, detailed, and polite answers to the user's questions. "
     )
     wanted = {
-        "chatml": "<|im_start|>user\n<image>\nWhat is it?<|im_end|>\n<|im_start|>assistant\nA cat.<|im_end|>\n"
+        "chatml": "<|im_start|>user\n<image>\nWhat is it?<|im_end|>\n"
+        "<|im_start|>assistant\nA cat.<|im_end|>\n"
         "<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n",
         "vicuna": system
-        + "USER: <image>\nWhat is it? ASSISTANT: A cat.<|im_end|>USER: Sure? ASSISTANT: yes<|im_end|>",
+        + "USER: <image>\nWhat is it? ASSISTANT: A cat.<|im_end|>"
+        + "USER: Sure? ASSISTANT: yes<|im_end|>",
     }
     assert text == bos + wanted[template]
 
@@ -220,7 +223,8 @@ def test_nothing_to_learn_is_an_error(processor: LlavaProcessor) -> None:
 def test_an_image_that_does_not_fit_is_an_error(processor: LlavaProcessor) -> None:
     with pytest.raises(
         ValueError,
-        match=r"sample s: through its 2 image\(s\) it takes 12 tokens of row_tokens=12; raise row_tokens",
+        match=r"sample s: through its 2 image\(s\) it takes 12 tokens of row_tokens=12; "
+        "raise row_tokens",
     ):
         encode(conversation("a?", "b", images=2), processor, 12)
 
@@ -257,7 +261,9 @@ def test_truncation_cuts_text_and_never_an_image(
 
 @KINDS
 def test_the_plain_prompt_is_images_then_the_caption(assistants: Callable, family: str) -> None:
-    """Source: LLaVA's `preprocess_plain`: the caption and a newline are trained on, the user's words are dropped."""
+    """Source: LLaVA's `preprocess_plain`: the caption and a newline are trained on, the user's
+    words are dropped.
+    """
     processor = assistants(family, "vicuna").processor
     encoded = encode(
         conversation("Describe it.", "A red circle.", images=1), processor, 100, prompt="plain"

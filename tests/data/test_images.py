@@ -282,7 +282,9 @@ def test_a_key_is_of_the_content_alone(tmp_path: Path) -> None:
 
 
 def _small_files() -> list[bytes]:
-    """Small pictures of many kinds: every format and mode that decoders have a path of their own for."""
+    """Small pictures of many kinds: every format and mode that decoders have a path of their own
+    for.
+    """
     noise = np.random.default_rng(0).integers(0, 256, (9, 11, 4), dtype=np.uint8)
     rgb, rgba = Image.fromarray(noise[..., :3]), Image.fromarray(noise)
     exif = Image.Exif()
@@ -322,7 +324,9 @@ def _opens_or_says_why(content: bytes) -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
 def test_a_thousand_mutated_files_are_pictures_or_value_errors() -> None:
-    """Bytes changed, cut out, doubled, swapped between files, and numbers set to their extremes: as disks, networks and enemies do."""
+    """Bytes changed, cut out, doubled, swapped between files, and numbers set to their extremes: as
+    disks, networks and enemies do.
+    """
     chance = random.Random(0)
     extremes = (
         b"\xff\xff\xff\xff",

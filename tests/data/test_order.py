@@ -85,7 +85,9 @@ def test_no_sample_is_shown_again_before_all_others_were(
 def test_grouped_by_modality_a_step_is_of_one_kind(
     write: Callable, with_image: int, without: int
 ) -> None:
-    """Steps of 4: cut where training cuts them, over three epochs; only what is left over of both kinds is mixed."""
+    """Steps of 4: cut where training cuts them, over three epochs; only what is left over of both
+    kinds is mixed.
+    """
     mixture = Mixture([write("a", [f"{i % 2}.png" for i in range(with_image)] + [None] * without)])
     epochs = [mixture.epoch_order(7, epoch, by_modality=4) for epoch in range(3)]
     for epoch in epochs:
@@ -96,7 +98,8 @@ def test_grouped_by_modality_a_step_is_of_one_kind(
         for step in (mixture.image_keys[steps] != 0).all(axis=1)
         | (mixture.image_keys[steps] == 0).all(axis=1)
     ]
-    # Of an epoch, fewer than 4 of each kind are left over; what completes the step before may take one step apart.
+    # Of an epoch, fewer than 4 of each kind are left over; what completes the step before may take
+    # one step apart.
     assert shows.count(False) <= 3 * 3
     if not with_image or not without:
         assert all(shows)

@@ -24,10 +24,12 @@ def samples(draw: st.DrawFn) -> list[Encoded]:
         image = draw(st.integers(0, 3))
         prefix = 3 + 2 * image if image else 0
         length = draw(st.integers(prefix + 2, ROW))
-        # A sample's own tokens are all different from the others', so that a test can tell whose they are.
+        # A sample's own tokens are all different from the others', so that a test can tell whose
+        # they are.
         ids = np.arange(length) + 1000 * (number + 1)
         ids[:prefix] = np.arange(prefix) + 100 * image
-        # Without an image the first token may be trained on (a plain caption): in a row, nothing predicts it.
+        # Without an image the first token may be trained on (a plain caption): in a row, nothing
+        # predicts it.
         first = draw(st.integers(prefix + 1 if prefix else 0, length - 1))
         labels = np.where(np.arange(length) >= first, ids, IGNORE)
         made.append(

@@ -94,8 +94,8 @@ def test_what_is_cut_off_is_counted(source: LoadedData, stage, tiny_model) -> No
     assert view.num_tokens == 64
     assert view.num_truncated == whole.num_tokens - 64
     assert (
-        f"64 tokens, {view.num_trained} of them trained on; {view.num_truncated:,} more are cut off by row_tokens"
-        in _printed(view)
+        f"64 tokens, {view.num_trained} of them trained on; "
+        f"{view.num_truncated:,} more are cut off by row_tokens" in _printed(view)
     )
 
 

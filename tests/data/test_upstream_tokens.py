@@ -156,7 +156,7 @@ def test_an_image_in_an_answer(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def test_a_tokenizer_that_begins_with_bos(tiny_model: Callable) -> None:
-    """Gemma: one BOS at the front, also where an image splits the text, and the answers trained on."""
+    """Gemma: one BOS at the front, also where an image splits the text; answers are trained on."""
     tokenizer = tiny_model("gemma", chat_template="vicuna")[1].tokenizer
     conversation = talk(f"{IMAGE}\nWhat is it?", "A red circle.", "Sure?", "yes")
     for compat in ("upstream", None):

@@ -76,18 +76,18 @@ class StepDataset(Dataset[Step]):
         self._num_steps, self._num_samples = count_steps(stage, mixture.num_per_epoch)
 
     def __len__(self) -> int:
-        """Optimizer steps of the stage."""
+        """Return the optimizer steps of the stage."""
         return self._num_steps
 
     def indices(self, step: int) -> list[int]:
-        """Which samples of the mixture a step reads; the last step of a stage may read fewer."""
+        """Return the samples of the mixture that a step reads; the last step may read fewer."""
         size = self.mixture.num_per_epoch
         end = min((step + 1) * self.stage.batch_size, self._num_samples)
         positions = range(step * self.stage.batch_size, end)
         return [int(self._order(position // size)[position % size]) for position in positions]
 
     def samples(self, step: int) -> list[Encoded]:
-        """The samples of a step, encoded."""
+        """Return the samples of a step, encoded."""
         return [
             encode(self.mixture[index], self.processor, self.stage.row_tokens, self.stage.prompt)
             for index in self.indices(step)
@@ -165,5 +165,5 @@ def deal(rows: Sequence[Row], world_size: int) -> list[list[Row]]:
 
 
 def keep_step(step: Any) -> Any:
-    """The DataLoader's collate function: a step is a batch already."""
+    """Return the step: the DataLoader's collate function has nothing to do."""
     return step

@@ -67,7 +67,7 @@ def collate(
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device | str) -> Batch:
-    """Return the batch with its tensors on a device; `spans` stay on the host, which reads them."""
+    """Return the batch with its tensors on a device; the CPU reads `spans`, so they stay there."""
     return {
         key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
         for key, value in batch.items()

@@ -38,8 +38,8 @@ class DataSet:
         left_out: `left_out(root, split)`: a sentence on the records that `load` leaves out, None
             where there are none.
         detect: `detect(root)`: the name of the data set that reads this place, and a sentence on
-            what was found. A data set with `detect` hands over to that one, and reads nothing
-            itself.
+            the format. A data set with `detect` hands over to that one, whose records its own
+            `to_sample` reads, each by the format that it has.
     """
 
     name: str
@@ -50,8 +50,8 @@ class DataSet:
     detect: Callable[[Path | None], tuple[str, str]] | None = None
 
     def __post_init__(self) -> None:
-        reads = self.load is not None and self.to_sample is not None
-        assert reads != (self.detect is not None), f"{self.name}: load and to_sample, or detect"
+        finds_one_way = (self.load is None) != (self.detect is None)
+        assert self.to_sample and finds_one_way, f"{self.name}: to_sample, and load or detect"
 
 
 @dataclass(frozen=True)
@@ -143,10 +143,11 @@ def load_data(recipe: DataRecipe) -> LoadedData:
         MissingPackage: The format needs a package that is not installed.
     """
     dataset, found = load_dataset(recipe.dataset), None
+    to_sample = dataset.to_sample
     if dataset.detect is not None:
         name, found = dataset.detect(recipe.root)
         dataset = load_dataset(name)
-    assert dataset.load is not None and dataset.to_sample is not None
+    assert dataset.load is not None and to_sample is not None
 
     if recipe.image_root and not dataset.takes_image_root:
         raise ValueError(f"image_root has no effect with the data set {dataset.name}: remove it")
@@ -158,7 +159,7 @@ def load_data(recipe: DataRecipe) -> LoadedData:
     return LoadedData(
         name=name if recipe.split == "train" else f"{name} ({recipe.split})",
         records=records,
-        to_sample=dataset.to_sample,
+        to_sample=to_sample,
         folder=root if root is None or root.is_dir() else root.parent,
         limit=recipe.limit,
         format=found,

@@ -1,11 +1,16 @@
-"""Sample + processor -> token ids and labels. The chat template decides what is trained on; nothing is tokenised twice."""
+"""Sample + processor -> token ids and labels.
+
+The chat template decides which tokens are trained on, and the text is tokenised once.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from jinja2 import TemplateError
 from transformers import LlavaProcessor
 
 from mipha.checkpoint_files import count_image_tokens
@@ -23,7 +28,6 @@ __all__ = [
     "encode",
     "encode_conversation",
     "tokens_per_image",
-    "unsupervised",
 ]
 
 
@@ -36,7 +40,8 @@ class Encoded:
         input_ids: `(tokens,)`, image placeholders already repeated.
         labels: `(tokens,)`: the same ids where trained on, else `IGNORE`; not shifted.
         images: One for each image span, in order.
-        prefix: Leading tokens, through the only image, that another sample about the same image may share; 0 for none.
+        prefix: Leading tokens, through the only image, that another sample about the same image
+            may share; 0 for none.
         truncated: Tokens cut off the end to fit.
     """
 
@@ -57,18 +62,24 @@ def encode(
     """Tokenise a sample once, with its loss mask.
 
     Args:
-        max_tokens: Longest result, image tokens included. Text behind the last image is cut to fit; an image never is.
-        prompt: `chat` writes the conversation with the processor's template; `plain` writes images, then the assistant's
-            words and a newline, as in LLaVA's first stage.
+        sample: Sample to encode.
+        processor: Processor of the model; it holds the tokenizer and the chat template.
+        max_tokens: Longest result, image tokens included. Text after the last image is cut to fit;
+            an image is never cut.
+        prompt: `chat` writes the conversation with the processor's template; `plain` writes images,
+            then the assistant's words and a newline, as in LLaVA's first stage.
 
     Raises:
         RecordError: Nothing would be trained on, the images alone exceed `max_tokens`, images and
             their tokens do not match, or a text holds half of a character.
     """
+    # Write and tokenise the conversation, with as many tokens as each image takes.
     check_text(sample)
     ids, supervised = _plain(sample, processor) if prompt == "plain" else _chat(sample, processor)
     ids, supervised = _expand_images(ids, supervised, processor)
-    labels = np.where(supervised & (ids != processor.image_token_id), ids, IGNORE)
+    labels = np.where(supervised & (ids != processor.image_token_id), ids, IGNORE)  # (tokens,)
+
+    # Check that all images are there and fit.
     image_ends = np.flatnonzero(ids == processor.image_token_id)
     last_image = int(image_ends[-1]) + 1 if len(image_ends) else 0
     num_images = len(image_ends) // tokens_per_image(processor)
@@ -87,11 +98,16 @@ def encode(
             f"sample {sample.id}",
             "too-many-images",
         )
+
+    # Cut the end to fit; something to train on must be left.
     truncated = max(0, len(ids) - max_tokens)
     ids, labels = ids[:max_tokens], labels[:max_tokens]
     if (labels[1:] == IGNORE).all():
+        marked = all(not m.learned for m in sample.messages if m.role == "assistant")
         cause = (
-            f"row_tokens={max_tokens} cuts its answer off"
+            "all its answers are marked as not to be learned"
+            if marked
+            else f"row_tokens={max_tokens} cuts its answer off"
             if truncated
             else "the assistant says nothing"
         )
@@ -101,7 +117,9 @@ def encode(
             f"sample {sample.id}",
             "nothing-trained",
         )
-    # The token behind the prefix must not be supervised: its prediction is made at the prefix's last, shared, position.
+
+    # Find the prefix that others may share. The token after it must not be supervised, because its
+    # prediction is made at the last position of the prefix, which is shared.
     shared = (
         last_image
         if num_images == 1 and last_image < len(ids) and (labels[: last_image + 1] == IGNORE).all()
@@ -129,7 +147,7 @@ def check_text(sample: Sample) -> None:
 
 
 def tokens_per_image(processor: LlavaProcessor) -> int:
-    """Tokens that one image takes in the sequence."""
+    """Return how many tokens one image takes in the sequence."""
     size = processor.image_processor.size
     return count_image_tokens(
         size["height"],
@@ -141,10 +159,11 @@ def tokens_per_image(processor: LlavaProcessor) -> int:
 
 
 def as_chat(messages: tuple[Message, ...]) -> list[dict[str, Any]]:
-    """Messages with content parts, as the host's chat templates read them; templates put the newline behind an image.
+    """Return messages with content parts, as chat templates of transformers read them.
 
-    The assistant's words lose the white space around them: a tokenizer joins it to what the prompt ends with, and then no
-    prompt is what training began with.
+    The newline after an image is left to the template. The assistant's words lose the white space
+    around them: a tokenizer would join it to the end of the prompt, and then no prompt would begin
+    as it did in training.
     """
     return [
         {
@@ -168,23 +187,65 @@ def _content_parts(text: str) -> list[dict[str, str]]:
 
 
 def _chat(sample: Sample, processor: LlavaProcessor) -> tuple[np.ndarray, np.ndarray]:
-    encoded = processor.tokenizer.apply_chat_template(
+    """Return ids and mask of the conversation in the processor's template.
+
+    Raises:
+        RecordError: The template refuses the conversation, or the answers that are learned cannot
+            be told from the others.
+    """
+    try:
+        encoded = _templated(sample, processor)
+    except (TemplateError, TypeError) as error:
+        raise RecordError(
+            f"the chat template does not write such a conversation: {error}",
+            "remove the sample, or choose another model.chat_template",
+            f"sample {sample.id}",
+        ) from error
+    ids = np.asarray(encoded["input_ids"])
+    supervised = np.asarray(encoded["assistant_masks"], dtype=bool)  # (tokens,)
+
+    answers = [message for message in sample.messages if message.role == "assistant"]
+    if all(message.learned for message in answers):
+        return ids, supervised
+
+    # The marks of the template are one stretch of tokens for each answer: leave some out.
+    edges = np.flatnonzero(np.diff(supervised.astype(np.int8), prepend=0, append=0))
+    stretches = edges.reshape(-1, 2)  # (answers, begin and end)
+    if len(stretches) != len(answers):
+        raise RecordError(
+            f"the chat template marks {len(stretches)} stretches of tokens for {len(answers)} "
+            "answers, so those that are not to be learned cannot be told",
+            "remove the sample, or choose another model.chat_template",
+            f"sample {sample.id}",
+            "loss-mark",
+        )
+    for (begin, end), message in zip(stretches, answers, strict=True):
+        supervised[begin:end] &= message.learned
+    return ids, supervised
+
+
+def _templated(sample: Sample, processor: LlavaProcessor) -> Mapping[str, Any]:
+    return processor.tokenizer.apply_chat_template(
         as_chat(sample.messages),
         chat_template=processor.chat_template,
         tokenize=True,
         return_dict=True,
         return_assistant_tokens_mask=True,
     )
-    return np.asarray(encoded["input_ids"]), np.asarray(encoded["assistant_masks"], dtype=bool)
 
 
 def _plain(sample: Sample, processor: LlavaProcessor) -> tuple[np.ndarray, np.ndarray]:
-    """Source: LLaVA's and Mipha's `plain` conversation: the user's words are dropped; no end-of-sequence token."""
-    caption = "".join(message.text for message in sample.messages if message.role == "assistant")
+    """Return ids and mask of images and caption: without the user's words and an end token.
+
+    Source: the `plain` conversation of LLaVA and Mipha.
+    """
+    answers = [message for message in sample.messages if message.role == "assistant"]
+    caption = "".join(message.text for message in answers if message.learned)
     bos = processor.tokenizer("").input_ids
     text = processor.tokenizer(caption + "\n", add_special_tokens=False).input_ids
     head = [*bos, *[processor.image_token_id] * len(sample.images)]
-    return np.asarray(head + text), np.arange(len(head) + len(text)) >= len(head)
+    learned = any(message.learned for message in answers)
+    return np.asarray(head + text), (np.arange(len(head) + len(text)) >= len(head)) & learned
 
 
 def _expand_images(
@@ -195,14 +256,12 @@ def _expand_images(
 
 
 def blank(processor: LlavaProcessor, image: bytes) -> Encoded:
-    """A sample with an image and nothing to learn: keeps processes in step where one has no image of its own."""
+    """Return a sample with an image and nothing to learn.
+
+    It keeps processes in step where one of them has no image of its own.
+    """
     ids = np.asarray(
         [processor.image_token_id] * tokens_per_image(processor)
         + [processor.tokenizer.eos_token_id]
     )
     return Encoded("blank", ids, np.full(len(ids), IGNORE), (image,))
-
-
-def unsupervised(encoded: Encoded) -> Encoded:
-    """The same sample with nothing trained on."""
-    return replace(encoded, labels=np.full(len(encoded), IGNORE))

@@ -7,6 +7,8 @@ from typing import Literal
 FaultKind = Literal[
     "malformed",
     "role-order",
+    "loss-mark",
+    "unclear-choice",
     "image-count",
     "outside-path",
     "missing-image",

@@ -9,9 +9,12 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import unicodedata
 import warnings
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Protocol, Union, runtime_checkable
+from urllib.parse import unquote
 
 from PIL import Image, ImageOps
 
@@ -59,6 +62,7 @@ _CONTENT = 64
 """Levels of 16-bit grey, or of transparency, from which an image shows something."""
 
 _KEY_BYTES = 4096
+_CHECK_ROOT = "check the data set's root"
 _WHITE = (255, 255, 255)
 _GREY = (127, 127, 127)
 
@@ -68,7 +72,7 @@ class StoredImage(Protocol):
     """An image inside a larger file, read when asked for: hashable, small, and named by `str`."""
 
     def read(self) -> bytes:
-        """The bytes of the image file."""
+        """Return the bytes of the image file."""
         ...
 
 
@@ -100,7 +104,7 @@ class FileSlice(NamedTuple):
         return f"{self.file}, {self.name}"
 
     def read(self) -> bytes:
-        """The bytes of the image file."""
+        """Return the bytes of the image file."""
         with self.file.open("rb") as file:
             file.seek(self.offset)
             return file.read(self.size)
@@ -156,7 +160,7 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
     """
     name = image_name(source)
     if isinstance(source, Path) and not source.is_file():
-        raise FileNotFoundError(f"no image file {source}: check the data set's root")
+        raise FileNotFoundError(f"no image file {source}: {why_missing(source) or _CHECK_ROOT}")
 
     try:
         file = source if isinstance(source, Path) else io.BytesIO(_bytes(source))
@@ -181,6 +185,53 @@ def is_readable(source: ImageSource) -> bool:
     return True
 
 
+def why_missing(path: Path) -> str:
+    """Return why a path is no file, where that can be told; empty where it is just not there.
+
+    Args:
+        path: Path for which `is_file` is false.
+    """
+    if "://" in path.as_posix() or ":/" in path.as_posix():
+        return "it is an address, so download it first"
+    if os.path.isdir(path):
+        return "it is a folder, so give the path of a file in it"
+    if os.path.islink(path):
+        return f"it is a link to {os.readlink(path)}, which does not exist"
+    try:
+        os.stat(path)
+    except PermissionError:
+        return "it lies in a folder that may not be read, so change its permissions"
+    except (OSError, ValueError):
+        pass
+
+    # A name that differs in how it is written.
+    text, folder = str(path), path.parent
+    for other, reason in (
+        (unquote(text), "without the % signs of a web address"),
+        (text.strip(), "without the space around it"),
+        (text.replace("\\", "/"), "with / instead of \\"),
+    ):
+        if other != text and os.path.isfile(other):
+            return f"there is {os.path.basename(other)}, so write it {reason}"
+    if not folder.is_dir():
+        return f"there is no folder {folder}"
+    other = _names_by_stem(folder).get(_folded(path.stem))
+    return f"there is {other}" if other else ""
+
+
+def _folded(stem: str) -> str:
+    return unicodedata.normalize("NFC", stem).casefold()
+
+
+@lru_cache(maxsize=64)
+def _names_by_stem(folder: Path) -> dict[str, str]:
+    """Map stems without case to names in a folder; listed once, it may hold 100,000 files."""
+    try:
+        return {_folded(path.stem): path.name for path in folder.iterdir()}
+    except OSError:
+        return {}
+
+
 def image_key(source: ImageSource) -> bytes:
     """Return sixteen bytes that are the same for the same image file, whatever its name.
 
@@ -193,7 +244,7 @@ def image_key(source: ImageSource) -> bytes:
     """
     if isinstance(source, Path):
         if not source.is_file():
-            raise FileNotFoundError(f"no image file {source}: check the data set's root")
+            raise FileNotFoundError(f"no image file {source}: {why_missing(source) or _CHECK_ROOT}")
         with source.open("rb") as file:
             return _key(file)
     return _key(io.BytesIO(_bytes(source)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -15,12 +16,15 @@ import numpy as np
 
 from mipha.data.dataset import load_data
 from mipha.data.held_out import Side, side_of
-from mipha.data.images import grey_image
+from mipha.data.images import grey_image, why_missing
 from mipha.data.order import draw_samples, epoch_order, samples_shown
 from mipha.data.sample import ImageSource, Sample
 from mipha.recipe import DataRecipe
 
 _SIDES: tuple[Side | None, ...] = ("train", "validation", None)
+
+_MOST_REMARKS = 20
+"""Notes on rows that are said one by one."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +46,12 @@ class Source:
         return len(self.rows)
 
     def sample(self, index: int) -> Sample:
-        """One sample, with its own images."""
+        """Return one sample, with its own images."""
         return self.to_sample(self.records[int(self.rows[index])])
 
     @property
     def num_per_epoch(self) -> int:
-        """Samples of it that one epoch shows; some may be shown twice."""
+        """Count its samples that one epoch shows; some may be shown twice."""
         return samples_shown(len(self), self.recipe.weight, self.recipe.cap)
 
 
@@ -141,6 +145,7 @@ class Mixture(Sequence[Sample]):
         source = self.sources[number]
         place = index - int(self._starts[number])
         sample = source.sample(place)
+
         if source.recipe.images == "own" or not sample.images:
             return sample
         if source.recipe.images == "grey":
@@ -150,7 +155,7 @@ class Mixture(Sequence[Sample]):
         return replace(sample, images=tuple(images))
 
     def _images_of_others(self, number: int, place: int, wanted: int) -> list[ImageSource]:
-        """Images of the samples that come behind this one when its data set is shuffled once, for all epochs."""
+        """Return images of the samples that follow this one in a fixed shuffle of its data set."""
         images: list[ImageSource] = []
         while len(images) < wanted:
             place = int(self._behind[number][place])
@@ -159,7 +164,10 @@ class Mixture(Sequence[Sample]):
 
     @cached_property
     def _behind(self) -> dict[int, np.ndarray]:
-        """Of every data set whose images are shuffled: which sample comes behind each, in one round through all of them."""
+        """Map each data set with shuffled images to the sample that follows each of its samples.
+
+        To follow them leads through all samples of the data set once.
+        """
         behind = {}
         for number, source in enumerate(self.sources):
             if source.recipe.images == "shuffled":
@@ -172,21 +180,21 @@ class Mixture(Sequence[Sample]):
 
     @property
     def num_per_epoch(self) -> int:
-        """Samples that one epoch shows, by the weights and caps of the recipe."""
+        """Count the samples that one epoch shows, by the weights and caps of the recipe."""
         return sum(source.num_per_epoch for source in self.sources)
 
     def count_sources(self, indices: Sequence[int] | np.ndarray) -> dict[str, int]:
-        """How many of these samples are of which data set, for metrics."""
+        """Count these samples by data set, for metrics."""
         numbers = np.searchsorted(self._starts, np.asarray(indices), side="right") - 1
         counts = np.bincount(numbers, minlength=len(self.sources))
         return {source.name: int(count) for source, count in zip(self.sources, counts, strict=True)}
 
     @cached_property
     def image_keys(self) -> np.ndarray:
-        """Which samples show the same images, read once.
+        """Tell which samples show the same images; read once.
 
-        `(samples,)` uint64: equal for samples that show the same images in the same order, 0 for
-        text alone.
+        Shape `(samples,)`, uint64: equal for samples that show the same images in the same order,
+        0 for text alone.
         """
         return np.fromiter(
             (images_key(sample) for sample in self), dtype=np.uint64, count=len(self)
@@ -215,9 +223,11 @@ class Mixture(Sequence[Sample]):
     def check(self) -> str:
         """Make every sample and look for every image file, before a run spends hours on the rest.
 
+        Remarks of the readers are counted, and added to the notes.
+
         Returns:
-            SHA-256 over all texts and the names of all images, in order: it tells what is trained
-            on, wherever that lies.
+            SHA-256 over all texts and the names of all images, in order: it identifies the
+            training data, wherever they lie.
 
         Raises:
             ValueError: A record is malformed; the message names file and row.
@@ -227,8 +237,12 @@ class Mixture(Sequence[Sample]):
         missing: dict[Path, str] = {}
         seen: set[int] = set()
         digest = hashlib.sha256()
+        remarks: Counter[tuple[int, str]] = Counter()
 
         for index, sample in enumerate(self):
+            if sample.remarks:
+                number = self._source_of(index)
+                remarks.update((number, remark.about) for remark in sample.remarks)
             keys[index] = images_key(sample)
             digest.update(_described(sample))
             for image in sample.images:
@@ -236,13 +250,20 @@ class Mixture(Sequence[Sample]):
                     seen.add(key)
                     if not image.is_file():
                         missing[image] = sample.id
+        for (number, about), count in remarks.most_common(_MOST_REMARKS):
+            source = self.sources[number]
+            self.notes.append(f"{source.name}: {about} ({count} of {len(source)} samples)")
+        if len(remarks) > _MOST_REMARKS:
+            more = len(remarks) - _MOST_REMARKS
+            self.notes.append(f"{more} more remarks on the data: run `mipha check` on them")
         self.image_keys = keys  # else grouping by image would read everything again
 
         if missing:
             image, sample_id = next(iter(missing.items()))
             raise FileNotFoundError(
                 f"{len(missing)} of {len(seen)} image files are missing, for example {image} of "
-                f"sample {sample_id}: check the data's root and image_root, or remove those samples"
+                f"sample {sample_id}{f' ({why})' if (why := why_missing(image)) else ''}: "
+                "check the data's root and image_root, or remove those samples"
             )
         return digest.hexdigest()
 
@@ -251,7 +272,7 @@ class Mixture(Sequence[Sample]):
 
 
 def _names(data: Sequence[DataRecipe]) -> list[str]:
-    """A name for each data set, with a number behind it where it would not be the only one."""
+    """Return a name for each data set, with a number after it where two have the same."""
     names = [recipe.root.name if recipe.root else recipe.dataset for recipe in data]
     return [
         name if names.count(name) == 1 else f"{name} ({names[: place + 1].count(name)})"
@@ -260,7 +281,10 @@ def _names(data: Sequence[DataRecipe]) -> list[str]:
 
 
 def _described(sample: Sample) -> bytes:
-    texts = [[message.role, message.text] for message in sample.messages]
+    texts = [
+        [message.role, message.text, *([] if message.learned else ["not learned"])]
+        for message in sample.messages
+    ]
     images = [
         hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else Path(str(image)).name
         for image in sample.images

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from mipha.data.faults import RecordError
 from mipha.data.images import ImageSource
@@ -16,10 +16,31 @@ Role = Literal["system", "user", "assistant"]
 
 @dataclass(frozen=True)
 class Message:
-    """One turn; `text` holds one `IMAGE` marker for each image, in order."""
+    """One turn.
+
+    Args:
+        role: Who speaks.
+        text: Words, with one `IMAGE` marker for each image, in order.
+        learned: Whether an answer is trained on; False where the data mark it as not to be learned.
+    """
 
     role: Role
     text: str
+    learned: bool = True
+
+
+class Remark(NamedTuple):
+    """Something that a reader did or left undone, which people should hear of.
+
+    Args:
+        kind: Key of `check.findings.KINDS`.
+        about: The same words for every row with this remark, so that rows can be counted.
+        what: What this row holds.
+    """
+
+    kind: str
+    about: str
+    what: str
 
 
 @dataclass(frozen=True)
@@ -30,6 +51,7 @@ class Sample:
         id: Name of the sample in every error message and report.
         messages: System (at most one, first), then user and assistant in turn.
         images: One for each marker, in order: a path, or the bytes of an image file.
+        remarks: What the reader has to say; two samples that differ in it alone are equal.
 
     Raises:
         RecordError: Markers and images do not match, or the turns are in the wrong order.
@@ -38,6 +60,7 @@ class Sample:
     id: str
     messages: tuple[Message, ...]
     images: tuple[ImageSource, ...] = field(default=())
+    remarks: tuple[Remark, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         markers = sum(message.text.count(IMAGE) for message in self.messages)

@@ -208,6 +208,8 @@ def render(view: View) -> RenderableType:
     lines += [
         Text(f"image {number}: {note}") for number, note in enumerate(view.image_notes, start=1)
     ]
+    lines += [Text(remark.about, "yellow") for remark in view.sample.remarks]
+
     if view.rendered is None:
         lines += [
             Text.assemble((f"{message.role}: ", "bold"), visible(message.text))
@@ -223,9 +225,11 @@ def render(view: View) -> RenderableType:
                 "dim",
             ),
         )
+
     lines += [Rule("rendered template", align="left", style="dim"), Text(visible(view.rendered))]
     if view.problem:
         return Group(*lines, Text(view.problem, "bold red"))
+
     title = f"{view.num_tokens:,} tokens, {view.num_trained:,} of them trained on"
     title += (
         f"; {view.num_truncated:,} more are cut off by row_tokens" if view.num_truncated else ""
@@ -269,7 +273,7 @@ def _decoded(ids: np.ndarray, processor: LlavaProcessor) -> str:
 
 
 def _preprocessed(images: list[Image.Image], processor: LlavaProcessor) -> Iterator[Image.Image]:
-    """Yield what the tower gets, with mean and deviation taken back."""
+    """Yield the images as the tower gets them, with mean and deviation taken back."""
     if not images:
         return
     settings = processor.image_processor

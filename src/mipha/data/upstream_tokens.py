@@ -74,7 +74,7 @@ def encode_conversation(
     if template not in ("v0", "plain") or compat not in ("upstream", None):
         raise ValueError(
             f"template={template!r} with compat={compat!r} is unknown: "
-            "use v0 or plain, and upstream or null"
+            "use v0 or plain, and upstream or None"
         )
     turns = [_turn(turn, number) for number, turn in enumerate(conversation)]
     if template == "plain":
@@ -122,9 +122,12 @@ def _upstream(
         text += (
             f"{role}: {turn.text}{end}" if turn.text else f"{role}:"
         )  # nothing said, nothing ended
+
     limit = tokenizer.model_max_length if tokenizer.model_max_length < 10**9 else _MAX_TOKENS
     ids = _split_tokens(text, tokenizer)
     ids = ids if IMAGE in text else ids[:limit]
+
+    # Mask each question by its counted tokens.
     labels = list(ids)
     labels[:num_bos] = [IGNORE] * num_bos
     position = num_bos
@@ -138,6 +141,8 @@ def _upstream(
             labels[position : position + num_question]
         )
         position += len(_split_tokens(round_text, tokenizer)) + 1 - num_bos
+
+    # Where the counts disagree, mask everything.
     labels[position:] = [IGNORE] * len(labels[position:])
     if position < limit and position != _num_tokens_as_upstream_counts(ids, text, tokenizer):
         labels = [IGNORE] * len(labels)
@@ -172,6 +177,7 @@ def _answers(turns: list[_Turn], tokenizer: PreTrainedTokenizerBase) -> tuple[li
             "no question of the conversation is answered, so there is nothing to train on: "
             "remove the record"
         )
+
     ids: list[int] = []
     labels: list[int] = []
     start = 0

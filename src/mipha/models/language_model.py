@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from mipha.catalog.language_models import LANGUAGE_MODELS
+from mipha.models.chat_template import end_of_turn
 from mipha.models.checkpoint_folder import load_weights, locate, model_type, reading
 from mipha.models.processing import IMAGE_TOKEN, checked_template, load_template
 from mipha.recipe import ModelRecipe
@@ -200,40 +201,6 @@ def _close(one: Tensor, other: Tensor) -> bool:
     """
     differences = (one - other).abs().amax(-1)
     return bool(differences.median() <= torch.finfo(other.dtype).eps ** 0.5 * other.abs().max())
-
-
-def end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> int:
-    """Return the id of the token that ends the assistant's turn: the last one that is trained on.
-
-    Raises:
-        ValueError: The turn does not end in a special token, so no answer would ever end.
-    """
-    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    encoded = tokenizer.apply_chat_template(
-        messages,
-        chat_template=template,
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-    )
-    trained = [
-        token
-        for token, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
-        if mask
-    ]
-
-    added = tokenizer.added_tokens_decoder
-    if not trained or not (
-        trained[-1] in tokenizer.all_special_ids
-        or (trained[-1] in added and added[trained[-1]].special)
-    ):
-        last = tokenizer.decode(trained[-1:])
-        raise ValueError(
-            f"the chat template ends an answer in {last!r}, which is no special token of this "
-            "language model, so no answer would end: use another model.chat_template, "
-            "for example vicuna"
-        )
-    return trained[-1]
 
 
 def end_tokens(

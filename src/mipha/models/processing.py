@@ -13,9 +13,9 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 
 from mipha.files import read_json_object
 from mipha.lookup import did_you_mean, files_in
+from mipha.models.chat_template import IMAGE_TOKEN, fit_template
 
 TEMPLATES = Path(__file__).parent.parent / "catalog" / "chat_templates"
-IMAGE_TOKEN = "<image>"
 
 
 def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -27,7 +27,7 @@ def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
     Raises:
         FileNotFoundError: No such template.
-        ValueError: The template does not mark what is trained on.
+        ValueError: As `checked_template`.
     """
     path = Path(name) if name.endswith(".jinja") else TEMPLATES / f"{name}.jinja"
     if not path.is_file():
@@ -39,10 +39,11 @@ def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def checked_template(template: str, tokenizer: PreTrainedTokenizerBase, source: str) -> str:
-    """Return a chat template that writes the tokenizer's BOS where it has one.
+    """Return a chat template that takes content parts, and writes the tokenizer's BOS if any.
 
     Raises:
-        ValueError: The template has no `{% generation %}` block, so nothing would be trained on.
+        ValueError: The template has no `{% generation %}` block, so nothing would be trained on;
+            or the assistant's words do not arrive in one, as text or as content parts.
     """
     if "generation" not in template.replace("add_generation_prompt", ""):
         raise ValueError(
@@ -53,7 +54,9 @@ def checked_template(template: str, tokenizer: PreTrainedTokenizerBase, source: 
     adds_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [
         tokenizer.bos_token_id
     ]
-    return "{%- set prepend_bos = true -%}\n" + template if adds_bos else template
+    if adds_bos:
+        template = "{%- set prepend_bos = true -%}\n" + template
+    return fit_template(template, tokenizer, source)
 
 
 def build_processor(

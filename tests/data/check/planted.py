@@ -1,6 +1,8 @@
-"""A corpus with planted defects and its clean copy, made from a seed: what the linter must find, at which row, and what it must not invent.
+"""A corpus with planted defects and its clean copy, made from a seed: what the linter must find, at
+which row, and what it must not invent.
 
-Rows come in fours: 0 a plain row that others refer to, 1 a plain row or a defect, 2 several turns, 3 text alone or two images.
+Rows come in fours: 0 a plain row that others refer to, 1 a plain row or a defect, 2 several turns,
+3 text alone or two images.
 """
 
 from __future__ import annotations
@@ -43,8 +45,9 @@ THINGS = (
     "anchor",
 )
 PROSE = (
-    "The room is long and low, and most of what stands in it was carried up the stairs by two people who no longer live here. A clock "
-    "without hands leans on the shelf; beside it somebody left an atlas, three keys, one glove, and a jar of buttons sorted by size. "
+    "The room is long and low, and most of what stands in it was carried up the stairs by two "
+    "people who no longer live here. A clock without hands leans on the shelf; beside it somebody "
+    "left an atlas, three keys, one glove, and a jar of buttons sorted by size. "
 )
 Row = dict[str, Any]
 
@@ -304,58 +307,111 @@ DEFECTS: dict[str, Defect] = {
     "null content": _defect("malformed", lambda s: s.answer(None)),  # type: ignore[arg-type]
     "unknown role": _defect("malformed", lambda s: s.record["messages"][1].update(role="tool")),
     "assistant first": _defect("role-order", lambda s: s.record["messages"].reverse()),
-    "two questions": _defect("role-order", lambda s: s.record["messages"].insert(1, {"role": "user", "content": "And why?"})),
-    "system in the middle": _defect("role-order", lambda s: s.record["messages"].insert(1, {"role": "system", "content": "Be brief."})),
-    "unanswered": _defect("role-order", lambda s: s.record["messages"].append({"role": "user", "content": "And why?"})),
+    "two questions": _defect(
+        "role-order",
+        lambda s: s.record["messages"].insert(1, {"role": "user", "content": "And why?"}),
+    ),
+    "system in the middle": _defect(
+        "role-order",
+        lambda s: s.record["messages"].insert(1, {"role": "system", "content": "Be brief."}),
+    ),
+    "unanswered": _defect(
+        "role-order", lambda s: s.record["messages"].append({"role": "user", "content": "And why?"})
+    ),
     "no turns": _defect("role-order", lambda s: s.record.update(messages=[], images=[])),
     "marker too many": _defect("image-count", lambda s: s.ask("<image>\n" + _own_question(s))),
-    "marker too few": _defect("image-count", lambda s: _two_images(s, "<image>\nWhich of them is older?")),
+    "marker too few": _defect(
+        "image-count", lambda s: _two_images(s, "<image>\nWhich of them is older?")
+    ),
     "marker without image": _defect("image-count", lambda s: s.record.update(images=[])),
     "marker in the answer": _defect(
-        "image-in-answer", lambda s: s.record.update(messages=_talk(_own_question(s), "Here it is: <image>"))
+        "image-in-answer",
+        lambda s: s.record.update(messages=_talk(_own_question(s), "Here it is: <image>")),
     ),
-    "path leads out": _defect("outside-path", lambda s: s.record.update(images=["../../etc/passwd.png"])),
-    "web address": _defect("missing-image", lambda s: s.record.update(images=["https://example.org/cat.jpg"])),
+    "path leads out": _defect(
+        "outside-path", lambda s: s.record.update(images=["../../etc/passwd.png"])
+    ),
+    "web address": _defect(
+        "missing-image", lambda s: s.record.update(images=["https://example.org/cat.jpg"])
+    ),
     "missing file": _defect("missing-image", lambda s: s.path(".png")),
     "name in other case": _defect("missing-image", _other_case),
     # its images
     "empty file": _defect("unreadable-image", lambda s: s.path(".png").touch()),
-    "web page": _defect("unreadable-image", lambda s: s.path(".jpg").write_text("<!doctype html><h1>404 Not Found</h1>")),
+    "web page": _defect(
+        "unreadable-image",
+        lambda s: s.path(".jpg").write_text("<!doctype html><h1>404 Not Found</h1>"),
+    ),
     "JPEG cut short": _defect("truncated-image", lambda s: _truncated(s, ".jpg")),
     "PNG cut short": _defect("truncated-image", lambda s: _truncated(s, ".png")),
     "WebP cut short": _defect("truncated-image", lambda s: _truncated(s, ".webp")),
     "PNG damaged": _defect("truncated-image", _png_damaged),
-    "too many pixels": _defect("oversized-image", lambda s: Image.new("1", (10_000, 9_000)).save(s.path(".png"))),
+    "too many pixels": _defect(
+        "oversized-image", lambda s: Image.new("1", (10_000, 9_000)).save(s.path(".png"))
+    ),
     "tiny": _defect("tiny-image", lambda s: s.picture(8, 8).save(s.path(".png"))),
     "a strip": _defect("extreme-aspect", lambda s: s.picture(400, 20).save(s.path(".png"))),
-    "flat colour": _defect("blank-image", lambda s: Image.new("RGB", (60 + s.row % 97, 50 + s.row // 97), "white").save(s.path(".png"))),
+    "flat colour": _defect(
+        "blank-image",
+        lambda s: Image.new("RGB", (60 + s.row % 97, 50 + s.row // 97), "white").save(
+            s.path(".png")
+        ),
+    ),
     "transparent": _defect(
-        "blank-image", lambda s: Image.new("RGBA", (60 + s.row % 97, 350 + s.row // 97), (9, 9, 9, 0)).save(s.path(".png"))
+        "blank-image",
+        lambda s: Image.new("RGBA", (60 + s.row % 97, 350 + s.row // 97), (9, 9, 9, 0)).save(
+            s.path(".png")
+        ),
     ),
     "EXIF rotation": _defect("exif-rotation", _exif),
-    "animation": _defect("animated-image", lambda s: s.picture().save(s.path(".gif"), save_all=True, append_images=[s.picture()])),
+    "animation": _defect(
+        "animated-image",
+        lambda s: s.picture().save(s.path(".gif"), save_all=True, append_images=[s.picture()]),
+    ),
     "CMYK": _defect("converted-image", lambda s: s.picture().convert("CMYK").save(s.path(".jpg"))),
     "16 bits": _defect("converted-image", _sixteen_bit),
-    "PNG named .jpg": _defect("wrong-suffix", lambda s: s.picture().save(s.path(".jpg"), format="PNG")),
+    "PNG named .jpg": _defect(
+        "wrong-suffix", lambda s: s.picture().save(s.path(".jpg"), format="PNG")
+    ),
     "copy under another name": _defect(
-        "repeated-image", lambda s: s.path(Path(s.before["images"][0]).suffix).write_bytes((s.folder / s.before["images"][0]).read_bytes())
+        "repeated-image",
+        lambda s: s.path(Path(s.before["images"][0]).suffix).write_bytes(
+            (s.folder / s.before["images"][0]).read_bytes()
+        ),
     ),
     # its words
     "empty answer": _defect("empty-answer", lambda s: s.answer(" \n")),
-    "one answer of two empty": _defect("empty-answer", lambda s: s.record["messages"].extend(_talk("And why?", ""))),
-    "empty question": _defect("empty-question", lambda s: s.record["messages"].extend(_talk(" ", "It is on the left."))),
+    "one answer of two empty": _defect(
+        "empty-answer", lambda s: s.record["messages"].extend(_talk("And why?", ""))
+    ),
+    "empty question": _defect(
+        "empty-question", lambda s: s.record["messages"].extend(_talk(" ", "It is on the left."))
+    ),
     "very long answer": _defect(
-        "long-answer", lambda s: s.answer(" ".join(f"Line {i * 37 % 1009}: {THINGS[i % 12]} {i}." for i in range(600))), "truncated-answer"
+        "long-answer",
+        lambda s: s.answer(
+            " ".join(f"Line {i * 37 % 1009}: {THINGS[i % 12]} {i}." for i in range(600))
+        ),
+        "truncated-answer",
     ),
     "nan": _defect("placeholder-answer", lambda s: s.answer("NaN")),
     "echo": _defect("echo", lambda s: s.answer(_own_question(s))),
     "in circles": _defect("repetition", lambda s: s.answer("and then it goes on " * 20)),
-    "refusal": _defect("refusal", lambda s: s.answer("As an AI language model, no comment on this picture is possible.")),
-    "two turns in one text": _defect("turn-in-text", lambda s: s.answer("A boat.\nUSER: And why?\nASSISTANT: Because.")),
+    "refusal": _defect(
+        "refusal",
+        lambda s: s.answer("As an AI language model, no comment on this picture is possible."),
+    ),
+    "two turns in one text": _defect(
+        "turn-in-text", lambda s: s.answer("A boat.\nUSER: And why?\nASSISTANT: Because.")
+    ),
     "control token": _defect("special-token", lambda s: s.answer("A boat.<|im_end|> And more.")),
-    "another program's marker": _defect("foreign-marker", lambda s: s.ask("<img> What is it, thing " + str(s.row))),
+    "another program's marker": _defect(
+        "foreign-marker", lambda s: s.ask("<img> What is it, thing " + str(s.row))
+    ),
     "half a character": _defect("lone-surrogate", lambda s: s.answer("It smiles \ud83d.")),
-    "lost character": _defect("replacement-character", lambda s: s.answer("A caf\ufffd on the corner.")),
+    "lost character": _defect(
+        "replacement-character", lambda s: s.answer("A caf\ufffd on the corner.")
+    ),
     "mojibake": _defect("mojibake", lambda s: s.answer("A cafÃ© on the corner, itâ€™s closed.")),
     "Cyrillic mojibake": _defect("mojibake", lambda s: s.answer("Ð§Ð°Ð¹Ð½Ð¸Ðº")),
     "control character": _defect("control-characters", lambda s: s.answer("A boat\x07\x1b[31m.")),
@@ -364,14 +420,22 @@ DEFECTS: dict[str, Defect] = {
     # its tokens
     "answer cut off whole": _defect("", lambda s: s.ask(PROSE * 60), "nothing-trained"),
     "answer cut off in part": _defect(
-        "", lambda s: s.answer(" ".join(f"{THINGS[i * 5 % 12]} {i * 7919 % 10007}" for i in range(600))), "truncated-answer"
+        "",
+        lambda s: s.answer(
+            " ".join(f"{THINGS[i * 5 % 12]} {i * 7919 % 10007}" for i in range(600))
+        ),
+        "truncated-answer",
     ),
     "images fill the row": _defect(
-        "", lambda s: s.record.update(images=s.record["images"] * 600, messages=_talk("<image>" * 600, "Many.")), "too-many-images"
+        "",
+        lambda s: s.record.update(
+            images=s.record["images"] * 600, messages=_talk("<image>" * 600, "Many.")
+        ),
+        "too-many-images",
     ),
     # the whole set
     "duplicate": _defect("duplicate", lambda s: s.record.update(copy.deepcopy(s.before))),
     "two answers": _defect("conflicting-answer", _conflict),
     "leak": _defect("leak", lambda s: _leak(s, _own_question(s).upper())),
     "leaked image": _defect("leaked-image", lambda s: _leak(s, "How many corners has it?")),
-}  # fmt: skip
+}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,8 @@ import pytest
 from PIL import Image
 
 from mipha.data.check.images import image_facts, image_reader
-from mipha.data.images import FileSlice
+from mipha.data.datasets._images import image_folders, path_inside
+from mipha.data.images import FileSlice, open_image
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8))
 
@@ -113,6 +116,31 @@ def test_missing_files_are_named_with_what_is_there_instead(tmp_path: Path) -> N
     assert (kind, said) == ("missing-image", "there is no file 'cat.jpg'; there is Cat.PNG")
     [(_, said)] = image_facts(tmp_path / "dog.jpg", "dog.jpg").problems
     assert said == "there is no file 'dog.jpg'"
+
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "link.jpg").symlink_to("gone.jpg")
+    PICTURE.save(tmp_path / "my cat.png")
+    (tmp_path / "mac").mkdir()
+    PICTURE.save(tmp_path / "mac" / unicodedata.normalize("NFD", "é.png"))
+    for name, cause in (
+        ("folder.jpg", "it is a folder"),
+        ("link.jpg", "it is a link to gone.jpg, which does not exist"),
+        ("my%20cat.png", "there is my cat.png, so write it without the % signs"),
+        ("my cat.png ", "there is my cat.png, so write it without the space"),
+        ("mac/é.png", f"there is {unicodedata.normalize('NFD', 'é.png')}"),
+        ("images/cat.jpg", f"there is no folder {tmp_path / 'images'}"),
+    ):
+        [(kind, said)] = image_facts(tmp_path / name, name).problems
+        assert kind == "missing-image" and f"; {cause}" in said
+        with pytest.raises(FileNotFoundError, match=re.escape(cause)):
+            open_image(tmp_path / name)
+
+
+def test_a_path_written_on_windows_is_read(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    PICTURE.save(tmp_path / "images/cat.png")
+    found = path_inside(image_folders(tmp_path / "a.jsonl"), "images\\cat.png", "here")
+    assert image_facts(found, "cat").problems == ()
 
 
 def test_a_picture_of_many_rows_is_read_once(tmp_path: Path) -> None:

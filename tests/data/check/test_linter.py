@@ -1,4 +1,4 @@
-"""The linter on planted defects: each found at its row, none invented; and what it measures beside."""
+"""The linter on planted defects: each is found at its row, and none is invented."""
 
 from __future__ import annotations
 
@@ -272,7 +272,9 @@ def test_yes_and_no_are_weighed_among_themselves(tmp_path: Path) -> None:
 
 
 def test_what_a_model_guesses_without_the_image(tmp_path: Path) -> None:
-    """Asked six times with four "red", and five times with three "cat": 7 of 11; a question asked once tells nothing."""
+    """Asked six times with four "red", and five times with three "cat": 7 of 11; a question asked
+    once tells nothing.
+    """
     answers = [
         ("Which colour?", ("red", "red", "red", "red", "blue", "green")),
         ("Which animal?", ("cat", "cat", "cat", "dog", "cow")),
@@ -384,9 +386,11 @@ def test_without_a_recipe_neither_torch_nor_transformers_is_loaded(corpus: Corpu
     import subprocess
 
     program = (
-        "import sys\nfrom mipha.data.check.linter import check_data\nfrom mipha.data.check.html import html_report\n"
+        "import sys\nfrom mipha.data.check.linter import check_data\n"
+        "from mipha.data.check.html import html_report\n"
         "from mipha.data.dataset import data_recipe, load_data\n"
-        f"html_report(check_data(load_data(data_recipe({str(corpus.clean)!r}))))\nprint({{'torch', 'transformers'}} & set(sys.modules))"
+        f"html_report(check_data(load_data(data_recipe({str(corpus.clean)!r}))))\n"
+        "print({'torch', 'transformers'} & set(sys.modules))"
     )
     environment = {"PYTHONPATH": str(Path(__file__).parents[3] / "src")}
     done = subprocess.run(

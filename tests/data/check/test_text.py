@@ -13,10 +13,14 @@ from mipha.data.sample import Message, Role
 
 SPECIAL = re.compile("|".join(map(re.escape, CONTROL_TOKENS)))
 SOUND = (
-    "Il est allé… «allé…» et l’été — «là\xa0»; CAFÉ», «MAÇÃ», «MENÜ“», ÎLE, À “quoi”? ß² ×½ °C ±3 €5 £7 §2 ¡Ñandú! ¿Qué?",
-    "Чайник стоит на столе. Τσαγιέρα. 茶壶在桌子上。やかん。주전자 إبريق הקומקום กาน้ำ केतली 🫖👩‍👩‍👧 می‌خواهم",
-    "x < y && y > z; a <b> c; [1] {2} <3>; user: admin is a word; AT&T; R&D; https://example.org/?a=1&b=2\n\tdef f(x):\r\n\t\treturn x",
-    "I'm sorry for the small picture. It reads USER in large letters. None of them. The nan bread. na. no. 0. -",
+    "Il est allé… «allé…» et l’été — «là\xa0»; CAFÉ», «MAÇÃ», «MENÜ“», ÎLE, À “quoi”? "
+    "ß² ×½ °C ±3 €5 £7 §2 ¡Ñandú! ¿Qué?",
+    "Чайник стоит на столе. Τσαγιέρα. 茶壶在桌子上。やかん。"
+    "주전자 إبريق הקומקום กาน้ำ केतली 🫖👩‍👩‍👧 می‌خواهم",
+    "x < y && y > z; a <b> c; [1] {2} <3>; user: admin is a word; AT&T; R&D; "
+    "https://example.org/?a=1&b=2\n\tdef f(x):\r\n\t\treturn x",
+    "I'm sorry for the small picture. It reads USER in large letters. "
+    "None of them. The nan bread. na. no. 0. -",
     "ha ha ha, well, well, well. " + " ".join(f"{n}," for n in range(300)),
 )
 

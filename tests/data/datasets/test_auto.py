@@ -1,4 +1,6 @@
-"""The format is told from the data and said; what fits nothing, or two things, is refused with the forms that are known."""
+"""The format is told from the data and said; what fits nothing, or two things, is refused with the
+forms that are known.
+"""
 
 from __future__ import annotations
 
@@ -224,7 +226,8 @@ def test_the_forms_are_forms(tmp_path: Path) -> None:
         found, end = decoder.raw_decode(text[text.index("{") :])
         objects.append(found)
         text = text[text.index("{") + end :]
-    for number, (record, wanted) in enumerate(zip(objects, ("messages", "llava"), strict=True)):
+    shapes = ("messages", "llava", "texts")
+    for number, (record, wanted) in enumerate(zip(objects, shapes, strict=True)):
         (tmp_path / f"{number}.jsonl").write_text(json.dumps(record))
         assert auto.detect(tmp_path / f"{number}.jsonl")[0] == wanted
         loaded = _load(tmp_path / f"{number}.jsonl")
@@ -234,10 +237,6 @@ def test_the_forms_are_forms(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "sentence"),
     [
-        (
-            {"a.jsonl": _lines(MESSAGES, QUESTION)},
-            "a.jsonl fits more than one format, messages and table: set `dataset`",
-        ),
         (
             {"a.jsonl": _lines(MESSAGES | LLAVA)},
             "a.jsonl fits more than one format, messages and sharegpt",

@@ -68,7 +68,9 @@ def test_every_published_answer_follows_from_the_explanation(split: str) -> None
 
 @needs_package
 def test_the_derived_colour_is_the_one_painted() -> None:
-    """One RGB value for each colour name, over all known images of the validation split: the names were never read from pixels."""
+    """One RGB value for each colour name, over all known images of the validation split: the names
+    were never read from pixels.
+    """
     painted = defaultdict(Counter)
     for record in {record.image: record for record in easy_vqa.load(None, "validation")}.values():
         with Image.open(easy_vqa.image_path(None, record.folder, record.image)) as image:

@@ -1,4 +1,6 @@
-"""A folder of pictures: captions beside them, or the hub's metadata file, one folder or one a split."""
+"""A folder of pictures: captions beside them, or the hub's metadata file, one folder or one a
+split.
+"""
 
 from __future__ import annotations
 

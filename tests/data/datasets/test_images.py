@@ -1,4 +1,6 @@
-"""Images that records name: inside the data's own folders, whatever a record says and whatever links there are."""
+"""Images that records name: inside the data's own folders, whatever a record says and whatever
+links there are.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +15,10 @@ from mipha.data.datasets._images import (
     ImageFolders,
     image_folders,
     image_source,
-    image_values,
     path_inside,
     with_images,
 )
+from mipha.data.datasets._keys import Keys
 from mipha.data.images import FileSlice
 
 
@@ -95,7 +97,8 @@ def test_a_path_that_leads_out_is_refused(path: str, data: Path) -> None:
     [
         ("http://host/a.png", "is an address; nothing is downloaded"),
         ("https://host/a.png", "is an address"),
-        ("file:///etc/passwd", "is an address"),
+        ("file:///etc/passwd", "leads out"),
+        ("file://localhost/etc/passwd", "leads out"),
         ("s3://bucket/a.png", "is an address"),
         ("loop/a.png", "leads out|cannot be followed"),
         ("a" * 300, "cannot be followed"),
@@ -161,19 +164,23 @@ def test_the_hubs_download_cache_is_one_folder(tmp_path: Path) -> None:
 
 def test_which_images_a_record_gives() -> None:
     place = FileSlice(Path("x.tar"), 0, 1, "a")
-    assert (
-        image_values({"text": "hello"}, "here")
-        == image_values({"image": None, "images": None}, "here")
-        == []
-    )
-    assert image_values({"image": "a", "path": "b"}, "here") == ["a"]
-    assert image_values({"images": ["a", "b"], "image": "c"}, "here") == ["a", "b"]
-    assert image_values({"image": ["a", "b"]}, "here") == ["a", "b"]
-    assert image_values({"file_name": "a", "image": None}, "here") == ["a"]
+
+    def images(**content: object) -> list[object]:
+        return Keys(content, ImageFolders(Path("/"), ()), "here").take_images()
+
+    assert images(text="hello") == images(image=None, images=None) == []
+    assert images(image="a", path="b") == ["a"]
+    assert images(images=["a", "b"], image="c") == ["a", "b"]
+    assert images(image=["a", "b"]) == ["a", "b"]
+    assert images(file_name="a", image=None) == ["a"]
+    assert images(image_2="b", image_1="a", image_10="c") == ["a", "b", "c"]
+    assert images(image="a", image2="b", file_name="a") == ["a", "b"]
+    assert images(left_image="b", right_image="a") == ["b", "a"]
+    assert images(image_id="3", image_size="4", image_3=None, caption_image_1=7) == []
     assert image_source(place, ImageFolders(Path("/"), ()), "here") == place
     assert image_source({"bytes": b"x", "path": "y"}, ImageFolders(Path("/"), ()), "here") == b"x"
     with pytest.raises(ValueError, match=r'here: "images" is .a.; wanted a list of paths'):
-        image_values({"images": "a"}, "here")
+        images(images="a")
     assert with_images({"image": "../a", "path": "b", "text": "t"}, [place]) == {
         "text": "t",
         "image": place,

@@ -54,5 +54,12 @@ def test_a_row_that_is_wrong_is_named(tmp_path: Path) -> None:
         ValueError, match=r"mine\.jsonl, line 1: the image path '\.\./1\.jpg' leads out"
     ):
         llava.to_sample(rows[0])
-    with pytest.raises(ValueError, match=r"mine\.jsonl, line 2.*0 <image> markers for 1 images"):
-        llava.to_sample(rows[1])
+    with pytest.raises(ValueError, match=r"mine\.jsonl, line 2: no human turn is answered"):
+        llava.to_sample(rows[1]._replace(content=rows[1].content | {"conversations": []}))
+
+
+def test_an_image_without_a_marker_goes_in_front(tmp_path: Path) -> None:
+    (tmp_path / "mine.json").write_text(json.dumps([ROWS[1] | {"image": "1.jpg"}]))
+    sample = llava.to_sample(llava.load(tmp_path / "mine.json", "train")[0])
+    assert [message.text for message in sample.messages] == ["<image>\nHello", "Hi"]
+    assert [remark.kind for remark in sample.remarks] == ["added-marker"]

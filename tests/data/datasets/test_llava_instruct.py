@@ -1,4 +1,6 @@
-"""LLaVA's instruction file: several rounds, rows without an image, and LLaVA's own rules for the turns."""
+"""LLaVA's instruction file: several rounds, rows without an image, and LLaVA's own rules for the
+turns.
+"""
 
 from __future__ import annotations
 

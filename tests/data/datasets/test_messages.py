@@ -165,7 +165,7 @@ def test_text_alone_is_a_sample(tmp_path: Path) -> None:
             {},
             "given inside some parts and beside",
         ),
-        ([_user("hi"), ANSWER | {"weight": 0}], {}, "the .weight. of message 1 is 0"),
+        ([_user("hi"), ANSWER | {"weight": 0.5}], {}, "the .weight. of message 1 is .0.5."),
         ([_user([{"type": "text"}]), ANSWER], {}, "a part of message 0 is not"),
         (
             [_user([{"type": "text", "text": "<image>"}]), ANSWER],
@@ -200,11 +200,17 @@ def test_missing_things_are_named(tmp_path: Path) -> None:
         messages.load(tmp_path / "gone.jsonl", "train")
     with pytest.raises(ValueError, match="no split 'train': use a folder that holds one"):
         messages.load(tmp_path, "train")
-    for content in (b'{"messages": []}\n{"mess', b'{"messages": []}\n\xff\xfe'):
+    for content, sentence in (
+        (b'{"messages": []}\n{"mess', "this is not valid JSON"),
+        (
+            b'{"messages": []}\n["\xff\xfe"]',
+            "this is not UTF-8: byte 0xff .*save the file as UTF-8",
+        ),
+    ):
         (tmp_path / "bad.jsonl").write_bytes(content)
         rows = messages.load(
             tmp_path / "bad.jsonl", "train"
         )  # one bad line does not hide the others
         assert rows[0].content == {"messages": []}
-        with pytest.raises(ValueError, match=r"bad\.jsonl, line 2: this is not valid JSON"):
+        with pytest.raises(ValueError, match=rf"bad\.jsonl, line 2: {sentence}"):
             rows[1]

@@ -1,4 +1,6 @@
-"""Parquet with images as bytes or as paths: rows are records, and pixels stay in the file until they are wanted."""
+"""Parquet with images as bytes or as paths: rows are records, and pixels stay in the file until
+they are wanted.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ def test_lists_of_images() -> None:
 
 
 def test_paths_instead_of_bytes_are_paths(tmp_path: Path) -> None:
-    """`Dataset.to_parquet` writes them so where the images were files; then they stay inside the data's folder like any path."""
+    """`Dataset.to_parquet` writes them so where the images were files; then they stay inside the
+    data's folder like any path.
+    """
     assert _samples(SAVED / "paths.parquet")[0].images == (SAVED / "red.png",)
     shutil.copy(SAVED / "paths.parquet", tmp_path)
     (tmp_path / "red.png").symlink_to(SAVED / "red.png")

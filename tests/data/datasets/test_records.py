@@ -1,4 +1,5 @@
-"""Record files are indexed, not read: each record comes back alone, whole, and with the line that an editor would show.
+"""Record files are indexed, not read: each record comes back alone, whole, and with the line that
+an editor would show.
 
 Which file is of which split, by the hub's words.
 """
@@ -6,6 +7,7 @@ Which file is of which split, by the hub's words.
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import json
 import pickle
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mipha.data.datasets._images import image_folders
@@ -66,6 +68,8 @@ def test_any_list_comes_back(
 def test_any_lines_come_back_with_their_numbers(
     values: list, blank: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
+    """One line alone may be an object around a list of records: that is another test's."""
+    assume(len(values) != 1 or not any(isinstance(value, list) for value in values[0].values()))
     file = tmp_path_factory.mktemp("lines") / "a.jsonl"
     file.write_text(
         blank + f"\r\n{blank}".join(map(json.dumps, values)), encoding="utf-8-sig", newline=""
@@ -154,7 +158,9 @@ def test_a_broken_row_does_not_hide_the_others(text: str, tmp_path: Path) -> Non
 
 
 def test_a_long_broken_file_is_refused_at_once(tmp_path: Path) -> None:
-    """A quote that is never closed must not make the search start again at each of two million places."""
+    """A quote that is never closed must not make the search start again at each of two million
+    places.
+    """
     (tmp_path / "a.json").write_text('[{"a": "' + "x" * 2_000_000)
     with pytest.raises(ValueError, match="not closed"):
         JsonRecords(tmp_path / "a.json")
@@ -301,3 +307,83 @@ def test_one_file_is_train(tmp_path: Path) -> None:
         ValueError, match=r"mine has no packaged copy: set the data's root to a \.csv file"
     ):
         split_files("mine", None, "train", (".csv",))
+
+
+RECORDS = [{"image": "a.png", "question": "q [1], {?}", "answer": 'r"ed'}, {"question": "s"}]
+
+
+@pytest.mark.parametrize("indent", [None, 1])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda rows: {"data": rows},
+        lambda rows: {"info": {"data": [1]}, "version": 2, "data": rows, "tags": ["a", "b"]},
+        lambda rows: {'a"b': "[{", "rows": rows, "empty": []},
+    ],
+)
+def test_a_list_under_one_key_of_an_object_is_read(wrap, indent, tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps(wrap(RECORDS), indent=indent))
+    records = JsonRecords(file)
+    assert _all(records) == RECORDS
+    assert [records.where(index) for index in (0, 1)] == [f"{file}, row 0", f"{file}, row 1"]
+    assert _all(JsonRecords(file, most=1)) == RECORDS[:1]
+
+
+def test_objects_over_several_lines_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text("\n".join(json.dumps(record, indent=1) for record in RECORDS) + "\n")
+    assert _all(JsonRecords(file)) == RECORDS
+    assert _all(JsonRecords(file, most=1)) == RECORDS[:1]
+    for record in ({"messages": [{"role": "user"}], "images": []}, {"texts": [{"user": "a"}]}):
+        for indent in (None, 1):
+            file.write_text(json.dumps(record, indent=indent))
+            assert _all(JsonRecords(file)) == [record]
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (
+            {"images": [{"id": 1}], "annotations": [{"id": 1}, {"id": 2}]},
+            r"holds one object with the lists images \(1\), annotations \(2\): save the one list",
+        ),
+        ({"1": {"question": "q"}, "2": {"question": "q"}}, "holds one object with objects under 1"),
+    ],
+)
+def test_an_object_without_one_list_is_named_as_such(content, sentence, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(content, indent=1))
+    with pytest.raises(ValueError, match=rf"a\.json {sentence}"):
+        JsonRecords(tmp_path / "a.json")
+
+
+def test_an_object_that_is_no_json_is_not_blamed_on_its_first_line(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{\n "data": [\n  {"a": 1,}\n ]\n}')
+    with pytest.raises(ValueError, match=r"a\.json is not valid JSON: .* line 3"):
+        JsonRecords(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("a,b\nc,d\n".encode("utf-16"), "is UTF-16 or UTF-32: save it as UTF-8"),
+        ("a,b\nc,d\n".encode("utf-16-le"), "is no text in UTF-8, it begins with .*: save it"),
+        (gzip.compress(b"a,b\nc,d\n"), "is compressed: decompress it"),
+    ],
+)
+def test_another_encoding_is_named(
+    name: str, content: bytes, sentence: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name} {sentence}"):
+        record_file(tmp_path / name)
+
+
+def test_a_row_in_latin_1_is_named(tmp_path: Path) -> None:
+    text = '{"a": "x"}\n{"a": "café"}\n'
+    (tmp_path / "a.jsonl").write_bytes(text.encode("latin-1"))
+    records = JsonRecords(tmp_path / "a.jsonl")
+    assert records.read(0) == {"a": "x"}
+    with pytest.raises(ValueError, match=r"line 2: this is not UTF-8: byte 0xe9 after .*caf"):
+        records.read(1)

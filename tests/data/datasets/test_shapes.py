@@ -1,4 +1,6 @@
-"""Records of any kind of file are read by the one format that they fit; nothing in them is worse than a ValueError with the row."""
+"""Records of any kind of file are read by the one format that they fit; nothing in them is worse
+than a ValueError with the row.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""ShareGPT's manner: other names for the roles, a system turn, several images, and nothing moved or left out."""
+"""ShareGPT's manner: other names for the roles, a system turn, several images, and nothing moved or
+left out.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +88,7 @@ def test_markers_stay_where_they_are(tmp_path: Path) -> None:
             {},
             "the content of message 0 is 'None'",
         ),
-        (_turns(("human", "a?"), ("gpt", "b")), {"system": 3}, "the content of message 0 is '3'"),
+        (_turns(("human", "a?"), ("gpt", "b")), {"system": 3}, "its system turn is '3'"),
         ("hi", {}, 'list of "conversations"'),
     ],
 )

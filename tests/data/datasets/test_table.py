@@ -1,4 +1,6 @@
-"""Rows of (image, question, answer) or (image, caption), by the names that people give such columns."""
+"""Rows of (image, question, answer) or (image, caption), by the names that people give such
+columns.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,7 @@ def test_which_columns_are_read(row: dict, question: str, answer: str, tmp_path:
     [
         (
             {"image": "a", "label": "cat"},
-            "has the columns image, label; wanted question or prompt or query and answer",
+            r"has the columns image, label; wanted a question \(question, prompt, query",
         ),
         ({"caption": "A cat."}, "has the columns caption; wanted"),
         ({}, "has the columns none; wanted"),

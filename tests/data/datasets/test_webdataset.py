@@ -1,4 +1,6 @@
-"""Tars that are read where they stand: what lies under one name is a sample, and nothing in them reaches outside."""
+"""Tars that are read where they stand: what lies under one name is a sample, and nothing in them
+reaches outside.
+"""
 
 from __future__ import annotations
 
@@ -199,3 +201,31 @@ def test_a_damaged_tar_is_nothing_worse_than_a_value_error(tmp_path: Path) -> No
                 )
         except ValueError as error:
             assert str(error).startswith(str(tmp_path / "a"))
+
+
+def test_files_that_are_no_part_of_a_sample_are_named(tmp_path: Path) -> None:
+    file = _tar(
+        tmp_path / "mine.tar",
+        ("README.md", "hello"),
+        ("0.jpg", RED),
+        ("0.txt", "A red square."),
+        ("0.npy", b"x"),
+        ("0.json", json.dumps({"question": "What?", "answer": "That", "url": "http://a"})),
+        ("1.svg", "<svg/>"),
+        ("1.json", json.dumps({"question": "What?", "answer": "That"})),
+    )
+    first, second = _samples(file)
+    assert [(remark.kind, remark.what) for remark in first.remarks] == [
+        ("unread-key", "url"),
+        ("unread-key", ".txt"),
+        ("unread-key", ".npy"),
+    ]
+    (remark,) = second.remarks
+    assert remark.kind == "unread-content" and '".svg"' in remark.what
+
+
+def test_images_that_the_record_names_and_the_tar_lacks(tmp_path: Path) -> None:
+    record = {"images": ["a.jpg", "b.jpg"], "question": "What?", "answer": "That"}
+    file = _tar(tmp_path / "mine.tar", ("0.jpg", RED), ("0.json", json.dumps(record)))
+    with pytest.raises(ValueError, match=r"sample 0: its \.json names 2 images, and 1 lie beside"):
+        _samples(file)

@@ -44,6 +44,41 @@ KINDS: dict[str, Kind] = {
         "turns that the format leaves out",
         "begin with the user's turn and end with an answer",
     ),
+    "unread-content": Kind(
+        "error",
+        "keys that nothing reads, which change the meaning of the row",
+        "give the key a name that is read, or remove it",
+        "drop",
+    ),
+    "unread-key": Kind(
+        "warning",
+        "keys that nothing reads",
+        "nothing if they say where the row comes from; else give them a name that is read",
+    ),
+    "loss-mark": Kind(
+        "error",
+        "marks on what is learned that cannot be followed",
+        'write "weight": 1 or 0 in each turn, or remove the row',
+        "drop",
+    ),
+    "unclear-choice": Kind(
+        "error",
+        "options and answers that do not go together",
+        "give the option's letter, its words, or its number from 0",
+        "drop",
+    ),
+    "added-marker": Kind(
+        "note",
+        "images without a marker",
+        "nothing if the image belongs in front of the first turn",
+        "repair",
+    ),
+    "removed-marker": Kind(
+        "warning",
+        "image markers that are not one for each image",
+        "write one <image> for each image",
+    ),
+    "left-out": Kind("warning", "what the format leaves out", "add what is missing, or remove it"),
     "merged-marker": Kind(
         "warning",
         "image markers that LLaVA's rule makes one of",
@@ -134,7 +169,10 @@ KINDS: dict[str, Kind] = {
         "error", "control tokens written in a text", "remove the token from the text", "drop"
     ),
     "foreign-marker": Kind(
-        "warning", "image markers of other programs", "write <image>, or remove it"
+        "error",
+        "markers and placeholders of other programs",
+        "write <image> for an image, the words for another placeholder, or remove it",
+        "drop",
     ),
     "lone-surrogate": Kind(
         "error",

@@ -15,7 +15,7 @@ from mipha.data.check.findings import KINDS, Finding
 from mipha.data.check.linter import CheckResult
 from mipha.data.check.text import fix_text
 from mipha.data.datasets._records import JsonRecords, Rows
-from mipha.data.sample import Sample
+from mipha.data.sample import IMAGE, Sample
 from mipha.files import write_whole
 
 
@@ -58,7 +58,8 @@ def write_fixed(result: CheckResult, out: Path) -> Fixed:
 
     Rows with an error, rows that repeat an earlier one and rows that leak are left out;
     `findings.KINDS` says which. Texts are repaired: wrongly read encodings, half, control and
-    invisible characters. Rows with other findings stay as they are.
+    invisible characters, and markers of images that have none. Rows with other findings stay as
+    they are.
 
     Args:
         result: Result of checking one file of JSON lines, or of one JSON list.
@@ -137,7 +138,10 @@ def _kept(result: CheckResult, records: JsonRecords, changes: list[RowFix]) -> I
             changes.append(RowFix(row, where, "left out", drop[0].sentence))
         elif why:
             record = result.data.records[row]
-            content = _repaired(record.content, _image_texts(result.data.to_sample(record)))
+            sample = result.data.to_sample(record)
+            content = _repaired(record.content, _image_texts(sample))
+            if any(finding.kind == "added-marker" for finding in why):
+                content = _marked(content, len(sample.images))
             changes += [RowFix(row, where, "mended", finding.what) for finding in why]
             yield _as_json(content)
         else:
@@ -159,6 +163,14 @@ def _repaired(value: Any, kept: frozenset[str]) -> Any:
         if isinstance(value, str) and not any(path.endswith(value) for path in kept)
         else value
     )
+
+
+def _marked(content: Any, num_images: int) -> Any:
+    """Return LLaVA's record with the markers of its images in front of the first human turn."""
+    turns = list(content["conversations"])
+    first = next(number for number, turn in enumerate(turns) if turn["from"] == "human")
+    turns[first] = turns[first] | {"value": f"{IMAGE}\n" * num_images + turns[first]["value"]}
+    return content | {"conversations": turns}
 
 
 def _image_texts(sample: Sample) -> frozenset[str]:

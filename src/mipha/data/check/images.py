@@ -14,7 +14,14 @@ from PIL import Image
 
 from mipha.data.check.findings import Problem, quoted
 from mipha.data.faults import RecordError
-from mipha.data.images import FORMATS, MAX_PIXELS, ContrastWarning, ImageSource, open_image
+from mipha.data.images import (
+    FORMATS,
+    MAX_PIXELS,
+    ContrastWarning,
+    ImageSource,
+    open_image,
+    why_missing,
+)
 
 MIN_SIDE = 16
 """Pixels: about one patch of the usual towers (14 or 16 pixels a side)."""
@@ -54,7 +61,9 @@ def image_facts(source: ImageSource, name: str) -> ImageFacts:
         name: Name of the image, for descriptions.
     """
     if isinstance(source, Path) and not source.is_file():
-        return _unusable("missing-image", f"there is no file {quoted(name, 120)}{_near(source)}")
+        why = why_missing(source)
+        missing = f"there is no file {quoted(name, 120)}" + (f"; {why}" if why else "")
+        return _unusable("missing-image", missing)
 
     # Read its header.
     label = f"image {name if isinstance(source, bytes) else quoted(name, 120)}"
@@ -181,20 +190,3 @@ def _reason(error: Exception) -> str:
     cause = error.__cause__ or error
     text = cause.what if isinstance(cause, RecordError) else str(cause)
     return (text or type(error).__name__)[:120]
-
-
-def _near(path: Path) -> str:
-    """Say why a file may not be found: an address, or a name of other case or suffix."""
-    if "://" in path.as_posix() or ":/" in path.as_posix():
-        return ", which is an address: download it first"
-    other = _by_stem(path.parent).get(path.stem.casefold())
-    return f"; there is {other}" if other else ""
-
-
-@lru_cache(maxsize=64)
-def _by_stem(folder: Path) -> dict[str, str]:
-    """Map stems without case to names in a folder; listed once, it may hold 100,000 files."""
-    try:
-        return {path.stem.casefold(): path.name for path in folder.iterdir()}
-    except OSError:
-        return {}

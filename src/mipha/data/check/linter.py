@@ -200,7 +200,10 @@ def check_data(
         findings += seen.add(facts)
 
     # Judge the whole set.
+    findings += seen.unread_keys()
     findings += seen.balance()
+    if data.left_out:
+        findings.append(Finding("left-out", None, "", data.left_out))
     if evaluation is not None and evaluation.num_unread:
         what = f"{evaluation.num_unread} rows of {evaluation.name} could not be read"
         findings.append(Finding("uncompared", None, "", what))
@@ -291,7 +294,7 @@ class _Columns:
             ("sample length", "tokens", self.tokens),
             ("trained", "tokens", self.trained),
             ("answers of a sample", "words", self.answer_words),
-            ("longer side of a picture", "pixels", self.sides),
+            ("longer side of an image", "pixels", self.sides),
         ):
             if len(values):
                 yield histogram(name, unit, np.asarray(values))

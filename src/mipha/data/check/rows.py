@@ -107,6 +107,7 @@ class RowFacts(NamedTuple):
         num_answer_words: Words of all its answers together.
         tokens: None where they were not counted.
         image_key: The same for samples that name the same images, 0 for text alone.
+        unread: Keys that nothing read.
     """
 
     row: int
@@ -119,6 +120,7 @@ class RowFacts(NamedTuple):
     num_answer_words: int = 0
     tokens: TokenFacts | None = None
     image_key: int = 0
+    unread: tuple[str, ...] = ()
 
 
 # Many rows.
@@ -152,8 +154,8 @@ def check_rows(inputs: CheckInputs, rows: Sequence[int], workers: int) -> Iterat
         except BrokenProcessPool as error:
             last = chunks[min(done + workers, len(chunks)) - 1][-1]
             raise OSError(
-                f"a process that checked rows {chunks[done][0]} to {last} of {inputs.data.name} was "
-                "killed: look at the images of those rows, or free memory"
+                f"a process that checked rows {chunks[done][0]} to {last} of {inputs.data.name} "
+                "was killed: look at the images of those rows, or free memory"
             ) from error
 
 
@@ -197,7 +199,7 @@ def row_checker(inputs: CheckInputs) -> Callable[[int], RowFacts]:
         # Look at its turns, texts and images.
         names = [data.image_name(image) for image in sample.images]
         images = [read_image(*pair) for pair in zip(sample.images, names, strict=True)]
-        problems = [*_turn_problems(sample, record)]
+        problems = [*_turn_problems(sample, record), *_remarked(sample)]
         for message in sample.messages:
             problems += text_problems(message, special)
         for image in images:
@@ -215,7 +217,10 @@ def row_checker(inputs: CheckInputs) -> Callable[[int], RowFacts]:
         for kind, what in problems:
             first.setdefault(kind, what)
 
-        texts = "\0".join(f"{message.role}\0{message.text.strip()}" for message in sample.messages)
+        texts = "\0".join(
+            f"{message.role}\0{message.text.strip()}" + ("" if message.learned else "\0unlearned")
+            for message in sample.messages
+        )
         digests = [
             image.digest or _encoded(f"{row} {name}")
             for image, name in zip(images, names, strict=True)
@@ -238,6 +243,7 @@ def row_checker(inputs: CheckInputs) -> Callable[[int], RowFacts]:
             ),
             tokens=tokens,
             image_key=images_key(sample),
+            unread=tuple(remark.what for remark in sample.remarks if remark.kind == "unread-key"),
         )
 
     return check
@@ -275,6 +281,10 @@ def _turns(sample: Sample) -> Iterator[TurnFacts]:
 
 def _turn_problems(sample: Sample, record: Any) -> Iterator[Problem]:
     """Find markers in answers, answers that repeat the question, and what the format changed."""
+    answers = [message for message in sample.messages if message.role == "assistant"]
+    if not any(message.learned for message in answers):
+        yield "nothing-trained", "all its answers are marked as not to be learned"
+
     asked = ""
     for message in sample.messages:
         if message.role == "assistant":
@@ -289,8 +299,8 @@ def _turn_problems(sample: Sample, record: Any) -> Iterator[Problem]:
     turns = content.get("conversations") if isinstance(content, dict) else None
     if not isinstance(turns, list):
         return
-    if len(turns) > len(sample.messages):
-        num_left_out = len(turns) - len(sample.messages)
+    num_left_out = len(turns) - len(sample.messages)
+    if num_left_out > 0:
         yield (
             "left-out-turn",
             f"{num_left_out} of {len(turns)} turns are not between a question and its answer",
@@ -298,6 +308,16 @@ def _turn_problems(sample: Sample, record: Any) -> Iterator[Problem]:
     written = sum(str(turn.get("value")).count(IMAGE) for turn in turns if isinstance(turn, dict))
     if written > len(sample.images):
         yield "merged-marker", f"{written} <image> markers stand for {len(sample.images)} images"
+
+
+def _remarked(sample: Sample) -> Iterator[Problem]:
+    """Yield the remarks of the reader, those of one kind together."""
+    by_kind: dict[str, list[str]] = {}
+    for remark in sample.remarks:
+        by_kind.setdefault(remark.kind, []).append(remark.what)
+    for kind, said in by_kind.items():
+        if kind != "unread-key":
+            yield kind, "; ".join(said)
 
 
 def _encoded(text: str) -> bytes:

@@ -28,9 +28,18 @@ _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 # Zero-width space, word joiner, byte order mark, soft hyphen; embeddings, overrides and isolates
 # of text direction. The two joiners U+200C and U+200D stay: Persian and emoji need them.
 _INVISIBLE = re.compile("[\u200b\u2060\ufeff\u00ad\u202a-\u202e\u2066-\u2069]")
+
+# Source: the processors of Qwen-VL, InternVL, Phi-3.5, Gemma 3, PaliGemma, Idefics, SmolVLM,
+# Pixtral, DeepSeek-VL, LLaVA-NeXT, Kosmos-2, MiniCPM-V and Fuyu; placeholders of ms-swift and MMMU.
 _FOREIGN_MARKER = re.compile(
-    r"<\|?/?(?:image|img|video|vision|picture)(?:[_ |-][\w|-]{0,20}|\d{0,3})?>"
-    r"|\[(?:IMG|IMAGE)\]|<ImageHere>",
+    r"<\|?(?:/?(?:image|img|vision)|video|picture|audio|media)(?:[_ |-][\w|-]{0,20}|\d{0,3})?\|?>"
+    r"|<\|?/?(?:start|end)_of_(?:image|img|video|audio)\|?>|<im_(?:start|end|patch)>"
+    r"|<\|?(?:bbox|ref-object|object_ref|box|quad|point|grounding|det|ref|region)"
+    r"(?:_(?:start|end|pad))?\|>|<(?:bbox|ref-object|region\d{0,3}|cls-\d+|tile_\w+)>"
+    r"|<(?:loc|seg|patch_index_)\[?_?\d{1,5}\]?>|<fake_token_around_image>|<global-img>"
+    r"|<row_\d+_col_\d+>|<patch>|<img_context>|<image_?placeholder>|<\|?(?:speaker|newline)\|>"
+    r"|\[(?:IMG|IMAGE|VIDEO|AUDIO)(?:[_ ]?(?:\d{1,3}|BREAK|END|TOKEN|PLACEHOLDER))?\]"
+    r"|(?<![\w\]}])\{(?:image|img|bbox)\}|\{\{(?:image|img)\}\}|!\[\]\(<?image>?\)|<ImageHere>|<Img>",
     re.IGNORECASE,
 )
 _MARKUP = re.compile(
@@ -79,7 +88,7 @@ def text_problems(message: Message, special_tokens: re.Pattern[str]) -> Iterator
             yield (
                 "foreign-marker",
                 f"the {message.role}'s text holds {quoted(found.group())}, "
-                "which is read as plain text",
+                "which would be learned as plain text",
             )
             break
     if found := _MARKUP.search(text):

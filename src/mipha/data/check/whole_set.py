@@ -22,6 +22,9 @@ LARGEST_SHARE = 0.8
 MIN_ASKED = 5
 """Times that a question is asked before its most frequent answer counts as a blind guess."""
 
+_MOST_KEYS = 20
+"""Keys that one finding names."""
+
 _MOST_ANSWERS = 100_000
 """Distinct short answers counted; beyond, new ones are not, so that memory stays bounded."""
 
@@ -69,11 +72,16 @@ class Seen:
     told: set[str] = field(default_factory=set)
     answers: Counter[str] = field(default_factory=Counter)
     guesses: dict[bytes, Counter[int]] = field(default_factory=dict)
+    unread: Counter[str] = field(default_factory=Counter)
+    first_unread: Finding | None = None
 
     def add(self, facts: RowFacts) -> list[Finding]:
         """Find what is wrong with a row, given those before it and the evaluation set."""
         if facts.content is None:
             return []
+        self.unread.update(facts.unread)
+        if facts.unread and self.first_unread is None:
+            self.first_unread = Finding("unread-key", facts.row, facts.where, "")
         found = dict(reversed([*self._repeats(facts), *self._leaks(facts)]))
         self._count(facts)
         return [Finding(kind, facts.row, facts.where, what) for kind, what in found.items()]
@@ -140,6 +148,18 @@ class Seen:
                 turn.question in self.guesses or len(self.guesses) < _MOST_ANSWERS
             ):
                 self.guesses.setdefault(turn.question, Counter())[hash(answer)] += 1
+
+    def unread_keys(self) -> list[Finding]:
+        """Name all keys that nothing reads, in one finding at the first row that has one."""
+        if self.first_unread is None:
+            return []
+        listed = [
+            f"{key} ({number:,} row{'s' if number > 1 else ''})"
+            for key, number in self.unread.most_common(_MOST_KEYS)
+        ]
+        more = len(self.unread) - len(listed)
+        what = "nothing reads " + ", ".join(listed) + (f" and {more} more keys" if more else "")
+        return [self.first_unread._replace(what=what)]
 
     def balance(self) -> list[Finding]:
         """Find one answer that is nearly all of them."""

@@ -1,11 +1,12 @@
-"""Columns of an Arrow schema: which one holds image files; parquet and Arrow files say it alike."""
+"""Columns of an Arrow schema that hold image files; parquet and Arrow files have the same."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from mipha.data.datasets._images import IMAGE_COLUMNS
+from mipha.data.datasets._images import IMAGE_COLUMNS, choose_images
 from mipha.data.faults import RecordError
 from mipha.errors import import_optional
 
@@ -22,25 +23,37 @@ def import_pyarrow(file: object) -> ModuleType:
     return import_optional("pyarrow", f"reading {file}", "data")
 
 
-def image_column(schema: pyarrow.Schema, where: str) -> str | None:
-    """Return the column whose cells hold bytes of image files, or lists of them; None without.
+def image_columns(schema: pyarrow.Schema, where: str) -> tuple[str, ...]:
+    """Return all columns whose cells hold bytes of files, or lists of them.
+
+    No record is made of the bytes, which may be gigabytes: it holds places in the file.
 
     Raises:
         ValueError: There are several and none has a usual name.
     """
-    names = [field.name for field in schema if _holds_bytes(field.type)]
-    usual = [name for name in IMAGE_COLUMNS if name in names]
-    if len(names) > 1 and not usual:
+    names = tuple(field.name for field in schema if _holds_bytes(field.type))
+    if len(names) > 1 and not choose_images(dict.fromkeys(names, b"image")):
         raise ValueError(
             f"{where} has images in the columns {', '.join(names)}: "
             "rename the one that is meant to image"
         )
-    return (usual or names or [None])[0]
+    return names
 
 
-def byte_columns(schema: pyarrow.Schema) -> frozenset[str]:
-    """Return all columns that hold bytes: no record is made of what may be gigabytes."""
-    return frozenset(field.name for field in schema if _holds_bytes(field.type))
+def with_places(content: Mapping[str, Any], places: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record with the images that lie in its file.
+
+    Args:
+        content: Other columns of the row.
+        places: Images of the row by column: None, one, or a list.
+    """
+    # One column is the image, whatever it is called.
+    if len(places) == 1 and not choose_images(dict.fromkeys(places, b"image")):
+        (value,) = places.values()
+        places = {"images" if isinstance(value, list) else "image": value}
+    if any(places.values()):  # a path beside the bytes names the file that they come from
+        content = {name: value for name, value in content.items() if name not in IMAGE_COLUMNS}
+    return {**content, **places}
 
 
 def cell_bytes(cell: Any, where: str) -> bytes:

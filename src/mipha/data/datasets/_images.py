@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path, PureWindowsPath
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 from mipha.data.faults import RecordError
 from mipha.data.images import ImageSource, StoredImage
@@ -25,7 +26,16 @@ IMAGE_COLUMNS = (
     "picture",
     "path",
 )
-"""Names under which a record gives its images; the first that is there and not empty counts."""
+"""Names under which a record gives its images; the first that is there and not None counts."""
+
+# image_1, image2, img_b, picture 3; left_image; image_after: several columns of one image each.
+_KIND = r"(?:image|img|picture|photo|pic)s?"
+_PLACE = r"(?:left|right|first|second|third|before|after|top|bottom|reference|target|query)"
+_SERIES = re.compile(
+    rf"{_KIND}[_ -]?(?:path|file)?[_ -]?(?P<number>\d{{1,2}}|[a-d])(?:_(?:path|file))?"
+    rf"|{_PLACE}[_ -]{_KIND}(?:_(?:path|file))?|{_KIND}[_ -]{_PLACE}",
+    re.IGNORECASE,
+)
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
 
@@ -65,20 +75,39 @@ def image_folders(
     )
 
 
-def image_values(content: Mapping[str, Any], where: str) -> list[Any]:
-    """Return what a record gives as its images, in order; empty for a record of text alone.
+def choose_images(content: Mapping[str, Any]) -> list[str]:
+    """Return the keys that hold a record's images, in order; none for a record of text alone.
 
-    Raises:
-        RecordError: `images` is not a list.
+    That is the first usual name, and then every column of a series, such as image_1 and image_2,
+    or left_image and right_image.
     """
-    column = next((name for name in IMAGE_COLUMNS if content.get(name) is not None), None)
-    if column is None:
-        return []
+    names = [name for name in IMAGE_COLUMNS if content.get(name) is not None][:1]
+    series = [
+        name
+        for name, value in content.items()
+        if isinstance(name, str) and _place_in_series(name) is not None and _may_be_image(value)
+    ]
+    if not series:
+        return names
+    if series and names and names[0] in ("file_name", "filename", "path"):
+        names = []  # a path beside the images says where the row comes from
+    return [*names, *sorted(series, key=lambda name: _place_in_series(name) or 0)]
 
-    value = content[column]
-    if column == "images" and not isinstance(value, (list, tuple)):
-        raise RecordError(f'"images" is {_short(value)}', "wanted a list of paths", where)
-    return list(value) if isinstance(value, list) else [value]
+
+def _may_be_image(value: Any) -> bool:
+    if isinstance(value, str):
+        return bool(value.strip())
+    return isinstance(value, bytes | Mapping | StoredImage)
+
+
+@lru_cache(maxsize=4096)
+def _place_in_series(name: str) -> int | None:
+    """Return the number or letter of image_2 as a number, 0 for left and right; None for others."""
+    found = _SERIES.fullmatch(name.strip())
+    if found is None:
+        return None
+    number = found["number"]
+    return 0 if number is None else int(number) if number.isdigit() else ord(number.lower())
 
 
 def with_images(content: Mapping[str, Any], images: Sequence[ImageSource]) -> dict[str, Any]:
@@ -106,11 +135,24 @@ def image_source(value: Any, folders: ImageFolders, where: str) -> ImageSource:
         keys = ("bytes", "path", "image", "url")
         value = next((value[key] for key in keys if value.get(key) is not None), None)
 
+    if isinstance(value, str):  # first, because the other question takes longer
+        if value.startswith("data:"):
+            return _from_data_uri(value, where)
+        return path_inside(folders, value, where)
     if isinstance(value, bytes | StoredImage):
         return value
-    if isinstance(value, str) and value.startswith("data:"):
-        return _from_data_uri(value, where)
     return path_inside(folders, value, where)
+
+
+def file_path(value: str) -> str:
+    """Return the path that a `file://` address names; any other text as it is."""
+    if value[:5].lower() != "file:":
+        return value
+    path = value[5:]
+    if path.startswith("//"):
+        host, slash, rest = path[2:].partition("/")
+        path = slash + rest if host.lower() in ("", "localhost") else path[2:]
+    return unquote(path)
 
 
 def path_inside(folders: ImageFolders, path: Any, where: str) -> Path:
@@ -122,12 +164,13 @@ def path_inside(folders: ImageFolders, path: Any, where: str) -> Path:
     """
     if not isinstance(path, str) or not path.strip() or "\0" in path:
         raise RecordError(
-            f"the image path is {_short(path)}", f"wanted a path inside {folders.base}", where
+            f"the image path is {short(path)}", f"wanted a path inside {folders.base}", where
         )
 
+    path = file_path(path)
     if _ADDRESS.match(path):
         raise RecordError(
-            f"the image path {_short(path)} is an address",
+            f"the image path {short(path)} is an address",
             "nothing is downloaded, so give the path of a file",
             where,
             "missing-image",
@@ -143,19 +186,26 @@ def path_inside(folders: ImageFolders, path: Any, where: str) -> Path:
 
     file = folders.base / path
     try:
+        if "\\" in path and not file.exists():  # written on Windows
+            file = folders.base / path.replace("\\", "/")
         real = _real(file)
     except (OSError, ValueError) as error:
         raise RecordError(
-            f"the image path {_short(path)} cannot be followed: {error}",
+            f"the image path {short(path)} cannot be followed: {error}",
             f"give a path inside {folders.base}",
             where,
         ) from error
 
     if not any(real.startswith(folder.rstrip(os.sep) + os.sep) for folder in folders.allowed):
-        raise RecordError(
-            f"the image path {_short(path)} leads out of {folders.base}, to {real}",
+        fix = (
             "give a path inside it, or allow the other folder with "
-            f"image_root=[{folders.base}, {os.path.dirname(real)}]",
+            f"image_root=[{folders.base}, {os.path.dirname(real)}]"
+            if os.path.exists(real)
+            else f"there is no such file, so give the path of a file inside {folders.base}"
+        )
+        raise RecordError(
+            f"the image path {short(path)} leads out of {folders.base}, to {real}",
+            fix,
             where,
             "outside-path",
         )
@@ -170,7 +220,7 @@ def _from_data_uri(value: str, where: str) -> bytes:
         return base64.b64decode(content, validate=True)
     except ValueError as error:
         raise RecordError(
-            f"the image {_short(value)} is not valid base64: {error}", "encode it again", where
+            f"the image {short(value)} is not valid base64: {error}", "encode it again", where
         ) from error
 
 
@@ -196,7 +246,12 @@ def _real_folder(folder: str) -> str:
     return os.path.realpath(folder)
 
 
-def _short(value: Any) -> str:
+def is_list(value: Any) -> bool:
+    """Return whether a value is a list; a stored image is a tuple with names, and no list."""
+    return isinstance(value, list) or type(value) is tuple
+
+
+def short(value: Any) -> str:
     if value is None:
         return "None"
     return repr(value[:80] if isinstance(value, str) else str(value)[:80])

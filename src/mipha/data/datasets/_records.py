@@ -16,12 +16,14 @@ import mmap
 import re
 from array import array
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 
 from mipha.data.datasets._images import ImageFolders, image_folders, image_source
+from mipha.data.datasets._keys import Keys
 from mipha.data.faults import FaultKind, RecordError
 from mipha.data.sample import IMAGE, Message, Sample
 
@@ -41,6 +43,12 @@ _BOM = b"\xef\xbb\xbf"
 # whatever its length.
 _NEXT = re.compile(rb'(?:[^][{},"]++|"[^"\\]*+(?:\\.[^"\\]*+)*+")*+[][{},]', re.DOTALL)
 _REST = re.compile(rb"\s*+\Z")
+_KEY = re.compile(rb"\s*(\"(?:[^\"\\]|\\.)*\")\s*:", re.DOTALL)
+_RECORD_LISTS = ("messages", "conversations", "texts", "prompt", "completion")
+"""Keys whose lists make an object a record, and not a wrapper around a list of records."""
+
+_LISTS_IN_RECORDS = {"images", "image", "history", "options", "choices", "tools"}
+"""Keys of records that may hold lists of objects, and do not make a wrapper."""
 
 
 # One record, and the records of several files as one sequence.
@@ -65,12 +73,17 @@ class Row(NamedTuple):
         """Return the error that says what is wrong with this record."""
         return RecordError(what, fix, self.where, kind)
 
-    def sample(self, messages: Sequence[Message], images: Sequence[Any]) -> Sample:
+    def keys(self) -> Keys:
+        """Return the record's keys, none of them read yet."""
+        return Keys(self.content, self.folders, self.where)
+
+    def sample(self, messages: Sequence[Message], images: Sequence[Any], keys: Keys) -> Sample:
         """Return the record as a sample.
 
         Args:
             messages: Its turns.
             images: Its images, as the record gives them.
+            keys: Keys of the record, those marked that were read.
 
         Raises:
             RecordError: An image, the markers or the roles do not fit.
@@ -80,7 +93,7 @@ class Row(NamedTuple):
         # Published ids repeat, rows do not.
         sample_id = self.id + (f"/{name}" if isinstance(name, str | int) else "")
         try:
-            return Sample(sample_id, tuple(messages), sources)
+            return Sample(sample_id, tuple(messages), sources, keys.remarks(messages, sources))
         except RecordError as error:
             raise error.at(self.where) from error
 
@@ -160,7 +173,7 @@ def put_images_first(messages: Sequence[Message], num_images: int) -> Sequence[M
         return messages
     for number, message in enumerate(messages):
         if message.role == "user":
-            marked = Message("user", f"{IMAGE}\n" * num_images + message.text)
+            marked = replace(message, text=f"{IMAGE}\n" * num_images + message.text)
             return [*messages[:number], marked, *messages[number + 1 :]]
     return messages
 
@@ -253,29 +266,37 @@ def _split_of(file: Path, in_split_folder: bool) -> str:
 
 
 class JsonRecords:
-    """A file of JSON lines, or of one JSON list; its first character says which.
+    """A file of JSON lines, of one JSON list, of an object with one list, or of several objects.
 
     Args:
         file: A UTF-8 file.
         most: Number of records to index; None for all.
 
     Raises:
-        ValueError: A list is not closed, or something follows it.
+        ValueError: A list is not closed, or something follows it; the file is one object without a
+            list of records, or with several; or it is not UTF-8.
     """
 
     def __init__(self, file: Path, most: int | None = None) -> None:
         self.file = file
         with file.open("rb") as stream:
-            begin = len(_BOM) if stream.read(len(_BOM)) == _BOM else 0
+            begin = _begin_of_text(stream, file)
             stream.seek(begin)
-            first = next((line for line in stream if line.strip()), b"")
-            self.is_list = first.lstrip()[:1] == b"["
-            stream.seek(begin)
+            first = next((line for line in stream if line.strip()), b"").strip()
+            is_one_line = not any(line.strip() for line in stream)
 
-            if self.is_list:
+            spans: array[int] | None = None
+            if first[:1] == b"[" or (first[:1] == b"{" and (is_one_line or not _is_json(first))):
                 with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
-                    spans, numbers = _list_spans(content, begin, most, file), None
-            else:
+                    if first[:1] == b"[":
+                        spans = _list_spans(content, begin, most, file)
+                    else:
+                        spans = _object_spans(content, begin, most, file)
+            self.is_list = spans is not None
+
+            numbers = None
+            if spans is None:
+                stream.seek(begin)
                 spans, numbers = _line_spans(stream, begin, most)
         self._spans = np.asarray(spans, dtype=np.int64).reshape(-1, 2)  # (records, begin and end)
         self._numbers = numbers
@@ -303,12 +324,127 @@ class JsonRecords:
             text = stream.read(end - start)
         try:
             return json.loads(text.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise RecordError(
+                f"this is not UTF-8: byte {text[error.start]:#04x} after "
+                f"{text[max(0, error.start - 20) : error.start]!r}",
+                "save the file as UTF-8",
+                self.where(index),
+            ) from error
         except (ValueError, RecursionError) as error:
             raise RecordError(
                 f"this is not valid JSON: {error}",
                 "write it again, or remove it",
                 self.where(index),
             ) from error
+
+
+def _begin_of_text(stream: BinaryIO, file: Path) -> int:
+    """Return where the text of a file begins, after its byte order mark.
+
+    Raises:
+        ValueError: It is UTF-16 or UTF-32, or compressed.
+    """
+    head = stream.read(4)
+    if head.startswith((b"\xff\xfe", b"\xfe\xff", b"\x00\x00\xfe\xff")):
+        raise ValueError(f"{file} is UTF-16 or UTF-32: save it as UTF-8")
+    if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")):
+        raise ValueError(f"{file} is compressed: decompress it")
+    if b"\x00" in head:
+        raise ValueError(f"{file} is no text in UTF-8, it begins with {head!r}: save it as UTF-8")
+    return len(_BOM) if head.startswith(_BOM) else 0
+
+
+def _is_json(text: bytes) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _object_spans(
+    content: mmap.mmap, start: int, most: int | None, file: Path
+) -> array[int] | None:
+    """Find the records of a file that begins with an object which ends on another line, or is all.
+
+    Returns:
+        Begin and end of each record: of the elements of the object's one list of objects, or of the
+        objects if there are several; None where the file is to be read line by line.
+
+    Raises:
+        ValueError: It is one object, and no or several keys hold a list of objects.
+    """
+    # Find the objects of the file.
+    objects: array[int] = array("q")
+    position, depth, begin, mark = start, 0, start, 0
+    while match := _NEXT.match(content, position):
+        position = match.end()
+        mark = content[position - 1]
+        if depth == 0 and mark not in b"[{":
+            return None
+        if depth == 0:
+            begin = position - 1
+        depth += 1 if mark in b"[{" else -1 if mark in b"]}" else 0
+        if depth == 0:
+            objects.extend((begin, position))
+            text = content[begin:position] if len(objects) == 2 else b""
+            if text and b"\n" not in text and not _is_json(text):
+                return None  # a broken line among others
+    if depth or not objects or not _REST.match(content, position):
+        return None
+    if len(objects) > 2:
+        return objects if most is None else objects[: 2 * most]
+
+    # It is one object: a record, or a wrapper around the one list of records.
+    text = content[objects[0] : objects[1]]
+    is_long = b"\n" in text
+    try:
+        whole = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if not is_long:
+            return None
+        raise ValueError(f"{file} is not valid JSON: {error}") from error
+    lists = {
+        key: value
+        for key, value in whole.items()
+        if isinstance(value, list) and value and all(isinstance(item, dict) for item in value)
+    }
+    is_record = any(isinstance(whole.get(key), list) for key in _RECORD_LISTS)
+    is_index = is_long and len(whole) > 1 and all(isinstance(v, dict) for v in whole.values())
+    if is_record or not (set(lists) - _LISTS_IN_RECORDS or is_index):
+        return objects if is_long else None
+    if len(lists) != 1:
+        named = ", ".join(f"{key} ({len(value)})" for key, value in lists.items())
+        held = f"the lists {named}" if lists else f"objects under {', '.join(whole)[:80]}"
+        raise ValueError(
+            f"{file} holds one object with {held}: save the one list of records by itself"
+        )
+    (key,) = lists
+    return _list_spans(content, _begin_of_value(content, objects[0], key), most, file, alone=False)
+
+
+def _begin_of_value(content: mmap.mmap, start: int, wanted: str) -> int:
+    """Return where the value of a key of an object begins.
+
+    Args:
+        content: File.
+        start: Place of the object's bracket.
+        wanted: Key; the last one of this name counts, as for `json.loads`.
+    """
+    position, depth, begin, place = start, 0, start + 1, start
+    while match := _NEXT.match(content, position):
+        position = match.end()
+        mark = content[position - 1]
+        key = _KEY.match(content, begin) if depth == 1 and mark == ord("[") else None
+        if key and json.loads(key[1]) == wanted:
+            place = position - 1
+        if depth == 1 and mark == ord(","):
+            begin = position
+        depth += 1 if mark in b"[{" else -1 if mark in b"]}" else 0
+        if depth == 0:
+            break
+    return place
 
 
 def _line_spans(stream: BinaryIO, start: int, most: int | None) -> tuple[array[int], np.ndarray]:
@@ -324,10 +460,19 @@ def _line_spans(stream: BinaryIO, start: int, most: int | None) -> tuple[array[i
     return spans, np.asarray(numbers, dtype=np.int64)
 
 
-def _list_spans(content: mmap.mmap, start: int, most: int | None, file: Path) -> array[int]:
+def _list_spans(
+    content: mmap.mmap, start: int, most: int | None, file: Path, alone: bool = True
+) -> array[int]:
     """Find where each element of a JSON list begins and ends.
 
     That is between the commas and brackets that stand in no other bracket and in no string.
+
+    Args:
+        content: File.
+        start: Place before the list.
+        most: Number of elements to find; None for all.
+        file: Name for messages.
+        alone: Whether nothing may follow the list.
     """
     spans: array[int] = array("q")
     position, begin, depth, mark = start, start, 0, 0
@@ -354,7 +499,7 @@ def _list_spans(content: mmap.mmap, start: int, most: int | None, file: Path) ->
 
     if most is not None and len(spans) == 2 * most:
         return spans
-    if depth != 0 or mark != ord("]") or not _REST.match(content, position):
+    if depth != 0 or mark != ord("]") or (alone and not _REST.match(content, position)):
         raise ValueError(
             f"{file} is not valid JSON: its list is not closed, or does not end the file; "
             "is it cut short?"
@@ -378,10 +523,12 @@ class TableRecords:
         self.file = file
         spans, numbers = array("q"), array("q")
         with file.open("rb") as stream:
+            begin = _begin_of_text(stream, file)
+            stream.seek(0)
             first = stream.readline()
             is_tsv = file.suffix.lower() == ".tsv"
             self._delimiter = "\t" if is_tsv else chr(max(b",;\t", key=first.count))
-            stream.seek(len(_BOM) if first.startswith(_BOM) else 0)
+            stream.seek(begin)
 
             lines = _CountedLines(stream, file)
             rows = csv.reader(lines, delimiter=self._delimiter, strict=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mipha.data.datasets import llava, messages, sharegpt, table
+from mipha.data.datasets import llava, messages, sharegpt, table, texts
 from mipha.data.datasets._records import Row
 from mipha.data.sample import Sample
 
@@ -14,6 +14,7 @@ _READERS = {
     "llava": llava.to_sample,
     "sharegpt": sharegpt.to_sample,
     "table": table.to_sample,
+    "texts": texts.to_sample,
 }
 
 
@@ -23,7 +24,9 @@ def shapes_of(content: Any) -> list[str]:
         return []
     shapes = ["messages"] if messages.turns_of(content) is not None else []
     if isinstance(content.get("conversations"), list):
-        shapes.append("llava" if _is_llava(content) else "sharegpt")
+        shapes.append("llava" if llava.is_llava(content) else "sharegpt")
+    if texts.is_texts(content):
+        shapes.append("texts")
     if not shapes and table.columns_of(table.by_name(content)):
         shapes.append("table")
     return shapes
@@ -40,6 +43,7 @@ def describe(content: Mapping[str, Any], shape: str) -> str:
         "messages": "conversations whose turns have a role and content",
         "llava": "LLaVA's conversations between human and gpt",
         "sharegpt": "conversations in ShareGPT's manner",
+        "texts": "texts of user and assistant, as FineVision has them",
     }[shape]
 
 
@@ -56,20 +60,7 @@ def sample_of(row: Row) -> Sample:
         fits = " and ".join(shapes) or "no known format"
         raise row.fault(
             f"it holds {keys or 'nothing'}, which fits {fits}",
-            "wanted messages, or conversations, or question and answer, "
+            "wanted messages, or conversations, or texts, or question and answer, "
             "or an image with caption or text",
         )
     return _READERS[shapes[0]](row)
-
-
-def _is_llava(content: Mapping[str, Any]) -> bool:
-    if (
-        content.get("images") is not None
-        or content.get("system")
-        or isinstance(content.get("image"), list)
-    ):
-        return False
-    return all(
-        isinstance(turn, Mapping) and turn.get("from") in llava.ROLES
-        for turn in content["conversations"]
-    )

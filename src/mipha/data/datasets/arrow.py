@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mipha.data.dataset import DataSet
-from mipha.data.datasets._columns import byte_columns, cell_bytes, image_column, import_pyarrow
-from mipha.data.datasets._images import image_folders, with_images
+from mipha.data.datasets._columns import cell_bytes, image_columns, import_pyarrow, with_places
+from mipha.data.datasets._images import image_folders
 from mipha.data.datasets._records import Part, Rows, check_split
 from mipha.data.datasets._shapes import sample_of
 from mipha.files import read_json_object
@@ -68,10 +68,8 @@ class ArrowRecords:
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(f"{file} cannot be read as Arrow: {error}") from error
         self._num_rows = table.num_rows
-        self._image = image_column(table.schema, str(file))
-        self._columns = [
-            name for name in table.schema.names if name not in byte_columns(table.schema)
-        ]
+        self._images = image_columns(table.schema, str(file))
+        self._columns = [name for name in table.schema.names if name not in self._images]
 
     def __len__(self) -> int:
         return self._num_rows
@@ -91,18 +89,21 @@ class ArrowRecords:
         """
         table = _table(self.file)
         content = {name: table[name][index].as_py() for name in self._columns}
-        if self._image is None:
+        if not self._images:
             return content
-        cell = table[self._image][index]
+        places = {name: self._places(table[name][index], index, name) for name in self._images}
+        return with_places(content, places)
+
+    def _places(self, cell: Any, row: int, column: str) -> Any:
+        """Return where the image of a cell is, or its path; a list where the cell is one."""
         if not cell.is_valid:
-            return with_images(content, [])
-        listed = hasattr(cell.type, "value_type")
-        cells = list(cell) if listed else [cell]
-        images = [
-            _image_in(part, ArrowImage(self.file, index, self._image, i if listed else None))
-            for i, part in enumerate(cells)
+            return None
+        if not hasattr(cell.type, "value_type"):
+            return _image_in(cell, ArrowImage(self.file, row, column, None))
+        return [
+            _image_in(part, ArrowImage(self.file, row, column, number))
+            for number, part in enumerate(cell)
         ]
-        return with_images(content, images)
 
 
 def load(root: Path | None, split: str, image_root: Sequence[Path] = ()) -> Rows:

@@ -1,7 +1,7 @@
 """Your own data: the format is detected from the kind of file and its first records.
 
-`data.finetune=./my.jsonl` means this. If no format fits, or more than one does, the error shows the
-forms that are known.
+`data.finetune=./my.jsonl` means this. Each record is then read by the format that it has itself,
+wherever it stands in the file. If no format fits, the error shows the forms that are known.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from mipha.data.datasets._records import (
     split_folders,
     splits_in,
 )
-from mipha.data.datasets._shapes import describe, shapes_of
+from mipha.data.datasets._shapes import describe, sample_of, shapes_of
 from mipha.data.datasets.arrow import ArrowRecords, files_of, splits_of
 from mipha.data.datasets.image_folder import METADATA, CaptionedImages, metadata_of
 from mipha.data.datasets.parquet import ParquetRecords
@@ -36,6 +36,8 @@ FORMS = """\
                    "conversations": [{"from": "human", "value": "<image>\\nWhat is it?"},
                                      {"from": "gpt", "value": "A cat."}]}
   .csv, .tsv      image,question,answer   or   image,caption   (also as .jsonl, one object a line)
+                  or query,response,history or instruction,input,output or question,options,answer
+  .jsonl, .json   {"images": ["cat.jpg"], "texts": [{"user": "What is it?", "assistant": "A cat."}]}
   folder          images with a .txt of the same name beside each, or with metadata.jsonl or
                   metadata.csv (file_name, text)
   .parquet        a column of images beside one of the above; also the folder that `datasets`
@@ -146,6 +148,7 @@ def _shape_of(path: Path, records: RecordFile) -> tuple[str, dict[str, Any]]:
     """
     errors: list[ValueError] = []
     shapes: dict[str, dict[str, Any]] = {}
+    unclear: list[str] = []
     first: Any = None
     for index in range(min(len(records), NUM_FIRST)):
         try:
@@ -154,18 +157,21 @@ def _shape_of(path: Path, records: RecordFile) -> tuple[str, dict[str, Any]]:
             errors.append(error)
             continue
         first = content if first is None else first
-        for shape in shapes_of(content):
-            shapes.setdefault(shape, content)
+        found = shapes_of(content)
+        if len(found) == 1:
+            shapes.setdefault(found[0], content)
+        if len(found) > 1:
+            unclear = unclear or found
 
     if "sharegpt" in shapes:
         shapes.pop("llava", None)  # its plainer records look like LLaVA's
-    if len(shapes) > 1:
-        raise ValueError(
-            f"{path} fits more than one format, {' and '.join(shapes)}: "
-            "set `dataset` to one, or put them in two files"
-        )
     if shapes:
         return next(iter(shapes.items()))
+    if unclear:
+        raise ValueError(
+            f"{path} fits more than one format, {' and '.join(unclear)}: "
+            "set `dataset` to one, or leave the other keys out"
+        )
 
     if errors:
         raise errors[0]
@@ -174,4 +180,4 @@ def _shape_of(path: Path, records: RecordFile) -> tuple[str, dict[str, Any]]:
     raise ValueError(f"{path}: the format is not known, because {found}; wanted one of\n{FORMS}")
 
 
-DATASET = DataSet("auto", detect=detect)
+DATASET = DataSet("auto", detect=detect, to_sample=sample_of)

@@ -24,21 +24,31 @@ from mipha.data.images import SUFFIXES
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 
+_MOST_NAMED = 10
+
 
 class CaptionedImages:
     """The images of a folder and its sub-folders, in the order of their paths.
 
-    Each has a text file of the same name beside it.
+    Each has a text file of the same name beside it. `alone` names the text files without an image.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._images = sorted(
-            os.path.relpath(os.path.join(place, name), folder)
-            for place, folders, names in os.walk(folder)
-            for name in names
-            if os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
-        )
+        self._images: list[str] = []
+        self.alone: list[str] = []
+        for place, _, names in os.walk(folder):
+            images = [name for name in names if _is_image_name(name)]
+            captioned = {os.path.splitext(name)[0] for name in images}
+            lone = [
+                name
+                for name in names
+                if name.endswith(".txt") and not name.startswith(".") and name[:-4] not in captioned
+            ]
+            self._images += [os.path.relpath(os.path.join(place, name), folder) for name in images]
+            self.alone += [_caption_alone(place, name, names, folder) for name in lone]
+        self._images.sort()
+        self.alone.sort()
 
     def __len__(self) -> int:
         return len(self._images)
@@ -115,9 +125,33 @@ def load(root: Path | None, split: str, image_root: Sequence[Path] = ()) -> Rows
     return Rows([Part(prefix, images, allowed)])
 
 
+def left_out(root: Path | None, split: str) -> str | None:
+    """Return a sentence on the captions of a split that have no image; None if there are none."""
+    assert root is not None
+    folder = (split_folders(root) or {"train": root})[split]
+    if metadata_of(folder):
+        return None
+    alone = CaptionedImages(folder).alone
+    if not alone:
+        return None
+    listed = ", ".join(alone[:_MOST_NAMED]) + (", ..." if len(alone) > _MOST_NAMED else "")
+    return f"{len(alone)} captions have no image that can be read beside them: {listed}"
+
+
+def _is_image_name(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
+
+
+def _caption_alone(place: str, name: str, names: Sequence[str], folder: Path) -> str:
+    """Return the path of a caption without an image, and of the file that may be meant."""
+    path = os.path.relpath(os.path.join(place, name), folder)
+    beside = [other for other in names if other != name and os.path.splitext(other)[0] == name[:-4]]
+    return f"{path} (beside {beside[0]})" if beside else path
+
+
 def metadata_of(folder: Path) -> Path | None:
     """Return the folder's metadata file, if it has one."""
     return next((folder / name for name in METADATA if (folder / name).is_file()), None)
 
 
-DATASET = DataSet("image_folder", load, sample_of, takes_image_root=True)
+DATASET = DataSet("image_folder", load, sample_of, takes_image_root=True, left_out=left_out)

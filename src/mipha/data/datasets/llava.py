@@ -4,7 +4,8 @@
 
 One JSON list, or JSON lines. LLaVA's rules: the image marker moves to the front of the turn that
 holds `<image>`; a first turn that is not the human's is left out, and so is a last one that nobody
-answers. Image paths start from the folder of the file.
+answers. Rows with other roles, a system turn or several images are read as `sharegpt`. Image paths
+start from the folder of the file.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from mipha.data.dataset import DataSet
-from mipha.data.datasets._images import image_folders
+from mipha.data.datasets import sharegpt
+from mipha.data.datasets._images import choose_images, image_folders
+from mipha.data.datasets._keys import MARKS, SYSTEM, Keys
 from mipha.data.datasets._records import (
     LINE_SUFFIXES,
     JsonRecords,
@@ -23,6 +26,7 @@ from mipha.data.datasets._records import (
     Row,
     Rows,
     check_split,
+    put_images_first,
     record_rows,
 )
 from mipha.data.sample import IMAGE, Message, Role, Sample
@@ -36,14 +40,14 @@ def load(root: Path | None, split: str, image_root: Sequence[Path] = ()) -> Rows
 
 
 def to_sample(row: Row) -> Sample:
-    """Read one conversation by LLaVA's rules.
+    """Read one conversation by LLaVA's rules, or by ShareGPT's where it is not one of LLaVA's.
 
     The image marker moves to the front of the turn that holds it, followed by a new line; several
-    in a turn become one. A first turn that is not the human's is left out, and so is a last one
-    that nobody answers.
+    in a turn become one. An image without a marker goes to the front of the first turn. A first
+    turn that is not the human's is left out, and so is a last one that nobody answers.
 
     Raises:
-        RecordError: The row is not a conversation, or its image has no marker.
+        RecordError: The row is not a conversation.
 
     Source: `preprocess_multimodal` and `preprocess` of LLaVA 1.5, train.py.
     """
@@ -52,9 +56,18 @@ def to_sample(row: Row) -> Sample:
         raise row.fault(
             'it has no list of "conversations"', 'wanted an object with a list of "conversations"'
         )
+    if not is_llava(content):
+        return sharegpt.to_sample(row)
 
-    turns = content["conversations"]
-    messages = [_read_turn(row, number, turn) for number, turn in enumerate(turns)]
+    # Read the turns, and which of them are learned.
+    keys = row.keys()
+    keys.read.add("conversations")
+    messages = [
+        _read_turn(row, keys, number, turn) for number, turn in enumerate(content["conversations"])
+    ]
+    messages = keys.with_marks(messages)
+
+    # Leave out turns at the ends.
     if messages and messages[0].role != "user":
         messages = messages[1:]
     if messages and messages[-1].role == "user":
@@ -65,7 +78,31 @@ def to_sample(row: Row) -> Sample:
             "remove the row",
             "role-order",
         )
-    return row.sample(messages, [] if content.get("image") is None else [content["image"]])
+
+    # Put the image in front where no turn has a marker.
+    images = keys.take_images()
+    written = sum(str(turn.get("value")).count(IMAGE) for turn in content["conversations"])
+    if images and not written:
+        messages = list(put_images_first(messages, len(images)))
+        keys.remark("added-marker", f"an image without an {IMAGE} marker goes to the first turn")
+    return row.sample(messages, images, keys)
+
+
+def is_llava(content: Mapping[str, Any]) -> bool:
+    """Return whether a record with conversations is one of LLaVA's: human, gpt, at most one image.
+
+    Args:
+        content: The record.
+    """
+    if len(choose_images(content)) > 1 or content.get("images") is not None:
+        return False
+    if isinstance(content.get("image"), list) or content.get("history"):
+        return False
+    if any(content.get(name) for name in SYSTEM):
+        return False
+    return all(
+        isinstance(turn, Mapping) and turn.get("from") in ROLES for turn in content["conversations"]
+    )
 
 
 def published(name: str, filename: str) -> DataSet:
@@ -119,20 +156,18 @@ def _load_published(
     return Rows([Part(dataset, records, image_folders(file, image_root, base=images))])
 
 
-def _read_turn(row: Row, number: int, turn: Any) -> Message:
-    if (
-        not isinstance(turn, Mapping)
-        or turn.get("from") not in ROLES
-        or not isinstance(turn.get("value"), str)
-    ):
+def _read_turn(row: Row, keys: Keys, number: int, turn: Mapping[str, Any]) -> Message:
+    text, role = turn.get("value"), ROLES[turn["from"]]
+    if not isinstance(text, str):
         raise row.fault(
             f'turn {number} is not {{"from": "human" or "gpt", "value": text}}: {str(turn)[:80]}',
             "write the turn so, or remove the row",
         )
-    text = turn["value"]
     if IMAGE in text:
         text = f"{IMAGE}\n{text.replace(IMAGE, '').strip()}".strip()
-    return Message(ROLES[turn["from"]], text)
+    learned = keys.learned(f"turn {number}", turn, role)
+    keys.turn("conversations[]", turn, "from", "value", *MARKS)
+    return Message(role, text, learned)
 
 
 DATASET = DataSet("llava", load, to_sample, takes_image_root=True)

@@ -9,7 +9,8 @@ A user's content may be a list of parts; the image stands in the part, or in the
     [{"type": "image", "image": "cat.jpg"}, {"type": "text", "text": "What is it?"}]
     [{"type": "image_url", "image_url": {"url": "cat.jpg"}}, ...]
 
-The turns may be divided:
+A turn with `"weight": 0` (or loss, train, trainable: false) is not learned; `system` and `history`
+may stand beside the turns. The turns may be divided:
 
     {"prompt": [{"role": "user", ...}], "completion": [{"role": "assistant", ...}], "images": [...]}
 
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from mipha.data.dataset import DataSet
-from mipha.data.datasets._images import image_values
+from mipha.data.datasets._keys import MARKS, Keys
 from mipha.data.datasets._records import LINE_SUFFIXES, Row, Rows, put_images_first, record_rows
 from mipha.data.sample import IMAGE, Message, Role, Sample
 
@@ -57,7 +58,10 @@ def to_sample(row: Row) -> Sample:
         raise row.fault(
             'it has no list of "messages"', 'wanted an object with a list of "messages"'
         )
-    return read_conversation(row, turns, image_values(row.content, row.where))
+    keys = row.keys()
+    whole = isinstance(row.content.get("messages"), list)
+    keys.read.update(("messages",) if whole else ("prompt", "completion"))
+    return read_conversation(row, keys, turns)
 
 
 def turns_of(content: Mapping[str, Any]) -> list[Any] | None:
@@ -68,33 +72,48 @@ def turns_of(content: Mapping[str, Any]) -> list[Any] | None:
     return [*parts[0], *parts[1]] if all(isinstance(part, list) for part in parts) else None
 
 
-def read_conversation(row: Row, turns: Sequence[Any], images: Sequence[Any]) -> Sample:
-    """Read turns of {"role", "content"} as a sample.
+def read_conversation(
+    row: Row, keys: Keys, turns: Sequence[Any], path: str = "messages[]"
+) -> Sample:
+    """Read turns of {"role", "content"} as a sample, with what stands beside them.
 
     Args:
         row: The record.
+        keys: Its keys; those of the turns are marked as read.
         turns: Its turns; images stand in the turns themselves, or in the list beside them.
-        images: The list beside them.
+        path: Place of the turns, for remarks.
 
     Raises:
-        RecordError: A turn is something else, or images are given in both places.
+        RecordError: A turn is something else, images are given in both places, or there are two
+            different system turns.
     """
-    read = [_read_turn(row, number, turn) for number, turn in enumerate(turns)]
+    # Read the turns, and which of them are learned.
+    read = [_read_turn(row, keys, number, turn, path) for number, turn in enumerate(turns)]
+    messages = [message for message, _ in read]
+    messages = keys.with_marks(messages)
 
+    # Put the system turn and earlier turns of the record before them.
+    system, own = keys.take_system(), [m for m in messages[:1] if m.role == "system"]
+    if system and own and system[0].text.strip() != own[0].text.strip():
+        raise row.fault("it has two different system turns", "keep one of them")
+    messages = [*(own or system), *keys.take_history(), *messages[len(own) :]]
+
+    # Find the images: in the turns, or beside them.
+    images = keys.take_images()
     inline = [value for _, values in read for value in values]
     given = [value for value in inline if value is not None]
     if given and (images or len(given) < len(inline)):
         raise row.fault(
             "images are given inside some parts and beside them", "give all in one place"
         )
-
     images = given or images
-    messages = put_images_first([message for message, _ in read], len(images))
-    return row.sample(messages, images)
+    return row.sample(put_images_first(messages, len(images)), images, keys)
 
 
-def _read_turn(row: Row, number: int, turn: Any) -> tuple[Message, list[Any]]:
-    """Read a turn, and what each of its image parts holds."""
+def _read_turn(
+    row: Row, keys: Keys, number: int, turn: Any, path: str
+) -> tuple[Message, list[Any]]:
+    """Read a turn, and the content of each of its image parts."""
     roles = get_args(Role)
     if not isinstance(turn, Mapping) or turn.get("role") not in roles:
         raise row.fault(
@@ -102,41 +121,49 @@ def _read_turn(row: Row, number: int, turn: Any) -> tuple[Message, list[Any]]:
             f"{str(turn)[:80]}",
             "write the message so, or remove the row",
         )
-    if turn.get("weight") not in (None, 1):
-        raise row.fault(
-            f'the "weight" of message {number} is {turn["weight"]!r}, but every assistant turn is '
-            "trained on alike",
-            "remove the turn, or the key",
-        )
+    role = turn["role"]
+    learned = keys.learned(f"message {number}", turn, role)
+    keys.turn(path, turn, "role", "content", *MARKS)
 
     content = turn.get("content")
     if isinstance(content, list):
-        parts = [_read_part(row, number, part) for part in content]
+        parts = [_read_part(row, keys, number, part, path) for part in content]
         text = _join([text for text, _ in parts])
-        return Message(turn["role"], text), [value for text, value in parts if text == IMAGE]
+        images = [value for text, value in parts if text == IMAGE]
+        return Message(role, text, learned), images
     if not isinstance(content, str):
         raise row.fault(
             f"the content of message {number} is {str(content)[:80]!r}",
             "wanted text, or a list of parts",
         )
-    return Message(turn["role"], content), []
+    return Message(role, content, learned), []
 
 
-def _read_part(row: Row, number: int, part: Any) -> tuple[str, Any]:
-    """Read a part's text, and for an image part what it holds: None if the image is in the list."""
+def _read_part(row: Row, keys: Keys, number: int, part: Any, path: str) -> tuple[str, Any]:
+    """Read a part's text, and the content of an image part: None if the image is in the list.
+
+    Source: the parts of TRL and OpenAI, and those of LLaMA-Factory, whose content is `value`.
+    """
     kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind == "image":
-        keys = ("image", "path", "url")
-        return IMAGE, next((part[key] for key in keys if part.get(key) is not None), None)
-    if kind == "image_url":
-        return IMAGE, part.get("image_url") or {}
-    if kind == "text" and isinstance(part.get("text"), str):
-        if part["text"] == IMAGE:  # would be taken for an image part
+    if kind == "image" or kind == "image_url" or kind == "input_image":
+        names = ("image_url", "image", "path", "url", "value", "bytes", "data")
+        name = next((name for name in names if part.get(name) is not None), None)
+        keys.turn(f"{path}.content[]", part, "type", "detail", *((name,) if name else ()))
+        beside = None if kind == "image" else {}
+        return IMAGE, part[name] if name else beside
+    text = (
+        next((part[n] for n in ("text", "value", "content") if part.get(n) is not None), None)
+        if isinstance(part, Mapping)
+        else None
+    )
+    if kind in ("text", "input_text", "output_text") and isinstance(text, str):
+        if text == IMAGE:  # would be taken for an image part
             raise row.fault(
                 f"a text part of message {number} is {IMAGE}",
                 'write {"type": "image"} for an image',
             )
-        return part["text"], None
+        keys.turn(f"{path}.content[]", part, "type", "text", "value", "content")
+        return text, None
     raise row.fault(
         f'a part of message {number} is not {{"type": "text", "text": ...}}, '
         f'{{"type": "image"}} or {{"type": "image_url", ...}}: {str(part)[:80]}',

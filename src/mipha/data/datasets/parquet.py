@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from mipha.data.dataset import DataSet
-from mipha.data.datasets._columns import byte_columns, cell_bytes, image_column, import_pyarrow
-from mipha.data.datasets._images import image_folders, with_images
+from mipha.data.datasets._columns import cell_bytes, image_columns, import_pyarrow, with_places
+from mipha.data.datasets._images import image_folders
 from mipha.data.datasets._records import Part, Rows, split_files
 from mipha.data.datasets._shapes import sample_of
 from mipha.data.faults import RecordError
@@ -70,8 +70,8 @@ class ParquetRecords:
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(f"{file} cannot be read as parquet: {error}") from error
         schema, metadata = opened.schema_arrow, opened.metadata
-        self._image = image_column(schema, str(file))
-        self._columns = tuple(name for name in schema.names if name not in byte_columns(schema))
+        self._images = image_columns(schema, str(file))
+        self._columns = tuple(name for name in schema.names if name not in self._images)
         self._starts = np.cumsum(
             [0, *(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups))]
         )
@@ -101,26 +101,27 @@ class ParquetRecords:
                 name: column[row].as_py()
                 for name, column in _columns_of(self.file, group, self._columns)
             }
-            if self._image is None:
+            if not self._images:
                 return content
-            return with_images(content, self._images(group, row))
+            places = {column: self._places(group, row, column) for column in self._images}
         except (pyarrow.ArrowException, OSError) as error:
             raise RecordError(
                 f"it cannot be read: {error}", "get the file again", self.where(index)
             ) from error
+        return with_places(content, places)
 
-    def _images(self, group: int, row: int) -> list[Any]:
-        assert self._image is not None
-        cell = _image_outlines(self.file, group, self._image)[row]
-        if cell is None:
-            return []
-        cells = cell if isinstance(cell, list) else [cell]
-        if any(isinstance(path, str) for path in cells):
-            return cells
-        listed = isinstance(cell, list)
+    def _places(self, group: int, row: int, column: str) -> Any:
+        """Return where the image of a cell is, or its path; a list where the cell is one."""
+        cell = _image_outlines(self.file, group, column)[row]
+        if cell is None or isinstance(cell, str):
+            return cell
+        if not isinstance(cell, list):
+            return ParquetImage(self.file, group, row, column, None)
+        if any(isinstance(path, str) for path in cell):
+            return cell
         return [
-            ParquetImage(self.file, group, row, self._image, number if listed else None)
-            for number in range(len(cells))
+            None if part is None else ParquetImage(self.file, group, row, column, number)
+            for number, part in enumerate(cell)
         ]
 
 
@@ -189,7 +190,9 @@ def _image_outlines(file: Path, group: int, column: str) -> list[Any]:
 def _outline(cell: Any) -> Any:
     if not cell.is_valid:
         return None
-    return [True] * len(cell) if hasattr(cell.type, "value_type") else True
+    if not hasattr(cell.type, "value_type"):
+        return True
+    return [True if part.is_valid else None for part in cell]
 
 
 def _path_or_mark(cell: Any, without_bytes: bool) -> Any:

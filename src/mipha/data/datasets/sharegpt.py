@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from mipha.data.dataset import DataSet
-from mipha.data.datasets._images import image_values
 from mipha.data.datasets._records import LINE_SUFFIXES, Row, Rows, record_rows
 from mipha.data.datasets.messages import read_conversation
 from mipha.data.sample import Role, Sample
@@ -48,14 +47,14 @@ def to_sample(row: Row) -> Sample:
             'it has no list of "conversations"', 'wanted an object with a list of "conversations"'
         )
 
+    keys = row.keys()
+    keys.read.add("conversations")
     turns = [_named_turn(row, number, turn) for number, turn in enumerate(content["conversations"])]
-    if system := content.get("system"):
-        turns.insert(0, {"role": "system", "content": system})
-    return read_conversation(row, turns, image_values(content, row.where))
+    return read_conversation(row, keys, turns, path="conversations[]")
 
 
 def _named_turn(row: Row, number: int, turn: Any) -> dict[str, Any]:
-    """Return a turn under the names that `messages` uses."""
+    """Return a turn under the names that `messages` uses, with its other keys."""
     name = turn.get("from", turn.get("role")) if isinstance(turn, Mapping) else None
     if not isinstance(name, str) or name.lower() not in ROLES:
         raise row.fault(
@@ -63,7 +62,9 @@ def _named_turn(row: Row, number: int, turn: Any) -> dict[str, Any]:
             f"{str(turn)[:80]}",
             "write the turn so, or remove the row",
         )
-    return {"role": ROLES[name.lower()], "content": turn.get("value", turn.get("content"))}
+    rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
+    content = turn.get("value", turn.get("content"))
+    return rest | {"role": ROLES[name.lower()], "content": content}
 
 
 DATASET = DataSet("sharegpt", load, to_sample, takes_image_root=True)

@@ -5,10 +5,14 @@
 
     {"image": "cat.jpg", "question": "What is it?", "answer": "A cat."}
     {"file_name": "cat.jpg", "text": "A cat on a sofa."}
+    {"instruction": "What is it?", "input": "", "output": "A cat.", "images": ["cat.jpg"]}
+    {"system": "Be brief.", "history": [["Hi", "Hello"]], "query": "What is it?",
+     "response": "A cat.", "images": ["cat.jpg"]}
+    {"image": "cat.jpg", "question": "What is it?", "options": ["A cat", "A dog"], "answer": 0}
 
 A .csv or .tsv whose first line names the columns, JSON lines, or one JSON list. A row with an empty
 image is text alone. Image paths start from the folder of the file. A caption answers the request
-"Describe the image."
+"Describe the image." Options stand behind the question, and the answer is the letter of one.
 """
 
 from __future__ import annotations
@@ -18,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from mipha.data.dataset import DataSet
-from mipha.data.datasets._images import IMAGE_COLUMNS, image_values
+from mipha.data.datasets._choices import ANSWER_NUMBERS, option_columns, read_choice
+from mipha.data.datasets._images import IMAGE_COLUMNS, choose_images, is_list, short
+from mipha.data.datasets._keys import Keys, parse_list
 from mipha.data.datasets._records import (
     LINE_SUFFIXES,
     TABLE_SUFFIXES,
@@ -29,9 +35,12 @@ from mipha.data.datasets._records import (
 )
 from mipha.data.sample import Message, Sample
 
-QUESTIONS = ("question", "prompt", "query")
-ANSWERS = ("answer", "response", "completion")
+QUESTIONS = ("question", "prompt", "query", "instruction", "problem", "input")
+ANSWERS = ("answer", "response", "completion", "output", "solution")
 CAPTIONS = ("caption", "text", "description")
+CONTEXTS = ("hint", "context", "passage")
+"""Names of words that stand before the question; an `input` beside an instruction follows it."""
+
 INSTRUCTION = "Describe the image."
 
 
@@ -48,29 +57,43 @@ def to_sample(row: Row) -> Sample:
     """Read one question and answer, or one caption.
 
     Raises:
-        RecordError: The row has no such columns, or a cell is empty or not text.
+        RecordError: The row has no such columns, a cell is empty or not text, or the answer is
+            none of the options.
     """
     if not isinstance(row.content, Mapping):
         raise row.fault(
             f"the row is not an object: {str(row.content)[:80]}", "name its columns in an object"
         )
-    content = by_name(row.content)
-    columns = columns_of(content)
+    row = row._replace(content=by_name(row.content))
+    columns = columns_of(row.content)
     if columns is None:
         raise row.fault(
             f"it has the columns {', '.join(map(str, row.content)) or 'none'}",
-            f"wanted {' or '.join(QUESTIONS)} and {' or '.join(ANSWERS)}, "
-            f"or an image and {' or '.join(CAPTIONS)}",
+            f"wanted a question ({', '.join(QUESTIONS)}) and an answer ({', '.join(ANSWERS)}), "
+            f"or an image and a caption ({', '.join(CAPTIONS)})",
         )
+    keys = row.keys()
+    keys.read.update(columns)
+    images = keys.take_images()
 
-    words = [_read_text(row, content, column) for column in columns]
-    question, answer = words if len(words) == 2 else (INSTRUCTION, words[0])
-    images = image_values(content, row.where)
-    if len(words) == 1 and not images:
-        raise row.fault("its caption is about no image", "give one, or remove the row")
+    # A caption.
+    if len(columns) == 1:
+        caption = _read_text(row, columns[0])
+        if not images:
+            raise row.fault("its caption is about no image", "give one, or remove the row")
+        turns = [Message("user", INSTRUCTION), Message("assistant", caption)]
+        return row.sample(put_images_first(turns, len(images)), images, keys)
 
-    turns = [Message("user", question), Message("assistant", answer)]
-    return row._replace(content=content).sample(put_images_first(turns, len(images)), images)
+    # A question and its answer, with all that stands around them.
+    question, answer = _read_question(row, keys, columns[0]), row.content[columns[1]]
+    if options := option_columns(row.content):
+        question, answer = read_choice(keys, question, options, answer)
+    else:
+        _check_answer(row, keys, columns[1])
+        answer = _read_text(row, columns[1])
+    asked = keys.with_marks([Message("user", question), Message("assistant", answer)])
+    turns = [*keys.take_system(), *keys.take_history(), *asked]
+    return row.sample(put_images_first(turns, len(images)), images, keys)
 
 
 def by_name(content: Mapping[Any, Any]) -> dict[str, Any]:
@@ -87,17 +110,48 @@ def columns_of(content: Mapping[str, Any]) -> tuple[str, ...] | None:
     Returns:
         One or two names; None where the record has neither.
     """
-    question, answer, caption, image = (
+    question, answer, caption = (
         next((name for name in names if name in content), None)
-        for names in (QUESTIONS, ANSWERS, CAPTIONS, IMAGE_COLUMNS)
+        for names in (QUESTIONS, ANSWERS, CAPTIONS)
     )
+    if question and not answer and option_columns(content):
+        answer = next((name for name in ANSWER_NUMBERS if name in content), None)
     if question and answer:
         return question, answer
-    return (caption,) if caption and image else None
+    has_image = choose_images(content) or any(name in content for name in IMAGE_COLUMNS)
+    return (caption,) if caption and has_image else None
 
 
-def _read_text(row: Row, content: Mapping[str, Any], column: str) -> str:
-    value = content[column]
+def _read_question(row: Row, keys: Keys, column: str) -> str:
+    """Return the question, after its context and before its input."""
+    question = _read_text(row, column)
+    if column != "input" and (text := keys.take("input")) and str(text).strip():
+        question = f"{question}\n{text}"
+    for name in CONTEXTS:
+        value = keys.content.get(name)
+        if isinstance(value, str) and value.strip():
+            keys.read.add(name)
+            question = f"Context: {value}\n{question}"
+    return question
+
+
+def _check_answer(row: Row, keys: Keys, column: str) -> None:
+    """Remark on a number or letter that may stand for an option which nothing reads."""
+    answer = str(row.content[column]).strip()
+    if not (answer.isdecimal() or (len(answer) == 1 and answer.isalpha() and answer.isupper())):
+        return
+    for name, value in row.content.items():
+        value = parse_list(value)
+        if name in keys.read or not is_list(value) or len(value) < 2:
+            continue
+        is_number = answer.isalpha() or int(answer) <= len(value)
+        if is_number and answer not in value and all(isinstance(item, str) for item in value):
+            about = f'the {column} may be the number of one of "{name}", which nothing reads'
+            keys.remark("unclear-choice", about, f"{about}: {short(row.content[column])}")
+
+
+def _read_text(row: Row, column: str) -> str:
+    value = row.content[column]
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
     if not isinstance(value, str) or not value.strip():

@@ -23,14 +23,14 @@ from typing import Any
 import numpy as np
 
 from mipha.data.dataset import DataSet
-from mipha.data.datasets._images import image_folders, with_images
+from mipha.data.datasets._images import choose_images, image_folders, with_images
 from mipha.data.datasets._records import Part, Rows, split_files
 from mipha.data.datasets._shapes import sample_of, shapes_of
 from mipha.data.faults import RecordError
 from mipha.data.images import SUFFIXES, FileSlice
 
 _NAME = re.compile(r"((?:.*/|)[^./][^./]*)\.([^/]*)", re.DOTALL)
-_IMAGE, _JSON, _TEXT = 0, 1, 2
+_IMAGE, _JSON, _TEXT, _OTHER = 0, 1, 2, 3  # and _OTHER + n for the n-th other suffix
 
 
 class TarRecords:
@@ -48,11 +48,12 @@ class TarRecords:
         self.file = file
         members, starts = array("q"), array("q")
         self._keys: list[str] = []
+        self._others: list[str] = []  # suffixes of files that are no part of a sample
         try:
             with tarfile.open(file, "r:") as tar:
                 while (member := tar.next()) and not (most is not None and len(self._keys) > most):
                     tar.members = []  # else the tar keeps a kilobyte of each
-                    kind = _kind_of(member, file)
+                    kind = self._kind_of(member)
                     if kind is None:
                         continue
                     key = _NAME.fullmatch(member.name)[1]
@@ -68,8 +69,17 @@ class TarRecords:
         # One more was read, because only then is the one before it known to be whole.
         if most is not None and len(self._keys) > most:
             del self._keys[most:]
-        self._members = np.asarray(members, dtype=np.int64).reshape(-1, 3)
-        self._starts = np.asarray([*starts, len(self._members)], dtype=np.int64)
+        self._members = np.asarray(members, dtype=np.int64).reshape(-1, 3)  # (files, 3)
+        starts = starts[: len(self._keys) + 1]
+        bounds = np.asarray([*starts, len(self._members)], dtype=np.int64)[: len(self._keys) + 1]
+        self._spans = np.stack([bounds[:-1], bounds[1:]], axis=1)  # (samples, begin and end)
+
+        # A file by itself that is no part of a sample, such as a README, is no sample.
+        kinds = self._members[:, 2]
+        kept = [bool((kinds[begin:end] < _OTHER).any()) for begin, end in self._spans]
+        if not all(kept):
+            self._spans = self._spans[kept]
+            self._keys = [key for key, keep in zip(self._keys, kept, strict=True) if keep]
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -90,7 +100,8 @@ class TarRecords:
         """
         # Sort the sample's files.
         where = self.where(index)
-        own = self._members[self._starts[index] : self._starts[index + 1]].tolist()
+        begin, end = self._spans[index]
+        own = self._members[begin:end].tolist()
         images = [(offset, size) for offset, size, kind in own if kind == _IMAGE]
         records = [self._text(offset, size, where) for offset, size, kind in own if kind == _JSON]
         captions = [self._text(offset, size, where) for offset, size, kind in own if kind == _TEXT]
@@ -107,8 +118,19 @@ class TarRecords:
                 where,
             )
 
-        # Put its images in the place of those that the record names.
+        # Put its images instead of those that the record names.
         content = _parse(records[0], where) if records else {}
+        num_named = sum(
+            len(value) if isinstance(value := content[name], list) else 1
+            for name in choose_images(content)
+        )
+        if num_named > len(images):
+            raise RecordError(
+                f"its .json names {num_named} images, and {len(images)} lie beside it",
+                "pack all of them under one name: 0001.0.jpg, 0001.1.jpg, 0001.json",
+                where,
+                "missing-image",
+            )
         names = [
             self._keys[index] if len(images) == 1 else f"{self._keys[index]} image {number}"
             for number in range(len(images))
@@ -120,11 +142,33 @@ class TarRecords:
         content = with_images(content, slices)
 
         # A .json that only says where the image came from leaves the words to the .txt.
-        return (
-            content
-            if shapes_of(content) or not captions
-            else with_images({"caption": captions[0].strip()}, slices)
-        )
+        if captions and shapes_of(content):
+            content[".txt"] = captions[0]
+        elif captions:
+            content["caption"] = captions[0].strip()
+        others = {self._others[kind - _OTHER] for _, _, kind in own if kind >= _OTHER}
+        return content | dict.fromkeys(sorted(others), "a file of the tar")
+
+    def _kind_of(self, member: tarfile.TarInfo) -> int | None:
+        """Return what a file of the tar is to its sample; None for a folder or a nameless file."""
+        if member.isdir():
+            return None
+        if not member.isreg() or member.issparse():
+            raise ValueError(
+                f"{self.file} holds {member.name!r}, which is a link or no plain file; "
+                "pack the files themselves"
+            )
+        name = _NAME.fullmatch(member.name)
+        if not name:
+            return None
+        suffix = "." + name[2].lower().rpartition(".")[2]
+        if suffix in SUFFIXES:
+            return _IMAGE
+        if suffix in (".json", ".txt"):
+            return _JSON if suffix == ".json" else _TEXT
+        if suffix not in self._others:
+            self._others.append(suffix)
+        return _OTHER + self._others.index(suffix)
 
     def _text(self, offset: int, size: int, where: str) -> str:
         try:
@@ -153,20 +197,6 @@ def load(root: Path | None, split: str) -> Rows:
             for name, file in split_files("webdataset", root, split, (".tar",))
         ]
     )
-
-
-def _kind_of(member: tarfile.TarInfo, file: Path) -> int | None:
-    """Return what a file of the tar is to its sample; None for nothing."""
-    if member.isdir():
-        return None
-    if not member.isreg() or member.issparse():
-        raise ValueError(
-            f"{file} holds {member.name!r}, which is a link or no plain file; "
-            "pack the files themselves"
-        )
-    name = _NAME.fullmatch(member.name)
-    suffix = "." + name[2].lower().rpartition(".")[2] if name else ""
-    return _IMAGE if suffix in SUFFIXES else {".json": _JSON, ".txt": _TEXT}.get(suffix)
 
 
 def _parse(text: str, where: str) -> Mapping[str, Any]:

@@ -1,4 +1,6 @@
-"""How the files of this folder were made, once, with datasets 5.2.0 (which the tests do not need): `python make.py` in this folder."""
+"""How the files of this folder were made, once, with datasets 5.2.0 (which the tests do not need):
+`python make.py` in this folder.
+"""
 
 from __future__ import annotations
 

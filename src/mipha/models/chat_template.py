@@ -1,0 +1,193 @@
+"""Chat templates: which content one is made for, and whether it marks what the assistant says.
+
+    template --fit_template--> a template that takes text and content parts alike
+             --end_of_turn--> the token that ends an answer
+
+A template may want content as text or as a list of parts. Both are tried on a conversation, and one
+that wants text gets a preamble that turns parts into text. A template that does not mark every word
+of the assistant, and nothing of the user, is refused with the reason.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+IMAGE_TOKEN = "<image>"
+
+PARTS_TO_TEXT = """\
+{%- set flat = namespace(messages=[]) -%}
+{%- for message in messages -%}
+  {%- if message.content is string -%}
+    {%- set flat.messages = flat.messages + [message] -%}
+  {%- else -%}
+    {%- set flat.text = '' -%}
+    {%- for part in message.content -%}
+      {%- set flat.text = flat.text + ('<image>\\n' if part.type == 'image' else part.text) -%}
+    {%- endfor -%}
+    {%- set flat.messages = flat.messages + [dict(message, content=flat.text)] -%}
+  {%- endif -%}
+{%- endfor -%}
+{%- set messages = flat.messages -%}
+"""
+"""Stands before a template that is made for text, and gives it the parts as text."""
+
+_QUESTIONS = ("Which shape is that, please?", "Is it red?")
+_ANSWERS = ("That is a green circle.", "No, as I said.")
+
+
+class _Written(NamedTuple):
+    """What a template makes of the conversation.
+
+    Args:
+        text: All that it writes.
+        stretches: Texts of the stretches of tokens that it marks, in order.
+        prompt: Text of the conversation without its last answer, ready to be answered.
+    """
+
+    text: str
+    stretches: tuple[str, ...]
+    prompt: str
+
+
+def fit_template(template: str, tokenizer: PreTrainedTokenizerBase, source: str) -> str:
+    """Return a template that takes messages with content parts, whatever it is made for.
+
+    Args:
+        template: Chat template with `{% generation %}` blocks.
+        tokenizer: Tokenizer of the language model.
+        source: Name of the template, for messages.
+
+    Raises:
+        ValueError: With neither content the assistant's words arrive between the marks.
+    """
+    reasons = []
+    for candidate in (template, PARTS_TO_TEXT + template):
+        reason = _fault_of(candidate, tokenizer)
+        if reason is None:
+            return candidate
+        reasons.append(reason)
+    raise ValueError(
+        f"chat template {source} cannot be used: with content parts {reasons[0]}; with text "
+        f"{reasons[1]}; choose another model.chat_template, for example vicuna"
+        if reasons[0] != reasons[1]
+        else f"chat template {source} cannot be used: {reasons[0]}; "
+        "choose another model.chat_template, for example vicuna"
+    )
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> int:
+    """Return the id of the token that ends the assistant's turn: the last special one it marks.
+
+    White space after it is marked by some templates, and ends nothing.
+
+    Raises:
+        ValueError: The turn does not end in a special token, so no answer would ever end.
+    """
+    texts = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    parts = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in texts]
+    try:
+        encoded = _encode(parts, template, tokenizer)
+    except (TemplateError, TypeError):  # it is made for text
+        encoded = _encode(texts, template, tokenizer)
+    marked = [
+        token
+        for token, mask in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True)
+        if mask
+    ]
+    while marked and not _is_special(marked[-1], tokenizer):
+        if tokenizer.decode(marked[-1:]).strip():
+            break
+        marked.pop()
+    if not marked or not _is_special(marked[-1], tokenizer):
+        last = tokenizer.decode(marked[-1:])
+        raise ValueError(
+            f"the chat template ends an answer in {last!r}, which is no special token of this "
+            "language model, so no answer would end: use another model.chat_template, for example "
+            "vicuna"
+        )
+    return marked[-1]
+
+
+def _fault_of(template: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return what is wrong with what a template writes for messages with parts; None if nothing."""
+    try:
+        written = _write(template, tokenizer)
+    except (TemplateError, TypeError, ValueError) as error:
+        return f"it fails ({' '.join(str(error).split())[:120]})"
+
+    # The words must be there, each once, and the image once.
+    if "'type':" in written.text or '"type":' in written.text:
+        return "it writes the parts of a message as a list, not their words"
+    for words in (*_QUESTIONS, *_ANSWERS):
+        if written.text.count(words) != 1:
+            times = written.text.count(words)
+            return f"it writes {words!r} {times} times, and not once"
+    if written.text.count(IMAGE_TOKEN) != 1:
+        times = written.text.count(IMAGE_TOKEN)
+        return f"it writes {IMAGE_TOKEN} {times} times for an image, and not once"
+
+    # Each answer must be one marked stretch, and no question in one.
+    if len(written.stretches) != len(_ANSWERS):
+        return f"it marks {len(written.stretches)} stretches of tokens for {len(_ANSWERS)} answers"
+    for stretch, answer in zip(written.stretches, _ANSWERS, strict=True):
+        if answer not in stretch:
+            return f"it marks {stretch!r} where the answer is {answer!r}"
+        if any(words in stretch for words in _QUESTIONS):
+            return "it marks words of the user"
+
+    # A prompt must go on as the conversation does, and all that follows it must be marked.
+    if not written.text.startswith(written.prompt):
+        there = written.text[: len(written.prompt)]
+        return f"a prompt ends in {written.prompt[-24:]!r} where {there[-24:]!r} is trained on"
+    behind, marked = written.text[len(written.prompt) :], written.stretches[-1].rstrip()
+    before_words = range(marked.index(_ANSWERS[-1]) + 1)
+    if not any(behind.startswith(marked[place:]) for place in before_words):
+        return f"a prompt is followed by {behind[:24]!r}, of which it marks {marked[:24]!r}"
+    return None
+
+
+def _write(template: str, tokenizer: PreTrainedTokenizerBase) -> _Written:
+    """Write the conversation, and decode the stretches that the template marks."""
+    messages: list[dict[str, Any]] = []
+    for question, answer in zip(_QUESTIONS, _ANSWERS, strict=True):
+        image = [{"type": "image"}] if not messages else []
+        messages.append({"role": "user", "content": [*image, {"type": "text", "text": question}]})
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+    encoded = _encode(messages, template, tokenizer)
+    ids, marks = encoded["input_ids"], [bool(mark) for mark in encoded["assistant_masks"]]
+
+    starts = [place for place, mark in enumerate(marks) if mark and not any(marks[:place][-1:])]
+    ends = [
+        place + 1 for place, mark in enumerate(marks) if mark and not any(marks[place + 1 :][:1])
+    ]
+    prompt = tokenizer.apply_chat_template(
+        messages[:-1], chat_template=template, add_generation_prompt=True, tokenize=False
+    )
+    return _Written(
+        text=text,
+        stretches=tuple(
+            tokenizer.decode(ids[start:end]) for start, end in zip(starts, ends, strict=True)
+        ),
+        prompt=prompt,
+    )
+
+
+def _encode(
+    messages: list[dict[str, Any]], template: str, tokenizer: PreTrainedTokenizerBase
+) -> Any:
+    return tokenizer.apply_chat_template(
+        messages,
+        chat_template=template,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+    )
+
+
+def _is_special(token: int, tokenizer: PreTrainedTokenizerBase) -> bool:
+    added = tokenizer.added_tokens_decoder
+    return token in tokenizer.all_special_ids or (token in added and added[token].special)
