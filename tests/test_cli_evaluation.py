@@ -1,4 +1,4 @@
-"""`mipha score` on all benchmarks, and what it and `mipha evaluate` say about bad input before a model is loaded."""
+"""`mipha score` on all benchmarks, and the errors of bad input before a model is loaded."""
 
 from __future__ import annotations
 
@@ -119,7 +119,10 @@ def test_gold_answers_get_full_marks_in_any_order_and_without_images(
 
 
 def test_scoring_loads_no_torch(official_files: Path, tmp_path: Path) -> None:
-    program = "import sys\nsys.modules['torch'] = sys.modules['transformers'] = None\nfrom mipha.cli import main\nmain()"
+    program = (
+        "import sys\nsys.modules['torch'] = sys.modules['transformers'] = None\n"
+        "from mipha.cli import main\nmain()"
+    )
     predictions = write_predictions(tmp_path / "p.jsonl", OFFICIAL["easy_vqa"].gold)
     arguments = [
         "score",
@@ -143,7 +146,10 @@ def test_scoring_loads_no_torch(official_files: Path, tmp_path: Path) -> None:
 def test_recorded_replies_decide_what_rules_cannot_read(
     official_files: Path, tmp_path: Path
 ) -> None:
-    """Of MMBench's three questions one is right by rules; of the others a judge finds one right, and one like no option."""
+    """Of MMBench's three questions one is right by rules.
+
+    Of the others a judge finds one right, and one like no option.
+    """
     texts = OFFICIAL["mmbench"].gold | {"241": "a furry animal", "7": "hm", "1000009": "crimson"}
     predictions = write_predictions(tmp_path / "p.jsonl", texts)
     replies = [
@@ -384,13 +390,13 @@ def test_a_missing_image_is_found_before_anything_is_asked(
         ("x" * 65, "mmbench_dev_20230712.tsv line 3: the image is not base64"),
         (
             "",
-            "mmbench_dev_20230712.tsv line 3: the image is neither an image in base64 nor the index "
-            "of a row with one",
+            "mmbench_dev_20230712.tsv line 3: the image is neither an image in base64 nor the "
+            "index of a row with one",
         ),
         ("12", "mmbench_dev_20230712.tsv line 3: the image is neither"),
     ],
 )
-def test_a_picture_in_a_table_that_is_none_is_found_too(
+def test_an_image_in_a_table_that_is_none_is_found_too(
     cell: str, words: str, folder: Callable[[str], Path], model: Path, tmp_path: Path
 ) -> None:
     path = folder("mmbench") / "mmbench_dev_20230712.tsv"

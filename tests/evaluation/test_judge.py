@@ -83,7 +83,7 @@ def test_a_malformed_line_is_named(line: str, sentence: str, tmp_path: Path) -> 
 
 
 class Server:
-    """A judge's server that answers as it was told to: a text, or (status, body), or seconds to keep waiting."""
+    """A judge's server with a script: a text, (status, body), or seconds to keep waiting."""
 
     def __init__(self) -> None:
         self.script: list[str | tuple[int, str] | float] = []
@@ -97,7 +97,7 @@ class Server:
                 answer = told.script.pop(0)
                 if isinstance(answer, float):
                     time.sleep(answer)
-                    return  # closes the connection without a word
+                    return  # closes the connection silently
                 choices = {"choices": [{"message": {"role": "assistant", "content": answer}}]}
                 status, text = answer if isinstance(answer, tuple) else (200, json.dumps(choices))
                 self.send_response(status)

@@ -12,7 +12,7 @@ from mipha.evaluation.score import score_file, score_predictions
 
 
 def results(folder: Path, name: str, right: np.ndarray) -> Path:
-    """A folder of results on questions by hand, two a picture, answered rightly or not."""
+    """A folder of results on questions by hand, two an image, answered rightly or not."""
     asked = [
         Question(
             f"{n}",
@@ -58,7 +58,8 @@ def test_the_difference_is_taken_question_by_question(tmp_path: Path) -> None:
     )
     turned = compare_paired(b, a)
     assert turned[0].paired.difference == -rows[0].paired.difference
-    # Never worse on any question: the interval of the paired difference leaves 0 out, where those of the two alone overlap.
+    # Never worse on any question: the interval of the paired difference leaves 0 out, although
+    # those of the two alone overlap.
     assert rows[0].paired.low > 0
 
 

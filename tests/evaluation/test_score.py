@@ -12,7 +12,7 @@ from mipha.files import append_line
 
 @pytest.fixture
 def asked(tmp_path: Path) -> list[Question]:
-    """Four questions on two pictures, and a predictions file by hand that lacks the last."""
+    """Four questions on two images, and a predictions file by hand that lacks the last."""
     header = {
         "benchmark": "easy_vqa",
         "checkpoint_sha256": "c" * 64,

@@ -22,7 +22,7 @@ JudgeUrl = Annotated[
 ]
 JudgeModel = Annotated[str | None, typer.Option(help="Name of the judge's model.")]
 JudgeReplies = Annotated[
-    Path | None, typer.Option(help="Recorded replies of a judge, in place of one.")
+    Path | None, typer.Option(help="Recorded replies, used instead of a judge.")
 ]
 
 
@@ -44,7 +44,7 @@ def evaluate(
         Path | None, typer.Option("-o", "--out", help="Where results go, if not into the run.")
     ] = None,
     blind: Annotated[
-        bool, typer.Option("--blind", help="Show grey in place of every image.")
+        bool, typer.Option("--blind", help="Show grey instead of every image.")
     ] = False,
     dry_run: Annotated[
         bool,

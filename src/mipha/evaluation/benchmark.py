@@ -223,7 +223,7 @@ class Plan:
         questions: All questions of the split.
         doubts: Signs that these are not the files of the protocol, a sentence each.
         limit: Only the first N questions are asked; None: all.
-        blind: The model is shown grey in place of every image.
+        blind: The model is shown grey instead of every image.
     """
 
     benchmark: Benchmark

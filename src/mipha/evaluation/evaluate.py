@@ -90,7 +90,7 @@ def evaluate(
         out: Folder for predictions and scores; None: the run's own `evaluation` folder.
         device: Name of a torch device; None: the accelerator if there is one.
         progress: Show a progress bar.
-        blind: Show grey in place of every image, to measure what the questions alone give away.
+        blind: Show grey instead of every image, to measure what the questions alone give away.
             Results go into `<benchmark>-blind`.
         judge: Grader of the benchmarks that want one.
 

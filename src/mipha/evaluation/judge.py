@@ -44,7 +44,7 @@ class _Line(OfficialRecord):
 
 
 class Replay:
-    """Recorded replies in place of a judge, so that a judged score can be made again."""
+    """Recorded replies that stand in for a judge, so that a judged score can be made again."""
 
     def __init__(self, path: Path) -> None:
         """Read the file.

@@ -48,11 +48,11 @@ class Result:
     Args:
         benchmark: Name of the benchmark.
         split: Name of its split.
-        blind: The model was shown grey in place of every image.
+        blind: The model was shown grey instead of every image.
         scores: Headline first; none for a split whose labels only a server has.
         num_questions: Questions in the split.
         n_asked: Questions that were asked; fewer than `num_questions` if a limit was set.
-        n_failed: Questions with an error in place of an answer; the scores leave them out.
+        n_failed: Questions that ended in an error, not an answer; the scores leave them out.
         complete: Every question of the split has an answer: only then compare with published
             numbers.
         baselines: Headline metric of answers without a model, on the same questions.

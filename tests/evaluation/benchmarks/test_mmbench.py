@@ -17,7 +17,7 @@ from mipha.comparison.statistics import tally, values
 from mipha.evaluation.benchmark import Judgement, Question
 from mipha.evaluation.benchmarks import mmbench
 from tests.evaluation.official import BrokenLabel, Official, Upload, write_file
-from tests.evaluation.official import picture as official_picture
+from tests.evaluation.official import make_image as official_image
 
 COLUMNS = [
     "index",
@@ -35,14 +35,14 @@ COLUMNS = [
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 
 
-def picture(colour: str) -> bytes:
+def make_image(colour: str) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (2, 2), colour).save(file, "png")
     return file.getvalue()
 
 
-RED = base64.b64encode(picture("red")).decode()
-BLUE = base64.b64encode(picture("blue")).decode()
+RED = base64.b64encode(make_image("red")).decode()
+BLUE = base64.b64encode(make_image("blue")).decode()
 
 
 def row(index: int, *choices: str, answer: str = "A", **cells: str) -> dict[str, str]:
@@ -148,7 +148,7 @@ def test_the_prompt_ends_where_the_official_one_does_and_the_scorer_knows_every_
 
 
 def test_circular_eval(tmp_path: Path) -> None:
-    """Right four times, wrong once, wrong although another is unreadable, unreadable once, and right on two of two."""
+    """Right four times, wrong once, wrong beside one unreadable, unreadable once, right twice."""
     lr, ar = (
         {"l2-category": "logic_reasoning", "category": "x"},
         {"l2-category": "attribute_reasoning", "category": "y"},
@@ -178,7 +178,8 @@ def test_circular_eval(tmp_path: Path) -> None:
         "1000005": "A",
     }
     judgement = mmbench.BENCHMARK.score(asked, answers)
-    # Rotated once, the first option is the last: gold letters go A D C B for four options, A B and B A for two.
+    # Rotated once, the first option is the last: gold letters go A D C B for four options, A B and
+    # B A for two.
     assert judgement.per_question == {"1": 1, "2": 0, "3": 0, "4": 0, "5": 1}
     assert judgement.parsed == {
         **{"1": "A", "1000001": "D", "2000001": "C", "3000001": "B", "2": "B", "1000002": "B"},
@@ -197,7 +198,8 @@ def test_circular_eval(tmp_path: Path) -> None:
     )
     assert judgement.submission == answers
     assert judgement.notes == (
-        "scored by rules, without a judge (exact_matching): 2 of 12 answers name no option and count as wrong",
+        "scored by rules, without a judge (exact_matching): 2 of 12 answers name no option and "
+        "count as wrong",
     )
 
 
@@ -248,8 +250,10 @@ def test_the_judge_reads_only_what_decides(tmp_path: Path) -> None:
         "Z",
     ]
     assert judgement.notes == (
-        "the judge was asked about 5 of 11 answers: those that the rules cannot read, where they decide",
-        "1 of them the judge did not read either: they count as wrong, where the official program guesses",
+        "the judge was asked about 5 of 11 answers: those that the rules cannot read, where they "
+        "decide",
+        "1 of them the judge did not read either: they count as wrong, where the official "
+        "program guesses",
     )
     options = "There are several options: \nA. red\nB. blue\n"
     assert judge.prompts[0].endswith(
@@ -263,9 +267,9 @@ def test_both_layouts_give_one_decoded_image_to_all_its_rows(tmp_path: Path) -> 
     for number, rows in enumerate((repeated, referring)):
         path = write(tmp_path / f"{number}.tsv", rows)
         by_id = {question.id: question for question in mmbench.BENCHMARK.questions(path, "dev")}
-        assert by_id["7"].image == picture("blue")
+        assert by_id["7"].image == make_image("blue")
         assert (
-            by_id["1"].image == picture("red")
+            by_id["1"].image == make_image("red")
             and by_id["1"].image is by_id["1000001"].image is by_id["2"].image
         )
         same = {
@@ -394,7 +398,7 @@ def test_signs_of_another_file_are_told(tmp_path: Path) -> None:
 
 
 def write_table(
-    path: Path, split: str, questions: Sequence[tuple[Any, ...]], repeat_pictures: bool
+    path: Path, split: str, questions: Sequence[tuple[Any, ...]], repeat_images: bool
 ) -> None:
     columns = list(COLUMNS)
     if split == "test":
@@ -403,7 +407,7 @@ def write_table(
     writer = csv.DictWriter(file, columns, delimiter="\t", extrasaction="ignore", restval="")
     writer.writeheader()
     for index, question, hint, choices, answer, ability in questions:
-        cell = base64.b64encode(official_picture(f"{path.name} {index}")).decode()
+        cell = base64.b64encode(official_image(f"{path.name} {index}")).decode()
         for turn in range(len(choices)):
             turned = dict(zip("ABCD", choices[turn:] + choices[:turn], strict=False))
             label = next(
@@ -419,7 +423,7 @@ def write_table(
                 "answer": label,
                 "category": "x",
             }
-            image = cell if repeat_pictures or not turn else str(index)
+            image = cell if repeat_images or not turn else str(index)
             writer.writerow(
                 row | {"image": image, "source": "s", "l2-category": ability, "split": split}
             )
@@ -433,10 +437,8 @@ def write_official(folder: Path) -> None:
         (9, "Which colour?", "", ("red", "blue"), "B", "coarse_perception"),
     ]
     for split in ("dev", "test"):
-        # Files of 2023 repeat a question's picture in every rotation.
-        write_table(
-            folder / f"mmbench_{split}_20230712.tsv", split, questions, repeat_pictures=True
-        )
+        # Files of 2023 repeat a question's image in every rotation.
+        write_table(folder / f"mmbench_{split}_20230712.tsv", split, questions, repeat_images=True)
 
 
 GOLD = {

@@ -144,7 +144,8 @@ def test_averages(tmp_path: Path) -> None:
         [["0.7"], ["hm", "x", "1.0 yes"], ["0.2"], [*"abcde", "0.9"]],
     )
     judgement = mmvet.score(labelled(tmp_path), ANSWERS, replay)
-    # Grades: 0.5 1.0 0.0 0.1, then 0.7 1.0 0.2 0.0: five unreadable replies are a 0, whatever the sixth would be.
+    # Grades: 0.5 1.0 0.0 0.1, then 0.7 1.0 0.2 0.0: five unreadable replies are a 0, whatever the
+    # sixth would be.
     means = {"v1_0": 0.6, "v1_1": 1.0, "v1_2": 0.1, "v1_3": 0.05}
     assert judgement.per_question == pytest.approx(means)
     measured = values(tally(judgement.contributions), mmvet.measure)

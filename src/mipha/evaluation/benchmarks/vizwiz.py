@@ -173,7 +173,7 @@ def _read_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _read_llava_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield LLaVA's lines as official ones, with the question in place of the prompt."""
+    """Yield LLaVA's lines as official ones, with the question instead of the prompt."""
     for number, row in read_json_lines(path):
         where = f"{path} line {number}"
         line = read_record(_LlavaLine, row, where)
