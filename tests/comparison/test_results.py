@@ -10,7 +10,7 @@ import pytest
 
 from mipha.comparison.figures import draw_radar
 from mipha.comparison.results import best_of, measured, published, published_table
-from mipha.comparison.tables import compare, render
+from mipha.comparison.tables import compare, print_comparison, render
 
 
 def test_lines_of_the_tables_as_printed() -> None:
@@ -141,7 +141,7 @@ def test_a_run_stands_beside_published_models(run: Path) -> None:
     rows = [published("Mipha-3B"), measured(run)]
     assert "gqa-blind" not in rows[1].cells
     header, _, theirs, ours = (
-        re.split(r" *\| *", line.strip("| ")) for line in render(rows).strip().splitlines()
+        re.split(r" *\| *", line.strip("| ")) for line in render(rows).split("\n\n")[0].splitlines()
     )
     shown = dict(zip(header, ours, strict=True))
     assert (shown["model"], shown["POPE"], shown["MME-P"], shown["MME-C"], shown["GQA"]) == (
@@ -161,6 +161,34 @@ def test_a_run_stands_beside_published_models(run: Path) -> None:
         "mme ~; mme_cognition ~",
     )
     assert r"\textbf{81.3$^*$}" in render(rows, "latex")
+
+
+def test_footnote_marks_are_explained_where_they_stand(run: Path, capsys) -> None:
+    """In Markdown, in LaTeX, and on the terminal; a mark that is not there is not explained."""
+    starred, ours = published("Mipha-3B"), measured(run)
+    seen = "The training images or annotations of the benchmark were seen in training."
+    partly = "Not all questions of the benchmark were answered."
+    both = render([starred, ours])
+    assert both.endswith(f"\n\n\\* {seen}\n\n~ {partly}\n")
+    latex = render([starred, ours], "latex")
+    header = latex.splitlines()[2]
+    width = header.count("&") + 1
+    assert latex.endswith(
+        f"\\bottomrule\n\\multicolumn{{{width}}}{{l}}{{\\footnotesize $^*$ {seen}}} \\\\\n"
+        f"\\multicolumn{{{width}}}{{l}}{{\\footnotesize $\\sim$ {partly}}} \\\\\n\\end{{tabular}}\n"
+    )
+    assert seen in render([starred]) and "~" not in render([starred])
+    print_comparison(compare([run], ["Mipha-3B"]))
+    printed = capsys.readouterr().out
+    assert f"* {seen}\n" in printed and f"~ {partly}\n" in printed
+    assert "It includes data" in render([published("Qwen-VL")], "latex")
+
+
+def test_a_folder_that_is_missing_is_told_from_one_without_scores(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no folder .*gone: give a run"):
+        measured(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match="has no scores: make them with"):
+        measured(tmp_path)
 
 
 def test_a_metric_with_a_column_of_its_own_stands_in_it(tmp_path: Path) -> None:

@@ -86,8 +86,11 @@ def test_what_cannot_be_paired(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=r"easy_vqa: .* did not answer the same questions"):
         compare_paired(a, short)
-    with pytest.raises(FileNotFoundError, match="has no scores: make them with"):
+    with pytest.raises(FileNotFoundError, match=r"no file or folder .*nothing: give a run"):
         compare_paired(a, tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="has no scores: make them with"):
+        compare_paired(a, tmp_path / "empty")
     other = tmp_path / "other" / "evaluation" / "pope"
     other.mkdir(parents=True)
     (other / "tally.json").write_text("{}")

@@ -44,6 +44,16 @@ TITLES = {
 }
 """Headings of columns, as in the paper."""
 
+FOOTNOTES = {
+    "*": "The training images or annotations of the benchmark were seen in training.",
+    "†": "It includes data that are not public.",
+    "~": "Not all questions of the benchmark were answered.",
+}
+"""Mark behind a number to its meaning.
+
+Source: captions of tables 2 and 3 of the Mipha paper; `~` is ours.
+"""
+
 _COLUMN_OF = {("mme", "cognition"): "mme_cognition"}
 """Columns of metrics in scores.json files that do not yet name them."""
 
@@ -150,6 +160,8 @@ def measured(folder: Path) -> Row:
             if column := score.get("column", older):
                 cells[column] = _cell(score, mark)
     if not cells:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no folder {folder}: give a run, or a folder of results")
         raise FileNotFoundError(
             f"{folder} has no scores: make them with `mipha evaluate {folder} -b ...`"
         )
@@ -160,6 +172,17 @@ def columns_of(rows: Sequence[Row]) -> list[str]:
     """Return the columns with a number: those of the paper in its order, then others."""
     present = {name for row in rows for name in row.cells}
     return [name for name in TITLES if name in present] + sorted(present - set(TITLES))
+
+
+def footnotes_of(rows: Sequence[Row]) -> dict[str, str]:
+    """Return the marks in the rows, each with its meaning, in the order of `FOOTNOTES`."""
+    shown = [cell.printed for row in rows for cell in row.cells.values()]
+    shown += [fact for row in rows for fact in row.facts.values()]
+    return {
+        mark: meaning
+        for mark, meaning in FOOTNOTES.items()
+        if any(text.endswith(mark) for text in shown)
+    }
 
 
 def best_of(rows: Iterable[Row], column: str) -> float | None:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from mipha.evaluation.benchmark import Judge
+from mipha.evaluation.judge import explain_unread, strip_reasoning
 
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 """End of a LLaVA-1.5 prompt that asks for a letter."""
@@ -22,6 +23,8 @@ REFUSED = "Z"
 
 JUDGE_TRIES = 3
 JUDGE_MAX_TOKENS = 1024
+_LONGEST_SHOWN = 60
+"""Characters of a judge's reply that an error shows."""
 
 _REFUSALS = (
     "Sorry, I can't help with images of people yet.",
@@ -68,6 +71,10 @@ _PROMPT_CN = (
 )
 
 
+class UnreadError(ValueError):
+    """A judge was asked about an answer, and no reply could be read."""
+
+
 def list_options(choices: Sequence[str]) -> str:
     """Return one line per option, each after a newline: `\\nA. red\\nB. blue`."""
     return "".join(
@@ -99,19 +106,27 @@ def matching_prompt(question: str, choices: Mapping[str, str], answer: str) -> s
 
 def ask_for_option(
     question_id: str, question: str, choices: Mapping[str, str], answer: str, judge: Judge
-) -> str | None:
-    """Ask a judge which option an answer names.
+) -> str:
+    """Ask a judge which option an answer names; the part in which it thinks is not read.
 
     Returns:
-        A letter, or None if no reply names one. The official program then draws an option at
-        random; a score must not depend on that.
+        A letter.
+
+    Raises:
+        UnreadError: No reply names one. The official program then draws an option at random; a
+            score must not depend on that.
     """
     prompt = matching_prompt(question, choices, answer)
+    replies = []
     for attempt in range(JUDGE_TRIES):
         reply = judge.ask(question_id, prompt, attempt=attempt, max_tokens=JUDGE_MAX_TOKENS)
-        if letter := read_option(reply, choices):
+        if letter := read_option(strip_reasoning(reply), choices):
             return letter
-    return None
+        replies.append(reply)
+    raise UnreadError(
+        f"no option can be read in {JUDGE_TRIES} replies of the judge, the first being "
+        f"{replies[0][:_LONGEST_SHOWN]!r}: {explain_unread(replies[0])}"
+    )
 
 
 def is_chinese(text: str) -> bool:

@@ -94,6 +94,7 @@ class Judge:
     """Gives the replies it was handed for each row, in order, and remembers what it was asked."""
 
     num_runs = None
+    notes = ()
 
     def __init__(self, **replies: Sequence[str]) -> None:
         self.replies = {name.lstrip("_"): list(texts) for name, texts in replies.items()}
@@ -220,13 +221,13 @@ def test_the_judge_reads_only_what_decides(tmp_path: Path) -> None:
         *rotations(
             3, "red", "blue", "grey"
         ),  # the first is matched wrongly: the rest is not asked about
-        *rotations(4, "red", "blue"),  # no reply says anything: not guessed
+        *rotations(4, "red", "blue"),  # no reply can be read: in no score
         *rotations(5, "red", "blue"),  # like none of the options
     )
     answers = dict.fromkeys((question.id for question in asked), "crimson")
     answers |= {"1000002": "A", "1000004": "B", "1000005": "B"}
     judge = Judge(
-        _1=["hm", "Sure: A"],
+        _1=["hm", "<think>B or C? B</think>Sure: A"],
         _1000001=["It is like red"],
         _3=["C"],
         _4=["hm", "A or B", ""],
@@ -235,10 +236,14 @@ def test_the_judge_reads_only_what_decides(tmp_path: Path) -> None:
     judgement = mmbench.BENCHMARK.score(asked, answers, judge)
     assert judge.asked == ["1", "1", "1000001", "3", "4", "4", "4", "5"]
     assert measured(judgement) == {
-        "accuracy": 20,
-        "vanilla": 20,
-        "unreadable": 4,
-    }  # 2; 1000003 and 2000003; 4
+        "accuracy": 25,
+        "vanilla": 25,
+        "unreadable": 3,
+    }  # 2; 1000003 and 2000003
+    assert "4" not in judgement.per_question and judgement.failed == {
+        "4": "no option can be read in 3 replies of the judge, the first being 'hm': use a judge "
+        "that follows the prompt, or change its request with --judge-request"
+    }
     parsed = judgement.parsed or {}
     assert [parsed[key] for key in ("1", "1000001", "2", "3", "1000003", "4", "5")] == [
         "A",
@@ -252,13 +257,31 @@ def test_the_judge_reads_only_what_decides(tmp_path: Path) -> None:
     assert judgement.notes == (
         "the judge was asked about 5 of 11 answers: those that the rules cannot read, where they "
         "decide",
-        "1 of them the judge did not read either: they count as wrong, where the official "
-        "program guesses",
     )
     options = "There are several options: \nA. red\nB. blue\n"
     assert judge.prompts[0].endswith(
         f"Example 3: \nQuestion: Which??\nOptions: {options}\nAnswer: crimson\nYour output: "
     )
+
+
+def test_a_judge_that_reads_nothing_is_a_fault_of_the_judge(tmp_path: Path) -> None:
+    asked = labelled(
+        tmp_path, *(line for n in range(1, 26) for line in rotations(n, "red", "blue"))
+    )
+    answers = dict.fromkeys((question.id for question in asked), "crimson")
+
+    class Silent(Judge):
+        def ask(self, question_id: str, prompt: str, **_: object) -> str:
+            self.asked.append(question_id)
+            return "<think> the first"
+
+    judge = Silent()
+    with pytest.raises(ValueError, match=r"^the first 20 answers fail: .*give it more with"):
+        mmbench.BENCHMARK.score(asked, answers, judge)
+    assert len(judge.asked) == 20 * 3
+    few = [question for question in asked if question.facts["group"] < 4]
+    with pytest.raises(ValueError, match=r"^no question has a score: no option can be read in 3"):
+        mmbench.BENCHMARK.score(few, answers, Silent())
 
 
 def test_both_layouts_give_one_decoded_image_to_all_its_rows(tmp_path: Path) -> None:

@@ -222,4 +222,5 @@ BENCHMARK = Benchmark(
     measure=measure,
     submission=make_upload,
     doubts=find_doubts,
+    id_advice="VizWiz's ids are the names of the images",
 )
