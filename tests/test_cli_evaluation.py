@@ -660,13 +660,31 @@ def test_a_score_of_empty_answers_says_so_on_its_first_line(
     first = f"all {len(POPE)} answers are empty, so these numbers say nothing about the model"
     assert done.exit_code == 0 and done.stdout.splitlines()[0].startswith(first)
     content = json.loads((tmp_path / "o.json").read_text())
-    assert content["n_empty"] == len(POPE) and content["notes"][0].startswith(first)
+    assert (
+        content["n_empty"] == len(POPE)
+        and content["all_empty"]
+        and content["notes"][0].startswith(first)
+    )
     some = {**POPE, next(iter(POPE)): " \n"}
     done = score(
         "pope", official_files / "pope", write_predictions(predictions, some), tmp_path / "o.json"
     )
     assert f"1 of {len(POPE)} answers are empty and scored as such" in done.stdout
     assert not done.stdout.startswith("1 of")
+
+
+def test_empty_rotations_do_not_make_all_answers_of_mmbench_empty(
+    official_files: Path, tmp_path: Path
+) -> None:
+    """There are more rows than questions, so as many empty ones as questions are not all."""
+    gold = OFFICIAL["mmbench"].gold
+    texts = {name: "" if int(name) >= 1_000_000 else text for name, text in gold.items()}
+    num = sum(text == "" for text in texts.values())
+    assert len(OFFICIAL["mmbench"].scored_ids) <= num < len(texts)
+    predictions = write_predictions(tmp_path / "p.jsonl", texts)
+    done = score("mmbench", official_files / "mmbench", predictions, tmp_path / "o.json")
+    assert done.exit_code == 0 and done.stdout.splitlines()[0].strip().startswith("metric")
+    assert json.loads((tmp_path / "o.json").read_text())["all_empty"] is False
 
 
 def test_a_benchmark_that_is_named_twice_counts_once(

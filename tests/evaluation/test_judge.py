@@ -273,3 +273,31 @@ def test_fields_of_the_request_can_be_set(server: Server, tmp_path: Path) -> Non
 )
 def test_the_part_in_which_a_judge_thinks_is_left_out(reply: str, rest: str) -> None:
     assert strip_reasoning(reply) == rest
+
+
+def test_replies_that_could_not_be_read_are_asked_for_again(server: Server, tmp_path: Path) -> None:
+    record = tmp_path / "r.jsonl"
+    server.script = ["hm", "hm", "1.0", "0.5", "B"]
+    first = Endpoint(server.url, "m", record=record)
+    assert [first.ask("1", "p"), first.ask("1", "again", attempt=1)] == ["hm", "hm"]
+    assert first.ask("2", "p") == "1.0"
+    first.forget("1")
+    # A replay shows the same failure, and the next call asks about this question alone.
+    assert [Replay(record).ask("1", "p"), Replay(record).ask("2", "p")] == ["hm", "1.0"]
+    again = Endpoint(server.url, "m", record=record)
+    assert [again.ask("2", "p"), again.ask("1", "p")] == ["1.0", "0.5"]
+    assert len(server.requests) == 4
+    assert [Replay(record).ask("1", "p"), Replay(record).ask("2", "p")] == ["0.5", "1.0"]
+    assert Endpoint(server.url, "m", record=record).ask("1", "p") == "0.5"
+    Endpoint(server.url, "m").forget("1")  # without a record there is nothing to void
+
+
+def test_a_reply_that_was_cut_stays_known_as_cut(server: Server, tmp_path: Path) -> None:
+    cut = {"choices": [{"message": {"content": "Score: 0"}, "finish_reason": "length"}]}
+    whole = {"choices": [{"message": {"content": "Score: 0"}, "finish_reason": "stop"}]}
+    server.script = [(200, json.dumps(cut)), (200, json.dumps(whole)), "Score: 0"]
+    record = tmp_path / "r.jsonl"
+    judge = Endpoint(server.url, "m", record=record)
+    assert [judge.ask(name, "p").is_cut for name in "123"] == [True, False, False]
+    for again in (Endpoint(server.url, "m", record=record), Replay(record)):
+        assert [again.ask(name, "p").is_cut for name in "123"] == [True, False, False]

@@ -110,7 +110,8 @@ def test_answers_that_say_nothing_are_counted_and_noted(
 ) -> None:
     texts = {"0": nothing, "1": "yes", "2": "-", "3": "yes"}
     result = score_predictions(plan(asked), texts, tmp_path)
-    assert result.n_empty == 1 and result.notes[0] == "1 of 4 answers are empty and scored as such"
+    assert (result.n_empty, result.all_empty) == (1, False)
+    assert result.notes[0] == "1 of 4 answers are empty and scored as such"
     assert json.loads((tmp_path / "scores.json").read_text())["n_empty"] == 1
     full = score_predictions(plan(asked), dict.fromkeys(texts, "yes"), tmp_path)
     assert full.n_empty == 0 and not any("empty" in note for note in full.notes)
@@ -120,7 +121,11 @@ def test_a_score_of_empty_answers_says_so_on_its_first_line(
     tmp_path: Path, asked: list[Question], capsys: pytest.CaptureFixture[str]
 ) -> None:
     result = score_predictions(plan(asked), dict.fromkeys("0123", ""), tmp_path)
-    assert result.n_empty == 4 and result.notes[0].startswith("all 4 answers are empty")
+    assert (
+        result.n_empty == 4
+        and result.all_empty
+        and result.notes[0].startswith("all 4 answers are empty")
+    )
     print_results([result])
     printed = capsys.readouterr().out
     assert printed.splitlines()[0].startswith("easy_vqa: all 4 answers are empty")

@@ -116,10 +116,11 @@ def score(
 
     folder = (json_out or predictions).parent
     grader = _judge(judge, judge_model, judge_replies, judge_request, folder)
-    content = score_file(load_benchmark(benchmark), annotations, predictions, grader)
+    asked = load_benchmark(benchmark)
+    content = score_file(asked, annotations, predictions, grader)
     if json_out is not None:
         write_whole(json_out, json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n")
-    print_scored(content)
+    print_scored(asked, content)
     if content.get("failed"):
         raise typer.Exit(1)
 

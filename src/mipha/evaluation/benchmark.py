@@ -99,6 +99,22 @@ class Judgement:
     notes: tuple[str, ...] = ()
 
 
+class Reply(str):
+    """A judge's reply, verbatim.
+
+    Args:
+        text: The reply.
+        is_cut: The server ended it at the limit of its tokens.
+    """
+
+    is_cut: bool
+
+    def __new__(cls, text: str, is_cut: bool = False) -> Reply:
+        reply = super().__new__(cls, text)
+        reply.is_cut = is_cut
+        return reply
+
+
 class Judge(Protocol):
     """A language model that grades; see `mipha.evaluation.judge`.
 
@@ -123,8 +139,12 @@ class Judge(Protocol):
         attempt: int = 0,
         temperature: float = 0.0,
         max_tokens: int = 16,
-    ) -> str:
+    ) -> Reply:
         """Return the judge's reply to a prompt."""
+        ...
+
+    def forget(self, question_id: str, run: int = 0) -> None:
+        """Ask about a question anew in the next call, because no reply could be read."""
         ...
 
 

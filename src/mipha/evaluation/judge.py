@@ -2,14 +2,16 @@
 
 A file of replies has a JSON line per reply or per run. `responses` are the judge's replies to its
 tries in order; `text` is its reply to every try. A line that an endpoint recorded also names its
-try and its prompt, the fields that the user set in the request, and the fields that the server
-refused, each with the name that took its place:
+try and its prompt, whether the server cut the reply at its limit, the fields that the user set in
+the request, and the fields that the server refused, each with the name that took its place. Where
+no reply to a question could be read, a line voids them, and the next call asks again:
 
     {"question_id": "v1_0", "run": 0, "responses": ["about half", "0.5"]}
     {"question_id": "1000003", "text": "B"}
     {"question_id": "v1_0", "run": 0, "attempt": 1, "responses": ["0.5"],
-     "model": "gpt-4-0613", "prompt_sha256": "...",
+     "model": "gpt-4-0613", "prompt_sha256": "...", "cut": false,
      "request": {"reasoning_effort": "low"}, "refused": {"max_tokens": "max_completion_tokens"}}
+    {"question_id": "v1_0", "run": 0, "model": "gpt-4-0613", "unread": true}
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from urllib.request import Request, urlopen
 
 from pydantic import Field
 
+from mipha.evaluation.benchmark import Reply
 from mipha.evaluation.files import OfficialRecord, QuestionId, read_record
 from mipha.files import append_line, read_json_lines, read_lines
 
@@ -53,6 +56,8 @@ _REASONING = re.compile(
 _REASONING_BEGINS = re.compile(r"<(?:think|thinking|thought|reasoning)>|\[THINK\]")
 _REASONING_ENDS = re.compile(r"</(?:think|thinking|thought|reasoning)>|\[/THINK\]")
 
+_FIX = "fix that line"
+
 _Place = tuple[str, int, int | None]
 """Question id, run, and try; None for a reply to every try."""
 
@@ -69,13 +74,15 @@ class _Line(OfficialRecord):
     prompt_sha256: str | None = None
     request: dict[str, Any] = Field(default_factory=dict)
     refused: dict[str, str | None] = Field(default_factory=dict)
+    cut: bool = False
+    unread: bool = False
 
 
 @dataclass(frozen=True)
-class _Reply:
-    """One recorded reply, and how it was asked for."""
+class _Recorded:
+    """One reply, and how it was asked for."""
 
-    text: str
+    reply: Reply
     model: str | None
     request: Mapping[str, Any]
     refused: Mapping[str, str | None]
@@ -92,13 +99,13 @@ def strip_reasoning(reply: str) -> str:
     return _REASONING_ENDS.split(text)[-1]
 
 
-def explain_unread(reply: str) -> str:
-    """Return the sentence that follows from a reply that nothing could be read out of."""
-    if strip_reasoning(reply).strip():
+def explain_unread(reply: Reply) -> str:
+    """Return the advice that follows from a reply that nothing could be read out of."""
+    if strip_reasoning(reply).strip() and not reply.is_cut:
         return f"use a judge that follows the prompt, or change its request with {REQUEST_OPTION}"
     return (
-        "the judge says nothing, or its tokens end while it is thinking: give it more with "
-        f"{REQUEST_OPTION} max_tokens=4096, or turn the thinking off"
+        "the judge says nothing, or its tokens end before the grade: give it more with "
+        f"{REQUEST_OPTION} max_tokens=4096, or turn its thinking off"
     )
 
 
@@ -121,23 +128,29 @@ class Replay:
 
         Raises:
             FileNotFoundError: No such file.
-            ValueError: A malformed line, or two replies for one place: names file and line. A
-                reply of the same judge to a changed request is no second one: it replaces the
-                first.
+            ValueError: A malformed line, or two replies for one place: names file and line. A later
+                reply of the same judge replaces one that could not be read, and one to a request
+                with other fields.
         """
         self.path = path
-        self._used: list[_Reply] = []
-        self._replies: dict[_Place, dict[str | None, _Reply]] = {}
+        self._used: list[_Recorded] = []
+        self._replies: dict[_Place, dict[str | None, _Recorded]] = {}
+        voided: set[tuple[str, int]] = set()
         for number, row in read_json_lines(path):
-            for place, prompt_sha256, reply in _entries(row, f"{path} line {number}"):
+            line = read_record(_Line, row, f"{path} line {number}", fix=_FIX)
+            if line.unread:
+                voided.add((line.question_id, line.run))
+                continue
+            for place, prompt_sha256, found in _entries(line, f"{path} line {number}"):
                 known = self._replies.setdefault(place, {})
                 before = known.get(prompt_sha256)
-                if before and (before.model != reply.model or before.request == reply.request):
+                asked_again = place[:2] in voided or (before and before.request != found.request)
+                if before and (before.model != found.model or not asked_again):
                     raise ValueError(
                         f"{path} line {number} is a second reply for question {place[0]}: "
                         "keep one judge's replies in a file"
                     )
-                known[prompt_sha256] = reply
+                known[prompt_sha256] = found
         # Some files count runs from 1.
         self._runs = sorted({run for _, run, attempt in self._replies if attempt is not None})
 
@@ -160,7 +173,7 @@ class Replay:
         attempt: int = 0,
         temperature: float = 0.0,
         max_tokens: int = 16,
-    ) -> str:
+    ) -> Reply:
         """Return the recorded reply.
 
         Raises:
@@ -173,7 +186,7 @@ class Replay:
         for prompt_sha256 in (_digest(prompt), None):
             if prompt_sha256 in known:
                 self._used.append(known[prompt_sha256])
-                return known[prompt_sha256].text
+                return known[prompt_sha256].reply
         if known:
             raise ValueError(
                 f"{self.path} has replies for question {question_id}, but to other prompts: "
@@ -183,6 +196,9 @@ class Replay:
             f"{self.path} has no reply for question {question_id} (run {recorded}, "
             f"try {attempt + 1}): add it, or ask a judge"
         )
+
+    def forget(self, question_id: str, run: int = 0) -> None:
+        """Do nothing: what is recorded stays."""
 
 
 class Endpoint:
@@ -245,13 +261,18 @@ class Endpoint:
         self._refused: dict[str, str | None] = {}
 
         # Replies that an earlier call recorded.
-        self._used: list[_Reply] = []
-        self._known: dict[tuple[_Place, str | None], _Reply] = {}
+        self._used: list[_Recorded] = []
+        self._known: dict[tuple[_Place, str | None], _Recorded] = {}
         for row in read_lines(record) if record else ():
-            if row.get("model") == model and row.get("request", {}) == self.request:
-                self._known |= {
-                    (place, sha256): reply for place, sha256, reply in _entries(row, str(record))
-                }
+            if row.get("model") != model or row.get("request", {}) != self.request:
+                continue
+            line = read_record(_Line, row, str(record), fix=_FIX)
+            if line.unread:
+                self._drop(line.question_id, line.run)
+                continue
+            self._known |= {
+                (place, sha256): found for place, sha256, found in _entries(line, str(record))
+            }
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -267,7 +288,7 @@ class Endpoint:
         attempt: int = 0,
         temperature: float = 0.0,
         max_tokens: int = 16,
-    ) -> str:
+    ) -> Reply:
         """Return the recorded reply, or a new one, which is recorded before it is used.
 
         Raises:
@@ -277,26 +298,37 @@ class Endpoint:
         prompt_sha256 = _digest(prompt)
         key = ((question_id, run, attempt), prompt_sha256)
         if key not in self._known:
-            text = self._request(prompt, {"temperature": temperature, "max_tokens": max_tokens})
-            reply = _Reply(text, self.model, self.request, dict(self._refused))
-
-            if self.record is not None:
-                line = {
-                    "question_id": question_id,
-                    "run": run,
-                    "attempt": attempt,
-                    "responses": [text],
-                    "model": self.model,
-                    "prompt_sha256": prompt_sha256,
-                }
-                changed = {"request": self.request, "refused": self._refused}
-                line |= {name: fields for name, fields in changed.items() if fields}
-                append_line(self.record, line)
-            self._known[key] = reply
+            reply = self._request(prompt, {"temperature": temperature, "max_tokens": max_tokens})
+            line = {
+                "question_id": question_id,
+                "run": run,
+                "attempt": attempt,
+                "responses": [reply],
+                "prompt_sha256": prompt_sha256,
+                "cut": reply.is_cut,
+            }
+            self._append(line | ({"refused": self._refused} if self._refused else {}))
+            self._known[key] = _Recorded(reply, self.model, self.request, dict(self._refused))
         self._used.append(self._known[key])
-        return self._known[key].text
+        return self._known[key].reply
 
-    def _request(self, prompt: str, settings: Mapping[str, Any]) -> str:
+    def forget(self, question_id: str, run: int = 0) -> None:
+        """Void the replies to a question in a run, so that the next call asks again."""
+        self._append({"question_id": question_id, "run": run, "unread": True})
+        self._drop(question_id, run)
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        """Record a line with the model and the fields that the user set, if there is a record."""
+        if self.record is not None:
+            request = {"request": self.request} if self.request else {}
+            append_line(self.record, {**line, "model": self.model, **request})
+
+    def _drop(self, question_id: str, run: int) -> None:
+        self._known = {
+            key: found for key, found in self._known.items() if key[0][:2] != (question_id, run)
+        }
+
+    def _request(self, prompt: str, settings: Mapping[str, Any]) -> Reply:
         """Return the server's reply to a prompt, in a request that the server takes."""
         while True:
             body = {
@@ -338,7 +370,7 @@ class Endpoint:
                 return True
         return False
 
-    def _send(self, body: dict[str, Any]) -> str:
+    def _send(self, body: dict[str, Any]) -> Reply:
         request = Request(self.url, json.dumps(body).encode(), self._headers)
         trouble = ""
 
@@ -366,49 +398,47 @@ class Endpoint:
             "run the same command again to go on"
         )
 
-    def _content(self, answer: bytes) -> str:
+    def _content(self, answer: bytes) -> Reply:
         try:
-            content = json.loads(answer)["choices"][0]["message"]["content"]
+            choice = json.loads(answer)["choices"][0]
+            content, is_cut = choice["message"]["content"], choice.get("finish_reason") == "length"
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise ValueError(
                 f"{self.url} does not answer as chat completions do ({answer[:80]!r}): "
                 "check the URL"
             ) from error
         # A model may say nothing (None): that is a reply, and the benchmark finds it unreadable.
-        return "" if content is None else str(content)
+        return Reply("" if content is None else str(content), is_cut)
 
 
-def _entries(row: dict[str, Any], where: str) -> Iterator[tuple[_Place, str | None, _Reply]]:
+def _entries(line: _Line, where: str) -> Iterator[tuple[_Place, str | None, _Recorded]]:
     """Yield place, hash of the prompt or None, and reply, of one line."""
-    line = read_record(_Line, row, where, fix="fix that line")
 
-    def reply(text: str | None) -> _Reply:
-        return _Reply(text or "", line.model, line.request, line.refused)
+    def recorded(text: str | None) -> _Recorded:
+        return _Recorded(Reply(text or "", line.cut), line.model, line.request, line.refused)
 
     if line.responses is not None:
         for attempt, text in enumerate(line.responses, start=line.attempt):
-            yield (line.question_id, line.run, attempt), line.prompt_sha256, reply(text)
+            yield (line.question_id, line.run, attempt), line.prompt_sha256, recorded(text)
     elif line.text is not None:
-        yield (line.question_id, 0, None), line.prompt_sha256, reply(line.text)
+        yield (line.question_id, 0, None), line.prompt_sha256, recorded(line.text)
     else:
-        raise ValueError(
-            f'{where} has neither "responses", a list of texts, nor "text": fix that line'
-        )
+        raise ValueError(f'{where} has neither "responses", a list of texts, nor "text": {_FIX}')
 
 
 def _digest(prompt: str) -> str:
     return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _describe_requests(replies: list[_Reply]) -> tuple[str, ...]:
+def _describe_requests(used: list[_Recorded]) -> tuple[str, ...]:
     """Return a sentence for each field that the user set, or that the server refused."""
     sentences: dict[str, None] = {}
-    for reply in replies:
-        for name, value in reply.request.items():
+    for recorded in used:
+        for name, value in recorded.request.items():
             sentences[
                 f"{REQUEST_OPTION} set {name} to {json.dumps(value)} in the judge's request"
             ] = None
-        for name, other in reply.refused.items():
+        for name, other in recorded.refused.items():
             instead = f"{other} was sent instead" if other else "it was left out"
             sentences[f"the judge's server refused {name}: {instead}"] = None
     return tuple(sentences)

@@ -123,6 +123,8 @@ def ask_for_option(
         if letter := read_option(strip_reasoning(reply), choices):
             return letter
         replies.append(reply)
+
+    judge.forget(question_id)
     raise UnreadError(
         f"no option can be read in {JUDGE_TRIES} replies of the judge, the first being "
         f"{replies[0][:_LONGEST_SHOWN]!r}: {explain_unread(replies[0])}"

@@ -56,6 +56,7 @@ class Result:
         n_failed: Questions without an answer, or whose answer could not be judged; the scores leave
             them out.
         n_empty: Answers without a visible character. They are scored as the benchmark says.
+        all_empty: There is no other answer; then the first note says so.
         complete: Every question of the split has an answer and was judged: only then compare with
             published numbers.
         baselines: Headline metric of answers without a model, on the same questions.
@@ -81,6 +82,7 @@ class Result:
     protocol: str
     notes: tuple[str, ...] = ()
     n_empty: int = 0
+    all_empty: bool = False
 
 
 def score_predictions(
@@ -148,6 +150,7 @@ def score_predictions(
         protocol=benchmark.protocol,
         notes=notes,
         n_empty=num_empty,
+        all_empty=num_empty == len(answered),
     )
     rows = [_describe_score(benchmark, score) for score in scores]
     content = json.dumps(
@@ -175,7 +178,7 @@ def score_file(
         `headline` (unrounded), `metrics` (`group.member` as `{group: {member: ...}}`),
         `per_question`; where the protocol has them `parsed`, `normalised`, `submission`; where a
         judge could not judge an answer `failed`, question id to the reason; then `unit`, `n`,
-        `n_empty`, `interval`, `protocol`, `notes`, `tally`. An undefined number is None.
+        `n_empty`, `all_empty`, `interval`, `protocol`, `notes`, `tally`. An undefined number is None.
 
     Raises:
         FileNotFoundError: A file is missing.
@@ -213,6 +216,7 @@ def score_file(
         "unit": headline.unit,
         "n": headline.n,
         "n_empty": num_empty,
+        "all_empty": num_empty == len(questions),
         "interval": [headline.low, headline.high],
         "metrics": metrics,
         "protocol": benchmark.protocol,

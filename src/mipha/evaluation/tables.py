@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mipha.evaluation.benchmark import Plan, Question
+from mipha.evaluation.benchmark import Benchmark, Plan, Question
 from mipha.evaluation.paired import PairedRow
 from mipha.evaluation.score import Result
 
@@ -25,7 +25,7 @@ def print_results(results: Sequence[Result]) -> None:
         notes = [f"{result.benchmark}: {note}" for note in result.notes]
 
         # The note that all answers are empty comes before their numbers.
-        if result.n_empty and result.n_empty >= num_scored:
+        if result.all_empty:
             _print_line(console, notes.pop(0), style="red")
         if result.scores:
             console.print(_score_table(result))
@@ -72,13 +72,13 @@ def print_plan(plans: Sequence[Plan], model: Path) -> None:
             )
 
 
-def print_scored(content: Mapping[str, Any]) -> None:
-    """Print what `mipha score` found."""
+def print_scored(benchmark: Benchmark, content: Mapping[str, Any]) -> None:
+    """Print what `mipha score` found, every metric with its unit."""
     console = Console()
     notes, failed = list(content["notes"]), content.get("failed", {})
 
     # The note that all answers are empty comes before their numbers.
-    if content["n_empty"] and content["n_empty"] >= len(content["per_question"]):
+    if content["all_empty"]:
         _print_line(console, notes.pop(0), style="red")
 
     table = _table("", "metric", "value", "95 % interval")
@@ -90,11 +90,9 @@ def print_scored(content: Mapping[str, Any]) -> None:
     for name, value in content["metrics"].items():
         members = value.items() if isinstance(value, dict) else [("", value)]
         for member, number in members:
+            metric = f"{name}.{member}" if member else name
             if name != content["metric"]:
-                table.add_row(
-                    f"{name}.{member}" if member else name,
-                    "undefined" if number is None else f"{number:.2f}",
-                )
+                table.add_row(metric, _value(number, benchmark.metric(metric).unit))
 
     console.print(table)
     for note in notes:

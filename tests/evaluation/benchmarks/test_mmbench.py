@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from mipha.comparison.statistics import tally, values
-from mipha.evaluation.benchmark import Judgement, Question
+from mipha.evaluation.benchmark import Judgement, Question, Reply
 from mipha.evaluation.benchmarks import mmbench
 from tests.evaluation.official import BrokenLabel, Official, Upload, write_file
 from tests.evaluation.official import make_image as official_image
@@ -100,6 +100,7 @@ class Judge:
         self.replies = {name.lstrip("_"): list(texts) for name, texts in replies.items()}
         self.asked: list[str] = []
         self.prompts: list[str] = []
+        self.forgotten: list[tuple[str, int]] = []
 
     def ask(
         self,
@@ -110,11 +111,14 @@ class Judge:
         attempt: int = 0,
         temperature: float = 0.0,
         max_tokens: int = 16,
-    ) -> str:
+    ) -> Reply:
         assert (run, temperature) == (0, 0.0) and attempt == self.asked.count(question_id)
         self.asked.append(question_id)
         self.prompts.append(prompt)
-        return self.replies[question_id].pop(0)
+        return Reply(self.replies[question_id].pop(0))
+
+    def forget(self, question_id: str, run: int = 0) -> None:
+        self.forgotten.append((question_id, run))
 
 
 @pytest.mark.parametrize(
@@ -235,6 +239,7 @@ def test_the_judge_reads_only_what_decides(tmp_path: Path) -> None:
     )
     judgement = mmbench.BENCHMARK.score(asked, answers, judge)
     assert judge.asked == ["1", "1", "1000001", "3", "4", "4", "4", "5"]
+    assert judge.forgotten == [("4", 0)]
     assert measured(judgement) == {
         "accuracy": 25,
         "vanilla": 25,
@@ -271,9 +276,9 @@ def test_a_judge_that_reads_nothing_is_a_fault_of_the_judge(tmp_path: Path) -> N
     answers = dict.fromkeys((question.id for question in asked), "crimson")
 
     class Silent(Judge):
-        def ask(self, question_id: str, prompt: str, **_: object) -> str:
+        def ask(self, question_id: str, prompt: str, **_: object) -> Reply:
             self.asked.append(question_id)
-            return "<think> the first"
+            return Reply("<think> the first")
 
     judge = Silent()
     with pytest.raises(ValueError, match=r"^the first 20 answers fail: .*give it more with"):

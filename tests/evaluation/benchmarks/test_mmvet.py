@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from mipha.comparison.statistics import tally, values
-from mipha.evaluation.benchmark import Question
+from mipha.evaluation.benchmark import Question, Reply
 from mipha.evaluation.benchmarks import mmvet
 from mipha.evaluation.benchmarks.mmvet import grading_prompt, read_grade
 from mipha.evaluation.judge import Replay
@@ -78,6 +78,7 @@ class Judge:
         self.reply, self.num_runs = reply, num_runs
         self.asked: list[tuple[str, int, int, float, int]] = []
         self.prompts: list[str] = []
+        self.forgotten: list[tuple[str, int]] = []
 
     def ask(
         self,
@@ -88,10 +89,13 @@ class Judge:
         attempt: int = 0,
         temperature: float = 0.0,
         max_tokens: int = 16,
-    ) -> str:
+    ) -> Reply:
         self.asked.append((question_id, run, attempt, temperature, max_tokens))
         self.prompts.append(prompt)
-        return self.reply
+        return Reply(self.reply)
+
+    def forget(self, question_id: str, run: int = 0) -> None:
+        self.forgotten.append((question_id, run))
 
 
 def test_the_grading_prompt_is_the_official_one() -> None:
@@ -135,7 +139,7 @@ def test_the_grading_prompt_is_the_official_one() -> None:
     ],
 )
 def test_reading_a_grade_as_officially(reply: str, grade: float | None) -> None:
-    assert read_grade(reply) == grade
+    assert read_grade(Reply(reply)) == grade
 
 
 @pytest.mark.parametrize(
@@ -165,7 +169,19 @@ def test_reading_a_grade_as_officially(reply: str, grade: float | None) -> None:
 def test_reading_a_grade_that_the_official_rule_does_not_read(
     reply: str, grade: float | None
 ) -> None:
-    assert read_grade(reply) == grade
+    assert read_grade(Reply(reply)) == grade
+
+
+@pytest.mark.parametrize(
+    ("reply", "grade"),
+    [
+        *(("0.5", 0.5), ("0", 0.0)),  # officially a grade has three tokens and is always cut
+        *(("Score: 0", None), ("**0.", None), (" 0.5", None), ("Score: 1.0 **", None)),
+        *((" 0.5\n\nThe answer", 0.5), ("Score: 0.5, be", 0.5)),
+    ],
+)
+def test_a_number_at_the_end_of_a_cut_reply_is_no_grade(reply: str, grade: float | None) -> None:
+    assert read_grade(Reply(reply, is_cut=True)) == grade
 
 
 def test_averages(tmp_path: Path) -> None:
@@ -212,6 +228,7 @@ def test_an_unreadable_grade_is_asked_for_again_as_officially(tmp_path: Path) ->
     judge = Judge("I think", num_runs=2)
     with pytest.raises(ValueError, match=r"no answer has a grade: .* the first being 'I think'"):
         mmvet.score(labelled(tmp_path), ANSWERS, judge)
+    assert judge.forgotten == [(name, 0) for name in RECORDS]
     # Temperature 0 for the first repetition as well, then half a degree more each. A question that
     # has no grade in one run is not asked about in the next.
     tries = [(0, 0.0), (1, 0.0), (2, 0.5), (3, 1.0), (4, 1.5)]

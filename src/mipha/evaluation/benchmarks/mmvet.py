@@ -10,6 +10,8 @@ and not of the answer: the question then fails and is in no score. And these are
     3. The number after a word such as "score" or "grade", if the reply names just one:
        "Score: 1.0", `{"score": 1.0}`, "\\boxed{1.0}".
 
+Of a reply that the server cut at its limit, a number at the end is read by the official rule only.
+
 Source: yuweihao/MM-Vet acde843e `mm-vet_evaluator.ipynb` (few-shot prompt, reading of a grade,
     tries, averages; the judge there is gpt-4-0613); haotian-liu/LLaVA c121f043
     `scripts/v1_5/eval/mmvet.sh` (the question alone as the prompt).
@@ -27,7 +29,7 @@ import numpy as np
 from pydantic import field_validator
 
 from mipha.comparison.statistics import Totals
-from mipha.evaluation.benchmark import Benchmark, Judge, Judgement, Metric, Question, Split
+from mipha.evaluation.benchmark import Benchmark, Judge, Judgement, Metric, Question, Reply, Split
 from mipha.evaluation.files import OfficialRecord, find, image_file, read_official, read_record
 from mipha.evaluation.judge import MOST_UNREAD_IN_A_ROW, explain_unread, strip_reasoning
 
@@ -54,6 +56,7 @@ _NUMBER = (
     r"(\d+(?:\.\d+)?|\.\d+)"
     r"(?![\w%)]|[.,]\d|\s*%|\s*/\s*(?!1(?:\.0*)?(?![\d.]))|\s*(?:-|–|to\b)\s*[\d.])"
 )
+_MARKS = " \n.*_`\"'"
 _FIRST_NUMBER = re.compile(rf"[\s*_`#\"']*{_NUMBER}")
 _NAMED_NUMBER = re.compile(
     r"(?:\b(?:score|grade|rating|correctness)\b(?:\s+of\s+the\s+\w+)?(?:\s*\(digit\))?[\s*_`\"']*"
@@ -216,21 +219,23 @@ def find_doubts(questions: Sequence[Question], split: str) -> list[str]:
     ]
 
 
-def read_grade(reply: str) -> float | None:
+def read_grade(reply: Reply) -> float | None:
     """Return the grade of a judge's reply; None where it has none between 0 and 1.
 
     The module says what counts. Where the official rule reads a grade, it is that one.
     """
-    reply = strip_reasoning(reply)
-    official = _read_official_grade(reply)
+    text = strip_reasoning(reply)
+    official = _read_official_grade(text)
     if official is not None:
         return official
 
-    if found := _FIRST_NUMBER.match(reply):
-        numbers = {float(found[1])}
-    else:
-        numbers = {float(number) for number in _NAMED_NUMBER.findall(reply)}
-    return numbers.pop() if len(numbers) == 1 and max(numbers) <= 1 else None
+    first = _FIRST_NUMBER.match(text)
+    found = [first] if first else list(_NAMED_NUMBER.finditer(text))
+    # The last digits of a reply that was cut may be missing: "Score: 0" may stand for 0.5.
+    if reply.is_cut and any(not text[number.end(1) :].strip(_MARKS) for number in found):
+        return None
+    grades = {float(number[1]) for number in found}
+    return grades.pop() if len(grades) == 1 and max(grades) <= 1 else None
 
 
 def _read_official_grade(reply: str) -> float | None:
@@ -259,7 +264,7 @@ class _Grading:
         self._num_unread_in_a_row = 0
 
     def grade(self, question: Question, run: int) -> None:
-        """Ask for one grade, five times at most, and note it or why there is none.
+        """Ask for one grade, five times at most, and note it, or the reason that there is none.
 
         The official program then fetches a sixth reply, and does not read it.
 
@@ -287,7 +292,9 @@ class _Grading:
                 return
             replies.append(reply)
 
-        # Without a grade the question fails; many of them in a row end the grading.
+        # Without a grade the question fails, and many of them in a row end the grading. The next
+        # call asks again.
+        self._judge.forget(question.id, run)
         self.failed[question.id] = (
             f"no grade can be read in {_TRIES} replies of the judge, the first being "
             f"{replies[0][:_LONGEST_SHOWN]!r}: {explain_unread(replies[0])}"
