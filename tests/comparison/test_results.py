@@ -184,6 +184,15 @@ def test_footnote_marks_are_explained_where_they_stand(run: Path, capsys) -> Non
     assert "It includes data" in render([published("Qwen-VL")], "latex")
 
 
+def test_a_score_of_empty_answers_is_marked(run: Path) -> None:
+    path = run / "pope" / "scores.json"
+    content = json.loads(path.read_text()) | {"all_empty": True, "complete": False}
+    path.write_text(json.dumps(content))
+    found = render([measured(run)])
+    assert "| 80.0~‡ |" in found and found.endswith("‡ All answers are empty.\n")
+    assert r"80.0$\sim$$^\ddagger$" in render([measured(run)], "latex")
+
+
 def test_a_folder_that_is_missing_is_told_from_one_without_scores(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no folder .*gone: give a run"):
         measured(tmp_path / "gone")

@@ -14,7 +14,7 @@ from mipha.files import append_line
 
 @pytest.fixture
 def asked(tmp_path: Path) -> list[Question]:
-    """Four questions on two images, and a predictions file by hand that lacks the last."""
+    """Return four questions on two images, and a predictions file by hand that lacks the last."""
     header = {
         "benchmark": "easy_vqa",
         "checkpoint_sha256": "c" * 64,
@@ -137,6 +137,20 @@ def test_a_score_of_empty_answers_says_so_on_its_first_line(
     assert (
         printed.splitlines()[0].strip() == "easy_vqa test" and "1 of 4 answers are empty" in printed
     )
+
+
+@pytest.mark.parametrize(("texts", "noted"), [(["!!!!"] * 20, True), (["!!"] * 19, False)])
+def test_many_answers_of_one_text_are_noted(
+    texts: list[str], noted: bool, tmp_path: Path, asked: list[Question]
+) -> None:
+    """Weights that are not finite make a model repeat its first token."""
+    many = [replace(asked[0], id=str(number)) for number in range(len(texts))]
+    answers = dict(zip((question.id for question in many), texts, strict=True))
+    result = score_predictions(plan(many), answers, tmp_path)
+    found = [note for note in result.notes if note.startswith("all 20 answers are '!!!!': look")]
+    assert len(found) == noted
+    other = score_predictions(plan(many), answers | {"0": "yes"}, tmp_path)
+    assert other.notes == ()
 
 
 def test_empty_answers_are_noted_where_a_server_scores(tmp_path: Path) -> None:

@@ -24,8 +24,6 @@ JudgeModel = Annotated[str | None, typer.Option(help="Name of the judge's model.
 JudgeReplies = Annotated[
     Path | None, typer.Option(help="Recorded replies, used instead of a judge.")
 ]
-
-
 JudgeRequest = Annotated[
     list[str] | None,
     typer.Option(

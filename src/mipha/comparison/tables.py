@@ -158,7 +158,8 @@ def _markdown(rows: Sequence[Row]) -> str:
 def _latex(rows: Sequence[Row]) -> str:
     header, body = _cells(rows, r"\textbf{{{}}}")
     escape = str.maketrans(
-        {"_": r"\_", "%": r"\%", "&": r"\&", "†": r"$^\dagger$", "~": r"$\sim$", "*": r"$^*$"}
+        {"_": r"\_", "%": r"\%", "&": r"\&", "~": r"$\sim$"}
+        | {"*": r"$^*$", "†": r"$^\dagger$", "‡": r"$^\ddagger$"}
     )
     lines = [" & ".join(cell.translate(escape) for cell in line) + r" \\" for line in body]
     top = " & ".join(cell.translate(escape) for cell in header) + r" \\"

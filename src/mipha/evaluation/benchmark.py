@@ -84,8 +84,8 @@ class Judgement:
         normalised: Question id to the text as it was compared.
         submission: Question id to the answer in the upload, for a benchmark with a server.
         extra: Further official numbers that are not made from sums; they get no interval.
-        failed: Question id to why its answer could not be judged. Such a question is in none of the
-            numbers; the score is not complete without it.
+        failed: Question id to the reason that its answer could not be judged. Such a question is in
+            none of the numbers, and the score is not complete.
         notes: Sentences that a reader of these numbers must know.
     """
 

@@ -104,7 +104,7 @@ def explain_unread(reply: Reply) -> str:
     if strip_reasoning(reply).strip() and not reply.is_cut:
         return f"use a judge that follows the prompt, or change its request with {REQUEST_OPTION}"
     return (
-        "the judge says nothing, or its tokens end before the grade: give it more with "
+        "the judge says nothing, or its tokens end too early: give it more with "
         f"{REQUEST_OPTION} max_tokens=4096, or turn its thinking off"
     )
 

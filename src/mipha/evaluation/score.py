@@ -20,6 +20,9 @@ from mipha.evaluation.answer_files import read_answers
 from mipha.evaluation.benchmark import Benchmark, Judge, Judgement, Plan, Question
 from mipha.files import append_line, read_json_object, write_whole
 
+_FEWEST_ALIKE = 20
+"""So many answers that are the same text are worth a note."""
+
 
 @dataclass(frozen=True)
 class Score:
@@ -178,7 +181,8 @@ def score_file(
         `headline` (unrounded), `metrics` (`group.member` as `{group: {member: ...}}`),
         `per_question`; where the protocol has them `parsed`, `normalised`, `submission`; where a
         judge could not judge an answer `failed`, question id to the reason; then `unit`, `n`,
-        `n_empty`, `all_empty`, `interval`, `protocol`, `notes`, `tally`. An undefined number is None.
+        `n_empty`, `all_empty`, `interval`, `protocol`, `notes`, `tally`. An undefined number is
+        None.
 
     Raises:
         FileNotFoundError: A file is missing.
@@ -280,16 +284,24 @@ def grade(benchmark: Benchmark, judgement: Judgement) -> tuple[tuple[Score, ...]
 def _count_empty(
     questions: Sequence[Question], predictions: Mapping[str, str]
 ) -> tuple[int, tuple[str, ...]]:
-    """Return the number of answers that say nothing, and the note on them."""
-    num = sum(not _says_something(predictions[question.id]) for question in questions)
-    if not num:
-        return 0, ()
-    if num == len(questions):
-        return num, (
-            f"all {num:,} answers are empty, so these numbers say nothing about the model: look "
-            "for weights that are not finite, a wrong chat template or a broken predictions file",
-        )
-    return num, (f"{num:,} of {len(questions):,} answers are empty and scored as such",)
+    """Return the number of answers that say nothing, and a note on answers like a broken model's.
+
+    A model with weights that are not finite says nothing, or one token again and again.
+    """
+    texts = [predictions[question.id] for question in questions]
+    num = sum(not _says_something(text) for text in texts)
+    advice = (
+        "look for weights that are not finite, a wrong chat template or a wrong file of answers"
+    )
+
+    if num == len(texts):
+        note = f"all {num:,} answers are empty, so these numbers say nothing about the model"
+        return num, (f"{note}: {advice}",)
+    if num:
+        return num, (f"{num:,} of {len(texts):,} answers are empty and scored as such",)
+    if len(texts) >= _FEWEST_ALIKE and len(set(texts)) == 1:
+        return 0, (f"all {len(texts):,} answers are {texts[0][:60]!r}: {advice}",)
+    return 0, ()
 
 
 def _says_something(text: str) -> bool:
