@@ -20,7 +20,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
@@ -46,6 +46,8 @@ REQUEST_OPTION = "--judge-request"
 _LONGEST_REFUSAL = 10_000
 _LONGEST_SHOWN = 200
 """Bytes of a refusal that are read, and characters of it that an error shows."""
+_LONGEST_QUOTED = 60
+"""Characters of a reply that an error shows."""
 
 _LIMITS = ("max_tokens", "max_completion_tokens")
 """Names of the longest reply in requests, in the order in which they are tried."""
@@ -99,13 +101,23 @@ def strip_reasoning(reply: str) -> str:
     return _REASONING_ENDS.split(text)[-1]
 
 
-def explain_unread(reply: Reply) -> str:
-    """Return the advice that follows from a reply that nothing could be read out of."""
-    if strip_reasoning(reply).strip() and not reply.is_cut:
-        return f"use a judge that follows the prompt, or change its request with {REQUEST_OPTION}"
+def explain_unread(wanted: str, replies: Sequence[Reply]) -> str:
+    """Return the sentence for replies that a grade or an option could not be read out of.
+
+    Args:
+        wanted: Name of what was looked for.
+        replies: The judge's replies to all tries, in order.
+    """
+    first = replies[0]
+    advice = f"use a judge that follows the prompt, or change its request with {REQUEST_OPTION}"
+    if first.is_cut or not strip_reasoning(first).strip():
+        advice = (
+            "the judge says nothing, or its tokens end too early: give it more with "
+            f"{REQUEST_OPTION} max_tokens=4096, or turn its thinking off"
+        )
     return (
-        "the judge says nothing, or its tokens end too early: give it more with "
-        f"{REQUEST_OPTION} max_tokens=4096, or turn its thinking off"
+        f"no {wanted} can be read in {len(replies)} replies of the judge, the first being "
+        f"{first[:_LONGEST_QUOTED]!r}: {advice}"
     )
 
 

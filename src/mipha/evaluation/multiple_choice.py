@@ -23,8 +23,6 @@ REFUSED = "Z"
 
 JUDGE_TRIES = 3
 JUDGE_MAX_TOKENS = 1024
-_LONGEST_SHOWN = 60
-"""Characters of a judge's reply that an error shows."""
 
 _REFUSALS = (
     "Sorry, I can't help with images of people yet.",
@@ -125,10 +123,7 @@ def ask_for_option(
         replies.append(reply)
 
     judge.forget(question_id)
-    raise UnreadError(
-        f"no option can be read in {JUDGE_TRIES} replies of the judge, the first being "
-        f"{replies[0][:_LONGEST_SHOWN]!r}: {explain_unread(replies[0])}"
-    )
+    raise UnreadError(explain_unread("option", replies))
 
 
 def is_chinese(text: str) -> bool:

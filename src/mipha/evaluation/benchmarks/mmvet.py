@@ -47,8 +47,6 @@ NUM_RUNS = 5
 """Times that a judge grades every question, as in the paper; recorded replies have their own."""
 _TRIES = 5
 _MAX_TOKENS = 3
-_LONGEST_SHOWN = 60
-"""Characters of a judge's reply that an error shows."""
 
 # A number that is not part of another one or of a list: no percentage, no fraction but of 1, no
 # range, no decimal comma.
@@ -295,10 +293,7 @@ class _Grading:
         # Without a grade the question fails, and many of them in a row end the grading. The next
         # call asks again.
         self._judge.forget(question.id, run)
-        self.failed[question.id] = (
-            f"no grade can be read in {_TRIES} replies of the judge, the first being "
-            f"{replies[0][:_LONGEST_SHOWN]!r}: {explain_unread(replies[0])}"
-        )
+        self.failed[question.id] = explain_unread("grade", replies)
         self._num_unread_in_a_row += 1
         if self._num_unread_in_a_row == MOST_UNREAD_IN_A_ROW:
             raise ValueError(
