@@ -1,9 +1,11 @@
-"""Questions a second of the batched evaluator, against one question at a time through stock transformers; the answers must be the same.
+"""Questions a second of the batched evaluator, beside stock transformers with one question each.
 
-    python benchmarks/evaluation.py [--checkpoint runs/quickstart] [--repeats 3] [--out benchmarks/results]
+    python benchmarks/evaluation.py [--checkpoint runs/quickstart] [--repeats 3] \\
+        [--out benchmarks/results]
 
-Two cases: the trained quickstart checkpoint on its test pictures (where there is one), and 729 image tokens with 8 questions an image on
-random weights (SigLIP's patch grid at 384 pixels, a small language model).
+The answers must be the same. There are two cases: the trained quickstart checkpoint on its test
+images (where there is one), and 729 image tokens with 8 questions an image on random weights
+(SigLIP's patch grid at 384 pixels, a small language model).
 """
 
 from __future__ import annotations
@@ -77,7 +79,7 @@ def measure(
 
 
 def quickstart_pairs(num_images: int) -> list[Pair]:
-    """All distinct questions about some pictures of the official test split."""
+    """All distinct questions about some images of the official test split."""
     from mipha.evaluation.benchmark import load_benchmark
 
     pairs: dict[Pair, None] = {}

@@ -1,6 +1,8 @@
-"""Scoring 447,793 VQAv2 answers (as many as test2015 has) from generated files in the official format: seconds and peak memory.
+"""Scoring of 447,793 VQAv2 answers, as many as test2015 has: seconds and peak memory.
 
 python benchmarks/scoring.py [--num-questions 447793] [--out benchmarks/results]
+
+The files are generated in the official format.
 """
 
 from __future__ import annotations
@@ -43,7 +45,10 @@ KINDS = (
 
 
 def write_files(folder: Path, num_questions: int) -> None:
-    """Questions, annotations and predictions; five questions an image, people who agree about as often as not."""
+    """Write questions, annotations and predictions: five questions an image.
+
+    People agree about as often as not.
+    """
     rng = random.Random(0)
     with (
         (folder / "questions.json").open("w") as questions,

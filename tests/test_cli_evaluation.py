@@ -1,10 +1,11 @@
-"""`mipha score` on all benchmarks, and what it and `mipha evaluate` say about bad input before a model is loaded."""
+"""`mipha score` on all benchmarks, and the errors of bad input before a model is loaded."""
 
 from __future__ import annotations
 
 import base64
 import json
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 from mipha.cli import app
 from mipha.evaluation.benchmark import load_benchmark
 from tests.evaluation.benchmarks.test_pope import write_official as write_pope
+from tests.evaluation.judge_server import Server, serving
 from tests.evaluation.official import Official, collect
 
 OFFICIAL = collect()
@@ -119,7 +121,10 @@ def test_gold_answers_get_full_marks_in_any_order_and_without_images(
 
 
 def test_scoring_loads_no_torch(official_files: Path, tmp_path: Path) -> None:
-    program = "import sys\nsys.modules['torch'] = sys.modules['transformers'] = None\nfrom mipha.cli import main\nmain()"
+    program = (
+        "import sys\nsys.modules['torch'] = sys.modules['transformers'] = None\n"
+        "from mipha.cli import main\nmain()"
+    )
     predictions = write_predictions(tmp_path / "p.jsonl", OFFICIAL["easy_vqa"].gold)
     arguments = [
         "score",
@@ -143,7 +148,10 @@ def test_scoring_loads_no_torch(official_files: Path, tmp_path: Path) -> None:
 def test_recorded_replies_decide_what_rules_cannot_read(
     official_files: Path, tmp_path: Path
 ) -> None:
-    """Of MMBench's three questions one is right by rules; of the others a judge finds one right, and one like no option."""
+    """Of MMBench's three questions one is right by rules.
+
+    Of the others a judge finds one right, and one like no option.
+    """
     texts = OFFICIAL["mmbench"].gold | {"241": "a furry animal", "7": "hm", "1000009": "crimson"}
     predictions = write_predictions(tmp_path / "p.jsonl", texts)
     replies = [
@@ -233,8 +241,8 @@ def test_a_prediction_too_few_or_too_many_is_named(
         ('{"question_id": "2", "text": "No"', "p.jsonl line 2 is not valid JSON"),
         ('["2", "No"]', "p.jsonl line 2 is not a JSON object"),
         (
-            '{"question_id": "2", "answer": "No"}',
-            "p.jsonl line 2 has no 'text': write",
+            '{"question_id": "2", "reply": "No"}',
+            "p.jsonl line 2 has no 'text' or 'prediction', only 'question_id', 'reply': write",
         ),
         (
             '{"question_id": "2", "text": null}',
@@ -384,13 +392,13 @@ def test_a_missing_image_is_found_before_anything_is_asked(
         ("x" * 65, "mmbench_dev_20230712.tsv line 3: the image is not base64"),
         (
             "",
-            "mmbench_dev_20230712.tsv line 3: the image is neither an image in base64 nor the index "
-            "of a row with one",
+            "mmbench_dev_20230712.tsv line 3: the image is neither an image in base64 nor the "
+            "index of a row with one",
         ),
         ("12", "mmbench_dev_20230712.tsv line 3: the image is neither"),
     ],
 )
-def test_a_picture_in_a_table_that_is_none_is_found_too(
+def test_an_image_in_a_table_that_is_none_is_found_too(
     cell: str, words: str, folder: Callable[[str], Path], model: Path, tmp_path: Path
 ) -> None:
     path = folder("mmbench") / "mmbench_dev_20230712.tsv"
@@ -440,7 +448,243 @@ def test_other_mistakes_of_an_evaluation(official_files: Path, model: Path, tmp_
         "no run folder",
         "none",
     )
+    # The model is named before its benchmark's data are missed.
+    for more in (out, ("--dry-run",)):
+        done = mipha(
+            "evaluate", tmp_path / "none", "-b", "pope", "--data-root", tmp_path / "no-data", *more
+        )
+        assert_refused(done, "no run folder", "none")
     assert not (tmp_path / "out").exists()
+
+
+def ask_judge(folder: Path, data: Path, served: Server, *more: object) -> Any:
+    """Score MM-Vet's gold answers by a judge; recorded replies go beside the predictions."""
+    predictions = write_predictions(folder / "p.jsonl", OFFICIAL["mmvet"].gold)
+    judge = ("--judge", served.url, "--judge-model", "j")
+    data = data / "mmvet"
+    arguments = ("score", "mmvet", "--annotations", data, "--predictions", predictions)
+    return mipha(*arguments, *judge, *more)
+
+
+@pytest.mark.parametrize(
+    ("reply", "advice"),
+    [
+        ("<think>\nOkay,", "give it more with --judge-request max_tokens=4096"),
+        (None, "give it more with --judge-request max_tokens=4096"),
+        ("", "give it more"),
+        ("It is right.", "use a judge that follows the prompt"),
+    ],
+)
+def test_a_judge_that_never_gives_a_grade_is_an_error_and_no_score(
+    reply: str | None, advice: str, official_files: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "scores.json"
+    with serving() as served:
+        served.script = [reply] * 20
+        done = ask_judge(tmp_path, official_files, served, "--json", out)
+    assert_refused(done, "no answer has a grade", repr(reply or ""), advice)
+    assert not out.exists() and served.script == []
+
+
+@pytest.mark.parametrize("reply", ["Score: 1.0", "1.0\n\nBecause", "**1.0**", " 1.0"])
+def test_grades_in_other_words_are_read_and_noted(
+    reply: str, official_files: Path, tmp_path: Path
+) -> None:
+    """Without `--json` the score is printed and the replies stand beside the predictions."""
+    with serving() as served:
+        served.script = [reply] * 20
+        done = ask_judge(tmp_path, official_files, served)
+    assert done.exit_code == 0, done.stderr
+    assert re.search(r"total +100.0 %", done.stdout)
+    assert "20 of 20 grades do not begin the judge's reply" in done.stdout
+    assert len((tmp_path / "judge-replies.jsonl").read_text().splitlines()) == 20
+    assert {path.name for path in tmp_path.iterdir()} == {"p.jsonl", "judge-replies.jsonl"}
+
+
+def test_an_answer_without_a_grade_makes_the_score_incomplete(
+    official_files: Path, tmp_path: Path
+) -> None:
+    """The second of four answers; the others are graded in five runs."""
+    out = tmp_path / "scores.json"
+    with serving() as served:
+        served.script = ["1.0", *["hm"] * 5, "0.5", "0.0", *["1.0", "0.5", "0.0"] * 4]
+        done = ask_judge(tmp_path, official_files, served, "--json", out)
+    assert done.exit_code == 1 and done.stderr == "", done.stderr
+    content = json.loads(out.read_text())
+    assert content["headline"] == pytest.approx(50) and content["n"] == 3
+    assert list(content["failed"]) == ["v1_1"] and "v1_1" not in content["per_question"]
+    assert "1 of 4 answers were not judged" in done.stdout and "'hm'" in done.stdout
+    assert done.stdout.splitlines()[-1] == "not complete: 1 answers were not judged"
+
+
+def test_a_judges_request_is_set_and_adapted(official_files: Path, tmp_path: Path) -> None:
+    said = json.dumps({"error": {"message": "'temperature' does not support 0.0"}})
+    with serving() as served:
+        served.script = [(400, said), *["1.0"] * 20]
+        request = ("--judge-request", "max_completion_tokens=2048")
+        nested = ("--judge-request", "chat_template_kwargs={enable_thinking: false}")
+        done = ask_judge(tmp_path, official_files, served, *request, *nested)
+    assert done.exit_code == 0, done.stderr
+    body = served.requests[-1][2]
+    assert body.keys() == {"model", "messages", "max_completion_tokens", "chat_template_kwargs"}
+    assert body["max_completion_tokens"] == 2048
+    assert body["chat_template_kwargs"] == {"enable_thinking": False}
+    assert "--judge-request set max_completion_tokens to 2048" in done.stdout
+    assert "the judge's server refused temperature: it was left out" in done.stdout
+
+    with serving() as served:
+        done = ask_judge(tmp_path, official_files, served, "--judge-request", "max_tokens")
+        assert_refused(done, "--judge-request max_tokens has no `=`: write KEY=VALUE, such as max_")
+    done = mipha(
+        *("score", "mmvet", "--annotations", official_files / "mmvet"),
+        *("--predictions", tmp_path / "p.jsonl", "--judge-request", "max_tokens=4"),
+    )
+    assert_refused(done, "--judge-request is for a judge that is asked")
+
+
+@pytest.mark.parametrize("form", ["list", "lines"])
+@pytest.mark.parametrize(
+    ("benchmark", "id_key", "text_key"),
+    [
+        ("gqa", "questionId", "prediction"),
+        ("vqav2", "question_id", "answer"),
+        ("vizwiz", "image", "answer"),
+        ("textvqa", "question_id", "answer"),
+        ("seedbench", "question_id", "prediction"),
+        ("mmbench", "index", "prediction"),
+    ],
+)
+def test_a_benchmarks_own_results_file_is_read(
+    benchmark: str, id_key: str, text_key: str, form: str, official_files: Path, tmp_path: Path
+) -> None:
+    official = OFFICIAL[benchmark]
+    rows = [{id_key: name, text_key: text} for name, text in official.gold.items()]
+    if form == "list":
+        path = tmp_path / "p.json"
+        path.write_text(json.dumps(rows))
+    else:
+        path = write_lines(tmp_path / "p.jsonl", rows)
+    done = score(benchmark, official_files / benchmark, path, tmp_path / "o.json")
+    assert done.exit_code == 0, done.stderr
+    headline = json.loads((tmp_path / "o.json").read_text())["headline"]
+    assert headline == pytest.approx(official.best)
+
+
+@pytest.mark.parametrize(
+    "benchmark", [name for name in OFFICIAL if (OFFICIAL[name].upload or "").endswith("son")]
+)
+def test_our_own_upload_is_read_back(benchmark: str, official_files: Path, tmp_path: Path) -> None:
+    """Its answers are those that are compared, so they have the same score."""
+    official, module = OFFICIAL[benchmark], load_benchmark(benchmark)
+    questions = module.questions(official_files / benchmark)
+    for name, content in module.submission(questions, official.gold).items():
+        (tmp_path / name).write_bytes(content)
+        judge = judged(benchmark, tmp_path)
+        done = score(
+            benchmark, official_files / benchmark, tmp_path / name, tmp_path / "o.json", *judge
+        )
+        assert done.exit_code == 0, done.stderr
+        headline = json.loads((tmp_path / "o.json").read_text())["headline"]
+        assert headline == pytest.approx(official.best)
+
+
+def test_popes_own_ids_are_read_from_a_folder_with_a_file_for_each_subset(
+    official_files: Path, tmp_path: Path
+) -> None:
+    answers = tmp_path / "answers"
+    answers.mkdir()
+    offsets = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000}
+    own = {
+        subset: {int(name) - offset: POPE[name] for name in POPE if 0 < int(name) - offset < 10**7}
+        for subset, offset in offsets.items()
+    }
+    for subset, texts in own.items():
+        write_predictions(answers / f"mine_{subset}.jsonl", texts)  # type: ignore[arg-type]
+    out = tmp_path / "o.json"
+    done = score("pope", official_files / "pope", answers, out)
+    assert done.exit_code == 0, done.stderr
+    content = json.loads(out.read_text())
+    assert content["headline"] == 100 and content["per_question"].keys() == POPE.keys()
+
+    # In one file nobody knows which subset an id belongs to.
+    rows = [
+        {"question_id": name, "text": text}
+        for texts in own.values()
+        for name, text in texts.items()
+    ]
+    done = score("pope", official_files / "pope", write_lines(tmp_path / "p.jsonl", rows), out)
+    assert_refused(done, "keep one of the two", "add 10,000,000", "for each subset, named after it")
+    write_predictions(answers / "random-2.json", {})
+    done = score("pope", official_files / "pope", answers, out)
+    assert_refused(done, "has 2 files with random in their names, not one")
+
+
+def test_mmes_own_results_folder_is_read(official_files: Path, tmp_path: Path) -> None:
+    """Image, question, label and answer; the lines stand in another order than the questions."""
+    gold, data = OFFICIAL["mme"].gold, official_files / "mme"
+    answers = tmp_path / "answers"
+    answers.mkdir()
+    for path in data.glob("*.txt"):
+        lines = path.read_text().rstrip().split("\n")
+        named = [f"{line}\t{gold[f'{path.stem}/{place}']}" for place, line in enumerate(lines)]
+        (answers / path.name).write_text("\n".join(reversed(named)) + "\n")
+    done = score("mme", data, answers, tmp_path / "o.json")
+    assert done.exit_code == 0, done.stderr
+    content = json.loads((tmp_path / "o.json").read_text())
+    assert content["headline"] == OFFICIAL["mme"].best
+    assert content["per_question"].keys() == gold.keys()
+
+    # An answer that is empty, a line without one, a line about nothing, a file that is missing.
+    path = next(answers.glob("*.txt"))
+    whole = path.read_text()
+    for text, words in (
+        (whole.rstrip("\n").rpartition("\t")[0] + "\t", None),
+        (whole.rstrip("\n").rpartition("\t")[0], "has 3 fields, not image, question, label"),
+        (whole + whole, "is about no question, or a second time"),
+        (None, f"has no answers in {path.name}"),
+    ):
+        path.unlink() if text is None else path.write_text(text)
+        done = score("mme", data, answers, tmp_path / "o.json")
+        if words is None:
+            assert done.exit_code == 0 and "1 of " in done.stdout, done.stderr
+        else:
+            assert_refused(done, words)
+
+
+def test_a_score_of_empty_answers_says_so_on_its_first_line(
+    official_files: Path, tmp_path: Path
+) -> None:
+    """As of a model whose weights are not finite: POPE reads every one of them as a yes."""
+    predictions = write_predictions(tmp_path / "p.jsonl", dict.fromkeys(POPE, ""))
+    done = score("pope", official_files / "pope", predictions, tmp_path / "o.json")
+    first = f"all {len(POPE)} answers are empty, so these numbers say nothing about the model"
+    assert done.exit_code == 0 and done.stdout.splitlines()[0].startswith(first)
+    content = json.loads((tmp_path / "o.json").read_text())
+    assert (
+        content["n_empty"] == len(POPE)
+        and content["all_empty"]
+        and content["notes"][0].startswith(first)
+    )
+    some = {**POPE, next(iter(POPE)): " \n"}
+    done = score(
+        "pope", official_files / "pope", write_predictions(predictions, some), tmp_path / "o.json"
+    )
+    assert f"1 of {len(POPE)} answers are empty and scored as such" in done.stdout
+    assert not done.stdout.startswith("1 of")
+
+
+def test_empty_rotations_do_not_make_all_answers_of_mmbench_empty(
+    official_files: Path, tmp_path: Path
+) -> None:
+    """There are more rows than questions, so as many empty ones as questions are not all."""
+    gold = OFFICIAL["mmbench"].gold
+    texts = {name: "" if int(name) >= 1_000_000 else text for name, text in gold.items()}
+    num = sum(text == "" for text in texts.values())
+    assert len(OFFICIAL["mmbench"].scored_ids) <= num < len(texts)
+    predictions = write_predictions(tmp_path / "p.jsonl", texts)
+    done = score("mmbench", official_files / "mmbench", predictions, tmp_path / "o.json")
+    assert done.exit_code == 0 and done.stdout.splitlines()[0].strip().startswith("metric")
+    assert json.loads((tmp_path / "o.json").read_text())["all_empty"] is False
 
 
 def test_a_benchmark_that_is_named_twice_counts_once(
@@ -516,7 +760,7 @@ def test_what_cannot_be_compared(official_files: Path, tmp_path: Path) -> None:
         ("gqa.json", "nothing to pair"),
         ("other.json", "other.json is not a file that `mipha score --json` wrote"),
         ("cut.json", "cut.json"),
-        ("none.json", "none.json has no scores"),
+        ("none.json", "no file or folder"),
     ):
         done = mipha(
             "compare",

@@ -74,7 +74,7 @@ def evaluate(
         out: Where predictions and scores go; None: the run's own `evaluation` folder.
         device: None: the accelerator if there is one.
         progress: Show a progress bar.
-        blind: Show grey in place of every image: what the questions alone give away. Results go
+        blind: Show grey instead of every image: what the questions alone give away. Results go
             into `<benchmark>-blind`.
         judge: Grades answers of the benchmarks that want one.
 

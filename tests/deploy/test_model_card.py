@@ -82,6 +82,9 @@ def test_the_card_holds_the_scores_of_the_run(make_run: Callable[..., Run]) -> N
         complete=False,
     )
     write_scores(run, "textvqa", [Score("accuracy", None, "%", 2000)])
+    half = [Score("accuracy", 50.0, "%", 2000)]
+    write_scores(run, "scienceqa", half, n_empty=2000, all_empty=True)
+    write_scores(run, "seedbench", [Score("images", None, "%", 2000)], n_empty=1200)
     write_scores(run, "vqav2", [], complete=True)  # its labels are with a server
     write_scores(run, "gqa-blind", [Score("accuracy", 40.0, "%", 2000, 38.0, 42.0)], blind=True)
     card = card_of(run)
@@ -100,6 +103,8 @@ def test_the_card_holds_the_scores_of_the_run(make_run: Callable[..., Run]) -> N
         "| 97 of 2,000 questions: not comparable |" in card.text
     )
     assert "| textvqa | test | accuracy | undefined |" in card.text
+    assert "| 50.00 % |  | 2000 | all answers are empty |" in card.text
+    assert "| undefined |  | 2000 | 1,200 empty |" in card.text
     assert "vqav2" not in card.text
     # The hub shows only what may be compared.
     found = {(result.dataset_type, result.metric_type): result for result in card.data.eval_results}

@@ -1,4 +1,7 @@
-"""Every benchmark from official files to scores, as a user types it: killed and resumed, by two processes, mended, compared."""
+"""Every benchmark from official files to scores, as a user types it.
+
+Runs are killed and resumed, shared by two processes, repaired, and compared.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +29,9 @@ OFFICIAL = collect()
 NAMES = list(OFFICIAL)
 ALL = ",".join(NAMES)
 LONGEST = max(NAMES, key=lambda name: len(OFFICIAL[name].gold))
-PICTURE = "val2014/COCO_val2014_000000000139.jpg"
+IMAGE = "val2014/COCO_val2014_000000000139.jpg"
 ABOUT_IT = ["3", "4", "10000003", "20000003", "20000004"]
-"""POPE's questions about that picture, in the order of its files."""
+"""POPE's questions about that image, in the order of its files."""
 
 SCORE_ALL = """
 import json, sys
@@ -94,7 +97,10 @@ def checkpoint(
 
 
 def answer_in_one_word(model: Any, processor: Any, data: Path) -> None:
-    """Make random weights say yes, no, A or B, each about as often, and end their turn; which one, picture and question decide."""
+    """Make random weights say yes, no, A or B, each about as often, and end their turn.
+
+    Image and question decide which of them it is.
+    """
     import torch
 
     from mipha.assistant import render_prompt
@@ -237,9 +243,9 @@ def test_a_killed_evaluation_goes_on_and_asks_nothing_twice(
 def test_two_processes_do_what_one_does(
     evaluation: Callable[..., list[object]], official_files: Path, whole: Path, tmp_path: Path
 ) -> None:
-    """Errors included: one picture of POPE, in the second process's share, is none."""
+    """Errors included: one image file of POPE, in the second process's share, is none."""
     root = shutil.copytree(official_files, tmp_path / "data")
-    (root / "pope" / PICTURE).write_bytes(b"not a picture")
+    (root / "pope" / IMAGE).write_bytes(b"not an image")
     assert mipha(*evaluation(tmp_path / "one", root=root)).exit_code == 1
     launch = [
         sys.executable,
@@ -273,12 +279,12 @@ def test_two_processes_do_what_one_does(
     } == others
 
 
-def test_an_unreadable_picture_is_an_error_until_it_is_mended(
+def test_an_unreadable_image_is_an_error_until_it_is_replaced(
     checkpoint: Callable[[str], Path], whole: Path, tmp_path: Path
 ) -> None:
     write_pope(tmp_path / "data")
-    good = (tmp_path / "data" / PICTURE).read_bytes()
-    (tmp_path / "data" / PICTURE).write_bytes(good[:-20])
+    good = (tmp_path / "data" / IMAGE).read_bytes()
+    (tmp_path / "data" / IMAGE).write_bytes(good[:-20])
     arguments = (
         "evaluate",
         checkpoint("gpt_neox"),
@@ -300,7 +306,7 @@ def test_an_unreadable_picture_is_an_error_until_it_is_mended(
         assert "not complete: 6 of 11 questions" in done.stdout
         errors = read_rows(out / "errors.jsonl")
         assert [row["question_id"] for row in errors] == ABOUT_IT
-        assert all(Path(PICTURE).name in row["error"] for row in errors)
+        assert all(Path(IMAGE).name in row["error"] for row in errors)
         rows = {row["question_id"]: row for row in read_rows(whole / "pope" / "predictions.jsonl")}
         assert read_rows(out / "predictions.jsonl") == [
             row for name, row in rows.items() if name not in ABOUT_IT
@@ -312,7 +318,7 @@ def test_an_unreadable_picture_is_an_error_until_it_is_mended(
             content["n_failed"],
             content["scores"][0]["n"],
         ) == (False, 11, 5, 6)
-    (tmp_path / "data" / PICTURE).write_bytes(good)
+    (tmp_path / "data" / IMAGE).write_bytes(good)
     done = mipha(*arguments)
     assert done.exit_code == 0 and "not complete" not in done.stdout and "failed" not in done.stdout
     assert contents(out) == contents(whole / "pope")
@@ -448,19 +454,19 @@ def test_a_dry_run_knows_the_wrong_version_of_pope(
     checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     write_pope(tmp_path)
-    picture = Path(PICTURE).name
+    image = Path(IMAGE).name
     for num_random, warned in ((2910, False), (3000, True)):
         for subset, size in (("adversarial", 3000), ("random", num_random), ("popular", 3000)):
             write_pope_subset(
-                tmp_path, subset, ((number, picture, "yes") for number in range(1, size + 1))
+                tmp_path, subset, ((number, image, "yes") for number in range(1, size + 1))
             )
         done = mipha(
             "evaluate", checkpoint("gpt_neox"), "-b", "pope", "--data-root", tmp_path, "--dry-run"
         )
         assert done.exit_code == 0 and f"pope test: {6000 + num_random:,} questions" in done.stdout
         assert (
-            "coco_pope_random.json has 3,000 questions, but published numbers are of its 2,910-line version"
-            in done.stdout
+            "coco_pope_random.json has 3,000 questions, but published numbers are of its "
+            "2,910-line version" in done.stdout
         ) == warned
         assert ("warning" in done.stdout) == warned
 

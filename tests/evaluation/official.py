@@ -29,7 +29,7 @@ class BrokenLabel:
     Args:
         file: Path in the folder.
         old: Text in the file.
-        new: Text in its place.
+        new: Text that replaces it.
         words: Words of the error.
     """
 
@@ -67,7 +67,7 @@ class Official:
         gold: Question id to an answer with full marks, in the order of the files.
         size: Official number of questions of the main split, as papers and data files give it.
         readings: Which of parsed, normalised and submission a score file has.
-        broken_label: A wrong label, and what is said about it.
+        broken_label: A wrong label, and the words of its error.
         metric: Name of the headline, as papers report it.
         unit: Unit of the headline.
         best: Headline of the gold answers.
@@ -137,11 +137,11 @@ def write_images(folder: Path, names: Iterable[str], kind: str = "") -> None:
     for name in names:
         folder.mkdir(parents=True, exist_ok=True)
         form = kind or {".jpg": "JPEG", ".png": "PNG"}[Path(name).suffix]
-        (folder / name).write_bytes(picture(f"{folder.name}/{name}", form))
+        (folder / name).write_bytes(make_image(f"{folder.name}/{name}", form))
 
 
-def picture(name: str, kind: str = "PNG") -> bytes:
-    """A picture of its own for every name."""
+def make_image(name: str, kind: str = "PNG") -> bytes:
+    """Return an image of its own for every name."""
     pixels = np.random.default_rng(zlib.crc32(name.encode())).integers(
         0, 255, (6, 8, 3), dtype=np.uint8
     )

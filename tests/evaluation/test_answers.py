@@ -28,11 +28,13 @@ from mipha.evaluation.answers import (
         ("red,blue", "redblue", "red blue"),
         ("red, blue", "red blue", "red blue"),
         ("who?me", "whome", "who me"),
-        # A comma between digits makes the VQA scorer delete every mark without a space in its place; m4c never sees one.
+        # A comma between digits makes the VQA scorer delete every mark and leave no space; m4c
+        # never sees one.
         ("1,000", "1000", "1000"),
         ("1,000-2,000", "1000 2000", "10002000"),
         ("1,000 t-shirt", "1000 t shirt", "1000 tshirt"),
-        # A mark becomes a space, unless it stands next to a space somewhere: then it is deleted everywhere.
+        # A mark becomes a space, unless it stands next to a space somewhere: then it is deleted
+        # everywhere.
         ("t-shirt", "t shirt", "t shirt"),
         ("red - blue-green", "red bluegreen", "red bluegreen"),
         ("yes!", "yes", "yes"),
@@ -41,7 +43,8 @@ from mipha.evaluation.answers import (
         (r";/[]\"{}()=+\_-><@`!x", "x", "x"),
         # The decision looks at the text as it came in, not at what other marks have become.
         ("x->y>z", "x y z", "x y z"),
-        # Newlines and tabs are spaces before the marks are looked at, so they count as spaces next to a mark.
+        # Newlines and tabs become spaces before the marks are looked at, so they count as spaces
+        # next to a mark.
         ("on-\nthe-go", "on thego", "on thego"),
         ("yes\tno\nso", "yes no so", "yes no so"),
         # Periods go unless a digit follows; the look-behind of the official pattern does nothing.
@@ -123,12 +126,13 @@ def test_agreement_leaves_each_person_out_in_turn(equal: int, accuracy: float) -
 def test_people_without_ids_of_their_own_leave_one_another_out() -> None:
     nine_to_one = [{"answer": "x"}] * 9 + [{"answer": "y"}]
     alike = mixed_up_annotators(nine_to_one)
-    # Leaving out any x leaves out all nine; leaving out the y leaves nine to match: (9 * 0 + 1) / 10.
+    # Without any x all nine are left out; without the y nine are left to match: (9 * 0 + 1) / 10.
     assert agreement("x", ["x"] * 9 + ["y"], alike) == pytest.approx(0.1)
     by_confidence = mixed_up_annotators(
         [{"answer": "x", "answer_confidence": c} for c in ("yes", "yes", "no")]
     )
-    # Each "yes" leaves out both, so one matches; "no" leaves out itself, so two match: (1/3 + 1/3 + 2/3) / 3.
+    # Each "yes" leaves out both, so one matches; "no" leaves out itself, so two match:
+    # (1/3 + 1/3 + 2/3) / 3.
     assert agreement("x", ["x"] * 3, by_confidence) == pytest.approx(4 / 9)
     assert mixed_up_annotators([{"answer": "x", "answer_id": n} for n in range(1, 11)]) is None
     assert mixed_up_annotators([{"answer": "x", "answer_id": n} for n in (7, 3)]) is None

@@ -11,6 +11,7 @@ import pytest
 
 from mipha.data.images import grey_image
 from mipha.evaluation.evaluate import evaluate
+from mipha.recipe import load_recipe
 from mipha.run import Run
 
 pytestmark = pytest.mark.skipif(find_spec("easy_vqa") is None, reason="needs the package easy-vqa")
@@ -22,12 +23,12 @@ def model(tmp_path: Path) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(b"weights")
-    (tmp_path / "run" / "recipe.yaml").write_text("name: tiny")
+    (tmp_path / "run" / "recipe.yaml").write_text(load_recipe("quickstart").dump())
     return folder
 
 
 class FakeAssistant:
-    """Stands in for the weights; remembers the folder that `evaluate` chose and what it was asked."""
+    """Stands in for the weights; remembers the folder that `evaluate` chose and every request."""
 
     def __init__(self) -> None:
         self.loaded: Path | None = None

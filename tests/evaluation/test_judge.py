@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import threading
-import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mipha.evaluation.judge import TRIES, Endpoint, Replay
+from mipha.evaluation.judge import TRIES, Endpoint, Replay, strip_reasoning
+from tests.evaluation.judge_server import Server, serving
 
 
 def _recorded(path: Path, *rows: dict[str, Any] | str) -> Replay:
@@ -82,45 +80,10 @@ def test_a_malformed_line_is_named(line: str, sentence: str, tmp_path: Path) -> 
         _recorded(tmp_path / "r.jsonl", {"question_id": "b", "text": "B"}, line)
 
 
-class Server:
-    """A judge's server that answers as it was told to: a text, or (status, body), or seconds to keep waiting."""
-
-    def __init__(self) -> None:
-        self.script: list[str | tuple[int, str] | float] = []
-        self.requests: list[tuple[str, str | None, dict[str, Any]]] = []
-        told = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                told.requests.append((self.path, self.headers.get("Authorization"), body))
-                answer = told.script.pop(0)
-                if isinstance(answer, float):
-                    time.sleep(answer)
-                    return  # closes the connection without a word
-                choices = {"choices": [{"message": {"role": "assistant", "content": answer}}]}
-                status, text = answer if isinstance(answer, tuple) else (200, json.dumps(choices))
-                self.send_response(status)
-                self.end_headers()
-                self.wfile.write(text.encode())
-
-            def log_message(self, *_: object) -> None:
-                """Nothing."""
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.http.server_address[1]}/v1"
-
-
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    served = Server()
-    thread = threading.Thread(target=served.http.serve_forever, args=(0.01,))
-    thread.start()
-    yield served
-    served.http.shutdown()
-    thread.join()
-    served.http.server_close()
+def server() -> Iterator[Server]:
+    with serving() as served:
+        yield served
 
 
 def test_the_request_is_one_of_chat_completions(server: Server) -> None:
@@ -205,3 +168,136 @@ def test_an_interrupted_judging_goes_on_and_can_be_replayed(server: Server, tmp_
         ValueError, match=r"line 5 is a second reply for question v1_0: keep one judge's"
     ):
         Replay(record)
+
+
+def _refusal(message: str) -> str:
+    return json.dumps({"error": {"message": message, "code": "unsupported_parameter"}})
+
+
+GPT_5 = _refusal(
+    "Unsupported parameter: 'max_tokens' is not supported with this model. "
+    "Use 'max_completion_tokens' instead."
+)
+TEMPERATURE = _refusal("Unsupported value: 'temperature' does not support 0.0 with this model.")
+
+
+def test_a_request_is_adapted_to_what_the_server_refuses(server: Server, tmp_path: Path) -> None:
+    record = tmp_path / "r.jsonl"
+    server.script = [(400, GPT_5), (400, TEMPERATURE), "0.8", "0.9"]
+    judge = Endpoint(server.url, "m", record=record)
+    assert judge.ask("1", "p", max_tokens=3) == "0.8"
+    bodies = [body for _, _, body in server.requests]
+    assert [body.get("max_tokens") for body in bodies] == [3, None, None]
+    assert [body.get("max_completion_tokens") for body in bodies] == [None, 3, 3]
+    assert [body.get("temperature") for body in bodies] == [0.0, 0.0, None]
+    # What the server refused once is not sent again, and a reader of the score is told.
+    assert judge.ask("2", "p", max_tokens=5) == "0.9" and len(server.requests) == 4
+    assert server.requests[-1][2] == {
+        "model": "m",
+        "messages": [{"role": "user", "content": "p"}],
+        "max_completion_tokens": 5,
+    }
+    notes = (
+        "the judge's server refused max_tokens: max_completion_tokens was sent instead",
+        "the judge's server refused temperature: it was left out",
+    )
+    assert judge.notes == notes
+    replay = Replay(record)
+    assert replay.notes == () and replay.ask("1", "p") == "0.8" and replay.notes == notes
+    again = Endpoint(server.url, "m", record=record)
+    assert again.ask("2", "p", max_tokens=5) == "0.9" and again.notes == notes
+
+
+@pytest.mark.parametrize("status", [400, 422])
+def test_a_field_without_another_name_is_left_out(status: int, server: Server) -> None:
+    said = json.dumps({"detail": [{"loc": ["body", "max_tokens"], "msg": "extra field"}]})
+    other = said.replace("max_tokens", "max_completion_tokens")
+    server.script = [(status, said), (status, other), "B"]
+    assert Endpoint(server.url, "m").ask("1", "p", temperature=0.5) == "B"
+    assert server.requests[-1][2].keys() == {"model", "messages", "temperature"}
+
+
+def test_a_refusal_of_something_else_ends_it(server: Server) -> None:
+    """So does one that names a field that the user has set, or that is gone already."""
+    server.script = [(400, _refusal("max_model_len is 512"))]
+    with pytest.raises(ValueError, match=r"refuses \(HTTP 400, .*512.*--judge-request"):
+        Endpoint(server.url, "m").ask("1", "p")
+    server.script = [(400, TEMPERATURE), (400, TEMPERATURE)]
+    with pytest.raises(ValueError, match="refuses"):
+        Endpoint(server.url, "m").ask("1", "p")
+    server.script = [(400, TEMPERATURE)]
+    with pytest.raises(ValueError, match="refuses"):
+        Endpoint(server.url, "m", request={"temperature": 0.2}).ask("1", "p")
+    assert server.script == []
+
+
+def test_fields_of_the_request_can_be_set(server: Server, tmp_path: Path) -> None:
+    record = tmp_path / "r.jsonl"
+    server.script = ["<think>", "0.5", "0.7"]
+    assert Endpoint(server.url, "m", record=record).ask("1", "p") == "<think>"
+    request = {"max_completion_tokens": 4096, "temperature": None, "reasoning_effort": "low"}
+    judge = Endpoint(server.url, "m", record=record, request=request)
+    # A reply to another request is none to this one.
+    assert judge.ask("1", "p", max_tokens=3) == "0.5"
+    assert server.requests[-1][2] == {
+        "model": "m",
+        "messages": [{"role": "user", "content": "p"}],
+        "max_completion_tokens": 4096,
+        "reasoning_effort": "low",
+    }
+    assert judge.notes[0] == (
+        "--judge-request set max_completion_tokens to 4096 in the judge's request"
+    )
+    assert Endpoint(server.url, "m", record=record, request=request).ask("1", "p") == "0.5"
+    assert len(server.requests) == 2
+    replay = Replay(record)
+    assert replay.ask("1", "p") == "0.5" and replay.notes == judge.notes
+    for name in ("model", "messages", "stream", "n"):
+        with pytest.raises(ValueError, match=f"the field {name} of a judge's request is not free"):
+            Endpoint(server.url, "m", request={name: 2})
+
+
+@pytest.mark.parametrize(
+    ("reply", "rest"),
+    [
+        ("0.5", "0.5"),
+        ("<think>0.1 or 0.2?</think>\n0.5", "\n0.5"),
+        ("<think>a</think>0.5<think>b</think>", "0.5"),
+        ("<thinking>\nOkay,", ""),
+        ("0.5 <think> sure", "0.5 "),
+        ("so 0.1 it is</think> 0.5", " 0.5"),
+        ("[THINK]hm[/THINK]0.5", "0.5"),
+        ("I <b>think</b> 0.5", "I <b>think</b> 0.5"),
+        ("", ""),
+    ],
+)
+def test_the_part_in_which_a_judge_thinks_is_left_out(reply: str, rest: str) -> None:
+    assert strip_reasoning(reply) == rest
+
+
+def test_replies_that_could_not_be_read_are_asked_for_again(server: Server, tmp_path: Path) -> None:
+    record = tmp_path / "r.jsonl"
+    server.script = ["hm", "hm", "1.0", "0.5", "B"]
+    first = Endpoint(server.url, "m", record=record)
+    assert [first.ask("1", "p"), first.ask("1", "again", attempt=1)] == ["hm", "hm"]
+    assert first.ask("2", "p") == "1.0"
+    first.forget("1")
+    # A replay shows the same failure, and the next call asks about this question alone.
+    assert [Replay(record).ask("1", "p"), Replay(record).ask("2", "p")] == ["hm", "1.0"]
+    again = Endpoint(server.url, "m", record=record)
+    assert [again.ask("2", "p"), again.ask("1", "p")] == ["1.0", "0.5"]
+    assert len(server.requests) == 4
+    assert [Replay(record).ask("1", "p"), Replay(record).ask("2", "p")] == ["0.5", "1.0"]
+    assert Endpoint(server.url, "m", record=record).ask("1", "p") == "0.5"
+    Endpoint(server.url, "m").forget("1")  # without a record there is nothing to void
+
+
+def test_a_reply_that_was_cut_stays_known_as_cut(server: Server, tmp_path: Path) -> None:
+    cut = {"choices": [{"message": {"content": "Score: 0"}, "finish_reason": "length"}]}
+    whole = {"choices": [{"message": {"content": "Score: 0"}, "finish_reason": "stop"}]}
+    server.script = [(200, json.dumps(cut)), (200, json.dumps(whole)), "Score: 0"]
+    record = tmp_path / "r.jsonl"
+    judge = Endpoint(server.url, "m", record=record)
+    assert [judge.ask(name, "p").is_cut for name in "123"] == [True, False, False]
+    for again in (Endpoint(server.url, "m", record=record), Replay(record)):
+        assert [again.ask(name, "p").is_cut for name in "123"] == [True, False, False]

@@ -12,7 +12,7 @@ from mipha.evaluation.score import score_file, score_predictions
 
 
 def results(folder: Path, name: str, right: np.ndarray) -> Path:
-    """A folder of results on questions by hand, two a picture, answered rightly or not."""
+    """A folder of results on questions by hand, two an image, answered rightly or not."""
     asked = [
         Question(
             f"{n}",
@@ -58,7 +58,8 @@ def test_the_difference_is_taken_question_by_question(tmp_path: Path) -> None:
     )
     turned = compare_paired(b, a)
     assert turned[0].paired.difference == -rows[0].paired.difference
-    # Never worse on any question: the interval of the paired difference leaves 0 out, where those of the two alone overlap.
+    # Never worse on any question: the interval of the paired difference leaves 0 out, although
+    # those of the two alone overlap.
     assert rows[0].paired.low > 0
 
 
@@ -85,8 +86,11 @@ def test_what_cannot_be_paired(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=r"easy_vqa: .* did not answer the same questions"):
         compare_paired(a, short)
-    with pytest.raises(FileNotFoundError, match="has no scores: make them with"):
+    with pytest.raises(FileNotFoundError, match=r"no file or folder .*nothing: give a run"):
         compare_paired(a, tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="has no scores: make them with"):
+        compare_paired(a, tmp_path / "empty")
     other = tmp_path / "other" / "evaluation" / "pope"
     other.mkdir(parents=True)
     (other / "tally.json").write_text("{}")

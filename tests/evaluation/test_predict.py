@@ -26,7 +26,8 @@ class Said:
 class FakeAssistant:
     """An assistant without weights, for the promises about what happens around a model.
 
-    Answers `<image>: <question>` in batches, last question first; cannot read a picture whose name says broken.
+    Answers `<image>: <question>` in batches, last question first; cannot read an image whose name
+    says broken.
 
     Args:
         stop_after: Raise KeyboardInterrupt when that many questions were answered.
@@ -67,7 +68,7 @@ class FakeAssistant:
 def make_questions(count: int, broken: tuple[int, ...] = (), per_image: int = 1) -> list[Question]:
     names = [f"{'broken' if n in broken else 'good'}-{n // per_image}.png" for n in range(count)]
     return [
-        Question(f"q{n}", f"what is {n}?", Path("/pictures") / name) for n, name in enumerate(names)
+        Question(f"q{n}", f"what is {n}?", Path("/images") / name) for n, name in enumerate(names)
     ]
 
 
@@ -179,7 +180,7 @@ def test_predictions_without_a_header_are_refused(tmp_path: Path) -> None:
         run(FakeAssistant(), make_questions(2), tmp_path)
 
 
-def test_one_broken_picture_costs_its_own_questions_only(tmp_path: Path) -> None:
+def test_one_broken_image_costs_its_own_questions_only(tmp_path: Path) -> None:
     questions, assistant = make_questions(50, broken=(7, 30)), FakeAssistant()
     predictions = run(assistant, questions, tmp_path)
     assert set(predictions) == {f"q{n}" for n in range(50)} - {"q7", "q30"}
@@ -207,13 +208,13 @@ def test_failed_questions_are_asked_again_and_the_errors_go_when_they_are_mended
     assert not (tmp_path / "errors.jsonl").exists()
 
 
-def test_many_questions_on_one_broken_picture_are_one_fault(tmp_path: Path) -> None:
+def test_many_questions_on_one_broken_image_are_one_fault(tmp_path: Path) -> None:
     broken = tuple(range(30))
     questions = make_questions(40, broken=broken, per_image=30)
     assert len(run(FakeAssistant(), questions, tmp_path)) == 10 and len(errors(tmp_path)) == 30
 
 
-def test_many_broken_pictures_among_good_ones_do_not_stop_it(tmp_path: Path) -> None:
+def test_many_broken_images_among_good_ones_do_not_stop_it(tmp_path: Path) -> None:
     questions = make_questions(60, broken=tuple(range(0, 60, 2)))
     assert (
         len(run(FakeAssistant(), questions, tmp_path, batch_size=1)) == 30 == len(errors(tmp_path))
@@ -247,10 +248,8 @@ def test_processes_share_the_images_and_one_file_remains(tmp_path: Path, num_ran
     assert merge(tmp_path / "many", questions) == whole
     asked = [set(assistant.asked) for assistant in assistants]
     assert all(asked) and sum(map(len, asked)) == 20 == len(set.union(*asked))
-    pictures = [{questions[int(text.split()[-1][:-1])].image for text in texts} for texts in asked]
-    assert sum(map(len, pictures)) == len(set.union(*pictures)), (
-        "questions about one picture stay together"
-    )
+    shown = [{questions[int(text.split()[-1][:-1])].image for text in texts} for texts in asked]
+    assert sum(map(len, shown)) == len(set.union(*shown)), "questions about one image stay together"
     for name in ("predictions.jsonl", "errors.jsonl"):
         assert (tmp_path / "many" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
     assert sorted(path.name for path in (tmp_path / "many").iterdir()) == [
@@ -297,7 +296,7 @@ def test_the_bar_counts_what_is_done(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "6/6" in shown.err and "toy" in shown.err and shown.out == ""
 
 
-def test_prompt_hash_tells_prompts_ids_order_and_pictures_apart_but_not_folders() -> None:
+def test_prompt_hash_tells_prompts_ids_order_and_images_apart_but_not_folders() -> None:
     a, b = make_questions(2)
     hashes = {
         prompts_hash(questions)

@@ -1,18 +1,20 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from mipha.evaluation.benchmark import Plan, Question, load_benchmark
-from mipha.evaluation.score import judge_answers, read_predictions_file, score_predictions
+from mipha.evaluation.benchmark import Judgement, Plan, Question, Split, load_benchmark
+from mipha.evaluation.score import judge_answers, score_predictions
+from mipha.evaluation.tables import print_results
 from mipha.files import append_line
 
 
 @pytest.fixture
 def asked(tmp_path: Path) -> list[Question]:
-    """Four questions on two pictures, and a predictions file by hand that lacks the last."""
+    """Return four questions on two images, and a predictions file by hand that lacks the last."""
     header = {
         "benchmark": "easy_vqa",
         "checkpoint_sha256": "c" * 64,
@@ -102,62 +104,99 @@ def test_no_answer_is_no_score(tmp_path: Path, asked: list[Question]) -> None:
     assert not (tmp_path / "scores.json").exists()
 
 
-def write_lines(path: Path, *rows: dict[str, object] | str) -> Path:
-    path.write_text(
-        "\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n"
-    )
-    return path
-
-
-def test_a_file_of_answers_is_scored_in_any_order_and_with_any_other_keys(
-    tmp_path: Path, asked: list[Question]
+@pytest.mark.parametrize("nothing", ["", " \n\t", "\u200b\ufeff", "\x00"])
+def test_answers_that_say_nothing_are_counted_and_noted(
+    nothing: str, tmp_path: Path, asked: list[Question]
 ) -> None:
-    rows = [
-        {"question_id": int(q.id) if q.id == "2" else q.id, "text": "yes", "model_id": "x"}
-        for q in reversed(asked)
-    ]
-    assert read_predictions_file(write_lines(tmp_path / "p.jsonl", *rows), asked) == dict.fromkeys(
-        "0123", "yes"
-    )
+    texts = {"0": nothing, "1": "yes", "2": "-", "3": "yes"}
+    result = score_predictions(plan(asked), texts, tmp_path)
+    assert (result.n_empty, result.all_empty) == (1, False)
+    assert result.notes[0] == "1 of 4 answers are empty and scored as such"
+    assert json.loads((tmp_path / "scores.json").read_text())["n_empty"] == 1
+    full = score_predictions(plan(asked), dict.fromkeys(texts, "yes"), tmp_path)
+    assert full.n_empty == 0 and not any("empty" in note for note in full.notes)
 
 
-def test_text_is_taken_verbatim(tmp_path: Path, asked: list[Question]) -> None:
-    rows = [{"question_id": question.id, "text": f" {question.id}\u2028\n "} for question in asked]
+def test_a_score_of_empty_answers_says_so_on_its_first_line(
+    tmp_path: Path, asked: list[Question], capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = score_predictions(plan(asked), dict.fromkeys("0123", ""), tmp_path)
     assert (
-        read_predictions_file(write_lines(tmp_path / "p.jsonl", *rows), asked)["3"] == " 3\u2028\n "
+        result.n_empty == 4
+        and result.all_empty
+        and result.notes[0].startswith("all 4 answers are empty")
+    )
+    print_results([result])
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[0].startswith("easy_vqa: all 4 answers are empty")
+    assert printed.count("all 4 answers") == 1 and "accuracy" in printed
+
+    few = score_predictions(plan(asked), {"0": "", "1": "yes", "2": "yes", "3": "no"}, tmp_path)
+    print_results([few])
+    printed = capsys.readouterr().out
+    assert (
+        printed.splitlines()[0].strip() == "easy_vqa test" and "1 of 4 answers are empty" in printed
     )
 
 
-@pytest.mark.parametrize(
-    ("rows", "sentence"),
-    [
-        ([{"question_id": "0", "text": "a"}, "{"], r"p\.jsonl line 2 is not valid JSON"),
-        (["[1]"], r"p\.jsonl line 1 is not a JSON object"),
-        ([{"question_id": "0"}], r"p\.jsonl line 1 has no 'text': write .*question_id"),
-        (
-            [{"question_id": "0", "text": None}],
-            r"p\.jsonl line 1: text None should be a valid string: write .*question_id",
-        ),
-        (
-            [{"question_id": 0.5, "text": "a"}],
-            r"line 1: question_id 0\.5 should be a text or a whole number",
-        ),
-        (
-            [{"question_id": "0", "text": "a"}, {"question_id": 0, "text": "b"}],
-            r"line 2: question_id 0 is also on line 1",
-        ),
-        (
-            [{"question_id": "9", "text": "a"}],
-            r"line 1: no question has the id 9 \(ids look like 0\)",
-        ),
-        ([{"question_id": "1", "text": "a"}], r"lacks 3 of 4 questions, such as 0, 2, 3"),
-    ],
-)
-def test_a_wrong_line_is_named(
-    tmp_path: Path, asked: list[Question], rows: list[dict[str, object] | str], sentence: str
+@pytest.mark.parametrize(("texts", "noted"), [(["!!!!"] * 20, True), (["!!"] * 19, False)])
+def test_many_answers_of_one_text_are_noted(
+    texts: list[str], noted: bool, tmp_path: Path, asked: list[Question]
 ) -> None:
-    with pytest.raises(ValueError, match=sentence):
-        read_predictions_file(write_lines(tmp_path / "p.jsonl", *rows), asked)
+    """Weights that are not finite make a model repeat its first token."""
+    many = [replace(asked[0], id=str(number)) for number in range(len(texts))]
+    answers = dict(zip((question.id for question in many), texts, strict=True))
+    result = score_predictions(plan(many), answers, tmp_path)
+    found = [note for note in result.notes if note.startswith("all 20 answers are '!!!!': look")]
+    assert len(found) == noted
+    other = score_predictions(plan(many), answers | {"0": "yes"}, tmp_path)
+    assert other.notes == ()
+
+
+def test_empty_answers_are_noted_where_a_server_scores(tmp_path: Path) -> None:
+    header = {"checkpoint_sha256": "c", "prompts_sha256": "d", "max_new_tokens": 8}
+    (tmp_path / "predictions.meta.json").write_text(json.dumps(header))
+    questions = [Question(str(number), "?", None, {}) for number in range(2)]
+    server = {"splits": {"test": Split(2, "example.org")}, "submission": None, "baselines": {}}
+    benchmark = replace(load_benchmark("easy_vqa"), **server)
+    result = score_predictions(Plan(benchmark, "test", questions), {"0": "", "1": ""}, tmp_path)
+    assert result.scores == () and result.notes[0].startswith("all 2 answers are empty")
+
+
+class _Lazy:
+    """A judge that cannot read what the fake benchmark gives it."""
+
+    num_runs = None
+    notes = ("the judge's server refused temperature: it was left out",)
+
+
+def test_a_question_that_was_not_judged_is_an_error_of_that_question(
+    tmp_path: Path, asked: list[Question], capsys: pytest.CaptureFixture[str]
+) -> None:
+    rules = load_benchmark("easy_vqa")
+
+    def score(questions: list[Question], texts: dict[str, str], judge: object) -> Judgement:
+        judged = rules.score([q for q in questions if q.id != "2" or judge is None], texts, None)
+        return replace(judged, failed={"2": "no grade can be read"} if judge else {})
+
+    benchmark = replace(rules, score=score, judge="required")
+    part = Plan(benchmark, "test", asked)
+    result = score_predictions(part, dict.fromkeys("0123", "yes"), tmp_path, _Lazy())  # type: ignore[arg-type]
+    assert (result.n_asked, result.n_failed, result.complete) == (4, 1, False)
+    assert result.scores[0].n == 3
+    (line,) = (tmp_path / "errors.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"question_id": "2", "error": "no grade can be read"}
+    note = "1 of 4 answers were not judged and are in no score, such as that to 2: no grade"
+    assert any(found.startswith(note) for found in result.notes)
+    assert result.notes[-1] == _Lazy.notes[0]
+    print_results([result])
+    printed = capsys.readouterr().out
+    assert "1 of 4 questions failed" in printed and "not complete: 3 of 4 questions" in printed
+
+    # The tally is of the judged questions, so it pairs only with one of the same questions.
+    partial = json.loads((tmp_path / "tally.json").read_text())["ids_sha256"]
+    score_predictions(Plan(rules, "test", asked), dict.fromkeys("0123", "yes"), tmp_path)
+    assert json.loads((tmp_path / "tally.json").read_text())["ids_sha256"] != partial
 
 
 def test_a_judge_for_rules_alone_is_refused(asked: list[Question]) -> None:

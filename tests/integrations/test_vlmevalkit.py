@@ -1,4 +1,4 @@
-"""Runs where VLMEvalKit is installed (it brings torchvision): pip install ms-vlmeval, or a checkout of its repository."""
+"""The adapter for VLMEvalKit, where that is installed: pip install ms-vlmeval, or a checkout."""
 
 from __future__ import annotations
 

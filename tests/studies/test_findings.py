@@ -54,7 +54,10 @@ def write_runs(
     num_images: int = 80,
     also: dict[str, dict[str, float]] | None = None,
 ) -> None:
-    """Finished runs that answer as well as said, without having been trained; other metrics may have numbers of their own."""
+    """Make finished runs that answer as well as asked, without training them.
+
+    Other metrics may have numbers of their own.
+    """
     for job in jobs_of(study.at("mini"), out, seeds):
         run = create_run(job.folder, job.recipe)
         rng = np.random.default_rng([job.seed, sum(job.variant.encode())])
@@ -89,8 +92,8 @@ def test_a_planted_effect_is_found_and_no_other(study: Study, tmp_path: Path) ->
         "projector",
     ) and 30 < planted.found.difference < 50
     assert planted.found.p_value <= planted.p_holm < 0.01
-    (null,) = findings.judged[1].comparisons
-    assert null.p_holm > 0.05
+    (no_effect,) = findings.judged[1].comparisons
+    assert no_effect.p_holm > 0.05
     assert (
         findings.scores["all"]["easy_vqa"].mean == pytest.approx(80, abs=6)
         and len(findings.scores["all"]["easy_vqa"].values) == 3
@@ -132,7 +135,8 @@ def test_variants_are_compared_by_the_metric_that_is_asked_for(
     ), "the others are in detail"
     with pytest.raises(
         ValueError,
-        match="runs of all were measured on easy_vqa without colour: remove their evaluation folders",
+        match="runs of all were measured on easy_vqa without colour: remove their evaluation "
+        "folders",
     ):
         find(by("colour").at("mini"), out)
     with pytest.raises(

@@ -86,7 +86,7 @@ def test_a_study_runs_shares_its_first_stage_and_does_nothing_twice(
     assert "| stages.finetune.tuning.language_model | frozen | full |" in report
     page = (out / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2 and "Answers side by side" in page, (
-        "the figure, and the panel's picture"
+        "the figure, and the panel's image"
     )
     before = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*")}
     run_study(study, "mini", out)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mipha.cli.arguments import Model, split_names
+from mipha.cli.arguments import Model, parse_pairs, split_names
 
 if TYPE_CHECKING:
     from mipha.evaluation.benchmark import Judge
@@ -22,7 +22,15 @@ JudgeUrl = Annotated[
 ]
 JudgeModel = Annotated[str | None, typer.Option(help="Name of the judge's model.")]
 JudgeReplies = Annotated[
-    Path | None, typer.Option(help="Recorded replies of a judge, in place of one.")
+    Path | None, typer.Option(help="Recorded replies, used instead of a judge.")
+]
+JudgeRequest = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--judge-request",
+        metavar="KEY=VALUE",
+        help="A field of the judge's requests, such as max_tokens=4096; null leaves one out.",
+    ),
 ]
 
 
@@ -44,7 +52,7 @@ def evaluate(
         Path | None, typer.Option("-o", "--out", help="Where results go, if not into the run.")
     ] = None,
     blind: Annotated[
-        bool, typer.Option("--blind", help="Show grey in place of every image.")
+        bool, typer.Option("--blind", help="Show grey instead of every image.")
     ] = False,
     dry_run: Annotated[
         bool,
@@ -53,18 +61,21 @@ def evaluate(
     judge: JudgeUrl = None,
     judge_model: JudgeModel = None,
     judge_replies: JudgeReplies = None,
+    judge_request: JudgeRequest = None,
 ) -> None:
-    """Measure a model; exit code 1 if a question failed."""
+    """Measure a model; exit code 1 if a question failed or could not be judged."""
     from mipha.api import evaluate as measure
     from mipha.evaluation.evaluate import plan_benchmarks
     from mipha.evaluation.tables import print_plan, print_results
+    from mipha.run import model_folder
 
     names = split_names(benchmarks)
     if dry_run:
+        model_folder(run)  # a model that is missing is named before data that are
         print_plan(plan_benchmarks(names, data_root, split), run)
         return
 
-    grader = _judge(judge, judge_model, judge_replies, out or run)
+    grader = _judge(judge, judge_model, judge_replies, judge_request, out or run)
     results = measure(
         run, names, data_root, batch_size, limit, split, out, blind=blind, judge=grader
     )
@@ -80,14 +91,20 @@ def score(
     ],
     predictions: Annotated[
         Path,
-        typer.Option(help='A line {"question_id": ..., "text": ...} a question, in any order.'),
+        typer.Option(
+            help='A line {"question_id": ..., "text": ...} a question, in any order; or the '
+            "benchmark's own results file (for POPE and MME, the folder of them)."
+        ),
     ],
-    json_out: Annotated[Path, typer.Option("--json", help="Where the scores go.")],
+    json_out: Annotated[
+        Path | None, typer.Option("--json", help="Write the scores to a file too.")
+    ] = None,
     judge: JudgeUrl = None,
     judge_model: JudgeModel = None,
     judge_replies: JudgeReplies = None,
+    judge_request: JudgeRequest = None,
 ) -> None:
-    """Score any model's predictions; needs neither the model nor the images."""
+    """Score any model's predictions, without model or images; exit code 1 if one was not judged."""
     import json
 
     from mipha.evaluation.benchmark import load_benchmark
@@ -95,10 +112,15 @@ def score(
     from mipha.evaluation.tables import print_scored
     from mipha.files import write_whole
 
-    grader = _judge(judge, judge_model, judge_replies, json_out.parent)
-    content = score_file(load_benchmark(benchmark), annotations, predictions, grader)
-    write_whole(json_out, json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n")
-    print_scored(content)
+    folder = (json_out or predictions).parent
+    grader = _judge(judge, judge_model, judge_replies, judge_request, folder)
+    asked = load_benchmark(benchmark)
+    content = score_file(asked, annotations, predictions, grader)
+    if json_out is not None:
+        write_whole(json_out, json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n")
+    print_scored(asked, content)
+    if content.get("failed"):
+        raise typer.Exit(1)
 
 
 def compare(
@@ -161,18 +183,31 @@ def _compare_paired(first: Path, second: Path, json_out: Path | None) -> None:
     print_paired(rows)
 
 
-def _judge(url: str | None, model: str | None, replies: Path | None, folder: Path) -> Judge | None:
-    """Return the judge that the options ask for."""
+def _judge(
+    url: str | None,
+    model: str | None,
+    replies: Path | None,
+    request: list[str] | None,
+    folder: Path,
+) -> Judge | None:
+    """Return the judge that the options ask for; its replies are recorded in the folder."""
     from mipha.evaluation.judge import Endpoint, Replay
 
     if replies is not None and url is not None:
         raise ValueError("--judge-replies and --judge are two judges: give one")
+    if request and url is None:
+        raise ValueError("--judge-request is for a judge that is asked: give one with --judge")
     if replies is not None:
         return Replay(replies)
     if url is None:
         return None
     if model is None:
         raise ValueError("--judge needs --judge-model, the name of a model that the server has")
+
     return Endpoint(
-        url, model, os.environ.get("MIPHA_JUDGE_KEY"), record=folder / "judge-replies.jsonl"
+        url,
+        model,
+        os.environ.get("MIPHA_JUDGE_KEY"),
+        record=folder / "judge-replies.jsonl",
+        request=parse_pairs(request or (), "--judge-request", "max_tokens=4096"),
     )

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from mipha.cli.arguments import parse_pairs
+
 verbs = typer.Typer(
     help="Train and compare the variants of one of the paper's experiments, or of your own.",
     no_args_is_help=True,
@@ -53,19 +55,9 @@ def run(
 ) -> None:
     """Train and evaluate what is missing, then write the report."""
     from mipha.api import run_study
-    from mipha.lookup import read_yaml
     from mipha.studies.study import load_study
 
-    parameters = None
-    if slurm:
-        if wrong := [pair for pair in slurm if "=" not in pair]:
-            raise ValueError(
-                f"--slurm {wrong[0]} has no `=`: write KEY=VALUE, such as slurm_partition=gpu"
-            )
-        parameters = {
-            key: read_yaml(value, f"--slurm {key}")
-            for key, value in (pair.split("=", 1) for pair in slurm)
-        }
+    parameters = parse_pairs(slurm, "--slurm", "slurm_partition=gpu") if slurm else None
     folder = run_study(load_study(name), scale, out, seeds, jobs, parameters, share or ())
     for report in ("report.md", "report.html"):
         typer.echo(f"written: {folder / report}")

@@ -44,6 +44,17 @@ TITLES = {
 }
 """Headings of columns, as in the paper."""
 
+FOOTNOTES = {
+    "*": "The training images or annotations of the benchmark were seen in training.",
+    "†": "It includes data that are not public.",
+    "~": "Not all questions of the benchmark were answered.",
+    "‡": "All answers are empty.",
+}
+"""Mark behind a number to its meaning.
+
+Source: captions of tables 2 and 3 of the Mipha paper; `~` and `‡` are ours.
+"""
+
 _COLUMN_OF = {("mme", "cognition"): "mme_cognition"}
 """Columns of metrics in scores.json files that do not yet name them."""
 
@@ -129,7 +140,8 @@ def published_rows(name: str) -> tuple[Row, ...]:
 def measured(folder: Path) -> Row:
     """Return the headline scores of a run, or of a folder of `mipha evaluate -o`.
 
-    Scores of blind answers are left out. Those of an incomplete set are marked with `~`.
+    Scores of blind answers are left out. Those of an incomplete set are marked with `~`, those of
+    answers that are all empty with `‡`.
 
     Raises:
         FileNotFoundError: No scores.
@@ -143,6 +155,7 @@ def measured(folder: Path) -> Row:
 
         # The headline, and every metric that names a column of its own.
         mark = "" if content["complete"] else "~"
+        mark += "‡" if content.get("all_empty") else ""
         headline, *others = content["scores"]
         cells[file.parent.name] = _cell(headline, mark)
         for score in others:
@@ -150,6 +163,8 @@ def measured(folder: Path) -> Row:
             if column := score.get("column", older):
                 cells[column] = _cell(score, mark)
     if not cells:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no folder {folder}: give a run, or a folder of results")
         raise FileNotFoundError(
             f"{folder} has no scores: make them with `mipha evaluate {folder} -b ...`"
         )
@@ -160,6 +175,14 @@ def columns_of(rows: Sequence[Row]) -> list[str]:
     """Return the columns with a number: those of the paper in its order, then others."""
     present = {name for row in rows for name in row.cells}
     return [name for name in TITLES if name in present] + sorted(present - set(TITLES))
+
+
+def footnotes_of(rows: Sequence[Row]) -> dict[str, str]:
+    """Return the marks in the rows, each with its meaning, in the order of `FOOTNOTES`."""
+    shown = [cell.printed for row in rows for cell in row.cells.values()]
+    shown += [fact for row in rows for fact in row.facts.values()]
+    marks = {mark for text in shown for mark in FOOTNOTES if mark in text[-len(FOOTNOTES) :]}
+    return {mark: meaning for mark, meaning in FOOTNOTES.items() if mark in marks}
 
 
 def best_of(rows: Iterable[Row], column: str) -> float | None:

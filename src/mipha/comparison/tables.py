@@ -15,6 +15,7 @@ from mipha.comparison.results import (
     Row,
     best_of,
     columns_of,
+    footnotes_of,
     measured,
     published_rows,
 )
@@ -92,7 +93,10 @@ def print_comparison(found: Comparison) -> None:
         table.add_column(name, justify="right" if number else "left")
     for line in rest:
         table.add_row(*line)
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    for mark, meaning in footnotes_of(found.rows).items():
+        console.print(f"{mark} {meaning}", style="dim", soft_wrap=True, markup=False)
 
 
 def render(rows: Sequence[Row], form: str = "markdown") -> str:
@@ -101,8 +105,8 @@ def render(rows: Sequence[Row], form: str = "markdown") -> str:
     Args:
         rows: Rows in the order of the table.
         form: markdown, csv or latex. CSV has plain numbers, with footnote marks and intervals in
-            columns of their own; the others show `-` for an absent number and the best number of
-            each column in bold.
+            columns of their own; the others show `-` for an absent number, the best number of each
+            column in bold, and the meaning of the footnote marks below.
 
     Raises:
         ValueError: No such form, or no rows.
@@ -143,19 +147,30 @@ def _markdown(rows: Sequence[Row]) -> str:
         for line in body
     ]
     lines = [header, ["---"] + ["--:"] * (len(header) - 1), *body]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+    # Each footnote is a paragraph of its own; without its backslash a star would begin a list.
+    shown = {"*": r"\*"}
+    notes = footnotes_of(rows).items()
+    return table + "".join(f"\n{shown.get(mark, mark)} {meaning}\n" for mark, meaning in notes)
 
 
 def _latex(rows: Sequence[Row]) -> str:
     header, body = _cells(rows, r"\textbf{{{}}}")
     escape = str.maketrans(
-        {"_": r"\_", "%": r"\%", "&": r"\&", "†": r"$^\dagger$", "~": r"$\sim$", "*": r"$^*$"}
+        {"_": r"\_", "%": r"\%", "&": r"\&", "~": r"$\sim$"}
+        | {"*": r"$^*$", "†": r"$^\dagger$", "‡": r"$^\ddagger$"}
     )
     lines = [" & ".join(cell.translate(escape) for cell in line) + r" \\" for line in body]
     top = " & ".join(cell.translate(escape) for cell in header) + r" \\"
+    span = rf"\multicolumn{{{len(header)}}}{{l}}"
+    notes = [
+        rf"{span}{{\footnotesize {mark.translate(escape)} {meaning}}} \\"
+        for mark, meaning in footnotes_of(rows).items()
+    ]
     table = [
         f"\\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
-        *("\\toprule", top, "\\midrule", *lines, "\\bottomrule"),
+        *("\\toprule", top, "\\midrule", *lines, "\\bottomrule", *notes),
         "\\end{tabular}",
     ]
     return "\n".join(table) + "\n"

@@ -225,7 +225,9 @@ def _results(run: Run) -> Iterator[dict[str, Any]]:
 
 
 def _comparable(result: dict[str, Any]) -> bool:
-    return result["complete"] and not result["blind"] and result["scores"][0]["value"] is not None
+    if result["blind"] or result.get("all_empty"):
+        return False
+    return result["complete"] and result["scores"][0]["value"] is not None
 
 
 def _about(parts: Sequence[PretrainedPart], recipe: Recipe | None) -> str:
@@ -305,6 +307,9 @@ def _scores(results: Sequence[dict[str, Any]]) -> str:
         if not result["complete"]:
             answered = result["n_asked"] - result["n_failed"]
             notes.append(f"{answered:,} of {result['num_questions']:,} questions: not comparable")
+
+        if num_empty := result.get("n_empty"):
+            notes.append("all answers are empty" if result["all_empty"] else f"{num_empty:,} empty")
 
         # Take the headline, and further sums: MME is published as two.
         headline, *others = result["scores"]

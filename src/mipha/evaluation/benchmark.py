@@ -9,7 +9,7 @@ official files --read / read_labels--> [Question] --a model, or a file--> id -> 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -84,6 +84,8 @@ class Judgement:
         normalised: Question id to the text as it was compared.
         submission: Question id to the answer in the upload, for a benchmark with a server.
         extra: Further official numbers that are not made from sums; they get no interval.
+        failed: Question id to the reason that its answer could not be judged. Such a question is in
+            none of the numbers, and the score is not complete.
         notes: Sentences that a reader of these numbers must know.
     """
 
@@ -93,7 +95,24 @@ class Judgement:
     normalised: Mapping[str, str] | None = None
     submission: Mapping[str, str] | None = None
     extra: Mapping[str, float] = field(default_factory=dict)
+    failed: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+
+class Reply(str):
+    """A judge's reply, verbatim.
+
+    Args:
+        text: The reply.
+        is_cut: The server ended it at the limit of its tokens.
+    """
+
+    is_cut: bool
+
+    def __new__(cls, text: str, is_cut: bool = False) -> Reply:
+        reply = super().__new__(cls, text)
+        reply.is_cut = is_cut
+        return reply
 
 
 class Judge(Protocol):
@@ -102,10 +121,14 @@ class Judge(Protocol):
     Args:
         num_runs: How often every question was graded, where that was recorded; None: the benchmark
             decides.
+        notes: Sentences on requests that were not as the benchmark makes them.
     """
 
     @property
     def num_runs(self) -> int | None: ...
+
+    @property
+    def notes(self) -> tuple[str, ...]: ...
 
     def ask(
         self,
@@ -116,8 +139,12 @@ class Judge(Protocol):
         attempt: int = 0,
         temperature: float = 0.0,
         max_tokens: int = 16,
-    ) -> str:
+    ) -> Reply:
         """Return the judge's reply to a prompt."""
+        ...
+
+    def forget(self, question_id: str, run: int = 0) -> None:
+        """Ask about a question anew in the next call, because no reply could be read."""
         ...
 
 
@@ -140,7 +167,7 @@ class Benchmark:
             file, or of the folder with the official files; the images need not be there.
         score: `score(questions, predictions, judge)` judges the answers. It is pure, takes the
             text verbatim, and every question has a prediction and a label. `judge` is None for a
-            benchmark without a judge.
+            benchmark without a judge. It raises ValueError where not one answer could be judged.
         measure: `measure(totals)` returns every metric, headline first, unrounded, from the sums
             of contributions. It works on any shape of totals.
         submission: `submission(questions, predictions)` returns the files that the benchmark's
@@ -150,6 +177,10 @@ class Benchmark:
         judge: Whether a language model grades: `required` (no score without one), `optional`, or
             None.
         baselines: Name to a function that answers the questions without a model.
+        id_advice: How a predictions file numbers the questions, for errors about ids, where they
+            are not simply the official ids.
+        read_answer_folder: `read_answer_folder(folder, questions)` yields place, id and text of
+            every answer in a folder of predictions files, where the official scorer reads several.
         packaged: An installed package brings the files, so `read` takes None as its root.
     """
 
@@ -169,6 +200,10 @@ class Benchmark:
     baselines: Mapping[str, Callable[[Sequence[Question]], dict[str, str]]] = field(
         default_factory=dict
     )
+    id_advice: str = ""
+    read_answer_folder: (
+        Callable[[Path, Sequence[Question]], Iterator[tuple[str, str, str]]] | None
+    ) = None
     packaged: bool = False
 
     @property
@@ -223,7 +258,7 @@ class Plan:
         questions: All questions of the split.
         doubts: Signs that these are not the files of the protocol, a sentence each.
         limit: Only the first N questions are asked; None: all.
-        blind: The model is shown grey in place of every image.
+        blind: The model is shown grey instead of every image.
     """
 
     benchmark: Benchmark

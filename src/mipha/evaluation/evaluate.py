@@ -90,7 +90,7 @@ def evaluate(
         out: Folder for predictions and scores; None: the run's own `evaluation` folder.
         device: Name of a torch device; None: the accelerator if there is one.
         progress: Show a progress bar.
-        blind: Show grey in place of every image, to measure what the questions alone give away.
+        blind: Show grey instead of every image, to measure what the questions alone give away.
             Results go into `<benchmark>-blind`.
         judge: Grader of the benchmarks that want one.
 
@@ -102,10 +102,12 @@ def evaluate(
         ValueError: No such benchmark or split, a number below 1, a judge that is missing, or
             predictions of another model in the way.
     """
-    # Check names, numbers and data for all benchmarks before the first minute is spent on any.
+    # Check numbers, model, names and data for all benchmarks before a minute is spent on any.
     for name, number in (("batch_size", batch_size), ("limit", limit)):
         if number is not None and number < 1:
             raise ValueError(f"{name} is {number}: give 1 or more")
+    path = model.folder if isinstance(model, Run) else Path(model)
+    checkpoint = model_folder(path)
     plans = [replace(part, limit=limit) for part in plan_benchmarks(benchmarks, data_root, split)]
     for part in plans:
         if part.benchmark.judge == "required" and judge is None:
@@ -113,8 +115,6 @@ def evaluate(
                 f"{part.name} is graded by a judge: give one with --judge URL --judge-model NAME, "
                 "or --judge-replies FILE"
             )
-    path = model.folder if isinstance(model, Run) else Path(model)
-    checkpoint = model_folder(path)
     if out is None and checkpoint == path:
         raise ValueError(f"{path} is a model, not a run, so it has no place for results: give -o")
     if blind:

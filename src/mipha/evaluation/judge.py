@@ -2,31 +2,63 @@
 
 A file of replies has a JSON line per reply or per run. `responses` are the judge's replies to its
 tries in order; `text` is its reply to every try. A line that an endpoint recorded also names its
-try and its prompt:
+try and its prompt, whether the server cut the reply at its limit, the fields that the user set in
+the request, and the fields that the server refused, each with the name that took its place. Where
+no reply to a question could be read, a line voids them, and the next call asks again:
 
     {"question_id": "v1_0", "run": 0, "responses": ["about half", "0.5"]}
     {"question_id": "1000003", "text": "B"}
     {"question_id": "v1_0", "run": 0, "attempt": 1, "responses": ["0.5"],
-     "model": "gpt-4-0613", "prompt_sha256": "..."}
+     "model": "gpt-4-0613", "prompt_sha256": "...", "cut": false,
+     "request": {"reasoning_effort": "low"}, "refused": {"max_tokens": "max_completion_tokens"}}
+    {"question_id": "v1_0", "run": 0, "model": "gpt-4-0613", "unread": true}
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+from pydantic import Field
+
+from mipha.evaluation.benchmark import Reply
 from mipha.evaluation.files import OfficialRecord, QuestionId, read_record
 from mipha.files import append_line, read_json_lines, read_lines
 
 TRIES = 6
 """Requests for one reply: with the pauses between them half a minute of trouble is waited out."""
+
+MOST_UNREAD_IN_A_ROW = 20
+"""So many answers that cannot be judged, one after the other, are a fault of the judge."""
+
+REQUEST_OPTION = "--judge-request"
+"""Option of the command line that sets fields of a judge's request."""
+
+_LONGEST_REFUSAL = 10_000
+_LONGEST_SHOWN = 200
+"""Bytes of a refusal that are read, and characters of it that an error shows."""
+_LONGEST_QUOTED = 60
+"""Characters of a reply that an error shows."""
+
+_LIMITS = ("max_tokens", "max_completion_tokens")
+"""Names of the longest reply in requests, in the order in which they are tried."""
+
+_REASONING = re.compile(
+    r"<(think|thinking|thought|reasoning)>.*?</\1>|\[THINK\].*?\[/THINK\]", re.DOTALL
+)
+_REASONING_BEGINS = re.compile(r"<(?:think|thinking|thought|reasoning)>|\[THINK\]")
+_REASONING_ENDS = re.compile(r"</(?:think|thinking|thought|reasoning)>|\[/THINK\]")
+
+_FIX = "fix that line"
 
 _Place = tuple[str, int, int | None]
 """Question id, run, and try; None for a reply to every try."""
@@ -40,11 +72,65 @@ class _Line(OfficialRecord):
     attempt: int = 0
     responses: list[str | None] | None = None
     text: str | None = None
+    model: str | None = None
     prompt_sha256: str | None = None
+    request: dict[str, Any] = Field(default_factory=dict)
+    refused: dict[str, str | None] = Field(default_factory=dict)
+    cut: bool = False
+    unread: bool = False
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """One reply, and how it was asked for."""
+
+    reply: Reply
+    model: str | None
+    request: Mapping[str, Any]
+    refused: Mapping[str, str | None]
+
+
+def strip_reasoning(reply: str) -> str:
+    """Return a judge's reply without the part in which it thinks.
+
+    A part that begins and does not end takes the whole rest with it. One that ends and does not
+    begin was opened by the chat template, so it takes everything before its end.
+    """
+    text = _REASONING.sub("", reply)
+    text = _REASONING_BEGINS.split(text)[0]
+    return _REASONING_ENDS.split(text)[-1]
+
+
+def explain_unread(wanted: str, replies: Sequence[Reply]) -> str:
+    """Return the sentence for replies that a grade or an option could not be read out of.
+
+    Args:
+        wanted: Name of what was looked for.
+        replies: The judge's replies to all tries, in order.
+    """
+    first = replies[0]
+    advice = f"use a judge that follows the prompt, or change its request with {REQUEST_OPTION}"
+    if first.is_cut or not strip_reasoning(first).strip():
+        advice = (
+            "the judge says nothing, or its tokens end too early: give it more with "
+            f"{REQUEST_OPTION} max_tokens=4096, or turn its thinking off"
+        )
+    return (
+        f"no {wanted} can be read in {len(replies)} replies of the judge, the first being "
+        f"{first[:_LONGEST_QUOTED]!r}: {advice}"
+    )
+
+
+class _RefusedError(Exception):
+    """A server finds a request malformed; `said` is its whole message."""
+
+    def __init__(self, trouble: str, said: str) -> None:
+        super().__init__(trouble)
+        self.said = said
 
 
 class Replay:
-    """Recorded replies in place of a judge, so that a judged score can be made again."""
+    """Recorded replies that stand in for a judge, so that a judged score can be made again."""
 
     def __init__(self, path: Path) -> None:
         """Read the file.
@@ -54,19 +140,29 @@ class Replay:
 
         Raises:
             FileNotFoundError: No such file.
-            ValueError: A malformed line, or two replies for one place: names file and line.
+            ValueError: A malformed line, or two replies for one place: names file and line. A later
+                reply of the same judge replaces one that could not be read, and one to a request
+                with other fields.
         """
         self.path = path
-        self._replies: dict[_Place, dict[str | None, str]] = {}
+        self._used: list[_Recorded] = []
+        self._replies: dict[_Place, dict[str | None, _Recorded]] = {}
+        voided: set[tuple[str, int]] = set()
         for number, row in read_json_lines(path):
-            for place, prompt_sha256, reply in _entries(row, f"{path} line {number}"):
+            line = read_record(_Line, row, f"{path} line {number}", fix=_FIX)
+            if line.unread:
+                voided.add((line.question_id, line.run))
+                continue
+            for place, prompt_sha256, found in _entries(line, f"{path} line {number}"):
                 known = self._replies.setdefault(place, {})
-                if prompt_sha256 in known:
+                before = known.get(prompt_sha256)
+                asked_again = place[:2] in voided or (before and before.request != found.request)
+                if before and (before.model != found.model or not asked_again):
                     raise ValueError(
                         f"{path} line {number} is a second reply for question {place[0]}: "
                         "keep one judge's replies in a file"
                     )
-                known[prompt_sha256] = reply
+                known[prompt_sha256] = found
         # Some files count runs from 1.
         self._runs = sorted({run for _, run, attempt in self._replies if attempt is not None})
 
@@ -74,6 +170,11 @@ class Replay:
     def num_runs(self) -> int | None:
         """Return how many runs were recorded; None where replies belong to no run."""
         return len(self._runs) or None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on requests that differ from those of the protocol."""
+        return _describe_requests(self._used)
 
     def ask(
         self,
@@ -84,7 +185,7 @@ class Replay:
         attempt: int = 0,
         temperature: float = 0.0,
         max_tokens: int = 16,
-    ) -> str:
+    ) -> Reply:
         """Return the recorded reply.
 
         Raises:
@@ -96,7 +197,8 @@ class Replay:
 
         for prompt_sha256 in (_digest(prompt), None):
             if prompt_sha256 in known:
-                return known[prompt_sha256]
+                self._used.append(known[prompt_sha256])
+                return known[prompt_sha256].reply
         if known:
             raise ValueError(
                 f"{self.path} has replies for question {question_id}, but to other prompts: "
@@ -107,9 +209,17 @@ class Replay:
             f"try {attempt + 1}): add it, or ask a judge"
         )
 
+    def forget(self, question_id: str, run: int = 0) -> None:
+        """Do nothing: what is recorded stays."""
+
 
 class Endpoint:
-    """A model behind a server that speaks OpenAI's chat completions, asked one prompt at a time."""
+    """A model behind a server that speaks OpenAI's chat completions, asked one prompt at a time.
+
+    Servers differ in what a request may hold. Where one refuses a request and names the limit or
+    the temperature, the request is repeated with the limit's other name, or without the field, and
+    so are all later ones. `request` sets fields beforehand.
+    """
 
     num_runs: int | None = None
     """The benchmark decides."""
@@ -120,27 +230,38 @@ class Endpoint:
         model: str,
         api_key: str | None = None,
         record: Path | None = None,
+        request: Mapping[str, Any] | None = None,
         timeout: float = 120.0,
         pause: float = 1.0,
     ) -> None:
-        """Prepare the endpoint; recorded replies of this model to the same prompts are used again.
+        """Prepare the endpoint; recorded replies of this model to the same requests are used again.
 
         Args:
             base_url: URL before `/chat/completions`, such as `http://localhost:8000/v1`.
             model: Name of the model on the server.
             api_key: Key, sent as a bearer token.
             record: File that every reply is appended to at once; `Replay` reads it.
+            request: Fields of every request, which replace those of the benchmark; a field that is
+                None is left out.
             timeout: Seconds to wait for one reply.
             pause: Seconds before the second request of a reply; doubles with each further one.
 
         Raises:
-            ValueError: The URL is not of the web, or the record is malformed.
+            ValueError: The URL is not of the web, a field belongs to the benchmark, or the record
+                is malformed.
         """
         if not base_url.startswith(("http://", "https://")):
             raise ValueError(
                 f"the judge's URL {base_url!r} does not start with http:// or https://: "
                 "give one like http://localhost:8000/v1"
             )
+        self.request = dict(request or {})
+        for name in ("model", "messages", "stream", "n"):
+            if name in self.request:
+                raise ValueError(
+                    f"the field {name} of a judge's request is not free: leave it out of "
+                    f"{REQUEST_OPTION}"
+                )
         self.url = base_url.rstrip("/") + "/chat/completions"
         self.model, self.record = model, record
         self._timeout, self._pause = timeout, pause
@@ -148,13 +269,27 @@ class Endpoint:
             {"Authorization": f"Bearer {api_key}"} if api_key else {}
         )
 
+        # Fields that the server refused, each with the name that took its place.
+        self._refused: dict[str, str | None] = {}
+
         # Replies that an earlier call recorded.
-        self._known: dict[tuple[_Place, str | None], str] = {}
+        self._used: list[_Recorded] = []
+        self._known: dict[tuple[_Place, str | None], _Recorded] = {}
         for row in read_lines(record) if record else ():
-            if row.get("model") == model:
-                self._known |= {
-                    (place, sha256): reply for place, sha256, reply in _entries(row, str(record))
-                }
+            if row.get("model") != model or row.get("request", {}) != self.request:
+                continue
+            line = read_record(_Line, row, str(record), fix=_FIX)
+            if line.unread:
+                self._drop(line.question_id, line.run)
+                continue
+            self._known |= {
+                (place, sha256): found for place, sha256, found in _entries(line, str(record))
+            }
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences on requests that differ from those of the protocol."""
+        return _describe_requests(self._used)
 
     def ask(
         self,
@@ -165,7 +300,7 @@ class Endpoint:
         attempt: int = 0,
         temperature: float = 0.0,
         max_tokens: int = 16,
-    ) -> str:
+    ) -> Reply:
         """Return the recorded reply, or a new one, which is recorded before it is used.
 
         Raises:
@@ -175,28 +310,79 @@ class Endpoint:
         prompt_sha256 = _digest(prompt)
         key = ((question_id, run, attempt), prompt_sha256)
         if key not in self._known:
+            reply = self._request(prompt, {"temperature": temperature, "max_tokens": max_tokens})
+            line = {
+                "question_id": question_id,
+                "run": run,
+                "attempt": attempt,
+                "responses": [reply],
+                "prompt_sha256": prompt_sha256,
+                "cut": reply.is_cut,
+            }
+            self._append(line | ({"refused": self._refused} if self._refused else {}))
+            self._known[key] = _Recorded(reply, self.model, self.request, dict(self._refused))
+        self._used.append(self._known[key])
+        return self._known[key].reply
+
+    def forget(self, question_id: str, run: int = 0) -> None:
+        """Void the replies to a question in a run, so that the next call asks again."""
+        self._append({"question_id": question_id, "run": run, "unread": True})
+        self._drop(question_id, run)
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        """Record a line with the model and the fields that the user set, if there is a record."""
+        if self.record is not None:
+            request = {"request": self.request} if self.request else {}
+            append_line(self.record, {**line, "model": self.model, **request})
+
+    def _drop(self, question_id: str, run: int) -> None:
+        self._known = {
+            key: found for key, found in self._known.items() if key[0][:2] != (question_id, run)
+        }
+
+    def _request(self, prompt: str, settings: Mapping[str, Any]) -> Reply:
+        """Return the server's reply to a prompt, in a request that the server takes."""
+        while True:
             body = {
                 "model": self.model,
                 "messages": [{"role": "user", "content": prompt}],
-                "temperature": temperature,
-                "max_tokens": max_tokens,
+                **self._adapt(settings),
             }
-            reply = self._request(body)
+            try:
+                return self._send(body)
+            except _RefusedError as error:
+                if not self._give_up_field(error.said, body):
+                    raise ValueError(
+                        f"the judge at {self.url} refuses ({error}): check URL, model "
+                        f"{self.model!r}, key and {REQUEST_OPTION}"
+                    ) from error
 
-            if self.record is not None:
-                line = {
-                    "question_id": question_id,
-                    "run": run,
-                    "attempt": attempt,
-                    "responses": [reply],
-                    "model": self.model,
-                    "prompt_sha256": prompt_sha256,
-                }
-                append_line(self.record, line)
-            self._known[key] = reply
-        return self._known[key]
+    def _adapt(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a benchmark's settings under the names that the server takes, then the user's."""
+        fields: dict[str, Any] = {}
+        for name, value in settings.items():
+            # A refused name leads to the next one, which may have been refused as well.
+            taken: str | None = name
+            while taken in self._refused:
+                taken = self._refused[taken]
+            if taken is not None:
+                fields[taken] = value
 
-    def _request(self, body: dict[str, Any]) -> str:
+        # The user's limit replaces the benchmark's, whatever the two are called.
+        if any(name in self.request for name in _LIMITS):
+            fields = {name: value for name, value in fields.items() if name not in _LIMITS}
+        fields |= self.request
+        return {name: value for name, value in fields.items() if value is not None}
+
+    def _give_up_field(self, said: str, body: Mapping[str, Any]) -> bool:
+        """Remember the benchmark's field that a refusal names; return whether there is one."""
+        for name in (*_LIMITS, "temperature"):
+            if name in body and name not in self.request and re.search(rf"\b{name}\b", said):
+                self._refused[name] = _LIMITS[1] if name == _LIMITS[0] else None
+                return True
+        return False
+
+    def _send(self, body: dict[str, Any]) -> Reply:
         request = Request(self.url, json.dumps(body).encode(), self._headers)
         trouble = ""
 
@@ -206,9 +392,11 @@ class Endpoint:
                 with urlopen(request, timeout=self._timeout) as answer:
                     return self._content(answer.read())
             except HTTPError as error:
-                said = error.read(200).decode(errors="replace") or error.reason
-                trouble = f"HTTP {error.code}, {said}"
+                said = error.read(_LONGEST_REFUSAL).decode(errors="replace") or error.reason
+                trouble = f"HTTP {error.code}, {said[:_LONGEST_SHOWN]}"
                 # Only "too many requests" and a server's own failures may pass with time.
+                if error.code in (400, 422):
+                    raise _RefusedError(trouble, said) from error
                 if error.code != 429 and error.code < 500:
                     raise ValueError(
                         f"the judge at {self.url} refuses ({trouble}): "
@@ -222,31 +410,47 @@ class Endpoint:
             "run the same command again to go on"
         )
 
-    def _content(self, answer: bytes) -> str:
+    def _content(self, answer: bytes) -> Reply:
         try:
-            content = json.loads(answer)["choices"][0]["message"]["content"]
+            choice = json.loads(answer)["choices"][0]
+            content, is_cut = choice["message"]["content"], choice.get("finish_reason") == "length"
         except (ValueError, KeyError, IndexError, TypeError) as error:
             raise ValueError(
                 f"{self.url} does not answer as chat completions do ({answer[:80]!r}): "
                 "check the URL"
             ) from error
         # A model may say nothing (None): that is a reply, and the benchmark finds it unreadable.
-        return "" if content is None else str(content)
+        return Reply("" if content is None else str(content), is_cut)
 
 
-def _entries(row: dict[str, Any], where: str) -> Iterator[tuple[_Place, str | None, str]]:
+def _entries(line: _Line, where: str) -> Iterator[tuple[_Place, str | None, _Recorded]]:
     """Yield place, hash of the prompt or None, and reply, of one line."""
-    line = read_record(_Line, row, where, fix="fix that line")
+
+    def recorded(text: str | None) -> _Recorded:
+        return _Recorded(Reply(text or "", line.cut), line.model, line.request, line.refused)
+
     if line.responses is not None:
-        for attempt, reply in enumerate(line.responses, start=line.attempt):
-            yield (line.question_id, line.run, attempt), line.prompt_sha256, reply or ""
+        for attempt, text in enumerate(line.responses, start=line.attempt):
+            yield (line.question_id, line.run, attempt), line.prompt_sha256, recorded(text)
     elif line.text is not None:
-        yield (line.question_id, 0, None), line.prompt_sha256, line.text
+        yield (line.question_id, 0, None), line.prompt_sha256, recorded(line.text)
     else:
-        raise ValueError(
-            f'{where} has neither "responses", a list of texts, nor "text": fix that line'
-        )
+        raise ValueError(f'{where} has neither "responses", a list of texts, nor "text": {_FIX}')
 
 
 def _digest(prompt: str) -> str:
     return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _describe_requests(used: list[_Recorded]) -> tuple[str, ...]:
+    """Return a sentence for each field that the user set, or that the server refused."""
+    sentences: dict[str, None] = {}
+    for recorded in used:
+        for name, value in recorded.request.items():
+            sentences[
+                f"{REQUEST_OPTION} set {name} to {json.dumps(value)} in the judge's request"
+            ] = None
+        for name, other in recorded.refused.items():
+            instead = f"{other} was sent instead" if other else "it was left out"
+            sentences[f"the judge's server refused {name}: {instead}"] = None
+    return tuple(sentences)

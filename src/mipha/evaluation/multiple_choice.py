@@ -12,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from mipha.evaluation.benchmark import Judge
+from mipha.evaluation.judge import explain_unread, strip_reasoning
 
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 """End of a LLaVA-1.5 prompt that asks for a letter."""
@@ -59,12 +60,17 @@ _PROMPT_CN = (
     "如果所有选项的意义都与答案显著不同，则输出 Z。"
     "你应该输出一个单个的大写字母，例如 A, B, C, D（如果它们是有效选项），或 Z。"
     "例 1:"
-    "问题: 图中最主要的物体是什么?\n选项: A. 泰迪熊 B. 兔子 C. 猫 D. 狗\n答案: 一只可爱的泰迪熊\n输出: A\n"
+    "问题: 图中最主要的物体是什么?\n选项: A. 泰迪熊 B. 兔子 C. 猫 D. 狗\n"
+    "答案: 一只可爱的泰迪熊\n输出: A\n"
     "例 2: \n"
     "问题: 图中最主要的物体是什么?\n选项: A. 泰迪熊 B. 兔子 C. 猫 D. 狗\n答案: 蜘蛛\n输出: Z\n"
     "例 3: \n"
     "问题: {question}?\n选项: {options}\n答案: {answer}\n输出: "
 )
+
+
+class UnreadError(ValueError):
+    """A judge was asked about an answer, and no reply could be read."""
 
 
 def list_options(choices: Sequence[str]) -> str:
@@ -98,19 +104,26 @@ def matching_prompt(question: str, choices: Mapping[str, str], answer: str) -> s
 
 def ask_for_option(
     question_id: str, question: str, choices: Mapping[str, str], answer: str, judge: Judge
-) -> str | None:
-    """Ask a judge which option an answer names.
+) -> str:
+    """Ask a judge which option an answer names; the part in which it thinks is not read.
 
     Returns:
-        A letter, or None if no reply names one. The official program then draws an option at
-        random; a score must not depend on that.
+        A letter.
+
+    Raises:
+        UnreadError: No reply names one. The official program then draws an option at random; a
+            score must not depend on that.
     """
     prompt = matching_prompt(question, choices, answer)
+    replies = []
     for attempt in range(JUDGE_TRIES):
         reply = judge.ask(question_id, prompt, attempt=attempt, max_tokens=JUDGE_MAX_TOKENS)
-        if letter := read_option(reply, choices):
+        if letter := read_option(strip_reasoning(reply), choices):
             return letter
-    return None
+        replies.append(reply)
+
+    judge.forget(question_id)
+    raise UnreadError(explain_unread("option", replies))
 
 
 def is_chinese(text: str) -> bool:

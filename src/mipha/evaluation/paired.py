@@ -102,6 +102,11 @@ def results_of(path: Path) -> dict[str, dict[str, Any]]:
         file.parent.name: read_json_object(file) for file in sorted(folder.glob("*/tally.json"))
     }
     if not found:
+        if not path.is_dir():
+            raise FileNotFoundError(
+                f"no file or folder {path}: give a run, a folder of results, or a file of "
+                "`mipha score --json`"
+            )
         raise FileNotFoundError(
             f"{path} has no scores: make them with `mipha evaluate {path} -b ...`"
         )

@@ -9,15 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mipha.comparison.statistics import Tally, Totals, intervals, tally, values
+from mipha.evaluation.answer_files import read_answers
 from mipha.evaluation.benchmark import Benchmark, Judge, Judgement, Plan, Question
-from mipha.evaluation.files import OfficialRecord, QuestionId, read_record
-from mipha.files import read_json_lines, read_json_object, write_whole
+from mipha.files import append_line, read_json_object, write_whole
+
+_FEWEST_ALIKE = 20
+"""So many answers that are the same text are worth a note."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +52,16 @@ class Result:
     Args:
         benchmark: Name of the benchmark.
         split: Name of its split.
-        blind: The model was shown grey in place of every image.
+        blind: The model was shown grey instead of every image.
         scores: Headline first; none for a split whose labels only a server has.
         num_questions: Questions in the split.
         n_asked: Questions that were asked; fewer than `num_questions` if a limit was set.
-        n_failed: Questions with an error in place of an answer; the scores leave them out.
-        complete: Every question of the split has an answer: only then compare with published
-            numbers.
+        n_failed: Questions without an answer, or whose answer could not be judged; the scores leave
+            them out.
+        n_empty: Answers without a visible character. They are scored as the benchmark says.
+        all_empty: There is no other answer; then the first note says so.
+        complete: Every question of the split has an answer and was judged: only then compare with
+            published numbers.
         baselines: Headline metric of answers without a model, on the same questions.
         prompts_sha256: Hash of all ids, prompts and images.
         checkpoint_sha256: Hash of the model that answered.
@@ -77,13 +84,8 @@ class Result:
     max_new_tokens: int
     protocol: str
     notes: tuple[str, ...] = ()
-
-
-class _Prediction(OfficialRecord):
-    """A line of a predictions file."""
-
-    question_id: QuestionId
-    text: str
+    n_empty: int = 0
+    all_empty: bool = False
 
 
 def score_predictions(
@@ -98,7 +100,8 @@ def score_predictions(
         judge: Grader, where the benchmark wants one.
 
     Raises:
-        ValueError: Not one of the questions was answered, or the benchmark needs a judge.
+        ValueError: Not one of the questions was answered, or not one answer could be judged, or the
+            benchmark needs a judge.
     """
     header = read_json_object(folder / "predictions.meta.json")
     benchmark, server = plan.benchmark, plan.benchmark.splits[plan.split].server
@@ -108,22 +111,27 @@ def score_predictions(
             f"none of the {len(plan.asked)} questions of {plan.name} was answered: "
             f"see {folder / 'errors.jsonl'}"
         )
-    complete = len(answered) == len(plan.questions)
+    all_answered = len(answered) == len(plan.questions)
+    num_empty, notes = _count_empty(answered, predictions)
 
     # Score here, or leave that to the server.
     scores: tuple[Score, ...] = ()
+    failed: Mapping[str, str] = {}
     if server is None:
         judgement = judge_answers(benchmark, answered, predictions, judge)
         scores, sums = grade(benchmark, judgement)
-        notes = judgement.notes
-        pairable = _make_pairable(benchmark, answered, sums)
+        notes, failed = (*notes, *judgement.notes), judgement.failed
+        judged = [question for question in answered if question.id not in failed]
+        pairable = _make_pairable(benchmark, judged, sums)
         write_whole(folder / "tally.json", json.dumps(pairable) + "\n")
+        for question_id, error in failed.items():
+            append_line(folder / "errors.jsonl", {"question_id": question_id, "error": error})
     else:
-        uploads = _write_uploads(benchmark, answered, predictions, folder) if complete else ()
+        uploads = _write_uploads(benchmark, answered, predictions, folder) if all_answered else ()
         note = f"no upload file for {server} until all are answered"
         if uploads:
             note = f"upload {' and '.join(map(str, uploads))} to {server}"
-        notes = (f"the labels of {plan.split} are not public: {note}",)
+        notes = (*notes, f"the labels of {plan.split} are not public: {note}")
 
     # Write the scores, and the upload of a benchmark that has labels and a leaderboard.
     result = Result(
@@ -133,8 +141,8 @@ def score_predictions(
         scores=scores,
         num_questions=len(plan.questions),
         n_asked=len(plan.asked),
-        n_failed=len(plan.asked) - len(answered),
-        complete=complete,
+        n_failed=len(plan.asked) - len(answered) + len(failed),
+        complete=all_answered and not failed,
         baselines={
             name: _measure_headline(benchmark, answered, answer(answered))
             for name, answer in benchmark.baselines.items()
@@ -144,13 +152,15 @@ def score_predictions(
         max_new_tokens=header["max_new_tokens"],
         protocol=benchmark.protocol,
         notes=notes,
+        n_empty=num_empty,
+        all_empty=num_empty == len(answered),
     )
     rows = [_describe_score(benchmark, score) for score in scores]
     content = json.dumps(
         asdict(result) | {"scores": rows}, indent=2, ensure_ascii=False, allow_nan=False
     )
     write_whole(folder / "scores.json", content + "\n")
-    if complete and server is None:
+    if all_answered and server is None:
         _write_uploads(benchmark, answered, predictions, folder)
     return result
 
@@ -163,24 +173,28 @@ def score_file(
     Args:
         benchmark: The benchmark.
         annotations: Official annotation file, or the folder with the official files.
-        predictions_file: A line `{"question_id": ..., "text": ...}` per question, in any order;
-            other keys are ignored.
+        predictions_file: A line `{"question_id": ..., "text": ...}` per question, in any order, or
+            another form that `answer_files` lists.
         judge: Grader, where the benchmark wants one.
 
     Returns:
         `headline` (unrounded), `metrics` (`group.member` as `{group: {member: ...}}`),
-        `per_question`; where the protocol has them `parsed`, `normalised`, `submission`; then
-        `unit`, `n`, `interval`, `protocol`, `notes`, `tally`. An undefined number is None.
+        `per_question`; where the protocol has them `parsed`, `normalised`, `submission`; where a
+        judge could not judge an answer `failed`, question id to the reason; then `unit`, `n`,
+        `n_empty`, `all_empty`, `interval`, `protocol`, `notes`, `tally`. An undefined number is
+        None.
 
     Raises:
         FileNotFoundError: A file is missing.
-        ValueError: A file is malformed, or the predictions do not answer exactly the questions.
+        ValueError: A file is malformed, the predictions do not answer exactly the questions, or not
+            one answer could be judged.
     """
     questions = benchmark.read_labels(annotations)
     if not questions:
         raise ValueError(f"{annotations} has no question: {benchmark.source}")
-    predictions = read_predictions_file(predictions_file, questions)
+    predictions = read_answers(predictions_file, benchmark, questions)
     questions = [question for question in questions if question.id in predictions]
+    num_empty, notes = _count_empty(questions, predictions)
     judgement = judge_answers(benchmark, questions, predictions, judge)
     (headline, *others), sums = grade(benchmark, judgement)
 
@@ -197,59 +211,26 @@ def score_file(
         "parsed": judgement.parsed,
         "normalised": judgement.normalised,
         "submission": judgement.submission,
+        "failed": judgement.failed,
     }
+    judged = [question for question in questions if question.id not in judgement.failed]
     return {
         "headline": headline.value,
         "metric": headline.metric,
         "unit": headline.unit,
         "n": headline.n,
+        "n_empty": num_empty,
+        "all_empty": num_empty == len(questions),
         "interval": [headline.low, headline.high],
         "metrics": metrics,
         "protocol": benchmark.protocol,
-        "notes": list(judgement.notes),
+        "notes": [*notes, *judgement.notes],
         "per_question": {
             question_id: _finite(value) for question_id, value in judgement.per_question.items()
         },
         **{name: reading for name, reading in readings.items() if reading},
-        "tally": _make_pairable(benchmark, questions, sums),
+        "tally": _make_pairable(benchmark, judged, sums),
     }
-
-
-def read_predictions_file(path: Path, questions: Sequence[Question]) -> dict[str, str]:
-    """Return question id to text, of exactly these questions.
-
-    Questions whose facts say `optional` may be missing.
-
-    Raises:
-        FileNotFoundError: No such file.
-        ValueError: A malformed line, an id twice, an unknown or a missing id: names file, line, id.
-    """
-    wanted = {question.id for question in questions}
-    lines: dict[str, int] = {}
-    predictions: dict[str, str] = {}
-    for number, row in read_json_lines(path):
-        where = f"{path} line {number}"
-        fix = 'write {"question_id": ..., "text": "..."}'
-        line = read_record(_Prediction, row, where, fix)
-        if line.question_id in lines:
-            raise ValueError(
-                f"{where}: question_id {line.question_id} is also on line "
-                f"{lines[line.question_id]}: keep one of the two"
-            )
-        if line.question_id not in wanted:
-            raise ValueError(
-                f"{where}: no question has the id {line.question_id} (ids look like "
-                f"{questions[0].id}): are these the annotations?"
-            )
-        lines[line.question_id], predictions[line.question_id] = number, line.text
-
-    required = [question.id for question in questions if not question.facts.get("optional")]
-    if missing := [question_id for question_id in required if question_id not in predictions]:
-        raise ValueError(
-            f"{path} lacks {len(missing)} of {len(required)} questions, such as "
-            f"{', '.join(missing[:3])}: predict those too"
-        )
-    return predictions
 
 
 def judge_answers(
@@ -258,14 +239,25 @@ def judge_answers(
     predictions: Mapping[str, str],
     judge: Judge | None,
 ) -> Judgement:
-    """Return the benchmark's judgement.
+    """Return the benchmark's judgement, with notes on the answers that failed and on the judge.
 
     Raises:
         ValueError: A judge for a benchmark that has no use for it.
     """
     if benchmark.judge is None and judge is not None:
         raise ValueError(f"{benchmark.name} is scored by rules alone: leave the judge out")
-    return benchmark.score(questions, predictions, judge)
+    judgement = benchmark.score(questions, predictions, judge)
+    if judge is None:
+        return judgement
+
+    notes = list(judgement.notes)
+    if judgement.failed:
+        question_id, error = next(iter(judgement.failed.items()))
+        notes.append(
+            f"{len(judgement.failed):,} of {len(questions):,} answers were not judged and are in "
+            f"no score, such as that to {question_id}: {error}"
+        )
+    return replace(judgement, notes=(*notes, *judge.notes))
 
 
 def grade(benchmark: Benchmark, judgement: Judgement) -> tuple[tuple[Score, ...], Tally]:
@@ -287,6 +279,34 @@ def grade(benchmark: Benchmark, judgement: Judgement) -> tuple[tuple[Score, ...]
     for name, value in judgement.extra.items():
         scores.append(Score(name, _finite(value), benchmark.metric(name).unit, num_all))
     return tuple(scores), sums
+
+
+def _count_empty(
+    questions: Sequence[Question], predictions: Mapping[str, str]
+) -> tuple[int, tuple[str, ...]]:
+    """Return the number of answers that say nothing, and a note on answers like a broken model's.
+
+    A model with weights that are not finite says nothing, or one token again and again.
+    """
+    texts = [predictions[question.id] for question in questions]
+    num = sum(not _says_something(text) for text in texts)
+    advice = (
+        "look for weights that are not finite, a wrong chat template or a wrong file of answers"
+    )
+
+    if num == len(texts):
+        note = f"all {num:,} answers are empty, so these numbers say nothing about the model"
+        return num, (f"{note}: {advice}",)
+    if num:
+        return num, (f"{num:,} of {len(texts):,} answers are empty and scored as such",)
+    if len(texts) >= _FEWEST_ALIKE and len(set(texts)) == 1:
+        return 0, (f"all {len(texts):,} answers are {texts[0][:60]!r}: {advice}",)
+    return 0, ()
+
+
+def _says_something(text: str) -> bool:
+    """Return whether a text has a visible character: no space, control or format character."""
+    return any(unicodedata.category(character)[0] not in "ZC" for character in text)
 
 
 def _count_questions(name: str, totals: Totals, num_all: int) -> int:

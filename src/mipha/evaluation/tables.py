@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from mipha.evaluation.benchmark import Plan, Question
+from mipha.evaluation.benchmark import Benchmark, Plan, Question
 from mipha.evaluation.paired import PairedRow
 from mipha.evaluation.score import Result
 
@@ -21,10 +21,16 @@ def print_results(results: Sequence[Result]) -> None:
     """Print every score with its interval, the baselines, and the notes."""
     console = Console()
     for result in results:
+        num_scored = result.n_asked - result.n_failed
+        notes = [f"{result.benchmark}: {note}" for note in result.notes]
+
+        # The note that all answers are empty comes before their numbers.
+        if result.all_empty:
+            _print_line(console, notes.pop(0), style="red")
         if result.scores:
             console.print(_score_table(result))
-        for note in result.notes:
-            console.print(f"{result.benchmark}: {note}", soft_wrap=True, highlight=False)
+        for note in notes:
+            _print_line(console, note)
 
         # Answers that are missing.
         if result.n_failed:
@@ -34,8 +40,7 @@ def print_results(results: Sequence[Result]) -> None:
                 style="red",
             )
         if not result.complete:
-            num_answered = result.n_asked - result.n_failed
-            console.print(f"not complete: {num_answered} of {result.num_questions} questions")
+            console.print(f"not complete: {num_scored} of {result.num_questions} questions")
 
 
 def print_plan(plans: Sequence[Plan], model: Path) -> None:
@@ -67,8 +72,15 @@ def print_plan(plans: Sequence[Plan], model: Path) -> None:
             )
 
 
-def print_scored(content: Mapping[str, Any]) -> None:
-    """Print what `mipha score` found."""
+def print_scored(benchmark: Benchmark, content: Mapping[str, Any]) -> None:
+    """Print what `mipha score` found, every metric with its unit."""
+    console = Console()
+    notes, failed = list(content["notes"]), content.get("failed", {})
+
+    # The note that all answers are empty comes before their numbers.
+    if content["all_empty"]:
+        _print_line(console, notes.pop(0), style="red")
+
     table = _table("", "metric", "value", "95 % interval")
     low, high = content["interval"]
     interval = "" if low is None else f"{low:.2f} to {high:.2f}"
@@ -78,16 +90,15 @@ def print_scored(content: Mapping[str, Any]) -> None:
     for name, value in content["metrics"].items():
         members = value.items() if isinstance(value, dict) else [("", value)]
         for member, number in members:
+            metric = f"{name}.{member}" if member else name
             if name != content["metric"]:
-                table.add_row(
-                    f"{name}.{member}" if member else name,
-                    "undefined" if number is None else f"{number:.2f}",
-                )
+                table.add_row(metric, _value(number, benchmark.metric(metric).unit))
 
-    console = Console()
     console.print(table)
-    for note in content["notes"]:
-        console.print(note, soft_wrap=True, highlight=False)
+    for note in notes:
+        _print_line(console, note)
+    if failed:
+        _print_line(console, f"not complete: {len(failed)} answers were not judged", style="red")
 
 
 def print_paired(rows: Sequence[PairedRow]) -> None:
@@ -115,6 +126,10 @@ def print_paired(rows: Sequence[PairedRow]) -> None:
         "p (Holm): headlines, adjusted for the number of benchmarks",
         style="dim",
     )
+
+
+def _print_line(console: Console, text: str, style: str = "") -> None:
+    console.print(text, style=style, soft_wrap=True, highlight=False, markup=False)
 
 
 def _score_table(result: Result) -> Table:

@@ -1,4 +1,4 @@
-"""A study's folder: its runs, and what of them is taken over in place of being trained again.
+"""A study's folder: its runs, and the runs and stages that it takes over from other studies.
 
 DIR/study.yaml              the study as it was asked for, and `asked.json`: at which scale
     runs/<variant>/seed-<k> a run folder each

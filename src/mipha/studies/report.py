@@ -66,6 +66,7 @@ def write_report(experiment: Experiment, out: Path) -> tuple[Path, Path]:
 def markdown(findings: Findings) -> str:
     """Return the report as Markdown, with `scores.png` beside it."""
     parts = [f"# {findings.experiment.study.title}\n\n{intro(findings)}\n"]
+
     if findings.judged:
         parts.append("## Takeaways\n")
     for judged in findings.judged:
@@ -73,6 +74,7 @@ def markdown(findings: Findings) -> str:
             f"**{judged.takeaway.claim}** ({judged.takeaway.source}): **{overall(judged)}**\n\n"
         )
         parts.append(_markdown_table(_comparison_rows(judged.comparisons, findings)) + "\n")
+
     parts.append(
         "## Scores\n\n" + _markdown_table(score_rows(findings)) + "\n![scores](scores.png)\n"
     )
@@ -153,6 +155,7 @@ def score_rows(findings: Findings) -> list[list[str]]:
         "variant",
         *(f"{name}, {metric.name} ({metric.unit})" for name, metric in findings.headline.items()),
     ]
+
     body = []
     for variant in findings.experiment.variants:
         found = findings.scores[variant.name].values()
@@ -175,6 +178,7 @@ def detail_rows(findings: Findings, benchmark: str) -> list[list[str]]:
         for variant in findings.experiment.variants
     }
     metrics = dict.fromkeys(metric for scores in found.values() for metric in scores)
+
     header = [TITLES.get(benchmark, benchmark), *found]
     return [
         header,
@@ -235,6 +239,8 @@ def _comparison_rows(
     for one in comparisons:
         found = one.found
         known = not math.isnan(found.p_value)
+
+        # A single run has neither an interval nor a p-value.
         interval = f"{found.low:+.1f} to {found.high:+.1f}" if known else "-"
         p_values = [f"{found.p_value:.3g}", f"{one.p_holm:.3g}"] if known else ["-", "-"]
         unit = findings.headline[one.benchmark].unit
@@ -256,6 +262,8 @@ def _panel(findings: Findings, out: Path) -> str:
     answers = {name: panel_answers(out / "runs" / name / "seed-0") for name in names}
     if not any(answers.values()):
         return ""
+
+    # One row per question, with every variant's answer.
     rows = []
     for number, asked in enumerate(asked_of(asked_of_all.panel, asked_of_all.evaluate)):
         said = (
@@ -264,14 +272,15 @@ def _panel(findings: Findings, out: Path) -> str:
         )
         kind = html.escape(asked.facts["kind"])
         question = f'{html.escape(asked.text)}<br><span class="grey">{kind}</span>'
-        rows.append("".join(f"<td>{cell}</td>" for cell in (_picture(asked), question, *said)))
-    header = "".join(f"<th>{html.escape(name)}</th>" for name in ("picture", "question", *names))
+        rows.append("".join(f"<td>{cell}</td>" for cell in (_image_tag(asked), question, *said)))
+
+    header = "".join(f"<th>{html.escape(name)}</th>" for name in ("image", "question", *names))
     table = "".join(f"<tr>{row}</tr>" for row in (header, *rows))
     title = '<h2>Answers side by side</h2><p class="grey">The first seed of each variant.</p>'
     return f'{title}<div class="wide"><table>{table}</table></div>'
 
 
-def _picture(asked: Question) -> str:
+def _image_tag(asked: Question) -> str:
     if asked.image is None:
         return ""
     content = asked.image if isinstance(asked.image, bytes) else Path(asked.image).read_bytes()

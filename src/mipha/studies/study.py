@@ -42,11 +42,11 @@ class Measured(Strict):
     """One benchmark that every variant is asked."""
 
     benchmark: str
-    data_root: Path | None = Field(None, description="its folder; null: the packaged copy")
+    data_root: Path | None = Field(None, description="its folder; None: the packaged copy")
     split: str | None = None
     limit: int | None = Field(None, ge=1, description="the first N questions only")
     metric: str | None = Field(
-        None, description="what the variants are compared by; null: the benchmark's first"
+        None, description="the metric that compares the variants; None: the benchmark's first"
     )
 
 
@@ -96,7 +96,7 @@ class PanelQuestion(Strict):
         description="a file, or `benchmark:N`: the image of question N, from 0, "
         "of a benchmark that is measured"
     )
-    question: str | None = Field(None, description="null: the benchmark's own")
+    question: str | None = Field(None, description="None: the benchmark's own")
     kind: str = Field(description="what it tests: counting, OCR, description ...")
 
 

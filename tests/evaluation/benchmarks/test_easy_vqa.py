@@ -47,7 +47,7 @@ def ask(*rows: tuple[str, str, int, str | None]) -> list[Question]:
 
 
 @packaged
-def test_every_official_question_is_asked_once_with_its_picture(official: list[Question]) -> None:
+def test_every_official_question_is_asked_once_with_its_image(official: list[Question]) -> None:
     assert len(official) == len({question.id for question in official}) == 9673
     assert Counter(question.facts["kind"] for question in official) == {
         "yes_no": 7136,
@@ -63,7 +63,10 @@ def test_every_official_question_is_asked_once_with_its_picture(official: list[Q
 
 @packaged
 def test_baselines_are_the_published_ones(official: list[Question]) -> None:
-    """Counted once from the published files: majority 37.3 %; question only 67.0 %, of it yes/no 82.5, shape 34.8, colour 12.0."""
+    """Counted once from the published files: majority 37.3 %, question only 67.0 %.
+
+    Of the latter, yes/no is 82.5 %, shape 34.8 % and colour 12.0 %.
+    """
     majority = by_name(score(official, majority_baseline(official)))
     assert round(majority["accuracy"].value, 1) == 37.3
     blind = by_name(score(official, question_only_baseline(official)))
@@ -100,7 +103,7 @@ def test_perfect_answers_score_100_everywhere_and_every_metric_is_given(
 
 
 @packaged
-def test_validation_asks_about_training_pictures_only() -> None:
+def test_validation_asks_about_training_images_only() -> None:
     validation = BENCHMARK.questions(split="validation")
     images = {question.image for question in validation}
     assert len(images) == 400 and all(
@@ -164,7 +167,7 @@ def test_interval_is_by_image_not_by_question() -> None:
     accuracy = score(asked, dict.fromkeys((question.id for question in asked), "yes"))[0]
     assert accuracy.low is not None and accuracy.high is not None and accuracy.value == 50
     assert accuracy.high - accuracy.low > 20, (
-        "1000 questions on 40 pictures are 40 observations; taken for 1000, the width would be 6"
+        "1000 questions on 40 images are 40 observations; taken for 1000, the width would be 6"
     )
 
 

@@ -1,4 +1,4 @@
-"""GQA: what the official scorer forgives and what not, its groups, and its chi-square, on six questions worked out by hand."""
+"""GQA on six questions worked out by hand: what the scorer forgives, its groups, its chi-square."""
 
 from __future__ import annotations
 
@@ -129,7 +129,8 @@ def test_numbers_by_hand(folder: Path) -> None:
         "semantic.attr": 100 * 2 / 3,
         "semantic.cat": 0,
         "semantic.obj": 100,
-        # Asking for a name, choosing a name and asking for existence are no steps; asking for a colour is one.
+        # To ask for a name, to choose a name and to ask for existence are no steps; to ask for a
+        # colour is one.
         "steps.1": 50,
         "steps.2": 75,
         "words.3": 100,
@@ -145,7 +146,10 @@ def test_numbers_by_hand(folder: Path) -> None:
 
 
 def test_distribution_by_hand(folder: Path) -> None:
-    """Colours: red 2 -> 1 gives 1/2, blue 1 -> 1 gives 0, green is not gold; times 3 answers. Animals: cat 1 -> 0 gives 1. Over 4."""
+    """Colours give 3 x 1/2: red 2 -> 1 is 1/2, blue 1 -> 1 is 0, and green is not gold.
+
+    Animals give 1: cat 1 -> 0. The sum is divided by the 4 answers.
+    """
     judgement = gqa.score(gqa.read_labels(folder), TEXTS)
     assert judgement.extra == pytest.approx({"distribution": (0.5 * 3 + 1 * 1) / 4 / 100})
     perfect = gqa.score(gqa.read_labels(folder), {row[0]: row[3] for row in ROWS})

@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from mipha.comparison.statistics import tally, values
-from mipha.evaluation.benchmark import Judgement, Question
+from mipha.evaluation.benchmark import Judgement, Question, Reply
 from mipha.evaluation.benchmarks import mmbench
 from tests.evaluation.official import BrokenLabel, Official, Upload, write_file
-from tests.evaluation.official import picture as official_picture
+from tests.evaluation.official import make_image as official_image
 
 COLUMNS = [
     "index",
@@ -35,14 +35,14 @@ COLUMNS = [
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 
 
-def picture(colour: str) -> bytes:
+def make_image(colour: str) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (2, 2), colour).save(file, "png")
     return file.getvalue()
 
 
-RED = base64.b64encode(picture("red")).decode()
-BLUE = base64.b64encode(picture("blue")).decode()
+RED = base64.b64encode(make_image("red")).decode()
+BLUE = base64.b64encode(make_image("blue")).decode()
 
 
 def row(index: int, *choices: str, answer: str = "A", **cells: str) -> dict[str, str]:
@@ -94,11 +94,13 @@ class Judge:
     """Gives the replies it was handed for each row, in order, and remembers what it was asked."""
 
     num_runs = None
+    notes = ()
 
     def __init__(self, **replies: Sequence[str]) -> None:
         self.replies = {name.lstrip("_"): list(texts) for name, texts in replies.items()}
         self.asked: list[str] = []
         self.prompts: list[str] = []
+        self.forgotten: list[tuple[str, int]] = []
 
     def ask(
         self,
@@ -109,11 +111,14 @@ class Judge:
         attempt: int = 0,
         temperature: float = 0.0,
         max_tokens: int = 16,
-    ) -> str:
+    ) -> Reply:
         assert (run, temperature) == (0, 0.0) and attempt == self.asked.count(question_id)
         self.asked.append(question_id)
         self.prompts.append(prompt)
-        return self.replies[question_id].pop(0)
+        return Reply(self.replies[question_id].pop(0))
+
+    def forget(self, question_id: str, run: int = 0) -> None:
+        self.forgotten.append((question_id, run))
 
 
 @pytest.mark.parametrize(
@@ -148,7 +153,7 @@ def test_the_prompt_ends_where_the_official_one_does_and_the_scorer_knows_every_
 
 
 def test_circular_eval(tmp_path: Path) -> None:
-    """Right four times, wrong once, wrong although another is unreadable, unreadable once, and right on two of two."""
+    """Right four times, wrong once, wrong beside one unreadable, unreadable once, right twice."""
     lr, ar = (
         {"l2-category": "logic_reasoning", "category": "x"},
         {"l2-category": "attribute_reasoning", "category": "y"},
@@ -178,7 +183,8 @@ def test_circular_eval(tmp_path: Path) -> None:
         "1000005": "A",
     }
     judgement = mmbench.BENCHMARK.score(asked, answers)
-    # Rotated once, the first option is the last: gold letters go A D C B for four options, A B and B A for two.
+    # Rotated once, the first option is the last: gold letters go A D C B for four options, A B and
+    # B A for two.
     assert judgement.per_question == {"1": 1, "2": 0, "3": 0, "4": 0, "5": 1}
     assert judgement.parsed == {
         **{"1": "A", "1000001": "D", "2000001": "C", "3000001": "B", "2": "B", "1000002": "B"},
@@ -197,7 +203,8 @@ def test_circular_eval(tmp_path: Path) -> None:
     )
     assert judgement.submission == answers
     assert judgement.notes == (
-        "scored by rules, without a judge (exact_matching): 2 of 12 answers name no option and count as wrong",
+        "scored by rules, without a judge (exact_matching): 2 of 12 answers name no option and "
+        "count as wrong",
     )
 
 
@@ -218,13 +225,13 @@ def test_the_judge_reads_only_what_decides(tmp_path: Path) -> None:
         *rotations(
             3, "red", "blue", "grey"
         ),  # the first is matched wrongly: the rest is not asked about
-        *rotations(4, "red", "blue"),  # no reply says anything: not guessed
+        *rotations(4, "red", "blue"),  # no reply can be read: in no score
         *rotations(5, "red", "blue"),  # like none of the options
     )
     answers = dict.fromkeys((question.id for question in asked), "crimson")
     answers |= {"1000002": "A", "1000004": "B", "1000005": "B"}
     judge = Judge(
-        _1=["hm", "Sure: A"],
+        _1=["hm", "<think>B or C? B</think>Sure: A"],
         _1000001=["It is like red"],
         _3=["C"],
         _4=["hm", "A or B", ""],
@@ -232,11 +239,16 @@ def test_the_judge_reads_only_what_decides(tmp_path: Path) -> None:
     )
     judgement = mmbench.BENCHMARK.score(asked, answers, judge)
     assert judge.asked == ["1", "1", "1000001", "3", "4", "4", "4", "5"]
+    assert judge.forgotten == [("4", 0)]
     assert measured(judgement) == {
-        "accuracy": 20,
-        "vanilla": 20,
-        "unreadable": 4,
-    }  # 2; 1000003 and 2000003; 4
+        "accuracy": 25,
+        "vanilla": 25,
+        "unreadable": 3,
+    }  # 2; 1000003 and 2000003
+    assert "4" not in judgement.per_question and judgement.failed == {
+        "4": "no option can be read in 3 replies of the judge, the first being 'hm': use a judge "
+        "that follows the prompt, or change its request with --judge-request"
+    }
     parsed = judgement.parsed or {}
     assert [parsed[key] for key in ("1", "1000001", "2", "3", "1000003", "4", "5")] == [
         "A",
@@ -248,13 +260,33 @@ def test_the_judge_reads_only_what_decides(tmp_path: Path) -> None:
         "Z",
     ]
     assert judgement.notes == (
-        "the judge was asked about 5 of 11 answers: those that the rules cannot read, where they decide",
-        "1 of them the judge did not read either: they count as wrong, where the official program guesses",
+        "the judge was asked about 5 of 11 answers: those that the rules cannot read, where they "
+        "decide",
     )
     options = "There are several options: \nA. red\nB. blue\n"
     assert judge.prompts[0].endswith(
         f"Example 3: \nQuestion: Which??\nOptions: {options}\nAnswer: crimson\nYour output: "
     )
+
+
+def test_a_judge_that_reads_nothing_is_a_fault_of_the_judge(tmp_path: Path) -> None:
+    asked = labelled(
+        tmp_path, *(line for n in range(1, 26) for line in rotations(n, "red", "blue"))
+    )
+    answers = dict.fromkeys((question.id for question in asked), "crimson")
+
+    class Silent(Judge):
+        def ask(self, question_id: str, prompt: str, **_: object) -> Reply:
+            self.asked.append(question_id)
+            return Reply("<think> the first")
+
+    judge = Silent()
+    with pytest.raises(ValueError, match=r"^the first 20 answers fail: .*give it more with"):
+        mmbench.BENCHMARK.score(asked, answers, judge)
+    assert len(judge.asked) == 20 * 3
+    few = [question for question in asked if question.facts["group"] < 4]
+    with pytest.raises(ValueError, match=r"^no question has a score: no option can be read in 3"):
+        mmbench.BENCHMARK.score(few, answers, Silent())
 
 
 def test_both_layouts_give_one_decoded_image_to_all_its_rows(tmp_path: Path) -> None:
@@ -263,9 +295,9 @@ def test_both_layouts_give_one_decoded_image_to_all_its_rows(tmp_path: Path) -> 
     for number, rows in enumerate((repeated, referring)):
         path = write(tmp_path / f"{number}.tsv", rows)
         by_id = {question.id: question for question in mmbench.BENCHMARK.questions(path, "dev")}
-        assert by_id["7"].image == picture("blue")
+        assert by_id["7"].image == make_image("blue")
         assert (
-            by_id["1"].image == picture("red")
+            by_id["1"].image == make_image("red")
             and by_id["1"].image is by_id["1000001"].image is by_id["2"].image
         )
         same = {
@@ -394,7 +426,7 @@ def test_signs_of_another_file_are_told(tmp_path: Path) -> None:
 
 
 def write_table(
-    path: Path, split: str, questions: Sequence[tuple[Any, ...]], repeat_pictures: bool
+    path: Path, split: str, questions: Sequence[tuple[Any, ...]], repeat_images: bool
 ) -> None:
     columns = list(COLUMNS)
     if split == "test":
@@ -403,7 +435,7 @@ def write_table(
     writer = csv.DictWriter(file, columns, delimiter="\t", extrasaction="ignore", restval="")
     writer.writeheader()
     for index, question, hint, choices, answer, ability in questions:
-        cell = base64.b64encode(official_picture(f"{path.name} {index}")).decode()
+        cell = base64.b64encode(official_image(f"{path.name} {index}")).decode()
         for turn in range(len(choices)):
             turned = dict(zip("ABCD", choices[turn:] + choices[:turn], strict=False))
             label = next(
@@ -419,7 +451,7 @@ def write_table(
                 "answer": label,
                 "category": "x",
             }
-            image = cell if repeat_pictures or not turn else str(index)
+            image = cell if repeat_images or not turn else str(index)
             writer.writerow(
                 row | {"image": image, "source": "s", "l2-category": ability, "split": split}
             )
@@ -433,10 +465,8 @@ def write_official(folder: Path) -> None:
         (9, "Which colour?", "", ("red", "blue"), "B", "coarse_perception"),
     ]
     for split in ("dev", "test"):
-        # Files of 2023 repeat a question's picture in every rotation.
-        write_table(
-            folder / f"mmbench_{split}_20230712.tsv", split, questions, repeat_pictures=True
-        )
+        # Files of 2023 repeat a question's image in every rotation.
+        write_table(folder / f"mmbench_{split}_20230712.tsv", split, questions, repeat_images=True)
 
 
 GOLD = {

@@ -1,4 +1,4 @@
-"""MMBench in Chinese: what differs from the English one (see test_mmbench.py for all that they share)."""
+"""MMBench in Chinese: the differences from English (test_mmbench.py has all that they share)."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def write_official(folder: Path) -> None:
     ]
     for split in ("dev", "test"):
         write_table(
-            folder / f"mmbench_{split}_cn_20231003.tsv", split, questions, repeat_pictures=False
+            folder / f"mmbench_{split}_cn_20231003.tsv", split, questions, repeat_images=False
         )
 
 

@@ -1,4 +1,4 @@
-"""MME: the first four characters, pairs of questions, subtasks that are there, and both layouts of the files."""
+"""MME: the first four characters, pairs of questions, subtasks that are there, both layouts."""
 
 from __future__ import annotations
 
@@ -125,7 +125,8 @@ def test_numbers_by_hand(folder: Path) -> None:
 def test_sums_are_over_the_subtasks_that_are_there_and_say_so(folder: Path) -> None:
     perception, cognition = judge(folder).notes
     assert perception.startswith(
-        "perception is the sum of 3 of 10 subtasks, without count, position, posters, celebrity, scene,"
+        "perception is the sum of 3 of 10 subtasks, without count, position, posters, celebrity, "
+        "scene,"
     )
     assert cognition.startswith(
         "cognition is the sum of 1 of 4 subtasks, without commonsense_reasoning,"
@@ -178,8 +179,8 @@ def test_clusters_are_images_shared_by_the_subtasks_of_coco(folder: Path) -> Non
 def test_questions_are_those_of_the_protocol(folder: Path) -> None:
     asked = mme.BENCHMARK.questions(folder, "test")
     assert [question.id for question in asked] == [
-        "existence/0", "existence/1", "existence/2", "existence/3", "color/0", "color/1", "OCR/0", "OCR/1",
-        "code_reasoning/0", "code_reasoning/1",
+        "existence/0", "existence/1", "existence/2", "existence/3", "color/0", "color/1", "OCR/0",
+        "OCR/1", "code_reasoning/0", "code_reasoning/1",
     ]  # fmt: skip
     assert asked[0].text == "Is there a cat?" + SHORT and asked[1].text == "Is there a dog?" + SHORT
     assert [asked[i].image for i in (3, 6)] == [

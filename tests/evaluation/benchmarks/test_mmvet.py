@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import pytest
 from PIL import Image
 
 from mipha.comparison.statistics import tally, values
-from mipha.evaluation.benchmark import Question
+from mipha.evaluation.benchmark import Question, Reply
 from mipha.evaluation.benchmarks import mmvet
 from mipha.evaluation.benchmarks.mmvet import grading_prompt, read_grade
 from mipha.evaluation.judge import Replay
@@ -73,10 +72,13 @@ def recorded(tmp_path: Path, *runs: Sequence[Sequence[str]]) -> Replay:
 class Judge:
     """Gives one reply to everything, and remembers how it was asked."""
 
+    notes = ()
+
     def __init__(self, reply: str, num_runs: int | None) -> None:
         self.reply, self.num_runs = reply, num_runs
         self.asked: list[tuple[str, int, int, float, int]] = []
         self.prompts: list[str] = []
+        self.forgotten: list[tuple[str, int]] = []
 
     def ask(
         self,
@@ -87,10 +89,13 @@ class Judge:
         attempt: int = 0,
         temperature: float = 0.0,
         max_tokens: int = 16,
-    ) -> str:
+    ) -> Reply:
         self.asked.append((question_id, run, attempt, temperature, max_tokens))
         self.prompts.append(prompt)
-        return self.reply
+        return Reply(self.reply)
+
+    def forget(self, question_id: str, run: int = 0) -> None:
+        self.forgotten.append((question_id, run))
 
 
 def test_the_grading_prompt_is_the_official_one() -> None:
@@ -123,18 +128,60 @@ def test_the_grading_prompt_is_the_official_one() -> None:
         *(
             ("0.5 because", 0.5),
             ("0.5 / 1", 0.5),
-            (" 0.8", None),
-            ("0.5/1", None),
+            ("0.5 / 1", 0.5),
+            ("1. The prediction", 1.0),
             ("1.1", None),
             ("-0.1", None),
             ("inf", None),
+            ("nan", None),
         ),
-        *(("", None), ("half", None), ("0,5", None), ("0.5.", None)),
+        *(("", None), ("half", None), ("0,5", None), ("5%", None), ("50 %", None)),
     ],
 )
-def test_reading_a_grade(reply: str, grade: float | None) -> None:
-    assert read_grade(reply) == grade
-    assert math.isnan(read_grade("nan") or 0.0)  # slips through, as officially
+def test_reading_a_grade_as_officially(reply: str, grade: float | None) -> None:
+    assert read_grade(Reply(reply)) == grade
+
+
+@pytest.mark.parametrize(
+    ("reply", "grade"),
+    [
+        # White space and marks before the number, and anything behind it but another number.
+        *((" 0.8", 0.8), ("**1.0**", 1.0), ("1.0\n\nBecause it is red.", 1.0), ("0.5.", 0.5)),
+        *(("0.5/1", 0.5), ("0.5/1.0", 0.5), ("`0.5`", 0.5), ("\n\n 1\n", 1.0), ("0.4, since", 0.4)),
+        *(("7/10", None), ("1/10", None), ("1/100", None), ("0.5%", None), (" 0,5", None)),
+        *(("0.4-0.6", None), (" 0.4 to 0.6", None), ("1) it is red", None), ("1st", None)),
+        *((" 1.5", None), ("1.0.0", None), ("0.5e", None)),
+        # The number after a name, if there is one.
+        *(("Score: 1.0", 1.0), ("**Score:** 0.5", 0.5), ("Grade = .5", 0.5), ("score is 0", 0.0)),
+        *(('{"score": 0.5, "why": "2 of 3"}', 0.5), ("I get \\boxed{0.7}.", 0.7)),
+        ("It lacks -5.\n\nFinal score: 0.5", 0.5),
+        ("The correctness score of the prediction would be 0.3.", 0.3),
+        ("Correctness of the answer (digit): 0.6", 0.6),
+        ("Score: 0.5, or rather, score: 0.5", 0.5),
+        *(("Score: 0.5, or rather, score: 0.6", None), ("Score 0 to 1: 0.5", None)),
+        *(("Score: 30", None), ("Score: -0.5", None), ("The answer is 1 dog", None)),
+        *(("a score between 0 and 1", None), ("Score: 1/10", None), ("underscore: 1", None)),
+        # The part in which a judge thinks.
+        *(("<think>\n0.1 at first</think>\n\n0.5", 0.5), ("0.1, no</think> 0.5 it is", 0.5)),
+        *(("<think>\nOkay,", None), ("<think>score: 1.0", None), ("<think>1</think>", None)),
+    ],
+)
+def test_reading_a_grade_that_the_official_rule_does_not_read(
+    reply: str, grade: float | None
+) -> None:
+    assert read_grade(Reply(reply)) == grade
+
+
+@pytest.mark.parametrize(
+    ("reply", "grade"),
+    [
+        *(("0.5", 0.5), ("0", 0.0)),  # officially a grade has three tokens and is always cut
+        *(("Score: 0", None), ("**0.", None), (" 0.5", None), ("Score: 1.0 **", None)),
+        *((" 0.5\n\nThe answer", 0.5), ("Score: 0.5, be", 0.5)),
+    ],
+)
+def test_a_number_at_the_end_of_a_cut_reply_is_no_grade(reply: str, grade: float | None) -> None:
+    assert read_grade(Reply(reply, is_cut=True)) == grade
 
 
 def test_averages(tmp_path: Path) -> None:
@@ -144,40 +191,46 @@ def test_averages(tmp_path: Path) -> None:
         [["0.7"], ["hm", "x", "1.0 yes"], ["0.2"], [*"abcde", "0.9"]],
     )
     judgement = mmvet.score(labelled(tmp_path), ANSWERS, replay)
-    # Grades: 0.5 1.0 0.0 0.1, then 0.7 1.0 0.2 0.0: five unreadable replies are a 0, whatever the sixth would be.
-    means = {"v1_0": 0.6, "v1_1": 1.0, "v1_2": 0.1, "v1_3": 0.05}
+    # Grades: 0.5 1.0 0.0, then 0.7 1.0 0.2. Five unreadable replies are a fault of the judge,
+    # whatever the sixth would be, so v1_3 counts in neither run.
+    means = {"v1_0": 0.6, "v1_1": 1.0, "v1_2": 0.1}
     assert judgement.per_question == pytest.approx(means)
     measured = values(tally(judgement.contributions), mmvet.measure)
     assert next(iter(measured)) == "total"
     assert measured == pytest.approx(
         {
-            **{"total": 43.75, "rec": 115 / 3, "ocr": 60, "know": 52.5, "gen": 52.5, "math": 60},
+            **{"total": 170 / 3, "rec": 55, "ocr": 60, "know": 100, "gen": 100, "math": 60},
             **{
-                "capability_set.gen_know_rec": 52.5,
+                "capability_set.gen_know_rec": 100,
                 "capability_set.math_ocr": 60,
                 "capability_set.rec": 10,
             },
         }
     )
-    # Totals of the runs are 1.6 / 4 and 1.9 / 4.
-    assert judgement.extra == pytest.approx({"std": 3.75, "runs.0": 40, "runs.1": 47.5})
+    # Totals of the runs are 1.5 / 3 and 1.9 / 3.
+    assert judgement.extra == pytest.approx({"std": 20 / 3, "runs.0": 50, "runs.1": 190 / 3})
     assert [cluster for cluster, _ in judgement.contributions] == [
         "a.png",
         "a.png",
-        "b.png",
         "b.png",
     ]
     assert judgement.submission == ANSWERS
     assert judgement.notes == (
         "graded by the judge in 2 runs; the published numbers are grades of gpt-4-0613",
-        "1 of 8 gradings had no readable grade in 5 tries and count as 0, as officially",
+    )
+    assert list(judgement.failed) == ["v1_3"]
+    assert judgement.failed["v1_3"].startswith(
+        "no grade can be read in 5 replies of the judge, the first being 'a': use a judge that"
     )
 
 
 def test_an_unreadable_grade_is_asked_for_again_as_officially(tmp_path: Path) -> None:
-    judge = Judge("I think", num_runs=1)
-    assert set(mmvet.score(labelled(tmp_path), ANSWERS, judge).per_question.values()) == {0.0}
-    # Temperature 0 for the first repetition as well, then half a degree more each.
+    judge = Judge("I think", num_runs=2)
+    with pytest.raises(ValueError, match=r"no answer has a grade: .* the first being 'I think'"):
+        mmvet.score(labelled(tmp_path), ANSWERS, judge)
+    assert judge.forgotten == [(name, 0) for name in RECORDS]
+    # Temperature 0 for the first repetition as well, then half a degree more each. A question that
+    # has no grade in one run is not asked about in the next.
     tries = [(0, 0.0), (1, 0.0), (2, 0.5), (3, 1.0), (4, 1.5)]
     assert judge.asked == [
         (name, 0, attempt, temperature, 3) for name in RECORDS for attempt, temperature in tries
@@ -186,6 +239,28 @@ def test_an_unreadable_grade_is_asked_for_again_as_officially(tmp_path: Path) ->
     assert (
         judge.prompts[1:5]
         == [judge.prompts[0] + "\nPredict the correctness of the answer (digit): "] * 4
+    )
+
+
+@pytest.mark.parametrize("reply", ["<think>\nOkay,", ""])
+def test_a_judge_that_says_nothing_is_stopped_with_advice(reply: str, tmp_path: Path) -> None:
+    records = {f"v1_{number}": RECORDS["v1_1"] for number in range(4, 40)}
+    asked = labelled(tmp_path, **records)
+    judge = Judge(reply, num_runs=None)
+    with pytest.raises(
+        ValueError, match=r"^20 answers in a row have no grade.*--judge-request max_tokens=4096"
+    ):
+        mmvet.score(asked, {question.id: "red" for question in asked}, judge)
+    assert len(judge.asked) == 20 * 5
+
+
+def test_grades_that_the_official_rule_does_not_read_are_counted(tmp_path: Path) -> None:
+    replay = recorded(tmp_path, [["Score: 0.5"], ["1.0"], ["<think>no</think>0.0"], ["0.1"]])
+    judgement = mmvet.score(labelled(tmp_path), ANSWERS, replay)
+    assert judgement.per_question == {"v1_0": 0.5, "v1_1": 1.0, "v1_2": 0.0, "v1_3": 0.1}
+    assert judgement.failed == {} and judgement.notes[1] == (
+        "2 of 4 grades do not begin the judge's reply and were read all the same; "
+        "the official program would have asked again"
     )
 
 

@@ -92,7 +92,8 @@ def test_which_answer_is_read(text: str, answer: str) -> None:
 def test_numbers_by_hand(folder: Path) -> None:
     judgement = pope.score(pope.read_labels(folder), TEXTS)
     assert judgement.per_question == {
-        "1": 1, "2": 0, "3": 0, "4": 1, "10000001": 1, "10000002": 1, "10000005": 1, "20000001": 1, "20000002": 0,
+        "1": 1, "2": 0, "3": 0, "4": 1, "10000001": 1, "10000002": 1, "10000005": 1,
+        "20000001": 1, "20000002": 0,
     }  # fmt: skip
     assert judgement.parsed is not None
     assert [judgement.parsed[name] for name in ("2", "3", "4", "10000002", "20000002")] == [
@@ -119,7 +120,7 @@ def test_numbers_by_hand(folder: Path) -> None:
 
 
 def test_a_division_by_zero_is_undefined_not_zero(folder: Path) -> None:
-    """Without a single yes in adversarial there is no precision; with no yes that is right, no F1: the official script stops there."""
+    """No yes in adversarial, no precision; no right yes, no F1: the official script stops there."""
     found = numbers(folder, TEXTS | {"1": "no", "2": "no", "3": "no", "4": "no"})
     assert {
         name: str(found[name]) for name in ("f1", "adversarial.f1", "adversarial.precision")

@@ -1,4 +1,4 @@
-"""ScienceQA: which texts are read as which letter, and which questions the paper's number is over."""
+"""ScienceQA: which texts are read as which letter, and which questions the paper's number has."""
 
 from __future__ import annotations
 

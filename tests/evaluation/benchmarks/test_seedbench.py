@@ -1,4 +1,4 @@
-"""SEED-Bench: the letter and nothing but the letter; images in the headline, videos beside it where they were answered."""
+"""SEED-Bench: nothing but the letter counts; images are the headline, answered videos beside it."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_numbers_by_hand(folder: Path) -> None:
         "total": 75,
         "type.Action Recognition": 100,
         "type.Instances Counting": 100,
-        "type.Scene Understanding": 0,  # LLaVA's script stops with a KeyError at a type without one right answer
+        "type.Scene Understanding": 0,  # LLaVA's script stops here: no right answer
     }
     assert found == pytest.approx(expected) and list(found) == list(expected)
 
@@ -106,7 +106,8 @@ def test_questions_are_about_images_only_and_those_of_the_protocol(folder: Path)
     asked = seedbench.BENCHMARK.questions(folder, "image")
     assert [question.id for question in asked] == ["101669", "104933", "89257"]
     assert asked[0].text == (
-        "How many towels?\nA. One\nB. Two\nC. Three\nD. Four\nAnswer with the option's letter from the given choices directly."
+        "How many towels?\nA. One\nB. Two\nC. Three\nD. Four\n"
+        "Answer with the option's letter from the given choices directly."
     )
     assert asked[2].image == folder / "SEED-Bench-image" / "90_1"
     assert seedbench.read_labels(folder / "SEED-Bench.json")[3].text == "How many towels?"

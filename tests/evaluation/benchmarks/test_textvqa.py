@@ -1,4 +1,4 @@
-"""TextVQA on official-format files: m4c on both sides, the OCR line from either file, and files that are wrong."""
+"""TextVQA on official-format files: m4c on both sides, either OCR file, files that are wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""VizWiz on official-format files: which side is normalised how, LLaVA's capitals, the upload, and files that are wrong."""
+"""VizWiz on official-format files: normalisation, LLaVA's capitals, the upload, wrong files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from mipha.comparison.statistics import tally
 from mipha.evaluation.benchmarks import vizwiz
 from tests.evaluation.official import BrokenLabel, Official, Upload, write_file, write_images
 
-HINT = "\nWhen the provided information is insufficient, respond with 'Unanswerable'.\nAnswer the question using a single word or phrase."
+HINT = (
+    "\nWhen the provided information is insufficient, respond with 'Unanswerable'."
+    "\nAnswer the question using a single word or phrase."
+)
 
 
 def _record(

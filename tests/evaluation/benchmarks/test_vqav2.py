@@ -1,4 +1,4 @@
-"""VQAv2 on official-format files: the two passes, the ten-equal-answers rule, the upload, and files that are wrong."""
+"""VQAv2 on official-format files: two passes, the ten-equal-answers rule, upload, wrong files."""
 
 from __future__ import annotations
 
@@ -153,7 +153,8 @@ def test_people_with_one_answer_id_leave_one_another_out(tmp_path: Path) -> None
     questions = vqav2.read_labels(_write(tmp_path / "a.json", "annotations", [record]))
     assert vqav2.score(questions, {"1000": "x"}).per_question["1000"] == pytest.approx(0.1)
     assert vqav2.BENCHMARK.doubts(questions, "val") == [
-        "1 questions have people without an answer_id of their own, whom the scorer mixes up: get the official file"
+        "1 questions have people without an answer_id of their own, whom the scorer mixes up: get "
+        "the official file"
     ]
 
 
@@ -229,7 +230,8 @@ def test_test_asks_everything(tmp_path: Path) -> None:
     (content,) = vqav2.BENCHMARK.submission(questions, {"5000": "a cat"}).values()
     assert json.loads(content) == [{"question_id": 5000, "answer": "cat"}]
     assert vqav2.BENCHMARK.doubts(questions, "test") == [
-        "the file's data_subtype is test-dev2015, that of split test is test2015: use the files of test2015"
+        "the file's data_subtype is test-dev2015, that of split test is test2015: use the files "
+        "of test2015"
     ]
 
 

@@ -30,9 +30,11 @@ from mipha.evaluation.files import (
     read_table,
     write_spreadsheet,
 )
+from mipha.evaluation.judge import MOST_UNREAD_IN_A_ROW
 from mipha.evaluation.multiple_choice import (
     LETTER,
     LETTERS,
+    UnreadError,
     ask_for_option,
     is_chinese,
     list_options,
@@ -176,6 +178,7 @@ def make_benchmark(edition: Edition) -> Benchmark:
         measure=measure,
         submission=make_upload,
         doubts=find_doubts,
+        id_advice="MMBench's ids are the indices of the rows, rotations included",
         judge="optional",
     )
 
@@ -245,20 +248,23 @@ def score(
     Args:
         questions: Rows; rotations of one question share `facts["group"]`.
         predictions: Row to answer, verbatim.
-        judge: Reads what the rules cannot; None: such answers are wrong.
+        judge: Reads what the rules cannot; None: such answers are wrong. A question with an answer
+            that it cannot read either fails.
 
     Returns:
         Per question, under the index of its unrotated row, 1 if all of its rotations are right;
         `parsed` is given for every row.
 
     Raises:
-        ValueError: The judge has no reply.
+        ValueError: The judge has no recorded reply, or its replies cannot be read, one after the
+            other.
     """
     parsed = {
         question.id: read_option(predictions[question.id], question.facts["choices"])
         for question in questions
     }
     asked: list[str] = []
+    failed: dict[str, str] = {}
     contributions = []
     per_question = {}
     num_short = 0
@@ -269,7 +275,13 @@ def score(
             continue
         num_short += len(rows) < len(original.facts["choices"])
         if judge is not None and all(parsed[row.id] in (None, row.facts["answer"]) for row in rows):
-            asked += _ask_judge(rows, predictions, parsed, judge)
+            try:
+                _ask_judge(rows, predictions, parsed, judge, asked)
+            except UnreadError as error:
+                failed[asked[-1]] = str(error)
+                if len(failed) == len(asked) == MOST_UNREAD_IN_A_ROW:
+                    raise ValueError(f"the first {len(asked)} answers fail: {error}") from error
+                continue
 
         # One contribution per question: right if every rotation is.
         right = float(all(parsed[row.id] == row.facts["answer"] for row in rows))
@@ -283,6 +295,8 @@ def score(
             if original.facts[kind]:
                 amounts[f"{kind}.{original.facts[kind]}"] = right
         contributions.append((original.facts["image"], amounts))
+    if failed and not contributions:
+        raise ValueError(f"no question has a score: {next(iter(failed.values()))}")
 
     return Judgement(
         per_question=per_question,
@@ -292,6 +306,7 @@ def score(
             question.id: cell_text(predictions[question.id], f"prediction of row {question.id}")
             for question in questions
         },
+        failed=failed,
         notes=(*_judge_notes(judge, parsed, asked), *_rotation_notes(num_short)),
     )
 
@@ -409,38 +424,36 @@ def _ask_judge(
     predictions: Mapping[str, str],
     parsed: dict[str, str | None],
     judge: Judge,
-) -> list[str]:
-    """Let the judge read unreadable rows into `parsed` until one is wrong; return their ids."""
-    asked = []
+    asked: list[str],
+) -> None:
+    """Let the judge read unreadable rows into `parsed` until one is wrong.
+
+    The ids of rows that the judge is asked about are appended to `asked`.
+
+    Raises:
+        UnreadError: The judge could not read the answer of the last of them.
+    """
     for row in [row for row in rows if parsed[row.id] is None]:
         asked.append(row.id)
         question, choices = row.facts["question"], row.facts["choices"]
         parsed[row.id] = ask_for_option(row.id, question, choices, predictions[row.id], judge)
         if parsed[row.id] != row.facts["answer"]:
             break
-    return asked
 
 
 def _judge_notes(
     judge: Judge | None, parsed: Mapping[str, str | None], asked: Sequence[str]
 ) -> list[str]:
-    num_unread = list(parsed.values()).count(None)
     if judge is None:
+        num_unread = list(parsed.values()).count(None)
         return [
             f"scored by rules, without a judge (exact_matching): {num_unread:,} of {len(parsed):,} "
             "answers name no option and count as wrong"
         ]
-
-    notes = [
+    return [
         f"the judge was asked about {len(asked):,} of {len(parsed):,} answers: "
         "those that the rules cannot read, where they decide"
     ]
-    if num_failed := sum(parsed[question_id] is None for question_id in asked):
-        notes.append(
-            f"{num_failed:,} of them the judge did not read either: they count as wrong, "
-            "where the official program guesses"
-        )
-    return notes
 
 
 def _rotation_notes(num_short: int) -> list[str]:

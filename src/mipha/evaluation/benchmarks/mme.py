@@ -83,11 +83,8 @@ def read(root: Path, split: str) -> list[Question]:
         Questions whose facts are `answer` (yes or no), `subtask`, `pair` (of questions on one
         image) and `image` (the cluster).
     """
-    # The suffix goes with all white space before it: some questions have two spaces there, and
-    # LLaVA's prompts have none.
     return [
-        _question(line, line.question.removesuffix(_ASK).rstrip() + SHORT, _image(root, line))
-        for line in _lines(root)
+        _question(line, _bare(line.question) + SHORT, _image(root, line)) for line in _lines(root)
     ]
 
 
@@ -107,6 +104,47 @@ def read_answer(text: str) -> str:
     if "\t" in line:
         return "other"
     return "yes" if "yes" in start else "no" if "no" in start else "other"
+
+
+def read_answer_folder(
+    folder: Path, questions: Sequence[Question]
+) -> Iterator[tuple[str, str, str]]:
+    """Yield place, id and text of every answer in the files that the official scorer reads.
+
+    They are `<subtask>.txt` with image, question, label and answer, in any order of the lines.
+
+    Raises:
+        FileNotFoundError: A subtask has no file.
+        ValueError: A line has another form, or is about no question.
+    """
+    # Image and question name a line; equal ones count in their order.
+    ids: dict[tuple[str, str, str], list[str]] = defaultdict(list)
+    for question in questions:
+        facts = question.facts
+        ids[facts["subtask"], facts["image"], _bare(question.text)].append(question.id)
+
+    for subtask in dict.fromkeys(question.facts["subtask"] for question in questions):
+        path = folder / f"{subtask}.txt"
+        if not path.is_file():
+            raise FileNotFoundError(f"{folder} has no answers in {path.name}: add that file")
+        for number, row in enumerate(_read_text(path).split("\n"), start=1):
+            if not row.strip():
+                continue
+            where = f"{path} line {number}"
+            fields = row.split("\t")
+            if len(fields) < 4:
+                raise ValueError(
+                    f"{where} has {len(fields)} fields, not image, question, label and answer with "
+                    f"tabs between: {row[:80]!r}"
+                )
+            image, text, _, *answer = fields
+            left = ids[subtask, _cluster(subtask, image), _bare(text)]
+            if not left:
+                raise ValueError(
+                    f"{where} is about no question, or a second time: {row[:80]!r}; give the "
+                    "images and questions as they stand in the official file"
+                )
+            yield where, left.pop(0), "\t".join(answer)
 
 
 def score(
@@ -210,7 +248,6 @@ def _notes(
 
 
 def _question(line: _Line, text: str, image: Path | None) -> Question:
-    stem = Path(line.image).stem
     return Question(
         f"{line.subtask}/{line.number}",
         text,
@@ -219,9 +256,23 @@ def _question(line: _Line, text: str, image: Path | None) -> Question:
             "answer": line.answer,
             "subtask": line.subtask,
             "pair": f"{line.subtask}/{line.number // 2}",
-            "image": stem if line.subtask in _COCO else f"{line.subtask}/{stem}",
+            "image": _cluster(line.subtask, line.image),
         },
     )
+
+
+def _cluster(subtask: str, image: str) -> str:
+    """Return the name of an image that is unique in all subtasks."""
+    stem = Path(image).stem
+    return stem if subtask in _COCO else f"{subtask}/{stem}"
+
+
+def _bare(question: str) -> str:
+    """Return a question without its last sentence and the white space before that.
+
+    Some questions have two spaces there, and LLaVA's prompts have none.
+    """
+    return question.removesuffix(_ASK).rstrip()
 
 
 def _lines(root: Path) -> Iterator[_Line]:
@@ -274,11 +325,14 @@ def _release_lines(subtask: str, folder: Path) -> Iterator[_Line]:
 
 
 def _rows(path: Path) -> list[str]:
+    return _read_text(path).rstrip().split("\n")
+
+
+def _read_text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {AGAIN}") from error
-    return text.rstrip().split("\n")
 
 
 def _fields(row: str, names: Sequence[str], where: str) -> list[str]:
@@ -346,4 +400,9 @@ BENCHMARK = Benchmark(
     score=score,
     measure=measure,
     doubts=find_doubts,
+    id_advice=(
+        "MME's ids are <subtask>/<line number from 0>; or give the folder with the <subtask>.txt "
+        "that the official scorer reads"
+    ),
+    read_answer_folder=read_answer_folder,
 )

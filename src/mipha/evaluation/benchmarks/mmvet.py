@@ -1,5 +1,17 @@
 """MM-Vet: open questions that mix six capabilities, graded 0 to 1 by a judge.
 
+The official program reads the number that a reply begins with, up to the first space, asks five
+times for one, and counts 0 where none comes. Here a reply without a grade is a fault of the judge
+and not of the answer: the question then fails and is in no score. And these are read too:
+
+    1. A reply without the part in which the judge thinks (`<think> ... </think>`).
+    2. A number at the start, after white space and marks such as `**`, with anything behind it that
+       does not make it another number: "1.0\\n\\nBecause", "0.5/1", not "0,5", "5%" or "1/10".
+    3. The number after a word such as "score" or "grade", if the reply names just one:
+       "Score: 1.0", `{"score": 1.0}`, "\\boxed{1.0}".
+
+Of a reply that the server cut at its limit, a number at the end is read by the official rule only.
+
 Source: yuweihao/MM-Vet acde843e `mm-vet_evaluator.ipynb` (few-shot prompt, reading of a grade,
     tries, averages; the judge there is gpt-4-0613); haotian-liu/LLaVA c121f043
     `scripts/v1_5/eval/mmvet.sh` (the question alone as the prompt).
@@ -8,7 +20,8 @@ Source: yuweihao/MM-Vet acde843e `mm-vet_evaluator.ipynb` (few-shot prompt, read
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +29,9 @@ import numpy as np
 from pydantic import field_validator
 
 from mipha.comparison.statistics import Totals
-from mipha.evaluation.benchmark import Benchmark, Judge, Judgement, Metric, Question, Split
+from mipha.evaluation.benchmark import Benchmark, Judge, Judgement, Metric, Question, Reply, Split
 from mipha.evaluation.files import OfficialRecord, find, image_file, read_official, read_record
+from mipha.evaluation.judge import MOST_UNREAD_IN_A_ROW, explain_unread, strip_reasoning
 
 CAPABILITIES = {
     "rec": "recognition",
@@ -33,6 +47,20 @@ NUM_RUNS = 5
 """Times that a judge grades every question, as in the paper; recorded replies have their own."""
 _TRIES = 5
 _MAX_TOKENS = 3
+
+# A number that is not part of another one or of a list: no percentage, no fraction but of 1, no
+# range, no decimal comma.
+_NUMBER = (
+    r"(\d+(?:\.\d+)?|\.\d+)"
+    r"(?![\w%)]|[.,]\d|\s*%|\s*/\s*(?!1(?:\.0*)?(?![\d.]))|\s*(?:-|–|to\b)\s*[\d.])"
+)
+_MARKS = " \n.*_`\"'"
+_FIRST_NUMBER = re.compile(rf"[\s*_`#\"']*{_NUMBER}")
+_NAMED_NUMBER = re.compile(
+    r"(?:\b(?:score|grade|rating|correctness)\b(?:\s+of\s+the\s+\w+)?(?:\s*\(digit\))?[\s*_`\"']*"
+    r"(?:is|of|would be|should be|[:=])?[\s*_`\"':=]*|\\boxed\{\s*)" + _NUMBER,
+    re.IGNORECASE,
+)
 
 _MEME = (
     "This meme is poking fun at the fact that the names of the countries Iceland and Greenland "
@@ -133,37 +161,33 @@ def score(
             "or --judge-replies FILE"
         )
 
-    # One grade per run and question.  (runs, questions)
+    # Grade every question in every run; one without a grade in a run has none at all.
     num_runs = judge.num_runs or NUM_RUNS
-    read = [
-        [_grade(question, predictions[question.id], judge, run) for question in questions]
-        for run in range(num_runs)
-    ]
-    grades = np.array([[0.0 if grade is None else grade for grade in run] for run in read])
-    totals = 100 * grades.mean(axis=1)  # (runs,)
-    ids = [question.id for question in questions]
-    means = dict(zip(ids, grades.mean(axis=0).tolist(), strict=True))
+    grading = _Grading(judge, predictions)
+    for run in range(num_runs):
+        for question in questions:
+            if question.id not in grading.failed:
+                grading.grade(question, run)
+    graded = [question for question in questions if question.id not in grading.failed]
+    if not graded:
+        raise ValueError(f"no answer has a grade: {next(iter(grading.failed.values()))}")
 
-    notes = [
-        f"graded by the judge in {num_runs} run{'s' if num_runs > 1 else ''}; "
-        "the published numbers are grades of gpt-4-0613"
-    ]
-    if num_unread := sum(grade is None for run in read for grade in run):
-        notes.append(
-            f"{num_unread:,} of {grades.size:,} gradings had no readable grade in {_TRIES} tries "
-            "and count as 0, as officially"
-        )
-
+    # Average over the runs, and over the questions.
+    ids = [question.id for question in graded]
+    grades = np.array([grading.grades[question_id] for question_id in ids])  # (questions, runs)
+    totals = 100 * grades.mean(axis=0)  # (runs,)
+    means = dict(zip(ids, grades.mean(axis=1).tolist(), strict=True))
     return Judgement(
         per_question=means,
         contributions=[
             (question.facts["image"], dict.fromkeys(_groups(question), means[question.id]))
-            for question in questions
+            for question in graded
         ],
         submission={question.id: predictions[question.id] for question in questions},
         extra={"std": float(totals.std())}
         | {f"runs.{run}": total for run, total in enumerate(totals.tolist())},
-        notes=tuple(notes),
+        failed=grading.failed,
+        notes=tuple(grading.notes(num_runs)),
     )
 
 
@@ -193,16 +217,32 @@ def find_doubts(questions: Sequence[Question], split: str) -> list[str]:
     ]
 
 
-def read_grade(reply: str) -> float | None:
-    """Return the grade that a judge's reply begins with; None if none is between 0 and 1.
+def read_grade(reply: Reply) -> float | None:
+    """Return the grade of a judge's reply; None where it has none between 0 and 1.
 
-    Whatever Python reads as a number counts, NaN too; a reply that begins with a space does not.
+    The module says what counts. Where the official rule reads a grade, it is that one.
     """
+    text = strip_reasoning(reply)
+    official = _read_official_grade(text)
+    if official is not None:
+        return official
+
+    first = _FIRST_NUMBER.match(text)
+    found = [first] if first else list(_NAMED_NUMBER.finditer(text))
+    # The last digits of a reply that was cut may be missing: "Score: 0" may stand for 0.5.
+    if reply.is_cut and any(not text[number.end(1) :].strip(_MARKS) for number in found):
+        return None
+    grades = {float(number[1]) for number in found}
+    return grades.pop() if len(grades) == 1 and max(grades) <= 1 else None
+
+
+def _read_official_grade(reply: str) -> float | None:
+    """Return the number up to the first space; a reply that begins with a space has none."""
     try:
         grade = float(reply.split(" ")[0].strip())
     except ValueError:
         return None
-    return None if grade > 1.0 or grade < 0.0 else grade
+    return grade if 0.0 <= grade <= 1.0 else None
 
 
 def grading_prompt(question: str, truth: str, prediction: str) -> str:
@@ -211,28 +251,68 @@ def grading_prompt(question: str, truth: str, prediction: str) -> str:
     return _FEW_SHOT + "\n" + " | ".join((question, truth, prediction, ""))
 
 
-def _grade(question: Question, prediction: str, judge: Judge, run: int) -> float | None:
-    """Return one run's grade of one answer; None after five replies without one.
+class _Grading:
+    """The grades of one score, question by question and run by run."""
 
-    The official program then fetches a sixth reply, and does not read it.
-    """
-    prompt = grading_prompt(question.text, question.facts["answer"], prediction)
+    def __init__(self, judge: Judge, predictions: Mapping[str, str]) -> None:
+        self.grades: dict[str, list[float]] = {}
+        self.failed: dict[str, str] = {}
+        self._judge, self._predictions = judge, predictions
+        self._num_wider = 0  # grades that the official rule does not read
+        self._num_unread_in_a_row = 0
 
-    for attempt in range(_TRIES):
-        # The first repetition is at temperature 0 as well, only the prompt is longer.
-        temperature = 0.5 * max(0, attempt - 1)
-        words = prompt + (_AGAIN if attempt else "")
-        reply = judge.ask(
-            question.id,
-            words,
-            run=run,
-            attempt=attempt,
-            temperature=temperature,
-            max_tokens=_MAX_TOKENS,
+    def grade(self, question: Question, run: int) -> None:
+        """Ask for one grade, five times at most, and note it, or the reason that there is none.
+
+        The official program then fetches a sixth reply, and does not read it.
+
+        Raises:
+            ValueError: The judge gives no grade to one answer after the other.
+        """
+        prompt = grading_prompt(
+            question.text, question.facts["answer"], self._predictions[question.id]
         )
-        if (grade := read_grade(reply)) is not None:
-            return grade
-    return None
+        replies = []
+        for attempt in range(_TRIES):
+            # The first repetition is at temperature 0 as well, only the prompt is longer.
+            reply = self._judge.ask(
+                question.id,
+                prompt + (_AGAIN if attempt else ""),
+                run=run,
+                attempt=attempt,
+                temperature=0.5 * max(0, attempt - 1),
+                max_tokens=_MAX_TOKENS,
+            )
+            if (grade := read_grade(reply)) is not None:
+                self.grades.setdefault(question.id, []).append(grade)
+                self._num_wider += _read_official_grade(reply) != grade
+                self._num_unread_in_a_row = 0
+                return
+            replies.append(reply)
+
+        # Without a grade the question fails, and many of them in a row end the grading. The next
+        # call asks again.
+        self._judge.forget(question.id, run)
+        self.failed[question.id] = explain_unread("grade", replies)
+        self._num_unread_in_a_row += 1
+        if self._num_unread_in_a_row == MOST_UNREAD_IN_A_ROW:
+            raise ValueError(
+                f"{MOST_UNREAD_IN_A_ROW} answers in a row have no grade, the last ({question.id}) "
+                f"because {self.failed[question.id]}"
+            )
+
+    def notes(self, num_runs: int) -> Iterator[str]:
+        """Yield what a reader of the score must know."""
+        yield (
+            f"graded by the judge in {num_runs} run{'s' if num_runs > 1 else ''}; "
+            "the published numbers are grades of gpt-4-0613"
+        )
+        if self._num_wider:
+            num_all = sum(map(len, self.grades.values()))
+            yield (
+                f"{self._num_wider:,} of {num_all:,} grades do not begin the judge's reply "
+                "and were read all the same; the official program would have asked again"
+            )
 
 
 def _read_records(root: Path, with_images: bool) -> list[Question]:

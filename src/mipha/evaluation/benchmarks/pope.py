@@ -19,6 +19,7 @@ import numpy as np
 from pydantic import Field
 
 from mipha.comparison.statistics import Totals, ratio
+from mipha.evaluation.answer_files import read_answer_records
 from mipha.evaluation.answers import SHORT
 from mipha.evaluation.benchmark import Benchmark, Judge, Judgement, Metric, Question, Split
 from mipha.evaluation.files import OfficialRecord, find, image_file, read_record
@@ -29,6 +30,7 @@ SUBSETS = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000}
 
 Source: LLaVA's `llava_pope_test.jsonl`.
 """
+_OFFSETS = [offset for offset in SUBSETS.values() if offset]
 SOURCE = (
     "get coco_pope_adversarial.json, coco_pope_random.json and coco_pope_popular.json from "
     "github.com/AoiDragon/POPE at commit e3e3926, output/coco, and COCO's val2014 images, all into "
@@ -74,6 +76,29 @@ def read_answer(text: str) -> str:
     """Return yes or no: nothing is unreadable."""
     words = text.split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "not", "no"} & set(words) else "yes"
+
+
+def read_answer_folder(
+    folder: Path, questions: Sequence[Question]
+) -> Iterator[tuple[str, str, str]]:
+    """Yield place, id and text of every answer in a folder with a file for each subset.
+
+    The subset stands in the file's name, so the ids may be POPE's own, which start anew in each.
+
+    Raises:
+        ValueError: A subset has no file, or several.
+    """
+    paths = sorted(path for path in folder.iterdir() if path.suffix in (".json", ".jsonl"))
+    for subset, offset in SUBSETS.items():
+        own = [path for path in paths if subset in path.name]
+        if len(own) != 1:
+            raise ValueError(
+                f"{folder} has {len(own)} files with {subset} in their names, not one: give a "
+                f"folder with a predictions file for each of {', '.join(SUBSETS)}"
+            )
+        for where, question_id, text in read_answer_records(own[0]):
+            is_own_id = question_id.isdecimal() and int(question_id) < min(_OFFSETS)
+            yield where, str(int(question_id) + offset) if is_own_id else question_id, text
 
 
 def score(
@@ -194,4 +219,9 @@ BENCHMARK = Benchmark(
     score=score,
     measure=measure,
     doubts=find_doubts,
+    id_advice=(
+        "POPE's files start their ids anew, so add 10,000,000 to those of random and 20,000,000 to "
+        "those of popular, or give a folder with a predictions file for each subset, named after it"
+    ),
+    read_answer_folder=read_answer_folder,
 )

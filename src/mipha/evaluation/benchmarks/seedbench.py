@@ -6,8 +6,8 @@ them as well, marked `optional`, and `video` and `total` appear.
 
 Source: haotian-liu/LLaVA c121f043 `scripts/convert_seed_for_submission.py` (it stops with a
     KeyError on a type without one right answer; that type is 0 % here); AILab-CVC/SEED-Bench
-    991e849b `DATASET.md`. The `eval.py` there ranks choices by likelihood: no published number of this
-    protocol is made with it.
+    991e849b `DATASET.md`. The `eval.py` there ranks choices by likelihood: no published number of
+    this protocol is made with it.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ from mipha.files import read_json_lines
 
 SOURCE = (
     "get TextVQA_0.5.1_val.json, TextVQA_Rosetta_OCR_v0.2_val.json and the images (train_images/) "
-    "from https://textvqa.org/dataset, or in place of the OCR file LLaVA's "
+    "from https://textvqa.org/dataset, or instead of the OCR file LLaVA's "
     "llava_textvqa_val_v051_ocr.jsonl, and put them into one folder"
 )
 ANNOTATION_FILE = "TextVQA_0.5.1_val.json"

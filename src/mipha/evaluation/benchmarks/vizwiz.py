@@ -173,7 +173,7 @@ def _read_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _read_llava_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield LLaVA's lines as official ones, with the question in place of the prompt."""
+    """Yield LLaVA's lines as official ones, with the question instead of the prompt."""
     for number, row in read_json_lines(path):
         where = f"{path} line {number}"
         line = read_record(_LlavaLine, row, where)
@@ -222,4 +222,5 @@ BENCHMARK = Benchmark(
     measure=measure,
     submission=make_upload,
     doubts=find_doubts,
+    id_advice="VizWiz's ids are the names of the images",
 )

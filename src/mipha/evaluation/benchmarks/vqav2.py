@@ -174,7 +174,7 @@ def score(
         accuracy = agreement(prediction, answers, facts["annotators"])
         per_question[question.id], normalised[question.id] = accuracy, prediction
 
-        # One object per kind and accuracy, of which there are hundreds, saves 100 MB.
+        # There are hundreds of kinds and accuracies: one object for each saves 100 MB.
         kinds = facts["answer_type"], facts["question_type"], accuracy
         amounts = shared.setdefault(
             kinds,
