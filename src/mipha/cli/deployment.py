@@ -1,4 +1,4 @@
-"""The verbs that take a model elsewhere, or talk with it."""
+"""The verbs that import, check, export and serve a model, or chat with it."""
 
 from __future__ import annotations
 
@@ -53,13 +53,16 @@ def verify(
     images: Annotated[
         Path | None,
         typer.Option(
-            help="With --gguf: a folder of pictures; or easy_vqa:N, N held-out questions."
+            help="With --gguf: a folder of images; or easy_vqa:N for N held-out questions."
         ),
     ] = None,
     question: Annotated[
-        list[str] | None, typer.Option(help="With --gguf: what to ask of each picture.")
+        list[str] | None,
+        typer.Option(help="With --gguf: question about each image; may be repeated."),
     ] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="With --gguf: of llama.cpp.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="With --gguf: threads of llama.cpp.")
+    ] = None,
 ) -> None:
     """Load a checkpoint without mipha and compare; exit code 1 if results differ."""
     import json
@@ -154,24 +157,29 @@ def serve(
     ],
     engine: Annotated[str, typer.Option(help="auto, transformers, llama.cpp or vllm.")] = "auto",
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0: any free one.")] = 8000,
+    port: Annotated[int, typer.Option(help="Port to listen at; 0 for any free one.")] = 8000,
     api_key: Annotated[
-        str | None, typer.Option(envvar="MIPHA_API_KEY", help="Asked of every request.")
+        str | None, typer.Option(envvar="MIPHA_API_KEY", help="Key that every request must carry.")
     ] = None,
     allow_remote_images: Annotated[
         bool,
-        typer.Option("--allow-remote-images", help="Fetch pictures from public https addresses."),
+        typer.Option("--allow-remote-images", help="Fetch images from public https addresses."),
     ] = False,
     batch_size: Annotated[
-        int | None, typer.Option(help="Requests that are answered together.")
+        int | None, typer.Option(help="Most requests answered in one batch.")
     ] = None,
     max_requests: Annotated[
-        int, typer.Option(help="Requests held at a time; another one is told to come back.")
+        int, typer.Option(help="Requests held at a time; another one gets status 429.")
     ] = 128,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 1024,
-    request_seconds: Annotated[float, typer.Option(help="Longest time for an answer.")] = 300.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 1024,
+    request_seconds: Annotated[
+        float, typer.Option(help="Longest time for an answer, in seconds.")
+    ] = 300.0,
     device: Annotated[
-        str | None, typer.Option(help="For transformers, such as cuda:1; a GPU where there is one.")
+        str | None,
+        typer.Option(
+            help="Device for transformers, such as cuda:1; default: the GPU if there is one."
+        ),
     ] = None,
     dtype: Annotated[str, typer.Option(help=_DTYPE_HELP)] = "auto",
 ) -> None:
@@ -229,15 +237,15 @@ def _compare_gguf(
 
 def chat(
     run: Model,
-    image: Annotated[Path | None, typer.Option(help="The picture to talk about.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Image to talk about.")] = None,
     dtype: Annotated[str, typer.Option(help=_DTYPE_HELP)] = "auto",
 ) -> None:
-    """Talk about a picture; /image PATH, /reset and /quit."""
+    """Chat about an image; commands: /image PATH, /reset and /quit."""
     from mipha.run import model_folder
 
     folder = model_folder(run)
     if image is not None and not image.is_file():
-        raise FileNotFoundError(f"no image {image}: give the path of a picture")
+        raise FileNotFoundError(f"no image {image}: give the path of an image")
 
     from mipha.assistant import load
 

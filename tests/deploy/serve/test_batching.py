@@ -79,14 +79,15 @@ def batches(metrics: Metrics) -> int:
 def test_who_shares_a_batch(
     assistant: Assistant,
     gate: Event,
-    picture: Callable[[int], Image.Image],
+    make_image: Callable[[int], Image.Image],
     options: dict[str, int],
     num_batches: int,
 ) -> None:
-    asked = [request("Which colour?", picture(number)) for number in range(5)]
+    asked = [request("Which colour?", make_image(number)) for number in range(5)]
     assert len(assistant.prompt_ids([Message("user", f"{IMAGE}\nWhich colour?")])) == 22
     wanted = [
-        assistant.answer(picture(number), "Which colour?", max_new_tokens=6) for number in range(5)
+        assistant.answer(make_image(number), "Which colour?", max_new_tokens=6)
+        for number in range(5)
     ]
 
     async def use(engine: TransformersEngine) -> list[list[Piece]]:
@@ -112,7 +113,7 @@ def test_who_shares_a_batch(
 
 
 def test_a_short_answer_does_not_wait_for_a_long_one(assistant: Assistant, gate: Event) -> None:
-    """Its end is told in the step in which it ends, while its neighbour goes on."""
+    """Its end is reported in the step in which it ends, while its neighbour goes on."""
 
     async def use(engine: TransformersEngine) -> tuple[bool, list[Piece]]:
         gate.clear()
@@ -178,10 +179,10 @@ def test_a_conversation_longer_than_the_context_is_refused_and_an_answer_is_cut_
 
 
 def test_a_decoded_image_is_not_encoded_again(
-    assistant: Assistant, picture: Callable[[int], Image.Image], monkeypatch: pytest.MonkeyPatch
+    assistant: Assistant, make_image: Callable[[int], Image.Image], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Encoding and decoding twelve megapixels once more takes seconds."""
-    image = picture(1)
+    image = make_image(1)
     wanted = assistant.pixels(image)
 
     def refuse(*_: Any, **__: Any) -> None:

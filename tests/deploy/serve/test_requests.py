@@ -1,4 +1,4 @@
-"""A chat request is read exactly, and whatever would be ignored or could pass for something else is refused."""
+"""A chat request is read exactly; a field without effect, or an ambiguous one, is refused."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ from PIL import Image
 from mipha.deploy.serve.requests import ChatRequest, Limits, RequestError, Turn, read_chat_request
 
 LIMITS = Limits()
+FIRST_PART = "messages[0].content[0]"
+FIRST_IMAGE = f"{FIRST_PART}.image_url"
 
 
 def file_of(kind: str, size: tuple[int, int] = (8, 6), **options: Any) -> bytes:
@@ -34,6 +36,11 @@ def uri(data: bytes, label: str = "image/png") -> str:
 
 def shows(url: object) -> dict[str, object]:
     return {"type": "image_url", "image_url": {"url": url}}
+
+
+def shown_in(detail: object) -> dict[str, object]:
+    url = uri(file_of("PNG"))
+    return {"type": "image_url", "image_url": {"url": url, "detail": detail}}
 
 
 def says(text: object) -> dict[str, object]:
@@ -134,14 +141,14 @@ def test_a_conversation_with_everything() -> None:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "BMP", "GIF", "JPEG", "WEBP"])
-def test_a_picture_is_read_by_its_content(kind: str) -> None:
+def test_an_image_is_read_by_its_content(kind: str) -> None:
     (image,) = read(chat([shows(uri(file_of(kind), label="text/html"))])).turns[0].images
     assert (image.mode, image.size) == ("RGB", (8, 6))
     if kind in ("PNG", "BMP"):
         assert (image.getpixel((0, 0)), image.getpixel((5, 5))) == ((0, 0, 255), (200, 30, 60))
 
 
-def test_pictures_stand_upright_on_white_and_only_the_first_frame_counts() -> None:
+def test_images_stand_upright_on_white_and_only_the_first_frame_counts() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: rows are columns
     assert read(chat([shows(uri(file_of("JPEG", exif=exif)))])).turns[0].images[0].size == (6, 8)
@@ -200,7 +207,7 @@ def test_a_progressive_jpeg_a_top_down_bmp_and_an_extended_webp_are_ordinary() -
     ],
 )
 @pytest.mark.parametrize("role", ["system", "user", "assistant"])
-def test_nobody_forges_a_turn_or_a_picture(text: str, role: str) -> None:
+def test_nobody_forges_a_turn_or_an_image(text: str, role: str) -> None:
     spoken = {"system": "Be brief.", "user": "Why?", "assistant": "So.", role: text}
     turns = [
         {"role": name, "content": spoken[name]} for name in ("system", "user", "assistant", "user")
@@ -307,19 +314,26 @@ def test_the_order_of_speakers(roles: str) -> None:
         ({"role": "user", "content": {"type": "text"}}, "messages[0].content"),
         ({"role": "user", "content": "x", "name": "bob"}, "messages[0]"),
         ({"role": "user", "content": "x", "tool_calls": [1]}, "messages[0]"),
-        ({"role": "user", "content": ["x"]}, "messages[0].content[0]"),
+        ({"role": "user", "content": ["x"]}, FIRST_PART),
         ({"role": "user", "content": [says("a"), says(1)]}, "messages[0].content[1]"),
-        ({"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}, "messages[0].content[0]"),
-        ({"role": "user", "content": [{"type": "image_url", "image_url": uri(file_of("PNG"))}]}, "messages[0].content[0].image_url"),
-        ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x", "path": "y"}}]}, "messages[0].content[0].image_url"),
-        ({"role": "user", "content": [shows("/etc/passwd")]}, "messages[0].content[0].image_url"),
-        ({"role": "user", "content": [shows("https://example.org/a.png")]}, "messages[0].content[0].image_url"),
-        ({"role": "user", "content": [{"type": "image_url", "image_url": {"url": uri(file_of("PNG")), "detail": "high"}}]},
-         "messages[0].content[0].image_url"),
+        ({"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]}, FIRST_PART),
+        ({"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, FIRST_IMAGE),
+        ({"role": "user", "content": [shows("x") | {"text": "y"}]}, FIRST_PART),
+        ({"role": "user", "content": [shows(1)]}, FIRST_IMAGE),
+        (
+            {
+                "role": "user",
+                "content": [{"type": "image_url", "image_url": {"url": "x", "path": "y"}}],
+            },
+            FIRST_IMAGE,
+        ),
+        ({"role": "user", "content": [shows("/etc/passwd")]}, FIRST_IMAGE),
+        ({"role": "user", "content": [shows("https://example.org/a.png")]}, FIRST_IMAGE),
+        ({"role": "user", "content": [shown_in("high")]}, FIRST_IMAGE),
         ({"role": "system", "content": [shows(uri(file_of("PNG")))]}, "messages[0].content"),
         ({"role": "user", "content": "a\0b"}, "messages[0].content"),
     ],
-)  # fmt: skip
+)
 def test_a_message_that_is_none_is_refused_with_its_place(message: object, param: str) -> None:
     assert refused({"model": "m", "messages": [message]}).param == param
 
@@ -369,9 +383,9 @@ def test_every_limit_is_met_exactly() -> None:
     }
     assert len(read(two, Limits(max_messages=3)).turns) == 3
     assert refused(two, Limits(max_messages=2)).param == "messages"
-    pictures = chat([shows(uri(file_of("PNG"))), shows(uri(file_of("GIF")))])
-    assert len(read(pictures, Limits(max_images=2)).turns[0].images) == 2
-    assert "2 images and this model reads 1" in str(refused(pictures))
+    two = chat([shows(uri(file_of("PNG"))), shows(uri(file_of("GIF")))])
+    assert len(read(two, Limits(max_images=2)).turns[0].images) == 2
+    assert "2 images and this model reads 1" in str(refused(two))
     data = file_of("PNG")
     assert read(chat([shows(uri(data))]), Limits(image_bytes=len(data))).turns[0].images
     assert refused(chat([shows(uri(data))]), Limits(image_bytes=len(data) - 3)).status == 413
@@ -397,7 +411,7 @@ def test_whatever_the_bytes_are_the_answer_is_a_refusal(body: bytes) -> None:
     st.sampled_from(["PNG", "BMP", "GIF", "JPEG", "WEBP"]),
     st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), max_size=4),
 )
-def test_a_damaged_picture_is_read_or_refused(kind: str, damage: list[tuple[float, int]]) -> None:
+def test_a_damaged_image_is_read_or_refused(kind: str, damage: list[tuple[float, int]]) -> None:
     data = bytearray(file_of(kind))
     for place, value in damage:
         data[int(place * len(data))] = value
@@ -409,7 +423,7 @@ def test_a_damaged_picture_is_read_or_refused(kind: str, damage: list[tuple[floa
         assert image.mode == "RGB" and image.width * image.height <= 100_000
 
 
-def test_a_picture_from_an_address_is_fetched_only_if_allowed_and_within_its_limits() -> None:
+def test_an_image_from_an_address_is_fetched_only_if_allowed_and_within_its_limits() -> None:
     asked = []
 
     async def fetch(url: str, **limits: float) -> bytes:

@@ -1,4 +1,4 @@
-"""Starting and stopping: what is wrong is said before the model loads, and what runs is finished."""
+"""Starting and stopping: mistakes are reported before the model loads; running requests finish."""
 
 from __future__ import annotations
 
@@ -75,7 +75,10 @@ def test_a_port_is_taken_before_the_model_loads_and_free_afterwards() -> None:
 
 
 def test_a_server_that_is_told_to_stop_finishes_what_runs(checkpoint: Path) -> None:
-    program = "import sys; from mipha.deploy.serve.server import serve; serve(sys.argv[1], host='0.0.0.0', port=0)"
+    program = (
+        "import sys; from mipha.deploy.serve.server import serve; "
+        "serve(sys.argv[1], host='0.0.0.0', port=0)"
+    )
     environment = os.environ | {"PYTHONPATH": str(SOURCE), "TRANSFORMERS_VERBOSITY": "error"}
     server = subprocess.Popen(
         [sys.executable, "-c", program, checkpoint],

@@ -193,7 +193,7 @@ def read_fields(request: dict[str, Any], max_new_tokens: int) -> Body:
     """Check names, types and ranges of the fields of a request.
 
     Args:
-        request: The JSON object, fields of null left out.
+        request: The JSON object, fields that are None left out.
         max_new_tokens: Longest answer that is allowed, for the sentence of a refusal.
 
     Raises:

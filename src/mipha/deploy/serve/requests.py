@@ -194,7 +194,7 @@ class _Draft:
 
 def _parse(body: bytes, limits: Limits) -> tuple[dict[str, Any], tuple[_Draft, ...]]:
     """Return the fields of `ChatRequest` but its turns, and the drafts of the turns."""
-    # A value of null says what leaving the field out says.
+    # None means the same as a field that is left out.
     request = {
         name: value for name, value in _json_object(body, limits).items() if value is not None
     }
