@@ -161,6 +161,13 @@ def serve(
     api_key: Annotated[
         str | None, typer.Option(envvar="MIPHA_API_KEY", help="Key that every request must carry.")
     ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Without a key: a name that clients use for this server, besides its address; "
+            "may be repeated."
+        ),
+    ] = None,
     allow_remote_images: Annotated[
         bool,
         typer.Option("--allow-remote-images", help="Fetch images from public https addresses."),
@@ -172,9 +179,17 @@ def serve(
         int, typer.Option(help="Requests held at a time; another one gets status 429.")
     ] = 128,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 1024,
+    max_images: Annotated[int, typer.Option(help="Most images in one conversation.")] = 4,
     request_seconds: Annotated[
         float, typer.Option(help="Longest time for an answer, in seconds.")
     ] = 300.0,
+    log_requests: Annotated[
+        bool,
+        typer.Option(
+            "--access-log/--no-access-log",
+            help="Write one line for each request to stderr, without its content.",
+        ),
+    ] = True,
     device: Annotated[
         str | None,
         typer.Option(
@@ -184,6 +199,7 @@ def serve(
     dtype: Annotated[str, typer.Option(help=_DTYPE_HELP)] = "auto",
 ) -> None:
     """Serve a model with OpenAI's interface and a web page."""
+    import os
     from typing import get_args
 
     from mipha.deploy.serve.engine import EngineName
@@ -199,12 +215,16 @@ def serve(
         engine=engine,
         host=host,
         port=port,
-        api_key=api_key,
+        # An empty variable is no missing one: it must not turn the key off silently.
+        api_key=os.environ.get("MIPHA_API_KEY") if api_key is None else api_key,
+        allow_host=allow_host or [],
         allow_remote_images=allow_remote_images,
         batch_size=batch_size,
         max_requests=max_requests,
         max_new_tokens=max_new_tokens,
+        max_images=max_images,
         request_seconds=request_seconds,
+        log_requests=log_requests,
         device=device,
         dtype=dtype,
     )

@@ -16,9 +16,11 @@ from PIL import Image
 
 from mipha.assistant import Assistant
 from mipha.deploy.serve.chat import Bounds
+from mipha.deploy.serve.gate import Access, HostNames
 from mipha.deploy.serve.requests import Limits
 
 CHAT = "/v1/chat/completions"
+LOCAL = HostNames(frozenset({"localhost", "127.0.0.1", "::1"}))
 JSON = {"content-type": "application/json"}
 QUESTIONS = (
     "Which colour?",
@@ -391,7 +393,7 @@ def test_bodies_that_are_read_share_a_memory(serving: Callable) -> None:
 
 
 def test_a_key_is_asked_for_everywhere_but_at_the_door(serving: Callable) -> None:
-    with serving(api_key="right") as server:
+    with serving(access=Access(api_key="right")) as server:
         for path in ("/v1/models", "/v1/models/tiny", "/metrics"):
             assert server.http.get(path).status_code == 401
             assert (
@@ -412,7 +414,7 @@ def test_a_key_is_asked_for_everywhere_but_at_the_door(serving: Callable) -> Non
 
 def test_a_foreign_name_is_not_answered(serving: Callable) -> None:
     """A web page whose name was made to point to this machine sends that name."""
-    with serving(hosts=frozenset({"localhost", "127.0.0.1", "::1"})) as server:
+    with serving(access=Access(hosts=LOCAL)) as server:
         port = urlsplit(server.url).port
         for host, status in {
             f"localhost:{port}": 200,

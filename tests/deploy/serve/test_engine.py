@@ -23,6 +23,7 @@ from mipha.deploy.serve.engine import (
     llama_command,
     vllm_command,
 )
+from mipha.deploy.serve.gate import Access
 from mipha.deploy.serve.requests import ChatRequest, Turn
 from mipha.models.build import save_checkpoint
 
@@ -225,7 +226,7 @@ def test_llama_cpp_answers_behind_our_front(serving: Callable) -> None:
     assert package is not None and package.origin is not None
     source = find_source(Path(package.origin).parent)
     engine = launch(source, choose_engine(source), slots=2)
-    with serving(engine=engine, api_key="front") as server:
+    with serving(engine=engine, access=Access("front")) as server:
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="front", max_retries=0) as asked:
             given = {
                 "model": "tiny",

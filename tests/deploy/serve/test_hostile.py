@@ -15,8 +15,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from mipha.deploy.serve.requests import Limits, RequestError, read_chat_request
+from mipha.deploy.serve.requests import Limits, RequestError
 from tests.deploy.serve.hostile import CUT_OFF, Body, Wire, bodies, good_request, wires
+from tests.deploy.serve.reading import read_chat_request
 
 _MOST_KIB = 1024 * 1024
 """Growth that the process may have; each bomb, unpacked, takes several times as much."""
@@ -74,11 +75,13 @@ def test_a_running_server_refuses_all_and_is_unharmed(
     serving: Callable, hostile: tuple[Body, ...]
 ) -> None:
     from mipha.deploy.serve.chat import Bounds
+    from mipha.deploy.serve.gate import Access, HostNames
 
     posts = [Wire(kind, _post(content)) for kind, content in hostile]
     before = _peak_kib()
     with serving(
-        bounds=Bounds(body_seconds=1.0), hosts=frozenset({"127.0.0.1", "localhost"})
+        bounds=Bounds(body_seconds=1.0),
+        access=Access(hosts=HostNames(frozenset({"127.0.0.1", "localhost"}))),
     ) as server:
         host, _, port = urlsplit(server.url).netloc.partition(":")
         address = (host, int(port))

@@ -48,7 +48,9 @@ def test_what_is_wrong_is_said_before_the_model_loads(
             ({"host": "192.0.2.1"}, "192.0.2.1 is not this machine's: use 127.0.0.1"),
             ({"engine": "llama.cpp"}, "is no GGUF: make it with"),
             ({"api_key": "grün"}, "must be printable ASCII"),
-            ({"api_key": ""}, "must be printable ASCII"),
+            ({"api_key": ""}, "the API key is empty: set --api-key or MIPHA_API_KEY"),
+            ({"api_key": " "}, "must be printable ASCII without spaces"),
+            ({"max_images": 0}, "--max-images is 0: give a number above 0"),
             ({"max_requests": 0}, "--max-requests is 0: give a number above 0"),
             ({"request_seconds": float("nan")}, "--request-seconds is nan"),
         ]
