@@ -81,7 +81,8 @@ def gate(assistant: Assistant) -> Iterator[Event]:
 def serving(assistant: Assistant) -> Callable[..., AbstractContextManager[Serving]]:
     """Return `serving(...)`, a context manager: a server in a thread at a free port.
 
-    It takes `batch_size`, `engine`, and the options of `create_app`.
+    It takes `batch_size`, `engine`, the options of `create_app`, and in `server` those of
+    `configure`.
     """
     import uvicorn
 
@@ -92,16 +93,20 @@ def serving(assistant: Assistant) -> Callable[..., AbstractContextManager[Servin
 
     @contextmanager
     def serve(
-        batch_size: int = 16, engine: Engine | None = None, **options: Any
+        batch_size: int = 16,
+        engine: Engine | None = None,
+        server: dict[str, Any] | None = None,
+        **options: Any,
     ) -> Iterator[Serving]:
         metrics = Metrics()
         behind = engine or TransformersEngine(assistant, metrics, batch_size)
         listening = listen("127.0.0.1", 0)
-        server = uvicorn.Server(configure(create_app(behind, "tiny", metrics, **options)))
+        app = create_app(behind, "tiny", metrics, **options)
+        running = uvicorn.Server(configure(app, **(server or {})))
 
         async def main() -> None:
             await behind.start()
-            await server.serve(sockets=[listening])
+            await running.serve(sockets=[listening])
             await behind.close()
 
         thread = Thread(target=lambda: asyncio.run(main()))
@@ -111,7 +116,7 @@ def serving(assistant: Assistant) -> Callable[..., AbstractContextManager[Servin
             with httpx.Client(base_url=url, timeout=60, trust_env=False) as http:
                 yield Serving(url, http, metrics)
         finally:
-            server.should_exit = True
+            running.should_exit = True
             thread.join(60)
         assert not thread.is_alive()
 

@@ -245,7 +245,9 @@ def test_llama_cpp_answers_behind_our_front(serving: Callable) -> None:
                 == whole.choices[0].message.content
             )
             assert counted.usage == whole.usage and len(chunks) > 5
-        assert engine.is_alive() and server.http.get("/health").json()["engine"] == "llama.cpp"
+        headers = {"authorization": "Bearer front"}
+        health = server.http.get("/health", headers=headers).json()
+        assert engine.is_alive() and health["engine"] == "llama.cpp"
         os.kill(engine._process.pid, 9)
         engine._process.wait()
         assert server.http.get("/health").status_code == 503

@@ -16,6 +16,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from mipha.deploy.serve.chat import error_body
 from mipha.deploy.serve.engine import ServiceError
 
+_LAST_SECONDS = 0.3
+"""Time for the request of a connection that was made before the server stopped."""
+
 
 def connection_class(header_seconds: float, most: int) -> type[H11Protocol]:
     """Return the class of a server's connections.
@@ -55,6 +58,14 @@ def connection_class(header_seconds: float, most: int) -> type[H11Protocol]:
             super().on_response_complete()
             if self.cycle.response_complete:
                 idle[self] = None  # uvicorn's own timer closes it if nothing more comes
+
+        def shutdown(self) -> None:
+            # A client that has just connected is about to ask: a moment more loses no request
+            # where the server stops, or hands its port over.
+            if self.cycle is None:
+                self.loop.call_later(_LAST_SECONDS, super().shutdown)
+            else:
+                super().shutdown()
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._forget()
