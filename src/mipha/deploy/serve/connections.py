@@ -63,8 +63,12 @@ def connection_class(header_seconds: float, most: int) -> type[H11Protocol]:
             # A client that has just connected is about to ask: a moment more loses no request
             # where the server stops, or hands its port over.
             if self.cycle is None:
-                self.loop.call_later(_LAST_SECONDS, super().shutdown)
+                self.loop.call_later(_LAST_SECONDS, self._end)
             else:
+                super().shutdown()
+
+        def _end(self) -> None:
+            if not self.transport.is_closing():
                 super().shutdown()
 
         def connection_lost(self, exc: Exception | None) -> None:
