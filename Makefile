@@ -2,11 +2,12 @@
 # make quickstart   train, measure and try a small assistant: about an hour on 2 CPU cores
 # make test         run all tests that need no GPU
 # make lint         check style and format with ruff, and types of the public names with mypy
+# make fuzz         read random requests from a fixed seed: five minutes
 # make bench        measure training, data and states: about half an hour on an idle machine
 PYTHON := .venv/bin/python
 INSTALLED := .venv/installed
 
-.PHONY: install quickstart test lint bench
+.PHONY: install quickstart test lint fuzz bench
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt requirements-quickstart.txt
@@ -27,6 +28,9 @@ lint: install
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+
+fuzz: install
+	$(PYTHON) -m tests.deploy.serve.fuzz --seconds 300 --seed 1
 
 bench: install
 	$(PYTHON) benchmarks/training.py --threads 2

@@ -1,4 +1,4 @@
-"""The same question gets the same answer: alone, in a batch, streamed, in a conversation, from stock transformers."""
+"""The same question gets the same answer: alone, in a batch, streamed, and in transformers."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ TOKENS = 12
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    folder = tmp_path_factory.mktemp("pictures")
+def files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("files")
     random = np.random.default_rng(3)
     for number in range(3):
         # Not noise, which averages out: blocks of strong colours.
@@ -53,7 +53,7 @@ def assistants(tiny_model: Callable) -> Callable[..., Assistant]:
 def greedy(
     assistant: Assistant, messages: list[Message], image: Path | None, tokens: int = TOKENS
 ) -> str:
-    """A plain `generate` of the host with the host's processor: no cache kept, no padding, nothing of ours."""
+    """Answer with transformers alone: its `generate` and processor, no kept cache, no padding."""
     content = [
         [{"type": "text", "text": part} for part in message.text.split(f"{IMAGE}\n") if part]
         for message in messages
@@ -76,15 +76,14 @@ def greedy(
 
 @pytest.mark.parametrize("template", ["chatml", "vicuna"])
 def test_a_batch_answers_as_one_does_and_as_stock_generate_does(
-    assistants: Callable, family: str, template: str, pictures: list[Path]
+    assistants: Callable, family: str, template: str, files: list[Path]
 ) -> None:
     """Mixed lengths, several images, one image asked about again and again, and no image at all."""
     assistant = assistants(family, template)
     pairs = [
-        (pictures[i % 3] if i % 4 else None, QUESTIONS[i % 4] + " Sure?" * (i // 4))
-        for i in range(9)
+        (files[i % 3] if i % 4 else None, QUESTIONS[i % 4] + " Sure?" * (i // 4)) for i in range(9)
     ]
-    pairs += [(pictures[1], question) for question in QUESTIONS]
+    pairs += [(files[1], question) for question in QUESTIONS]
     together = assistant.answer_many(pairs, max_new_tokens=TOKENS)
     for (image, question), answer in zip(pairs, together, strict=True):
         assert assistant.answer(image, question, max_new_tokens=TOKENS) == answer
@@ -99,19 +98,18 @@ def test_a_batch_answers_as_one_does_and_as_stock_generate_does(
     )
 
 
-def test_the_image_changes_the_answer(assistants: Callable, pictures: list[Path]) -> None:
+def test_the_image_changes_the_answer(assistants: Callable, files: list[Path]) -> None:
     answers = {
-        assistants().answer(picture, QUESTIONS[1], max_new_tokens=TOKENS).text
-        for picture in pictures
+        assistants().answer(file, QUESTIONS[1], max_new_tokens=TOKENS).text for file in files
     }
     assert len(answers) > 1
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 50])
 def test_the_size_of_a_batch_does_not_matter(
-    assistants: Callable, pictures: list[Path], batch_size: int
+    assistants: Callable, files: list[Path], batch_size: int
 ) -> None:
-    pairs = [(picture, question) for question in QUESTIONS for picture in (*pictures, None)]
+    pairs = [(file, question) for question in QUESTIONS for file in (*files, None)]
     wanted = [assistants().answer(*pair, max_new_tokens=TOKENS) for pair in pairs]
     told: dict[int, str] = {}
 
@@ -130,7 +128,7 @@ def test_the_size_of_a_batch_does_not_matter(
     assert told == {position: answer.text for position, answer in enumerate(wanted)}
 
 
-def test_an_image_is_encoded_once_in_a_batch(assistants: Callable, pictures: list[Path]) -> None:
+def test_an_image_is_encoded_once_in_a_batch(assistants: Callable, files: list[Path]) -> None:
     assistant = assistants()
     sizes = []
     hook = assistant.model.model.vision_tower.register_forward_pre_hook(
@@ -138,7 +136,7 @@ def test_an_image_is_encoded_once_in_a_batch(assistants: Callable, pictures: lis
     )
     try:
         assistant.answer_many(
-            [(pictures[i % 2], question) for question in QUESTIONS for i in range(4)],
+            [(files[i % 2], question) for question in QUESTIONS for i in range(4)],
             max_new_tokens=2,
         )
     finally:
@@ -146,10 +144,10 @@ def test_an_image_is_encoded_once_in_a_batch(assistants: Callable, pictures: lis
     assert sizes == [2]
 
 
-def test_paths_bytes_pictures_and_arrays_are_one_image(
-    assistants: Callable, pictures: list[Path]
+def test_paths_bytes_pil_images_and_arrays_are_one_image(
+    assistants: Callable, files: list[Path]
 ) -> None:
-    path = pictures[0]
+    path = files[0]
     with Image.open(path) as opened:
         opened.load()
         forms = [path, str(path), path.read_bytes(), opened, np.asarray(opened)]
@@ -162,32 +160,32 @@ def test_paths_bytes_pictures_and_arrays_are_one_image(
     } == set(answers)
 
 
-def test_a_transparent_picture_is_read_as_its_file_is(assistants: Callable, tmp_path: Path) -> None:
-    picture = Image.new("RGBA", (28, 28), (200, 0, 0, 90))
-    picture.save(tmp_path / "a.png")
-    assert torch.equal(assistants().pixels(picture), assistants().pixels(tmp_path / "a.png"))
+def test_a_transparent_image_is_read_like_its_file(assistants: Callable, tmp_path: Path) -> None:
+    file = Image.new("RGBA", (28, 28), (200, 0, 0, 90))
+    file.save(tmp_path / "a.png")
+    assert torch.equal(assistants().pixels(file), assistants().pixels(tmp_path / "a.png"))
 
 
-def test_a_rotated_picture_is_one_image_in_every_form(
-    assistants: Callable, pictures: list[Path], tmp_path: Path
+def test_a_rotated_image_is_the_same_in_every_form(
+    assistants: Callable, files: list[Path], tmp_path: Path
 ) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    with Image.open(pictures[2]) as opened:
+    with Image.open(files[2]) as opened:
         opened.save(tmp_path / "a.png", exif=exif)
         upright = opened.transpose(Image.Transpose.ROTATE_270)
     with Image.open(tmp_path / "a.png") as rotated:
         rotated.load()
     for form in (tmp_path / "a.png", (tmp_path / "a.png").read_bytes(), rotated):
         assert torch.equal(assistants().pixels(form), assistants().pixels(upright))
-    assert not torch.equal(assistants().pixels(rotated), assistants().pixels(pictures[2]))
+    assert not torch.equal(assistants().pixels(rotated), assistants().pixels(files[2]))
 
 
 def test_an_encoded_image_is_asked_about_as_the_image_is_and_passes_the_tower_once(
-    assistants: Callable, pictures: list[Path]
+    assistants: Callable, files: list[Path]
 ) -> None:
     assistant = assistants()
-    pairs = [(picture, question) for question in QUESTIONS for picture in pictures[:2]]
+    pairs = [(file, question) for question in QUESTIONS for file in files[:2]]
     wanted = assistant.answer_many(pairs, max_new_tokens=TOKENS)
 
     assistant.features = ImageFeatures(assistant.model)  # nothing seen by other tests
@@ -196,9 +194,9 @@ def test_an_encoded_image_is_asked_about_as_the_image_is_and_passes_the_tower_on
         lambda _, args: images.append(len(args[0]))
     )
     try:
-        encoded = assistant.encode_image(pictures[0])
+        encoded = assistant.encode_image(files[0])
         assert assistant.encode_image(encoded) is encoded
-        asked = [(encoded if image == pictures[0] else image, text) for image, text in pairs]
+        asked = [(encoded if image == files[0] else image, text) for image, text in pairs]
         mixed = assistant.answer_many(asked, max_new_tokens=TOKENS)
         alone = [assistant.answer(encoded, text, max_new_tokens=TOKENS) for text in QUESTIONS]
         streamed = list(assistant.stream(encoded, QUESTIONS[0], max_new_tokens=TOKENS))
@@ -213,9 +211,9 @@ def test_an_encoded_image_is_asked_about_as_the_image_is_and_passes_the_tower_on
     assert prompted == [wanted[2]]
 
 
-def test_an_answer_says_how_it_ended(assistants: Callable, pictures: list[Path]) -> None:
+def test_an_answer_says_how_it_ended(assistants: Callable, files: list[Path]) -> None:
     assistant = assistants()
-    cut = assistant.answer(pictures[0], QUESTIONS[0], max_new_tokens=3)
+    cut = assistant.answer(files[0], QUESTIONS[0], max_new_tokens=3)
     assert (cut.num_tokens, cut.finished) == (3, False)
     head, end = assistant.model.lm_head, assistant.processor.tokenizer.eos_token_id
     try:  # a head that says nothing but the end of the turn
@@ -223,7 +221,7 @@ def test_an_answer_says_how_it_ended(assistants: Callable, pictures: list[Path])
         torch.nn.init.zeros_(assistant.model.lm_head.weight)
         torch.nn.init.zeros_(assistant.model.lm_head.bias)
         assistant.model.lm_head.bias.data[end] = 1.0
-        ended = assistant.answer(pictures[0], QUESTIONS[0], max_new_tokens=3)
+        ended = assistant.answer(files[0], QUESTIONS[0], max_new_tokens=3)
     finally:
         assistant.model.lm_head = head
     assert (ended.text, ended.num_tokens, ended.finished) == ("", 1, True)
@@ -231,10 +229,10 @@ def test_an_answer_says_how_it_ended(assistants: Callable, pictures: list[Path])
 
 @pytest.mark.parametrize("template", ["chatml", "vicuna"])
 def test_the_pieces_of_a_stream_are_the_answer(
-    assistants: Callable, family: str, template: str, pictures: list[Path]
+    assistants: Callable, family: str, template: str, files: list[Path]
 ) -> None:
     assistant = assistants(family, template)
-    for image in (pictures[0], None):
+    for image in (files[0], None):
         pieces = list(assistant.stream(image, QUESTIONS[0], max_new_tokens=TOKENS))
         assert (
             "".join(pieces).strip()
@@ -244,11 +242,11 @@ def test_the_pieces_of_a_stream_are_the_answer(
 
 @pytest.mark.parametrize("template", ["chatml", "vicuna"])
 def test_a_conversation_is_its_whole_prompt(
-    assistants: Callable, family: str, template: str, pictures: list[Path]
+    assistants: Callable, family: str, template: str, files: list[Path]
 ) -> None:
-    """What the cache keeps from turn to turn changes no answer."""
+    """The cache that is kept from turn to turn changes no answer."""
     assistant = assistants(family, template)
-    for image in (pictures[0], None):
+    for image in (files[0], None):
         chat = assistant.chat(image)
         messages: list[Message] = []
         for question in QUESTIONS[:3]:
@@ -261,10 +259,10 @@ def test_a_conversation_is_its_whole_prompt(
             assert chat.messages == messages
 
 
-def test_a_turn_costs_its_new_tokens_only(assistants: Callable, pictures: list[Path]) -> None:
+def test_a_turn_costs_its_new_tokens_only(assistants: Callable, files: list[Path]) -> None:
     assistant = assistants()
     assistant.features = ImageFeatures(assistant.model)  # nothing seen by other tests
-    chat = assistant.chat(pictures[0])
+    chat = assistant.chat(files[0])
     lengths: list[int] = []
     images: list[int] = []
     body, tower = assistant.model.model.language_model, assistant.model.model.vision_tower
@@ -291,11 +289,11 @@ def test_a_turn_costs_its_new_tokens_only(assistants: Callable, pictures: list[P
     assert len(images) == 1, "the image is encoded once"
 
 
-def conversations(pictures: list[Path]) -> list[tuple[list[Message], list[Path], int]]:
-    """(messages, images, longest answer): several turns, several images, a system turn, no image, every length."""
+def conversations(files: list[Path]) -> list[tuple[list[Message], list[Path], int]]:
+    """Return (messages, images, longest answer) with several turns, several images, and none."""
     first = Message("user", f"{IMAGE}\n{QUESTIONS[0]}")
     return [
-        ([first], [pictures[0]], 3),
+        ([first], [files[0]], 3),
         (
             [
                 Message("system", "Be brief."),
@@ -303,14 +301,14 @@ def conversations(pictures: list[Path]) -> list[tuple[list[Message], list[Path],
                 Message("assistant", "red"),
                 Message("user", QUESTIONS[1]),
             ],
-            [pictures[1]],
+            [files[1]],
             12,
         ),
         ([Message("user", QUESTIONS[2])], [], 7),
-        ([Message("user", f"{IMAGE}\n{IMAGE}\nSame?")], [pictures[0], pictures[2]], 12),
+        ([Message("user", f"{IMAGE}\n{IMAGE}\nSame?")], [files[0], files[2]], 12),
         (
             [first, Message("assistant", "a"), Message("user", f"{IMAGE}\nAnd this?")],
-            [pictures[2], pictures[2]],
+            [files[2], files[2]],
             9,
         ),
     ]
@@ -318,7 +316,7 @@ def conversations(pictures: list[Path]) -> list[tuple[list[Message], list[Path],
 
 @pytest.mark.parametrize("template", ["chatml", "vicuna"])
 def test_conversations_in_a_batch_are_answered_as_alone_and_as_stock_generate_does(
-    assistants: Callable, family: str, template: str, pictures: list[Path]
+    assistants: Callable, family: str, template: str, files: list[Path]
 ) -> None:
     assistant = assistants(family, template)
     told: list[list[int]] = [[] for _ in range(5)]
@@ -328,7 +326,7 @@ def test_conversations_in_a_batch_are_answered_as_alone_and_as_stock_generate_do
             told[row] += [] if token is None else [token]
         return ()
 
-    asked = conversations(pictures)
+    asked = conversations(files)
     prompts = [
         assistant.prompt(messages, images, max_new_tokens=most) for messages, images, most in asked
     ]
@@ -353,13 +351,13 @@ def test_conversations_in_a_batch_are_answered_as_alone_and_as_stock_generate_do
 
 
 def test_an_answer_that_is_drawn_is_its_seeds_own_in_any_batch(
-    assistants: Callable, pictures: list[Path]
+    assistants: Callable, files: list[Path]
 ) -> None:
     assistant = assistants()
-    prompt = [assistant.prompt(m, i, max_new_tokens=TOKENS) for m, i, _ in conversations(pictures)]
+    prompt = [assistant.prompt(m, i, max_new_tokens=TOKENS) for m, i, _ in conversations(files)]
     drawn = [
         assistant.prompt(
-            *conversations(pictures)[0][:2],
+            *conversations(files)[0][:2],
             max_new_tokens=TOKENS,
             sampling=Sampling(1.5, seed=seed),
         )
@@ -369,12 +367,12 @@ def test_an_answer_that_is_drawn_is_its_seeds_own_in_any_batch(
     assert assistant.generate([*prompt, *drawn]) == alone
     assert len({answer.text for answer in alone[-6:]}) > 3, "seeds differ"
     unseeded = assistant.prompt(
-        *conversations(pictures)[0][:2], max_new_tokens=TOKENS, sampling=Sampling(1.5)
+        *conversations(files)[0][:2], max_new_tokens=TOKENS, sampling=Sampling(1.5)
     )
     assert len({assistant.generate([unseeded])[0].text for _ in range(6)}) > 3
     nearly_greedy = [Sampling(1e-4, seed=1), Sampling(1.5, top_p=1e-6, seed=1)]
     for sampling in nearly_greedy:
-        messages, images, most = conversations(pictures)[1]
+        messages, images, most = conversations(files)[1]
         assert (
             assistant.generate(
                 [assistant.prompt(messages, images, max_new_tokens=most, sampling=sampling)]
@@ -384,12 +382,12 @@ def test_an_answer_that_is_drawn_is_its_seeds_own_in_any_batch(
 
 
 def test_a_row_that_is_told_to_leave_ends_and_the_others_go_on(
-    assistants: Callable, pictures: list[Path]
+    assistants: Callable, files: list[Path]
 ) -> None:
     assistant = assistants()
     prompts = [
         assistant.prompt(messages, images, max_new_tokens=TOKENS)
-        for messages, images, _ in conversations(pictures)[:3]
+        for messages, images, _ in conversations(files)[:3]
     ]
     whole = assistant.generate(prompts)
     assert whole[1].num_tokens > 2
@@ -408,14 +406,14 @@ def test_a_row_that_is_told_to_leave_ends_and_the_others_go_on(
 
 
 def test_a_batch_beyond_the_window_is_answered_one_by_one(
-    tiny_model: Callable, pictures: list[Path]
+    tiny_model: Callable, files: list[Path]
 ) -> None:
-    """Padding would stand inside a sliding window; tokens are told as in a batch all the same."""
+    """Padding would stand inside a sliding window; tokens are still reported as in a batch."""
     model, processor = tiny_model("llama")
     assistant = Assistant(model, processor)
     prompts = [
         assistant.prompt(messages, images, max_new_tokens=most)
-        for messages, images, most in conversations(pictures)[:3]
+        for messages, images, most in conversations(files)[:3]
     ]
     wanted = [assistant.generate([prompt])[0] for prompt in prompts]
     widths: list[int] = []
@@ -441,19 +439,17 @@ def test_a_batch_beyond_the_window_is_answered_one_by_one(
     assert [len(tokens) for tokens in told] == [wanted[0].num_tokens, 2, wanted[2].num_tokens]
 
 
-def test_a_picture_that_was_seen_lately_is_not_encoded_again(
-    assistants: Callable, pictures: list[Path]
-) -> None:
+def test_an_image_seen_lately_is_not_encoded_again(assistants: Callable, files: list[Path]) -> None:
     assistant = assistants()
     assistant.features = ImageFeatures(assistant.model)
     turns = [Message("user", f"{IMAGE}\n{QUESTIONS[0]}")]
-    for picture in (pictures[0], pictures[0].read_bytes(), pictures[1], pictures[0]):
-        assistant.generate([assistant.prompt(turns, [picture], max_new_tokens=2)])
-    list(assistant.stream(pictures[1], QUESTIONS[1], max_new_tokens=2))
+    for file in (files[0], files[0].read_bytes(), files[1], files[0]):
+        assistant.generate([assistant.prompt(turns, [file], max_new_tokens=2)])
+    list(assistant.stream(files[1], QUESTIONS[1], max_new_tokens=2))
     assert (assistant.features.num_encoded, assistant.features.num_found) == (2, 3)
     one = assistant.features.num_bytes // 2
     assistant.features = ImageFeatures(assistant.model, max_bytes=2 * one)
-    pixels = [assistant.pixels(picture) for picture in pictures]
+    pixels = [assistant.pixels(file) for file in files]
     first = assistant.features.of(pixels)
     assert assistant.features.num_bytes == 2 * one, "the oldest of three was given up"
     # Encoded alone, and not with two others: equal but for the order of sums.
@@ -462,10 +458,10 @@ def test_a_picture_that_was_seen_lately_is_not_encoded_again(
         assistant.prompt(turns)
 
 
-def test_a_reader_who_leaves_breaks_nothing(assistants: Callable, pictures: list[Path]) -> None:
-    """An answer that was not read to its end never was part of the conversation, and its making stops."""
+def test_a_reader_who_leaves_breaks_nothing(assistants: Callable, files: list[Path]) -> None:
+    """A partly read answer does not enter the conversation, and its generation stops."""
     assistant = assistants()
-    chat, fresh = assistant.chat(pictures[0]), assistant.chat(pictures[0])
+    chat, fresh = assistant.chat(files[0]), assistant.chat(files[0])
     for wanted in (1, 2):
         reader = chat.ask(QUESTIONS[1], max_new_tokens=200)
         for _ in range(wanted):
@@ -495,14 +491,14 @@ def test_an_error_while_answering_reaches_the_reader(assistants: Callable, tmp_p
 
 
 def test_an_error_inside_generate_reaches_the_reader(
-    assistants: Callable, pictures: list[Path]
+    assistants: Callable, files: list[Path]
 ) -> None:
     assistant = assistants()
 
     def fail(*_: object) -> None:
         raise RuntimeError("no memory")
 
-    chat = assistant.chat(pictures[0])
+    chat = assistant.chat(files[0])
     hook = assistant.model.model.language_model.register_forward_pre_hook(fail)
     try:
         with pytest.raises(RuntimeError, match="no memory"):
@@ -511,20 +507,20 @@ def test_an_error_inside_generate_reaches_the_reader(
         hook.remove()
     assert chat.messages == []
     said = "".join(chat.ask("What?", max_new_tokens=5)).strip()
-    assert said == assistant.answer(pictures[0], "What?", max_new_tokens=5).text
+    assert said == assistant.answer(files[0], "What?", max_new_tokens=5).text
 
 
 def test_load_takes_a_checkpoint_folder(
-    tiny_model: Callable, assistants: Callable, tmp_path: Path, pictures: list[Path]
+    tiny_model: Callable, assistants: Callable, tmp_path: Path, files: list[Path]
 ) -> None:
     save_checkpoint(*tiny_model("phi"), tmp_path / "model")
     loaded = load(tmp_path / "model", device="cpu")
-    wanted = assistants("phi").answer(pictures[0], QUESTIONS[0], max_new_tokens=TOKENS)
-    assert loaded.answer(pictures[0], QUESTIONS[0], max_new_tokens=TOKENS) == wanted
+    wanted = assistants("phi").answer(files[0], QUESTIONS[0], max_new_tokens=TOKENS)
+    assert loaded.answer(files[0], QUESTIONS[0], max_new_tokens=TOKENS) == wanted
     for dtype in ("bfloat16", torch.bfloat16):
         rounded = load(tmp_path / "model", device="cpu", dtype=dtype)
         assert {weight.dtype for weight in rounded.model.parameters()} == {torch.bfloat16}
-        assert rounded.answer(pictures[0], QUESTIONS[0], max_new_tokens=TOKENS).text
+        assert rounded.answer(files[0], QUESTIONS[0], max_new_tokens=TOKENS).text
     with pytest.raises(
         ValueError,
         match=r"no dtype 'int4' to answer in: use one of auto, float32, bfloat16, float16",

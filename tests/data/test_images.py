@@ -39,7 +39,7 @@ def _left_red_right_blue() -> Image.Image:
     return image
 
 
-def test_a_path_and_its_bytes_give_the_same_picture(tmp_path: Path) -> None:
+def test_a_path_and_its_bytes_give_the_same_image(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     _left_red_right_blue().save(path)
     opened = open_image(path)
@@ -194,7 +194,7 @@ def test_grey_image_is_grey() -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 3), (3, 1), (5, 2000)])
-def test_small_and_narrow_pictures_keep_their_size(size: tuple[int, int]) -> None:
+def test_small_and_narrow_images_keep_their_size(size: tuple[int, int]) -> None:
     assert open_image(_bytes(Image.new("RGB", size), "PNG")).size == size
 
 
@@ -213,7 +213,7 @@ def test_a_long_side_is_shrunk_for_its_square_must_fit_in_memory(
     assert opened.size == wanted and opened.getpixel((0, 0)) == (9, 99, 199)
 
 
-def test_a_phones_picture_with_a_second_one_in_it_is_the_first() -> None:
+def test_a_phones_image_with_a_second_one_in_it_is_the_first() -> None:
     red, blue = (Image.new("RGB", (16, 8), colour) for colour in ((255, 0, 0), (0, 0, 255)))
     two = _bytes(red, "MPO", save_all=True, append_images=[blue])
     pixel = open_image(two).getpixel((4, 4))
@@ -221,7 +221,7 @@ def test_a_phones_picture_with_a_second_one_in_it_is_the_first() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Image was not the expected size")
-def test_an_icon_that_hides_a_larger_picture_is_refused() -> None:
+def test_an_icon_that_hides_a_larger_image_is_refused() -> None:
     """The directory of an icon says 1 x 1; what is decoded is the PNG in it."""
     large = _bytes(Image.new("RGB", (100, 100)), "PNG")
     icon = (
@@ -248,12 +248,12 @@ def test_memory_that_is_not_there_is_no_crash(
 
 
 def test_an_image_inside_a_larger_file(tmp_path: Path) -> None:
-    picture = _bytes(_left_red_right_blue(), "PNG")
-    (tmp_path / "a.tar").write_bytes(b"before" + picture + b"behind")
-    place = FileSlice(tmp_path / "a.tar", 6, len(picture), "a/b.png")
+    content = _bytes(_left_red_right_blue(), "PNG")
+    (tmp_path / "a.tar").write_bytes(b"before" + content + b"behind")
+    place = FileSlice(tmp_path / "a.tar", 6, len(content), "a/b.png")
     assert open_image(place).tobytes() == _left_red_right_blue().tobytes()
     with pytest.raises(ValueError, match=r"a\.tar, a/b\.png cannot be read as an image"):
-        open_image(place._replace(size=len(picture) - 30))
+        open_image(place._replace(size=len(content) - 30))
     with pytest.raises(ValueError, match=r"gone\.tar, a/b\.png cannot be read as an image"):
         open_image(place._replace(file=tmp_path / "gone.tar"))
 
@@ -282,9 +282,7 @@ def test_a_key_is_of_the_content_alone(tmp_path: Path) -> None:
 
 
 def _small_files() -> list[bytes]:
-    """Small pictures of many kinds: every format and mode that decoders have a path of their own
-    for.
-    """
+    """Return small images in every format and mode for which decoders have a path of their own."""
     noise = np.random.default_rng(0).integers(0, 256, (9, 11, 4), dtype=np.uint8)
     rgb, rgba = Image.fromarray(noise[..., :3]), Image.fromarray(noise)
     exif = Image.Exif()
@@ -323,10 +321,8 @@ def _opens_or_says_why(content: bytes) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL", "ignore::PIL.Image.DecompressionBombWarning")
-def test_a_thousand_mutated_files_are_pictures_or_value_errors() -> None:
-    """Bytes changed, cut out, doubled, swapped between files, and numbers set to their extremes: as
-    disks, networks and enemies do.
-    """
+def test_a_thousand_mutated_files_are_images_or_value_errors() -> None:
+    """Change, cut, double or swap bytes between files, or set numbers to their extremes."""
     chance = random.Random(0)
     extremes = (
         b"\xff\xff\xff\xff",

@@ -1,4 +1,4 @@
-"""The verbs that import, verify, export, serve and chat with a model."""
+"""The verbs that import, check, export and serve a model, or chat with it."""
 
 from __future__ import annotations
 
@@ -52,10 +52,13 @@ def verify(
     ] = None,
     images: Annotated[
         Path | None,
-        typer.Option(help="With --gguf: a folder of images; or easy_vqa:N, N held-out questions."),
+        typer.Option(
+            help="With --gguf: a folder of images; or easy_vqa:N for N held-out questions."
+        ),
     ] = None,
     question: Annotated[
-        list[str] | None, typer.Option(help="With --gguf: question about each image.")
+        list[str] | None,
+        typer.Option(help="With --gguf: question about each image; may be repeated."),
     ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="With --gguf: threads of llama.cpp.")
@@ -154,31 +157,49 @@ def serve(
     ],
     engine: Annotated[str, typer.Option(help="auto, transformers, llama.cpp or vllm.")] = "auto",
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0: any free one.")] = 8000,
+    port: Annotated[int, typer.Option(help="Port to listen at; 0 for any free one.")] = 8000,
     api_key: Annotated[
-        str | None, typer.Option(envvar="MIPHA_API_KEY", help="Key that every request must send.")
+        str | None, typer.Option(envvar="MIPHA_API_KEY", help="Key that every request must carry.")
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Without a key: a name that clients use for this server, besides its address; "
+            "may be repeated."
+        ),
     ] = None,
     allow_remote_images: Annotated[
         bool,
         typer.Option("--allow-remote-images", help="Fetch images from public https addresses."),
     ] = False,
     batch_size: Annotated[
-        int | None, typer.Option(help="Requests that are answered together.")
+        int | None, typer.Option(help="Most requests answered in one batch.")
     ] = None,
     max_requests: Annotated[
-        int,
-        typer.Option(
-            help="Requests held at a time; a further one is refused with a time to retry."
-        ),
+        int, typer.Option(help="Requests held at a time; another one gets status 429.")
     ] = 128,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, tokens.")] = 1024,
-    request_seconds: Annotated[float, typer.Option(help="Longest time for an answer.")] = 300.0,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 1024,
+    max_images: Annotated[int, typer.Option(help="Most images in one conversation.")] = 4,
+    request_seconds: Annotated[
+        float, typer.Option(help="Longest time for an answer, in seconds.")
+    ] = 300.0,
+    log_requests: Annotated[
+        bool,
+        typer.Option(
+            "--access-log/--no-access-log",
+            help="Write one line for each request to stderr, without its content.",
+        ),
+    ] = True,
     device: Annotated[
-        str | None, typer.Option(help="For transformers, such as cuda:1; a GPU where there is one.")
+        str | None,
+        typer.Option(
+            help="Device for transformers, such as cuda:1; default: the GPU if there is one."
+        ),
     ] = None,
     dtype: Annotated[str, typer.Option(help=_DTYPE_HELP)] = "auto",
 ) -> None:
     """Serve a model with OpenAI's interface and a web page."""
+    import os
     from typing import get_args
 
     from mipha.deploy.serve.engine import EngineName
@@ -194,12 +215,16 @@ def serve(
         engine=engine,
         host=host,
         port=port,
-        api_key=api_key,
+        # An empty variable is no missing one: it must not turn the key off silently.
+        api_key=os.environ.get("MIPHA_API_KEY") if api_key is None else api_key,
+        allow_host=allow_host or [],
         allow_remote_images=allow_remote_images,
         batch_size=batch_size,
         max_requests=max_requests,
         max_new_tokens=max_new_tokens,
+        max_images=max_images,
         request_seconds=request_seconds,
+        log_requests=log_requests,
         device=device,
         dtype=dtype,
     )
@@ -232,15 +257,15 @@ def _compare_gguf(
 
 def chat(
     run: Model,
-    image: Annotated[Path | None, typer.Option(help="The image to talk about.")] = None,
+    image: Annotated[Path | None, typer.Option(help="Image to talk about.")] = None,
     dtype: Annotated[str, typer.Option(help=_DTYPE_HELP)] = "auto",
 ) -> None:
-    """Talk about an image; /image PATH, /reset and /quit."""
+    """Chat about an image; commands: /image PATH, /reset and /quit."""
     from mipha.run import model_folder
 
     folder = model_folder(run)
     if image is not None and not image.is_file():
-        raise FileNotFoundError(f"no image {image}: give the path of an image file")
+        raise FileNotFoundError(f"no image {image}: give the path of an image")
 
     from mipha.assistant import load
 

@@ -378,10 +378,13 @@ def _from_16_bit(image: Image.Image) -> Image.Image:
     """Scale by 1/257, so that 65535 becomes 255; Pillow's conversion clips above 255 to white."""
     import numpy as np
 
-    values = np.asarray(image).astype(np.int64)
+    values = np.asarray(image)  # (height, width), uint16 or int32
     if values.min() < 0 or values.max() > 65535:
         raise ValueError(
             f"its pixels reach from {values.min()} to {values.max()}, beyond 16 bits; "
             "save it with 8 or 16 bits"
         )
-    return Image.fromarray(((values + 128) // 257).astype(np.uint8)).convert("RGB")
+    rounded = values.astype(np.uint32)
+    rounded += 128
+    rounded //= 257
+    return Image.fromarray(rounded.astype(np.uint8)).convert("RGB")

@@ -24,14 +24,20 @@ _HALF_CHARACTER = "\ufffd"
 """Decoders write it for an incomplete character, which the next token may complete."""
 
 
+LEAST_TEMPERATURE = 1e-3
+"""Temperature under which all probability lies on the likeliest token."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """Sampling of one answer, where decoding is not greedy.
 
     Args:
-        temperature: Divisor of the logits, above 0.
-        top_p: Joint probability of the likeliest tokens that may be drawn; 1 allows all tokens.
-        seed: Seed of the answer, independent of the batch; None for a new one every time.
+        temperature: Divisor of the logits, above 0; under `LEAST_TEMPERATURE` the answer is the
+            likeliest one, because the quotients would overflow.
+        top_p: Probability that the likeliest tokens must have together; only they are drawn.
+            1: all tokens.
+        seed: Seed of the answer, whatever else is in the batch; None for a new one every time.
     """
 
     temperature: float
@@ -49,7 +55,7 @@ class RowSampler(LogitsProcessor):
         self._drawn = [
             (row, _warpers(sampling), _generator(sampling.seed))
             for row, sampling in enumerate(rows)
-            if sampling is not None
+            if sampling is not None and sampling.temperature >= LEAST_TEMPERATURE
         ]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:

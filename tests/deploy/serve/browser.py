@@ -1,4 +1,4 @@
-"""A headless Chromium over a pair of pipes: enough of the DevTools protocol to use a page as a person does."""
+"""A headless Chromium over a pair of pipes: enough of the DevTools protocol to use a page."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
 _PATIENCE = 30.0
-"""Seconds until something that does not happen is a failure."""
+"""Seconds to wait for an event before the test fails."""
 
 
 class Page:
-    """One tab. What the page itself complains about is kept in `complaints`."""
+    """One tab; `complaints` keeps the errors that the page reports."""
 
     def __init__(self, write: int, read: int) -> None:
         self._write, self._read, self._rest, self._number, self._session = write, read, b"", 0, ""
@@ -36,7 +36,7 @@ class Page:
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """One command and its result."""
+        """Send one command and return its result."""
         self._number += 1
         message = {"id": self._number, "method": method, "params": parameters}
         if self._session:
@@ -52,7 +52,7 @@ class Page:
         self.wait_for("document.readyState === 'complete' && location.href !== 'about:blank'")
 
     def run(self, script: str) -> Any:
-        """The value of a JavaScript expression; a promise is waited for."""
+        """Return the value of a JavaScript expression; a promise is awaited."""
         result = self.call(
             "Runtime.evaluate",
             expression=script,
@@ -77,7 +77,7 @@ class Page:
         self.call("DOM.setFileInputFiles", nodeId=node, files=[str(file) for file in files])
 
     def type(self, text: str) -> None:
-        """Into what has the focus."""
+        """Type into the element that has the focus."""
         self.call("Input.insertText", text=text)
 
     def press(self, key: str, shift: bool = False) -> None:
@@ -92,7 +92,7 @@ class Page:
         self.call("Input.dispatchKeyEvent", type="keyUp", **event)
 
     def size(self, width: int, height: int, *, dark: bool = False, phone: bool = False) -> None:
-        """Width and height in CSS pixels."""
+        """Set width and height, in CSS pixels."""
         self.call(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -111,7 +111,7 @@ class Page:
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
-            assert select.select([self._read], [], [], _PATIENCE)[0], "Chromium says nothing"
+            assert select.select([self._read], [], [], _PATIENCE)[0], "Chromium does not answer"
             piece = os.read(self._read, 1 << 16)
             assert piece, "Chromium has ended"
             self._rest += piece
@@ -126,10 +126,10 @@ class Page:
 
 @contextmanager
 def chromium(profile: Path) -> Iterator[Page]:
-    """A browser of its own, which ends with the block.
+    """Start a browser that ends with the block.
 
     Args:
-        profile: A folder that nothing else uses.
+        profile: Folder for this browser alone.
     """
     assert CHROMIUM
     their_read, our_write = os.pipe()
@@ -148,9 +148,13 @@ def chromium(profile: Path) -> Iterator[Page]:
         "--disable-sync",
         f"--user-data-dir={profile}",
     ]
-    # Chromium reads from descriptor 3 and writes to 4; copies further up keep one from standing where the other must go.
+    # Chromium reads from descriptor 3 and writes to 4. Copies at higher numbers keep the two from
+    # overwriting each other.
     copies = f"(fcntl.fcntl(number, fcntl.F_DUPFD, 10) for number in ({their_read}, {their_write}))"
-    place = f"import fcntl, os, sys; a, b = {copies}; os.dup2(a, 3); os.dup2(b, 4); os.execv(sys.argv[1], sys.argv[1:])"
+    place = (
+        f"import fcntl, os, sys; a, b = {copies}; os.dup2(a, 3); os.dup2(b, 4); "
+        "os.execv(sys.argv[1], sys.argv[1:])"
+    )
     command = [sys.executable, "-S", "-c", place, CHROMIUM, *flags]
     process = subprocess.Popen(
         command,

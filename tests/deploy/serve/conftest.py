@@ -1,4 +1,4 @@
-"""A tiny assistant behind a real server, and pictures to ask about."""
+"""A tiny assistant behind a real server, and images to ask about."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Serving:
     """A server that runs.
 
     Args:
-        url: Without a slash at its end.
-        http: A client of it; making one takes longer than asking.
-        metrics: Of it.
+        url: Address without a slash at its end.
+        http: Client of the server; making one takes longer than a request.
+        metrics: Counts of the server.
     """
 
     url: str
@@ -38,12 +38,12 @@ class Serving:
     metrics: Metrics
 
     def metric(self, sample: str) -> float:
-        """The value of one sample, by its name and labels; 0 where it was never counted."""
+        """Return one sample by its name and labels; 0 if it was never counted."""
         lines = [line.rpartition(" ") for line in self.metrics.text().splitlines()]
         return next((float(value) for name, _, value in lines if name == f"mipha_{sample}"), 0.0)
 
     def comes_to_rest(self) -> bool:
-        """Whether it holds no request, or holds none soon: a client has its answer a moment before the server has put the request away."""
+        """Return whether the server holds no request soon: it lets go after the client has all."""
         until = time.monotonic() + 10
         while any(
             self.metric(gauge) for gauge in ("requests_held", "requests_waiting", "batch_size")
@@ -56,7 +56,7 @@ class Serving:
 
 @pytest.fixture(scope="session")
 def assistant(tiny_model: Callable) -> Assistant:
-    """Whose answers depend on picture and question."""
+    """Return an assistant whose answers depend on image and question."""
     from mipha.assistant import Assistant
 
     return Assistant(*tiny_model("llama"))
@@ -64,7 +64,7 @@ def assistant(tiny_model: Callable) -> Assistant:
 
 @pytest.fixture
 def gate(assistant: Assistant) -> Iterator[Event]:
-    """Open; while it is closed, the model waits before each step."""
+    """Yield an open gate; while it is closed, the model waits before each step."""
     opened = Event()
     opened.set()
 
@@ -79,7 +79,11 @@ def gate(assistant: Assistant) -> Iterator[Event]:
 
 @pytest.fixture
 def serving(assistant: Assistant) -> Callable[..., AbstractContextManager[Serving]]:
-    """`with serving(bounds=, api_key=, hosts=, batch_size=, engine=) as server`: a server in a thread at a free port."""
+    """Return `serving(...)`, a context manager: a server in a thread at a free port.
+
+    It takes `batch_size`, `engine`, the options of `create_app`, and in `server` those of
+    `configure`.
+    """
     import uvicorn
 
     from mipha.deploy.serve.app import create_app
@@ -89,16 +93,20 @@ def serving(assistant: Assistant) -> Callable[..., AbstractContextManager[Servin
 
     @contextmanager
     def serve(
-        batch_size: int = 16, engine: Engine | None = None, **options: Any
+        batch_size: int = 16,
+        engine: Engine | None = None,
+        server: dict[str, Any] | None = None,
+        **options: Any,
     ) -> Iterator[Serving]:
         metrics = Metrics()
         behind = engine or TransformersEngine(assistant, metrics, batch_size)
         listening = listen("127.0.0.1", 0)
-        server = uvicorn.Server(configure(create_app(behind, "tiny", metrics, **options)))
+        app = create_app(behind, "tiny", metrics, **options)
+        running = uvicorn.Server(configure(app, **(server or {})))
 
         async def main() -> None:
             await behind.start()
-            await server.serve(sockets=[listening])
+            await running.serve(sockets=[listening])
             await behind.close()
 
         thread = Thread(target=lambda: asyncio.run(main()))
@@ -108,7 +116,7 @@ def serving(assistant: Assistant) -> Callable[..., AbstractContextManager[Servin
             with httpx.Client(base_url=url, timeout=60, trust_env=False) as http:
                 yield Serving(url, http, metrics)
         finally:
-            server.should_exit = True
+            running.should_exit = True
             thread.join(60)
         assert not thread.is_alive()
 
@@ -116,8 +124,8 @@ def serving(assistant: Assistant) -> Callable[..., AbstractContextManager[Servin
 
 
 @pytest.fixture(scope="session")
-def picture() -> Callable[[int], Image.Image]:
-    """`picture(number)`: blocks of strong colours, other ones for each number."""
+def make_image() -> Callable[[int], Image.Image]:
+    """Return `make_image(number)`: blocks of strong colours, others for each number."""
 
     def make(number: int) -> Image.Image:
         blocks = np.random.default_rng(number).integers(0, 2, (3, 3, 3), dtype=np.uint8) * 255
@@ -128,7 +136,7 @@ def picture() -> Callable[[int], Image.Image]:
 
 @pytest.fixture(scope="session")
 def messages_about() -> Callable[..., list[dict[str, Any]]]:
-    """`messages_about(question, image)`: one turn as OpenAI's clients write it."""
+    """Return `messages_about(question, image)`: one turn as OpenAI's clients write it."""
 
     def messages(question: str, image: Image.Image | None = None) -> list[dict[str, Any]]:
         if image is None:

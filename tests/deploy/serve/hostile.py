@@ -1,6 +1,7 @@
-"""Requests that no friend sends: each must be refused with a sentence, quickly, and leave the server as it was.
+"""Hostile requests: each must be refused quickly, with a sentence, and must not harm the server.
 
-The same ones on every run. Bodies of a chat request are in `bodies()`, whole requests as they go over the wire in `wires()`.
+They are the same on every run. `bodies()` yields bodies of a chat request, `wires()` whole requests
+as bytes on a socket.
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ MODEL = "tiny"
 """The model that the requests ask for."""
 
 CUT_OFF = "endless"
-"""In the kind of what is so long that the server hangs up before it was sent; its answer may then be lost on the way."""
+"""Word in the kind of requests so long that the server hangs up before their end.
+
+Its answer may then be lost on the way.
+"""
 
 _SEED = 8
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
@@ -43,9 +47,9 @@ class Wire(NamedTuple):
 
 
 def bodies() -> Iterator[Body]:
-    """All of them, in order."""
-    for kind, data in pictures():
-        yield Body(f"picture: {kind}", _shows(_uri(data)))
+    """Yield all bodies, in order."""
+    for kind, data in images():
+        yield Body(f"image: {kind}", _shows(_uri(data)))
     for kind, url in addresses():
         yield Body(f"address: {kind}", _shows(url))
     for kind, content in broken_json():
@@ -57,12 +61,12 @@ def bodies() -> Iterator[Body]:
 
 
 def good_request() -> bytes:
-    """A body that is answered."""
+    """Return a body that is answered."""
     return _shows(_uri(_file("PNG")))
 
 
-def pictures() -> Iterator[tuple[str, bytes]]:
-    """Files that are no pictures, or whose decoding would not end well."""
+def images() -> Iterator[tuple[str, bytes]]:
+    """Yield files that are no images, and images that are made to harm a decoder."""
     sides = [(65_535, 65_535), (30_000, 30_000), (16_383, 16_383), (5_001, 5_000)]
     for width, height in sides:
         yield f"PNG header of {width} x {height}", _png(width, height, b"")
@@ -153,7 +157,7 @@ def pictures() -> Iterator[tuple[str, bytes]]:
 
 
 def addresses() -> Iterator[tuple[str, str]]:
-    """What must not be opened: files, this machine and its network in every notation, and data URIs that are none."""
+    """Yield addresses of files and of this network in every notation, and broken data URIs."""
     inside = [
         "127.0.0.1",
         "127.1",
@@ -286,7 +290,7 @@ def addresses() -> Iterator[tuple[str, str]]:
 
 
 def broken_json() -> Iterator[tuple[str, bytes]]:
-    """Bodies that are no JSON object, or one that costs too much."""
+    """Yield bodies that are no JSON object, or one that costs too much."""
     whole = json.dumps(
         {"model": MODEL, "messages": [{"role": "user", "content": "What is this?"}]}
     ).encode()
@@ -357,7 +361,7 @@ def broken_json() -> Iterator[tuple[str, bytes]]:
 
 
 def wrong_fields() -> Iterator[tuple[str, dict[str, object]]]:
-    """Values of a wrong type or range, and fields that would be ignored."""
+    """Yield values of a wrong type or range, and fields that would be ignored."""
     good: dict[str, object] = {
         "model": MODEL,
         "messages": [{"role": "user", "content": "What is this?"}],
@@ -427,17 +431,17 @@ def wrong_fields() -> Iterator[tuple[str, dict[str, object]]]:
         for name in good
     )
     yield "two lengths", good | {"max_tokens": 1, "max_completion_tokens": 2}
-    yield "a very long answer", good | {"max_tokens": 10**9}
+    yield "an answer without a token", good | {"max_tokens": 0}
 
 
 def wrong_messages() -> Iterator[tuple[str, object]]:
-    """Conversations that are none, and texts that would be more than text."""
+    """Yield malformed conversations, and texts that hold control tokens."""
     for value in (None, 1.5, "x", [], {}, True):
         yield f"a message {value!r}", [value]
         yield f"a content {value!r}", [{"role": "user", "content": value if value != "x" else ""}]
         yield f"a part {value!r}", [{"role": "user", "content": [value]}]
         yield (
-            f"a picture {value!r}",
+            f"a image {value!r}",
             [{"role": "user", "content": [{"type": "image_url", "image_url": value}]}],
         )
         yield (
@@ -510,17 +514,17 @@ def wrong_messages() -> Iterator[tuple[str, object]]:
         "a thousand turns",
         [{"role": role, "content": "x"} for role in ["user", "assistant"] * 500 + ["user"]],
     )
-    picture = {"type": "image_url", "image_url": {"url": _uri(_file("PNG"))}}
-    yield "a hundred pictures", [{"role": "user", "content": [picture] * 100}]
+    image = {"type": "image_url", "image_url": {"url": _uri(_file("PNG"))}}
+    yield "a hundred images", [{"role": "user", "content": [image] * 100}]
     yield (
-        "a picture of the system's",
-        [{"role": "system", "content": [picture]}, {"role": "user", "content": "x"}],
+        "an image of the system's",
+        [{"role": "system", "content": [image]}, {"role": "user", "content": "x"}],
     )
     yield "tool calls", [{"role": "user", "content": "x", "tool_calls": [{"id": "1"}]}]
 
 
 def wires() -> Iterator[Wire]:
-    """Whole requests that are wrong before their body is."""
+    """Yield whole requests that are wrong before their body."""
     good = good_request()
     chat = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
     typed = chat + b"Content-Type: application/json\r\n"
@@ -704,7 +708,7 @@ def _bmp(width: int, height: int, compression: int, data: bytes) -> bytes:
 
 
 def _jpeg_of_size(width: int, height: int) -> bytes:
-    """A small JPEG that says it is large."""
+    """Return a small JPEG whose header says it is large."""
     data = bytearray(_file("JPEG"))
     frame = data.index(b"\xff\xc0")
     data[frame + 5 : frame + 9] = struct.pack(">HH", height, width)
@@ -712,7 +716,7 @@ def _jpeg_of_size(width: int, height: int) -> bytes:
 
 
 def _jpeg_of_scans(number: int) -> bytes:
-    """A progressive JPEG whose last scan is sent again and again."""
+    """Return a progressive JPEG whose last scan is repeated."""
     buffer = io.BytesIO()
     Image.new("L", (2_000, 2_000)).save(buffer, "JPEG", progressive=True)
     data = buffer.getvalue()

@@ -16,9 +16,11 @@ from PIL import Image
 
 from mipha.assistant import Assistant
 from mipha.deploy.serve.chat import Bounds
+from mipha.deploy.serve.gate import Access, HostNames
 from mipha.deploy.serve.requests import Limits
 
 CHAT = "/v1/chat/completions"
+LOCAL = HostNames(frozenset({"localhost", "127.0.0.1", "::1"}))
 JSON = {"content-type": "application/json"}
 QUESTIONS = (
     "Which colour?",
@@ -44,7 +46,7 @@ def ask(http: httpx.Client, **changes: Any) -> httpx.Response:
 def test_the_clients_answers_are_the_assistants(
     serving: Callable,
     assistant: Assistant,
-    picture: Callable[[int], Image.Image],
+    make_image: Callable[[int], Image.Image],
     messages_about: Callable,
 ) -> None:
     with serving() as server, client(server.url) as asked:
@@ -52,7 +54,7 @@ def test_the_clients_answers_are_the_assistants(
         assert asked.models.retrieve("tiny").object == "model"
         num_pieces = 0
         for number, question in enumerate(QUESTIONS):
-            image = picture(number) if number != 2 else None
+            image = make_image(number) if number != 2 else None
             wanted = assistant.answer(image, question, max_new_tokens=12)
             said = asked.chat.completions.create(
                 model="tiny", messages=messages_about(question, image), max_tokens=12
@@ -60,7 +62,7 @@ def test_the_clients_answers_are_the_assistants(
             assert said.choices[0].message.content == wanted.text
             assert said.choices[0].finish_reason == ("stop" if wanted.finished else "length")
             assert said.usage is not None and said.usage.completion_tokens == wanted.num_tokens
-            # Two by two patches of the picture, and the words around them.
+            # Two by two patches of the image, and the words around them.
             text_only = asked.chat.completions.create(
                 model="tiny", messages=messages_about(question), max_tokens=1
             ).usage
@@ -94,10 +96,10 @@ def test_the_clients_answers_are_the_assistants(
 
 
 def test_a_conversation_a_seed_and_a_stop(
-    serving: Callable, picture: Callable, messages_about: Callable
+    serving: Callable, make_image: Callable, messages_about: Callable
 ) -> None:
     with serving() as server, client(server.url) as asked:
-        turns = messages_about(QUESTIONS[0], picture(1))
+        turns = messages_about(QUESTIONS[0], make_image(1))
         whole = (
             asked.chat.completions.create(model="tiny", messages=turns, max_tokens=12)
             .choices[0]
@@ -140,10 +142,10 @@ def test_a_conversation_a_seed_and_a_stop(
 
 
 def test_64_clients_at_once_each_get_their_own_answer(
-    serving: Callable, assistant: Assistant, picture: Callable, messages_about: Callable
+    serving: Callable, assistant: Assistant, make_image: Callable, messages_about: Callable
 ) -> None:
     pairs = [
-        (picture(number) if number % 5 else None, f"{QUESTIONS[number % 4]} {number}")
+        (make_image(number) if number % 5 else None, f"{QUESTIONS[number % 4]} {number}")
         for number in range(64)
     ]
     lengths = [3 + number % 5 for number in range(64)]
@@ -373,7 +375,10 @@ def test_a_body_that_does_not_come_is_not_waited_for(serving: Callable) -> None:
     with serving(bounds=Bounds(body_seconds=0.2)) as server:
         address = urlsplit(server.url)
         with socket.create_connection((address.hostname, address.port)) as connection:
-            head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n{{"
+            head = (
+                f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                "Content-Length: 100\r\n\r\n{"
+            )
             connection.sendall(head.encode())
             assert connection.recv(4096).startswith(b"HTTP/1.1 408 ")
         assert server.comes_to_rest()
@@ -388,7 +393,7 @@ def test_bodies_that_are_read_share_a_memory(serving: Callable) -> None:
 
 
 def test_a_key_is_asked_for_everywhere_but_at_the_door(serving: Callable) -> None:
-    with serving(api_key="right") as server:
+    with serving(access=Access(api_key="right")) as server:
         for path in ("/v1/models", "/v1/models/tiny", "/metrics"):
             assert server.http.get(path).status_code == 401
             assert (
@@ -409,7 +414,7 @@ def test_a_key_is_asked_for_everywhere_but_at_the_door(serving: Callable) -> Non
 
 def test_a_foreign_name_is_not_answered(serving: Callable) -> None:
     """A web page whose name was made to point to this machine sends that name."""
-    with serving(hosts=frozenset({"localhost", "127.0.0.1", "::1"})) as server:
+    with serving(access=Access(hosts=LOCAL)) as server:
         port = urlsplit(server.url).port
         for host, status in {
             f"localhost:{port}": 200,

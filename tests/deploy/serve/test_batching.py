@@ -79,14 +79,15 @@ def batches(metrics: Metrics) -> int:
 def test_who_shares_a_batch(
     assistant: Assistant,
     gate: Event,
-    picture: Callable[[int], Image.Image],
+    make_image: Callable[[int], Image.Image],
     options: dict[str, int],
     num_batches: int,
 ) -> None:
-    asked = [request("Which colour?", picture(number)) for number in range(5)]
+    asked = [request("Which colour?", make_image(number)) for number in range(5)]
     assert len(assistant.prompt_ids([Message("user", f"{IMAGE}\nWhich colour?")])) == 22
     wanted = [
-        assistant.answer(picture(number), "Which colour?", max_new_tokens=6) for number in range(5)
+        assistant.answer(make_image(number), "Which colour?", max_new_tokens=6)
+        for number in range(5)
     ]
 
     async def use(engine: TransformersEngine) -> list[list[Piece]]:
@@ -112,7 +113,7 @@ def test_who_shares_a_batch(
 
 
 def test_a_short_answer_does_not_wait_for_a_long_one(assistant: Assistant, gate: Event) -> None:
-    """Its end is told in the step in which it ends, while its neighbour goes on."""
+    """Its end is reported in the step in which it ends, while its neighbour goes on."""
 
     async def use(engine: TransformersEngine) -> tuple[bool, list[Piece]]:
         gate.clear()
@@ -178,10 +179,10 @@ def test_a_conversation_longer_than_the_context_is_refused_and_an_answer_is_cut_
 
 
 def test_a_decoded_image_is_not_encoded_again(
-    assistant: Assistant, picture: Callable[[int], Image.Image], monkeypatch: pytest.MonkeyPatch
+    assistant: Assistant, make_image: Callable[[int], Image.Image], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Encoding and decoding twelve megapixels once more takes seconds."""
-    image = picture(1)
+    image = make_image(1)
     wanted = assistant.pixels(image)
 
     def refuse(*_: Any, **__: Any) -> None:
@@ -191,3 +192,106 @@ def test_a_decoded_image_is_not_encoded_again(
     monkeypatch.setattr("PIL.Image.open", refuse)
     row = TransformersEngine(assistant, Metrics()).prepare(request("Which colour?", image))
     assert len(row.prompt.images) == 1 and torch.equal(row.prompt.images[0], wanted)
+
+
+def failing(assistant: Assistant, poison: str, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every batch fail that holds a question, once it has made some tokens."""
+    generate = Assistant.generate
+    poisoned = assistant.prompt_ids([Message("user", poison)])
+
+    def generating(self: Assistant, prompts: Any, on_tokens: Any = None, **more: Any) -> Any:
+        steps = 0
+
+        def told(tokens: list[int | None]) -> Any:
+            nonlocal steps
+            steps += 1
+            if steps > after and poisoned in [prompt.ids for prompt in prompts]:
+                raise RuntimeError("a poisoned batch")
+            return on_tokens(tokens)
+
+        return generate(self, prompts, told if on_tokens else None, **more)
+
+    monkeypatch.setattr(Assistant, "generate", generating)
+
+
+@pytest.mark.parametrize("after", [0, 1, 4])
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_a_failed_request_fails_alone(
+    assistant: Assistant,
+    gate: Event,
+    monkeypatch: pytest.MonkeyPatch,
+    after: int,
+    temperature: float,
+) -> None:
+    """Its neighbours get their answers, each piece once, whatever was sent before the failure."""
+    failing(assistant, "poison?", after, monkeypatch)
+    questions = ["Which colour is it?", "poison?", "left or right, or neither?"]
+
+    async def use(engine: TransformersEngine) -> list[Any]:
+        gate.clear()
+        before = asyncio.ensure_future(read(engine, request("left?")))
+        while not engine._running:
+            await asyncio.sleep(0.01)
+        reading = [
+            asyncio.ensure_future(
+                read(engine, request(text, max_new_tokens=9, temperature=temperature))
+            )
+            for text in questions
+        ]
+        while len(engine._waiting) < len(questions):
+            await asyncio.sleep(0.01)
+        gate.set()
+        await before
+        return await asyncio.gather(*reading, return_exceptions=True)
+
+    (first, failed, last), metrics = with_engine(assistant, use)
+    assert isinstance(failed, ServiceError) and failed.status == 500
+    assert batches(metrics) == 2
+    for question, pieces in ((questions[0], first), (questions[2], last)):
+        end = pieces[-1].end
+        assert end.reason == "length" and end.completion_tokens == 9
+        assert sum(piece.end is not None for piece in pieces) == 1
+        if not temperature:
+            wanted = assistant.answer(None, question, max_new_tokens=9)
+            assert "".join(piece.text for piece in pieces) == wanted.text
+
+
+def test_stopping_fails_those_too_who_are_to_be_answered_again(
+    assistant: Assistant, gate: Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(assistant, "poison?", 1, monkeypatch)
+
+    async def use(engine: TransformersEngine) -> list[Any]:
+        gate.clear()
+        before = asyncio.ensure_future(read(engine, request("left?")))
+        while not engine._running:
+            await asyncio.sleep(0.01)
+        reading = [
+            asyncio.ensure_future(read(engine, request(text, max_new_tokens=300)))
+            for text in ("poison?", "Which colour?", "left?")
+        ]
+        while len(engine._waiting) < 3:
+            await asyncio.sleep(0.01)
+        gate.set()
+        await before
+
+        # The batch of three fails at its second step; then each is answered alone.
+        while len(engine._batch) != 3 or len(engine._running) != 1:
+            await asyncio.sleep(0)
+            assert not all(task.done() for task in reading)
+        engine.abort()
+        return await asyncio.gather(*reading, return_exceptions=True)
+
+    ended, _ = with_engine(assistant, use)
+    assert [type(error) for error in ended] == [ServiceError] * 3
+
+
+def test_a_tiny_temperature_is_greedy(assistant: Assistant) -> None:
+    async def use(engine: TransformersEngine) -> list[Any]:
+        return await asyncio.gather(
+            *(read(engine, request("left?", temperature=t)) for t in (0.0, 1e-320, 5e-324, 1e-9))
+        )
+
+    ended, _ = with_engine(assistant, use)
+    texts = {"".join(piece.text for piece in pieces) for pieces in ended}
+    assert texts == {assistant.answer(None, "left?", max_new_tokens=6).text}

@@ -1,4 +1,4 @@
-"""What a path is, which engine serves it, how that is started; and llama.cpp itself behind our front."""
+"""Sources, the choice and the start of their engine, and llama.cpp itself behind our front."""
 
 from __future__ import annotations
 
@@ -23,12 +23,13 @@ from mipha.deploy.serve.engine import (
     llama_command,
     vllm_command,
 )
+from mipha.deploy.serve.gate import Access
 from mipha.deploy.serve.requests import ChatRequest, Turn
 from mipha.models.build import save_checkpoint
 
 
 def gguf(path: Path, architecture: str, context: int | None = None) -> Path:
-    """The beginning of a GGUF file, by the format's specification."""
+    """Return the beginning of a GGUF file, by the format's specification."""
     content = b"GGUF" + (3).to_bytes(4, "little") + bytes(8) + (2).to_bytes(8, "little")
     for key, kind, value in (
         (
@@ -159,7 +160,7 @@ def test_other_programs_get_what_they_need(
 
 
 def test_a_request_is_written_anew_for_another_program(
-    picture: Callable[[int], Image.Image], tmp_path: Path
+    make_image: Callable[[int], Image.Image], tmp_path: Path
 ) -> None:
     import base64
     import io
@@ -169,7 +170,7 @@ def test_a_request_is_written_anew_for_another_program(
     engine = launch(Source("a", gguf=gguf(tmp_path / "a.gguf", "phi2")), "llama.cpp")
     turns = (
         Turn("system", "Be brief."),
-        Turn("user", "Which?", (picture(1),)),
+        Turn("user", "Which?", (make_image(1),)),
         Turn("assistant", "This."),
         Turn("user", "Sure?"),
     )
@@ -190,7 +191,7 @@ def test_a_request_is_written_anew_for_another_program(
             base64.b64decode(image["image_url"]["url"].removeprefix("data:image/png;base64,"))
         )
     )
-    assert np.array_equal(np.asarray(sent), np.asarray(picture(1)))
+    assert np.array_equal(np.asarray(sent), np.asarray(make_image(1)))
     assert {key: asked[key] for key in ("max_tokens", "temperature", "top_p", "stop", "seed")} == (
         {"max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "stop": ["a"], "seed": 3}
     )
@@ -202,7 +203,10 @@ def test_a_program_that_does_not_start_is_named_with_its_last_words() -> None:
 
     from mipha.deploy.serve.engine import ServiceError
 
-    program = "import os; print('first'); print('no such weights, key', len(os.environ['LLAMA_API_KEY'])); raise SystemExit(3)"
+    program = (
+        "import os; print('first'); "
+        "print('no such weights, key', len(os.environ['LLAMA_API_KEY'])); raise SystemExit(3)"
+    )
     engine = ChildEngine(
         "llama.cpp", [sys.executable, "-c", program], 9, "k", {"LLAMA_API_KEY": "four"}, "a"
     )
@@ -222,7 +226,7 @@ def test_llama_cpp_answers_behind_our_front(serving: Callable) -> None:
     assert package is not None and package.origin is not None
     source = find_source(Path(package.origin).parent)
     engine = launch(source, choose_engine(source), slots=2)
-    with serving(engine=engine, api_key="front") as server:
+    with serving(engine=engine, access=Access("front")) as server:
         with openai.OpenAI(base_url=f"{server.url}/v1", api_key="front", max_retries=0) as asked:
             given = {
                 "model": "tiny",
@@ -241,7 +245,9 @@ def test_llama_cpp_answers_behind_our_front(serving: Callable) -> None:
                 == whole.choices[0].message.content
             )
             assert counted.usage == whole.usage and len(chunks) > 5
-        assert engine.is_alive() and server.http.get("/health").json()["engine"] == "llama.cpp"
+        headers = {"authorization": "Bearer front"}
+        health = server.http.get("/health", headers=headers).json()
+        assert engine.is_alive() and health["engine"] == "llama.cpp"
         os.kill(engine._process.pid, 9)
         engine._process.wait()
         assert server.http.get("/health").status_code == 503

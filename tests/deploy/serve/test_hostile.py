@@ -1,4 +1,4 @@
-"""More than 500 hostile requests: each gets a 4xx and a sentence, and the server is as it was."""
+"""More than 500 hostile requests: each gets a 4xx and a sentence, and the server is unharmed."""
 
 from __future__ import annotations
 
@@ -15,13 +15,15 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from mipha.deploy.serve.requests import Limits, RequestError, read_chat_request
+from mipha.deploy.serve.requests import Limits, RequestError
+from tests.deploy.serve.fuzz import read_all
 from tests.deploy.serve.hostile import CUT_OFF, Body, Wire, bodies, good_request, wires
+from tests.deploy.serve.reading import read_chat_request
 
 _MOST_KIB = 1024 * 1024
-"""How much the process may grow by: any one of the bombs, unpacked, takes several times as much."""
+"""Growth that the process may have; each bomb, unpacked, takes several times as much."""
 
-# What the HTTP reader below the application says of bytes that are no request; it speaks before there is anything to answer in JSON.
+# Answer of the HTTP reader below the application to bytes that are no request.
 _NO_REQUEST = b"Invalid HTTP request received."
 
 
@@ -74,11 +76,13 @@ def test_a_running_server_refuses_all_and_is_unharmed(
     serving: Callable, hostile: tuple[Body, ...]
 ) -> None:
     from mipha.deploy.serve.chat import Bounds
+    from mipha.deploy.serve.gate import Access, HostNames
 
     posts = [Wire(kind, _post(content)) for kind, content in hostile]
     before = _peak_kib()
     with serving(
-        bounds=Bounds(body_seconds=1.0), hosts=frozenset({"127.0.0.1", "localhost"})
+        bounds=Bounds(body_seconds=1.0),
+        access=Access(hosts=HostNames(frozenset({"127.0.0.1", "localhost"}))),
     ) as server:
         host, _, port = urlsplit(server.url).netloc.partition(":")
         address = (host, int(port))
@@ -95,7 +99,10 @@ def test_a_running_server_refuses_all_and_is_unharmed(
 
 
 def _post(body: bytes) -> bytes:
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
     return head.encode() + body
 
 
@@ -119,7 +126,7 @@ def _in_threads(
 
 
 def _trouble(address: tuple[str, int], wire: Wire) -> str:
-    """What is wrong with the answer to a request; empty if nothing is."""
+    """Return what is wrong with the answer to a request; empty if nothing is."""
     try:
         status, body = _ask(address, wire.content)
     except (OSError, HTTPException) as error:
@@ -141,10 +148,15 @@ def _trouble(address: tuple[str, int], wire: Wire) -> str:
 
 def _ask(address: tuple[str, int], request: bytes) -> tuple[int, bytes]:
     with create_connection(address, timeout=120) as connection:
-        with suppress(OSError):  # the server has heard enough; what it said is there to read
+        with suppress(OSError):  # the server has hung up; its answer can still be read
             connection.sendall(request)
         method = re.match(rb"[A-Z]*", request)
         assert method
         response = HTTPResponse(connection, method=method.group().decode())
         response.begin()
         return response.status, response.read()
+
+
+def test_random_requests_are_read_or_refused_with_a_sentence() -> None:
+    ends = asyncio.run(read_all(seconds=60, seed=1, most=500))
+    assert ends["200"] > 20 and ends["400 invalid_image"] > 20 and len(ends) > 4, ends

@@ -1,4 +1,4 @@
-"""The web page in a real browser: a picture, a question, the answer as it comes, and everything that can go wrong."""
+"""The web page in a real browser: an image, a question, the streamed answer, and failures."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: apt i
 
 
 class Site(ThreadingHTTPServer):
-    """Answers as the server would; what it says depends on the question."""
+    """A stand-in for the server; its answer depends on the question."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
@@ -36,7 +36,7 @@ class Site(ThreadingHTTPServer):
         self.go_on = Event()
 
     def asked(self) -> list[dict[str, Any]]:
-        """The messages of the last request."""
+        """Return the messages of the last request."""
         return self.requests[-1]["messages"]
 
 
@@ -69,7 +69,8 @@ class _Handler(BaseHTTPRequestHandler):
         if question == "break":
             self._event({"delta": {"content": "A"}, "finish_reason": None})
             self.wfile.write(
-                b'data: {"error": {"message": "the server failed on this request: see its log"}}\n\ndata: [DONE]\n\n'
+                b'data: {"error": {"message": "the server failed on this request: see its log"}}'
+                b"\n\ndata: [DONE]\n\n"
             )
             return
         words = {
@@ -133,7 +134,7 @@ def site() -> Iterator[Site]:
 
 @pytest.fixture
 def tab(browser: Page, site: Site) -> Page:
-    """The page, just opened."""
+    """Return the page, just opened."""
     browser.complaints.clear()
     browser.size(1280, 800)
     _open(browser, site)
@@ -142,7 +143,7 @@ def tab(browser: Page, site: Site) -> Page:
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> Path:
+def image_file(tmp_path: Path) -> Path:
     Image.new("RGB", (40, 30), (200, 30, 60)).save(tmp_path / "red.png")
     return tmp_path / "red.png"
 
@@ -174,11 +175,12 @@ def _said(tab: Page) -> list[str]:
 
 def _press_link(tab: Page, label: str) -> None:
     tab.run(
-        f"[...document.querySelectorAll('button')].find(button => button.textContent === {json.dumps(label)}).click()"
+        "[...document.querySelectorAll('button')]"
+        f".find(button => button.textContent === {json.dumps(label)}).click()"
     )
 
 
-def _sent_picture(site: Site) -> bytes:
+def _sent_image(site: Site) -> bytes:
     url = site.asked()[0]["content"][0]["image_url"]["url"]
     return base64.b64decode(url.partition(";base64,")[2])
 
@@ -205,8 +207,8 @@ def test_the_page_needs_nothing_beside_it_and_runs_nothing_else() -> None:
 
 
 @needs_chromium
-def test_a_question_about_a_picture_and_another_one(tab: Page, site: Site, picture: Path) -> None:
-    _choose(tab, picture)
+def test_a_question_about_an_image_and_another_one(tab: Page, site: Site, image_file: Path) -> None:
+    _choose(tab, image_file)
     _ask(tab, "wait")
     tab.wait_for(
         "document.querySelector('.assistant .said')?.textContent === 'first '"
@@ -225,9 +227,9 @@ def test_a_question_about_a_picture_and_another_one(tab: Page, site: Site, pictu
         {"role": "assistant", "content": "first second"},
         {"role": "user", "content": "And now?"},
     ]
-    assert _sent_picture(site) == picture.read_bytes()  # a small file goes as it is
+    assert _sent_image(site) == image_file.read_bytes()  # a small file goes as it is
     assert tab.complaints == []
-    _press_link(tab, "New picture")
+    _press_link(tab, "New image")
     assert _said(tab) == []
     _ask(tab, "Nothing to see?")
     _wait_for_answers(tab, 1)
@@ -247,48 +249,50 @@ def test_a_large_photo_is_made_smaller_and_upright_before_it_is_sent(
     _choose(tab, tmp_path / "photo.jpg")
     _ask(tab, "What?")
     _wait_for_answers(tab, 1)
-    assert Image.open(io.BytesIO(_sent_picture(site))).size == size
+    assert Image.open(io.BytesIO(_sent_image(site))).size == size
 
 
 @needs_chromium
 @pytest.mark.parametrize("way", ["drop", "paste"])
-def test_a_picture_is_dropped_or_pasted(tab: Page, site: Site, picture: Path, way: str) -> None:
-    data = base64.b64encode(picture.read_bytes()).decode()
+def test_an_image_is_dropped_or_pasted(tab: Page, site: Site, image_file: Path, way: str) -> None:
+    data = base64.b64encode(image_file.read_bytes()).decode()
     event = "new DragEvent('drop', {dataTransfer: data, bubbles: true, cancelable: true})"
     if way == "paste":
         event = (
             "new ClipboardEvent('paste', {clipboardData: data, bubbles: true, cancelable: true})"
         )
     tab.run(
-        f"const bytes = Uint8Array.from(atob('{data}'), c => c.charCodeAt(0)); const data = new DataTransfer();"
-        f"data.items.add(new File([bytes], 'given.png', {{type: 'image/png'}})); document.body.dispatchEvent({event})"
+        f"const bytes = Uint8Array.from(atob('{data}'), c => c.charCodeAt(0));"
+        "const data = new DataTransfer();"
+        "data.items.add(new File([bytes], 'given.png', {type: 'image/png'}));"
+        f"document.body.dispatchEvent({event})"
     )
     tab.wait_for("document.getElementById('caption').textContent === 'given.png, 40 × 30'")
     _ask(tab, "What?")
     _wait_for_answers(tab, 1)
-    assert _sent_picture(site) == picture.read_bytes()
+    assert _sent_image(site) == image_file.read_bytes()
 
 
 @needs_chromium
-def test_a_file_that_is_no_picture_is_refused_in_words(
-    tab: Page, site: Site, tmp_path: Path, picture: Path
+def test_a_file_that_is_no_image_is_refused_in_words(
+    tab: Page, site: Site, tmp_path: Path, image_file: Path
 ) -> None:
     (tmp_path / "letter.png").write_text("Dear reader")
     tab.choose_file("#file", tmp_path / "letter.png")
     tab.wait_for("!document.getElementById('notice').hidden")
     assert tab.run("document.getElementById('notice').textContent").startswith(
-        "letter.png is no picture"
+        "letter.png is not an image"
     )
-    _choose(tab, picture)
+    _choose(tab, image_file)
     assert tab.run("document.getElementById('notice').hidden") is True
 
 
 @needs_chromium
 @pytest.mark.parametrize("way", ["button", "key"])
 def test_an_answer_is_stopped_and_what_was_said_is_kept(
-    tab: Page, site: Site, picture: Path, way: str
+    tab: Page, site: Site, image_file: Path, way: str
 ) -> None:
-    _choose(tab, picture)
+    _choose(tab, image_file)
     _ask(tab, "wait")
     tab.wait_for("document.querySelector('.assistant .said')?.textContent === 'first '")
     if way == "key":
@@ -315,7 +319,8 @@ def test_errors_are_shown_in_words_and_asked_again(tab: Page, site: Site) -> Non
     site.full = False
     _press_link(tab, "Try again")
     tab.wait_for(
-        "document.querySelectorAll('.failed').length === 0 && document.querySelectorAll('.tools').length === 1"
+        "document.querySelectorAll('.failed').length === 0 "
+        "&& document.querySelectorAll('.tools').length === 1"
     )
     assert _said(tab) == ["What?", "You said: What?"]
     _ask(tab, "break")
@@ -328,7 +333,7 @@ def test_errors_are_shown_in_words_and_asked_again(tab: Page, site: Site) -> Non
         "You said: What?",
         "long",
     ]  # what failed is no part of it
-    assert "the longest answer is reached" in tab.run(
+    assert "cut off at the longest answer" in tab.run(
         "[...document.querySelectorAll('.tools')].at(-1).textContent"
     )
     site.shutdown()
@@ -354,7 +359,8 @@ def test_a_key_is_asked_for_only_when_it_is_needed(browser: Page, site: Site) ->
         browser.press("Enter")
         browser.wait_for(done)
     browser.wait_for(
-        "document.getElementById('model').textContent === 'tiny' && document.getElementById('lock').hidden"
+        "document.getElementById('model').textContent === 'tiny' "
+        "&& document.getElementById('lock').hidden"
     )
     _ask(browser, "What?")
     _wait_for_answers(browser, 1)
@@ -375,7 +381,8 @@ def test_an_answer_is_text_and_never_markup(tab: Page, site: Site) -> None:
     assert tab.run("document.querySelectorAll('.said *').length") == 0
     assert tab.complaints == []
     tab.run(
-        "window.ran = 0; const s = document.createElement('script'); s.textContent = 'window.ran = 1'; document.body.append(s)"
+        "window.ran = 0; const s = document.createElement('script'); "
+        "s.textContent = 'window.ran = 1'; document.body.append(s)"
     )
     assert tab.run("window.ran") == 0  # the policy lets no other script run
 
@@ -392,26 +399,34 @@ def test_the_keyboard_is_enough(tab: Page, site: Site) -> None:
     assert site.asked()[-1]["content"] == "two\nlines"
     tab.press("Enter")  # nothing to ask
     assert len(site.requests) == 2
-    unnamed = "[...document.querySelectorAll('button, input, textarea')].filter(e => !(e.ariaLabel || e.textContent.trim() || e.labels?.length))"
+    unnamed = (
+        "[...document.querySelectorAll('button, input, textarea')]"
+        ".filter(e => !(e.ariaLabel || e.textContent.trim() || e.labels?.length))"
+    )
     assert tab.run(f"{unnamed}.map(e => e.outerHTML)") == []
 
 
 @needs_chromium
 @pytest.mark.parametrize("width", [360, 390, 1280])
-def test_nothing_is_wider_than_the_screen(tab: Page, site: Site, picture: Path, width: int) -> None:
+def test_nothing_is_wider_than_the_screen(
+    tab: Page, site: Site, image_file: Path, width: int
+) -> None:
     tab.size(width, 640, phone=width < 900)
-    _choose(tab, picture)
+    _choose(tab, image_file)
     _ask(tab, "wide")
     _wait_for_answers(tab, 1)
     assert tab.run("document.documentElement.scrollWidth") <= width
-    overflowing = "[...document.querySelectorAll('body *')].filter(e => e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML)"
+    overflowing = (
+        "[...document.querySelectorAll('body *')]"
+        ".filter(e => e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML)"
+    )
     assert tab.run(overflowing) == []
     assert tab.run("document.getElementById('send').getBoundingClientRect().bottom") <= 640
 
 
 @needs_chromium
 def test_the_real_server_answers_the_page(
-    browser: Page, serving: Callable, assistant: Assistant, picture: Path
+    browser: Page, serving: Callable, assistant: Assistant, image_file: Path
 ) -> None:
     from mipha.deploy.serve.chat import Bounds
     from mipha.deploy.serve.requests import Limits
@@ -420,9 +435,9 @@ def test_the_real_server_answers_the_page(
     with serving(bounds=Bounds(limits=Limits(max_new_tokens=8))) as server:
         browser.open(f"{server.url}/")
         browser.wait_for("document.getElementById('model').textContent === 'tiny'")
-        _choose(browser, picture)
+        _choose(browser, image_file)
         _ask(browser, "Which colour?")
         _wait_for_answers(browser, 1)
-        answer = assistant.answer(picture, "Which colour?", max_new_tokens=8).text
+        answer = assistant.answer(image_file, "Which colour?", max_new_tokens=8).text
         assert _said(browser) == ["Which colour?", answer or "(no answer)"]
         assert browser.complaints == []

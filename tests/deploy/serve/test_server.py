@@ -1,4 +1,4 @@
-"""Starting and stopping: what is wrong is said before the model loads, and what runs is finished."""
+"""Starting and stopping: mistakes are reported before the model loads; running requests finish."""
 
 from __future__ import annotations
 
@@ -10,11 +10,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
-from mipha.deploy.serve.server import listen, serve
+from mipha.cli.program import app
+from mipha.deploy.serve.chat import Bounds
+from mipha.deploy.serve.metrics import Metrics
+from mipha.deploy.serve.server import listen, run, serve
 from mipha.errors import MissingPackage
 from mipha.models.build import save_checkpoint
 
@@ -48,7 +54,9 @@ def test_what_is_wrong_is_said_before_the_model_loads(
             ({"host": "192.0.2.1"}, "192.0.2.1 is not this machine's: use 127.0.0.1"),
             ({"engine": "llama.cpp"}, "is no GGUF: make it with"),
             ({"api_key": "grün"}, "must be printable ASCII"),
-            ({"api_key": ""}, "must be printable ASCII"),
+            ({"api_key": ""}, "the API key is empty: set --api-key or MIPHA_API_KEY"),
+            ({"api_key": " "}, "must be printable ASCII without spaces"),
+            ({"max_images": 0}, "--max-images is 0: give a number above 0"),
             ({"max_requests": 0}, "--max-requests is 0: give a number above 0"),
             ({"request_seconds": float("nan")}, "--request-seconds is nan"),
         ]
@@ -74,8 +82,70 @@ def test_a_port_is_taken_before_the_model_loads_and_free_afterwards() -> None:
     listen("127.0.0.1", port).close()
 
 
+def test_an_empty_key_in_the_environment_does_not_turn_the_key_off(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("the server would run without a key")
+
+    monkeypatch.setattr("mipha.deploy.serve.server.run", never)
+    for environment, words in (
+        ({"MIPHA_API_KEY": ""}, []),
+        ({"MIPHA_API_KEY": " "}, []),
+        ({"MIPHA_API_KEY": "right"}, ["--api-key", ""]),
+    ):
+        command = ["serve", str(checkpoint), "--port", "0", *words]
+        told = CliRunner().invoke(app, command, env=environment)
+        assert told.exit_code and not isinstance(told.exception, AssertionError), told.output
+        assert "API key" in told.output + str(told.exception)
+
+
+def test_a_server_that_loads_answers_and_its_port_is_handed_over() -> None:
+    """Whoever asks meanwhile gets 503, and nobody is refused a connection."""
+    asked: list[tuple[int, dict[str, str]]] = []
+
+    class Idle:
+        name = "idle"
+
+        async def start(self) -> None:
+            asked.append(health())
+
+        async def close(self) -> None: ...
+
+        def abort(self) -> None: ...
+
+        def is_alive(self) -> bool:
+            return True
+
+    def health() -> tuple[int, dict[str, str]]:
+        response = httpx.get(f"http://127.0.0.1:{port}/health", timeout=30, trust_env=False)
+        return response.status_code, response.json()
+
+    def load() -> tuple[Any, Bounds]:
+        asked.append(health())
+        Thread(target=ask_until_ready).start()
+        return Idle(), Bounds()
+
+    def ask_until_ready() -> None:
+        try:
+            while asked[-1][0] == 503:
+                asked.append(health())
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with listen("127.0.0.1", 0) as listening:
+        port = listening.getsockname()[1]
+        run(load, "tiny", listening, Metrics(), shutdown_seconds=1)
+    *loading, ready = asked
+    assert len(loading) > 1 and all(one == (503, {"status": "loading"}) for one in loading)
+    assert ready == (200, {"status": "ok", "engine": "idle", "model": "tiny"})
+
+
 def test_a_server_that_is_told_to_stop_finishes_what_runs(checkpoint: Path) -> None:
-    program = "import sys; from mipha.deploy.serve.server import serve; serve(sys.argv[1], host='0.0.0.0', port=0)"
+    program = (
+        "import sys; from mipha.deploy.serve.server import serve; "
+        "serve(sys.argv[1], host='0.0.0.0', port=0)"
+    )
     environment = os.environ | {"PYTHONPATH": str(SOURCE), "TRANSFORMERS_VERBOSITY": "error"}
     server = subprocess.Popen(
         [sys.executable, "-c", program, checkpoint],
@@ -110,7 +180,9 @@ def test_a_server_that_is_told_to_stop_finishes_what_runs(checkpoint: Path) -> N
         assert server.wait(60) == 0
         with pytest.raises(httpx.ConnectError):
             httpx.get(url + "/health")
-        assert "Traceback" not in server.stderr.read()
+        rest = server.stderr.read()
+        assert "Traceback" not in rest and rest.endswith("mipha: stopped\n")
+        assert re.search(r'127\.0\.0\.1 POST "/v1/chat/completions" 200 .*completion=\d', rest)
     finally:
         server.kill()
         server.wait()

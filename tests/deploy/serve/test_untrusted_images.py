@@ -1,4 +1,4 @@
-"""Pictures from addresses, against a real TLS server on this machine: what may be asked, once resolved, and how long it may take."""
+"""Images from addresses, against a real TLS server on this machine: names, addresses and times."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ BODY = bytes(range(256)) * 20
 
 
 class Site:
-    """What the server was asked, and where it is."""
+    """The requests that the server got, and its port."""
 
     def __init__(self) -> None:
         self.requests: list[str] = []
         self.port = 0
         self.answers: dict[str, bytes | None] = {
             "/picture": _answer(BODY),
-            "/chunked": b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n",
+            "/chunked": b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
+            b"3\r\nabc\r\n2\r\nde\r\n0\r\n\r\n",
             "/until-closed": b"HTTP/1.1 200 OK\r\n\r\nabc",
             "/cut": b"HTTP/1.1 200 OK\r\ncontent-length: 10\r\n\r\nabc",
             "/missing": _answer(b"no", "404 Not Found"),
@@ -61,9 +62,8 @@ async def _endless(writer: asyncio.StreamWriter) -> None:
     try:
         while True:
             writer.write(b"a" * 10_000)
-            await asyncio.sleep(
-                0
-            )  # after a failed send `drain` alone returns at once, and the loop never hears that the client left
+            # After a failed send `drain` returns at once: without this the loop never ends.
+            await asyncio.sleep(0)
             await writer.drain()
     except ConnectionError:
         writer.close()
@@ -116,7 +116,7 @@ def refused(url: str, sentence: str, **options: Any) -> None:
     assert str(caught.value).isascii() and "\n" not in str(caught.value)
 
 
-def test_a_picture_is_fetched() -> None:
+def test_an_image_is_fetched() -> None:
     body, site = fetch("https://pictures.test/picture?size=2#top")
     assert body == BODY
     (request,) = site.requests
@@ -308,7 +308,8 @@ def test_addresses_that_are_not_even_looked_up(url: str) -> None:
     [
         ("93.184.216.34", True),
         ("2606:2800:220:1:248:1893:25c8:1946", True),
-        # IPv4: this host, private, shared, loopback, link-local, protocols, documentation, benchmarking, 6to4 relay, multicast, reserved
+        # IPv4: this machine, private, shared, loopback, link-local, protocols, documentation,
+        # benchmarking, 6to4 relay, multicast, reserved
         *(
             (address, False)
             for address in [
@@ -338,7 +339,8 @@ def test_addresses_that_are_not_even_looked_up(url: str) -> None:
             (address, False)
             for address in ["224.0.0.251", "239.255.255.250", "240.0.0.1", "255.255.255.255"]
         ),
-        # IPv6: unspecified, loopback, IPv4-mapped (of a public one too), NAT64, discard, 6to4, Teredo, documentation, unique local
+        # IPv6: unspecified, loopback, IPv4-mapped (of a public one too), NAT64, discard, 6to4,
+        # Teredo, documentation, unique local
         *(
             (address, False)
             for address in [

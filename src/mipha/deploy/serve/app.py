@@ -1,10 +1,9 @@
-"""The front: routes, keys, names, errors and the web page, the same for every engine behind it."""
+"""The application: routes, errors and the web page, the same for every engine behind it."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
-import hmac
 import time
 from functools import cache
 from importlib import resources
@@ -15,20 +14,14 @@ from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from mipha.deploy.serve.chat import Bounds, Chat, check_model, error_response
+from mipha.deploy.serve.chat import Bounds, Chat, check_model, error_response, note
 from mipha.deploy.serve.engine import Engine, ServiceError
+from mipha.deploy.serve.gate import CHAT, MODELS, PATHS, Access, Gate
 from mipha.deploy.serve.metrics import Metrics
 from mipha.deploy.serve.requests import RequestError
-
-_CHAT, _MODELS = "/v1/chat/completions", "/v1/models"
-_PATHS = ("/", "/health", "/metrics", _MODELS, _CHAT)
-
-MAX_HEADER_BYTES = 16_384
-"""Size of a request's headers; h11 itself stops reading only where they never end."""
-
-_NO_SNIFFING = (b"x-content-type-options", b"nosniff")
+from mipha.deploy.serve.untrusted_images import shown
 
 _NO_OTHERS = (
     "default-src 'none'; connect-src 'self'; img-src data: blob:; base-uri 'none'; "
@@ -42,8 +35,7 @@ def create_app(
     model: str,
     metrics: Metrics,
     bounds: Bounds | None = None,
-    api_key: str | None = None,
-    hosts: frozenset[str] | None = None,
+    access: Access | None = None,
 ) -> Starlette:
     """Make the ASGI application; whoever starts the engine and the server closes them.
 
@@ -52,65 +44,43 @@ def create_app(
         model: Name of the model, which requests give and which is listed.
         metrics: Counts and times that are shown.
         bounds: Load that is taken on at a time.
-        api_key: Key that requests must carry; None: anybody who reaches the server may ask.
-        hosts: Names under which the server may be asked; None: any. It keeps out a web page whose
-            own name was made to point to this machine.
+        access: Who may ask; None: anybody who reaches the server.
     """
+    access = access or Access()
     chat = Chat(engine, model, bounds or Bounds(), metrics)
     card = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "mipha"}
 
-    def check(request: Request) -> None:
-        if hosts is not None and _host(request) not in hosts:
-            raise RequestError(
-                "this server answers only under the name it was started with: ask it as localhost, "
-                "or start it with an API key",
-                status=421,
-                code="wrong_host",
-            )
-        if request.url.path != "/" and api_key is not None:
-            given = request.headers.get("authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(given.encode(), api_key.encode()):
-                raise RequestError(
-                    "the API key is missing or wrong: send it as `Authorization: Bearer KEY`",
-                    status=401,
-                    code="invalid_api_key",
-                )
-
-    async def web_page(request: Request) -> Response:
-        check(request)
+    async def web_page(_: Request) -> Response:
         return HTMLResponse(page(), headers=page_headers())
 
-    async def health(_: Request) -> Response:
+    async def health(request: Request) -> Response:
         alive = engine.is_alive()
-        return JSONResponse(
-            {"status": "ok" if alive else "failed", "engine": engine.name, "model": model},
-            200 if alive else 503,
-        )
+        facts = {"status": "ok" if alive else "failed"}
+        # The path is open, but only those who may ask learn what is served.
+        if access.admits(request.scope):
+            facts |= {"engine": engine.name, "model": model}
+        return JSONResponse(facts, 200 if alive else 503)
 
-    async def figures(request: Request) -> Response:
-        check(request)
+    async def figures(_: Request) -> Response:
         return PlainTextResponse(metrics.text(), media_type="text/plain; version=0.0.4")
 
-    async def models(request: Request) -> Response:
-        check(request)
+    async def models(_: Request) -> Response:
         return JSONResponse({"object": "list", "data": [card]})
 
     async def one_model(request: Request) -> Response:
-        check(request)
         check_model(request.path_params["name"], model)
         return JSONResponse(card)
 
-    async def completions(request: Request) -> ASGIApp:
-        check(request)
+    async def completions(_: Request) -> ASGIApp:
         return chat.answer  # not a finished response: it watches the connection while it works
 
     routes = [
         Route("/", web_page),
         Route("/health", health),
         Route("/metrics", figures),
-        Route(_MODELS, models),
-        Route(_MODELS + "/{name:path}", one_model),
-        Route(_CHAT, completions, methods=["POST"]),
+        Route(MODELS, models),
+        Route(MODELS + "/{name:path}", one_model),
+        Route(CHAT, completions, methods=["POST"]),
     ]
     handlers = {
         HTTPException: _no_route,
@@ -122,74 +92,44 @@ def create_app(
     app = Starlette(
         routes=routes,
         exception_handlers=handlers,
-        middleware=[Middleware(_Counted, metrics=metrics)],
+        middleware=[Middleware(Gate, access=access, metrics=metrics)],
     )
     app.router.redirect_slashes = False  # an unknown path gets a sentence, not another address
     return app
 
 
-class _Counted:
-    """Counts every response, adds the header that all have, and refuses too long headers."""
+def create_loading_app(metrics: Metrics) -> ASGIApp:
+    """Make the application that stands at the port until the model is loaded: always status 503."""
 
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self._app, self._metrics = app, metrics
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        error = ServiceError(
+            "the model is loading: ask again in a moment", status=503, code="loading"
+        )
+        response = error_response(error)
+        if scope["path"] == "/health":
+            response = JSONResponse({"status": "loading"}, 503, headers={"Retry-After": "5"})
+        await response(scope, receive, send)
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async def counted(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                # A stranger must not make up labels.
-                path = scope["path"] if scope["path"] in _PATHS else "other"
-                self._metrics.add("requests_total", path=path, status=str(message["status"]))
-                message["headers"] = [
-                    *(pair for pair in message["headers"] if pair != _NO_SNIFFING),
-                    _NO_SNIFFING,
-                ]
-            await send(message)
-
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-        elif (size := _header_bytes(scope)) > MAX_HEADER_BYTES:
-            refusal = RequestError(
-                f"the headers have {size:,} bytes and {MAX_HEADER_BYTES:,} are read at most: "
-                "send what is long in the body",
-                status=431,
-                code="headers_too_large",
-            )
-            await error_response(refusal)(scope, receive, counted)
-        else:
-            await self._app(scope, receive, counted)
-
-
-def _header_bytes(scope: Scope) -> int:
-    """Return the size of names and values, and of the path with its query."""
-    return (
-        len(scope["raw_path"])
-        + len(scope["query_string"])
-        + sum(len(name) + len(value) for name, value in scope["headers"])
-    )
-
-
-def _host(request: Request) -> str:
-    """Return the name in the Host header, without the port."""
-    host = request.headers.get("host", "").strip().lower()
-    return host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    return Gate(answer, Access(), metrics)
 
 
 async def _no_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    what = f"{request.method} {request.url.path[:80]!r}"
+    what = f"{request.method[:20]} {shown(request.scope['path'])}"
     sentences = {
-        404: f"{what} is not here: ask one of {', '.join(_PATHS)}",
+        404: f"{what} is not here: ask one of {', '.join(PATHS)}",
         405: f"{what} does not exist: ask with another method",
     }
     refusal = RequestError(
         sentences.get(error.status_code, error.detail), status=error.status_code, code="not_found"
     )
+    note(request.scope, code=refusal.code)
     return error_response(refusal, dict(error.headers or {}))
 
 
-async def _failed(_: Request, error: Exception) -> Response:
+async def _failed(request: Request, error: Exception) -> Response:
     assert isinstance(error, (RequestError, ServiceError))
+    note(request.scope, code=error.code)
     return error_response(error)
 
 

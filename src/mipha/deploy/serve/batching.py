@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 from collections import deque
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from dataclasses import replace
 from threading import Condition, Thread
 
@@ -23,19 +24,54 @@ _log = logging.getLogger(__name__)
 
 
 class _Row:
-    """One request on its way."""
+    """One request on its way.
 
-    def __init__(self, prompt: Prompt, text: AnswerText) -> None:
-        self.prompt, self.text = prompt, text
+    Args:
+        prompt: What the model reads.
+        make_text: Function that begins the text of the answer.
+    """
+
+    def __init__(self, prompt: Prompt, make_text: Callable[[], AnswerText]) -> None:
+        self.prompt, self._make_text = prompt, make_text
         self.pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
         self.left = False  # whether its reader has left
+        self.ended = False  # whether its last piece was made
+        self._made = ""
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin the answer again; text that was made already is not made twice."""
+        self._text = self._make_text()
+        self._repeated = self._made
+
+    def add(self, token: int) -> Piece | None:
+        """Return the next piece of the answer, if this token makes one.
+
+        Raises:
+            ValueError: An answer that was begun again became another one.
+        """
+        text = self._text.add(token)
+
+        # Leave out what was made before the answer was begun again.
+        again = min(len(text), len(self._repeated))
+        if text[:again] != self._repeated[:again]:
+            raise ValueError("an answer that was begun again became another one")
+        text, self._repeated = text[again:], self._repeated[again:]
+        self._made += text
+
+        if self._text.reason:
+            self.ended = True
+            end = End(self._text.reason, len(self.prompt.ids), self._text.num_tokens)
+            return Piece(text, end)
+        return Piece(text) if text else None
 
 
 class TransformersEngine:
     """Dynamic batching over an `Assistant`.
 
     A batch is answered to its end before the next one begins; each answer ends by itself, whether
-    its neighbours are done or not.
+    its neighbours are done or not. Where a batch fails, each of its requests is answered again
+    alone, so that one request cannot fail its neighbours.
 
     Args:
         assistant: Assistant that answers.
@@ -58,7 +94,8 @@ class TransformersEngine:
         self._batch_size, self._batch_tokens = batch_size, batch_tokens
         self._context = assistant.model.config.get_text_config().max_position_embeddings
         self._waiting: deque[_Row] = deque()
-        self._running: list[_Row] = []
+        self._batch: list[_Row] = []  # taken from those that wait
+        self._running: list[_Row] = []  # in the model now: the batch, or one of it
         self._changed = Condition()
         self._closing = False
         self._thread = Thread(target=self._work, name="mipha-model", daemon=True)
@@ -83,10 +120,10 @@ class TransformersEngine:
             Message(turn.role, f"{IMAGE}\n" * len(turn.images) + turn.text)
             for turn in request.turns
         ]
+        # A seed of our own: the same answer must come if the request is answered again.
+        seed = secrets.randbits(32) if request.seed is None else request.seed
         sampling = (
-            Sampling(request.temperature, request.top_p, request.seed)
-            if request.temperature
-            else None
+            Sampling(request.temperature, request.top_p, seed) if request.temperature else None
         )
         images = [image for turn in request.turns for image in turn.images]
         prompt = self.assistant.prompt(messages, images, sampling=sampling)
@@ -101,8 +138,11 @@ class TransformersEngine:
                 param="messages",
             )
         limit = min(request.max_new_tokens, room)
-        text = AnswerText(self.assistant.decode, self.assistant.end_tokens, limit, request.stop)
-        return _Row(replace(prompt, max_new_tokens=limit), text)
+
+        def make_text() -> AnswerText:
+            return AnswerText(self.assistant.decode, self.assistant.end_tokens, limit, request.stop)
+
+        return _Row(replace(prompt, max_new_tokens=limit), make_text)
 
     async def submit(self, row: _Row) -> AsyncIterator[Piece]:
         """Yield the answer to a prepared request.
@@ -140,7 +180,7 @@ class TransformersEngine:
         """Fail all requests that wait or run."""
         with self._changed:
             self._closing = True
-            rows = [*self._waiting, *self._running]
+            rows = [*self._waiting, *self._batch]
             self._waiting.clear()
             self._changed.notify()
 
@@ -159,16 +199,29 @@ class TransformersEngine:
         while batch := self._next_batch():
             self._metrics.add("batches_total")
             self._metrics.add("batch_rows_total", len(batch))
-            try:
-                self.assistant.generate([row.prompt for row in batch], self._on_tokens)
-            except Exception:
-                _log.exception("a batch of %d requests failed", len(batch))
-                failed = "the model failed on this request: see the server's log"
-                self._loop.call_soon_threadsafe(
-                    self._tell, [(row, ServiceError(failed)) for row in batch]
-                )
-            finally:
-                self._running = []
+            whole = self._generate(batch)
+
+            # Where the batch failed, one of its requests may be the reason: answer each alone.
+            for row in batch:
+                if whole or row.left or row.ended:
+                    continue
+                row.restart()
+                if len(batch) == 1 or not self._generate([row]):
+                    failed = ServiceError("the model failed on this request: see the server's log")
+                    self._loop.call_soon_threadsafe(self._tell, [(row, failed)])
+            self._batch = []
+
+    def _generate(self, rows: list[_Row]) -> bool:
+        """Answer requests in one batch; return whether that went well."""
+        self._running = rows
+        try:
+            self.assistant.generate([row.prompt for row in rows], self._on_tokens)
+        except Exception:
+            _log.exception("a batch of %d requests failed", len(rows))
+            return False
+        finally:
+            self._running = []
+        return True
 
     def _next_batch(self) -> list[_Row]:
         """Take the next requests in order, as many as fit together; none when the server stops."""
@@ -190,26 +243,25 @@ class TransformersEngine:
                     if batch and (len(batch) + 1) * (prompt + answer) > self._batch_tokens:
                         break
                     batch.append(self._waiting.popleft())
-            self._running = batch
+            self._batch = batch
             return batch
 
     def _on_tokens(self, tokens: list[int | None]) -> Collection[int]:
         """Pass a step's tokens on as text; `generate` calls it, in the model's thread."""
         pieces: list[tuple[_Row, Piece | Exception]] = []
         leaving = []
-        for number, (row, token) in enumerate(zip(self._running, tokens, strict=True)):
-            if token is None or row.left:
-                leaving.append(number)
-                continue
-            text = row.text.add(token)
-            end = row.text.reason and End(row.text.reason, len(row.prompt.ids), row.text.num_tokens)
-            if text or end:
-                pieces.append((row, Piece(text, end or None)))
-            if end:
-                leaving.append(number)
-
-        if pieces:
-            self._loop.call_soon_threadsafe(self._tell, pieces)
+        try:
+            for number, (row, token) in enumerate(zip(self._running, tokens, strict=True)):
+                if token is None or row.left:
+                    leaving.append(number)
+                    continue
+                if piece := row.add(token):
+                    pieces.append((row, piece))
+                if row.ended:
+                    leaving.append(number)
+        finally:  # text of other rows must not be lost where one fails
+            if pieces:
+                self._loop.call_soon_threadsafe(self._tell, pieces)
         return leaving
 
     def _tell(self, pieces: list[tuple[_Row, Piece | Exception]]) -> None:

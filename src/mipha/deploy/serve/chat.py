@@ -12,10 +12,11 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
@@ -23,7 +24,18 @@ from starlette.types import Receive, Scope, Send
 
 from mipha.deploy.serve.engine import End, Engine, Piece, ServiceError
 from mipha.deploy.serve.metrics import Metrics
-from mipha.deploy.serve.requests import Limits, RequestError, read_chat_request
+from mipha.deploy.serve.requests import (
+    ChatRequest,
+    Limits,
+    ParsedRequest,
+    RequestError,
+    decode_images,
+    fetch_images,
+    measure_images,
+    parse_request,
+)
+
+_Result = TypeVar("_Result")
 
 _log = logging.getLogger(__name__)
 
@@ -38,7 +50,10 @@ class Bounds:
     Args:
         limits: Limits of one request.
         max_requests: Requests held at a time: read, waiting and running. Another one gets 429.
-        held_bytes: Size of all bodies together that arrive, or wait to be read.
+        held_bytes: Size of all bodies together that arrive, or whose images are not decoded yet.
+        image_bytes: Size of all images together that wait to be decoded, or are being decoded;
+            counted decoded, which is what their decoding costs.
+        fetches: Requests whose images are fetched from addresses at a time.
         body_seconds: Time for a body to arrive.
         request_seconds: Time from a body's arrival to the end of its answer.
     """
@@ -46,6 +61,8 @@ class Bounds:
     limits: Limits = field(default_factory=Limits)
     max_requests: int = 128
     held_bytes: int = 256 * 2**20
+    image_bytes: int = 2_000_000_000
+    fetches: int = 8
     body_seconds: float = 30.0
     request_seconds: float = 300.0
 
@@ -62,9 +79,13 @@ class Chat:
 
     def __init__(self, engine: Engine, model: str, bounds: Bounds, metrics: Metrics) -> None:
         self._engine, self._model, self._bounds, self._metrics = engine, model, bounds, metrics
-        self._held = self._held_bytes = 0
-        # Images of so many requests exist at their full size at a time.
-        self._readers = asyncio.Semaphore(2)
+        self._held = self._held_bytes = self._image_bytes = 0
+        # Parsing is quick, and nobody waits for an image or an address there. Images of two
+        # requests exist at their full size at a time.
+        self._parsers = ThreadPoolExecutor(2, thread_name_prefix="mipha-parse")
+        self._decoders = ThreadPoolExecutor(2, thread_name_prefix="mipha-decode")
+        self._decoding = asyncio.Semaphore(2)
+        self._fetching = asyncio.Semaphore(self._bounds.fetches)
         metrics.gauge("requests_held", lambda: self._held)
 
     async def answer(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -88,13 +109,11 @@ class Chat:
 
         self._held += 1
         try:
-            # The body is taken out of the list to be read, so that it is not kept while the answer
-            # is made.
-            arrived = time.monotonic()
-            bodies = [await self._read_body(request)]
+            asked = _Asked(scope, receive, send)
+            await self._read_body(request, asked)
 
             # Work until the answer is sent or the client leaves.
-            working = asyncio.ensure_future(self._respond(bodies, arrived, scope, receive, send))
+            working = asyncio.ensure_future(self._respond(asked))
             leaving = asyncio.ensure_future(_left(receive))
             try:
                 await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
@@ -106,12 +125,12 @@ class Chat:
                 for task in (working, leaving):
                     task.cancel()
                 await asyncio.gather(working, leaving, return_exceptions=True)
-                self._held_bytes -= sum(map(len, bodies))
+                self._let_go(asked)
         finally:
             self._held -= 1
 
-    async def _read_body(self, request: Request) -> bytes:
-        """Read the body; it counts as held until it is taken."""
+    async def _read_body(self, request: Request, asked: _Asked) -> None:
+        """Read the body; it counts as held until its images are decoded."""
         most, parts, size = self._bounds.limits.body_bytes, [], 0
         too_large = RequestError(
             f"the body has more than {most:,} bytes: send smaller images",
@@ -145,19 +164,30 @@ class Chat:
                 status=408,
                 code="request_timeout",
             ) from error
-        return b"".join(parts)
+        asked.body, asked.held_bytes = b"".join(parts), size
 
-    async def _respond(
-        self, bodies: list[bytes], arrived: float, scope: Scope, receive: Receive, send: Send
-    ) -> None:
+    def _hold(self, asked: _Asked, size: int) -> None:
+        """Count more bytes of a request as held."""
+        if self._held_bytes + size > self._bounds.held_bytes:
+            raise _busy("the requests that are read now take all the memory there is for them")
+        self._held_bytes += size
+        asked.held_bytes += size
+
+    def _let_go(self, asked: _Asked) -> None:
+        """Count the body of a request as gone."""
+        self._held_bytes -= asked.held_bytes
+        asked.held_bytes = 0
+
+    async def _respond(self, asked: _Asked) -> None:
         """Answer, or refuse: with a status, or at the end of a stream that has begun."""
-        stream = EventStream(send)
+        channel = (asked.scope, asked.receive, asked.send)
+        stream = EventStream(asked.send)
         error: RequestError | ServiceError
         try:
             async with asyncio.timeout(self._bounds.request_seconds):
-                whole = await self._ask(bodies, arrived, stream)
+                whole = await self._ask(asked, stream)
             if whole is not None:
-                await JSONResponse(whole)(scope, receive, send)
+                await JSONResponse(whole)(*channel)
             return
         except TimeoutError:
             error = ServiceError(
@@ -171,8 +201,9 @@ class Chat:
             _log.exception("a chat request failed")
             error = ServiceError("the server failed on this request: see its log")
 
+        note(asked.scope, code=error.code)
         if not stream.begun:
-            await error_response(error)(scope, receive, send)
+            await error_response(error)(*channel)
             return
 
         self._metrics.add("failed_streams_total", code=error.code)
@@ -181,14 +212,12 @@ class Chat:
                 await stream.write(error_body(error))
                 await stream.end()
 
-    async def _ask(
-        self, bodies: list[bytes], arrived: float, stream: EventStream
-    ) -> dict[str, Any] | None:
+    async def _ask(self, asked: _Asked, stream: EventStream) -> dict[str, Any] | None:
         """Return the whole answer; None if it was streamed."""
-        prepared, streamed, include_usage = await self._prepare(bodies)
+        prepared, streamed, include_usage = await self._prepare(asked)
         completion = Completion(self._model, include_usage)
         texts = []
-        async with aclosing(self._counted(self._engine.submit(prepared), arrived)) as pieces:
+        async with aclosing(self._counted(self._engine.submit(prepared), asked)) as pieces:
             async for piece in pieces:
                 if streamed:
                     opening = [] if stream.begun else [completion.opening()]
@@ -199,36 +228,94 @@ class Chat:
         await stream.end()
         return None
 
-    async def _prepare(self, bodies: list[bytes]) -> tuple[Any, bool, bool]:
+    async def _prepare(self, asked: _Asked) -> tuple[Any, bool, bool]:
         """Return the engine's input, whether to stream the answer, and whether to count its tokens.
 
         Images at their full size are given up here.
         """
-        async with self._readers:
-            body = bodies.pop()
-            try:
-                asked = await read_chat_request(body, self._bounds.limits)
-            finally:
-                self._held_bytes -= len(body)
-                del body
+        limits = self._bounds.limits
 
-            check_model(asked.model, self._model)
-            prepared = await asyncio.to_thread(self._engine.prepare, asked)
-            return prepared, asked.stream, asked.include_usage
+        # Parse. The body is given up, so that it is not kept while the answer is made.
+        body, asked.body = asked.body, b""
+        parsed = await self._in(self._parsers, parse_request, body, limits)
+        del body
+        check_model(parsed.model, self._model)
 
-    async def _counted(self, pieces: AsyncIterator[Piece], arrived: float) -> AsyncIterator[Piece]:
+        # Decode the images, or go past those who wait for it.
+        if parsed.images:
+            if any(image.data is None for image in parsed.images):
+                async with self._fetching:
+                    parsed = await fetch_images(parsed, limits)
+                self._hold(asked, sum(len(image.data or b"") for image in parsed.images))
+            prepared, request = await self._decode(parsed)
+        else:
+            request = decode_images(parsed, limits)
+            prepared = await self._in(self._parsers, self._engine.prepare, request)
+        self._let_go(asked)
+        return prepared, request.stream, request.include_usage
+
+    async def _decode(self, parsed: ParsedRequest) -> tuple[Any, ChatRequest]:
+        """Return the engine's input of a request with images, and the request without them."""
+        limits = self._bounds.limits
+        size = await self._in(self._parsers, measure_images, parsed, limits)
+        if self._image_bytes + size > self._bounds.image_bytes:
+            raise _busy("the images of other requests wait to be decoded already")
+
+        self._image_bytes += size
+        try:
+            async with self._decoding:
+                request = await self._in(self._decoders, decode_images, parsed, limits)
+                prepared = await self._in(self._decoders, self._engine.prepare, request)
+                return prepared, replace(request, turns=())
+        finally:
+            self._image_bytes -= size
+
+    async def _in(
+        self, threads: ThreadPoolExecutor, function: Callable[..., _Result], *args: Any
+    ) -> _Result:
+        return await asyncio.get_running_loop().run_in_executor(threads, function, *args)
+
+    async def _counted(self, pieces: AsyncIterator[Piece], asked: _Asked) -> AsyncIterator[Piece]:
         """Pass the pieces on and count them."""
         first = True
         async with aclosing(pieces) as pieces:  # type: ignore[type-var]
             async for piece in pieces:
+                seconds = time.monotonic() - asked.arrived
                 if first:
-                    self._metrics.observe("first_token_seconds", time.monotonic() - arrived)
+                    self._metrics.observe("first_token_seconds", seconds)
                 first = False
-                if piece.end:
-                    self._metrics.observe("request_seconds", time.monotonic() - arrived)
-                    self._metrics.add("prompt_tokens_total", piece.end.prompt_tokens)
-                    self._metrics.add("completion_tokens_total", piece.end.completion_tokens)
+                if end := piece.end:
+                    self._metrics.observe("request_seconds", seconds)
+                    self._metrics.add("prompt_tokens_total", end.prompt_tokens)
+                    self._metrics.add("completion_tokens_total", end.completion_tokens)
+                    note(asked.scope, prompt=end.prompt_tokens, completion=end.completion_tokens)
                 yield piece
+
+
+@dataclass
+class _Asked:
+    """One request on its way.
+
+    Args:
+        scope: Scope of the request, as ASGI has it, and so are the next two.
+        receive: Function that gives the next message of the client.
+        send: Function that sends a message to the client.
+        body: Body; empty once it is read.
+        held_bytes: Size that the body counts as.
+        arrived: Time at which the request arrived, of the monotonic clock.
+    """
+
+    scope: Scope
+    receive: Receive
+    send: Send
+    body: bytes = b""
+    held_bytes: int = 0
+    arrived: float = field(default_factory=time.monotonic)
+
+
+def note(scope: Scope, **facts: object) -> None:
+    """Add facts about a request to its line in the access log: a code, or counts."""
+    scope.setdefault("mipha.facts", {}).update(facts)
 
 
 def check_model(asked: str, served: str) -> None:

@@ -107,10 +107,13 @@ class _Labels(_Strict):
 
 
 class ImageUrl(_Strict):
-    """An image as a data URI or an address."""
+    """An image as a data URI or an address.
+
+    `detail` is a hint, and every image is read at the model's one resolution.
+    """
 
     url: str
-    detail: Any = None
+    detail: Literal["auto", "low", "high", "original"] | None = None
 
 
 class _Part(_Strict):
@@ -147,10 +150,13 @@ class _MessageExtras(_Strict):
 
 
 class Message(_MessageExtras):
-    """One message; a content that is one text becomes one part."""
+    """One message; a content that is one text becomes one part.
+
+    Only an assistant's content may be None.
+    """
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[_Part], BeforeValidator(_as_parts)]
+    content: Annotated[list[_Part] | None, BeforeValidator(_as_parts)]
 
 
 class _StreamOptions(_Strict):
@@ -166,12 +172,8 @@ class Body(_WithoutEffect, _Labels):
     """The fields of a chat request."""
 
     model: str = Field(min_length=1, max_length=300, description="a name that GET /v1/models lists")
-    max_tokens: _Length | None = Field(
-        None, description="a whole number from 1 to {max_new_tokens:,}"
-    )
-    max_completion_tokens: _Length | None = Field(
-        None, description="a whole number from 1 to {max_new_tokens:,}"
-    )
+    max_tokens: _Length | None = Field(None, description="a whole number from 1")
+    max_completion_tokens: _Length | None = Field(None, description="a whole number from 1")
     temperature: float = Field(0.0, ge=0, le=2, description="a number from 0 to 2")
     top_p: float = Field(1.0, ge=0.001, le=1, description="a number from 0.001 to 1")
     stop: Annotated[list[_StopText], BeforeValidator(_as_list)] = Field(
@@ -189,12 +191,11 @@ class Body(_WithoutEffect, _Labels):
     messages: list[Message] = Field(min_length=1)
 
 
-def read_fields(request: dict[str, Any], max_new_tokens: int) -> Body:
+def read_fields(request: dict[str, Any]) -> Body:
     """Check names, types and ranges of the fields of a request.
 
     Args:
-        request: The JSON object, fields of null left out.
-        max_new_tokens: Longest answer that is allowed, for the sentence of a refusal.
+        request: The JSON object, fields that are None left out.
 
     Raises:
         RequestError: A field is unknown, would have no effect, or holds a wrong value.
@@ -202,7 +203,7 @@ def read_fields(request: dict[str, Any], max_new_tokens: int) -> Body:
     try:
         return Body.model_validate(request)
     except ValidationError as error:
-        raise _refusal(error, request, max_new_tokens) from None
+        raise _refusal(error, request) from None
 
 
 _MESSAGE_PLACES = {
@@ -211,12 +212,12 @@ _MESSAGE_PLACES = {
     "role": "one of system, developer, user, assistant",
     "content": "a text or a list of parts",
     "part": '{"type": "text", "text": ...} or {"type": "image_url", "image_url": {"url": ...}}',
-    "image_url": '{"url": ...} with a data URI',
+    "image_url": '{"url": ...} with a data URI, and detail low, high or auto if any',
 }
 """Places in `messages` that a refusal names, and what is wanted there."""
 
 
-def _refusal(error: ValidationError, request: dict[str, Any], max_new_tokens: int) -> RequestError:
+def _refusal(error: ValidationError, request: dict[str, Any]) -> RequestError:
     """Return the first fault that pydantic found as one sentence; unknown fields come first."""
     problems = error.errors(include_url=False, include_context=False)
     problem = min(problems, key=lambda one: one["type"] != "extra_forbidden" or len(one["loc"]) > 1)
@@ -244,7 +245,7 @@ def _refusal(error: ValidationError, request: dict[str, Any], max_new_tokens: in
         )
     if kind == "string_unicode":
         return half_character(name)
-    wanted = str(Body.model_fields[name].description).format(max_new_tokens=max_new_tokens)
+    wanted = Body.model_fields[name].description
     return RequestError(f"{name} is {value}, wanted {wanted}", param=name)
 
 

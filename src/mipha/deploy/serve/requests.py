@@ -1,21 +1,22 @@
 """The body of a chat request -> what an engine is asked, or one sentence that refuses it.
 
-bytes --strict JSON--> fields --pydantic models--> types and ranges --limits--> turns
-turns --images read--> ChatRequest
+parse_request:  bytes --strict JSON--> fields --pydantic models--> types --limits--> turns
+fetch_images:   images at addresses -> their files
+decode_images:  image files -> ChatRequest
 
-Whatever would have no effect, or could pass for something else, is refused by name.
+Three steps, because each has a bound of its own: parsing is quick, an address may be slow, and
+decoding takes memory. What would change the answer but cannot be done, or could pass for something
+else, is refused by name.
 """
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import binascii
 import json
 import re
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from PIL import Image
@@ -29,20 +30,23 @@ from mipha.deploy.serve.request_fields import (
     half_character,
     read_fields,
 )
-from mipha.deploy.serve.untrusted_images import fetch_image, read_untrusted_image, shown
+from mipha.deploy.serve.untrusted_images import (
+    decoded_bytes,
+    fetch_image,
+    read_untrusted_image,
+    shown,
+)
 
 _MIB = 1024 * 1024
 _MOST_DIGITS = 20
-
-_READERS = ThreadPoolExecutor(max_workers=2, thread_name_prefix="mipha-requests")
-"""Threads that parse bodies and decode images: the server goes on, and memory is bounded."""
 
 _CONTROL_TOKEN = re.compile(rf"{re.escape(IMAGE)}|<__media__>|<\|[^|<>\s]{{1,40}}\|>")
 """Texts that a chat template, llama.cpp's multimodal reader or a tokenizer would not read as text.
 
 A tokenizer splits its control tokens off wherever they stand: typed by a user, they would end a
 turn, begin another one's, or open a place for an image that is not there. They are refused and not
-rewritten, because a question that was changed is another question.
+rewritten, because a question that was changed is another question. In an assistant's turn they are
+dropped, as the decoder drops them from answers: what an engine answered is accepted as history.
 """
 
 _DATA_URI = re.compile(r"data:([^,]{0,200}),", re.I)
@@ -57,12 +61,13 @@ class Limits:
     Args:
         body_bytes: Size of the whole request, images as base64 included.
         image_bytes: Size of one image file.
-        max_pixels: Width x height of one image, read from its header; decoding takes up to 16 bytes
-            a pixel for a moment.
+        max_pixels: Width x height of one image, read from its header.
+        decoded_bytes: Size of all images of a request while they are decoded, by their headers:
+            width x height x channels x bytes a channel.
         max_images: Images in one conversation.
         max_messages: Turns, the system's included.
         max_text_chars: Characters of all turns together.
-        max_new_tokens: Longest answer, and the answer's limit where the request names none.
+        max_new_tokens: Longest answer, whatever the request names.
         fetch_seconds: Time from looking up an address to the image's last byte, redirects included.
         fetch_bytes: Size of one image from an address.
         allow_remote: Whether images are fetched from https addresses.
@@ -74,7 +79,8 @@ class Limits:
     body_bytes: int = 20 * _MIB
     image_bytes: int = 14 * _MIB
     max_pixels: int = 25_000_000
-    max_images: int = 1
+    decoded_bytes: int = 160_000_000
+    max_images: int = 4
     max_messages: int = 64
     max_text_chars: int = 32_000
     max_new_tokens: int = 1_024
@@ -109,7 +115,7 @@ class ChatRequest:
 
     Args:
         turns: An optional system turn, then user and assistant in turn; the last is the user's.
-        max_new_tokens: Longest answer, in tokens; the limit where the request names none.
+        max_new_tokens: Longest answer, in tokens; at most the server's limit.
         temperature: 0 to 2; 0, which is greedy, where the request names none.
         top_p: Above 0, up to 1.
         stop: Texts before which an answer ends.
@@ -130,51 +136,13 @@ class ChatRequest:
     model: str
 
 
-async def read_chat_request(
-    body: bytes, limits: Limits, *, fetch: Callable[..., Awaitable[bytes]] = fetch_image
-) -> ChatRequest:
-    """Read a request of OpenAI's chat completions completely: JSON, fields, texts and images.
-
-    Args:
-        body: Body of the request.
-        limits: Most that it may ask for.
-        fetch: Function that gets an image from an address, if the limits allow it.
-
-    Raises:
-        RequestError: The bytes are anything else.
-    """
-    loop = asyncio.get_running_loop()
-    fields, drafts = await loop.run_in_executor(_READERS, _parse, body, limits)
-
-    turns = []
-    for draft in drafts:
-        images = []
-        for unread in draft.images:
-            try:
-                data = unread.data or await fetch(
-                    unread.url, max_bytes=limits.fetch_bytes, max_seconds=limits.fetch_seconds
-                )
-                images.append(
-                    await loop.run_in_executor(
-                        _READERS, read_untrusted_image, data, limits.max_pixels
-                    )
-                )
-            except ValueError as error:
-                sentence = " ".join(str(error).split())
-                raise RequestError(
-                    f"{unread.param}: {sentence}", code="invalid_image", param=unread.param
-                ) from error
-        turns.append(Turn(draft.role, draft.text, tuple(images)))
-    return ChatRequest(tuple(turns), **fields)
-
-
 @dataclass(frozen=True)
 class _UnreadImage:
-    """An image that is not read yet.
+    """An image that is not decoded yet.
 
     Args:
         param: Place in the request.
-        data: Bytes of the file; None where it is at an address.
+        data: Bytes of the file; None while it is at an address.
         url: The address.
     """
 
@@ -185,16 +153,47 @@ class _UnreadImage:
 
 @dataclass(frozen=True)
 class _Draft:
-    """One turn whose images are not read yet."""
+    """One turn whose images are not decoded yet."""
 
     role: Role
     text: str
     images: tuple[_UnreadImage, ...]
 
 
-def _parse(body: bytes, limits: Limits) -> tuple[dict[str, Any], tuple[_Draft, ...]]:
-    """Return the fields of `ChatRequest` but its turns, and the drafts of the turns."""
-    # A value of null says what leaving the field out says.
+@dataclass(frozen=True)
+class ParsedRequest:
+    """A request whose images are not decoded yet.
+
+    Args:
+        fields: Fields of `ChatRequest` but its turns.
+        drafts: The turns.
+    """
+
+    fields: dict[str, Any]
+    drafts: tuple[_Draft, ...]
+
+    @property
+    def model(self) -> str:
+        """Return the name that was asked for."""
+        return self.fields["model"]
+
+    @property
+    def images(self) -> list[_UnreadImage]:
+        """Return the images of all turns."""
+        return [image for draft in self.drafts for image in draft.images]
+
+
+def parse_request(body: bytes, limits: Limits) -> ParsedRequest:
+    """Read a request of OpenAI's chat completions up to its images.
+
+    Args:
+        body: Body of the request.
+        limits: Most that it may ask for.
+
+    Raises:
+        RequestError: The bytes are anything else.
+    """
+    # None means the same as a field that is left out.
     request = {
         name: value for name, value in _json_object(body, limits).items() if value is not None
     }
@@ -205,8 +204,85 @@ def _parse(body: bytes, limits: Limits) -> tuple[dict[str, Any], tuple[_Draft, .
             "begin a new conversation",
             param="messages",
         )
-    body_fields = read_fields(request, limits.max_new_tokens)
-    return _fields(body_fields, limits), _drafts(body_fields.messages, limits)
+    body_fields = read_fields(request)
+    return ParsedRequest(_fields(body_fields, limits), _drafts(body_fields.messages, limits))
+
+
+async def fetch_images(
+    parsed: ParsedRequest, limits: Limits, fetch: Callable[..., Awaitable[bytes]] = fetch_image
+) -> ParsedRequest:
+    """Return a request with the files of all its images.
+
+    Args:
+        parsed: Request whose images may be at addresses.
+        limits: Size and time of a fetch.
+        fetch: Function that gets a file from an address.
+
+    Raises:
+        RequestError: An address gives no file.
+    """
+
+    async def fetched(image: _UnreadImage) -> _UnreadImage:
+        if image.data is not None:
+            return image
+        try:
+            data = await fetch(
+                image.url, max_bytes=limits.fetch_bytes, max_seconds=limits.fetch_seconds
+            )
+        except ValueError as error:
+            raise _invalid_image(image, error) from error
+        return replace(image, data=data)
+
+    drafts = [
+        replace(draft, images=tuple([await fetched(image) for image in draft.images]))
+        for draft in parsed.drafts
+    ]
+    return replace(parsed, drafts=tuple(drafts))
+
+
+def measure_images(parsed: ParsedRequest, limits: Limits) -> int:
+    """Return how many bytes the images of a request take while they are decoded.
+
+    Raises:
+        RequestError: A header is none of an image, or the images are too large.
+    """
+    total = 0
+    for image in parsed.images:
+        assert image.data is not None
+        try:
+            total += decoded_bytes(image.data, limits.max_pixels)
+            if total > limits.decoded_bytes:
+                raise ValueError(
+                    f"with this image, {total:,} bytes would be decoded, and "
+                    f"{limits.decoded_bytes:,} are at most: make the images smaller"
+                )
+        except ValueError as error:
+            raise _invalid_image(image, error) from error
+    return total
+
+
+def decode_images(parsed: ParsedRequest, limits: Limits) -> ChatRequest:
+    """Decode the images of a request, which `measure_images` has let pass.
+
+    Raises:
+        RequestError: An image is damaged.
+    """
+    turns = []
+    for draft in parsed.drafts:
+        images = []
+        for image in draft.images:
+            assert image.data is not None
+            try:
+                images.append(read_untrusted_image(image.data, limits.max_pixels))
+            except ValueError as error:
+                raise _invalid_image(image, error) from error
+        turns.append(Turn(draft.role, draft.text, tuple(images)))
+    return ChatRequest(tuple(turns), **parsed.fields)
+
+
+def _invalid_image(image: _UnreadImage, error: ValueError) -> RequestError:
+    sentence = " ".join(str(error).split())
+    return RequestError(f"{image.param}: {sentence}", code="invalid_image", param=image.param)
 
 
 def _json_object(body: bytes, limits: Limits) -> dict[str, Any]:
@@ -287,15 +363,9 @@ def _whole_number(digits: str) -> int:
 
 def _fields(body: Body, limits: Limits) -> dict[str, Any]:
     """Check what the models cannot: limits, and fields that depend on one another."""
-    lengths = set()
-    for name in ("max_tokens", "max_completion_tokens"):
-        length = getattr(body, name)
-        if length is not None and length > limits.max_new_tokens:
-            raise RequestError(
-                f"{name} is {length}, wanted a whole number from 1 to {limits.max_new_tokens:,}",
-                param=name,
-            )
-        lengths |= {length} - {None}
+    # A longer answer than the limit is cut there, and its finish_reason "length" tells so: clients
+    # send a length of their own by default.
+    lengths = {body.max_tokens, body.max_completion_tokens} - {None}
     if len(lengths) > 1:
         raise RequestError(
             "max_tokens and max_completion_tokens differ: give one of them", param="max_tokens"
@@ -309,7 +379,7 @@ def _fields(body: Body, limits: Limits) -> dict[str, Any]:
         )
     return {
         "model": _whole_text(body.model, "model"),
-        "max_new_tokens": next(iter(lengths), limits.max_new_tokens),
+        "max_new_tokens": min([limits.max_new_tokens, *lengths]),
         "temperature": body.temperature,
         "top_p": body.top_p,
         "stop": tuple(_whole_text(stop, "stop") for stop in body.stop),
@@ -342,8 +412,8 @@ def _drafts(messages: list[Message], limits: Limits) -> tuple[_Draft, ...]:
         )
     if (num_images := sum(len(draft.images) for draft in drafts)) > limits.max_images:
         raise RequestError(
-            f"the conversation holds {num_images} images and this model reads {limits.max_images}: "
-            "begin a new one for another image",
+            f"the conversation holds {num_images} images and {limits.max_images} are read at most: "
+            "begin a new one, or start the server with a larger --max-images",
             param="messages",
         )
     return drafts
@@ -351,13 +421,20 @@ def _drafts(messages: list[Message], limits: Limits) -> tuple[_Draft, ...]:
 
 def _draft(message: Message, where: str, limits: Limits) -> _Draft:
     content = f"{where}.content"
+    if message.content is None and message.role != "assistant":
+        raise RequestError(
+            f"{content} is {shown(None)}, wanted a text or a list of parts", param=content
+        )
+    parts = message.content or []
+
     # The texts are joined before they are checked: two halves of a marker must not slip through.
-    text = _only_words(
-        "\n".join(part.text for part in message.content if part.type == "text"), content, limits
-    )
+    text = "\n".join(part.text for part in parts if part.type == "text")
+    if message.role == "assistant":
+        text = _without_control_tokens(text, limits)
+    text = _only_words(text, content, limits)
     images = tuple(
         _unread_image(part.image_url, f"{content}[{number}].image_url", limits)
-        for number, part in enumerate(message.content)
+        for number, part in enumerate(parts)
         if part.type == "image_url"
     )
 
@@ -366,7 +443,8 @@ def _draft(message: Message, where: str, limits: Limits) -> _Draft:
             f"{where} shows an image, which only the user can do: put it into a user message",
             param=content,
         )
-    if not text.strip() and not images:
+    # An answer may be empty, so an assistant's turn may be too.
+    if not text.strip() and not images and message.role != "assistant":
         raise RequestError(f"{where} says nothing: give it a text, or leave it out", param=content)
     # OpenAI renamed `system` to `developer`.
     return _Draft("system" if message.role == "developer" else message.role, text, images)
@@ -398,12 +476,14 @@ def _only_words(text: str, where: str, limits: Limits) -> str:
     return _whole_text(text, where)
 
 
+def _without_control_tokens(text: str, limits: Limits) -> str:
+    """Return an answer as the decoder gives it; a space keeps two halves from joining."""
+    for pattern in (_CONTROL_TOKEN, limits.control_tokens):
+        text = pattern.sub(" ", text)
+    return text.replace("\0", "")
+
+
 def _unread_image(image: ImageUrl, where: str, limits: Limits) -> _UnreadImage:
-    if image.detail not in (None, "auto"):
-        raise RequestError(
-            f"{where}.detail is {shown(image.detail)}: this model has one resolution, leave it out",
-            param=where,
-        )
     if found := _DATA_URI.match(image.url):
         return _UnreadImage(where, data=_decoded(image.url, found, where, limits))
     if not re.match(r"https?:", image.url, re.I):

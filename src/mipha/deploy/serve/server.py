@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import ipaddress
+import logging
+import resource
 import signal
 import socket
 import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -20,11 +27,16 @@ if TYPE_CHECKING:
 
     from mipha.deploy.serve.chat import Bounds
     from mipha.deploy.serve.engine import Engine, EngineName, Source
+    from mipha.deploy.serve.gate import Access, HostNames
     from mipha.deploy.serve.metrics import Metrics
 
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 _MAX_CONNECTIONS = 1_000
+_OTHER_FILES = 128
+"""Files that the process needs besides its connections."""
+
+_HEADER_SECONDS = 10.0
 _BACKLOG = 512
 _BATCH_SIZE = 16
 
@@ -36,12 +48,15 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     api_key: str | None = None,
+    allow_host: Sequence[str] = (),
     allow_remote_images: bool = False,
     batch_size: int | None = None,
     max_requests: int = 128,
     max_new_tokens: int = 1_024,
+    max_images: int = 4,
     request_seconds: float = 300.0,
     shutdown_seconds: float = 30.0,
+    log_requests: bool = True,
     device: str | None = None,
     dtype: str = "auto",
 ) -> None:
@@ -54,12 +69,16 @@ def serve(
         host: Address to listen at.
         port: Port to listen at; 0 for any free one.
         api_key: Key that every request must carry; None for none.
+        allow_host: Names in the Host header that are answered besides those of the address; any
+            name is answered where there is a key.
         allow_remote_images: Whether images are fetched from https addresses.
         batch_size: Requests that are answered together; None: 16 in transformers, 4 in llama.cpp.
         max_requests: Requests held at a time; another one gets 429.
         max_new_tokens: Longest answer, in tokens.
+        max_images: Most images in one conversation.
         request_seconds: Time from a request to the end of its answer.
         shutdown_seconds: Time for running requests to finish.
+        log_requests: Whether stderr gets one line for each request.
         device: Device for transformers; None: the GPU where there is one.
         dtype: Dtype for transformers and vLLM: auto, float32, bfloat16 or float16. In transformers
             auto is bfloat16 on a GPU and float32 on a CPU; vLLM rounds float32 weights to 16 bits.
@@ -74,74 +93,67 @@ def serve(
         batch_size=_BATCH_SIZE if batch_size is None else batch_size,
         max_requests=max_requests,
         max_new_tokens=max_new_tokens,
+        max_images=max_images,
     )
     _check_options(request_seconds=request_seconds, shutdown_seconds=shutdown_seconds)
-    if api_key is not None and not (
-        api_key.isascii() and api_key.isprintable() and api_key.strip() == api_key != ""
-    ):
-        raise ValueError(
-            "the API key must be printable ASCII without spaces around it: choose another"
-        )
     for package in ("starlette", "uvicorn", "h11", "httpx"):
         import_optional(package, "serving", "serve")
 
     from mipha.deploy.serve.chat import Bounds
     from mipha.deploy.serve.engine import choose_engine, find_source
+    from mipha.deploy.serve.gate import Access
     from mipha.deploy.serve.metrics import Metrics
     from mipha.deploy.serve.requests import Limits
 
-    # Take the port, then load the model.
+    access = Access(api_key)
     found = find_source(Path(source))
+
+    # Take the port, then load the model.
     with listen(host, port) as listening:
         chosen = choose_engine(found, engine)
-        print(f"mipha: loading {found.name} for {chosen}", file=sys.stderr, flush=True)
+        if api_key is None:
+            access = Access(None, host_names(listening, [host, *allow_host]))
+            if not _is_loopback(listening):
+                print(
+                    f"mipha: warning: anybody who reaches {_url(listening)} may ask: "
+                    "give an --api-key",
+                    file=sys.stderr,
+                )
+        if log_requests:
+            _log_requests()
         metrics = Metrics()
-        limits = Limits(max_new_tokens=max_new_tokens, allow_remote=allow_remote_images)
-        bounds = Bounds(limits=limits, max_requests=max_requests, request_seconds=request_seconds)
-        behind, bounds = _load(found, chosen, bounds, metrics, batch_size, device, dtype)
-
-        # Serve; on this machine alone and without a key, only under its own names.
-        if host not in _LOOPBACK and api_key is None:
-            print(
-                f"mipha: warning: anybody who reaches {_url(listening)} may ask: give an --api-key",
-                file=sys.stderr,
-            )
-        hosts = _LOOPBACK | {host.lower()} if host in _LOOPBACK and api_key is None else None
-        run(
-            behind,
-            found.name,
-            listening,
-            metrics,
-            bounds,
-            api_key=api_key,
-            hosts=hosts,
-            shutdown_seconds=shutdown_seconds,
+        limits = Limits(
+            max_new_tokens=max_new_tokens, max_images=max_images, allow_remote=allow_remote_images
         )
+        bounds = Bounds(limits=limits, max_requests=max_requests, request_seconds=request_seconds)
+
+        def load() -> tuple[Engine, Bounds]:
+            print(f"mipha: loading {found.name} for {chosen}", file=sys.stderr, flush=True)
+            return _load(found, chosen, bounds, metrics, batch_size, device, dtype)
+
+        run(load, found.name, listening, metrics, access, shutdown_seconds=shutdown_seconds)
 
 
 def run(
-    engine: Engine,
+    load: Callable[[], tuple[Engine, Bounds]],
     model: str,
     listening: socket.socket,
     metrics: Metrics,
-    bounds: Bounds | None = None,
+    access: Access | None = None,
     *,
-    api_key: str | None = None,
-    hosts: frozenset[str] | None = None,
     shutdown_seconds: float = 30.0,
 ) -> None:
-    """Serve an engine at a socket until SIGTERM or Ctrl-C.
+    """Load an engine and serve it at a socket until SIGTERM or Ctrl-C.
 
-    Then no new request is accepted, and running ones are finished.
+    While it loads, every request gets status 503. At the end no new request is accepted, and
+    running ones are finished.
 
     Args:
-        engine: Engine that answers, not started yet.
+        load: Function that returns the engine, not started yet, and the load that is taken on.
         model: Name of the model.
         listening: Socket of `listen`; it is closed at the end.
         metrics: Counts and times of the server.
-        bounds: Load that is taken on at a time.
-        api_key: Key that every request must carry; None for none.
-        hosts: Names under which the server may be asked; None: any.
+        access: Who may ask; None: anybody who reaches the server.
         shutdown_seconds: Time for running requests to finish; later they are answered with 503.
 
     Raises:
@@ -149,78 +161,154 @@ def run(
     """
     import uvicorn
 
-    from mipha.deploy.serve.app import create_app
+    from mipha.deploy.serve.app import create_app, create_loading_app
     from mipha.deploy.serve.engine import ServiceError
 
-    class Server(uvicorn.Server):
-        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            loop.call_soon_threadsafe(loop.call_later, shutdown_seconds, engine.abort)
-            super().handle_exit(sig, frame)
-
-    config = configure(create_app(engine, model, metrics, bounds, api_key, hosts), shutdown_seconds)
+    # Pillow warns of damaged files; a stranger must not write lines into the log.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     signals = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in signals}
     loop: asyncio.AbstractEventLoop
 
-    async def serving() -> None:
-        nonlocal loop
-        loop, starting = asyncio.get_running_loop(), asyncio.current_task()
-        assert starting is not None
+    with _answering(create_loading_app(metrics), listening) as stop_answering:
+        engine, bounds = load()
 
-        # Start the engine; a signal cancels it.
-        for number in signals:
-            signal.signal(number, lambda *_: loop.call_soon_threadsafe(starting.cancel))
-        await engine.start()
+        class Server(uvicorn.Server):
+            def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+                loop.call_soon_threadsafe(loop.call_later, shutdown_seconds, engine.abort)
+                super().handle_exit(sig, frame)
 
-        # Serve. uvicorn raises the signal again when it is done, for the handler before its own;
-        # being told to stop is no failure, so that one does nothing.
-        for number in signals:
-            signal.signal(number, lambda *_: None)
-        print(
-            f"mipha: serving {model} at {_url(listening)} with {engine.name}; Ctrl-C stops it",
-            file=sys.stderr,
-            flush=True,
-        )
+        async def serving() -> None:
+            nonlocal loop
+            loop, starting = asyncio.get_running_loop(), asyncio.current_task()
+            assert starting is not None
+
+            # Start the engine; a signal cancels it.
+            for number in signals:
+                signal.signal(number, lambda *_: loop.call_soon_threadsafe(starting.cancel))
+            await engine.start()
+            await asyncio.to_thread(stop_answering)
+
+            # Serve. uvicorn raises the signal again when it is done, for the handler before its
+            # own; being told to stop is no failure, so that one does nothing.
+            for number in signals:
+                signal.signal(number, lambda *_: None)
+            print(
+                f"mipha: serving {model} at {_url(listening)} with {engine.name}; Ctrl-C stops it",
+                file=sys.stderr,
+                flush=True,
+            )
+            app = create_app(engine, model, metrics, bounds, access)
+            try:
+                await Server(configure(app, shutdown_seconds)).serve(sockets=[listening])
+            finally:
+                await engine.close()
+            print("mipha: stopped", file=sys.stderr, flush=True)
+
         try:
-            await Server(config).serve(sockets=[listening])
+            asyncio.run(serving())
+        except asyncio.CancelledError:
+            print("mipha: stopped before it was ready", file=sys.stderr)
+        except ServiceError as error:
+            raise ValueError(str(error)) from error
         finally:
-            await engine.close()
-
-    before = {number: signal.getsignal(number) for number in signals}
-    try:
-        asyncio.run(serving())
-    except asyncio.CancelledError:
-        print("mipha: stopped before it was ready", file=sys.stderr)
-    except ServiceError as error:
-        raise ValueError(str(error)) from error
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
-def configure(app: ASGIApp, shutdown_seconds: float = 30.0) -> uvicorn.Config:
-    """Configure the HTTP server below the application: one protocol, bounded load."""
+def configure(
+    app: ASGIApp,
+    shutdown_seconds: float = 30.0,
+    header_seconds: float = _HEADER_SECONDS,
+    max_connections: int = _MAX_CONNECTIONS,
+) -> uvicorn.Config:
+    """Configure the HTTP server below the application: one protocol, bounded load.
+
+    Args:
+        app: The application.
+        shutdown_seconds: Time for running requests to finish.
+        header_seconds: Time for the header of a request to arrive.
+        max_connections: Connections at a time; fewer where the process may open fewer files.
+    """
     import uvicorn
 
-    from mipha.deploy.serve.app import MAX_HEADER_BYTES
+    from mipha.deploy.serve.connections import connection_class
+    from mipha.deploy.serve.gate import MAX_HEADER_BYTES
 
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files != resource.RLIM_INFINITY:
+        max_connections = max(1, min(max_connections, files - _OTHER_FILES))
     return uvicorn.Config(
         app,
-        http="h11",
+        http=connection_class(header_seconds, max_connections),
         ws="none",
         lifespan="off",
-        log_level="warning",
+        log_level="error",  # its warnings quote what strangers send
         access_log=False,
         server_header=False,
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
-        limit_concurrency=_MAX_CONNECTIONS,
         timeout_graceful_shutdown=int(shutdown_seconds) + 5,
     )
+
+
+@contextmanager
+def _answering(app: ASGIApp, listening: socket.socket) -> Iterator[Callable[[], None]]:
+    """Serve an application at a socket in a thread; yields the function that ends it."""
+    import uvicorn
+
+    server = uvicorn.Server(configure(app, shutdown_seconds=0))
+    thread = Thread(
+        target=lambda: asyncio.run(server.serve(sockets=[listening.dup()])), daemon=True
+    )
+    thread.start()
+
+    def stop() -> None:
+        server.should_exit = True
+        thread.join()
+
+    try:
+        yield stop
+    finally:
+        stop()
+
+
+def host_names(listening: socket.socket, names: Sequence[str] = ()) -> HostNames:
+    """Return the names under which a server without a key answers, from its socket's address.
+
+    Args:
+        listening: Socket of `listen`.
+        names: Names besides those of the address.
+    """
+    from mipha.deploy.serve.gate import HostNames
+
+    address = ipaddress.ip_address(listening.getsockname()[0].partition("%")[0])
+    found = {name.lower() for name in names if name} | {str(address)}
+    if address.is_loopback or address.is_unspecified:
+        found |= _LOOPBACK
+    if address.is_unspecified:
+        found |= {socket.gethostname().lower()}
+    return HostNames(frozenset(found), any_address=address.is_unspecified)
+
+
+def _is_loopback(listening: socket.socket) -> bool:
+    return ipaddress.ip_address(listening.getsockname()[0].partition("%")[0]).is_loopback
+
+
+def _log_requests() -> None:
+    """Write the access log to stderr."""
+    from mipha.deploy.serve.gate import access_log
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%dT%H:%M:%S%z"))
+    access_log.handlers[:] = [handler]
+    access_log.setLevel(logging.INFO)
+    access_log.propagate = False
 
 
 def listen(host: str, port: int) -> socket.socket:
     """Return a socket that listens at this address.
 
-    So the port is ours before the model loads, and clients that come meanwhile wait.
+    So the port is ours before the model loads.
 
     Raises:
         ValueError: The port is in use or forbidden, or the address is not this machine's.

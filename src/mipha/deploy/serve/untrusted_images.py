@@ -6,8 +6,8 @@ else a moment later changes nothing. The certificate is still checked against th
 redirect is checked in the same way.
 
 Files: a small file can hold a decoder for minutes, such as 100 KB of JPEG scans, a million empty
-PNG chunks, or a GIF of nothing but comments. So the steps that a decoder would take are counted
-here, besides the pixels.
+PNG chunks, or a GIF of nothing but comments, and 200 KB can take 400 MB of memory. So the steps
+that a decoder would take, and the bytes that it would fill, are counted here, besides the pixels.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import struct
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from functools import cache
+from typing import NamedTuple
 from urllib.parse import urljoin, urlsplit
 
 from PIL import Image
@@ -268,6 +269,50 @@ async def _get(
 # ---- Reading a file --------------------------------------------------------------------------
 
 
+class _Header(NamedTuple):
+    """The facts of an image's header.
+
+    Args:
+        width: Width in pixels.
+        height: Height in pixels.
+        pixel_bytes: Bytes that a decoder holds for each pixel.
+    """
+
+    width: int
+    height: int
+    pixel_bytes: int
+
+
+def decoded_bytes(data: bytes, max_pixels: int) -> int:
+    """Return how many bytes an image takes while it is decoded, by its header.
+
+    Args:
+        data: A whole file.
+        max_pixels: Largest width x height.
+
+    Raises:
+        ValueError: The header is none of PNG, JPEG, WebP, GIF and BMP, is damaged, says more
+            pixels, or is made to keep a decoder busy.
+    """
+    read_header = _header_reader(data)
+    if read_header is None:
+        raise ValueError(
+            "the image is none of PNG, JPEG, WebP, GIF and BMP: convert it to one of them"
+        )
+    try:
+        width, height, pixel_bytes = read_header(data)
+    except (IndexError, struct.error) as error:
+        raise ValueError(
+            "the image's header is cut short or damaged: send the whole file"
+        ) from error
+    if width * height > max_pixels:
+        raise ValueError(
+            f"the image has {width:,} x {height:,} pixels and {max_pixels:,} are read at most: "
+            "make it smaller"
+        )
+    return width * height * pixel_bytes
+
+
 def read_untrusted_image(data: bytes, max_pixels: int) -> Image.Image:
     """Return a PNG, JPEG, WebP, GIF (its first frame) or BMP as an upright RGB image.
 
@@ -281,25 +326,7 @@ def read_untrusted_image(data: bytes, max_pixels: int) -> Image.Image:
         ValueError: The file has none of these formats, is too large or damaged, or is made to keep
             a decoder busy.
     """
-    # Walk the header.
-    size_of = _size_reader(data)
-    if size_of is None:
-        raise ValueError(
-            "the image is none of PNG, JPEG, WebP, GIF and BMP: convert it to one of them"
-        )
-    try:
-        width, height = size_of(data)
-    except (IndexError, struct.error) as error:
-        raise ValueError(
-            "the image's header is cut short or damaged: send the whole file"
-        ) from error
-    if width * height > max_pixels:
-        raise ValueError(
-            f"the image has {width:,} x {height:,} pixels and {max_pixels:,} are read at most: "
-            "make it smaller"
-        )
-
-    # Decode the pixels.
+    decoded_bytes(data, max_pixels)
     try:
         return open_image(data, max_pixels=max_pixels)
     except ValueError as error:
@@ -308,39 +335,48 @@ def read_untrusted_image(data: bytes, max_pixels: int) -> Image.Image:
         ) from error
 
 
-def _size_reader(data: bytes) -> Callable[[bytes], tuple[int, int]] | None:
+def _header_reader(data: bytes) -> Callable[[bytes], _Header] | None:
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return _png_size
+        return _png_header
     if data.startswith(b"\xff\xd8\xff"):
-        return _jpeg_size
+        return _jpeg_header
     if data.startswith((b"GIF87a", b"GIF89a")):
-        return _gif_size
+        return _gif_header
     if data.startswith(b"BM"):
-        return _bmp_size
-    return _webp_size if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
+        return _bmp_header
+    return _webp_header if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
 
 
-def _png_size(data: bytes) -> tuple[int, int]:
-    """Count the chunks. Source: PNG specification (W3C), sections 5.3 and 11.2.2."""
+def _png_header(data: bytes) -> _Header:
+    """Count the chunks. Source: PNG specification (W3C), sections 5.3, 11.2.2 and 8.2.
+
+    An interlaced image is held twice: its passes are put together at the end.
+    """
     position = 8
     for _ in range(_MOST_STEPS):
         if position >= len(data):
-            return struct.unpack_from(">II", data, 16)
+            break
         position += 12 + struct.unpack_from(">I", data, position)[0]
-    raise ValueError(f"the image has more than {_MOST_STEPS:,} chunks: save it again")
+    else:
+        raise ValueError(f"the image has more than {_MOST_STEPS:,} chunks: save it again")
+
+    width, height, depth, colour, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
+    channels = {0: 1, 2: 3, 3: 3, 4: 2}.get(colour, 4)
+    return _Header(width, height, channels * max(1, depth // 8) * (2 if interlaced else 1))
 
 
-def _jpeg_size(data: bytes) -> tuple[int, int]:
+def _jpeg_header(data: bytes) -> _Header:
     """Read the segments up to the first scan.
 
-    Source: ITU-T T.81, annex B; 0xC0 to 0xCF begin a frame, but for DHT, JPG and DAC.
+    Source: ITU-T T.81, annex B; 0xC0 to 0xCF begin a frame, but for DHT, JPG and DAC. The frames
+    0xC2, 0xC6, 0xCA and 0xCE are progressive: a decoder holds all coefficients, in 16 bits.
     """
     if data.count(b"\xff\xda") > _MOST_SCANS:  # coded data never holds these two bytes
         raise ValueError(
             f"the image has more than {_MOST_SCANS} scans: save it again, not progressive"
         )
 
-    position, size = 2, None
+    position, found = 2, None
     for _ in range(_MOST_STEPS):
         if data[position] != 0xFF:
             raise ValueError("the image is a damaged JPEG: save it again")
@@ -348,18 +384,18 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
         if marker == 0xDA:
             break
         if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
-            if size:
+            if found:
                 raise ValueError("the image says twice how large it is: save it again")
-            height, width = struct.unpack_from(">HH", data, position + 5)
-            size = width, height
+            height, width, components = struct.unpack_from(">HHB", data, position + 5)
+            found = _Header(width, height, components * (2 if marker & 3 == 2 else 1))
         position += 1 if marker == 0xFF else 2 + struct.unpack_from(">H", data, position + 2)[0]
 
-    if not size:
+    if not found:
         raise ValueError("the image's pixels do not begin where they should: save it again")
-    return size
+    return found
 
 
-def _gif_size(data: bytes) -> tuple[int, int]:
+def _gif_header(data: bytes) -> _Header:
     """Read the extensions up to the first frame, which may be larger than the screen.
 
     Source: GIF89a specification, sections 18 to 26.
@@ -369,7 +405,7 @@ def _gif_size(data: bytes) -> tuple[int, int]:
     for _ in range(_MOST_STEPS):
         if data[position] == 0x2C:
             left, top, frame_width, frame_height = struct.unpack_from("<HHHH", data, position + 1)
-            return max(width, left + frame_width), max(height, top + frame_height)
+            return _Header(max(width, left + frame_width), max(height, top + frame_height), 4)
         if data[position] != 0x21:
             break
         position += 2
@@ -383,20 +419,20 @@ def _palette_bytes(flags: int) -> int:
     return 3 << ((flags & 7) + 1) if flags & 0x80 else 0
 
 
-def _bmp_size(data: bytes) -> tuple[int, int]:
+def _bmp_header(data: bytes) -> _Header:
     """Read either header; the rows of a negative height stand upside down.
 
     Source: Microsoft, BITMAPCOREHEADER (12 bytes) and BITMAPINFOHEADER (40 and more).
     """
     if struct.unpack_from("<I", data, 14)[0] == 12:
-        return struct.unpack_from("<HH", data, 18)
+        return _Header(*struct.unpack_from("<HH", data, 18), 4)
     width, height = struct.unpack_from("<ii", data, 18)
     if struct.unpack_from("<I", data, 30)[0] not in _BMP_UNPACKED:
         raise ValueError("the image is a compressed BMP: save it as PNG")
-    return abs(width), abs(height)
+    return _Header(abs(width), abs(height), 4)
 
 
-def _webp_size(data: bytes) -> tuple[int, int]:
+def _webp_header(data: bytes) -> _Header:
     """Read the first chunk.
 
     Source: WebP container specification (VP8X), RFC 6386 section 9.1 (VP8), WebP lossless
@@ -404,9 +440,10 @@ def _webp_size(data: bytes) -> tuple[int, int]:
     """
     kind = data[12:16]
     if kind == b"VP8X":
-        return 1 + int.from_bytes(data[24:27], "little"), 1 + int.from_bytes(data[27:30], "little")
-    if kind == b"VP8L":
+        width, height = (int.from_bytes(data[at : at + 3], "little") + 1 for at in (24, 27))
+    elif kind == b"VP8L":
         bits = struct.unpack_from("<I", data, 21)[0]
-        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
-    width, height = struct.unpack_from("<HH", data, 26)
-    return width & 0x3FFF, height & 0x3FFF
+        width, height = 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    else:
+        width, height = (side & 0x3FFF for side in struct.unpack_from("<HH", data, 26))
+    return _Header(width, height, 4)

@@ -1,17 +1,19 @@
 "use strict";
 (() => {
-  const MAX_SIDE = 1536; // pixels; more than any vision tower here reads, and a phone's photo shrinks from 5 MB to 0.5 MB
-  const MAX_PLAIN_BYTES = 2_000_000; // a smaller file goes as it is, so that the model reads the very pixels
+  // Pixels; more than any vision tower here reads. A phone's photo shrinks from 5 MB to 0.5 MB.
+  const MAX_SIDE = 1536;
+  // A smaller file is sent as it is, so that the model reads the original pixels.
+  const MAX_PLAIN_BYTES = 2_000_000;
   const PLAIN_TYPES = ["image/png", "image/jpeg", "image/webp", "image/gif", "image/bmp"];
   const find = (id) => document.getElementById(id);
   const [question, turnsList, notice] = ["question", "turns", "notice"].map(find);
 
-  let picture = null; // data URI
-  let turns = []; // {role, text}: what the model is told of the conversation so far
+  let imageUri = null; // data URI
+  let turns = []; // {role, text}: the conversation so far, as the model reads it
   let running = null; // AbortController of the answer that is being written
   let model = "";
-  let key = ""; // only here: gone with the page
-  let waiting = null; // what to do once there is a key
+  let key = ""; // kept only in this page
+  let waiting = null; // function to call once there is a key
 
   const headers = () => (key ? { Authorization: `Bearer ${key}` } : {});
 
@@ -27,7 +29,7 @@
     try {
       const { error } = await response.json();
       sentence = error?.message || sentence;
-    } catch { /* no JSON: the status is all there is to say */ }
+    } catch { /* not JSON: only the status is known */ }
     const refused = new Refused(sentence);
     refused.status = response.status;
     throw refused;
@@ -56,7 +58,7 @@
     if (!data?.length) throw new Refused("The server has no model.");
     model = data[0].id;
     find("model").textContent = model;
-    document.title = `${model}: ask about a picture`;
+    document.title = `${model}: ask about an image`;
   }
 
   async function start() {
@@ -68,7 +70,7 @@
     }
   }
 
-  // The picture
+  // The image
 
   function load(url) {
     const image = new Image();
@@ -83,14 +85,18 @@
     reader.readAsDataURL(blob);
   });
 
-  /** Small files as they are; others drawn on a canvas, which also turns them upright and reads what only the browser can. */
+  /** Returns small files as they are. Others are drawn on a canvas, which makes them smaller and
+      upright, and reads formats that only the browser knows. */
   async function prepare(file) {
     const address = URL.createObjectURL(file);
     try {
       const image = await load(address);
       const [width, height] = [image.naturalWidth || MAX_SIDE, image.naturalHeight || MAX_SIDE];
       const scale = Math.min(1, MAX_SIDE / Math.max(width, height));
-      if (scale === 1 && file.size <= MAX_PLAIN_BYTES && PLAIN_TYPES.includes(file.type)) return { uri: await dataUri(file), width, height };
+      if (scale === 1 && file.size <= MAX_PLAIN_BYTES && PLAIN_TYPES.includes(file.type)) {
+        return { uri: await dataUri(file), width, height };
+      }
+
       const canvas = document.createElement("canvas");
       canvas.width = Math.max(1, Math.round(width * scale));
       canvas.height = Math.max(1, Math.round(height * scale));
@@ -100,7 +106,8 @@
       paper.imageSmoothingQuality = "high";
       paper.drawImage(image, 0, 0, canvas.width, canvas.height);
       const drawn = (type) => new Promise((resolve) => canvas.toBlob(resolve, type, 0.92));
-      let blob = file.type === "image/jpeg" ? null : await drawn("image/png"); // drawings and text stay sharp
+      // PNG keeps drawings and text sharp; JPEG keeps photos small.
+      let blob = file.type === "image/jpeg" ? null : await drawn("image/png");
       if (!blob || blob.size > MAX_PLAIN_BYTES) blob = await drawn("image/jpeg");
       return { uri: await dataUri(blob), width: canvas.width, height: canvas.height };
     } finally {
@@ -114,13 +121,15 @@
     try {
       prepared = await prepare(file);
     } catch {
-      say(`${file.name || "This"} is no picture that this browser can read: use a PNG, JPEG or WebP.`);
+      const name = file.name || "This file";
+      say(`${name} is not an image that this browser can read: use PNG, JPEG or WebP.`);
       return;
     }
     clear();
-    picture = prepared.uri;
-    find("preview").src = picture;
-    find("caption").textContent = `${file.name || "pasted picture"}, ${prepared.width} × ${prepared.height}`;
+    imageUri = prepared.uri;
+    find("preview").src = imageUri;
+    const name = file.name || "pasted image";
+    find("caption").textContent = `${name}, ${prepared.width} × ${prepared.height}`;
     find("shown").hidden = false;
     find("empty").hidden = true;
     find("again").hidden = false;
@@ -130,7 +139,7 @@
 
   function clear() {
     running?.abort();
-    picture = null;
+    imageUri = null;
     turns = [];
     turnsList.replaceChildren();
     find("preview").removeAttribute("src");
@@ -159,7 +168,8 @@
     find("choose").focus();
   });
   document.addEventListener("paste", (event) => {
-    if (event.clipboardData?.files.length && takeFirst(event.clipboardData.files)) event.preventDefault();
+    const files = event.clipboardData?.files;
+    if (files?.length && takeFirst(files)) event.preventDefault();
   });
   const drop = find("drop");
   document.addEventListener("dragover", (event) => {
@@ -172,7 +182,9 @@
   document.addEventListener("drop", (event) => {
     event.preventDefault();
     drop.hidden = true;
-    if (!takeFirst(event.dataTransfer.files)) say("That was no file: save the picture first, then drop it here.");
+    if (!takeFirst(event.dataTransfer.files)) {
+      say("That was not a file: save the image first, then drop it here.");
+    }
   });
 
   // The conversation
@@ -204,7 +216,7 @@
   async function copy(text, button) {
     try {
       await navigator.clipboard.writeText(text);
-    } catch { // a page that did not come by https has no clipboard of its own
+    } catch { // only pages from https or localhost may use the clipboard
       const area = element("textarea", "unseen", text);
       document.body.append(area);
       area.select();
@@ -217,14 +229,19 @@
 
   const plain = ({ role, text }) => ({ role, content: text });
 
-  /** The picture stands in front of the first question, as in training. */
+  /** Returns the messages; the image stands in front of the first question, as in training. */
   function messages(asked) {
     const all = [...turns, { role: "user", text: asked }].map(plain);
-    if (picture) all[0].content = [{ type: "image_url", image_url: { url: picture } }, { type: "text", text: all[0].content }];
+    if (imageUri) {
+      all[0].content = [
+        { type: "image_url", image_url: { url: imageUri } },
+        { type: "text", text: all[0].content },
+      ];
+    }
     return all;
   }
 
-  /** Events of a stream (WHATWG, server-sent events), as far as chat completions use them. */
+  /** Yields the events of a chat completion's stream. Source: WHATWG, server-sent events. */
   async function* events(response) {
     const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
     let rest = "";
@@ -269,20 +286,24 @@
         const choice = event.choices?.[0];
         text += choice?.delta?.content || "";
         ending = choice?.finish_reason || ending;
-        const list = find("talk").scrollHeight > find("talk").clientHeight ? find("talk") : find("main");
+        const talk = find("talk");
+        const list = talk.scrollHeight > talk.clientHeight ? talk : find("main");
         const atEnd = list.scrollHeight - list.scrollTop - list.clientHeight < 60;
         said.textContent = text;
         if (atEnd) list.scrollTop = list.scrollHeight;
       }
-      if (!ending) throw new Refused("The answer broke off: the connection to the server was lost.");
+      if (!ending) {
+        throw new Refused("The answer is incomplete: the connection to the server was lost.");
+      }
     } catch (error) {
       if (controller.signal.aborted) ending = "stopped";
-      else failure = error instanceof Refused ? error : new Refused(`The answer cannot be read: ${error.message}`);
+      else if (error instanceof Refused) failure = error;
+      else failure = new Refused(`The answer cannot be read: ${error.message}`);
     }
     said.classList.remove("waiting");
     item.removeAttribute("aria-busy");
     if (running === controller) busy(null);
-    if (!mine.isConnected) return; // a new picture came in between
+    if (!mine.isConnected) return; // the user chose a new image meanwhile
     const tools = element("div", "tools grey");
     if (failure?.status === 401) {
       mine.remove();
@@ -303,10 +324,10 @@
       turns.push({ role: "user", text: asked }, { role: "assistant", text });
       tools.append(link("Copy", (button) => copy(text, button)));
     } else {
-      said.textContent = "(no answer)"; // and none is told to the model: it would be an empty turn
+      said.textContent = "(no answer)"; // the turn is not sent again
     }
     if (ending === "stopped") tools.append("stopped");
-    if (ending === "length") tools.append("cut off: the longest answer is reached");
+    if (ending === "length") tools.append("cut off at the longest answer");
     item.append(tools);
     item.scrollIntoView({ block: "nearest" });
   }
