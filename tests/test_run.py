@@ -172,6 +172,7 @@ def test_what_a_stage_is_trained_on_is_kept_and_cannot_change_once_it_began(tmp_
     run.record_data("pretrain", {"samples": 4, "sha256": "b"})
     with pytest.raises(
         ValueError,
-        match=r"the data of pretrain changed since .* \(4 samples then, 5 now\): put the old data back",
+        match=r"the data of pretrain changed since .* \(4 samples then, 5 now\): "
+        r"put the old data back",
     ):
         run.record_data("pretrain", {"samples": 5, "sha256": "c"})

@@ -4,7 +4,7 @@ runs/lora/recipe.yaml              what was asked, with every default; marks the
           provenance.json          what it was made with
           <stage>/metrics.jsonl    one line an optimizer step
           <stage>/answers.jsonl    what the model said about held-out images on the way
-          <stage>/unreadable.jsonl images that grey stood in for
+          <stage>/unreadable.jsonl images that were replaced by grey
           <stage>/tensorboard/     the metrics once more
           <stage>/states/          training states to resume from
           <stage>/tuning.json      what trained, and how far it moved
@@ -90,7 +90,7 @@ class Run:
 
     @property
     def is_trained(self) -> bool:
-        """Whether the last stage is finished, and thereby the run."""
+        """Whether the last stage, and thereby the run, is finished."""
         return self.is_finished(self.recipe.last_stage)
 
     def final_checkpoint(self) -> Path:

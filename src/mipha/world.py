@@ -30,26 +30,29 @@ class World:
             dist.barrier()
 
     def total(self, value: torch.Tensor) -> torch.Tensor:
-        """The sum over all processes."""
+        """Return the sum over all processes."""
         if self.size > 1:
             dist.all_reduce(value)
         return value
 
 
 def join_world(patience: timedelta = timedelta(minutes=30)) -> World:
-    """Join the processes that the launcher started; alone, when it started none.
+    """Join the processes that the launcher started; a process that was started alone stays alone.
+
+    The group is joined once and kept until the process ends: a process that leaves it and joins
+    again can meet the store of the first time, and then waits for ever.
 
     Args:
-        patience: How long a process waits for the others before it takes them for lost.
-
-    The group is joined once and kept until the process ends: one that leaves and joins again can meet the store of the time before,
-    and wait for ever.
+        patience: Time that a process waits for the others before it takes them for lost.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+
+    # Take the GPU of this process, where there are GPUs.
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+
     if size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
         atexit.register(dist.destroy_process_group)

@@ -41,7 +41,7 @@ def test_no_line_is_wrapped_or_cut(width: int) -> None:
 
 
 def test_rates_are_of_the_last_steps() -> None:
-    """Two steps of 1 and 3 seconds with 100 tokens each: 50 a second; 6 steps of 2 seconds are left."""
+    """Two steps of 1 and 3 s with 100 tokens each: 50 tokens/s; 6 steps of 2 s are left."""
     recent = Recent("pretrain", 8, describe_steps)
     small = {
         "loss": 2.0,

@@ -1,4 +1,4 @@
-"""Training states: the newest whole one is loaded, whatever the writer's end left behind."""
+"""Training states: the newest whole one is loaded, whenever the writer was killed."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def test_a_state_written_in_the_background_is_of_when_it_was_asked_for(
 def test_a_state_written_in_the_background_is_published_whole_or_not_at_all(
     small: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The write is held back until the test lets it go: nothing is published before, and the next save waits for it."""
+    """A held-back write publishes nothing, and the next save waits for it."""
     model, optimizer = small
     begun, let_go = threading.Event(), threading.Event()
 
@@ -210,7 +210,7 @@ def test_a_state_written_in_the_background_is_published_whole_or_not_at_all(
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_state_that_cannot_be_written_is_said_and_the_one_before_stays(
+def test_a_state_that_cannot_be_written_is_named_and_the_one_before_stays(
     small: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asynchronous: bool
 ) -> None:
     model, optimizer = small

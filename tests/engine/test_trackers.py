@@ -1,4 +1,4 @@
-"""Trackers follow the metrics: each step once, whatever was stopped; one that fails is named and left."""
+"""Trackers get each step once, also after a resume; a tracker that fails is named and dropped."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def test_a_tracker_that_fails_is_named_once_and_left(
     assert given == [1, 2]
     said = capsys.readouterr().err
     assert (
-        said
-        == "mipha: tracking with wandb has failed (the server is gone); training goes on without it\n"
+        said == "mipha: tracking with wandb has failed (the server is gone); "
+        "training goes on without it\n"
     )
     # A process that is not the first.
     with Trackers(None, tmp_path / "other", "run", {}) as trackers:

@@ -1,4 +1,4 @@
-"""A plan follows from the recipe and the device; it says what to change where it does not fit, and how far off it was."""
+"""A plan follows from recipe and device, and names the changes that make a stage fit."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def test_the_papers_model_on_what_the_paper_had() -> None:
         and not finetune.fixes
         and finetune.largest_rows >= finetune.stage.micro_batch_rows
     )
-    # 2 x (729 x 9.5 M + 764 x 2.65 G + 25 x 131 M) forward of the projector, the layers and the head, twice that with activations'
-    # gradients, and 0.6 for the tower: about 9 TFLOP a sample.
+    # Forward of projector, layers and head: 2 x (729 x 9.5 M + 764 x 2.65 G + 25 x 131 M). Twice
+    # that with the gradients of activations, and 0.6 for the tower: about 9 TFLOP a sample.
     assert pretrain.flops / 256 == pytest.approx(8.9e12, rel=0.05)
     assert finetune.hours is not None and 2 < finetune.hours < 24
     assert "assumed" in finetune.step.source

@@ -1,4 +1,4 @@
-"""`kill -9` at any moment, and the same command again: the weights are bit by bit those of a run that nobody disturbed."""
+"""After `kill -9` at any moment, a resumed run ends in the weights of an undisturbed one."""
 
 from __future__ import annotations
 
@@ -38,10 +38,14 @@ def uninterrupted(tiny_run_recipe: Callable, tmp_path_factory: pytest.TempPathFa
 
 
 def killed_at(recipe: Recipe, folder: Path, moment: Callable[[], bool], delay: float) -> bool:
-    """Train in a process of its own and kill it that many seconds after the moment has come; whether it was still at work."""
-    context = multiprocessing.get_context(
-        "forkserver"
-    )  # as good as `mipha train`, but for the start-up time
+    """Train in another process and kill it after a moment; return whether it was still at work.
+
+    Args:
+        moment: Condition that the kill waits for.
+        delay: Seconds between the moment and the kill.
+    """
+    # The same as `mipha train`, except for the time to start.
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mipha.training.pipeline"])
     process = context.Process(target=train, args=(recipe, folder))
     process.start()
@@ -54,7 +58,7 @@ def killed_at(recipe: Recipe, folder: Path, moment: Callable[[], bool], delay: f
 
 
 def is_behind(run: Run, stage: str, lines: int) -> bool:
-    """Whether the stage has more lines of metrics, or is done with."""
+    """Return whether the stage has more lines of metrics than that, or is finished."""
     return num_lines(run.metrics(stage)) > lines or run.is_finished(stage)
 
 
@@ -87,7 +91,7 @@ def test_killed_anywhere_it_ends_in_the_same_weights(
     weights: Callable,
     metrics: Callable,
 ) -> None:
-    """Every third kill comes while a state is being written, the others at random: in a step, in an export, between them."""
+    """Every third kill comes while a state is written, the others at random moments."""
     recipe = uninterrupted.recipe.override(f"async_checkpoints={str(asynchronous).lower()}")
     chance, landed, number = random.Random(kills), 0, 0
     run = Run(tmp_path / "0")

@@ -174,7 +174,7 @@ def test_how_rows_are_cut_does_not_matter(
 
 @pytest.fixture(scope="module")
 def smooth(tiny_run_recipe: Callable) -> Recipe:
-    """Adam divides a gradient by its size, and so makes as much of the rounding of one that is truly 0: not with this epsilon."""
+    """With this epsilon, Adam does not blow up the rounding error of a gradient that is truly 0."""
     return tiny_run_recipe(
         "stages.finetune.adam_eps=1e-2",
         "stages.finetune.learning_rate=3e-2",
@@ -255,7 +255,7 @@ def test_activation_checkpointing_of_one_part_leaves_the_other(
 def test_activation_checkpointing_recomputes_every_layer_that_gradients_pass(
     stage: str, tiny_model: Callable, tiny_run_recipe: Callable, mixture: object, tmp_path: Path
 ) -> None:
-    """Also the layers of a frozen language model, which the projector's gradient passes: that is where most memory goes."""
+    """The projector's gradient passes the frozen language model, where most memory is used."""
     calls = {}
     for wanted in (False, True):
         model, processor = tiny_model()

@@ -58,7 +58,7 @@ def test_the_result_answers_and_stock_transformers_loads_it(run: Run, tiny_data:
 def test_frozen_parts_are_bit_equal_after_the_stage(
     run: Run, tiny_run_recipe: Callable, weights: Callable
 ) -> None:
-    """Pretrain trains the projector alone; the tower and the language model are those of the parts."""
+    """Pretrain trains the projector alone; tower and language model stay those of the parts."""
     parts = weights(Path(tiny_run_recipe().model.language_model))
     mine = weights(run.checkpoint("pretrain"))
     for name, weight in parts.items():
@@ -133,7 +133,7 @@ def test_calibration_needs_an_image(tiny_run_recipe: Callable, tmp_path: Path) -
 def test_a_stage_without_any_image_trains(
     tiny_run_recipe: Callable, tmp_path: Path, weights: Callable, metrics: Callable
 ) -> None:
-    """With the language model frozen too, nothing has a gradient but through an image: no step may fail for that."""
+    """With a frozen language model, a step without images has no gradient and must not fail."""
     text = tmp_path / "text.jsonl"
     line = json.dumps(
         {"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b"}]}
@@ -177,7 +177,8 @@ def test_a_folder_that_cannot_be_written_to_is_said_at_once(
     (tmp_path / "file").touch()
     with pytest.raises(
         OSError,
-        match=r"file/run cannot be written to \(Not a directory\): choose another -o, or get the right",
+        match=r"file/run cannot be written to \(Not a directory\): "
+        r"choose another -o, or get the right",
     ):
         train(tiny_run_recipe("model.vision_tower=nothing/there"), tmp_path / "file" / "run")
 

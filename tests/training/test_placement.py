@@ -1,4 +1,4 @@
-"""Frozen matrices kept in bfloat16: not a bit of a bfloat16 run changes, and the export is what it was."""
+"""Frozen matrices in bfloat16: no bit of a bfloat16 run changes, nor of its export."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The freeze proof: what is said before, what is measured after, and the runs that it fails."""
+"""The freeze proof: its report before, its measurement after, and the runs that it refuses."""
 
 from __future__ import annotations
 
@@ -24,14 +24,20 @@ from mipha.training.proof import measure_change, record_start
 
 STAGES = ("pretrain", "finetune")
 
-LORA = "tuning={vision_tower: last-1, projector: full, language_model: lora, lora: {rank: 4, alpha: 16}}"
+LORA = (
+    "tuning={vision_tower: last-1, projector: full, language_model: lora, "
+    "lora: {rank: 4, alpha: 16}}"
+)
 RATES = "part_learning_rates={vision_tower: 1e-4, language_model: 2e-3}"
 
 
 @pytest.fixture(scope="module")
 def run(tiny_run_recipe: Callable, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Pretrain: adapters in the tower and the projector; finetune: all kinds at once, each part at its own rate."""
-    pretrain = "stages.pretrain.tuning={vision_tower: lora, projector: full, language_model: frozen, lora: {rank: 2, alpha: 4}}"
+    """Pretrain adapts tower and projector; finetune uses all kinds, each part at its own rate."""
+    pretrain = (
+        "stages.pretrain.tuning={vision_tower: lora, projector: full, language_model: frozen, "
+        "lora: {rank: 2, alpha: 4}}"
+    )
     changes = (pretrain, f"stages.finetune.{LORA}", f"stages.finetune.{RATES}")
     return train(
         tiny_run_recipe(*changes, family="qwen2", tower="clip"),
@@ -59,7 +65,7 @@ def test_what_trains_is_written_with_its_rate_and_its_type(run: Run) -> None:
 
 
 def test_what_moved_is_measured(run: Run, weights: Callable) -> None:
-    """By hand, from the two checkpoints: norm of the difference over norm of the start, of the weights that could move."""
+    """Return the relative change by hand, from two checkpoints, of the weights that could move."""
     before, after = weights(run.checkpoint("pretrain")), weights(run.checkpoint("finetune"))
     layers = [name for name in before if ".layers." in name and name.endswith("proj.weight")]
     could_move = {
@@ -239,7 +245,8 @@ def test_a_run_that_did_something_else_fails_at_its_end(
     for _ in range(2):  # and again, when the same command is given again
         with pytest.raises(
             ValueError,
-            match=rf"finetune did not train what its recipe asks for.*: {said}.* delete .*finetune to train",
+            match=rf"finetune did not train what its recipe asks for.*: {said}.* "
+            r"delete .*finetune to train",
         ):
             train(recipe, run.folder)
         assert not run.is_finished("finetune")

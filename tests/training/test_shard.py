@@ -1,4 +1,4 @@
-"""Two processes train what one trains. All cases run in one launch of two, since starting them is what takes the time."""
+"""Two processes train what one trains; all cases share one launch, because starting is slow."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from mipha.world import World
 
 STAGES = ("pretrain", "finetune")
 
-# An epsilon that keeps the rounding of gradients that are truly 0 from moving weights; see test_loop.
+# With this epsilon, rounding of gradients that are truly 0 moves no weight; see test_loop.
 SMOOTH = (
     *(f"stages.{stage}.adam_eps=1e-2" for stage in STAGES),
     "stages.finetune.learning_rate=3e-2",
@@ -66,7 +66,7 @@ for case in json.loads(CASES):
 
 
 def launch(driver: Path, cases: list[dict[str, Any]], size: int = 2, local: int = 2) -> None:
-    """Run the driver in some processes, as torchrun would, but forked from one that has imported everything.
+    """Run the driver in some processes, as torchrun would, forked from one that has the imports.
 
     Args:
         local: Processes of a machine, as far as they are told.
@@ -169,7 +169,7 @@ def recipes(tiny_run_recipe: Callable, text_only: Path) -> dict[str, Recipe]:
 
 @pytest.fixture(scope="module")
 def by_two(recipes: dict[str, Recipe], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder of each recipe, trained by two processes; those to reshard were stopped on the way."""
+    """Return a run folder of each recipe, trained by two processes; some were stopped midway."""
     root = tmp_path_factory.mktemp("two")
     cases: list[dict[str, Any]] = []
     for name, recipe in recipes.items():
@@ -281,7 +281,8 @@ def test_sharding_over_machines_wants_several(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     with pytest.raises(
         ValueError,
-        match=r"sharding=hsdp needs several machines .* 4 of the 4 processes are on this one: use fsdp",
+        match=r"sharding=hsdp needs several machines .* "
+        r"4 of the 4 processes are on this one: use fsdp",
     ):
         mesh_of("hsdp", World(0, 4, torch.device("cpu")))
 
@@ -306,7 +307,8 @@ def assert_equal(one: Run, two: Run, weights: Callable, metrics: Callable) -> No
         mine, theirs = weights(one.checkpoint(stage)), weights(two.checkpoint(stage))
         assert mine.keys() == theirs.keys(), stage
         for name in mine:
-            # Sums in another order differ in the last bits; Gemma's embedding scale multiplies that, six steps carry it on.
+            # Sums in another order differ in the last bits; Gemma's embedding scale and six
+            # steps multiply that.
             assert (mine[name] - theirs[name]).abs().max() < 1e-4, (stage, name)
         rows, others = metrics(one.metrics(stage)), metrics(two.metrics(stage))
         assert [row["step"] for row in others] == list(range(1, len(rows) + 1))

@@ -1,4 +1,4 @@
-"""A recipe has any number of stages: the first starts from the parts, each later one from the last."""
+"""Any number of stages: the first starts from the parts, each later one from the one before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A picture that cannot be read in the middle of an epoch: named and stopped at, or replaced by grey, counted and listed once."""
+"""An image that cannot be read stops the run by name, or is replaced by grey and counted."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ TIMED = {
 
 @pytest.fixture
 def damaged(tiny_data: Path, tmp_path: Path) -> Path:
-    """The data with one of six pictures cut short: it is there, but cannot be decoded."""
+    """Return data with one of six images cut short: it is there, but cannot be decoded."""
     folder = tmp_path / "data"
     shutil.copytree(tiny_data.parent, folder)
-    picture = folder / "3.png"
-    picture.write_bytes(picture.read_bytes()[:-200])
+    image = folder / "3.png"
+    image.write_bytes(image.read_bytes()[:-200])
     return folder / tiny_data.name
 
 
@@ -47,7 +47,8 @@ def recipe(damaged: Path, tiny_run_recipe: Callable) -> Recipe:
 def test_it_stops_and_names_sample_and_file(recipe: Recipe, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError,
-        match=r"^sample \S+: \S+3\.png cannot be read as an image: .*unreadable_images=substitute to train on",
+        match=r"^sample \S+: \S+3\.png cannot be read as an image: .*"
+        r"unreadable_images=substitute to train on",
     ):
         train(recipe, tmp_path / "run")
     assert not Run(tmp_path / "run").is_finished("finetune")
@@ -102,7 +103,7 @@ def test_grey_stands_in_and_every_case_is_counted_and_listed_once(
 def test_validation_and_calibration_count_and_pass_over_what_cannot_be_read(
     recipe: Recipe, damaged: Path, tmp_path: Path, metrics: Callable
 ) -> None:
-    """One epoch and one validation show each sample once, whichever side the damaged picture's four are on."""
+    """One epoch and one validation show each sample once, wherever the damaged ones are."""
     changes = (
         FINETUNE + "unreadable_images=substitute",
         FINETUNE + "held_out=0.4",
@@ -127,11 +128,12 @@ def test_validation_and_calibration_count_and_pass_over_what_cannot_be_read(
 def test_a_step_of_which_nothing_can_be_read_is_no_matter_of_single_files(
     recipe: Recipe, damaged: Path, tmp_path: Path
 ) -> None:
-    for picture in damaged.parent.glob("*.png"):
-        picture.write_bytes(b"gone")
+    for image in damaged.parent.glob("*.png"):
+        image.write_bytes(b"gone")
     recipe = recipe.override(FINETUNE + "unreadable_images=substitute", FINETUNE + "batch_size=24")
     with pytest.raises(
         FileNotFoundError,
-        match=r"step 1: none of its 18 images can be read, .*: see whether the disk that holds them",
+        match=r"step 1: none of its 18 images can be read, .*: "
+        r"see whether the disk that holds them",
     ):
         train(recipe, tmp_path / "run")

@@ -1,4 +1,4 @@
-"""Held-out images: never trained on, measured and asked about on the way, and no step is another one for it."""
+"""Held-out images are measured and asked about, never trained on, and change no step."""
 
 from __future__ import annotations
 

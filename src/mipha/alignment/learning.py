@@ -1,4 +1,4 @@
-"""What one step of RLHF learns from its rollout.
+"""One step of RLHF: the learning from a rollout.
 
 rollout, scores --Learner.observe--> Experience --assign--> advantages, returns
 Experience --learn--> one optimizer step per minibatch, for policy and critics together
@@ -93,7 +93,7 @@ class Learner:
     """Policy, critics and their optimizer.
 
     Args:
-        policy: Policy, of which nothing trains yet.
+        policy: Policy without trained weights yet.
         recipe: Recipe of the step.
         with_cost: Whether there is a critic of the cost too.
         dtype: Type of matrix products; None: that of the weights.

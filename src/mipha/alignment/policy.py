@@ -35,7 +35,7 @@ from mipha.models.tuning import repeated_layers
 
 @dataclass(frozen=True)
 class Observation:
-    """What policy and reference compute of a rollout, all `(samples, columns, width)`.
+    """The results of policy and reference on a rollout, all `(samples, columns, width)`.
 
     Args:
         policy: Last hidden states of the policy.

@@ -22,7 +22,7 @@ RECIPES = Path(__file__).parent.parent / "catalog" / "alignment"
 
 
 class StepRecipe(RecipeBase):
-    """What every step has."""
+    """The fields that every step has."""
 
     kind: ClassVar[str] = "alignment recipe"
 
@@ -30,7 +30,7 @@ class StepRecipe(RecipeBase):
     seed: int = Field(
         0,
         ge=0,
-        description="of the order, of every random start, and of which prompts are held out",
+        description="of the order, of all random starts and of the choice of held-out prompts",
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="auto: bfloat16 where the device computes in it, else float32"
@@ -42,7 +42,7 @@ class StepRecipe(RecipeBase):
     chat_template: str | None = Field(
         None,
         description="name in catalog/chat_templates or a .jinja file; "
-        "null: the language model's own",
+        "None: the language model's own",
     )
     data: Path = Field(description="the published file")
     skip_empty: bool = Field(
@@ -54,7 +54,7 @@ class StepRecipe(RecipeBase):
         0.05, ge=0, lt=1, description="share of the prompts kept out of training, for validation"
     )
     held_out_data: Path | None = Field(
-        None, description="a file of its own for validation, in place of held_out"
+        None, description="a separate file for validation, instead of held_out"
     )
     max_tokens: int = Field(
         512, ge=8, description="longest conversation; a longer one is an error, never cut"
@@ -66,7 +66,7 @@ class StepRecipe(RecipeBase):
     learning_rate: float = Field(gt=0)
     epochs: float = Field(1.0, gt=0)
     max_steps: int | None = Field(
-        None, ge=1, description="stop after this many optimizer steps; null: all epochs"
+        None, ge=1, description="stop after this many optimizer steps; None: all epochs"
     )
     batch_size: int = Field(ge=1, description="rows per optimizer step")
     micro_batch: int = Field(1, ge=1, description="rows per forward pass; a divisor of batch_size")
@@ -76,7 +76,7 @@ class StepRecipe(RecipeBase):
     activation_checkpointing: bool = False
     checkpoint_every: int = Field(100, ge=1, description="optimizer steps between checkpoints")
     validate_every: int | None = Field(
-        None, ge=1, description="optimizer steps between validations; null: at the end only"
+        None, ge=1, description="optimizer steps between validations; None: at the end only"
     )
 
     @classmethod
@@ -167,7 +167,7 @@ def _known_tuning(value: Any) -> Any:
 class RlhfRecipe(StepRecipe):
     """PPO on a reward model.
 
-    `data` gives prompts: a preference file, of which only the training side's prompts are used.
+    `data` gives prompts: a preference file. Only the prompts of its training side are used.
     The defaults are the settings of the reference program.
 
     Source: https://github.com/PKU-Alignment/safe-rlhf and arXiv:2310.12773, from memory.
@@ -179,13 +179,13 @@ class RlhfRecipe(StepRecipe):
         None, description="model/ folder of the cost step; rlhf only reports what it says"
     )
     instructions: Path | None = Field(
-        None, description="Alpaca file whose language-model loss is added (PTX); null: none"
+        None, description="Alpaca file whose language-model loss is added (PTX); None: no such loss"
     )
     ptx_weight: float = Field(
         16.0, ge=0, description="of the loss on the instructions, a mean over tokens"
     )
     ptx_batch: int | None = Field(
-        None, ge=1, description="instructions per optimizer step; null: as many as responses"
+        None, ge=1, description="instructions per optimizer step; None: as many as responses"
     )
     tuning: Annotated[str, BeforeValidator(_known_tuning)] = Field(
         "full", description="full, lora or last-N"

@@ -165,7 +165,7 @@ def train_policy(
 
 @dataclass(frozen=True)
 class _Setup:
-    """Everything that a step of training works with.
+    """The objects that every step of training works with.
 
     Args:
         step: Recipe and folder.

@@ -75,8 +75,8 @@ def begin_step(recipe: StepRecipe, folder: Path) -> Step:
     """Create the folder of a step, or open the existing one of the same recipe.
 
     Raises:
-        ValueError: The folder holds another recipe's step or other files, of which nothing is
-            touched; or several processes were started.
+        ValueError: The folder holds another recipe's step or other files, which stay untouched; or
+            several processes were started.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
@@ -100,7 +100,7 @@ def training_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-# What a step is trained from ---------------------------------------------------------------------
+# The start of a step -----------------------------------------------------------------------------
 
 
 def load_rows(
@@ -186,7 +186,7 @@ def _record(step: Step, key: str, facts: dict[str, Any]) -> None:
     write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
-# What a step leaves behind -----------------------------------------------------------------------
+# The result of a step -----------------------------------------------------------------------
 
 
 def stop_at_end_of_turn(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,4 +1,4 @@
-"""What the steps share that train with TRL: settings, adapters, exact resume, metrics, the export.
+"""The parts that all TRL steps share: settings, adapters, exact resume, metrics, export.
 
 begin -> load_rows, load_base (step.py) -> a TRL trainer with `trainer_options` -> train -> export
 """
@@ -86,7 +86,7 @@ def trainer_options(step: Step, validates: bool) -> dict[str, Any]:
         "bf16": bfloat16,
         "use_cpu": bfloat16 and device.type == "cpu",
         "dataloader_pin_memory": device.type == "cuda",
-        # Metrics. A loss that is not a number must be seen; our own bar replaces tqdm's.
+        # Metrics. A loss that is not a number must be visible; our own bar replaces tqdm's.
         "logging_steps": 1,
         "logging_nan_inf_filter": False,
         "report_to": "none",

@@ -1,1 +1,1 @@
-"""What every trainer needs, once: optimizer, states, precision, progress, trackers, signals."""
+"""The parts that all trainers share: optimizer, states, precision, progress, trackers, signals."""

@@ -25,12 +25,12 @@ Metrics = Mapping[str, Any]
 
 
 class Shown(NamedTuple):
-    """What a trainer shows of its last steps.
+    """The text that a trainer shows about its last steps.
 
     Args:
-        head: How well it goes, for example the loss; a few words.
-        rates: How fast it goes.
-        warning: What is wrong; empty most of the time.
+        head: Quality of the training, for example the loss; a few words.
+        rates: Speed of the training.
+        warning: Problem to look at; empty most of the time.
     """
 
     head: str
@@ -39,7 +39,7 @@ class Shown(NamedTuple):
 
 
 Describe = Callable[[Sequence[Metrics]], Shown]
-"""The metrics of the last steps, oldest first, to what is shown of them."""
+"""Function from the metrics of the last steps, oldest first, to the text that is shown."""
 
 
 class Recent:

@@ -1,8 +1,7 @@
 """Memory of a training step by component, counted before it is taken.
 
-Weights, gradients and moments follow from the parameters. What a forward pass keeps for the
-backward pass is found by running the parts on fake tensors, which have shapes and no numbers, while
-every tensor that autograd keeps is noted.
+Weights, gradients and moments follow from the parameters. To find the tensors that autograd keeps
+for the backward pass, the parts run on fake tensors, which have shapes and no numbers.
 """
 
 from __future__ import annotations

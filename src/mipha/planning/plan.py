@@ -1,4 +1,4 @@
-"""What a recipe takes before it runs: parameters, memory, time.
+"""Prediction of what a recipe takes: parameters, memory, time.
 
 recipe --skeleton on the meta device--> parameters --layers run on fake tensors--> memory
 data   --first steps of the stage, or facts of a published set--> FLOPs of a step --device--> time
@@ -36,7 +36,7 @@ from mipha.recipe import Recipe, StageRecipe
 from mipha.run import Run
 
 EFFICIENCY = {"gpu": 0.4, "cpu": 0.5}
-"""Share of the peak that a step reaches, where no run says better.
+"""Share of the peak that a step reaches, where no run was measured.
 
 0.4 is common for models of this size on an H100. The quickstart reached 0.5 of the matrix products
 of its own two cores (LOG.md).
@@ -89,7 +89,7 @@ class StepWork:
         padding: Share of the computed positions that is padding.
         micro_batches: Micro-batches that a device computes one after the other.
         widest: The widest micro-batch.
-        source: Where these numbers come from.
+        source: Origin of these numbers.
     """
 
     work: Work
@@ -104,7 +104,7 @@ class StagePlan:
     """The plan of one stage.
 
     Args:
-        parts: What trains of each part.
+        parts: The trained share of each part.
         samples: Samples of the stage.
         steps: Optimizer steps of the stage.
         step: A mean step.

@@ -128,6 +128,6 @@ def _number(value: float | None, style: str) -> str:
 
 
 def _off(pair: tuple[float | None, float]) -> str:
-    """How far off the plan was."""
+    """Return a table of the plan beside what was measured."""
     planned, measured = pair
     return f", plan {100 * (planned / measured - 1):+.0f} %" if planned else ""

@@ -25,7 +25,7 @@ from mipha.training.metrics import Recorder
 from mipha.training.stage import Stage
 
 Validate = Callable[[nn.Module, int], dict[str, float]]
-"""The model and the number of steps done, to what goes into the metrics of that step."""
+"""Function from the model and the number of steps done to values for the metrics of that step."""
 
 
 def run_steps(

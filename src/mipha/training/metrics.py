@@ -21,7 +21,7 @@ from mipha.models.modeling import LlavaForConditionalGeneration
 from mipha.training.stage import Stage
 
 ALL_GONE = 8
-"""Images of a step: when so many and more are all unreadable, it is not a few damaged files."""
+"""Number of images of a step; as many unreadable ones mean more than a few damaged files."""
 
 Metrics = dict[str, float | int]
 

@@ -72,7 +72,7 @@ def train(recipe: Recipe, folder: str | Path, track: Sequence[str] = ()) -> Run:
         The run, with a standard checkpoint for each stage.
 
     Raises:
-        ValueError, FileNotFoundError: Something the user can fix, said before the first step where
+        ValueError, FileNotFoundError: Something that the user can fix, before the first step where
             it can be known; also data that changed since the run began.
         OSError: The disk cannot hold the run, or the folder cannot be written to.
     """
@@ -130,7 +130,7 @@ def train_stage(stage: Stage, mixture: Mixture, held_out: Mixture | None) -> Non
     validation = Validation(stage, held_out, processor) if held_out is not None else None
     run_steps(stage, model, steps, validation.measure if validation else None)
 
-    # Prove that exactly those weights moved that were to.
+    # Prove that exactly the tuned weights moved.
     weights = restore_frozen(gather_weights(model, world), originals)
     if world.is_first:
         plot_metrics(run.metrics(stage.name), stage.folder / "loss.png")
@@ -211,7 +211,7 @@ def _check_build(
     encode(mixture[0], processor, settings.row_tokens, settings.prompt)
     check_tuning(model, settings.tuning)
 
-    # An adapter is of use with its base alone, and the base of the first stage is on no disk yet.
+    # An adapter needs its base, and the base of the first stage is on no disk yet.
     if stage.world.is_first and settings.tuning.adapted and not stage.base.is_dir():
         stage.folder.mkdir(parents=True, exist_ok=True)
         check_free_space(stage.folder, _num_bytes(model))

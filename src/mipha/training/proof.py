@@ -1,4 +1,4 @@
-"""What trains, said before and measured after: frozen is bit-equal to its start, tuned has moved.
+"""Report and proof of what trains: frozen weights equal their start, tuned layers have moved.
 
 start   record_start    -> states/start.safetensors: weights that train, digests of the others
 end     measure_change  -> tuning.json: how far each part moved, and what contradicts the recipe
@@ -236,7 +236,7 @@ def change_table(title: str, changes: Sequence[Change]) -> Table:
 
 
 def _units(model: LlavaForConditionalGeneration, part: Part) -> dict[str, set[str]]:
-    """Names of a part's tensors by layer, the smallest piece that a gradient reaches as a whole.
+    """Return the tensor names of a part by layer, the smallest unit that a gradient reaches whole.
 
     A single tensor can stay for good reason: the bias of an attention key has no gradient, and a
     low-rank factor has none in the first step.
@@ -251,7 +251,7 @@ def _units(model: LlavaForConditionalGeneration, part: Part) -> dict[str, set[st
 
 
 def _sizes(before: Tensor, change: Tensor) -> tuple[float, float, float]:
-    """Norm of a tensor, norm of its change, and the largest change."""
+    """Return the norm of a tensor, the norm of its change, and the largest change."""
     norms = [
         torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64).item()
         for tensor in (before, change)

@@ -1,4 +1,4 @@
-"""One stage of a run, as all of training sees it."""
+"""One stage of a run: its recipe, its folder and the process that trains it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Stage:
 
     @property
     def settings(self) -> StageRecipe:
-        """What the recipe says of this stage."""
+        """The settings of this stage in the recipe."""
         return self.recipe.stages[self.name]
 
     @property
@@ -59,7 +59,7 @@ class Stage:
 
     @property
     def report(self) -> Path:
-        """What trains, and how far it moved."""
+        """The file that reports what trains, and how far it moved."""
         return self.folder / "tuning.json"
 
     @property

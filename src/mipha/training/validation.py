@@ -1,4 +1,4 @@
-"""A stage measured on held-out images: the loss, and a few answers beside the expected ones."""
+"""Validation of a stage on held-out images: the loss, and some answers beside the expected ones."""
 
 from __future__ import annotations
 
