@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, and JSON that is read with its name.
+"""Files and folders that are written whole or not at all, checksums, and JSON read with its name.
 
 A reader never sees a half-written file: the content goes into a hidden file beside the target, to
 disk, and a rename puts it in place. `whole_folder` does the same for a folder.
@@ -7,10 +7,11 @@ disk, and a rename puts it in place. `whole_folder` does the same for a folder.
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 def begin_folder(folder: Path) -> Path:
-    """An empty hidden folder beside the target, to be given to `publish_folder` when it is full."""
+    """Make an empty hidden folder beside the target; `publish_folder` takes it when it is full."""
     partial = partial_name(folder)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -77,8 +78,30 @@ def publish_folder(partial: Path, folder: Path) -> None:
 
 
 def partial_name(folder: Path) -> Path:
-    """Where a folder is filled before it is published; a killed process leaves it behind."""
+    """Return where a folder is filled before it is published; a killed process leaves it behind."""
     return folder.with_name(f".{folder.name}.partial")
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Return size and checksum of a file: `bytes`, and `sha256` in hex digits."""
+    with path.open("rb") as file:
+        return {
+            "bytes": path.stat().st_size,
+            "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+        }
+
+
+def changed_files(folder: Path, recorded: Mapping[str, dict[str, Any]]) -> list[str]:
+    """Return the names of files that are missing or not what was recorded.
+
+    Args:
+        recorded: Name to the result of `describe_file`.
+    """
+    return [
+        name
+        for name, facts in recorded.items()
+        if not (folder / name).is_file() or describe_file(folder / name) != facts
+    ]
 
 
 def append_line(path: Path, row: dict[str, Any]) -> None:
@@ -133,10 +156,10 @@ def keep_lines(path: Path, last_step: int) -> None:
 
 
 def read_json(path: Path, fix: str = "copy it again") -> Any:
-    """The content of a JSON file.
+    """Return the content of a JSON file.
 
     Args:
-        fix: What the user should do with a damaged file, for the error.
+        fix: Advice for a damaged file, for the error.
 
     Raises:
         FileNotFoundError: No such file.
@@ -164,7 +187,7 @@ def read_json(path: Path, fix: str = "copy it again") -> Any:
 
 
 def read_json_object(path: Path, fix: str = "copy it again") -> dict[str, Any]:
-    """The content of a JSON file that holds an object.
+    """Return the content of a JSON file that holds an object.
 
     Raises:
         FileNotFoundError: No such file.
@@ -177,7 +200,7 @@ def read_json_object(path: Path, fix: str = "copy it again") -> dict[str, Any]:
 
 
 def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The objects of a JSON-lines file, each with its line number from 1; skips empty lines.
+    """Yield the objects of a JSON-lines file with their line numbers from 1; skip empty lines.
 
     Raises:
         FileNotFoundError: No such file.

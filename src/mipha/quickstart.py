@@ -23,6 +23,7 @@ from mipha.data.images import open_image
 from mipha.evaluation.benchmark import Question, load_benchmark
 from mipha.evaluation.predict import read_predictions
 from mipha.files import read_json_object, write_whole
+from mipha.processes import child_environment
 from mipha.recipe import load_recipe
 from mipha.run import Run
 
@@ -90,7 +91,8 @@ def _run_phase(phase: Phase, ledger: Path, console: Console) -> None:
     # Run it, and wait for it also after an interrupt.
     console.print(f"\n[bold]$ mipha {' '.join(phase.command)}", soft_wrap=True)
     started = time.monotonic()
-    child = subprocess.Popen([sys.executable, "-m", "mipha", *phase.command])
+    command = [sys.executable, "-m", "mipha", *phase.command]
+    child = subprocess.Popen(command, env=os.environ | child_environment())
     interrupted = False
     while True:
         try:

@@ -10,6 +10,7 @@ runs/lora/recipe.yaml              what was asked, with every default; marks the
           <stage>/tuning.json      what trained, and how far it moved
           <stage>/adapter/         of a stage with LoRA: the adapter in PEFT's format, and its base
           <stage>/checkpoint/      the exported standard model; whole when the stage is finished
+          <stage>/checkpoint.json  size and sha256 of each of its files
           evaluation/<benchmark>/  predictions.jsonl, scores.json
 """
 
@@ -19,6 +20,7 @@ import json
 import os
 import platform
 import subprocess
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -26,7 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from mipha.checkpoint_files import is_whole
-from mipha.files import write_whole
+from mipha.files import read_json_object, write_whole
+from mipha.processes import hold_folder
 from mipha.recipe import Recipe, RecipeBase, load_recipe
 
 
@@ -49,6 +52,10 @@ class Run:
         """Return the standard model folder that a stage exports when it is done."""
         return self.stage(stage) / "checkpoint"
 
+    def checkpoint_record(self, stage: str) -> Path:
+        """Return the file that records size and checksum of each file of a stage's checkpoint."""
+        return self.stage(stage) / "checkpoint.json"
+
     def metrics(self, stage: str) -> Path:
         """Return the file of a stage's metrics, one JSON line an optimizer step."""
         return self.stage(stage) / "metrics.jsonl"
@@ -67,7 +74,7 @@ class Run:
             ValueError: The stage began with other data.
         """
         path = self.folder / "provenance.json"
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json_object(path, fix="delete it, and it is written again")
         known = content.setdefault("data", {})
 
         if known.get(stage) not in (None, facts) and self.states(stage).is_dir():
@@ -150,6 +157,17 @@ def create_run(folder: str | Path, recipe: Recipe) -> Run:
     return run
 
 
+def hold_run(folder: Path) -> AbstractContextManager[None]:
+    """Return a context that keeps a folder to this process while it trains there.
+
+    A folder of something else is not touched: `claim_folder` refuses it.
+
+    Raises:
+        ValueError: Another process trains in the folder; names it.
+    """
+    return nullcontext() if _is_foreign(folder) else hold_folder(folder)
+
+
 def claim_folder(folder: Path, recipe: RecipeBase, before: RecipeBase | None, what: str) -> None:
     """Make the folder of a recipe, or open the one that was made of the same recipe.
 
@@ -172,10 +190,7 @@ def claim_folder(folder: Path, recipe: RecipeBase, before: RecipeBase | None, wh
         )
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, not a folder: choose another -o")
-
-    # Hidden files do not count: a run that was stopped while its first file was written has one.
-    is_foreign = folder.is_dir() and not known.is_file()
-    if is_foreign and any(not path.name.startswith(".") for path in folder.iterdir()):
+    if _is_foreign(folder):
         raise ValueError(
             f"{folder} is not empty and not {what}: choose another -o, or empty the folder"
         )
@@ -185,6 +200,17 @@ def claim_folder(folder: Path, recipe: RecipeBase, before: RecipeBase | None, wh
         write_whole(known, recipe.dump())
     if not (folder / "provenance.json").is_file():
         write_whole(folder / "provenance.json", json.dumps(provenance(), indent=2) + "\n")
+
+
+def _is_foreign(folder: Path) -> bool:
+    """Return whether a path is something else than a new folder or one with a recipe.
+
+    Hidden files do not count: a run that was stopped while its first file was written has one.
+    """
+    if not folder.is_dir():
+        return folder.exists()
+    has_files = any(not path.name.startswith(".") for path in folder.iterdir())
+    return has_files and not (folder / "recipe.yaml").is_file()
 
 
 def _list_differences(before: RecipeBase, now: RecipeBase, most: int = 3) -> str:

@@ -10,6 +10,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from mipha.processes import end_with
+
 
 @dataclass(frozen=True)
 class World:
@@ -56,4 +58,6 @@ def join_world(patience: timedelta = timedelta(minutes=30)) -> World:
     if size > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
         atexit.register(dist.destroy_process_group)
+        if "TORCHELASTIC_RUN_ID" in os.environ:  # set by torchrun, the parent of its processes
+            end_with(os.getppid())
     return World(rank, size, device)

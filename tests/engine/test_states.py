@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import shutil
 import threading
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemWriter
 
+from mipha.engine import states as states_module
 from mipha.engine.states import (
     StateWriter,
     list_states,
@@ -81,15 +83,20 @@ def test_no_state_is_no_state(small: tuple, tmp_path: Path) -> None:
     assert torch.equal(small[0].trained.weight, before)
 
 
+def size_of(state: Path) -> int:
+    """Return the bytes of all files that a state's manifest lists."""
+    files = json.loads((state / "manifest.json").read_text())["files"]
+    return sum(facts["bytes"] for facts in files.values())
+
+
 def test_frozen_weights_are_not_written(small: tuple, tmp_path: Path) -> None:
     model, optimizer = small
     take_step(model, optimizer)
     write(tmp_path, 1, model, optimizer)
-    sizes = json.loads((tmp_path / "step-00000001" / "manifest.json").read_text())
+    size = size_of(tmp_path / "step-00000001")
     model.frozen.weight = torch.nn.Parameter(torch.zeros(2000, 2000), requires_grad=False)
     write(tmp_path, 2, model, optimizer)
-    again = json.loads((tmp_path / "step-00000002" / "manifest.json").read_text())
-    assert sum(again.values()) < sum(sizes.values()) + 1000
+    assert size_of(tmp_path / "step-00000002") < size + 1000
 
 
 def test_the_last_states_are_kept(small: tuple, tmp_path: Path) -> None:
@@ -284,3 +291,188 @@ def test_states_of_another_program_are_sealed_and_found_by_their_number(tmp_path
     assert newest_state(tmp_path, remove_torn=True) == tmp_path / "checkpoint-10"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2"]
     assert newest_state(tmp_path / "nothing", remove_torn=True) is None
+
+
+# Damaged states: every bit counts, in every file.
+
+
+def write_both(
+    kind: str, states: Path, step: int, model: Small, optimizer: torch.optim.Optimizer
+) -> Path:
+    """Write a state of either kind; return its folder."""
+    if kind == "named":
+        state = states / f"checkpoint-{step}"
+        save_tensors(state, dict(model.trained.named_parameters()), optimizer, {})
+        return state
+    StateWriter(states, HERE, asynchronous=kind == "background").save(step, model, optimizer, {})
+    return states / f"step-{step:08d}"
+
+
+def load_either(
+    kind: str, states: Path, model: Small, optimizer: torch.optim.Optimizer
+) -> dict | None:
+    if kind == "named":
+        return load_tensors(states, dict(model.trained.named_parameters()), optimizer)
+    return load_state(states, model, optimizer, HERE)
+
+
+def flip(path: Path, share: float = 0.5) -> None:
+    """Flip one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[int(len(content) * share)] ^= 1
+    path.write_bytes(content)
+
+
+KINDS = pytest.mark.parametrize("kind", ["model", "named"])
+
+
+@KINDS
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.99])
+def test_flipped_bits_are_named_and_the_state_before_is_taken(
+    kind: str,
+    share: float,
+    small: tuple,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    model, optimizer = small
+    take_step(model, optimizer)
+    newest = write_both(kind, tmp_path / "states", 1, model, optimizer)
+    before = model.trained.weight.detach().clone()
+    take_step(model, optimizer)
+    newest = write_both(kind, tmp_path / "states", 2, model, optimizer)
+
+    files = [path for path in newest.iterdir() if path.name != "manifest.json"]
+    assert len(files) >= 3
+    for path in files:
+        states = tmp_path / path.name
+        shutil.copytree(tmp_path / "states", states)
+        flip(states / newest.name / path.name, share)
+        assert load_either(kind, states, model, optimizer) == {"step": 1}, path.name
+        assert torch.equal(model.trained.weight, before)
+        said = capsys.readouterr().err
+        assert f"{newest.name} is damaged: {path.name} is not what was written" in said
+
+
+@KINDS
+def test_no_undamaged_state_is_an_error_and_deletes_nothing(
+    kind: str, small: tuple, tmp_path: Path
+) -> None:
+    take_step(*small)
+    state = write_both(kind, tmp_path, 1, *small)
+    flip(next(path for path in state.iterdir() if path.suffix in (".distcp", ".safetensors")))
+    with pytest.raises(ValueError, match=r"none of the 1 training states in .* can be read"):
+        load_either(kind, tmp_path, *small)
+    assert state.is_dir()
+
+
+@KINDS
+def test_a_state_of_an_older_version_is_named_and_stays(
+    kind: str, small: tuple, tmp_path: Path
+) -> None:
+    take_step(*small)
+    state = write_both(kind, tmp_path, 1, *small)
+    sizes = {path.name: path.stat().st_size for path in state.iterdir()}
+    (state / "manifest.json").write_text(json.dumps(sizes))
+    with pytest.raises(ValueError, match=r"is a training state of an older version of mipha"):
+        load_either(kind, tmp_path, *small)
+    assert state.is_dir()
+
+
+def test_a_manifest_of_something_else_is_no_manifest(small: tuple, tmp_path: Path) -> None:
+    take_step(*small)
+    state = write_both("model", tmp_path, 1, *small)
+    for content in ("[]", "{}", "null", '{"files": []}', '{"files": {"position.json": 3}}'):
+        (state / "manifest.json").write_text(content)
+        assert list_states(tmp_path) == []
+
+
+def test_each_process_hashes_its_own_files_where_it_writes_them(
+    small: tuple, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    take_step(*small)
+    hashed = []
+
+    def describe(path: Path) -> dict:
+        hashed.append((path.name, threading.current_thread() is threading.main_thread()))
+        return described(path)
+
+    described = states_module.describe_file
+    monkeypatch.setattr(states_module, "describe_file", describe)
+    writer = StateWriter(tmp_path, HERE, asynchronous=True)
+    writer.save(1, *small, {})
+    writer.finish()
+    in_main_thread = {name for name, is_main in hashed if is_main}
+    assert [name for name, is_main in hashed if not is_main] == ["__0_0.distcp"]
+    assert in_main_thread == {"metadata.json", "position.json"}
+    assert not list(tmp_path.rglob("*sums.json"))
+
+
+# States of strangers: reading one runs no code.
+
+
+class Evil:
+    """A pickle that makes a file when it is read."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.mark,)
+
+
+def reseal(state: Path) -> None:
+    """Make the manifest of a state fit its files again, as whoever changed them would."""
+    (state / "manifest.json").unlink()
+    seal_state(state)
+
+
+PLACES = ("metadata.json", "position.json", "__0_0.distcp", "a value", "a path outside")
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_state_of_a_stranger_runs_no_code(
+    place: str,
+    small: tuple,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    mark = tmp_path / "mark"
+    take_step(*small)
+    write(tmp_path / "states", 1, *small)
+
+    # Write a state with a pickle in the place of one value.
+    if place == "a value":
+        content = states_module._content
+
+        def with_evil(*args: object) -> dict:
+            found = content(*args)
+            found["optimizer"]["param_groups"][0]["weight_decay"] = Evil(mark)
+            return found
+
+        monkeypatch.setattr(states_module, "_content", with_evil)
+    write(tmp_path / "states", 2, *small)
+    monkeypatch.undo()
+
+    # Or replace one of its files by a pickle.
+    state = tmp_path / "states" / "step-00000002"
+    if (state / place).is_file():
+        (state / place).write_bytes(pickle.dumps(Evil(mark)))
+    if place == "a path outside":
+        written = (state / "metadata.json").read_text()
+        assert '"__0_0.distcp"' in written
+        written = written.replace('"__0_0.distcp"', '"../step-00000001/__0_0.distcp"')
+        (state / "metadata.json").write_text(written)
+    (state / ".metadata").write_bytes(pickle.dumps(Evil(mark)))  # where torch would look
+    reseal(state)
+
+    assert load_state(tmp_path / "states", *small, HERE) == {"step": 1}
+    assert not mark.exists()
+    assert "going on from the one before it" in capsys.readouterr().err
+
+
+def test_named_tensors_are_no_pickles(small: tuple, tmp_path: Path) -> None:
+    take_step(*small)
+    state = write_both("named", tmp_path, 1, *small)
+    assert {path.suffix for path in state.iterdir()} == {".json", ".safetensors"}

@@ -15,7 +15,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 LAYERS = (
     {
-        *("recipe", "run", "files", "checkpoint_files", "errors"),
+        *("recipe", "run", "files", "checkpoint_files", "errors", "processes"),
         *("labels", "lookup", "validation", "catalog"),
     },
     {"models", "data", "world"},
@@ -127,6 +127,7 @@ def test_the_light_rooms_do_not_load_torch() -> None:
             "run",
             "files",
             "checkpoint_files",
+            "processes",
             "errors",
             "labels",
             "lookup",

@@ -342,3 +342,21 @@ def test_the_smallest_change_counts(tiny_model: Callable, tmp_path: Path) -> Non
     assert (projector.moved, projector.trained, projector.idle) == (1, 4, ())
     assert 0 < projector.largest < 1e-6
     assert language_model.frozen_changed == ("model.language_model.norm.weight",)
+
+
+@pytest.mark.parametrize("damage", ["a bit", "shorter"])
+def test_a_damaged_record_of_the_start_is_named(
+    damage: str, tiny_model: Callable, tmp_path: Path
+) -> None:
+    start = tmp_path / "states" / "start.safetensors"
+    model, _ = tiny_model()
+    wish = TuningRecipe(vision_tower="frozen", projector="full", language_model="frozen")
+    apply_tuning(model, wish)
+    record_start(model, start)
+    content = bytearray(start.read_bytes())
+    content[-1] ^= 1
+    start.write_bytes(content if damage == "a bit" else content[:-10])
+    with pytest.raises(
+        ValueError, match=r"start\.safetensors is damaged .*to start the stage anew"
+    ):
+        record_start(model, start)

@@ -99,3 +99,39 @@ def test_one_stage_is_enough(tiny_run_recipe: Callable, tmp_path: Path, weights:
 def test_a_plan_has_every_stage_in_order(three: Recipe) -> None:
     plans = plan_training(three, device_named("h100", three.precision), 1, None)
     assert [stage.name for stage in plans] == ["pretrain", "finetune", "polish"]
+
+
+def copied(run: Run, folder: Path) -> Run:
+    """Return a copy of a run in which the last stage is still to be trained."""
+    shutil.copytree(run.folder, folder)
+    shutil.rmtree(Run(folder).stage("polish"))
+    return Run(folder)
+
+
+def test_a_stage_does_not_start_from_a_damaged_checkpoint(
+    run: Run, three: Recipe, tmp_path: Path
+) -> None:
+    for name in ("model.safetensors", "config.json", "tokenizer.json"):
+        damaged = copied(run, tmp_path / name)
+        path = damaged.checkpoint("finetune") / name
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+        with pytest.raises(
+            ValueError,
+            match=rf"finetune/checkpoint is not what finetune exported .*{name}.*: put those files",
+        ):
+            train(three, damaged.folder)
+    assert not damaged.stage("polish").exists()
+
+
+def test_a_checkpoint_of_an_older_version_is_trained_from(
+    run: Run, three: Recipe, tmp_path: Path, capsys: pytest.CaptureFixture, weights: Callable
+) -> None:
+    old = copied(run, tmp_path / "old")
+    old.checkpoint_record("finetune").unlink()
+    train(three, old.folder)
+    said = capsys.readouterr().out.replace("\n", "")
+    assert "finetune/checkpoint has no checksums: an older version exported it" in said
+    mine, theirs = weights(old.final_checkpoint()), weights(run.final_checkpoint())
+    assert all(torch.equal(mine[name], theirs[name]) for name in theirs)

@@ -15,13 +15,20 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from mipha.alignment.data import Preference, check_lengths, encode_exchange, load_preferences
 from mipha.alignment.image_dpo import dpo_on_images, is_finished_model
 from mipha.alignment.recipe import DpoRecipe
-from mipha.alignment.step import load_base, load_rows, record_base, stop_at_end_of_turn
+from mipha.alignment.step import (
+    in_held_folder,
+    load_base,
+    load_rows,
+    record_base,
+    stop_at_end_of_turn,
+)
 from mipha.alignment.trl_trainer import begin, export, lora_config, train, trainer_options
 
 if TYPE_CHECKING:
     from trl import DPOTrainer
 
 
+@in_held_folder
 def dpo(recipe: DpoRecipe, out: Path) -> Path:
     """Train a model to prefer the labelled responses; run again, it continues where it stopped.
 

@@ -33,7 +33,7 @@ from transformers import (
 
 from mipha.alignment.data import Preference, check_lengths, encode_exchange, load_preferences
 from mipha.alignment.recipe import PreferenceRecipe
-from mipha.alignment.step import load_base, load_rows, record_base
+from mipha.alignment.step import in_held_folder, load_base, load_rows, record_base
 from mipha.alignment.trl_trainer import begin, export, lora_config, train, trainer_options
 from mipha.models.checkpoint_folder import load_weights, locate, reading
 from mipha.models.language_model import end_tokens
@@ -74,6 +74,7 @@ def train_cost(recipe: PreferenceRecipe, out: Path) -> Path:
     return _train(recipe, out, "cost")
 
 
+@in_held_folder
 def _train(recipe: PreferenceRecipe, out: Path, kind: str) -> Path:
     if recipe.step != kind:
         raise ValueError(

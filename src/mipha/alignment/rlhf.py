@@ -44,6 +44,7 @@ from mipha.alignment.rollout import Judge, Prompt, Sampler, ScoreFunction, Unsaf
 from mipha.alignment.step import (
     Step,
     begin_step,
+    in_held_folder,
     load_base,
     load_rows,
     record_base,
@@ -97,6 +98,7 @@ def _train_with_scorers(recipe: RlhfRecipe, out: Path, unsafe: UnsafeRule | None
     return train_policy(recipe, out, reward.score, cost.score if cost else None, unsafe)
 
 
+@in_held_folder
 def train_policy(
     recipe: RlhfRecipe,
     out: Path,

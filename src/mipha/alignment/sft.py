@@ -12,11 +12,18 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from mipha.alignment.data import Instruction, check_lengths, encode_exchange, load_instructions
 from mipha.alignment.recipe import SftRecipe
-from mipha.alignment.step import load_base, load_rows, record_base, stop_at_end_of_turn
+from mipha.alignment.step import (
+    in_held_folder,
+    load_base,
+    load_rows,
+    record_base,
+    stop_at_end_of_turn,
+)
 from mipha.alignment.trl_trainer import begin, export, lora_config, train, trainer_options
 from mipha.labels import IGNORE
 
 
+@in_held_folder
 def sft(recipe: SftRecipe, out: Path) -> Path:
     """Fine-tune a language model on instructions; run again, it continues where it stopped.
 

@@ -17,8 +17,9 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
@@ -28,10 +29,14 @@ from mipha.files import read_json_object, whole_folder, write_whole
 from mipha.models.fingerprint import joint_digest, tensor_digest
 from mipha.models.language_model import end_tokens, load_language_model
 from mipha.recipe import ModelRecipe
-from mipha.run import claim_folder
+from mipha.run import claim_folder, hold_run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+P = ParamSpec("P")
+Recipe = TypeVar("Recipe", bound=StepRecipe)
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,23 @@ def begin_step(recipe: StepRecipe, folder: Path) -> Step:
     if step.is_finished:
         step.drop_states()
     return step
+
+
+def in_held_folder(train: Callable[Concatenate[Recipe, Path, P], Path]) -> Callable[..., Path]:
+    """Keep the folder of a step to this process while a function trains it.
+
+    The function then raises a ValueError where another process trains in the folder.
+
+    Args:
+        train: Function of a recipe, a folder and more, that begins the step.
+    """
+
+    @wraps(train)
+    def trained(recipe: Recipe, out: Path, *args: P.args, **kwargs: P.kwargs) -> Path:
+        with hold_run(out):
+            return train(recipe, out, *args, **kwargs)
+
+    return trained
 
 
 def training_device() -> torch.device:

@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 from mipha.cli import align, catalog, data, deployment, results, study, training
 from mipha.errors import OldPackage
+from mipha.processes import end_with_parent
 
 
 class _Verbs(TyperGroup):
@@ -76,6 +77,7 @@ app.add_typer(study.verbs, name="study")
 
 def main() -> None:
     """Entry point of the `mipha` program."""
+    end_with_parent()
     app()
 
 

@@ -1,18 +1,24 @@
 """Training states: written beside, sealed with a manifest, published by a rename.
 
 A state is a folder whose name ends in the number of steps done. It counts only when the manifest in
-it says that it is whole, so a reader never resumes from half a state, whenever the writer died.
+it says that it is whole, so a reader never resumes from half a state, whenever the writer died. The
+manifest has a checksum of every file, so a reader never resumes from a damaged one either.
 
 states/step-00000120/   StateWriter: a model on any number of processes
-                        *.distcp, .metadata   weights that train and optimizer
-                        position.json         what else a resumed run needs
-                        manifest.json         the size of every file; written last
+                        *.distcp              weights that train and optimizer
+                        metadata.json         where in them each value is
+                        position.json         other values that a resumed run needs
+                        manifest.json         size and sha256 of every file; written last
 states/checkpoint-120/  save_tensors: named weights of one process
-                        weights.safetensors, optimizer.pt, position.json, manifest.json
+                        weights.safetensors, optimizer.safetensors, position.json, manifest.json
+
+Nothing in a state can run code when it is read, whoever wrote it: all is JSON or safetensors, but
+for the values in torch's *.distcp, which torch reads with `weights_only`.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -27,18 +33,50 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.checkpoint import (
+    DefaultLoadPlanner,
+    FileSystemReader,
+    FileSystemWriter,
+    Metadata,
+    SavePlan,
+    SavePlanner,
+)
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.storage import WriteResult
 
-from mipha.files import begin_folder, partial_name, publish_folder, whole_folder, write_whole
+from mipha.files import (
+    begin_folder,
+    changed_files,
+    describe_file,
+    partial_name,
+    publish_folder,
+    read_json_object,
+    whole_folder,
+    write_whole,
+)
 from mipha.world import World
 
 KEEP = 2
 """States that stay: the newest, and the one before it in case the newest cannot be read."""
 
 _MANIFEST = "manifest.json"
+_SUMS = "sums.json"
+_METADATA = "metadata.json"
 _TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
 _ALONE = "torch.distributed is disabled"
 
@@ -52,44 +90,113 @@ def seal_state(state: Path) -> None:
     Args:
         state: Folder with all other files in it; also one that another program wrote.
     """
-    sizes = {
-        path.relative_to(state).as_posix(): path.stat().st_size
-        for path in sorted(state.rglob("*"))
-        if path.is_file() and path.name != _MANIFEST
-    }
-    write_whole(state / _MANIFEST, json.dumps(sizes, indent=1) + "\n")
+    # Every process has hashed what it wrote itself.
+    files: dict[str, Any] = {}
+    for path in state.glob(f"*{_SUMS}"):
+        files |= read_json_object(path)
+        path.unlink()
+
+    # Hash the others.
+    for path in sorted(state.rglob("*")):
+        name = path.relative_to(state).as_posix()
+        if path.is_file() and name not in files and name != _MANIFEST:
+            files[name] = describe_file(path)
+    write_whole(state / _MANIFEST, json.dumps({"files": files}, indent=1) + "\n")
 
 
 def is_whole(state: Path) -> bool:
-    """Whether a state has its manifest, and every file at the size that the manifest says."""
-    try:
-        sizes = json.loads((state / _MANIFEST).read_text(encoding="utf-8"))
-        return all((state / name).stat().st_size == size for name, size in sizes.items())
-    except (FileNotFoundError, json.JSONDecodeError):
-        return False
+    """Return whether a state has its manifest, and every file at the size that it says."""
+    files = _manifest(state)
+    return bool(files) and all(
+        (state / name).is_file() and (state / name).stat().st_size == facts["bytes"]
+        for name, facts in files.items()
+    )
 
 
 def list_states(states: Path) -> list[Path]:
-    """Return the whole states of a folder, oldest first."""
+    """Return the whole states of a folder, oldest first; their content is not checked."""
     return [state for state in _numbered(states) if is_whole(state)]
 
 
 def newest_state(states: Path, remove_torn: bool = False) -> Path | None:
-    """Return the newest whole state of a folder; None where there is none.
+    """Return the newest undamaged state of a folder; None where there is no state.
 
     Args:
-        remove_torn: Delete the states that are not whole. A trainer that picks its states itself
-            would take them for whole ones.
+        remove_torn: Delete the states that are newer, not whole or damaged. A trainer that picks
+            its states itself would take them for good ones.
+
+    Raises:
+        ValueError: All states are damaged, or one was written by an older version.
     """
+    _refuse_older(states)
     whole = list_states(states)
+    newest = next((state for state in reversed(whole) if not _report_damage(state)), None)
+    if whole and newest is None:
+        raise _none_readable(states, len(whole))
+
     if remove_torn:
-        for state in set(_numbered(states)) - set(whole):
-            shutil.rmtree(state)
-    return whole[-1] if whole else None
+        for state in _numbered(states):
+            if state not in whole or _step(state) > _step(newest or state):
+                shutil.rmtree(state)
+    return newest
+
+
+def _manifest(state: Path) -> dict[str, Any]:
+    """Return the files that the manifest lists; none where it is missing or damaged."""
+    try:
+        files = read_json_object(state / _MANIFEST).get("files")
+    except (FileNotFoundError, ValueError):
+        return {}
+    known = isinstance(files, dict) and all(
+        isinstance(facts, dict) and facts.keys() == {"bytes", "sha256"} for facts in files.values()
+    )
+    return files if known else {}
+
+
+def _report_damage(state: Path, world: World | None = None) -> bool:
+    """Return whether the content of a state has changed since it was written, and name the files.
+
+    Args:
+        world: Processes that share the work; all of them get the same answer.
+    """
+    # Hash: every process its part of the files.
+    files = sorted(_manifest(state).items())
+    changed = changed_files(state, dict(files[world.rank :: world.size] if world else files))
+    if changed:
+        print(
+            f"mipha: the training state {state} is damaged: {changed[0]} is not what was written "
+            "(its checksum differs); going on from the one before it",
+            file=sys.stderr,
+        )
+
+    if world is None:
+        return bool(changed)
+    return bool(world.total(torch.tensor(len(changed), device=world.device)))
+
+
+def _refuse_older(states: Path) -> None:
+    """Refuse states whose manifest has no checksums; they stay on disk."""
+    for state in _numbered(states):
+        try:
+            sizes = read_json_object(state / _MANIFEST)
+        except (FileNotFoundError, ValueError):
+            continue
+        if sizes and all(type(size) is int for size in sizes.values()):
+            raise ValueError(
+                f"{state} is a training state of an older version of mipha, without checksums: "
+                f"finish this training with that version, or delete {states} to start it anew"
+            )
+
+
+def _none_readable(states: Path, count: int) -> ValueError:
+    return ValueError(
+        f"none of the {count} training states in {states} can be read: "
+        "delete that folder to start this stage anew"
+    )
 
 
 def _numbered(states: Path) -> list[Path]:
-    """All states by their number, whole or not; not those that are still being written."""
+    """Return all states by number, whole or not; not those that are still being written."""
     found = [path for path in states.glob("*-*") if re.fullmatch(r"[a-z]+-\d+", path.name)]
     return sorted(found, key=_step)
 
@@ -118,13 +225,13 @@ def save_tensors(
     Args:
         state: Folder of the state; its name ends in the number of steps done.
         weights: Parameters that train, by name.
-        position: Values that a resumed run needs besides; must fit JSON.
+        position: Other values that a resumed run needs; must fit JSON.
         keep: Number of states that stay.
     """
     with whole_folder(state) as beside:
         tensors = {name: weight.detach().contiguous() for name, weight in weights.items()}
         save_file(tensors, beside / "weights.safetensors")
-        torch.save(optimizer.state_dict(), beside / "optimizer.pt")
+        _save_optimizer(optimizer, beside / "optimizer.safetensors")
         write_whole(beside / "position.json", json.dumps({"step": _step(state), **position}))
         seal_state(beside)
     _drop_old(state.parent, keep)
@@ -133,10 +240,13 @@ def save_tensors(
 def load_tensors(
     states: Path, weights: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> dict[str, Any] | None:
-    """Load the newest whole state into named weights and their optimizer.
+    """Load the newest undamaged state into named weights and their optimizer.
 
     Returns:
         The position that was saved; None where there is no state.
+
+    Raises:
+        ValueError: All states are damaged, or one was written by an older version.
     """
     newest = newest_state(states, remove_torn=True)
     if newest is None:
@@ -148,9 +258,30 @@ def load_tensors(
         for name, weight in weights.items():
             weight.copy_(saved[name])
 
-    moments = torch.load(newest / "optimizer.pt", map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(moments)
+    _load_optimizer(optimizer, newest / "optimizer.safetensors")
     return _read_position(newest)
+
+
+def _save_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """Write an optimizer: its moments are tensors `number.name`, its groups are JSON metadata."""
+    content = optimizer.state_dict()
+    moments = {
+        f"{number}.{name}": value.detach().contiguous()
+        for number, values in content["state"].items()
+        for name, value in values.items()
+    }
+    save_file(moments, path, metadata={"param_groups": json.dumps(content["param_groups"])})
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """Read back what `_save_optimizer` wrote."""
+    with safe_open(path, framework="pt") as file:
+        groups = json.loads((file.metadata() or {})["param_groups"])
+        moments: dict[int, dict[str, torch.Tensor]] = {}
+        for key in file.keys():  # noqa: SIM118  (not a dict)
+            number, _, name = key.partition(".")
+            moments.setdefault(int(number), {})[name] = file.get_tensor(key)
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
 
 # A model on any number of processes, in torch's distributed checkpoint format.
@@ -190,7 +321,7 @@ class StateWriter:
 
         Args:
             step: Number of optimizer steps done.
-            position: Values that a resumed run needs besides; must fit JSON.
+            position: Other values that a resumed run needs; must fit JSON.
 
         Raises:
             OSError: This state, or the one that was begun before, could not be written.
@@ -202,10 +333,15 @@ class StateWriter:
         self.world.barrier()
 
         content, position = _content(model, optimizer), {"step": step, **position}
-        where = {"checkpoint_id": partial_name(state), "no_dist": self.world.size == 1}
+        files = _Writer(partial_name(state))
+        where = {"storage_writer": files, "no_dist": self.world.size == 1}
         with _as_os_error(_not_written(state)):
             if self.asynchronous:
-                future = dcp.async_save(content, process_group=self._group, **where)
+                # Weights on a CPU are copied too: training goes on in them.
+                copies = DefaultStager(StagingOptions(False, False, False, False))
+                future = dcp.async_save(
+                    content, process_group=self._group, async_stager=copies, **where
+                )
                 assert isinstance(future, Future)
                 self._pending = (future, state, position)
                 return
@@ -245,7 +381,7 @@ class StateWriter:
 def load_state(
     states: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World
 ) -> dict[str, Any] | None:
-    """Load the newest state that can be read into a model and its optimizer.
+    """Load the newest undamaged state into a model and its optimizer.
 
     Every process calls it, with any number of processes, whatever number wrote the state.
 
@@ -253,15 +389,21 @@ def load_state(
         The position that was saved; None where there is no state.
 
     Raises:
-        ValueError: There are states, but none can be read.
+        ValueError: There are states, but none can be read, or one is of an older version.
     """
+    _refuse_older(states)
     found = list_states(states)
     for state in reversed(found):
+        if _report_damage(state, world):
+            continue
+
         content = _content(model, optimizer)
+        reader, planner = _Reader(state), _Planner()
         try:
+            position = _read_position(state)
             with _as_os_error(f"the training state {state} cannot be read"):
-                dcp.load(content, checkpoint_id=state, no_dist=world.size == 1)
-        except OSError as error:
+                dcp.load(content, storage_reader=reader, planner=planner, no_dist=world.size == 1)
+        except (OSError, ValueError) as error:
             # Every process gets this error. The state before overwrites what was read of this one.
             print(f"mipha: {error}; going on from the one before it", file=sys.stderr)
             continue
@@ -272,24 +414,111 @@ def load_state(
             optim_state_dict=content["optimizer"],
             options=_TRAINED,
         )
-        return _read_position(state)
+        return position
 
     if found:
-        raise ValueError(
-            f"none of the {len(found)} training states in {states} can be read: "
-            "delete that folder to start this stage anew"
-        )
+        raise _none_readable(states, len(found))
     return None
 
 
+class _Writer(FileSystemWriter):
+    """Writes the files of a state, and hashes those of this process where it writes them.
+
+    That is in the background where the state is written there, and once for each process. What is
+    where in the files goes into metadata.json; torch would pickle it.
+    """
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:
+        results = super().write_data(plan, planner)
+        names = sorted({result.storage_data.relative_path for result in results.wait()})
+        if names:
+            facts = {name: describe_file(Path(self.path) / name) for name in names}
+            write_whole(Path(self.path) / f"{names[0]}.{_SUMS}", json.dumps(facts))
+        return results
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        # The values: tensors in chunks, or others, each at its place in the nested content.
+        values: dict[str, Any] = {}
+        for name, value in metadata.state_dict_metadata.items():
+            values[name] = {"place": metadata.planner_data[name]}
+            if isinstance(value, TensorStorageMetadata):
+                values[name] |= {
+                    "dtype": str(value.properties.dtype).removeprefix("torch."),
+                    "size": value.size,
+                    "chunks": [(chunk.offsets, chunk.sizes) for chunk in value.chunks],
+                }
+
+        # Where each chunk is stored.
+        stored = [
+            {
+                "value": result.index.fqn,
+                "chunk": result.index.offset,
+                "index": result.index.index,
+                "file": result.storage_data.relative_path,
+                "offset": result.storage_data.offset,
+                "length": result.storage_data.length,
+            }
+            for part in results
+            for result in part
+        ]
+        content = json.dumps({"values": values, "stored": stored}) + "\n"
+        write_whole(Path(self.path) / _METADATA, content)
+
+
+class _Reader(FileSystemReader):
+    """Reads the files of a state by their metadata.json."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        content = read_json_object(Path(self.path) / _METADATA)
+
+        values: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+        for name, value in content["values"].items():
+            if "dtype" not in value:
+                values[name] = BytesStorageMetadata()
+                continue
+            dtype = getattr(torch, value["dtype"])
+            chunks = [
+                ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
+                for offsets, sizes in value["chunks"]
+            ]
+            values[name] = TensorStorageMetadata(
+                TensorProperties(dtype), torch.Size(value["size"]), chunks
+            )
+
+        stored = {}
+        for entry in content["stored"]:
+            if Path(entry["file"]).name != entry["file"]:
+                raise ValueError(f"{_METADATA} names a file outside the state: {entry['file']}")
+            chunk = None if entry["chunk"] is None else torch.Size(entry["chunk"])
+            index = MetadataIndex(entry["value"], chunk, entry["index"])
+            stored[index] = _StorageInfo(entry["file"], entry["offset"], entry["length"])
+
+        places = {name: tuple(value["place"]) for name, value in content["values"].items()}
+        return Metadata(values, places, stored, StorageMeta(load_id=self.load_id))
+
+
+class _Planner(DefaultLoadPlanner):
+    """Loads values that are no tensors, which torch unpickles, as plain values only."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        plain = torch.load(value, weights_only=True)
+        again = io.BytesIO()
+        torch.save(plain, again)
+        again.seek(0)
+        super().load_bytes(read_item, again)
+
+
 def _content(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What a state holds: the weights that train, and the optimizer's moments of them."""
+    """Return the content of a state: the weights that train and their optimizer's moments."""
     weights, moments = get_state_dict(model, optimizer, options=_TRAINED)
     return {"model": weights, "optimizer": moments}
 
 
 def _read_position(state: Path) -> dict[str, Any]:
-    return json.loads((state / "position.json").read_text(encoding="utf-8"))
+    position = read_json_object(state / "position.json", fix=f"delete {state}")
+    if type(position.get("step")) is not int:
+        raise ValueError(f"{state / 'position.json'} has no number of steps: delete {state}")
+    return position
 
 
 @contextmanager

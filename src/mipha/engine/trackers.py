@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mipha.errors import MissingPackage, import_optional
-from mipha.files import read_lines, write_whole
+from mipha.files import read_json_object, read_lines, write_whole
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
 PROJECT = "mipha"
@@ -109,7 +109,9 @@ def last_tracked(metrics_jsonl: Path, record: Path) -> int:
     Args:
         record: File that the number is kept in.
     """
-    known = json.loads(record.read_text(encoding="utf-8"))["step"] if record.is_file() else 0
+    known = 0
+    if record.is_file():
+        known = read_json_object(record, fix="delete it, and steps are tracked again")["step"]
     last = max((line["step"] for line in read_lines(metrics_jsonl)), default=0)
     write_whole(record, json.dumps({"step": max(known, last)}))
     return max(known, last)

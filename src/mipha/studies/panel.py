@@ -12,6 +12,7 @@ from pathlib import Path
 
 from mipha.evaluation.benchmark import Question, load_benchmark
 from mipha.files import read_lines, write_whole
+from mipha.processes import end_with_parent
 from mipha.studies.study import Measured, PanelQuestion, load_study
 
 MAX_NEW_TOKENS = 128
@@ -84,5 +85,6 @@ def panel_answers(run: Path) -> list[str]:
 
 
 if __name__ == "__main__":
+    end_with_parent()
     asked = load_study(sys.argv[2]).at(sys.argv[3]).asked
     answer_panel(Path(sys.argv[1]), asked.panel, asked.evaluate)

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from mipha.errors import import_optional
 from mipha.files import read_json
+from mipha.processes import child_environment, hold_folder
 from mipha.run import available_cores, create_run
 from mipha.studies.findings import compared_by
 from mipha.studies.folder import (
@@ -58,7 +59,18 @@ def run_missing(
         compared_by(wanted)
     others = [job for folder in share for job in runs_in(Path(folder))]
     claim(experiment, out)
+    with hold_folder(out):
+        _run_missing(experiment, out, seeds, slots, slurm, others)
 
+
+def _run_missing(
+    experiment: Experiment,
+    out: Path,
+    seeds: int | None,
+    slots: int,
+    slurm: dict[str, Any] | None,
+    others: list[Job],
+) -> None:
     # Make the run folders; whole runs are taken over from the first study that has them.
     jobs = jobs_of(experiment, out, seeds or experiment.asked.seeds)
     donors = {other.recipe.digest(): other.folder for other in reversed(others) if other.is_trained}
@@ -117,7 +129,7 @@ def make(job: Job, experiment: Experiment, out: Path, environment: dict[str, str
                 check=True,
                 stdout=file,
                 stderr=file,
-                env=os.environ | environment,
+                env=os.environ | environment | child_environment(),
             )
 
 

@@ -6,8 +6,10 @@ appears when the stage is finished; the next stage starts from it.
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -22,7 +24,14 @@ from mipha.data.images import ImageSource, is_readable, open_image
 from mipha.data.mixture import Mixture
 from mipha.engine.machine import check_free_space, check_writable
 from mipha.engine.trackers import check_trackers
-from mipha.files import read_lines
+from mipha.files import (
+    changed_files,
+    describe_file,
+    read_json_object,
+    read_lines,
+    whole_folder,
+    write_whole,
+)
 from mipha.models.adapters import merged_weights, remove_adapters, save_adapter
 from mipha.models.build import build, save_checkpoint
 from mipha.models.modeling import LlavaForConditionalGeneration, attention_window, load_model
@@ -37,7 +46,7 @@ from mipha.models.tuning import (
     tuned_modules,
 )
 from mipha.recipe import PARTS, Recipe
-from mipha.run import Run, create_run
+from mipha.run import Run, create_run, hold_run
 from mipha.training.loop import run_steps
 from mipha.training.placement import gather_weights, place, restore_frozen, round_frozen
 from mipha.training.proof import (
@@ -76,10 +85,20 @@ def train(recipe: Recipe, folder: str | Path, track: Sequence[str] = ()) -> Run:
             it can be known; also data that changed since the run began.
         OSError: The disk cannot hold the run, or the folder cannot be written to.
     """
-    # Begin: the run folder, and the stages that are not finished in it.
     check_trackers(track)
-    world = join_world()
-    run = _open_run(Path(folder), recipe, world)
+    world, folder = join_world(), Path(folder)
+    if world.is_first and not folder.is_file():
+        check_writable(folder)
+
+    # One process at a time trains in a folder, with those that it trains together with.
+    with hold_run(folder) if world.is_first else nullcontext():
+        return _train(recipe, folder, track, world)
+
+
+def _train(recipe: Recipe, folder: Path, track: Sequence[str], world: World) -> Run:
+    """Train the stages of a recipe in a folder that is held."""
+    # Begin: the run folder, and the stages that are not finished in it.
+    run = _open_run(folder, recipe, world)
     unfinished = [name for name in recipe.stages if not run.is_finished(name)]
     stages = [Stage(run, recipe, name, world, track) for name in unfinished]
 
@@ -145,8 +164,6 @@ def train_stage(stage: Stage, mixture: Mixture, held_out: Mixture | None) -> Non
 
 def _open_run(folder: Path, recipe: Recipe, world: World) -> Run:
     """Make or open the run folder: the first process before the others."""
-    if world.is_first and not folder.is_file():
-        check_writable(folder)
     run = create_run(folder, recipe) if world.is_first else None
     world.barrier()
     return run or create_run(folder, recipe)
@@ -171,6 +188,7 @@ def _load_start(
     """Return the model that a stage starts from: what the stage before left, or the parts."""
     if stage.before:
         checkpoint = stage.run.checkpoint(stage.before)
+        _check_checkpoint(stage, checkpoint)
         return load_model(str(checkpoint)), load_processor(checkpoint)
 
     model, processor = build(stage.recipe.model)
@@ -178,6 +196,26 @@ def _load_start(
         only_readable = stage.settings.unreadable_images == "substitute"
         calibrate_projector(model, _first_images(mixture, processor, only_readable))
     return model, processor
+
+
+def _check_checkpoint(stage: Stage, checkpoint: Path) -> None:
+    """Refuse a checkpoint of the stage before that is not what that stage exported."""
+    assert stage.before is not None
+    world, record = stage.world, stage.run.checkpoint_record(stage.before)
+    if not record.is_file():
+        if world.is_first:
+            console.print(f"[yellow]{checkpoint} has no checksums: an older version exported it")
+        return
+
+    # Hash: every process its part of the files.
+    files = sorted(read_json_object(record, fix="delete it, and nothing is checked").items())
+    changed = changed_files(checkpoint, dict(files[world.rank :: world.size]))
+    if world.total(torch.tensor(len(changed), device=world.device)):
+        named = f": {', '.join(changed)}" if changed else ""
+        raise ValueError(
+            f"{checkpoint} is not what {stage.before} exported (another checksum{named}): "
+            f"put those files back, or delete {checkpoint.parent} to train that stage again"
+        )
 
 
 def _first_images(mixture: Mixture, processor: LlavaProcessor, only_readable: bool) -> Tensor:
@@ -275,7 +313,13 @@ def _export(
         save_adapter(model, weights, whole, stage.base, stage.folder / "adapter")
         weights = merged_weights(model, weights)
         remove_adapters(model)
-    save_checkpoint(model, processor, stage.run.checkpoint(stage.name), weights)
+
+    # The checksums are there before the checkpoint is.
+    with whole_folder(stage.run.checkpoint(stage.name)) as partial:
+        save_checkpoint(model, processor, partial, weights)
+        files = {path.name: describe_file(path) for path in sorted(partial.iterdir())}
+        record = stage.run.checkpoint_record(stage.name)
+        write_whole(record, json.dumps(files, indent=1) + "\n")
 
 
 def _drop_states(run: Run, name: str) -> None:

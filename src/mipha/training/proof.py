@@ -1,6 +1,6 @@
 """Report and proof of what trains: frozen weights equal their start, tuned layers have moved.
 
-start   record_start    -> states/start.safetensors: weights that train, digests of the others
+start   record_start    -> states/start.safetensors: weights that train, digests of all weights
 end     measure_change  -> tuning.json: how far each part moved, and what contradicts the recipe
 
 The first process measures, on weights that were gathered whole, so that the proof need not trust
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from rich.table import Table
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -64,24 +64,16 @@ def record_start(model: LlavaForConditionalGeneration, path: Path) -> None:
         path: File that the end of the stage is measured against.
 
     Raises:
-        ValueError: The stage was begun with other weights: its states do not fit these.
+        ValueError: The stage was begun with other weights: its states do not fit these. Or the
+            file is damaged.
     """
     parameters = dict(model.named_parameters())
     trained = {name: weight for name, weight in parameters.items() if weight.requires_grad}
-    digests = {
-        name: tensor_digest(weight) for name, weight in parameters.items() if name not in trained
-    }
+    digests = {name: tensor_digest(weight) for name, weight in parameters.items()}
 
     if path.is_file():
-        with safe_open(path, framework="pt") as file:
-            before = file.metadata() or {}
-        names = sorted(before.keys() | digests.keys())
-        differ = [name for name in names if before.get(name) != digests.get(name)]
-        if differ:
-            raise ValueError(
-                f"{path.parent} was begun with other weights ({_list_some(differ)}): "
-                "delete that folder to start the stage anew"
-            )
+        frozen = {name: digest for name, digest in digests.items() if name not in trained}
+        _check_start(path, frozen)
         return
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,6 +81,37 @@ def record_start(model: LlavaForConditionalGeneration, path: Path) -> None:
     tensors = {name: weight.detach().cpu().contiguous() for name, weight in trained.items()}
     save_file(tensors, beside, metadata=digests)
     os.replace(beside, path)
+
+
+def _check_start(path: Path, frozen: Mapping[str, str]) -> None:
+    """Refuse the record of a start that is damaged, or of other frozen weights than these.
+
+    Args:
+        frozen: Digests of the frozen weights of this start, by name.
+    """
+    # Read it whole: the end of the stage is measured against every bit.
+    try:
+        with safe_open(path, framework="pt") as file:
+            before = file.metadata() or {}
+            kept = {name: tensor_digest(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): delete {path.parent} to start the stage anew"
+        ) from error
+    if changed := sorted(name for name, digest in kept.items() if before.get(name) != digest):
+        raise ValueError(
+            f"{path} is damaged or of an older version: {_list_some(changed)} differs from its "
+            f"checksum; delete {path.parent} to start the stage anew"
+        )
+
+    # Compare what must not move. What trains may differ in its last bits on another machine.
+    names = sorted((before.keys() - kept.keys()) | frozen.keys())
+    differ = [name for name in names if before.get(name) != frozen.get(name)]
+    if differ:
+        raise ValueError(
+            f"{path.parent} was begun with other weights ({_list_some(differ)}): "
+            "delete that folder to start the stage anew"
+        )
 
 
 def measure_change(
@@ -114,7 +137,7 @@ def _measure_part(
     """Compare one part.
 
     Args:
-        start: Open file of `record_start`: weights that train, and digests of the others.
+        start: Open file of `record_start`: weights that train, and digests of all.
     """
     parameters, trains = part_parameters(model, part), set(start.keys())
     digests = start.metadata() or {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
+import os
 import re
 import signal
 import sys
@@ -30,6 +31,7 @@ from mipha.data.faults import RecordError
 from mipha.data.mixture import images_key
 from mipha.data.sample import IMAGE, Sample
 from mipha.labels import IGNORE
+from mipha.processes import end_with
 from mipha.recipe import StageRecipe
 
 if TYPE_CHECKING:
@@ -166,6 +168,7 @@ def _begin_worker(inputs: CheckInputs) -> None:
     global _check
     # Ctrl-C is for the process that hands out the rows.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    end_with(os.getppid())
     _check = row_checker(inputs)
 
 

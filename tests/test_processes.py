@@ -1,0 +1,146 @@
+"""One process holds a folder, a killed one leaves no lock, and a child ends with its parent."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mipha import processes
+from mipha.processes import child_environment, hold_folder
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from mipha.processes import hold_folder
+with hold_folder(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+PARENT = """
+import os, subprocess, sys, time
+from mipha.processes import child_environment
+child = subprocess.Popen(
+    [sys.executable, "-c", sys.argv[1]], env=os.environ | child_environment()
+)
+print(child.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def start() -> Callable[..., subprocess.Popen]:
+    """`start(code, *arguments)`: a Python process with that code, ended after the test."""
+    begun = []
+
+    def begin(code: str, *arguments: str) -> subprocess.Popen:
+        command = [sys.executable, "-c", code, *arguments]
+        begun.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        return begun[-1]
+
+    yield begin
+    for process in begun:
+        process.kill()
+        process.wait()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    for _ in range(3000):
+        if condition():
+            return
+        time.sleep(0.02)
+    raise AssertionError("it has not come about within a minute")
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_second_process_is_refused_by_name(
+    start: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "PATIENCE", 0.0)
+    other = start(HOLD, str(tmp_path))
+    assert other.stdout.readline() == "held\n"
+    with (
+        pytest.raises(
+            ValueError,
+            match=rf"is in use by another process \(process {other.pid} on "
+            rf"{socket.gethostname()}, since 20.*\): wait until it has ended",
+        ),
+        hold_folder(tmp_path),
+    ):
+        pass
+    assert json.loads((tmp_path / ".lock").read_text())["pid"] == other.pid
+
+    # A killed process leaves its file, but no lock.
+    other.kill()
+    other.wait()
+    with hold_folder(tmp_path):
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_that_is_just_ending_is_waited_for(start: Callable, tmp_path: Path) -> None:
+    other = start(HOLD.replace("600", "1"), str(tmp_path))
+    assert other.stdout.readline() == "held\n"
+    with hold_folder(tmp_path):
+        pass
+
+
+def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
+    with hold_folder(tmp_path):
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+    try:
+        with hold_folder(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_lock_is_released_where_the_block_raises(tmp_path: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError), hold_folder(tmp_path):
+            raise ZeroDivisionError
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.parametrize(
+    "module",
+    [
+        "from mipha.processes import end_with_parent; end_with_parent()",
+        "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "from mipha import processes; processes.GRACE = 0.1; processes.end_with_parent()",
+    ],
+    ids=["gently", "deaf"],
+)
+def test_a_child_ends_with_its_killed_parent(start: Callable, module: str) -> None:
+    parent = start(PARENT, f"{module}\nimport time; time.sleep(600)")
+    child = int(parent.stdout.readline())
+    assert is_running(child)
+    parent.kill()
+    parent.wait()
+    wait_until(lambda: not is_running(child))
+
+
+def test_grandchildren_do_not_watch_their_grandparent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(*next(iter(child_environment().items())))
+    monkeypatch.setattr(processes, "end_with", lambda parent: None)
+    processes.end_with_parent()
+    assert not set(child_environment()) & os.environ.keys()
