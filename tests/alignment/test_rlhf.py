@@ -217,9 +217,10 @@ def test_killed_at_any_step_it_ends_as_if_never_stopped(
     with pytest.raises(RuntimeError, match="plug"):
         train(recipe, tmp_path / "cut", reward=failing)
     newest = tmp_path / "cut" / "checkpoints" / "checkpoint-2"
-    (newest / "optimizer.pt").write_bytes(
-        b"torn"
-    )  # the newest is damaged: the one before it is taken
+    # The newest is damaged by one bit: the one before it is taken.
+    content = bytearray((newest / "optimizer.safetensors").read_bytes())
+    content[-1] ^= 1
+    (newest / "optimizer.safetensors").write_bytes(content)
     cut = train(recipe, tmp_path / "cut")
     timed = {"seconds", "tokens_per_second"}
     assert [{k: v for k, v in row.items() if k not in timed} for row in cut] == [
@@ -234,17 +235,18 @@ PROGRAM = """
 import os, signal, sys, torch
 from pathlib import Path
 import mipha.alignment.recipe
+from mipha.engine import states
 from mipha.alignment.recipe import load_alignment_recipe
 from mipha.alignment.rlhf import train_policy
 sys.path.insert(0, {here!r})
 from test_rlhf import cost, reward
-real, when = torch.save, {when}
-def save(content, path):
-    if "checkpoint-2" in str(path):
+real = states.save_file
+def save(content, path, **options):
+    if "checkpoint-2" in str(path) and "optimizer" in str(path):
         Path(path).write_bytes(b"half of it")
         os.kill(os.getpid(), signal.SIGKILL)
-    real(content, path)
-torch.save = save
+    real(content, path, **options)
+states.save_file = save
 torch.set_num_threads(1)
 train_policy(load_alignment_recipe({recipe!r}), Path({out!r}), reward, cost)
 """
@@ -257,7 +259,6 @@ def test_kill_9_in_the_middle_of_a_save(rlhf_recipe: Callable, tmp_path: Path) -
         here=str(Path(__file__).parent),
         recipe=str(tmp_path / "recipe.yaml"),
         out=str(tmp_path / "killed"),
-        when=2,
     )
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,8 +21,10 @@ from mipha.alignment.preference import train_cost, train_reward
 from mipha.alignment.recipe import StepRecipe
 from mipha.alignment.sft import sft
 from mipha.alignment.step import Step
-from mipha.engine.states import newest_state
+from mipha.alignment.trl_trainer import StepRecorder
+from mipha.engine.states import newest_state, seal_state
 from mipha.files import read_lines
+from mipha.processes import hold_folder
 
 KILLED_MID_SAVE = """
 import os, signal, sys, pathlib, torch
@@ -164,3 +167,63 @@ def test_bfloat16_trains_where_it_is_asked_for(
     assert {weight.dtype for weight in load_file(model / "model.safetensors").values()} == {
         torch.float32
     }  # only products are rounded
+
+
+class Evil:
+    """A pickle that makes a file when it is read."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.mark,)
+
+
+def test_a_state_of_a_stranger_runs_no_code(
+    step_recipe: Callable[..., StepRecipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = step_recipe("sft", "checkpoint_every=1", "max_steps=2", "held_out=0")
+    mark, out = tmp_path / "mark", tmp_path / "run"
+
+    # Stop behind the first state.
+    def stop(*_: Any, **__: Any) -> None:
+        on_save(*_, **__)
+        raise KeyboardInterrupt
+
+    on_save = StepRecorder.on_save
+    with monkeypatch.context() as patch:
+        patch.setattr(StepRecorder, "on_save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            sft(recipe, out)
+
+    # Replace each file that transformers pickles, one at a time.
+    state = out / "checkpoints" / "checkpoint-1"
+    pickled = [path for path in state.iterdir() if path.suffix in {".pt", ".pth", ".bin"}]
+    assert {path.name for path in pickled} >= {"optimizer.pt", "scheduler.pt", "rng_state.pth"}
+    for path in pickled:
+        content = path.read_bytes()
+        path.write_bytes(pickle.dumps(Evil(mark)))
+        (state / "manifest.json").unlink()
+        seal_state(state)
+        with monkeypatch.context() as patch:
+            patch.setattr(StepRecorder, "on_log", lambda *_, **__: 1 / 0)
+            with pytest.raises((ValueError, ZeroDivisionError)) as refused:
+                sft(recipe, out)
+        assert not mark.exists(), path.name
+        if path.name != "training_args.bin":  # which is not read
+            assert "code in it is never run" in str(refused.value), path.name
+        path.write_bytes(content)
+
+
+def test_a_step_that_another_process_trains_is_refused(
+    step_recipe: Callable[..., StepRecipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mipha.processes.PATIENCE", 0.0)
+    recipe = step_recipe("sft")
+    for train in (sft, train_reward):
+        with (
+            hold_folder(tmp_path / "run"),
+            pytest.raises(ValueError, match=r"run is in use by another process \(process \d+ on"),
+        ):
+            train(step_recipe("reward") if train is train_reward else recipe, tmp_path / "run")
+    assert list((tmp_path / "run").iterdir()) == []

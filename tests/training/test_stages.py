@@ -12,6 +12,7 @@ import torch
 
 from mipha import api
 from mipha.planning.plan import device_named, plan_training
+from mipha.processes import hold_folder
 from mipha.recipe import Recipe
 from mipha.run import Run, model_folder
 from mipha.training.pipeline import train
@@ -135,3 +136,18 @@ def test_a_checkpoint_of_an_older_version_is_trained_from(
     assert "finetune/checkpoint has no checksums: an older version exported it" in said
     mine, theirs = weights(old.final_checkpoint()), weights(run.final_checkpoint())
     assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
+
+
+def test_a_run_that_another_process_trains_is_refused(
+    run: Run, three: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mipha.processes.PATIENCE", 0.0)
+    for folder in (run.folder, tmp_path / "new"):
+        with (
+            hold_folder(folder),
+            pytest.raises(ValueError, match=r"is in use by another process \(process \d+ on"),
+        ):
+            train(three, folder)
+    assert not (tmp_path / "new" / "recipe.yaml").exists()
+    train(three, run.folder)
+    assert not (run.folder / ".lock").exists()

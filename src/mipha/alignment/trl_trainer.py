@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -159,10 +161,31 @@ def train(trainer: Trainer, step: Step) -> None:
     # Train. Resumed at the last step, transformers would train one step more.
     if state and done.global_step >= done.max_steps:
         trainer._load_from_checkpoint(str(state))
+    elif state:
+        with _no_code_in(state):
+            trainer.train(resume_from_checkpoint=str(state))
     else:
-        trainer.train(resume_from_checkpoint=str(state) if state else None)
+        trainer.train()
     title = f"{step.recipe.step}: {step.recipe.name}"
     plot_losses(step.metrics, step.folder / "loss.png", title)
+
+
+@contextmanager
+def _no_code_in(state: Path) -> Iterator[None]:
+    """Turn the refusal of a pickle into a sentence.
+
+    transformers keeps optimizer, schedule and random state in pickles, and reads them with torch's
+    `weights_only`, which runs no code that is in them.
+    """
+    try:
+        yield
+    except Exception as error:
+        if type(error).__name__ != "UnpicklingError":
+            raise
+        raise ValueError(
+            f"{state} holds a file that is no training state, and code in it is never run: "
+            f"delete {state} to continue from the state before"
+        ) from error
 
 
 def export(trainer: Trainer, tokenizer: PreTrainedTokenizerBase, step: Step) -> Path:
