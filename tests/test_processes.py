@@ -100,18 +100,19 @@ def test_a_process_that_is_just_ending_is_waited_for(start: Callable, tmp_path: 
         pass
 
 
-def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path) -> None:
-    with hold_folder(tmp_path):
-        child = os.fork()
-        if child == 0:
-            time.sleep(60)
-            os._exit(0)
+def test_a_forked_child_of_a_killed_process_does_not_keep_the_lock(
+    start: Callable, tmp_path: Path
+) -> None:
+    lines = "import os\n    child = os.fork()\n    if child: print(child, flush=True)"
+    other = start(HOLD.replace('print("held", flush=True)', lines), str(tmp_path))
+    child = int(other.stdout.readline())
+    other.kill()
+    other.wait()
     try:
         with hold_folder(tmp_path):
             pass
     finally:
         os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
 
 
 def test_a_lock_is_released_where_the_block_raises(tmp_path: Path) -> None:
