@@ -281,7 +281,7 @@ def _announce(
     size = f"{len(mixture):,} samples, {len(steps):,} steps of {settings.batch_size} samples"
     console.print(tuning_table(f"{stage.name}: {size}", tuned, settings))
     for note in mixture.notes:
-        console.print(f"[yellow]{note}")
+        console.print(note, style="yellow", markup=False)
     write_report(stage.report, tuned, settings)
 
 
