@@ -23,7 +23,7 @@ def train(recipe: Recipe, folder: str | Path, track: Sequence[str] = ()) -> Run:
     """Train the stages of a recipe and write the model card; run again, it goes on.
 
     Args:
-        recipe: What to train.
+        recipe: Recipe of the run.
         folder: New, or the run folder of this same recipe.
         track: Trackers that follow the metrics: wandb, trackio. TensorBoard follows wherever it is
             installed.
@@ -120,14 +120,15 @@ def run_study(
     """Train and evaluate the runs of a study that are missing, then write its report.
 
     Args:
-        study: What is compared.
+        study: Study to run.
         scale: `mini` or `paper`.
         out: Folder of this study; the same one goes on where it stopped.
         seeds: Repeats of every variant; None: as the study says. More may be asked for later.
         slots: Runs at a time; with several GPUs each run sees one of them.
-        slurm: Parameters of a SLURM job for submitit, one job a run, in place of processes here.
+        slurm: Parameters of a SLURM job for submitit, one job a run, instead of local
+            processes.
         share: Folders of other studies. Their runs and first stages of the same recipes are taken
-            over in place of being trained again.
+            over instead of trained again.
 
     Returns:
         The folder, with report.md and report.html in it.

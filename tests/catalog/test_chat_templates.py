@@ -15,10 +15,10 @@ from mipha.models.processing import TEMPLATES
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PICTURE = {"type": "image"}
+IMAGE = {"type": "image"}
 CHAT = [
     {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
-    {"role": "user", "content": [PICTURE, {"type": "text", "text": "Which shape?"}]},
+    {"role": "user", "content": [IMAGE, {"type": "text", "text": "Which shape?"}]},
     {"role": "assistant", "content": [{"type": "text", "text": "A circle."}]},
     {"role": "user", "content": "Red?"},
     {"role": "assistant", "content": "no"},

@@ -1,4 +1,4 @@
-"""A study file says what is varied; its variants are recipes; what cannot be meant is refused."""
+"""A study file becomes variants, which are recipes; a file that cannot be meant is refused."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def run(
         ),
     ] = None,
 ) -> None:
-    """Train and evaluate what is missing, then write the report."""
+    """Train and evaluate the missing runs, then write the report."""
     from mipha.api import run_study
     from mipha.studies.study import load_study
 

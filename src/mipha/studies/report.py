@@ -121,7 +121,7 @@ def page(findings: Findings, out: Path) -> str:
 
 
 def intro(findings: Findings) -> str:
-    """Return what was asked, at which scale, and what of it is there."""
+    """Return the scale, the base recipe and the number of runs, as a paragraph."""
     experiment = findings.experiment
     counts = {name: len(costs) for name, costs in findings.costs.items()}
     runs = (
@@ -292,7 +292,7 @@ def draw_scores(findings: Findings, path: Path) -> None:
     """Draw one panel a benchmark: a bar or a point a variant, a dot a seed.
 
     Args:
-        findings: What is drawn; a curve for a single numeric axis, else bars.
+        findings: Findings to draw; a curve for a single numeric axis, else bars.
         path: `.png` or `.svg`, written whole.
     """
     benchmarks = list(findings.headline)

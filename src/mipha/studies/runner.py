@@ -1,7 +1,7 @@
-"""Train and measure what a study lacks: one process a run, as many at a time as there are slots.
+"""Train and measure the missing runs of a study, in processes of their own, a few at a time.
 
-A study that was killed goes on where it stopped. What another study has trained by the same recipe
-is taken over where its folder is given: whole runs, or their first stages.
+A study that was killed goes on where it stopped. Whole runs, or their first stages, are taken over
+from the folder of another study that trained the same recipes.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def run_missing(
 
     Arguments and errors are those of `mipha.api.run_study`.
     """
-    # Check what can be checked before anything is trained.
+    # Check everything that can be checked before anything is trained.
     for wanted in experiment.asked.evaluate:
         compared_by(wanted)
     others = [job for folder in share for job in runs_in(Path(folder))]
@@ -79,7 +79,7 @@ def _run_missing(
             adopt_run(donor, job.folder)
         create_run(job.folder, job.recipe)
 
-    # Run what is missing.
+    # Run the missing ones.
     missing = [job for job in jobs if not _is_done(job, experiment.asked)]
     console.print(
         f"{experiment.study.title}: {len(jobs)} runs, {len(jobs) - len(missing)} of them done"
@@ -187,9 +187,9 @@ def _run_all(
     """Run jobs, each when a slot is free and its next stage is made by no other.
 
     Args:
-        jobs: What is run.
+        jobs: Jobs to run.
         every: Runs whose stages may be shared.
-        start: Starts a job on a GPU, or on what there is; returns its future.
+        start: Starts a job on a GPU, or without one; returns its future.
         gpus: The GPU of each slot, where every run is to see one of several.
         slots: Jobs at a time; None: any number.
         watch: Called twice a second.
@@ -200,7 +200,7 @@ def _run_all(
     waiting, failed = list(jobs), []
     running: dict[Any, tuple[Job, str | None]] = {}
     while waiting or running:
-        # Start what can start.
+        # Start every job that can start.
         for job in waiting[:]:
             if slots is not None and len(running) >= slots:
                 break
@@ -211,7 +211,7 @@ def _run_all(
             running[start(job, gpu)] = (job, gpu)
             waiting.remove(job)
 
-        # Collect what has ended.
+        # Collect the jobs that have ended.
         time.sleep(0.5)
         for future in [future for future in running if future.done()]:
             job, gpu = running.pop(future)
@@ -249,7 +249,7 @@ def _environment(slots: int, gpu: str | None = None) -> dict[str, str]:
 
 @contextmanager
 def _executor(slots: int, slurm: dict[str, Any] | None, logs: Path) -> Iterator[Callable[..., Any]]:
-    """Yield what starts a job: a thread that waits for its processes, or SLURM."""
+    """Yield the function that starts a job: in a thread here, or through SLURM."""
     if slurm is None:
         with ThreadPoolExecutor(slots) as pool:
             yield pool.submit
@@ -272,7 +272,7 @@ def _submitit(parameters: dict[str, Any], folder: Path) -> Any:
 
 @contextmanager
 def _progress(jobs: list[Job]) -> Iterator[Callable[[], None]]:
-    """Show a bar over the whole study; the pace of this start tells the time that is left."""
+    """Show a bar over the whole study; the pace since this start tells the time that is left."""
     columns = (
         TextColumn("[bold]{task.description}"),
         BarColumn(20),
@@ -290,7 +290,7 @@ def _progress(jobs: list[Job]) -> Iterator[Callable[[], None]]:
 
         look()
         yield lambda: look() if time.monotonic() - looked > _LOOK_EVERY else None
-        look()  # what was finished since
+        look()  # for the runs that finished since
 
 
 def _share_done(job: Job) -> float:

@@ -1,4 +1,4 @@
-"""A study: a base recipe, what is varied of it, how it is measured, and what the paper concluded.
+"""A study: a base recipe, its variants, their benchmarks, and the conclusions of the paper.
 
     load_study("freezing") -> Study -> .at("mini") -> Experiment -> .variants: recipes to train
 
@@ -51,7 +51,7 @@ class Measured(Strict):
 
 
 class Takeaway(Strict):
-    """What the paper concluded, as a statement about variants that runs can bear out or not.
+    """A conclusion of the paper, as a statement about variants that runs can support or refute.
 
     Exactly one of: `better` (each of them, than each of `than`), `not_better` (likewise), and
     `on_par` (these two).
@@ -97,7 +97,7 @@ class PanelQuestion(Strict):
         "of a benchmark that is measured"
     )
     question: str | None = Field(None, description="None: the benchmark's own")
-    kind: str = Field(description="what it tests: counting, OCR, description ...")
+    kind: str = Field(description="ability that it tests: counting, OCR, description ...")
 
 
 class Scale(Strict):
@@ -110,7 +110,7 @@ class Scale(Strict):
     seeds: int = Field(1, ge=1)
     takeaways: tuple[Takeaway, ...] = ()
     panel: tuple[PanelQuestion, ...] = ()
-    note: str = Field("", description="what this scale can say, and what it cannot")
+    note: str = Field("", description="limits of this scale, for the report")
 
 
 class Study(RecipeBase):
@@ -152,7 +152,7 @@ class Variant:
 
     Args:
         name: From the axes' choices.
-        recipe: What is trained, with seed 0.
+        recipe: Recipe with seed 0.
         number: Its value on a numeric axis.
     """
 
@@ -167,7 +167,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A study at one scale: what is trained, measured and said of it. Get one from `Study.at`.
+    """A study at one scale, with its variants. Get one from `Study.at`.
 
     Args:
         study: The study.
@@ -187,9 +187,9 @@ class Experiment:
         return self.study.name
 
     def digest(self) -> str:
-        """Return twelve hex digits of what is trained and asked.
+        """Return twelve hex digits that name the recipes and the questions.
 
-        What is then said of it, and how many seeds there are, does not count.
+        Takeaways, panel, note and the number of seeds do not count.
         """
         said_only = {
             "seeds": True,
