@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from mipha.evaluation.benchmark import Judge
     from mipha.evaluation.evaluate import Result
     from mipha.recipe import Recipe
+    from mipha.studies.runner import JudgeOptions
     from mipha.studies.study import Study
 
 
@@ -116,6 +117,7 @@ def run_study(
     slots: int = 1,
     slurm: dict[str, Any] | None = None,
     share: Sequence[str | Path] = (),
+    judge: JudgeOptions | None = None,
 ) -> Path:
     """Train and evaluate the runs of a study that are missing, then write its report.
 
@@ -129,20 +131,23 @@ def run_study(
             processes.
         share: Folders of other studies. Their runs and first stages of the same recipes are taken
             over instead of trained again.
+        judge: Judge of the benchmarks that want one; None: they are left out, which is said before
+            anything is trained.
 
     Returns:
         The folder, with report.md and report.html in it.
 
     Raises:
-        FileNotFoundError: A folder to share from holds no study.
-        ValueError: The folder holds another study, a run in it was made with another recipe, or a
-            benchmark has no such metric.
+        FileNotFoundError: A folder to share from holds no study, or a file of a benchmark or of the
+            panel is not there.
+        ValueError: The folder holds another study, a run in it was made with another recipe, a
+            benchmark has no such metric or split, or there are fewer GPUs than slots.
         RuntimeError: Runs failed; names their logs. The others were finished.
     """
     from mipha.studies.report import write_report
     from mipha.studies.runner import run_missing
 
     folder, experiment = Path(out), study.at(scale)
-    run_missing(experiment, folder, seeds, slots, slurm, share)
+    run_missing(experiment, folder, seeds, slots, slurm, share, judge)
     write_report(experiment, folder)
     return folder
