@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mipha.run import Run, is_first_process, open_run
+from mipha.preflight import check_device, check_parts, check_writable
+from mipha.run import Run, check_run, is_first_process, model_folder, open_run
 
 if TYPE_CHECKING:
     from mipha.evaluation.benchmark import Judge
@@ -37,6 +38,8 @@ def train(recipe: Recipe, folder: str | Path, track: Sequence[str] = ()) -> Run:
             where it can be known; also data that changed since the run began.
         OSError: The disk cannot hold the run, or the folder cannot be written to.
     """
+    check_training(recipe, folder, track)
+
     from mipha.deploy.model_card import write_model_card
     from mipha.training.pipeline import train as train_recipe
 
@@ -44,6 +47,32 @@ def train(recipe: Recipe, folder: str | Path, track: Sequence[str] = ()) -> Run:
     if is_first_process():
         write_model_card(run.final_checkpoint(), run)
     return run
+
+
+def check_training(recipe: Recipe, folder: str | Path, track: Sequence[str] = ()) -> None:
+    """Check everything about a training that is known without torch; nothing is created.
+
+    Arguments and errors are those of `train`.
+    """
+    from mipha.data.dataset import load_dataset
+    from mipha.engine.trackers import check_trackers
+
+    check_trackers(track)
+    check_run(folder, recipe)
+    run = Run(Path(folder))
+    unfinished = [name for name in recipe.stages if not run.is_finished(name)]
+    if not unfinished:
+        return
+
+    # The folder, the data of all stages, and the parts that the first stage starts from.
+    check_writable(run.folder)
+    for name in unfinished:
+        for data in recipe.stages[name].data:
+            load_dataset(data.dataset)
+            if data.root is not None and not data.root.exists():
+                raise FileNotFoundError(f"no data at {data.root}: check the path")
+    if recipe.stage_before(unfinished[0]) is None:
+        check_parts(recipe.model)
 
 
 def evaluate(
@@ -87,6 +116,12 @@ def evaluate(
         ValueError: No such benchmark or split, a number below 1, a judge that is missing, or
             predictions of another model in the way.
     """
+    # Check the model, the device and the folder of the results before torch is imported.
+    check_device(device)
+    path = model.folder if isinstance(model, Run) else Path(model)
+    model_folder(path)
+    check_writable(path if out is None else Path(out))
+
     from mipha.deploy.model_card import write_model_card
     from mipha.evaluation.evaluate import evaluate as measure
 

@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mipha.api import check_training
 from mipha.comparison.figures import contact_sheet
 from mipha.data.images import open_image
 from mipha.evaluation.benchmark import Question, load_benchmark
@@ -49,6 +50,7 @@ def quickstart(folder: Path, overrides: Sequence[str] = (), limit: int | None = 
         overrides: Recipe overrides for both trainings.
         limit: Ask the first N test questions only.
     """
+    check_training(load_recipe("quickstart").override(*overrides), folder)
     console, ledger = Console(), folder / "quickstart.json"
     for phase in phases(folder, overrides, limit):
         _run_phase(phase, ledger, console)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mipha.models.processing import TEMPLATES
+from mipha.preflight import CHAT_TEMPLATES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,7 +59,7 @@ def tokenizer(tiny_parts: Callable) -> PreTrainedTokenizerBase:
 
 @pytest.mark.parametrize("name", WRITTEN)
 def test_the_text_and_what_is_trained_on(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    template = (TEMPLATES / f"{name}.jinja").read_text()
+    template = (CHAT_TEMPLATES / f"{name}.jinja").read_text()
     marked, prompt = WRITTEN[name]
     assert tokenizer.apply_chat_template(
         CHAT, chat_template=template, tokenize=False

@@ -21,6 +21,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mipha.api import check_training
 from mipha.errors import import_optional
 from mipha.evaluation.benchmark import load_benchmark
 from mipha.evaluation.evaluate import plan
@@ -124,8 +125,12 @@ def run_missing(
     others = [job for folder in share for job in runs_in(Path(folder))]
     jobs = jobs_of(experiment, out, seeds or experiment.asked.seeds)
     asked = _askable(experiment, judge)
+    donors = {other.recipe.digest(): other.folder for other in reversed(others) if other.is_trained}
     if not all(_is_done(job, asked) for job in jobs):
         _check_data(asked, experiment.asked.evaluate)
+    for job in jobs:
+        if job.recipe.digest() not in donors:
+            check_training(job.recipe, job.folder)
     gpus = _gpus(slots) if slurm is None else []
     claim(experiment, out)
     with hold_folder(out):
@@ -141,7 +146,6 @@ def _run_missing(
     others: list[Job],
 ) -> None:
     # Make the run folders; whole runs are taken over from the first study that has them.
-    donors = {other.recipe.digest(): other.folder for other in reversed(others) if other.is_trained}
     for job in jobs:
         if not job.folder.exists() and (donor := donors.get(job.recipe.digest())):
             adopt_run(donor, job.folder)
