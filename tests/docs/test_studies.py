@@ -15,7 +15,16 @@ from mipha.evaluation.benchmark import load_benchmark
 from mipha.recipe import load_recipe
 from mipha.studies.findings import compared_by
 from mipha.studies.panel import asked_of
-from mipha.studies.study import Measured, Question, Scale, Study, Takeaway, list_studies, load_study
+from mipha.studies.study import (
+    Beside,
+    Measured,
+    Question,
+    Scale,
+    Study,
+    Takeaway,
+    list_studies,
+    load_study,
+)
 
 TEXT = (Path(__file__).parents[2] / "docs" / "studies.md").read_text(encoding="utf-8")
 OWN, NUMERIC = re.findall(r"^```yaml\n(.*?)^```$", TEXT, flags=re.DOTALL | re.MULTILINE)
@@ -66,7 +75,7 @@ def test_the_tables_name_every_study_and_every_key() -> None:
     (start,) = [match.start() for match in re.finditer(r"^\| key \| meaning \|$", TEXT, re.M)]
     table = TEXT[start:].partition("\n\n")[0]
     keys = set(re.findall(r"`(?:scales\.X\.)?(\w+)`", table))
-    for schema in (Scale, Measured, Takeaway, Question):
+    for schema in (Scale, Measured, Takeaway, Question, Beside):
         assert set(schema.model_fields) <= keys, schema.__name__
     default = Takeaway.model_fields["within"].default
     assert f"`within` ({default:g})" in table
