@@ -24,7 +24,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from mipha.api import check_training
 from mipha.errors import import_optional
 from mipha.evaluation.benchmark import load_benchmark
-from mipha.evaluation.evaluate import plan
+from mipha.evaluation.evaluate import plan_benchmarks
 from mipha.evaluation.judge import Endpoint, Replay
 from mipha.files import read_json
 from mipha.processes import child_environment, hold_folder
@@ -212,7 +212,7 @@ def _check_data(asked: Scale, measured: Sequence[Measured]) -> None:
         measured: All benchmarks of the study; the panel may use images of each.
     """
     for wanted in asked.evaluate:
-        plan([wanted.benchmark], wanted.data_root, wanted.split)
+        plan_benchmarks([wanted.benchmark], wanted.data_root, wanted.split)
     asked_of(asked.panel, measured)
 
 
