@@ -13,7 +13,7 @@ import pytest
 
 import mipha
 from mipha import api
-from mipha.run import Run
+from mipha.run import Run, create_run
 
 SOURCE = Path(mipha.__file__).parents[1]
 
@@ -46,7 +46,7 @@ def test_type_checkers_are_told_that_the_package_has_types() -> None:
 def cards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[Path, Run]]:
     """The cards that are written; training and measuring take no time."""
     written: list[tuple[Path, Run]] = []
-    run = Run(tmp_path / "run")
+    run = create_run(tmp_path / "run", mipha.load_recipe("quickstart"))
     monkeypatch.setattr(Run, "final_checkpoint", lambda self: self.folder / "model")
 
     def fake(module: str, **functions: Any) -> None:

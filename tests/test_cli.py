@@ -160,6 +160,7 @@ def test_train_gives_the_overridden_recipe_to_the_pipeline(
         calls.append((recipe, folder, track))
         return SimpleNamespace(final_checkpoint=lambda: folder / "finetune" / "checkpoint")
 
+    monkeypatch.setattr("mipha.engine.trackers.check_trackers", lambda names: None)
     monkeypatch.setitem(sys.modules, "mipha.training.pipeline", SimpleNamespace(train=train))  # type: ignore[arg-type]
     cards: list[Path] = []
     card = SimpleNamespace(write_model_card=lambda checkpoint, run: cards.append(checkpoint))

@@ -1,4 +1,4 @@
-"""A recipe is strict: what it does not know, what does not fit and what would be ignored are errors that say the mend."""
+"""A recipe is strict: unknown, unfitting and ignored settings are errors that name the fix."""
 
 from __future__ import annotations
 

@@ -10,12 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mipha.run import Run, is_first_process, open_run
+from mipha.preflight import check_device, check_parts, check_writable
+from mipha.run import Run, check_run, is_first_process, model_folder, open_run
 
 if TYPE_CHECKING:
     from mipha.evaluation.benchmark import Judge
     from mipha.evaluation.evaluate import Result
     from mipha.recipe import Recipe
+    from mipha.studies.runner import JudgeOptions
     from mipha.studies.study import Study
 
 
@@ -23,7 +25,7 @@ def train(recipe: Recipe, folder: str | Path, track: Sequence[str] = ()) -> Run:
     """Train the stages of a recipe and write the model card; run again, it goes on.
 
     Args:
-        recipe: What to train.
+        recipe: Recipe of the run.
         folder: New, or the run folder of this same recipe.
         track: Trackers that follow the metrics: wandb, trackio. TensorBoard follows wherever it is
             installed.
@@ -36,6 +38,8 @@ def train(recipe: Recipe, folder: str | Path, track: Sequence[str] = ()) -> Run:
             where it can be known; also data that changed since the run began.
         OSError: The disk cannot hold the run, or the folder cannot be written to.
     """
+    check_training(recipe, folder, track)
+
     from mipha.deploy.model_card import write_model_card
     from mipha.training.pipeline import train as train_recipe
 
@@ -43,6 +47,32 @@ def train(recipe: Recipe, folder: str | Path, track: Sequence[str] = ()) -> Run:
     if is_first_process():
         write_model_card(run.final_checkpoint(), run)
     return run
+
+
+def check_training(recipe: Recipe, folder: str | Path, track: Sequence[str] = ()) -> None:
+    """Check everything about a training that is known without torch; nothing is created.
+
+    Arguments and errors are those of `train`.
+    """
+    from mipha.data.dataset import load_dataset
+    from mipha.engine.trackers import check_trackers
+
+    check_trackers(track)
+    check_run(folder, recipe)
+    run = Run(Path(folder))
+    unfinished = [name for name in recipe.stages if not run.is_finished(name)]
+    if not unfinished:
+        return
+
+    # The folder, the data of all stages, and the parts that the first stage starts from.
+    check_writable(run.folder)
+    for name in unfinished:
+        for data in recipe.stages[name].data:
+            load_dataset(data.dataset)
+            if data.root is not None and not data.root.exists():
+                raise FileNotFoundError(f"no data at {data.root}: check the path")
+    if recipe.stage_before(unfinished[0]) is None:
+        check_parts(recipe.model)
 
 
 def evaluate(
@@ -86,6 +116,12 @@ def evaluate(
         ValueError: No such benchmark or split, a number below 1, a judge that is missing, or
             predictions of another model in the way.
     """
+    # Check the model, the device and the folder of the results before torch is imported.
+    check_device(device)
+    path = model.folder if isinstance(model, Run) else Path(model)
+    model_folder(path)
+    check_writable(path if out is None else Path(out))
+
     from mipha.deploy.model_card import write_model_card
     from mipha.evaluation.evaluate import evaluate as measure
 
@@ -116,32 +152,37 @@ def run_study(
     slots: int = 1,
     slurm: dict[str, Any] | None = None,
     share: Sequence[str | Path] = (),
+    judge: JudgeOptions | None = None,
 ) -> Path:
     """Train and evaluate the runs of a study that are missing, then write its report.
 
     Args:
-        study: What is compared.
+        study: Study to run.
         scale: `mini` or `paper`.
         out: Folder of this study; the same one goes on where it stopped.
         seeds: Repeats of every variant; None: as the study says. More may be asked for later.
         slots: Runs at a time; with several GPUs each run sees one of them.
-        slurm: Parameters of a SLURM job for submitit, one job a run, in place of processes here.
+        slurm: Parameters of a SLURM job for submitit, one job a run, instead of local
+            processes.
         share: Folders of other studies. Their runs and first stages of the same recipes are taken
-            over in place of being trained again.
+            over instead of trained again.
+        judge: Judge of the benchmarks that want one; None: they are left out, which is said before
+            anything is trained.
 
     Returns:
         The folder, with report.md and report.html in it.
 
     Raises:
-        FileNotFoundError: A folder to share from holds no study.
-        ValueError: The folder holds another study, a run in it was made with another recipe, or a
-            benchmark has no such metric.
+        FileNotFoundError: A folder to share from holds no study, or a file of a benchmark or of the
+            panel is not there.
+        ValueError: The folder holds another study, a run in it was made with another recipe, a
+            benchmark has no such metric or split, or there are fewer GPUs than slots.
         RuntimeError: Runs failed; names their logs. The others were finished.
     """
     from mipha.studies.report import write_report
     from mipha.studies.runner import run_missing
 
     folder, experiment = Path(out), study.at(scale)
-    run_missing(experiment, folder, seeds, slots, slurm, share)
+    run_missing(experiment, folder, seeds, slots, slurm, share, judge)
     write_report(experiment, folder)
     return folder

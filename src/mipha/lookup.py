@@ -1,4 +1,4 @@
-"""Names: those of a folder, the YAML behind one, and "did you mean" for one that is not there."""
+"""Names: the files of a folder, the YAML behind a name, and "did you mean" for an unknown one."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def read_named(name: str | Path, folder: Path, kind: str) -> tuple[Any, Path]:
 
     Args:
         name: Stem of a file in `folder`, or a path that ends in .yaml.
-        kind: What it is, for messages.
+        kind: Kind of file, for messages.
 
     Returns:
         Its plain values, and its path.

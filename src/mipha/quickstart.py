@@ -1,4 +1,4 @@
-"""The tour: train, measure, compare with what needs no eyes, show.
+"""The tour: train, measure, compare with baselines that see no image, show examples.
 
 It runs the same commands that a user would type.
 """
@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from mipha.api import check_training
 from mipha.comparison.figures import contact_sheet
 from mipha.data.images import open_image
 from mipha.evaluation.benchmark import Question, load_benchmark
@@ -49,6 +50,7 @@ def quickstart(folder: Path, overrides: Sequence[str] = (), limit: int | None = 
         overrides: Recipe overrides for both trainings.
         limit: Ask the first N test questions only.
     """
+    check_training(load_recipe("quickstart").override(*overrides), folder)
     console, ledger = Console(), folder / "quickstart.json"
     for phase in phases(folder, overrides, limit):
         _run_phase(phase, ledger, console)
@@ -101,7 +103,7 @@ def _run_phase(phase: Phase, ledger: Path, console: Console) -> None:
         except KeyboardInterrupt:  # the command got it too, and saves before it ends
             interrupted = True
 
-    # Write down what it took.
+    # Write down its time and memory.
     child.returncode = os.waitstatus_to_exitcode(status)
     record["seconds"] += time.monotonic() - started
     record["peak_memory_gib"] = max(
@@ -143,7 +145,7 @@ def _sum_up(folder: Path, console: Console) -> None:
         sheet,
     )
 
-    # Where everything is, and what to do next.
+    # Say where everything is, and the next command.
     curves = ", ".join(str(run.stage(stage) / "loss.png") for stage in run.recipe.stages)
     console.print(f"\ncontact sheet: {sheet}\nloss curves:   {curves}")
     image = examples[0][0].image
@@ -186,7 +188,7 @@ def _cells(row: dict[str, Any]) -> tuple[str, str, str]:
 
 
 def _cost_table(ledger: dict[str, Any]) -> Table:
-    """Return what each command took."""
+    """Return the time and memory of each command."""
     table = Table(title="\nTime and peak memory", title_justify="left")
     table.add_column("phase")
     for column in ("minutes", "GiB"):
@@ -203,7 +205,7 @@ def _scores(folder: Path) -> dict[str, Any]:
 def _examples(
     questions: Sequence[Question], predictions: dict[str, str], num: int = 5
 ) -> list[tuple[Question, str]]:
-    """Return images spread over what was asked, each with a question of another kind in turn.
+    """Return questions about images spread over the split, each of another kind in turn.
 
     They are chosen by place, not by success.
     """

@@ -45,10 +45,10 @@ class Strict(BaseModel):
 
 
 class RecipeBase(Strict):
-    """What one YAML file says: overridden, dumped, named by a digest, compared."""
+    """The content of one YAML file, which is overridden, dumped, compared, named by a digest."""
 
     kind: ClassVar[str] = "recipe"
-    """What messages call it."""
+    """Its name in messages."""
     uncounted: ClassVar[frozenset[str]] = frozenset({"name", "description"})
     """Keys that the digest leaves out, because they do not change the result."""
 
@@ -60,7 +60,7 @@ class RecipeBase(Strict):
 
         Args:
             tree: Content of the YAML file.
-            source: Where the tree comes from, for the message.
+            source: Origin of the tree, for the message.
 
         Raises:
             ValueError: Names the source and, a line each, the key, the value and the fix.
@@ -95,7 +95,7 @@ class RecipeBase(Strict):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=120)
 
     def digest(self) -> str:
-        """Return twelve hex digits that name what the file decides."""
+        """Return twelve hex digits that name everything that the file decides."""
         return digest_of(self.content())
 
     def content(self) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def _assign(tree: dict[str, Any], path: list[str], value: Any) -> None:
     for depth, key in enumerate(path[:-1]):
         child = node[_index(node, key, path)] if isinstance(node, list) else node.get(key)
 
-        # A group that is missing, or was set to null, starts empty.
+        # A group that is missing or None starts empty.
         if child is None:
             child = {}
             node[int(key) if isinstance(node, list) else key] = child
@@ -172,9 +172,9 @@ class ModelRecipe(Strict):
     chat_template: str | None = Field(
         None,
         description="name in catalog/chat_templates or a .jinja file; "
-        "null: the language model's own",
+        "None: the language model's own",
     )
-    image_size: int | None = Field(None, ge=1, description="pixels a side; null: the tower's own")
+    image_size: int | None = Field(None, ge=1, description="pixels a side; None: the tower's own")
     feature_layer: int = Field(
         -2, description="which hidden state of the tower is read; -1 the last, -2 the one before"
     )
@@ -192,7 +192,7 @@ class ModelRecipe(Strict):
 
 
 def _as_list(value: Any) -> Any:
-    """One mapping or path stands for a list of one."""
+    """Return a list; one mapping or path stands for a list of one."""
     return value if isinstance(value, list | tuple) else [value]
 
 
@@ -203,7 +203,7 @@ class DataRecipe(Strict):
     root: Path | None = Field(
         None,
         description="file or folder the data set reads; "
-        "null: the packaged copy, where there is one",
+        "None: the packaged copy, where there is one",
     )
     split: str = "train"
     image_root: Annotated[tuple[Path, ...], BeforeValidator(_as_list)] = Field(
@@ -224,7 +224,7 @@ class DataRecipe(Strict):
     )
     images: Literal["own", "grey", "shuffled"] = Field(
         "own",
-        description="what samples show: own images, grey, or images of other samples; "
+        description="images that samples show: own images, grey, or images of other samples; "
         "with the last two a model learns from the texts alone",
     )
 
@@ -237,8 +237,8 @@ class LoraRecipe(Strict):
     """
 
     rank: int = Field(128, ge=1)
-    alpha: int = Field(256, ge=1, description="what an adapter adds is scaled by alpha / rank")
-    dropout: float = Field(0.05, ge=0, lt=1, description="of what enters an adapter, in training")
+    alpha: int = Field(256, ge=1, description="the output of an adapter is scaled by alpha / rank")
+    dropout: float = Field(0.05, ge=0, lt=1, description="of the input of an adapter, in training")
 
 
 def _known_tuning(value: Any) -> Any:
@@ -250,7 +250,7 @@ def _known_tuning(value: Any) -> Any:
 
 
 def _layered_parts(value: Any) -> Any:
-    """`true`, `false`, or a list of parts; one part stands for a list of one."""
+    """Return true, false, or a tuple of parts; one part stands for a list of one."""
     listed = [value] if isinstance(value, str) else value
     if isinstance(listed, list | tuple) and all(
         part in ("vision_tower", "language_model") for part in listed
@@ -265,7 +265,7 @@ LayeredTuning = Annotated[str, BeforeValidator(_known_tuning)]
 
 
 class TuningRecipe(Strict):
-    """What is trained of each part.
+    """The weights of each part that are trained.
 
     frozen: nothing, nor the head. full: all that the features or the answer depend on. lora:
     adapters in every linear layer of its stack, over frozen weights. qlora: the same, over weights
@@ -316,7 +316,7 @@ class StageRecipe(Strict):
     )
     epochs: float = Field(1.0, gt=0)
     max_steps: int | None = Field(
-        None, ge=1, description="stop after this many optimizer steps; null: all epochs"
+        None, ge=1, description="stop after this many optimizer steps; None: all epochs"
     )
     batch_size: int = Field(ge=1, description="samples per optimizer step, over all processes")
     batching: Literal["padded", "packed", "shared-image"] = Field(
@@ -332,7 +332,7 @@ class StageRecipe(Strict):
     samples_per_image: int | None = Field(
         None,
         ge=1,
-        description="shared-image only: samples of one image kept together in the order; null: 8",
+        description="shared-image only: samples of one image kept together in the order; None: 8",
     )
     micro_batch_rows: int = Field(1, ge=1, description="rows per forward pass and process")
     prompt: Literal["chat", "plain"] = Field(
@@ -352,8 +352,8 @@ class StageRecipe(Strict):
         bool | tuple[Layered, ...], BeforeValidator(_layered_parts)
     ] = Field(
         False,
-        description="keep only what enters a layer and compute the rest again backward: "
-        "true, or a list of parts",
+        description="keep only the input of each layer and compute the rest again in the backward "
+        "pass: true, or a list of parts",
     )
     unreadable_images: Literal["fail", "substitute"] = Field(
         "fail",
@@ -365,7 +365,7 @@ class StageRecipe(Strict):
         0.0, ge=0, lt=1, description="share of the images kept out of training, for validation"
     )
     validate_every: int | None = Field(
-        None, ge=1, description="optimizer steps between validations; null: at the stage's end only"
+        None, ge=1, description="optimizer steps between validations; None: at the stage's end only"
     )
 
     @model_validator(mode="after")
@@ -408,7 +408,7 @@ class StageRecipe(Strict):
         return self
 
     def peak_learning_rate(self, part: Part) -> float:
-        """The highest learning rate of a part that trains."""
+        """Return the highest learning rate of a part that trains."""
         return self.part_learning_rates.get(part, self.learning_rate)
 
     @property
@@ -511,7 +511,7 @@ class Recipe(RecipeBase):
         return names[place - 1] if place else None
 
     def stage_digest(self, name: str) -> str:
-        """Return twelve hex digits that name what the stages up to and including one make.
+        """Return twelve hex digits that name the model of a stage and everything that decides it.
 
         Two recipes that agree in these share the stage's model.
         """

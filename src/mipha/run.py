@@ -149,12 +149,27 @@ def create_run(folder: str | Path, recipe: Recipe) -> Run:
             touched.
     """
     run = Run(Path(folder))
+    claim_folder(run.folder, recipe, _recipe_to_keep(run, recipe), "a run")
+    return run
+
+
+def check_run(folder: str | Path, recipe: Recipe) -> None:
+    """Check that `create_run` would take a folder; nothing is created.
+
+    Raises:
+        ValueError: As `create_run`.
+    """
+    run = Run(Path(folder))
+    check_claim(run.folder, recipe, _recipe_to_keep(run, recipe), "a run")
+
+
+def _recipe_to_keep(run: Run, recipe: Recipe) -> Recipe | None:
+    """Return the recipe that a run folder holds; None where nothing was made of it."""
     before = run.recipe if (run.folder / "recipe.yaml").is_file() else None
     if before is not None and before.digest() != recipe.digest():
         has_begun = any(run.stage(stage).exists() for stage in before.stages)
         before = before if has_begun else None
-    claim_folder(run.folder, recipe, before, "a run")
-    return run
+    return before
 
 
 def hold_run(folder: Path) -> AbstractContextManager[None]:
@@ -181,8 +196,21 @@ def claim_folder(folder: Path, recipe: RecipeBase, before: RecipeBase | None, wh
     Raises:
         ValueError: The folder holds another recipe or other files; nothing in it is touched.
     """
-    # Refuse a folder of something else.
-    known = folder / "recipe.yaml"
+    check_claim(folder, recipe, before, what)
+
+    # Write the recipe, and what it is carried out with.
+    if before is None:
+        write_whole(folder / "recipe.yaml", recipe.dump())
+    if not (folder / "provenance.json").is_file():
+        write_whole(folder / "provenance.json", json.dumps(provenance(), indent=2) + "\n")
+
+
+def check_claim(folder: Path, recipe: RecipeBase, before: RecipeBase | None, what: str) -> None:
+    """Check that `claim_folder` would take a folder; nothing is created.
+
+    Raises:
+        ValueError: As `claim_folder`.
+    """
     if before is not None and before.digest() != recipe.digest():
         raise ValueError(
             f"{folder} holds {what} of another recipe ({_list_differences(before, recipe)}): "
@@ -194,12 +222,6 @@ def claim_folder(folder: Path, recipe: RecipeBase, before: RecipeBase | None, wh
         raise ValueError(
             f"{folder} is not empty and not {what}: choose another -o, or empty the folder"
         )
-
-    # Write the recipe, and what it is carried out with.
-    if before is None:
-        write_whole(known, recipe.dump())
-    if not (folder / "provenance.json").is_file():
-        write_whole(folder / "provenance.json", json.dumps(provenance(), indent=2) + "\n")
 
 
 def _is_foreign(folder: Path) -> bool:

@@ -17,8 +17,8 @@ def validated(schema: type[Model], tree: Any, source: str, kind: str) -> Model:
     """Return a tree of plain values as the schema's object.
 
     Args:
-        source: Where the tree comes from, for the message.
-        kind: What it should be, for the message: `recipe`.
+        source: Origin of the tree, for the message.
+        kind: Kind of file, for the message: `recipe`.
 
     Raises:
         ValueError: Names the source and, a line each, the key, the value and the fix.

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from mipha.models.processing import TEMPLATES
+from mipha.preflight import CHAT_TEMPLATES
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PICTURE = {"type": "image"}
+IMAGE = {"type": "image"}
 CHAT = [
     {"role": "system", "content": [{"type": "text", "text": "Be brief."}]},
-    {"role": "user", "content": [PICTURE, {"type": "text", "text": "Which shape?"}]},
+    {"role": "user", "content": [IMAGE, {"type": "text", "text": "Which shape?"}]},
     {"role": "assistant", "content": [{"type": "text", "text": "A circle."}]},
     {"role": "user", "content": "Red?"},
     {"role": "assistant", "content": "no"},
@@ -59,7 +59,7 @@ def tokenizer(tiny_parts: Callable) -> PreTrainedTokenizerBase:
 
 @pytest.mark.parametrize("name", WRITTEN)
 def test_the_text_and_what_is_trained_on(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    template = (TEMPLATES / f"{name}.jinja").read_text()
+    template = (CHAT_TEMPLATES / f"{name}.jinja").read_text()
     marked, prompt = WRITTEN[name]
     assert tokenizer.apply_chat_template(
         CHAT, chat_template=template, tokenize=False

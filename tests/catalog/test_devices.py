@@ -1,4 +1,4 @@
-"""Devices: found by what the driver calls them, and plausible."""
+"""Devices: found by their names in the driver, and plausible."""
 
 from __future__ import annotations
 

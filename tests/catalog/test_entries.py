@@ -11,7 +11,7 @@ from mipha.catalog.language_models import LANGUAGE_MODELS
 from mipha.catalog.vision_towers import VISION_TOWERS
 from mipha.lookup import files_in
 from mipha.models.packaged import PACKAGED
-from mipha.models.processing import TEMPLATES
+from mipha.preflight import CHAT_TEMPLATES
 
 PARTS = VISION_TOWERS | LANGUAGE_MODELS
 # Section 4.2 and Tables 1 and 2 of the paper.
@@ -61,7 +61,7 @@ def test_the_parts_of_the_paper_are_there() -> None:
 
 def test_each_template_is_there_and_used() -> None:
     assert {entry.chat_template for entry in LANGUAGE_MODELS.values()} == set(
-        files_in(TEMPLATES, ".jinja")
+        files_in(CHAT_TEMPLATES, ".jinja")
     )
 
 

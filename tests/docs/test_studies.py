@@ -16,6 +16,7 @@ from mipha.recipe import load_recipe
 from mipha.studies.findings import compared_by
 from mipha.studies.panel import asked_of
 from mipha.studies.study import (
+    Beside,
     Measured,
     PanelQuestion,
     Scale,
@@ -74,7 +75,7 @@ def test_the_tables_name_every_study_and_every_key() -> None:
     (start,) = [match.start() for match in re.finditer(r"^\| key \| meaning \|$", TEXT, re.M)]
     table = TEXT[start:].partition("\n\n")[0]
     keys = set(re.findall(r"`(?:scales\.X\.)?(\w+)`", table))
-    for schema in (Scale, Measured, Takeaway, PanelQuestion):
+    for schema in (Scale, Measured, Takeaway, PanelQuestion, Beside):
         assert set(schema.model_fields) <= keys, schema.__name__
     default = Takeaway.model_fields["within"].default
     assert f"`within` ({default:g})" in table

@@ -1,4 +1,4 @@
-"""The quickstart, small, on the real weights and data, as a user starts it: every phase, the summary, the checkpoint, the chat."""
+"""The quickstart, small, on real weights and data: every phase, summary, checkpoint, chat."""
 
 from __future__ import annotations
 
@@ -27,12 +27,15 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 assert "mipha" not in sys.modules
 folder, asked = sys.argv[1], json.loads(sys.argv[2])
-model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+model = AutoModelForImageTextToText.from_pretrained(folder)
+processor = AutoProcessor.from_pretrained(folder)
 for image, question in asked:
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    messages = [{"role": "user", "content": content}]
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     inputs = processor(images=Image.open(image).convert("RGB"), text=text, return_tensors="pt")
-    out = model.generate(**inputs, max_new_tokens=32, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    out = model.generate(**inputs, max_new_tokens=32, do_sample=False)
+    out = out[0, inputs["input_ids"].shape[1] :]
     print("ANSWER", processor.decode(out, skip_special_tokens=True).strip())
 """
 

@@ -16,7 +16,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = (
     {
         *("recipe", "run", "files", "checkpoint_files", "errors", "processes"),
-        *("labels", "lookup", "validation", "catalog"),
+        *("labels", "lookup", "preflight", "validation", "catalog"),
     },
     {"models", "data", "world"},
     {"assistant", "comparison", "engine"},
@@ -131,6 +131,7 @@ def test_the_light_rooms_do_not_load_torch() -> None:
             "errors",
             "labels",
             "lookup",
+            "preflight",
             "validation",
             "catalog",
             "comparison",

@@ -9,7 +9,8 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from mipha.models.chat_template import PARTS_TO_TEXT, end_of_turn, fit_template
-from mipha.models.processing import TEMPLATES, load_template
+from mipha.models.processing import load_template
+from mipha.preflight import CHAT_TEMPLATES
 
 trl = pytest.importorskip("trl")
 SHIPPED = sorted((Path(trl.__file__).parent / "chat_templates").glob("*_training.jinja"))
@@ -112,7 +113,7 @@ def test_the_end_of_a_turn_may_be_followed_by_white_space() -> None:
 
 @pytest.mark.parametrize("name", ["chatml", "vicuna", "llama-3", "phi-3", "gemma"])
 def test_our_own_take_parts_as_they_are(name: str) -> None:
-    template = (TEMPLATES / f"{name}.jinja").read_text()
+    template = (CHAT_TEMPLATES / f"{name}.jinja").read_text()
     assert fit_template(template, tokenizer_for(template), name) == template
 
 

@@ -13,8 +13,8 @@ from mipha.comparison.statistics import SeedDifference, tally
 from mipha.run import create_run
 from mipha.studies.findings import find, judge
 from mipha.studies.folder import jobs_of
-from mipha.studies.report import markdown, overall
-from mipha.studies.study import Study, Takeaway, load_study
+from mipha.studies.report import beside_rows, markdown, overall, write_report
+from mipha.studies.study import Beside, Study, Takeaway, load_study
 
 
 @pytest.fixture
@@ -102,6 +102,37 @@ def test_a_planted_effect_is_found_and_no_other(study: Study, tmp_path: Path) ->
     assert findings.differences["projector"]["stages.finetune.tuning.language_model"] == "frozen"
     assert findings.differences["low"]["stages.finetune.learning_rate"] == 1e-6
     assert "| all minus projector | easy_vqa | +" in markdown(findings)
+
+
+def test_every_verdict_stands_with_its_margin(study: Study, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write_runs(study, out, {"all": 0.8, "projector": 0.4, "low": 0.8})
+    write_report(study.at("mini"), out)
+    text, page = ((out / name).read_text() for name in ("report.md", "report.html"))
+    assert "(s): **holds**, margin 2 %" in text and "(s): **holds**, margin 20 %" in text
+    assert "<i>holds</i>, margin 2 %" in page and "<i>holds</i>, margin 20 %" in page
+    assert "A difference up to the margin counts as none." in text
+
+
+def test_a_published_table_stands_beside_the_scores(study: Study, tmp_path: Path) -> None:
+    beside = Beside(table=1, rows={"all": "Phi-2-2.7B", "low": "Pythia-1.4B"})
+    scale = study.scales["mini"].model_copy(update={"beside": beside})
+    shown = study.model_copy(update={"scales": {"mini": scale}})
+    assert shown.at("mini").digest() == study.at("mini").digest(), "nothing is trained for it"
+
+    out = tmp_path / "out"
+    write_runs(study, out, {"all": 0.8, "projector": 0.4, "low": 0.7})
+    write_report(shown.at("mini"), out)
+    rows = beside_rows(find(shown.at("mini"), out))
+    assert [row[:4] for row in rows] == [
+        ["variant", "in the paper", "MMLU", "BBH"],
+        ["all", "Phi-2-2.7B", "56.7", "43.4"],
+        ["low", "Pythia-1.4B", "25.4", "-"],
+    ]
+    assert float(rows[1][-1].split(" ± ")[0]) == pytest.approx(80, abs=6)
+    assert "## Beside Table 1 of the paper" in (out / "report.md").read_text()
+    assert "<h2>Beside Table 1 of the paper</h2>" in (out / "report.html").read_text()
+    assert beside_rows(find(study.at("mini"), out)) == []
 
 
 def test_variants_are_compared_by_the_metric_that_is_asked_for(

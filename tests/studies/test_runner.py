@@ -181,16 +181,13 @@ def test_runs_side_by_side_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_failed_run_is_named_with_its_log(study: Study, tmp_path: Path, tiny_data: Path) -> None:
-    scale = study.scales["mini"].model_copy(
-        update={
-            "evaluate": (study.scales["mini"].evaluate[0].model_copy(update={"split": "tset"}),)
-        }
-    )
-    alone = {"axes": {"tuned": {"projector": ()}}, "takeaways": (), "panel": ()}
-    broken = study.model_copy(update={"scales": {"mini": scale.model_copy(update=alone)}})
+    short = ("stages.pretrain.row_tokens=2",)
+    alone = {"axes": {"tuned": {"projector": short}}, "takeaways": (), "panel": ()}
+    scale = study.scales["mini"].model_copy(update=alone)
+    broken = study.model_copy(update={"scales": {"mini": scale}})
     with pytest.raises(RuntimeError, match=r"1 of 1 runs failed: see .*projector-seed-0\.log"):
         run_study(broken, "mini", tmp_path / "out")
-    assert "tset" in (tmp_path / "out" / "logs" / "projector-seed-0.log").read_text()
+    assert "row_tokens" in (tmp_path / "out" / "logs" / "projector-seed-0.log").read_text()
 
 
 def test_a_folder_of_another_study_is_refused_before_anything_is_trained(

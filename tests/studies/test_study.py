@@ -1,14 +1,16 @@
-"""A study file says what is varied; its variants are recipes; what cannot be meant is refused."""
+"""A study file becomes variants, which are recipes; a file that cannot be meant is refused."""
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from mipha.recipe import load_recipe
+from mipha.catalog.full_size import part_config
+from mipha.recipe import PARTS, load_recipe
 from mipha.studies.study import list_studies, load_study
 
 CLAIM = {"claim": "c", "source": "s"}
@@ -47,6 +49,52 @@ def test_every_study_of_the_catalog_has_its_variants_at_each_scale(name: str) ->
     }
     assert set(names) == {"mini", "paper"}
     assert study.scales["mini"].seeds >= 3 and "paper" in study.scales["mini"].note
+
+
+@pytest.mark.parametrize("scale", ["mini", "paper"])
+def test_the_variants_of_lora_change_one_thing_at_a_time(scale: str) -> None:
+    variants = load_study("lora").at(scale).variants
+    for before, after in itertools.pairwise(variants):
+        changed = {
+            part
+            for part in PARTS
+            if before.recipe.stages["finetune"].tuning.of(part)
+            != after.recipe.stages["finetune"].tuning.of(part)
+        }
+        rates = {
+            part
+            for part in PARTS
+            if before.recipe.stages["finetune"].peak_learning_rate(part)
+            != after.recipe.stages["finetune"].peak_learning_rate(part)
+            and after.recipe.stages["finetune"].tuning.of(part) != "frozen"
+        }
+        assert len(changed) + len(rates) == 1, (before.name, after.name, changed, rates)
+        others = before.recipe.differences(after.recipe).keys()
+        assert all("tuning" in key or "learning_rate" in key for key in others)
+
+
+def test_the_towers_that_are_compared_at_paper_scale_are_of_one_size() -> None:
+    configs = [
+        part_config(variant.recipe.model.vision_tower)
+        for variant in load_study("vision-tower").at("paper").variants
+    ]
+    assert {(config["hidden_size"], config["num_hidden_layers"]) for config in configs} == {
+        (1024, 24)
+    }
+    sizes = [
+        variant.recipe.model.image_size
+        for variant in load_study("vision-tower").at("paper").variants
+    ]
+    tokens = {
+        (size // config["patch_size"]) ** 2 for size, config in zip(sizes, configs, strict=True)
+    }
+    assert tokens == {576}
+
+
+def test_siglip_is_compared_at_the_sizes_of_figure_6() -> None:
+    variants = load_study("siglip-resolution").at("paper").variants
+    assert [variant.recipe.model.image_size for variant in variants] == [384, 448]
+    assert {variant.recipe.model.vision_tower for variant in variants} == {"siglip-so400m-384"}
 
 
 def test_variants_are_the_combinations_of_all_axes(written) -> None:
@@ -101,6 +149,14 @@ def test_a_first_stage_is_shared_exactly_where_it_is_the_same() -> None:
             "exactly one of better",
         ),
         ({"scale": {"takeaways": [{**CLAIM, "better": "all"}]}}, "`than` goes with better"),
+        (
+            {"scale": {"beside": {"table": 1, "rows": {"al": "Phi-2-2.7B"}}}},
+            "`beside` names no variant 'al'; did you mean all",
+        ),
+        (
+            {"scale": {"beside": {"table": 1, "rows": {"all": "Phi-2"}}}},
+            "table 1 of the paper has no row 'Phi-2'; did you mean Phi-2-2.7B",
+        ),
         ({"titel": "x"}, "titel: unknown key; did you mean title"),
     ],
 )

@@ -29,10 +29,8 @@ from mipha.models.decoding import AnswerText, OnTokens, RowSampler, RowWatch, Sa
 from mipha.models.features import ImageFeatures
 from mipha.models.modeling import LlavaForConditionalGeneration, attention_window, load_model
 from mipha.models.processing import load_processor
+from mipha.preflight import check_device, check_dtype
 from mipha.run import Run, model_folder
-
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-"""Dtypes that a model may be loaded in."""
 
 
 @dataclass(frozen=True)
@@ -498,14 +496,15 @@ def load(
 
     Raises:
         FileNotFoundError: The run is not finished, or the folder is no checkpoint.
-        ValueError: The dtype is none of float32, bfloat16 and float16.
+        ValueError: The dtype is none of float32, bfloat16 and float16, or there is no such device.
     """
     folder = path.final_checkpoint() if isinstance(path, Run) else model_folder(path)
+    if isinstance(device, str):
+        check_device(device)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     name = str(dtype or "auto").removeprefix("torch.")
-    if name not in DTYPES:
-        raise ValueError(f"no dtype {name!r} to answer in: use one of {', '.join(DTYPES)}")
+    check_dtype(name)
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" else "float32"
     return Assistant(load_model(str(folder), device, getattr(torch, name)), load_processor(folder))

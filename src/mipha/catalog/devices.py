@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mipha.lookup import did_you_mean
+
 
 @dataclass(frozen=True)
 class DeviceEntry:
@@ -105,6 +107,18 @@ DEVICES: dict[str, DeviceEntry] = {
         "NVIDIA Ampere GA102 white paper, FP32 accumulate",
     ),
 }
+
+
+def device_entry(name: str) -> DeviceEntry | None:
+    """Return the entry of a device that plans know; None for `cpu`, which is this machine's.
+
+    Raises:
+        ValueError: There is no such device.
+    """
+    if name != "cpu" and name not in DEVICES:
+        hint = did_you_mean(name, ["cpu", *DEVICES])
+        raise ValueError(f"no device {name!r}: {hint}; known are cpu, {', '.join(DEVICES)}")
+    return DEVICES.get(name)
 
 
 def device_reported_as(name: str) -> DeviceEntry | None:

@@ -18,7 +18,7 @@ class Entries:
     """One kind of entry of the catalog.
 
     Args:
-        names: What there is of it.
+        names: Names of its entries.
         line: Name to one line that says what it is.
         text: Name to the whole entry, as YAML where it is not a file of its own.
     """
@@ -188,7 +188,7 @@ def _plain(entry: Any) -> dict[str, Any]:
 
 
 def _modules(folder: Path, names: list[str]) -> Entries:
-    """Return the kind of a folder of modules, which say what they are in their docstrings."""
+    """Return the kind of a folder of modules; their docstrings describe them."""
 
     def docstring(name: str) -> str:
         # Read without importing it: a data set's module may import torch.

@@ -120,6 +120,10 @@ def export(
     ] = None,
 ) -> None:
     """Write a model folder ready for `hf upload`, or GGUF files for llama.cpp and Ollama."""
+    from mipha.deploy.gguf import parse_kinds
+    from mipha.preflight import check_adapter, check_new_folder
+    from mipha.run import model_folder
+
     if to not in ("hub", "gguf"):
         raise ValueError(f"--to {to}: choose hub or gguf")
     if base is not None and not merge:
@@ -127,14 +131,26 @@ def export(
     if to == "gguf":
         if merge:
             raise ValueError("--merge writes a model folder: export that folder to gguf afterwards")
+
+        # Check the names before torch is imported.
+        names = [kind.strip() for kind in (quantize or "f16").split(",") if kind.strip()]
+        kinds = parse_kinds(names)
+        model_folder(source)
+        check_new_folder(out)
+
         from mipha.deploy.gguf.export import export_gguf
 
-        kinds = [kind.strip() for kind in (quantize or "f16").split(",") if kind.strip()]
         for path in export_gguf(source, out, kinds):
             typer.echo(f"written: {path}")
         return
     if quantize is not None:
         raise ValueError("--quantize has no effect without --to gguf: leave it out")
+
+    if merge:
+        check_adapter(source)
+    else:
+        model_folder(source)
+    check_new_folder(out)
 
     from mipha.deploy.model_card import export_for_hub, write_model_card
 
@@ -261,9 +277,11 @@ def chat(
     dtype: Annotated[str, typer.Option(help=_DTYPE_HELP)] = "auto",
 ) -> None:
     """Chat about an image; commands: /image PATH, /reset and /quit."""
+    from mipha.preflight import check_dtype
     from mipha.run import model_folder
 
     folder = model_folder(run)
+    check_dtype(dtype)
     if image is not None and not image.is_file():
         raise FileNotFoundError(f"no image {image}: give the path of an image")
 

@@ -18,7 +18,7 @@ class _Verbs(TyperGroup):
     """Turns errors that a user can fix into one sentence without a traceback, for every verb."""
 
     def invoke(self, ctx: Any) -> Any:
-        # Our own progress bars say what takes long.
+        # Our own progress bars show the long steps.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
@@ -82,7 +82,7 @@ def main() -> None:
 
 
 def _sentence(error: Exception) -> str | None:
-    """Return what went wrong where a user can fix it.
+    """Return one sentence about an error that a user can fix.
 
     None for our own mistakes, which keep their traceback.
     """

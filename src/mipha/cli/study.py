@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mipha.cli.arguments import parse_pairs
+from mipha.cli.results import JudgeModel, JudgeReplies, JudgeUrl
 
 verbs = typer.Typer(
     help="Train and compare the variants of one of the paper's experiments, or of your own.",
@@ -52,13 +53,19 @@ def run(
             help="A SLURM job a run: submitit's parameters, such as slurm_partition=gpu.",
         ),
     ] = None,
+    judge: JudgeUrl = None,
+    judge_model: JudgeModel = None,
+    judge_replies: JudgeReplies = None,
 ) -> None:
-    """Train and evaluate what is missing, then write the report."""
+    """Train and evaluate the missing runs, then write the report."""
     from mipha.api import run_study
+    from mipha.studies.runner import JudgeOptions
     from mipha.studies.study import load_study
 
     parameters = parse_pairs(slurm, "--slurm", "slurm_partition=gpu") if slurm else None
-    folder = run_study(load_study(name), scale, out, seeds, jobs, parameters, share or ())
+    given = judge or judge_model or judge_replies
+    options = JudgeOptions(judge, judge_model, judge_replies) if given else None
+    folder = run_study(load_study(name), scale, out, seeds, jobs, parameters, share or (), options)
     for report in ("report.md", "report.html"):
         typer.echo(f"written: {folder / report}")
 

@@ -59,13 +59,22 @@ def plan(
     """Predict parameters, memory, time and cost of a recipe; exit code 1 if it does not fit."""
     import json
 
+    from mipha.catalog.devices import device_entry
     from mipha.files import write_whole
-    from mipha.planning.plan import compare_with_run, device_named, plan_training
-    from mipha.planning.tables import as_json, print_plan
+    from mipha.preflight import check_parts
     from mipha.recipe import load_recipe
     from mipha.run import open_run
 
+    # Check the names before torch is imported.
     chosen = load_recipe(recipe).override(*(overrides or ()))
+    device_entry(device)
+    check_parts(chosen.model, reach_hub=False)
+    if run is not None:
+        open_run(run)
+
+    from mipha.planning.plan import compare_with_run, device_named, plan_training
+    from mipha.planning.tables import as_json, print_plan
+
     wanted = device_named(device, chosen.precision)
     plans = plan_training(chosen, wanted, num_devices, efficiency)
     compared = (

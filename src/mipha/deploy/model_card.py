@@ -20,7 +20,7 @@ from mipha.catalog.vision_towers import VISION_TOWERS
 from mipha.checkpoint_files import read_checkpoint, read_config
 from mipha.deploy.runtimes import runtimes
 from mipha.files import read_json_object, whole_folder, write_whole
-from mipha.models.checkpoint_folder import check_finite_folder
+from mipha.preflight import check_new_folder
 from mipha.recipe import PARTS, Recipe
 from mipha.run import Run, model_folder, open_run
 
@@ -128,10 +128,11 @@ def export_for_hub(model: str | Path, out: Path) -> Path:
     """
     checkpoint = model_folder(model)
     run = None if checkpoint == Path(model) else open_run(model)
-    if out.exists():
-        raise ValueError(f"{out} exists: choose another -o, or remove it")
+    check_new_folder(out)
 
     # Refuse pickles, code, links out of the folder and broken weights: the copy will be public.
+    from mipha.models.checkpoint_folder import check_finite_folder  # loads torch
+
     read_checkpoint(checkpoint)
     check_finite_folder(checkpoint)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import resource
 import shutil
 import sys
@@ -14,24 +13,6 @@ import torch
 
 from mipha.catalog.devices import device_reported_as
 from mipha.world import World
-
-
-def check_writable(folder: Path) -> None:
-    """Write a file in a folder and remove it, before hours are spent on results.
-
-    Raises:
-        OSError: The folder cannot be written to.
-    """
-    probe = folder / f".probe.{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_bytes(bytes(4096))
-        probe.unlink()
-    except OSError as error:
-        raise OSError(
-            f"{folder} cannot be written to ({error.strerror}): "
-            "choose another -o, or get the right to write there"
-        ) from error
 
 
 def check_free_space(folder: Path, need: int) -> None:

@@ -29,6 +29,7 @@ from mipha.models.fingerprint import checkpoint_digest
 from mipha.models.modeling import LlavaForConditionalGeneration, load_model
 from mipha.models.processing import load_processor
 from mipha.models.quantization import is_quantized
+from mipha.preflight import check_adapter
 from mipha.recipe import LoraRecipe, Part
 
 _NAME = "default"  # peft's name for the one adapter of a model
@@ -224,11 +225,7 @@ def merge_adapter(adapter: Path, folder: Path, base: Path | None = None) -> None
         ValueError: The adapter was trained on another base or over weights of 4 bits, or the
             folder exists.
     """
-    if not (adapter / "adapter_config.json").is_file():
-        raise FileNotFoundError(
-            f"{adapter} has no adapter_config.json: "
-            "give the adapter/ folder of a stage, or one that peft wrote"
-        )
+    check_adapter(adapter)
     if folder.exists():
         raise ValueError(f"{folder} exists: choose another folder for the merged model")
 

@@ -25,10 +25,9 @@ from mipha.checkpoint_files import (
     StoredTensor,
     conversion_command,
     read_headers,
-    refuse_redirects,
 )
-from mipha.lookup import did_you_mean
 from mipha.models.packaged import packaged_folder
+from mipha.preflight import check_part
 
 TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt"),
@@ -52,19 +51,7 @@ def locate(name: str, path: str, kind: str, known: list[str]) -> str:
     if path.startswith("packaged:"):
         return str(packaged_folder(path.removeprefix("packaged:")))
 
-    if Path(path).is_dir():
-        refuse_redirects(Path(path))
-        if not (Path(path) / "config.json").is_file():
-            raise FileNotFoundError(
-                f"{kind} folder {path} has no config.json: "
-                "give the folder that save_pretrained wrote"
-            )
-        return path
-
-    if "/" not in path or path.startswith((".", "/")):
-        raise FileNotFoundError(
-            f"no {kind} {name!r}: {did_you_mean(name, known)}, or give a folder or a hub id"
-        )
+    check_part(name, path, kind, known)
     return path
 
 

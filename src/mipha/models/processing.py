@@ -12,10 +12,8 @@ from transformers.image_utils import PILImageResampling
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from mipha.files import read_json_object
-from mipha.lookup import did_you_mean, files_in
 from mipha.models.chat_template import IMAGE_TOKEN, fit_template
-
-TEMPLATES = Path(__file__).parent.parent / "catalog" / "chat_templates"
+from mipha.preflight import template_file
 
 
 def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -29,12 +27,7 @@ def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
         FileNotFoundError: No such template.
         ValueError: As `checked_template`.
     """
-    path = Path(name) if name.endswith(".jinja") else TEMPLATES / f"{name}.jinja"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"no chat template {name!r}: {did_you_mean(name, files_in(TEMPLATES, '.jinja'))}, "
-            "or give a .jinja file"
-        )
+    path = template_file(name)
     return checked_template(path.read_text(encoding="utf-8"), tokenizer, source=str(path))
 
 

@@ -20,13 +20,12 @@ from math import ceil
 
 import torch
 
-from mipha.catalog.devices import DEVICES
+from mipha.catalog.devices import device_entry
 from mipha.catalog.published_data import PUBLISHED_DATA, PublishedData
 from mipha.data.batches import StepDataset
 from mipha.data.mixture import Mixture
 from mipha.data.order import count_steps, samples_shown
 from mipha.files import read_lines
-from mipha.lookup import did_you_mean
 from mipha.models.build import load_parts_processor, skeleton
 from mipha.models.flops import StepFlops, Work
 from mipha.models.modeling import LlavaForConditionalGeneration
@@ -159,17 +158,14 @@ def device_named(name: str, precision: str = "auto") -> Device:
     Raises:
         ValueError: There is no such device, or it has no units for the precision.
     """
-    if name == "cpu":
+    entry = device_entry(name)
+    if entry is None:
         native = torch.cpu._is_avx512_bf16_supported()
         autocast = precision == "bfloat16" or (precision == "auto" and native)
         flops = _measure_flops(torch.bfloat16 if autocast else torch.float32)
         memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
         return Device(name, "cpu", flops, memory, autocast)
 
-    if name not in DEVICES:
-        hint = did_you_mean(name, ["cpu", *DEVICES])
-        raise ValueError(f"no device {name!r}: {hint}; known are cpu, {', '.join(DEVICES)}")
-    entry = DEVICES[name]
     native = entry.bfloat16_tflops is not None
     autocast = precision == "bfloat16" or (precision == "auto" and native)
     tflops = entry.tflops("bfloat16" if autocast else "float32")

@@ -1,1 +1,1 @@
-"""The design space: a study is one base recipe and what is varied of it; run, resumed, reported."""
+"""The design space: a study is one base recipe and its variants; run, resumed, reported."""

@@ -1,4 +1,4 @@
-"""What a study's runs say: each variant's scores, the planned comparisons, each takeaway's verdict.
+"""Findings of a study: each variant's scores, planned comparisons, each takeaway's verdict.
 
 Only the pairs that a takeaway names are tested, and all p-values of a study are adjusted together
 (Holm): looking at every pair would make findings of chance.
@@ -35,7 +35,7 @@ ALPHA = 0.05
 
 @dataclass(frozen=True)
 class Cost:
-    """What one run took.
+    """The cost of one run.
 
     Args:
         minutes: Training time of all stages, as if each were its own.
@@ -121,7 +121,7 @@ def find(experiment: Experiment, out: Path) -> Findings:
     benchmarks = {wanted.benchmark: load_benchmark(wanted.benchmark) for wanted in asked.evaluate}
     headline = {wanted.benchmark: compared_by(wanted) for wanted in asked.evaluate}
 
-    # Read what each run measured.
+    # Read the measurements of each run.
     seeds = [int(path.name.removeprefix("seed-")) for path in (out / "runs").glob("*/seed-*")]
     jobs = jobs_of(experiment, out, max(seeds, default=-1) + 1)
     tallies = {
@@ -263,7 +263,7 @@ def _judge(
 
 
 def _tallies(jobs: Sequence[Job], variant: str, benchmark: str) -> list[Tally]:
-    """Return what each run of a variant contributes to a benchmark's metrics."""
+    """Return the contribution of each run of a variant to a benchmark's metrics."""
     contents = [
         read_json(file)
         for job in jobs
@@ -304,6 +304,6 @@ def _differences(variants: Sequence[Variant]) -> dict[str, dict[str, object]]:
 
 
 def _values(variant: Variant) -> dict[str, object]:
-    """Return recipe key to value; an empty group of keys says nothing."""
+    """Return recipe key to value; an empty group of keys is left out."""
     values = flatten(variant.recipe.model_dump(mode="json", exclude={"name", "description"}))
     return {key: value for key, value in values.items() if value != {}}

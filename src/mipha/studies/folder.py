@@ -1,9 +1,9 @@
 """A study's folder: its runs, and the runs and stages that it takes over from other studies.
 
-DIR/study.yaml              the study as it was asked for, and `asked.json`: at which scale
+DIR/study.yaml              the study as it was asked for; `asked.json` holds its scale
     runs/<variant>/seed-<k> a run folder each
-    logs/                   what each run printed
-    report.md, report.html  what they say, and `scores.png`
+    logs/                   output of each run
+    report.md, report.html  the report, with `scores.png`
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Job:
 
     @cached_property
     def made(self) -> dict[str, str]:
-        """Stage to the digest of what it makes; two runs can share a stage where these agree."""
+        """Digest of the model of each stage; two runs can share a stage where these agree."""
         return {stage: self.recipe.stage_digest(stage) for stage in self.recipe.stages}
 
     @property

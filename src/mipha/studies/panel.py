@@ -80,7 +80,7 @@ def answer_panel(
 
 
 def panel_answers(run: Path) -> list[str]:
-    """Return what a run answered; nothing where it was not asked."""
+    """Return the answers of a run; an empty list where it was not asked."""
     return [row["answer"] for row in read_lines(run / "panel.jsonl")]
 
 

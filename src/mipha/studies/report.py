@@ -9,12 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mipha.comparison.figures import BLUE, FAINT, GREY, INK, new_figure, save_figure
-from mipha.comparison.results import TITLES
+from mipha.comparison.results import TITLES, published_table
 from mipha.evaluation.benchmark import Question
 from mipha.files import write_whole
 from mipha.studies.findings import Findings, Judged, VariantComparison, VariantScores, find
 from mipha.studies.panel import asked_of, panel_answers
 from mipha.studies.study import Experiment, Numbers
+
+_MARGIN = (
+    "A difference up to the margin counts as none. Where the runs do not settle a claim, its "
+    "verdict is: not enough runs."
+)
 
 _STYLE = """
 :root {
@@ -68,16 +73,19 @@ def markdown(findings: Findings) -> str:
     parts = [f"# {findings.experiment.study.title}\n\n{intro(findings)}\n"]
 
     if findings.judged:
-        parts.append("## Takeaways\n")
+        parts.append(f"## Takeaways\n\n{_MARGIN}\n")
     for judged in findings.judged:
         parts.append(
-            f"**{judged.takeaway.claim}** ({judged.takeaway.source}): **{overall(judged)}**\n\n"
+            f"**{judged.takeaway.claim}** ({judged.takeaway.source}): "
+            f"**{overall(judged)}**, {margin(judged, findings)}\n\n"
         )
         parts.append(_markdown_table(_comparison_rows(judged.comparisons, findings)) + "\n")
 
     parts.append(
         "## Scores\n\n" + _markdown_table(score_rows(findings)) + "\n![scores](scores.png)\n"
     )
+    if rows := beside_rows(findings):
+        parts.append(f"## {_beside_title(findings)}\n\n" + _markdown_table(rows))
     if detailed := _detailed(findings):
         parts.append("## In detail\n\n" + "\n".join(map(_markdown_table, detailed)))
     parts.append("## What differs\n\n" + _markdown_table(difference_rows(findings)))
@@ -92,21 +100,30 @@ def page(findings: Findings, out: Path) -> str:
         verdict = overall(judged)
         kind = verdict if verdict in ("holds", "does not hold") else "open"
         table = _html_table(_comparison_rows(judged.comparisons, findings))
-        claim = f"{html.escape(judged.takeaway.claim)}: <i>{html.escape(verdict)}</i>"
+        claim = (
+            f"{html.escape(judged.takeaway.claim)}: <i>{html.escape(verdict)}</i>, "
+            f"{html.escape(margin(judged, findings))}"
+        )
         claims.append(
             f'<div class="claim {kind.replace(" ", "-")}"><b>{claim}</b>'
             f'<span class="grey">{html.escape(judged.takeaway.source)}</span>{table}</div>'
         )
 
+    beside = beside_rows(findings)
     details = [f'<div class="wide">{_html_table(rows)}</div>' for rows in _detailed(findings)]
     figure = base64.b64encode((out / "scores.png").read_bytes()).decode()
     title = html.escape(findings.experiment.study.title)
     sections = [
         f"<h1>{title}</h1><p>{html.escape(intro(findings))}</p>",
-        *(["<h2>Takeaways</h2>" + "".join(claims)] if claims else []),
+        *([f"<h2>Takeaways</h2><p>{_MARGIN}</p>" + "".join(claims)] if claims else []),
         f'<h2>Scores</h2><div class="wide">{_html_table(score_rows(findings))}</div>'
         f'<p><img class="figure" alt="scores of every variant, a dot a seed" '
         f'src="data:image/png;base64,{figure}"></p>',
+        *(
+            [f'<h2>{_beside_title(findings)}</h2><div class="wide">{_html_table(beside)}</div>']
+            if beside
+            else []
+        ),
         *(["<h2>In detail</h2>", *details] if details else []),
         f'<h2>What differs</h2><div class="wide">{_html_table(difference_rows(findings))}</div>',
         f'<h2>Cost</h2><div class="wide">{_html_table(cost_rows(findings))}</div>',
@@ -121,7 +138,7 @@ def page(findings: Findings, out: Path) -> str:
 
 
 def intro(findings: Findings) -> str:
-    """Return what was asked, at which scale, and what of it is there."""
+    """Return the scale, the base recipe and the number of runs, as a paragraph."""
     experiment = findings.experiment
     counts = {name: len(costs) for name, costs in findings.costs.items()}
     runs = (
@@ -147,6 +164,12 @@ def overall(judged: Judged) -> str:
         f"{verdict} on {verdicts.count(verdict)} of {len(verdicts)}"
         for verdict in dict.fromkeys(verdicts)
     )
+
+
+def margin(judged: Judged, findings: Findings) -> str:
+    """Return the margin of a verdict with the units of the metrics that it is measured in."""
+    units = dict.fromkeys(findings.headline[name].unit for name in judged.verdicts)
+    return f"margin {judged.takeaway.within:g} {' or '.join(units)}"
 
 
 def score_rows(findings: Findings) -> list[list[str]]:
@@ -193,6 +216,39 @@ def detail_rows(findings: Findings, benchmark: str) -> list[list[str]]:
             for metric in metrics
         ),
     ]
+
+
+def beside_rows(findings: Findings) -> list[list[str]]:
+    """Return a header, then a variant a row: published numbers, then its means.
+
+    Empty where the study names no published table.
+    """
+    beside = findings.experiment.asked.beside
+    if beside is None:
+        return []
+    table = {row.name: row for row in published_table(beside.table)}
+    columns = dict.fromkeys(column for name in beside.rows.values() for column in table[name].cells)
+
+    header = ["variant", "in the paper", *(TITLES.get(column, column) for column in columns)]
+    header += [TITLES.get(name, name) for name in findings.headline]
+    body = []
+    for variant, name in beside.rows.items():
+        printed = (
+            table[name].cells[column].printed if column in table[name].cells else "-"
+            for column in columns
+        )
+        found = (
+            _spread(scores) if scores.values else "-"
+            for scores in findings.scores[variant].values()
+        )
+        body.append([variant, name, *printed, *found])
+    return [header, *body]
+
+
+def _beside_title(findings: Findings) -> str:
+    beside = findings.experiment.asked.beside
+    assert beside is not None
+    return f"Beside Table {beside.table} of the paper"
 
 
 def _detailed(findings: Findings) -> list[list[list[str]]]:
@@ -292,7 +348,7 @@ def draw_scores(findings: Findings, path: Path) -> None:
     """Draw one panel a benchmark: a bar or a point a variant, a dot a seed.
 
     Args:
-        findings: What is drawn; a curve for a single numeric axis, else bars.
+        findings: Findings to draw; a curve for a single numeric axis, else bars.
         path: `.png` or `.svg`, written whole.
     """
     benchmarks = list(findings.headline)

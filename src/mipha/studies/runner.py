@@ -1,7 +1,7 @@
-"""Train and measure what a study lacks: one process a run, as many at a time as there are slots.
+"""Train and measure the missing runs of a study, in processes of their own, a few at a time.
 
-A study that was killed goes on where it stopped. What another study has trained by the same recipe
-is taken over where its folder is given: whole runs, or their first stages.
+A study that was killed goes on where it stopped. Whole runs, or their first stages, are taken over
+from the folder of another study that trained the same recipes.
 """
 
 from __future__ import annotations
@@ -14,13 +14,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mipha.api import check_training
 from mipha.errors import import_optional
+from mipha.evaluation.benchmark import load_benchmark
+from mipha.evaluation.evaluate import plan_benchmarks
+from mipha.evaluation.judge import Endpoint, Replay
 from mipha.files import read_json
 from mipha.processes import child_environment, hold_folder
 from mipha.run import available_cores, create_run
@@ -34,12 +39,73 @@ from mipha.studies.folder import (
     runs_in,
     share_stages,
 )
+from mipha.studies.panel import asked_of
 from mipha.studies.study import Experiment, Measured, Scale
 
 console = Console()
 
 _LOOK_EVERY = 5.0
 """Seconds between looks into every run for the bar: on two cores more often would be felt."""
+
+
+@dataclass(frozen=True)
+class JudgeOptions:
+    """The judge of a study's runs, in the options of `mipha evaluate`.
+
+    Args:
+        url: Base URL of a server that grades.
+        model: Name of its model.
+        replies: File of recorded replies, used instead of a server.
+    """
+
+    url: str | None = None
+    model: str | None = None
+    replies: Path | None = None
+
+    def check(self) -> None:
+        """Check that `mipha evaluate` would take these options.
+
+        Raises:
+            ValueError: Two judges, a URL without a model, or malformed replies.
+            FileNotFoundError: No such file of replies.
+        """
+        if self.replies is not None and self.url is not None:
+            raise ValueError("--judge-replies and --judge are two judges: give one")
+        if self.replies is not None:
+            Replay(self.replies)
+        elif self.url is None:
+            raise ValueError("--judge-model has no effect without --judge: give its URL")
+        elif self.model is None:
+            raise ValueError("--judge needs --judge-model, the name of a model that the server has")
+        else:
+            Endpoint(self.url, self.model)
+
+    @property
+    def arguments(self) -> list[str]:
+        """The options as words of a command."""
+        given = {
+            "--judge": self.url,
+            "--judge-model": self.model,
+            "--judge-replies": self.replies,
+        }
+        return [part for key, value in given.items() if value for part in (key, str(value))]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Everything that the runs of a study have in common.
+
+    Args:
+        out: Folder of the study.
+        scale: Name of the scale.
+        asked: The scale, with the benchmarks that can be scored.
+        judge: Judge of the benchmarks that want one.
+    """
+
+    out: Path
+    scale: str
+    asked: Scale
+    judge: JudgeOptions | None = None
 
 
 def run_missing(
@@ -49,15 +115,23 @@ def run_missing(
     slots: int = 1,
     slurm: dict[str, Any] | None = None,
     share: Sequence[str | Path] = (),
+    judge: JudgeOptions | None = None,
 ) -> None:
     """Train and evaluate the runs of a study that are missing.
 
     Arguments and errors are those of `mipha.api.run_study`.
     """
-    # Check what can be checked before anything is trained.
-    for wanted in experiment.asked.evaluate:
-        compared_by(wanted)
+    # Check everything that can be checked before anything is trained.
     others = [job for folder in share for job in runs_in(Path(folder))]
+    jobs = jobs_of(experiment, out, seeds or experiment.asked.seeds)
+    asked = _askable(experiment, judge)
+    donors = {other.recipe.digest(): other.folder for other in reversed(others) if other.is_trained}
+    if not all(_is_done(job, asked) for job in jobs):
+        _check_data(asked, experiment.asked.evaluate)
+    for job in jobs:
+        if job.recipe.digest() not in donors:
+            check_training(job.recipe, job.folder)
+    gpus = _gpus(slots) if slurm is None else []
     claim(experiment, out)
     with hold_folder(out):
         _run_missing(experiment, out, seeds, slots, slurm, others)
@@ -72,24 +146,23 @@ def _run_missing(
     others: list[Job],
 ) -> None:
     # Make the run folders; whole runs are taken over from the first study that has them.
-    jobs = jobs_of(experiment, out, seeds or experiment.asked.seeds)
-    donors = {other.recipe.digest(): other.folder for other in reversed(others) if other.is_trained}
     for job in jobs:
         if not job.folder.exists() and (donor := donors.get(job.recipe.digest())):
             adopt_run(donor, job.folder)
         create_run(job.folder, job.recipe)
 
-    # Run what is missing.
-    missing = [job for job in jobs if not _is_done(job, experiment.asked)]
+    # Run the missing ones.
+    missing = [job for job in jobs if not _is_done(job, asked)]
     console.print(
         f"{experiment.study.title}: {len(jobs)} runs, {len(jobs) - len(missing)} of them done"
     )
+    work = Work(out, experiment.scale, asked, judge)
     with _progress(jobs) as watch, _executor(slots, slurm, out / "logs") as submit:
         failed = _run_all(
             missing,
             [*jobs, *others],
-            start=lambda job, gpu: submit(make, job, experiment, out, _environment(slots, gpu)),
-            gpus=_gpus(slots) if slurm is None else [],
+            start=lambda job, gpu: submit(make, job, work, _environment(slots, gpu)),
+            gpus=gpus,
             slots=slots if slurm is None else None,
             watch=watch,
         )
@@ -101,26 +174,70 @@ def _run_missing(
         )
 
 
-def make(job: Job, experiment: Experiment, out: Path, environment: dict[str, str]) -> None:
+def _askable(experiment: Experiment, judge: JudgeOptions | None) -> Scale:
+    """Return the scale with the benchmarks that can be scored, and say which are left out.
+
+    Raises:
+        ValueError: A benchmark has no such metric, the judge cannot be used, or no benchmark
+            remains.
+    """
+    if judge is not None:
+        judge.check()
+    for wanted in experiment.asked.evaluate:
+        compared_by(wanted)
+
+    judged = [
+        wanted.benchmark
+        for wanted in experiment.asked.evaluate
+        if load_benchmark(wanted.benchmark).judge == "required"
+    ]
+    if judge is not None or not judged:
+        return experiment.asked
+
+    # Without a judge, a run would train for days and then fail at its evaluation.
+    kept = tuple(wanted for wanted in experiment.asked.evaluate if wanted.benchmark not in judged)
+    fix = "give --judge URL --judge-model NAME, or --judge-replies FILE"
+    names = " and ".join(judged)
+    if not kept:
+        raise ValueError(f"the study measures by {names} alone, which a judge grades: {fix}")
+    console.print(f"{names}: graded by a judge and left out; to measure it too, {fix}")
+    return experiment.asked.model_copy(update={"evaluate": kept})
+
+
+def _check_data(asked: Scale, measured: Sequence[Measured]) -> None:
+    """Read the questions of every benchmark and of the panel, and see that their images are there.
+
+    Args:
+        asked: Scale with the benchmarks that are measured.
+        measured: All benchmarks of the study; the panel may use images of each.
+    """
+    for wanted in asked.evaluate:
+        plan_benchmarks([wanted.benchmark], wanted.data_root, wanted.split)
+    asked_of(asked.panel, measured)
+
+
+def make(job: Job, work: Work, environment: dict[str, str]) -> None:
     """Train, evaluate and question one run, each in a process with memory of its own.
 
     Raises:
         CalledProcessError: A process failed; the log says why.
     """
-    folder, asked = str(job.folder), experiment.asked
+    folder, asked = str(job.folder), work.asked
+    judge = work.judge.arguments if work.judge else []
+
+    # The commands that are missing, as a user would type them.
     commands = []
     if not job.is_trained:
         commands.append(["mipha", "train", str(job.folder / "recipe.yaml"), "-o", folder])
     for wanted in asked.evaluate:
         if not _is_measured(job.folder, wanted):
-            commands.append(
-                ["mipha", "evaluate", folder, "-b", wanted.benchmark, *_options(wanted)]
-            )
+            command = ["mipha", "evaluate", folder, "-b", wanted.benchmark, *_options(wanted)]
+            commands.append([*command, *judge])
     if _wants_panel(job, asked):
-        study = str(out / "study.yaml")
-        commands.append(["mipha.studies.panel", folder, study, experiment.scale])
+        study = str(work.out / "study.yaml")
+        commands.append(["mipha.studies.panel", folder, study, work.scale])
 
-    log = _log(out, job)
+    log = _log(work.out, job)
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
         for command in commands:
@@ -187,9 +304,9 @@ def _run_all(
     """Run jobs, each when a slot is free and its next stage is made by no other.
 
     Args:
-        jobs: What is run.
+        jobs: Jobs to run.
         every: Runs whose stages may be shared.
-        start: Starts a job on a GPU, or on what there is; returns its future.
+        start: Starts a job on a GPU, or without one; returns its future.
         gpus: The GPU of each slot, where every run is to see one of several.
         slots: Jobs at a time; None: any number.
         watch: Called twice a second.
@@ -200,7 +317,7 @@ def _run_all(
     waiting, failed = list(jobs), []
     running: dict[Any, tuple[Job, str | None]] = {}
     while waiting or running:
-        # Start what can start.
+        # Start every job that can start.
         for job in waiting[:]:
             if slots is not None and len(running) >= slots:
                 break
@@ -211,7 +328,7 @@ def _run_all(
             running[start(job, gpu)] = (job, gpu)
             waiting.remove(job)
 
-        # Collect what has ended.
+        # Collect the jobs that have ended.
         time.sleep(0.5)
         for future in [future for future in running if future.done()]:
             job, gpu = running.pop(future)
@@ -249,7 +366,7 @@ def _environment(slots: int, gpu: str | None = None) -> dict[str, str]:
 
 @contextmanager
 def _executor(slots: int, slurm: dict[str, Any] | None, logs: Path) -> Iterator[Callable[..., Any]]:
-    """Yield what starts a job: a thread that waits for its processes, or SLURM."""
+    """Yield the function that starts a job: in a thread here, or through SLURM."""
     if slurm is None:
         with ThreadPoolExecutor(slots) as pool:
             yield pool.submit
@@ -272,7 +389,7 @@ def _submitit(parameters: dict[str, Any], folder: Path) -> Any:
 
 @contextmanager
 def _progress(jobs: list[Job]) -> Iterator[Callable[[], None]]:
-    """Show a bar over the whole study; the pace of this start tells the time that is left."""
+    """Show a bar over the whole study; the pace since this start tells the time that is left."""
     columns = (
         TextColumn("[bold]{task.description}"),
         BarColumn(20),
@@ -290,7 +407,7 @@ def _progress(jobs: list[Job]) -> Iterator[Callable[[], None]]:
 
         look()
         yield lambda: look() if time.monotonic() - looked > _LOOK_EVERY else None
-        look()  # what was finished since
+        look()  # for the runs that finished since
 
 
 def _share_done(job: Job) -> float:

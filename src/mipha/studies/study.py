@@ -1,4 +1,4 @@
-"""A study: a base recipe, what is varied of it, how it is measured, and what the paper concluded.
+"""A study: a base recipe, its variants, their benchmarks, and the conclusions of the paper.
 
     load_study("freezing") -> Study -> .at("mini") -> Experiment -> .variants: recipes to train
 
@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from mipha.comparison.results import published_table
 from mipha.lookup import did_you_mean, files_in, read_named
 from mipha.recipe import Recipe, RecipeBase, Strict, digest_of, load_recipe
 
@@ -51,7 +52,7 @@ class Measured(Strict):
 
 
 class Takeaway(Strict):
-    """What the paper concluded, as a statement about variants that runs can bear out or not.
+    """A conclusion of the paper, as a statement about variants that runs can support or refute.
 
     Exactly one of: `better` (each of them, than each of `than`), `not_better` (likewise), and
     `on_par` (these two).
@@ -97,7 +98,16 @@ class PanelQuestion(Strict):
         "of a benchmark that is measured"
     )
     question: str | None = Field(None, description="None: the benchmark's own")
-    kind: str = Field(description="what it tests: counting, OCR, description ...")
+    kind: str = Field(description="ability that it tests: counting, OCR, description ...")
+
+
+class Beside(Strict):
+    """A published table whose rows stand beside the scores of the variants."""
+
+    table: int = Field(
+        ge=1, le=4, description="table of the paper, see `mipha list published-table`"
+    )
+    rows: dict[str, str] = Field(min_length=1, description="variant to the name of its row")
 
 
 class Scale(Strict):
@@ -110,7 +120,8 @@ class Scale(Strict):
     seeds: int = Field(1, ge=1)
     takeaways: tuple[Takeaway, ...] = ()
     panel: tuple[PanelQuestion, ...] = ()
-    note: str = Field("", description="what this scale can say, and what it cannot")
+    beside: Beside | None = None
+    note: str = Field("", description="limits of this scale, for the report")
 
 
 class Study(RecipeBase):
@@ -127,7 +138,7 @@ class Study(RecipeBase):
 
         Raises:
             ValueError: The study has no such scale, an override does not fit the recipe, two
-                variants are the same, or a takeaway names an unknown variant.
+                variants are the same, or a takeaway or a published row names an unknown variant.
         """
         if scale not in self.scales:
             near = did_you_mean(scale, list(self.scales))
@@ -143,6 +154,8 @@ class Study(RecipeBase):
                         f"takeaway {takeaway.claim!r}: scale {scale} has no variant {name!r}; "
                         f"{did_you_mean(name, names)}"
                     )
+        if asked.beside is not None:
+            _check_beside(asked.beside, names, f"study {self.name}, scale {scale}")
         return Experiment(self, scale, asked, tuple(variants))
 
 
@@ -152,7 +165,7 @@ class Variant:
 
     Args:
         name: From the axes' choices.
-        recipe: What is trained, with seed 0.
+        recipe: Recipe with seed 0.
         number: Its value on a numeric axis.
     """
 
@@ -167,7 +180,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A study at one scale: what is trained, measured and said of it. Get one from `Study.at`.
+    """A study at one scale, with its variants. Get one from `Study.at`.
 
     Args:
         study: The study.
@@ -187,14 +200,15 @@ class Experiment:
         return self.study.name
 
     def digest(self) -> str:
-        """Return twelve hex digits of what is trained and asked.
+        """Return twelve hex digits that name the recipes and the questions.
 
-        What is then said of it, and how many seeds there are, does not count.
+        Takeaways, panel, published rows, note and the number of seeds do not count.
         """
         said_only = {
             "seeds": True,
             "takeaways": True,
             "panel": True,
+            "beside": True,
             "note": True,
             "evaluate": {"__all__": {"metric"}},
         }
@@ -217,6 +231,21 @@ def load_study(name: str | Path) -> Study:
     """
     tree, path = read_named(name, STUDIES, "study")
     return Study.parse(tree, str(path))
+
+
+def _check_beside(beside: Beside, variants: Sequence[str], where: str) -> None:
+    """Check that a published table has the rows, and the study the variants."""
+    rows = [row.name for row in published_table(beside.table)]
+    for variant, row in beside.rows.items():
+        if variant not in variants:
+            raise ValueError(
+                f"{where}: `beside` names no variant {variant!r}; {did_you_mean(variant, variants)}"
+            )
+        if row not in rows:
+            raise ValueError(
+                f"{where}: table {beside.table} of the paper has no row {row!r}; "
+                f"{did_you_mean(row, rows)}"
+            )
 
 
 def _make_variants(asked: Scale, where: str) -> list[Variant]:

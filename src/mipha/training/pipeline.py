@@ -22,7 +22,7 @@ from mipha.data.batches import StepDataset
 from mipha.data.encode import encode
 from mipha.data.images import ImageSource, is_readable, open_image
 from mipha.data.mixture import Mixture
-from mipha.engine.machine import check_free_space, check_writable
+from mipha.engine.machine import check_free_space
 from mipha.engine.trackers import check_trackers
 from mipha.files import (
     changed_files,
@@ -45,6 +45,7 @@ from mipha.models.tuning import (
     describe_tuning,
     tuned_modules,
 )
+from mipha.preflight import check_writable
 from mipha.recipe import PARTS, Recipe
 from mipha.run import Run, create_run, hold_run
 from mipha.training.loop import run_steps

@@ -15,6 +15,7 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer, GenerationConfig, LlavaConfig, PreTrainedTokenizerBase
 
 from mipha.checkpoint_files import read_checkpoint
+from mipha.deploy.gguf import QUANTISED, parse_kinds
 from mipha.deploy.gguf.language_model import (
     family_of,
     language_model_fields,
@@ -26,11 +27,9 @@ from mipha.deploy.gguf.writer import KINDS, Field, Tensor, open_weights, write_g
 from mipha.deploy.model_card import PretrainedPart, hub_licence, pretrained_parts
 from mipha.files import read_json_object, whole_folder, write_whole
 from mipha.models.checkpoint_folder import check_finite_folder
+from mipha.preflight import check_new_folder
 from mipha.recipe import Recipe
 from mipha.run import model_folder, open_run
-
-QUANTISED = ("q4_0", "q4_k_m", "q5_k_m", "q6_k")
-"""Kinds that llama.cpp's quantiser makes of a file in f16."""
 
 # Private letters that no language has: the text between them is found by their places.
 _SYSTEM, _ASKED, _ANSWERED, _ASKED_AGAIN = "\ue000", "\ue001", "\ue002", "\ue003"
@@ -81,15 +80,9 @@ def export_gguf(source: Path, out: Path, quantize: Sequence[str] = ("f16",)) -> 
         ValueError: Neither a run nor a model, `out` exists, no such kind, weights are not
             finite, or llama.cpp cannot compute this model.
     """
-    known = (*KINDS, *QUANTISED)
-    kinds = list(dict.fromkeys(kind.lower() for kind in quantize))
-    if unknown := [kind for kind in kinds if kind not in known]:
-        raise ValueError(f"no quantisation {unknown[0]!r}: give {', '.join(known)}")
-    if not kinds:
-        raise ValueError(f"no quantisation is given: choose from {', '.join(known)}")
+    kinds = parse_kinds(quantize)
     folder = model_folder(source)
-    if out.exists():
-        raise ValueError(f"{out} exists: choose another -o, or remove it")
+    check_new_folder(out)
 
     # Read everything but the weights; a model that llama.cpp cannot compute is refused here.
     recipe = None if folder == Path(source) else open_run(source).recipe

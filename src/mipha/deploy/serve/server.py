@@ -20,6 +20,8 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from mipha.errors import import_optional
+from mipha.preflight import check_device, check_dtype
+from mipha.run import model_folder
 
 if TYPE_CHECKING:
     import uvicorn
@@ -95,6 +97,10 @@ def serve(
         max_new_tokens=max_new_tokens,
         max_images=max_images,
     )
+    if not Path(source).exists():
+        model_folder(source)  # says how a run is made
+    check_device(device)
+    check_dtype(dtype)
     _check_options(request_seconds=request_seconds, shutdown_seconds=shutdown_seconds)
     for package in ("starlette", "uvicorn", "h11", "httpx"):
         import_optional(package, "serving", "serve")
