@@ -134,38 +134,27 @@ def run_missing(
     gpus = _gpus(slots) if slurm is None else []
     claim(experiment, out)
     with hold_folder(out):
-        _run_missing(experiment, out, seeds, slots, slurm, others)
+        # Make the run folders; whole runs are taken over from the first study that has them.
+        for job in jobs:
+            if not job.folder.exists() and (donor := donors.get(job.recipe.digest())):
+                adopt_run(donor, job.folder)
+            create_run(job.folder, job.recipe)
 
-
-def _run_missing(
-    experiment: Experiment,
-    out: Path,
-    seeds: int | None,
-    slots: int,
-    slurm: dict[str, Any] | None,
-    others: list[Job],
-) -> None:
-    # Make the run folders; whole runs are taken over from the first study that has them.
-    for job in jobs:
-        if not job.folder.exists() and (donor := donors.get(job.recipe.digest())):
-            adopt_run(donor, job.folder)
-        create_run(job.folder, job.recipe)
-
-    # Run the missing ones.
-    missing = [job for job in jobs if not _is_done(job, asked)]
-    console.print(
-        f"{experiment.study.title}: {len(jobs)} runs, {len(jobs) - len(missing)} of them done"
-    )
-    work = Work(out, experiment.scale, asked, judge)
-    with _progress(jobs) as watch, _executor(slots, slurm, out / "logs") as submit:
-        failed = _run_all(
-            missing,
-            [*jobs, *others],
-            start=lambda job, gpu: submit(make, job, work, _environment(slots, gpu)),
-            gpus=gpus,
-            slots=slots if slurm is None else None,
-            watch=watch,
+        # Run the missing ones.
+        missing = [job for job in jobs if not _is_done(job, asked)]
+        console.print(
+            f"{experiment.study.title}: {len(jobs)} runs, {len(jobs) - len(missing)} of them done"
         )
+        work = Work(out, experiment.scale, asked, judge)
+        with _progress(jobs) as watch, _executor(slots, slurm, out / "logs") as submit:
+            failed = _run_all(
+                missing,
+                [*jobs, *others],
+                start=lambda job, gpu: submit(make, job, work, _environment(slots, gpu)),
+                gpus=gpus,
+                slots=slots if slurm is None else None,
+                watch=watch,
+            )
     if failed:
         logs = ", ".join(str(_log(out, job)) for job in failed)
         raise RuntimeError(
