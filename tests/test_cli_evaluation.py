@@ -17,6 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mipha.cli import app
+from mipha.data.images import SUFFIXES
 from mipha.evaluation.benchmark import load_benchmark
 from tests.evaluation.benchmarks.test_pope import write_official as write_pope
 from tests.evaluation.judge_server import Server, serving
@@ -97,7 +98,7 @@ def test_gold_answers_get_full_marks_in_any_order_and_without_images(
 ) -> None:
     annotations = folder(benchmark)
     for path in annotations.rglob("*"):
-        if path.is_file() and path.suffix not in (".json", ".txt", ".tsv"):
+        if path.suffix in SUFFIXES:
             path.unlink()
     official = OFFICIAL[benchmark]
     texts = list(official.gold.items())

@@ -248,8 +248,9 @@ def test_the_keys_are_those_of_llavas_on_the_hub(
 
 
 def test_a_checkpoint_without_the_prefix_gets_it_back(tmp_path: Path, tiny_model: Callable) -> None:
-    model, _ = tiny_model()
+    model, processor = tiny_model()
     transformers.LlavaForConditionalGeneration(model.config).save_pretrained(tmp_path / "new")
+    processor.save_pretrained(tmp_path / "new")
     assert any(
         key.startswith("vision_tower.encoder.")
         for key in load_file(tmp_path / "new" / "model.safetensors")
@@ -262,9 +263,10 @@ def test_a_checkpoint_without_the_prefix_gets_it_back(tmp_path: Path, tiny_model
 
 
 def test_a_checkpoint_of_the_stock_class_is_loaded(tmp_path: Path, tiny_model: Callable) -> None:
-    model, _ = tiny_model()
+    model, processor = tiny_model()
     stock = transformers.LlavaForConditionalGeneration(model.config)
     stock.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
     ours = load_model(str(tmp_path)).state_dict()
     assert all(torch.equal(ours[name], value) for name, value in stock.state_dict().items())
 

@@ -142,6 +142,21 @@ def test_a_generation_config_of_a_stranger_keeps_its_special_tokens_alone(folder
         assert getattr(generation, name) in (None, 0, 1, 1.0), name
 
 
+def test_rules_on_tokens_belong_to_a_model_and_are_checked(folder: Path) -> None:
+    path = folder / "generation_config.json"
+    own = json.loads(path.read_text())
+    rules = {"bad_words_ids": [[5], [6, 7]], "suppress_tokens": [8], "sequence_bias": [[[9], 1.5]]}
+    path.write_text(json.dumps(own | rules))
+    generation = load_model(str(folder)).generation_config
+    assert {name: getattr(generation, name) for name in rules} == rules
+
+    for rules in ({"bad_words_ids": [[10**6]]}, {"suppress_tokens": ["x"]}, {"sequence_bias": [1]}):
+        path.write_text(json.dumps(own | rules))
+        (name,) = rules
+        with pytest.raises(ValueError, match=rf"sets {name} to .*: give token ids below"):
+            load_model(str(folder))
+
+
 @pytest.mark.parametrize(
     "template",
     [

@@ -4,6 +4,7 @@ find, image_file        where a file lies
 read_official           the content of a JSON file
 read_record             a record of it as a pydantic model
 read_table              rows of a .tsv file
+read_parquet            rows of a .parquet file
 decode_image            an image that a table holds as base64 text
 write_spreadsheet       an .xlsx file, for servers that take one
 """
@@ -149,6 +150,37 @@ def read_table(path: Path, required: Iterable[str]) -> Iterator[tuple[str, dict[
         csv.field_size_limit(limit)
 
 
+def read_parquet(path: Path, required: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the rows of a .parquet file, each with file and row, as column to plain value.
+
+    Args:
+        path: The file.
+        required: Columns that must be there.
+
+    Raises:
+        MissingPackage: pyarrow is not installed.
+        ValueError: A column is missing, or this is no .parquet file.
+    """
+    pyarrow = import_optional("pyarrow", f"reading {path}", "evaluation")
+    parquet = import_optional("pyarrow.parquet", f"reading {path}", "evaluation")
+    try:
+        with parquet.ParquetFile(path) as file:
+            columns = file.schema_arrow.names
+            if missing := [column for column in required if column not in columns]:
+                raise ValueError(
+                    f"{path} has no column {' or '.join(missing)}: give the official .parquet file"
+                )
+
+            # A few rows at a time, because images are large.
+            number = 0
+            for batch in file.iter_batches(batch_size=64):
+                for row in batch.to_pylist():
+                    yield f"{path} row {number}", row
+                    number += 1
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is not a .parquet file ({error}): {AGAIN}") from error
+
+
 def decode_image(cell: str, where: str) -> bytes:
     """Return the bytes of an image that a table holds as base64 text.
 
@@ -224,7 +256,7 @@ def _describe_problem(problem: Any, where: str) -> str:
 
     said = "should be an object"
     if problem["type"] != "model_type":
-        said = re.sub("^(Value error,|Input|List) ", "", problem["msg"])
+        said = re.sub("^(Value error,|Input|List|String) ", "", problem["msg"])
         said = said.replace(" after validation", "")
     if not key:
         return f"{where} {said}"

@@ -22,6 +22,9 @@ from mipha.models.attention import Spans, check_described, describe_rows
 from mipha.models.checkpoint_folder import check_finite
 from mipha.models.loss import supervised_cross_entropy
 
+TOKEN_RULES = ("sequence_bias", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens")
+"""Rules of a generation config on single tokens; Idefics, for one, forbids its image tokens so."""
+
 
 @dataclass
 class SupervisedOutput(LlavaCausalLMOutputWithPast):
@@ -212,12 +215,40 @@ def load_saved_model(
         raise ValueError(f"{folder}: the weights do not fit the model they describe: {found}")
     check_finite(model.named_parameters(), folder)
 
-    # Keep the special tokens alone: beams, penalties and the like of a stranger change answers.
+    # Keep the special tokens, and tokens that the model should not write: they belong to it. Beams,
+    # penalties and the like of a stranger would change how answers are made.
     tokens = model.generation_config
+    rules = {rule: getattr(tokens, rule, None) for rule in TOKEN_RULES}
+    rules = {rule: value for rule, value in rules.items() if value is not None}
+    _check_token_rules(rules, model.config.text_config.vocab_size, folder)
     model.generation_config = GenerationConfig(
         eos_token_id=tokens.eos_token_id,
         pad_token_id=tokens.pad_token_id,
         bos_token_id=tokens.bos_token_id,
         do_sample=False,
+        **rules,
     )
     return model.to(device).eval()
+
+
+def _check_token_rules(rules: dict[str, Any], vocab_size: int, folder: str) -> None:
+    """Refuse rules on tokens that are malformed, or that name tokens which do not exist."""
+    for rule, value in rules.items():
+        try:
+            if rule == "sequence_bias":
+                pairs = value.items() if isinstance(value, dict) else value
+                ids = [
+                    token for sequence, bias in pairs if float(bias) == bias for token in sequence
+                ]
+            elif rule == "bad_words_ids":
+                ids = [token for sequence in value for token in sequence]
+            else:
+                ids = list(value)
+            is_valid = all(type(token) is int and 0 <= token < vocab_size for token in ids)
+        except (TypeError, ValueError):
+            is_valid = False
+        if not is_valid:
+            raise ValueError(
+                f"{Path(folder) / 'generation_config.json'} sets {rule} to {str(value)[:60]}: "
+                f"give token ids below {vocab_size}, or remove the key"
+            )

@@ -237,7 +237,7 @@ HALF = b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: "
     "content", [b"", b"G", HALF, b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" + HALF]
 )
 def test_a_connection_without_a_whole_header_is_closed(serving: Callable, content: bytes) -> None:
-    with serving(server={"header_seconds": 0.3}) as server:
+    with serving(server={"header_seconds": 2.0}) as server:
         connection = connect(server.url, content)
         if content.startswith(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"):
             assert connection.recv(4096).startswith(b"HTTP/1.1 200")
