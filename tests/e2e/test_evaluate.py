@@ -1,4 +1,4 @@
-"""Every benchmark from official files to scores, as a user types it.
+"""Every benchmark from official files to scores, through the commands of a user.
 
 Runs are killed and resumed, shared by two processes, repaired, and compared.
 """
@@ -35,7 +35,7 @@ ABOUT_IT = ["3", "4", "10000003", "20000003", "20000004"]
 
 SCORE_ALL = """
 import json, sys
-sys.modules["torch"] = sys.modules["transformers"] = None  # whoever imports them fails
+sys.modules["torch"] = sys.modules["transformers"] = None  # an import of either fails
 from mipha.cli import app
 for arguments in json.loads(sys.argv[1]):
     assert not app(arguments, standalone_mode=False), arguments
@@ -43,7 +43,7 @@ for arguments in json.loads(sys.argv[1]):
 
 
 def mipha(*arguments: object) -> Any:
-    """The program's verb in this process, which has torch already."""
+    """Run a verb of the program in this process, which has torch already."""
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
@@ -60,7 +60,7 @@ def read_scores(folder: Path) -> dict[str, Any]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file under a folder; a spreadsheet's name only, for it holds the time."""
+    """Return every file under a folder; a spreadsheet without its bytes, which hold the time."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {
         str(path.relative_to(folder)): b"" if path.suffix == ".xlsx" else path.read_bytes()
@@ -70,7 +70,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def replies(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a judge said about the answers of every benchmark that takes one."""
+    """A file of replies of a judge about the answers of every benchmark that takes one."""
     rows = [row for official in OFFICIAL.values() for row in official.replies]
     path = tmp_path_factory.mktemp("judge") / "replies.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -81,7 +81,7 @@ def replies(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def checkpoint(
     tiny_model: Callable, official_files: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], Path]:
-    """`checkpoint(family)`: random weights, saved in the standard format."""
+    """`checkpoint(family)` saves random weights in the standard format."""
     root = tmp_path_factory.mktemp("checkpoints")
 
     def save(family: str) -> Path:
@@ -99,7 +99,7 @@ def checkpoint(
 def answer_in_one_word(model: Any, processor: Any, data: Path) -> None:
     """Make random weights say yes, no, A or B, each about as often, and end their turn.
 
-    Image and question decide which of them it is.
+    The image and the question decide which word the model says.
     """
     import torch
 
@@ -116,6 +116,7 @@ def answer_in_one_word(model: Any, processor: Any, data: Path) -> None:
         for question in part.questions[::3]
         if question.image
     ]
+
     inputs = [
         processor(
             text=render_prompt(processor, question.text, True),
@@ -126,6 +127,7 @@ def answer_in_one_word(model: Any, processor: Any, data: Path) -> None:
     ]
     with torch.inference_mode():
         logits = torch.stack([model.eval()(**one).logits[0, -1, words] for one in inputs])
+
     bias = [
         [[word], 1e3 - usual] for word, usual in zip(words, logits.mean(0).tolist(), strict=True)
     ]
@@ -138,7 +140,7 @@ def answer_in_one_word(model: Any, processor: Any, data: Path) -> None:
 def evaluation(
     checkpoint: Callable[[str], Path], official_files: Path, replies: Path
 ) -> Callable[..., list[object]]:
-    """`evaluation(out)`: the arguments that measure a checkpoint on every benchmark."""
+    """`evaluation(out)` gives the arguments that evaluate a checkpoint on every benchmark."""
 
     def arguments(
         out: Path, *more: object, root: Path = official_files, family: str = "gpt_neox"
@@ -217,10 +219,12 @@ def test_a_killed_evaluation_goes_on_and_asks_nothing_twice(
     process.send_signal(signal.SIGKILL)
     said = process.communicate()[1]
     assert process.returncode == -signal.SIGKILL, said
+
+    # Mark the rows that were written before.
     answered = {}
     for path in sorted(tmp_path.glob("*/predictions.jsonl")):
         rows = answered[path.parent.name] = read_rows(path)
-        # A row that was written anew would lack the mark.
+        # A row that is written again has no mark.
         path.write_text(
             "".join(json.dumps(row | {"before": True}) + "\n" for row in rows), encoding="utf-8"
         )
@@ -228,6 +232,7 @@ def test_a_killed_evaluation_goes_on_and_asks_nothing_twice(
     assert set(answered) >= set(NAMES[: NAMES.index(LONGEST) + 1])
     assert sum(map(len, answered.values())) < num_questions
 
+    # Go on, and compare with an evaluation that was not interrupted.
     done = subprocess.run(typed, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     for name in NAMES:
@@ -243,10 +248,11 @@ def test_a_killed_evaluation_goes_on_and_asks_nothing_twice(
 def test_two_processes_do_what_one_does(
     evaluation: Callable[..., list[object]], official_files: Path, whole: Path, tmp_path: Path
 ) -> None:
-    """Errors included: one image file of POPE, in the second process's share, is none."""
+    """Errors agree too: one image file of POPE, in the second process's share, is not an image."""
     root = shutil.copytree(official_files, tmp_path / "data")
     (root / "pope" / IMAGE).write_bytes(b"not an image")
     assert mipha(*evaluation(tmp_path / "one", root=root)).exit_code == 1
+
     launch = [
         sys.executable,
         "-m",
@@ -266,6 +272,7 @@ def test_two_processes_do_what_one_does(
     assert done.returncode == 1 and "not complete: 6 of 11 questions" in done.stdout, done.stderr[
         -3000:
     ]
+
     one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
     assert one == two
     assert [
@@ -296,7 +303,7 @@ def test_an_unreadable_image_is_an_error_until_it_is_replaced(
         tmp_path / "out",
     )
     out = tmp_path / "out" / "pope"
-    for _ in range(2):  # what failed is asked again, and fails again
+    for _ in range(2):  # a failed question is asked again, and fails again
         done = mipha(*arguments)
         assert done.exit_code == 1, done.stderr
         assert (
@@ -318,6 +325,7 @@ def test_an_unreadable_image_is_an_error_until_it_is_replaced(
             content["n_failed"],
             content["scores"][0]["n"],
         ) == (False, 11, 5, 6)
+
     (tmp_path / "data" / IMAGE).write_bytes(good)
     done = mipha(*arguments)
     assert done.exit_code == 0 and "not complete" not in done.stdout and "failed" not in done.stdout
@@ -348,6 +356,7 @@ def test_scoring_the_predictions_again_gives_the_same_numbers_without_torch(
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
     for name, official in OFFICIAL.items():
         again, first = (
             json.loads((tmp_path / f"{name}.json").read_text()),
@@ -406,6 +415,7 @@ def test_private_labels_mean_a_complete_upload_or_none(
         "no upload file" in done.stdout
         and f"not complete: 1 of {len(asked)} questions" in done.stdout
     )
+
     done = mipha(*arguments)
     assert done.exit_code == 0 and f"upload {folder / file} to {upload.server}" in done.stdout
     content = read_scores(folder)
@@ -413,13 +423,14 @@ def test_private_labels_mean_a_complete_upload_or_none(
     texts = {row["question_id"]: row["text"] for row in read_rows(folder / "predictions.jsonl")}
     assert list(texts) == [str(name) for name in asked]
     if file.endswith(".json"):
-        # What the m4c processor makes of the four words: "A" is an article.
+        # The four words after the m4c processor, for which "A" is an article.
         processed = {"yes": "yes", "no": "no", "A": "", "B": "b"}
         expected = [{key: name, "answer": processed[texts[str(name)]]} for name in asked] + [
             {key: n, "answer": ""} for n in upload.not_asked
         ]
         assert json.loads((folder / file).read_text()) == expected
         return
+
     from openpyxl import load_workbook
 
     header, *lines = load_workbook(folder / file).active.iter_rows(values_only=True)
