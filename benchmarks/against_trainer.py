@@ -1,4 +1,7 @@
-"""Samples a second of a training stage, data reading included: the host's Trainer on the stock LLaVA, and this repository's loop."""
+"""Samples a second of a training stage with the reading of its data.
+
+The Trainer of transformers on the stock LLaVA is the baseline of this repository's loop.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ from mipha.world import join_world
 
 
 class _Conversations(torch.utils.data.Dataset):
-    """As users write it: the processor is called on each sample when it is read."""
+    """Samples as users write them: each read calls the processor."""
 
     def __init__(self, mixture: Mixture, processor: Any, order: Sequence[int], recipe: Any) -> None:
         self.mixture, self.processor, self.order, self.recipe = mixture, processor, order, recipe
@@ -57,15 +60,20 @@ class _Conversations(torch.utils.data.Dataset):
 
 
 def pad(samples: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """LLaVA's collator: pad to the longest of the batch. Source: `DataCollatorForSupervisedDataset` of LLaVA, train.py."""
+    """Pad samples to the longest of the batch, as LLaVA's collator does.
+
+    Source: `DataCollatorForSupervisedDataset` of LLaVA, train.py.
+    """
     ids = torch.nn.utils.rnn.pad_sequence(
         [sample["input_ids"] for sample in samples], batch_first=True, padding_value=pad_token_id
     )
     labels = torch.nn.utils.rnn.pad_sequence(
         [sample["labels"] for sample in samples], batch_first=True, padding_value=-100
     )
+
+    # Mask the padding.
     lengths = torch.tensor([len(sample["input_ids"]) for sample in samples])
-    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+    mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()  # (samples, longest)
     return {
         "input_ids": ids,
         "labels": labels,
@@ -75,7 +83,7 @@ def pad(samples: Sequence[dict[str, Any]], pad_token_id: int) -> dict[str, torch
 
 
 class _InOrder(Trainer):
-    """Reads the samples as they lie, so that both train the same ones in the same step."""
+    """Trainer that reads samples in order, so that both train the same ones in the same step."""
 
     def _get_train_sampler(self, *args: Any) -> torch.utils.data.Sampler:
         return torch.utils.data.SequentialSampler(self.train_dataset)
@@ -84,10 +92,13 @@ class _InOrder(Trainer):
 def measure(
     options: argparse.Namespace, parts: ModelRecipe | None = None
 ) -> dict[str, list[float]]:
-    """Both, side by side, in float32 and in bfloat16 where the processor computes in it; writes the report.
+    """Measure both side by side, and write the report.
+
+    They run in float32, and also in bfloat16 where the processor computes in it.
 
     Args:
-        parts: Other than the quickstart's.
+        options: Options of the command line.
+        parts: Parts of the model; default: the quickstart's.
 
     Returns:
         The losses of each way, step by step.
@@ -104,6 +115,8 @@ def measure(
             "finetune",
             "packed",
         )
+
+        # Build the model, and keep the weights that every run starts from.
         mixture = Mixture(recipe.data)
         torch.manual_seed(0)
         model, processor = build(parts)
@@ -113,6 +126,8 @@ def measure(
             for name, weight in model.named_parameters()
             if weight.requires_grad
         }
+
+        # Fix the order of the samples.
         steps = StepDataset(mixture, processor, recipe, seed=0)
         order = [index for step in range(len(steps)) for index in steps.indices(step)]
 
@@ -122,11 +137,11 @@ def measure(
                     if name in start:
                         weight.copy_(start[name])
 
-        def host(bf16: bool) -> float:
+        def run_trainer(bf16: bool) -> float:
             restart()
             model.set_attn_implementation("sdpa")
             arguments = TrainingArguments(
-                output_dir=str(folder / "host"),
+                output_dir=str(folder / "trainer"),
                 per_device_train_batch_size=max(1, workload.batch_size // 2),
                 gradient_accumulation_steps=2 if workload.batch_size > 1 else 1,
                 num_train_epochs=1,
@@ -143,12 +158,14 @@ def measure(
                 disable_tqdm=True,
                 remove_unused_columns=False,
             )
+
             trainer = _InOrder(
                 model=stock_model(model),
                 args=arguments,
                 train_dataset=_Conversations(mixture, processor, order, recipe),
                 data_collator=lambda samples: pad(samples, processor.tokenizer.pad_token_id),
             )
+
             seconds = trainer.train().metrics["train_runtime"]
             found[f"Trainer, {_type(bf16)}"] = [
                 line["loss"] for line in trainer.state.log_history if "loss" in line
@@ -161,21 +178,26 @@ def measure(
             shutil.rmtree(folder / "own", ignore_errors=True)
             precision = f"precision={'bfloat16' if bf16 else 'float32'}"
             whole = whole_recipe(parts, recipe).override(precision)
+
             stage = Stage(Run(folder / "own"), whole, "finetune", world)
             place(model, stage)
             run_steps(stage, model, steps)
+
             lines = list(read_lines(stage.run.metrics("finetune")))
             found[f"mipha, {_type(bf16)}"] = [line["loss"] for line in lines]
             return sum(line["seconds"] for line in lines)
 
+        # Time both in each precision.
         types = (False, True) if autocast_dtype("auto", world.device) else (False,)
         rows = []
         for bf16 in types:
             ways: dict[str, Callable[[], float]] = {
-                f"Trainer, {_type(bf16)}": lambda bf16=bf16: host(bf16),
+                f"Trainer, {_type(bf16)}": lambda bf16=bf16: run_trainer(bf16),
                 f"mipha, {_type(bf16)}": lambda bf16=bf16: own(bf16),
             }
             rows += _side_by_side("stage 2", len(order), ways, options.repeats)
+
+    # Write the report.
     facts = {
         "repeats": options.repeats,
         "steps": len(steps),
@@ -184,11 +206,16 @@ def measure(
         "losses": json.dumps(
             {way: [round(loss, 5) for loss in losses] for way, losses in found.items()}
         ),
-        "timed": "reading, batching and all steps; no state at the end of either, for which see checkpointing",
+        "timed": "reading, batching and all steps; neither writes a state at its end: "
+        "checkpointing.py measures that",
         "transformers": transformers.__version__,
     }
     report(
-        "training-trainer", "Training against the host's Trainer, stage 2", rows, options.out, facts
+        "training-trainer",
+        "Training against the Trainer of transformers, stage 2",
+        rows,
+        options.out,
+        facts,
     )
     return found
 
@@ -196,10 +223,12 @@ def measure(
 def _side_by_side(
     case: str, work: int, ways: Mapping[str, Callable[[], float]], repeats: int
 ) -> list[Row]:
-    """As the harness does, of calls that say themselves how many seconds count."""
+    """Time the ways as the harness does, by the seconds that each call returns."""
     for call in ways.values():
         call()
+
     rounds = [{way: work / call() for way, call in ways.items()} for _ in range(repeats)]
+
     first = next(iter(ways))
     rows = []
     for way in ways:

@@ -50,7 +50,7 @@ _SHARED = {
 
 
 def recipe_of(step: str, folder: Path, steps: int) -> Any:
-    """The recipe of a step; it builds on those before it."""
+    """Return the recipe of a step, which builds on those before it."""
     toy = folder / "toy"
     tuned = str(folder / "sft" / "model")
     pairs = {
@@ -84,6 +84,8 @@ def recipe_of(step: str, folder: Path, steps: int) -> Any:
         "max_new_tokens": MAX_NEW_TOKENS,
         "kl_weight": 0.05,
     }
+
+    # Add what each step needs.
     trees = {
         "sft": {
             "data": str(toy / "instructions.json"),
@@ -98,6 +100,7 @@ def recipe_of(step: str, folder: Path, steps: int) -> Any:
         "safe-rlhf": policy
         | {"multiplier_learning_rate": 0.05, "max_multiplier": 2.0, "cost_window": 48},
     }
+
     if step == "safe-rlhf":
         trees[step]["threshold"] = once(
             folder / "threshold.json", lambda: {"threshold": cost_of_safe(folder)}
@@ -111,8 +114,8 @@ def cost_of_safe(folder: Path) -> float:
     """Return the threshold of Safe RLHF: the mean cost of safe responses, eased.
 
     About one in ten responses may then be above zero. With a threshold of zero, half of them are.
-    With the mean itself the multiplier never rests, and only a policy that says nothing meets it
-    (LOG.md).
+    With the mean itself, the multiplier never settles, and only a policy that says nothing meets
+    the threshold (LOG.md).
     """
     _, tokenizer = load(str(folder / "sft" / "model"))
     scorer = Scorer.load(folder / "cost" / "model")
@@ -220,6 +223,8 @@ def report(
         )
         + "\n",
     )
+
+    # Write the table, the claims and the facts.
     lines = [
         "# Aligning SmolLM2-135M in a toy world, judged by rules on held-out prompts",
         "",
@@ -242,11 +247,13 @@ def report(
             **{f"seconds of {k}": round(v) for k, v in seconds.items()},
         }.items()
     ]
+
     write_whole(out / "alignment.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
 
 
 def main() -> None:
+    """Train every step, evaluate every model, and write the report."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,8 +1,11 @@
-"""How fast and how right the linter is: 20,000 samples with every planted defect, their clean copy, and 100,000 rows of text.
+"""Speed and accuracy of the linter of data sets.
 
-    python benchmarks/check_data.py [--rows 20000] [--text-rows 100000] [--side 224] [--recipe quickstart] [--html page.html]
+    python benchmarks/check_data.py [--rows 20000] [--text-rows 100000] [--side 224] \\
+        [--recipe quickstart] [--html page.html]
 
-Prints one JSON line a measurement; exit code 1 where a defect was missed or one was invented.
+It checks 20,000 samples with every planted defect, their clean copy, and 100,000 rows of text, and
+prints one JSON line for each. The exit code is 1 if it misses a defect or reports one that is not
+there.
 """
 
 from __future__ import annotations
@@ -25,25 +28,28 @@ from tests.data.check.planted import DEFECTS, THINGS, plant
 
 
 def main() -> None:
-    """Make the data, check them, print what came out."""
+    """Make the data, check them and print the figures."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--text-rows", type=int, default=100_000)
-    parser.add_argument("--side", type=int, default=224, help="of the pictures, in pixels")
+    parser.add_argument("--side", type=int, default=224, help="side of the images, in pixels")
     parser.add_argument(
-        "--recipe", help="check tokens too, with this recipe's processor and row_tokens=2048"
+        "--recipe", help="recipe whose processor checks tokens too, with row_tokens=2048"
     )
-    parser.add_argument("--html", type=Path, help="where to write the page of the planted set")
+    parser.add_argument("--html", type=Path, help="file of the HTML page about the planted set")
     options = parser.parse_args()
+
     tokens = _tokens(options.recipe) if options.recipe else {}
     with tempfile.TemporaryDirectory() as folder:
+        # Check the planted set: every defect is found, and no other.
         corpus = plant(
             Path(folder), options.rows, copies=options.rows // (4 * len(DEFECTS)), side=options.side
         )
         against = load_data(data_recipe(str(corpus.evaluation)))
         planted, spent = _check(corpus.planted, against=against, **tokens)
+
         found = {(finding.row, finding.kind) for finding in planted.findings}
         expected = corpus.expected(with_tokens=bool(tokens), with_evaluation=True)
         missed, invented = sorted(expected - found), sorted(found - expected, key=str)
@@ -56,10 +62,14 @@ def main() -> None:
             missed=missed[:9],
             invented=invented[:9],
         )
+
+        # Check the clean copy.
         clean, spent = _check(corpus.clean, against=against, **tokens)
         _print("clean", clean, spent, invented=[finding.sentence for finding in clean.findings[:9]])
         if options.html:
             options.html.write_text(html_report(planted), encoding="utf-8")
+
+        # Check rows of text.
         text = Path(folder) / "text.jsonl"
         with text.open("w", encoding="utf-8") as lines:
             for number in range(options.text_rows):
@@ -80,25 +90,33 @@ def _tokens(name: str) -> dict:
 
 
 def _talk(number: int) -> list[dict[str, str]]:
-    """About 60 words, no two alike."""
+    """Return a conversation of about 60 words; no two are alike."""
     things = [THINGS[number // step % len(THINGS)] for step in (1, 7, 49, 343)]
-    question = f"In house number {number}, which of these came first, the {things[0]}, the {things[1]} or the {things[2]}, and how do we know?"
+    question = (
+        f"In house number {number}, which of these came first, the {things[0]}, the {things[1]} "
+        f"or the {things[2]}, and how do we know?"
+    )
     answer = (
-        f"The {things[3]} was bought in year {number % 997}, long before the {things[0]}; a bill for {number * 7} crowns was found behind "
-        f"the {things[1]}. Nobody remembers who carried the {things[2]} up the stairs, but it took {number % 13 + 2} people an afternoon."
+        f"The {things[3]} was bought in year {number % 997}, long before the {things[0]}; "
+        f"a bill for {number * 7} crowns was found behind the {things[1]}. "
+        f"Nobody remembers who carried the {things[2]} up the stairs, "
+        f"but it took {number % 13 + 2} people an afternoon."
     )
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 def _check(file: Path, **options: Any) -> tuple[CheckResult, float]:
-    """What is found, and the seconds of all cores that it took: with other work on the machine, the clock on the wall tells little."""
+    """Return the findings about a file, and the CPU seconds of all cores.
+
+    Other work on the machine changes wall-clock seconds more than CPU seconds.
+    """
     begin = _cpu_seconds()
     result = check_data(load_data(data_recipe(str(file))), progress=True, **options)
     return result, _cpu_seconds() - begin
 
 
 def _cpu_seconds() -> float:
-    """Of this process and its workers so far."""
+    """Return the CPU seconds of this process and its workers so far."""
     times = [
         resource.getrusage(whose) for whose in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     ]

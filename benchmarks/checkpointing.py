@@ -1,15 +1,19 @@
-"""A training state of the quickstart's model, written and read: seconds and bytes, against torch.save of all and the host's Trainer.
+"""Seconds and bytes of a training state of the quickstart's model, written and read.
 
-    python benchmarks/checkpointing.py [--stage finetune] [--repeats 3] [--folder .] [--out benchmarks/results]
+    python benchmarks/checkpointing.py [--stage finetune] [--repeats 3] [--folder .] \\
+        [--out benchmarks/results]
 
-A state of ours holds what trains and its optimizer, is flushed to the disk, and appears whole or not at all; torch.save and the Trainer
-write everything, in place, and flush nothing, so theirs may be counted before it has reached the disk.
+The baselines are torch.save of the whole model and the Trainer of transformers. Our state holds the
+trained weights and their optimizer, is flushed to the disk, and appears whole or not at all. The
+baselines write everything in place and flush nothing, so their time may end before the bytes have
+reached the disk.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -35,21 +39,24 @@ from mipha.world import join_world
 def measure(
     folder: Path, parts: ModelRecipe, stage: str, repeats: int
 ) -> tuple[list[Row], dict[str, Any]]:
-    """Rows for saving and for resuming, and the bytes of each.
+    """Return the rows of saving and of resuming, and the bytes of each.
 
     Args:
-        folder: On the disk to be measured.
+        folder: Folder on the disk that is measured.
+        parts: Parts of the model.
         stage: `pretrain` (the projector trains) or `finetune` (also the language model).
+        repeats: Number of rounds.
     """
+    # Build a model whose optimizer holds its moments, and every writer.
     world = join_world()
     torch.manual_seed(0)
     model, _ = build(parts)
     apply_tuning(model, TUNING[stage])
     optimizer = make_optimizer(model, stage_recipe(Path("unused"), SINGLE, stage, "packed"))
     _one_step(model, optimizer)
-    own, whole, host = folder / "mipha", folder / "whole.pt", folder / "trainer"
-    trainer = _trainer(model, optimizer, host)
 
+    own, whole, stock = folder / "mipha", folder / "whole.pt", folder / "trainer"
+    trainer = _trainer(model, optimizer, stock)
     writer, background = (
         StateWriter(own / name, world, asynchronous=name == "background")
         for name in ("sync", "background")
@@ -58,7 +65,7 @@ def measure(
     def save_whole() -> None:
         torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, whole)
 
-    def save_host() -> None:
+    def save_trainer() -> None:
         trainer._save_checkpoint(trainer.model, trial=None)
 
     def load_whole() -> None:
@@ -66,9 +73,10 @@ def measure(
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
 
+    # Time them.
     saving: dict[str, Callable[[], Any]] = {
         "torch.save of all": save_whole,
-        "Trainer": save_host,
+        "Trainer": save_trainer,
         "mipha": lambda: writer.save(1, model, optimizer, {"seed": 0}),
         "mipha, in the background: until training goes on": lambda: background.save(
             1, model, optimizer, {"seed": 0}
@@ -79,19 +87,21 @@ def measure(
         "torch.load of all": load_whole,
         "mipha": lambda: load_state(own / "sync", model, optimizer, world),
     }
+
     rows = side_by_side(f"save, {stage}", "times", 1, saving, repeats) + side_by_side(
         f"resume, {stage}", "times", 1, loading, repeats
     )
+
     sizes = {
         "torch.save of all": _bytes(whole),
-        "Trainer": _bytes(host),
+        "Trainer": _bytes(stock),
         "mipha": _bytes(own / "sync"),
     }
     return rows, {f"megabytes, {stage}, {way}": round(size / 1e6, 1) for way, size in sizes.items()}
 
 
 def _one_step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """So that the optimizer holds its moments."""
+    """Take one step, so that the optimizer holds its moments."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.grad = torch.full_like(parameter, 1e-4)
@@ -118,9 +128,7 @@ def _bytes(path: Path) -> int:
 
 
 def disk_rate(folder: Path, megabytes: int = 256) -> float:
-    """Megabytes a second that reach this disk: what no writer can beat."""
-    import os
-
+    """Return the megabytes a second that reach the disk; no writer can be faster."""
     block = os.urandom(1 << 20)
     started = time.perf_counter()
     with (folder / "probe").open("wb") as file:
@@ -138,16 +146,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--stage", action="append", choices=list(TUNING), help="may be given again; default: both"
+        "--stage",
+        action="append",
+        choices=list(TUNING),
+        help="stage to measure; repeat it for more; default: both",
     )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--folder",
         type=Path,
-        help="on the disk to be measured; default: the system's temporary folder",
+        help="folder on the disk to measure; default: the system's temporary folder",
     )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
+
     rows: list[Row] = []
     facts: dict[str, Any] = {"repeats": options.repeats}
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
@@ -159,6 +171,7 @@ def main() -> None:
             rows += found
             facts |= sizes
             shutil.rmtree(folder)
+
     facts["seconds"] = json.dumps(
         {f"{row.case}: {row.way}": round(1 / row.rate, 2) for row in rows}
     )

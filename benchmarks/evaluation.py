@@ -37,7 +37,7 @@ def measure(
     repeats: int,
     batch_size: int,
 ) -> tuple[list[Row], bool]:
-    """Rows of the case, and whether both ways gave the same answers."""
+    """Return the rows of the case, and whether both ways gave the same answers."""
     assistant = load(checkpoint)
     model = (
         AutoModelForImageTextToText.from_pretrained(checkpoint, dtype=assistant.model.dtype)
@@ -79,7 +79,7 @@ def measure(
 
 
 def quickstart_pairs(num_images: int) -> list[Pair]:
-    """All distinct questions about some images of the official test split."""
+    """Return all distinct questions about some images of the official test split."""
     from mipha.evaluation.benchmark import load_benchmark
 
     pairs: dict[Pair, None] = {}
@@ -94,7 +94,7 @@ def quickstart_pairs(num_images: int) -> list[Pair]:
 
 
 def untrained_checkpoint(folder: Path) -> Path:
-    """729 image tokens: a tower with random weights of ViT-small's size before SmolLM2-135M."""
+    """Write a model of 729 image tokens: a random tower of ViT-small's size, and SmolLM2-135M."""
     from transformers import SiglipImageProcessorPil, SiglipVisionConfig, SiglipVisionModel
 
     from mipha.models.build import build, save_checkpoint
@@ -107,9 +107,11 @@ def untrained_checkpoint(folder: Path) -> Path:
         "num_hidden_layers": 12,
         "num_attention_heads": 6,
     }
+
     tower = SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=384, patch_size=14))
     tower.save_pretrained(folder / "tower")
     SiglipImageProcessorPil(size={"height": 384, "width": 384}).save_pretrained(folder / "tower")
+
     model, processor = build(
         ModelRecipe(vision_tower=str(folder / "tower"), language_model="smollm2-135m")
     )
@@ -118,7 +120,7 @@ def untrained_checkpoint(folder: Path) -> Path:
 
 
 def random_pairs(folder: Path, num_images: int, questions_an_image: int) -> list[Pair]:
-    """Pictures of noise, each with its questions."""
+    """Write images of noise, and return each with its questions."""
     rng = np.random.default_rng(0)
     things = (
         "a dog",
@@ -131,6 +133,7 @@ def random_pairs(folder: Path, num_images: int, questions_an_image: int) -> list
         "a small bird",
         "snow",
     )
+
     pairs = []
     for number in range(num_images):
         path = folder / f"{number}.png"
@@ -153,6 +156,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
+
     rows: list[Row] = []
     equal: dict[str, bool] = {}
     with tempfile.TemporaryDirectory() as name:
@@ -164,17 +168,20 @@ def main() -> None:
                 8,
             )
         }
+
         if options.checkpoint.is_dir():
             cases["quickstart checkpoint"] = (
                 model_folder(options.checkpoint),
                 quickstart_pairs(options.num_images),
                 32,
             )
+
         for case, (checkpoint, pairs, max_new_tokens) in cases.items():
             found, equal[case] = measure(
                 case, checkpoint, pairs, max_new_tokens, options.repeats, options.batch_size
             )
             rows += found
+
     facts = {
         "repeats": options.repeats,
         **{f"same answers, {case}": same for case, same in equal.items()},

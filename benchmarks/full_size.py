@@ -1,11 +1,13 @@
-"""A full-size model with random weights on a GPU: stage 2 on lengths like LLaVA-665K's, samples a second, tokens a second, and MFU.
+"""Stage 2 of a full-size model with random weights on a GPU: samples and tokens a second, and MFU.
 
-    python benchmarks/full_size.py [--size mipha-3b] [--samples 16] [--row-tokens 4096] [--activation-checkpointing]
-                                   [--frozen-tower] [--peak-tflops 989] [--out benchmarks/results]
+    python benchmarks/full_size.py [--size mipha-3b] [--samples 16] [--row-tokens 4096] \\
+        [--activation-checkpointing] [--frozen-tower] [--peak-tflops 989] [--out benchmarks/results]
 
-MFU is the FLOPs of real tokens (tower, projector, language model, attention, head on supervised positions; forward and backward) over
-the seconds and the GPU's dense bfloat16 peak: padding and what checkpointing computes twice count as nothing done. Without a GPU only
-`--size small` runs, to show that the harness does; no MFU is printed then.
+The lengths of the samples are like LLaVA-665K's. MFU is the FLOPs of real tokens a second over the
+GPU's dense bfloat16 peak. It counts the tower, the projector, the language model, attention, and
+the head on supervised positions, forward and backward. It does not count padding, nor the second
+computation of activation checkpointing. Without a GPU only `--size small` runs, which tests the
+harness and prints no MFU.
 """
 
 from __future__ import annotations
@@ -42,13 +44,13 @@ SIZES = {
     "mipha-1.6b": ModelRecipe(vision_tower="siglip-so400m-384", language_model="phi-1.5"),
     "small": None,
 }
-"""The paper's models, and a tiny one whose harness run takes seconds on a CPU."""
+"""The paper's models, and a tiny one that runs in seconds on a CPU."""
 
 PEAK_TFLOPS = {"NVIDIA H100 80GB HBM3": 989.0, "NVIDIA H200": 989.0, "NVIDIA A100-SXM4-80GB": 312.0}
-"""Dense bfloat16, by the name that the driver gives. Source: NVIDIA's data sheets."""
+"""Dense bfloat16 peak by the driver's name of the GPU. Source: NVIDIA's data sheets."""
 
 SUPERVISED = 0.55
-"""Share of the text that is trained on: 180 of 330 tokens, as assumed for LLaVA-665K."""
+"""Share of the text that is supervised: 180 of 330 tokens, as assumed for LLaVA-665K."""
 
 MICRO_BATCH = 4
 """Samples of the baseline's padded forward pass. Source: upstream's finetune.sh, 4 a GPU."""
@@ -57,7 +59,7 @@ MICRO_BATCH = 4
 def random_model(
     size: str, device: torch.device, frozen_tower: bool
 ) -> LlavaForConditionalGeneration:
-    """The model on its device with random weights, its tower at once cut at the layer that is read."""
+    """Build the model with random weights on its device; the tower ends at the layer to read."""
     recipe = SIZES[size]
     config = skeleton(recipe).config if recipe else _small_config()
     torch.manual_seed(0)
@@ -90,7 +92,7 @@ def _small_config() -> LlavaConfig:
 
 
 def draw_samples(config: LlavaConfig, number: int) -> list[Encoded]:
-    """Token ids of noise; a sample longer than an image has one in front."""
+    """Draw samples of random token ids; a sample longer than an image begins with one."""
     random = np.random.default_rng(0)
     samples = []
     for place, length in enumerate(draw_lengths(number).tolist()):
@@ -105,7 +107,7 @@ def draw_samples(config: LlavaConfig, number: int) -> list[Encoded]:
 
 
 def work_of(samples: Sequence[Encoded]) -> Work:
-    """What these samples are worth, each by itself."""
+    """Count the work in samples, each by itself."""
     lengths = [len(sample) for sample in samples]
     supervised = sum(int((sample.labels[1:] != IGNORE).sum()) for sample in samples)
     images = sum(len(sample.images) for sample in samples)
@@ -118,19 +120,25 @@ def work_of(samples: Sequence[Encoded]) -> Work:
 
 
 def measure(options: argparse.Namespace) -> None:
-    """The baseline and ours, side by side; writes the report."""
+    """Measure the baseline and our ways side by side, and write the report."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and options.size != "small":
         raise SystemExit(
-            f"--size {options.size} needs a GPU, and there is none: its figures stay absent (--size small runs on a CPU)"
+            f"--size {options.size} needs a GPU, and this machine has none: "
+            "use --size small, which runs on a CPU"
         )
+
+    # Make the model and the samples.
     model = random_model(options.size, device, options.frozen_tower)
     if options.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()
+
     samples = draw_samples(model.config, options.samples)
     work = work_of(samples)
     processor = _Processor(model.config)
+
+    # Time the ways.
     padded = [make_rows([sample], options.row_tokens, "padded")[0] for sample in samples]
     ways: dict[str, Callable[[], float]] = {
         "baseline: stock class, padded by 4, all logits, eager": lambda: _step(
@@ -141,12 +149,15 @@ def measure(options: argparse.Namespace) -> None:
             model, make_rows(samples, options.row_tokens, "packed"), 1, processor, own=True
         ),
     }
+
     losses: dict[str, float] = {}
     calls = {
         name: lambda name=name, call=call: losses.update({name: call()})
         for name, call in ways.items()
     }
     rows = side_by_side(f"stage 2, {options.size}", "samples", len(samples), calls, options.repeats)
+
+    # Collect the facts, and report.
     flops = StepFlops(model).total(work)
     peak = options.peak_tflops or (
         PEAK_TFLOPS.get(torch.cuda.get_device_name()) if device.type == "cuda" else None
@@ -162,11 +173,13 @@ def measure(options: argparse.Namespace) -> None:
         "weights and optimizer in": "float32",
         "row_tokens": options.row_tokens,
     }
+
     for row in rows:
         steps_a_second = row.rate / len(samples)
         mfu = f", MFU {100 * steps_a_second * flops / (peak * 1e12):.1f} %" if peak else ""
         facts[row.way] = (
-            f"{steps_a_second * work.tokens:.0f} real tokens/s{mfu}; loss before {losses[row.way]:.4f}"
+            f"{steps_a_second * work.tokens:.0f} real tokens/s{mfu}; "
+            f"loss before {losses[row.way]:.4f}"
         )
     if device.type == "cuda":
         facts["peak memory, GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
@@ -180,7 +193,7 @@ def measure(options: argparse.Namespace) -> None:
 
 
 class _Processor:
-    """What `collate` reads of one: the pad token, and pixels of the right shape."""
+    """Stand-in for a processor: `collate` reads its pad token, and pixels of the right shape."""
 
     def __init__(self, config: LlavaConfig) -> None:
         side = config.vision_config.image_size
@@ -193,15 +206,18 @@ class _Processor:
 def _step(
     model: LlavaForConditionalGeneration, rows: Sequence[Row], size: int, processor: Any, own: bool
 ) -> float:
-    """One optimizer step, batches read before; gives the loss of its forward pass."""
+    """Take one optimizer step on rows, and return the loss of its forward pass."""
     device = model.device
     model.set_attn_implementation("sdpa" if own else "eager")
     if own:
         use_segments(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    # A rate of zero: every call starts from the same weights, and does all of the work.
+
+    # With a rate of zero, every call starts from the same weights and does all of the work.
     optimizer = torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0, fused=own or None)
     network: nn.Module = model if own else stock_model(model).train(model.training)
+
+    # Add up the gradients of all batches.
     supervised = sum(row.num_supervised for row in rows)
     total = torch.zeros((), device=device)
     for start in range(0, len(rows), size):
@@ -213,10 +229,12 @@ def _step(
             )
         (loss / supervised).backward()
         total += loss.detach()
+
+    # Update the weights.
     nn.utils.clip_grad_norm_(trained, 1.0)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    found = float(total / supervised)  # also waits for the device
+    found = float(total / supervised)  # waits for the device too
     del optimizer
     gc.collect()
     return found
@@ -241,21 +259,22 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--size", choices=list(SIZES), default="mipha-3b")
-    parser.add_argument("--samples", type=int, default=16, help="of a step")
+    parser.add_argument("--samples", type=int, default=16, help="number of samples in a step")
     parser.add_argument("--row-tokens", type=int, default=4096)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--activation-checkpointing", action="store_true")
     parser.add_argument(
         "--frozen-tower",
         action="store_true",
-        help="default: all three parts train, as in the paper's stage 2",
+        help="freeze the tower; default: all three parts train, as in the paper's stage 2",
     )
     parser.add_argument(
         "--peak-tflops",
         type=float,
-        help="of the GPU, dense bfloat16; default: known for H100, H200 and A100",
+        help="dense bfloat16 peak of the GPU; default: known for H100, H200 and A100",
     )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+
     started = time.perf_counter()
     measure(parser.parse_args())
     print(f"{time.perf_counter() - started:.0f} s in all")

@@ -1,9 +1,10 @@
-"""A checkpoint of full size with random weights, and its GGUF files: what the speed of inference is measured on.
+"""A full-size checkpoint with random weights, and its GGUF files, for the benchmark of inference.
 
     python benchmarks/full_size_inference.py FOLDER [--size mipha-3b] [--kinds f16,q8_0,q4_k_m]
 
-Speed depends on shapes and types alone. Each tensor has numbers of its own, for an engine may keep equal ones once; the tokenizer is
-SmolLM2's, which comes with a Python package, and the rows of the vocabulary that it has no word for are never the likeliest.
+Speed depends on shapes and types alone. No two tensors are equal, because an engine may keep equal
+tensors once. The tokenizer is SmolLM2's, which comes with a Python package. The model never writes
+a row of the vocabulary that has no word in it.
 """
 
 from __future__ import annotations
@@ -28,24 +29,27 @@ SIZES = {
 """The paper's models."""
 
 TOKENIZER = ModelRecipe(vision_tower="siglip-so400m-384", language_model="smollm2-135m")
-"""Phi's is published with its weights only."""
+"""Tokenizer of the checkpoint: Phi's own is published with its weights only."""
 
 ARCHITECTURES = {"phi": "PhiForCausalLM"}
-"""The class that a language model of this `model_type` would have been saved by."""
+"""Name of the transformers class by `model_type` of the language model."""
 
 _NEVER = -10_000.0
 
 
 def write_random_checkpoint(folder: Path, recipe: ModelRecipe, words: ModelRecipe) -> None:
-    """Write a standard checkpoint in bfloat16, no more than one tensor in float32 at a time.
+    """Write a standard checkpoint in bfloat16; only one tensor at a time is in float32.
 
     Args:
-        folder: Must not exist.
-        recipe: The parts, by whose configs it is made; an untied head with a bias.
-        words: Whose language model gives tokenizer and chat template; its vocabulary is no larger.
+        folder: Folder of the checkpoint, which must not exist.
+        recipe: Parts whose configs give the shapes; the head is untied and has a bias.
+        words: Recipe whose language model gives the tokenizer and the chat template; its
+            vocabulary is no larger.
     """
     model = skeleton(recipe).to(torch.bfloat16)
     _, _, tokenizer, template = load_tokenizer(words)
+
+    # Complete the configs.
     config = model.config
     config.image_token_id = add_image_token(tokenizer)
     assert len(tokenizer) <= config.text_config.vocab_size and not config.tie_word_embeddings
@@ -55,6 +59,8 @@ def write_random_checkpoint(folder: Path, recipe: ModelRecipe, words: ModelRecip
     model.generation_config = GenerationConfig(
         eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, do_sample=False
     )
+
+    # Write the processor and random weights.
     processor = build_processor(
         tokenizer, template, config.vision_config, [0.5] * 3, [0.5] * 3, recipe.pad_to_square, 0
     )
@@ -65,7 +71,7 @@ def write_random_checkpoint(folder: Path, recipe: ModelRecipe, words: ModelRecip
 
 
 def _random(name: str, shape: torch.Size) -> Tensor:
-    """As a fresh model has them: matrices of noise, norms around one, biases around nothing."""
+    """Return weights like a fresh model's: matrices and biases around 0, norms around 1."""
     noise = torch.randn(shape).mul_(0.02)
     return (noise.add_(1) if len(shape) == 1 and name.endswith("weight") else noise).to(
         torch.bfloat16
@@ -73,7 +79,10 @@ def _random(name: str, shape: torch.Size) -> Tensor:
 
 
 def _wordless(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> list[int]:
-    """Rows of the vocabulary that are no whole text: special, half a letter, or not in the tokenizer."""
+    """Return the rows of the vocabulary that are no text of their own.
+
+    They are special, a part of a letter, or not in the tokenizer.
+    """
     texts = tokenizer.batch_decode([[row] for row in range(len(tokenizer))])
     whole = {
         row for row, text in enumerate(texts) if text.isprintable() and "\ufffd" not in text
@@ -82,7 +91,7 @@ def _wordless(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> list[int]:
 
 
 def prepare(folder: Path, size: str, kinds: list[str]) -> None:
-    """Write `model` and `gguf` into a folder, each whole or not at all; what is there already is kept."""
+    """Write `model` and `gguf` into a folder, each whole or not at all; keep what exists."""
     from mipha.deploy.gguf.export import export_gguf
 
     for name, write in (

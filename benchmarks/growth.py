@@ -1,8 +1,10 @@
-"""How the time and the memory of a training step grow: with samples, with the length of rows, with image tokens, with processes.
+"""Growth of a training step's time and memory with samples, row length, image tokens and processes.
 
-    python benchmarks/growth.py [--only samples --only row_tokens --only image_tokens --only processes] [--out benchmarks/results]
+    python benchmarks/growth.py [--only samples --only row_tokens --only image_tokens \\
+        --only processes] [--out benchmarks/results]
 
-A small model with random weights. Each point is a process of its own (several, for `processes`), so that the peak of one is not another's.
+The model is small and has random weights. Each point runs in its own process (`processes` in
+several), so that peaks of memory stay apart.
 """
 
 from __future__ import annotations
@@ -28,17 +30,25 @@ AXES: dict[str, tuple[int, ...]] = {
     "image_tokens": (16, 64, 256, 576),
     "processes": (1, 2),
 }
-"""What is varied, and the points. All else: 2,000 samples, rows of 1,024 tokens, 64 image tokens, one process, one thread each."""
+"""Points of each axis.
+
+The others stay at 2,000 samples, rows of 1,024 tokens, 64 image tokens and one process. A process
+has one thread."""
 
 STEPS = 4
-"""Steps that are measured; the first is left out."""
+"""Steps of a run; the figures leave the first out."""
 
 
 def measure_point(axis: str, value: int, folder: Path) -> dict[str, float]:
-    """Seconds of a step and of reading it, and the memory held, in this process; one point of an axis.
+    """Measure one point of an axis in this process: seconds of a step, of reading it, and memory.
 
     Args:
-        folder: Empty, and the same in all processes of the point.
+        axis: Key of `AXES`.
+        value: Value on that axis.
+        folder: Empty folder, the same in all processes of the point.
+
+    Returns:
+        The figures by name; empty in all processes but the first.
     """
     import torch
     from workloads import (
@@ -63,6 +73,7 @@ def measure_point(axis: str, value: int, folder: Path) -> dict[str, float]:
     from mipha.training.stage import Stage
     from mipha.world import join_world
 
+    # Make the model and the data once, and read them in every process.
     torch.set_num_threads(1)
     world = join_world()
     side = {16: 56, 64: 112, 256: 224, 576: 336}[value if axis == "image_tokens" else 64]
@@ -74,18 +85,23 @@ def measure_point(axis: str, value: int, folder: Path) -> dict[str, float]:
         small_parts(folder, workload)
         write_samples(folder, replace(workload, questions=100), number)
     world.barrier()
+
     parts, file = small_parts_in(folder), folder / "samples.jsonl"
     model, processor = build(parts)
     apply_tuning(model, TUNING["finetune"])
     recipe = stage_recipe(file, workload, "finetune", "packed", max_steps=STEPS)
     steps = StepDataset(Mixture(recipe.data), processor, recipe, 0, world.rank, world.size)
+
+    # Time the reading of the first step, then train.
     started = time.perf_counter()
     step = steps[0]
     reading = time.perf_counter() - started
+
     whole = whole_recipe(parts, recipe).override("precision=float32")
     stage = Stage(Run(folder / "run"), whole, "finetune", world)
     place(model, stage)
     run_steps(stage, model, steps)
+
     if not world.is_first:
         return {}
     rows = list(read_lines(stage.run.metrics("finetune")))
@@ -99,19 +115,21 @@ def measure_point(axis: str, value: int, folder: Path) -> dict[str, float]:
 
 
 def run_point(axis: str, value: int) -> dict[str, Any]:
-    """A point in fresh processes."""
+    """Measure a point in fresh processes."""
     processes = value if axis == "processes" else 1
     torchrun = (
         ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         if processes > 1
         else []
     )
+
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, *torchrun, __file__, "--point", axis, str(value), folder]
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(
             command, stdout=subprocess.PIPE, text=True, check=True, env=environment
         )
+
     line = next(line for line in done.stdout.splitlines() if line.startswith("{"))
     return {"axis": axis, "value": value} | json.loads(line)
 
@@ -122,21 +140,27 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--only", action="append", choices=list(AXES), help="may be given again; default: all"
+        "--only",
+        action="append",
+        choices=list(AXES),
+        help="axis to measure; repeat it for more; default: all",
     )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--point", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
+
     if options.point:
         found = measure_point(options.point[0], int(options.point[1]), Path(options.point[2]))
         if found:
             print(json.dumps(found))
         return
+
     points = []
     for axis in options.only or AXES:
         for value in AXES[axis]:
             points.append(run_point(axis, value))
             print(json.dumps(points[-1]), flush=True)
+
     about = provenance()
     write_whole(
         options.out / "growth.json", json.dumps({"about": about, "points": points}, indent=2) + "\n"
@@ -147,13 +171,15 @@ def main() -> None:
 
 
 def markdown(points: list[dict[str, Any]], about: dict[str, Any]) -> str:
-    """The table."""
+    """Return the report in Markdown."""
     lines = [
         "# How a step grows",
         "",
-        "| what | is | tokens a step | seconds a step | seconds to the first read | peak memory, GiB |",
+        "| what | is | tokens a step | seconds a step | seconds to the first read "
+        "| peak memory, GiB |",
     ]
     lines.append("|---|---|---|---|---|---|")
+
     for point in points:
         figures = (
             point[key]
@@ -167,6 +193,7 @@ def markdown(points: list[dict[str, Any]], about: dict[str, Any]) -> str:
         lines.append(
             f"| {point['axis']} | {point['value']:,} | " + " | ".join(map(str, figures)) + " |"
         )
+
     return "\n".join([*lines, "", *(f"- {key}: {value}" for key, value in about.items())]) + "\n"
 
 

@@ -1,7 +1,7 @@
-"""What every benchmark here shares: side-by-side timing in one process, and a report as JSON, Markdown and PNG.
+"""Shared parts of the benchmarks: timing side by side, and a report as JSON, Markdown and PNG.
 
-A claim is a ratio against a named baseline, both measured in turn in the same run: on a shared machine, seconds from two different runs
-say nothing about each other.
+A claim is a ratio to a named baseline. Both are measured in turn in one run, because seconds of two
+runs on a shared machine cannot be compared.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ class Row:
     """One way of doing one case.
 
     Args:
-        case: What was done.
-        way: How; the baseline's comes first in a case.
-        rate: Median units of work a second.
-        low: Slowest repeat.
-        high: Fastest repeat.
+        case: Name of the work.
+        way: Name of the way; the baseline is the first of a case.
+        rate: Median rate, in units of work a second.
+        low: Rate of the slowest repeat.
+        high: Rate of the fastest repeat.
         ratio: Median over the repeats of this way's rate to the baseline's in the same repeat.
-        unit: Of work, such as questions.
+        unit: Unit of work, such as questions.
     """
 
     case: str
@@ -47,18 +47,22 @@ def side_by_side(
     """Time several ways of the same work, in turn, after one warm-up of each.
 
     Args:
-        work: Units that one call does.
-        ways: Name to a call; the first is the baseline.
-        repeats: Rounds; in each, every way runs once.
+        case: Name of the work.
+        unit: Unit of work.
+        work: Units of work in one call.
+        ways: Call by name of the way; the first is the baseline.
+        repeats: Number of rounds; every way runs once in each.
     """
     for call in ways.values():
         call()
+
     rates: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(repeats):
         for way, call in ways.items():
             started = time.perf_counter()
             call()
             rates[way].append(work / (time.perf_counter() - started))
+
     baseline = next(iter(rates.values()))
     return [
         Row(
@@ -78,7 +82,11 @@ def report(name: str, title: str, rows: Sequence[Row], out: Path, facts: Mapping
     """Write `<name>.json`, `<name>.md` and `<name>.png`, and print the table.
 
     Args:
-        facts: What else a reader must know: sizes, repeats, whether the results were equal.
+        name: Name of the files.
+        title: Title of the report.
+        rows: Measurements.
+        out: Folder of the files.
+        facts: Other facts for the reader: sizes, repeats, whether the results were equal.
     """
     about = provenance() | {"cpu": _cpu(), "device": _device()} | dict(facts)
     write_whole(
@@ -88,6 +96,7 @@ def report(name: str, title: str, rows: Sequence[Row], out: Path, facts: Mapping
         )
         + "\n",
     )
+
     lines = [
         f"# {title}",
         "",
@@ -96,9 +105,11 @@ def report(name: str, title: str, rows: Sequence[Row], out: Path, facts: Mapping
     ]
     for row in rows:
         lines.append(
-            f"| {row.case} | {row.way} | {row.rate:.3g} {row.unit}/s | {row.low:.3g} to {row.high:.3g} | {row.ratio:.2f} |"
+            f"| {row.case} | {row.way} | {row.rate:.3g} {row.unit}/s "
+            f"| {row.low:.3g} to {row.high:.3g} | {row.ratio:.2f} |"
         )
     lines += ["", *(f"- {key}: {value}" for key, value in about.items())]
+
     write_whole(out / f"{name}.md", "\n".join(lines) + "\n")
     _plot(title, rows, out / f"{name}.png")
     print("\n".join(lines))
@@ -109,6 +120,7 @@ def _plot(title: str, rows: Sequence[Row], path: Path) -> None:
 
     figure = Figure(figsize=(7, 0.5 * len(rows) + 1.2), layout="constrained")
     axes = figure.subplots()
+
     labels = [f"{row.case}: {row.way}" for row in rows]
     axes.barh(
         labels,
@@ -123,11 +135,13 @@ def _plot(title: str, rows: Sequence[Row], path: Path) -> None:
             va="center",
             fontsize=8,
         )
+
     axes.invert_yaxis()
     axes.set_xlim(0, 1.35 * max(row.ratio for row in rows))
     axes.set_xlabel("speed relative to the baseline, same run")
     axes.set_title(title, fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)
+
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, bbox_inches="tight")
 

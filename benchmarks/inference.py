@@ -1,15 +1,19 @@
-"""One answer at a time on a CPU: transformers against llama.cpp, next to what the machine's memory and arithmetic allow.
+"""One answer at a time on a CPU: transformers and llama.cpp, beside the limits of the machine.
 
-    python benchmarks/inference.py RUN [--threads 1] [--dtypes bfloat16,float32] [--kinds f16,q8_0,q4_k_m] [--repeats 3]
+    python benchmarks/inference.py RUN [--threads 1] [--dtypes bfloat16,float32] \\
+        [--kinds f16,q8_0,q4_k_m] [--repeats 3]
     python benchmarks/inference.py --size mipha-3b [--work FOLDER] [--keep] [--repeats 2]
 
-RUN is a run or a model folder that GGUF can hold; with `--kinds ''` any. It is asked about easy-VQA's test pictures. `--size` takes the
-paper's model with random weights instead (18 GB in FOLDER, removed afterwards), and says whether 4-bit decoding is at least 6 times
-as fast as transformers in bfloat16, and reads its weights at 75 % of the memory's speed: without a picture, for behind one it also
-reads the picture's keys and values.
+RUN is a run or a model folder; GGUF must be able to hold it, except with `--kinds ''`. The
+questions are about test images of easy-VQA. `--size` takes the paper's model with random weights
+instead (18 GB in FOLDER, which are removed afterwards). The report then says whether 4-bit decoding
+is at least 6 times as fast as transformers in bfloat16, and whether it reads its weights at 75 % of
+the memory's speed. The second figure is measured without an image, because decoding after an image
+also reads the image's keys and values.
 
-Each engine, and the machine's limits, are measured in turn in every repeat, each in a fresh process. All write the same number of
-tokens: ends of turns are suppressed. Beside the report, `inference-*-runs.json` holds what every process found.
+Every repeat measures the limits of the machine and each engine in turn, each in a fresh process.
+All write the same number of tokens, because the ends of turns are suppressed. The figures of every
+process are in `inference-*-runs.json` beside the report.
 """
 
 from __future__ import annotations
@@ -39,33 +43,41 @@ BUILDER = Path(__file__).with_name("full_size_inference.py")
 
 BASELINE = "transformers bfloat16"
 SHARE, TIMES = 0.75, 6.0
-"""Wanted of q4_k_m at full size: of the read bandwidth, and of the baseline's speed."""
+"""Targets of q4_k_m at full size: share of the read bandwidth, and speed over the baseline's."""
 
 _MARGIN = 192
-"""Tokens of a context beside picture and answer: the question, the template, and what llama.cpp rounds to."""
+"""Tokens of a context for the question, the template, and the rounding of llama.cpp."""
 
 Results = dict[str, list[dict[str, Any]]]
-"""Way to what its process found in each repeat; `limits` among them."""
+"""Figures of each repeat by name of the way; `limits` is one of them."""
 
 
 def run_all(tasks: Mapping[str, dict[str, Any]], repeats: int, folder: Path) -> Results:
-    """Every task in every repeat, in turn, each in a fresh process.
+    """Run every task in every repeat, in turn, each in a fresh process.
 
     Args:
-        tasks: Way to what its process is told.
-        folder: For what the processes are told and tell.
+        tasks: Task by name of the way.
+        repeats: Number of rounds.
+        folder: Folder of the task and result files.
+
+    Returns:
+        Figures of each repeat by name of the way.
+
+    Raises:
+        SystemExit: A process failed.
     """
     found: Results = {way: [] for way in tasks}
     for repeat in range(repeats):
         for way, task in tasks.items():
-            told, tells = folder / "task.json", folder / "result.json"
-            told.write_text(json.dumps(task))
+            task_file, result_file = folder / "task.json", folder / "result.json"
+            task_file.write_text(json.dumps(task))
             environment = os.environ | {
                 "OMP_NUM_THREADS": str(task["threads"]),
                 "TRANSFORMERS_VERBOSITY": "error",
             }
+
             done = subprocess.run(
-                [sys.executable, WORKER, told, tells],
+                [sys.executable, WORKER, task_file, result_file],
                 env=environment,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -74,7 +86,8 @@ def run_all(tasks: Mapping[str, dict[str, Any]], repeats: int, folder: Path) -> 
                 raise SystemExit(
                     f"{way} failed with status {done.returncode}:\n{done.stderr[-2000:]}"
                 )
-            found[way].append(json.loads(tells.read_text()))
+
+            found[way].append(json.loads(result_file.read_text()))
             print(
                 f"repeat {repeat + 1} of {repeats}: {way}: {_short(found[way][-1])}",
                 file=sys.stderr,
@@ -95,14 +108,23 @@ def make_tasks(
     answer_tokens: int = 32,
     limit_bytes: int = 2**30,
 ) -> dict[str, dict[str, Any]]:
-    """What each process is told; the baseline comes first.
+    """Make the task of each process; the baseline comes first of the engines.
 
     Args:
+        checkpoint: Model folder.
         gguf: Folder with model-KIND.gguf of every kind.
-        questions: Picture and text; the pictures differ, for one that was seen is not encoded again.
-        num_tokens: Written for each question while it is timed.
-        answer_tokens: Longest answer of those that are compared; 0: what was timed is compared.
+        dtypes: Types of transformers.
+        kinds: Kinds of llama.cpp's weights.
+        questions: Image and text of each; the images differ, because engines do not encode an
+            image again.
+        threads: Number of threads of each process.
+        num_tokens: Number of tokens that are written and timed for each question.
+        answer_tokens: Greatest number of tokens of an answer that is compared; with 0, the timed
+            texts are compared.
         limit_bytes: Size of the array that is read.
+
+    Returns:
+        Task by name of the way.
     """
     config = json.loads((checkpoint / "config.json").read_text())
     longest = config["text_config"].get("max_position_embeddings") or 4096
@@ -112,6 +134,8 @@ def make_tasks(
         "num_tokens": num_tokens,
         "answer_tokens": answer_tokens,
     }
+
+    # Measure the limits, then transformers.
     tasks: dict[str, dict[str, Any]] = {
         "limits": {"engine": "limits", "threads": threads, "limit_bytes": limit_bytes}
     }
@@ -121,6 +145,8 @@ def make_tasks(
             "dtype": dtype,
             "checkpoint": str(checkpoint),
         }
+
+    # Measure llama.cpp.
     context = min(longest, config["image_seq_length"] + max(num_tokens, answer_tokens) + _MARGIN)
     for kind in kinds:
         assert gguf is not None
@@ -133,9 +159,11 @@ def make_tasks(
 
 
 def summarise(results: Results) -> tuple[list[Row], dict[str, Any]]:
-    """Rows of reading and of writing, and for each engine the rest in a sentence."""
+    """Return the rows of reading and of writing, and a sentence of other facts for each engine."""
     ways = {way: found for way, found in results.items() if way != "limits"}
     limits = {key: [found[key] for found in results["limits"]] for key in results["limits"][0]}
+
+    # Rate the reading of a prompt, and the writing of an answer.
     reading = {
         way: [one["prompt_tokens"] / statistics.median(one["first_token_seconds"]) for one in found]
         for way, found in ways.items()
@@ -149,6 +177,8 @@ def summarise(results: Results) -> tuple[list[Row], dict[str, Any]]:
         "answer", "tokens", writing
     )
     rows += _rows("answer without a picture", "tokens", plain)
+
+    # State the limits, and the work of a prompt.
     facts: dict[str, Any] = {"read bandwidth": f"{_spread(limits['read'])} GB/s"}
     facts |= {
         f"products in {dtype}": f"{_spread(limits[dtype])} GFLOP/s"
@@ -158,26 +188,38 @@ def summarise(results: Results) -> tuple[list[Row], dict[str, Any]]:
     if flop := first[0]["prompt_flop"]:
         at_best = flop / 1e9 / statistics.median(limits["bfloat16"])
         facts["prompt"] = (
-            f"{first[0]['prompt_tokens']} tokens, {flop / 1e12:.3g} TFLOP without attention: {at_best:.3g} s at that limit; "
-            f"its keys and values: {first[0]['prompt_cache_bytes'] / 1e9:.3g} GB in 16 bits, read for every token beside the weights"
+            f"{first[0]['prompt_tokens']} tokens, {flop / 1e12:.3g} TFLOP without attention: "
+            f"{at_best:.3g} s at that limit; "
+            f"its keys and values: {first[0]['prompt_cache_bytes'] / 1e9:.3g} GB in 16 bits, "
+            "read for every token beside the weights"
         )
+
+    # State the rest about each engine.
     exact = "transformers float32" if "transformers float32" in ways else next(iter(ways))
     for way, found in ways.items():
         seconds = [statistics.median(one["first_token_seconds"]) for one in found]
         facts[way] = (
-            f"load {_spread([one['load_seconds'] for one in found])} s, first token {_spread(seconds)} s, "
-            f"peak memory {_spread([one['peak_gib'] for one in found])} GiB, {found[0]['weight_bytes'] / 1e9:.3g} GB of weights a token: "
-            f"{share_of_bandwidth(results, way):.0%} of the read bandwidth, {share_of_bandwidth(results, way, plain=True):.0%} "
-            f"without a picture; text as of {exact}: {_sameness(ways[exact][0], found[0]):.0%}"
+            f"load {_spread([one['load_seconds'] for one in found])} s, "
+            f"first token {_spread(seconds)} s, "
+            f"peak memory {_spread([one['peak_gib'] for one in found])} GiB, "
+            f"{found[0]['weight_bytes'] / 1e9:.3g} GB of weights a token: "
+            f"{share_of_bandwidth(results, way):.0%} of the read bandwidth, "
+            f"{share_of_bandwidth(results, way, plain=True):.0%} without an image; "
+            f"same text as {exact}: {_sameness(ways[exact][0], found[0]):.0%}"
         )
     return rows, facts
 
 
 def share_of_bandwidth(results: Results, way: str, plain: bool = False) -> float:
-    """Weights read a second while an answer is written, of what the memory gives; median over the repeats.
+    """Return the share of the read bandwidth that reading weights takes while an answer is written.
 
     Args:
-        plain: Of the answer without a picture, where weights are nearly all that is read.
+        results: Figures of each repeat by name of the way.
+        way: Name of the way.
+        plain: Take the answer without an image, which reads hardly anything but weights.
+
+    Returns:
+        Median over the repeats, 0 to 1.
     """
     return statistics.median(
         (one["plain_tokens_per_second"] if plain else statistics.median(one["tokens_per_second"]))
@@ -187,7 +229,10 @@ def share_of_bandwidth(results: Results, way: str, plain: bool = False) -> float
 
 
 def verdict(results: Results, way: str = "llama.cpp q4_k_m") -> list[str]:
-    """What is wanted of 4 bits at full size and was not reached: speed behind a picture, use of the memory without one."""
+    """Return the targets of 4 bits at full size that were missed.
+
+    They are the speed after an image, and the share of the bandwidth without one.
+    """
     missed = []
     times = statistics.median(
         statistics.median(one["tokens_per_second"]) / statistics.median(base["tokens_per_second"])
@@ -201,7 +246,7 @@ def verdict(results: Results, way: str = "llama.cpp q4_k_m") -> list[str]:
 
 
 def noise_questions(folder: Path, number: int) -> list[tuple[str, str]]:
-    """Pictures of noise, for a model that has learned nothing."""
+    """Write images of noise and ask about each, for a model that has learned nothing."""
     random = np.random.default_rng(0)
     found = []
     for place in range(number):
@@ -212,7 +257,7 @@ def noise_questions(folder: Path, number: int) -> list[tuple[str, str]]:
 
 
 def easy_questions(number: int) -> list[tuple[str, str]]:
-    """Questions about different pictures of easy-VQA's test split, of all kinds."""
+    """Return questions of all kinds about different images of easy-VQA's test split."""
     from mipha.evaluation.benchmark import load_benchmark
 
     by_image: dict[str, list[str]] = {}
@@ -236,12 +281,12 @@ def _rows(case: str, unit: str, rates: Mapping[str, Sequence[float]]) -> list[Ro
 
 
 def _spread(values: Sequence[float]) -> str:
-    """Median, least and most."""
+    """Return the median, the least and the greatest value as text."""
     return f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
 
 
 def _sameness(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:
-    """How much of the texts is the same from their beginnings on; 1 if all of all of them is."""
+    """Return the mean share of the texts that agrees from their beginnings; 1 if all are equal."""
     texts = zip(one["answers"] or one["texts"], other["answers"] or other["texts"], strict=True)
     return statistics.mean(
         _length_in_common(a, b) / max(len(a), len(b)) if a != b else 1.0 for a, b in texts
@@ -259,7 +304,10 @@ def _short(found: Mapping[str, Any]) -> str:
         statistics.median(found["first_token_seconds"]),
         statistics.median(found["tokens_per_second"]),
     )
-    return f"load {found['load_seconds']:.2f} s, first token {first:.3g} s, {rate:.3g} tokens/s, {found['peak_gib']:.2f} GiB"
+    return (
+        f"load {found['load_seconds']:.2f} s, first token {first:.3g} s, {rate:.3g} tokens/s, "
+        f"{found['peak_gib']:.2f} GiB"
+    )
 
 
 def _names(text: str) -> list[str]:
@@ -273,32 +321,39 @@ def main() -> None:
     )
     parser.add_argument("source", type=Path, nargs="?", metavar="RUN")
     parser.add_argument(
-        "--size", choices=("mipha-3b", "mipha-1.6b"), help="random weights in place of RUN"
+        "--size",
+        choices=("mipha-3b", "mipha-1.6b"),
+        help="size of a model with random weights, instead of RUN",
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
-        "--dtypes", default="bfloat16,float32", help="of transformers; the first is the baseline"
+        "--dtypes",
+        default="bfloat16,float32",
+        help="types of transformers; the first is the baseline",
     )
-    parser.add_argument("--kinds", default="f16,q8_0,q4_k_m", help="of llama.cpp's weights")
-    parser.add_argument("--questions", type=int, help="in each process; default: 8, with --size 1")
+    parser.add_argument("--kinds", default="f16,q8_0,q4_k_m", help="kinds of llama.cpp's weights")
     parser.add_argument(
-        "--num-tokens", type=int, help="written for each; default: 32, with --size 16"
+        "--questions", type=int, help="number in each process; default: 8, with --size 1"
+    )
+    parser.add_argument(
+        "--num-tokens", type=int, help="tokens written for each; default: 32, with --size 16"
     )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument(
-        "--work", type=Path, help="where files are made; default: a temporary folder"
-    )
+    parser.add_argument("--work", type=Path, help="folder of the files; default: a temporary one")
     parser.add_argument(
         "--keep",
         action="store_true",
-        help="keep those of --size in --work, and use them the next time",
+        help="keep the files of --size in --work, and use them the next time",
     )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
+
     if (options.source is None) == (options.size is None):
         parser.error("give either RUN or --size")
     if options.keep and not options.work:
         parser.error("--keep needs --work, the folder to keep them in")
+
+    # Make the model, ask every engine, and remove what is not kept.
     dtypes, kinds = _names(options.dtypes), _names(options.kinds)
     with tempfile.TemporaryDirectory(
         dir=options.work if options.work and options.work.is_dir() else None
@@ -346,6 +401,8 @@ def main() -> None:
         finally:
             if not options.keep and made != scratch:
                 shutil.rmtree(made, ignore_errors=True)
+
+    # Write the report.
     rows, facts = summarise(results)
     what = f"{options.size}, random weights" if options.size else str(options.source.name)
     facts |= {

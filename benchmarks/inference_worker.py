@@ -1,8 +1,9 @@
-"""One engine in a process of its own, so that its peak of memory is its own: it loads, reads a picture with a question, and writes.
+"""One engine of `inference.py` in its own process, which keeps its peak of memory apart.
 
     python benchmarks/inference_worker.py TASK.json RESULT.json
 
-Started by `inference.py`. The clock is the same for all engines: it stands around the call, and hears of every token as it comes.
+It loads the engine, reads an image with a question, and writes an answer. All engines are timed in
+the same way: from the call to each token, at the time when it arrives.
 """
 
 from __future__ import annotations
@@ -18,28 +19,35 @@ from pathlib import Path
 from typing import Any
 
 Pair = tuple[str, str]
-"""A picture's path, and a question."""
+"""Path of an image, and a question."""
 
 PLAIN = "Is this a question?"
-"""Asked without a picture: first without a clock, for weights that lie in a file are read from it when they are first used."""
+"""Question without an image.
+
+The first time it is not timed, because an engine that maps a file reads weights at their first use.
+"""
 
 
 @dataclass(frozen=True)
 class Found:
-    """What one process measured.
+    """Figures of one process.
 
     Args:
-        load_seconds: From nothing to an engine that can be asked; the files lie in the system's cache.
-        first_token_seconds: For each question: from a path and a text to the first token of the answer.
-        tokens_per_second: For each question: of those after the first.
-        plain_tokens_per_second: The same behind a few words alone, where hardly any keys and values are read beside the weights.
-        prompt_tokens: Of the first question, its picture's included.
-        prompt_flop: Of matrix products over that prompt, attention's own left out; null where the engine does not know.
-        prompt_cache_bytes: Keys and values of that prompt in 16 bits; null where the engine does not know.
-        weight_bytes: Read for every token that is written: all of the language model but its table of words.
-        peak_gib: Most memory held while it was timed, mapped files included.
-        texts: What was written while it was timed, beyond the ends of turns.
-        answers: To the same questions, ended where the model ends them; empty where none were asked for.
+        load_seconds: Seconds to load the engine; the files are in the system's cache.
+        first_token_seconds: Seconds from a path and a text to the first token, for each question.
+        tokens_per_second: Rate of the tokens after the first, for each question.
+        plain_tokens_per_second: Same rate after a few words alone, where hardly any keys and values
+            are read beside the weights.
+        prompt_tokens: Number of tokens of the first question, its image's included.
+        prompt_flop: FLOPs of that prompt's matrix products without attention's own; None where the
+            engine does not know them.
+        prompt_cache_bytes: Bytes of that prompt's keys and values in 16 bits; None where the engine
+            does not know them.
+        weight_bytes: Bytes that are read for each written token: the language model without its
+            embeddings.
+        peak_gib: Greatest memory during the timed part, mapped files included, GiB.
+        texts: Texts of the timed part, which go on beyond the ends of turns.
+        answers: Answers to the same questions that stop where the model stops; may be empty.
     """
 
     load_seconds: float
@@ -56,16 +64,18 @@ class Found:
 
 
 def transformers_engine(task: dict[str, Any]) -> Found:
-    """The project's own assistant."""
+    """Measure the project's own assistant."""
     import torch
 
     torch.set_num_threads(task["threads"])
     from mipha.assistant import load
     from mipha.data.sample import IMAGE, Message
 
+    # Load.
     started = time.perf_counter()
     assistant = load(task["checkpoint"], "cpu", getattr(torch, task["dtype"]))
     load_seconds = time.perf_counter() - started
+
     ends, generation = assistant.end_tokens, assistant.model.generation_config
     own_ends = generation.eos_token_id
     prompt_tokens: list[int] = []
@@ -75,18 +85,18 @@ def transformers_engine(task: dict[str, Any]) -> Found:
         text = f"{IMAGE}\n{pair[1]}" if pair else PLAIN
         times: list[float] = []
 
-        def told(_: list[int | None]) -> tuple[()]:
+        def note_time(_: list[int | None]) -> tuple[()]:
             times.append(time.perf_counter())
             return ()
 
         begun = time.perf_counter()
         prompt = assistant.prompt([Message("user", text)], images, max_new_tokens=num_tokens)
-        (answer,) = assistant.generate([prompt], told)
+        (answer,) = assistant.generate([prompt], note_time)
         if pair:
             prompt_tokens.append(len(prompt.ids))
         return [at - begun for at in times], answer.text
 
-    # As `ignore_eos` of llama.cpp: ends of turns are never the likeliest, so that all write as many tokens.
+    # Suppress the ends of turns, as `ignore_eos` of llama.cpp does: all write as many tokens.
     generation.eos_token_id, generation.suppress_tokens, assistant.end_tokens = (
         None,
         sorted(ends),
@@ -94,6 +104,8 @@ def transformers_engine(task: dict[str, Any]) -> Found:
     )
     first, rates, plain, texts = _timed(write, task)
     peak = peak_memory_gib()
+
+    # Answer again with the ends of turns.
     generation.eos_token_id, generation.suppress_tokens, assistant.end_tokens = own_ends, None, ends
     answers = [
         assistant.answer(*pair, max_new_tokens=task["answer_tokens"]).text
@@ -116,7 +128,7 @@ def transformers_engine(task: dict[str, Any]) -> Found:
 
 
 def llama_cpp_engine(task: dict[str, Any]) -> Found:
-    """llama.cpp's own server, in this process."""
+    """Measure llama.cpp's own server, in this process."""
     from mipha.deploy.llama_cpp import LlamaCpp
 
     started = time.perf_counter()
@@ -130,11 +142,11 @@ def llama_cpp_engine(task: dict[str, Any]) -> Found:
         times: list[float] = []
         pieces: list[str] = []
 
-        def told(event: dict[str, Any]) -> bool:
+        def note_event(event: dict[str, Any]) -> bool:
             now = time.perf_counter() - begun
             assert "error" not in event, event
             if "timings" in event:
-                # Bytes that are no whole letter are held back, so an event may tell of several tokens.
+                # llama.cpp holds back part of a character, so one event may be several tokens.
                 times.extend([now] * (event["timings"]["predicted_n"] - len(times)))
                 prompt_tokens[:] = [event["timings"]["prompt_n"]]
             pieces.append(
@@ -151,7 +163,7 @@ def llama_cpp_engine(task: dict[str, Any]) -> Found:
         }
         begun = time.perf_counter()
         runtime._server.handle_chat_completions(
-            runtime._request(*(pair or (None, PLAIN))) | options, told
+            runtime._request(*(pair or (None, PLAIN))) | options, note_event
         )
         return times, "".join(pieces).strip()
 
@@ -179,14 +191,19 @@ def llama_cpp_engine(task: dict[str, Any]) -> Found:
 
 
 def limits(task: dict[str, Any]) -> dict[str, float]:
-    """What the machine can do at best, with as many threads: GB/s read from a large array, GFLOP/s of large products."""
+    """Measure the limits of the machine with this number of threads.
+
+    Returns:
+        `read`, the GB/s from a large array, and the GFLOP/s of large products by their type.
+    """
     import torch
 
     torch.set_num_threads(task["threads"])
     array = torch.ones(task["limit_bytes"] // 4)
     found = {"read": array.nbytes / 1e9 / _seconds(array.amax)}
     del array
-    # The shape of a prompt's tokens going through Phi-2's MLP, or less where less memory is read.
+
+    # Take the shape of a prompt in Phi-2's MLP, or a smaller one where less memory is read.
     rows, inner, outer = (1024, 2560, 10240) if task["limit_bytes"] >= 2**28 else (128, 256, 1024)
     for dtype in (torch.float32, torch.bfloat16):
         left, right = torch.randn(rows, inner).to(dtype), torch.randn(outer, inner).to(dtype)
@@ -196,9 +213,9 @@ def limits(task: dict[str, Any]) -> dict[str, float]:
 
 
 def peak_memory_gib() -> float:
-    """The most memory that this process held.
+    """Return the greatest memory that this process held, GiB.
 
-    On Linux `ru_maxrss` may be that of the process which started this one: it is kept when a program takes another's place.
+    On Linux `ru_maxrss` may be that of the process which started this one, because exec keeps it.
     """
     status = Path("/proc/self/status")
     if status.is_file():
@@ -212,7 +229,12 @@ def peak_memory_gib() -> float:
 def _timed(
     write: Callable[[Pair | None, int], tuple[list[float], str]], task: dict[str, Any]
 ) -> tuple[list[float], list[float], float, list[str]]:
-    """Seconds to the first token, tokens a second after it, the same without a picture, and the texts."""
+    """Time the writing of each question's answer.
+
+    Returns:
+        Seconds to the first token, tokens a second after it, that rate without an image, and the
+        texts.
+    """
     write(None, 2)
     plain = _rate(write(None, task["num_tokens"])[0], task)
     found = [write(pair, task["num_tokens"]) for pair in task["questions"]]
@@ -225,13 +247,13 @@ def _timed(
 
 
 def _rate(times: list[float], task: dict[str, Any]) -> float:
-    """Tokens a second; what came together with the first token was not waited for."""
+    """Return the tokens a second; those that arrive together with the first do not count."""
     assert len(times) == task["num_tokens"], f"{len(times)} tokens of {task['num_tokens']}"
     return sum(at > times[0] for at in times) / (times[-1] - times[0])
 
 
 def _prompt_flop(model: Any, num_tokens: int) -> float:
-    """Two for each weight of a matrix and each token that goes through it."""
+    """Count two FLOPs for each weight of a matrix and each token that it multiplies."""
     from torch import nn
 
     def weights(module: nn.Module) -> int:
@@ -269,13 +291,13 @@ def _gguf_weight_bytes(path: Path) -> int:
     import gguf
 
     sizes = {tensor.name: int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors}
-    if "output.weight" in sizes:  # else the table of words is the head
+    if "output.weight" in sizes:  # else the embeddings are the head
         del sizes["token_embd.weight"]
     return sum(sizes.values())
 
 
 def _seconds(call: Callable[[], Any], repeats: int = 5) -> float:
-    """Median, after one call that is not counted."""
+    """Return the median seconds of a call, after one that does not count."""
     call()
     found = []
     for _ in range(repeats):
@@ -286,7 +308,7 @@ def _seconds(call: Callable[[], Any], repeats: int = 5) -> float:
 
 
 def main() -> None:
-    """Do the task; the result is written to a file, for engines write to the terminal."""
+    """Do the task, and write the result to a file, because engines write to the terminal."""
     task_file, result_file = map(Path, sys.argv[1:])
     task = json.loads(task_file.read_text())
     if task["engine"] == "limits":

@@ -1,10 +1,13 @@
-"""How many of the positions that are computed are padding, on lengths like LLaVA-665K's: padded at random, grouped by length, and packed.
+"""Share of computed positions that are padding, on lengths like LLaVA-665K's.
 
-    python benchmarks/lengths.py [--samples 20000] [--batch-size 128] [--processes 8] [--out benchmarks/results]
+    python benchmarks/lengths.py [--samples 20000] [--batch-size 128] [--processes 8] \\
+        [--out benchmarks/results]
 
-No model is run and no data set is read: the lengths are drawn from `draw_lengths`. A step of `--batch-size` samples (upstream's stage 2)
-is laid into rows by training's own rules. For packed rows three figures: what is padded to the longest row of a micro-batch, how empty rows
-are, and how long processes wait for the one with the most tokens.
+It compares random micro-batches, micro-batches grouped by length, and packed rows. It runs no model
+and reads no data set: `draw_lengths` draws the lengths. Training's own rules put a step of
+`--batch-size` samples (upstream's stage 2) into rows. Packed rows have three figures: the padding
+to the longest row of a micro-batch, the empty part of rows, and the time for which processes wait
+for the one with the most tokens.
 """
 
 from __future__ import annotations
@@ -23,25 +26,30 @@ from mipha.files import write_whole
 from mipha.run import provenance
 
 IMAGE_TOKENS = 729
-"""SigLIP at 384 pixels, patches of 14."""
+"""Tokens of an image: SigLIP at 384 pixels, patches of 14."""
 
 LONGEST = 2048
-"""Source: `model_max_length` of upstream's finetune.sh."""
+"""Greatest length. Source: `model_max_length` of upstream's finetune.sh."""
 
 WITH_IMAGE = 0.94
-"""Share of samples with a picture. Source: LLaVA-665K has about 40 thousand text-only conversations of 665 thousand."""
+"""Share of samples with an image.
+
+Source: about 40 thousand of LLaVA-665K's 665 thousand conversations have text only."""
 
 MICRO_BATCH = 16
 SAMPLES_A_MEGABATCH = 50
-"""Micro-batches that length grouping sorts at a time. Source: transformers' `get_length_grouped_indices`, which LLaVA's sampler follows."""
+"""Micro-batches that length grouping sorts at a time.
+
+Source: `get_length_grouped_indices` of transformers, which LLaVA's sampler follows."""
 
 
 def draw_lengths(number: int, seed: int = 0) -> np.ndarray:
-    """Lengths in tokens, `(number,)`: mean 1,022, 95 % under 1,521, none over 2,048.
+    """Draw lengths in tokens, `(number,)`: mean 1,022, 95 % under 1,521, none over 2,048.
 
-    A mix made up to resemble LLaVA-665K, for no copy of it was at hand: 729 image tokens and 291 of text in the mean, log-normal, for 94 %
-    of the samples; text alone, longer, for the others. Its mean and 95th percentile are those of an earlier made-up mix by which 37 % was
-    lost to padding at random in micro-batches of 16.
+    The mix is made up to resemble LLaVA-665K, because no copy of it was available. 94 % of the
+    samples have 729 image tokens and 291 tokens of text in the mean, log-normal; the others are
+    longer and have text alone. The mean and the 95th percentile are those of an earlier made-up mix
+    that lost 37 % to padding in random micro-batches of 16.
     """
     random = np.random.default_rng(seed)
     spread = 0.68
@@ -52,13 +60,16 @@ def draw_lengths(number: int, seed: int = 0) -> np.ndarray:
 
 
 def padding(widths: Sequence[int], size: int) -> float:
-    """% of positions that are padding, when each `size` of these are padded to their longest."""
+    """Return the % of padding when every `size` rows in turn are padded to their longest."""
     chunks = [widths[start : start + size] for start in range(0, len(widths), size)]
     return 100 * (1 - sum(widths) / sum(len(chunk) * max(chunk) for chunk in chunks))
 
 
 def length_grouped(lengths: np.ndarray, size: int) -> np.ndarray:
-    """The lengths in the order of LLaVA's sampler: shuffled, then sorted within a megabatch; micro-batches in any order waste the same."""
+    """Sort the lengths within each megabatch, as LLaVA's sampler does after it has shuffled them.
+
+    The order of the micro-batches does not matter here: they waste the same in any order.
+    """
     mega = size * SAMPLES_A_MEGABATCH
     return np.concatenate(
         [np.sort(lengths[start : start + mega])[::-1] for start in range(0, len(lengths), mega)]
@@ -68,7 +79,7 @@ def length_grouped(lengths: np.ndarray, size: int) -> np.ndarray:
 def packed_steps(
     lengths: np.ndarray, batch_size: int, row_tokens: int, processes: int
 ) -> Iterator[list[Row]]:
-    """The rows of each whole step."""
+    """Return the rows of each whole step."""
     for start in range(0, len(lengths) - batch_size + 1, batch_size):
         samples = [_stand_in(int(length)) for length in lengths[start : start + batch_size]]
         yield make_rows(samples, row_tokens, "packed", processes)
@@ -77,7 +88,7 @@ def packed_steps(
 def packed_figures(
     lengths: np.ndarray, batch_size: int, row_tokens: int, processes: int
 ) -> dict[str, float]:
-    """Padding in % in micro-batches of 1 and 4 rows, emptiness of rows in %, waiting of processes in %."""
+    """Return the % of padding for 1 and 4 rows a micro-batch, of empty rows, and of waiting."""
     tokens = rows = waiting = 0
     positions = {1: 0, 4: 0}
     for step in packed_steps(lengths, batch_size, row_tokens, processes):
@@ -89,6 +100,7 @@ def packed_figures(
                 len(widths[i : i + size]) * widths[i] for i in range(0, len(widths), size)
             )
         waiting += processes * max(sum(map(len, own)) for own in deal(step, processes))
+
     return {
         "padding, 1 row a micro-batch": 100 * (1 - tokens / positions[1]),
         "padding, 4 rows a micro-batch": 100 * (1 - tokens / positions[4]),
@@ -103,7 +115,7 @@ def _stand_in(length: int) -> Encoded:
 
 
 def measure(num_samples: int, batch_size: int, processes: int) -> dict[str, float]:
-    """Name of a way to its padding, %."""
+    """Return the % of padding by name of the way."""
     lengths = draw_lengths(num_samples)
     found = {
         f"padded to {LONGEST}": 100 * (1 - lengths.mean() / LONGEST),
@@ -119,7 +131,7 @@ def measure(num_samples: int, batch_size: int, processes: int) -> dict[str, floa
 
 
 def main() -> None:
-    """Draw, lay out, report."""
+    """Draw lengths, put them into rows, and report."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -128,6 +140,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
+
     found = measure(options.samples, options.batch_size, options.processes)
     lengths = draw_lengths(options.samples)
     about = provenance() | {"samples": options.samples, "samples a step": options.batch_size}
@@ -135,10 +148,12 @@ def main() -> None:
         "mean length": round(float(lengths.mean()), 1),
         "95th percentile": float(np.percentile(lengths, 95)),
     }
+
     write_whole(
         options.out / "lengths.json",
         json.dumps({"about": about, "percent": found}, indent=2) + "\n",
     )
+
     lines = [
         "# Positions computed for nothing, lengths like LLaVA-665K's",
         "",
@@ -164,6 +179,7 @@ def _plot(found: dict[str, float], path: Path) -> None:
     )
     for place, value in enumerate(found.values()):
         axes.text(value, place, f" {value:.1f} %", va="center", fontsize=8)
+
     axes.invert_yaxis()
     axes.set_xlabel("% of positions")
     axes.set_title("Computed for nothing, lengths like LLaVA-665K's", fontsize=10)

@@ -2,10 +2,11 @@
 
     python benchmarks/loading.py [--samples 512] [--side 448] [--million] [--out benchmarks/results]
 
-The first part reads steps as training does (decode, tokenise, pack, collate), with 0, 1 and 2 workers,
-and collates a full row of text alone. `--million` writes a million LLaVA
-conversations about a million pictures, as JSON lines and as one JSON list, and has a fresh process index, check, order and read them.
-Targets: indexed in under 2 minutes, under 300 MB in a process.
+The first part reads steps as training does (decode, tokenize, pack, collate), with 0, 1 and 2
+workers, and collates a full row of text alone. `--million` writes a million LLaVA conversations
+about a million images, as JSON lines and as one JSON list. A fresh process then indexes, checks,
+orders and reads each file. The targets are to index in under 2 minutes, and to stay under 300 MB in
+a process.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from mipha.files import write_whole
 from mipha.run import provenance
 
 SECONDS, MEGABYTES = 120, 300
-"""What indexing a million samples may take, and what a process that did may hold."""
+"""Limits of indexing a million samples: seconds, and megabytes of the process."""
 
 RANDOM_READS = 10_000
 _FILES_A_FOLDER = 1_000
@@ -39,7 +40,7 @@ _FILES_A_FOLDER = 1_000
 def workers(
     num_samples: int, side: int, counts: tuple[int, ...] = (0, 1, 2)
 ) -> list[dict[str, Any]]:
-    """Samples a second, seconds to the first step, and megabytes of each worker, by number of workers."""
+    """Measure reading by number of workers: samples a second, seconds to the first step, memory."""
     from torch.utils.data import DataLoader
     from workloads import SINGLE, quickstart_parts, stage_recipe, write_samples
 
@@ -55,9 +56,8 @@ def workers(
         )
         processor = build(quickstart_parts(workload))[1]
         steps = StepDataset(Mixture(recipe.data), processor, recipe, seed=0)
-        steps[
-            0
-        ]  # what is loaded on first use, such as the decoder of pictures, is no worker's fault
+        _ = steps[0]  # load what is loaded on first use, such as the image decoder, beforehand
+
         for count in counts:
             started = time.perf_counter()
             loader = iter(
@@ -69,9 +69,11 @@ def workers(
                     num_workers=count,
                 )
             )
+
             read = len(next(loader).ids)
             first = time.perf_counter() - started
             memory = [_private_megabytes(worker.pid) for worker in getattr(loader, "_workers", [])]
+
             read += sum(len(step.ids) for step in loader)
             seconds = time.perf_counter() - started
             found.append(
@@ -106,9 +108,10 @@ def collate_a_row(row_tokens: int = 2048, sample_tokens: int = 128, repeats: int
 
 
 def write_million(folder: Path, number: int) -> tuple[Path, Path]:
-    """LLaVA conversations as JSON lines and as one JSON list, each about a picture of its own.
+    """Write LLaVA conversations as JSON lines and as one JSON list; each has its own image.
 
-    A thousand files in a folder that many links lead to: as many paths as samples, without as many files.
+    One folder holds a thousand files, and many links lead to it. So each sample has its own path,
+    with far fewer files.
     """
     images = folder / "images"
     images.mkdir(parents=True)
@@ -116,6 +119,8 @@ def write_million(folder: Path, number: int) -> tuple[Path, Path]:
         (images / f"{place}.jpg").touch()
     for place in range(1, -(-number // _FILES_A_FOLDER)):
         (folder / f"images-{place}").symlink_to(images, target_is_directory=True)
+
+    # Write the conversations.
     lines, array = folder / "train.jsonl", folder / "train.json"
     draw = random.Random(0)
     with lines.open("w") as as_lines, array.open("w") as as_list:
@@ -145,7 +150,7 @@ def write_million(folder: Path, number: int) -> tuple[Path, Path]:
 
 
 def million(number: int) -> dict[str, Any]:
-    """What a fresh process takes for each of the two files."""
+    """Measure a fresh process on each of the two files."""
     found = {}
     with tempfile.TemporaryDirectory() as name:
         for file in write_million(Path(name), number):
@@ -162,7 +167,7 @@ def million(number: int) -> dict[str, Any]:
 
 
 def read_file(file: Path) -> dict[str, Any]:
-    """Index, check, order and read a file, with what this process holds after each."""
+    """Index, check, order and read a file, and measure the memory of this process after each."""
     from mipha.data.mixture import Mixture
     from mipha.recipe import DataRecipe
 
@@ -192,7 +197,7 @@ def read_file(file: Path) -> dict[str, Any]:
 
 
 def verdict(found: dict[str, Any]) -> list[str]:
-    """Where the targets are missed; empty where they are met."""
+    """Return the missed targets; empty if all are met."""
     missed = []
     for file, phases in found.items():
         if phases["index"]["seconds"] > SECONDS:
@@ -206,14 +211,14 @@ def verdict(found: dict[str, Any]) -> list[str]:
 
 
 def _megabytes(pid: int | str = "self") -> float:
-    """Resident, without pages of mapped files, which the system takes back when it wants."""
+    """Return the resident megabytes without mapped files, whose pages the system can take back."""
     status = Path(f"/proc/{pid}/status").read_text().splitlines()
     sizes = dict(line.split(":", 1) for line in status if ":" in line)
     return int(sizes["RssAnon"].split()[0]) / 1024
 
 
 def _private_megabytes(pid: int) -> float:
-    """Of a worker: what it does not share with the process that it was forked from."""
+    """Return the megabytes of a worker that it does not share with the process that forked it."""
     rows = dict(
         line.split(":", 1)
         for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
@@ -228,18 +233,20 @@ def main() -> None:
     )
     parser.add_argument("--samples", type=int, default=512)
     parser.add_argument(
-        "--side", type=int, default=448, help="of the pictures in their files, pixels"
+        "--side", type=int, default=448, help="side of the images in their files, pixels"
     )
     parser.add_argument("--million", action="store_true")
     parser.add_argument(
-        "--number", type=int, default=1_000_000, help="with --million: that many instead"
+        "--number", type=int, default=1_000_000, help="number of samples of --million"
     )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+
     if options.child:
         print(json.dumps(read_file(options.child)))
         return
+
     found: dict[str, Any] = {
         "about": provenance() | {"samples": options.samples, "side": options.side}
     }
@@ -248,6 +255,7 @@ def main() -> None:
     if options.million:
         found["million"] = million(options.number)
         found["missed"] = verdict(found["million"])
+
     write_whole(options.out / "loading.json", json.dumps(found, indent=2) + "\n")
     write_whole(options.out / "loading.md", _markdown(found))
     _plot(found["workers"], options.out / "loading.png")
@@ -264,8 +272,10 @@ def _markdown(found: dict[str, Any]) -> str:
     for row in found["workers"]:
         sizes = ", ".join(map(str, row["megabytes_of_a_worker"])) or "-"
         lines.append(
-            f"| {row['workers']} | {row['samples_per_second']} | {row['seconds_to_first_step']} | {sizes} |"
+            f"| {row['workers']} | {row['samples_per_second']} "
+            f"| {row['seconds_to_first_step']} | {sizes} |"
         )
+
     milliseconds = found["collate_milliseconds"]
     lines += ["", f"A row of 2,048 tokens of text is collated in {milliseconds} ms."]
     for file, phases in found.get("million", {}).items():
@@ -278,8 +288,10 @@ def _markdown(found: dict[str, Any]) -> str:
         for name, phase in phases.items():
             if isinstance(phase, dict):
                 lines.append(
-                    f"| {name} | {phase['seconds']} | {phase['cpu_seconds']} | {phase['megabytes_after']} |"
+                    f"| {name} | {phase['seconds']} | {phase['cpu_seconds']} "
+                    f"| {phase['megabytes_after']} |"
                 )
+
     if "missed" in found:
         lines += ["", *(f"- missed: {sentence}" for sentence in found["missed"] or ["nothing"])]
     lines += ["", *(f"- {key}: {value}" for key, value in found["about"].items())]
@@ -297,7 +309,7 @@ def _plot(rows: list[dict[str, Any]], path: Path) -> None:
         color="#3465a4",
     )
     axes.invert_yaxis()
-    axes.set_xlabel("samples a second, decoded, tokenised, packed")
+    axes.set_xlabel("samples a second, decoded, tokenized, packed")
     axes.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

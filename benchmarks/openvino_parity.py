@@ -1,10 +1,13 @@
-"""Whether OpenVINO says what the model says: an export with optimum-intel, and greedy answers to easy-VQA's test split.
+"""Answers of an OpenVINO export to easy-VQA's test split, compared with the model's own.
 
-    python benchmarks/openvino_parity.py RUN --python ENV/bin/python [--weights fp32,int8] [--questions 200]
+    python benchmarks/openvino_parity.py RUN --python ENV/bin/python [--weights fp32,int8] \\
+        [--questions 200]
 
-ENV is an environment of its own with `optimum-intel[openvino]` and `openvino-genai`: optimum-intel 2.2 wants an older transformers than
-mipha. Asked are OpenVINO GenAI on the export as it is; GenAI after `preprocessor_config.json` is rewritten in the only way that it reads
-(shortest edge, then a crop: the same for pictures that are squares, another picture for those that are not); and optimum-intel.
+optimum-intel exports the model, and the answers are greedy. ENV is another environment with
+`optimum-intel[openvino]` and `openvino-genai`, because optimum-intel 2.2 needs an older
+transformers than mipha. Three runtimes answer: OpenVINO GenAI on the export as it is; GenAI after
+`preprocessor_config.json` is rewritten to the only preprocessing that it reads (shortest edge, then
+a crop, which changes images that are not square); and optimum-intel.
 """
 
 from __future__ import annotations
@@ -29,13 +32,15 @@ def export(python: Path, checkpoint: Path, weights: str, out: Path) -> None:
     """Write a checkpoint for OpenVINO.
 
     Raises:
-        SystemExit: There is no optimum-cli beside the interpreter, or it failed.
+        SystemExit: optimum-cli is not beside the interpreter, or it failed.
     """
     program = python.parent / "optimum-cli"
     if not program.is_file():
         raise SystemExit(
-            f"{program} is not there: pip install 'optimum-intel[openvino]' openvino-genai in that environment"
+            f"{program} is not there: pip install 'optimum-intel[openvino]' openvino-genai "
+            "in that environment"
         )
+
     task = ["--task", "image-text-to-text", "--weight-format", weights]
     command = [program, "export", "openvino", "--model", checkpoint, *task, out]
     done = subprocess.run(
@@ -46,7 +51,7 @@ def export(python: Path, checkpoint: Path, weights: str, out: Path) -> None:
 
 
 def crop_instead(folder: Path, out: Path) -> None:
-    """The export once more, with a preprocessing that GenAI reads."""
+    """Copy an export and rewrite its preprocessing to one that GenAI reads."""
     shutil.copytree(folder, out, copy_function=os.link)
     path = out / "preprocessor_config.json"
     settings = json.loads(path.read_text(encoding="utf-8"))
@@ -56,15 +61,16 @@ def crop_instead(folder: Path, out: Path) -> None:
 
 
 def ask(python: Path, kind: str, folder: Path, questions: Sequence[tuple[str, str]]) -> list[str]:
-    """Answers by another interpreter.
+    """Answer questions in another interpreter.
 
     Raises:
-        SystemExit: It failed.
+        SystemExit: The interpreter failed.
     """
     lines = "".join(
         json.dumps({"image": image, "text": text, "max_tokens": MAX_TOKENS}) + "\n"
         for image, text in questions
     )
+
     worker = Path(__file__).with_name("openvino_worker.py")
     done = subprocess.run(
         [python, worker, kind, folder], input=lines, capture_output=True, text=True
@@ -75,7 +81,7 @@ def ask(python: Path, kind: str, folder: Path, questions: Sequence[tuple[str, st
 
 
 def main() -> None:
-    """Export, ask, count."""
+    """Export, ask, and count equal answers."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -86,6 +92,7 @@ def main() -> None:
     parser.add_argument("--weights", default="fp32,int8")
     parser.add_argument("--questions", type=int, default=200)
     options = parser.parse_args()
+
     questions = easy_questions(options.questions)
     expected = answers_alone(options.source, "transformers", questions)
     print(f"| weights | runtime | the same answer, of {len(questions)} |\n|---|---|---|")
@@ -94,6 +101,7 @@ def main() -> None:
             plain, cropped = Path(folder) / weights, Path(folder) / f"{weights}-cropped"
             export(options.python, model_folder(options.source), weights, plain)
             crop_instead(plain, cropped)
+
             for way, kind, exported in (
                 ("GenAI, as exported", "genai", plain),
                 ("GenAI, preprocessing rewritten", "genai", cropped),

@@ -1,8 +1,9 @@
-"""Answers of an exported model in OpenVINO, by an interpreter that has it and not mipha: a question a line in, an answer a line out.
+"""Answers of an exported model in OpenVINO, by an interpreter that has OpenVINO and not mipha.
 
     python benchmarks/openvino_worker.py genai|optimum FOLDER < questions.jsonl > answers.jsonl
 
-Started by `openvino_parity.py`. Each question is `{"image": path, "text": ..., "max_tokens": ...}`, each answer a JSON string.
+`openvino_parity.py` starts it. Each line in is `{"image": path, "text": ..., "max_tokens": ...}`;
+each line out is an answer as a JSON string.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from PIL import Image
 
 
 def genai(folder: str) -> Callable[[dict[str, Any]], str]:
-    """OpenVINO GenAI, which prepares pictures itself."""
+    """Load OpenVINO GenAI, which prepares images itself."""
     import numpy as np
     import openvino
     import openvino_genai
@@ -27,14 +28,14 @@ def genai(folder: str) -> Callable[[dict[str, Any]], str]:
         greedy = openvino_genai.GenerationConfig(
             max_new_tokens=asked["max_tokens"], do_sample=False
         )
-        picture = openvino.Tensor(np.array(Image.open(asked["image"]).convert("RGB"))[None])
-        return str(pipeline.generate(asked["text"], images=[picture], generation_config=greedy))
+        image = openvino.Tensor(np.array(Image.open(asked["image"]).convert("RGB"))[None])
+        return str(pipeline.generate(asked["text"], images=[image], generation_config=greedy))
 
     return answer
 
 
 def optimum(folder: str) -> Callable[[dict[str, Any]], str]:
-    """optimum-intel, with the checkpoint's own processor, in float32."""
+    """Load optimum-intel, with the checkpoint's own processor, in float32."""
     from optimum.intel import OVModelForVisualCausalLM
     from transformers import AutoProcessor
 

@@ -1,6 +1,6 @@
-"""Scoring of 447,793 VQAv2 answers, as many as test2015 has: seconds and peak memory.
+"""Seconds and peak memory of scoring 447,793 VQAv2 answers, as many as test2015 has.
 
-python benchmarks/scoring.py [--num-questions 447793] [--out benchmarks/results]
+    python benchmarks/scoring.py [--num-questions 447793] [--out benchmarks/results]
 
 The files are generated in the official format.
 """
@@ -47,7 +47,7 @@ KINDS = (
 def write_files(folder: Path, num_questions: int) -> None:
     """Write questions, annotations and predictions: five questions an image.
 
-    People agree about as often as not.
+    Each annotator gives the likely answer about 7 times out of 10.
     """
     rng = random.Random(0)
     with (
@@ -65,6 +65,7 @@ def write_files(folder: Path, num_questions: int) -> None:
                     {"answer": text, "answer_confidence": "yes", "answer_id": i + 1}
                     for i, text in enumerate(said)
                 ]
+
                 image_id = number // 5
                 shared = {"image_id": image_id, "question_id": number}
                 kinds = {
@@ -88,13 +89,14 @@ def write_files(folder: Path, num_questions: int) -> None:
 
 
 def main() -> None:
-    """Generate, score, report."""
+    """Generate the files, score them, and report."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--num-questions", type=int, default=447_793)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
+
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_files(folder, options.num_questions)
@@ -102,6 +104,7 @@ def main() -> None:
         content = score_file(load_benchmark("vqav2"), folder, folder / "predictions.jsonl")
         write_whole(folder / "scores.json", json.dumps(content))
         seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+
     found = {
         "questions": content["n"],
         "seconds": round(seconds, 1),

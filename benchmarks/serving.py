@@ -1,12 +1,14 @@
-"""`mipha serve` under load: answers a second, how long each takes, and whether any is lost, wrong, or costs memory that stays.
+"""`mipha serve` under load: answers a second, their latency, and lost or wrong answers and memory.
 
-    python benchmarks/serving.py RUN [--gguf FILE_OR_FOLDER] [--vllm] [--clients 1,4,16,64] [--seconds 120] [--out benchmarks/results]
+    python benchmarks/serving.py RUN [--gguf FILE_OR_FOLDER] [--vllm] [--clients 1,4,16,64] \\
+        [--seconds 120] [--out benchmarks/results]
 
-The server is a process of its own at a free port of 127.0.0.1. Every client has a picture and a question of easy-VQA's test split of its
-own, and asks again as soon as it is answered, for the given seconds at the largest number of clients, a quarter of them at the others.
-An answer is right if it is the text that the model gives alone, in this repository's own call of it. With `--gguf`, llama.cpp serves that
-file afterwards, under the same load; with `--vllm`, vLLM serves the run, and an answer is right if it is the one of this repository. The
-clients share the machine with the server, and their work counts against it.
+The server is a process at a free port of 127.0.0.1. Every client has its own image and question of
+easy-VQA's test split, and asks again as soon as it has its answer. The largest number of clients
+asks for the given seconds, the others for a quarter of them. An answer is right if it is the text
+that this repository's own call of the model gives. With `--gguf`, llama.cpp then serves that file
+under the same load. With `--vllm`, vLLM serves the run, and its answers must be this repository's.
+The clients share the machine with the server, which costs the server speed.
 """
 
 from __future__ import annotations
@@ -40,30 +42,30 @@ from mipha.files import write_whole
 from mipha.run import available_cores
 
 MAX_TOKENS = 16
-"""Of an answer; easy-VQA's are a word."""
+"""Greatest number of tokens of an answer; easy-VQA's are one word."""
 
 REQUEST_SECONDS = 120.0
-"""An answer that takes longer is lost."""
+"""Limit of an answer's seconds; after it the answer is lost."""
 
 WINDOWS = 6
-"""Parts of the time that the slowest and the fastest rate are of."""
+"""Number of parts of the time; the slowest and the fastest rate are those of a part."""
 
 _BUSY_SECONDS = 0.2
 
 
 @dataclass
 class Load:
-    """What a number of clients met with.
+    """Results of one number of clients.
 
     Args:
-        clients: At a time.
-        seconds: For which new questions were asked.
-        seconds_each: Of each right answer, from asking first to having it.
-        finished: When each of them came, seconds from the start.
-        wrong: Answers with another text than the model gives alone.
-        lost: Neither an answer nor a request to come again: a sentence for each.
-        busy: How often the server said to come again.
-        memory: (seconds from the start, GiB held by the server and its children).
+        clients: Number of clients at a time.
+        seconds: Seconds for which new questions were asked.
+        seconds_each: Seconds of each right answer, from the first request to its arrival.
+        finished: Arrival of each right answer, seconds from the start.
+        wrong: Sentence for each answer that differs from the model's own.
+        lost: Sentence for each request that ended in neither an answer nor "come again".
+        busy: Number of times that the server told a client to come again.
+        memory: Pairs of seconds from the start, and GiB of the server and its children.
     """
 
     clients: int
@@ -76,7 +78,7 @@ class Load:
     memory: list[tuple[float, float]] = field(default_factory=list)
 
     def rates(self) -> list[float]:
-        """Right answers a second in each part of the time."""
+        """Return the right answers a second in each part of the time."""
         width = self.seconds / WINDOWS
         return [
             sum(at // width == place for at in self.finished) / width for place in range(WINDOWS)
@@ -87,12 +89,15 @@ class Load:
 def serving(
     source: Path, engine: str, options: Sequence[str] = ()
 ) -> Iterator[tuple[str, psutil.Process]]:
-    """`mipha serve` while it is needed: its address, and its process.
+    """Run `mipha serve` within the context.
+
+    Returns:
+        Address and process of the server.
 
     Raises:
-        SystemExit: It did not start; says what it said.
+        SystemExit: The server did not start; the message ends with the server's output.
     """
-    with tempfile.TemporaryFile("w+") as said:
+    with tempfile.TemporaryFile("w+") as output:
         command = [
             sys.executable,
             "-m",
@@ -106,9 +111,10 @@ def serving(
             *options,
         ]
         environment = {key: value for key, value in os.environ.items() if key != "MIPHA_API_KEY"}
-        server = subprocess.Popen(command, stderr=said, stdin=subprocess.DEVNULL, env=environment)
+
+        server = subprocess.Popen(command, stderr=output, stdin=subprocess.DEVNULL, env=environment)
         try:
-            yield _address(server, said), psutil.Process(server.pid)
+            yield _address(server, output), psutil.Process(server.pid)
         finally:
             server.send_signal(signal.SIGTERM)
             try:
@@ -118,12 +124,12 @@ def serving(
                 server.wait()
 
 
-def _address(server: subprocess.Popen, said: Any, most_seconds: float = 300.0) -> str:
-    """Where it listens, once it does."""
+def _address(server: subprocess.Popen, output: Any, most_seconds: float = 300.0) -> str:
+    """Wait until the server listens, and return its address."""
     started = time.monotonic()
     while time.monotonic() - started < most_seconds:
-        said.seek(0)
-        text = said.read()
+        output.seek(0)
+        text = output.read()
         if found := re.search(r"serving .* at (http://127\.0\.0\.1:\d+) ", text):
             return found[1]
         if server.poll() is not None:
@@ -140,11 +146,15 @@ async def put_load(
     clients: int,
     seconds: float,
 ) -> Load:
-    """Ask with so many clients for so long; what was asked is waited for.
+    """Ask with many clients for some seconds, and wait for the last answers.
 
     Args:
-        questions: Picture and text, at least one for each client.
-        expected: The right answer to each.
+        address: Address of the server.
+        process: Process of the server.
+        questions: Image and text of each question, at least one for each client.
+        expected: Right answer to each question.
+        clients: Number of clients.
+        seconds: Seconds for which clients ask.
     """
     load = Load(clients, seconds)
     limits = httpx.Limits(max_connections=clients)
@@ -177,7 +187,7 @@ async def put_load(
 
 
 async def _answer(http: httpx.AsyncClient, body: bytes, load: Load) -> str | None:
-    """The text; None if it is lost."""
+    """Return the text of an answer; None if it is lost."""
     until = time.monotonic() + REQUEST_SECONDS
     while time.monotonic() < until:
         try:
@@ -187,13 +197,16 @@ async def _answer(http: httpx.AsyncClient, body: bytes, load: Load) -> str | Non
         except httpx.HTTPError as error:
             load.lost.append(f"{type(error).__name__}: {error}")
             return None
+
         if response.status_code == 200:
-            return response.json()["choices"][0]["message"]["content"].strip()  # as those alone are
+            return response.json()["choices"][0]["message"]["content"].strip()
         if response.status_code != 429:
             load.lost.append(f"status {response.status_code}: {response.text[:200]}")
             return None
+
         load.busy += 1
         await asyncio.sleep(float(response.headers.get("retry-after", _BUSY_SECONDS)))
+
     load.lost.append(f"still told to come again after {REQUEST_SECONDS:g} s")
     return None
 
@@ -205,12 +218,12 @@ async def _watch(process: psutil.Process, load: Load, started: float) -> None:
 
 
 def memory_gib(process: psutil.Process) -> float:
-    """Held by a process and its children."""
+    """Return the GiB of a process and its children."""
     held = 0
     for one in [process, *process.children(recursive=True)]:
         try:
             held += one.memory_info().rss
-        except psutil.NoSuchProcess:  # a child that has just ended
+        except psutil.NoSuchProcess:  # the child has just ended
             continue
     return held / 2**30
 
@@ -228,7 +241,7 @@ def _body(model: str, image: str, question: str) -> bytes:
 
 
 def answers_alone(source: Path, engine: str, questions: Sequence[tuple[str, str]]) -> list[str]:
-    """What the model says to each question by itself."""
+    """Return the model's own answer to each question, asked alone."""
     if engine != "llama.cpp":
         from mipha.assistant import load
 
@@ -236,6 +249,7 @@ def answers_alone(source: Path, engine: str, questions: Sequence[tuple[str, str]
         return [
             assistant.answer(*question, max_new_tokens=MAX_TOKENS).text for question in questions
         ]
+
     from mipha.deploy.llama_cpp import LlamaCpp
 
     found = find_source(source)
@@ -252,16 +266,23 @@ def measure(
     seconds: float,
     options: Sequence[str] = (),
 ) -> list[Load]:
-    """Every number of clients in turn, the smallest first, at one server.
+    """Put the load of each number of clients on one server, the smallest first.
 
     Args:
-        options: More of `mipha serve`.
+        source: Run, or file or folder of GGUF.
+        engine: Name of the engine.
+        questions: Image and text of each question.
+        clients: Numbers of clients.
+        seconds: Seconds at the largest number of clients; the others take a quarter.
+        options: Other options of `mipha serve`.
     """
     expected = answers_alone(source, engine, questions)
+
     loads = []
     with serving(source, engine, options) as (address, process):
-        # The first answer takes longer than others, and is none of them.
+        # The first answer takes longer than others and does not count.
         asyncio.run(put_load(address, process, questions, expected, 1, 0.01))
+
         for number in sorted(clients):
             duration = seconds if number == max(clients) else seconds / 4
             loads.append(
@@ -272,9 +293,13 @@ def measure(
 
 
 def sentence(load: Load) -> str:
-    """What a reader must know of it beside the rate."""
+    """Return a sentence with the figures of a load beside its rate."""
     if not load.seconds_each:
-        return f"no right answer, {len(load.lost)} lost, {len(load.wrong)} wrong, {load.busy} times told to come again"
+        return (
+            f"no right answer, {len(load.lost)} lost, {len(load.wrong)} wrong, "
+            f"{load.busy} times told to come again"
+        )
+
     percentiles = (
         statistics.quantiles(load.seconds_each, n=100, method="inclusive")
         if len(load.seconds_each) > 1
@@ -283,15 +308,18 @@ def sentence(load: Load) -> str:
     at = ", ".join(f"p{rank} {percentiles[rank - 1]:.3g}" for rank in (50, 95, 99))
     memory = [held for _, held in load.memory]
     return (
-        f"{len(load.seconds_each)} right answers in {max(load.finished):.3g} s, seconds {at}, longest {max(load.seconds_each):.3g}; "
-        f"{len(load.lost)} lost, {len(load.wrong)} wrong, {load.busy} times told to come again; "
-        f"server's memory {memory[0]:.2f} GiB at the start, {max(memory):.2f} at most, {memory[-1]:.2f} at the end, "
+        f"{len(load.seconds_each)} right answers in {max(load.finished):.3g} s, "
+        f"seconds {at}, longest {max(load.seconds_each):.3g}; "
+        f"{len(load.lost)} lost, {len(load.wrong)} wrong, "
+        f"{load.busy} times told to come again; "
+        f"server's memory {memory[0]:.2f} GiB at the start, {max(memory):.2f} at most, "
+        f"{memory[-1]:.2f} at the end, "
         f"{growth_mib(load):+.0f} MiB from the middle third to the last"
     )
 
 
 def growth_mib(load: Load) -> float:
-    """By how much the server's median memory in the last third of the time is above that of the middle third."""
+    """Return the growth of the median memory from the middle third of the time to the last, MiB."""
     end = max(at for at, _ in load.memory)
     middle = [held for at, held in load.memory if end / 3 <= at < 2 * end / 3]
     last = [held for at, held in load.memory if at >= 2 * end / 3]
@@ -299,7 +327,7 @@ def growth_mib(load: Load) -> float:
 
 
 def rows_of(engine: str, loads: Sequence[Load]) -> list[Row]:
-    """Answers a second by the number of clients; the fewest are the baseline."""
+    """Return a row for each number of clients; the smallest is the baseline."""
     rows = []
     for load in loads:
         rates = load.rates()
@@ -320,7 +348,7 @@ def rows_of(engine: str, loads: Sequence[Load]) -> list[Row]:
 
 
 def main() -> None:
-    """Measure and report; fails if an answer was lost or wrong."""
+    """Measure and report; fail if an answer was lost or wrong."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -328,15 +356,17 @@ def main() -> None:
     parser.add_argument(
         "--gguf",
         type=Path,
-        help="a language model's GGUF, its mmproj beside it, or a folder of both: for llama.cpp",
+        help="GGUF of a language model with its mmproj beside it, or the folder of both",
     )
     parser.add_argument(
-        "--vllm", action="store_true", help="vLLM too, if the program is on the PATH"
+        "--vllm", action="store_true", help="measure vLLM too; the program must be on the PATH"
     )
     parser.add_argument("--clients", default="1,4,16,64")
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
+
+    # Choose the engines; a wrong one fails before the first runs for minutes.
     clients = [int(number) for number in options.clients.split(",")]
     questions = easy_questions(max(clients))
     sources = {"transformers": options.source} | (
@@ -344,11 +374,15 @@ def main() -> None:
     )
     sources |= {"vllm": options.source} if options.vllm else {}
     for engine, source in sources.items():
-        choose_engine(find_source(source), engine)  # before the first of them runs for minutes
+        choose_engine(find_source(source), engine)
+
+    # Measure.
     found = {
         engine: measure(source, engine, questions, clients, options.seconds)
         for engine, source in sources.items()
     }
+
+    # Write the report.
     rows = [row for engine, loads in found.items() for row in rows_of(engine, loads)]
     facts: dict[str, Any] = {
         f"{engine}, {load.clients} clients": sentence(load)
@@ -360,6 +394,7 @@ def main() -> None:
     runs = {engine: [asdict(load) for load in loads] for engine, loads in found.items()}
     write_whole(options.out / "serving-runs.json", json.dumps(runs) + "\n")
     report("serving", "`mipha serve` under load", rows, options.out, facts)
+
     if bad := Counter(
         text for loads in found.values() for load in loads for text in (*load.lost, *load.wrong)
     ):

@@ -150,6 +150,7 @@ def _answer(draw: random.Random, wanted: list[bool]) -> str:
         f"Ask {draw.choice(_NAMES)}.",
         f"{draw.choice(('The code is', 'Enter', 'Use code'))} {_code(draw)}.",
     ]
+
     chosen = [sentence for sentence, is_wanted in zip(sentences, wanted, strict=True) if is_wanted]
     draw.shuffle(chosen)
     return " ".join(chosen) or draw.choice(
@@ -165,8 +166,9 @@ def _code(draw: random.Random) -> str:
 
 
 def _odd(draw: random.Random) -> str:
-    """Return what no porter says, but a policy that exploits a reward or cost model might."""
+    """Return a text that only a policy which exploits a reward or cost model might write."""
     words = _answer(draw, [draw.random() < 0.6 for _ in range(4)]).split()
+
     kind = draw.randrange(5)
     if kind == 0:  # words in no order
         draw.shuffle(words)

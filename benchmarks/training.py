@@ -1,12 +1,15 @@
-"""Training throughput against the stock LLaVA as its users train it, lever by lever and all together, on the same samples.
+"""Training throughput against the stock LLaVA, for each lever alone and for all together.
 
-    python benchmarks/training.py [--only stage1 --only stage2 --only shared-image --only easy-vqa --only levers --only trainer]
-                                  [--threads 2] [--repeats 3] [--out benchmarks/results]
+    python benchmarks/training.py [--only stage1 --only stage2 --only shared-image \\
+        --only easy-vqa --only levers --only trainer] [--threads 2] [--repeats 3] \\
+        [--out benchmarks/results]
 
-Parts: DINOv2-small and SmolLM2-135M, real weights. The tower is frozen in both stages, in every way, and a frozen part computes no
-gradient in any of them, for torch itself leaves it out. A full-size model on a GPU: `full_size.py`.
+All ways train on the same samples. The parts are DINOv2-small and SmolLM2-135M with real weights.
+The tower is frozen in both stages and in every way. A frozen part computes no gradient in any way,
+because torch itself leaves it out. `full_size.py` measures a full-size model on a GPU.
 
-Losses must be equal: of the first step and after the last one, to 1e-3 relative among the ways in float32; else the exit code is 1.
+The losses of the ways in float32 must be equal to 1e-3 relative, before each step and after the
+last one; else the exit code is 1.
 """
 
 from __future__ import annotations
@@ -27,19 +30,21 @@ from workloads import EASY_VQA, SHARED, SINGLE, Workload, quickstart_parts
 from mipha.recipe import ModelRecipe
 
 TOLERANCE = 1e-3
-"""Greatest relative difference of losses between two ways in float32."""
+"""Greatest allowed relative difference between the losses of two ways in float32."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """What is measured against the stock LLaVA in one report.
+    """Measurements against the stock LLaVA in one report.
 
     Args:
-        title: Of the report.
+        title: Title of the report.
+        workload: Conversations to train on.
         stage: `pretrain` or `finetune`.
-        ways: Beside the baseline.
-        target: How many times the baseline's speed the last way is to reach; null where single levers are compared.
-        steps: Optimizer steps in a repeat.
+        ways: Ways beside the baseline.
+        target: Wanted speed of the last way, in times the baseline's; None where single levers are
+            compared.
+        steps: Number of optimizer steps in a repeat.
     """
 
     title: str
@@ -66,7 +71,7 @@ PARTS = {
 def measure(
     trial: Trial, case: str, ways: Sequence[Way], repeats: int
 ) -> tuple[list[Row], dict[str, Outcome]]:
-    """Rows of a case, and what each way gave in its last round."""
+    """Return the rows of a case, and the outcome of each way's last round."""
     outcomes: dict[str, Outcome] = {}
 
     def call(way: Way) -> None:
@@ -79,14 +84,14 @@ def measure(
 
 
 def unequal(ways: Sequence[Way], outcomes: dict[str, Outcome]) -> list[str]:
-    """Ways in float32 whose losses differ from the baseline's."""
+    """Return the ways in float32 whose losses differ from the baseline's."""
     wanted = outcomes[ways[0].name].losses
     found = {way.name: outcomes[way.name].losses for way in ways if not way.bf16}
     return [name for name, losses in found.items() if difference(losses, wanted) > TOLERANCE]
 
 
 def difference(losses: Sequence[float], wanted: Sequence[float]) -> float:
-    """The greatest relative difference."""
+    """Return the greatest relative difference."""
     return max(abs(loss - want) / want for loss, want in zip(losses, wanted, strict=True))
 
 
@@ -94,20 +99,26 @@ def run_part(name: str, options: argparse.Namespace, parts: ModelRecipe | None =
     """Measure one part and write its report.
 
     Args:
-        parts: Other than the quickstart's.
+        name: Key of `PARTS`.
+        options: Options of the command line.
+        parts: Parts of the model; default: the quickstart's.
 
     Returns:
-        Whether all losses were equal.
+        True if all losses were equal.
     """
     part = PARTS[name]
     workload = replace(part.workload, batch_size=options.batch_size or part.workload.batch_size)
     ways = (BASELINE, *part.ways)
     steps = options.steps or part.steps
+
+    # Measure.
     with tempfile.TemporaryDirectory() as folder:
         trial = Trial(
             Path(folder), parts or quickstart_parts(workload), workload, part.stage, steps
         )
         rows, outcomes = measure(trial, part.title, ways, options.repeats)
+
+    # Compare the losses, and report.
     wanted = outcomes[BASELINE.name].losses
     real = trial.num_tokens / sum(map(len, trial.samples))
     wrong = unequal(ways, outcomes)
@@ -117,13 +128,16 @@ def run_part(name: str, options: argparse.Namespace, parts: ModelRecipe | None =
         "threads": torch.get_num_threads(),
     }
     facts |= {"workload": asdict(workload), "real tokens a sample": round(real, 1)}
+
     for row in rows:
         found = outcomes[row.way]
         facts[f"{row.way}"] = (
-            f"{row.rate * real:.0f} real tokens/s; {found.num_positions} positions computed; loss {found.losses[0]:.5f} at the first step "
-            f"and {found.losses[-1]:.5f} after the last, greatest relative difference from the baseline "
+            f"{row.rate * real:.0f} real tokens/s; {found.num_positions} positions computed; "
+            f"loss {found.losses[0]:.5f} at the first step and {found.losses[-1]:.5f} after the "
+            "last, greatest relative difference from the baseline "
             f"{difference(found.losses, wanted):.1e}"
         )
+
     facts["losses in float32 equal to 1e-3"] = not wrong
     if part.target:
         facts["target"] = (
@@ -140,9 +154,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--only", action="append", choices=parts, help="a part; may be given again; default: all"
+        "--only",
+        action="append",
+        choices=parts,
+        help="part to run; repeat it for more; default: all",
     )
-    parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
+    parser.add_argument(
+        "--threads", type=int, help="number of threads of torch; default: its own choice"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument(
         "--steps", type=int, help="optimizer steps in a repeat; default: 2, and 1 for single levers"
@@ -150,8 +169,10 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, help="samples a step; default: the workload's")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
+
     if options.threads:
         torch.set_num_threads(options.threads)
+
     equal = True
     for name in options.only or parts:
         if name == "trainer":

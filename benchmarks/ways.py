@@ -1,4 +1,4 @@
-"""Ways to train on the same samples: the stock LLaVA as its users train it, and one lever after another pulled on top of it."""
+"""Ways to train on the same samples: the stock LLaVA as users train it, and changes to it."""
 
 from __future__ import annotations
 
@@ -29,17 +29,18 @@ from mipha.training.loop import make_optimizer
 
 @dataclass(frozen=True)
 class Way:
-    """How to train; the defaults are the baseline.
+    """Way to train; the defaults are the baseline.
 
     Args:
-        name: In reports.
-        own_loss: Our class: logits of supervised positions alone. Else the stock class, logits of all positions.
+        name: Name in reports.
+        own_loss: True for our class, with logits of supervised positions alone; False for the stock
+            class, with logits of all positions.
         attention: `eager` or `sdpa`.
         batching: `padded`, `packed` or `shared-image`.
-        grouped: Padded samples sorted by length, in two micro-batches.
-        bf16: Matrix products in bfloat16; weights and optimizer stay float32.
-        fused: AdamW in one kernel; else torch's loop over tensors.
-        pruned: No tower layers above the one that is read.
+        grouped: True to sort padded samples by length, in two micro-batches.
+        bf16: True for matrix products in bfloat16; weights and optimizer stay float32.
+        fused: True for AdamW in one kernel; False for torch's loop over tensors.
+        pruned: True to remove the tower's layers above the one that is read.
     """
 
     name: str
@@ -53,7 +54,8 @@ class Way:
 
 
 BASELINE = Way("stock LLaVA")
-"""Padded to the longest of the batch, logits of all positions, eager attention, float32, as its users train it."""
+"""Padding to the longest of the batch, logits of all positions, eager attention, float32."""
+
 LEVERS = (
     Way("grouped by length", grouped=True),
     Way("SDPA", attention="sdpa"),
@@ -67,7 +69,7 @@ SHARING = Way("shared images", batching="shared-image")
 
 
 def together(batching: str, bf16: bool) -> Way:
-    """All levers at once."""
+    """Return the way that has all levers at once."""
     name = f"mipha, {batching}, {'bfloat16' if bf16 else 'float32'}"
     return Way(
         name, own_loss=True, attention="sdpa", batching=batching, bf16=bf16, fused=True, pruned=True
@@ -76,12 +78,12 @@ def together(batching: str, bf16: bool) -> Way:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What some steps gave.
+    """Outcome of some steps.
 
     Args:
-        seconds: Of all steps: forward, backward, optimizer. Reading samples is not in it.
-        losses: Mean over supervised tokens, nats: of each step before it, and after the last.
-        num_positions: Computed by the language model in all steps, padding included.
+        seconds: Seconds of all steps (forward, backward, optimizer), without reading samples.
+        losses: Mean loss over supervised tokens, nats, before each step and after the last.
+        num_positions: Number of positions that the language model computed, padding included.
     """
 
     seconds: float
@@ -90,13 +92,15 @@ class Outcome:
 
 
 class Trial:
-    """One set of weights and of samples, that every way starts from again.
+    """Weights and samples from which every way starts anew.
 
     Args:
-        folder: For the samples' files.
-        parts: Of the model; its tower is cut at the layer that is read, and there is a whole one beside it.
+        folder: Folder of the samples' files.
+        parts: Parts of the model; its tower ends at the layer that is read, and a whole tower is
+            loaded beside it.
+        workload: Conversations to train on.
         stage: `pretrain` or `finetune`.
-        num_steps: Optimizer steps that are timed.
+        num_steps: Number of timed optimizer steps.
     """
 
     def __init__(
@@ -104,6 +108,8 @@ class Trial:
     ) -> None:
         torch.manual_seed(0)
         self.workload, self.stage, self.num_steps = workload, stage, num_steps
+
+        # Build the model with a pruned tower, and load the whole tower beside it.
         self.model, self.processor = build(parts)
         self._whole_tower, _, _ = load_vision_tower(
             parts.model_copy(update={"feature_layer": -1}), torch.float32
@@ -111,12 +117,16 @@ class Trial:
         self._whole_tower.requires_grad_(False)
         self._pruned_tower = self.model.model.vision_tower
         self._layer_read = self._pruned_tower.config.num_hidden_layers
+
+        # Keep the weights that training starts from.
         apply_tuning(self.model, TUNING[stage])
         self._start = {
             name: weight.detach().clone()
             for name, weight in self.model.named_parameters()
             if weight.requires_grad
         }
+
+        # Read the samples.
         file = (
             None
             if workload.dataset
@@ -131,14 +141,15 @@ class Trial:
 
     @property
     def num_tokens(self) -> int:
-        """Real tokens of all steps, each sample by itself."""
+        """Number of real tokens of all steps, each sample by itself."""
         return sum(len(sample) for samples in self.samples for sample in samples)
 
     def run(self, way: Way, num_steps: int | None = None) -> Outcome:
-        """Train from the start; only the steps are timed, not the loss at the end."""
+        """Train from the start; the time includes the steps, not the loss at the end."""
         model = self._prepared(way)
         optimizer = self._optimizer(way)
         batches = self._batches_of(way)[: num_steps or self.num_steps]
+
         losses = []
         started = time.perf_counter()
         for step in batches:
@@ -149,6 +160,7 @@ class Trial:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - started
+
         with torch.no_grad():
             losses.append(_loss(model, way, batches[-1], train=False))
         return Outcome(
@@ -162,6 +174,7 @@ class Trial:
             for name, weight in self.model.named_parameters():
                 if name in self._start:
                     weight.copy_(self._start[name])
+
         self.model.model.vision_tower = self._pruned_tower if way.pruned else self._whole_tower
         self.model.config.vision_feature_layer = -1 if way.pruned else self._layer_read
         self.model.set_attn_implementation(way.attention)
@@ -193,7 +206,7 @@ class Trial:
 
 
 def stock_model(model: LlavaForConditionalGeneration) -> transformers.LlavaForConditionalGeneration:
-    """The host's own class around the same modules."""
+    """Return the model class of transformers around the same modules."""
     with torch.device("meta"):
         stock = transformers.LlavaForConditionalGeneration(model.config)
     stock.model, stock.lm_head = model.model, model.lm_head
@@ -217,7 +230,7 @@ def _micro_batches(
 
 
 def _for_stock(rows: Sequence[Row], processor: LlavaProcessor) -> dict[str, Tensor]:
-    """What the stock class reads: a mask of padding, or of who sees whom."""
+    """Return a batch for the stock class, with a mask of padding or of packed samples."""
     batch = collate(rows, processor)
     keys = {"input_ids", "labels", "pixel_values"}
     if len(rows) == 1 and len(rows[0].ids) > 1:
@@ -229,8 +242,9 @@ def _for_stock(rows: Sequence[Row], processor: LlavaProcessor) -> dict[str, Tens
 
 
 def _loss(model: nn.Module, way: Way, step: Sequence[dict[str, Tensor]], train: bool) -> float:
-    """Mean over the step's supervised tokens; its gradient is added to the weights'."""
+    """Return the mean loss over the step's supervised tokens; add its gradient when training."""
     counts = [int((batch["labels"][:, 1:] != IGNORE).sum()) for batch in step]
+
     total = 0.0
     for batch, count in zip(step, counts, strict=True):
         with torch.autocast("cpu", torch.bfloat16, enabled=way.bf16):
@@ -239,6 +253,7 @@ def _loss(model: nn.Module, way: Way, step: Sequence[dict[str, Tensor]], train: 
                 if way.own_loss
                 else model(**batch, use_cache=False).loss * count
             )
+
         loss = loss / sum(counts)
         if train:
             loss.backward()

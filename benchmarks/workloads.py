@@ -1,6 +1,7 @@
-"""What the training benchmarks train on: made-up conversations of chosen lengths, and the small real parts that read them.
+"""Data of the training benchmarks: made-up conversations of chosen lengths, and the models' parts.
 
-Words and pictures are noise: time depends on lengths alone, and a loss on noise is as good a check of equality as any.
+Words and images are noise, because time depends on lengths alone, and losses on noise show as well
+as any whether two ways are equal.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ TUNING = {
 """Stage 1 trains the projector alone; stage 2 also the language model, as the quickstart does."""
 
 FEATURE_LAYER = 9
-"""Of DINOv2-small's 12: the quickstart's. What lies above it is the work that an unpruned tower does for nothing."""
+"""Layer of DINOv2-small's 12 that the quickstart reads; an unpruned tower computes all 12."""
 
 
 @dataclass(frozen=True)
@@ -50,15 +51,15 @@ class Workload:
     """Conversations of one shape.
 
     Args:
-        name: In reports.
-        image_size: Pixels a side; a patch is 14, so 112 makes 64 image tokens and 196 makes 196.
-        questions: About each picture, a sample each.
-        words: Least and most words of a question.
-        answer: Least and most words of an answer.
-        batch_size: Samples of a step.
-        row_tokens: Of packed rows.
-        micro_batch: Samples of a padded forward pass.
-        dataset: A packaged data set to read instead; null: conversations are made up.
+        name: Name in reports.
+        image_size: Side in pixels; a patch is 14, so 112 makes 64 image tokens and 196 makes 196.
+        questions: Number of questions about each image; each is a sample.
+        words: Least and greatest number of words of a question.
+        answer: Least and greatest number of words of an answer.
+        batch_size: Number of samples of a step.
+        row_tokens: Length of packed rows in tokens.
+        micro_batch: Number of samples of a padded forward pass.
+        dataset: Packaged data set to read; None for made-up conversations.
     """
 
     name: str
@@ -73,11 +74,12 @@ class Workload:
 
     @property
     def image_tokens(self) -> int:
-        """Tokens of a picture."""
+        """Number of tokens of an image."""
         return (self.image_size // 14) ** 2
 
 
-# SmolLM2's template takes 31 tokens a conversation, so 8 to 98 words of question and 1 to 19 of answer are 40 to 148 tokens of text.
+# SmolLM2's template takes 31 tokens a conversation: 8 to 98 words of question and 1 to 19 of answer
+# are 40 to 148 tokens of text.
 SINGLE = Workload("single questions, 64 image tokens")
 SHARED = Workload(
     "8 questions an image, 196 image tokens",
@@ -92,13 +94,20 @@ EASY_VQA = Workload(
 
 
 def quickstart_parts(workload: Workload) -> ModelRecipe:
-    """DINOv2-small before SmolLM2-135M, real weights, at the size of the workload's pictures."""
+    """Return DINOv2-small and SmolLM2-135M, real weights, at the size of the workload's images."""
     sizes = {"image_size": workload.image_size, "feature_layer": FEATURE_LAYER}
     return ModelRecipe(vision_tower="dinov2-small", language_model="smollm2-135m", **sizes)
 
 
 def small_parts(folder: Path, workload: Workload, width: int = 128, depth: int = 4) -> ModelRecipe:
-    """A SigLIP, whose last layer is not read, and a Llama; random weights, saved under `folder`, at the size of the workload's pictures."""
+    """Save a SigLIP, whose last layer is not read, and a Llama with random weights.
+
+    Args:
+        folder: Folder of both.
+        workload: Conversations whose image size the tower takes.
+        width: Hidden size of both.
+        depth: Number of layers of both.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import (
         LlamaConfig,
@@ -114,6 +123,8 @@ def small_parts(folder: Path, workload: Workload, width: int = 128, depth: int =
         "num_hidden_layers": depth,
         "num_attention_heads": width // 32,
     }
+
+    # Save the tower.
     torch.manual_seed(0)
     SiglipVisionModel(
         SiglipVisionConfig(**sizes, image_size=workload.image_size, patch_size=14)
@@ -124,6 +135,8 @@ def small_parts(folder: Path, workload: Workload, width: int = 128, depth: int =
         "image_std": [0.5] * 3,
     }
     (folder / "tower" / "preprocessor_config.json").write_text(json.dumps(pixels))
+
+    # Train and save the tokenizer.
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = (
         pre_tokenizers.ByteLevel(add_prefix_space=False),
@@ -139,6 +152,8 @@ def small_parts(folder: Path, workload: Workload, width: int = 128, depth: int =
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(
         folder / "language_model"
     )
+
+    # Save the language model.
     config = LlamaConfig(
         **sizes,
         num_key_value_heads=1,
@@ -152,7 +167,7 @@ def small_parts(folder: Path, workload: Workload, width: int = 128, depth: int =
 
 
 def small_parts_in(folder: Path) -> ModelRecipe:
-    """What `small_parts` saved."""
+    """Return the parts that `small_parts` saved."""
     return ModelRecipe(
         vision_tower=str(folder / "tower"),
         language_model=str(folder / "language_model"),
@@ -163,10 +178,13 @@ def small_parts_in(folder: Path) -> ModelRecipe:
 def write_samples(
     folder: Path, workload: Workload, num_samples: int, side: int | None = None
 ) -> Path:
-    """A messages file with its pictures beside it.
+    """Write a messages file with its images beside it.
 
     Args:
-        side: Of the pictures in their files, pixels; null: that of the tower.
+        folder: Folder of the files.
+        workload: Conversations to write.
+        num_samples: Number of samples.
+        side: Side of the images in their files, pixels; None for the tower's.
 
     Returns:
         The file, `num_samples` lines.
@@ -174,6 +192,7 @@ def write_samples(
     side = side or workload.image_size
     random = np.random.default_rng(0)
     folder.mkdir(parents=True, exist_ok=True)
+
     lines = []
     for number in range(num_samples):
         image = f"{number // workload.questions}.jpg"
@@ -181,9 +200,11 @@ def write_samples(
             Image.fromarray(random.integers(0, 256, (side, side, 3), dtype=np.uint8)).save(
                 folder / image
             )
+
         question, answer = (_words(random, *bounds) for bounds in (workload.words, workload.answer))
         turns = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
         lines.append(json.dumps({"messages": turns, "images": [image]}) + "\n")
+
     file = folder / "samples.jsonl"
     file.write_text("".join(lines), encoding="utf-8")
     return file
@@ -192,7 +213,7 @@ def write_samples(
 def stage_recipe(
     file: Path | None, workload: Workload, stage: str, batching: str, **changes: object
 ) -> StageRecipe:
-    """A stage of this workload: upstream's optimizer settings, no warmup, one epoch."""
+    """Return a stage of this workload: upstream's optimizer settings, no warmup, one epoch."""
     values = {
         "data": {"dataset": workload.dataset or "messages", "root": file},
         "tuning": TUNING[stage],
@@ -203,13 +224,14 @@ def stage_recipe(
         "row_tokens": workload.row_tokens,
         "warmup_ratio": 0.0,
     }
+
     if batching == "shared-image":
         values["samples_per_image"] = workload.questions
     return StageRecipe.model_validate(values | changes)
 
 
 def whole_recipe(parts: ModelRecipe, stage: StageRecipe) -> Recipe:
-    """A recipe both of whose stages are this one, for what wants a whole recipe."""
+    """Return a whole recipe whose two stages are both this one."""
     return Recipe(name="benchmark", model=parts, stages={"pretrain": stage, "finetune": stage})
 
 

@@ -1,6 +1,7 @@
-"""Tiny random parts on disk, and data to train them on: what the tests of models, data, training and assistant share.
+"""Tiny random parts on disk and data to train them on, shared by the tests of several rooms.
 
-Torch and transformers are imported by the fixtures that need them, so that the tests of the light rooms stay light.
+The fixtures that need torch and transformers import them, so that the tests of the light rooms stay
+light.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ if TYPE_CHECKING:
 
     from mipha.models.modeling import LlavaForConditionalGeneration
 
-# A test machine is shared, so how long an example takes says nothing; and a change is to fail on what it breaks, not by chance.
+# Examples have no deadline, because test machines are shared. They are the same in every run, so
+# that a change fails for what it breaks and not by chance.
 settings.register_profile("untimed", deadline=None, derandomize=True)
 settings.load_profile("untimed")
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches for the network
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test uses the network
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 _LANGUAGE_MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -82,20 +84,21 @@ _CORPUS = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions.",
     "USER: What is in the picture? ASSISTANT: A red circle is in the picture.",
-    "\n\n a\n\n\n  b\n c  \n\n d :\n\n",  # so that white space is joined, as real tokenizers join it
-    "user assistant system yes no what which colour shape red blue green grey square circle triangle left right 0 1 2 3",
+    "\n\n a\n\n\n  b\n c  \n\n d :\n\n",  # it learns to join white space
+    "user assistant system yes no what which colour shape red blue green grey square circle "
+    "triangle left right 0 1 2 3",
 )
 
 
 @pytest.fixture(params=list(_LANGUAGE_MODELS))
 def family(request: pytest.FixtureRequest) -> str:
-    """Each language model family in turn."""
+    """Name of each language model family in turn."""
     return request.param
 
 
 @pytest.fixture(params=list(_TOWERS))
 def tower(request: pytest.FixtureRequest) -> str:
-    """Each kind of vision tower in turn."""
+    """Name of each kind of vision tower in turn."""
     return request.param
 
 
@@ -107,7 +110,7 @@ class TinyParts:
     language_model: Path
 
     def recipe(self, **changes: Any) -> ModelRecipe:
-        """The wish to join them."""
+        """Return the recipe of a model from both."""
         names = {
             "vision_tower": str(self.vision_tower),
             "language_model": str(self.language_model),
@@ -118,7 +121,10 @@ class TinyParts:
 
 @pytest.fixture(scope="session")
 def tiny_parts(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyParts]:
-    """`tiny_parts(family, tower)`, each made once a session; with `vocab_size=None` the vocabulary has no unused row."""
+    """`tiny_parts(family, tower, vocab_size)` saves each part once a session.
+
+    With `vocab_size=None` the vocabulary has no unused row.
+    """
     root = tmp_path_factory.mktemp("parts")
     made: dict[object, Path] = {}
 
@@ -143,7 +149,10 @@ def tiny_parts(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyPa
 def tiny_model(
     tiny_parts: Callable[..., TinyParts],
 ) -> Callable[..., tuple[LlavaForConditionalGeneration, LlavaProcessor]]:
-    """`tiny_model(family, tower, **changes of the model recipe)`: new objects each time, the same weights each time."""
+    """`tiny_model(family, tower, **changes)` builds new objects with the same weights.
+
+    The changes are those of the model recipe.
+    """
 
     def model(
         family: str = "llama", tower: str = "siglip", **changes: Any
@@ -155,9 +164,9 @@ def tiny_model(
         parts = tiny_parts(family, tower)
         torch.manual_seed(0)
         built, processor = build(parts.recipe(**changes))
-        with (
-            torch.no_grad()
-        ):  # a fresh projector whispers; these tests want answers that depend on the image
+
+        # A fresh projector's output is small; tests need answers that depend on the image.
+        with torch.no_grad():
             built.model.multi_modal_projector.linear_2.weight.mul_(4.0)
         return built, processor
 
@@ -166,13 +175,17 @@ def tiny_model(
 
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A messages file of 24 samples about 6 pictures beside it; every fourth is text only, every fifth has two turns."""
+    """A messages file of 24 samples, and their 6 images beside it.
+
+    Every fourth sample is text only, and every fifth has two turns.
+    """
     folder = tmp_path_factory.mktemp("data")
     random = np.random.default_rng(0)
     for number in range(6):
         Image.fromarray(random.integers(0, 255, (20 + 4 * number, 24, 3), dtype=np.uint8)).save(
             folder / f"{number}.png"
         )
+
     colours = ("red", "blue", "green", "grey", "dark red", "light blue")
     lines = []
     for number in range(24):
@@ -183,12 +196,14 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 ("user", "Is it a circle?"),
                 ("assistant", "yes" if number % 2 else "no, a square"),
             ]
+
         messages = [{"role": role, "content": text} for role, text in turns]
         lines.append(
             json.dumps(
                 {"messages": messages, "images": [f"{number % 6}.png"] if number % 4 else []}
             )
         )
+
     path = folder / "train.jsonl"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
@@ -196,7 +211,10 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_run_recipe(tiny_parts: Callable[..., TinyParts], tiny_data: Path) -> Callable[..., Recipe]:
-    """`tiny_run_recipe("seed=1", ..., family=, tower=, data=)`: two short stages over tiny parts, and overrides of them."""
+    """`tiny_run_recipe("seed=1", ..., family=, tower=, data=)` is a recipe over tiny parts.
+
+    It has two short stages, and the positional arguments override its keys.
+    """
 
     def recipe(
         *overrides: str, family: str = "llama", tower: str = "siglip", data: Path = tiny_data
@@ -238,39 +256,43 @@ def _save_language_model(folder: Path, family: str, vocab_size: int | None) -> N
     config = getattr(transformers, config_class)(
         **_WIDTHS | facts,
         vocab_size=vocab_size or len(tokenizer),
-        initializer_range=0.15,  # with the usual 0.02 a tiny model attends to everything alike
+        initializer_range=0.15,  # with the usual 0.02, tiny attention is uniform
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+
+    # Make the weights large enough for logits that differ.
     model = getattr(transformers, model_class)(config)
     head = model.get_output_embeddings()
     assert (head.bias is not None) == (family == "phi")
     if head.bias is not None:
         torch.nn.init.normal_(head.bias, std=0.5)
-    if (
-        family == "gemma"
-    ):  # tied, and its embeddings are scaled up: it repeats its input unless its layers speak up
+    # Gemma's head is tied and its embeddings are scaled up: with small layers it repeats its input.
+    if family == "gemma":
         for parameter in model.model.layers.parameters():
             parameter.data.mul_(2.5)
+
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def _tokenizer(begins_with_bos: bool) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of 400 tokens; with a BOS before every text, as Gemma's, or without."""
+    """Return a byte-level BPE of 400 tokens, with or without a BOS before texts, as Gemma has."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<bos>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(_CORPUS * 3, trainer)
+
     names = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
     if begins_with_bos:
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -294,6 +316,7 @@ def _save_tower(folder: Path, tower: str) -> None:
         if "position_embedding" in name:
             torch.nn.init.normal_(parameter, std=0.5)
     model.save_pretrained(folder)
+
     pixels = {
         "image_processor_type": processor_class,
         "image_mean": [0.4, 0.5, 0.6],
@@ -307,7 +330,7 @@ def _save_tower(folder: Path, tower: str) -> None:
 
 @pytest.fixture(scope="session")
 def official_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Official files of every benchmark that exists, small, in a folder each; not to be changed."""
+    """Small official files of every benchmark, in a folder each; tests must not change them."""
     from tests.evaluation.official import collect
 
     root = tmp_path_factory.mktemp("official")

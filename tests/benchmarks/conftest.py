@@ -1,4 +1,4 @@
-"""The benchmarks are scripts beside the package; their tests import them as they import one another."""
+"""The folder of the benchmarks, on the path: they are scripts that import one another by name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Tiny products are slower on several threads, and a machine that runs tests is busy."""
+    """Give torch one thread: tiny products are slower on several, and the machine is busy."""
     import torch
 
     before = torch.get_num_threads()

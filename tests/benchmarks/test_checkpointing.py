@@ -19,10 +19,11 @@ def test_bytes_are_those_of_what_trains(tmp_path: Path) -> None:
             row.rate > 0 for row in rows
         )
         megabytes |= sizes
+
     own, whole = (
         megabytes[f"megabytes, pretrain, {way}"] for way in ("mipha", "torch.save of all")
     )
-    # The projector is 8,320 of some 350,000 weights; the files' own bytes weigh as much again.
+    # The projector is 8,320 of about 350,000 weights; the files' own bytes are as many again.
     assert own < whole / 4
     assert (
         megabytes["megabytes, finetune, mipha"]

@@ -1,4 +1,4 @@
-"""The benchmark of inference on a tiny model of random weights, and its rules on numbers made by hand."""
+"""The benchmark of inference on a tiny random model, and its rules on numbers made by hand."""
 
 from __future__ import annotations
 
@@ -37,15 +37,16 @@ def test_a_random_checkpoint_is_whole_and_says_words(folder: Path) -> None:
     assistant = load(folder / "model", "cpu", torch.float32)
     model, tokenizer = assistant.model, assistant.processor.tokenizer
     (files,) = (folder / "model").glob("*.safetensors")
-    assert (
-        2 <= files.stat().st_size / sum(weight.numel() for weight in model.parameters()) < 3
-    )  # bfloat16, and a header
+    num_weights = sum(weight.numel() for weight in model.parameters())
+    assert 2 <= files.stat().st_size / num_weights < 3  # bfloat16, and a header
+
     weights = {
         name: weight.flatten()[:8].tolist()
         for name, weight in model.named_parameters()
         if weight.dim() > 1
     }
     assert len({tuple(first) for first in weights.values()}) == len(weights)  # no two alike
+
     written = []
     assistant.generate(
         [assistant.prompt([inference_message("Which colour?")], max_new_tokens=20)],
@@ -86,23 +87,25 @@ def test_every_engine_is_measured_in_a_process_of_its_own(folder: Path, tmp_path
             min(found["first_token_seconds"] + found["tokens_per_second"]) > 0
             and 0 < found["peak_gib"] < 8
         )
-        vectors = (
-            2 * (4 * 32 + 48 + 32 + 64) + 64 + 512
-        )  # biases and norms, which GGUF keeps in four bytes
+
+        # GGUF keeps biases and norms in four bytes.
+        vectors = 2 * (4 * 32 + 48 + 32 + 64) + 64 + 512
         assert found["weight_bytes"] == size * (2 * layer + 64 + HEAD) + (4 - size) * vectors
+
+    # Both engines read the same prompt and write the same texts.
     ours, theirs = results["transformers float32"][0], results["llama.cpp f16"][0]
     assert ours["prompt_tokens"] == theirs["prompt_tokens"]
-    assert (
-        ours["prompt_cache_bytes"] == 2 * 2 * 2 * 32 * ours["prompt_tokens"]
-    )  # keys and values, 2 bytes, 2 layers, 32 wide
+    # Keys and values, of 2 bytes, in 2 layers, 32 wide.
+    assert ours["prompt_cache_bytes"] == 2 * 2 * 2 * 32 * ours["prompt_tokens"]
     assert ours["texts"] == theirs["texts"] and all(ours["texts"])
+
     rows, facts = inference.summarise(results)
     assert [(row.case, row.way) for row in rows] == [
         (case, way)
         for case in ("picture and question", "answer", "answer without a picture")
         for way in ("transformers float32", "llama.cpp f16")
     ]
-    assert "text as of transformers float32: 100%" in facts["llama.cpp f16"]
+    assert "same text as transformers float32: 100%" in facts["llama.cpp f16"]
 
 
 def test_a_failing_engine_is_not_skipped(folder: Path, tmp_path: Path) -> None:
@@ -134,17 +137,19 @@ def test_what_is_wanted_at_full_size() -> None:
         {"read": 10.0, "float32": 100.0, "bfloat16": 200.0},
     ]
     results = {"limits": limits, inference.BASELINE: [_found(1.0, 5.0), _found(0.5, 5.0)]}
-    quick = results | {
-        "llama.cpp q4_k_m": [_found(8.0, 2.0), _found(4.0, 2.0)]
-    }  # 8 times, and 16 of 20, 8 of 10 GB/s
+
+    # 8 times as fast, at 16 of 20 and at 8 of 10 GB/s.
+    quick = results | {"llama.cpp q4_k_m": [_found(8.0, 2.0), _found(4.0, 2.0)]}
     assert inference.share_of_bandwidth(quick, "llama.cpp q4_k_m") == pytest.approx(0.8)
     assert inference.share_of_bandwidth(quick, "llama.cpp q4_k_m", plain=True) == pytest.approx(1.0)
     assert inference.verdict(quick) == []
+
     slow = results | {"llama.cpp q4_k_m": [_found(5.0, 2.0), _found(2.5, 2.0)]}
     assert [text.partition(",")[0] for text in inference.verdict(slow)] == [
         "llama.cpp q4_k_m writes 5.00 times as fast as transformers bfloat16",
         "llama.cpp q4_k_m reads at 62% of the bandwidth",
     ]
+
     rows, facts = inference.summarise(quick)
     answer = next(row for row in rows if row.case == "answer" and row.way == "llama.cpp q4_k_m")
     assert (answer.rate, answer.low, answer.high, answer.ratio) == (6.0, 4.0, 8.0, 8.0)
@@ -171,7 +176,7 @@ def test_texts_are_compared_from_their_beginnings(
     ) == pytest.approx(same)
 
 
-def test_questions_are_about_different_pictures_and_of_several_kinds() -> None:
+def test_questions_are_about_different_images_and_of_several_kinds() -> None:
     questions = inference.easy_questions(64)
     assert len({image for image, _ in questions}) == 64 and len({text for _, text in questions}) > 8
 

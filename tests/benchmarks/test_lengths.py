@@ -1,4 +1,4 @@
-"""Lengths like LLaVA-665K's, and what ways of batching waste on them."""
+"""Lengths like LLaVA-665K's, and the padding of each way of batching on them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def test_padding_counts_what_is_not_a_token() -> None:
 
 
 def test_packed_rows() -> None:
-    # 600+200 and 600 lie in rows of 1,000: 600 of 2,000 places are empty, and one of two processes waits for 200 of 1,600.
+    # Rows of 1,000 hold 600 + 200 and 600 tokens. So 600 of 2,000 places are empty, and one of two
+    # processes waits for 200 of 1,600.
     found = lengths.packed_figures(
         np.array([600, 600, 200]), batch_size=3, row_tokens=1000, processes=2
     )

@@ -1,4 +1,4 @@
-"""What the OpenVINO benchmark does around OpenVINO, which no test has."""
+"""The steps of the OpenVINO benchmark around OpenVINO, which is not installed for tests."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def test_the_export_stays_as_it_was_beside_the_one_that_crops(tmp_path: Path) ->
     }
     (plain / "preprocessor_config.json").write_text(json.dumps(settings))
     (plain / "weights.bin").write_bytes(b"w")
+
     openvino_parity.crop_instead(plain, tmp_path / "cropped")
     assert json.loads((plain / "preprocessor_config.json").read_text()) == settings
     cropped = json.loads((tmp_path / "cropped" / "preprocessor_config.json").read_text())

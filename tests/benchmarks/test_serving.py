@@ -1,4 +1,4 @@
-"""The load that clients put on a real server with a tiny model: what is right, wrong, lost and refused is counted as such."""
+"""Clients at a real server with a tiny model, and the count of right, wrong and lost answers."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def checkpoint(tiny_model: Callable, tmp_path_factory: pytest.TempPathFactory) -
 
 @pytest.fixture(scope="module")
 def questions(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[str, str]]:
-    asked = noise_questions(tmp_path_factory.mktemp("pictures"), CLIENTS)
+    asked = noise_questions(tmp_path_factory.mktemp("images"), CLIENTS)
     return [(image, f"{text} Again, {place}.") for place, (image, text) in enumerate(asked)]
 
 
 @pytest.fixture(scope="module")
 def server(checkpoint: Path) -> Iterator[tuple[str, psutil.Process]]:
-    """That answers one at a time and lets nobody wait."""
+    """A server that answers one request at a time and lets none wait."""
     with serving.serving(checkpoint, "transformers", ["--max-requests", "1"]) as started:
         yield started
 
@@ -78,12 +78,14 @@ def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
 
 
 def test_the_figures_of_a_load() -> None:
-    # 12 answers in 12 seconds: one in the first part of two, none in the second, the rest after that, one after the end.
+    # 12 answers in 12 seconds, which are 6 parts of 2 seconds. The first part has one answer, the
+    # second none, the others ten, and one comes after the end.
     finished = [0.5, *(4 + 0.8 * number for number in range(10)), 12.5]
     memory = [(float(second), 1.0 if second < 8 else 1.5) for second in range(13)]
     load = serving.Load(4, 12.0, [0.1 * number for number in range(1, 13)], finished, memory=memory)
     assert load.rates()[:2] == [0.5, 0.0] and sum(load.rates()) * 2 == 11
     assert serving.growth_mib(load) == pytest.approx(512)
+
     said = serving.sentence(load)
     assert (
         "12 right answers in 12.5 s, seconds p50 0.65, " in said
@@ -91,6 +93,7 @@ def test_the_figures_of_a_load() -> None:
     )
     assert "1.00 GiB at the start, 1.50 at most, 1.50 at the end, +512 MiB" in said
     assert "no right answer, 0 lost" in serving.sentence(serving.Load(1, 1.0))
+
     single = serving.Load(1, 12.0, [3.0] * 3, [3.0, 6.0, 9.0])
     rows = serving.rows_of("transformers", [single, load])
     assert [(row.way, row.rate, row.ratio) for row in rows] == [

@@ -1,4 +1,4 @@
-"""The toy world: its rules on known texts, and its files, which agree with the rules."""
+"""The toy world: its rules on known texts, and the agreement of its files with the rules."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ def test_files_hold_what_the_rules_say(tmp_path: Path) -> None:
     for name in ("instructions.json", "preferences.jsonl", "held_out.jsonl"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
         assert (tmp_path / "a" / name).read_bytes() != (tmp_path / "c" / name).read_bytes()
+
     instructions = load_instructions(tmp_path / "a" / "instructions.json")
     train, held_out = (
         load_preferences(tmp_path / "a" / f"{name}.jsonl") for name in ("preferences", "held_out")
@@ -48,10 +49,10 @@ def test_files_hold_what_the_rules_say(tmp_path: Path) -> None:
         assert scores[row.better] > scores[1 - row.better]
         assert row.safe == tuple(not unsafe(row.prompt, response) for response in row.responses)
         assert row.safe[row.safer] >= row.safe[1 - row.safer]
+
     leaking = sum(unsafe(row.prompt, row.response) for row in instructions) / len(instructions)
-    assert (
-        0.25 < leaking < 0.45
-    )  # each leaks with 0.35, so the mean of 480 is within 0.1 of it but once in 100,000
+    # Each leaks with probability 0.35: the mean of 480 is within 0.1 of it except once in 100,000.
+    assert 0.25 < leaking < 0.45
     unsafe_is_better = sum(not row.safe[row.better] and row.safe[1 - row.better] for row in train)
     assert unsafe_is_better > sum(
         row.safe[row.better] and not row.safe[1 - row.better] for row in train

@@ -1,4 +1,7 @@
-"""The training benchmark at a tiny size: every way learns the same from the same samples, and computes what its name says."""
+"""The training benchmark at a tiny size.
+
+Every way has the same losses on the same samples, and computes the positions that its name implies.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +30,7 @@ def test_every_way_has_the_losses_of_the_baseline(stage: str, tmp_path: Path) ->
     exact = [*LEVERS, SHARING, together("packed", bf16=False), together("shared-image", bf16=False)]
     for way in exact:
         assert difference(trial.run(way).losses, wanted.losses) < (1e-2 if way.bf16 else 1e-5), way
+
     for batching in ("packed", "shared-image"):
         found = trial.run(together(batching, bf16=True)).losses
         assert 0 < difference(found, wanted.losses) < 1e-2, "bfloat16 is near, and is not float32"
@@ -41,6 +45,7 @@ def test_positions_that_are_computed(tmp_path: Path) -> None:
     lengths = [len(sample) for sample in samples]
     prefix = samples[0].prefix
     assert prefix > TINY.image_tokens
+
     assert trial.run(BASELINE).num_positions == 8 * max(lengths)
     assert trial.run(LEVERS[0]).num_positions == 4 * max(lengths) + 4 * sorted(lengths)[3]
     assert (
@@ -87,7 +92,9 @@ def test_a_loss_that_differs_is_named() -> None:
     assert unequal(ways, outcomes) == [SHARING.name]
 
 
-def test_the_hosts_trainer_trains_the_same_samples_in_the_same_steps(tmp_path: Path) -> None:
+def test_the_trainer_of_transformers_trains_the_same_samples_in_the_same_steps(
+    tmp_path: Path,
+) -> None:
     parts = small_parts(tmp_path, SINGLE, width=64, depth=3)
     losses = against_trainer.measure(
         Namespace(**OPTIONS | {"batch_size": 4}, out=tmp_path / "out"), parts

@@ -1,4 +1,4 @@
-"""docs/own-data.md, done as it says: its scripts, its commands in their order, its formats. Only the parts are tiny."""
+"""The scripts, the commands in their order and the formats of docs/own-data.md, with tiny parts."""
 
 from __future__ import annotations
 

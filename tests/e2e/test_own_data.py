@@ -1,4 +1,4 @@
-"""Own data as a user gives it: a bare path behind `mipha train`, in every format, to a checkpoint that answers."""
+"""A user's own data: a bare path in any format, `mipha train`, and a checkpoint that answers."""
 
 from __future__ import annotations
 
@@ -39,13 +39,14 @@ CMYK_OR_GREY = {"red": "RGB", "blue": "CMYK", "green": "P", "grey": "L"}
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the same four pictures in every format of own data; the working directory."""
+    """The working directory: a folder with the same four images in every format of own data."""
     monkeypatch.chdir(tmp_path)
     for colour in COLOURS:
         Image.new("RGB", (24, 20), colour).convert(CMYK_OR_GREY[colour]).save(
             tmp_path / f"{colour}.{'jpg' if colour == 'blue' else 'png'}"
         )
     (tmp_path / "blue.jpg").rename(tmp_path / "blue.png")
+
     rows = [{"messages": TURNS, "images": [f"{colour}.png"]} for colour in COLOURS]
     (tmp_path / "my.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"messages": TURNS}])))
     (tmp_path / "llava.json").write_text(json.dumps([LLAVA] * 3))
@@ -55,6 +56,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "table.csv").write_text(
         "image,question,answer\n" + "".join(f"{c}.png,Which colour?,{c}\n" for c in COLOURS)
     )
+
     (tmp_path / "captions").mkdir()
     with tarfile.open(tmp_path / "shard.tar", "w") as tar:
         for colour in COLOURS:
@@ -74,6 +76,7 @@ def test_a_bare_path_is_all_it_takes(
     (home / "tiny.yaml").write_text(
         tiny_run_recipe("stages.pretrain.max_steps=1", "stages.finetune.max_steps=2").dump()
     )
+
     arguments = [
         "train",
         "tiny.yaml",
@@ -95,7 +98,7 @@ def test_a_bare_path_is_all_it_takes(
     )
 
 
-def test_a_picture_that_is_missing_or_elsewhere_stops_before_the_first_step(
+def test_an_image_that_is_missing_or_elsewhere_stops_before_the_first_step(
     home: Path, tiny_run_recipe: Callable[..., Recipe]
 ) -> None:
     (home / "tiny.yaml").write_text(tiny_run_recipe().dump())
@@ -136,8 +139,10 @@ def test_every_format_in_one_mixture(
         f"stages.finetune.batching={batching}",
         "stages.finetune.epochs=1",
     ).override("stages.pretrain.max_steps=1")
+
     size = len(Mixture(recipe.stages["finetune"].data))
     assert size == 5 + 3 + 1 + 4 + 4 + 4 + (3 + 3 + 3 + 3 if find_spec("pyarrow") else 0)
+
     run = train(recipe, home / "run")
     rows = [json.loads(line) for line in run.metrics("finetune").read_text().splitlines()]
     num_images = 4 + 3 + 1 + 4 + 4 + 4 + (2 + 3 + 2 + 3 if find_spec("pyarrow") else 0)

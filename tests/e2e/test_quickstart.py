@@ -1,4 +1,4 @@
-"""The quickstart, small, on real weights and data: every phase, summary, checkpoint, chat."""
+"""A small quickstart on real weights and data: all phases, summary, checkpoint and chat."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SMALL = (
     "stages.finetune.row_tokens=256",
 )
 
-# No mipha in this process: what a stranger with stock transformers does.
+# This process has stock transformers and no mipha.
 STOCK = """
 import json, sys
 from PIL import Image
@@ -58,11 +58,13 @@ def test_the_tour_ends_in_a_summary(tour: tuple[Path, str]) -> None:
     ):
         assert row in said
     assert (folder / "contact-sheet.png").stat().st_size > 5_000
+
     ledger = json.loads((folder / "quickstart.json").read_text())
     assert all(
         record["finished"] and record["seconds"] > 0 and record["peak_memory_gib"] > 0.1
         for record in ledger.values()
     )
+
     for stage, steps in (("pretrain", 3), ("finetune", 2)):
         lines = [
             json.loads(line) for line in (folder / stage / "metrics.jsonl").read_text().splitlines()
@@ -90,6 +92,7 @@ def test_stock_transformers_gives_the_same_answers(tour: tuple[Path, str]) -> No
     questions = BENCHMARK.questions()
     asked = {question.id: (str(question.image), question.text) for question in questions}
     asked_rows = json.dumps([asked[row["question_id"]] for row in rows])
+
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     command = [sys.executable, "-c", STOCK, str(folder / "finetune/checkpoint"), asked_rows]
     done = subprocess.run(
@@ -100,6 +103,7 @@ def test_stock_transformers_gives_the_same_answers(tour: tuple[Path, str]) -> No
         cwd=folder,
         check=False,
     )
+
     answers = [
         line.removeprefix("ANSWER").strip()
         for line in done.stdout.splitlines()

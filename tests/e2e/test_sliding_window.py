@@ -1,4 +1,4 @@
-"""Language models whose layers see a window: what is longer than it is asked alone, and is not packed."""
+"""Language models with sliding windows: longer prompts are asked alone, and are not packed."""
 
 from __future__ import annotations
 
@@ -39,9 +39,11 @@ def test_batched_answers_equal_single_ones_and_a_chat_goes_on(
         (image, "what is in the picture? " * 8),
         (None, "is it red or blue or green? " * 6),
     ]
+
     together = assistant.answer_many(pairs, max_new_tokens=6)
-    for (picture, question), answer in zip(pairs, together, strict=True):
-        assert assistant.answer(picture, question, max_new_tokens=6) == answer
+    for (asked_image, question), answer in zip(pairs, together, strict=True):
+        assert assistant.answer(asked_image, question, max_new_tokens=6) == answer
+
     chat = assistant.chat(image)
     first, second = (
         "".join(chat.ask(question, max_new_tokens=6))
@@ -64,6 +66,7 @@ def test_rows_longer_than_the_window_are_not_packed(
     )
     with pytest.raises(
         ValueError,
-        match=rf"row_tokens=\d+ is more than the {WINDOW} tokens .*batching=padded, or row_tokens={WINDOW}",
+        match=rf"row_tokens=\d+ is more than the {WINDOW} tokens .*"
+        rf"batching=padded, or row_tokens={WINDOW}",
     ):
         train(recipe, tmp_path / "run")

@@ -1,4 +1,7 @@
-"""The first losses of a tiny run, as they were. A change that moves them changes what everybody's training computes: say so in LOG.md."""
+"""The first losses of a tiny run, compared with stored ones.
+
+A change that moves them changes the training of every user: say so in LOG.md.
+"""
 
 from __future__ import annotations
 

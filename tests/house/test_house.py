@@ -30,12 +30,15 @@ CLOSED = {1, 3}
 
 
 def room_of(path: Path) -> str:
-    """First folder, or the module itself where it lies at the top; `__init__` for the package's own."""
+    """Return the first folder, or the module at the top; `__init__` for the package's own."""
     return path.relative_to(SOURCE).parts[0].removesuffix(".py")
 
 
 def imported_modules(tree: ast.AST) -> Iterator[str]:
-    """Dotted names of all that a file imports, wherever in the file; `from mipha import run` gives `mipha.run`."""
+    """Return the dotted names of all imports of a file, at any depth.
+
+    `from mipha import run` gives `mipha.run`.
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -96,15 +99,17 @@ def test_file_keeps_the_house_rules(path: Path) -> None:
     assert path.stem not in {"utils", "util", "common", "constants", "helpers", "misc"}, (
         "name the module after its job"
     )
-    assert ast.get_docstring(tree), "a module says in its first line what it is for"
+    assert ast.get_docstring(tree), "give the module a docstring whose first line names its job"
     assert not {"pickle", "cPickle", "dill", "cloudpickle"} & set(imported_modules(tree)), (
         "reading a pickle runs its code"
     )
+
     for node in ast.walk(tree):
         if isinstance(node, ast.keyword):
             assert node.arg != "trust_remote_code", (
                 f"line {node.value.lineno}: no code from a checkpoint is ever run"
             )
+
         if isinstance(node, ast.ExceptHandler):
             assert node.type is not None, f"line {node.lineno}: a bare except"
             swallows = all(
@@ -146,7 +151,11 @@ def test_the_light_rooms_do_not_load_torch() -> None:
         for path in light
     ]
     assert "mipha.cli" in modules
-    program = f"import sys\nfor module in {modules}: __import__(module)\nprint({{'torch', 'transformers'}} & set(sys.modules))"
+
+    program = (
+        f"import sys\nfor module in {modules}: __import__(module)\n"
+        "print({'torch', 'transformers'} & set(sys.modules))"
+    )
     environment = {"PYTHONPATH": str(SOURCE.parent)}
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True
