@@ -43,7 +43,7 @@ def main() -> None:
 
     tokens = _tokens(options.recipe) if options.recipe else {}
     with tempfile.TemporaryDirectory() as folder:
-        # Check the planted set: every defect is found, and no other.
+        # Check the planted set, and compare the findings with the planted defects.
         corpus = plant(
             Path(folder), options.rows, copies=options.rows // (4 * len(DEFECTS)), side=options.side
         )

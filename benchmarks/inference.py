@@ -6,7 +6,7 @@
 
 RUN is a run or a model folder; GGUF must be able to hold it, except with `--kinds ''`. The
 questions are about test images of easy-VQA. `--size` takes the paper's model with random weights
-instead (18 GB in FOLDER, which are removed afterwards). The report then says whether 4-bit decoding
+instead (18 GB in FOLDER, removed afterwards). The report then says whether 4-bit decoding
 is at least 6 times as fast as transformers in bfloat16, and whether it reads its weights at 75 % of
 the memory's speed. The second figure is measured without an image, because decoding after an image
 also reads the image's keys and values.
@@ -333,7 +333,7 @@ def main() -> None:
     )
     parser.add_argument("--kinds", default="f16,q8_0,q4_k_m", help="kinds of llama.cpp's weights")
     parser.add_argument(
-        "--questions", type=int, help="number in each process; default: 8, with --size 1"
+        "--questions", type=int, help="questions of each process; default: 8, with --size 1"
     )
     parser.add_argument(
         "--num-tokens", type=int, help="tokens written for each; default: 32, with --size 16"

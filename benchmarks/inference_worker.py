@@ -44,7 +44,7 @@ class Found:
         prompt_cache_bytes: Bytes of that prompt's keys and values in 16 bits; None where the engine
             does not know them.
         weight_bytes: Bytes that are read for each written token: the language model without its
-            embeddings.
+            embeddings, which count only where they are the head too.
         peak_gib: Greatest memory during the timed part, mapped files included, GiB.
         texts: Texts of the timed part, which go on beyond the ends of turns.
         answers: Answers to the same questions that stop where the model stops; may be empty.

@@ -56,7 +56,7 @@ def workers(
         )
         processor = build(quickstart_parts(workload))[1]
         steps = StepDataset(Mixture(recipe.data), processor, recipe, seed=0)
-        _ = steps[0]  # load what is loaded on first use, such as the image decoder, beforehand
+        _ = steps[0]  # load the image decoder and the like before the clock starts
 
         for count in counts:
             started = time.perf_counter()
