@@ -73,7 +73,8 @@ def _read_turns(row: Row, keys: Keys, number: int, turn: Mapping[str, Any]) -> l
             f"text {number} is {str(turn)[:80]}", "wanted text of both user and assistant"
         )
     learned = keys.learned(f"text {number}", turn, "assistant")
-    keys.turn("texts[]", turn, "user", "assistant", *MARKS)
+    # `source` names the set that a turn came from, and is no part of it.
+    keys.turn("texts[]", turn, "user", "assistant", "source", *MARKS)
     return [Message("user", asked), Message("assistant", said, learned)]
 
 
