@@ -58,6 +58,8 @@ def read_named(name: str | Path, folder: Path, kind: str) -> tuple[Any, Path]:
     """
     path = Path(name) if str(name).endswith((".yaml", ".yml")) else folder / f"{name}.yaml"
     if not path.is_file():
+        if path == Path(name):
+            raise FileNotFoundError(f"no {kind} {str(name)!r}: there is no such file")
         near = did_you_mean(str(name), files_in(folder, ".yaml"))
         raise FileNotFoundError(f"no {kind} {str(name)!r}: {near}, or give a .yaml file")
     return read_yaml(path.read_text(encoding="utf-8"), str(path)), path

@@ -111,7 +111,8 @@ def _chosen(kind: str | None) -> dict[str, Entries]:
     kinds = _kinds()
     if kind is None:
         return kinds
-    title = kind.replace("_", "-").replace(" ", "-").removesuffix("s")
+    title = kind.replace("_", "-").replace(" ", "-")
+    title = title[:-3] + "y" if title.endswith("ies") else title.removesuffix("s")
     if title not in kinds:
         raise ValueError(f"no kind {kind!r}: {did_you_mean(title, kinds)}")
     return {title: kinds[title]}
