@@ -274,6 +274,11 @@ def test_list_filters_by_kind(kind: str) -> None:
     assert "siglip-so400m-384" in shown and "phi-2" not in shown
 
 
+def test_list_takes_the_plural_of_a_kind() -> None:
+    assert invoke("list", "studies").stdout == invoke("list", "study").stdout
+    assert "freezing" in invoke("list", "studies").stdout
+
+
 def test_unknown_names_and_kinds_are_one_sentence() -> None:
     wrong = invoke("list", "recipe-alignment")
     assert wrong.exit_code == 2 and "no kind 'recipe-alignment': did you mean" in wrong.stderr
