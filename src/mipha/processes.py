@@ -41,7 +41,7 @@ def hold_folder(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: Another process works in the folder; names it.
     """
-    path, owner = folder / LOCK, os.getpid()
+    path, owner, is_new = folder / LOCK, os.getpid(), not folder.exists()
     file = _lock(path)
     try:
         yield
@@ -50,6 +50,9 @@ def hold_folder(folder: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
             _held.discard(file)
             os.close(file)
+            if is_new:
+                with suppress(OSError):  # it holds more than the lock
+                    folder.rmdir()
 
 
 def _lock(path: Path) -> int | None:
