@@ -79,7 +79,8 @@ def _read(source: ImageSource, sample: str, substituted: list[Substituted] | Non
         return open_image(source)
     except (ValueError, FileNotFoundError) as error:
         if substituted is None:
-            raise type(error)(
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(
                 f"sample {sample}: {error}; fix or remove it, or set "
                 "unreadable_images=substitute to train on a grey image in its place"
             ) from error
