@@ -204,9 +204,10 @@ def test_the_formats_are_read_as_the_table_says(tmp_path: Path) -> None:
         "llava",
         "sharegpt",
         "table",
+        "texts",
         "image_folder",
         "parquet",
         "arrow",
         "webdataset",
     }
-    assert {dataset for *_, dataset in TABLE} == own and shown == 14
+    assert {dataset for *_, dataset in TABLE} == own and shown == 16
