@@ -205,7 +205,8 @@ def _check_checkpoint(stage: Stage, checkpoint: Path) -> None:
     world, record = stage.world, stage.run.checkpoint_record(stage.before)
     if not record.is_file():
         if world.is_first:
-            console.print(f"[yellow]{checkpoint} has no checksums: an older version exported it")
+            note = f"{checkpoint} has no checksums: an older version exported it"
+            console.print(note, style="yellow", markup=False)
         return
 
     # Hash: every process its part of the files.

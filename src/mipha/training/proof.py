@@ -10,7 +10,6 @@ sharding.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mipha.files import write_whole
+from mipha.files import whole_file, write_whole
 from mipha.models.adapters import adapter_deltas, adapter_layers, adapter_parameters
 from mipha.models.fingerprint import tensor_digest
 from mipha.models.modeling import LlavaForConditionalGeneration
@@ -76,11 +75,9 @@ def record_start(model: LlavaForConditionalGeneration, path: Path) -> None:
         _check_start(path, frozen)
         return
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.partial")
     tensors = {name: weight.detach().cpu().contiguous() for name, weight in trained.items()}
-    save_file(tensors, beside, metadata=digests)
-    os.replace(beside, path)
+    with whole_file(path) as partial:
+        save_file(tensors, partial, metadata=digests)
 
 
 def _check_start(path: Path, frozen: Mapping[str, str]) -> None:
