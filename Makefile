@@ -3,11 +3,13 @@
 # make test         run all tests that need no GPU
 # make lint         check style and format with ruff, and types of the public names with mypy
 # make fuzz         read random requests from a fixed seed: five minutes
+# make gpu          check and measure the GPU path: below ten minutes; small without a GPU
+# make gpu-wheels   fetch what a machine without a network needs for it, into wheels/
 # make bench        measure training, data and states: about half an hour on an idle machine
 PYTHON := .venv/bin/python
 INSTALLED := .venv/installed
 
-.PHONY: install quickstart test lint fuzz bench
+.PHONY: install quickstart test lint fuzz gpu gpu-wheels bench
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt requirements-quickstart.txt
@@ -31,6 +33,16 @@ lint: install
 
 fuzz: install
 	$(PYTHON) -m tests.deploy.serve.fuzz --seconds 300 --seed 1
+
+# Works without `make install` where torch is there: PYTHON=python3, and the wheels in site/.
+gpu:
+	PYTHONPATH=site:src $(PYTHON) benchmarks/gpu.py
+
+WHEELS := transformers peft pydantic pydantic_core annotated-types typing_extensions typing_inspection
+gpu-wheels: install
+	$(PYTHON) -m pip download --quiet --no-deps --only-binary=:all: --constraint constraints.txt \
+		--python-version 3.12 --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 \
+		--platform any --dest wheels $(WHEELS)
 
 bench: install
 	$(PYTHON) benchmarks/training.py --threads 2

@@ -249,7 +249,7 @@ def _batch(
         batch["attention_mask"] = (
             torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]
         ).long()
-        del batch["position_ids"], batch["spans"]
+        del batch["position_ids"], batch["spans"], batch["supervised"]
     return to_device(batch, device)
 
 

@@ -446,6 +446,7 @@ class Recipe(RecipeBase):
     """A whole training run: parts, data, stages."""
 
     uncounted: ClassVar[frozenset[str]] = RecipeBase.uncounted | {
+        "attention",
         "sharding",
         "keep_states",
         "async_checkpoints",
@@ -458,6 +459,11 @@ class Recipe(RecipeBase):
     )
     compile: bool = Field(
         False, description="compile each layer of the tower and the language model (torch.compile)"
+    )
+    attention: Literal["auto", "flex", "varlen", "segments"] = Field(
+        "auto",
+        description="attention of packed rows, segments: sample by sample; flex, varlen: "
+        "one kernel of a CUDA GPU; auto: flex on such a GPU, else segments",
     )
     sharding: Literal["auto", "ddp", "fsdp", "hsdp"] = Field(
         "auto",

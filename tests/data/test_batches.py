@@ -213,6 +213,7 @@ def test_micro_batches_are_what_a_model_takes(
         "position_ids",
         "pixel_values",
         "spans",
+        "supervised",
     }
     assert all(isinstance(batch[key], Tensor) for key in batch if key != "spans")
     assert all(

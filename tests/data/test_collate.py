@@ -50,6 +50,31 @@ def test_padding_is_on_the_right_and_not_trained_on(processor: LlavaProcessor) -
     )
 
 
+def test_supervised_positions_are_those_before_a_supervised_token(
+    processor: LlavaProcessor,
+) -> None:
+    samples = [sample("a", 9), sample("b", 5)]
+    samples[1].labels[0] = 5  # no state stands before the first token of a row
+    batch = collate(make_rows(samples, 20, "padded"), processor)
+    rows, tokens = batch["labels"].shape
+    found = [divmod(int(place), tokens) for place in batch["supervised"]]
+    assert found == [
+        (row, token - 1)
+        for row in range(rows)
+        for token in range(1, tokens)
+        if batch["labels"][row, token] != IGNORE
+    ]
+
+
+def test_rows_are_padded_to_the_next_of_the_given_lengths(processor: LlavaProcessor) -> None:
+    rows = make_rows([sample("a", 9), sample("b", 5)], 20, "padded")
+    shape = {
+        lengths: tuple(collate(rows, processor, None, lengths)["input_ids"].shape)
+        for lengths in ((), (8, 12, 16), (4, 8))
+    }
+    assert shape == {(): (2, 9), (8, 12, 16): (2, 12), (4, 8): (2, 9)}
+
+
 def test_spans_say_who_sees_whom_and_there_is_no_mask(processor: LlavaProcessor) -> None:
     def spans(batching: str, *samples: Encoded) -> object:
         batch = collate(make_rows(samples, 20, batching), processor)

@@ -16,7 +16,7 @@ import numpy as np
 from torch.utils.data import Dataset
 from transformers import LlavaProcessor
 
-from mipha.data.collate import Batch, Substituted, collate
+from mipha.data.collate import Batch, Substituted, collate, padded_length
 from mipha.data.encode import Encoded, blank, encode
 from mipha.data.images import grey_image
 from mipha.data.mixture import Mixture
@@ -65,9 +65,15 @@ class StepDataset(Dataset[Step]):
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        lengths: Sequence[int] = (),
     ) -> None:
+        """Set up the steps of a stage.
+
+        Args:
+            lengths: Lengths that rows are padded to, for a compiled kernel; none: the longest row.
+        """
         self.mixture, self.processor, self.stage, self.seed = mixture, processor, stage, seed
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.lengths = rank, world_size, lengths
         self._blank = make_rows([blank(processor, grey_image())], stage.row_tokens, "padded")[0]
         by_modality = stage.batch_size if stage.group_by_modality_length else None
         self._order = lru_cache(maxsize=2)(
@@ -120,7 +126,7 @@ class StepDataset(Dataset[Step]):
         replaced = substituted if stage.unreadable_images == "substitute" else None
         return Step(
             micro_batches=tuple(
-                collate(chunk, self.processor, replaced) for chunk in full[self.rank]
+                collate(chunk, self.processor, replaced, self.lengths) for chunk in full[self.rank]
             ),
             ids=tuple(sample.id for sample in samples),
             sources=self.mixture.count_sources(self.indices(step)),
@@ -129,7 +135,7 @@ class StepDataset(Dataset[Step]):
             num_supervised=sum(row.num_supervised for row in rows),
             num_images=sum(len(row.images) for row in rows),
             num_padded=sum(
-                len(chunk) * max(len(row) for row in chunk) for own in full for chunk in own
+                len(chunk) * padded_length(chunk, self.lengths) for own in full for chunk in own
             ),
             num_truncated=sum(sample.truncated > 0 for sample in samples),
             substituted=tuple(substituted),

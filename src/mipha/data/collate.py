@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import LlavaProcessor
 
 from mipha.data.images import ImageSource, grey_image, image_name, open_image
@@ -28,23 +29,29 @@ class Substituted(NamedTuple):
 
 
 def collate(
-    rows: Sequence[Row], processor: LlavaProcessor, substituted: list[Substituted] | None = None
+    rows: Sequence[Row],
+    processor: LlavaProcessor,
+    substituted: list[Substituted] | None = None,
+    lengths: Sequence[int] = (),
 ) -> Batch:
-    """Pad rows to the longest, on the right, and read their images.
+    """Pad rows to one length, on the right, and read their images.
 
     Args:
         substituted: Where given, grey stands in for an image that cannot be read, and the case is
             added here.
+        lengths: As for `padded_length`.
 
     Returns:
-        `input_ids`, `labels`, `position_ids` `(rows, tokens)`; `spans`, those of each row;
-        `pixel_values` `(images, 3, height, width)` in reading order, where there are images. There
-        is no mask: the model makes one where its attention needs one.
+        `input_ids`, `labels`, `position_ids` `(rows, tokens)`; `supervised` `(positions,)`, where
+        in `rows x tokens` a state stands that predicts a supervised token, so that no device has
+        to search; `spans`, those of each row; `pixel_values` `(images, 3, height, width)` in
+        reading order, where there are images. There is no mask: the model makes one where its
+        attention needs one.
 
     Raises:
         ValueError, FileNotFoundError: An image cannot be read; names the sample and the file.
     """
-    length = max(len(row) for row in rows)
+    length = padded_length(rows, lengths)
     batch: Batch = {
         "input_ids": _stack(
             [row.input_ids for row in rows], length, processor.tokenizer.pad_token_id
@@ -54,6 +61,9 @@ def collate(
         "position_ids": torch.stack([_continue(row.position_ids, length) for row in rows]),
         "spans": tuple(row.spans for row in rows),
     }
+    # The state at a position predicts the token behind it, if that is of the same row.
+    supervised = batch["labels"][:, 1:] != IGNORE  # (rows, tokens - 1)
+    batch["supervised"] = F.pad(supervised, (0, 1)).flatten().nonzero().flatten()
 
     images = [
         _read(image, sample, substituted)
@@ -64,6 +74,17 @@ def collate(
         pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
         batch["pixel_values"] = pixels
     return batch
+
+
+def padded_length(rows: Sequence[Row], lengths: Sequence[int] = ()) -> int:
+    """Return the tokens that rows are padded to.
+
+    Args:
+        lengths: Lengths to choose from, ascending; a row that is longer than all, or none to choose
+            from: the longest row.
+    """
+    longest = max(len(row) for row in rows)
+    return next((length for length in lengths if length >= longest), longest)
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device | str) -> Batch:

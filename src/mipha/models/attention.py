@@ -9,12 +9,12 @@ group's prefix and of its own branch:
 
 One description, several implementations; `describe_rows` gives each what it reads:
 
-    segments      `Segments`: attention sample by sample (this module; what training uses)
+    segments      `Segments`: attention sample by sample (this module; for CPUs)
+    flex, varlen  one kernel for all rows (`attention_kernels`; for GPUs)
     sdpa, eager   a dense mask, `(rows, 1, tokens, tokens)`: every pair of a row is computed
 
-Another implementation (flex, varlen) registers its name and its attention below, and reads the same
-segments. The handling of packed rows in transformers is never used: it finds samples by position
-ids that restart, and then one question about a shared image sees another or loses the image.
+The handling of packed rows in transformers is never used: it finds samples by position ids that
+restart, and then one question about a shared image sees another or loses the image.
 
 Speed of one layer of SmolLM2-135M in bfloat16 (rows of 12 samples of 170 tokens, one thread of an
 EPYC with AVX-512 BF16, forward and backward): the matrix products of the weights take 125 ms.
@@ -34,12 +34,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-SEGMENTS = "mipha_segments"
-"""The name under which transformers knows the attention of this module."""
+from mipha.models.attention_kernels import (
+    Spans,
+    VarlenRows,
+    attend_flex,
+    attend_varlen,
+    describe_flex,
+    describe_varlen,
+)
+
+SEGMENTS, FLEX, VARLEN = "mipha_segments", "mipha_flex", "mipha_varlen"
+"""The names under which transformers knows attention that reads spans."""
 
 DENSE = ("sdpa", "eager")
 """Attention that reads a dense mask."""
@@ -52,9 +62,6 @@ MOST_WEIGHTS = 2**23
 
 16 MB in bfloat16, times the layers.
 """
-
-Spans = Sequence[Sequence[tuple[bool, int]]]
-"""For each row, its spans: whether they are a branch of the group before them, and their tokens."""
 
 
 class Segment(NamedTuple):
@@ -145,7 +152,10 @@ def dense_mask(spans: Spans, num_tokens: int, device: torch.device | str = "cpu"
     return torch.zeros(allowed.shape, device=device).masked_fill_(~allowed, lowest)
 
 
-_described: ContextVar[Segments | None] = ContextVar("segments of the rows", default=None)
+Described = Segments | BlockMask | VarlenRows
+"""What a layer reads instead of a mask: made once from the spans, for all layers."""
+
+_described: ContextVar[Described | None] = ContextVar("what describes the rows", default=None)
 
 
 @contextmanager
@@ -178,19 +188,26 @@ def describe_rows(
             "give the spans that `collate` made for it"
         )
 
-    if implementation != SEGMENTS:
-        if is_packed(spans) and implementation not in DENSE:
-            raise ValueError(
-                f"attention {implementation!r} cannot keep the samples of a packed row apart: "
-                f"choose {', '.join(DENSE)} or {SEGMENTS}"
-            )
+    described: Described
+    if implementation == SEGMENTS:
+        described = Segments(spans)
+    elif implementation == FLEX:
+        described = describe_flex(spans, shape, device)
+    elif implementation == VARLEN:
+        described = describe_varlen(spans, shape, device)
+    elif implementation in DENSE or not is_packed(spans):
         yield dense_mask(spans, shape[1], device) if is_packed(spans) else None
         return
+    else:
+        raise ValueError(
+            f"attention {implementation!r} cannot keep the samples of a packed row apart: "
+            f"choose {', '.join((*DENSE, SEGMENTS, FLEX))} or {VARLEN}"
+        )
 
-    token = _described.set(Segments(spans))
+    token = _described.set(described)
     try:
         # With a mask of ones, transformers does not search position ids for packed samples, so the
-        # CPU does not wait for a GPU. `_make_mask` replaces that mask by the segments.
+        # CPU does not wait for a GPU. `_make_mask` replaces that mask by the description.
         yield torch.ones(tuple(shape), dtype=torch.bool, device=device)  # (rows, tokens)
     finally:
         _described.reset(token)
@@ -220,8 +237,53 @@ def check_described(position_ids: Tensor, attention_mask: Tensor | None) -> None
 
 def use_segments(model: PreTrainedModel) -> None:
     """Switch the language model of a LLaVA from SDPA to attention by segments."""
-    if model.config.text_config._attn_implementation == "sdpa":
-        model.set_attn_implementation({"text_config": SEGMENTS})
+    use_attention(model, SEGMENTS)
+
+
+def use_attention(model: PreTrainedModel, name: str) -> None:
+    """Switch the language model of a LLaVA from SDPA to an attention that reads spans.
+
+    Args:
+        name: `SEGMENTS`, `FLEX` or `VARLEN`. A model whose attention is not SDPA keeps it.
+
+    Raises:
+        ValueError: The model drops attention weights in training, and a kernel has no dropout.
+    """
+    config = model.config.text_config
+    dropout = getattr(config, "attention_dropout", 0.0) or 0.0
+    if dropout and name != SEGMENTS:
+        raise ValueError(
+            f"the language model has attention_dropout={dropout}, and the kernels flex and varlen "
+            "have none: use attention=segments"
+        )
+    if config._attn_implementation == "sdpa":
+        model.set_attn_implementation({"text_config": name})
+
+
+def choose_attention(name: str, device: torch.device, dtype: torch.dtype | None) -> str:
+    """Return the attention that a recipe's `attention` stands for.
+
+    Args:
+        name: auto, flex, varlen or segments; auto is flex on a CUDA GPU, else segments.
+        device: Device that trains.
+        dtype: Type of matrix products; None for float32.
+
+    Raises:
+        ValueError: The kernel does not run on this device, or in this type.
+    """
+    if name == "auto":
+        name = "flex" if device.type == "cuda" else "segments"
+    if name != "segments" and device.type != "cuda":
+        raise ValueError(
+            f"attention={name} needs a CUDA GPU to train on, and the device is {device.type}: "
+            "use attention=auto or segments"
+        )
+    if name == "varlen" and dtype is None:
+        raise ValueError(
+            "attention=varlen computes in bfloat16 or float16, and precision is float32: "
+            "use precision=bfloat16, or attention=flex"
+        )
+    return {"segments": SEGMENTS, "flex": FLEX, "varlen": VARLEN}[name]
 
 
 def attend(
@@ -229,25 +291,30 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Segments | Tensor | None,
+    attention_mask: Described | Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """Attend within the segments of packed rows; with any other mask, as SDPA does.
+    """Attend as the description of packed rows says; with any other mask, as SDPA does.
 
     Args:
         query: `(rows, heads, queries, head_dim)`.
         key: `(rows, shared heads, keys, head_dim)`.
         value: As `key`.
-        attention_mask: Segments; or `(rows, 1, queries, keys)`, boolean or added to the scores.
+        attention_mask: What `describe_rows` made; or `(rows, 1, queries, keys)`, boolean or added
+            to the scores.
 
     Returns:
         `(rows, queries, heads, head_dim)`, and no weights. With segments, zeros in the padding.
     """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if isinstance(attention_mask, Segments):
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return _attend_by_segments(query, key, value, attention_mask, scaling, dropout), None
+        return _attend_by_segments(query, key, value, attention_mask, scale, dropout), None
+    if isinstance(attention_mask, BlockMask):
+        return attend_flex(query, key, value, attention_mask, scale), None
+    if isinstance(attention_mask, VarlenRows):
+        return attend_varlen(query, key, value, attention_mask, scale), None
     return attend_grouped(module, query, key, value, attention_mask, dropout, scaling, **options)
 
 
@@ -399,10 +466,12 @@ def _bias(prefix: int, stretches: tuple[int, ...], repeats: int, dtype: torch.dt
     return bias.repeat(repeats, 1)[None]
 
 
-def _make_mask(*args: Any, **options: Any) -> Segments | Tensor | None:
-    """Return what `attend` reads as its mask: the segments of packed rows, else SDPA's mask."""
-    return _described.get() or sdpa_mask(*args, **options)
+def _make_mask(*args: Any, **options: Any) -> Described | Tensor | None:
+    """Return what `attend` reads as its mask: the described rows, else SDPA's mask."""
+    described = _described.get()
+    return sdpa_mask(*args, **options) if described is None else described
 
 
-AttentionInterface.register(SEGMENTS, attend)
-AttentionMaskInterface.register(SEGMENTS, _make_mask)
+for _name in (SEGMENTS, FLEX, VARLEN):
+    AttentionInterface.register(_name, attend)
+    AttentionMaskInterface.register(_name, _make_mask)

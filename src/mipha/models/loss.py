@@ -14,7 +14,7 @@ CHUNK = 1024
 
 
 def supervised_cross_entropy(
-    hidden: Tensor, labels: Tensor, lm_head: nn.Module
+    hidden: Tensor, labels: Tensor, lm_head: nn.Module, positions: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Return the next-token loss without making the logits of unsupervised positions.
 
@@ -26,17 +26,20 @@ def supervised_cross_entropy(
         hidden: Last hidden states, `(rows, tokens, width)`.
         labels: Token ids, `IGNORE` where not trained on, `(rows, tokens)`; not shifted.
         lm_head: `(positions, width)` -> `(positions, vocabulary)`.
+        positions: `(positions,)`, as `collate` finds them; None: they are searched, and the host
+            waits for a GPU to find them.
 
     Returns:
         The summed loss (float32, nats) and the number of supervised tokens. Without any, the sum is
         0 with a graph, so that a step of sharded training has the same shape on every process.
     """
-    # The state at a position predicts the token behind it.
-    targets = labels[:, 1:]  # (rows, tokens - 1)
-    supervised = targets != IGNORE  # (rows, tokens - 1)
-    num_tokens = supervised.sum()
-    hidden = hidden[:, :-1][supervised]  # (positions, width)
-    targets = targets[supervised]  # (positions,)
+    # The state at a position predicts the token behind it, if that is of the same row.
+    if positions is None:
+        supervised = labels[:, 1:] != IGNORE  # (rows, tokens - 1)
+        positions = F.pad(supervised, (0, 1)).flatten().nonzero().flatten()
+    num_tokens = torch.tensor(len(positions))
+    hidden = hidden.flatten(0, 1).index_select(0, positions)  # (positions, width)
+    targets = labels.flatten().index_select(0, positions + 1)  # (positions,)
 
     if not len(targets):
         no_logits = lm_head(hidden.new_zeros(1, hidden.shape[-1]))  # (1, vocabulary)

@@ -80,6 +80,7 @@ class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         spans: Spans | None = None,
+        supervised: Tensor | None = None,
         **kwargs,
     ):
         """Run as the stock class; with `labels`, return the loss and no logits.
@@ -94,6 +95,8 @@ class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
             position_ids: `(rows, tokens)`.
             labels: `(rows, tokens)`, -100 where not trained on.
             spans: As `collate` makes them: which tokens see which, instead of `attention_mask`.
+            supervised: `(positions,)`, as `collate` makes them: where the states stand that predict
+                supervised tokens. None: they are searched.
 
         Raises:
             ValueError: A row holds several samples, and neither spans nor a mask of four axes say
@@ -113,16 +116,21 @@ class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
             in_full = attention_mask is not None and attention_mask.dim() == 4
             if position_ids is not None and past_key_values is None and not in_full:
                 check_described(position_ids, attention_mask)
-            return self._run(inputs, labels, past_key_values)
+            return self._run(inputs, labels, supervised, past_key_values)
 
         # With spans, describe the rows to the attention.
         tokens = input_ids if input_ids is not None else inputs_embeds  # (rows, tokens[, width])
         attention = self.config.text_config._attn_implementation
         with describe_rows(spans, attention, tokens.shape[:2], tokens.device) as mask:
-            return self._run({**inputs, "attention_mask": mask}, labels, past_key_values)
+            inputs["attention_mask"] = mask
+            return self._run(inputs, labels, supervised, past_key_values)
 
     def _run(
-        self, inputs: dict[str, Any], labels: Tensor | None, past_key_values: Cache | None
+        self,
+        inputs: dict[str, Any],
+        labels: Tensor | None,
+        supervised: Tensor | None,
+        past_key_values: Cache | None,
     ) -> LlavaCausalLMOutputWithPast:
         if labels is None:
             return super().forward(past_key_values=past_key_values, **inputs)
@@ -130,7 +138,7 @@ class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
         # A cache would switch off the isolation of packed samples; training never needs one.
         hidden = self.model(**{**inputs, "use_cache": False}).last_hidden_state
         # hidden is (rows, tokens, width)
-        loss_sum, num_tokens = supervised_cross_entropy(hidden, labels, self.lm_head)
+        loss_sum, num_tokens = supervised_cross_entropy(hidden, labels, self.lm_head, supervised)
         loss = loss_sum / num_tokens.clamp(min=1)
         return SupervisedOutput(loss=loss, loss_sum=loss_sum, num_tokens=num_tokens)
 

@@ -33,6 +33,8 @@ from mipha.files import (
     write_whole,
 )
 from mipha.models.adapters import merged_weights, remove_adapters, save_adapter
+from mipha.models.attention import SEGMENTS, choose_attention
+from mipha.models.attention_kernels import row_lengths
 from mipha.models.build import build, save_checkpoint
 from mipha.models.modeling import LlavaForConditionalGeneration, attention_window, load_model
 from mipha.models.processing import load_processor
@@ -128,7 +130,8 @@ def train_stage(stage: Stage, mixture: Mixture, held_out: Mixture | None) -> Non
     # Build: the model that the stage starts from, and the steps that it takes.
     torch.manual_seed(seed)  # for the first weights of the projector
     model, processor = _load_start(stage, mixture)
-    steps = StepDataset(mixture, processor, settings, seed, world.rank, world.size)
+    lengths = () if stage.attention == SEGMENTS else row_lengths(settings.row_tokens)
+    steps = StepDataset(mixture, processor, settings, seed, world.rank, world.size, lengths)
     _check_build(stage, model, processor, mixture)
 
     # Tune: choose what trains, keep a record of the start, and round what is frozen.
@@ -174,6 +177,7 @@ def _read_data(stage: Stage) -> tuple[Mixture, Mixture | None]:
     """Read and check the samples of a stage: those to train on, and those held out."""
     settings = stage.settings
     check_quantization(settings.tuning, stage.world.device, stage.world.size)
+    choose_attention(stage.recipe.attention, stage.world.device, stage.autocast)
     mixture = Mixture(settings.data, settings.held_out)
     held_out = mixture.on_side("validation") if settings.held_out else None
 

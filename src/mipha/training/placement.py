@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from mipha.models.attention import use_segments
+from mipha.models.attention import use_attention
 from mipha.models.modeling import LlavaForConditionalGeneration
 from mipha.models.tuning import layers_of
 from mipha.training.stage import Stage
@@ -101,7 +101,7 @@ def place(model: LlavaForConditionalGeneration, stage: Stage) -> None:
     recipe, world, checkpointed = stage.recipe, stage.world, stage.settings.checkpointed
     for part in checkpointed:
         getattr(model.model, part).gradient_checkpointing_enable({"use_reentrant": False})
-    use_segments(model)
+    use_attention(model, stage.attention)
     model.to(world.device)
 
     # Rows have ever new lengths, so the code is compiled for any length.

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from mipha.engine.precision import autocast_dtype
+from mipha.models.attention import choose_attention
 from mipha.recipe import Recipe, StageRecipe
 from mipha.run import Run
 from mipha.world import World
@@ -66,3 +67,8 @@ class Stage:
     def autocast(self) -> torch.dtype | None:
         """The type that matrix products run in; None for the type of the weights."""
         return autocast_dtype(self.recipe.precision, self.world.device)
+
+    @property
+    def attention(self) -> str:
+        """The attention that the language model trains with."""
+        return choose_attention(self.recipe.attention, self.world.device, self.autocast)
