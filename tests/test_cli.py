@@ -18,6 +18,7 @@ from mipha.catalog.language_models import LANGUAGE_MODELS
 from mipha.cli import app, catalog
 from mipha.evaluation.benchmark import list_benchmarks
 from mipha.recipe import list_recipes, load_recipe
+from mipha.run import create_run
 from mipha.studies.study import load_study
 
 
@@ -63,6 +64,22 @@ def test_list_names_everything(monkeypatch: pytest.MonkeyPatch) -> None:
         assert name in shown.stdout
 
 
+def test_list_is_short_and_says_where_more_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    lines = invoke("list").stdout.splitlines()
+    assert len(lines) < 40 and "mipha list KIND" in lines[-1]
+
+
+def test_show_takes_a_run_and_says_how_data_are_shown(tmp_path: Path) -> None:
+    recipe = load_recipe("quickstart").override("seed=5")
+    create_run(tmp_path / "run", recipe)
+    assert yaml.safe_load(invoke("show", str(tmp_path / "run")).stdout)["seed"] == 5
+    data = tmp_path / "mine.jsonl"
+    data.write_text("{}\n")
+    wrong = invoke("show", str(data))
+    assert wrong.exit_code == 2 and "give --row 0" in wrong.stderr
+
+
 def test_show_a_recipe_a_part_and_neither() -> None:
     assert yaml.safe_load(invoke("show", "quickstart").stdout) == load_recipe(
         "quickstart"
@@ -79,7 +96,7 @@ def test_a_users_mistake_is_one_sentence_and_exit_code_2(tmp_path: Path) -> None
             "mipha: no recipe 'quickstar': did you mean quickstart",
         ),
         (("train", "quickstart", "seed", "-o", str(tmp_path / "a")), "has no `=`"),
-        (("evaluate", str(tmp_path / "none"), "-b", "easy_vqa"), "no run folder"),
+        (("evaluate", str(tmp_path / "none"), "-b", "easy_vqa"), "no run or model folder"),
         (("chat", str(tmp_path)), "neither a run"),
     ):
         done = program(*arguments)

@@ -446,7 +446,7 @@ def test_other_mistakes_of_an_evaluation(official_files: Path, model: Path, tmp_
         assert_refused(mipha("evaluate", model, *arguments), words)
     assert_refused(
         mipha("evaluate", tmp_path / "none", "-b", "pope", "--data-root", official_files, *out),
-        "no run folder",
+        "no run or model folder",
         "none",
     )
     # The model is named before its benchmark's data are missed.
@@ -454,7 +454,7 @@ def test_other_mistakes_of_an_evaluation(official_files: Path, model: Path, tmp_
         done = mipha(
             "evaluate", tmp_path / "none", "-b", "pope", "--data-root", tmp_path / "no-data", *more
         )
-        assert_refused(done, "no run folder", "none")
+        assert_refused(done, "no run or model folder", "none")
     assert not (tmp_path / "out").exists()
 
 

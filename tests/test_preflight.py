@@ -62,13 +62,16 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "plan, device": (["plan", "quickstart", "--device", "h900"], "no device 'h900'"),
     "plan, tower": (["plan", "quickstart", "model.vision_tower=siglip"], "no vision tower"),
     "plan, run": (["plan", "quickstart", "--run", "nothing"], "no run folder nothing"),
-    "evaluate, run": (["evaluate", "nothing", "-b", "pope"], "no run folder nothing"),
+    "evaluate, run": (["evaluate", "nothing", "-b", "pope"], "no run or model folder nothing"),
     "evaluate, unfinished": (["evaluate", "run", "-b", "easy_vqa"], "has not finished finetune"),
     "evaluate, benchmark": (["evaluate", "model", "-b", "pop", "-o", "new"], "did you mean pope"),
     "evaluate, out": (["evaluate", "model", "-b", "pope", "-o", "file/x"], "cannot be written to"),
-    "export, run": (["export", "nothing", "-o", "new"], "no run folder nothing"),
+    "export, run": (["export", "nothing", "-o", "new"], "no run or model folder nothing"),
     "export, out": (["export", "model", "-o", "run"], "run exists: choose another -o"),
-    "export, gguf run": (["export", "nothing", "--to", "gguf", "-o", "new"], "no run folder"),
+    "export, gguf run": (
+        ["export", "nothing", "--to", "gguf", "-o", "new"],
+        "no run or model folder",
+    ),
     "export, gguf out": (["export", "model", "--to", "gguf", "-o", "run"], "run exists"),
     "export, gguf kind": (
         ["export", "model", "--to", "gguf", "--quantize", "q9", "-o", "new"],
@@ -80,7 +83,7 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     "serve, device": (["serve", "model", "--device", "cudaa"], "no device 'cudaa': did you mean"),
     "serve, no gpu": (["serve", "model", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
     "serve, dtype": (["serve", "model", "--dtype", "int8"], "no dtype 'int8'"),
-    "chat, run": (["chat", "nothing"], "no run folder nothing"),
+    "chat, run": (["chat", "nothing"], "no run or model folder nothing"),
     "chat, image": (["chat", "model", "--image", "no.png"], "no image no.png"),
     "chat, dtype": (["chat", "model", "--dtype", "int8"], "no dtype 'int8'"),
     "align, data": (

@@ -198,9 +198,9 @@ def test_several_data_sets(recipe: Recipe) -> None:
         ("data.pretran=x.jsonl", "has no stage 'pretran': did you mean pretrain?"),
         ("stages={}", "stages: .*at least 1"),
         ("stages=null", "stages: "),
-        ("model.image_size.deep=3", r"model\.image_size: .*integer"),
-        ("seed=many", r"seed: .*integer.* \(got 'many'\)"),
-        ("seed=-1", r"seed: .*greater than or equal to 0.* \(got -1\)"),
+        ("model.image_size.deep=3", r"model\.image_size: .*whole number"),
+        ("seed=many", r"seed: .*whole number.* \(got 'many'\)"),
+        ("seed=-1", r"seed: .*at least 0.* \(got -1\)"),
         (
             "stages.finetune.learning_rate=fast",
             r"stages\.finetune\.learning_rate: .*number.* \(got 'fast'\)",
@@ -225,17 +225,17 @@ def test_several_data_sets(recipe: Recipe) -> None:
             "stages.finetune.unreadable_images=skip",
             r"unreadable_images: .*'substitute'.* \(got 'skip'\)",
         ),
-        ("keep_states=0", r"keep_states: .*greater than or equal to 1.* \(got 0\)"),
+        ("keep_states=0", r"keep_states: .*at least 1.* \(got 0\)"),
         ("sharding=zero", r"sharding: .*'hsdp'.* \(got 'zero'\)"),
-        ("model.image_size=0", r"model\.image_size: .*greater than or equal to 1.* \(got 0\)"),
+        ("model.image_size=0", r"model\.image_size: .*at least 1.* \(got 0\)"),
         ("name.deep=3", r"override name\.deep: name is a value, not a group of keys"),
-        ("seed.deep=3", r"seed: .*integer.* \(got {'deep': 3}\)"),
+        ("seed.deep=3", r"seed: .*whole number.* \(got {'deep': 3}\)"),
         (
             "data.finetune.weight=0",
             r"stages\.finetune\.data\.0\.weight: .*greater than 0.* \(got 0\)",
         ),
         ("data.finetune.weight=.inf", r"stages\.finetune\.data\.0\.weight: .*finite"),
-        ("data.finetune.cap=0", r"stages\.finetune\.data\.0\.cap: .*greater than or equal to 1"),
+        ("data.finetune.cap=0", r"stages\.finetune\.data\.0\.cap: .*at least 1"),
         ("data.finetune.x.limit=3", r"stages\.finetune\.data\.0\.x: unknown key"),
         ("seed=[1", r"override 'seed=\[1': the value is not valid YAML"),
         ("model=null", r"model: .*"),
@@ -265,10 +265,26 @@ def test_every_problem_is_listed_at_once(tmp_path: Path) -> None:
         key in text
         for key in (
             "colour: unknown key",
-            "model.vision_tower: Field required",
+            "model.vision_tower: is missing",
             "stages.finetune.batch_size:",
         )
     )
+
+
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        (
+            "learning_rate=1e-3",
+            "did you mean stages.pretrain.learning_rate or stages.finetune.learning_rate?",
+        ),
+        ("stages.finetune.lr=1e-3", "did you mean learning_rate?"),
+        ("stages.finetune.max_steps=ten", r"must be a whole number \(got 'ten'\)"),
+    ],
+)
+def test_a_mistake_names_the_right_key(recipe: Recipe, override: str, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        recipe.override(override)
 
 
 @pytest.mark.parametrize("stage", ["pretrain", "finetune"])

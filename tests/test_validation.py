@@ -45,11 +45,16 @@ class Tree(Strict):
         ),
         (
             {"leaves": [{"colour": "red", "size": "big"}]},
-            "leaves.0.size: Input should be a valid integer, unable to parse",
+            "leaves.0.size: must be a whole number",
         ),
         ({"leaves": [{"colour": "red", "size": "big"}]}, "(got 'big')"),
-        ({"best": {}}, "best.colour: Field required"),
-        ([], "plant: Input should be a valid dictionary"),
+        ({"best": {}}, "best.colour: is missing"),
+        ({"colour": "red", "best": {}}, "colour: unknown key; did you mean best.colour?"),
+        (
+            {"size": 2, "named": {"mine": {"colour": "red"}}},
+            "size: unknown key; did you mean named.mine.size?",
+        ),
+        ([], "plant: must be a group of keys"),
     ],
 )
 def test_a_line_for_each_wrong_key(tree: object, sentence: str) -> None:

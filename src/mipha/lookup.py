@@ -25,16 +25,28 @@ _Loader.add_implicit_resolver(
 )
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return a clause for an error message: the nearest known names, or all of them."""
+def did_you_mean(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """Return a clause for an error message: the nearest known names, or all of them.
+
+    Args:
+        otherwise: What the user may do instead: "give a .yaml file".
+    """
     known = sorted(known)
-    near = near_names(name, known)
-    return f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known) or 'none'}"
+    if near := near_names(name, known):
+        clause, joined = f"did you mean {' or '.join(near)}?", " If not, "
+    else:
+        clause, joined = f"known: {', '.join(known) or 'none'}", "; or "
+    return clause + (joined + otherwise if otherwise else "")
 
 
 def near_names(name: str, known: Iterable[str]) -> list[str]:
-    """Return the known names that are nearest to a mistyped one, at most three."""
-    return difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.5)
+    """Return the known names that are nearest to a mistyped one, at most three.
+
+    Initials are near too: `lr` is learning_rate.
+    """
+    known = sorted(known)
+    meant = [other for other in known if name == "".join(w[:1] for w in re.split("[_-]", other))]
+    return meant or difflib.get_close_matches(name, known, n=3, cutoff=0.5)
 
 
 def files_in(folder: Path, suffix: str) -> list[str]:
@@ -60,8 +72,8 @@ def read_named(name: str | Path, folder: Path, kind: str) -> tuple[Any, Path]:
     if not path.is_file():
         if path == Path(name):
             raise FileNotFoundError(f"no {kind} {str(name)!r}: there is no such file")
-        near = did_you_mean(str(name), files_in(folder, ".yaml"))
-        raise FileNotFoundError(f"no {kind} {str(name)!r}: {near}, or give a .yaml file")
+        near = did_you_mean(str(name), files_in(folder, ".yaml"), "give a .yaml file")
+        raise FileNotFoundError(f"no {kind} {str(name)!r}: {near}")
     return read_yaml(path.read_text(encoding="utf-8"), str(path)), path
 
 

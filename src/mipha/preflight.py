@@ -167,7 +167,7 @@ def check_part(name: str, path: str, kind: str, known: Iterable[str]) -> None:
             )
     elif "/" not in path or path.startswith((".", "/")):
         raise FileNotFoundError(
-            f"no {kind} {name!r}: {did_you_mean(name, known)}, or give a folder or a hub id"
+            f"no {kind} {name!r}: {did_you_mean(name, known, 'give a folder or a hub id')}"
         )
 
 
@@ -179,8 +179,8 @@ def template_file(name: str) -> Path:
     """
     path = Path(name) if name.endswith(".jinja") else CHAT_TEMPLATES / f"{name}.jinja"
     if not path.is_file():
-        near = did_you_mean(name, files_in(CHAT_TEMPLATES, ".jinja"))
-        raise FileNotFoundError(f"no chat template {name!r}: {near}, or give a .jinja file")
+        near = did_you_mean(name, files_in(CHAT_TEMPLATES, ".jinja"), "give a .jinja file")
+        raise FileNotFoundError(f"no chat template {name!r}: {near}")
     return path
 
 

@@ -270,6 +270,11 @@ def model_folder(path: str | Path) -> Path:
             f"{path} is neither a run (no recipe.yaml) nor a whole model "
             "(config.json and .safetensors): give one"
         )
+    if not path.is_dir():
+        raise FileNotFoundError(
+            f"no run or model folder {path}: check the path, or make a run with "
+            f"`mipha train RECIPE -o {path}`"
+        )
     return open_run(path).final_checkpoint()
 
 

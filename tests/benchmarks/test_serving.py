@@ -71,7 +71,7 @@ def test_the_server_is_stopped_and_what_it_does_not_answer_is_lost(
 
 def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
     with (
-        pytest.raises(SystemExit, match=r"ended with status 2:(.|\n)*no run folder"),
+        pytest.raises(SystemExit, match=r"ended with status 2:(.|\n)*no run or model folder"),
         serving.serving(tmp_path / "gone", "transformers"),
     ):
         pass

@@ -226,7 +226,7 @@ def test_a_broken_folder_gets_one_sentence(
 
 
 def test_no_folder_gets_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"no run folder .*nothing"):
+    with pytest.raises(FileNotFoundError, match=r"no run or model folder .*nothing"):
         verify(tmp_path / "nothing")
 
 

@@ -133,6 +133,6 @@ def test_mistakes_are_found_before_the_model_is_loaded(
             evaluate(**{"model": run, "benchmarks": ["easy_vqa"], **wrong})
     with pytest.raises(FileNotFoundError, match=r"questions\.json"):
         evaluate(run, ["easy_vqa"], data_root=tmp_path)
-    with pytest.raises(FileNotFoundError, match="no run folder"):
+    with pytest.raises(FileNotFoundError, match="no run or model folder"):
         evaluate(tmp_path / "nothing", ["easy_vqa"])
     assert assistant.loaded is None

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mipha.evaluation.benchmark import Judgement, Plan, Question, Split, load_benchmark
-from mipha.evaluation.score import judge_answers, score_predictions
+from mipha.evaluation.score import judge_answers, score_file, score_predictions
 from mipha.evaluation.tables import print_results
 from mipha.files import append_line
 
@@ -96,6 +96,24 @@ def test_a_limit_is_not_a_failure_but_not_complete_either(
         result.complete,
         result.scores[0].n,
     ) == (4, 2, 0, False, 2)
+
+
+def test_one_image_alone_has_no_interval(tmp_path: Path, asked: list[Question]) -> None:
+    result = score_predictions(plan(asked, limit=2), read(tmp_path), tmp_path)
+    assert result.scores[0].value is not None
+    assert all(score.low is None and score.high is None for score in result.scores)
+
+
+def test_packaged_labels_need_no_path_and_others_are_asked_for(tmp_path: Path) -> None:
+    benchmark = load_benchmark("easy_vqa")
+    labels = benchmark.read_labels(None)
+    assert labels[0].id == "test/0/0"
+    file = tmp_path / "theirs.jsonl"
+    rows = ({"question_id": q.id, "text": str(q.facts["answer"])} for q in labels)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert score_file(benchmark, None, file)["headline"] == 100.0
+    with pytest.raises(ValueError, match="gqa has no packaged copy"):
+        score_file(load_benchmark("gqa"), None, file)
 
 
 def test_no_answer_is_no_score(tmp_path: Path, asked: list[Question]) -> None:

@@ -75,7 +75,10 @@ def test_a_plan_is_compared_with_a_run(tiny_parts, tiny_data, tmp_path) -> None:
     (pretrain, _), run = plan_training(recipe, SMALL), create_run(tmp_path / "run", recipe)
     with pytest.raises(FileNotFoundError, match="has no metrics of pretrain"):
         compare_with_run(pretrain, run, SMALL, 1)
-    for seconds in (100.0, 2.0, 2.0):  # the first step warms up
+    append_line(run.metrics("pretrain"), {"seconds": 100.0, "peak_memory_gib": 1.5})
+    with pytest.raises(ValueError, match="trained one step of pretrain, and the first only warms"):
+        compare_with_run(pretrain, run, SMALL, 1)
+    for seconds in (2.0, 2.0):
         append_line(run.metrics("pretrain"), {"seconds": seconds, "peak_memory_gib": 1.5})
     found = compare_with_run(pretrain, run, SMALL, 1)
     assert found.seconds[1] == 2.0 and found.memory[1] == 1.5 * 2**30
@@ -86,6 +89,7 @@ def test_a_plan_is_compared_with_a_run(tiny_parts, tiny_data, tmp_path) -> None:
     ("name", "precision", "sentence"),
     [
         ("h10", "auto", "no device 'h10': did you mean h100"),
+        ("cuda", "auto", "no device 'cuda': give its model: cpu, b200"),
         ("t4", "bfloat16", "t4 does not compute in bfloat16: set precision=float32"),
     ],
 )

@@ -113,6 +113,16 @@ def test_a_data_set_that_is_missing_is_said_before_anything_is_built(
         )
 
 
+def test_broken_data_leave_no_run_and_name_the_command_that_finds_them(
+    tiny_run_recipe: Callable, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"question": "a", "answer": "b"}\n{"colour": "red"}\n')
+    with pytest.raises(ValueError, match=rf"line 2: .*`mipha check {broken}` shows every such row"):
+        train(tiny_run_recipe(f"data.finetune={broken}"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_calibration_needs_an_image(tiny_run_recipe: Callable, tmp_path: Path) -> None:
     text = tmp_path / "text.jsonl"
     text.write_text(

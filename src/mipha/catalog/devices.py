@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mipha.lookup import did_you_mean
+from mipha.lookup import near_names
 
 
 @dataclass(frozen=True)
@@ -116,8 +116,10 @@ def device_entry(name: str) -> DeviceEntry | None:
         ValueError: There is no such device.
     """
     if name != "cpu" and name not in DEVICES:
-        hint = did_you_mean(name, ["cpu", *DEVICES])
-        raise ValueError(f"no device {name!r}: {hint}; known are cpu, {', '.join(DEVICES)}")
+        known = ["cpu", *DEVICES]
+        near = [other for other in near_names(name, known) if other != "cpu"]
+        hint = f"did you mean {' or '.join(near)}? Known" if near else "give its model"
+        raise ValueError(f"no device {name!r}: {hint}: {', '.join(known)}")
     return DEVICES.get(name)
 
 

@@ -38,13 +38,23 @@ def list_names(
     from rich.console import Console
     from rich.table import Table
 
+    # All names of every kind; of one kind, a line on each.
     table = Table(box=None, pad_edge=False)
-    for column in ("kind", "name", "what it is"):
-        table.add_column(column, overflow="fold")
+    table.add_column("kind" if kind is None else "name", no_wrap=True)
+    table.add_column("names" if kind is None else "what it is", overflow="fold")
     for title, found in _chosen(kind).items():
-        for number, name in enumerate(found.names):
-            table.add_row("" if number else title, name, found.line(name))
-    Console().print(table)
+        if kind is None:
+            table.add_row(title, ", ".join(found.names))
+            continue
+        for name in found.names:
+            table.add_row(name, found.line(name))
+
+    console = Console()
+    console.print(table)
+    if kind is None:
+        console.print(
+            "mipha list KIND says what each of them is, mipha show NAME all of one", style="dim"
+        )
 
 
 def show(
@@ -61,16 +71,21 @@ def show(
     stage: Stage = None,
     root: Root = None,
     image_root: ImageRoot = None,
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="Where the images of a row are written.")
+    ] = Path("."),
 ) -> None:
-    """Show an entry of the catalog in full, or one row of a data set."""
+    """Show an entry of the catalog in full, the recipe of a run, or one row of a data set."""
     if row is not None:
-        show_row(name, row, recipe, stage, root, image_root)
+        show_row(name, row, recipe, stage, root, image_root, out)
         return
     if recipe is not None or stage is not None or root or image_root:
         raise ValueError(
             "--recipe, --stage, --root and --image-root are for a row of a data set: "
             "give --row too, or leave them out"
         )
+    if (Path(name) / "recipe.yaml").is_file():
+        name = str(Path(name) / "recipe.yaml")
     if name.endswith((".yaml", ".yml")):
         typer.echo(_show_file(name), nl=False)
         return
@@ -81,6 +96,11 @@ def show(
     if not found:
         from mipha.lookup import near_names
 
+        if Path(name).exists():
+            raise ValueError(
+                f"{name} is no entry of the catalog: give --row 0 to see a row of data, "
+                "or use `mipha check` for all of them"
+            )
         near = near_names(name, {known for kind in kinds.values() for known in kind.names})
         fix = f"did you mean {' or '.join(near)}?" if near else "`mipha list` shows what there is"
         raise ValueError(f"the catalog has no {name!r}: {fix}")

@@ -122,6 +122,7 @@ def show_row(
     stage: str | None,
     root: Path | None,
     image_root: list[Path] | None,
+    out: Path,
 ) -> None:
     """Print one sample as the model sees it, and write its images as the tower reads them."""
     from rich.console import Console
@@ -134,7 +135,7 @@ def show_row(
     rows = load_data(data_recipe(data, root, image_root or ()))
     view = view_sample(rows, row, chosen, _processor(loaded))
     Console().print(render(view))
-    for path in save_pixels(view, Path(".")):
+    for path in save_pixels(view, out):
         typer.echo(f"as the tower reads it: {path}")
 
 

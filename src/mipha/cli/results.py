@@ -86,9 +86,6 @@ def evaluate(
 
 def score(
     benchmark: Annotated[str, typer.Argument(help="A benchmark's name.")],
-    annotations: Annotated[
-        Path, typer.Option(help="Official annotation file, or the folder with the official files.")
-    ],
     predictions: Annotated[
         Path,
         typer.Option(
@@ -96,6 +93,13 @@ def score(
             "benchmark's own results file (for POPE and MME, the folder of them)."
         ),
     ],
+    annotations: Annotated[
+        Path | None,
+        typer.Option(
+            help="Official annotation file, or the folder with the official files; not needed "
+            "where a package has them, as for easy_vqa."
+        ),
+    ] = None,
     json_out: Annotated[
         Path | None, typer.Option("--json", help="Write the scores to a file too.")
     ] = None,

@@ -117,9 +117,7 @@ def published(name: str) -> Row:
     found = [row for row in listed if row.name.lower() == name.lower()]
     if not found:
         known = list(dict.fromkeys(row.name for row in listed))
-        raise ValueError(
-            f"no published model {name!r}: {did_you_mean(name, known)} of {', '.join(known)}"
-        )
+        raise ValueError(f"no published model {name!r}: {did_you_mean(name, known)}")
 
     # Where tables differ, the first one counts.
     facts = {key: value for row in reversed(found) for key, value in row.facts.items()}

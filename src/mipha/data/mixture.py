@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from mipha.data.dataset import load_data
+from mipha.data.faults import RecordError
 from mipha.data.held_out import Side, side_of
 from mipha.data.images import grey_image, why_missing
 from mipha.data.order import draw_samples, epoch_order, samples_shown
@@ -46,8 +47,25 @@ class Source:
         return len(self.rows)
 
     def sample(self, index: int) -> Sample:
-        """Return one sample, with its own images."""
-        return self.to_sample(self.records[int(self.rows[index])])
+        """Return one sample, with its own images.
+
+        Raises:
+            RecordError: The record is at fault; names the command that finds all that are.
+        """
+        try:
+            return self.to_sample(self.records[int(self.rows[index])])
+        except RecordError as error:
+            fix = f"{error.fix}; {self.check_command} shows every such row".removeprefix("; ")
+            raise RecordError(error.what, fix, error.where, error.kind) from error
+
+    @property
+    def check_command(self) -> str:
+        """The command that checks every row of this data set."""
+        root = self.recipe.root
+        place = "" if root is None else f" --root {root}"
+        if root is not None and self.recipe.dataset == "auto":
+            return f"`mipha check {root if '/' in str(root) else f'./{root}'}`"
+        return f"`mipha check {self.recipe.dataset}{place}`"
 
     @property
     def num_per_epoch(self) -> int:
@@ -234,7 +252,7 @@ class Mixture(Sequence[Sample]):
             FileNotFoundError: Image files are missing: how many, and the first of them.
         """
         keys = np.zeros(len(self), dtype=np.uint64)
-        missing: dict[Path, str] = {}
+        missing: dict[Path, tuple[str, Source]] = {}
         seen: set[int] = set()
         digest = hashlib.sha256()
         remarks: Counter[tuple[int, str]] = Counter()
@@ -249,7 +267,7 @@ class Mixture(Sequence[Sample]):
                 if isinstance(image, Path) and (key := hash(image)) not in seen:
                     seen.add(key)
                     if not image.is_file():
-                        missing[image] = sample.id
+                        missing[image] = sample.id, self.sources[self._source_of(index)]
         for (number, about), count in remarks.most_common(_MOST_REMARKS):
             source = self.sources[number]
             self.notes.append(f"{source.name}: {about} ({count} of {len(source)} samples)")
@@ -259,11 +277,12 @@ class Mixture(Sequence[Sample]):
         self.image_keys = keys  # else grouping by image would read everything again
 
         if missing:
-            image, sample_id = next(iter(missing.items()))
+            image, (sample_id, source) = next(iter(missing.items()))
             raise FileNotFoundError(
                 f"{len(missing)} of {len(seen)} image files are missing, for example {image} of "
                 f"sample {sample_id}{f' ({why})' if (why := why_missing(image)) else ''}: "
-                "check the data's root and image_root, or remove those samples"
+                "check the data's root and image_root, or remove those samples; "
+                f"{source.check_command} shows every such row"
             )
         return digest.hexdigest()
 

@@ -181,7 +181,8 @@ class Benchmark:
             are not simply the official ids.
         read_answer_folder: `read_answer_folder(folder, questions)` yields place, id and text of
             every answer in a folder of predictions files, where the official scorer reads several.
-        packaged: An installed package brings the files, so `read` takes None as its root.
+        packaged: An installed package brings the files, so `read` and `read_labels` take None as
+            their root.
     """
 
     name: str
@@ -191,7 +192,7 @@ class Benchmark:
     source: str
     max_new_tokens: int
     read: Callable[..., Sequence[Question]]
-    read_labels: Callable[[Path], Sequence[Question]]
+    read_labels: Callable[..., Sequence[Question]]
     score: Callable[[Sequence[Question], Mapping[str, str], Judge | None], Judgement]
     measure: Callable[[Totals], dict[str, np.ndarray]]
     submission: Callable[[Sequence[Question], Mapping[str, str]], dict[str, bytes]] | None = None

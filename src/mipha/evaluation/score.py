@@ -166,13 +166,17 @@ def score_predictions(
 
 
 def score_file(
-    benchmark: Benchmark, annotations: Path, predictions_file: Path, judge: Judge | None = None
+    benchmark: Benchmark,
+    annotations: Path | None,
+    predictions_file: Path,
+    judge: Judge | None = None,
 ) -> dict[str, Any]:
     """Score any model's predictions, with neither model nor images.
 
     Args:
         benchmark: The benchmark.
-        annotations: Official annotation file, or the folder with the official files.
+        annotations: Official annotation file, or the folder with the official files; None: the
+            packaged copy, where there is one.
         predictions_file: A line `{"question_id": ..., "text": ...}` per question, in any order, or
             another form that `answer_files` lists.
         judge: Grader, where the benchmark wants one.
@@ -189,6 +193,10 @@ def score_file(
         ValueError: A file is malformed, the predictions do not answer exactly the questions, or not
             one answer could be judged.
     """
+    if annotations is None and not benchmark.packaged:
+        raise ValueError(
+            f"{benchmark.name} has no packaged copy: {benchmark.source}, and give it as annotations"
+        )
     questions = benchmark.read_labels(annotations)
     if not questions:
         raise ValueError(f"{annotations} has no question: {benchmark.source}")
@@ -263,7 +271,8 @@ def judge_answers(
 def grade(benchmark: Benchmark, judgement: Judgement) -> tuple[tuple[Score, ...], Tally]:
     """Return every metric with its 95 % interval, headline first, and the sums behind them.
 
-    A plain count has no interval, nor has an official number that is not made from sums.
+    A plain count has no interval, nor has an official number that is not made from sums, nor what
+    one image alone says.
     """
     sums = tally(judgement.contributions)
     totals = sums.totals()
@@ -273,7 +282,8 @@ def grade(benchmark: Benchmark, judgement: Judgement) -> tuple[tuple[Score, ...]
     scores = []
     for name, value in values(sums, benchmark.measure).items():
         unit = benchmark.metric(name).unit
-        low, high = (None, None) if unit == "questions" else map(_finite, spread[name])
+        has_interval = unit != "questions" and len(sums.clusters) > 1
+        low, high = map(_finite, spread[name]) if has_interval else (None, None)
         num = _count_questions(name, totals, num_all)
         scores.append(Score(name, _finite(value), unit, num, low, high))
     for name, value in judgement.extra.items():

@@ -197,11 +197,18 @@ def compare_with_run(stage: StagePlan, run: Run, device: Device, num_devices: in
 
     Raises:
         FileNotFoundError: The run has no steps of this stage.
+        ValueError: The run has a single step of it.
     """
-    rows = list(read_lines(run.metrics(stage.name)))[1:]  # the first step warms up
+    rows = list(read_lines(run.metrics(stage.name)))
     if not rows:
         raise FileNotFoundError(
             f"{run.folder} has no metrics of {stage.name}: give a run that trained it"
+        )
+    rows = rows[1:]  # the first step warms up
+    if not rows:
+        raise ValueError(
+            f"{run.folder} trained one step of {stage.name}, and the first only warms up: "
+            "give a run of two steps or more"
         )
 
     seconds = statistics.median(row["seconds"] for row in rows)

@@ -49,7 +49,7 @@ from mipha.models.tuning import (
 )
 from mipha.preflight import check_writable
 from mipha.recipe import PARTS, Recipe
-from mipha.run import Run, create_run, hold_run
+from mipha.run import Run, check_run, create_run, hold_run
 from mipha.training.loop import run_steps
 from mipha.training.placement import gather_weights, place, restore_frozen, round_frozen
 from mipha.training.proof import (
@@ -100,20 +100,30 @@ def train(recipe: Recipe, folder: str | Path, track: Sequence[str] = ()) -> Run:
 
 def _train(recipe: Recipe, folder: Path, track: Sequence[str], world: World) -> Run:
     """Train the stages of a recipe in a folder that is held."""
-    # Begin: the run folder, and the stages that are not finished in it.
-    run = _open_run(folder, recipe, world)
+    # Find the stages that are not finished in the folder.
+    check_run(folder, recipe)
+    run = Run(folder)
     unfinished = [name for name in recipe.stages if not run.is_finished(name)]
     stages = [Stage(run, recipe, name, world, track) for name in unfinished]
 
-    # Read the data of all stages before the first trains: a broken record ends the run now.
+    # Read the data of all stages before the first trains: a broken record ends the run now, and
+    # leaves no run folder.
     data = [_read_data(stage) for stage in stages]
+
+    # Begin: the run folder, with the recipe and a record of the data.
+    world.barrier()
+    if world.is_first:
+        create_run(folder, recipe)
+        for stage, (mixture, _, sha256) in zip(stages, data, strict=True):
+            run.record_data(stage.name, {"samples": len(mixture), "sha256": sha256})
+    world.barrier()
 
     # A process that was killed between its last two lines left states of a finished stage.
     if world.is_first:
         for name in recipe.stages.keys() - unfinished:
             _drop_states(run, name)
 
-    for stage, (mixture, held_out) in zip(stages, data, strict=True):
+    for stage, (mixture, held_out, _) in zip(stages, data, strict=True):
         train_stage(stage, mixture, held_out)
     return run
 
@@ -166,25 +176,19 @@ def train_stage(stage: Stage, mixture: Mixture, held_out: Mixture | None) -> Non
     world.barrier()
 
 
-def _open_run(folder: Path, recipe: Recipe, world: World) -> Run:
-    """Make or open the run folder: the first process before the others."""
-    run = create_run(folder, recipe) if world.is_first else None
-    world.barrier()
-    return run or create_run(folder, recipe)
+def _read_data(stage: Stage) -> tuple[Mixture, Mixture | None, str]:
+    """Read and check the samples of a stage.
 
-
-def _read_data(stage: Stage) -> tuple[Mixture, Mixture | None]:
-    """Read and check the samples of a stage: those to train on, and those held out."""
+    Returns:
+        Those to train on, those held out, and the hash of the first.
+    """
     settings = stage.settings
     check_quantization(settings.tuning, stage.world.device, stage.world.size)
     choose_attention(stage.recipe.attention, stage.world.device, stage.autocast)
     mixture = Mixture(settings.data, settings.held_out)
     held_out = mixture.on_side("validation") if settings.held_out else None
 
-    sha256 = mixture.check()
-    if stage.world.is_first:
-        stage.run.record_data(stage.name, {"samples": len(mixture), "sha256": sha256})
-    return mixture, held_out
+    return mixture, held_out, mixture.check()
 
 
 def _load_start(

@@ -51,6 +51,23 @@ def _write(file: Path, rows: list[Any]) -> LoadedData:
     return _source(file)
 
 
+def test_several_captions_of_an_image_do_not_contradict(tmp_path: Path) -> None:
+    image = "a.png"
+    Image.new("RGB", (64, 64), "red").save(tmp_path / image)
+    captions = [{"image": image, "caption": text} for text in ("a dog", "a small dog", "an animal")]
+    answers = [{"image": image, "question": "Which animal?", "answer": a} for a in ("dog", "cat")]
+    found = check_data(_write(tmp_path / "rows.jsonl", [*captions, *answers]), workers=1).findings
+    assert [f.row for f in found if f.kind == "conflicting-answer"] == [4]
+
+
+def test_the_advice_is_that_of_the_row(tmp_path: Path) -> None:
+    rows = [{"question": "a", "answer": "b"}, {"colour": "red"}]
+    (finding,) = check_data(_write(tmp_path / "rows.jsonl", rows), workers=1).findings
+    assert finding.kind == "malformed" and finding.sentence.endswith(
+        "or an image with caption or text"
+    )
+
+
 def _talk(question: str, answer: str) -> dict[str, Any]:
     return {
         "messages": [

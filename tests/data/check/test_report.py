@@ -101,7 +101,7 @@ def test_the_text_says_what_training_will_do(full: CheckResult) -> None:
 def test_the_json_has_everything(full: CheckResult, plain: CheckResult) -> None:
     tree = json.loads(json_report(full))
     assert [(row["kind"], row["row"], row["where"], row["what"]) for row in tree["findings"]] == [
-        tuple(f) for f in full.findings
+        tuple(f)[:4] for f in full.findings
     ]
     assert all(
         row["severity"] == KINDS[row["kind"]].severity and row["mend"] for row in tree["findings"]

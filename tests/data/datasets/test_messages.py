@@ -187,7 +187,9 @@ def test_a_folder_has_one_file_a_split(tmp_path: Path) -> None:
         )
     sample = messages.to_sample(messages.load(tmp_path, "validation")[0])
     assert (sample.id, sample.messages[0].text) == ("messages/validation/1", "validation")
-    with pytest.raises(ValueError, match="no split 'test': use train or validation"):
+    with pytest.raises(
+        ValueError, match="no split 'test', only train and validation: give one file"
+    ):
         messages.load(tmp_path, "test")
     with pytest.raises(ValueError, match="no split 'test': use train"):
         messages.load(tmp_path / "train.jsonl", "test")

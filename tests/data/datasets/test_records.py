@@ -273,9 +273,17 @@ def test_files_of_a_split(files: list[str], split: str, wanted: list[str], tmp_p
 @pytest.mark.parametrize(
     ("files", "split", "sentence"),
     [
-        (["cats.csv", "dogs.csv"], "train", "no split 'train': use cats or dogs"),
-        (["train.csv", "val.csv"], "test", "no split 'test': use train or validation"),
-        (["test.csv"], "train", "no split 'train': use test"),
+        (
+            ["cats.csv", "dogs.csv"],
+            "train",
+            "no split 'train', only cats and dogs: give one file, such as .*cats.csv",
+        ),
+        (
+            ["train.csv", "val.csv"],
+            "test",
+            "no split 'test', only train and validation: give one file",
+        ),
+        (["test.csv"], "train", "no split 'train', only test"),
         ([], "train", "use a folder that holds one"),
     ],
 )

@@ -252,7 +252,7 @@ def test_a_wrong_wish_gets_one_sentence(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(ValueError, match="exists: choose another -o"):
         export_gguf(llama, tmp_path / "out")
-    with pytest.raises(FileNotFoundError, match="no run folder"):
+    with pytest.raises(FileNotFoundError, match="no run or model folder"):
         export_gguf(tmp_path / "nothing", tmp_path / "new")
 
 

@@ -71,7 +71,7 @@ def test_a_source_is_known_by_its_content(tmp_path: Path, checkpoint: Path) -> N
     for wrong in (tower, checkpoint / "config.json"):
         with pytest.raises(ValueError, match="is no GGUF file of a language model"):
             find_source(wrong)
-    with pytest.raises(FileNotFoundError, match="no run folder"):
+    with pytest.raises(FileNotFoundError, match="no run or model folder"):
         find_source(tmp_path / "gone")
     (tmp_path / "towers").mkdir()
     gguf(tmp_path / "towers" / "t.gguf", "clip")

@@ -65,7 +65,7 @@ def test_what_is_wrong_is_said_before_the_model_loads(
                 serve(checkpoint, **{"port": 0} | options)
     with pytest.raises(ValueError, match="is neither a run"):
         serve(checkpoint.parent / "empty", port=0)
-    with pytest.raises(FileNotFoundError, match="no run folder"):
+    with pytest.raises(FileNotFoundError, match="no run or model folder"):
         serve(tmp_path / "gone", port=0)
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(

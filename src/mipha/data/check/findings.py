@@ -248,12 +248,14 @@ class Finding(NamedTuple):
         row: Place in the data set, from 0, as `show --row` takes it; None for the whole set.
         where: The row as its file counts, such as `train.jsonl line 18`.
         what: What was seen, without advice.
+        own_fix: Advice on this one; empty where that on its kind fits.
     """
 
     kind: str
     row: int | None
     where: str
     what: str
+    own_fix: str = ""
 
     @property
     def severity(self) -> Severity:
@@ -261,9 +263,14 @@ class Finding(NamedTuple):
         return KINDS[self.kind].severity
 
     @property
+    def fix(self) -> str:
+        """What to do."""
+        return self.own_fix or KINDS[self.kind].fix
+
+    @property
     def sentence(self) -> str:
         """What was seen, and what to do."""
-        return f"{self.what}: {KINDS[self.kind].fix}"
+        return f"{self.what}: {self.fix}"
 
 
 def quoted(text: str, most: int = 60) -> str:

@@ -170,9 +170,8 @@ def _kind(kind: str, found: Sequence[Finding], is_open: bool) -> str:
 
 def _row(finding: Finding) -> str:
     row = "the set" if finding.row is None else finding.row
-    return (
-        f"<tr><td>{row}</td><td>{escaped(finding.where)}</td><td>{escaped(finding.what)}</td></tr>"
-    )
+    what = finding.sentence if finding.own_fix else finding.what
+    return f"<tr><td>{row}</td><td>{escaped(finding.where)}</td><td>{escaped(what)}</td></tr>"
 
 
 def _plot(histogram: Histogram) -> str:

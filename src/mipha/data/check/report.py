@@ -173,7 +173,7 @@ def _as_json(finding: Finding) -> dict[str, Any]:
         "row": finding.row,
         "where": finding.where,
         "what": finding.what,
-        "mend": KINDS[finding.kind].fix,
+        "mend": finding.fix,
     }
 
 

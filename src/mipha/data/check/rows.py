@@ -27,6 +27,7 @@ from mipha.data.check.findings import Finding, Problem, quoted
 from mipha.data.check.images import ImageFacts, image_reader
 from mipha.data.check.text import CONTROL_TOKENS, special_tokens_of, text_problems
 from mipha.data.dataset import LoadedData
+from mipha.data.datasets.table import INSTRUCTION as CAPTION_REQUEST
 from mipha.data.faults import RecordError
 from mipha.data.mixture import images_key
 from mipha.data.sample import IMAGE, Sample
@@ -70,11 +71,13 @@ class TurnFacts(NamedTuple):
             it.
         question: Digest of the whole question.
         answer: The answer if it is short, else empty.
+        is_caption: Whether it asks for a caption, of which an image may have several.
     """
 
     line: bytes
     question: bytes
     answer: str
+    is_caption: bool = False
 
 
 class TokenFacts(NamedTuple):
@@ -264,7 +267,9 @@ def _fault(
     place = data.place(record)
     if isinstance(error, RecordError):
         where = data.shorten(error.where)
-        finding = Finding(error.kind, row, place or where, data.shorten(error.what))
+        finding = Finding(
+            error.kind, row, place or where, data.shorten(error.what), data.shorten(error.fix)
+        )
     else:
         finding = Finding("malformed", row, place, data.shorten(str(error)))
     return finding.where, (finding,)
@@ -279,6 +284,7 @@ def _turns(sample: Sample) -> Iterator[TurnFacts]:
             line=_digest(_encoded(normalised(lines[0]) if lines else "")),
             question=_digest(_encoded(normalised(asked.text))),
             answer=answer if len(answer) <= _SHORT_ANSWER else "",
+            is_caption=normalised(asked.text) == normalised(CAPTION_REQUEST),
         )
 
 

@@ -93,17 +93,16 @@ class Seen:
             return
 
         # The same question about the same image, answered in another way.
-        if facts.turns and 1 <= len(facts.turns[0].answer.split()) <= MAX_CLOSED_WORDS:
-            asked = hashlib.blake2b(facts.turns[0].question, digest_size=16)
+        first = facts.turns[0] if facts.turns and not facts.turns[0].is_caption else None
+        if first and 1 <= len(first.answer.split()) <= MAX_CLOSED_WORDS:
+            asked = hashlib.blake2b(first.question, digest_size=16)
             for image in facts.images:
                 asked.update(image.digest or b"?")
-            row, answer = self.answers_of.setdefault(
-                asked.digest(), (facts.row, facts.turns[0].answer)
-            )
-            if answer.casefold() != facts.turns[0].answer.casefold():
+            row, answer = self.answers_of.setdefault(asked.digest(), (facts.row, first.answer))
+            if answer.casefold() != first.answer.casefold():
                 yield (
                     "conflicting-answer",
-                    f"it answers {quoted(facts.turns[0].answer)} where row {row}, "
+                    f"it answers {quoted(first.answer)} where row {row}, "
                     f"of the same image and question, says {quoted(answer)}",
                 )
 

@@ -220,6 +220,12 @@ def split_files(
 
     splits = next((found for suffix in suffixes if (found := splits_in(root, suffix))), {})
     wanted = split if split in splits else _SPLIT_WORDS.get(split.lower(), split)
+    if splits and wanted not in splits:
+        file = next(iter(splits.values()))[0]
+        raise ValueError(
+            f"{dataset} in {root} has no split {wanted!r}, only {' and '.join(sorted(splits))}: "
+            f"give one file, such as {file}, or set the data's split in a recipe"
+        )
     check_split(f"{dataset} in {root}", wanted, sorted(splits))
     return [(file.relative_to(root).with_suffix("").as_posix(), file) for file in splits[wanted]]
 

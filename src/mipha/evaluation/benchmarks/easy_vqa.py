@@ -82,8 +82,8 @@ def read_answer(text: str) -> str | None:
     return words[-1] if words and words[-1] in ANSWERS else None
 
 
-def read_labels(path: Path) -> list[Question]:
-    """Return the labelled test questions of a folder; the images need not be there."""
+def read_labels(path: Path | None) -> list[Question]:
+    """Return the labelled test questions of a folder, or of the package; images are not needed."""
     return _read(path, "test")
 
 
