@@ -246,6 +246,72 @@ def tiny_run_recipe(tiny_parts: Callable[..., TinyParts], tiny_data: Path) -> Ca
     return recipe
 
 
+UNMARKED = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% for part in message.content %}"
+    "{{ '<image>\n' if part.type == 'image' else part.text }}{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""A chat template of content parts without marks, as most checkpoints have."""
+
+
+@pytest.fixture(scope="session")
+def stock_llava(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`stock_llava(family, tower, layout, **facts)` saves a LLaVA with transformers alone.
+
+    Its tower keeps a layer behind the one that is read. `layout` is "today" or "2024": then the
+    image processor and the template lie in files of their own, and there is no
+    processor_config.json. The facts are those of LlavaConfig.
+    """
+    import torch
+    import transformers
+    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+    def save(
+        family: str = "llama", tower: str = "clip", layout: str = "today", **facts: Any
+    ) -> Path:
+        folder = tmp_path_factory.mktemp("stock")
+        torch.manual_seed(0)
+        tokenizer = _tokenizer(begins_with_bos=family == "gemma")
+        tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})
+        ids = {"eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
+
+        text_class, _, text = _LANGUAGE_MODELS[family]
+        vision_class, _, _, vision = _TOWERS[tower]
+        config = transformers.LlavaConfig(
+            text_config=getattr(transformers, text_class)(
+                **_WIDTHS | text, vocab_size=512, initializer_range=0.15, eos_token_id=ids["eos"]
+            ),
+            vision_config=getattr(transformers, vision_class)(**_TOWER_WIDTHS | vision),
+            image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+            **{"vision_feature_layer": -2, "image_seq_length": 4} | facts,
+        )
+        model = transformers.LlavaForConditionalGeneration(config)
+        model.generation_config.eos_token_id = ids["eos"]
+        model.generation_config.pad_token_id = ids["pad"]
+        model.save_pretrained(folder)
+
+        side = {"height": 28, "width": 28}
+        images = LlavaImageProcessorPil(size={"shortest_edge": 28}, crop_size=side)
+        if layout == "today":
+            transformers.LlavaProcessor(
+                images,
+                tokenizer,
+                patch_size=14,
+                vision_feature_select_strategy="default",
+                num_additional_image_tokens=1,
+                chat_template=UNMARKED,
+            ).save_pretrained(folder)
+        else:
+            tokenizer.save_pretrained(folder)
+            settings = images.to_dict() | {"image_processor_type": "CLIPImageProcessor"}
+            (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+            (folder / "chat_template.json").write_text(json.dumps({"chat_template": UNMARKED}))
+        return folder
+
+    return save
+
+
 def _save_language_model(folder: Path, family: str, vocab_size: int | None) -> None:
     import torch
     import transformers

@@ -39,7 +39,13 @@ CONFIGS = (
     "tokenizer_config.json",
     "generation_config.json",
 )
-"""Files whose keys are settings; the first ones of a LLaVA must exist."""
+"""Files whose keys are settings."""
+
+CLASSES = ("llava",)
+"""Values of `model_type` of the multimodal models that can be loaded."""
+
+_CROPPING = ("CLIP", "Bit", "Llava", "DeiT")
+"""Image processors that crop where their file does not say whether they do."""
 
 TOKENS = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json")
 """JSON files of a tokenizer, whose keys may be any words."""
@@ -72,7 +78,7 @@ class CheckpointFiles:
 
     Args:
         config: Content of config.json.
-        processor: Content of processor_config.json.
+        processor: Settings of the processor, see `read_processor`.
         tensors: Every tensor by its name.
     """
 
@@ -89,7 +95,7 @@ class CheckpointFiles:
     @property
     def tokens_per_image(self) -> int:
         """Number of placeholders that the processor writes for one image."""
-        return _tokens_per_image(self.processor)
+        return tokens_of_image(self.processor)
 
 
 def is_whole(folder: Path) -> bool:
@@ -204,8 +210,78 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     return content
 
 
-def read_checkpoint(folder: Path) -> CheckpointFiles:
+def read_processor(folder: Path) -> dict[str, Any]:
+    """Read the settings of a processor as transformers writes them today, from any layout.
+
+    Today all are in processor_config.json. Checkpoints of earlier years have the image processor in
+    preprocessor_config.json, and leave to config.json and to the tower what else there is.
+
+    Raises:
+        FileNotFoundError: There is no image processor.
+        ValueError: A file is not a JSON object, or holds a number that is not finite.
+    """
+    is_there = (folder / "processor_config.json").is_file()
+    processor = read_config(folder, "processor_config.json") if is_there else {}
+    if "image_processor" in processor:
+        return processor
+
+    # An earlier layout.
+    if not (folder / "preprocessor_config.json").is_file():
+        raise FileNotFoundError(
+            f"{folder} has no image processor: put its processor_config.json or "
+            "preprocessor_config.json there"
+        )
+    image = read_config(folder, "preprocessor_config.json")
+    if isinstance(image.get("size"), int):
+        image["size"] = {"shortest_edge": image["size"]}
+    if isinstance(image.get("crop_size"), int):
+        image["crop_size"] = dict.fromkeys(("height", "width"), image["crop_size"])
+    kind = str(image.get("image_processor_type") or image.get("feature_extractor_type"))
+    image.setdefault("do_center_crop", kind.startswith(_CROPPING))
+
+    config = read_config(folder)
+    tower = config.get("vision_config")
+    written = {
+        "patch_size": tower.get("patch_size") if isinstance(tower, dict) else None,
+        "vision_feature_select_strategy": config.get("vision_feature_select_strategy", "default"),
+        "image_token": "<image>",
+    }
+    found = written | {key: value for key, value in processor.items() if value is not None}
+    if "num_additional_image_tokens" not in found:
+        names = [name for name in read_headers(folder) if "vision_tower" in name]
+        has_class_token = any(name.endswith(("class_embedding", "cls_token")) for name in names)
+        found["num_additional_image_tokens"] = int(has_class_token)
+    return found | {"image_processor": image}
+
+
+def read_chat_template(folder: Path) -> str | None:
+    """Return the chat template of a checkpoint, from any of the files that may hold it.
+
+    Raises:
+        ValueError: A file cannot be read.
+    """
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        if not (folder / name).is_file():
+            continue
+        template = read_json_object(folder / name).get("chat_template")
+        if isinstance(template, list):  # several by name
+            template = next(
+                (one.get("template") for one in template if one.get("name") == "default"), None
+            )
+        if isinstance(template, str):
+            return template
+    return None
+
+
+def read_checkpoint(folder: Path, needs_template: bool = True) -> CheckpointFiles:
     """Read the configs and the weight headers of a LLaVA, and refuse what is not safe to load.
+
+    Args:
+        folder: Folder of the checkpoint.
+        needs_template: Whether it must have a chat template of its own.
 
     Raises:
         FileNotFoundError: A file is missing.
@@ -223,9 +299,18 @@ def read_checkpoint(folder: Path) -> CheckpointFiles:
             "read: remove one of them"
         )
 
-    # Read every JSON file.
+    # Read every JSON file; the config first, which says whether this is a LLaVA.
     config = read_config(folder)
-    processor = read_config(folder, "processor_config.json")
+    _refuse_redirects(folder / "config.json", config)
+    parts = ("text_config", "vision_config")
+    if config.get("model_type") not in CLASSES or not all(
+        isinstance(config.get(part), dict) for part in parts
+    ):
+        raise ValueError(
+            f"{folder} holds a {config.get('model_type')!r}, not a LLaVA of a tower and a language "
+            "model: export it with mipha, or `mipha import` it if it is a released Mipha"
+        )
+    processor = read_processor(folder)
     read_config(folder, "tokenizer_config.json")
     for name in CONFIGS:
         if (folder / name).is_file():
@@ -233,21 +318,13 @@ def read_checkpoint(folder: Path) -> CheckpointFiles:
     for name in TOKENS:
         if (folder / name).is_file():
             read_json_object(folder / name)
-    if not (folder / "chat_template.jinja").is_file():
+    if needs_template and read_chat_template(folder) is None:
         raise FileNotFoundError(
             f"{folder} has no chat_template.jinja, so no conversation can be written for it: "
             "put its template there"
         )
 
-    # Check that they describe a LLaVA, and the one whose weights are there.
-    parts = ("text_config", "vision_config")
-    if config.get("model_type") != "llava" or not all(
-        isinstance(config.get(part), dict) for part in parts
-    ):
-        raise ValueError(
-            f"{folder} holds a {config.get('model_type')!r}, not a LLaVA of a tower and a language "
-            "model: export it with mipha, or `mipha import` it if it is a released Mipha"
-        )
+    # Check that they describe the model whose weights are there.
     _check_image(folder, config, processor)
     _check_end_tokens(folder)
     tensors = read_headers(folder)
@@ -477,8 +554,9 @@ def _check_end_tokens(folder: Path) -> None:
 def _check_image(folder: Path, config: dict[str, Any], processor: dict[str, Any]) -> None:
     """Refuse a processor whose image is not the one that the tower takes."""
     path, vision = folder / "processor_config.json", config["vision_config"]
+    path = path if path.is_file() else folder / "preprocessor_config.json"
     try:
-        num_tokens = _tokens_per_image(processor)
+        num_tokens = tokens_of_image(processor)
         made = (*_image_pixels(processor), processor["patch_size"])
     except KeyError as error:
         raise ValueError(f"{path} lacks {error.args[0]!r}: save the processor again") from error
@@ -498,7 +576,8 @@ def _check_image(folder: Path, config: dict[str, Any], processor: dict[str, Any]
         )
 
 
-def _tokens_per_image(processor: dict[str, Any]) -> int:
+def tokens_of_image(processor: dict[str, Any]) -> int:
+    """Return how many placeholders a processor with these settings writes for an image."""
     return count_image_tokens(
         *_image_pixels(processor),
         processor["patch_size"],

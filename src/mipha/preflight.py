@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import runpy
 from collections.abc import Iterable
 from importlib.util import find_spec
@@ -16,9 +17,10 @@ from typing import Any
 
 from mipha.catalog.language_models import LANGUAGE_MODELS
 from mipha.catalog.vision_towers import VISION_TOWERS
-from mipha.checkpoint_files import refuse_redirects
+from mipha.checkpoint_files import read_checkpoint, refuse_redirects
 from mipha.lookup import did_you_mean, files_in
-from mipha.recipe import ModelRecipe
+from mipha.recipe import CheckpointRecipe, ModelRecipe
+from mipha.run import model_folder
 
 CHAT_TEMPLATES = Path(__file__).parent / "catalog" / "chat_templates"
 
@@ -118,17 +120,24 @@ def check_dtype(name: str) -> None:
         raise ValueError(f"no dtype {name!r} to answer in: use one of {', '.join(DTYPES)}")
 
 
-def check_parts(recipe: ModelRecipe, reach_hub: bool = True) -> None:
-    """Check that tower, language model and chat template are there.
+def check_parts(recipe: ModelRecipe | CheckpointRecipe, reach_hub: bool = True) -> None:
+    """Check that tower, language model and chat template are there, or the checkpoint.
 
     Args:
-        recipe: Parts of a model.
+        recipe: Parts of a model, or a checkpoint.
         reach_hub: Whether the config of a part on the hub is fetched, where it is not cached.
 
     Raises:
         FileNotFoundError: A part is neither a catalog name, a folder nor a hub id within reach, or
             there is no such chat template.
+        ValueError: The folder of the checkpoint is not whole, or no LLaVA.
     """
+    if recipe.chat_template is not None:
+        template_file(recipe.chat_template)
+    if isinstance(recipe, CheckpointRecipe):
+        _check_start(recipe, reach_hub)
+        return
+
     parts: tuple[tuple[str, str, dict[str, Any]], ...] = (
         ("vision tower", recipe.vision_tower, VISION_TOWERS),
         ("language model", recipe.language_model, LANGUAGE_MODELS),
@@ -141,8 +150,23 @@ def check_parts(recipe: ModelRecipe, reach_hub: bool = True) -> None:
         if reach_hub and not Path(path).is_dir():
             _fetch_config(name, path, kind)
 
-    if recipe.chat_template is not None:
-        template_file(recipe.chat_template)
+
+def _check_start(recipe: CheckpointRecipe, reach_hub: bool) -> None:
+    """Check that a checkpoint to start from is there, and whole."""
+    name = recipe.checkpoint
+    if not Path(name).is_dir():
+        if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+            raise FileNotFoundError(
+                f"no checkpoint {name}: give a run, a model folder or a hub id such as OWNER/NAME"
+            )
+        if reach_hub:
+            _fetch_config(name, name, "checkpoint")
+        return
+
+    folder = Path(name)
+    if not (folder / "config.json").is_file():
+        folder = model_folder(folder)
+    read_checkpoint(folder, needs_template=recipe.chat_template is None)
 
 
 def check_part(name: str, path: str, kind: str, known: Iterable[str]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -21,7 +21,9 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -78,6 +80,7 @@ class RecipeBase(Strict):
             ValueError: An assignment has no `=`, names an unknown key, or its value does not fit.
         """
         tree = self.model_dump(mode="json", exclude_unset=True)
+        self._drop_replaced(tree, [text.partition("=")[0].strip() for text in assignments])
         for assignment in assignments:
             key, equals, text = assignment.partition("=")
             if not equals:
@@ -110,6 +113,9 @@ class RecipeBase(Strict):
             for key in dict.fromkeys([*mine, *theirs])
             if mine.get(key) != theirs.get(key)
         }
+
+    def _drop_replaced(self, tree: dict[str, Any], keys: Sequence[str]) -> None:
+        """Remove values that assignments to these keys stand in place of."""
 
     def _expand(self, tree: dict[str, Any], path: list[str], value: Any) -> tuple[list[str], Any]:
         """Return the path and the value that an assignment to a tree stands for."""
@@ -189,6 +195,44 @@ class ModelRecipe(Strict):
         description="start the projector at the scales of features and text, "
         "from the first training images",
     )
+
+
+class CheckpointRecipe(Strict):
+    """A finished model that the first stage starts from, in place of the parts.
+
+    What the checkpoint says stays: tokenizer, template, image settings, feature layer, image token,
+    the bias of the head and tied heads.
+    """
+
+    checkpoint: str = Field(description="run, model folder or hub id of a standard LLaVA")
+    chat_template: str | None = Field(
+        None,
+        description="name in catalog/chat_templates or a .jinja file, "
+        "where the checkpoint has no template that can be trained on",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _nothing_contradicts(cls, tree: Any) -> Any:
+        said = sorted(set(ModelRecipe.model_fields) - set(cls.model_fields))
+        if isinstance(tree, dict) and (named := [key for key in said if key in tree]):
+            raise ValueError(
+                f"checkpoint is given beside {', '.join(named)}, which the checkpoint decides: "
+                "remove those keys, or the checkpoint"
+            )
+        return tree
+
+
+def _kind_of_start(tree: Any) -> str:
+    has_checkpoint = isinstance(tree, dict) and "checkpoint" in tree
+    return "[checkpoint]" if has_checkpoint or isinstance(tree, CheckpointRecipe) else "[parts]"
+
+
+StartRecipe = Annotated[
+    Annotated[ModelRecipe, Tag("[parts]")] | Annotated[CheckpointRecipe, Tag("[checkpoint]")],
+    Discriminator(_kind_of_start),
+]
+"""The model that the first stage starts from: parts, or a checkpoint."""
 
 
 def _as_list(value: Any) -> Any:
@@ -477,10 +521,10 @@ class Recipe(RecipeBase):
         "2: also the one before, in case the newest is damaged",
     )
     async_checkpoints: bool = Field(False, description="write training states in the background")
-    model: ModelRecipe
+    model: StartRecipe
     stages: dict[StageName, StageRecipe] = Field(
         min_length=1,
-        description="in the order of training: the first starts from the parts, "
+        description="in the order of training: the first starts from `model`, "
         "each later one from the model of the stage before",
     )
 
@@ -537,6 +581,13 @@ class Recipe(RecipeBase):
         if list(self.stages) != ["pretrain", "finetune"]:
             content["order"] = list(self.stages)
         return content
+
+    def _drop_replaced(self, tree: dict[str, Any], keys: Sequence[str]) -> None:
+        """Remove the parts where a checkpoint is given, and the checkpoint where a part is."""
+        given = {key.removeprefix("model.") for key in keys if key.startswith("model.")}
+        parts = {"vision_tower", "language_model"}
+        if given & (parts if "checkpoint" in tree["model"] else {"checkpoint"}):
+            tree["model"] = {}
 
     def _expand(self, tree: dict[str, Any], path: list[str], value: Any) -> tuple[list[str], Any]:
         """Expand `data.STAGE` to `stages.STAGE.data`, and a path or a name to a data set."""

@@ -20,6 +20,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -73,16 +74,46 @@ class Run:
         Raises:
             ValueError: The stage began with other data.
         """
+        self._record(
+            "data",
+            stage,
+            facts,
+            lambda known: (
+                f"the data of {stage} changed since {self.folder} began with it "
+                f"({known['samples']} samples then, {facts['samples']} now): "
+                "put the old data back, or train in another folder"
+            ),
+        )
+
+    def record_start(self, stage: str, facts: dict[str, Any]) -> None:
+        """Write into provenance.json the checkpoint that a stage starts from.
+
+        Args:
+            facts: Its name and the hash of its weights.
+
+        Raises:
+            ValueError: The stage began from other weights.
+        """
+        self._record(
+            "start",
+            stage,
+            facts,
+            lambda known: (
+                f"the weights of {facts['checkpoint']} changed since {self.folder} began with "
+                "them: put the old ones back, or train in another folder"
+            ),
+        )
+
+    def _record(
+        self, key: str, stage: str, facts: dict[str, Any], changed: Callable[[dict[str, Any]], str]
+    ) -> None:
+        """Write facts about a stage; refuse others while its training states are there."""
         path = self.folder / "provenance.json"
         content = read_json_object(path, fix="delete it, and it is written again")
-        known = content.setdefault("data", {})
+        known = content.setdefault(key, {})
 
         if known.get(stage) not in (None, facts) and self.states(stage).is_dir():
-            raise ValueError(
-                f"the data of {stage} changed since {self.folder} began with it "
-                f"({known[stage]['samples']} samples then, {facts['samples']} now): "
-                "put the old data back, or train in another folder"
-            )
+            raise ValueError(changed(known[stage]))
 
         known[stage] = facts
         write_whole(path, json.dumps(content, indent=2) + "\n")

@@ -54,8 +54,9 @@ def validated(schema: type[Model], tree: Any, source: str, kind: str) -> Model:
 
 
 def _explain(problem: Any, schema: type[BaseModel], tree: Any, kind: str) -> str:
-    # Pydantic marks a key of a mapping that is not valid with [key].
-    *place, last = [part for part in problem["loc"] if part != "[key]"] or [""]
+    # Pydantic marks a key of a mapping that is not valid with [key]; ours in brackets say which of
+    # several schemas was chosen.
+    *place, last = [part for part in problem["loc"] if not str(part).startswith("[")] or [""]
     key = ".".join(map(str, [*place, last]))
 
     if problem["type"] == "extra_forbidden":

@@ -13,11 +13,19 @@ import yaml
 
 from mipha import api
 from mipha.files import read_lines
-from mipha.recipe import DataRecipe, ModelRecipe, Recipe, StageRecipe, TuningRecipe, load_recipe
+from mipha.recipe import (
+    CheckpointRecipe,
+    DataRecipe,
+    ModelRecipe,
+    Recipe,
+    StageRecipe,
+    TuningRecipe,
+    load_recipe,
+)
 from mipha.run import Run
 
 TEXT = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
-TWO, ONE, THIRD = re.findall(r"^```yaml\n(.*?)^```$", TEXT, flags=re.DOTALL | re.MULTILINE)
+TWO, ONE, THIRD, FURTHER = re.findall(r"^```yaml\n(.*?)^```$", TEXT, flags=re.DOTALL | re.MULTILINE)
 
 
 def _section(title: str) -> str:
@@ -44,11 +52,18 @@ def test_the_recipes_load(text: str, stages: list[str], tmp_path: Path) -> None:
     )
 
 
+def test_a_recipe_that_starts_from_a_checkpoint_loads(tmp_path: Path) -> None:
+    path = tmp_path / "further.yaml"
+    path.write_text(FURTHER)
+    assert load_recipe(path).model == CheckpointRecipe(checkpoint="runs/quickstart")
+
+
 @pytest.mark.parametrize(
     ("title", "schema"),
     [
         ("Recipe", Recipe),
         ("Model", ModelRecipe),
+        ("Checkpoint", CheckpointRecipe),
         ("Stage", StageRecipe),
         ("Tuning", TuningRecipe),
         ("Data", DataRecipe),

@@ -17,6 +17,7 @@ LAYERS = (
     {
         *("recipe", "run", "files", "checkpoint_files", "errors", "processes"),
         *("labels", "lookup", "preflight", "validation", "catalog"),
+        "answer_spans",
     },
     {"models", "data", "world"},
     {"assistant", "comparison", "engine"},

@@ -160,6 +160,6 @@ def _processor(recipe: Recipe | None) -> LlavaProcessor | None:
     """Load what the checks of tokens need; nothing without a recipe."""
     if recipe is None:
         return None
-    from mipha.models.build import load_parts_processor
+    from mipha.models.build import load_start_processor
 
-    return load_parts_processor(recipe.model)
+    return load_start_processor(recipe.model)

@@ -13,6 +13,7 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers import LlavaProcessor
 
+from mipha.answer_spans import NoMask, answer_spans, has_marks, renderer, supervise
 from mipha.checkpoint_files import count_image_tokens
 from mipha.data.faults import RecordError
 from mipha.data.images import ImageSource
@@ -148,7 +149,8 @@ def check_text(sample: Sample) -> None:
 
 def tokens_per_image(processor: LlavaProcessor) -> int:
     """Return how many tokens one image takes in the sequence."""
-    size = processor.image_processor.size
+    image = processor.image_processor
+    size = image.crop_size if image.do_center_crop else image.size
     return count_image_tokens(
         size["height"],
         size["width"],
@@ -193,6 +195,9 @@ def _chat(sample: Sample, processor: LlavaProcessor) -> tuple[np.ndarray, np.nda
         RecordError: The template refuses the conversation, or the answers that are learned cannot
             be told from the others.
     """
+    if not has_marks(processor.chat_template):
+        return _spanned(sample, processor)
+
     try:
         encoded = _templated(sample, processor)
     except (TemplateError, TypeError) as error:
@@ -222,6 +227,28 @@ def _chat(sample: Sample, processor: LlavaProcessor) -> tuple[np.ndarray, np.nda
     for (begin, end), message in zip(stretches, answers, strict=True):
         supervised[begin:end] &= message.learned
     return ids, supervised
+
+
+def _spanned(sample: Sample, processor: LlavaProcessor) -> tuple[np.ndarray, np.ndarray]:
+    """Return ids and mask of the conversation in a template without marks, as `answer_spans` does.
+
+    Raises:
+        RecordError: The template refuses the conversation, or its answers cannot be told exactly.
+    """
+    answers = [message for message in sample.messages if message.role == "assistant"]
+    fix = "remove the sample, or choose another model.chat_template"
+    render = renderer(processor.tokenizer, processor.chat_template)
+    try:
+        text, spans = answer_spans(render, as_chat(sample.messages), processor.turn_ends)
+        learned = [span for span, message in zip(spans, answers, strict=True) if message.learned]
+        return supervise(processor.tokenizer, text, learned)
+    except (TemplateError, TypeError) as error:
+        problem = f"the chat template does not write such a conversation: {error}"
+    except NoMask as error:
+        problem = f"the chat template does not show what the assistant writes: {error}"
+        if len(answers) > 1:
+            fix = "make one sample of each answer, or choose another model.chat_template"
+    raise RecordError(problem, fix, f"sample {sample.id}", "loss-mark")
 
 
 def _templated(sample: Sample, processor: LlavaProcessor) -> Mapping[str, Any]:

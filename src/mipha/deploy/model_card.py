@@ -17,11 +17,11 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from mipha.catalog.language_models import LANGUAGE_MODELS
 from mipha.catalog.vision_towers import VISION_TOWERS
-from mipha.checkpoint_files import read_checkpoint, read_config
+from mipha.checkpoint_files import read_checkpoint, read_config, read_processor
 from mipha.deploy.runtimes import runtimes
 from mipha.files import read_json_object, whole_folder, write_whole
 from mipha.preflight import check_new_folder
-from mipha.recipe import PARTS, Recipe
+from mipha.recipe import PARTS, CheckpointRecipe, Recipe
 from mipha.run import Run, model_folder, open_run
 
 _HUB_LICENCES = {"MIT": "mit", "Apache-2.0": "apache-2.0"}
@@ -48,7 +48,17 @@ class PretrainedPart:
 
 
 def pretrained_parts(config: dict[str, Any], recipe: Recipe | None) -> list[PretrainedPart]:
-    """Return the parts that a recipe names; without a recipe, the kinds that the config names."""
+    """Return the parts that a recipe names; without a recipe, the kinds that the config names.
+
+    Of a model that was tuned from a run, these are the parts of that run; from any other
+    checkpoint, the checkpoint itself.
+    """
+    while recipe is not None and isinstance(recipe.model, CheckpointRecipe):
+        name = recipe.model.checkpoint
+        if not (Path(name) / "recipe.yaml").is_file():
+            hub_id = None if Path(name).is_dir() else name
+            return [PretrainedPart("checkpoint", hub_id or Path(name).name, hub_id, None, "")]
+        recipe = open_run(name).recipe
     if recipe is None:
         kinds = {"vision tower": config["vision_config"], "language model": config["text_config"]}
         return [
@@ -155,7 +165,7 @@ def model_card(checkpoint: Path, run: Run | None = None, name: str | None = None
         name: Name of the model, where no recipe names it; None for the folder's.
     """
     config = read_config(checkpoint)
-    processor = read_config(checkpoint, "processor_config.json")
+    processor = read_processor(checkpoint)
 
     recipe = run.recipe if run else None
     parts = pretrained_parts(config, recipe)
@@ -232,11 +242,13 @@ def _comparable(result: dict[str, Any]) -> bool:
 
 
 def _about(parts: Sequence[PretrainedPart], recipe: Recipe | None) -> str:
-    tower, language_model = (part.name for part in parts)
-    made = (
-        "A multimodal small language model that answers questions about an image: "
-        f"{tower} and {language_model}, joined by a two-layer MLP."
-    )
+    made = "A multimodal small language model that answers questions about an image: "
+    if len(parts) == 1:
+        made += f"{parts[0].name}, tuned further."
+    else:
+        made += f"{parts[0].name} and {parts[1].name}, joined by a two-layer MLP."
+    if recipe is not None and isinstance(recipe.model, CheckpointRecipe) and len(parts) == 2:
+        made += f" It was tuned from {without_folders(recipe.model.checkpoint)}."
     return made if recipe is None or not recipe.description else f"{made}\n\n{recipe.description}"
 
 
@@ -280,7 +292,7 @@ def _parts_table(parts: Sequence[PretrainedPart]) -> str:
     ]
     return (
         _table(("part", "which", "licence", "source"), rows)
-        + "\n\nThe licences of both parts apply to these weights."
+        + "\n\nThe licences of all of these apply to the weights."
     )
 
 

@@ -61,7 +61,8 @@ def add_adapters(
         tails = linear_layers(part, layers)
         stack = names[id(layers[0])].rpartition(".")[0]
         wanted |= {f"{names[id(layer)]}.{tail}" for layer in layers for tail in tails}
-        patterns.append(rf"{re.escape(stack)}\.\d+\.({'|'.join(map(re.escape, tails))})")
+        numbers = "|".join(names[id(layer)].rpartition(".")[2] for layer in layers)
+        patterns.append(rf"{re.escape(stack)}\.({numbers})\.({'|'.join(map(re.escape, tails))})")
 
     # Let peft add the adapters. It reads `is_loaded_in_4bit`, which transformers must not see.
     config = LoraConfig(

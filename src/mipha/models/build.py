@@ -4,6 +4,8 @@ tower           --drop unread layers, resize positions-->  vision_tower     mode
 language model  --image token in an unused row---------->  language_model   models/language_model.py
 widths          ---------------------------------------->  multi_modal_projector (new)
                                                            -> LlavaForConditionalGeneration
+
+A recipe may name a finished checkpoint instead: it is loaded, and what it says stays.
 """
 
 from __future__ import annotations
@@ -26,19 +28,28 @@ from transformers import (
 from mipha.catalog.full_size import CONFIGS, part_config
 from mipha.catalog.language_models import LANGUAGE_MODELS
 from mipha.catalog.vision_towers import VISION_TOWERS
-from mipha.checkpoint_files import count_image_tokens
+from mipha.checkpoint_files import (
+    CLASSES,
+    CheckpointFiles,
+    count_image_tokens,
+    read_chat_template,
+    read_checkpoint,
+)
+from mipha.checkpoint_files import read_config as read_config_file
 from mipha.files import whole_folder
 from mipha.lookup import files_in
-from mipha.models.checkpoint_folder import locate
+from mipha.models.chat_template import trainable_template
+from mipha.models.checkpoint_folder import fetch, locate
 from mipha.models.language_model import (
     add_image_token,
     end_tokens,
     load_language_model,
     load_tokenizer,
     read_config,
+    with_pad_token,
 )
-from mipha.models.modeling import LlavaForConditionalGeneration
-from mipha.models.processing import IMAGE_TOKEN, build_processor
+from mipha.models.modeling import LlavaForConditionalGeneration, load_saved_model, model_skeleton
+from mipha.models.processing import IMAGE_TOKEN, build_processor, load_processor, load_template
 from mipha.models.projector import new_projector
 from mipha.models.vision_tower import (
     TOWERS,
@@ -47,7 +58,8 @@ from mipha.models.vision_tower import (
     num_prefix_tokens,
     read_tower,
 )
-from mipha.recipe import ModelRecipe
+from mipha.recipe import CheckpointRecipe, ModelRecipe
+from mipha.run import model_folder
 
 
 @dataclass(frozen=True)
@@ -68,18 +80,31 @@ class SpecialTokens:
 
 
 def build(
-    recipe: ModelRecipe, dtype: torch.dtype = torch.float32
+    recipe: ModelRecipe | CheckpointRecipe, dtype: torch.dtype = torch.float32
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Compose the pretrained parts of a recipe.
+    """Compose the pretrained parts of a recipe, or load its checkpoint.
 
     Args:
-        recipe: Parts, feature layer and image size.
+        recipe: Parts, feature layer and image size; or a checkpoint.
         dtype: Type of all weights.
 
     Raises:
         FileNotFoundError: A part is neither a catalog name, a folder nor a hub id within reach.
-        ValueError: The parts do not go together, or a part is of a kind that cannot be used.
+        ValueError: The parts do not go together, or a part is of a kind that cannot be used; the
+            checkpoint cannot be trained.
     """
+    if isinstance(recipe, CheckpointRecipe):
+        processor = load_start_processor(recipe)
+        model = load_saved_model(str(checkpoint_folder(recipe)), dtype=dtype)
+        tokens = model.generation_config
+        if recipe.chat_template is not None:
+            tokens.eos_token_id = end_tokens(
+                processor.tokenizer, processor.chat_template, tokens.eos_token_id
+            )
+        if tokens.pad_token_id is None:
+            tokens.pad_token_id = processor.tokenizer.pad_token_id
+        return model, processor
+
     # Loading may draw random numbers; the projector's start must depend on the seed alone.
     random = torch.get_rng_state()
     tower, mean, std = load_vision_tower(recipe, dtype)
@@ -175,7 +200,93 @@ def join_parts(
     return model.eval()
 
 
-def skeleton(recipe: ModelRecipe) -> LlavaForConditionalGeneration:
+def checkpoint_folder(recipe: CheckpointRecipe) -> Path:
+    """Return the folder of a recipe's checkpoint: of a run, a folder, or a copy of one on the hub.
+
+    Of one on the hub the small files are read first, so a checkpoint that cannot be used is refused
+    before gigabytes are downloaded.
+
+    Raises:
+        FileNotFoundError: It is neither a finished run, a folder nor a hub id within reach.
+        ValueError: It is a model of another class.
+    """
+    name = recipe.checkpoint
+    if Path(name).is_dir():
+        return Path(name) if (Path(name) / "config.json").is_file() else model_folder(name)
+
+    kind = read_config_file(fetch(name, weights=False)).get("model_type")
+    if kind not in CLASSES:
+        raise ValueError(
+            f"{name} is a {kind!r}, and {' or '.join(CLASSES)} can be trained: give a checkpoint "
+            "of that class"
+        )
+    return fetch(name, weights=True)
+
+
+def load_start_processor(recipe: ModelRecipe | CheckpointRecipe) -> LlavaProcessor:
+    """Load the processor of the model that a recipe starts from, without its weights.
+
+    Raises:
+        FileNotFoundError: A part, or the checkpoint, is not there.
+        ValueError: A part is of a kind that cannot be used; or the checkpoint's files do not go
+            together, or its chat template cannot be trained on.
+    """
+    if isinstance(recipe, ModelRecipe):
+        return load_parts_processor(recipe)
+
+    folder = checkpoint_folder(recipe)
+    files = read_checkpoint(folder, needs_template=recipe.chat_template is None)
+    own, given = read_chat_template(folder), recipe.chat_template
+    processor = load_processor(folder, own or "{{ messages[0].content }}")
+    tokenizer = with_pad_token(processor.tokenizer)
+    _check_tokens(folder, files, processor)
+
+    # The checkpoint's own template stays, unless there is none that can be trained on.
+    try:
+        if own is None:
+            raise ValueError(f"{recipe.checkpoint} has no chat template")
+        fitted = trainable_template(
+            processor.chat_template,
+            tokenizer,
+            processor.turn_ends,
+            f"of {recipe.checkpoint}",
+            processor.image_token,
+        )
+    except ValueError:
+        if given is None:
+            raise
+        fitted = load_template(given, tokenizer)
+    else:
+        if given is not None:
+            raise ValueError(
+                f"model.chat_template={given} contradicts {recipe.checkpoint}, whose own template "
+                "can be trained on and stays: remove that key"
+            )
+    processor.chat_template = fitted
+    return processor
+
+
+def _check_tokens(folder: Path, files: CheckpointFiles, processor: LlavaProcessor) -> None:
+    """Refuse a processor whose tokens are not those of the weights."""
+    image = files.config.get("image_token_index", files.config.get("image_token_id"))
+    if processor.image_token_id != image:
+        raise ValueError(
+            f"{folder}: the processor writes token {processor.image_token_id} for an image, but "
+            f"the model wants {image}: save processor and model from one build"
+        )
+    embeddings = [
+        tensor.shape[0]
+        for name, tensor in files.tensors.items()
+        if "language_model" in name and name.endswith(("embed_tokens.weight", "embed_in.weight"))
+    ]
+    if embeddings and len(processor.tokenizer) > max(embeddings):
+        raise ValueError(
+            f"{folder}: the tokenizer has {len(processor.tokenizer)} tokens, but the model "
+            f"{max(embeddings)}: save processor and model from one build"
+        )
+
+
+def skeleton(recipe: ModelRecipe | CheckpointRecipe) -> LlavaForConditionalGeneration:
     """Return the model of a recipe on the meta device: its size, image length and keys, no weights.
 
     Catalog names are read from the configs that come with them, so nothing is downloaded. The rows
@@ -185,6 +296,9 @@ def skeleton(recipe: ModelRecipe) -> LlavaForConditionalGeneration:
         FileNotFoundError: A part is neither a catalog name, a folder nor a hub id within reach.
         ValueError: The parts do not go together, or a part is of a kind that cannot be used.
     """
+    if isinstance(recipe, CheckpointRecipe):
+        return model_skeleton(checkpoint_folder(recipe))
+
     vision_config = _part_config(recipe.vision_tower, "vision tower", list(VISION_TOWERS))
     text_config = _part_config(recipe.language_model, "language model", list(LANGUAGE_MODELS))
 
@@ -196,7 +310,7 @@ def skeleton(recipe: ModelRecipe) -> LlavaForConditionalGeneration:
 
 
 def load_parts_processor(recipe: ModelRecipe) -> LlavaProcessor:
-    """Load the processor of a recipe's model without its weights, to look at samples.
+    """Load the processor of a recipe's parts without their weights.
 
     Raises:
         FileNotFoundError: A part is neither a catalog name, a folder nor a hub id within reach.

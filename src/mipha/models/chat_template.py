@@ -2,18 +2,23 @@
 
     template --fit_template--> a template that takes text and content parts alike
              --end_of_turn--> the token that ends an answer
+    template of a checkpoint --trainable_template--> the same with fixed arguments, or a refusal
 
 A template may want content as text or as a list of parts. Both are tried on a conversation, and one
 that wants text gets a preamble that turns parts into text. A template that does not mark every word
-of the assistant, and nothing of the user, is refused with the reason.
+of the assistant, and nothing of the user, is refused with the reason. A checkpoint's own template
+needs no marks where `answer_spans` can tell exactly what the assistant writes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+
+from mipha.answer_spans import NoMask, answer_spans, has_marks, renderer, supervise
 
 IMAGE_TOKEN = "<image>"
 
@@ -36,6 +41,17 @@ PARTS_TO_TEXT = """\
 
 _QUESTIONS = ("Which shape is that, please?", "Is it red?")
 _ANSWERS = ("That is a green circle.", "No, as I said.")
+
+
+_FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}\n"
+"""Stands before a template that writes today's date: the same conversation is the same text."""
+
+_ARGUMENTS = (
+    "",
+    "{%- set enable_thinking = false -%}\n",
+    "{%- set thinking = false -%}\n",
+)
+"""Arguments that are tried, in this order; the first that gives an exact mask stays."""
 
 
 class _Written(NamedTuple):
@@ -78,6 +94,74 @@ def fit_template(template: str, tokenizer: PreTrainedTokenizerBase, source: str)
     )
 
 
+def trainable_template(
+    template: str,
+    tokenizer: PreTrainedTokenizerBase,
+    ends: Collection[str],
+    source: str,
+    image_token: str = IMAGE_TOKEN,
+) -> str:
+    """Return a checkpoint's template with the arguments for which its answers can be masked.
+
+    They are set in front of the template, so that whatever serves the checkpoint writes alike.
+
+    Args:
+        template: Chat template, with or without marks.
+        tokenizer: Tokenizer of the checkpoint.
+        ends: Texts of the tokens that stop generation.
+        source: Name of the template, for messages.
+        image_token: Placeholder that the template writes for an image.
+
+    Raises:
+        ValueError: No argument gives an exact mask.
+    """
+    if has_marks(template):
+        return fit_template(template, tokenizer, source)
+    if "strftime_now" in template:
+        template = _FIXED_DATE + template
+
+    # A template that writes earlier answers otherwise is exact for one answer at a time. There, no
+    # thinking is tried first, so that a prompt and what is trained agree on it.
+    forms = [template, PARTS_TO_TEXT + template]
+    wholes = [(form, arguments, False) for form in forms for arguments in _ARGUMENTS]
+    lasts = [(form, arguments, True) for form in forms for arguments in _ARGUMENTS[::-1]]
+    reasons = []
+    for form, arguments, only_last in [*wholes, *lasts]:
+        reason = _fault_of_spans(arguments + form, tokenizer, ends, image_token, only_last)
+        if reason is None:
+            return arguments + form
+        reasons.append(reason)
+    raise ValueError(
+        f"chat template {source} cannot be trained on, because {reasons[0]}: "
+        "set model.chat_template, for example to vicuna"
+    )
+
+
+def _fault_of_spans(
+    template: str,
+    tokenizer: PreTrainedTokenizerBase,
+    ends: Collection[str],
+    image_token: str,
+    only_last: bool,
+) -> str | None:
+    """Return why the answers of a conversation cannot be masked; None if they can."""
+    render, messages = renderer(tokenizer, template), _conversation()
+    try:
+        wanted = [messages[:end] for end in (2, 4)] if only_last else [messages]
+        for part in wanted:
+            text, spans = answer_spans(render, part, ends, only_last)
+            supervise(tokenizer, text, spans)
+    except NoMask as error:
+        return str(error)
+    except (TemplateError, TypeError, ValueError) as error:
+        return f"it fails ({' '.join(str(error).split())[:120]})"
+
+    for words in (*_QUESTIONS, *_ANSWERS, image_token):
+        if text.count(words) != 1:
+            return f"it writes {words!r} {text.count(words)} times, and not once"
+    return None
+
+
 def end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> int:
     """Return the id of the token that ends the assistant's turn: the last special one it marks.
 
@@ -86,6 +170,9 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> int:
     Raises:
         ValueError: The turn does not end in a special token, so no answer would ever end.
     """
+    if not has_marks(template):
+        return _end_behind(tokenizer, template)
+
     texts = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     parts = [turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in texts]
     try:
@@ -109,6 +196,29 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> int:
             "vicuna"
         )
     return marked[-1]
+
+
+def _end_behind(tokenizer: PreTrainedTokenizerBase, template: str) -> int:
+    """Return the special token that a template without marks writes behind an answer.
+
+    Raises:
+        ValueError: There is none.
+    """
+    text = renderer(tokenizer, template)(_conversation()[:2], False)
+    behind = text.partition(_ANSWERS[0])[2]
+    ids = tokenizer(behind.lstrip(), add_special_tokens=False)["input_ids"]
+    closing = []
+    for token in ids:
+        if not _is_special(token, tokenizer):
+            break
+        closing.append(token)
+    if not closing:
+        raise ValueError(
+            f"the chat template writes {behind[:24]!r} behind an answer, which is no special token "
+            "of this language model, so no answer would end: use another model.chat_template, for "
+            "example vicuna"
+        )
+    return tokenizer.eos_token_id if tokenizer.eos_token_id in closing else closing[0]
 
 
 def _fault_of(template: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -149,13 +259,19 @@ def _fault_of(template: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
     return None
 
 
-def _write(template: str, tokenizer: PreTrainedTokenizerBase) -> _Written:
-    """Write the conversation, and decode the stretches that the template marks."""
+def _conversation() -> list[dict[str, Any]]:
+    """Return two turns about an image, with content parts."""
     messages: list[dict[str, Any]] = []
     for question, answer in zip(_QUESTIONS, _ANSWERS, strict=True):
         image = [{"type": "image"}] if not messages else []
         messages.append({"role": "user", "content": [*image, {"type": "text", "text": question}]})
         messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return messages
+
+
+def _write(template: str, tokenizer: PreTrainedTokenizerBase) -> _Written:
+    """Write the conversation, and decode the stretches that the template marks."""
+    messages = _conversation()
     text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
     encoded = _encode(messages, template, tokenizer)
     ids, marks = encoded["input_ids"], [bool(mark) for mark in encoded["assistant_masks"]]

@@ -75,7 +75,7 @@ def fetch(source: str | Path, *, weights: bool) -> Path:
             f"no checkpoint folder {name}: give the folder that holds its config.json, "
             "or a hub id such as OWNER/NAME"
         )
-    patterns = ["*.json", *TOKENIZER_FILES] + (["*.safetensors"] if weights else [])
+    patterns = ["*.json", "*.jinja", *TOKENIZER_FILES] + (["*.safetensors"] if weights else [])
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))
     except (OSError, ValueError) as error:

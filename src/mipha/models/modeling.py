@@ -17,7 +17,13 @@ from transformers import Cache, GenerationConfig, LlavaConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
-from mipha.checkpoint_files import read_checkpoint
+from mipha.checkpoint_files import (
+    read_checkpoint,
+    read_headers,
+    read_processor,
+    tokens_of_image,
+)
+from mipha.files import read_json_object
 from mipha.models.attention import Spans, check_described, describe_rows
 from mipha.models.checkpoint_folder import check_finite
 from mipha.models.loss import supervised_cross_entropy
@@ -205,7 +211,9 @@ def load_saved_model(
         "ignore_mismatched_sizes": True,
     }
     try:
-        model, info = LlavaForConditionalGeneration.from_pretrained(folder, **options)
+        model, info = LlavaForConditionalGeneration.from_pretrained(
+            folder, config=_read_config(Path(folder)), **options
+        )
     except Exception as error:  # transformers answers a damaged config with any kind of exception
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(
@@ -237,6 +245,25 @@ def load_saved_model(
         **rules,
     )
     return model.to(device).eval()
+
+
+def model_skeleton(folder: Path) -> LlavaForConditionalGeneration:
+    """Return the model of a checkpoint on the meta device: its size and keys, no weights."""
+    with torch.device("meta"):
+        return LlavaForConditionalGeneration(_read_config(folder)).eval()
+
+
+def _read_config(folder: Path) -> LlavaConfig:
+    """Read a checkpoint's config, and add what others leave to the weights and the processor."""
+    written, config = read_json_object(folder / "config.json"), LlavaConfig.from_pretrained(folder)
+
+    # The stock class of LLaVA saves no bias of a head, although Phi has one.
+    text = config.text_config
+    if text.model_type == "phi" and not hasattr(text, "lm_head_bias"):
+        text.lm_head_bias = any(name.endswith("lm_head.bias") for name in read_headers(folder))
+    if "image_seq_length" not in written:
+        config.image_seq_length = tokens_of_image(read_processor(folder))
+    return config
 
 
 def _check_token_rules(rules: dict[str, Any], vocab_size: int, folder: str) -> None:

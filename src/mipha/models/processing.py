@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import transformers
 from transformers import AutoTokenizer, LlavaProcessor, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.image_utils import PILImageResampling
 
@@ -11,9 +13,24 @@ from transformers.image_utils import PILImageResampling
 # last bits.
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
+from mipha.checkpoint_files import read_chat_template, read_processor
 from mipha.files import read_json_object
 from mipha.models.chat_template import IMAGE_TOKEN, fit_template
 from mipha.preflight import template_file
+
+IMAGE_PROCESSORS = (
+    "LlavaImageProcessor",
+    "CLIPImageProcessor",
+    "SiglipImageProcessor",
+    "BitImageProcessor",
+    "ViTImageProcessor",
+)
+"""Kinds of image processors whose pixels LLaVA's own makes too, bit for bit."""
+
+_IMAGE_SETTINGS = (
+    *("do_convert_rgb", "do_resize", "size", "resample", "do_center_crop", "crop_size"),
+    *("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
+)
 
 
 def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -44,10 +61,7 @@ def checked_template(template: str, tokenizer: PreTrainedTokenizerBase, source: 
             "put the assistant's words in {% generation %} ... {% endgeneration %}"
         )
 
-    adds_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [
-        tokenizer.bos_token_id
-    ]
-    if adds_bos:
+    if _adds_bos(tokenizer):
         template = "{%- set prepend_bos = true -%}\n" + template
     return fit_template(template, tokenizer, source)
 
@@ -95,8 +109,12 @@ def build_processor(
     )
 
 
-def load_processor(folder: str | Path) -> LlavaProcessor:
+def load_processor(folder: str | Path, template: str | None = None) -> LlavaProcessor:
     """Load the processor of a saved checkpoint.
+
+    Args:
+        folder: Checkpoint of any layout that `read_processor` knows.
+        template: Chat template in place of the checkpoint's own.
 
     Raises:
         FileNotFoundError: A file is missing.
@@ -104,17 +122,21 @@ def load_processor(folder: str | Path) -> LlavaProcessor:
             conversation.
     """
     folder = Path(folder)
-    saved = read_json_object(folder / "processor_config.json")
-    template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    saved = read_processor(folder)
+    own = read_chat_template(folder) if template is None else template
+    if own is None:
+        raise FileNotFoundError(
+            f"{folder} has no chat_template.jinja: put its template there, or name one"
+        )
     try:
         processor = LlavaProcessor(
-            image_processor=LlavaImageProcessorPil.from_pretrained(folder, local_files_only=True),
+            image_processor=_image_processor(saved["image_processor"]),
             tokenizer=AutoTokenizer.from_pretrained(folder, local_files_only=True),
             patch_size=saved["patch_size"],
             vision_feature_select_strategy=saved["vision_feature_select_strategy"],
             num_additional_image_tokens=saved["num_additional_image_tokens"],
-            image_token=saved["image_token"],
-            chat_template=template,
+            image_token=saved.get("image_token", IMAGE_TOKEN),
+            chat_template=own,
         )
     except Exception as error:  # the readers answer a damaged file with any kind of exception
         raise ValueError(
@@ -122,19 +144,60 @@ def load_processor(folder: str | Path) -> LlavaProcessor:
             f"({_reason(error)})"
         ) from error
 
-    _check_template_runs(processor.tokenizer, template, folder / "chat_template.jinja")
+    # Processors of transformers leave the BOS to a tokenizer that begins every text with one, where
+    # the template does not write it.
+    tokenizer = processor.tokenizer
+    written = _check_template_runs(tokenizer, own, folder / "chat_template.jinja")
+    if _adds_bos(tokenizer) and not written.startswith(str(tokenizer.bos_token)):
+        processor.chat_template = "{{- bos_token -}}\n" + own
+
+    # Masks of a template without marks end where generation stops.
+    path = folder / "generation_config.json"
+    ids = (read_json_object(path) if path.is_file() else {}).get("eos_token_id")
+    known = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    words = tokenizer.convert_ids_to_tokens(known)
+    processor.turn_ends = tuple({*words, tokenizer.eos_token} - {None})
     return processor
 
 
-def _check_template_runs(tokenizer: PreTrainedTokenizerBase, template: str, path: Path) -> None:
-    """Refuse a template that fails on content parts and on plain text."""
+def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    bos = tokenizer.bos_token_id
+    return bos is not None and tokenizer("a").input_ids[:1] == [bos]
+
+
+def _image_processor(settings: dict[str, Any]) -> LlavaImageProcessorPil:
+    """Return LLaVA's image processor with the settings of any that makes the same pixels.
+
+    A key that the settings lack is what the class that wrote them takes for it.
+
+    Raises:
+        ValueError: Another kind of image processor.
+    """
+    kind = str(settings.get("image_processor_type") or settings.get("feature_extractor_type"))
+    name = kind.removesuffix("Pil").removesuffix("Fast")
+    name = name.replace("FeatureExtractor", "ImageProcessor")
+    if name not in IMAGE_PROCESSORS:
+        raise ValueError(
+            f"an image processor of the kind {kind} is not one of {', '.join(IMAGE_PROCESSORS)}"
+        )
+    written = {key: value for key, value in settings.items() if value is not None}
+    own = getattr(transformers, f"{name}Pil")(**written)
+    found = {key: getattr(own, key, None) for key in _IMAGE_SETTINGS}
+    crops = {"do_center_crop": bool(found["do_center_crop"]), "do_pad": bool(own.do_pad)}
+    if name != "LlavaImageProcessor":
+        crops["do_pad"] = False  # LLaVA alone means padding to a square by it
+    given = {key: value for key, value in found.items() if value is not None}
+    return LlavaImageProcessorPil(**given | crops)
+
+
+def _check_template_runs(tokenizer: PreTrainedTokenizerBase, template: str, path: Path) -> str:
+    """Return what a template writes; refuse one that fails on content parts and on plain text."""
     parts = [{"type": "image"}, {"type": "text", "text": "a"}]
     for content in (parts, "a"):
         try:
-            tokenizer.apply_chat_template(
+            return tokenizer.apply_chat_template(
                 [{"role": "user", "content": content}], chat_template=template, tokenize=False
             )
-            return
         except Exception as error:  # a template is a program, and can fail in any way
             failed = error
     raise ValueError(

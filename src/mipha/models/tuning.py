@@ -125,9 +125,20 @@ def tuned_modules(model: LlavaForConditionalGeneration, part: Part, tuning: str)
 
 
 def part_layers(model: LlavaForConditionalGeneration, part: Part) -> list[nn.Module]:
-    """Return the repeated layers of the tower or of the language model, first to last."""
+    """Return the repeated layers of the tower or of the language model, first to last.
+
+    Those of the tower end where its features are read: a checkpoint may keep layers behind.
+    """
     (module, *_) = getattr(parts(model), part)
-    return list(repeated_layers(module))
+    layers = list(repeated_layers(module))
+    return layers[: _num_read(model, len(layers))] if part == "vision_tower" else layers
+
+
+def _num_read(model: LlavaForConditionalGeneration, depth: int) -> int:
+    """Return how many layers of the tower its features pass."""
+    read = model.config.vision_feature_layer
+    read = [read] if isinstance(read, int) else read
+    return max(layer if layer >= 0 else depth + 1 + layer for layer in read)
 
 
 def repeated_layers(model: nn.Module) -> nn.ModuleList:

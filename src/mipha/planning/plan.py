@@ -26,7 +26,7 @@ from mipha.data.batches import StepDataset
 from mipha.data.mixture import Mixture
 from mipha.data.order import count_steps, samples_shown
 from mipha.files import read_lines
-from mipha.models.build import load_parts_processor, skeleton
+from mipha.models.build import load_start_processor, skeleton
 from mipha.models.flops import StepFlops, Work
 from mipha.models.modeling import LlavaForConditionalGeneration
 from mipha.models.tuning import TunedPart, apply_tuning
@@ -334,7 +334,7 @@ def _read_steps(case: _Case, model: LlavaForConditionalGeneration) -> tuple[int,
         return _published_steps(case, [fact for fact in known if fact], model)
 
     mixture = Mixture(stage.data, stage.held_out)
-    processor = load_parts_processor(recipe.model)
+    processor = load_start_processor(recipe.model)
     steps = StepDataset(mixture, processor, stage, recipe.seed, 0, case.num_devices)
     first = [steps[number] for number in range(min(_STEPS_READ, len(steps)))]
 

@@ -35,7 +35,8 @@ from mipha.files import (
 from mipha.models.adapters import merged_weights, remove_adapters, save_adapter
 from mipha.models.attention import SEGMENTS, choose_attention
 from mipha.models.attention_kernels import row_lengths
-from mipha.models.build import build, save_checkpoint
+from mipha.models.build import build, checkpoint_folder, save_checkpoint
+from mipha.models.fingerprint import checkpoint_digest
 from mipha.models.modeling import LlavaForConditionalGeneration, attention_window, load_model
 from mipha.models.processing import load_processor
 from mipha.models.projector import calibrate_projector
@@ -48,7 +49,7 @@ from mipha.models.tuning import (
     tuned_modules,
 )
 from mipha.preflight import check_writable
-from mipha.recipe import PARTS, Recipe
+from mipha.recipe import PARTS, CheckpointRecipe, Recipe
 from mipha.run import Run, check_run, create_run, hold_run
 from mipha.training.loop import run_steps
 from mipha.training.placement import gather_weights, place, restore_frozen, round_frozen
@@ -194,14 +195,22 @@ def _read_data(stage: Stage) -> tuple[Mixture, Mixture | None, str]:
 def _load_start(
     stage: Stage, mixture: Mixture
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Return the model that a stage starts from: what the stage before left, or the parts."""
+    """Return the model that a stage starts from: that of the stage before, or of the recipe."""
     if stage.before:
         checkpoint = stage.run.checkpoint(stage.before)
         _check_checkpoint(stage, checkpoint)
         return load_model(str(checkpoint)), load_processor(checkpoint)
 
-    model, processor = build(stage.recipe.model)
-    if stage.recipe.model.calibrate_projector:
+    # A checkpoint may be another one when the run goes on.
+    start = stage.recipe.model
+    if isinstance(start, CheckpointRecipe):
+        if stage.world.is_first:
+            digest = checkpoint_digest(checkpoint_folder(start))
+            stage.run.record_start(stage.name, {"checkpoint": start.checkpoint, "sha256": digest})
+        return build(start)
+
+    model, processor = build(start)
+    if start.calibrate_projector:
         only_readable = stage.settings.unreadable_images == "substitute"
         calibrate_projector(model, _first_images(mixture, processor, only_readable))
     return model, processor

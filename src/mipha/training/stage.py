@@ -10,7 +10,8 @@ import torch
 
 from mipha.engine.precision import autocast_dtype
 from mipha.models.attention import choose_attention
-from mipha.recipe import Recipe, StageRecipe
+from mipha.models.build import checkpoint_folder
+from mipha.recipe import CheckpointRecipe, Recipe, StageRecipe
 from mipha.run import Run
 from mipha.world import World
 
@@ -51,7 +52,11 @@ class Stage:
     @property
     def base(self) -> Path:
         """The model that the stage starts from, where adapters need it beside them on disk."""
-        return self.run.checkpoint(self.before) if self.before else self.folder / "base"
+        if self.before:
+            return self.run.checkpoint(self.before)
+        if isinstance(self.recipe.model, CheckpointRecipe):
+            return checkpoint_folder(self.recipe.model)
+        return self.folder / "base"
 
     @property
     def start(self) -> Path:
