@@ -317,6 +317,14 @@ def test_prompt_hash_tells_prompts_ids_order_and_images_apart_but_not_folders() 
     )
 
 
+def test_the_hash_of_prompts_knows_several_images_and_their_order() -> None:
+    (question,) = make_questions(1)
+    a, b = Path("/images/a.png"), b"pixels"
+    shown = (a, (a,), (a, b), (b, a), (Path("/moved/a.png"), b), None)
+    hashes = [prompts_hash([replace(question, image=image)]) for image in shown]
+    assert hashes[2] == hashes[4] and len(set(hashes)) == 5
+
+
 def test_fingerprint_changes_with_what_the_model_is_and_with_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     (tmp_path / "config.json").write_text("{}")

@@ -153,7 +153,11 @@ def evaluate(
 
 def _show_grey(questions: Sequence[Question]) -> list[Question]:
     grey = grey_image()
-    return [
-        question if question.image is None else replace(question, image=grey)
+    shown = [
+        (grey,) * len(question.images) if isinstance(question.image, tuple) else grey
         for question in questions
+    ]
+    return [
+        question if question.image is None else replace(question, image=image)
+        for question, image in zip(questions, shown, strict=True)
     ]

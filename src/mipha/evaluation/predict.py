@@ -139,11 +139,11 @@ def prompts_hash(questions: Sequence[Question]) -> str:
     """Return SHA-256 over ids, prompts and images; a path counts by its name, so data may move."""
     digest = hashlib.sha256()
     for question in questions:
-        image = question.image
-        if isinstance(image, bytes):
-            shown = hashlib.sha256(image).hexdigest()
-        else:
-            shown = image.name if image else None
+        names = [
+            hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else image.name
+            for image in question.images
+        ]
+        shown = names if isinstance(question.image, tuple) else names[0] if names else None
         digest.update(json.dumps([question.id, question.text, shown]).encode() + b"\n")
     return digest.hexdigest()
 

@@ -63,7 +63,7 @@ def print_plan(plans: Sequence[Plan], model: Path) -> None:
             )
         for question in _pick(plan.questions):
             console.print(f"  {question.id}", style="dim", markup=False, highlight=False)
-            prompt = render_prompt(processor, question.text, question.image is not None)
+            prompt = render_prompt(processor, question.text, len(question.images))
             console.print(
                 "    " + prompt.replace("\n", "\n    "),
                 soft_wrap=True,
