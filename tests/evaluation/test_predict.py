@@ -156,7 +156,7 @@ def test_a_limited_run_is_a_beginning_of_the_full_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"checkpoint_sha256": "other"}, "made with another checkpoint"),
+        ({"checkpoint_sha256": "other"}, "made with another model"),
         ({"max_new_tokens": 9}, r"max_new_tokens=8 \(now 9\)"),
         ({"prompts": True}, "made with other prompts"),
     ],
