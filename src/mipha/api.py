@@ -6,16 +6,22 @@ a verb, so this module is light.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mipha.errors import import_optional
+from mipha.lookup import did_you_mean
 from mipha.preflight import check_device, check_parts, check_writable
-from mipha.run import Run, check_run, is_first_process, model_folder, open_run
+from mipha.run import Run, check_run, is_first_process, open_run
 
 if TYPE_CHECKING:
-    from mipha.evaluation.benchmark import Judge
-    from mipha.evaluation.evaluate import Result
+    from mipha.deploy.serve.engine import Source
+    from mipha.evaluation.benchmark import Judge, Plan
+    from mipha.evaluation.evaluate import OpenModel, Result, Subject
     from mipha.recipe import Recipe
     from mipha.studies.runner import JudgeOptions
     from mipha.studies.study import Study
@@ -75,9 +81,125 @@ def check_training(recipe: Recipe, folder: str | Path, track: Sequence[str] = ()
         check_parts(recipe.model)
 
 
+def find_model(
+    model: str | Path,
+    engine: str = "auto",
+    *,
+    name: str | None = None,
+    api_key: str | None = None,
+    parallel: int | None = None,
+    request: Mapping[str, Any] | None = None,
+) -> Subject:
+    """Find a model to measure, wherever it runs; nothing is loaded and nothing is asked.
+
+    Args:
+        model: A run, a model folder, a GGUF file or the folder of an export; or the URL of a
+            server that speaks OpenAI's chat completions, such as `http://localhost:8000/v1`.
+        engine: `transformers`, `llama.cpp` or `vllm`; `auto`: llama.cpp for GGUF, else
+            transformers.
+        name: Name of the model on the server; for a URL only, as all that follow.
+        api_key: Key of the server.
+        parallel: Requests at a time; None: 8.
+        request: Fields of every request, which replace ours; a field that is None is left out.
+
+    Returns:
+        The model, for `evaluate` and `predict`.
+
+    Raises:
+        FileNotFoundError: No such model, or an unfinished run.
+        ValueError: Neither a model nor a URL, an option without effect, or an engine that is not
+            installed or does not run this model.
+    """
+    from mipha.evaluation.evaluate import OpenModel, Subject, checkpoint_subject
+
+    # A server.
+    if str(model).startswith(("http://", "https://")):
+        from mipha.evaluation.endpoint import EndpointModel
+
+        if name is None:
+            raise ValueError(f"{model} needs --model, the name of a model that the server has")
+        if engine != "auto":
+            raise ValueError(f"--engine {engine} has no effect on a URL: leave it out")
+        endpoint = EndpointModel(
+            str(model), name, api_key=api_key, request=request, parallel=parallel or 8
+        )
+        asked = OpenModel(endpoint, endpoint.sha256, endpoint.about)
+        return Subject(str(model), None, lambda device, folder: nullcontext(asked))
+    for option, value in (("--model", name), ("--parallel", parallel), ("--request", request)):
+        if value:
+            raise ValueError(f"{option} is for the URL of a server, not for {model}: leave it out")
+
+    # A file or folder: by its engine.
+    if engine not in ("auto", "transformers", "llama.cpp", "vllm"):
+        raise ValueError(
+            f"no engine {engine!r}: {did_you_mean(engine, ('transformers', 'llama.cpp', 'vllm'))}"
+        )
+    path = Path(model)
+    holds_gguf = path.is_file() or (path.is_dir() and any(path.glob("*.gguf")))
+    if engine in ("auto", "transformers") and not holds_gguf:
+        return checkpoint_subject(path)
+
+    from mipha.deploy.serve.engine import choose_engine, find_source
+
+    source = find_source(path)
+    if engine == "llama.cpp" or source.gguf:
+        import_optional("xllamacpp", "asking llama.cpp", "gguf")
+    if engine != "llama.cpp" or source.gguf:
+        choose_engine(source, engine)  # type: ignore[arg-type]  # checked above
+    results = None if source.gguf else checkpoint_subject(path).results
+    opened = _ask_vllm if engine == "vllm" else _ask_llama_cpp
+    return Subject(str(path), results, partial(opened, source), source.checkpoint, engine)
+
+
+@contextmanager
+def _ask_llama_cpp(source: Source, device: str | None, folder: Path) -> Iterator[OpenModel]:
+    """Open a model in llama.cpp; a checkpoint is exported into the folder of results before."""
+    from mipha.deploy.llama_cpp import LlamaCpp
+    from mipha.deploy.serve.engine import find_source
+    from mipha.evaluation.evaluate import OpenModel
+    from mipha.evaluation.predict import files_hash, fingerprint
+
+    if device not in (None, "cpu"):
+        raise ValueError(f"--device {device} has no effect on llama.cpp here: leave it out")
+    if source.checkpoint is not None:
+        from mipha.deploy.gguf.export import export_gguf
+
+        exported = folder / f"gguf-f16-{fingerprint(source.checkpoint)[:8]}"
+        if not exported.is_dir():
+            export_gguf(source.checkpoint, exported)
+        source = find_source(exported)
+
+    assert source.gguf is not None
+    files = [file for file in (source.gguf, source.mmproj) if file is not None]
+    with LlamaCpp(source.gguf, source.mmproj) as runtime:
+        about = {"engine": "llama.cpp", "quantization": runtime.quantization}
+        yield OpenModel(runtime, files_hash(files), about | {"file": source.gguf.name})
+
+
+@contextmanager
+def _ask_vllm(source: Source, device: str | None, folder: Path) -> Iterator[OpenModel]:
+    """Serve a checkpoint with vLLM on a port of this machine, and ask it there."""
+    from mipha.deploy.serve.engine import launch
+    from mipha.evaluation.endpoint import EndpointModel
+    from mipha.evaluation.evaluate import OpenModel
+    from mipha.evaluation.predict import fingerprint
+
+    if device is not None:
+        raise ValueError(f"--device {device} has no effect on vLLM here: set CUDA_VISIBLE_DEVICES")
+    assert source.checkpoint is not None
+    with asyncio.Runner() as runner:
+        child = launch(source, "vllm")
+        runner.run(child.start())
+        try:
+            asker = EndpointModel(child.url, source.name, api_key=child.key, parallel=64)
+            yield OpenModel(asker, fingerprint(source.checkpoint), {"engine": "vllm"})
+        finally:
+            runner.run(child.close())
+
+
 def evaluate(
-    model: Run | str | Path,
-    benchmarks: Sequence[str],
+    model: Subject | Run | str | Path,
+    benchmarks: Sequence[str] = (),
     data_root: str | Path | None = None,
     batch_size: int = 16,
     limit: int | None = None,
@@ -87,6 +209,7 @@ def evaluate(
     progress: bool = True,
     blind: bool = False,
     judge: Judge | None = None,
+    plans: Sequence[Plan] = (),
 ) -> list[Result]:
     """Measure a model on benchmarks, and write the scores of a run into its model card.
 
@@ -94,7 +217,7 @@ def evaluate(
     about its share of the images, and the first one scores.
 
     Args:
-        model: A run, a run folder, or the folder of an exported model.
+        model: A run, a run folder, the folder of an exported model, or the URL of `endpoint`.
         benchmarks: Names, see `mipha list benchmark`.
         data_root: The benchmark's folder; with several, the folder above them. None: the packaged
             data, where there are any.
@@ -107,6 +230,7 @@ def evaluate(
         blind: Show grey instead of every image: what the questions alone give away. Results go
             into `<benchmark>-blind`.
         judge: Grades answers of the benchmarks that want one.
+        plans: Further questions, such as those of `plan_own_data`.
 
     Returns:
         A result a benchmark; nothing in processes other than the first.
@@ -117,16 +241,17 @@ def evaluate(
             predictions of another model in the way.
     """
     # Check the model, the device and the folder of the results before torch is imported.
-    check_device(device)
-    path = model.folder if isinstance(model, Run) else Path(model)
-    model_folder(path)
-    check_writable(path if out is None else Path(out))
-
-    from mipha.deploy.model_card import write_model_card
+    from mipha.evaluation.evaluate import Subject, checkpoint_subject
     from mipha.evaluation.evaluate import evaluate as measure
 
+    check_device(device)
+    subject = model if isinstance(model, Subject) else checkpoint_subject(model)
+    folder = subject.results if out is None else Path(out)
+    if folder is not None:
+        check_writable(folder)
+
     results = measure(
-        model,
+        subject,
         benchmarks,
         data_root,
         batch_size,
@@ -137,9 +262,13 @@ def evaluate(
         progress=progress,
         blind=blind,
         judge=judge,
+        plans=plans,
     )
     if out is None and is_first_process():
-        run = model if isinstance(model, Run) else open_run(model)
+        from mipha.deploy.model_card import write_model_card
+
+        assert subject.results is not None
+        run = open_run(subject.results.parent)
         write_model_card(run.final_checkpoint(), run)
     return results
 

@@ -51,7 +51,10 @@ def assistants(tiny_model: Callable) -> Callable[..., Assistant]:
 
 
 def greedy(
-    assistant: Assistant, messages: list[Message], image: Path | None, tokens: int = TOKENS
+    assistant: Assistant,
+    messages: list[Message],
+    image: Path | tuple[Path, ...] | None,
+    tokens: int = TOKENS,
 ) -> str:
     """Answer with transformers alone: its `generate` and processor, no kept cache, no padding."""
     content = [
@@ -60,7 +63,8 @@ def greedy(
     ]
     for parts, message in zip(content, messages, strict=True):
         if IMAGE in message.text:
-            parts.insert(0, {"type": "image", "path": str(image)})
+            shown = image if isinstance(image, tuple) else (image,)
+            parts[:0] = [{"type": "image", "path": str(one)} for one in shown]
     chat = [
         {"role": message.role, "content": parts}
         for message, parts in zip(messages, content, strict=True)
@@ -96,6 +100,31 @@ def test_a_batch_answers_as_one_does_and_as_stock_generate_does(
     assert len({answer.text for answer in together}) >= 3, (
         "a model that says one thing tests nothing"
     )
+
+
+def test_several_images_are_shown_in_front_of_a_question(
+    assistants: Callable, files: list[Path]
+) -> None:
+    """As many as a question has, whatever stands beside it in the batch, as stock generate does."""
+    assistant = assistants()
+    shown = [(files[0], files[1]), (files[1], files[0]), files[0], None, tuple(files), (files[2],)]
+    pairs = [(images, question) for question in QUESTIONS for images in shown]
+    together = assistant.answer_many(pairs, max_new_tokens=TOKENS)
+    for (images, question), answer in zip(pairs, together, strict=True):
+        assert assistant.answer(images, question, max_new_tokens=TOKENS) == answer
+        num = len(images) if isinstance(images, tuple) else int(images is not None)
+        message = Message("user", f"{IMAGE}\n" * num + question)
+        assert greedy(assistant, [message], images) == answer.text
+    assert together[0] != together[1] and together[0] != together[2], "the images must matter"
+
+
+def test_more_images_than_the_model_reads_are_refused(
+    assistants: Callable, files: list[Path]
+) -> None:
+    assistant = assistants()
+    longest = assistant.model.config.get_text_config().max_position_embeddings
+    with pytest.raises(ValueError, match=rf"tokens with its {longest} images .* reads {longest:,}"):
+        assistant.answer((files[0],) * longest, QUESTIONS[0])
 
 
 def test_the_image_changes_the_answer(assistants: Callable, files: list[Path]) -> None:

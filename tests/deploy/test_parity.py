@@ -252,6 +252,7 @@ def test_where_two_answers_part(ours: str, margin: float) -> None:
         (b" a", b" red", b" cir", b"cle", b""),
         (1.0, 3.0, 2.0, 5.0, 4.0),
         9,
+        5,
         finished=True,
     )
     assert parity._margin(reply, ours) == margin

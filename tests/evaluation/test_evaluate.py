@@ -114,7 +114,7 @@ def test_a_new_checkpoint_does_not_inherit_old_answers(
 ) -> None:
     evaluate(model.parents[1], ["easy_vqa"], limit=5, progress=False)
     (model / "model.safetensors").write_bytes(b"other weights")
-    with pytest.raises(ValueError, match="another checkpoint"):
+    with pytest.raises(ValueError, match="another model"):
         evaluate(model.parents[1], ["easy_vqa"], limit=5, progress=False)
 
 

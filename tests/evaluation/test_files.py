@@ -15,11 +15,14 @@ from mipha.errors import MissingPackage
 from mipha.evaluation.files import (
     OfficialRecord,
     QuestionId,
+    TableImages,
     decode_image,
     find,
+    find_shards,
     image_file,
     read_record,
     read_table,
+    refuse_repeated,
     write_spreadsheet,
 )
 
@@ -91,6 +94,47 @@ def test_an_image_in_a_cell() -> None:
     assert decode_image(base64.b64encode(b"png").decode(), "here") == b"png"
     with pytest.raises(ValueError, match="line 3: the image is not base64"):
         decode_image("A" * 65, "line 3")
+
+
+def test_the_parts_of_a_split_are_found_in_order_and_all_of_them(tmp_path: Path) -> None:
+    names = [f"val-0000{number}-of-00003.parquet" for number in range(3)]
+    for name in [*reversed(names), "test-00000-of-00002.parquet"]:
+        (tmp_path / "data").mkdir(exist_ok=True)
+        (tmp_path / "data" / name).touch()
+    patterns = ("val-*.parquet", "data/val-*.parquet")
+    assert [path.name for path in find_shards(tmp_path, patterns, "get it")] == names
+    assert find_shards(tmp_path / "data" / names[1], patterns, "get it") == [
+        tmp_path / "data" / names[1]
+    ]
+    with pytest.raises(FileNotFoundError, match=r"has 1 of the 2 files of test-00000.*: get it"):
+        find_shards(tmp_path, ("data/test-*.parquet",), "get it")
+    (tmp_path / "data" / names[0]).unlink()
+    with pytest.raises(FileNotFoundError, match="has 2 of the 3 files"):
+        find_shards(tmp_path, patterns, "get it")
+    with pytest.raises(FileNotFoundError, match=r"has no dev-\*\.parquet: get it"):
+        find_shards(tmp_path, ("dev-*.parquet",), "get it")
+
+
+def test_an_id_that_stands_in_a_file_twice_is_named_with_both_places() -> None:
+    places: dict[str, str] = {}
+    refuse_repeated(places, "7", "a.json row 1")
+    refuse_repeated(places, "8", "a.json row 2")
+    with pytest.raises(ValueError, match=r"^row 3 has the index 7 of a\.json row 1: keep one of"):
+        refuse_repeated(places, "7", "row 3", "index")
+
+
+def test_equal_images_of_a_table_are_one_object_with_one_name() -> None:
+    images = TableImages(are_shown=True)
+    name, image = images.read({"bytes": b"pixels", "path": None}, "row 1", "1")
+    again = images.read(base64.b64encode(b"pixels").decode(), "row 2", "2")
+    assert again == (name, b"pixels") and again[1] is image
+    assert images.read(b"others", "row 3", "3")[0] != name
+    with pytest.raises(ValueError, match="row 4 has no image: get the official file again"):
+        images.read({"bytes": None, "path": "a.png"}, "row 4", "4")
+
+    labels = TableImages(are_shown=False)
+    assert labels.read(b"pixels", "row 1", "1") == (name, None)
+    assert labels.read(None, "row 2", "2") == ("2", None)
 
 
 def test_texts_stay_texts_in_a_spreadsheet() -> None:

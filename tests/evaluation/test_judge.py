@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from mipha.evaluation.judge import TRIES, Endpoint, Replay, strip_reasoning
+from mipha.evaluation.chat_completions import TRIES
+from mipha.evaluation.judge import Endpoint, Replay, strip_reasoning
 from tests.evaluation.judge_server import Server, serving
 
 
@@ -253,7 +254,9 @@ def test_fields_of_the_request_can_be_set(server: Server, tmp_path: Path) -> Non
     replay = Replay(record)
     assert replay.ask("1", "p") == "0.5" and replay.notes == judge.notes
     for name in ("model", "messages", "stream", "n"):
-        with pytest.raises(ValueError, match=f"the field {name} of a judge's request is not free"):
+        with pytest.raises(
+            ValueError, match=f"the field {name} of the judge's request is not free"
+        ):
             Endpoint(server.url, "m", request={name: 2})
 
 

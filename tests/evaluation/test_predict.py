@@ -156,7 +156,7 @@ def test_a_limited_run_is_a_beginning_of_the_full_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"checkpoint_sha256": "other"}, "made with another checkpoint"),
+        ({"checkpoint_sha256": "other"}, "made with another model"),
         ({"max_new_tokens": 9}, r"max_new_tokens=8 \(now 9\)"),
         ({"prompts": True}, "made with other prompts"),
     ],
@@ -315,6 +315,14 @@ def test_prompt_hash_tells_prompts_ids_order_and_images_apart_but_not_folders() 
     assert prompts_hash([replace(a, image=Path("/elsewhere/good-0.png")), b]) == prompts_hash(
         [a, b]
     )
+
+
+def test_the_hash_of_prompts_knows_several_images_and_their_order() -> None:
+    (question,) = make_questions(1)
+    a, b = Path("/images/a.png"), b"pixels"
+    shown = (a, (a,), (a, b), (b, a), (Path("/moved/a.png"), b), None)
+    hashes = [prompts_hash([replace(question, image=image)]) for image in shown]
+    assert hashes[2] == hashes[4] and len(set(hashes)) == 5
 
 
 def test_fingerprint_changes_with_what_the_model_is_and_with_nothing_else(tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 prompt:       messages, images  ->  Prompt: token ids, and each image's pixels or features
 generate:     Prompts in one batch, after the tokens of a cache  ->  tokens as they come, Answers
-answer_many:  questions sorted by image  ->  batches; the prompt through the image is read once for
-              each image, its cache repeated for each of the image's questions  ->  generate
+answer_many:  questions sorted by image  ->  batches; the prompt through the image (or the last of
+              several) is read once for each image, its cache repeated for each of the image's
+              questions  ->  generate
 Chat:         turns about one image; the cache goes on from turn to turn  ->  generate, streamed
 """
 
@@ -95,11 +96,18 @@ class Assistant:
 
     # ---- Asking ----------------------------------------------------------------------------------
 
-    def answer(self, image: AnyImage | None, question: str, *, max_new_tokens: int = 256) -> Answer:
+    def answer(
+        self,
+        image: AnyImage | tuple[AnyImage, ...] | None,
+        question: str,
+        *,
+        max_new_tokens: int = 256,
+    ) -> Answer:
         """Answer one question.
 
         Args:
-            image: Image that the question is about; None for a question without an image.
+            image: Image that the question is about, or a tuple of several; None for a question
+                without an image.
             question: Text without an image marker.
             max_new_tokens: Longest answer, in tokens.
         """
@@ -107,7 +115,7 @@ class Assistant:
 
     def answer_many(
         self,
-        pairs: Sequence[tuple[AnyImage | None, str]],
+        pairs: Sequence[tuple[AnyImage | tuple[AnyImage, ...] | None, str]],
         *,
         max_new_tokens: int = 256,
         batch_size: int = 32,
@@ -118,34 +126,41 @@ class Assistant:
         An image is encoded and read once in a batch, however many questions it has there.
 
         Args:
-            pairs: (image, question), in any order.
+            pairs: (image, question), in any order; a tuple of images shows all of them, in
+                front of the question.
             max_new_tokens: Longest answer, in tokens.
             batch_size: Questions answered at a time.
             on_answers: Callback of every batch; takes positions in `pairs` and their answers.
 
         Returns:
             Answers in the order of `pairs`.
+
+        Raises:
+            ValueError: Several images make a prompt that is longer than what the language model
+                reads, or a question holds the image marker.
         """
-        images = [image for image, _ in pairs]
+        images = [_as_images(image) for image, _ in pairs]
         prompts = [
             Prompt(
-                self.prompt_ids([_user_turn(question, image is not None)]),
-                max_new_tokens=max_new_tokens,
+                self.prompt_ids([_user_turn(question, len(shown))]), max_new_tokens=max_new_tokens
             )
-            for image, question in pairs
+            for shown, (_, question) in zip(images, pairs, strict=True)
         ]
+        for shown, prompt in zip(images, prompts, strict=True):
+            self._check_length(prompt, len(shown))
         if not self._may_pad(prompts):
             batch_size = 1
 
         # A question that is asked twice is answered once.
-        keys = [_image_key(image) for image in images]
-        same: dict[tuple[str, tuple[int, ...]], list[int]] = {}
+        keys = [tuple(map(_image_key, shown)) for shown in images]
+        same: dict[tuple[tuple[str, ...], tuple[int, ...]], list[int]] = {}
         for index, (key, prompt) in enumerate(zip(keys, prompts, strict=True)):
             same.setdefault((key, tuple(prompt.ids)), []).append(index)
 
         # Questions about one image stand together, those of a similar length side by side.
         order = sorted(
-            (indices[0] for indices in same.values()), key=lambda i: (keys[i], len(prompts[i].ids))
+            (indices[0] for indices in same.values()),
+            key=lambda i: (len(keys[i]), keys[i], len(prompts[i].ids)),
         )
 
         answers: dict[int, Answer] = {}
@@ -310,32 +325,31 @@ class Assistant:
 
     @torch.inference_mode()
     def _read_images(
-        self, images: Sequence[AnyImage | None], keys: Sequence[str], prompt: list[int]
+        self,
+        images: Sequence[tuple[AnyImage, ...]],
+        keys: Sequence[tuple[str, ...]],
+        prompt: list[int],
     ) -> DynamicCache | None:
         """Return the cache of the prompts of one batch through the image; None without images.
 
         Args:
-            images: Image of each row.
-            keys: Key of each row's image; rows with the same key share its image.
-            prompt: Token ids of any row, because all are the same through the image.
+            images: Images of each row, as many in every row.
+            keys: Keys of each row's images; rows with the same keys share their images.
+            prompt: Token ids of any row, because all are the same through the last image.
         """
-        if images[0] is None:
+        if not images[0]:
             return None
         distinct = dict(zip(keys, images, strict=True))
 
         # Encode the images that are not encoded yet, together. `self.features` does not keep them,
         # because a benchmark asks about thousands of images, each in one batch.
-        pixels = [
-            self.pixels(image)
-            for image in distinct.values()
-            if image is not None and not isinstance(image, EncodedImage)
-        ]
+        shown = [image for row in distinct.values() for image in row]
+        pixels = [self.pixels(image) for image in shown if not isinstance(image, EncodedImage)]
         made = iter(
             self.model.get_image_features(torch.cat(pixels)).pooler_output if pixels else ()
         )
         features = [
-            image.features if isinstance(image, EncodedImage) else next(made)
-            for image in distinct.values()
+            image.features if isinstance(image, EncodedImage) else next(made) for image in shown
         ]
 
         # Read the prompt through each image once.
@@ -355,6 +369,19 @@ class Assistant:
             torch.tensor([number[key] for key in keys], device=self.model.device)
         )
         return cache
+
+    def _check_length(self, prompt: Prompt, num_images: int) -> None:
+        """Refuse several images whose prompt the language model cannot read.
+
+        One image and a long question are asked all the same, as LLaVA-1.5 asks them.
+        """
+        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if num_images > 1 and longest and len(prompt.ids) >= longest:
+            raise ValueError(
+                f"the prompt has {len(prompt.ids):,} tokens with its {num_images} images of "
+                f"{tokens_per_image(self.processor):,} tokens each, but the language model reads "
+                f"{longest:,}: show fewer images, or use a model that reads more"
+            )
 
     def _may_pad(self, prompts: Sequence[Prompt]) -> bool:
         """Return whether rows of different lengths may share a batch.
@@ -410,7 +437,7 @@ class Chat:
         # Make the prompt, and cut the cache back to what the prompt begins with.
         assistant, images = self.assistant, []
         shows_image = self.image is not None and not self.messages
-        messages = [*self.messages, _user_turn(question, shows_image)]
+        messages = [*self.messages, _user_turn(question, int(shows_image))]
         if self.image is not None:
             self.image = assistant.encode_image(self.image)
             images = [self.image]
@@ -510,15 +537,13 @@ def load(
     return Assistant(load_model(str(folder), device, getattr(torch, name)), load_processor(folder))
 
 
-def render_prompt(processor: LlavaProcessor, question: str, has_image: bool) -> str:
-    """Return the whole text that the model reads for one question, the image as one placeholder."""
-    return _apply_template(processor, [_user_turn(question, has_image)], tokenize=False)
+def render_prompt(processor: LlavaProcessor, question: str, num_images: int) -> str:
+    """Return the whole text that the model reads for one question, each image as a placeholder."""
+    return _apply_template(processor, [_user_turn(question, num_images)], tokenize=False)
 
 
-def _user_turn(question: str, has_image: bool) -> Message:
-    """Return the user's turn of one question, the image in front of it.
-
-    Several images a question would be several markers here, and several `Prompt.images`.
+def _user_turn(question: str, num_images: int) -> Message:
+    """Return the user's turn of one question, its images in front of it.
 
     Raises:
         ValueError: The question holds the image marker.
@@ -527,7 +552,14 @@ def _user_turn(question: str, has_image: bool) -> Message:
         raise ValueError(
             f"question {question!r} holds {IMAGE}: leave it out, the image is put in front"
         )
-    return Message("user", f"{IMAGE}\n{question}" if has_image else question)
+    return Message("user", f"{IMAGE}\n" * num_images + question)
+
+
+def _as_images(image: AnyImage | tuple[AnyImage, ...] | None) -> tuple[AnyImage, ...]:
+    """Return what is shown with a question as a tuple, empty without an image."""
+    if image is None:
+        return ()
+    return image if isinstance(image, tuple) else (image,)
 
 
 def _apply_template(processor: LlavaProcessor, messages: Sequence[Message], tokenize: bool) -> Any:
@@ -541,20 +573,20 @@ def _apply_template(processor: LlavaProcessor, messages: Sequence[Message], toke
     )
 
 
-def _image_key(image: AnyImage | None) -> str:
-    """Return a key that is the same for the same image; empty without one."""
-    if image is None:
-        return ""
+def _image_key(image: AnyImage) -> str:
+    """Return a key that is the same for the same image."""
     if isinstance(image, (Path, str)):
         return str(image)
     return f"{hash(image)}" if isinstance(image, bytes) else f"object {id(image)}"
 
 
-def _batches(order: Sequence[int], keys: Sequence[str], batch_size: int) -> Iterator[list[int]]:
-    """Cut batches in order; questions without an image share no prefix and stand apart."""
+def _batches(
+    order: Sequence[int], keys: Sequence[tuple[str, ...]], batch_size: int
+) -> Iterator[list[int]]:
+    """Cut batches in order; prefixes are as long only for questions with as many images."""
     batch: list[int] = []
     for index in order:
-        if batch and (len(batch) == batch_size or (keys[index] == "") != (keys[batch[0]] == "")):
+        if batch and (len(batch) == batch_size or len(keys[index]) != len(keys[batch[0]])):
             yield batch
             batch = []
         batch.append(index)

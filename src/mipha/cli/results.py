@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mipha.cli.arguments import Model, parse_pairs, split_names
+from mipha.cli.arguments import parse_pairs, split_names
 
 if TYPE_CHECKING:
     from mipha.evaluation.benchmark import Judge
+    from mipha.evaluation.evaluate import Subject
 
 JudgeUrl = Annotated[
     str | None,
@@ -34,11 +35,42 @@ JudgeRequest = Annotated[
 ]
 
 
+ModelOrUrl = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A run, a model folder, a GGUF file or export, or the URL of a server: http://.../v1.",
+    ),
+]
+Engine = Annotated[
+    str, typer.Option(help="transformers, llama.cpp or vllm; auto: by the kind of model.")
+]
+ServedModel = Annotated[
+    str | None, typer.Option("--model", help="With a URL: name of the model on the server.")
+]
+KeyEnv = Annotated[
+    str | None,
+    typer.Option(
+        help="With a URL: variable that holds the key; $MIPHA_API_KEY if left out.", metavar="NAME"
+    ),
+]
+Parallel = Annotated[int | None, typer.Option(help="With a URL: requests at a time; default 8.")]
+ServerRequest = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--request",
+        metavar="KEY=VALUE",
+        help="With a URL: a field of the requests, such as seed=7; null leaves one out.",
+    ),
+]
+
+
 def evaluate(
-    run: Model,
+    model: ModelOrUrl,
     benchmarks: Annotated[
-        list[str], typer.Option("-b", "--benchmarks", help="Names, with commas or several -b.")
-    ],
+        list[str] | None,
+        typer.Option("-b", "--benchmarks", help="Names, with commas or several -b."),
+    ] = None,
     data_root: Annotated[
         Path | None,
         typer.Option(help="The benchmark's folder; with several, the folder above them."),
@@ -62,22 +94,27 @@ def evaluate(
     judge_model: JudgeModel = None,
     judge_replies: JudgeReplies = None,
     judge_request: JudgeRequest = None,
+    engine: Engine = "auto",
+    served_model: ServedModel = None,
+    key_env: KeyEnv = None,
+    parallel: Parallel = None,
+    request: ServerRequest = None,
 ) -> None:
     """Measure a model; exit code 1 if a question failed or could not be judged."""
     from mipha.api import evaluate as measure
     from mipha.evaluation.evaluate import plan_benchmarks
     from mipha.evaluation.tables import print_plan, print_results
-    from mipha.run import model_folder
 
+    # A model that is missing is named before data that are.
+    subject = _subject(model, engine, served_model, key_env, parallel, request)
     names = split_names(benchmarks)
     if dry_run:
-        model_folder(run)  # a model that is missing is named before data that are
-        print_plan(plan_benchmarks(names, data_root, split), run)
+        print_plan(plan_benchmarks(names, data_root, split), subject.checkpoint)
         return
 
-    grader = _judge(judge, judge_model, judge_replies, judge_request, out or run)
+    grader = _judge(judge, judge_model, judge_replies, judge_request, out or Path(model))
     results = measure(
-        run, names, data_root, batch_size, limit, split, out, blind=blind, judge=grader
+        subject, names, data_root, batch_size, limit, split, out, blind=blind, judge=grader
     )
     print_results(results)
     if any(result.n_failed for result in results):
@@ -185,6 +222,29 @@ def _compare_paired(first: Path, second: Path, json_out: Path | None) -> None:
     if json_out:
         write_whole(json_out, json.dumps([asdict(row) for row in rows], indent=2) + "\n")
     print_paired(rows)
+
+
+def _subject(
+    model: str,
+    engine: str,
+    served_model: str | None,
+    key_env: str | None,
+    parallel: int | None,
+    request: list[str] | None,
+) -> Subject:
+    """Return the model that the options name; nothing is loaded."""
+    from mipha.api import find_model
+
+    if key_env is not None and not os.environ.get(key_env):
+        raise ValueError(f"--key-env names ${key_env}, which is not set: export it with the key")
+    return find_model(
+        model,
+        engine,
+        name=served_model,
+        api_key=os.environ.get(key_env or "MIPHA_API_KEY"),
+        parallel=parallel,
+        request=parse_pairs(request or (), "--request", "seed=7"),
+    )
 
 
 def _judge(

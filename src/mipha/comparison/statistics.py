@@ -11,6 +11,7 @@ narrow.
     paired_differences   two models on the same questions: bootstrap and permutation test
     seed_difference      two recipes, each trained several times: Welch's t-test with questions
     holm                 p-values of several comparisons
+    wilson               a share of independent questions, such as that of equal answers
 """
 
 from __future__ import annotations
@@ -195,6 +196,21 @@ def ratio(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
     """Return the quotient; NaN where the denominator is 0."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(np.asarray(denominator) == 0, np.nan, np.divide(numerator, denominator))
+
+
+def wilson(num: int, total: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share, which has a width even for a share of 0 or 1.
+
+    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
+    """
+    z, share = 1.959964, num / total
+    middle = (share + z * z / (2 * total)) / (1 + z * z / total)
+    half = (
+        z
+        / (1 + z * z / total)
+        * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    )
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def values(data: Tally, measure: Measure) -> dict[str, float]:

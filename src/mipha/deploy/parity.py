@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import sqrt
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import LlavaProcessor
 
 from mipha.assistant import load
+from mipha.comparison.statistics import wilson
 from mipha.data.datasets import easy_vqa
 from mipha.data.datasets.table import INSTRUCTION
 from mipha.data.images import SUFFIXES, open_image
@@ -212,17 +212,6 @@ def as_seen(processor: LlavaProcessor, image: Image.Image) -> Image.Image:
     pixels = pixels.transpose(1, 2, 0)  # (height, width, 3)
     scaled = (pixels * image_processor.image_std + image_processor.image_mean) * 255
     return Image.fromarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8))
-
-
-def wilson(num: int, total: int) -> tuple[float, float]:
-    """Return the 95 % interval of a share, which has a width even for a share of 0 or 1.
-
-    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
-    """
-    z, share = 1.959964, num / total
-    middle = (share + z * z / (2 * total)) / (1 + z * z / total)
-    half = z / (1 + z * z / total) * sqrt(share * (1 - share) / total + z * z / (4 * total * total))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 @torch.inference_mode()

@@ -21,6 +21,9 @@ from mipha.lookup import did_you_mean, files_in
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 
+Image = Path | bytes
+"""A path, or the bytes of an image file."""
+
 
 @dataclass(frozen=True)
 class Question:
@@ -30,15 +33,23 @@ class Question:
         id: Unique in the benchmark.
         text: The full prompt, without an image marker. Where only labels were read, it may be the
             bare question.
-        image: A path, the bytes of an image file, or None for a question without an image.
+        image: A path, the bytes of an image file, a tuple of several of these in the order in which
+            they are shown, or None for a question without an image.
         facts: Whatever the scorer needs: gold answer, kind, image id. A private split has no label
             here. `optional`: a predictions file need not answer this question.
     """
 
     id: str
     text: str
-    image: Path | bytes | None
+    image: Image | tuple[Image, ...] | None
     facts: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def images(self) -> tuple[Image, ...]:
+        """Its images in the order in which they are shown; empty without one."""
+        if self.image is None:
+            return ()
+        return self.image if isinstance(self.image, tuple) else (self.image,)
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,21 @@ score     scores.json, by pure functions (`evaluation/score.py`)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from mipha.data.images import grey_image
 from mipha.evaluation.benchmark import Judge, Plan, Question, load_benchmark
-from mipha.evaluation.predict import fingerprint, merge, predict
+from mipha.evaluation.engine_check import check_engine
+from mipha.evaluation.predict import Asker, fingerprint, merge, predict
 from mipha.evaluation.score import Result, score_predictions
-from mipha.run import Run, model_folder
+from mipha.files import read_json_object, write_whole
+from mipha.run import Run, is_first_process, model_folder
 
 
 def plan_benchmarks(
@@ -63,8 +68,67 @@ def plan_benchmarks(
     return plans
 
 
+@dataclass(frozen=True)
+class OpenModel:
+    """A model that is ready to answer.
+
+    Args:
+        asker: The model.
+        sha256: Hash of what decides its answers; predictions of another one are never mixed in.
+        about: What scores.json says about it: its engine or its endpoint.
+    """
+
+    asker: Asker
+    sha256: str
+    about: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model that is measured, found and not opened yet.
+
+    Args:
+        name: Name for messages.
+        results: Folder of results by default; None: one must be given.
+        open: `open(device, folder)` makes the model ready for as long as the context lasts; the
+            folder is that of the results.
+        checkpoint: Folder of its checkpoint, where it has one.
+        engine: Engine that it runs on, where its answers are to be compared with the checkpoint's
+            own in transformers; None: there is nothing to compare.
+        is_parallel: Whether several processes of `torchrun` may each open it.
+    """
+
+    name: str
+    results: Path | None
+    open: Callable[[str | None, Path], AbstractContextManager[OpenModel]]
+    checkpoint: Path | None = None
+    engine: str | None = None
+    is_parallel: bool = False
+
+
+def checkpoint_subject(model: Run | str | Path) -> Subject:
+    """Return the model of a run, or of a folder with an exported model.
+
+    Raises:
+        FileNotFoundError: No such model, or an unfinished run.
+        ValueError: The folder holds something else.
+    """
+    path = model.folder if isinstance(model, Run) else Path(model)
+    checkpoint = model_folder(path)
+
+    @contextmanager
+    def opened(device: str | None, folder: Path) -> Iterator[OpenModel]:
+        from mipha.assistant import load
+
+        about = {"engine": "transformers"}
+        yield OpenModel(load(checkpoint, device=device), fingerprint(checkpoint), about)
+
+    results = None if checkpoint == path else Run(path).folder / "evaluation"
+    return Subject(str(path), results, opened, checkpoint, is_parallel=True)
+
+
 def evaluate(
-    model: Run | str | Path,
+    model: Subject | Run | str | Path,
     benchmarks: Sequence[str],
     data_root: str | Path | None = None,
     batch_size: int = 16,
@@ -75,13 +139,14 @@ def evaluate(
     progress: bool = True,
     blind: bool = False,
     judge: Judge | None = None,
+    plans: Sequence[Plan] = (),
 ) -> list[Result]:
     """Measure a model on benchmarks; questions that were answered before are not asked again.
 
     Under `torchrun` every process asks about its share of the images, and the first one scores.
 
     Args:
-        model: A run, a run folder, or the folder of an exported model.
+        model: A run, a run folder, the folder of an exported model, or another subject.
         benchmarks: Names, see `list_benchmarks`.
         data_root: See `plan_benchmarks`.
         batch_size: Questions per forward pass.
@@ -93,6 +158,7 @@ def evaluate(
         blind: Show grey instead of every image, to measure what the questions alone give away.
             Results go into `<benchmark>-blind`.
         judge: Grader of the benchmarks that want one.
+        plans: Further questions, after the benchmarks'.
 
     Returns:
         One result per benchmark; nothing in processes other than the first.
@@ -106,54 +172,105 @@ def evaluate(
     for name, number in (("batch_size", batch_size), ("limit", limit)):
         if number is not None and number < 1:
             raise ValueError(f"{name} is {number}: give 1 or more")
-    path = model.folder if isinstance(model, Run) else Path(model)
-    checkpoint = model_folder(path)
-    plans = [replace(part, limit=limit) for part in plan_benchmarks(benchmarks, data_root, split)]
+    subject = model if isinstance(model, Subject) else checkpoint_subject(model)
+    official = plan_benchmarks(benchmarks, data_root, split) if benchmarks or not plans else []
+    plans = [replace(part, limit=limit) for part in (*official, *plans)]
     for part in plans:
         if part.benchmark.judge == "required" and judge is None:
             raise ValueError(
                 f"{part.name} is graded by a judge: give one with --judge URL --judge-model NAME, "
                 "or --judge-replies FILE"
             )
-    if out is None and checkpoint == path:
-        raise ValueError(f"{path} is a model, not a run, so it has no place for results: give -o")
+    folder = subject.results if out is None else Path(out)
+    if folder is None:
+        raise ValueError(
+            f"{subject.name} is a model, not a run, so it has no place for results: give -o"
+        )
     if blind:
         plans = [replace(part, questions=_show_grey(part.questions), blind=True) for part in plans]
 
-    # Load the model. The other processes wait for the slowest, however long its share takes.
-    from mipha.assistant import load
-    from mipha.world import join_world
-
-    world = join_world(patience=timedelta(days=7))
-    assistant = load(checkpoint, device=device or (str(world.device) if world.size > 1 else None))
-    sha256 = fingerprint(checkpoint)
-
     # Ask, then score, one benchmark after the other.
     results = []
-    for part in plans:
-        folder = Run(path).evaluation(part.key) if out is None else Path(out) / part.key
-        predict(
-            assistant,
-            part,
+    answered = []
+    for part, predictions, about in ask_in_turn(
+        subject, plans, folder, batch_size, device, progress
+    ):
+        own_judge = judge if part.benchmark.judge else None
+        results.append(score_predictions(part, predictions, folder / part.key, own_judge, about))
+        answered.append((part, predictions))
+
+    # Compare the engine with what it stands in for; the engine's memory is free by now.
+    if subject.engine is not None and subject.checkpoint is not None:
+        checks = check_engine(
+            subject.engine,
+            subject.checkpoint,
+            answered,
             folder,
-            checkpoint_sha256=sha256,
             batch_size=batch_size,
             progress=progress,
-            rank=world.rank,
-            num_ranks=world.size,
         )
-        world.barrier()
-        if world.is_first:
-            predictions = merge(folder, part.questions)
-            own_judge = judge if part.benchmark.judge else None
-            results.append(score_predictions(part, predictions, folder, own_judge))
-    world.barrier()
+        results = [
+            replace(result, engine_check=check)
+            for result, check in zip(results, checks, strict=True)
+        ]
+        for (part, _), check in zip(answered, checks, strict=True):
+            file = folder / part.key / "scores.json"
+            content = read_json_object(file) | {"engine_check": asdict(check)}
+            write_whole(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     return results
+
+
+def ask_in_turn(
+    subject: Subject,
+    plans: Sequence[Plan],
+    folder: Path,
+    batch_size: int,
+    device: str | None,
+    progress: bool,
+) -> Iterator[tuple[Plan, dict[str, str], Mapping[str, Any]]]:
+    """Open a model and ask it one plan after the other, in as many processes as there are.
+
+    Yields:
+        Plan, question id to text, and what is to be said about the model; nothing in processes
+        other than the first.
+    """
+    # The processes wait for the slowest, however long its share takes.
+    world = None
+    if subject.is_parallel:
+        from mipha.world import join_world
+
+        world = join_world(patience=timedelta(days=7))
+        device = device or (str(world.device) if world.size > 1 else None)
+    elif not is_first_process():
+        raise ValueError(f"{subject.name} is asked by one process: start it without torchrun")
+
+    with subject.open(device, folder) as model:
+        for part in plans:
+            predict(
+                model.asker,
+                part,
+                folder / part.key,
+                checkpoint_sha256=model.sha256,
+                batch_size=batch_size,
+                progress=progress,
+                rank=world.rank if world else 0,
+                num_ranks=world.size if world else 1,
+            )
+            if world:
+                world.barrier()
+            if world is None or world.is_first:
+                yield part, merge(folder / part.key, part.questions), model.about
+        if world:
+            world.barrier()
 
 
 def _show_grey(questions: Sequence[Question]) -> list[Question]:
     grey = grey_image()
-    return [
-        question if question.image is None else replace(question, image=grey)
+    shown = [
+        (grey,) * len(question.images) if isinstance(question.image, tuple) else grey
         for question in questions
+    ]
+    return [
+        question if question.image is None else replace(question, image=image)
+        for question, image in zip(questions, shown, strict=True)
     ]

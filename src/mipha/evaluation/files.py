@@ -1,10 +1,13 @@
 """Official files: found by name, read as validated records, with errors that name the place.
 
-find, image_file        where a file lies
+find, find_shards       where a file lies, in one piece or in several
+image_file              where an image lies
 read_official           the content of a JSON file
 read_record             a record of it as a pydantic model
 read_table              rows of a .tsv file
 read_parquet            rows of a .parquet file
+refuse_repeated         an id that stands in a file twice
+TableImages             images inside a table, equal ones once
 decode_image            an image that a table holds as base64 text
 write_spreadsheet       an .xlsx file, for servers that take one
 """
@@ -14,9 +17,10 @@ from __future__ import annotations
 import base64
 import binascii
 import csv
+import hashlib
 import io
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -72,6 +76,33 @@ def find(root: Path, names: Sequence[str], source: str) -> Path:
     if not root.is_dir():
         raise FileNotFoundError(f"no {root}: give the folder with {' or '.join(names)}. {source}")
     raise FileNotFoundError(f"{root} has no {' or '.join(names)}: {source}")
+
+
+def find_shards(root: Path, patterns: Sequence[str], source: str) -> list[Path]:
+    """Return the .parquet files of a split, in order; `x-00000-of-00003.parquet` is one of three.
+
+    Args:
+        root: A folder with official files, or one of them.
+        patterns: Glob patterns under the folder; the first that any file has is taken.
+        source: Where the files come from, for the error.
+
+    Raises:
+        FileNotFoundError: There is none, or a part of a split is missing.
+    """
+    if root.is_file():
+        return [root]
+    found = next((paths for name in patterns if (paths := sorted(root.glob(name)))), [])
+    if not found:
+        raise FileNotFoundError(f"{root} has no {' or '.join(patterns)}: {source}")
+
+    for number, path in enumerate(found):
+        part = re.search(r"-(\d{5})-of-(\d{5})\.parquet$", path.name)
+        if part and (int(part[1]) != number or int(part[2]) != len(found)):
+            raise FileNotFoundError(
+                f"{path.parent} has {len(found)} of the {int(part[2])} files of {path.name}: "
+                f"{source}"
+            )
+    return found
 
 
 def image_file(path: Path, source: str) -> Path:
@@ -179,6 +210,62 @@ def read_parquet(path: Path, required: Iterable[str]) -> Iterator[tuple[str, dic
                     number += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a .parquet file ({error}): {AGAIN}") from error
+
+
+def refuse_repeated(
+    place_of: dict[Any, str], value: Hashable, where: str, name: str = "question_id"
+) -> None:
+    """Note where an id stands, and refuse it if it stands in the file already.
+
+    Args:
+        place_of: Every id so far to its place; gets this one.
+        value: The id.
+        where: File and line, or file and record.
+        name: Key of the id in the file.
+
+    Raises:
+        ValueError: The id was there before; names both places.
+    """
+    if value in place_of:
+        raise ValueError(
+            f"{where} has the {name} {value} of {place_of[value]}: keep one of the two"
+        )
+    place_of[value] = where
+
+
+class TableImages:
+    """Images that the rows of a table hold; equal ones are kept once.
+
+    Args:
+        are_shown: Whether a model will be asked. Where only labels are read, no image is kept, and
+            a row may lack its own.
+    """
+
+    def __init__(self, are_shown: bool) -> None:
+        self.are_shown = are_shown
+        self._known: dict[str, bytes] = {}
+
+    def read(self, cell: Any, where: str, question_id: str) -> tuple[str, bytes | None]:
+        """Return a name that equal images share, and the image file if it will be shown.
+
+        Args:
+            cell: Bytes, bytes in a struct with their path, or base64 text.
+            where: File and row, for the error.
+            question_id: Name of an image that is not there.
+
+        Raises:
+            ValueError: An image that will be shown is missing, or a text is not base64.
+        """
+        content = cell.get("bytes") if isinstance(cell, dict) else cell
+        if isinstance(content, str):
+            content = decode_image(content, where)
+        if not content:
+            if self.are_shown:
+                raise ValueError(f"{where} has no image: {AGAIN}")
+            return question_id, None
+
+        name = hashlib.sha256(content).hexdigest()
+        return name, self._known.setdefault(name, content) if self.are_shown else None
 
 
 def decode_image(cell: str, where: str) -> bytes:

@@ -19,23 +19,17 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 from pydantic import Field
 
 from mipha.evaluation.benchmark import Reply
+from mipha.evaluation.chat_completions import ChatServer
 from mipha.evaluation.files import OfficialRecord, QuestionId, read_record
 from mipha.files import append_line, read_json_lines, read_lines
-
-TRIES = 6
-"""Requests for one reply: with the pauses between them half a minute of trouble is waited out."""
 
 MOST_UNREAD_IN_A_ROW = 20
 """So many answers that cannot be judged, one after the other, are a fault of the judge."""
@@ -43,14 +37,8 @@ MOST_UNREAD_IN_A_ROW = 20
 REQUEST_OPTION = "--judge-request"
 """Option of the command line that sets fields of a judge's request."""
 
-_LONGEST_REFUSAL = 10_000
-_LONGEST_SHOWN = 200
-"""Bytes of a refusal that are read, and characters of it that an error shows."""
 _LONGEST_QUOTED = 60
 """Characters of a reply that an error shows."""
-
-_LIMITS = ("max_tokens", "max_completion_tokens")
-"""Names of the longest reply in requests, in the order in which they are tried."""
 
 _REASONING = re.compile(
     r"<(think|thinking|thought|reasoning)>.*?</\1>|\[THINK\].*?\[/THINK\]", re.DOTALL
@@ -119,14 +107,6 @@ def explain_unread(wanted: str, replies: Sequence[Reply]) -> str:
         f"no {wanted} can be read in {len(replies)} replies of the judge, the first being "
         f"{first[:_LONGEST_QUOTED]!r}: {advice}"
     )
-
-
-class _RefusedError(Exception):
-    """A server finds a request malformed; `said` is its whole message."""
-
-    def __init__(self, trouble: str, said: str) -> None:
-        super().__init__(trouble)
-        self.said = said
 
 
 class Replay:
@@ -214,12 +194,7 @@ class Replay:
 
 
 class Endpoint:
-    """A model behind a server that speaks OpenAI's chat completions, asked one prompt at a time.
-
-    Servers differ in what a request may hold. Where one refuses a request and names the limit or
-    the temperature, the request is repeated with the limit's other name, or without the field, and
-    so are all later ones. `request` sets fields beforehand.
-    """
+    """A model behind a server that speaks OpenAI's chat completions, asked one prompt at a time."""
 
     num_runs: int | None = None
     """The benchmark decides."""
@@ -250,27 +225,17 @@ class Endpoint:
             ValueError: The URL is not of the web, a field belongs to the benchmark, or the record
                 is malformed.
         """
-        if not base_url.startswith(("http://", "https://")):
-            raise ValueError(
-                f"the judge's URL {base_url!r} does not start with http:// or https://: "
-                "give one like http://localhost:8000/v1"
-            )
-        self.request = dict(request or {})
-        for name in ("model", "messages", "stream", "n"):
-            if name in self.request:
-                raise ValueError(
-                    f"the field {name} of a judge's request is not free: leave it out of "
-                    f"{REQUEST_OPTION}"
-                )
-        self.url = base_url.rstrip("/") + "/chat/completions"
-        self.model, self.record = model, record
-        self._timeout, self._pause = timeout, pause
-        self._headers = {"Content-Type": "application/json"} | (
-            {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._server = ChatServer(
+            base_url,
+            model,
+            role="judge",
+            option=REQUEST_OPTION,
+            api_key=api_key,
+            request=request,
+            timeout=timeout,
+            pause=pause,
         )
-
-        # Fields that the server refused, each with the name that took its place.
-        self._refused: dict[str, str | None] = {}
+        self.model, self.record, self.request = model, record, self._server.request
 
         # Replies that an earlier call recorded.
         self._used: list[_Recorded] = []
@@ -310,7 +275,11 @@ class Endpoint:
         prompt_sha256 = _digest(prompt)
         key = ((question_id, run, attempt), prompt_sha256)
         if key not in self._known:
-            reply = self._request(prompt, {"temperature": temperature, "max_tokens": max_tokens})
+            completion = self._server.complete(
+                [{"role": "user", "content": prompt}],
+                {"temperature": temperature, "max_tokens": max_tokens},
+            )
+            reply, refused = Reply(completion.text, completion.is_cut), self._server.refused
             line = {
                 "question_id": question_id,
                 "run": run,
@@ -319,8 +288,8 @@ class Endpoint:
                 "prompt_sha256": prompt_sha256,
                 "cut": reply.is_cut,
             }
-            self._append(line | ({"refused": self._refused} if self._refused else {}))
-            self._known[key] = _Recorded(reply, self.model, self.request, dict(self._refused))
+            self._append(line | ({"refused": refused} if refused else {}))
+            self._known[key] = _Recorded(reply, self.model, self.request, dict(refused))
         self._used.append(self._known[key])
         return self._known[key].reply
 
@@ -339,88 +308,6 @@ class Endpoint:
         self._known = {
             key: found for key, found in self._known.items() if key[0][:2] != (question_id, run)
         }
-
-    def _request(self, prompt: str, settings: Mapping[str, Any]) -> Reply:
-        """Return the server's reply to a prompt, in a request that the server takes."""
-        while True:
-            body = {
-                "model": self.model,
-                "messages": [{"role": "user", "content": prompt}],
-                **self._adapt(settings),
-            }
-            try:
-                return self._send(body)
-            except _RefusedError as error:
-                if not self._give_up_field(error.said, body):
-                    raise ValueError(
-                        f"the judge at {self.url} refuses ({error}): check URL, model "
-                        f"{self.model!r}, key and {REQUEST_OPTION}"
-                    ) from error
-
-    def _adapt(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a benchmark's settings under the names that the server takes, then the user's."""
-        fields: dict[str, Any] = {}
-        for name, value in settings.items():
-            # A refused name leads to the next one, which may have been refused as well.
-            taken: str | None = name
-            while taken in self._refused:
-                taken = self._refused[taken]
-            if taken is not None:
-                fields[taken] = value
-
-        # The user's limit replaces the benchmark's, whatever the two are called.
-        if any(name in self.request for name in _LIMITS):
-            fields = {name: value for name, value in fields.items() if name not in _LIMITS}
-        fields |= self.request
-        return {name: value for name, value in fields.items() if value is not None}
-
-    def _give_up_field(self, said: str, body: Mapping[str, Any]) -> bool:
-        """Remember the benchmark's field that a refusal names; return whether there is one."""
-        for name in (*_LIMITS, "temperature"):
-            if name in body and name not in self.request and re.search(rf"\b{name}\b", said):
-                self._refused[name] = _LIMITS[1] if name == _LIMITS[0] else None
-                return True
-        return False
-
-    def _send(self, body: dict[str, Any]) -> Reply:
-        request = Request(self.url, json.dumps(body).encode(), self._headers)
-        trouble = ""
-
-        for number in range(TRIES):
-            time.sleep(self._pause * 2 ** (number - 1) if number else 0)
-            try:
-                with urlopen(request, timeout=self._timeout) as answer:
-                    return self._content(answer.read())
-            except HTTPError as error:
-                said = error.read(_LONGEST_REFUSAL).decode(errors="replace") or error.reason
-                trouble = f"HTTP {error.code}, {said[:_LONGEST_SHOWN]}"
-                # Only "too many requests" and a server's own failures may pass with time.
-                if error.code in (400, 422):
-                    raise _RefusedError(trouble, said) from error
-                if error.code != 429 and error.code < 500:
-                    raise ValueError(
-                        f"the judge at {self.url} refuses ({trouble}): "
-                        f"check URL, model {self.model!r} and key"
-                    ) from error
-            except (OSError, HTTPException) as error:
-                trouble = str(error) or type(error).__name__
-
-        raise ConnectionError(
-            f"no reply from the judge at {self.url} in {TRIES} tries ({trouble}): "
-            "run the same command again to go on"
-        )
-
-    def _content(self, answer: bytes) -> Reply:
-        try:
-            choice = json.loads(answer)["choices"][0]
-            content, is_cut = choice["message"]["content"], choice.get("finish_reason") == "length"
-        except (ValueError, KeyError, IndexError, TypeError) as error:
-            raise ValueError(
-                f"{self.url} does not answer as chat completions do ({answer[:80]!r}): "
-                "check the URL"
-            ) from error
-        # A model may say nothing (None): that is a reply, and the benchmark finds it unreadable.
-        return Reply("" if content is None else str(content), is_cut)
 
 
 def _entries(line: _Line, where: str) -> Iterator[tuple[_Place, str | None, _Recorded]]:

@@ -2,7 +2,8 @@
 
 predictions.meta.json   checkpoint and prompts; a folder with others is refused
 predictions.jsonl       {"question_id", "text", "num_tokens", "finished"}, appended as answers
-                        arrive; in official order at the end
+                        arrive; in official order at the end. A model behind an endpoint adds
+                        "asked_sha256", the hash of the request
 errors.jsonl            {"question_id", "error"} of the last call's failures; the next call asks
                         these questions again
 
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mipha.evaluation.benchmark import Plan, Question
+from mipha.evaluation.chat_completions import WrongServer
 from mipha.files import append_line, read_json_object, read_lines, write_whole
 
 MOST_FAILURES_IN_A_ROW = 20
@@ -29,7 +31,7 @@ MOST_FAILURES_IN_A_ROW = 20
 
 
 class Asker(Protocol):
-    """A model that answers questions about images; `mipha.Assistant` is one."""
+    """A model that answers questions about images; `Assistant` and `EndpointModel` are two."""
 
     def answer_many(
         self,
@@ -39,6 +41,18 @@ class Asker(Protocol):
         batch_size: int,
         on_answers: Any,
     ) -> list[Any]: ...
+
+
+class FailedQuestions(Exception):
+    """Questions that failed, by a model that knows which; it asked others all the same.
+
+    Args:
+        errors: Position of the question to its error.
+    """
+
+    def __init__(self, errors: Mapping[int, Exception]) -> None:
+        super().__init__(f"{len(errors)} questions failed")
+        self.errors = errors
 
 
 def predict(
@@ -66,7 +80,7 @@ def predict(
         num_ranks: Processes that ask. When all are done, one of them calls `merge`.
 
     Raises:
-        ValueError: The folder's predictions are by another checkpoint or with other prompts; ids
+        ValueError: The folder's predictions are by another model or with other prompts; ids
             repeat; or everything fails.
     """
     if len({question.id for question in plan.questions}) != len(plan.questions):
@@ -139,11 +153,11 @@ def prompts_hash(questions: Sequence[Question]) -> str:
     """Return SHA-256 over ids, prompts and images; a path counts by its name, so data may move."""
     digest = hashlib.sha256()
     for question in questions:
-        image = question.image
-        if isinstance(image, bytes):
-            shown = hashlib.sha256(image).hexdigest()
-        else:
-            shown = image.name if image else None
+        names = [
+            hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else image.name
+            for image in question.images
+        ]
+        shown = names if isinstance(question.image, tuple) else names[0] if names else None
         digest.update(json.dumps([question.id, question.text, shown]).encode() + b"\n")
     return digest.hexdigest()
 
@@ -166,11 +180,27 @@ def fingerprint(model: Path) -> str:
             f"{model} has no .safetensors file: give the folder of an exported model"
         )
 
+    return files_hash(files)
+
+
+def files_hash(files: Sequence[Path]) -> str:
+    """Return SHA-256 over the names and contents of files."""
     digest = hashlib.sha256()
     for path in files:
         stat = path.stat()
         digest.update(f"{path.name} {_file_hash(path, stat.st_size, stat.st_mtime_ns)}\n".encode())
     return digest.hexdigest()
+
+
+def asked_hash(folder: Path) -> str | None:
+    """Return SHA-256 over the requests of all predictions; None where there were no requests."""
+    asked = {
+        row["question_id"]: row["asked_sha256"]
+        for row in read_lines(folder / "predictions.jsonl")
+        if "asked_sha256" in row
+    }
+    content = json.dumps(sorted(asked.items()), ensure_ascii=False)
+    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest() if asked else None
 
 
 @lru_cache(maxsize=256)
@@ -183,8 +213,9 @@ def _file_hash(path: Path, size: int, changed: int) -> str:
 def _claim(folder: Path, header: dict[str, Any]) -> None:
     """Write the folder's header, or check that it says the same."""
     path = folder / "predictions.meta.json"
-    if not path.is_file():
-        if (folder / "predictions.jsonl").is_file():
+    has_predictions = any(folder.glob("predictions*.jsonl"))
+    if not path.is_file() or not has_predictions:
+        if has_predictions:
             raise ValueError(
                 f"{folder} has predictions but no {path.name}, so nobody knows whose they are: "
                 "delete that folder"
@@ -195,7 +226,7 @@ def _claim(folder: Path, header: dict[str, Any]) -> None:
     old = read_json_object(path, fix="delete that folder")
     if differing := [key for key in header if old.get(key) != header[key]]:
         key = differing[0]
-        whose = {"checkpoint_sha256": "another checkpoint", "prompts_sha256": "other prompts"}
+        whose = {"checkpoint_sha256": "another model", "prompts_sha256": "other prompts"}
         what = whose.get(key, f"{key}={old.get(key)} (now {header[key]})")
         raise ValueError(
             f"the predictions in {folder} were made with {what}: "
@@ -254,6 +285,14 @@ class _Answering:
             try:
                 self._answer_part(part)
                 self.failed_since_answer.clear()
+            except FailedQuestions as found:
+                if any(question.id in self.answered for question in part):
+                    self.failed_since_answer.clear()
+                for index, error in found.errors.items():
+                    self._note_failure(part[index], error)
+                failed = {part[index].id for index in found.errors}
+                left = [one for one in part if one.id not in self.answered | failed]
+                todo += [left] if left else []
             # An error of any kind: a broken image, full memory, a crash. It becomes a line of
             # errors.jsonl, never an answer.
             except Exception as error:
@@ -283,6 +322,8 @@ class _Answering:
                     "num_tokens": answer.num_tokens,
                     "finished": answer.finished,
                 }
+                if asked := getattr(answer, "asked_sha256", None):
+                    row["asked_sha256"] = asked
                 append_line(self.answers_file, row)
                 self.answered.add(part[index].id)
             self.advance(len(indices))
@@ -306,10 +347,12 @@ class _Answering:
 
 
 def _is_system_error(error: Exception) -> bool:
-    """Return whether an error is the machine's, such as a full disk, and not the image's.
+    """Return whether an error is the machine's or the server's, and not the image's.
 
     Pillow's OSError for a broken image has no number; that of a full disk has one.
     """
+    if isinstance(error, (WrongServer, ConnectionError)):
+        return True
     if not isinstance(error, OSError) or isinstance(error, FileNotFoundError):
         return False
     return error.errno is not None

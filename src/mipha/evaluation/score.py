@@ -11,13 +11,15 @@ import json
 import math
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mipha.comparison.statistics import Tally, Totals, intervals, tally, values
 from mipha.evaluation.answer_files import read_answers
 from mipha.evaluation.benchmark import Benchmark, Judge, Judgement, Plan, Question
+from mipha.evaluation.engine_check import EngineCheck
+from mipha.evaluation.predict import asked_hash
 from mipha.files import append_line, read_json_object, write_whole
 
 _FEWEST_ALIKE = 20
@@ -68,6 +70,11 @@ class Result:
         max_new_tokens: Longest answer, in tokens.
         protocol: How it was asked and read.
         notes: Sentences that a reader must know.
+        model: The engine, or the endpoint, that answered.
+        fingerprint: Hash of all requests, prompts and images as they were sent; None for a model
+            that is asked without requests.
+        engine_check: Comparison of an engine's answers with its checkpoint's; None where there is
+            nothing to compare.
     """
 
     benchmark: str
@@ -86,10 +93,17 @@ class Result:
     notes: tuple[str, ...] = ()
     n_empty: int = 0
     all_empty: bool = False
+    model: Mapping[str, Any] = field(default_factory=dict)
+    fingerprint: str | None = None
+    engine_check: EngineCheck | None = None
 
 
 def score_predictions(
-    plan: Plan, predictions: Mapping[str, str], folder: Path, judge: Judge | None = None
+    plan: Plan,
+    predictions: Mapping[str, str],
+    folder: Path,
+    judge: Judge | None = None,
+    model: Mapping[str, Any] | None = None,
 ) -> Result:
     """Score the answers and write scores.json, or the file that the benchmark's server takes.
 
@@ -98,6 +112,7 @@ def score_predictions(
         predictions: Question id to text.
         folder: Place of predictions.meta.json; gets scores.json, tally.json and the upload file.
         judge: Grader, where the benchmark wants one.
+        model: The engine, or the endpoint, that answered.
 
     Raises:
         ValueError: Not one of the questions was answered, or not one answer could be judged, or the
@@ -154,6 +169,8 @@ def score_predictions(
         notes=notes,
         n_empty=num_empty,
         all_empty=num_empty == len(answered),
+        model=dict(model or {}),
+        fingerprint=asked_hash(folder),
     )
     rows = [_describe_score(benchmark, score) for score in scores]
     content = json.dumps(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mipha.evaluation.benchmark import Benchmark, Plan, Question
+from mipha.evaluation.engine_check import EngineCheck
 from mipha.evaluation.paired import PairedRow
 from mipha.evaluation.score import Result
 
@@ -32,6 +34,9 @@ def print_results(results: Sequence[Result]) -> None:
         for note in notes:
             _print_line(console, note)
 
+        if check := result.engine_check:
+            _print_line(console, f"{result.benchmark}: {describe_check(check)}")
+
         # Answers that are missing.
         if result.n_failed:
             console.print(
@@ -43,14 +48,20 @@ def print_results(results: Sequence[Result]) -> None:
             console.print(f"not complete: {num_scored} of {result.num_questions} questions")
 
 
-def print_plan(plans: Sequence[Plan], model: Path) -> None:
-    """Print questions, doubts, and three prompts of each benchmark as the model will read them."""
-    from mipha.assistant import render_prompt
-    from mipha.models.processing import load_processor
-    from mipha.run import model_folder
+def print_plan(plans: Sequence[Plan], checkpoint: Path | None) -> None:
+    """Print questions, doubts, and three prompts of each benchmark.
 
+    Args:
+        plans: The benchmarks.
+        checkpoint: Model folder whose template the prompts are shown in; None: as they are sent.
+    """
     console = Console()
-    processor = load_processor(model_folder(model))
+    render = None
+    if checkpoint is not None:
+        from mipha.assistant import render_prompt
+        from mipha.models.processing import load_processor
+
+        render = partial(render_prompt, load_processor(checkpoint))
     for plan in plans:
         console.print(
             f"[bold]{plan.name}[/] {plan.split}: {len(plan.questions):,} questions, "
@@ -63,7 +74,9 @@ def print_plan(plans: Sequence[Plan], model: Path) -> None:
             )
         for question in _pick(plan.questions):
             console.print(f"  {question.id}", style="dim", markup=False, highlight=False)
-            prompt = render_prompt(processor, question.text, question.image is not None)
+            prompt = question.text
+            if render is not None:
+                prompt = render(question.text, len(question.images))
             console.print(
                 "    " + prompt.replace("\n", "\n    "),
                 soft_wrap=True,
@@ -125,6 +138,20 @@ def print_paired(rows: Sequence[PairedRow]) -> None:
         "p: two-sided, swapping the answers of whole images; "
         "p (Holm): headlines, adjusted for the number of benchmarks",
         style="dim",
+    )
+
+
+def describe_check(check: EngineCheck) -> str:
+    """Return in a sentence how an engine's answers compare with those of transformers."""
+    share = f"{check.low:.1f} to {check.high:.1f} %"
+    sentence = (
+        f"{check.engine} gives the answers of transformers in float32 to {check.n_same} of "
+        f"{check.n} questions (95 % interval {share})"
+    )
+    if check.score is None or check.reference_score is None:
+        return sentence
+    return (
+        f"{sentence}; {check.metric} on these: {check.score:.1f}, there {check.reference_score:.1f}"
     )
 
 

@@ -342,7 +342,7 @@ def test_the_folder_holds_a_file_a_split(tmp_path: Path) -> None:
     ("broken", "sentence"),
     [
         ({"index": "x"}, r"line 3: index 'x' is not a whole number"),
-        ({"index": "1"}, r"line 3: index 1 stands on an earlier line"),
+        ({"index": "1"}, r"line 3 has the index 1 of .* line 2: keep one of the two"),
         ({"answer": "C"}, r"line 3: the answer 'C' is the letter of none of its options"),
         ({"answer": "red"}, r"line 3: the answer 'red'"),
         ({"answer": ""}, r"line 3 has no answer: give a file whose labels are public"),

@@ -201,7 +201,10 @@ def test_doubts(tmp_path: Path) -> None:
             _record(2, ["x"] * 10) | {"answers": [2] * 10},
             r"data\[1\]: answers\.0 2 should be a valid string",
         ),
-        (_record(1, ["x"] * 10), r"data\[1\]: question_id 1 stands in the file twice"),
+        (
+            _record(1, ["x"] * 10),
+            r"data\[1\] has the question_id 1 of .*data\[0\]: keep one of the two",
+        ),
         (
             _record(2, ["x"] * 10) | {"question_id": "2"},
             r"data\[1\]: question_id '2' should be a valid integer",

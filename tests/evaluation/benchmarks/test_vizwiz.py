@@ -182,7 +182,7 @@ def test_the_upload_of_test(name: str, tmp_path: Path) -> None:
         ({"image": "x"}, "is not a list of questions"),
         (
             [_record(0, ["x"]), _record(0, ["x"])],
-            r"\[1\]: image VizWiz_val_00000000\.jpg stands in the file twice",
+            r"\[1\] has the image VizWiz_val_00000000\.jpg of .*\[0\]: keep one",
         ),
         ([{"question": "x"}], r"\[0\] has no 'image'"),
         ([_record(0, ["x"]) | {"image": 7}], r"\[0\]: image 7 should be a valid string"),

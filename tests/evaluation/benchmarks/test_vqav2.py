@@ -260,7 +260,7 @@ def _without(key: str) -> dict[str, Any]:
         ),
         (
             _annotation(1000, ["x"] * 10),
-            r"annotations\[1\]: question_id 1000 stands in the file twice",
+            r"annotations\[1\] has the question_id 1000 of .*\[0\]: keep one of the two",
         ),
         (
             _without("question_id") | {"question_id": "2000"},
@@ -295,7 +295,7 @@ def test_a_malformed_annotation_is_named(record: Any, sentence: str, tmp_path: P
         ),
         (
             [_question(1000), _question(1000)],
-            r"questions\[1\]: question_id 1000 stands in the file twice",
+            r"questions\[1\] has the question_id 1000 of .*\[0\]: keep one of the two",
         ),
         (
             [_question(1000), _question(1001)],

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -41,6 +41,7 @@ class Reply:
         pieces: Bytes of every token; the one that ends the turn has none, and may be missing.
         margins: Difference of each token's log-probability to that of the runner-up; 0 is a tie.
         num_prompt_tokens: Tokens of the prompt, the image's included.
+        num_tokens: Tokens generated, the end of the turn included.
         finished: Whether it ended its turn; False when the length cut it off.
     """
 
@@ -48,6 +49,7 @@ class Reply:
     pieces: tuple[bytes, ...]
     margins: tuple[float, ...]
     num_prompt_tokens: int
+    num_tokens: int
     finished: bool
 
 
@@ -122,8 +124,32 @@ class LlamaCpp:
             pieces=tuple(bytes(token["bytes"]) for token in tokens),
             margins=tuple(_margin(token) for token in tokens),
             num_prompt_tokens=found["usage"]["prompt_tokens"],
+            num_tokens=found["usage"]["completion_tokens"],
             finished=choice["finish_reason"] == "stop",
         )
+
+    def answer_many(
+        self,
+        pairs: Sequence[tuple[ImageLike | None, str]],
+        *,
+        max_new_tokens: int = 128,
+        batch_size: int = 1,
+        on_answers: Callable[[list[int], list[Reply]], None] | None = None,
+    ) -> list[Reply]:
+        """Answer many questions, one after the other, as `Assistant.answer_many` does.
+
+        Args:
+            pairs: (image, question).
+            max_new_tokens: Longest answer in tokens.
+            batch_size: Without meaning here.
+            on_answers: Callback of every answer; takes its position in `pairs` and the reply.
+        """
+        replies = []
+        for index, (image, question) in enumerate(pairs):
+            replies.append(self.reply(image, question, max_new_tokens))
+            if on_answers:
+                on_answers([index], replies[-1:])
+        return replies
 
     def stream(
         self, image: ImageLike | None, question: str, max_new_tokens: int = 128

@@ -56,6 +56,7 @@ class ChildEngine:
         model: str,
     ) -> None:
         self.name, self._command, self._model = name, list(command), model
+        self.url, self.key = f"http://127.0.0.1:{port}/v1", key
         self._environment = {**os.environ, **environment}
 
         # The front limits the time, and how many requests there are.

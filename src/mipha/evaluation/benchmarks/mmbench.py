@@ -28,6 +28,7 @@ from mipha.evaluation.files import (
     decode_image,
     find,
     read_table,
+    refuse_repeated,
     write_spreadsheet,
 )
 from mipha.evaluation.judge import MOST_UNREAD_IN_A_ROW
@@ -205,12 +206,12 @@ def read_rows(path: Path, edition: Edition, with_labels: bool, with_images: bool
     own_image: dict[int, str] = {}  # index to hash
     shared_image: dict[int, int] = {}  # index to index of the row with the image
     decoded: dict[str, bytes] = {}
+    place_of: dict[int, str] = {}
 
     # Files of 2023 repeat an image in every rotation, later ones refer to the unrotated row.
     for where, row in read_table(path, required=("index", "question", "A", "B")):
         index = _read_index(row, where)
-        if index in rows:
-            raise ValueError(f"{where}: index {index} stands on an earlier line as well: {AGAIN}")
+        refuse_repeated(place_of, index, where, "index")
         cell = row.pop("image", "")
         if len(cell) > _LONGEST_REFERENCE:
             own_image[index] = sha256 = hashlib.sha256(cell.encode()).hexdigest()

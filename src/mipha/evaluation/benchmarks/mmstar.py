@@ -12,8 +12,7 @@ Source: MMStar-Benchmark/MMStar 88f243ab `eval/vlmeval/evaluate/mmstar.py:MMStar
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,13 +22,13 @@ from pydantic import Field
 from mipha.comparison.statistics import Totals
 from mipha.evaluation.benchmark import Benchmark, Judge, Judgement, Metric, Question, Split
 from mipha.evaluation.files import (
-    AGAIN,
     OfficialRecord,
-    decode_image,
+    TableImages,
     find,
     read_parquet,
     read_record,
     read_table,
+    refuse_repeated,
 )
 
 FILES = ("mmstar.parquet", "MMStar.tsv")
@@ -61,17 +60,12 @@ def read(root: Path, split: str) -> list[Question]:
         Questions whose facts are `answer` (letter), `category` (one of six), `l2_category` (one of
         eighteen axes) and `image` (hash of the image, or the id where there is none).
     """
-    questions = []
-    for where, row, image in _read_rows(root):
-        if image is None:
-            raise ValueError(f"{where} has no image: {AGAIN}")
-        questions.append(_make_question(row, image, shown=image))
-    return questions
+    return _read_rows(root, with_images=True)
 
 
 def read_labels(path: Path) -> list[Question]:
     """Return the labelled questions; the images need not be there."""
-    return [_make_question(row, image, shown=None) for _, row, image in _read_rows(path)]
+    return _read_rows(path, with_images=False)
 
 
 def read_answer(text: str) -> str | None:
@@ -113,19 +107,8 @@ def measure(totals: Totals) -> dict[str, np.ndarray]:
     return {"overall": percent.pop("overall"), "axes_mean": axes_mean} | percent
 
 
-def _make_question(row: _Row, image: bytes | None, shown: bytes | None) -> Question:
-    cluster = str(row.index) if image is None else hashlib.sha256(image).hexdigest()
-    facts = {
-        "answer": row.answer,
-        "category": row.category,
-        "l2_category": row.l2_category,
-        "image": cluster,
-    }
-    return Question(str(row.index), row.question.strip() + INSTRUCTION, shown, facts)
-
-
-def _read_rows(root: Path) -> Iterator[tuple[str, _Row, bytes | None]]:
-    """Yield place, record and image of every question, of either file.
+def _read_rows(root: Path, with_images: bool) -> list[Question]:
+    """Return every question of either file.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -134,7 +117,10 @@ def _read_rows(root: Path) -> Iterator[tuple[str, _Row, bytes | None]]:
     """
     path = find(root, FILES, SOURCE)
     read_file = read_table if path.suffix == ".tsv" else read_parquet
+    images = TableImages(with_images)
     place_of: dict[int, str] = {}
+
+    questions = []
     for where, cells in read_file(path, _COLUMNS):
         # VLMEvalKit's file has the same name, but its questions have lost their options.
         if "A" in cells:
@@ -143,12 +129,17 @@ def _read_rows(root: Path) -> Iterator[tuple[str, _Row, bytes | None]]:
                 f"{SOURCE}"
             )
         row = read_record(_Row, _plain_values(cells), where)
-        if row.index in place_of:
-            raise ValueError(
-                f"{where} has the index {row.index} of {place_of[row.index]}: keep one of the two"
-            )
-        place_of[row.index] = where
-        yield where, row, _read_image(cells.get("image"), where)
+        refuse_repeated(place_of, row.index, where, "index")
+        name, image = images.read(cells.get("image"), where, str(row.index))
+        facts = {
+            "answer": row.answer,
+            "category": row.category,
+            "l2_category": row.l2_category,
+            "image": name,
+        }
+        prompt = row.question.strip() + INSTRUCTION
+        questions.append(Question(str(row.index), prompt, image, facts))
+    return questions
 
 
 def _plain_values(cells: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,12 +147,6 @@ def _plain_values(cells: Mapping[str, Any]) -> dict[str, Any]:
     index = cells["index"]
     is_number = isinstance(index, str) and index.isdecimal()
     return {**cells, "index": int(index) if is_number else index}
-
-
-def _read_image(cell: Any, where: str) -> bytes | None:
-    """Return an image file: bytes, bytes in a struct with their path, or base64 text."""
-    content = cell.get("bytes") if isinstance(cell, dict) else cell
-    return decode_image(content, where) if isinstance(content, str) else content or None
 
 
 BENCHMARK = Benchmark(

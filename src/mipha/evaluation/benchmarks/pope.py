@@ -22,7 +22,7 @@ from mipha.comparison.statistics import Totals, ratio
 from mipha.evaluation.answer_files import read_answer_records
 from mipha.evaluation.answers import SHORT
 from mipha.evaluation.benchmark import Benchmark, Judge, Judgement, Metric, Question, Split
-from mipha.evaluation.files import OfficialRecord, find, image_file, read_record
+from mipha.evaluation.files import OfficialRecord, find, image_file, read_record, refuse_repeated
 from mipha.files import read_json_lines
 
 SUBSETS = {"adversarial": 0, "random": 10_000_000, "popular": 20_000_000}
@@ -168,16 +168,11 @@ def _read_lines(root: Path) -> Iterator[tuple[str, str, dict[str, Any]]]:
     for subset, offset in SUBSETS.items():
         name = f"coco_pope_{subset}.json"
         path = find(root, (name, f"coco/{name}"), SOURCE)
-        line_of: dict[int, int] = {}
+        place_of: dict[int, str] = {}
         for number, row in read_json_lines(path):
             where = f"{path} line {number}"
             line = read_record(_Line, row, where)
-            if line.question_id in line_of:
-                raise ValueError(
-                    f"{where} has the question_id {line.question_id} of line "
-                    f"{line_of[line.question_id]}: keep one of the two"
-                )
-            line_of[line.question_id] = number
+            refuse_repeated(place_of, line.question_id, where)
             facts = {"answer": line.label, "image": line.image, "subset": subset}
             yield str(line.question_id + offset), line.text, facts
 

@@ -29,6 +29,7 @@ from mipha.evaluation.files import (
     image_file,
     read_official,
     read_record,
+    refuse_repeated,
 )
 from mipha.evaluation.multiple_choice import LETTER, list_options
 
@@ -134,18 +135,12 @@ def _read_records(root: Path) -> Iterator[tuple[_Record, dict[str, Any]]]:
     path = find(root, (FILE,), SOURCE)
     content = read_record(_File, read_official(path), str(path))
     names = {number: name for name, number in content.question_type.items()}
-    number_of: dict[str, int] = {}
+    place_of: dict[str, str] = {}
 
     for number, row in enumerate(content.questions):
         where = f"{path} question number {number} (from 0)"
         record = read_record(_Record, row, where)
-        question_id = str(record.question_id)
-        if question_id in number_of:
-            raise ValueError(
-                f"{where} has the question_id {question_id} of question number "
-                f"{number_of[question_id]}: keep one of the two"
-            )
-        number_of[question_id] = number
+        refuse_repeated(place_of, str(record.question_id), where)
         if record.question_type_id not in names:
             raise ValueError(
                 f"{where} has the question_type_id {record.question_type_id!r}, "

@@ -33,6 +33,7 @@ from mipha.evaluation.files import (
     image_file,
     read_official,
     read_record,
+    refuse_repeated,
 )
 from mipha.files import read_json_lines
 
@@ -119,14 +120,12 @@ def read_labels(path: Path) -> list[Question]:
     if content.dataset_version is not None and content.dataset_type is not None:
         edition = f"{content.dataset_version} {content.dataset_type}"
 
+    place_of: dict[int, str] = {}
     labelled: dict[int, Question] = {}
     for number, row in enumerate(content.data):
         where = f"{path} data[{number}]"
         record = read_record(_Record, row, where)
-        if record.question_id in labelled:
-            raise ValueError(
-                f"{where}: question_id {record.question_id} stands in the file twice: {AGAIN}"
-            )
+        refuse_repeated(place_of, record.question_id, where)
         facts = {
             "image_id": record.image_id,
             "answers": tuple(record.answers),

@@ -41,6 +41,7 @@ from mipha.evaluation.files import (
     image_file,
     read_official,
     read_record,
+    refuse_repeated,
 )
 from mipha.files import read_json_lines
 
@@ -156,12 +157,10 @@ def find_doubts(questions: Sequence[Question], split: str) -> list[str]:
 def _read_records(path: Path) -> Iterator[tuple[str, _Record, Any]]:
     """Yield place, record and plain values of each question of an official file or of LLaVA's."""
     rows = _read_llava_lines(path) if path.suffix == ".jsonl" else _read_rows(path)
-    seen = set()
+    place_of: dict[str, str] = {}
     for where, row in rows:
         record = read_record(_Record, row, where)
-        if record.image in seen:
-            raise ValueError(f"{where}: image {record.image} stands in the file twice: {AGAIN}")
-        seen.add(record.image)
+        refuse_repeated(place_of, record.image, where, "image")
         yield where, record, row
 
 

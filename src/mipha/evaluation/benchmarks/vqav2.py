@@ -35,12 +35,12 @@ from mipha.evaluation.answers import (
 )
 from mipha.evaluation.benchmark import Benchmark, Judge, Judgement, Metric, Question, Split
 from mipha.evaluation.files import (
-    AGAIN,
     OfficialRecord,
     find,
     image_file,
     read_official,
     read_record,
+    refuse_repeated,
 )
 from mipha.files import read_json_lines
 
@@ -270,12 +270,10 @@ def _read_questions(path: Path) -> tuple[str | None, dict[int, tuple[int, str]]]
 
     # Tuples, not records: there are 447,793 of them.
     asked: dict[int, tuple[int, str]] = {}
+    place_of: dict[int, str] = {}
     for where, row in rows:
         record = read_record(_Question, row, where)
-        if record.question_id in asked:
-            raise ValueError(
-                f"{where}: question_id {record.question_id} stands in the file twice: {AGAIN}"
-            )
+        refuse_repeated(place_of, record.question_id, where)
         asked[record.question_id] = record.image_id, record.question
     return subtype, asked
 
@@ -306,14 +304,11 @@ def _read_annotations(path: Path) -> dict[int, dict[str, Any]]:
     """Return question id to facts, in the order of the annotation file."""
     content = read_record(_AnnotationFile, read_official(path), str(path))
     labels: dict[int, dict[str, Any]] = {}
+    place_of: dict[int, str] = {}
     for number, row in enumerate(content.annotations):
         where = f"{path} annotations[{number}]"
         record = read_record(_Annotation, row, where)
-        if record.question_id in labels:
-            raise ValueError(
-                f"{where}: question_id {record.question_id} stands in the file twice: {AGAIN}"
-            )
-
+        refuse_repeated(place_of, record.question_id, where)
         labels[record.question_id] = {
             "image_id": record.image_id,
             "answers": human_answers(record.answers, where),
