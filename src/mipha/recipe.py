@@ -23,9 +23,11 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    SerializerFunctionWrapHandler,
     Tag,
     ValidationInfo,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -240,7 +242,69 @@ def _as_list(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else [value]
 
 
-class DataRecipe(Strict):
+Scale = Annotated[
+    Literal["pixels", "unit", "hundred", "thousand", "square"],
+    BeforeValidator(
+        lambda value: (
+            {1: "unit", 100: "hundred", 1000: "thousand"}.get(value, value)
+            if isinstance(value, int | float)
+            else value
+        )
+    ),
+]
+
+
+class ReadingRecipe(Strict):
+    """What the records of own data do not say themselves; a key that is not set is not written."""
+
+    min_ratings: dict[str, int] = Field(
+        {},
+        description="lowest rating of a turn that is kept, by the rating's name, such as "
+        "{relevance: 2} for the column relevance_ratings; unrated turns stay",
+    )
+    answer_form: Literal["letter", "text", "letter-text"] = Field(
+        "letter", description="how a question with options is answered: A, a cat, or A. a cat"
+    )
+    columns: dict[Literal["image", "question", "answer", "options"], str] = Field(
+        {}, description="columns of a table by what they hold; None: found by their usual names"
+    )
+    bbox_format: Literal["xyxy", "xywh", "cxcywh"] | None = Field(
+        None, description="numbers of a box: two corners, corner and size, or centre and size"
+    )
+    bbox_scale: Scale | None = Field(
+        None,
+        description="unit of the numbers of a box: pixels, unit (0 to 1), hundred, thousand, "
+        "or square (0 to 1 of the image padded to a square); None: pixels",
+    )
+    bbox_frame: Literal["upright", "stored"] = Field(
+        "upright", description="stored: numbers of the image as stored, before EXIF turns it"
+    )
+    point_scale: Scale | None = Field(
+        None, description="unit of the numbers of a point, as bbox_scale; 100 is hundred"
+    )
+    unreadable_shards: Literal["fail", "skip"] = Field(
+        "fail",
+        description="parquet files and tars that cannot be read: stop and name all of them, "
+        "or train on the others and count them",
+    )
+
+    @model_serializer(mode="wrap")
+    def _only_what_is_set(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # So a recipe that sets none of them keeps its digest, and its runs.
+        fields = ReadingRecipe.model_fields
+        return {
+            name: value
+            for name, value in handler(self).items()
+            if name not in fields or getattr(self, name) != fields[name].get_default()
+        }
+
+    def set_keys(self) -> list[str]:
+        """Name the keys about reading that are set."""
+        fields = ReadingRecipe.model_fields
+        return [name for name in fields if getattr(self, name) != fields[name].get_default()]
+
+
+class DataRecipe(ReadingRecipe):
     """One data set of a stage."""
 
     dataset: str = Field(description="module name in data/datasets; auto: told from the data")

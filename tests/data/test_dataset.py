@@ -114,3 +114,20 @@ def test_a_named_data_set_is_read_from_its_root(tmp_path: Path) -> None:
     (tmp_path / "llava_v1_5_mix665k.json").write_text(json.dumps(rows))
     loaded = load_data(data_recipe("llava_instruct", tmp_path))
     assert loaded.to_sample(loaded.records[0]).images == (tmp_path / "1.jpg",)
+
+
+def test_settings_of_a_command_are_keys_of_the_recipe(tmp_path: Path) -> None:
+    recipe = data_recipe("./x.jsonl", settings=["min_ratings.relevance=2", "split=test"])
+    assert (recipe.min_ratings, recipe.split) == ({"relevance": 2}, "test")
+    assert data_recipe("messages", settings=["point_scale=100"]).point_scale == "hundred"
+    with pytest.raises(ValueError, match="'split' has no `=`: write key=value"):
+        data_recipe("./x.jsonl", settings=["split"])
+    with pytest.raises(ValueError, match="min_rating: unknown key; did you mean min_ratings"):
+        data_recipe("./x.jsonl", settings=["min_rating.relevance=2"])
+
+
+def test_keys_about_reading_change_a_recipes_digest_only_where_they_are_set() -> None:
+    assert "min_ratings" not in DataRecipe(dataset="auto").model_dump()
+    assert DataRecipe(dataset="auto", min_ratings={"a": 1}).model_dump()["min_ratings"] == {"a": 1}
+    with pytest.raises(ValueError, match="answer_form has no effect with the data set easy_vqa"):
+        load_data(DataRecipe(dataset="easy_vqa", answer_form="text"))

@@ -13,6 +13,7 @@ from transformers import LlavaProcessor
 
 from mipha.assistant import Assistant
 from mipha.data.encode import IGNORE, blank, encode, tokens_per_image
+from mipha.data.faults import RecordError
 from mipha.data.sample import IMAGE, Message, Sample
 
 PICTURE = Path("a.png")
@@ -298,3 +299,53 @@ def test_half_a_character_is_named(processor: LlavaProcessor) -> None:
         match=r"sample row 3: a text holds half of a character \(a lone surrogate\); remove it",
     ):
         encode(sample, processor, 200)
+
+
+def _document(*places: str) -> Sample:
+    text = "\n\n".join(places)
+    return Sample("d", (Message("document", text),), (PICTURE,) * text.count(IMAGE))
+
+
+@KINDS
+@pytest.mark.parametrize(
+    "places",
+    [
+        (IMAGE, "A.", "B."),
+        ("Start.", IMAGE, IMAGE, "End."),
+        ("One.\n\nTwo.", IMAGE),
+        (IMAGE, "A.", IMAGE, "B.", IMAGE),
+    ],
+)
+def test_labels_of_a_document_are_exactly_its_texts(
+    assistants: Callable, family: str, places: tuple[str, ...]
+) -> None:
+    processor = assistants(family, "chatml").processor
+    encoded = encode(_document(*places), processor, 4000)
+    labels = encoded.labels[encoded.labels != IGNORE]
+    assert labels[-1] == processor.tokenizer.eos_token_id
+    said = processor.tokenizer.decode(labels[:-1])
+    assert said == "\n\n".join(place for place in places if place != IMAGE)
+    num_image_tokens = int((encoded.input_ids == processor.image_token_id).sum())
+    assert num_image_tokens == len(encoded.images) * tokens_per_image(processor)
+    plain = encode(_document(*places), processor, 4000, "plain")
+    assert (plain.input_ids == encoded.input_ids).all()
+
+
+def test_a_long_document_is_cut_between_places(processor: LlavaProcessor) -> None:
+    sample = _document("One.", IMAGE, "Two.", IMAGE, "Three.")
+    whole = encode(sample, processor, 4000)
+    ends = np.flatnonzero(np.diff((whole.input_ids == processor.image_token_id).astype(int)) == -1)
+
+    # A row that ends within the second image shows the first one only, and no end of text.
+    cut = encode(sample, processor, int(ends[1]))
+    assert len(cut.images) == 1 and processor.tokenizer.eos_token_id not in cut.labels
+    said = processor.tokenizer.decode(cut.labels[cut.labels != IGNORE])
+    assert said == "One.\n\nTwo.\n\n"
+    assert cut.truncated == len(whole) - len(cut) > 0
+
+    assert len(encode(_document("word " * 50), processor, 10)) == 10
+    with pytest.raises(RecordError, match="its first image takes") as raised:
+        encode(_document(IMAGE, "Two."), processor, 3)
+    assert raised.value.kind == "too-many-images"
+    with pytest.raises(RecordError, match="cuts its text off"):
+        encode(_document(IMAGE, "Two."), processor, tokens_per_image(processor) + 3)

@@ -205,9 +205,10 @@ def test_the_formats_are_read_as_the_table_says(tmp_path: Path) -> None:
         "sharegpt",
         "table",
         "texts",
+        "documents",
         "image_folder",
         "parquet",
         "arrow",
         "webdataset",
     }
-    assert {dataset for *_, dataset in TABLE} == own and shown == 16
+    assert {dataset for *_, dataset in TABLE} == own and shown == 18

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mipha.cli.data import ImageRoot, RecipeName, Root, Stage, show_row
+from mipha.cli.data import ImageRoot, RecipeName, Root, Settings, Stage, show_row
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,7 @@ def show(
             help="Any name of `mipha list`, or a .yaml file of yours; with --row, data."
         ),
     ],
+    settings: Settings = None,
     row: Annotated[
         int | None, typer.Option(help="Show this row of a data set, from 0, as the model sees it.")
     ] = None,
@@ -77,11 +78,11 @@ def show(
 ) -> None:
     """Show an entry of the catalog in full, the recipe of a run, or one row of a data set."""
     if row is not None:
-        show_row(name, row, recipe, stage, root, image_root, out)
+        show_row(name, settings, row, recipe, stage, root, image_root, out)
         return
-    if recipe is not None or stage is not None or root or image_root:
+    if recipe is not None or stage is not None or root or image_root or settings:
         raise ValueError(
-            "--recipe, --stage, --root and --image-root are for a row of a data set: "
+            "--recipe, --stage, --root, --image-root and KEY=VALUE are for a row of a data set: "
             "give --row too, or leave them out"
         )
     if (Path(name) / "recipe.yaml").is_file():

@@ -20,6 +20,13 @@ Data = Annotated[
         "the data of the recipe's stages.",
     ),
 ]
+Settings = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="How DATA are read, as a recipe's data set says it, such as min_ratings.relevance=2.",
+    ),
+]
 RecipeName = Annotated[
     str | None,
     typer.Option("--recipe", help="Check tokens too, as this recipe would train on them."),
@@ -40,6 +47,7 @@ ImageRoot = Annotated[
 
 def check(
     data: Data = None,
+    settings: Settings = None,
     recipe: RecipeName = None,
     stage: Stage = None,
     root: Root = None,
@@ -72,7 +80,7 @@ def check(
     chosen: list[tuple[DataRecipe, StageRecipe | None]]
     loaded = _load_recipe(recipe, stage)
     if data is not None:
-        named = data_recipe(data, root, image_root or ())
+        named = data_recipe(data, root, image_root or (), settings=settings or ())
         chosen = [(named, _stages(loaded, stage)[-1] if loaded else None)]
     elif loaded is None or root or image_root:
         raise ValueError("give DATA, or only --recipe NAME for the data of a recipe's stages")
@@ -117,6 +125,7 @@ def check(
 
 def show_row(
     data: str,
+    settings: list[str] | None,
     row: int,
     recipe: str | None,
     stage: str | None,
@@ -132,7 +141,7 @@ def show_row(
 
     loaded = _load_recipe(recipe, stage)
     chosen = _stages(loaded, stage)[-1] if loaded else None
-    rows = load_data(data_recipe(data, root, image_root or ()))
+    rows = load_data(data_recipe(data, root, image_root or (), settings=settings or ()))
     view = view_sample(rows, row, chosen, _processor(loaded))
     Console().print(render(view))
     for path in save_pixels(view, out):

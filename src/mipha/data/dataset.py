@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mipha.data.datasets._ratings import Rated, keep_rated
+from mipha.data.datasets._records import Rows
 from mipha.data.images import ImageSource
 from mipha.data.sample import Sample
-from mipha.lookup import did_you_mean, files_in
+from mipha.lookup import did_you_mean, files_in, read_yaml
 from mipha.recipe import DataRecipe, StageRecipe
+from mipha.validation import validated
 
 DATASETS = Path(__file__).parent / "datasets"
 
@@ -35,6 +38,8 @@ class DataSet:
         to_sample: One of those records as a sample. Raises `RecordError` where the record is at
             fault. A record that has a text `where` (file and line) is named with it in reports.
         takes_image_root: Whether `load` takes the folders that images may lie in.
+        takes: Further keys of the recipe that `load` takes by name.
+        reads: Keys of `ReadingRecipe` that `to_sample` heeds; `Rows` hand them to it.
         left_out: `left_out(root, split)`: a sentence on the records that `load` leaves out, None
             where there are none.
         detect: `detect(root)`: the name of the data set that reads this place, and a sentence on
@@ -46,6 +51,8 @@ class DataSet:
     load: Callable[..., Sequence[Any]] | None = None
     to_sample: Callable[[Any], Sample] | None = None
     takes_image_root: bool = False
+    takes: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
     left_out: Callable[[Path | None, str], str | None] | None = None
     detect: Callable[[Path | None], tuple[str, str]] | None = None
 
@@ -67,6 +74,7 @@ class LoadedData:
         format: How the format was detected, in a sentence; None where it was given.
         left_out: Which records were left out, in a sentence; None where none were.
         recipe: The recipe that it was loaded by; None where there is none.
+        rated: What `min_ratings` left out; None where the recipe does not have it.
     """
 
     name: str
@@ -77,6 +85,7 @@ class LoadedData:
     format: str | None = None
     left_out: str | None = None
     recipe: DataRecipe | None = None
+    rated: Rated | None = None
 
     def __len__(self) -> int:
         return min(len(self.records), self.limit or len(self.records))
@@ -100,6 +109,11 @@ class LoadedData:
         """Return the record's place, such as `train.jsonl, line 18`; empty where unknown."""
         where = getattr(record, "where", None)
         return where.removeprefix(f"{self.folder}/") if isinstance(where, str) else ""
+
+    def file_of(self, row: int) -> str:
+        """Return the file that a row lies in, without the data's folder; empty where unknown."""
+        find = getattr(self.records, "file_of", None)
+        return self.shorten(str(find(row) or "")) if find else ""
 
     def shorten(self, text: str) -> str:
         """Return a sentence without the data's own folder in front of its paths."""
@@ -149,10 +163,25 @@ def load_data(recipe: DataRecipe) -> LoadedData:
         dataset = load_dataset(name)
     assert dataset.load is not None and to_sample is not None
 
+    # Index the records.
     if recipe.image_root and not dataset.takes_image_root:
         raise ValueError(f"image_root has no effect with the data set {dataset.name}: remove it")
+    for key in recipe.set_keys():
+        if key not in (*dataset.reads, *dataset.takes):
+            raise ValueError(f"{key} has no effect with the data set {dataset.name}: remove it")
     more = (recipe.image_root,) if dataset.takes_image_root else ()
-    records = dataset.load(recipe.root, recipe.split, *more)
+    named = {key: getattr(recipe, key) for key in dataset.takes}
+    records = dataset.load(recipe.root, recipe.split, *more, **named)
+
+    # Leave out what the recipe says.
+    left_out = [dataset.left_out(recipe.root, recipe.split)] if dataset.left_out else []
+    rated = None
+    if isinstance(records, Rows):
+        left_out.append(records.left_out)
+        records = records.read_by(recipe)
+        if recipe.min_ratings:
+            records, rated = keep_rated(records)
+            left_out.append(rated.sentence)
 
     root = recipe.root
     name = root.name if root else recipe.dataset
@@ -163,8 +192,9 @@ def load_data(recipe: DataRecipe) -> LoadedData:
         folder=root if root is None or root.is_dir() else root.parent,
         limit=recipe.limit,
         format=found,
-        left_out=dataset.left_out(root, recipe.split) if dataset.left_out else None,
+        left_out="; ".join(filter(None, left_out)) or None,
         recipe=recipe,
+        rated=rated,
     )
 
 
@@ -173,6 +203,7 @@ def data_recipe(
     root: Path | None = None,
     image_root: Sequence[Path] = (),
     split: str = "train",
+    settings: Sequence[str] = (),
 ) -> DataRecipe:
     """Return what a command means by DATA.
 
@@ -182,14 +213,33 @@ def data_recipe(
         root: Where a named data set lies; None for its packaged copy.
         image_root: Folders that images may lie in.
         split: Name of the split.
+        settings: Further keys of the data set's recipe, `key=value` each.
 
     Raises:
-        ValueError: A root beside a path.
+        ValueError: A root beside a path, or a setting that is not known.
     """
+    more = {"split": split, "image_root": tuple(image_root)} | _tree_of(settings)
     if "/" not in data and "." not in data:
-        return DataRecipe(dataset=data, root=root, split=split, image_root=tuple(image_root))
+        tree = {"dataset": data, "root": root, **more}
+        return validated(DataRecipe, tree, f"the data set {data}", "data set")
     if root is not None:
         raise ValueError(
             f"--root {root} is for the name of a data set, and {data} is a path: leave one out"
         )
-    return DataRecipe(dataset="auto", root=Path(data), split=split, image_root=tuple(image_root))
+    tree = {"dataset": "auto", "root": data, **more}
+    return validated(DataRecipe, tree, f"the data in {data}", "data set")
+
+
+def _tree_of(settings: Sequence[str]) -> dict[str, Any]:
+    """Return `key=value` and `key.path=value` as a tree."""
+    tree: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise ValueError(f"{setting!r} has no `=`: write key=value, for example split=test")
+        *groups, last = key.split(".")
+        node = tree
+        for group in groups:
+            node = node.setdefault(group, {})
+        node[last] = read_yaml(text, f"{key}: the value")
+    return tree

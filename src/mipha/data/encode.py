@@ -5,7 +5,7 @@ The chat template decides which tokens are trained on, and the text is tokenised
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from mipha.answer_spans import NoMask, answer_spans, has_marks, renderer, superv
 from mipha.checkpoint_files import count_image_tokens
 from mipha.data.faults import RecordError
 from mipha.data.images import ImageSource
-from mipha.data.sample import IMAGE, Message, Sample
+from mipha.data.sample import BETWEEN_PLACES, IMAGE, Message, Sample
 from mipha.data.upstream_tokens import encode_conversation
 from mipha.labels import IGNORE
 
@@ -66,9 +66,11 @@ def encode(
         sample: Sample to encode.
         processor: Processor of the model; it holds the tokenizer and the chat template.
         max_tokens: Longest result, image tokens included. Text after the last image is cut to fit;
-            an image is never cut.
+            an image is never cut. A document is cut between two of its paragraphs, and loses the
+            images behind the cut.
         prompt: `chat` writes the conversation with the processor's template; `plain` writes images,
-            then the assistant's words and a newline, as in LLaVA's first stage.
+            then the assistant's words and a newline, as in LLaVA's first stage. A document is
+            written without either.
 
     Raises:
         RecordError: Nothing would be trained on, the images alone exceed `max_tokens`, images and
@@ -76,6 +78,8 @@ def encode(
     """
     # Write and tokenise the conversation, with as many tokens as each image takes.
     check_text(sample)
+    if sample.is_document:
+        return _encode_document(sample, processor, max_tokens)
     ids, supervised = _plain(sample, processor) if prompt == "plain" else _chat(sample, processor)
     ids, supervised = _expand_images(ids, supervised, processor)
     labels = np.where(supervised & (ids != processor.image_token_id), ids, IGNORE)  # (tokens,)
@@ -127,6 +131,71 @@ def encode(
         else 0
     )
     return Encoded(sample.id, ids, labels, sample.images, shared, truncated)
+
+
+def _encode_document(sample: Sample, processor: LlavaProcessor, max_tokens: int) -> Encoded:
+    """Tokenise a document: all its text is trained on, its images and what only joins them is not.
+
+    The labels decode to the texts, a blank line between two. Where the document is too long, as
+    many paragraphs and images as fit are kept, and the end-of-text token is not.
+    """
+    places = sample.messages[0].text.split(BETWEEN_PLACES)
+    pieces = list(_document_pieces(places, processor))
+    lengths = np.cumsum([len(ids) for ids, _ in pieces])  # (places,)
+    num_kept = int(np.searchsorted(lengths, max_tokens, side="right"))
+
+    # Tokens of a first paragraph that is longer than a row are cut themselves.
+    is_cut = num_kept < len(pieces)
+    kept = pieces[: max(num_kept, 1)]
+    if not num_kept and places[0] == IMAGE:
+        raise RecordError(
+            f"its first image takes {lengths[0]} tokens of row_tokens={max_tokens}",
+            "raise row_tokens",
+            f"sample {sample.id}",
+            "too-many-images",
+        )
+    ids = np.concatenate([ids for ids, _ in kept])[:max_tokens]
+    learned = np.concatenate([learned for _, learned in kept])[:max_tokens]
+    labels = np.where(learned, ids, IGNORE)  # (tokens,)
+    if (labels[1:] == IGNORE).all():
+        cause = f"row_tokens={max_tokens} cuts its text off" if is_cut else "it has no text"
+        raise RecordError(
+            f"no token is trained on, because {cause}",
+            "fix or remove the sample",
+            f"sample {sample.id}",
+            "nothing-trained",
+        )
+    num_images = sum(place == IMAGE for place in places[: max(num_kept, 1)])
+    num_lost = int(lengths[-1]) - len(ids)
+    return Encoded(sample.id, ids, labels, sample.images[:num_images], 0, num_lost)
+
+
+def _document_pieces(
+    places: Sequence[str], processor: LlavaProcessor
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield the tokens of each place of a document, and which of them are trained on.
+
+    A blank line belongs to the text before it where another text comes later, so that the trained
+    texts read as one; behind an image it is not trained on.
+    """
+    tokenizer = processor.tokenizer
+    last_text = max(number for number, place in enumerate(places) if place != IMAGE)
+    begin, end = list(tokenizer("").input_ids), [tokenizer.eos_token_id]
+    for number, place in enumerate(places):
+        head = begin if number == 0 else []
+        tail = end if number + 1 == len(places) else []
+        joined = BETWEEN_PLACES if number + 1 < len(places) and number != last_text else ""
+        if place == IMAGE:
+            body = [processor.image_token_id] * tokens_per_image(processor)
+            body += tokenizer(joined, add_special_tokens=False).input_ids
+        else:
+            body = tokenizer(place + joined, add_special_tokens=False).input_ids
+
+        ids = np.asarray([*head, *body, *tail])  # (tokens,)
+        learned = np.full(len(ids), place != IMAGE)
+        learned[: len(head)] = False
+        learned[len(ids) - len(tail) :] = True
+        yield ids, learned
 
 
 def check_text(sample: Sample) -> None:

@@ -12,6 +12,7 @@ FaultKind = Literal[
     "image-count",
     "outside-path",
     "missing-image",
+    "null-image",
     "lone-surrogate",
     "nothing-trained",
     "too-many-images",

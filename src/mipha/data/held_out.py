@@ -26,7 +26,9 @@ def side_of(sample: Sample, held_out: float) -> Side | None:
     """
     keys = [image_key(image) for image in sample.images]
     if not keys:
-        asked = "\0".join(message.text for message in sample.messages if message.role == "user")
+        asked = "\0".join(
+            message.text for message in sample.messages if message.role in ("user", "document")
+        )
         keys = [asked.encode("utf-8", "surrogatepass")]
 
     sides: set[Side] = {"validation" if _fraction(key) < held_out else "train" for key in keys}

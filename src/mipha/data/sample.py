@@ -11,7 +11,10 @@ from mipha.data.images import ImageSource
 IMAGE = "<image>"
 """Stands in a message's text where an image goes."""
 
-Role = Literal["system", "user", "assistant"]
+BETWEEN_PLACES = "\n\n"
+"""Stands between the texts and images of a document."""
+
+Role = Literal["system", "user", "assistant", "document"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ class Sample:
 
     Args:
         id: Name of the sample in every error message and report.
-        messages: System (at most one, first), then user and assistant in turn.
+        messages: System (at most one, first), then user and assistant in turn; or one document,
+            whose whole text is trained on.
         images: One for each marker, in order: a path, or the bytes of an image file.
         remarks: What the reader has to say; two samples that differ in it alone are equal.
 
@@ -72,6 +76,8 @@ class Sample:
                 "image-count",
             )
 
+        if self.is_document:
+            return
         roles = [message.role for message in self.messages if message.role != "system"]
         if (
             not roles
@@ -85,3 +91,8 @@ class Sample:
                 f"sample {self.id}",
                 "role-order",
             )
+
+    @property
+    def is_document(self) -> bool:
+        """Whether it is one document, and no conversation."""
+        return [message.role for message in self.messages] == ["document"]

@@ -138,7 +138,7 @@ def view_sample(
         check_text(sample)
     except RecordError as error:
         return replace(view, problem=str(error))
-    if stage.prompt == "chat":
+    if stage.prompt == "chat" and not sample.is_document:
         chat = as_chat(sample.messages)
         view = replace(
             view,

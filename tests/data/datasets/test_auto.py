@@ -226,7 +226,7 @@ def test_the_forms_are_forms(tmp_path: Path) -> None:
         found, end = decoder.raw_decode(text[text.index("{") :])
         objects.append(found)
         text = text[text.index("{") + end :]
-    shapes = ("messages", "llava", "texts")
+    shapes = ("messages", "llava", "texts", "documents")
     for number, (record, wanted) in enumerate(zip(objects, shapes, strict=True)):
         (tmp_path / f"{number}.jsonl").write_text(json.dumps(record))
         assert auto.detect(tmp_path / f"{number}.jsonl")[0] == wanted

@@ -129,7 +129,7 @@ def test_text_alone_is_a_sample(tmp_path: Path) -> None:
         ([_user("hi"), ANSWER], {"images": "a.jpg"}, "wanted a list of paths"),
         ([_user("hi"), ANSWER], {"images": ["../a.jpg"]}, "leads out"),
         ([_user("hi"), ANSWER], {"images": ["/a.jpg"]}, "leads out"),
-        ([_user("hi"), ANSWER], {"images": [None]}, "the image path is None"),
+        ([_user("hi"), ANSWER], {"images": [None]}, "image 0 of its 1 images is null"),
         ([_user("<image>"), ANSWER], {}, "1 <image> markers for 0 images"),
         ([_user("<image>"), ANSWER], {"images": ["a", "b"]}, "1 <image> markers for 2 images"),
         ([_user("hi")], {}, "roles are user;"),

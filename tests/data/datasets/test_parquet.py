@@ -10,13 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
+from mipha.data.check.images import image_facts
 from mipha.data.datasets import parquet
+from mipha.data.faults import RecordError
 from mipha.data.images import open_image
 from mipha.data.sample import Sample
 
 pyarrow = pytest.importorskip("pyarrow")
 SAVED = Path(__file__).parent / "saved_by_datasets"
+TURNED = Image.Exif()
+TURNED[0x0112] = 6
 RED = (SAVED / "red.png").read_bytes()
 
 
@@ -153,3 +158,63 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
         ValueError, match=r"damaged\.parquet, row 0 (of row group 0 )?cannot be read"
     ):
         open_image(_samples(tmp_path / "damaged.parquet")[0].images[0])
+
+
+def test_nulls_in_a_column_of_image_lists(tmp_path: Path) -> None:
+    """None and [] are text alone; a null inside is an error, in the middle as at the end."""
+    file = _write(
+        tmp_path / "a.parquet",
+        images=[None, [], [None, {"bytes": RED, "path": None}]],
+        texts=[[{"user": "a", "assistant": "b"}]] * 3,
+    )
+    rows = parquet.load(file, "train")
+    assert [parquet.DATASET.to_sample(row).images for row in (rows[0], rows[1])] == [(), ()]
+    with pytest.raises(RecordError, match=r"row 2: image 0 of its 2 images is null") as raised:
+        parquet.DATASET.to_sample(rows[2])
+    assert raised.value.kind == "null-image"
+
+
+def test_an_image_without_bytes_and_path_is_missing(tmp_path: Path) -> None:
+    file = _write(
+        tmp_path / "a.parquet",
+        image=[{"bytes": RED, "path": None}, {"bytes": None, "path": None}],
+        text=["a", "b"],
+    )
+    facts = image_facts(_samples(file)[1].images[0], "it")
+    assert [kind for kind, _ in facts.problems] == ["missing-image"]
+
+
+def test_other_arrow_types_hold_the_same_records(tmp_path: Path) -> None:
+    """Large lists, dictionary-encoded words, and the object of lists of `datasets` before 4."""
+    texts = [{"user": ["a", "c"], "assistant": ["b", "d"]}]
+    words = pyarrow.array(["here"]).dictionary_encode()
+    images = pyarrow.array([[RED]], pyarrow.large_list(pyarrow.large_binary()))
+    file = _write(tmp_path / "a.parquet", images=images, texts=texts, source=words)
+    (sample,) = _samples(file)
+    assert [m.text for m in sample.messages] == ["<image>\na", "b", "c", "d"]
+    assert (sample.images[0].read(), sample.remarks) == (RED, ())
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "more"),
+    [
+        ("RGBA", "PNG", {}),
+        ("LA", "PNG", {}),
+        ("P", "PNG", {"transparency": 0}),
+        ("CMYK", "JPEG", {}),
+        ("I;16", "PNG", {}),
+        ("P", "GIF", {"save_all": True, "append_images": [Image.new("P", (8, 6))]}),
+        ("RGB", "WEBP", {"save_all": True, "append_images": [Image.new("RGB", (8, 6))]}),
+        ("RGB", "MPO", {"save_all": True, "append_images": [Image.new("RGB", (8, 6))]}),
+        ("RGB", "JPEG", {"exif": TURNED}),
+    ],
+)
+def test_pixels_are_those_of_the_file(mode: str, kind: str, more: dict, tmp_path: Path) -> None:
+    image = Image.new(mode, (8, 6))
+    image.putpixel((3, 2), {"RGBA": (255, 0, 0, 255), "LA": (9, 200)}.get(mode, 0))
+    image.save(tmp_path / "a", kind, **more)
+    content = (tmp_path / "a").read_bytes()
+    file = _write(tmp_path / "a.parquet", image=[{"bytes": content, "path": "a"}], text=["a"])
+    stored = open_image(_samples(file)[0].images[0])
+    assert stored.tobytes() == open_image(tmp_path / "a").tobytes()
+    assert stored.size == ((6, 8) if "exif" in more else (8, 6))

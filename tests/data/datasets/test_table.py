@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from mipha.data.dataset import load_data
 from mipha.data.datasets import table
 from mipha.data.sample import Sample
+from mipha.recipe import DataRecipe
 
 
 def _sample(root: Path, row: object) -> Sample:
@@ -86,3 +88,47 @@ def test_which_columns_are_read(row: dict, question: str, answer: str, tmp_path:
 def test_a_row_that_is_wrong_is_named(row: object, sentence: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"train\.jsonl, line 1.*{sentence}"):
         _sample(tmp_path, row)
+
+
+@pytest.mark.parametrize(
+    ("answers", "wanted"),
+    [
+        (["no", "yes", "yes"], "yes"),
+        (["no", "yes", "yes", "no"], "no"),
+        ([{"answer": "a"}, {"answer": "b"}, {"answer": "b"}], "b"),
+    ],
+)
+def test_of_several_answers_the_most_frequent_is_learned(
+    answers: list, wanted: str, tmp_path: Path
+) -> None:
+    row = {"question": "What?", "answers": answers}
+    assert _sample(tmp_path, row).messages[1].text == wanted
+    sample = _sample(tmp_path, row | {"multiple_choice_answer": "this"})
+    assert (sample.messages[1].text, sample.remarks) == ("this", ())
+    sample = _sample(tmp_path, row | {"multiple_choice_answer": None})
+    assert (sample.messages[1].text, sample.remarks) == (wanted, ())
+
+
+def test_lists_of_questions_are_turns(tmp_path: Path) -> None:
+    row = {"image": "a", "questions": ["Who?", "When?"], "answers": ["I", "Now"]}
+    texts = [message.text for message in _sample(tmp_path, row).messages]
+    assert texts == ["<image>\nWho?", "I", "When?", "Now"]
+    with pytest.raises(ValueError, match="2 questions and 1 answers"):
+        _sample(tmp_path, row | {"answers": ["I"]})
+    with pytest.raises(ValueError, match="question 1 or its answer is 'When\\?', ''"):
+        _sample(tmp_path, row | {"answers": ["I", ""]})
+
+
+def test_the_recipe_may_name_the_columns(tmp_path: Path) -> None:
+    row = {"Pic": "a.png", "ask": "What?", "said": ["x", "y", "y"], "question": "Other?"}
+    (tmp_path / "train.jsonl").write_text(json.dumps(row))
+    columns = {"image": "Pic", "question": "ask", "answer": "said"}
+    data = load_data(DataRecipe(dataset="table", root=tmp_path, columns=columns))
+    sample = data.to_sample(data.records[0])
+    assert [message.text for message in sample.messages] == ["<image>\nWhat?", "y"]
+    assert sample.images == (tmp_path / "a.png",)
+    assert [remark.what for remark in sample.remarks] == ["other question"]
+
+    data = load_data(DataRecipe(dataset="table", root=tmp_path, columns={"question": "asked"}))
+    with pytest.raises(ValueError, match="no column 'asked' for the question; the columns are pic"):
+        data.to_sample(data.records[0])

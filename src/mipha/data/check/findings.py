@@ -73,10 +73,10 @@ KINDS: dict[str, Kind] = {
         "nothing if the image belongs in front of the first turn",
         "repair",
     ),
-    "removed-marker": Kind(
+    "rating-count": Kind(
         "warning",
-        "image markers that are not one for each image",
-        "write one <image> for each image",
+        "ratings that are not one for each turn",
+        "write a rating for each turn, or null",
     ),
     "left-out": Kind("warning", "what the format leaves out", "add what is missing, or remove it"),
     "merged-marker": Kind(
@@ -97,6 +97,12 @@ KINDS: dict[str, Kind] = {
         "drop",
     ),
     # its images
+    "null-image": Kind(
+        "error",
+        "null among the images of a row",
+        "remove the null, or put the image there",
+        "drop",
+    ),
     "missing-image": Kind(
         "error",
         "missing image files",

@@ -76,6 +76,8 @@ def image_facts(source: ImageSource, name: str) -> ImageFacts:
         stored, width, height, problems = _header(content, label)
     except Image.DecompressionBombError:
         return _unusable("oversized-image", f"{label} is more than {MAX_PIXELS:,} pixels")
+    except RecordError as error:  # the place in a larger file holds no image
+        return _unusable(error.kind, f"{label}: {error.what}")
     except Exception as error:  # decoders answer damage with nearly every kind of exception
         if begin.startswith(_SIGNATURES):
             damage = f"{label} begins as one but cannot be read ({_reason(error)})"

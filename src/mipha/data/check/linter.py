@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import time
 from array import array
-from collections import Counter
+from bisect import bisect_right
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
@@ -86,6 +87,28 @@ class Answers(NamedTuple):
     num_guessed: int
 
 
+class FileCounts(NamedTuple):
+    """What one file of the data holds.
+
+    Args:
+        file: Path from the data's folder; empty for rows that lie in no file.
+        rows: Its records.
+        samples: Those that are samples.
+        text_only: Samples without an image.
+        images: Images of the samples, one for each time that one is shown.
+        turns: Questions with an answer; a document is one.
+        findings: Number of findings of each kind, of its rows.
+    """
+
+    file: str
+    rows: int
+    samples: int
+    text_only: int
+    images: int
+    turns: int
+    findings: dict[str, int]
+
+
 class Training(NamedTuple):
     """What a stage of the recipe makes of the set.
 
@@ -121,6 +144,7 @@ class CheckResult:
         seconds: Duration of the check.
         histograms: Of words, pixels and, with a recipe, tokens.
         answers: How they are spread.
+        files: Counts of each file, in the order of the data.
         training: None without a recipe.
         against: Name of the evaluation set it was compared with.
         processor: Processor of the recipe's model.
@@ -134,6 +158,7 @@ class CheckResult:
     seconds: float
     histograms: tuple[Histogram, ...]
     answers: Answers
+    files: tuple[FileCounts, ...] = ()
     training: Training | None = None
     against: str | None = None
     processor: LlavaProcessor | None = field(default=None, repr=False)
@@ -218,6 +243,7 @@ def check_data(
         seconds=time.monotonic() - begin,
         histograms=tuple(columns.histograms()),
         answers=Answers(seen.answers.total(), len(seen.answers), top, num_guessable, num_guessed),
+        files=tuple(columns.files(findings)),
         training=columns.training(stage, seed, data) if stage is not None else None,
         against=evaluation.name if evaluation else None,
         processor=processor,
@@ -267,10 +293,20 @@ class _Columns:
     lengths: list[Length] = field(default_factory=list)
     tokens: array[int] = field(default_factory=lambda: array("l"))
     trained: array[int] = field(default_factory=lambda: array("l"))
+    counts: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    first_rows: list[tuple[int, str]] = field(default_factory=list)
 
     def add(self, facts: RowFacts) -> None:
+        counts = self.counts[facts.file]
+        counts["rows"] += 1
+        if counts["rows"] == 1:
+            self.first_rows.append((facts.row, facts.file))
         if facts.content is None:
             return
+        counts["samples"] += 1
+        counts["text_only"] += not facts.images
+        counts["images"] += len(facts.images)
+        counts["turns"] += facts.num_turns
         self.num_samples += 1
         self.num_images += len(facts.images)
         self.answer_words.append(facts.num_answer_words)
@@ -288,6 +324,19 @@ class _Columns:
             self.lengths.append(
                 Length(tokens.num_tokens, tokens.prefix, tokens.prefix_key, facts.image_key)
             )
+
+    def files(self, findings: Iterable[Finding]) -> Iterator[FileCounts]:
+        """Yield the counts of each file; the rows of one follow one another."""
+        starts = [row for row, _ in self.first_rows]
+        kinds: dict[str, Counter[str]] = defaultdict(Counter)
+        for finding in findings:
+            if finding.row is not None:
+                _, file = self.first_rows[bisect_right(starts, finding.row) - 1]
+                kinds[file][finding.kind] += 1
+        names = [name for name in FileCounts._fields if name not in ("file", "findings")]
+        for file, counts in self.counts.items():
+            numbers = {name: counts[name] for name in names}
+            yield FileCounts(file, **numbers, findings=dict(kinds[file]))
 
     def histograms(self) -> Iterator[Histogram]:
         for name, unit, values in (

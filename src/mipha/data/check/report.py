@@ -134,7 +134,10 @@ def text_report(result: CheckResult) -> RenderableType:
 
 
 def json_report(result: CheckResult) -> str:
-    """Write as JSON everything that was found and measured, every finding in full."""
+    """Write as JSON everything that was found and measured, every finding in full.
+
+    docs/data.md describes the keys.
+    """
     training = result.training
     tree: dict[str, Any] = {
         "data": result.data.name,
@@ -142,6 +145,8 @@ def json_report(result: CheckResult) -> str:
         "against": result.against,
         "rows": result.num_rows,
         "samples": result.num_samples,
+        "text_only": sum(file.text_only for file in result.files),
+        "turns": sum(file.turns for file in result.files),
         "images": result.num_images,
         "pictures": result.num_pictures,
         "seconds": round(result.seconds, 3),
@@ -149,6 +154,9 @@ def json_report(result: CheckResult) -> str:
         "pictures_per_second": round(result.num_pictures / result.seconds, 1),
         "severities": {severity: result.count(severity) for severity in SEVERITIES},
         "kinds": counts_by_kind(result.findings),
+        "files": [file._asdict() for file in result.files if file.file],
+        "left_out": result.data.left_out,
+        **(result.data.rated._asdict() if result.data.rated else {}),
         "not_checked": NO_RECIPE if training is None else None,
         "histograms": [histogram._asdict() for histogram in result.histograms],
         "answers": result.answers._asdict(),

@@ -113,6 +113,8 @@ class RowFacts(NamedTuple):
         tokens: None where they were not counted.
         image_key: The same for samples that name the same images, 0 for text alone.
         unread: Keys that nothing read.
+        file: The file that it lies in, without the data's folder; empty where unknown.
+        num_turns: Its questions with an answer; a document is one.
     """
 
     row: int
@@ -126,6 +128,8 @@ class RowFacts(NamedTuple):
     tokens: TokenFacts | None = None
     image_key: int = 0
     unread: tuple[str, ...] = ()
+    file: str = ""
+    num_turns: int = 0
 
 
 # Many rows.
@@ -199,7 +203,7 @@ def row_checker(inputs: CheckInputs) -> Callable[[int], RowFacts]:
             record = data.records[row]
             sample = data.to_sample(record)
         except (ValueError, OSError) as error:
-            return RowFacts(row, *_fault(data, row, record, error))
+            return RowFacts(row, *_fault(data, row, record, error), file=data.file_of(row))
         where = data.place(record)
 
         # Look at its turns, texts and images.
@@ -245,11 +249,13 @@ def row_checker(inputs: CheckInputs) -> Callable[[int], RowFacts]:
             num_answer_words=sum(
                 len(message.text.split())
                 for message in sample.messages
-                if message.role == "assistant"
+                if message.role in ("assistant", "document")
             ),
             tokens=tokens,
             image_key=images_key(sample),
             unread=tuple(remark.what for remark in sample.remarks if remark.kind == "unread-key"),
+            file=data.file_of(row),
+            num_turns=sum(m.role in ("assistant", "document") for m in sample.messages),
         )
 
     return check
@@ -276,6 +282,8 @@ def _fault(
 
 
 def _turns(sample: Sample) -> Iterator[TurnFacts]:
+    if sample.is_document:
+        return
     talk = [message for message in sample.messages if message.role != "system"]
     for asked, said in zip(talk[::2], talk[1::2], strict=True):
         lines = [line for line in asked.text.replace(IMAGE, "").splitlines() if line.strip()]
@@ -291,7 +299,7 @@ def _turns(sample: Sample) -> Iterator[TurnFacts]:
 def _turn_problems(sample: Sample, record: Any) -> Iterator[Problem]:
     """Find markers in answers, answers that repeat the question, and what the format changed."""
     answers = [message for message in sample.messages if message.role == "assistant"]
-    if not any(message.learned for message in answers):
+    if not any(message.learned for message in answers) and not sample.is_document:
         yield "nothing-trained", "all its answers are marked as not to be learned"
 
     asked = ""

@@ -43,7 +43,7 @@ class Choice(NamedTuple):
 
     Args:
         question: Question, options and instruction.
-        answer: Letter of the right option.
+        answer: The right option in the wanted form.
     """
 
     question: str
@@ -66,14 +66,18 @@ def option_columns(content: Mapping[str, Any]) -> list[str]:
     return columns if len(columns) > 1 and "".join(places) == wanted[: len(columns)] else []
 
 
-def read_choice(keys: Keys, question: str, columns: Sequence[str], answer: Any) -> Choice:
-    """Read a question with options, which is answered by a letter.
+def read_choice(
+    keys: Keys, question: str, columns: Sequence[str], answer: Any, form: str = "letter"
+) -> Choice:
+    """Read a question with options.
 
     Args:
         keys: Keys of the row.
         question: Words of the question.
         columns: Columns of the options, as `option_columns` gives them.
         answer: Number of an option from 0, its letter or its words, as the row gives it.
+        form: What the answer is to be: `letter`, with the instruction to give it, `text` or
+            `letter-text` (A. a cat).
 
     Raises:
         RecordError: The options cannot be read, or the answer is none of them or could be two.
@@ -92,9 +96,10 @@ def read_choice(keys: Keys, question: str, columns: Sequence[str], answer: Any) 
     lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
     if not all(line in question for line in lines):
         question = "\n".join([question, *lines])
-    if "letter" not in question:
+    if form == "letter" and "letter" not in question:
         question += f"\n{INSTRUCTION}"
-    return Choice(question, LETTERS[number])
+    forms = {"letter": LETTERS[number], "text": options[number], "letter-text": lines[number]}
+    return Choice(question, forms[form])
 
 
 def _read_options(keys: Keys, columns: Sequence[str]) -> tuple[list[str], list[str]]:

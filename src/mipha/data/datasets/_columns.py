@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from mipha.data.datasets._images import IMAGE_COLUMNS, choose_images
+from mipha.data.datasets._images import IMAGE_COLUMNS, choose_images, is_list
 from mipha.data.faults import RecordError
 from mipha.errors import import_optional
 
@@ -47,6 +47,15 @@ def with_places(content: Mapping[str, Any], places: Mapping[str, Any]) -> dict[s
         content: Other columns of the row.
         places: Images of the row by column: None, one, or a list.
     """
+    # `datasets` wrote lists of objects as an object of lists until its version 4.
+    for name in ("texts", "messages", "conversations"):
+        value = content.get(name)
+        if not isinstance(value, Mapping) or not all(map(is_list, value.values())):
+            continue
+        if len({len(items) for items in value.values()}) == 1:
+            turns = zip(*value.values(), strict=True)
+            content = {**content, name: [dict(zip(value, turn, strict=True)) for turn in turns]}
+
     # One column is the image, whatever it is called.
     if len(places) == 1 and not choose_images(dict.fromkeys(places, b"image")):
         (value,) = places.values()
@@ -65,7 +74,10 @@ def cell_bytes(cell: Any, where: str) -> bytes:
     content = cell.get("bytes") if isinstance(cell, dict) else cell
     if not isinstance(content, bytes):
         raise RecordError(
-            "it holds no bytes of an image", "embed the image files when you write it", where
+            "it holds no bytes of an image",
+            "embed the image files when you write it",
+            where,
+            "missing-image",
         )
     return content
 

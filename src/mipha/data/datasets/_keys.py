@@ -112,6 +112,12 @@ class Keys:
             if name == "images" and not is_list(value):
                 raise self.fault(f'"images" is {short(value)}', "wanted a list of paths")
             values += value if is_list(value) else [value]
+        if None in values:
+            raise self.fault(
+                f"image {values.index(None)} of its {len(values)} images is null",
+                "remove the null, or put the image there",
+                "null-image",
+            )
         return values
 
     def take_system(self) -> list[Message]:

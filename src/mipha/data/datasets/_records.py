@@ -9,13 +9,14 @@ process.
 
 from __future__ import annotations
 
+import copy
 import csv
 import io
 import json
 import mmap
 import re
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
@@ -26,6 +27,7 @@ from mipha.data.datasets._images import ImageFolders, image_folders, image_sourc
 from mipha.data.datasets._keys import Keys
 from mipha.data.faults import FaultKind, RecordError
 from mipha.data.sample import IMAGE, Message, Sample
+from mipha.recipe import ReadingRecipe
 
 TABLE_SUFFIXES = (".csv", ".tsv")
 LINE_SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -47,7 +49,9 @@ _KEY = re.compile(rb"\s*(\"(?:[^\"\\]|\\.)*\")\s*:", re.DOTALL)
 _RECORD_LISTS = ("messages", "conversations", "texts", "prompt", "completion")
 """Keys whose lists make an object a record, and not a wrapper around a list of records."""
 
-_LISTS_IN_RECORDS = {"images", "image", "history", "options", "choices", "tools"}
+_LISTS_IN_RECORDS = {
+    *("images", "image", "history", "options", "choices", "tools", "answers", "points"),
+}
 """Keys of records that may hold lists of objects, and do not make a wrapper."""
 
 
@@ -62,12 +66,14 @@ class Row(NamedTuple):
         where: File and line, for messages.
         content: The record as it stands in the file.
         folders: Where its images may be.
+        reading: What the recipe says about reading it.
     """
 
     id: str
     where: str
     content: Any
     folders: ImageFolders
+    reading: ReadingRecipe = ReadingRecipe()
 
     def fault(self, what: str, fix: str, kind: FaultKind = "malformed") -> RecordError:
         """Return the error that says what is wrong with this record."""
@@ -125,24 +131,93 @@ class Part(NamedTuple):
 
 
 class Rows(Sequence[Row]):
-    """The records of one or more files, one file after another."""
+    """The records of one or more files, one file after another.
 
-    def __init__(self, parts: Sequence[Part]) -> None:
-        self.parts = parts
+    Args:
+        parts: The files.
+        left_out: Sentence on files that are left out; None where there are none.
+    """
+
+    def __init__(self, parts: Sequence[Part], left_out: str | None = None) -> None:
+        self.parts, self.left_out = parts, left_out
+        self.reading = ReadingRecipe()
+        self._kept: np.ndarray | None = None
         self._starts = np.cumsum([0, *(len(part.file) for part in parts)])
 
+    def read_by(self, reading: ReadingRecipe) -> Rows:
+        """Return the same records, read as a recipe says."""
+        rows = copy.copy(self)
+        rows.reading = reading
+        return rows
+
+    def keep(self, places: np.ndarray) -> Rows:
+        """Return some of the records.
+
+        Args:
+            places: `(kept,)` numbers below the number of records, in order.
+        """
+        rows = copy.copy(self)
+        rows._kept = places
+        return rows
+
     def __len__(self) -> int:
-        return int(self._starts[-1])
+        return int(self._starts[-1]) if self._kept is None else len(self._kept)
 
     def __getitem__(self, index: int) -> Row:
+        prefix, file, folders, index = self._find(index)
+        where, content = file.where(index), file.read(index)
+        return Row(f"{prefix}/{file.name(index)}", where, content, folders, self.reading)
+
+    def file_of(self, index: int) -> Path | None:
+        """Return the file that holds a record; None where each record is a file."""
+        file = self._find(index)[1]
+        return getattr(file, "file", None)
+
+    def _find(self, index: int) -> tuple[str, RecordFile, ImageFolders, int]:
+        """Return the part that holds a record, and the record's place in it."""
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index %= len(self)
-
+        if self._kept is not None:
+            index = int(self._kept[index])
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
-        prefix, file, folders = self.parts[number]
-        index -= int(self._starts[number])
-        return Row(f"{prefix}/{file.name(index)}", file.where(index), file.read(index), folders)
+        return *self.parts[number], index - int(self._starts[number])
+
+
+def index_files(
+    files: Sequence[tuple[str, Path]], index: Callable[[Path], RecordFile], skip: bool = False
+) -> tuple[list[tuple[str, Path, RecordFile]], str | None]:
+    """Index files that may be damaged, such as parquet files and tars.
+
+    Args:
+        files: Names and paths.
+        index: Makes the index of one; a `ValueError` says that it cannot be read.
+        skip: Whether to leave out those that cannot be read.
+
+    Returns:
+        Name, path and index of each; and a sentence on those left out, None where there are none.
+
+    Raises:
+        ValueError: Files cannot be read, and `skip` is false or nothing is left; all are named.
+    """
+    indexed, broken = [], []
+    for name, file in files:
+        try:
+            indexed.append((name, file, index(file)))
+        except ValueError as error:
+            broken.append((file, str(error)))
+    if not broken:
+        return indexed, None
+    if len(files) == 1:
+        raise ValueError(broken[0][1])
+
+    listed = "; ".join(reason.rstrip(".") for _, reason in broken)
+    if not skip or not indexed:
+        raise ValueError(
+            f"{len(broken)} of {len(files)} files cannot be read: {listed}: get them again, "
+            "or train on the others with unreadable_shards=skip"
+        )
+    return indexed, f"{len(broken)} of {len(files)} files are left out: {listed}"
 
 
 def record_rows(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mipha.data.datasets import llava, messages, sharegpt, table, texts
+from mipha.data.datasets import documents, llava, messages, sharegpt, table, texts
 from mipha.data.datasets._records import Row
 from mipha.data.sample import Sample
 
@@ -15,7 +15,17 @@ _READERS = {
     "sharegpt": sharegpt.to_sample,
     "table": table.to_sample,
     "texts": texts.to_sample,
+    "documents": documents.to_sample,
 }
+
+READS = tuple(
+    dict.fromkeys(
+        key
+        for module in (documents, llava, messages, sharegpt, table, texts)
+        for key in module.DATASET.reads
+    )
+)
+"""Keys of `ReadingRecipe` that one of the formats heeds."""
 
 
 def shapes_of(content: Any) -> list[str]:
@@ -27,6 +37,8 @@ def shapes_of(content: Any) -> list[str]:
         shapes.append("llava" if llava.is_llava(content) else "sharegpt")
     if texts.is_texts(content):
         shapes.append("texts")
+    elif documents.is_document(content):
+        shapes.append("documents")
     if not shapes and table.columns_of(table.by_name(content)):
         shapes.append("table")
     return shapes
@@ -44,6 +56,7 @@ def describe(content: Mapping[str, Any], shape: str) -> str:
         "llava": "LLaVA's conversations between human and gpt",
         "sharegpt": "conversations in ShareGPT's manner",
         "texts": "texts of user and assistant, as FineVision has them",
+        "documents": "documents of texts and images in turn, as OBELICS has them",
     }[shape]
 
 
@@ -53,6 +66,8 @@ def sample_of(row: Row) -> Sample:
     Raises:
         RecordError: It fits no format, or more than one, or is broken.
     """
+    if row.reading.columns:
+        return table.to_sample(row)
     shapes = shapes_of(row.content)
     if len(shapes) != 1:
         content = row.content

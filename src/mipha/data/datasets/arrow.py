@@ -16,7 +16,7 @@ from mipha.data.dataset import DataSet
 from mipha.data.datasets._columns import cell_bytes, image_columns, import_pyarrow, with_places
 from mipha.data.datasets._images import image_folders
 from mipha.data.datasets._records import Part, Rows, check_split
-from mipha.data.datasets._shapes import sample_of
+from mipha.data.datasets._shapes import READS, sample_of
 from mipha.files import read_json_object
 
 if TYPE_CHECKING:
@@ -89,8 +89,6 @@ class ArrowRecords:
         """
         table = _table(self.file)
         content = {name: table[name][index].as_py() for name in self._columns}
-        if not self._images:
-            return content
         places = {name: self._places(table[name][index], index, name) for name in self._images}
         return with_places(content, places)
 
@@ -204,4 +202,4 @@ def _image_in(cell: Any, place: ArrowImage) -> ArrowImage | str | None:
     return place
 
 
-DATASET = DataSet("arrow", load, sample_of, takes_image_root=True)
+DATASET = DataSet("arrow", load, sample_of, takes_image_root=True, reads=READS)

@@ -15,6 +15,7 @@ from mipha.data.datasets._records import (
     LINE_SUFFIXES,
     TABLE_SUFFIXES,
     RecordFile,
+    index_files,
     record_file,
     split_folders,
     splits_in,
@@ -38,6 +39,7 @@ FORMS = """\
   .csv, .tsv      image,question,answer   or   image,caption   (also as .jsonl, one object a line)
                   or query,response,history or instruction,input,output or question,options,answer
   .jsonl, .json   {"images": ["cat.jpg"], "texts": [{"user": "What is it?", "assistant": "A cat."}]}
+  .jsonl, .json   {"images": [null, "cat.jpg"], "texts": ["A cat:", null]}   a document
   folder          images with a .txt of the same name beside each, or with metadata.jsonl or
                   metadata.csv (file_name, text)
   .parquet        a column of images beside one of the above; also the folder that `datasets`
@@ -98,7 +100,8 @@ def _detect_folder(folder: Path) -> tuple[str, str]:
         name, sentence = _detect_file(file)
         return name, sentence.replace(str(file), f"{folder} (saved by `datasets`)", 1)
 
-    found = _record_files(folder)
+    files_by_kind = _record_files(folder)
+    found = {kind: files[0] for kind, files in files_by_kind.items()}
     if len(found) > 1:
         listed = " and ".join(str(file.relative_to(folder)) for file in found.values())
         raise ValueError(
@@ -111,7 +114,7 @@ def _detect_folder(folder: Path) -> tuple[str, str]:
         described = f"{describe(content, shape)} in {metadata.name}"
         return "image_folder", f"{folder} is read as image_folder: {described}"
     if found:
-        (file,) = found.values()
+        file = _first_readable(files_by_kind[next(iter(found))])
         name, sentence = _detect_file(file)
         return name, sentence.replace(str(file), f"{folder} ({file.relative_to(folder)})", 1)
 
@@ -123,12 +126,29 @@ def _detect_folder(folder: Path) -> tuple[str, str]:
     return "image_folder", f"{folder} is read as image_folder: {described}"
 
 
-def _record_files(folder: Path) -> dict[str, Path]:
-    """Return the first file of each kind that may hold the records of a folder."""
-    found: dict[str, Path] = {}
+def _first_readable(files: list[Path]) -> Path:
+    """Return the first file that is not damaged; whoever loads the others names them.
+
+    Raises:
+        ValueError: All are damaged; the message names all.
+    """
+    for file in files:
+        try:
+            _CONTAINERS.get(file.suffix.lower(), ("", record_file))[1](file)
+        except ValueError:
+            continue
+        return file
+    reader = _CONTAINERS.get(files[0].suffix.lower(), ("", record_file))[1]
+    index_files([(file.stem, file) for file in files], reader)
+    raise AssertionError("a file can be read after all")
+
+
+def _record_files(folder: Path) -> dict[str, list[Path]]:
+    """Return the files of each kind that may hold the records of a folder, those of train first."""
+    found: dict[str, list[Path]] = {}
     for place in (folder, *split_folders(folder).values()):
         if metadata := metadata_of(place):
-            found.setdefault("image_folder", metadata)
+            found.setdefault("image_folder", [metadata])
 
     for suffix in (".parquet", ".tar", *LINE_SUFFIXES, *TABLE_SUFFIXES):
         if suffix == ".json" and found:
@@ -137,7 +157,7 @@ def _record_files(folder: Path) -> dict[str, Path]:
         train_first = sorted(splits, key=lambda name: name != "train")
         files = [file for name in train_first for file in splits[name]]
         if files := [file for file in files if file.name not in METADATA]:
-            found[suffix] = files[0]
+            found[suffix] = files
     return found
 
 

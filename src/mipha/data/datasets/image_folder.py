@@ -18,7 +18,7 @@ from pathlib import Path
 from mipha.data.dataset import DataSet
 from mipha.data.datasets._images import image_folders
 from mipha.data.datasets._records import Part, Rows, check_split, record_file, split_folders
-from mipha.data.datasets._shapes import sample_of
+from mipha.data.datasets._shapes import READS, sample_of
 from mipha.data.faults import RecordError
 from mipha.data.images import SUFFIXES
 
@@ -154,4 +154,6 @@ def metadata_of(folder: Path) -> Path | None:
     return next((folder / name for name in METADATA if (folder / name).is_file()), None)
 
 
-DATASET = DataSet("image_folder", load, sample_of, takes_image_root=True, left_out=left_out)
+DATASET = DataSet(
+    "image_folder", load, sample_of, takes_image_root=True, reads=READS, left_out=left_out
+)

@@ -114,7 +114,7 @@ def _read_turn(
     row: Row, keys: Keys, number: int, turn: Any, path: str
 ) -> tuple[Message, list[Any]]:
     """Read a turn, and the content of each of its image parts."""
-    roles = get_args(Role)
+    roles = [role for role in get_args(Role) if role != "document"]
     if not isinstance(turn, Mapping) or turn.get("role") not in roles:
         raise row.fault(
             f"message {number} is not an object whose role is {' or '.join(roles)}: "

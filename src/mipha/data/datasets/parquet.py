@@ -18,8 +18,8 @@ import numpy as np
 from mipha.data.dataset import DataSet
 from mipha.data.datasets._columns import cell_bytes, image_columns, import_pyarrow, with_places
 from mipha.data.datasets._images import image_folders
-from mipha.data.datasets._records import Part, Rows, split_files
-from mipha.data.datasets._shapes import sample_of
+from mipha.data.datasets._records import Part, Rows, index_files, split_files
+from mipha.data.datasets._shapes import READS, sample_of
 from mipha.data.faults import RecordError
 
 if TYPE_CHECKING:
@@ -101,8 +101,6 @@ class ParquetRecords:
                 name: column[row].as_py()
                 for name, column in _columns_of(self.file, group, self._columns)
             }
-            if not self._images:
-                return content
             places = {column: self._places(group, row, column) for column in self._images}
         except (pyarrow.ArrowException, OSError) as error:
             raise RecordError(
@@ -125,21 +123,38 @@ class ParquetRecords:
         ]
 
 
-def load(root: Path | None, split: str, image_root: Sequence[Path] = ()) -> Rows:
+def load(
+    root: Path | None,
+    split: str,
+    image_root: Sequence[Path] = (),
+    unreadable_shards: str = "fail",
+) -> Rows:
     """Index the files of a split; arguments and errors as in `messages`.
+
+    Args:
+        unreadable_shards: `skip` leaves out files that are no parquet.
 
     Raises:
         MissingPackage: Also where pyarrow is not installed.
+        ValueError: Also where files cannot be read; all are named.
     """
-    return Rows(
-        [
-            Part(f"parquet/{name}", ParquetRecords(file), image_folders(file, image_root))
-            for name, file in split_files("parquet", root, split, (".parquet",))
-        ]
-    )
+    files = split_files("parquet", root, split, (".parquet",))
+    indexed, left_out = index_files(files, ParquetRecords, unreadable_shards == "skip")
+    parts = [
+        Part(f"parquet/{name}", records, image_folders(file, image_root))
+        for name, file, records in indexed
+    ]
+    return Rows(parts, left_out)
 
 
-DATASET = DataSet("parquet", load, sample_of, takes_image_root=True)
+DATASET = DataSet(
+    "parquet",
+    load,
+    sample_of,
+    takes_image_root=True,
+    takes=("unreadable_shards",),
+    reads=READS,
+)
 
 
 @lru_cache(maxsize=16)

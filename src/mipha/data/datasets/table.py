@@ -13,6 +13,9 @@
 A .csv or .tsv whose first line names the columns, JSON lines, or one JSON list. A row with an empty
 image is text alone. Image paths start from the folder of the file. A caption answers the request
 "Describe the image." Options stand behind the question, and the answer is the letter of one.
+
+Of several `answers` to one question, the most frequent is learned, the first of those where two
+are: VQAv2's ten. Lists of `questions` and `answers` are turns of one conversation: OCR-VQA.
 """
 
 from __future__ import annotations
@@ -36,7 +39,15 @@ from mipha.data.datasets._records import (
 from mipha.data.sample import Message, Sample
 
 QUESTIONS = ("question", "prompt", "query", "instruction", "problem", "input")
-ANSWERS = ("answer", "response", "completion", "output", "solution")
+ANSWERS = (
+    "answer",
+    "multiple_choice_answer",
+    "response",
+    "completion",
+    "output",
+    "solution",
+    "answers",
+)
 CAPTIONS = ("caption", "text", "description")
 CONTEXTS = ("hint", "context", "passage")
 """Names of words that stand before the question; an `input` beside an instruction follows it."""
@@ -64,7 +75,7 @@ def to_sample(row: Row) -> Sample:
         raise row.fault(
             f"the row is not an object: {str(row.content)[:80]}", "name its columns in an object"
         )
-    row = row._replace(content=by_name(row.content))
+    row = row._replace(content=_by_meaning(row, by_name(row.content)))
     columns = columns_of(row.content)
     if columns is None:
         raise row.fault(
@@ -85,13 +96,22 @@ def to_sample(row: Row) -> Sample:
         return row.sample(put_images_first(turns, len(images)), images, keys)
 
     # A question and its answer, with all that stands around them.
-    question, answer = _read_question(row, keys, columns[0]), row.content[columns[1]]
-    if options := option_columns(row.content):
-        question, answer = read_choice(keys, question, options, answer)
+    if is_list(row.content[columns[0]]):
+        asked = _read_pairs(row, *columns)
     else:
-        _check_answer(row, keys, columns[1])
-        answer = _read_text(row, columns[1])
-    asked = keys.with_marks([Message("user", question), Message("assistant", answer)])
+        question, answer = _read_question(row, keys, columns[0]), row.content[columns[1]]
+        if options := option_columns(row.content):
+            form = row.reading.answer_form
+            question, answer = read_choice(keys, question, options, answer, form)
+        elif columns[1] in ("multiple_choice_answer", "answers") or (
+            "answer" in row.reading.columns and is_list(answer)
+        ):
+            answer = _most_frequent(row, keys, columns[1])
+        else:
+            _check_answer(row, keys, columns[1])
+            answer = _read_text(row, columns[1])
+        asked = [Message("user", question), Message("assistant", answer)]
+    asked = keys.with_marks(asked)
     turns = [*keys.take_system(), *keys.take_history(), *asked]
     return row.sample(put_images_first(turns, len(images)), images, keys)
 
@@ -114,12 +134,68 @@ def columns_of(content: Mapping[str, Any]) -> tuple[str, ...] | None:
         next((name for name in names if name in content), None)
         for names in (QUESTIONS, ANSWERS, CAPTIONS)
     )
+    if is_list(content.get("questions")) and is_list(content.get("answers")):
+        return "questions", "answers"
     if question and not answer and option_columns(content):
         answer = next((name for name in ANSWER_NUMBERS if name in content), None)
     if question and answer:
         return question, answer
     has_image = choose_images(content) or any(name in content for name in IMAGE_COLUMNS)
     return (caption,) if caption and has_image else None
+
+
+def _by_meaning(row: Row, content: dict[str, Any]) -> dict[str, Any]:
+    """Return a record whose columns have the names that are read, as the recipe's `columns` say."""
+    for meaning, column in row.reading.columns.items():
+        if column.lower() not in content:
+            raise row.fault(
+                f"it has no column {column!r} for the {meaning}",
+                f"the columns are {', '.join(content)}",
+            )
+        value = content.pop(column.lower())
+        if meaning in content:
+            content[f"other {meaning}"] = content.pop(meaning)
+        content = {meaning: value, **content}
+    return content
+
+
+def _read_pairs(row: Row, questions: str, answers: str) -> list[Message]:
+    """Return the turns of lists of questions and answers."""
+    asked, said = row.content[questions], row.content[answers]
+    if not is_list(said) or len(asked) != len(said) or not asked:
+        raise row.fault(
+            f"it has {len(asked)} questions and {len(said) if is_list(said) else 'no list of'} "
+            "answers",
+            "wanted one answer for each question",
+        )
+    turns: list[Message] = []
+    for number, (question, answer) in enumerate(zip(asked, said, strict=True)):
+        if not all(isinstance(text, str) and text.strip() for text in (question, answer)):
+            raise row.fault(
+                f"question {number} or its answer is {short(question)}, {short(answer)}",
+                "wanted text that is not empty",
+            )
+        turns += [Message("user", question), Message("assistant", answer)]
+    return turns
+
+
+def _most_frequent(row: Row, keys: Keys, column: str) -> str:
+    """Return the answer that most of several people gave, the first of those where two are.
+
+    Source: VQAv2's `multiple_choice_answer` is its most frequent answer.
+    """
+    if column == "multiple_choice_answer":
+        keys.read.add("answers")
+        if row.content[column] is not None:
+            return _read_text(row, column)
+    given = parse_list(row.content.get("answer" if column == "answer" else "answers"))
+    words = [
+        word.get("answer") if isinstance(word, Mapping) else word
+        for word in (given if is_list(given) else [])
+    ]
+    if not words or any(not isinstance(word, str) or not word.strip() for word in words):
+        raise row.fault(f"its answers are {short(given)}", "wanted a list of texts")
+    return max(dict.fromkeys(words), key=words.count)
 
 
 def _read_question(row: Row, keys: Keys, column: str) -> str:
@@ -159,4 +235,4 @@ def _read_text(row: Row, column: str) -> str:
     return value
 
 
-DATASET = DataSet("table", load, to_sample, takes_image_root=True)
+DATASET = DataSet("table", load, to_sample, takes_image_root=True, reads=("answer_form", "columns"))

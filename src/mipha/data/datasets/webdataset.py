@@ -24,8 +24,8 @@ import numpy as np
 
 from mipha.data.dataset import DataSet
 from mipha.data.datasets._images import choose_images, image_folders, with_images
-from mipha.data.datasets._records import Part, Rows, split_files
-from mipha.data.datasets._shapes import sample_of, shapes_of
+from mipha.data.datasets._records import Part, Rows, index_files, split_files
+from mipha.data.datasets._shapes import READS, sample_of, shapes_of
 from mipha.data.faults import RecordError
 from mipha.data.images import SUFFIXES, FileSlice
 
@@ -179,24 +179,25 @@ class TarRecords:
             ) from error
 
 
-def load(root: Path | None, split: str) -> Rows:
+def load(root: Path | None, split: str, unreadable_shards: str = "fail") -> Rows:
     """Index the tars of a split.
 
     Args:
         root: A tar (its one split is `train`), or a folder with one or more a split:
             train-000000.tar, 000000.tar.
         split: Name of the split.
+        unreadable_shards: `skip` leaves out tars that cannot be read.
 
     Raises:
         FileNotFoundError: There is no such file or folder.
-        ValueError: No such split, or a tar cannot be read.
+        ValueError: No such split, or tars cannot be read; all are named.
     """
-    return Rows(
-        [
-            Part(f"webdataset/{name}", TarRecords(file), image_folders(file))
-            for name, file in split_files("webdataset", root, split, (".tar",))
-        ]
-    )
+    files = split_files("webdataset", root, split, (".tar",))
+    indexed, left_out = index_files(files, TarRecords, unreadable_shards == "skip")
+    parts = [
+        Part(f"webdataset/{name}", records, image_folders(file)) for name, file, records in indexed
+    ]
+    return Rows(parts, left_out)
 
 
 def _parse(text: str, where: str) -> Mapping[str, Any]:
@@ -216,4 +217,4 @@ def _is_compressed(file: Path) -> bool:
         return stream.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"))
 
 
-DATASET = DataSet("webdataset", load, sample_of)
+DATASET = DataSet("webdataset", load, sample_of, takes=("unreadable_shards",), reads=READS)
