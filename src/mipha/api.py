@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mipha.studies.study import Study
 
 
-def train(recipe: Recipe, folder: str | Path, track: Sequence[str] = ()) -> Run:
+def train(recipe: Recipe, folder: str | Path, track: Sequence[str] = (), profile: int = 0) -> Run:
     """Train the stages of a recipe and write the model card; run again, it goes on.
 
     Args:
@@ -35,6 +35,7 @@ def train(recipe: Recipe, folder: str | Path, track: Sequence[str] = ()) -> Run:
         folder: New, or the run folder of this same recipe.
         track: Trackers that follow the metrics: wandb, trackio. TensorBoard follows wherever it is
             installed.
+        profile: Steps of each stage to trace, after five; written into the stage's folder.
 
     Returns:
         The run, with a standard checkpoint for each stage and the card in the last one.
@@ -49,7 +50,7 @@ def train(recipe: Recipe, folder: str | Path, track: Sequence[str] = ()) -> Run:
     from mipha.deploy.model_card import write_model_card
     from mipha.training.pipeline import train as train_recipe
 
-    run = train_recipe(recipe, folder, track=track)
+    run = train_recipe(recipe, folder, track=track, profile=profile)
     if is_first_process():
         write_model_card(run.final_checkpoint(), run)
     return run

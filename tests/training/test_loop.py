@@ -31,6 +31,7 @@ STAGES = ("pretrain", "finetune")
 LONG = ("stages.finetune.max_steps=12", "stages.finetune.epochs=3", "stages.pretrain.max_steps=3")
 TIMED = {
     "seconds",
+    "data_wait_seconds",
     "samples_per_second",
     "images_per_second",
     "tokens_per_second",

@@ -19,6 +19,7 @@ from mipha.training.pipeline import train
 FINETUNE = "stages.finetune."
 TIMED = {
     "seconds",
+    "data_wait_seconds",
     "samples_per_second",
     "images_per_second",
     "tokens_per_second",

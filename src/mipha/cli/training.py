@@ -23,6 +23,9 @@ def train(
         list[str] | None,
         typer.Option(help="wandb, trackio; TensorBoard follows wherever it is installed."),
     ] = None,
+    profile: Annotated[
+        int, typer.Option(min=0, help="Trace N steps of each stage: <stage>/profile.json, .txt.")
+    ] = 0,
 ) -> None:
     """Train a recipe, stage by stage."""
     from mipha.api import train as train_recipe
@@ -30,7 +33,7 @@ def train(
     from mipha.run import is_first_process
 
     chosen = load_recipe(recipe).override(*(overrides or ()))
-    run = train_recipe(chosen, out, track=split_names(track))
+    run = train_recipe(chosen, out, track=split_names(track), profile=profile)
     if is_first_process():
         typer.echo(f"trained {chosen.name}: {run.final_checkpoint()}")
 

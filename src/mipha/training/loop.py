@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Callable
 
 import torch
@@ -15,6 +16,7 @@ from mipha.data.collate import to_device
 from mipha.engine.machine import return_freed_memory
 from mipha.engine.optimizer import Group, make_adamw, set_learning_rates, warmup_cosine
 from mipha.engine.precision import autocast
+from mipha.engine.profile import trace_steps
 from mipha.engine.signals import stop_gently
 from mipha.engine.states import StateWriter, load_state
 from mipha.files import write_whole
@@ -68,8 +70,19 @@ def run_steps(
         num_workers=4 if world.device.type == "cuda" else 0,
     )
 
-    with recorder, stop_gently(world) as is_stopped:
-        for number, step in enumerate(loader, start=start + 1):
+    traced = stage.profile if world.is_first else 0
+    with (
+        recorder,
+        stop_gently(world) as is_stopped,
+        trace_steps(stage.folder, traced) as end_of_step,
+    ):
+        read = iter(loader)
+        for number in range(start + 1, num_steps + 1):
+            # Measure how long the step waits for its batch.
+            waited = time.monotonic()
+            step = next(read)
+            waited = time.monotonic() - waited
+
             # The seed makes dropout after a resume the same as without one.
             torch.manual_seed(seed * 1_000_003 + number)
             set_learning_rates(
@@ -84,12 +97,14 @@ def run_steps(
 
             # Measure and validate.
             rates = {group["part"]: group["lr"] for group in optimizer.param_groups}
-            metrics = recorder.meter.measure(number, step, loss, grad_norm, rates) | substituted
+            metrics = recorder.meter.measure(number, step, loss, grad_norm, rates, waited)
+            metrics |= substituted
             is_last = number == num_steps
             if validate and (is_last or number % (settings.validate_every or num_steps) == 0):
                 metrics |= validate(model, number)
                 recorder.meter.restart()
             recorder.write(metrics)
+            end_of_step()
             if world.device.type == "cpu":
                 return_freed_memory()
 

@@ -23,6 +23,9 @@ from mipha.training.stage import Stage
 ALL_GONE = 8
 """Number of images of a step; as many unreadable ones mean more than a few damaged files."""
 
+MUCH_WAITING = 0.1
+"""Share of a step's time that the progress line mentions if it goes by waiting for a batch."""
+
 Metrics = dict[str, float | int]
 
 
@@ -143,6 +146,7 @@ class Meter:
         loss: float,
         grad_norm: float,
         learning_rates: dict[str, float],
+        waited: float = 0.0,
     ) -> Metrics:
         """Return the metrics of a finished step.
 
@@ -150,6 +154,7 @@ class Meter:
             number: Optimizer steps done, from 1.
             loss: Mean over the supervised tokens of all processes, nats.
             learning_rates: Learning rate of each trained part.
+            waited: Seconds that the step waited for its batch.
         """
         now = time.monotonic()
         seconds, self._last = now - self._last, now
@@ -172,6 +177,7 @@ class Meter:
             "truncated_samples": step.num_truncated,
             "teraflop": flops / 1e12,
             "seconds": seconds,
+            "data_wait_seconds": waited,
             "samples_per_second": len(step.ids) / seconds,
             "images_per_second": step.num_images / seconds,
             "tokens_per_second": step.num_tokens / seconds,
@@ -196,4 +202,7 @@ def describe_steps(steps: Sequence[Mapping[str, Any]]) -> Shown:
 
     unread = sum(step.get("substituted_images", 0) for step in steps)
     warning = f"{unread} unreadable images in the last {len(steps)} steps" if unread else ""
+    waited = sum(step.get("data_wait_seconds", 0.0) for step in steps) / seconds
+    if not warning and waited > MUCH_WAITING:
+        warning = f"{100 * waited:.0f} % of the time waits for data"
     return Shown(f"loss {last['loss']:.3f}", "  ".join(rates), warning)

@@ -72,7 +72,7 @@ CALIBRATION_IMAGES = 64
 """Enough for the mean and deviation of each channel: hundreds of patches each."""
 
 
-def train(recipe: Recipe, folder: str | Path, track: Sequence[str] = ()) -> Run:
+def train(recipe: Recipe, folder: str | Path, track: Sequence[str] = (), profile: int = 0) -> Run:
     """Train the stages of a recipe in a run folder; run again, it goes on where it stopped.
 
     Args:
@@ -80,6 +80,7 @@ def train(recipe: Recipe, folder: str | Path, track: Sequence[str] = ()) -> Run:
         folder: New folder, or the run folder of this same recipe.
         track: Trackers that follow the metrics: wandb, trackio. TensorBoard always does, where it
             is installed.
+        profile: Steps of each stage to trace, after five: see `engine/profile.py`.
 
     Returns:
         The run, with a standard checkpoint for each stage.
@@ -96,16 +97,16 @@ def train(recipe: Recipe, folder: str | Path, track: Sequence[str] = ()) -> Run:
 
     # One process at a time trains in a folder, with those that it trains together with.
     with hold_run(folder) if world.is_first else nullcontext():
-        return _train(recipe, folder, track, world)
+        return _train(recipe, folder, track, profile, world)
 
 
-def _train(recipe: Recipe, folder: Path, track: Sequence[str], world: World) -> Run:
+def _train(recipe: Recipe, folder: Path, track: Sequence[str], profile: int, world: World) -> Run:
     """Train the stages of a recipe in a folder that is held."""
     # Find the stages that are not finished in the folder.
     check_run(folder, recipe)
     run = Run(folder)
     unfinished = [name for name in recipe.stages if not run.is_finished(name)]
-    stages = [Stage(run, recipe, name, world, track) for name in unfinished]
+    stages = [Stage(run, recipe, name, world, track, profile) for name in unfinished]
 
     # Read the data of all stages before the first trains: a broken record ends the run now, and
     # leaves no run folder.

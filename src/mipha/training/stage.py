@@ -26,6 +26,7 @@ class Stage:
         name: Name of the stage.
         world: This process among those that train together.
         track: Trackers that follow the metrics, beside TensorBoard.
+        profile: Steps to trace.
     """
 
     run: Run
@@ -33,6 +34,7 @@ class Stage:
     name: str
     world: World
     track: Sequence[str] = ()
+    profile: int = 0
 
     @property
     def settings(self) -> StageRecipe:
