@@ -238,6 +238,7 @@ def test_several_data_sets(recipe: Recipe) -> None:
         ("data.finetune.cap=0", r"stages\.finetune\.data\.0\.cap: .*greater than or equal to 1"),
         ("data.finetune.x.limit=3", r"stages\.finetune\.data\.0\.x: unknown key"),
         ("seed=[1", r"override 'seed=\[1': the value is not valid YAML"),
+        ("name=b\udcc3\udca4r", r"is not UTF-8 text: set LC_ALL=C\.UTF-8"),
         ("model=null", r"model: .*"),
         ("stages.finetune.data=[]", r"stages\.finetune\.data: .*at least 1"),
     ],

@@ -71,6 +71,8 @@ def read_yaml(text: str, source: str) -> Any:
     Raises:
         ValueError: The text is not YAML; names the source.
     """
+    if re.search("[\ud800-\udfff]", text):
+        raise ValueError(f"{source} is not UTF-8 text: set LC_ALL=C.UTF-8, or rename what it names")
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:

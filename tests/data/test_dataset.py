@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -114,3 +115,9 @@ def test_a_named_data_set_is_read_from_its_root(tmp_path: Path) -> None:
     (tmp_path / "llava_v1_5_mix665k.json").write_text(json.dumps(rows))
     loaded = load_data(data_recipe("llava_instruct", tmp_path))
     assert loaded.to_sample(loaded.records[0]).images == (tmp_path / "1.jpg",)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "rows.jsonl")
+    with pytest.raises(ValueError, match=r"rows\.jsonl is a pipe or a device"):
+        load_data(data_recipe(str(tmp_path / "rows.jsonl")))

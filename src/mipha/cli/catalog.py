@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from mipha.cli.data import ImageRoot, RecipeName, Root, Stage, show_row
+from mipha.terminal import echo
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,9 @@ def list_names(
     ] = None,
 ) -> None:
     """List recipes, studies, parts, data sets, benchmarks: everything that has a name."""
-    from rich.console import Console
     from rich.table import Table
+
+    from mipha.terminal import Console
 
     table = Table(box=None, pad_edge=False)
     for column in ("kind", "name", "what it is"):
@@ -72,7 +74,7 @@ def show(
             "give --row too, or leave them out"
         )
     if name.endswith((".yaml", ".yml")):
-        typer.echo(_show_file(name), nl=False)
+        echo(_show_file(name), end="")
         return
 
     # One name may stand for several things: a data set and the benchmark on it.
@@ -86,8 +88,8 @@ def show(
         raise ValueError(f"the catalog has no {name!r}: {fix}")
     for title, kind in found.items():
         if len(found) > 1:
-            typer.echo(f"# {title} {name}")
-        typer.echo(kind.text(name).rstrip("\n"))
+            echo(f"# {title} {name}")
+        echo(kind.text(name).rstrip("\n"))
 
 
 def _show_file(name: str) -> str:

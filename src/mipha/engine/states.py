@@ -22,7 +22,6 @@ import io
 import json
 import re
 import shutil
-import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
@@ -69,6 +68,7 @@ from mipha.files import (
     whole_folder,
     write_whole,
 )
+from mipha.terminal import echo
 from mipha.world import World
 
 KEEP = 2
@@ -163,10 +163,10 @@ def _report_damage(state: Path, world: World | None = None) -> bool:
     files = sorted(_manifest(state).items())
     changed = changed_files(state, dict(files[world.rank :: world.size] if world else files))
     if changed:
-        print(
+        echo(
             f"mipha: the training state {state} is damaged: {changed[0]} is not what was written "
             "(its checksum differs); going on from the one before it",
-            file=sys.stderr,
+            err=True,
         )
 
     if world is None:
@@ -405,7 +405,7 @@ def load_state(
                 dcp.load(content, storage_reader=reader, planner=planner, no_dist=world.size == 1)
         except (OSError, ValueError) as error:
             # Every process gets this error. The state before overwrites what was read of this one.
-            print(f"mipha: {error}; going on from the one before it", file=sys.stderr)
+            echo(f"mipha: {error}; going on from the one before it", err=True)
             continue
         set_state_dict(
             model,

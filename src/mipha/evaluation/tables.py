@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from mipha.evaluation.benchmark import Benchmark, Plan, Question
 from mipha.evaluation.paired import PairedRow
 from mipha.evaluation.score import Result
+from mipha.terminal import Console
 
 NUM_SHOWN = 3
 """Prompts that a dry run shows of each benchmark."""

@@ -12,7 +12,7 @@ from transformers.image_utils import PILImageResampling
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from mipha.files import read_json_object
-from mipha.models.chat_template import IMAGE_TOKEN, fit_template
+from mipha.models.chat_template import IMAGE_TOKEN, bounded, fit_template
 from mipha.preflight import template_file
 
 
@@ -101,7 +101,7 @@ def load_processor(folder: str | Path) -> LlavaProcessor:
     Raises:
         FileNotFoundError: A file is missing.
         ValueError: Tokenizer or image processor cannot be read, or the chat template fails on every
-            conversation.
+            conversation or takes too long.
     """
     folder = Path(folder)
     saved = read_json_object(folder / "processor_config.json")
@@ -122,7 +122,8 @@ def load_processor(folder: str | Path) -> LlavaProcessor:
             f"({_reason(error)})"
         ) from error
 
-    _check_template_runs(processor.tokenizer, template, folder / "chat_template.jinja")
+    with bounded(template, folder / "chat_template.jinja"):
+        _check_template_runs(processor.tokenizer, template, folder / "chat_template.jinja")
     return processor
 
 
