@@ -234,6 +234,8 @@ def test_several_data_sets(recipe: Recipe) -> None:
             "data.finetune.weight=0",
             r"stages\.finetune\.data\.0\.weight: .*greater than 0.* \(got 0\)",
         ),
+        ("stages.finetune.learning_rate=.inf", r"stages\.finetune\.learning_rate: .*finite"),
+        ("stages.finetune.epochs=.inf", r"stages\.finetune\.epochs: .*finite"),
         ("data.finetune.weight=.inf", r"stages\.finetune\.data\.0\.weight: .*finite"),
         ("data.finetune.cap=0", r"stages\.finetune\.data\.0\.cap: .*greater than or equal to 1"),
         ("data.finetune.x.limit=3", r"stages\.finetune\.data\.0\.x: unknown key"),

@@ -99,7 +99,7 @@ def _show_file(name: str) -> str:
     from mipha.recipe import load_recipe
     from mipha.studies.study import load_study
 
-    tree = read_yaml(Path(name).read_text(encoding="utf-8"), name) if Path(name).is_file() else {}
+    tree = read_yaml(Path(name).read_bytes(), name) if Path(name).is_file() else {}
     keys = tree.keys() if isinstance(tree, dict) else ()
     if "scales" in keys:
         return load_study(name).dump()

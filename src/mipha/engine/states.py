@@ -32,7 +32,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint import (
@@ -252,14 +252,25 @@ def load_tensors(
     if newest is None:
         return None
 
-    saved = load_file(newest / "weights.safetensors")
-    assert saved.keys() == weights.keys(), f"{newest} has other weights than those that train"
+    try:
+        saved = load_file(newest / "weights.safetensors")
+        if {name: value.shape for name, value in saved.items()} != {
+            name: value.shape for name, value in weights.items()
+        }:
+            raise ValueError("it has other weights than those that train")
+        position = _read_position(newest)
+        _load_optimizer(optimizer, newest / "optimizer.safetensors")
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"the training state {newest} cannot be read ({reason}): "
+            "delete it to continue from the one before"
+        ) from error
+
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(saved[name])
-
-    _load_optimizer(optimizer, newest / "optimizer.safetensors")
-    return _read_position(newest)
+    return position
 
 
 def _save_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
@@ -501,7 +512,10 @@ class _Planner(DefaultLoadPlanner):
     """Loads values that are no tensors, which torch unpickles, as plain values only."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        plain = torch.load(value, weights_only=True)
+        try:
+            plain = torch.load(value, weights_only=True)
+        except Exception as error:  # torch's sentence would advise to run what is in the file
+            raise ValueError("a value in it is no plain value, and code is never run") from error
         again = io.BytesIO()
         torch.save(plain, again)
         again.seek(0)

@@ -28,7 +28,7 @@ def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
         ValueError: As `checked_template`.
     """
     path = template_file(name)
-    return checked_template(path.read_text(encoding="utf-8"), tokenizer, source=str(path))
+    return checked_template(_read_template(path), tokenizer, source=str(path))
 
 
 def checked_template(template: str, tokenizer: PreTrainedTokenizerBase, source: str) -> str:
@@ -105,7 +105,7 @@ def load_processor(folder: str | Path) -> LlavaProcessor:
     """
     folder = Path(folder)
     saved = read_json_object(folder / "processor_config.json")
-    template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    template = _read_template(folder / "chat_template.jinja")
     try:
         processor = LlavaProcessor(
             image_processor=LlavaImageProcessorPil.from_pretrained(folder, local_files_only=True),
@@ -125,6 +125,13 @@ def load_processor(folder: str | Path) -> LlavaProcessor:
     with bounded(template, folder / "chat_template.jinja"):
         _check_template_runs(processor.tokenizer, template, folder / "chat_template.jinja")
     return processor
+
+
+def _read_template(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: give a working template") from error
 
 
 def _check_template_runs(tokenizer: PreTrainedTokenizerBase, template: str, path: Path) -> None:
