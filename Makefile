@@ -2,14 +2,15 @@
 # make quickstart   train, measure and try a small assistant: about an hour on 2 CPU cores
 # make test         run all tests that need no GPU
 # make lint         check style and format with ruff, and types of the public names with mypy
-# make fuzz         read random requests from a fixed seed: five minutes
+# make fuzz         read damaged requests, images, data, recipes, states and models: five minutes
+# make lowest       run all tests with the lowest versions that pyproject.toml allows, in .venv-lowest
 # make gpu          check and measure the GPU path: below ten minutes; small without a GPU
 # make gpu-wheels   fetch what a machine without a network needs for it, into wheels/
 # make bench        measure training, data and states: about half an hour on an idle machine
 PYTHON := .venv/bin/python
 INSTALLED := .venv/installed
 
-.PHONY: install quickstart test lint fuzz gpu gpu-wheels bench
+.PHONY: install quickstart test lint fuzz lowest gpu gpu-wheels bench
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt requirements-quickstart.txt
@@ -32,7 +33,23 @@ lint: install
 	$(PYTHON) -m mypy
 
 fuzz: install
-	$(PYTHON) -m tests.deploy.serve.fuzz --seconds 300 --seed 1
+	$(PYTHON) -m tests.fuzz --seconds 300 --seed 1
+
+# The lowest version of each package that we name; the newest of what they need themselves. torch is
+# the one of the tests: on x86-64 the index has older ones with CUDA only, which is gigabytes.
+LOWEST := .venv-lowest
+EXTRAS := quickstart data evaluation gguf serve align slurm tensorboard bench test
+lowest:
+	python3 -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	grep '^torch==' constraints.txt > $(LOWEST)/torch.txt
+	$(LOWEST)/bin/uv pip compile --quiet --no-annotate --no-header --resolution lowest-direct \
+		--override $(LOWEST)/torch.txt $(EXTRAS:%=--extra %) pyproject.toml \
+		| grep -vE '^(nvidia|cuda|triton)' > $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-quickstart.txt
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n auto --dist loadfile
 
 # Works without `make install` where torch is there: PYTHON=python3, and the wheels in site/.
 gpu:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -200,3 +201,8 @@ def test_torch_tells_its_build_without_being_imported() -> None:
 
     assert preflight._torch_version()["cuda"] == torch.version.cuda
     assert preflight._torch_version()["__version__"] == str(torch.__version__)
+
+
+def test_a_path_that_is_not_utf_8_is_refused_before_the_first_step(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"\\udcff' is not UTF-8, .*: choose another -o"):
+        check_writable(tmp_path / os.fsdecode(b"bad\xff"))

@@ -145,3 +145,25 @@ def test_grandchildren_do_not_watch_their_grandparent(monkeypatch: pytest.Monkey
     monkeypatch.setattr(processes, "end_with", lambda parent: None)
     processes.end_with_parent()
     assert not set(child_environment()) & os.environ.keys()
+
+
+def test_a_system_without_flock_and_fork_says_that_nothing_is_locked(tmp_path: Path) -> None:
+    """As Windows, which has neither fcntl nor resource."""
+    program = (
+        "import logging, os, random, signal, sys, threading\n"
+        "from pathlib import Path\n"
+        "sys.modules |= {'fcntl': None, 'resource': None}\n"
+        "del os.register_at_fork, os.pread, signal.SIGKILL\n"
+        "import mipha.cli\n"
+        "from mipha.processes import hold_folder\n"
+        "with hold_folder(Path(sys.argv[1])): print(os.listdir(sys.argv[1]))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "run")],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "[]\n"
+    assert "run cannot be locked (this system has no flock): start no second" in done.stderr

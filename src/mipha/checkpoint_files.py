@@ -261,7 +261,7 @@ def read_chat_template(folder: Path) -> str | None:
         ValueError: A file cannot be read.
     """
     if (folder / "chat_template.jinja").is_file():
-        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        return read_template(folder / "chat_template.jinja")
 
     for name in ("chat_template.json", "tokenizer_config.json"):
         if not (folder / name).is_file():
@@ -274,6 +274,18 @@ def read_chat_template(folder: Path) -> str | None:
         if isinstance(template, str):
             return template
     return None
+
+
+def read_template(path: Path) -> str:
+    """Read a .jinja file.
+
+    Raises:
+        ValueError: It is no text.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: give a working template") from error
 
 
 def read_checkpoint(folder: Path, needs_template: bool = True) -> CheckpointFiles:

@@ -10,9 +10,22 @@ from typing import Any
 
 import yaml
 
+MOST_VALUES = 100_000
+"""Values of a YAML file with its aliases written out: a few lines of them can mean billions."""
+
 
 class _Loader(yaml.SafeLoader):
-    """YAML that reads 1e-3 as a number, where YAML 1.1 wants 1.0e-3."""
+    """YAML that reads 1e-3 as a number, where YAML 1.1 wants 1.0e-3.
+
+    A key that stands twice is refused.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        own = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := sorted({key for key in own if own.count(key) > 1}):
+            problem = f"the key {twice[0][:60]!r} stands twice"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -74,16 +87,44 @@ def read_named(name: str | Path, folder: Path, kind: str) -> tuple[Any, Path]:
             raise FileNotFoundError(f"no {kind} {str(name)!r}: there is no such file")
         near = did_you_mean(str(name), files_in(folder, ".yaml"), "give a .yaml file")
         raise FileNotFoundError(f"no {kind} {str(name)!r}: {near}")
-    return read_yaml(path.read_text(encoding="utf-8"), str(path)), path
+    return read_yaml(path.read_bytes(), str(path)), path
 
 
-def read_yaml(text: str, source: str) -> Any:
+def read_yaml(text: str | bytes, source: str) -> Any:
     """Return plain values from YAML.
 
     Raises:
-        ValueError: The text is not YAML; names the source.
+        ValueError: The text is not UTF-8 or not YAML, or its aliases mean too many values; names
+            the source.
     """
+    if isinstance(text, bytes):
+        try:
+            text = text.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{source} is not UTF-8 text: save it again as UTF-8") from error
+    if re.search("[\ud800-\udfff]", text):
+        raise ValueError(f"{source} is not UTF-8 text: set LC_ALL=C.UTF-8, or rename what it names")
     try:
-        return yaml.load(text, _Loader)
+        loader = _Loader(text)
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _num_values(node, {}) > MOST_VALUES:
+            raise ValueError(
+                f"{source} means more than {MOST_VALUES:,} values: write fewer aliases (*name)"
+            )
+        return loader.construct_document(node)
     except yaml.YAMLError as error:
         raise ValueError(f"{source} is not valid YAML: {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{source} is nested too deeply: write fewer brackets") from error
+
+
+def _num_values(node: yaml.Node, known: dict[int, int]) -> int:
+    """Count the values of a node with aliases written out; too many where one holds itself."""
+    if id(node) not in known:
+        known[id(node)] = MOST_VALUES + 1  # until it is counted: an alias in it holds it
+        inner = node.value if isinstance(node, yaml.CollectionNode) else []
+        parts = [part for entry in inner for part in (entry if type(entry) is tuple else [entry])]
+        known[id(node)] = 1 + sum(_num_values(part, known) for part in parts)
+    return known[id(node)]

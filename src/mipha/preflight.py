@@ -34,8 +34,17 @@ def check_writable(folder: Path) -> None:
     """Check that a folder can be made and written to; nothing of the check remains.
 
     Raises:
+        ValueError: Its path is not UTF-8, which safetensors needs.
         OSError: The folder, or the nearest one above it that exists, cannot be written to.
     """
+    try:
+        str(folder.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the path {str(folder)!r} is not UTF-8, so no weights can be written there: "
+            "choose another -o"
+        ) from error
+
     above = folder.absolute()
     while not above.exists():
         above = above.parent

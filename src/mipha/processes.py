@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,6 +13,13 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from mipha.terminal import echo
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows; there is no lock then, which `hold_folder` says
+    fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
 """File in a folder that is locked while a process works in it. It names that process."""
@@ -56,7 +61,12 @@ def hold_folder(folder: Path) -> Iterator[None]:
 
 
 def _lock(path: Path) -> int | None:
-    """Lock a file, made where it is missing; None where the file system has no locks."""
+    """Lock a file, made where it is missing; None where system or file system has no locks."""
+    if fcntl is None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _say_unlocked(path.parent, "this system has no flock")
+        return None
+
     deadline = time.monotonic() + PATIENCE
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,11 +87,7 @@ def _lock(path: Path) -> int | None:
             continue
         except OSError as error:
             os.close(file)
-            print(
-                f"mipha: {path.parent} cannot be locked ({error.strerror}): "
-                "start no second process in it",
-                file=sys.stderr,
-            )
+            _say_unlocked(path.parent, error.strerror)
             return None
 
         # The process before removed its file: the lock must be on the one that is there now.
@@ -92,6 +98,10 @@ def _lock(path: Path) -> int | None:
                 os.pwrite(file, json.dumps(_this_process()).encode() + b"\n", 0)
                 return file
         os.close(file)
+
+
+def _say_unlocked(folder: Path, reason: str) -> None:
+    echo(f"mipha: {folder} cannot be locked ({reason}): start no second process in it", err=True)
 
 
 def _this_process() -> dict[str, Any]:
@@ -114,7 +124,8 @@ def _close_held() -> None:
         os.close(_held.pop())
 
 
-os.register_at_fork(after_in_child=_close_held)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_held)
 
 
 def child_environment() -> dict[str, str]:
@@ -141,4 +152,4 @@ def _watch(parent: int) -> None:
         time.sleep(_LOOK_EVERY)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE)
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))

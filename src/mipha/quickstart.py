@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from mipha.api import check_training
@@ -27,6 +26,7 @@ from mipha.files import read_json_object, write_whole
 from mipha.processes import child_environment
 from mipha.recipe import load_recipe
 from mipha.run import Run
+from mipha.terminal import Console
 
 BENCHMARK = "easy_vqa"
 BEFORE_LIMIT = 2000

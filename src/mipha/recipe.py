@@ -45,7 +45,7 @@ Layered = Literal["vision_tower", "language_model"]
 class Strict(BaseModel):
     """A schema that refuses unknown keys, and whose objects cannot be changed."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class RecipeBase(Strict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -131,3 +132,9 @@ def test_keys_about_reading_change_a_recipes_digest_only_where_they_are_set() ->
     assert DataRecipe(dataset="auto", min_ratings={"a": 1}).model_dump()["min_ratings"] == {"a": 1}
     with pytest.raises(ValueError, match="answer_form has no effect with the data set easy_vqa"):
         load_data(DataRecipe(dataset="easy_vqa", answer_form="text"))
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "rows.jsonl")
+    with pytest.raises(ValueError, match=r"rows\.jsonl is a pipe or a device"):
+        load_data(data_recipe(str(tmp_path / "rows.jsonl")))

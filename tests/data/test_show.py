@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from rich.console import Console
 
 from mipha.data.dataset import LoadedData, data_recipe, load_data
 from mipha.data.show import render, save_pixels, view_sample, visible
 from mipha.recipe import StageRecipe
+from mipha.terminal import Console
 
 
 @pytest.fixture

@@ -250,3 +250,24 @@ def test_a_model_without_a_run_has_a_card_of_what_its_config_tells(
     assert card.data.license == "unknown" and card.data.base_model is None
     assert "# mine" in card.text and "| language model | `a llama` | unknown |" in card.text
     assert "## Training" not in card.text and "## Scores" not in card.text
+
+
+def test_a_strangers_words_are_text_in_the_card(make_run: Callable[..., Run]) -> None:
+    from markdown_it import MarkdownIt
+
+    name = "x\n# y <script>alert(1)</script>"
+    run = make_run(f"name={json.dumps(name)}", f"description={json.dumps(HOSTILE)}")
+    shown = MarkdownIt("commonmark").enable("table").render(card_of(run).text)
+    outside = re.sub(r"<pre>.*?</pre>", "", shown, flags=re.DOTALL)
+    assert not re.search(r"<(script|img|b|a|h3)\b|<!--|<em>", outside)
+    assert outside.count("<h1>") == 1
+    assert outside.count("<details>") == outside.count("</details>") >= 1
+    assert "&lt;img src=x&gt;" in outside and "`three`" in outside.replace("</p>", "")
+
+
+HOSTILE = """A model.
+
+```
+</details><img src=x> ````
+### A heading [of](https://example.org) *mine* &lt;b> `three` <b>bold</b> <!-- the rest
+"""

@@ -6,9 +6,9 @@ import io
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from mipha.engine.progress import Recent, show_progress
+from mipha.terminal import Console
 from mipha.training.metrics import describe_steps
 
 LARGE: dict[str, Any] = {

@@ -16,7 +16,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = (
     {
         *("recipe", "run", "files", "checkpoint_files", "errors", "processes"),
-        *("labels", "lookup", "preflight", "validation", "catalog"),
+        *("labels", "lookup", "preflight", "terminal", "validation", "catalog"),
         "answer_spans",
     },
     {"models", "data", "world"},
@@ -50,6 +50,15 @@ def imported_modules(tree: ast.AST) -> Iterator[str]:
                 if node.module == "mipha"
                 else [node.module or ""]
             )
+
+
+def outputs(tree: ast.AST) -> Iterator[str]:
+    """Return the names of functions and classes that write to a terminal, where they are used."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call):
+            yield ast.unparse(node.func)
 
 
 def may_import(room: str, other: str) -> bool:
@@ -105,6 +114,11 @@ def test_file_keeps_the_house_rules(path: Path) -> None:
         "reading a pickle runs its code"
     )
 
+    if room_of(path) != "terminal":
+        assert not {"rich.console.Console", "typer.echo", "print"} & set(outputs(tree)), (
+            "print with mipha.terminal: strangers' text has escape sequences"
+        )
+
     for node in ast.walk(tree):
         if isinstance(node, ast.keyword):
             assert node.arg != "trust_remote_code", (
@@ -138,6 +152,7 @@ def test_the_light_rooms_do_not_load_torch() -> None:
             "labels",
             "lookup",
             "preflight",
+            "terminal",
             "validation",
             "catalog",
             "comparison",

@@ -12,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mipha.assistant import load
+from mipha.models import chat_template
 from mipha.models.build import build, save_checkpoint
 from mipha.models.checkpoint_folder import check_finite, check_finite_folder
 from mipha.models.modeling import load_model
@@ -203,3 +205,41 @@ def test_a_config_that_transformers_cannot_read_is_one_sentence(
     (folder / "config.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"cannot be loaded as a LLaVA: check its config\.json"):
         load_model(str(folder))
+
+
+LONG_LOOP = "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        LONG_LOOP,
+        "{% macro a(n) %}{% if n %}{{ a(n - 1) ~ a(n - 1) }}{% endif %}{% endmacro %}{{ a(60) }}",
+    ],
+)
+def test_a_template_that_does_not_end_is_refused(
+    folder: Path, template: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat_template, "TEMPLATE_SECONDS", 0.2)
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(ValueError, match=r"chat_template\.jinja takes longer than 0\.2 seconds"):
+        load_processor(folder)
+
+
+def test_a_template_whose_numbers_do_not_end_is_refused(folder: Path) -> None:
+    (folder / "chat_template.jinja").write_text("{{ 9 ** 9 ** 9 ** 9 }}")
+    with pytest.raises(ValueError, match=r"chat_template\.jinja holds the operator \*\*"):
+        load_processor(folder)
+
+
+def test_a_template_that_does_not_end_with_one_question_fails_that_question(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = folder / "chat_template.jinja"
+    trap = "{% if 'blue' in messages[-1].content | string %}" + LONG_LOOP + "{% endif %}"
+    path.write_text(trap + path.read_text())
+    assistant = load(folder)
+    monkeypatch.setattr(chat_template, "TEMPLATE_SECONDS", 0.5)
+    with pytest.raises(ValueError, match=r"the chat template takes longer than 0\.5 seconds"):
+        assistant.answer(None, "Is it blue?")
+    assert assistant.answer(None, "Is it red?", max_new_tokens=2).num_tokens >= 0

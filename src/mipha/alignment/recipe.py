@@ -87,10 +87,10 @@ class StepRecipe(RecipeBase):
             ValueError: Names the source and, a line each, the key, the value and the fix.
         """
         step = tree.get("step") if isinstance(tree, dict) else None
-        if step not in STEPS:
+        if not isinstance(step, str) or step not in STEPS:
             raise ValueError(
                 f"{source} is not a valid alignment recipe: "
-                f"step is {step!r}, but must be {', '.join(STEPS)}"
+                f"step is {str(step)[:60]!r}, but must be {', '.join(STEPS)}"
             )
         return validated(STEPS[step], tree, source, f"{step} recipe")
 

@@ -26,6 +26,7 @@ from mipha.data.encode import as_chat, tokens_per_image
 from mipha.data.images import ImageLike, upright_rgb
 from mipha.data.sample import IMAGE, Message
 from mipha.models.attention import use_segments
+from mipha.models.chat_template import bounded
 from mipha.models.decoding import AnswerText, OnTokens, RowSampler, RowWatch, Sampling
 from mipha.models.features import ImageFeatures
 from mipha.models.modeling import LlavaForConditionalGeneration, attention_window, load_model
@@ -564,13 +565,15 @@ def _as_images(image: AnyImage | tuple[AnyImage, ...] | None) -> tuple[AnyImage,
 
 def _apply_template(processor: LlavaProcessor, messages: Sequence[Message], tokenize: bool) -> Any:
     """Return a conversation that waits for the assistant: its text, or its token ids."""
-    return processor.tokenizer.apply_chat_template(
-        as_chat(tuple(messages)),
-        chat_template=processor.chat_template,
-        add_generation_prompt=True,
-        tokenize=tokenize,
-        return_dict=False,
-    )
+    # One that ended in time at loading may still not end with another conversation.
+    with bounded(processor.chat_template, "the chat template"):
+        return processor.tokenizer.apply_chat_template(
+            as_chat(tuple(messages)),
+            chat_template=processor.chat_template,
+            add_generation_prompt=True,
+            tokenize=tokenize,
+            return_dict=False,
+        )
 
 
 def _image_key(image: AnyImage) -> str:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mipha.cli.arguments import Overrides
+from mipha.terminal import echo
 
 Recipe = Annotated[str, typer.Argument(help="An alignment recipe's name, or a .yaml file.")]
 Out = Annotated[
@@ -67,7 +68,7 @@ def list_names() -> None:
     from mipha.alignment.recipe import list_alignment_recipes, load_alignment_recipe
 
     for name in list_alignment_recipes():
-        typer.echo(f"{name:28} {load_alignment_recipe(name).description}")
+        echo(f"{name:28} {load_alignment_recipe(name).description}")
 
 
 def _train(step: str, name: str, out: Path, overrides: list[str] | None) -> None:
@@ -82,4 +83,4 @@ def _train(step: str, name: str, out: Path, overrides: list[str] | None) -> None
 
     from mipha.alignment import train_step
 
-    typer.echo(f"aligned: {train_step(recipe, out)}")
+    echo(f"aligned: {train_step(recipe, out)}")

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from mipha.cli.data import ImageRoot, RecipeName, Root, Settings, Stage, show_row
+from mipha.terminal import echo
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,9 @@ def list_names(
     ] = None,
 ) -> None:
     """List recipes, studies, parts, data sets, benchmarks: everything that has a name."""
-    from rich.console import Console
     from rich.table import Table
+
+    from mipha.terminal import Console
 
     # All names of every kind; of one kind, a line on each.
     table = Table(box=None, pad_edge=False)
@@ -88,7 +90,7 @@ def show(
     if (Path(name) / "recipe.yaml").is_file():
         name = str(Path(name) / "recipe.yaml")
     if name.endswith((".yaml", ".yml")):
-        typer.echo(_show_file(name), nl=False)
+        echo(_show_file(name), end="")
         return
 
     # One name may stand for several things: a data set and the benchmark on it.
@@ -107,8 +109,8 @@ def show(
         raise ValueError(f"the catalog has no {name!r}: {fix}")
     for title, kind in found.items():
         if len(found) > 1:
-            typer.echo(f"# {title} {name}")
-        typer.echo(kind.text(name).rstrip("\n"))
+            echo(f"# {title} {name}")
+        echo(kind.text(name).rstrip("\n"))
 
 
 def _show_file(name: str) -> str:
@@ -118,7 +120,7 @@ def _show_file(name: str) -> str:
     from mipha.recipe import load_recipe
     from mipha.studies.study import load_study
 
-    tree = read_yaml(Path(name).read_text(encoding="utf-8"), name) if Path(name).is_file() else {}
+    tree = read_yaml(Path(name).read_bytes(), name) if Path(name).is_file() else {}
     keys = tree.keys() if isinstance(tree, dict) else ()
     if "scales" in keys:
         return load_study(name).dump()

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mipha.terminal import echo
+
 if TYPE_CHECKING:
     from transformers import LlavaProcessor
 
@@ -67,14 +69,13 @@ def check(
     ] = None,
 ) -> None:
     """Check a whole data set, row by row, before it is trained on; exit code 1 if it has errors."""
-    from rich.console import Console
-
     from mipha.data.check.fix import write_fixed
     from mipha.data.check.html import html_report
     from mipha.data.check.linter import check_data
     from mipha.data.check.report import json_report, text_report
     from mipha.data.dataset import data_recipe, load_data
     from mipha.files import write_whole
+    from mipha.terminal import Console
 
     # Find what to check, and as which stage.
     chosen: list[tuple[DataRecipe, StageRecipe | None]]
@@ -111,14 +112,14 @@ def check(
         for path, report in ((json_out, json_report), (html, html_report)):
             if path:
                 write_whole(path, report(result))
-                typer.echo(f"written: {path}")
+                echo(f"written: {path}")
         if fix:
             fixed = write_fixed(result, fix)
-            typer.echo(
+            echo(
                 f"{fixed.num_kept:,} rows kept in {fixed.file}; what was changed: {fixed.list_file}"
             )
             if fixed.note:
-                typer.echo(fixed.note)
+                echo(fixed.note)
     if num_errors:
         raise typer.Exit(1)
 
@@ -134,10 +135,9 @@ def show_row(
     out: Path,
 ) -> None:
     """Print one sample as the model sees it, and write its images as the tower reads them."""
-    from rich.console import Console
-
     from mipha.data.dataset import data_recipe, load_data
     from mipha.data.show import render, save_pixels, view_sample
+    from mipha.terminal import Console
 
     loaded = _load_recipe(recipe, stage)
     chosen = _stages(loaded, stage)[-1] if loaded else None
@@ -145,7 +145,7 @@ def show_row(
     view = view_sample(rows, row, chosen, _processor(loaded))
     Console().print(render(view))
     for path in save_pixels(view, out):
-        typer.echo(f"as the tower reads it: {path}")
+        echo(f"as the tower reads it: {path}")
 
 
 def _load_recipe(name: str | None, stage: str | None) -> Recipe | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mipha.cli.arguments import Model
+from mipha.terminal import echo
 
 if TYPE_CHECKING:
     from mipha.assistant import Assistant
@@ -35,8 +36,8 @@ def import_checkpoint(
     """Turn a released checkpoint into a standard one, every tensor accounted for."""
     from mipha.models.upstream import import_upstream
 
-    typer.echo(str(import_upstream(source, out, vision_tower)))
-    typer.echo(f"imported: {out}")
+    echo(str(import_upstream(source, out, vision_tower)))
+    echo(f"imported: {out}")
 
 
 def verify(
@@ -141,7 +142,7 @@ def export(
         from mipha.deploy.gguf.export import export_gguf
 
         for path in export_gguf(source, out, kinds):
-            typer.echo(f"written: {path}")
+            echo(f"written: {path}")
         return
     if quantize is not None:
         raise ValueError("--quantize has no effect without --to gguf: leave it out")
@@ -161,7 +162,7 @@ def export(
         write_model_card(out)
     else:
         export_for_hub(source, out)
-    typer.echo(f"exported: {out}")
+    echo(f"exported: {out}")
 
 
 def serve(
@@ -293,7 +294,7 @@ def chat(
 def _converse(assistant: Assistant, image: Path | None) -> None:
     """Read questions until /quit, the end of the input, or Ctrl-C; answers stream."""
     session = assistant.chat(image)
-    typer.echo(
+    echo(
         "ask a question; /image PATH for another image, "
         "/reset to forget the conversation, /quit to leave"
     )
@@ -301,7 +302,7 @@ def _converse(assistant: Assistant, image: Path | None) -> None:
         try:
             line = input("> ").strip()
         except (EOFError, KeyboardInterrupt):
-            typer.echo()
+            echo()
             return
 
         # Carry out a command.
@@ -315,19 +316,19 @@ def _converse(assistant: Assistant, image: Path | None) -> None:
             image = path
             session = assistant.chat(image)
         elif verb == "/image":
-            typer.echo(f"no image {path}")
+            echo(f"no image {path}")
         elif line.startswith("/"):
-            typer.echo(f"no command {verb}: /image PATH, /reset or /quit")
+            echo(f"no command {verb}: /image PATH, /reset or /quit")
 
         # Answer a question.
         elif line:
             try:
                 for piece in session.ask(line):
-                    typer.echo(piece, nl=False)
-                typer.echo()
+                    echo(piece, end="")
+                echo()
             except (ValueError, FileNotFoundError) as error:
-                typer.echo(str(error))
+                echo(str(error))
             except KeyboardInterrupt:
                 # The answer is not finished: its half-filled cache must not be used again.
                 session = assistant.chat(image)
-                typer.echo("\n(stopped, and the conversation is forgotten)")
+                echo("\n(stopped, and the conversation is forgotten)")

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 from mipha.cli import align, catalog, data, deployment, results, study, training
 from mipha.errors import OldPackage
 from mipha.processes import end_with_parent
+from mipha.terminal import echo, outlive_readers
 
 
 class _Verbs(TyperGroup):
@@ -25,13 +26,13 @@ class _Verbs(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            typer.echo("\nstopped; run the same command again to go on", err=True)
+            echo("\nstopped; run the same command again to go on", err=True)
             raise typer.Exit(130) from None
         except Exception as error:
             sentence = None if ctx.params.get("debug") else _sentence(error)
             if sentence is None:
                 raise
-            typer.echo(f"mipha: {sentence}", err=True)
+            echo(f"mipha: {sentence}", err=True)
             raise typer.Exit(2) from error
 
 
@@ -78,6 +79,7 @@ app.add_typer(study.verbs, name="study")
 def main() -> None:
     """Entry point of the `mipha` program."""
     end_with_parent()
+    outlive_readers()
     app()
 
 
@@ -94,8 +96,6 @@ def _sentence(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, OldPackage):
         return str(error)
-    if isinstance(error, BrokenPipeError):
-        return None
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return (
             f"the disk is full ({error.filename or 'no space left'}): "

@@ -9,6 +9,7 @@ import typer
 
 from mipha.cli.arguments import parse_pairs
 from mipha.cli.results import JudgeModel, JudgeReplies, JudgeUrl
+from mipha.terminal import echo
 
 verbs = typer.Typer(
     help="Train and compare the variants of one of the paper's experiments, or of your own.",
@@ -67,7 +68,7 @@ def run(
     options = JudgeOptions(judge, judge_model, judge_replies) if given else None
     folder = run_study(load_study(name), scale, out, seeds, jobs, parameters, share or (), options)
     for report in ("report.md", "report.html"):
-        typer.echo(f"written: {folder / report}")
+        echo(f"written: {folder / report}")
 
 
 @verbs.command()
@@ -80,12 +81,12 @@ def report(
     ],
 ) -> None:
     """Write the report anew from the runs that are there."""
-    from rich.console import Console
     from rich.markdown import Markdown
 
     from mipha.studies.folder import open_study
     from mipha.studies.report import write_report
+    from mipha.terminal import Console
 
     text, page = write_report(open_study(folder), folder)
     Console().print(Markdown(text.read_text(encoding="utf-8")))
-    typer.echo(f"written: {text} and {page}")
+    echo(f"written: {text} and {page}")

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mipha.cli.arguments import Overrides, split_names
+from mipha.terminal import echo
 
 
 def train(
@@ -35,7 +36,7 @@ def train(
     chosen = load_recipe(recipe).override(*(overrides or ()))
     run = train_recipe(chosen, out, track=split_names(track), profile=profile)
     if is_first_process():
-        typer.echo(f"trained {chosen.name}: {run.final_checkpoint()}")
+        echo(f"trained {chosen.name}: {run.final_checkpoint()}")
 
 
 def plan(

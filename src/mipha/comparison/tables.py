@@ -76,8 +76,9 @@ def print_comparison(found: Comparison) -> None:
 
     Many models get a line each, of numbers alone.
     """
-    from rich.console import Console
     from rich.table import Table
+
+    from mipha.terminal import Console
 
     header, body = _cells(found.rows, "[bold]{}[/bold]")
     lines = [["", *header[1:]], *body]

@@ -152,10 +152,15 @@ def load_data(recipe: DataRecipe) -> LoadedData:
 
     Raises:
         FileNotFoundError: There is no such file or folder.
-        ValueError: There is no such data set, format or split; a file cannot be divided into
-            records; or the data set does not read `image_root`.
+        ValueError: There is no such data set, format or split; the data are a pipe or a device; a
+            file cannot be divided into records; or the data set does not read `image_root`.
         MissingPackage: The format needs a package that is not installed.
     """
+    if recipe.root and recipe.root.exists() and not (recipe.root.is_file() or recipe.root.is_dir()):
+        raise ValueError(
+            f"{recipe.root} is a pipe or a device, and data are read several times: "
+            "write them to a file"
+        )
     dataset, found = load_dataset(recipe.dataset), None
     to_sample = dataset.to_sample
     if dataset.detect is not None:

@@ -24,6 +24,7 @@ from mipha.data.images import ImageSource, open_image
 from mipha.data.sample import Sample
 from mipha.files import write_whole
 from mipha.recipe import StageRecipe
+from mipha.terminal import printable
 
 if TYPE_CHECKING:
     from transformers import LlavaProcessor
@@ -193,13 +194,7 @@ def open_quietly(source: ImageSource) -> Image.Image:
 
 def visible(text: str) -> str:
     """Return text for a screen: control characters as symbols, an end of line shown and kept."""
-    symbols = (
-        {code: 0x2400 + code for code in range(0x20) if code != 0x0A}
-        | {0x7F: 0x2421}
-        | dict.fromkeys(range(0xD800, 0xE000), 0xFFFD)
-    )
-    symbols |= dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
-    return text.translate(symbols).replace("\n", "↵\n")
+    return printable(text).replace("\t", "␉").replace("\n", "↵\n")
 
 
 def render(view: View) -> RenderableType:

@@ -173,7 +173,7 @@ def model_card(checkpoint: Path, run: Run | None = None, name: str | None = None
     name = recipe.name if recipe else name or checkpoint.resolve().name
 
     sections = [
-        f"# {name}",
+        f"# {plain(name)}",
         _about(parts, recipe),
         "## Use",
         _use(config),
@@ -244,12 +244,15 @@ def _comparable(result: dict[str, Any]) -> bool:
 def _about(parts: Sequence[PretrainedPart], recipe: Recipe | None) -> str:
     made = "A multimodal small language model that answers questions about an image: "
     if len(parts) == 1:
-        made += f"{parts[0].name}, tuned further."
+        made += f"{plain(parts[0].name)}, tuned further."
     else:
-        made += f"{parts[0].name} and {parts[1].name}, joined by a two-layer MLP."
+        names = " and ".join(plain(part.name) for part in parts)
+        made += f"{names}, joined by a two-layer MLP."
     if recipe is not None and isinstance(recipe.model, CheckpointRecipe) and len(parts) == 2:
-        made += f" It was tuned from {without_folders(recipe.model.checkpoint)}."
-    return made if recipe is None or not recipe.description else f"{made}\n\n{recipe.description}"
+        made += f" It was tuned from {plain(without_folders(recipe.model.checkpoint))}."
+    if recipe is None or not recipe.description:
+        return made
+    return f"{made}\n\n{plain(recipe.description)}"
 
 
 def _use(config: dict[str, Any]) -> str:
@@ -287,7 +290,7 @@ def _where(config: dict[str, Any], processor: dict[str, Any]) -> str:
 
 def _parts_table(parts: Sequence[PretrainedPart]) -> str:
     rows = [
-        (part.role, f"`{part.hub_id or part.name}`", part.licence or "unknown", part.source)
+        (part.role, _code(part.hub_id or part.name), part.licence or "unknown", part.source)
         for part in parts
     ]
     return (
@@ -300,7 +303,8 @@ def _training(recipe: Recipe) -> str:
     rows = []
     for name, stage in recipe.stages.items():
         data = ", ".join(
-            entry.dataset + (f" ({entry.root.name})" if entry.root else "") for entry in stage.data
+            entry.dataset + (f" ({plain(entry.root.name)})" if entry.root else "")
+            for entry in stage.data
         )
         tuned = ", ".join(f"{part.replace('_', ' ')} {stage.tuning.of(part)}" for part in PARTS)
         length = (
@@ -333,7 +337,7 @@ def _scores(results: Sequence[dict[str, Any]]) -> str:
             value = (
                 "undefined" if score["value"] is None else f"{score['value']:.2f} {score['unit']}"
             )
-            what = (result["benchmark"], result["split"], score["metric"])
+            what = tuple(map(plain, (result["benchmark"], result["split"], score["metric"])))
             rows.append((*what, value, _interval(score, ""), str(score["n"]), "; ".join(notes)))
     return _table(("benchmark", "split", "metric", "value", "95 % interval", "questions", ""), rows)
 
@@ -357,7 +361,7 @@ def _made(run: Run, recipe: Recipe) -> str:
         if tree
     }
     return "\n\n".join(
-        f"<details><summary>{title}</summary>\n\n```yaml\n{text}```\n\n</details>"
+        f"<details><summary>{title}</summary>\n\n{_fenced(text, 'yaml')}\n\n</details>"
         for title, text in texts.items()
     )
 
@@ -379,6 +383,24 @@ def _limits(config: dict[str, Any], processor: dict[str, Any]) -> str:
     )
     lines.append("It repeats the errors and prejudices of its parts and of its training data.")
     return "\n".join(f"- {line}" for line in lines)
+
+
+def plain(text: str) -> str:
+    """Return text that Markdown shows as it is, in one paragraph: no HTML, links or fences."""
+    text = re.sub(r"[\\`<>\[\]&*]", r"\\\g<0>", " ".join(text.split()))
+    return re.sub(r"^[#+=~-]", r"\\\g<0>", text)
+
+
+def _code(text: str) -> str:
+    """Return text as a code span."""
+    return f"`{' '.join(text.replace('`', chr(39)).split())}`"
+
+
+def _fenced(text: str, language: str) -> str:
+    """Return lines of text as a code block, whose fence is longer than any in the text."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{text}{fence}"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

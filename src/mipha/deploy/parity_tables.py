@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from mipha.files import write_whole
+from mipha.terminal import Console
 
 MIN_COSINE = 0.999
 """Cosine of each image token's embedding. f16 weights give 0.99999; a wrong activation, a shuffled

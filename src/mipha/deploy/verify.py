@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from safetensors.torch import load_file
@@ -33,6 +32,7 @@ from mipha.models.language_model import end_of_turn
 from mipha.models.modeling import load_model
 from mipha.models.processing import load_processor
 from mipha.run import model_folder
+from mipha.terminal import Console
 
 QUESTIONS = (
     ("wide", "What is in the picture?"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import resource
 import shutil
 import sys
 from contextlib import suppress
@@ -13,6 +12,11 @@ import torch
 
 from mipha.catalog.devices import device_reported_as
 from mipha.world import World
+
+try:
+    import resource
+except ModuleNotFoundError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 
 def check_free_space(folder: Path, need: int) -> None:
@@ -33,9 +37,14 @@ def check_free_space(folder: Path, need: int) -> None:
 
 
 def peak_memory_gib() -> float:
-    """Return the most memory that this process has held: on its GPU, else resident."""
+    """Return the most memory that this process has held: on its GPU, else resident.
+
+    0 where the system does not count it, as Windows.
+    """
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
+    if resource is None:
+        return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
 

@@ -9,11 +9,13 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from mipha.terminal import Console
 
 RECENT = 20
 """Steps that rates are a mean over, because steps differ in what they hold."""

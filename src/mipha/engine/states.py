@@ -22,7 +22,6 @@ import io
 import json
 import re
 import shutil
-import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
@@ -33,7 +32,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint import (
@@ -69,6 +68,7 @@ from mipha.files import (
     whole_folder,
     write_whole,
 )
+from mipha.terminal import echo
 from mipha.world import World
 
 KEEP = 2
@@ -163,10 +163,10 @@ def _report_damage(state: Path, world: World | None = None) -> bool:
     files = sorted(_manifest(state).items())
     changed = changed_files(state, dict(files[world.rank :: world.size] if world else files))
     if changed:
-        print(
+        echo(
             f"mipha: the training state {state} is damaged: {changed[0]} is not what was written "
             "(its checksum differs); going on from the one before it",
-            file=sys.stderr,
+            err=True,
         )
 
     if world is None:
@@ -252,14 +252,25 @@ def load_tensors(
     if newest is None:
         return None
 
-    saved = load_file(newest / "weights.safetensors")
-    assert saved.keys() == weights.keys(), f"{newest} has other weights than those that train"
+    try:
+        saved = load_file(newest / "weights.safetensors")
+        if {name: value.shape for name, value in saved.items()} != {
+            name: value.shape for name, value in weights.items()
+        }:
+            raise ValueError("it has other weights than those that train")
+        position = _read_position(newest)
+        _load_optimizer(optimizer, newest / "optimizer.safetensors")
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"the training state {newest} cannot be read ({reason}): "
+            "delete it to continue from the one before"
+        ) from error
+
     with torch.no_grad():
         for name, weight in weights.items():
             weight.copy_(saved[name])
-
-    _load_optimizer(optimizer, newest / "optimizer.safetensors")
-    return _read_position(newest)
+    return position
 
 
 def _save_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
@@ -405,7 +416,7 @@ def load_state(
                 dcp.load(content, storage_reader=reader, planner=planner, no_dist=world.size == 1)
         except (OSError, ValueError) as error:
             # Every process gets this error. The state before overwrites what was read of this one.
-            print(f"mipha: {error}; going on from the one before it", file=sys.stderr)
+            echo(f"mipha: {error}; going on from the one before it", err=True)
             continue
         set_state_dict(
             model,
@@ -501,7 +512,10 @@ class _Planner(DefaultLoadPlanner):
     """Loads values that are no tensors, which torch unpickles, as plain values only."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        plain = torch.load(value, weights_only=True)
+        try:
+            plain = torch.load(value, weights_only=True)
+        except Exception as error:  # torch's sentence would advise to run what is in the file
+            raise ValueError("a value in it is no plain value, and code is never run") from error
         again = io.BytesIO()
         torch.save(plain, again)
         again.seek(0)

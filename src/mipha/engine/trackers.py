@@ -6,7 +6,6 @@ The file stays the source. A tracker that fails is named once and dropped; train
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 
 from mipha.errors import MissingPackage, import_optional
 from mipha.files import read_json_object, read_lines, write_whole
+from mipha.terminal import echo
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
 PROJECT = "mipha"
@@ -155,8 +155,8 @@ def _unless_it_fails(name: str, do: Callable[[], Any]) -> Any:
         return do()
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        print(
+        echo(
             f"mipha: tracking with {name} has failed ({reason}); training goes on without it",
-            file=sys.stderr,
+            err=True,
         )
         return None

@@ -361,7 +361,6 @@ def _is_system_error(error: Exception) -> bool:
 @contextmanager
 def _bar(name: str, total: int, done: int, shown: bool) -> Iterator[Callable[[int], None]]:
     """Show a progress bar on stderr; yield a function that moves it."""
-    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -369,6 +368,8 @@ def _bar(name: str, total: int, done: int, shown: bool) -> Iterator[Callable[[in
         TextColumn,
         TimeRemainingColumn,
     )
+
+    from mipha.terminal import Console
 
     columns = (
         TextColumn(name),

@@ -7,13 +7,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from mipha.evaluation.benchmark import Benchmark, Plan, Question
 from mipha.evaluation.engine_check import EngineCheck
 from mipha.evaluation.paired import PairedRow
 from mipha.evaluation.score import Result
+from mipha.terminal import Console
 
 NUM_SHOWN = 3
 """Prompts that a dry run shows of each benchmark."""

@@ -8,14 +8,21 @@ A template may want content as text or as a list of parts. Both are tried on a c
 that wants text gets a preamble that turns parts into text. A template that does not mark every word
 of the assistant, and nothing of the user, is refused with the reason. A checkpoint's own template
 needs no marks where `answer_spans` can tell exactly what the assistant writes.
+
+A template is a stranger's program. jinja2's sandbox keeps it from everything but its input, and
+`bounded` from computing for ever.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import ctypes
+import threading
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, NamedTuple
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from mipha.answer_spans import NoMask, answer_spans, has_marks, renderer, supervise
@@ -38,6 +45,9 @@ PARTS_TO_TEXT = """\
 {%- set messages = flat.messages -%}
 """
 """Stands before a template that is made for text, and gives it the parts as text."""
+
+TEMPLATE_SECONDS = 10.0
+"""Longest time to write a conversation; it takes milliseconds."""
 
 _QUESTIONS = ("Which shape is that, please?", "Is it red?")
 _ANSWERS = ("That is a green circle.", "No, as I said.")
@@ -68,6 +78,62 @@ class _Written(NamedTuple):
     prompt: str
 
 
+class _TookTooLong(BaseException):
+    """Raised in the thread that renders a template. Not an Exception, so nothing handles it."""
+
+
+@contextmanager
+def bounded(template: str, source: object) -> Iterator[None]:
+    """Bound the time in which this thread renders a chat template.
+
+    Args:
+        template: The template.
+        source: File or name of it, for messages.
+
+    Raises:
+        ValueError: It takes longer than `TEMPLATE_SECONDS`, or holds the power operator, whose
+            huge numbers nothing can interrupt.
+    """
+    if _holds_power(template):
+        raise ValueError(
+            f"{source} holds the operator **, which may compute for ever: give a template without"
+        )
+
+    renderer, ended, lock = threading.get_ident(), False, threading.Lock()
+
+    def stop() -> None:
+        with lock:
+            if not ended:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                    ctypes.c_ulong(renderer), ctypes.py_object(_TookTooLong)
+                )
+
+    timer = threading.Timer(TEMPLATE_SECONDS, stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except _TookTooLong:
+        raise ValueError(
+            f"{source} takes longer than {TEMPLATE_SECONDS:g} seconds to write a conversation: "
+            "give a template that ends"
+        ) from None
+    finally:
+        with lock:
+            ended = True
+        timer.cancel()
+
+
+@lru_cache(8)
+def _holds_power(template: str) -> bool:
+    try:
+        return any(
+            (kind, value) == ("operator", "**") for _, kind, value in Environment().lex(template)
+        )
+    except TemplateError:  # rendering says what is wrong
+        return False
+
+
 def fit_template(template: str, tokenizer: PreTrainedTokenizerBase, source: str) -> str:
     """Return a template that takes messages with content parts, whatever it is made for.
 
@@ -77,11 +143,13 @@ def fit_template(template: str, tokenizer: PreTrainedTokenizerBase, source: str)
         source: Name of the template, for messages.
 
     Raises:
-        ValueError: With neither content the assistant's words arrive between the marks.
+        ValueError: With neither content the assistant's words arrive between the marks, or it
+            takes too long.
     """
     reasons = []
     for candidate in (template, PARTS_TO_TEXT + template):
-        reason = _fault_of(candidate, tokenizer)
+        with bounded(template, f"chat template {source}"):
+            reason = _fault_of(candidate, tokenizer)
         if reason is None:
             return candidate
         reasons.append(reason)

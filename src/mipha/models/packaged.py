@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ from typing import Any, Literal
 
 from mipha.errors import MissingPackage
 from mipha.lookup import did_you_mean
+from mipha.terminal import echo
 
 # Part of the folder's name. It is raised when the converters below change, so that older folders
 # are not used.
@@ -212,10 +212,10 @@ def packaged_folder(name: str) -> Path:
         return folder
 
     source = _shipped_file(name, asset)
-    print(
+    echo(
         f"mipha: converting {name} from {asset.package} {asset.version} into {folder}, "
         "once (about half a minute)",
-        file=sys.stderr,
+        err=True,
     )
     return _fill_once(folder, lambda partial: _convert(asset, source, partial))
 

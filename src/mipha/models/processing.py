@@ -13,9 +13,9 @@ from transformers.image_utils import PILImageResampling
 # last bits.
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from mipha.checkpoint_files import read_chat_template, read_processor
+from mipha.checkpoint_files import read_chat_template, read_processor, read_template
 from mipha.files import read_json_object
-from mipha.models.chat_template import IMAGE_TOKEN, fit_template
+from mipha.models.chat_template import IMAGE_TOKEN, bounded, fit_template
 from mipha.preflight import template_file
 
 IMAGE_PROCESSORS = (
@@ -45,7 +45,7 @@ def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
         ValueError: As `checked_template`.
     """
     path = template_file(name)
-    return checked_template(path.read_text(encoding="utf-8"), tokenizer, source=str(path))
+    return checked_template(read_template(path), tokenizer, source=str(path))
 
 
 def checked_template(template: str, tokenizer: PreTrainedTokenizerBase, source: str) -> str:
@@ -119,7 +119,7 @@ def load_processor(folder: str | Path, template: str | None = None) -> LlavaProc
     Raises:
         FileNotFoundError: A file is missing.
         ValueError: Tokenizer or image processor cannot be read, or the chat template fails on every
-            conversation.
+            conversation or takes too long.
     """
     folder = Path(folder)
     saved = read_processor(folder)
@@ -147,7 +147,8 @@ def load_processor(folder: str | Path, template: str | None = None) -> LlavaProc
     # Processors of transformers leave the BOS to a tokenizer that begins every text with one, where
     # the template does not write it.
     tokenizer = processor.tokenizer
-    written = _check_template_runs(tokenizer, own, folder / "chat_template.jinja")
+    with bounded(own, folder / "chat_template.jinja"):
+        written = _check_template_runs(tokenizer, own, folder / "chat_template.jinja")
     if _adds_bos(tokenizer) and not written.startswith(str(tokenizer.bos_token)):
         processor.chat_template = "{{- bos_token -}}\n" + own
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from mipha.planning.plan import Compared, Device, StagePlan
+from mipha.terminal import Console
 
 console = Console()
 

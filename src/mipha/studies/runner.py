@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mipha.api import check_training
@@ -41,6 +40,7 @@ from mipha.studies.folder import (
 )
 from mipha.studies.panel import asked_of
 from mipha.studies.study import Experiment, Measured, Scale
+from mipha.terminal import Console
 
 console = Console()
 

@@ -13,7 +13,6 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch import Tensor
 from transformers import LlavaProcessor
 
@@ -51,6 +50,7 @@ from mipha.models.tuning import (
 from mipha.preflight import check_writable
 from mipha.recipe import PARTS, CheckpointRecipe, Recipe
 from mipha.run import Run, check_run, create_run, hold_run
+from mipha.terminal import Console
 from mipha.training.loop import run_steps
 from mipha.training.placement import gather_weights, place, restore_frozen, round_frozen
 from mipha.training.proof import (

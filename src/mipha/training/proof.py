@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mipha.files import whole_file, write_whole
+from mipha.files import read_json_object, whole_file, write_whole
 from mipha.models.adapters import adapter_deltas, adapter_layers, adapter_parameters
 from mipha.models.fingerprint import tensor_digest
 from mipha.models.modeling import LlavaForConditionalGeneration
@@ -220,7 +220,7 @@ def refuse_contradictions(path: Path) -> None:
     Raises:
         ValueError: It does; they stand until the stage is trained anew.
     """
-    found = json.loads(path.read_text(encoding="utf-8"))["contradictions"] if path.is_file() else []
+    found = read_json_object(path).get("contradictions") if path.is_file() else []
     if found:
         raise ValueError(
             f"{path.parent} did not train what its recipe asks for, so no checkpoint was exported: "

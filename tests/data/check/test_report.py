@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from rich.console import Console
 
 from mipha.data.check.findings import KINDS
 from mipha.data.check.html import html_report
 from mipha.data.check.linter import NO_RECIPE, CheckResult, check_data
 from mipha.data.check.report import json_report, text_report
 from mipha.data.dataset import data_recipe, load_data
+from mipha.terminal import Console
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tests.data.check.planted import DEFECTS, Corpus, plant

@@ -6,7 +6,9 @@ import importlib.util
 import json
 import os
 import shutil
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from mipha.deploy.serve.child import ChildEngine
 from mipha.deploy.serve.engine import (
+    _CHILD,
     Source,
     choose_engine,
     find_source,
@@ -144,10 +147,13 @@ def test_other_programs_get_what_they_need(
     )[-7:-5] == ["--ctx-size", "8192"]
     (tmp_path / "llama-server").write_text("#!/bin/sh\n")
     (tmp_path / "llama-server").chmod(0o755)
-    assert llama_command(find_source(model), 4567, slots=3)[0] == "llama-server"
+    assert "-- llama-server --no-webui" in " ".join(
+        llama_command(find_source(model), 4567, slots=3)
+    )
     command = vllm_command(checkpoint, "tiny", 4567, "float32")
-    assert command[:3] == ["vllm", "serve", str(checkpoint.resolve())]
-    assert command[3:] == [
+    words = command.index("--")
+    assert command[words:][:4] == ["--", "vllm", "serve", str(checkpoint.resolve())]
+    assert command[words + 4 :] == [
         "--host",
         "127.0.0.1",
         "--port",
@@ -213,6 +219,55 @@ def test_a_program_that_does_not_start_is_named_with_its_last_words() -> None:
     with pytest.raises(ServiceError, match=r"ended with code 3 \(no such weights, key 4\)"):
         asyncio.run(engine.start())
     assert not engine.is_alive()
+
+
+STUBBORN = """
+import os, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, lambda *_: None if sys.argv[1] == "stubborn" else sys.exit(0))
+helper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print(os.getpid(), helper.pid, flush=True)
+time.sleep(600)
+sys.exit(7)
+"""
+"""A program that starts a second one and, if asked to, does not end when it is told to."""
+
+
+@pytest.mark.parametrize("manner", ["gentle", "stubborn"])
+def test_a_program_ends_with_a_server_that_was_killed(manner: str, tmp_path: Path) -> None:
+    keeper = "from mipha.deploy.serve import child; child._STOP_SECONDS = 0.2; child.main()"
+    server = (
+        "import subprocess, sys, time\n"
+        "subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE, start_new_session=True)\n"
+        "time.sleep(600)"
+    )
+    command = [sys.executable, "-c", keeper, "--", sys.executable, "-c", STUBBORN, manner]
+    with subprocess.Popen(
+        [sys.executable, "-c", server, *command],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    ) as process:
+        assert process.stdout
+        program, helper = map(int, process.stdout.readline().split())
+        assert is_running(program) and is_running(helper)
+        process.kill()
+        until = time.monotonic() + 60
+        while is_running(program) or is_running(helper):
+            assert time.monotonic() < until
+            time.sleep(0.02)
+
+
+def test_the_exit_code_of_a_program_is_passed_on() -> None:
+    command = [*_CHILD, "--", sys.executable, "-c", "raise SystemExit(3)"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True) as process:
+        assert process.wait(60) == 3
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 @pytest.mark.weights

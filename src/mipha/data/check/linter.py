@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -33,6 +32,7 @@ from mipha.data.check.rows import CheckInputs, RowFacts, check_rows
 from mipha.data.check.whole_set import Seen, gather_evaluation
 from mipha.data.dataset import LoadedData
 from mipha.recipe import StageRecipe
+from mipha.terminal import Console
 
 if TYPE_CHECKING:
     from transformers import LlavaProcessor

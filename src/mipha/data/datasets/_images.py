@@ -191,7 +191,8 @@ def path_inside(folders: ImageFolders, path: Any, where: str) -> Path:
         real = _real(file)
     except (OSError, ValueError) as error:
         raise RecordError(
-            f"the image path {short(path)} cannot be followed: {error}",
+            f"the image path {short(path)} cannot be followed: "
+            f"{getattr(error, 'strerror', None) or error}",
             f"give a path inside {folders.base}",
             where,
         ) from error

@@ -24,7 +24,7 @@ from mipha.deploy.gguf.language_model import (
 from mipha.deploy.gguf.mmproj import check_mmproj, mmproj_fields, mmproj_tensors
 from mipha.deploy.gguf.tokenizer import gguf_template, name_for, tokenizer_fields
 from mipha.deploy.gguf.writer import KINDS, Field, Tensor, open_weights, write_gguf
-from mipha.deploy.model_card import PretrainedPart, hub_licence, pretrained_parts
+from mipha.deploy.model_card import PretrainedPart, hub_licence, plain, pretrained_parts
 from mipha.files import read_json_object, whole_folder, write_whole
 from mipha.models.checkpoint_folder import check_finite_folder
 from mipha.preflight import check_new_folder
@@ -306,7 +306,7 @@ def readme(
     files = "\n".join(
         f"- `{model}`: the language model, with its tokenizer and chat template" for model in models
     )
-    return f"""# {name}
+    return f"""# {plain(name)}
 
 A multimodal small language model for llama.cpp and Ollama, exported by mipha.
 

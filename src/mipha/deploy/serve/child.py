@@ -1,8 +1,11 @@
 """The engine that is another program's server: started here, asked over HTTP, stopped with us.
 
-Nobody else reaches it. Run as a program, this module is llama.cpp's own server out of the wheel
-`xllamacpp`, with the arguments of `llama-server` that we use. It is a process of its own, because
-llama.cpp ends its process where a check fails.
+Nobody else reaches it. Run as a program, this module is one of two:
+
+    python -m mipha.deploy.serve.child --model FILE ...     llama.cpp's own server out of the wheel
+        `xllamacpp`, with the arguments of `llama-server` that we use. It is a process of its own,
+        because llama.cpp ends its process where a check fails.
+    python -m mipha.deploy.serve.child -- COMMAND ...       another program, which ends with us
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import httpx
@@ -38,7 +43,7 @@ class ChildEngine:
 
     Args:
         name: Name of the engine.
-        command: Command that starts the program.
+        command: Command that starts the program; it ends when its stdin does.
         port: Port of this machine alone at which the program listens.
         key: Key that the program asks for: other users of this machine must not go around our
             limits.
@@ -93,7 +98,7 @@ class ChildEngine:
                 while not await self._answers():
                     if self._process.poll() is not None:
                         raise ServiceError(
-                            f"{self._command[0]} ended with code {self._process.returncode} "
+                            f"{self.name} ended with code {self._process.returncode} "
                             f"({self._last_words()})"
                         )
                     await asyncio.sleep(0.2)
@@ -246,8 +251,38 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 # ---- The program: llama.cpp's server out of the wheel -------------------------------------------
 
 
+def keep(command: Sequence[str]) -> int:
+    """Run a program until it ends or stdin does; return its exit code.
+
+    stdin is a pipe from the server, so it ends with the server, also after `kill -9`.
+    """
+    program = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    signal.signal(signal.SIGTERM, lambda *_: program.terminate())
+
+    is_over = threading.Event()
+
+    def end() -> None:
+        while os.read(0, 4096):
+            pass
+        is_over.set()
+        program.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            program.wait(_STOP_SECONDS)
+        os.killpg(0, signal.SIGKILL)  # this process too, and what the program has started
+
+    threading.Thread(target=end, daemon=True).start()
+    code = program.wait()
+    if is_over.is_set():
+        os.killpg(0, signal.SIGKILL)
+    return code
+
+
 def main() -> None:
-    """Serve with llama.cpp until stdin ends, which it does with the process that started this."""
+    """Run one of the two programs until stdin ends: it does with the process that started this."""
+    if sys.argv[1:2] == ["--"]:
+        code = keep(sys.argv[2:])
+        sys.exit(128 - code if code < 0 else code)
+
     parser = argparse.ArgumentParser(prog="python -m mipha.deploy.serve.child")
     parser.add_argument("--model", required=True)
     parser.add_argument("--mmproj")

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 EngineName = Literal["auto", "transformers", "llama.cpp", "vllm"]
 
+_CHILD = [sys.executable, "-m", "mipha.deploy.serve.child"]
+"""Program that ends with us: llama.cpp's server out of the wheel, or after `--` any other."""
+
 _MAGIC = b"GGUF"
 _HEAD_BYTES = 65_536
 """Beginning of a GGUF file; the keys that are read stand before the vocabulary, which is long."""
@@ -265,7 +268,7 @@ def vllm_command(checkpoint: Path, name: str, port: int, dtype: str = "auto") ->
         "--served-model-name": name,
         "--dtype": dtype,
     }
-    return ["vllm", "serve", str(checkpoint.resolve()), *_as_words(options)]
+    return [*_CHILD, "--", "vllm", "serve", str(checkpoint.resolve()), *_as_words(options)]
 
 
 def llama_command(source: Source, port: int, slots: int) -> list[str]:
@@ -276,9 +279,7 @@ def llama_command(source: Source, port: int, slots: int) -> list[str]:
     assert source.gguf is not None
     context = min(_MOST_CONTEXT, _context(source.gguf) or _MOST_CONTEXT)
     program = (
-        ["llama-server", "--no-webui"]
-        if shutil.which("llama-server")
-        else [sys.executable, "-m", "mipha.deploy.serve.child"]
+        [*_CHILD, "--", "llama-server", "--no-webui"] if shutil.which("llama-server") else _CHILD
     )
     # Without a number llama.cpp takes all cores, and its threads spin while they wait for each
     # other: one core must be left for the front.

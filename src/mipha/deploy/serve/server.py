@@ -6,10 +6,8 @@ import asyncio
 import errno
 import ipaddress
 import logging
-import resource
 import signal
 import socket
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,6 +20,12 @@ from typing import TYPE_CHECKING
 from mipha.errors import import_optional
 from mipha.preflight import check_device, check_dtype
 from mipha.run import model_folder
+from mipha.terminal import echo
+
+try:
+    import resource
+except ModuleNotFoundError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     import uvicorn
@@ -120,10 +124,10 @@ def serve(
         if api_key is None:
             access = Access(None, host_names(listening, [host, *allow_host]))
             if not _is_loopback(listening):
-                print(
+                echo(
                     f"mipha: warning: anybody who reaches {_url(listening)} may ask: "
                     "give an --api-key",
-                    file=sys.stderr,
+                    err=True,
                 )
         if log_requests:
             _log_requests()
@@ -134,7 +138,7 @@ def serve(
         bounds = Bounds(limits=limits, max_requests=max_requests, request_seconds=request_seconds)
 
         def load() -> tuple[Engine, Bounds]:
-            print(f"mipha: loading {found.name} for {chosen}", file=sys.stderr, flush=True)
+            echo(f"mipha: loading {found.name} for {chosen}", err=True)
             return _load(found, chosen, bounds, metrics, batch_size, device, dtype)
 
         run(load, found.name, listening, metrics, access, shutdown_seconds=shutdown_seconds)
@@ -199,22 +203,21 @@ def run(
             # own; being told to stop is no failure, so that one does nothing.
             for number in signals:
                 signal.signal(number, lambda *_: None)
-            print(
+            echo(
                 f"mipha: serving {model} at {_url(listening)} with {engine.name}; Ctrl-C stops it",
-                file=sys.stderr,
-                flush=True,
+                err=True,
             )
             app = create_app(engine, model, metrics, bounds, access)
             try:
                 await Server(configure(app, shutdown_seconds)).serve(sockets=[listening])
             finally:
                 await engine.close()
-            print("mipha: stopped", file=sys.stderr, flush=True)
+            echo("mipha: stopped", err=True)
 
         try:
             asyncio.run(serving())
         except asyncio.CancelledError:
-            print("mipha: stopped before it was ready", file=sys.stderr)
+            echo("mipha: stopped before it was ready", err=True)
         except ServiceError as error:
             raise ValueError(str(error)) from error
         finally:
@@ -241,9 +244,10 @@ def configure(
     from mipha.deploy.serve.connections import connection_class
     from mipha.deploy.serve.gate import MAX_HEADER_BYTES
 
-    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if files != resource.RLIM_INFINITY:
-        max_connections = max(1, min(max_connections, files - _OTHER_FILES))
+    if resource is not None:
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if files != resource.RLIM_INFINITY:
+            max_connections = max(1, min(max_connections, files - _OTHER_FILES))
     return uvicorn.Config(
         app,
         http=connection_class(header_seconds, max_connections),
