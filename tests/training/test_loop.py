@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +144,40 @@ def test_a_loss_that_is_no_number_stops_the_run(
     assert [path.name for path in list_states(run.states("finetune"))] == ["step-00000001"]
     assert len(metrics(run.metrics("finetune"))) == 1
     assert not run.is_finished("finetune")
+
+
+def test_weights_stay_where_the_loss_is_not_finite_and_its_gradient_is(
+    tiny_model: Callable, tiny_run_recipe: Callable, mixture: Any, tmp_path: Path
+) -> None:
+    recipe = tiny_run_recipe()
+    stage = Stage(Run(tmp_path), recipe, "finetune", HERE)
+    model, processor = tiny_model()
+    apply_tuning(model, stage.settings.tuning)
+    steps = StepDataset(mixture, processor, stage.settings, recipe.seed)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+
+    # An infinite constant has no gradient.
+    def add_infinity(module: Any, inputs: Any, output: Any) -> Any:
+        return replace(output, loss_sum=output.loss_sum + math.inf)
+
+    model.register_forward_hook(add_infinity)
+    with pytest.raises(FloatingPointError, match="step 1: loss inf"):
+        run_stage(stage, model, steps)
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+
+
+def test_each_step_draws_its_own_dropout(
+    tiny_model: Callable, tiny_run_recipe: Callable, mixture: Any, tmp_path: Path
+) -> None:
+    recipe = tiny_run_recipe("stages.finetune.max_steps=3")
+    stage = Stage(Run(tmp_path), recipe, "finetune", HERE)
+    model, processor = tiny_model()
+    apply_tuning(model, stage.settings.tuning)
+    steps = StepDataset(mixture, processor, stage.settings, recipe.seed)
+    seeds = []
+    model.register_forward_pre_hook(lambda *_: seeds.append(torch.initial_seed()))
+    run_stage(stage, model, steps)
+    assert len(set(seeds)) == 3
 
 
 @pytest.mark.parametrize(
