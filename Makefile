@@ -3,11 +3,12 @@
 # make test         run all tests that need no GPU
 # make lint         check style and format with ruff, and types of the public names with mypy
 # make fuzz         read random requests from a fixed seed: five minutes
+# make mutants      break the code in 60 places and see whether a test fails: an hour
 # make bench        measure training, data and states: about half an hour on an idle machine
 PYTHON := .venv/bin/python
 INSTALLED := .venv/installed
 
-.PHONY: install quickstart test lint fuzz bench
+.PHONY: install quickstart test lint fuzz mutants bench
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt requirements-quickstart.txt
@@ -38,3 +39,6 @@ bench: install
 	$(PYTHON) benchmarks/loading.py
 	$(PYTHON) benchmarks/checkpointing.py
 	$(PYTHON) benchmarks/growth.py
+
+mutants: install
+	OMP_NUM_THREADS=1 $(PYTHON) -m tests.mutation --count 60 --seed 1

@@ -298,3 +298,19 @@ def test_half_a_character_is_named(processor: LlavaProcessor) -> None:
         match=r"sample row 3: a text holds half of a character \(a lone surrogate\); remove it",
     ):
         encode(sample, processor, 200)
+
+
+@pytest.mark.parametrize("num_images", [0, 1, 2])
+def test_upstreams_limit_counts_an_image_as_one_token(
+    num_images: int, assistants: Callable[[str, str], Assistant]
+) -> None:
+    """Source: Mipha `train.py`, DataCollator: `input_ids[:, :model_max_length]`, then splicing."""
+    processor = assistants("llama", "vicuna").processor
+    turns = (Message("user", IMAGE * num_images + "why?"), Message("assistant", "so " * 300))
+    sample = Sample("s", turns, (PICTURE,) * num_images)
+    cut = encode(sample, processor, 100, text_limit=True)
+    assert len(cut) == 100 + num_images * (tokens_per_image(processor) - 1)
+    whole = encode(sample, processor, 10_000)
+    assert np.array_equal(cut.input_ids, whole.input_ids[: len(cut)])
+    assert np.array_equal(cut.labels, whole.labels[: len(cut)])
+    assert cut.truncated == len(whole) - len(cut)

@@ -166,6 +166,39 @@ def test_weights_stay_where_the_loss_is_not_finite_and_its_gradient_is(
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
 
 
+def test_in_a_mean_of_means_each_micro_batch_weighs_the_same(
+    tiny_model: Callable, tiny_run_recipe: Callable, mixture: Any, tmp_path: Path, metrics: Callable
+) -> None:
+    """Source: transformers 4.38, Trainer.training_step, which upstream trains with."""
+    changes = ("batching=padded", "micro_batch_rows=1", "max_steps=1", "upstream=[mean_of_means]")
+    recipe = tiny_run_recipe(*(f"stages.finetune.{change}" for change in changes))
+    stage = Stage(Run(tmp_path), recipe, "finetune", HERE)
+    model, processor = tiny_model()
+    apply_tuning(model, stage.settings.tuning)
+    steps = StepDataset(mixture, processor, stage.settings, recipe.seed)
+    with torch.no_grad():
+        found = [model(**batch) for batch in steps[0].micro_batches]
+    of_means = sum(output.loss for output in found) / len(found)
+    of_tokens = sum(output.loss_sum for output in found) / steps[0].num_supervised
+    run_stage(stage, model, steps)
+    (row,) = metrics(stage.run.metrics("finetune"))
+    assert row["loss"] == pytest.approx(of_means.item(), rel=1e-5)
+    assert row["loss"] != pytest.approx(of_tokens.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_frozen_language_model_has_dropout_only_where_upstreams_is_asked_for(
+    kept: bool, tiny_model: Callable, tiny_run_recipe: Callable, tmp_path: Path
+) -> None:
+    changes = ["stages.pretrain.upstream=[frozen_dropout]"] if kept else []
+    stage = Stage(Run(tmp_path), tiny_run_recipe(*changes, family="phi"), "pretrain", HERE)
+    model, _ = tiny_model("phi")
+    apply_tuning(model, stage.settings.tuning)
+    place(model, stage)
+    dropouts = [m for m in model.model.language_model.modules() if isinstance(m, torch.nn.Dropout)]
+    assert dropouts and {module.training for module in dropouts} == {kept}
+
+
 def test_each_step_draws_its_own_dropout(
     tiny_model: Callable, tiny_run_recipe: Callable, mixture: Any, tmp_path: Path
 ) -> None:

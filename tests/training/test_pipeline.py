@@ -102,6 +102,13 @@ def test_a_disk_that_is_too_small_is_said_before_the_first_step(
     assert not (tmp_path / "run" / "pretrain" / "metrics.jsonl").exists()
 
 
+def test_each_stage_pads_or_squashes_as_it_says(tiny_run_recipe: Callable, tmp_path: Path) -> None:
+    """As upstream: the first stage squashes, the second pads."""
+    run = train(tiny_run_recipe("stages.pretrain.pad_to_square=false"), tmp_path / "run")
+    saved = [json.loads((run.checkpoint(s) / "processor_config.json").read_text()) for s in STAGES]
+    assert [config["image_processor"]["do_pad"] for config in saved] == [False, True]
+
+
 def test_the_disk_must_hold_all_states_the_start_and_the_checkpoint(
     tiny_run_recipe: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,18 +28,24 @@ class Substituted(NamedTuple):
 
 
 def collate(
-    rows: Sequence[Row], processor: LlavaProcessor, substituted: list[Substituted] | None = None
+    rows: Sequence[Row],
+    processor: LlavaProcessor,
+    substituted: list[Substituted] | None = None,
+    eos_holes: bool = False,
 ) -> Batch:
     """Pad rows to the longest, on the right, and read their images.
 
     Args:
         substituted: Where given, grey stands in for an image that cannot be read, and the case is
             added here.
+        eos_holes: Whether no token sees the ends of turns, as in upstream's training, where the
+            mask is `ids != pad` and the padding is the end token. Rows hold one sample.
 
     Returns:
         `input_ids`, `labels`, `position_ids` `(rows, tokens)`; `spans`, those of each row;
         `pixel_values` `(images, 3, height, width)` in reading order, where there are images. There
-        is no mask: the model makes one where its attention needs one.
+        is no mask: the model makes one where its attention needs one. With `eos_holes` an
+        `attention_mask` `(rows, tokens)` stands in place of the spans.
 
     Raises:
         ValueError, FileNotFoundError: An image cannot be read; names the sample and the file.
@@ -54,6 +60,13 @@ def collate(
         "position_ids": torch.stack([_continue(row.position_ids, length) for row in rows]),
         "spans": tuple(row.spans for row in rows),
     }
+
+    # Source: Mipha `train.py`, DataCollator; image tokens come after, and are seen.
+    if eos_holes:
+        lengths = torch.tensor([[len(row)] for row in rows])  # (rows, 1)
+        is_real = torch.arange(length) < lengths  # (rows, tokens)
+        batch["attention_mask"] = is_real & (batch["input_ids"] != processor.tokenizer.eos_token_id)
+        del batch["spans"]
 
     images = [
         _read(image, sample, substituted)

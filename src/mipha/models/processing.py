@@ -14,6 +14,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from mipha.files import read_json_object
 from mipha.models.chat_template import IMAGE_TOKEN, fit_template
 from mipha.preflight import template_file
+from mipha.recipe import ModelRecipe, StageRecipe
 
 
 def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -93,6 +94,12 @@ def build_processor(
         image_token=IMAGE_TOKEN,
         chat_template=template,
     )
+
+
+def set_padding(processor: LlavaProcessor, model: ModelRecipe, stage: StageRecipe) -> None:
+    """Pad or squash images as a stage asks for: as the model does, unless the stage says it."""
+    own = stage.pad_to_square
+    processor.image_processor.do_pad = model.pad_to_square if own is None else own
 
 
 def load_processor(folder: str | Path) -> LlavaProcessor:

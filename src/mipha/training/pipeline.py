@@ -19,7 +19,7 @@ from transformers import LlavaProcessor
 
 from mipha.comparison.figures import plot_metrics
 from mipha.data.batches import StepDataset
-from mipha.data.encode import encode
+from mipha.data.encode import encode_for
 from mipha.data.images import ImageSource, is_readable, open_image
 from mipha.data.mixture import Mixture
 from mipha.engine.machine import check_free_space
@@ -35,7 +35,7 @@ from mipha.files import (
 from mipha.models.adapters import merged_weights, remove_adapters, save_adapter
 from mipha.models.build import build, save_checkpoint
 from mipha.models.modeling import LlavaForConditionalGeneration, attention_window, load_model
-from mipha.models.processing import load_processor
+from mipha.models.processing import load_processor, set_padding
 from mipha.models.projector import calibrate_projector
 from mipha.models.quantization import check_quantization
 from mipha.models.tuning import (
@@ -194,9 +194,12 @@ def _load_start(
     if stage.before:
         checkpoint = stage.run.checkpoint(stage.before)
         _check_checkpoint(stage, checkpoint)
-        return load_model(str(checkpoint)), load_processor(checkpoint)
+        processor = load_processor(checkpoint)
+        set_padding(processor, stage.recipe.model, stage.settings)
+        return load_model(str(checkpoint)), processor
 
     model, processor = build(stage.recipe.model)
+    set_padding(processor, stage.recipe.model, stage.settings)
     if stage.recipe.model.calibrate_projector:
         only_readable = stage.settings.unreadable_images == "substitute"
         calibrate_projector(model, _first_images(mixture, processor, only_readable))
@@ -252,7 +255,7 @@ def _check_build(
             "tokens that this language model's sliding layers see, and packed rows know no window: "
             f"set stages.{stage.name}.batching=padded, or row_tokens={window}"
         )
-    encode(mixture[0], processor, settings.row_tokens, settings.prompt)
+    encode_for(mixture[0], processor, settings)
     check_tuning(model, settings.tuning)
 
     # An adapter needs its base, and the base of the first stage is on no disk yet.
