@@ -3,6 +3,7 @@
 # make test         run all tests that need no GPU
 # make lint         check style and format with ruff, and types of the public names with mypy
 # make fuzz         read damaged requests, images, data, recipes, states and models: five minutes
+# make mutants      break the code in 60 places and see whether a test fails: an hour
 # make lowest       run all tests with the lowest versions that pyproject.toml allows, in .venv-lowest
 # make gpu          check and measure the GPU path: below ten minutes; small without a GPU
 # make gpu-wheels   fetch what a machine without a network needs for it, into wheels/
@@ -10,7 +11,7 @@
 PYTHON := .venv/bin/python
 INSTALLED := .venv/installed
 
-.PHONY: install quickstart test lint fuzz lowest gpu gpu-wheels bench
+.PHONY: install quickstart test lint fuzz mutants lowest gpu gpu-wheels bench
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt requirements-quickstart.txt
@@ -67,3 +68,6 @@ bench: install
 	$(PYTHON) benchmarks/loading.py
 	$(PYTHON) benchmarks/checkpointing.py
 	$(PYTHON) benchmarks/growth.py
+
+mutants: install
+	OMP_NUM_THREADS=1 $(PYTHON) -m tests.mutation --count 60 --seed 1

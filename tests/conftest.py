@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pytest
@@ -403,3 +404,53 @@ def official_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, official in collect().items():
         official.write(root / name)
     return root
+
+
+# What is not run ---------------------------------------------------------------------------------
+
+_not_run: set[tuple[str, str]] = set()
+"""Test or file, and the reason."""
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    if report.skipped:
+        _not_run.add((report.nodeid, _reason(report)))
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    for marker in ("slow", "gpu"):
+        _not_run.update(
+            (item.nodeid, f"marked {marker}: pytest -m {marker}")
+            for item in items
+            if item.get_closest_marker(marker)
+        )
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hand over what a worker of pytest-xdist has collected; it reports skipped tests by itself."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["not_run"] = sorted(_not_run)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    _not_run.update(map(tuple, getattr(node, "workeroutput", {}).get("not_run", ())))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """List what was not run, so that a machine without a browser does not look like one with."""
+    for report in terminalreporter.stats.get("skipped", ()):
+        _not_run.add((report.nodeid, _reason(report)))
+    if not _not_run:
+        return
+
+    terminalreporter.section("not run")
+    groups = Counter((reason, place.partition("::")[0]) for place, reason in _not_run)
+    for (reason, file), number in sorted(groups.items()):
+        is_file = (file, reason) in _not_run
+        terminalreporter.line(f"{'all' if is_file else number} of {file}: {reason}")
+
+
+def _reason(report: pytest.CollectReport | pytest.TestReport) -> str:
+    _, _, reason = cast(tuple[str, int, str], report.longrepr)
+    return reason.removeprefix("Skipped: ")

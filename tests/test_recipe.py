@@ -275,6 +275,22 @@ def test_every_problem_is_listed_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("habit", "sentence"),
+    [
+        ("eos_holes", "eos_holes and text_limit are not possible with batching=packed"),
+        ("text_limit", "eos_holes and text_limit are not possible with batching=packed"),
+        ("frozen_dropout", "frozen_dropout has no effect, because the language model trains"),
+        ("dummy_image", "must be 'eos_holes', 'text_limit'"),
+    ],
+)
+def test_a_habit_of_upstream_that_cannot_be_is_refused(
+    recipe: Recipe, habit: str, sentence: str
+) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        recipe.override("stages.finetune.batching=packed", f"stages.finetune.upstream=[{habit}]")
+
+
+@pytest.mark.parametrize(
     ("override", "sentence"),
     [
         (

@@ -357,6 +357,10 @@ def _known_tuning(value: Any) -> Any:
     return value
 
 
+def _known_language_tuning(value: Any) -> Any:
+    return value if value == "head" else _known_tuning(value)
+
+
 def _layered_parts(value: Any) -> Any:
     """Return true, false, or a tuple of parts; one part stands for a list of one."""
     listed = [value] if isinstance(value, str) else value
@@ -370,6 +374,10 @@ def _layered_parts(value: Any) -> Any:
 
 
 LayeredTuning = Annotated[str, BeforeValidator(_known_tuning)]
+LanguageTuning = Annotated[str, BeforeValidator(_known_language_tuning)]
+
+UpstreamHabit = Literal["eos_holes", "text_limit", "mean_of_means", "frozen_dropout"]
+"""What Mipha's own training code does and this one does not, unless a stage asks for it."""
 
 
 class TuningRecipe(Strict):
@@ -377,14 +385,15 @@ class TuningRecipe(Strict):
 
     frozen: nothing, nor the head. full: all that the features or the answer depend on. lora:
     adapters in every linear layer of its stack, over frozen weights. qlora: the same, over weights
-    in 4 bits (one GPU only). last-N: its last N layers, nothing before or behind them.
+    in 4 bits (one GPU only). last-N: its last N layers, nothing before or behind them. head: the
+    language model's head alone, which upstream's first stage trains beside the projector.
 
     A stage with adapters exports its model with them merged in, so that any stage can follow it.
     """
 
     vision_tower: LayeredTuning = Field(description="frozen, full, lora, qlora or last-N")
     projector: Literal["frozen", "full"]
-    language_model: LayeredTuning = Field(description="frozen, full, lora, qlora or last-N")
+    language_model: LanguageTuning = Field(description="frozen, full, lora, qlora, last-N or head")
     lora: LoraRecipe | None = Field(
         None,
         validate_default=True,
@@ -404,7 +413,7 @@ class TuningRecipe(Strict):
         return (value or LoraRecipe()) if adapted else None
 
     def of(self, part: Part) -> str:
-        """Return how a part is tuned: frozen, full, lora, qlora or last-N."""
+        """Return how a part is tuned: frozen, full, lora, qlora, last-N or head."""
         return getattr(self, part)
 
     @property
@@ -463,6 +472,14 @@ class StageRecipe(Strict):
         description="keep only the input of each layer and compute the rest again in the backward "
         "pass: true, or a list of parts",
     )
+    pad_to_square: bool | None = Field(
+        None, description="as `model.pad_to_square`, for this stage; None: the model's"
+    )
+    upstream: tuple[UpstreamHabit, ...] = Field(
+        (),
+        description="habits of upstream's training code to repeat: eos_holes, text_limit, "
+        "mean_of_means, frozen_dropout",
+    )
     unreadable_images: Literal["fail", "substitute"] = Field(
         "fail",
         description="an image that cannot be read: stop, "
@@ -505,6 +522,16 @@ class StageRecipe(Strict):
             raise ValueError(
                 f"group_by_modality_length has no effect with batching={self.batching}: "
                 "remove it or use padded"
+            )
+        if self.batching != "padded" and {"eos_holes", "text_limit"} & set(self.upstream):
+            raise ValueError(
+                f"upstream's eos_holes and text_limit are not possible with batching="
+                f"{self.batching}: remove them or use padded"
+            )
+        if "frozen_dropout" in self.upstream and self.tuning.language_model in ("full", "lora"):
+            raise ValueError(
+                "upstream's frozen_dropout has no effect, because the language model trains: "
+                "remove it"
             )
         listed = self.activation_checkpointing
         is_listed = isinstance(listed, tuple) and "vision_tower" in listed

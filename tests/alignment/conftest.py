@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -87,6 +89,33 @@ def step_recipe(
         return StepRecipe.parse(tree, source="tiny").override(*overrides)
 
     return recipe
+
+
+KILLED_MID_SAVE = """
+import os, signal, sys, pathlib, torch
+save = torch.save
+def save_or_die(content, path, *rest, **options):
+    if "checkpoint-4" in str(path):  # its weights are written, its optimizer is not
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(content, path, *rest, **options)
+torch.save = save_or_die
+from mipha.alignment import train_step
+from mipha.alignment.recipe import load_alignment_recipe
+train_step(load_alignment_recipe(sys.argv[1]), pathlib.Path(sys.argv[2]))
+"""
+
+
+@pytest.fixture
+def kill_mid_save(tmp_path: Path) -> Callable[[StepRecipe, Path], None]:
+    """Begin a step in a process of its own, which is killed while it saves its fourth state."""
+
+    def begin(recipe: StepRecipe, out: Path) -> None:
+        (tmp_path / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
+        command = [sys.executable, "-c", KILLED_MID_SAVE, str(tmp_path / "recipe.yaml"), str(out)]
+        killed = subprocess.run(command, capture_output=True, text=True)
+        assert killed.returncode == -9, killed.stderr[-2000:]
+
+    return begin
 
 
 @pytest.fixture(scope="session")

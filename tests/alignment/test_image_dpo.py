@@ -103,22 +103,15 @@ def test_no_image_is_on_both_sides(pairs: Path, tmp_path: Path) -> None:
         load_image_preferences(tmp_path / "a.jsonl")
 
 
-def test_it_learns_and_a_stopped_run_ends_in_the_same_weights(
-    recipe: StepRecipe, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_it_learns_and_a_killed_run_ends_in_the_same_weights(
+    recipe: StepRecipe,
+    checkpoint: Path,
+    tmp_path: Path,
+    kill_mid_save: Callable[[StepRecipe, Path], None],
 ) -> None:
     whole = dpo(recipe, tmp_path / "whole")
-    with monkeypatch.context() as patch:  # two steps, of four
-        from mipha.alignment import trl_trainer
-
-        class Stop(trl_trainer.StepRecorder):
-            def on_save(self, *args: Any, **kwargs: Any) -> None:
-                super().on_save(*args, **kwargs)
-                raise KeyboardInterrupt
-
-        patch.setattr(trl_trainer, "StepRecorder", Stop)
-        with pytest.raises(KeyboardInterrupt):
-            dpo(recipe, tmp_path / "stopped")
-    resumed = dpo(recipe, tmp_path / "stopped")
+    kill_mid_save(recipe, tmp_path / "killed")
+    resumed = dpo(recipe, tmp_path / "killed")
     weights = [load_file(folder / "model.safetensors") for folder in (whole, resumed, checkpoint)]
     assert weights[0].keys() == weights[1].keys() == weights[2].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,8 +15,9 @@ import pytest
 pytest.importorskip("trl")
 
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerState
 
+from mipha.alignment import preference
 from mipha.alignment.data import (
     Preference,
     encode_exchange,
@@ -23,6 +27,7 @@ from mipha.alignment.data import (
 from mipha.alignment.preference import (
     PAD,
     Scorer,
+    _trainer_class,
     check_finite,
     collate_pairs,
     measure_pairs,
@@ -30,6 +35,7 @@ from mipha.alignment.preference import (
     pair_loss,
     ranked_pairs,
     train_cost,
+    train_reward,
 )
 from mipha.alignment.recipe import StepRecipe
 from mipha.files import read_lines
@@ -78,6 +84,47 @@ def test_what_is_measured() -> None:
         "margin": 0.5,
         "sign_accuracy": 0.5,
     }  # 3 over 2, but 1 only level with 1
+
+
+def test_a_cost_model_is_trained_on_the_signs_and_a_reward_model_is_not() -> None:
+    trainer = _trainer_class().__new__(_trainer_class())
+    trainer.regularization, trainer.state = 0.1, TrainerState()
+    signs = torch.tensor([1.0, 1.0, -1.0, 1.0])
+    inputs = {"input_ids": None, "attention_mask": None, "signs": signs}
+
+    def model(**_: Any) -> SimpleNamespace:
+        return SimpleNamespace(logits=torch.cat([HIGHER, LOWER])[:, None])
+
+    for is_cost in (True, False):
+        trainer.signed, trainer._metrics = is_cost, {"train": defaultdict(list)}
+        loss = trainer.compute_loss(model, inputs)
+        wanted = pair_loss(HIGHER, LOWER, 0.1, *(signs.chunk(2) if is_cost else ()))
+        assert torch.equal(loss, wanted)
+
+        # What the curves show.
+        reported = {name: values[0] for name, values in trainer._metrics["train"].items()}
+        assert reported == measure_pairs(torch.cat([HIGHER, LOWER]), signs if is_cost else None)
+
+
+def test_no_response_is_cut(
+    step_recipe: Callable[..., StepRecipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL cuts at 1,024 tokens unless it is told not to."""
+    row = {"prompt": "May I?", "response_0": "no " * 1200, "response_1": "yes " * 1200}
+    row |= {"better_response_id": 0, "safer_response_id": 0}
+    row |= {"is_response_0_safe": True, "is_response_1_safe": False}
+    data = tmp_path / "long.jsonl"
+    data.write_text("".join(json.dumps(row | {"prompt": f"{n}?"}) + "\n" for n in range(4)))
+    lengths = []
+
+    def collate(pairs: list[dict[str, Any]], pad_id: int) -> dict[str, torch.Tensor]:
+        lengths.extend(len(pair["chosen_ids"]) for pair in pairs)
+        return collate_pairs(pairs, pad_id)
+
+    monkeypatch.setattr(preference, "collate_pairs", collate)
+    changes = (f"data={data}", "max_tokens=3000", "max_steps=1", "held_out=0", "batch_size=2")
+    train_reward(step_recipe("reward", *changes, "micro_batch=2"), tmp_path / "run")
+    assert min(lengths) > 1024
 
 
 @pytest.mark.parametrize("step", ["reward", "cost"])

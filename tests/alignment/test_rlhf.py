@@ -248,12 +248,14 @@ def save(content, path, **options):
     real(content, path, **options)
 states.save_file = save
 torch.set_num_threads(1)
-train_policy(load_alignment_recipe({recipe!r}), Path({out!r}), reward, cost)
+recipe = load_alignment_recipe({recipe!r})
+train_policy(recipe, Path({out!r}), reward, cost if recipe.step == "safe-rlhf" else None)
 """
 
 
-def test_kill_9_in_the_middle_of_a_save(rlhf_recipe: Callable, tmp_path: Path) -> None:
-    recipe = rlhf_recipe("safe-rlhf", "checkpoint_every=1", "max_steps=3")
+@pytest.mark.parametrize("step", ["rlhf", "safe-rlhf"])
+def test_kill_9_in_the_middle_of_a_save(step: str, rlhf_recipe: Callable, tmp_path: Path) -> None:
+    recipe = rlhf_recipe(step, "checkpoint_every=1", "max_steps=3")
     (tmp_path / "recipe.yaml").write_text(recipe.dump())
     program = PROGRAM.format(
         here=str(Path(__file__).parent),

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ pytest.importorskip("trl")
 import torch
 from safetensors.torch import load_file
 
+from mipha.alignment.dpo import dpo
 from mipha.alignment.preference import train_cost, train_reward
 from mipha.alignment.recipe import StepRecipe
 from mipha.alignment.sft import sft
@@ -26,27 +25,14 @@ from mipha.engine.states import newest_state, seal_state
 from mipha.files import read_lines
 from mipha.processes import hold_folder
 
-KILLED_MID_SAVE = """
-import os, signal, sys, pathlib, torch
-save = torch.save
-def save_or_die(content, path, *rest, **options):
-    if "checkpoint-4" in str(path):  # its weights are written, its optimizer is not
-        os.kill(os.getpid(), signal.SIGKILL)
-    save(content, path, *rest, **options)
-torch.save = save_or_die
-from mipha.alignment.recipe import load_alignment_recipe
-from mipha.alignment.preference import train_reward
-from mipha.alignment.sft import sft
-step, recipe, out = sys.argv[1:]
-{"sft": sft, "reward": train_reward}[step](load_alignment_recipe(recipe), pathlib.Path(out))
-"""
-
 
 @pytest.mark.parametrize(
     ("step", "overrides", "family"),
     [
         ("sft", ("max_tokens=64", "micro_batch=1"), "phi"),
         ("reward", ("tuning=lora", "lora.rank=4"), "llama"),
+        ("cost", (), "llama"),
+        ("dpo", (), "llama"),
     ],
 )
 def test_killed_in_the_midst_of_saving_it_ends_in_the_same_weights(
@@ -55,21 +41,19 @@ def test_killed_in_the_midst_of_saving_it_ends_in_the_same_weights(
     family: str,
     finished: Callable[..., Path],
     step_recipe: Callable[..., StepRecipe],
+    kill_mid_save: Callable[[StepRecipe, Path], None],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Phi has dropout, so that what is drawn counts too.
     recipe, out = step_recipe(step, *overrides, family=family), tmp_path / "run"
-    (tmp_path / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
-    command = [sys.executable, "-c", KILLED_MID_SAVE, step, str(tmp_path / "recipe.yaml"), str(out)]
-    killed = subprocess.run(command, capture_output=True, text=True)
-    assert killed.returncode == -9, killed.stderr[-2000:]
+    kill_mid_save(recipe, out)
     left = out / "checkpoints" / "checkpoint-4"
     assert (
         left.is_dir() and not (left / "optimizer.pt").exists() and not Step(recipe, out).is_finished
     )
 
-    function = {"sft": sft, "reward": train_reward}[step]
+    function = {"sft": sft, "reward": train_reward, "cost": train_cost, "dpo": dpo}[step]
     with monkeypatch.context() as patch:  # and once more, between the last step and the result
 
         def stop(*_: Any) -> None:

@@ -219,6 +219,20 @@ def test_a_tally_is_kept_whole_in_a_file_and_compared_in_any_order() -> None:
     )
 
 
+def test_tallies_with_their_metrics_in_another_order_are_compared_by_name() -> None:
+    one = tally([("a", {"easy": 1.0, "hard": 0.0}), ("b", {"easy": 1.0, "hard": 0.0})])
+    other = tally([("a", {"hard": 0.0, "easy": 1.0}), ("b", {"hard": 0.0, "easy": 1.0})])
+    assert one.names != other.names
+
+    def both(totals: Totals) -> dict[str, np.ndarray]:
+        return {name: totals.mean(name) for name in ("easy", "hard")}
+
+    assert {name: row.difference for name, row in paired_differences(one, other, both).items()} == {
+        "easy": 0.0,
+        "hard": 0.0,
+    }
+
+
 def test_a_name_that_few_contribute_to_is_averaged_over_those() -> None:
     data = tally(
         [("a", {"all": 1.0, "rare": 0.5}), ("b", {"all": 0.0}), ("b", {"all": 0.0, "rare": 1.0})]
@@ -296,7 +310,7 @@ def test_two_identical_recipes_differ_in_about_one_case_of_twenty(spread: float)
     for _ in range(300):
         a, b = ([train_once(rng, ease, 0.0, spread) for _ in range(3)] for _ in range(2))
         found += seed_difference(a, b, accuracy, "accuracy", 100).p_value < 0.05
-    # Of 300, 5 % are 15, and by chance 1 in 1,000 times fewer than 4 or more than 28. With n = 3
+    # Of 300, 5 % are 15, and by chance 1 in 1,600 times fewer than 2 or more than 28. With n = 3
     # Welch's test is a little careful.
     assert 2 <= found <= 28
 

@@ -349,3 +349,19 @@ def test_a_long_document_is_cut_between_places(processor: LlavaProcessor) -> Non
     assert raised.value.kind == "too-many-images"
     with pytest.raises(RecordError, match="cuts its text off"):
         encode(_document(IMAGE, "Two."), processor, tokens_per_image(processor) + 3)
+
+
+@pytest.mark.parametrize("num_images", [0, 1, 2])
+def test_upstreams_limit_counts_an_image_as_one_token(
+    num_images: int, assistants: Callable[[str, str], Assistant]
+) -> None:
+    """Source: Mipha `train.py`, DataCollator: `input_ids[:, :model_max_length]`, then splicing."""
+    processor = assistants("llama", "vicuna").processor
+    turns = (Message("user", IMAGE * num_images + "why?"), Message("assistant", "so " * 300))
+    sample = Sample("s", turns, (PICTURE,) * num_images)
+    cut = encode(sample, processor, 100, text_limit=True)
+    assert len(cut) == 100 + num_images * (tokens_per_image(processor) - 1)
+    whole = encode(sample, processor, 10_000)
+    assert np.array_equal(cut.input_ids, whole.input_ids[: len(cut)])
+    assert np.array_equal(cut.labels, whole.labels[: len(cut)])
+    assert cut.truncated == len(whole) - len(cut)

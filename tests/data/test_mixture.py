@@ -14,8 +14,8 @@ from PIL import Image
 
 from mipha.data.held_out import side_of
 from mipha.data.images import grey_image
-from mipha.data.mixture import Mixture
-from mipha.data.sample import Sample
+from mipha.data.mixture import Mixture, images_key
+from mipha.data.sample import Message, Sample
 from mipha.recipe import DataRecipe
 
 
@@ -216,6 +216,29 @@ def test_an_image_is_on_one_side_only(write: Callable, tmp_path: Path) -> None:
         ValueError, match=r"held_out=1e-09 leaves no sample for validation: choose another share"
     ):
         Mixture([first], 1e-9, "validation")
+
+
+def test_samples_of_images_on_both_sides_are_counted(tmp_path: Path) -> None:
+    for number in range(40):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    turns = [{"role": "user", "content": "<image><image>"}, {"role": "assistant", "content": "no"}]
+    rows = [{"messages": turns, "images": [f"{n}.png", f"{n + 20}.png"]} for n in range(20)]
+    path = tmp_path / "train.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train = Mixture([DataRecipe(dataset="messages", root=path)], 0.5)
+    torn = 20 - len(train) - len(train.on_side("validation"))
+    assert torn > 0
+    said = f"train.jsonl: {torn} of 20 samples are used on neither side, because they show images"
+    assert any(note.startswith(said) for note in train.notes)
+
+
+def test_the_key_of_images_knows_where_one_ends() -> None:
+    def key(*images: bytes) -> int:
+        turns = (Message("user", "<image>" * len(images)), Message("assistant", "no"))
+        return images_key(Sample("1", turns, images))
+
+    assert key(b"ab", b"c") != key(b"a", b"bc") != key(b"abc")
+    assert key(b"a", b"b") == key(b"a", b"b") and key() == 0
 
 
 def test_both_sides_of_a_split_read_each_image_once(

@@ -155,6 +155,13 @@ def test_samples_about_one_image_share_it() -> None:
     )
 
 
+@BATCHING
+@given(samples=samples())
+def test_the_pairs_that_attend_are_counted(batching: str, samples: list[Encoded]) -> None:
+    for row in make_rows(samples, ROW, batching):
+        assert row.num_pairs == sum(len(visible(row, index)) for index in range(len(row)))
+
+
 def test_another_text_before_the_image_is_not_shared() -> None:
     labels = np.array([IGNORE, IGNORE, IGNORE, 6])
     made = [

@@ -1,16 +1,26 @@
-"""The README says what is there: its tree, its Python names, its verbs."""
+"""The README says what is there: its tree, its Python names, its verbs; its commands run."""
 
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shlex
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
 
 import mipha
+from mipha import recipe
+from mipha.alignment import recipe as alignment_recipe
 from mipha.alignment.recipe import load_alignment_recipe
 from mipha.cli import app
-from mipha.recipe import list_recipes, load_recipe
+from mipha.recipe import Recipe, list_recipes, load_recipe
 from mipha.studies.study import list_studies
 
 ROOT = Path(__file__).parents[2]
@@ -101,3 +111,80 @@ def test_the_tree_is_true() -> None:
             )
             if name.endswith("/"):
                 folders.append((indent, name))
+
+
+EXCLUDED = {
+    "make quickstart": "tests/e2e/test_quickstart.py runs a short one",
+    "make test": "this is it",
+    "mipha study run freezing": "it trains 15 models; tests/studies/test_runner.py runs a tiny one",
+    "mipha serve runs/seed-7": "it does not end; tests/deploy/serve/test_engine.py starts it",
+    "torchrun --nproc-per-node 8": "tests/training/test_shard.py runs two and four processes",
+}
+"""Commands that are not run here, and where they are."""
+
+
+@pytest.mark.weights
+def test_the_commands_run_in_a_fresh_folder(
+    readme_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In their order. Recipes of the same names stand in, with tiny parts and short stages."""
+    monkeypatch.chdir(readme_folder)
+    left = dict(EXCLUDED)
+    for block in _blocks("bash"):
+        for line in block.splitlines():
+            if skipped := next((start for start in left if line.startswith(start)), None):
+                del left[skipped]
+                continue
+            program, *arguments = shlex.split(line, comments=True)
+            assert program == "mipha", line
+
+            # What a visitor has by then: a second run to compare with.
+            if arguments[0] == "compare":
+                shutil.copytree("runs/seed-7", "runs/seed-8")
+            if arguments[0] == "evaluate":
+                arguments += ["--limit", "4"]
+            asked = "what is it?\n/quit\n" if arguments[0] == "chat" else None
+            done = CliRunner().invoke(app, arguments, input=asked, catch_exceptions=False)
+            assert done.exit_code == 0, f"{line}\n{done.output}"
+    assert not left, f"no longer in the README: {left}"
+
+
+@pytest.fixture
+def readme_folder(
+    tmp_path: Path,
+    tiny_run_recipe: Callable[..., Recipe],
+    tiny_parts: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
+    """Return a folder with the files that the README's commands name, and tiny recipes."""
+    recipes, aligned = tmp_path / "recipes", tmp_path / "alignment"
+    shutil.copytree(recipe.RECIPES, recipes)
+    shutil.copytree(alignment_recipe.RECIPES, aligned)
+    for name, tower in (("quickstart", "dinov2"), ("quickstart-siglip", "siglip")):
+        tiny = tiny_run_recipe("stages.finetune.max_steps=1", family="qwen2", tower=tower)
+        (recipes / f"{name}.yaml").write_text(tiny.override(f"name={name}").dump())
+    sft = load_alignment_recipe("phi-2-sft").override(
+        f"language_model={tiny_parts('phi').language_model}",
+        "max_steps=1",
+        "batch_size=2",
+        "micro_batch=1",
+    )
+    (aligned / "phi-2-sft.yaml").write_text(sft.dump())
+    monkeypatch.setattr(recipe, "RECIPES", recipes)
+    monkeypatch.setattr(alignment_recipe, "RECIPES", aligned)
+
+    # The visitor's own files.
+    folder = tmp_path / "fresh"
+    folder.mkdir()
+    shutil.copytree(ROOT / "tests" / "fixtures" / "upstream" / "up_phi_siglip", folder / "Mipha-3B")
+    Image.new("RGB", (40, 30), "red").save(folder / "image.png")
+    rows = [
+        {"image": f"{n}.png", "question": f"what is {n}?", "answer": f"shape {n}"}
+        for n in range(60)
+    ]
+    for n in range(60):
+        Image.new("RGB", (64, 64), (4 * n, 99, 5)).save(folder / f"{n}.png")
+    (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    alpaca = [{"instruction": f"Say {n}.", "input": "", "output": f"It is {n}."} for n in range(9)]
+    (folder / "alpaca_data.json").write_text(json.dumps(alpaca))
+    return folder

@@ -36,7 +36,17 @@ def test_warmup_is_rounded_up() -> None:
     """Source: transformers' Trainer, `get_warmup_steps`."""
     assert warmup_cosine(0, 10, 0.01) == pytest.approx(0.5)
     assert warmup_cosine(1, 10, 0.01) == pytest.approx(1.0)
-    assert math.ceil(10 * 0.01) == 1
+
+
+@pytest.mark.parametrize(("num_steps", "ratio", "warmup"), [(100, 0.03, 3), (40, 0.25, 10)])
+def test_behind_the_warmup_the_cosine_falls_to_zero_at_the_last_step(
+    num_steps: int, ratio: float, warmup: int
+) -> None:
+    rest = num_steps - warmup
+    for share in (0.0, 0.25, 0.5, 1.0):
+        wanted = 0.5 * (1 + math.cos(math.pi * share))
+        step = warmup + share * rest
+        assert warmup_cosine(step, num_steps, ratio) == pytest.approx(wanted)  # type: ignore[arg-type]
 
 
 def test_each_group_has_its_own_rate_and_remembers_its_peak() -> None:

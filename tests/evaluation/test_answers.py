@@ -65,6 +65,7 @@ from mipha.evaluation.answers import (
         ("couldn'tve oclock", "couldn't've o'clock", "couldn't've o'clock"),
         ("Im Ive lets", "im ive lets", "im ive lets"),
         ("somebody'd", "somebodyd", "somebodyd"),
+        ("The MAN'S hat", "man 's hat", "man's hat"),
     ],
 )
 def test_m4c_and_the_vqa_scorer(text: str, of_m4c: str, of_vqa: str) -> None:

@@ -41,6 +41,14 @@ def test_every_function_is_called_in_one_way(name: str) -> None:
         assert parameters(benchmark.doubts) == ["questions", "split"]
 
 
+def test_answers_are_as_long_as_in_the_protocol() -> None:
+    """Sources: LLaVA c121f043 `model_vqa_loader.py` (128), `model_vqa_mmbench.py`,
+    `model_vqa_science.py`, `model_vqa.py` (1024); easy-VQA's is our own."""
+    long = {"mmbench", "mmbench_cn", "mmvet", "scienceqa"}
+    wanted = {name: 1024 if name in long else 128 for name in list_benchmarks()} | {"easy_vqa": 32}
+    assert {name: load_benchmark(name).max_new_tokens for name in wanted} == wanted
+
+
 def test_an_unknown_name_is_told_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"no benchmark 'easyvqa': did you mean easy_vqa"):
         load_benchmark("easyvqa")

@@ -228,6 +228,16 @@ def test_when_everything_fails_it_stops_early_with_the_reason(tmp_path: Path) ->
     assert len(errors(tmp_path)) == 20
 
 
+def test_questions_without_an_image_are_faults_each_by_itself(tmp_path: Path) -> None:
+    questions = [Question(f"q{n}", f"what is {n}?", None) for n in range(30)]
+
+    def fail(image: Path, question: str) -> str:
+        raise ValueError("no words")
+
+    with pytest.raises(ValueError, match=r"20 images in a row failed"):
+        run(FakeAssistant(say=fail), questions, tmp_path, batch_size=1)
+
+
 def test_full_memory_and_a_crash_in_one_question_are_written_down(tmp_path: Path) -> None:
     def say(image: Path, question: str) -> str:
         if question in ("what is 3?", "what is 8?"):

@@ -4,10 +4,12 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from mipha.comparison.statistics import Totals
 from mipha.evaluation.benchmark import Judgement, Plan, Question, Split, load_benchmark
-from mipha.evaluation.score import judge_answers, score_file, score_predictions
+from mipha.evaluation.score import _count_questions, judge_answers, score_file, score_predictions
 from mipha.evaluation.tables import print_results
 from mipha.files import append_line
 
@@ -120,6 +122,22 @@ def test_no_answer_is_no_score(tmp_path: Path, asked: list[Question]) -> None:
     with pytest.raises(ValueError, match=r"none of the 4 questions.*errors\.jsonl"):
         score_predictions(plan(asked), {}, tmp_path)
     assert not (tmp_path / "scores.json").exists()
+
+
+def test_the_questions_behind_a_metric_are_its_own_or_those_of_its_group() -> None:
+    counts = {"accuracy": 9, "random.accuracy": 4, "random.yes": 3, "popular.accuracy": 5}
+    totals = Totals(
+        {name: np.zeros(()) for name in counts}, {n: np.asarray(c) for n, c in counts.items()}
+    )
+    wanted = {
+        "accuracy": 9,
+        "random.f1": 4,
+        "popular.f1": 5,
+        "adversarial.f1": 9,
+        "f1": 9,
+        "random": 9,
+    }
+    assert {name: _count_questions(name, totals, 9) for name in wanted} == wanted
 
 
 @pytest.mark.parametrize("nothing", ["", " \n\t", "\u200b\ufeff", "\x00"])

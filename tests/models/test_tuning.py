@@ -297,3 +297,17 @@ def test_tuning_can_be_applied_again(tiny_model: Callable) -> None:
         )
         == first
     )
+
+
+def test_the_head_trains_alone_and_a_tied_one_is_refused(tiny_model: Callable) -> None:
+    """Upstream's first stage: the projector, and weight and bias of Phi's head."""
+    tuning = TuningRecipe(vision_tower="frozen", projector="frozen", language_model="head")
+    model, _ = tiny_model("phi")
+    apply_tuning(model, tuning)
+    trained = {name for name, weight in model.named_parameters() if weight.requires_grad}
+    assert trained == {"lm_head.weight", "lm_head.bias"}
+    tied, _ = tiny_model("qwen2")
+    with pytest.raises(ValueError, match=r"its head is tied to the embeddings.* set it to frozen"):
+        apply_tuning(tied, tuning)
+    with pytest.raises(ValueError, match="a part is frozen, full"):
+        TuningRecipe(vision_tower="head", projector="full", language_model="frozen")

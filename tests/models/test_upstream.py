@@ -9,8 +9,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,7 +20,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mipha.assistant import Assistant
+from mipha.data.collate import collate
+from mipha.data.packing import Row
 from mipha.data.sample import IMAGE, Message
+from mipha.labels import IGNORE
+from mipha.models.attention import use_segments
 from mipha.models.build import build
 from mipha.models.modeling import LlavaForConditionalGeneration, load_model
 from mipha.models.processing import load_processor
@@ -225,6 +231,26 @@ def test_a_training_step_is_upstreams() -> None:
         (model.lm_head.weight, "head_gradient"),
     ):
         assert (weight.grad - step[name]).abs().max() < 1e-6 < step[name].abs().max()
+
+
+def test_end_of_turn_holes_are_upstreams() -> None:
+    """What `collate` makes of upstream's rows with `eos_holes` is its mask, and so is the loss."""
+    model, _ = load_upstream(UPSTREAM / "up_phi_siglip")
+    step = load_file(UPSTREAM / "up_phi_siglip" / "step.safetensors")
+    ids = torch.where(step["ids"] == -200, model.config.image_token_id, step["ids"])
+    (end,) = set(ids[~step["mask"].bool()].tolist())  # its padding is the end of a turn
+    rows = []
+    for tokens, labels in zip(ids, step["labels"], strict=True):
+        length = int((labels != IGNORE).nonzero().max()) + 1
+        where = np.arange(length)
+        parts = (tokens[:length].numpy(), labels[:length].numpy(), where, ((False, length),))
+        rows.append(Row(("a",), *parts, images=(), shown_by=()))
+    tokenizer = SimpleNamespace(pad_token_id=end, eos_token_id=end)
+    batch = collate(rows, SimpleNamespace(tokenizer=tokenizer), eos_holes=True)  # type: ignore[arg-type]
+    assert torch.equal(batch["attention_mask"], step["mask"].bool())
+    use_segments(model)
+    loss = model.eval()(**batch, pixel_values=step["px"]).loss
+    assert abs(loss.item() - step["loss"].item()) < 1e-6
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["unused-rows", "full-vocabulary"])

@@ -372,3 +372,17 @@ def test_the_same_resolution_changes_no_weight(tiny_parts: Callable, tower: str)
     same = fit_tower(whole, -1, whole.config.image_size).state_dict()
     before = whole.state_dict()
     assert same and all(torch.equal(value, before[name]) for name, value in same.items())
+
+
+@pytest.mark.parametrize("name", ["siglip-tiny-untrained", "vit-tiny-untrained"])
+def test_an_untrained_tower_reads_a_picture(name: str, tiny_parts: Callable) -> None:
+    """Two studies rest on them."""
+    recipe = tiny_parts().recipe().model_copy(update={"vision_tower": name})
+    model, processor = build(recipe)
+    picture = Image.new("RGB", (50, 30), (255, 0, 127))
+    pixels = processor.image_processor([picture], return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, *[model.config.vision_config.image_size] * 2)
+    assert pixels[0, 0].max() == 1 and pixels[0, 1].min() == -1  # of 0..255, by 0.5 and 0.5
+    with torch.no_grad():
+        features = model.get_image_features(pixels, return_dict=True).pooler_output[0]
+    assert features.isfinite().all() and len(features) == model.config.image_seq_length

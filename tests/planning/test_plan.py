@@ -10,6 +10,7 @@ import pytest
 from mipha.catalog.published_data import PUBLISHED_DATA
 from mipha.files import append_line
 from mipha.planning.plan import Device, compare_with_run, device_named, plan_training
+from mipha.planning.tables import as_json, print_plan
 from mipha.recipe import load_recipe
 from mipha.run import create_run
 
@@ -83,6 +84,18 @@ def test_a_plan_is_compared_with_a_run(tiny_parts, tiny_data, tmp_path) -> None:
     found = compare_with_run(pretrain, run, SMALL, 1)
     assert found.seconds[1] == 2.0 and found.memory[1] == 1.5 * 2**30
     assert found.efficiency == pytest.approx(pretrain.flops / 2.0 / 1e11)
+
+
+@pytest.mark.parametrize(("efficiency", "assumed"), [(None, True), (0.25, False)])
+def test_a_share_of_the_peak_that_nobody_measured_is_called_assumed(
+    efficiency: float | None, assumed: bool, tiny_parts, tiny_data, capsys
+) -> None:
+    recipe = _tiny(tiny_parts, tiny_data)
+    plans = plan_training(recipe, SMALL, efficiency=efficiency)
+    print_plan(recipe.name, plans, SMALL, 1, None, ())
+    assert ("assumed" in capsys.readouterr().out) == assumed
+    tree = as_json(plans, SMALL, 1, None, ())["stages"][0]
+    assert (tree["efficiency"], tree["efficiency_is_assumed"]) == (efficiency or 0.5, assumed)
 
 
 @pytest.mark.parametrize(

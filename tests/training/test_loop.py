@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import multiprocessing
 import os
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +145,73 @@ def test_a_loss_that_is_no_number_stops_the_run(
     assert [path.name for path in list_states(run.states("finetune"))] == ["step-00000001"]
     assert len(metrics(run.metrics("finetune"))) == 1
     assert not run.is_finished("finetune")
+
+
+def test_weights_stay_where_the_loss_is_not_finite_and_its_gradient_is(
+    tiny_model: Callable, tiny_run_recipe: Callable, mixture: Any, tmp_path: Path
+) -> None:
+    recipe = tiny_run_recipe()
+    stage = Stage(Run(tmp_path), recipe, "finetune", HERE)
+    model, processor = tiny_model()
+    apply_tuning(model, stage.settings.tuning)
+    steps = StepDataset(mixture, processor, stage.settings, recipe.seed)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+
+    # An infinite constant has no gradient.
+    def add_infinity(module: Any, inputs: Any, output: Any) -> Any:
+        return replace(output, loss_sum=output.loss_sum + math.inf)
+
+    model.register_forward_hook(add_infinity)
+    with pytest.raises(FloatingPointError, match="step 1: loss inf"):
+        run_stage(stage, model, steps)
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+
+
+def test_in_a_mean_of_means_each_micro_batch_weighs_the_same(
+    tiny_model: Callable, tiny_run_recipe: Callable, mixture: Any, tmp_path: Path, metrics: Callable
+) -> None:
+    """Source: transformers 4.38, Trainer.training_step, which upstream trains with."""
+    changes = ("batching=padded", "micro_batch_rows=1", "max_steps=1", "upstream=[mean_of_means]")
+    recipe = tiny_run_recipe(*(f"stages.finetune.{change}" for change in changes))
+    stage = Stage(Run(tmp_path), recipe, "finetune", HERE)
+    model, processor = tiny_model()
+    apply_tuning(model, stage.settings.tuning)
+    steps = StepDataset(mixture, processor, stage.settings, recipe.seed)
+    with torch.no_grad():
+        found = [model(**batch) for batch in steps[0].micro_batches]
+    of_means = sum(output.loss for output in found) / len(found)
+    of_tokens = sum(output.loss_sum for output in found) / steps[0].num_supervised
+    run_stage(stage, model, steps)
+    (row,) = metrics(stage.run.metrics("finetune"))
+    assert row["loss"] == pytest.approx(of_means.item(), rel=1e-5)
+    assert row["loss"] != pytest.approx(of_tokens.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_frozen_language_model_has_dropout_only_where_upstreams_is_asked_for(
+    kept: bool, tiny_model: Callable, tiny_run_recipe: Callable, tmp_path: Path
+) -> None:
+    changes = ["stages.pretrain.upstream=[frozen_dropout]"] if kept else []
+    stage = Stage(Run(tmp_path), tiny_run_recipe(*changes, family="phi"), "pretrain", HERE)
+    model, _ = tiny_model("phi")
+    apply_tuning(model, stage.settings.tuning)
+    place(model, stage)
+    dropouts = [m for m in model.model.language_model.modules() if isinstance(m, torch.nn.Dropout)]
+    assert dropouts and {module.training for module in dropouts} == {kept}
+
+
+def test_each_step_draws_its_own_dropout(
+    tiny_model: Callable, tiny_run_recipe: Callable, mixture: Any, tmp_path: Path
+) -> None:
+    recipe = tiny_run_recipe("stages.finetune.max_steps=3")
+    stage = Stage(Run(tmp_path), recipe, "finetune", HERE)
+    model, processor = tiny_model()
+    apply_tuning(model, stage.settings.tuning)
+    steps = StepDataset(mixture, processor, stage.settings, recipe.seed)
+    seeds = []
+    model.register_forward_pre_hook(lambda *_: seeds.append(torch.initial_seed()))
+    run_stage(stage, model, steps)
+    assert len(set(seeds)) == 3
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from transformers import AutoModelForImageTextToText
 
 from mipha.assistant import load
 from mipha.run import Run, open_run
+from mipha.training import pipeline
 from mipha.training.pipeline import train
 
 STAGES = ("pretrain", "finetune")
@@ -99,6 +100,28 @@ def test_a_disk_that_is_too_small_is_said_before_the_first_step(
     ):
         train(tiny_run_recipe(), tmp_path / "run")
     assert not (tmp_path / "run" / "pretrain" / "metrics.jsonl").exists()
+
+
+def test_each_stage_pads_or_squashes_as_it_says(tiny_run_recipe: Callable, tmp_path: Path) -> None:
+    """As upstream: the first stage squashes, the second pads."""
+    run = train(tiny_run_recipe("stages.pretrain.pad_to_square=false"), tmp_path / "run")
+    saved = [json.loads((run.checkpoint(s) / "processor_config.json").read_text()) for s in STAGES]
+    assert [config["image_processor"]["do_pad"] for config in saved] == [False, True]
+
+
+def test_the_disk_must_hold_all_states_the_start_and_the_checkpoint(
+    tiny_run_recipe: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(pipeline, "check_free_space", lambda folder, need: asked.append(need))
+    run = train(tiny_run_recipe("keep_states=3"), tmp_path / "run")
+    for stage, need in zip(STAGES, asked, strict=True):
+        parts = json.loads((run.stage(stage) / "tuning.json").read_text())["parts"].values()
+        trained = 4 * sum(part["trained"] for part in parts)
+        everything = 4 * sum(part["parameters"] for part in parts)
+
+        # Four states of weights and two moments, the start, an adapter, and the checkpoint.
+        assert need == (4 * 3 + 2) * trained + everything
 
 
 def test_a_data_set_that_is_missing_is_said_before_anything_is_built(

@@ -277,14 +277,17 @@ def test_how_processes_share_a_model(
     assert mesh_of(sharding, World(0, size, torch.device("cpu"))) == shape
 
 
-def test_sharding_over_machines_wants_several(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+@pytest.mark.parametrize(("local", "size"), [(4, 4), (4, 6)])
+def test_sharding_over_machines_wants_several_alike(
+    local: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
     with pytest.raises(
         ValueError,
         match=r"sharding=hsdp needs several machines .* "
-        r"4 of the 4 processes are on this one: use fsdp",
+        rf"{local} of the {size} processes are on this one: use fsdp",
     ):
-        mesh_of("hsdp", World(0, 4, torch.device("cpu")))
+        mesh_of("hsdp", World(0, size, torch.device("cpu")))
 
 
 def test_one_process_goes_on_where_two_stopped(

@@ -142,7 +142,12 @@ def show_row(
     loaded = _load_recipe(recipe, stage)
     chosen = _stages(loaded, stage)[-1] if loaded else None
     rows = load_data(data_recipe(data, root, image_root or (), settings=settings or ()))
-    view = view_sample(rows, row, chosen, _processor(loaded))
+    processor = _processor(loaded)
+    if loaded and chosen and processor:
+        from mipha.models.processing import set_padding
+
+        set_padding(processor, loaded.model, chosen)
+    view = view_sample(rows, row, chosen, processor)
     Console().print(render(view))
     for path in save_pixels(view, out):
         echo(f"as the tower reads it: {path}")

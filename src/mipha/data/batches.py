@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from transformers import LlavaProcessor
 
 from mipha.data.collate import Batch, Substituted, collate, padded_length
-from mipha.data.encode import Encoded, blank, encode
+from mipha.data.encode import Encoded, blank, encode_for
 from mipha.data.images import grey_image
 from mipha.data.mixture import Mixture
 from mipha.data.order import count_steps
@@ -95,7 +95,7 @@ class StepDataset(Dataset[Step]):
     def samples(self, step: int) -> list[Encoded]:
         """Return the samples of a step, encoded."""
         return [
-            encode(self.mixture[index], self.processor, self.stage.row_tokens, self.stage.prompt)
+            encode_for(self.mixture[index], self.processor, self.stage)
             for index in self.indices(step)
         ]
 
@@ -126,7 +126,10 @@ class StepDataset(Dataset[Step]):
         replaced = substituted if stage.unreadable_images == "substitute" else None
         return Step(
             micro_batches=tuple(
-                collate(chunk, self.processor, replaced, self.lengths) for chunk in full[self.rank]
+                collate(
+                    chunk, self.processor, replaced, self.lengths, "eos_holes" in stage.upstream
+                )
+                for chunk in full[self.rank]
             ),
             ids=tuple(sample.id for sample in samples),
             sources=self.mixture.count_sources(self.indices(step)),

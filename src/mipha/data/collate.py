@@ -33,6 +33,7 @@ def collate(
     processor: LlavaProcessor,
     substituted: list[Substituted] | None = None,
     lengths: Sequence[int] = (),
+    eos_holes: bool = False,
 ) -> Batch:
     """Pad rows to one length, on the right, and read their images.
 
@@ -40,13 +41,16 @@ def collate(
         substituted: Where given, grey stands in for an image that cannot be read, and the case is
             added here.
         lengths: As for `padded_length`.
+        eos_holes: Whether no token sees the ends of turns, as in upstream's training, where the
+            mask is `ids != pad` and the padding is the end token. Rows hold one sample.
 
     Returns:
         `input_ids`, `labels`, `position_ids` `(rows, tokens)`; `supervised` `(positions,)`, where
         in `rows x tokens` a state stands that predicts a supervised token, so that no device has
         to search; `spans`, those of each row; `pixel_values` `(images, 3, height, width)` in
         reading order, where there are images. There is no mask: the model makes one where its
-        attention needs one.
+        attention needs one. With `eos_holes` an `attention_mask` `(rows, tokens)` stands in place
+        of the spans.
 
     Raises:
         ValueError, FileNotFoundError: An image cannot be read; names the sample and the file.
@@ -64,6 +68,13 @@ def collate(
     # The state at a position predicts the token behind it, if that is of the same row.
     supervised = batch["labels"][:, 1:] != IGNORE  # (rows, tokens - 1)
     batch["supervised"] = F.pad(supervised, (0, 1)).flatten().nonzero().flatten()
+
+    # Source: Mipha `train.py`, DataCollator; image tokens come after, and are seen.
+    if eos_holes:
+        own = torch.tensor([[len(row)] for row in rows])  # (rows, 1)
+        is_real = torch.arange(length) < own  # (rows, tokens)
+        batch["attention_mask"] = is_real & (batch["input_ids"] != processor.tokenizer.eos_token_id)
+        del batch["spans"]
 
     images = [
         _read(image, sample, substituted)

@@ -20,6 +20,7 @@ from mipha.data.images import ImageSource
 from mipha.data.sample import BETWEEN_PLACES, IMAGE, Message, Sample
 from mipha.data.upstream_tokens import encode_conversation
 from mipha.labels import IGNORE
+from mipha.recipe import StageRecipe
 
 __all__ = [
     "IGNORE",
@@ -28,6 +29,7 @@ __all__ = [
     "blank",
     "encode",
     "encode_conversation",
+    "encode_for",
     "tokens_per_image",
 ]
 
@@ -57,8 +59,18 @@ class Encoded:
         return len(self.input_ids)
 
 
+def encode_for(sample: Sample, processor: LlavaProcessor, stage: StageRecipe) -> Encoded:
+    """Tokenise a sample as a stage trains on it; errors as in `encode`."""
+    text_limit = "text_limit" in stage.upstream
+    return encode(sample, processor, stage.row_tokens, stage.prompt, text_limit)
+
+
 def encode(
-    sample: Sample, processor: LlavaProcessor, max_tokens: int, prompt: str = "chat"
+    sample: Sample,
+    processor: LlavaProcessor,
+    max_tokens: int,
+    prompt: str = "chat",
+    text_limit: bool = False,
 ) -> Encoded:
     """Tokenise a sample once, with its loss mask.
 
@@ -71,6 +83,8 @@ def encode(
         prompt: `chat` writes the conversation with the processor's template; `plain` writes images,
             then the assistant's words and a newline, as in LLaVA's first stage. A document is
             written without either.
+        text_limit: Whether `max_tokens` counts an image as one token, as in upstream's training,
+            which cuts the text before it puts the image's tokens in.
 
     Raises:
         RecordError: Nothing would be trained on, the images alone exceed `max_tokens`, images and
@@ -81,6 +95,11 @@ def encode(
     if sample.is_document:
         return _encode_document(sample, processor, max_tokens)
     ids, supervised = _plain(sample, processor) if prompt == "plain" else _chat(sample, processor)
+    truncated = 0
+    if text_limit:
+        truncated = max(0, len(ids) - max_tokens)
+        ids, supervised = ids[:max_tokens], supervised[:max_tokens]
+        max_tokens += len(sample.images) * (tokens_per_image(processor) - 1)
     ids, supervised = _expand_images(ids, supervised, processor)
     labels = np.where(supervised & (ids != processor.image_token_id), ids, IGNORE)  # (tokens,)
 
@@ -105,7 +124,7 @@ def encode(
         )
 
     # Cut the end to fit; something to train on must be left.
-    truncated = max(0, len(ids) - max_tokens)
+    truncated += max(0, len(ids) - max_tokens)
     ids, labels = ids[:max_tokens], labels[:max_tokens]
     if (labels[1:] == IGNORE).all():
         marked = all(not m.learned for m in sample.messages if m.role == "assistant")

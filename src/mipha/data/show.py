@@ -131,7 +131,7 @@ def view_sample(
     if processor is None or stage is None:
         return view
 
-    from mipha.data.encode import as_chat, check_text, encode  # transformers takes seconds
+    from mipha.data.encode import as_chat, check_text, encode_for  # transformers takes seconds
 
     # Render it with the template.
     view = replace(view, pixels=tuple(_preprocessed(images, processor)))
@@ -150,7 +150,7 @@ def view_sample(
 
     # Encode it as training does.
     try:
-        encoded = encode(sample, processor, stage.row_tokens, stage.prompt)
+        encoded = encode_for(sample, processor, stage)
     except RecordError as error:
         return replace(view, problem=str(error))
     pieces = tuple(token_pieces(encoded, processor))

@@ -17,6 +17,7 @@ from mipha.checkpoint_files import read_chat_template, read_processor, read_temp
 from mipha.files import read_json_object
 from mipha.models.chat_template import IMAGE_TOKEN, bounded, fit_template
 from mipha.preflight import template_file
+from mipha.recipe import CheckpointRecipe, ModelRecipe, StageRecipe
 
 IMAGE_PROCESSORS = (
     "LlavaImageProcessor",
@@ -107,6 +108,17 @@ def build_processor(
         image_token=IMAGE_TOKEN,
         chat_template=template,
     )
+
+
+def set_padding(
+    processor: LlavaProcessor, model: ModelRecipe | CheckpointRecipe, stage: StageRecipe
+) -> None:
+    """Pad or squash images as a stage asks for; else as the model's recipe or checkpoint does."""
+    own = stage.pad_to_square
+    if own is None and isinstance(model, ModelRecipe):
+        own = model.pad_to_square
+    if own is not None:
+        processor.image_processor.do_pad = own
 
 
 def load_processor(folder: str | Path, template: str | None = None) -> LlavaProcessor:

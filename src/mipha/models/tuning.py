@@ -1,7 +1,7 @@
 """Apply the tuning of a recipe to a model: which parameters train, and how many.
 
-frozen  full  last-N     requires_grad of the model's own parameters
-lora  qlora              adapters beside every linear layer of the stack: models/adapters.py
+frozen  full  last-N  head   requires_grad of the model's own parameters
+lora  qlora                  adapters beside every linear layer of the stack: models/adapters.py
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class TunedPart:
 
     Args:
         part: Name of the part.
-        tuning: Tuning in the recipe: frozen, full, lora, qlora or last-N.
+        tuning: Tuning in the recipe: frozen, full, lora, qlora, last-N or head.
         parameters: Number of all its parameters, adapters included.
         trained: Number of those that get a gradient.
         adapters: Number of linear layers with an adapter.
@@ -108,10 +108,17 @@ def tuned_modules(model: LlavaForConditionalGeneration, part: Part, tuning: str)
     """Return the modules of a part whose own weights train; none if it is frozen or has adapters.
 
     Raises:
-        ValueError: The part has fewer layers than the recipe asks for.
+        ValueError: The part has fewer layers than the recipe asks for, or no head of its own.
     """
     if tuning == "full":
         return list(getattr(parts(model), part))
+    if tuning == "head":
+        if model.lm_head.weight is model.get_input_embeddings().weight:
+            raise ValueError(
+                f"{part}: its head is tied to the embeddings, so it cannot train alone: "
+                "set it to frozen, as upstream trains such models, or to full"
+            )
+        return [model.lm_head]
     if not tuning.startswith("last-"):
         return []
 

@@ -35,10 +35,9 @@ from mipha.recipe import Recipe, StageRecipe
 from mipha.run import Run
 
 EFFICIENCY = {"gpu": 0.4, "cpu": 0.5}
-"""Share of the peak that a step reaches, where no run was measured.
+"""Share of the peak that a step is assumed to reach, where no run was measured.
 
-0.4 is common for models of this size on an H100. The quickstart reached 0.5 of the matrix products
-of its own two cores (LOG.md).
+Nothing stands behind these numbers but experience, so every plan made with them says "assumed".
 """
 
 _STEPS_READ = 3
@@ -110,6 +109,8 @@ class StagePlan:
         memory: Bytes of a device by component, at the widest micro-batch.
         flops: FLOPs of a step on all devices.
         seconds: Seconds of a step; None where the peak of the device is not known.
+        efficiency: Share of the peak that these seconds rest on.
+        is_assumed: Whether that share is an assumption, and not one that the user gave.
         largest_rows: The largest micro_batch_rows that fits; 0 where none does.
         fixes: Changes that would make it fit; empty where it does.
     """
@@ -123,6 +124,8 @@ class StagePlan:
     memory: dict[str, float]
     flops: float
     seconds: float | None
+    efficiency: float
+    is_assumed: bool
     largest_rows: int
     fixes: tuple[str, ...]
 
@@ -188,8 +191,8 @@ def plan_training(
         FileNotFoundError: A part, or a data set that is not a published one, is not there.
         ValueError: The parts do not go together.
     """
-    share = efficiency or EFFICIENCY[device.kind]
-    return [_plan_stage(_Case(recipe, name, device, num_devices), share) for name in recipe.stages]
+    cases = [_Case(recipe, name, device, num_devices) for name in recipe.stages]
+    return [_plan_stage(case, efficiency) for case in cases]
 
 
 def compare_with_run(stage: StagePlan, run: Run, device: Device, num_devices: int) -> Compared:
@@ -249,8 +252,9 @@ class _Case:
         return sum(memory.values()) <= _RESERVE * self.device.memory
 
 
-def _plan_stage(case: _Case, efficiency: float) -> StagePlan:
+def _plan_stage(case: _Case, efficiency: float | None) -> StagePlan:
     stage, device = case.stage, case.device
+    share = efficiency or EFFICIENCY[device.kind]
     model = skeleton(case.recipe.model)
     parts = tuple(apply_tuning(model, stage.tuning, "meta", device.dtype))
     samples, steps, step = _read_steps(case, model)
@@ -263,7 +267,7 @@ def _plan_stage(case: _Case, efficiency: float) -> StagePlan:
     computed = total + sum(by_part[part].forward for part in stage.checkpointed)
     seconds = None
     if device.flops:
-        speed = device.flops * case.num_devices * efficiency
+        speed = device.flops * case.num_devices * share
         seconds = computed / (1 - step.padding) / speed
 
     return StagePlan(
@@ -276,6 +280,8 @@ def _plan_stage(case: _Case, efficiency: float) -> StagePlan:
         memory=memory,
         flops=total,
         seconds=seconds,
+        efficiency=share,
+        is_assumed=efficiency is None,
         largest_rows=_largest_rows(case, model, step, memory),
         fixes=() if case.fits(memory) else _find_fixes(case, step),
     )

@@ -53,6 +53,8 @@ def _stage_as_json(stage: StagePlan, num_devices: int, price: float | None) -> d
         "memory_bytes": stage.memory,
         "teraflop_per_step": stage.flops / 1e12,
         "seconds_per_step": stage.seconds,
+        "efficiency": stage.efficiency,
+        "efficiency_is_assumed": stage.is_assumed,
         "hours": stage.hours,
         "cost": _cost(stage, num_devices, price),
         "largest_micro_batch_rows": stage.largest_rows,
@@ -107,6 +109,11 @@ def print_plan(
         table.add_row("measured memory", *cells)
 
     console.print(table)
+    if plans[0].is_assumed:
+        console.print(
+            f"assumed: a step reaches {plans[0].efficiency} of the device's peak, so seconds, "
+            "hours and cost are a guess; --run measures the share, --efficiency sets it"
+        )
     for stage in plans:
         console.print(f"[dim]{stage.name}: lengths from {stage.step.source}")
         if stage.fixes:

@@ -138,19 +138,23 @@ def _optimize(
         is_first: Whether this is the first step of this process.
 
     Returns:
-        The mean loss per supervised token, and the norm of the gradient.
+        The mean loss per supervised token, or upstream's mean of means, and the norm of the
+        gradient.
     """
     world = stage.world
     total = torch.zeros((), device=world.device)
 
-    # Each token weighs the same, in whichever micro-batch or process it is. FSDP averages gradients
-    # over processes, hence the factor.
+    # Each token weighs the same, in whichever micro-batch or process it is; in upstream's mean of
+    # means each micro-batch does. FSDP averages gradients over processes, hence the factor.
+    of_means = "mean_of_means" in stage.settings.upstream
+    count = len(step.micro_batches) * world.size if of_means else step.num_supervised
     for batch in step.micro_batches:
         batch = to_device(batch, world.device)
         with autocast(world.device, stage.autocast):
-            loss_sum = model(**batch).loss_sum
+            output = model(**batch)
+        loss_sum = output.loss if of_means else output.loss_sum
         if loss_sum.requires_grad:  # not where only the projector trains and the rows have no image
-            (loss_sum * world.size / step.num_supervised).backward()
+            (loss_sum * world.size / count).backward()
         total += loss_sum.detach()
 
     # A step without images has a blank one, which reaches every part: a gradient is there from the
@@ -162,7 +166,7 @@ def _optimize(
     trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     norm = nn.utils.clip_grad_norm_(trained, stage.settings.max_grad_norm or math.inf)
     norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    loss = float(world.total(total) / step.num_supervised)
+    loss = float(world.total(total) / count)
     if math.isfinite(loss) and math.isfinite(norm):
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)

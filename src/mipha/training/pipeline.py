@@ -18,7 +18,7 @@ from transformers import LlavaProcessor
 
 from mipha.comparison.figures import plot_metrics
 from mipha.data.batches import StepDataset
-from mipha.data.encode import encode
+from mipha.data.encode import encode_for
 from mipha.data.images import ImageSource, is_readable, open_image
 from mipha.data.mixture import Mixture
 from mipha.engine.machine import check_free_space
@@ -37,7 +37,7 @@ from mipha.models.attention_kernels import row_lengths
 from mipha.models.build import build, checkpoint_folder, save_checkpoint
 from mipha.models.fingerprint import checkpoint_digest
 from mipha.models.modeling import LlavaForConditionalGeneration, attention_window, load_model
-from mipha.models.processing import load_processor
+from mipha.models.processing import load_processor, set_padding
 from mipha.models.projector import calibrate_projector
 from mipha.models.quantization import check_quantization
 from mipha.models.tuning import (
@@ -48,7 +48,7 @@ from mipha.models.tuning import (
     tuned_modules,
 )
 from mipha.preflight import check_writable
-from mipha.recipe import PARTS, CheckpointRecipe, Recipe
+from mipha.recipe import PARTS, CheckpointRecipe, ModelRecipe, Recipe
 from mipha.run import Run, check_run, create_run, hold_run
 from mipha.terminal import Console
 from mipha.training.loop import run_steps
@@ -200,18 +200,19 @@ def _load_start(
     if stage.before:
         checkpoint = stage.run.checkpoint(stage.before)
         _check_checkpoint(stage, checkpoint)
-        return load_model(str(checkpoint)), load_processor(checkpoint)
+        processor = load_processor(checkpoint)
+        set_padding(processor, stage.recipe.model, stage.settings)
+        return load_model(str(checkpoint)), processor
 
     # A checkpoint may be another one when the run goes on.
     start = stage.recipe.model
-    if isinstance(start, CheckpointRecipe):
-        if stage.world.is_first:
-            digest = checkpoint_digest(checkpoint_folder(start))
-            stage.run.record_start(stage.name, {"checkpoint": start.checkpoint, "sha256": digest})
-        return build(start)
+    if isinstance(start, CheckpointRecipe) and stage.world.is_first:
+        digest = checkpoint_digest(checkpoint_folder(start))
+        stage.run.record_start(stage.name, {"checkpoint": start.checkpoint, "sha256": digest})
 
     model, processor = build(start)
-    if start.calibrate_projector:
+    set_padding(processor, start, stage.settings)
+    if isinstance(start, ModelRecipe) and start.calibrate_projector:
         only_readable = stage.settings.unreadable_images == "substitute"
         calibrate_projector(model, _first_images(mixture, processor, only_readable))
     return model, processor
@@ -266,7 +267,7 @@ def _check_build(
             "tokens that this language model's sliding layers see, and packed rows know no window: "
             f"set stages.{stage.name}.batching=padded, or row_tokens={window}"
         )
-    encode(mixture[0], processor, settings.row_tokens, settings.prompt)
+    encode_for(mixture[0], processor, settings)
     check_tuning(model, settings.tuning)
 
     # An adapter needs its base, and the base of the first stage is on no disk yet.

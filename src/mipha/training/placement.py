@@ -123,6 +123,8 @@ def place(model: LlavaForConditionalGeneration, stage: Stage) -> None:
     parts = (inner.vision_tower, inner.multi_modal_projector, inner.language_model)
     for module in (*parts, *layers_of(model)):
         module.train(any(parameter.requires_grad for parameter in module.parameters()))
+    if "frozen_dropout" in stage.settings.upstream:
+        inner.language_model.train()
 
     # transformers checkpoints no layer in eval mode. This flag alone leaves its dropout off.
     for layer in layers_of(model, checkpointed):

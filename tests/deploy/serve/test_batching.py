@@ -137,6 +137,44 @@ def test_a_short_answer_does_not_wait_for_a_long_one(assistant: Assistant, gate:
     assert going_on and pieces[-1].end.completion_tokens > 100 and batches(metrics) == 2
 
 
+def test_a_row_that_met_its_stop_text_computes_no_further(
+    assistant: Assistant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[list[int | None]] = []
+    generate = assistant.generate
+
+    def watched(prompts: Any, on_tokens: Callable[[list[int | None]], Any]) -> Any:
+        return generate(prompts, lambda tokens: steps.append(list(tokens)) or on_tokens(tokens))
+
+    monkeypatch.setattr(assistant, "generate", watched)
+
+    async def use(engine: TransformersEngine) -> None:
+        first = "".join(piece.text for piece in await read(engine, request("left?")))
+        steps.clear()
+        stopped = request("left?", max_new_tokens=40, stop=(first[0],))
+        await asyncio.gather(
+            read(engine, stopped), read(engine, request("Which colour is it?", max_new_tokens=40))
+        )
+
+    with_engine(assistant, use)
+    spoken = sorted(sum(token is not None for token in row) for row in zip(*steps, strict=True))
+    assert spoken[0] < 10 < spoken[1]
+
+
+def test_one_token_of_room_is_room(assistant: Assistant) -> None:
+    async def use(engine: TransformersEngine) -> int:
+        length = len(engine.prepare(request("left?")).prompt.ids)
+        engine._context = length + 1
+        (*_, piece) = await read(engine, request("left?"))
+        assert piece.end.completion_tokens == 1
+        engine._context = length
+        with pytest.raises(RequestError, match="shorten it"):
+            engine.prepare(request("left?"))
+        return length
+
+    assert with_engine(assistant, use)[0]
+
+
 def test_stopping_fails_what_waits_and_what_runs(assistant: Assistant, gate: Event) -> None:
     async def use(engine: TransformersEngine) -> list[Any]:
         gate.clear()

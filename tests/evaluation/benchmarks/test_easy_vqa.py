@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -155,6 +156,14 @@ def test_scores_by_hand() -> None:
     )
     assert (scores["unreadable"].value, scores["unreadable"].low) == (1, None)
     assert "answer_teal" not in scores, "no question, no score"
+
+
+def test_the_blind_baseline_answers_a_new_question_with_the_most_frequent_answer() -> None:
+    asked = [
+        replace(question, facts={**question.facts, "most_frequent": "blue"})
+        for question in ask(("is it?", "yes", 1, "no"), ("is it new?", "no", 2, None))
+    ]
+    assert BENCHMARK.baselines["question_only"](asked) == {"0": "no", "1": "blue"}
 
 
 def test_interval_is_by_image_not_by_question() -> None:

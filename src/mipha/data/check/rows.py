@@ -356,12 +356,12 @@ def token_facts(
     Returns:
         The facts, None where training could not encode it; and all that is wrong.
     """
-    from mipha.data.encode import encode  # brings transformers, which takes seconds
+    from mipha.data.encode import encode, encode_for  # brings transformers, which takes seconds
 
     try:
         whole = cut = encode(sample, processor, _UNCUT, stage.prompt)
         if len(whole) > stage.row_tokens:
-            cut = encode(sample, processor, stage.row_tokens, stage.prompt)
+            cut = encode_for(sample, processor, stage)
     except RecordError as error:
         return None, ((error.kind, error.what),)
 
