@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mipha.preflight import check_device, check_parts, check_writable
-from mipha.run import Run, check_run, is_first_process, model_folder, open_run
+from mipha.run import Run, adapter_folder, check_run, is_first_process, model_folder, open_run
 
 if TYPE_CHECKING:
     from mipha.evaluation.benchmark import Judge
@@ -87,6 +87,7 @@ def evaluate(
     progress: bool = True,
     blind: bool = False,
     judge: Judge | None = None,
+    adapter: str | Path | None = None,
 ) -> list[Result]:
     """Measure a model on benchmarks, and write the scores of a run into its model card.
 
@@ -107,6 +108,7 @@ def evaluate(
         blind: Show grey instead of every image: what the questions alone give away. Results go
             into `<benchmark>-blind`.
         judge: Grades answers of the benchmarks that want one.
+        adapter: Adapter of the model, which is used unmerged; its results need an `out`.
 
     Returns:
         A result a benchmark; nothing in processes other than the first.
@@ -120,6 +122,8 @@ def evaluate(
     check_device(device)
     path = model.folder if isinstance(model, Run) else Path(model)
     model_folder(path)
+    if adapter is not None:
+        adapter_folder(adapter)
     check_writable(path if out is None else Path(out))
 
     from mipha.deploy.model_card import write_model_card
@@ -137,6 +141,7 @@ def evaluate(
         progress=progress,
         blind=blind,
         judge=judge,
+        adapter=adapter,
     )
     if out is None and is_first_process():
         run = model if isinstance(model, Run) else open_run(model)

@@ -39,6 +39,7 @@ HELD_OUT_FROM = 200
 
 MOST_QUESTIONS = 256
 MAX_NEW_TOKENS = 64
+GENERAL_NEW_TOKENS = 24
 _REPLAY_SHARE = 0.25
 """Old samples an epoch shows beside the own ones, as a share of the own."""
 
@@ -328,9 +329,14 @@ def ask(run: Run, when: Literal["before", "after"]) -> None:
     own, skipped = held_out_questions(run.recipe)
     general = _general_questions(run.recipe)
     console.print(f"asking {len(own)} held-out and {len(general)} general questions ({when})")
+    # An untrained model rambles: an answer gets little more room than the longest expected one.
+    tokens = assistant.processor.tokenizer
+    longest = max((len(tokens(q["expected"]).input_ids) for q in own), default=0)
+    room = min(MAX_NEW_TOKENS, longest + 8)
     answers = assistant.answer_many(
-        [(q["image"], q["question"]) for q in own] + [(q.image, q.text) for q in general],
-        max_new_tokens=MAX_NEW_TOKENS,
+        [(q["image"], q["question"]) for q in own], max_new_tokens=room
+    ) + assistant.answer_many(
+        [(q.image, q.text) for q in general], max_new_tokens=GENERAL_NEW_TOKENS
     )
     texts = [answer.text for answer in answers]
     rows = [

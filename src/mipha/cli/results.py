@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mipha.cli.arguments import Model, parse_pairs, split_names
+from mipha.cli.arguments import Adapter, Model, parse_pairs, split_names
 
 if TYPE_CHECKING:
     from mipha.evaluation.benchmark import Judge
@@ -58,6 +58,7 @@ def evaluate(
         bool,
         typer.Option("--dry-run", help="Only check the files, and show three prompts a benchmark."),
     ] = False,
+    adapter: Adapter = None,
     judge: JudgeUrl = None,
     judge_model: JudgeModel = None,
     judge_replies: JudgeReplies = None,
@@ -77,7 +78,16 @@ def evaluate(
 
     grader = _judge(judge, judge_model, judge_replies, judge_request, out or run)
     results = measure(
-        run, names, data_root, batch_size, limit, split, out, blind=blind, judge=grader
+        run,
+        names,
+        data_root,
+        batch_size,
+        limit,
+        split,
+        out,
+        blind=blind,
+        judge=grader,
+        adapter=adapter,
     )
     print_results(results)
     if any(result.n_failed for result in results):

@@ -7,6 +7,7 @@ score     scores.json, by pure functions (`evaluation/score.py`)
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
@@ -16,7 +17,7 @@ from mipha.data.images import grey_image
 from mipha.evaluation.benchmark import Judge, Plan, Question, load_benchmark
 from mipha.evaluation.predict import fingerprint, merge, predict
 from mipha.evaluation.score import Result, score_predictions
-from mipha.run import Run, model_folder
+from mipha.run import Run, adapter_folder, model_folder
 
 
 def plan_benchmarks(
@@ -75,6 +76,7 @@ def evaluate(
     progress: bool = True,
     blind: bool = False,
     judge: Judge | None = None,
+    adapter: str | Path | None = None,
 ) -> list[Result]:
     """Measure a model on benchmarks; questions that were answered before are not asked again.
 
@@ -93,6 +95,7 @@ def evaluate(
         blind: Show grey instead of every image, to measure what the questions alone give away.
             Results go into `<benchmark>-blind`.
         judge: Grader of the benchmarks that want one.
+        adapter: Adapter of the model, which is used unmerged; its results need an `out`.
 
     Returns:
         One result per benchmark; nothing in processes other than the first.
@@ -117,6 +120,8 @@ def evaluate(
             )
     if out is None and checkpoint == path:
         raise ValueError(f"{path} is a model, not a run, so it has no place for results: give -o")
+    if out is None and adapter is not None:
+        raise ValueError("results of an adapter are not those of the run below it: give -o")
     if blind:
         plans = [replace(part, questions=_show_grey(part.questions), blind=True) for part in plans]
 
@@ -125,8 +130,12 @@ def evaluate(
     from mipha.world import join_world
 
     world = join_world(patience=timedelta(days=7))
-    assistant = load(checkpoint, device=device or (str(world.device) if world.size > 1 else None))
+    device = device or (str(world.device) if world.size > 1 else None)
+    assistant = load(checkpoint, device=device, adapter=adapter)
     sha256 = fingerprint(checkpoint)
+    if adapter is not None:
+        both = f"{sha256} {fingerprint(adapter_folder(adapter))}"
+        sha256 = hashlib.sha256(both.encode()).hexdigest()
 
     # Ask, then score, one benchmark after the other.
     results = []
