@@ -40,6 +40,9 @@ HELD_OUT_FROM = 200
 MOST_QUESTIONS = 256
 MAX_NEW_TOKENS = 64
 GENERAL_NEW_TOKENS = 24
+_ROWS_A_PROCESS = 2_000
+"""Rows from which the check is shared by several processes."""
+
 _REPLAY_SHARE = 0.25
 """Old samples an epoch shows beside the own ones, as a share of the own."""
 
@@ -145,7 +148,9 @@ def prepare(
     context = getattr(built.config.text_config, "max_position_embeddings", None) or 2048
     own = data_recipe(data, None, image_root)
     loose = recipe.stage(STAGE).model_copy(update={"data": (own,), "row_tokens": context})
-    result = check_data(load_data(own), loose, processor, progress=True)
+    rows = load_data(own)
+    workers = 1 if len(rows) < _ROWS_A_PROCESS else None  # to start processes takes seconds
+    result = check_data(rows, loose, processor, workers=workers, progress=True)
     _refuse_errors(result, data)
 
     # Derive the values from the number of rows, their lengths, and the size of the model.
