@@ -148,7 +148,7 @@ def test_bad_input_is_one_sentence_before_anything_loads(
     for words, sentence in (
         (("nowhere", rows), "no checkpoint nowhere: give a run"),
         ((base, tmp_path / "gone.jsonl"), "gone.jsonl"),
-        ((base, broken), "has 1 errors, the first in broken.jsonl line 1"),
+        ((base, broken), "has 1 error, the first in"),
         ((base, rows, "model.image_size=56"), "which the checkpoint decides"),
         ((base, rows, "stages.tune.typo=1"), "unknown key"),
     ):

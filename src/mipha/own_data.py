@@ -40,9 +40,6 @@ HELD_OUT_FROM = 200
 MOST_QUESTIONS = 256
 MAX_NEW_TOKENS = 64
 GENERAL_NEW_TOKENS = 24
-_ROWS_A_PROCESS = 2_000
-"""Rows from which the check is shared by several processes."""
-
 _REPLAY_SHARE = 0.25
 """Old samples an epoch shows beside the own ones, as a share of the own."""
 
@@ -137,25 +134,27 @@ def prepare(
     overrides: Sequence[str] = (),
 ) -> Prepared:
     """Check own data and derive a recipe from them; arguments and errors are those of `tune`."""
-    from mipha.data.check.linter import check_data
     from mipha.data.dataset import data_recipe, load_data
+
+    # Read the data and the overrides, which takes no torch.
+    recipe = load_recipe("tune").override(f"model.checkpoint={model}")
+    recipe.override(*overrides)
+    own = data_recipe(data, None, image_root)
+    rows = load_data(own)
+
+    from mipha.data.check.linter import check_data
+    from mipha.data.encode import tokens_per_image
     from mipha.models.build import load_start_processor, skeleton
 
     # Check the data with the model's own tokens; rows may be as long as the model reads.
-    recipe = load_recipe("tune").override(f"model.checkpoint={model}")
     processor = load_start_processor(recipe.model)
     built = skeleton(recipe.model)
     context = getattr(built.config.text_config, "max_position_embeddings", None) or 2048
-    own = data_recipe(data, None, image_root)
     loose = recipe.stage(STAGE).model_copy(update={"data": (own,), "row_tokens": context})
-    rows = load_data(own)
-    workers = 1 if len(rows) < _ROWS_A_PROCESS else None  # to start processes takes seconds
-    result = check_data(rows, loose, processor, workers=workers, progress=True)
+    result = check_data(rows, loose, processor, progress=True)
     _refuse_errors(result, data)
 
     # Derive the values from the number of rows, their lengths, and the size of the model.
-    from mipha.data.encode import tokens_per_image
-
     values, notes = derive(result, built.num_parameters(), context, full)
     notes += [_note_on_images(result, processor, tokens_per_image(processor))]
     mixed = [own.model_dump(mode="json", exclude_unset=True)]
@@ -240,7 +239,8 @@ def _refuse_errors(result: CheckResult, data: str) -> None:
     if errors:
         first = errors[0]
         raise ValueError(
-            f"{data} has {len(errors)} errors, the first in {first.where or 'the whole set'}: "
+            f"{data} has {len(errors)} {'errors' if len(errors) > 1 else 'error'}, the first in "
+            f"{first.where or 'the whole set'}: "
             f"{first.what}; see all with `mipha check {data}`, and leave those rows out with "
             f"`mipha check {data} --fix FILE`"
         )
