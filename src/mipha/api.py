@@ -90,6 +90,7 @@ def find_model(
     api_key: str | None = None,
     parallel: int | None = None,
     request: Mapping[str, Any] | None = None,
+    adapter: str | Path | None = None,
 ) -> Subject:
     """Find a model to measure, wherever it runs; nothing is loaded and nothing is asked.
 
@@ -102,6 +103,7 @@ def find_model(
         api_key: Key of the server.
         parallel: Requests at a time; None: 8.
         request: Fields of every request, which replace ours; a field that is None is left out.
+        adapter: Adapter of a checkpoint, which transformers uses unmerged.
 
     Returns:
         The model, for `evaluate` and `predict`.
@@ -121,6 +123,8 @@ def find_model(
             raise ValueError(f"{model} needs --model, the name of a model that the server has")
         if engine != "auto":
             raise ValueError(f"--engine {engine} has no effect on a URL: leave it out")
+        if adapter is not None:
+            raise ValueError("--adapter has no effect on a URL: give its name on the server")
         endpoint = EndpointModel(
             str(model), name, api_key=api_key, request=request, parallel=parallel or 8
         )
@@ -138,7 +142,9 @@ def find_model(
     path = Path(model)
     holds_gguf = path.is_file() or (path.is_dir() and any(path.glob("*.gguf")))
     if engine in ("auto", "transformers") and not holds_gguf:
-        return checkpoint_subject(path)
+        return checkpoint_subject(path, adapter)
+    if adapter is not None:
+        raise ValueError("--adapter needs transformers: leave out --engine, or merge the adapter")
 
     from mipha.deploy.serve.engine import choose_engine, find_source
 
@@ -211,6 +217,7 @@ def evaluate(
     blind: bool = False,
     judge: Judge | None = None,
     plans: Sequence[Plan] = (),
+    adapter: str | Path | None = None,
 ) -> list[Result]:
     """Measure a model on benchmarks, and write the scores of a run into its model card.
 
@@ -232,6 +239,7 @@ def evaluate(
             into `<benchmark>-blind`.
         judge: Grades answers of the benchmarks that want one.
         plans: Further questions, such as those of `plan_own_data`.
+        adapter: Adapter of a checkpoint, which is used unmerged; its results need an `out`.
 
     Returns:
         A result a benchmark; nothing in processes other than the first.
@@ -246,7 +254,7 @@ def evaluate(
     from mipha.evaluation.evaluate import evaluate as measure
 
     check_device(device)
-    subject = model if isinstance(model, Subject) else checkpoint_subject(model)
+    subject = model if isinstance(model, Subject) else checkpoint_subject(model, adapter)
     folder = subject.results if out is None else Path(out)
     if folder is not None:
         check_writable(folder)

@@ -309,6 +309,47 @@ def model_folder(path: str | Path) -> Path:
     return open_run(path).final_checkpoint()
 
 
+def adapter_folder(path: str | Path) -> Path:
+    """Return the adapter that a run's last stage trained, or the adapter folder itself.
+
+    Raises:
+        FileNotFoundError: No such folder, or no adapter in it.
+    """
+    path = Path(path)
+    if (path / "adapter_config.json").is_file():
+        return path
+    if not (path / "recipe.yaml").is_file():
+        raise FileNotFoundError(
+            f"{path} has no adapter_config.json: give a run, the adapter/ folder of a stage, or "
+            "one that peft wrote"
+        )
+    run = open_run(path)
+    found = run.stage(run.recipe.last_stage) / "adapter"
+    if not (found / "adapter_config.json").is_file():
+        raise FileNotFoundError(
+            f"the last stage of {path} has no adapter: train it with tuning lora, and to its end"
+        )
+    return found
+
+
+def base_name(path: str | Path) -> str:
+    """Return the name of the model that an adapter belongs to, without a path of this machine.
+
+    Args:
+        path: Run, or the adapter folder of one.
+    """
+    path = Path(path).resolve()
+    folder = path if (path / "recipe.yaml").is_file() else path.parent.parent
+    if (folder / "recipe.yaml").is_file():
+        recipe = open_run(folder).recipe
+        before = recipe.stage_before(recipe.last_stage)
+        start = getattr(recipe.model, "checkpoint", None)
+        if before is None and start is not None:
+            return Path(start).name if Path(start).is_dir() else start
+        return f"{folder.name}/{before or 'base'}"
+    return Path(read_json_object(path / "adapter_config.json")["base_model_name_or_path"]).name
+
+
 def provenance() -> dict[str, Any]:
     """Return the versions, commit, machine and time that this process makes a run with."""
     return {

@@ -63,7 +63,7 @@ def tour(
                 name = re.match(r"# (\w+\.py)\n", block)
                 assert name, f"the script does not begin with its name:\n{block}"
                 Path(name[1]).write_text(block, encoding="utf-8")
-            else:
+            elif language == "bash":
                 for line in _commands(block):
                     said[line] = _run(line, tiny)
         yield Tour(folder, said)
@@ -146,8 +146,20 @@ def test_the_trained_model_is_asked_and_chats(tour: Tour) -> None:
     scores = re.findall(r"(pictures|grey): (\d+) of (\d+) right", tour.output("python ask.py"))
     assert [name for name, *_ in scores] == ["pictures", "grey"]
     assert all(0 <= int(num_right) <= int(total) == 200 for _, num_right, total in scores)
-    _, answer, *_ = tour.output("mipha chat").split("> ")
+    _, answer, *_ = tour.output("mipha chat runs/mine --image").split("> ")
     assert answer.strip() and "no image" not in answer
+
+
+@needs_package
+def test_the_model_is_tuned_further_and_its_adapter_is_used_alone(tour: Tour) -> None:
+    said = tour.output("mipha tune")
+    for words in ("data: 2,000 samples", "held out: 10% of the images", "before and after"):
+        assert words in said
+    assert "tuned: runs/tuned/tune/checkpoint" in said
+    assert (tour.folder / "runs/tuned/tuned.json").is_file()
+    assert (tour.folder / "my-adapter/adapter_model.safetensors").is_file()
+    _, answer, *_ = tour.output("mipha chat runs/mine --adapter").split("> ")
+    assert answer.strip()
 
 
 @needs_package

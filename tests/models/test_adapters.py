@@ -11,12 +11,17 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
+from mipha.assistant import load
 from mipha.errors import MissingPackage
 from mipha.models.adapters import (
     adapter_layers,
+    attach_adapter,
+    check_base,
+    export_adapter,
     merge_adapter,
     merged_weights,
     remove_adapters,
@@ -206,6 +211,18 @@ def test_stock_peft_and_the_merged_model_answer_alike(
     theirs = PeftModel.from_pretrained(stock, tmp_path / "adapter")
     assert torch.allclose(logits(theirs), before, atol=1e-5)
 
+    # Unmerged beside its base: it answers as trained, and the base as ever.
+    own = load_model(base)
+    alone = logits(own)
+    beside = attach_adapter(own, tmp_path / "adapter", Path(base))
+    assert torch.allclose(logits(beside), before, atol=1e-5)
+    assert torch.equal(logits(own), alone)
+    shared = {id(weight) for weight in own.parameters()} & {id(w) for w in beside.parameters()}
+    assert len(shared) >= len(adapter_layers(beside)), "weights below adapters are not copied"
+    assert (beside.lm_head.weight is beside.get_input_embeddings().weight) == (
+        own.lm_head.weight is own.get_input_embeddings().weight
+    )
+
     merge_adapter(tmp_path / "adapter", tmp_path / "merged")
     assert torch.allclose(logits(load_model(str(tmp_path / "merged"))), before, atol=1e-4)
     plain, shapes = (
@@ -285,6 +302,57 @@ def test_what_cannot_be_merged_is_refused(
     ):
         merge_adapter(adapter, merged, base=tmp_path / "phi")
     assert not merged.exists()
+
+
+def test_several_adapters_stand_over_one_base(tuned: Callable, tmp_path: Path) -> None:
+    wanted = {"one": tuning("lora", "full", "lora"), "two": tuning(language_model="lora")}
+    trained = {}
+    for name, one in wanted.items():
+        shutil.rmtree(tmp_path / "base", ignore_errors=True)
+        trained[name] = logits(tuned(one))
+        shutil.move(tmp_path / "adapter", tmp_path / name)
+    own = load_model(str(tmp_path / "base"))
+    beside = {name: attach_adapter(own, tmp_path / name, tmp_path / "base") for name in wanted}
+    for name in ("one", "two", "one"):
+        assert torch.allclose(logits(beside[name]), trained[name], atol=1e-5)
+
+
+def test_an_adapter_is_exported_with_the_identity_of_its_base(
+    tuned: Callable, tiny_model: Callable, tmp_path: Path
+) -> None:
+    model = tuned(tuning(language_model="lora"))
+    export_adapter(tmp_path / "adapter", tmp_path / "out", "somebody/base")
+    texts = [
+        path.read_text() for path in (tmp_path / "out").iterdir() if path.suffix != ".safetensors"
+    ]
+    assert not any(str(tmp_path) in text or "../" in text for text in texts)
+    assert PeftConfig.from_pretrained(tmp_path / "out").base_model_name_or_path == "somebody/base"
+
+    # It is read back over its base, and over no other.
+    check_base(tmp_path / "out", tmp_path / "base")
+    assistant = load(tmp_path / "base", adapter=tmp_path / "out")
+    assert torch.allclose(logits(assistant.model), logits(model), atol=1e-5)
+    other, processor = tiny_model()
+    with torch.no_grad():
+        other.lm_head.weight.add_(1e-6)
+    save_checkpoint(other, processor, tmp_path / "other")
+    with pytest.raises(ValueError, match=r"out was trained on another base than .*other"):
+        load(tmp_path / "other", adapter=tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match=r"base model somebody/base of .* is not there"):
+        check_base(tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match=r"base has no adapter_config\.json: give a run"):
+        load(tmp_path / "base", adapter=tmp_path / "base")
+
+
+def test_an_adapter_that_is_not_whole_is_refused(tuned: Callable, tmp_path: Path) -> None:
+    tuned(tuning(language_model="lora"))
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    gone = next(name for name in tensors if "lora_A" in name)
+    save_file({name: tensor for name, tensor in tensors.items() if name != gone}, path)
+    own = load_model(str(tmp_path / "base"))
+    with pytest.raises(ValueError, match="lacks the adapters of 1 layers"):
+        attach_adapter(own, tmp_path / "adapter", tmp_path / "base")
 
 
 def test_what_is_saved_names_its_base_and_its_shape(tuned: Callable, tmp_path: Path) -> None:

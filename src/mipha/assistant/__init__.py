@@ -8,6 +8,7 @@ from mipha.assistant.assistant import (
     Prompt,
     load,
     render_prompt,
+    with_adapter,
 )
 from mipha.data.images import ImageLike
 
@@ -20,4 +21,5 @@ __all__ = [
     "Prompt",
     "load",
     "render_prompt",
+    "with_adapter",
 ]

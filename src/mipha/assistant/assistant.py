@@ -25,6 +25,7 @@ from transformers import DynamicCache, LlavaProcessor
 from mipha.data.encode import as_chat, tokens_per_image
 from mipha.data.images import ImageLike, upright_rgb
 from mipha.data.sample import IMAGE, Message
+from mipha.models.adapters import adapter_template, attach_adapter, check_base
 from mipha.models.attention import use_segments
 from mipha.models.chat_template import bounded
 from mipha.models.decoding import AnswerText, OnTokens, RowSampler, RowWatch, Sampling
@@ -32,7 +33,7 @@ from mipha.models.features import ImageFeatures
 from mipha.models.modeling import LlavaForConditionalGeneration, attention_window, load_model
 from mipha.models.processing import load_processor
 from mipha.preflight import check_device, check_dtype
-from mipha.run import Run, model_folder
+from mipha.run import Run, adapter_folder, model_folder
 
 
 @dataclass(frozen=True)
@@ -513,6 +514,7 @@ def load(
     path: str | Path | Run,
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
+    adapter: str | Path | None = None,
 ) -> Assistant:
     """Load an assistant from a run, a run's folder or a checkpoint folder.
 
@@ -521,10 +523,12 @@ def load(
         device: Device of the model; None: the GPU where there is one.
         dtype: Dtype of weights and computation, such as "bfloat16"; None or "auto": bfloat16 on a
             GPU, float32 on a CPU.
+        adapter: Adapter of this model in PEFT's format, which is used unmerged.
 
     Raises:
-        FileNotFoundError: The run is not finished, or the folder is no checkpoint.
-        ValueError: The dtype is none of float32, bfloat16 and float16, or there is no such device.
+        FileNotFoundError: The run is not finished, or the folder is no checkpoint or no adapter.
+        ValueError: The adapter is of another base, the dtype is none of float32, bfloat16 and
+            float16, or there is no such device.
     """
     folder = path.final_checkpoint() if isinstance(path, Run) else model_folder(path)
     if isinstance(device, str):
@@ -535,7 +539,26 @@ def load(
     check_dtype(name)
     if name == "auto":
         name = "bfloat16" if device.type == "cuda" else "float32"
-    return Assistant(load_model(str(folder), device, getattr(torch, name)), load_processor(folder))
+    if adapter is not None:
+        adapter = adapter_folder(adapter)
+        check_base(adapter, folder)  # before the weights are loaded
+    base = Assistant(load_model(str(folder), device, getattr(torch, name)), load_processor(folder))
+    return base if adapter is None else with_adapter(base, Path(adapter), folder)
+
+
+def with_adapter(assistant: Assistant, adapter: Path, base: Path) -> Assistant:
+    """Return an assistant with an adapter, that shares the weights of another.
+
+    Args:
+        assistant: Assistant of the base.
+        adapter: Folder in PEFT's format, that `check_base` has passed.
+        base: Checkpoint of the base.
+
+    Raises:
+        ValueError: The adapter does not fit the model.
+    """
+    model = attach_adapter(assistant.model, adapter, base)
+    return Assistant(model, load_processor(base, adapter_template(adapter)))
 
 
 def render_prompt(processor: LlavaProcessor, question: str, num_images: int) -> str:

@@ -17,6 +17,10 @@ Overrides = Annotated[
 Model = Annotated[
     Path, typer.Argument(metavar="RUN", help="A run folder, or the folder of an exported model.")
 ]
+Adapter = Annotated[
+    Path | None,
+    typer.Option(help="Adapter of this model, unmerged: a run, or a folder in PEFT's format."),
+]
 
 
 def split_names(groups: list[str] | None) -> list[str]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mipha.cli.arguments import Model
+from mipha.cli.arguments import Adapter, Model
 from mipha.terminal import echo
 
 if TYPE_CHECKING:
@@ -115,6 +115,12 @@ def export(
             "--merge", help="RUN is an adapter: write its base with the adapter in its weights."
         ),
     ] = False,
+    adapter: Annotated[
+        bool,
+        typer.Option(
+            "--adapter", help="Write the adapter of RUN alone, with the identity of its base."
+        ),
+    ] = False,
     base: Annotated[
         Path | None,
         typer.Option(help="With --merge: the base model, if not the one that the adapter names."),
@@ -123,12 +129,25 @@ def export(
     """Write a model folder ready for `hf upload`, or GGUF files for llama.cpp and Ollama."""
     from mipha.deploy.gguf import parse_kinds
     from mipha.preflight import check_adapter, check_new_folder
-    from mipha.run import model_folder
+    from mipha.run import adapter_folder, base_name, model_folder
 
     if to not in ("hub", "gguf"):
         raise ValueError(f"--to {to}: choose hub or gguf")
     if base is not None and not merge:
         raise ValueError("--base has no effect without --merge: leave it out")
+    if adapter:
+        if merge or to != "hub" or quantize is not None:
+            raise ValueError(
+                "--adapter writes an adapter alone: leave --merge, --to and --quantize"
+            )
+
+        check_new_folder(out)
+        found, name = adapter_folder(source), base_name(source)
+
+        from mipha.models.adapters import export_adapter
+
+        typer.echo(f"exported: {export_adapter(found, out, name)}")
+        return
     if to == "gguf":
         if merge:
             raise ValueError("--merge writes a model folder: export that folder to gguf afterwards")
@@ -214,6 +233,13 @@ def serve(
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(help=_DTYPE_HELP)] = "auto",
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]DIR",
+            help="Adapter over the model, asked for by its name; may be repeated.",
+        ),
+    ] = None,
 ) -> None:
     """Serve a model with OpenAI's interface and a web page."""
     import os
@@ -244,6 +270,7 @@ def serve(
         log_requests=log_requests,
         device=device,
         dtype=dtype,
+        adapters=adapter or (),
     )
 
 
@@ -276,19 +303,22 @@ def chat(
     run: Model,
     image: Annotated[Path | None, typer.Option(help="Image to talk about.")] = None,
     dtype: Annotated[str, typer.Option(help=_DTYPE_HELP)] = "auto",
+    adapter: Adapter = None,
 ) -> None:
     """Chat about an image; commands: /image PATH, /reset and /quit."""
     from mipha.preflight import check_dtype
-    from mipha.run import model_folder
+    from mipha.run import adapter_folder, model_folder
 
     folder = model_folder(run)
     check_dtype(dtype)
+    if adapter is not None:
+        adapter_folder(adapter)
     if image is not None and not image.is_file():
         raise FileNotFoundError(f"no image {image}: give the path of an image")
 
     from mipha.assistant import load
 
-    _converse(load(folder, dtype=dtype), image)
+    _converse(load(folder, dtype=dtype, adapter=adapter), image)
 
 
 def _converse(assistant: Assistant, image: Path | None) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mipha.cli.arguments import parse_pairs, split_names
+from mipha.cli.arguments import Adapter, parse_pairs, split_names
 
 if TYPE_CHECKING:
     from mipha.evaluation.benchmark import Judge
@@ -90,6 +90,7 @@ def evaluate(
         bool,
         typer.Option("--dry-run", help="Only check the files, and show three prompts a benchmark."),
     ] = False,
+    adapter: Adapter = None,
     judge: JudgeUrl = None,
     judge_model: JudgeModel = None,
     judge_replies: JudgeReplies = None,
@@ -106,7 +107,7 @@ def evaluate(
     from mipha.evaluation.tables import print_plan, print_results
 
     # A model that is missing is named before data that are.
-    subject = _subject(model, engine, served_model, key_env, parallel, request)
+    subject = _subject(model, engine, served_model, key_env, parallel, request, adapter)
     names = split_names(benchmarks)
     if dry_run:
         print_plan(plan_benchmarks(names, data_root, split), subject.checkpoint)
@@ -231,6 +232,7 @@ def _subject(
     key_env: str | None,
     parallel: int | None,
     request: list[str] | None,
+    adapter: Path | None,
 ) -> Subject:
     """Return the model that the options name; nothing is loaded."""
     from mipha.api import find_model
@@ -244,6 +246,7 @@ def _subject(
         api_key=os.environ.get(key_env or "MIPHA_API_KEY"),
         parallel=parallel,
         request=parse_pairs(request or (), "--request", "seed=7"),
+        adapter=adapter,
     )
 
 

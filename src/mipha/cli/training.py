@@ -39,6 +39,48 @@ def train(
         echo(f"trained {chosen.name}: {run.final_checkpoint()}")
 
 
+def tune(
+    model: Annotated[
+        str, typer.Argument(help="A run, a model folder, or a hub id of a standard LLaVA.")
+    ],
+    data: Annotated[
+        str, typer.Argument(help="A file or folder of your own data, or a data set's name.")
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("-o", "--out", help="Run folder; the same command goes on where it stopped."),
+    ],
+    overrides: Overrides = None,
+    full: Annotated[
+        bool,
+        typer.Option("--full", help="Train all weights of the language model, not adapters."),
+    ] = False,
+    replay: Annotated[
+        str | None,
+        typer.Option(help="Old data to mix in against forgetting: a path, or a data set's name."),
+    ] = None,
+    image_root: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder that images may lie in, beside the data's own."),
+    ] = None,
+) -> None:
+    """Tune a finished model on your own data: check, plan, train, compare before and after."""
+    from mipha.own_data import tune as tune_model
+    from mipha.run import is_first_process
+
+    run = tune_model(
+        model,
+        data,
+        out,
+        full=full,
+        replay=replay,
+        image_root=image_root or (),
+        overrides=overrides or (),
+    )
+    if is_first_process():
+        typer.echo(f"tuned: {run.final_checkpoint()}")
+
+
 def plan(
     recipe: Annotated[str, typer.Argument(help="A recipe's name, or a .yaml file.")],
     device: Annotated[

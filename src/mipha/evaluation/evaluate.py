@@ -7,6 +7,7 @@ score     scores.json, by pure functions (`evaluation/score.py`)
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -21,7 +22,7 @@ from mipha.evaluation.engine_check import check_engine
 from mipha.evaluation.predict import Asker, fingerprint, merge, predict
 from mipha.evaluation.score import Result, score_predictions
 from mipha.files import read_json_object, write_whole
-from mipha.run import Run, is_first_process, model_folder
+from mipha.run import Run, adapter_folder, is_first_process, model_folder
 
 
 def plan_benchmarks(
@@ -106,8 +107,13 @@ class Subject:
     is_parallel: bool = False
 
 
-def checkpoint_subject(model: Run | str | Path) -> Subject:
+def checkpoint_subject(model: Run | str | Path, adapter: str | Path | None = None) -> Subject:
     """Return the model of a run, or of a folder with an exported model.
+
+    Args:
+        model: The run or the folder.
+        adapter: Adapter of the model, which is used unmerged. Its results are not those of the run
+            below it, so they have no place of their own.
 
     Raises:
         FileNotFoundError: No such model, or an unfinished run.
@@ -115,16 +121,21 @@ def checkpoint_subject(model: Run | str | Path) -> Subject:
     """
     path = model.folder if isinstance(model, Run) else Path(model)
     checkpoint = model_folder(path)
+    own = None if adapter is None else adapter_folder(adapter)
 
     @contextmanager
     def opened(device: str | None, folder: Path) -> Iterator[OpenModel]:
         from mipha.assistant import load
 
-        about = {"engine": "transformers"}
-        yield OpenModel(load(checkpoint, device=device), fingerprint(checkpoint), about)
+        sha256, about = fingerprint(checkpoint), {"engine": "transformers"}
+        if own is not None:
+            both = f"{sha256} {fingerprint(own)}"
+            sha256 = hashlib.sha256(both.encode()).hexdigest()
+        yield OpenModel(load(checkpoint, device=device, adapter=own), sha256, about)
 
-    results = None if checkpoint == path else Run(path).folder / "evaluation"
-    return Subject(str(path), results, opened, checkpoint, is_parallel=True)
+    name = str(path) if own is None else f"{path} with the adapter {own}"
+    results = None if checkpoint == path or own is not None else Run(path).folder / "evaluation"
+    return Subject(name, results, opened, checkpoint, is_parallel=True)
 
 
 def evaluate(
@@ -183,9 +194,7 @@ def evaluate(
             )
     folder = subject.results if out is None else Path(out)
     if folder is None:
-        raise ValueError(
-            f"{subject.name} is a model, not a run, so it has no place for results: give -o"
-        )
+        raise ValueError(f"{subject.name} is no run, so it has no place for results: give -o")
     if blind:
         plans = [replace(part, questions=_show_grey(part.questions), blind=True) for part in plans]
 

@@ -4,13 +4,16 @@ model + layers  --add_adapters-->  model with adapters  --training-->  weights b
 weights  --save_adapter-->  adapter/ {adapter_config.json, adapter_model.safetensors, base.json}
 weights  --merged_weights-->  weights of the model without adapters
 adapter/ + its base  --merge_adapter-->  a standard checkpoint
+base model + adapter/  --attach_adapter-->  a model with the adapter, unmerged, that shares the rest
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -19,7 +22,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mipha.checkpoint_files import read_config, refuse_code, refuse_links
@@ -29,7 +32,7 @@ from mipha.models.fingerprint import checkpoint_digest
 from mipha.models.modeling import LlavaForConditionalGeneration, load_model
 from mipha.models.processing import load_processor
 from mipha.models.quantization import is_quantized
-from mipha.preflight import check_adapter
+from mipha.preflight import check_adapter, check_new_folder
 from mipha.recipe import LoraRecipe, Part
 
 _NAME = "default"  # peft's name for the one adapter of a model
@@ -167,6 +170,7 @@ def save_adapter(
     whole: Iterable[nn.Module],
     base: Path,
     folder: Path,
+    template: str | None = None,
 ) -> None:
     """Write the adapters as stock peft reads them, and the modules that were trained whole.
 
@@ -176,6 +180,8 @@ def save_adapter(
         whole: Modules whose own weights were trained.
         base: Checkpoint of the model that the adapters were added to.
         folder: Target; a folder that is there is replaced.
+        template: Chat template that was trained with, which may set arguments that the base's own
+            does not; None: the base's own.
     """
     # Collect the tensors of the adapters.
     tensors = {}
@@ -210,6 +216,8 @@ def save_adapter(
             partial / "adapter_model.safetensors",
         )
         write_whole(partial / "base.json", json.dumps(facts, indent=2) + "\n")
+        if template is not None:
+            write_whole(partial / "chat_template.jinja", template)
 
 
 def merge_adapter(adapter: Path, folder: Path, base: Path | None = None) -> None:
@@ -229,22 +237,54 @@ def merge_adapter(adapter: Path, folder: Path, base: Path | None = None) -> None
     check_adapter(adapter)
     if folder.exists():
         raise ValueError(f"{folder} exists: choose another folder for the merged model")
+    base = check_base(adapter, base)
 
-    # An adapter may come from a stranger.
+    # Merge.
+    model = load_model(str(base))
+    _check_fit(model, adapter, base)
+    is_tied = model.lm_head.weight is model.get_input_embeddings().weight
+    merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
+
+    # Peft loads tied weights as two.
+    embeddings = merged.get_input_embeddings().weight
+    if is_tied and torch.equal(merged.lm_head.weight, embeddings):
+        merged.config.tie_word_embeddings = True
+        merged.tie_weights()
+
+    save_checkpoint(merged, load_processor(base, adapter_template(adapter)), folder)
+
+
+def check_base(adapter: Path, base: Path | None = None) -> Path:
+    """Return the base of an adapter, after a check that it was trained on exactly that.
+
+    Args:
+        adapter: Folder in PEFT's format; anybody may have made it.
+        base: Checkpoint; None for the one that the adapter names.
+
+    Raises:
+        FileNotFoundError: The adapter, or its base, is not there.
+        ValueError: The adapter was trained on another base or over weights of 4 bits, is of another
+            kind, or holds files that are not safe to read.
+    """
+    check_adapter(adapter)
     refuse_links(adapter)
     refuse_code(adapter)
-    read_config(adapter, "adapter_config.json")
+    kind = read_config(adapter, "adapter_config.json").get("peft_type")
+    if kind != "LORA":
+        raise ValueError(f"{adapter} is an adapter of the kind {kind}: give a LoRA")
 
     # Find the base that the adapter was trained on. Without base.json only its name is known.
     facts = read_json_object(adapter / "base.json") if (adapter / "base.json").is_file() else None
-    if facts is not None and not {"folder", "sha256", "quantized"} <= facts.keys():
+    if facts is not None and not (
+        {"sha256", "quantized"} <= facts.keys() and {"folder", "name"} & facts.keys()
+    ):
         raise ValueError(
             f"{adapter / 'base.json'} does not describe the base of the adapter: copy it again"
         )
-    if facts is not None:
-        named = adapter / facts["folder"]
-    else:
+    if facts is None:
         named = Path(PeftConfig.from_pretrained(adapter).base_model_name_or_path or "?")
+    else:
+        named = adapter / facts["folder"] if "folder" in facts else Path(facts["name"])
     base = base or named
     if not (base / "config.json").is_file():
         raise FileNotFoundError(
@@ -261,20 +301,98 @@ def merge_adapter(adapter: Path, folder: Path, base: Path | None = None) -> None
             f"{adapter} was trained on weights of 4 bits, and its answers would "
             f"change on those of {base}: use the checkpoint/ beside it, which has it merged"
         )
+    return base
 
-    # Merge.
-    model = load_model(str(base))
+
+def adapter_template(adapter: Path) -> str | None:
+    """Return the chat template that an adapter was trained with; None for that of its base."""
+    path = adapter / "chat_template.jinja"
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def attach_adapter(
+    model: LlavaForConditionalGeneration, adapter: Path, base: Path
+) -> LlavaForConditionalGeneration:
+    """Return a model with an adapter beside its weights, unmerged.
+
+    It shares every tensor with the base that the adapter does not have itself, so several adapters
+    over one base take little more memory than one.
+
+    Args:
+        model: The base's model, which is left as it is.
+        adapter: Folder in PEFT's format.
+        base: Checkpoint of the model, for messages.
+
+    Raises:
+        ValueError: The adapter does not fit this model. `check_base` tells whether it was trained
+            on it.
+    """
     _check_fit(model, adapter, base)
-    is_tied = model.lm_head.weight is model.get_input_embeddings().weight
-    merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    own = copy.deepcopy(model, shared)
+    embeddings = own.get_input_embeddings()
+    is_tied = own.lm_head.weight is embeddings.weight
 
-    # Peft loads tied weights as two.
-    embeddings = merged.get_input_embeddings().weight
-    if is_tied and torch.equal(merged.lm_head.weight, embeddings):
-        merged.config.tie_word_embeddings = True
-        merged.tie_weights()
+    # Add the layers; peft's wrappers of modules that were trained whole are not needed.
+    config = LoraConfig.from_pretrained(str(adapter))
+    config.modules_to_save, config.inference_mode = None, True
+    inject_adapter_in_model(config, own, _NAME)
 
-    save_checkpoint(merged, load_processor(base), folder)
+    # Put the adapter's tensors in their places.
+    found = set()
+    for name, tensor in load_file(adapter / "adapter_model.safetensors").items():
+        path, _, leaf = name.removeprefix(_PREFIX).rpartition(".")
+        layer, _, factor = path.rpartition(".")
+        place = own.get_submodule(f"{path}.{_NAME}" if factor in ("lora_A", "lora_B") else path)
+        if factor in ("lora_A", "lora_B"):
+            found.add((layer, factor))
+        value = tensor.to(model.device, model.dtype)
+        setattr(place, leaf, nn.Parameter(value, requires_grad=False))
+    wanted = {(name, factor) for name in adapter_layers(own) for factor in ("lora_A", "lora_B")}
+    if lacking := sorted(wanted - found):
+        raise ValueError(
+            f"{adapter} lacks the adapters of {len(lacking)} layers that its config names, such as "
+            f"{lacking[0][0]}: copy it again"
+        )
+    if is_tied and torch.equal(own.lm_head.weight, embeddings.weight):
+        own.lm_head.weight = embeddings.weight
+    return own.eval()
+
+
+def export_adapter(adapter: Path, folder: Path, base: str) -> Path:
+    """Write an adapter alone, with the identity of its base and without this machine's paths.
+
+    Args:
+        adapter: Folder that a stage wrote.
+        folder: New folder; it appears when everything is in it.
+        base: Name of the base, as others know it: a hub id, or the name of a folder.
+
+    Raises:
+        FileNotFoundError: The folder holds no adapter.
+        ValueError: The target exists, or the adapter does not say its base.
+    """
+    check_adapter(adapter)
+    check_new_folder(folder)
+    refuse_links(adapter)
+    refuse_code(adapter)
+    facts = read_json_object(adapter / "base.json", fix="export the adapter that a stage wrote")
+    config = read_json_object(adapter / "adapter_config.json") | {"base_model_name_or_path": base}
+    identity = {"name": base, "sha256": facts["sha256"], "quantized": facts["quantized"]}
+    card = (
+        f"---\nbase_model: {json.dumps(base)}\nlibrary_name: peft\n"
+        f"tags: [mipha, llava, lora]\n---\n\n# {folder.name}\n\n"
+        f"A LoRA adapter in PEFT's format. It belongs to `{base}`, and to no other weights: sha256 "
+        f"of its tensors {facts['sha256']}.\n\n"
+        f"```bash\nmipha chat BASE --adapter {folder.name}\n```\n"
+    )
+    with whole_folder(folder) as partial:
+        shutil.copy2(adapter / "adapter_model.safetensors", partial)
+        if (adapter / "chat_template.jinja").is_file():
+            shutil.copy2(adapter / "chat_template.jinja", partial)
+        write_whole(partial / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+        write_whole(partial / "base.json", json.dumps(identity, indent=2) + "\n")
+        write_whole(partial / "README.md", card)
+    return folder
 
 
 def _check_fit(model: nn.Module, adapter: Path, base: Path) -> None:

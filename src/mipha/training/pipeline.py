@@ -331,7 +331,8 @@ def _export(
     tuning = stage.settings.tuning
     if tuning.adapted:
         whole = [module for part in PARTS for module in tuned_modules(model, part, tuning.of(part))]
-        save_adapter(model, weights, whole, stage.base, stage.folder / "adapter")
+        folder, template = stage.folder / "adapter", processor.chat_template
+        save_adapter(model, weights, whole, stage.base, folder, template)
         weights = merged_weights(model, weights)
         remove_adapters(model)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from threading import Event
 from typing import Any
 
@@ -38,6 +39,29 @@ def request(question: str, image: Image.Image | None = None, **changes: Any) -> 
 
 async def read(engine: TransformersEngine, asked: ChatRequest) -> list[Piece]:
     return [piece async for piece in engine.submit(engine.prepare(asked))]
+
+
+def test_adapters_are_asked_for_by_name_and_never_share_a_batch(tiny_model: Callable) -> None:
+    base = Assistant(*tiny_model("llama"))
+    model, processor = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.lm_head.weight.flip(0))
+    other = Assistant(model, processor)
+    image = Image.new("RGB", (30, 30), "red")
+    names = ["tiny", "mine", "tiny", "mine"]
+
+    async def use(engine: TransformersEngine) -> list[str]:
+        asked = [replace(request("Which colour?", image), model=name) for name in names]
+        pieces = await asyncio.gather(*(read(engine, one) for one in asked))
+        return ["".join(piece.text for piece in one) for one in pieces]
+
+    texts, _ = with_engine(base, use, adapters={"mine": other})
+    expected = {
+        name: one.answer(image, "Which colour?", max_new_tokens=6).text
+        for name, one in (("tiny", base), ("mine", other))
+    }
+    assert expected["tiny"] != expected["mine"]
+    assert [text.strip() for text in texts] == [expected[name] for name in names]
 
 
 def with_engine(

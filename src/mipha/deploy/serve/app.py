@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import time
+from collections.abc import Sequence
 from functools import cache
 from importlib import resources
 
@@ -36,6 +37,7 @@ def create_app(
     metrics: Metrics,
     bounds: Bounds | None = None,
     access: Access | None = None,
+    adapters: Sequence[str] = (),
 ) -> Starlette:
     """Make the ASGI application; whoever starts the engine and the server closes them.
 
@@ -45,10 +47,12 @@ def create_app(
         metrics: Counts and times that are shown.
         bounds: Load that is taken on at a time.
         access: Who may ask; None: anybody who reaches the server.
+        adapters: Names of adapters over the model, which requests give in its place.
     """
     access = access or Access()
-    chat = Chat(engine, model, bounds or Bounds(), metrics)
-    card = {"id": model, "object": "model", "created": int(time.time()), "owned_by": "mipha"}
+    chat = Chat(engine, names := [model, *adapters], bounds or Bounds(), metrics)
+    shared = {"object": "model", "created": int(time.time()), "owned_by": "mipha"}
+    cards = {name: {"id": name, **shared} for name in names}
 
     async def web_page(_: Request) -> Response:
         return HTMLResponse(page(), headers=page_headers())
@@ -65,11 +69,11 @@ def create_app(
         return PlainTextResponse(metrics.text(), media_type="text/plain; version=0.0.4")
 
     async def models(_: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [card]})
+        return JSONResponse({"object": "list", "data": list(cards.values())})
 
     async def one_model(request: Request) -> Response:
-        check_model(request.path_params["name"], model)
-        return JSONResponse(card)
+        check_model(name := request.path_params["name"], names)
+        return JSONResponse(cards[name])
 
     async def completions(_: Request) -> ASGIApp:
         return chat.answer  # not a finished response: it watches the connection while it works

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import secrets
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from dataclasses import replace
 from threading import Condition, Thread
 
@@ -27,12 +27,15 @@ class _Row:
     """One request on its way.
 
     Args:
+        assistant: Assistant that answers it.
         prompt: What the model reads.
         make_text: Function that begins the text of the answer.
     """
 
-    def __init__(self, prompt: Prompt, make_text: Callable[[], AnswerText]) -> None:
-        self.prompt, self._make_text = prompt, make_text
+    def __init__(
+        self, assistant: Assistant, prompt: Prompt, make_text: Callable[[], AnswerText]
+    ) -> None:
+        self.assistant, self.prompt, self._make_text = assistant, prompt, make_text
         self.pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
         self.left = False  # whether its reader has left
         self.ended = False  # whether its last piece was made
@@ -79,6 +82,8 @@ class TransformersEngine:
         batch_size: Most requests in a batch.
         batch_tokens: Most tokens in a batch, padding and the longest answers included: the size
             that its KV cache can reach. A single request may be longer.
+        adapters: Assistants over the same weights by the names that requests give; a batch is for
+            one of them. A request by any other name is for the first assistant.
     """
 
     name = "transformers"
@@ -89,8 +94,10 @@ class TransformersEngine:
         metrics: Metrics,
         batch_size: int = 16,
         batch_tokens: int = 16_384,
+        adapters: Mapping[str, Assistant] | None = None,
     ) -> None:
         self.assistant, self._metrics = assistant, metrics
+        self._adapters = dict(adapters or {})
         self._batch_size, self._batch_tokens = batch_size, batch_tokens
         self._context = assistant.model.config.get_text_config().max_position_embeddings
         self._waiting: deque[_Row] = deque()
@@ -101,8 +108,9 @@ class TransformersEngine:
         self._thread = Thread(target=self._work, name="mipha-model", daemon=True)
         metrics.gauge("requests_waiting", lambda: len(self._waiting))
         metrics.gauge("batch_size", lambda: len(self._running))
-        metrics.gauge("images_encoded_total", lambda: assistant.features.num_encoded)
-        metrics.gauge("images_found_total", lambda: assistant.features.num_found)
+        caches = [one.features for one in (assistant, *self._adapters.values())]
+        metrics.gauge("images_encoded_total", lambda: sum(one.num_encoded for one in caches))
+        metrics.gauge("images_found_total", lambda: sum(one.num_found for one in caches))
 
     async def start(self) -> None:
         """Let the thread wait for requests."""
@@ -126,7 +134,8 @@ class TransformersEngine:
             Sampling(request.temperature, request.top_p, seed) if request.temperature else None
         )
         images = [image for turn in request.turns for image in turn.images]
-        prompt = self.assistant.prompt(messages, images, sampling=sampling)
+        assistant = self._adapters.get(request.model, self.assistant)
+        prompt = assistant.prompt(messages, images, sampling=sampling)
 
         # The answer gets the rest of the context.
         room = self._context - len(prompt.ids)
@@ -140,9 +149,9 @@ class TransformersEngine:
         limit = min(request.max_new_tokens, room)
 
         def make_text() -> AnswerText:
-            return AnswerText(self.assistant.decode, self.assistant.end_tokens, limit, request.stop)
+            return AnswerText(assistant.decode, assistant.end_tokens, limit, request.stop)
 
-        return _Row(replace(prompt, max_new_tokens=limit), make_text)
+        return _Row(assistant, replace(prompt, max_new_tokens=limit), make_text)
 
     async def submit(self, row: _Row) -> AsyncIterator[Piece]:
         """Yield the answer to a prepared request.
@@ -215,7 +224,7 @@ class TransformersEngine:
         """Answer requests in one batch; return whether that went well."""
         self._running = rows
         try:
-            self.assistant.generate([row.prompt for row in rows], self._on_tokens)
+            rows[0].assistant.generate([row.prompt for row in rows], self._on_tokens)
         except Exception:
             _log.exception("a batch of %d requests failed", len(rows))
             return False
@@ -234,10 +243,13 @@ class TransformersEngine:
                     lambda: len(self._waiting) >= self._batch_size or self._closing, _GATHER_SECONDS
                 )
 
-                # Fill the batch: its cache grows to rows x (longest prompt + longest answer).
+                # Fill the batch, with requests to one assistant: the cache grows to
+                # rows x (longest prompt + longest answer).
                 prompt = answer = 0
                 while self._waiting and len(batch) < self._batch_size:
                     row = self._waiting[0]
+                    if batch and row.assistant is not batch[0].assistant:
+                        break
                     prompt = max(prompt, len(row.prompt.ids))
                     answer = max(answer, row.prompt.max_new_tokens)
                     if batch and (len(batch) + 1) * (prompt + answer) > self._batch_tokens:

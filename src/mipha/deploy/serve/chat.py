@@ -12,7 +12,7 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
@@ -72,13 +72,15 @@ class Chat:
 
     Args:
         engine: Engine that answers.
-        model: Name that requests must give.
+        models: Names of which requests must give one.
         bounds: Load that is taken on at a time.
         metrics: Counts and times of the server.
     """
 
-    def __init__(self, engine: Engine, model: str, bounds: Bounds, metrics: Metrics) -> None:
-        self._engine, self._model, self._bounds, self._metrics = engine, model, bounds, metrics
+    def __init__(
+        self, engine: Engine, models: Sequence[str], bounds: Bounds, metrics: Metrics
+    ) -> None:
+        self._engine, self._models, self._bounds, self._metrics = engine, models, bounds, metrics
         self._held = self._held_bytes = self._image_bytes = 0
         # Parsing is quick, and nobody waits for an image or an address there. Images of two
         # requests exist at their full size at a time.
@@ -214,8 +216,9 @@ class Chat:
 
     async def _ask(self, asked: _Asked, stream: EventStream) -> dict[str, Any] | None:
         """Return the whole answer; None if it was streamed."""
-        prepared, streamed, include_usage = await self._prepare(asked)
-        completion = Completion(self._model, include_usage)
+        prepared, request = await self._prepare(asked)
+        streamed = request.stream
+        completion = Completion(request.model, request.include_usage)
         texts = []
         async with aclosing(self._counted(self._engine.submit(prepared), asked)) as pieces:
             async for piece in pieces:
@@ -228,8 +231,8 @@ class Chat:
         await stream.end()
         return None
 
-    async def _prepare(self, asked: _Asked) -> tuple[Any, bool, bool]:
-        """Return the engine's input, whether to stream the answer, and whether to count its tokens.
+    async def _prepare(self, asked: _Asked) -> tuple[Any, ChatRequest]:
+        """Return the engine's input, and the request.
 
         Images at their full size are given up here.
         """
@@ -239,7 +242,7 @@ class Chat:
         body, asked.body = asked.body, b""
         parsed = await self._in(self._parsers, parse_request, body, limits)
         del body
-        check_model(parsed.model, self._model)
+        check_model(parsed.model, self._models)
 
         # Decode the images, or go past those who wait for it.
         if parsed.images:
@@ -252,7 +255,7 @@ class Chat:
             request = decode_images(parsed, limits)
             prepared = await self._in(self._parsers, self._engine.prepare, request)
         self._let_go(asked)
-        return prepared, request.stream, request.include_usage
+        return prepared, replace(request, turns=())
 
     async def _decode(self, parsed: ParsedRequest) -> tuple[Any, ChatRequest]:
         """Return the engine's input of a request with images, and the request without them."""
@@ -318,11 +321,11 @@ def note(scope: Scope, **facts: object) -> None:
     scope.setdefault("mipha.facts", {}).update(facts)
 
 
-def check_model(asked: str, served: str) -> None:
+def check_model(asked: str, served: Sequence[str]) -> None:
     """Refuse the name of a model that is not served."""
-    if asked != served:
+    if asked not in served:
         raise RequestError(
-            f"the model is not served here: ask for {served!r}",
+            f"the model is not served here: ask for {' or '.join(map(repr, served))}",
             status=404,
             code="model_not_found",
             param="model",

@@ -9,7 +9,7 @@ import logging
 import signal
 import socket
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from mipha.errors import import_optional
 from mipha.preflight import check_device, check_dtype
-from mipha.run import model_folder
+from mipha.run import adapter_folder, model_folder
 from mipha.terminal import echo
 
 try:
@@ -65,6 +65,7 @@ def serve(
     log_requests: bool = True,
     device: str | None = None,
     dtype: str = "auto",
+    adapters: Sequence[str] = (),
 ) -> None:
     """Serve a model with OpenAI's interface until SIGTERM or Ctrl-C.
 
@@ -88,6 +89,8 @@ def serve(
         device: Device for transformers; None: the GPU where there is one.
         dtype: Dtype for transformers and vLLM: auto, float32, bfloat16 or float16. In transformers
             auto is bfloat16 on a GPU and float32 on a CPU; vLLM rounds float32 weights to 16 bits.
+        adapters: Adapters over the model, each a run, a folder or NAME=FOLDER; requests name them
+            in place of the model.
 
     Raises:
         MissingPackage: A package of the extra `serve` is not installed.
@@ -118,9 +121,16 @@ def serve(
     access = Access(api_key)
     found = find_source(Path(source))
 
+    named = named_adapters(adapters, found)
+
     # Take the port, then load the model.
     with listen(host, port) as listening:
-        chosen = choose_engine(found, engine)
+        chosen = choose_engine(found, "transformers" if named and engine == "auto" else engine)
+        if named and chosen != "transformers":
+            raise ValueError(
+                f"--adapter is for the transformers engine, not for {chosen}: merge the adapter "
+                "with `mipha export --merge`, or use --engine transformers"
+            )
         if api_key is None:
             access = Access(None, host_names(listening, [host, *allow_host]))
             if not _is_loopback(listening):
@@ -139,9 +149,49 @@ def serve(
 
         def load() -> tuple[Engine, Bounds]:
             echo(f"mipha: loading {found.name} for {chosen}", err=True)
-            return _load(found, chosen, bounds, metrics, batch_size, device, dtype)
+            return _load(found, chosen, bounds, metrics, batch_size, device, dtype, named)
 
-        run(load, found.name, listening, metrics, access, shutdown_seconds=shutdown_seconds)
+        run(
+            load,
+            found.name,
+            listening,
+            metrics,
+            access,
+            shutdown_seconds=shutdown_seconds,
+            adapters=tuple(named),
+        )
+
+
+def named_adapters(adapters: Sequence[str], base: Source) -> dict[str, Path]:
+    """Return the folders of adapters by name, after a check that they belong to the model.
+
+    Args:
+        adapters: Each a run, a folder, or NAME=FOLDER; without a name it has the folder's.
+        base: Model that is served.
+
+    Raises:
+        ValueError: Two have one name, or one was trained on another base.
+        FileNotFoundError: There is no such adapter.
+    """
+    named: dict[str, Path] = {}
+    for text in adapters:
+        name, equals, folder = text.partition("=")
+        folder = folder if equals else text
+        name = name if equals else Path(folder).resolve().name
+        if name == base.name or name in named:
+            raise ValueError(
+                f"two models would be served as {name!r}: name the adapter, such as "
+                f"--adapter {name}-2={folder}"
+            )
+        named[name] = adapter_folder(folder)
+    if named and base.checkpoint is None:
+        raise ValueError(f"{base.name} is GGUF, which takes no adapter: serve its model folder")
+    if named:
+        from mipha.models.adapters import check_base
+
+        for folder in named.values():
+            check_base(folder, base.checkpoint)
+    return named
 
 
 def run(
@@ -152,6 +202,7 @@ def run(
     access: Access | None = None,
     *,
     shutdown_seconds: float = 30.0,
+    adapters: Sequence[str] = (),
 ) -> None:
     """Load an engine and serve it at a socket until SIGTERM or Ctrl-C.
 
@@ -165,6 +216,7 @@ def run(
         metrics: Counts and times of the server.
         access: Who may ask; None: anybody who reaches the server.
         shutdown_seconds: Time for running requests to finish; later they are answered with 503.
+        adapters: Names of adapters over the model.
 
     Raises:
         ValueError: The engine did not start.
@@ -207,7 +259,7 @@ def run(
                 f"mipha: serving {model} at {_url(listening)} with {engine.name}; Ctrl-C stops it",
                 err=True,
             )
-            app = create_app(engine, model, metrics, bounds, access)
+            app = create_app(engine, model, metrics, bounds, access, adapters)
             try:
                 await Server(configure(app, shutdown_seconds)).serve(sockets=[listening])
             finally:
@@ -360,6 +412,7 @@ def _load(
     batch_size: int | None,
     device: str | None,
     dtype: str,
+    adapters: Mapping[str, Path],
 ) -> tuple[Engine, Bounds]:
     """Return the engine, and the bounds with the control tokens of the model's own tokenizer."""
     if engine != "transformers":
@@ -369,14 +422,17 @@ def _load(
             raise ValueError(f"--device has no effect on {engine}: leave it out")
         return launch(found, engine, batch_size, dtype), bounds
 
-    from mipha.assistant import load
+    from mipha.assistant import load, with_adapter
     from mipha.data.check.text import special_tokens_of
     from mipha.deploy.serve.batching import TransformersEngine
 
     assert found.checkpoint is not None
     assistant = load(found.checkpoint, device, dtype)
     limits = replace(bounds.limits, control_tokens=special_tokens_of(assistant.processor))
-    behind = TransformersEngine(assistant, metrics, batch_size or _BATCH_SIZE)
+    others = {
+        name: with_adapter(assistant, folder, found.checkpoint) for name, folder in adapters.items()
+    }
+    behind = TransformersEngine(assistant, metrics, batch_size or _BATCH_SIZE, adapters=others)
     return behind, replace(bounds, limits=limits)
 
 
