@@ -413,6 +413,9 @@ def test_private_labels_mean_a_complete_upload_or_none(
     assert content["scores"] == [] and content["complete"] and not (folder / "tally.json").exists()
     texts = {row["question_id"]: row["text"] for row in read_rows(folder / "predictions.jsonl")}
     assert list(texts) == [str(name) for name in asked]
+    if upload.content is not None:
+        assert json.loads((folder / file).read_text()) == upload.content(texts)
+        return
     if file.endswith(".json"):
         # What the m4c processor makes of the four words: "A" is an article.
         processed = {"yes": "yes", "no": "no", "A": "", "B": "b"}
