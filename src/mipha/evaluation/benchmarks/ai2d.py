@@ -147,5 +147,6 @@ BENCHMARK = Benchmark(
     read_labels=read_labels,
     score=score,
     measure=measure,
+    rules="lmms-eval",
     id_advice="AI2D's ids are the numbers of the rows, from 0",
 )

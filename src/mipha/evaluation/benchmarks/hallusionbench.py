@@ -283,6 +283,7 @@ BENCHMARK = Benchmark(
     read_labels=read_labels,
     score=score,
     measure=measure,
+    rules="VLMEvalKit",
     id_advice=(
         "HallusionBench's ids are <category>_<subcategory>_<set_id>_<figure_id>_<question_id>"
     ),

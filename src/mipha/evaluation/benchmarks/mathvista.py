@@ -256,6 +256,7 @@ def score(
         },
         failed=failed,
         notes=(_describe_reading(judge, by_rule),),
+        rules=None if judge is not None else "official, without its judge",
     )
 
 

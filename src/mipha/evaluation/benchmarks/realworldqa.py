@@ -75,7 +75,7 @@ def read(root: Path, split: str) -> list[Question]:
         split: `test`.
 
     Returns:
-        Questions whose facts are `protocol` (`vlmevalkit` or `lmms-eval`), `answer`, `choices`
+        Questions whose facts are `protocol` (`VLMEvalKit` or `lmms-eval`), `answer`, `choices`
         (letter to text, of the .tsv file; None of the .parquet file) and `image` (hash of the
         image, or the id where there is none).
     """
@@ -110,13 +110,17 @@ def score(
         names = ("accuracy", kind) if kind else ("accuracy",)
         contributions.append((facts["image"], dict.fromkeys(names, right[question.id])))
     protocols = {
-        "vlmevalkit": "VLMEvalKit's .tsv file and rules; not comparable with lmms-eval's numbers",
+        "VLMEvalKit": "VLMEvalKit's .tsv file and rules; not comparable with lmms-eval's numbers",
         "lmms-eval": "xAI's .parquet file and lmms-eval's rules; not comparable with VLMEvalKit's "
         "numbers, such as those of the OpenVLM leaderboard",
     }
-    note = protocols[questions[0].facts["protocol"]]
+    protocol = questions[0].facts["protocol"]
     return Judgement(
-        per_question=right, contributions=contributions, parsed=parsed, notes=(f"by {note}",)
+        per_question=right,
+        contributions=contributions,
+        parsed=parsed,
+        notes=(f"by {protocols[protocol]}",),
+        rules=protocol,
     )
 
 
@@ -167,7 +171,7 @@ def _read_table(path: Path, with_images: bool) -> list[Question]:
 
         name, image = images.read(cells.get("image"), where, row.index)
         facts = {
-            "protocol": "vlmevalkit",
+            "protocol": "VLMEvalKit",
             "answer": row.answer,
             "choices": choices,
             "image": name,
@@ -203,5 +207,6 @@ BENCHMARK = Benchmark(
     read_labels=read_labels,
     score=score,
     measure=measure,
+    rules="VLMEvalKit",
     id_advice="RealWorldQA's ids are the index of the .tsv file, or the row of the .parquet file",
 )
