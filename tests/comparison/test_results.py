@@ -167,6 +167,18 @@ def test_columns_whose_protocols_differ_are_named(run: Path, capsys) -> None:
     assert "80.0§" in said and "in: POPE (VLMEvalKit, official)." in said
 
 
+def test_the_lowest_perplexity_is_the_best(tmp_path: Path) -> None:
+    rows = []
+    for name, value in (("before", 20.0), ("after", 30.0)):
+        scores = [{"metric": "word_perplexity", "value": value}]
+        content = {"benchmark": "wikitext", "blind": False, "complete": True, "scores": scores}
+        (tmp_path / name / "wikitext").mkdir(parents=True)
+        (tmp_path / name / "wikitext" / "scores.json").write_text(json.dumps(content))
+        rows.append(measured(tmp_path / name))
+    assert best_of(rows, "wikitext") == 20
+    assert "| before | **20.0** |" in render(rows) and "| after | 30.0 |" in render(rows)
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """Scores as `mipha evaluate -o` writes them: POPE whole, MME's first questions, GQA blind."""

@@ -91,6 +91,7 @@ class Official:
         replies: Lines of a judge's recorded replies.
         prompts: Parts of what a dry run prints.
         num_bare: Questions without an image among the three prompts of a dry run.
+        by_likelihood: The model is measured, and not asked.
         without_sums: Metrics that are not made from sums, so that no pair of models is compared.
     """
 
@@ -112,12 +113,13 @@ class Official:
     replies: Sequence[Mapping[str, Any]] = ()
     prompts: tuple[str, ...] = ()
     num_bare: int = 0
+    by_likelihood: bool = False
     without_sums: tuple[str, ...] = ()
 
     @property
     def num_shown(self) -> int:
-        """Prompts that a dry run shows."""
-        return min(3, len(self.gold))
+        """Prompts with the chat template that a dry run shows."""
+        return 0 if self.by_likelihood else min(3, len(self.gold))
 
     @property
     def scored_ids(self) -> list[str]:

@@ -52,6 +52,9 @@ TITLES = {
     "mathvista": "MathVista",
     "hallusionbench": "HallB",
     "realworldqa": "RWQA",
+    "arc": "ARC-C",
+    "arc-easy": "ARC-E",
+    "wikitext": "WikiText-2",
     "MMLU": "MMLU",
     "BBH": "BBH",
     "GSM8K": "GSM8K",
@@ -80,6 +83,9 @@ FOOTNOTES = {
 
 Source: captions of tables 2 and 3 of the Mipha paper; those from `~` on are ours.
 """
+
+LOWER_IS_BETTER = frozenset({"wikitext"})
+"""Columns whose lowest number is the best."""
 
 PROTOCOLS = {"official": "", "VLMEvalKit": "§", "lmms-eval": "¶", "own": "◊", "unknown": "?"}
 """Whose prompt and rules a number has, to its mark."""
@@ -276,8 +282,9 @@ def warn_of_protocols(rows: Sequence[Row]) -> str | None:
 
 
 def best_of(rows: Iterable[Row], column: str) -> float | None:
-    """Return the highest number of a column; None where there is none."""
-    return max((row.cells[column].value for row in rows if column in row.cells), default=None)
+    """Return the best number of a column, mostly the highest; None where there is none."""
+    numbers = [row.cells[column].value for row in rows if column in row.cells]
+    return (min if column in LOWER_IS_BETTER else max)(numbers, default=None)
 
 
 def _row(record: dict[str, str]) -> Row:

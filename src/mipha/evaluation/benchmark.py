@@ -195,6 +195,9 @@ class Benchmark:
             are not simply the official ids.
         read_answer_folder: `read_answer_folder(folder, questions)` yields place, id and text of
             every answer in a folder of predictions files, where the official scorer reads several.
+        by_likelihood: The model is not asked. It gives the log-likelihood of each text in
+            `facts["continuations"]` after the question's text, without a chat template; see
+            `mipha.evaluation.likelihoods`.
         rules: Whose prompt and rules they are: `official`, `lmms-eval` or `VLMEvalKit`. Tables with
             published numbers say where these differ.
         packaged: An installed package brings the files, so `read` and `read_labels` take None as
@@ -221,6 +224,7 @@ class Benchmark:
     read_answer_folder: (
         Callable[[Path, Sequence[Question]], Iterator[tuple[str, str, str]]] | None
     ) = None
+    by_likelihood: bool = False
     rules: str = "official"
     packaged: bool = False
 
