@@ -127,6 +127,44 @@ def test_more_images_than_the_model_reads_are_refused(
         assistant.answer((files[0],) * longest, QUESTIONS[0])
 
 
+def test_likelihoods_are_those_of_the_stock_class(
+    assistants: Callable, family: str, tmp_path: Path
+) -> None:
+    """Of a continuation, of a text without a context, and of one read in windows."""
+    assistant = assistants(family)
+    tokenizer = assistant.processor.tokenizer
+    long = " ".join(f"word {number} stands here." for number in range(9))
+    texts = [
+        ("Question: why?\nAnswer:", " Because it is red."),
+        ("", "Red is a colour."),
+        ("", long),
+    ]
+    found = assistant.log_likelihoods(texts, window=16)
+
+    for (context, text), (value, num) in zip(texts, found, strict=True):
+        before = tokenizer(context)["input_ids"] if context else []
+        ids = tokenizer(context + text)["input_ids"]
+        if not before:
+            first = tokenizer.bos_token_id
+            first = tokenizer.eos_token_id if first is None else first
+            ids = ids if ids[0] == first else [first, *ids]
+            before = ids[:1]
+        assert num == len(ids) - len(before)
+
+        # Token by token: a window sees the last token of the one before, the first its context.
+        wanted = 0.0
+        for place in range(len(before), len(ids)):
+            first_place = len(before) + (place - len(before)) // 16 * 16
+            begin = first_place - 1
+            if first_place == len(before):
+                begin = max(0, min(first_place + 16, len(ids)) - 1 - 16)
+            with torch.inference_mode():
+                logits = assistant.model(input_ids=torch.tensor([ids[begin:place]])).logits[0, -1]
+            wanted += logits.log_softmax(-1)[ids[place]].item()
+        assert value == pytest.approx(wanted, abs=1e-3)
+    assert found[2][1] > 32, "two windows and a part of one"
+
+
 def test_the_image_changes_the_answer(assistants: Callable, files: list[Path]) -> None:
     answers = {
         assistants().answer(file, QUESTIONS[1], max_new_tokens=TOKENS).text for file in files

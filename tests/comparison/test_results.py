@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -9,8 +10,19 @@ from pathlib import Path
 import pytest
 
 from mipha.comparison.figures import draw_radar
-from mipha.comparison.results import best_of, measured, published, published_table
+from mipha.comparison.results import (
+    PROTOCOLS,
+    PUBLISHED,
+    TITLES,
+    best_of,
+    measured,
+    published,
+    published_rows,
+    published_table,
+    warn_of_protocols,
+)
 from mipha.comparison.tables import compare, print_comparison, render
+from mipha.evaluation.benchmark import list_benchmarks
 
 
 def test_lines_of_the_tables_as_printed() -> None:
@@ -111,6 +123,60 @@ def test_a_whole_table_is_asked_for_by_its_number() -> None:
     )
     with pytest.raises(ValueError, match="no table of results 5: 1 to 4"):
         compare(published=["table-5"])
+
+
+def test_current_small_models_have_a_row_for_each_source() -> None:
+    rows = published_rows("small-models")
+    assert len(rows) == 50 and sum(len(row.cells) for row in rows) == 399
+    assert len({(row.name, row.facts["source"]) for row in rows}) == 50
+    qwen = published_rows("qwen2.5-vl-3b")
+    assert [row.cells["mmmu"].printed for row in qwen] == ["53.1?", "51.2§¿", "46.44¶"]
+    # OCRBench is printed in points of 1,000, or divided by 10.
+    assert [row.cells["ocrbench"].value for row in qwen if "ocrbench" in row.cells] == [828, 792]
+    assert published_rows("Mipha-3B") == (published("Mipha-3B"),), "the paper's tables come first"
+    with pytest.raises(ValueError, match=r"no published model 'SmolVLM-600M': did you mean Smol"):
+        published_rows("SmolVLM-600M")
+
+
+def test_published_numbers_have_known_columns_and_a_source() -> None:
+    """Every column is a benchmark of ours, or a split of one."""
+    with (PUBLISHED / "small-models.csv").open(encoding="utf-8", newline="") as file:
+        records = list(csv.DictReader(file))
+    known = {*list_benchmarks(), "mme_cognition"}
+    for record in records:
+        assert record["benchmark"] in TITLES and record["benchmark"].split("-")[0] in known
+        assert record["protocol"] in PROTOCOLS and record["source"] and record["date"]
+        assert float(record["value"]) > 0
+
+
+def test_columns_whose_protocols_differ_are_named(run: Path, capsys) -> None:
+    ours, official = measured(run), published("Mipha-3B")
+    assert warn_of_protocols([ours, official]) is None
+    (theirs,) = published_rows("LLaVA-OneVision-1.5-4B")
+    assert warn_of_protocols([theirs, official]) == (
+        "Protocols differ, so gaps of a few points say nothing and the best number may not be the "
+        "best model, in: SEED-I (lmms-eval, official)."
+    )
+    path = run / "pope" / "scores.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rules": "VLMEvalKit"}))
+    for form in ("markdown", "latex"):
+        found = render([measured(run), official], form)
+        assert "POPE (VLMEvalKit, official)" in found and "By VLMEvalKit." in found
+    print_comparison(compare([run], ["Mipha-3B"]))
+    said = capsys.readouterr().out
+    assert "80.0§" in said and "in: POPE (VLMEvalKit, official)." in said
+
+
+def test_the_lowest_perplexity_is_the_best(tmp_path: Path) -> None:
+    rows = []
+    for name, value in (("before", 20.0), ("after", 30.0)):
+        scores = [{"metric": "word_perplexity", "value": value}]
+        content = {"benchmark": "wikitext", "blind": False, "complete": True, "scores": scores}
+        (tmp_path / name / "wikitext").mkdir(parents=True)
+        (tmp_path / name / "wikitext" / "scores.json").write_text(json.dumps(content))
+        rows.append(measured(tmp_path / name))
+    assert best_of(rows, "wikitext") == 20
+    assert "| before | **20.0** |" in render(rows) and "| after | 30.0 |" in render(rows)
 
 
 @pytest.fixture

@@ -17,9 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
-from mipha.evaluation.benchmark import list_benchmarks
+from mipha.evaluation.benchmark import list_benchmarks, load_benchmark
+from mipha.evaluation.judge import Replay
+from mipha.evaluation.score import score_file
+
+EXAMPLES = Path(__file__).parent / "examples"
+"""Small files in the official form, and what the official scorers say of answers to them."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,8 @@ class Upload:
         asked: Ids in the order of the questions.
         server: Words that name the server.
         not_asked: Ids that the server wants as well, with an empty answer.
+        content: What the file holds, made of id to text; None: a list with what the m4c processor
+            makes of the texts.
     """
 
     file: str
@@ -56,6 +64,7 @@ class Upload:
     asked: Sequence[str | int]
     server: str
     not_asked: Sequence[str | int] = ()
+    content: Callable[[Mapping[str, str]], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,7 @@ class Official:
         size: Official number of questions of the main split, as papers and data files give it.
         readings: Which of parsed, normalised and submission a score file has.
         broken_label: A wrong label, and the words of its error.
+        not_parsed: Ids of questions whose answers are compared as a whole, and not parsed.
         metric: Name of the headline, as papers report it.
         unit: Unit of the headline.
         best: Headline of the gold answers.
@@ -81,6 +91,7 @@ class Official:
         replies: Lines of a judge's recorded replies.
         prompts: Parts of what a dry run prints.
         num_bare: Questions without an image among the three prompts of a dry run.
+        by_likelihood: The model is measured, and not asked.
         without_sums: Metrics that are not made from sums, so that no pair of models is compared.
     """
 
@@ -89,6 +100,7 @@ class Official:
     size: str
     readings: tuple[str, ...]
     broken_label: BrokenLabel
+    not_parsed: tuple[str, ...] = ()
     metric: str = "accuracy"
     unit: str = "%"
     best: float = 100.0
@@ -101,12 +113,13 @@ class Official:
     replies: Sequence[Mapping[str, Any]] = ()
     prompts: tuple[str, ...] = ()
     num_bare: int = 0
+    by_likelihood: bool = False
     without_sums: tuple[str, ...] = ()
 
     @property
     def num_shown(self) -> int:
-        """Prompts that a dry run shows."""
-        return min(3, len(self.gold))
+        """Prompts with the chat template that a dry run shows."""
+        return 0 if self.by_likelihood else min(3, len(self.gold))
 
     @property
     def scored_ids(self) -> list[str]:
@@ -130,6 +143,85 @@ def write_file(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
     path.write_text(text, encoding="utf-8")
+
+
+def write_parquet(path: Path, records: Sequence[Mapping[str, Any]], **options: Any) -> Path:
+    """Write a .parquet file, plain enough that a label can be changed in its bytes."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pyarrow.Table.from_pylist([dict(row) for row in records])
+    parquet.write_table(table, path, compression="none", use_dictionary=False, **options)
+    return path
+
+
+def check_example(
+    benchmark: str,
+    annotations: str,
+    *,
+    example: str | None = None,
+    case: str | None = None,
+    replies: str | None = None,
+    parsed: str = "parsed",
+    without: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Score an example and compare every number with the official scorer's; return the content.
+
+    Args:
+        benchmark: Name of the benchmark.
+        annotations: File or folder in the example's folder.
+        example: Name of the example's folder; None: that of the benchmark.
+        case: Key of the expected numbers in expected.json; None: its top level.
+        replies: File with a judge's recorded replies.
+        parsed: What our `parsed` is called in expected.json.
+        without: Beginnings of expected metrics that these files cannot give.
+    """
+    folder = EXAMPLES / (example or benchmark)
+    expected = json.loads((folder / "expected.json").read_text(encoding="utf-8"))
+    expected = expected[case] if case else expected
+    content = score_file(
+        load_benchmark(benchmark),
+        folder / annotations,
+        folder / "predictions.jsonl",
+        Replay(folder / replies) if replies else None,
+    )
+
+    wanted = {
+        name: value
+        for name, value in _flat(expected["metrics"]).items()
+        if not name.startswith(("samples", *without))
+    }
+    found = _flat(content["metrics"])
+    assert {name: found.get(name) for name in wanted} == pytest.approx(wanted, abs=1e-4)
+    assert content["headline"] == pytest.approx(expected["headline"]["value"], abs=1e-4)
+    assert content["per_question"] == pytest.approx(expected["per_question"], abs=1e-5)
+    if parsed in expected:
+        readings = {name: text or None for name, text in expected[parsed].items()}
+        ours = content["normalised" if parsed == "compared" else "parsed"]
+        assert {name: ours[name] or None for name in readings} == readings
+    return content
+
+
+def read_expected(example: str) -> dict[str, Any]:
+    """Return what the official scorers say of an example."""
+    return json.loads((EXAMPLES / example / "expected.json").read_text(encoding="utf-8"))
+
+
+def read_texts(example: str) -> dict[str, str]:
+    """Return question id to text of an example's predictions."""
+    lines = (EXAMPLES / example / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    return {str(row["question_id"]): row["text"] for row in map(json.loads, lines)}
+
+
+def _flat(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `{group: {member: value}}` as `group.member`."""
+    flat: dict[str, Any] = {}
+    for name, value in metrics.items():
+        members = value if isinstance(value, dict) else {}
+        flat |= {f"{name}.{member}": number for member, number in members.items()}
+        if not members:
+            flat[name] = value
+    return flat
 
 
 def write_images(folder: Path, names: Iterable[str], kind: str = "") -> None:

@@ -167,6 +167,18 @@ def test_the_request_holds_the_prompt_and_the_bytes_of_the_file(
     assert set(server.keys) == {"Bearer secret"}
 
 
+def test_several_images_stand_in_front_of_the_question(server: Server, picture: Path) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (10, 20)).save(buffer, "PNG")
+    model = EndpointModel(server.url, "m")
+    model.answer_many([((picture, buffer.getvalue()), "Which is older?")])
+    (body,) = server.requests
+    *images, question = body["messages"][0]["content"]
+    uris = [data_uri(picture), data_uri(buffer.getvalue())]
+    assert [image["image_url"]["url"] for image in images] == uris
+    assert question == {"type": "text", "text": "Which is older?"}
+
+
 def test_an_image_that_few_servers_read_is_sent_as_png(picture: Path, tmp_path: Path) -> None:
     Image.open(picture).save(tmp_path / "picture.tiff")
     head, content = data_uri(tmp_path / "picture.tiff").split(",")

@@ -181,6 +181,45 @@ class Assistant:
                 on_answers(list(found), list(found.values()))
         return [answers[i] for i in range(len(pairs))]
 
+    @torch.inference_mode()
+    def log_likelihoods(
+        self, texts: Sequence[tuple[str, str]], window: int = 1024
+    ) -> list[tuple[float, int]]:
+        """Return how likely texts are to the language model, which sees no chat template.
+
+        Args:
+            texts: (context, continuation); an empty context is the tokenizer's first token.
+            window: Tokens of a forward pass. A longer continuation is read in windows, one after
+                the other, and each sees nothing of the one before.
+
+        Returns:
+            Log-likelihood (natural logarithm) and number of tokens of every continuation.
+        """
+        return [self._log_likelihood(*text, window) for text in texts]
+
+    def _log_likelihood(self, context: str, text: str, window: int) -> tuple[float, int]:
+        tokenizer = self.processor.tokenizer
+        before = tokenizer(context)["input_ids"] if context else []
+        ids = tokenizer(context + text)["input_ids"]
+        if not before:
+            first = tokenizer.bos_token_id
+            first = tokenizer.eos_token_id if first is None else first
+            ids = ids if ids[:1] == [first] else [first, *ids]
+            before = ids[:1]
+
+        # Tokens from `start` on are predicted; the first window takes what fits of the context.
+        start, total = len(before), 0.0
+        places = range(start, len(ids), window)
+        for place in places:
+            end = min(place + window, len(ids))
+            begin = max(0, end - 1 - window) if place == start else place - 1
+            seen = torch.tensor([ids[begin : end - 1]], device=self.model.device)  # (1, tokens)
+            wanted = torch.tensor(ids[place:end], device=self.model.device)  # (predicted,)
+            logits = self.model(input_ids=seen, use_cache=False).logits[0, -len(wanted) :]
+            scores = logits.float().log_softmax(-1)  # (predicted, words)
+            total += scores.gather(1, wanted.unsqueeze(1)).double().sum().item()
+        return total, len(ids) - start
+
     def stream(
         self, image: AnyImage | None, question: str, *, max_new_tokens: int = 256
     ) -> Iterator[str]:

@@ -147,7 +147,7 @@ def _kinds() -> dict[str, Entries]:
     from mipha.catalog.devices import DEVICES
     from mipha.catalog.language_models import LANGUAGE_MODELS
     from mipha.catalog.vision_towers import VISION_TOWERS
-    from mipha.comparison.results import PUBLISHED, published_table
+    from mipha.comparison.results import PUBLISHED, SMALL_MODELS, published_rows
     from mipha.evaluation.benchmark import BENCHMARKS, list_benchmarks
     from mipha.lookup import files_in
     from mipha.recipe import list_recipes, load_recipe
@@ -183,8 +183,9 @@ def _kinds() -> dict[str, Entries]:
         "published-table": Entries(
             files_in(PUBLISHED, ".csv"),
             lambda name: (
-                f"{len(published_table(int(name.removeprefix('table-'))))} rows of the "
-                "Mipha paper, for `mipha compare --published`"
+                f"{len(published_rows(name))} rows of "
+                f"{'other papers and model cards' if name == SMALL_MODELS else 'the Mipha paper'}"
+                ", for `mipha compare --published`"
             ),
             lambda name: (PUBLISHED / f"{name}.csv").read_text(encoding="utf-8"),
         ),

@@ -176,7 +176,8 @@ def compare(
     published: Annotated[
         list[str] | None,
         typer.Option(
-            help="Published models beside them, with commas: Mipha-3B,LLaVA-1.5-7B; or table-2."
+            help="Published models beside them, with commas: Mipha-3B,SmolVLM-500M; or whole "
+            "tables: table-2, small-models."
         ),
     ] = None,
     paired: Annotated[

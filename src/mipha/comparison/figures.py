@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mipha.comparison.results import TITLES, Row, best_of, columns_of
+from mipha.comparison.results import LOWER_IS_BETTER, TITLES, Row, best_of, columns_of
 from mipha.files import read_lines, write_whole
 
 if TYPE_CHECKING:
@@ -140,7 +140,8 @@ def draw_radar(rows: Sequence[Row], path: Path) -> None:
     """Draw one line per model on one axis per benchmark: the paper's radar.
 
     An axis goes from the lowest of these models to the highest, with their numbers at its label. A
-    benchmark that a model was not measured on is a gap in its line, not a zero.
+    benchmark that a model was not measured on is a gap in its line, not a zero. Perplexities, where
+    less is better, have no axis.
 
     Args:
         rows: Two models or more.
@@ -150,7 +151,9 @@ def draw_radar(rows: Sequence[Row], path: Path) -> None:
         ValueError: Fewer than three benchmarks that two of the models share.
     """
     columns = [
-        column for column in columns_of(rows) if sum(column in row.cells for row in rows) > 1
+        column
+        for column in columns_of(rows)
+        if sum(column in row.cells for row in rows) > 1 and column not in LOWER_IS_BETTER
     ]
     if len(columns) < 3 or len(rows) < 2:
         raise ValueError(

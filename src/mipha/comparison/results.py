@@ -17,7 +17,10 @@ from mipha.run import model_folder
 
 PUBLISHED = Path(__file__).parents[1] / "catalog" / "published"
 
-FACTS = ("language_model", "resolution", "pretrain_data", "finetune_data")
+SMALL_MODELS = "small-models"
+"""Table of current small models, in long form: a line for each number."""
+
+FACTS = ("params", "language_model", "resolution", "pretrain_data", "finetune_data", "source")
 """Columns that say what a model is, where a table has them."""
 
 TITLES = {
@@ -30,17 +33,38 @@ TITLES = {
     "mme": "MME-P",
     "mme_cognition": "MME-C",
     "mmbench": "MMB",
+    "mmbench-test": "MMB test",
     "mmbench_cn": "MMB-CN",
+    "mmbench_cn-test": "MMB-CN test",
     "seedbench": "SEED-I",
     "mmvet": "MM-Vet",
+    "mmmu": "MMMU",
+    "mmmu-test": "MMMU test",
+    "mmstar": "MMStar",
+    "ai2d": "AI2D",
+    "ai2d-no-mask": "AI2D no mask",
+    "chartqa": "ChartQA",
+    "docvqa": "DocVQA",
+    "docvqa-test": "DocVQA test",
+    "infovqa": "InfoVQA",
+    "infovqa-test": "InfoVQA test",
+    "ocrbench": "OCRBench",
+    "mathvista": "MathVista",
+    "hallusionbench": "HallB",
+    "realworldqa": "RWQA",
+    "arc": "ARC-C",
+    "arc-easy": "ARC-E",
+    "wikitext": "WikiText-2",
     "MMLU": "MMLU",
     "BBH": "BBH",
     "GSM8K": "GSM8K",
     "HumanEval": "HumanEval",
+    "params": "Size",
     "language_model": "LM",
     "resolution": "Res.",
     "pretrain_data": "PT",
     "finetune_data": "IT",
+    "source": "Source",
 }
 """Headings of columns, as in the paper."""
 
@@ -49,11 +73,22 @@ FOOTNOTES = {
     "†": "It includes data that are not public.",
     "~": "Not all questions of the benchmark were answered.",
     "‡": "All answers are empty.",
+    "§": "By VLMEvalKit.",
+    "¶": "By lmms-eval.",
+    "◊": "By the source's own scripts.",
+    "?": "The source does not say by which program.",
+    "¿": "The source does not say of which split.",
 }
 """Mark behind a number to its meaning.
 
-Source: captions of tables 2 and 3 of the Mipha paper; `~` and `‡` are ours.
+Source: captions of tables 2 and 3 of the Mipha paper; those from `~` on are ours.
 """
+
+LOWER_IS_BETTER = frozenset({"wikitext"})
+"""Columns whose lowest number is the best."""
+
+PROTOCOLS = {"official": "", "VLMEvalKit": "§", "lmms-eval": "¶", "own": "◊", "unknown": "?"}
+"""Whose prompt and rules a number has, to its mark."""
 
 _COLUMN_OF = {("mme", "cognition"): "mme_cognition"}
 """Columns of metrics in scores.json files that do not yet name them."""
@@ -68,12 +103,14 @@ class Cell:
         printed: The number as it is shown, footnote marks included.
         low: Lower end of its 95 % interval, where it is known.
         high: Upper end.
+        protocol: Whose prompt and rules it has; `PROTOCOLS` are the usual ones.
     """
 
     value: float
     printed: str
     low: float | None = None
     high: float | None = None
+    protocol: str = "official"
 
 
 @dataclass(frozen=True)
@@ -107,8 +144,32 @@ def published_table(number: int) -> tuple[Row, ...]:
         return tuple(_row(record) for record in csv.DictReader(file))
 
 
+@cache
+def small_models() -> tuple[Row, ...]:
+    """Return the published numbers of current small models, a row for each model of a source."""
+    rows: dict[tuple[str, str], Row] = {}
+    with (PUBLISHED / f"{SMALL_MODELS}.csv").open(encoding="utf-8", newline="") as file:
+        for record in csv.DictReader(file):
+            facts = {"source": record["table"]}
+            if record["params_b"]:
+                facts["params"] = f"{record['params_b']}B"
+            row = rows.setdefault(
+                (record["name"], record["table"]), Row(record["name"], facts, {}, "small")
+            )
+
+            # OCRBench is printed in points of 1,000, or divided by 10.
+            value, printed = float(record["value"]), record["value"]
+            if record["unit"] == "points / 10":
+                value, printed = 10 * value, f"{10 * value:g}"
+            mark = PROTOCOLS[record["protocol"]] + ("" if record["split"] else "¿")
+            row.cells[record["benchmark"]] = Cell(
+                value, printed + mark, protocol=record["protocol"]
+            )
+    return tuple(rows.values())
+
+
 def published(name: str) -> Row:
-    """Return a published model with the numbers of all tables that list it.
+    """Return a published model with the numbers of all tables of the paper that list it.
 
     Raises:
         ValueError: No table does.
@@ -126,13 +187,27 @@ def published(name: str) -> Row:
 
 
 def published_rows(name: str) -> tuple[Row, ...]:
-    """Return a published model, or a whole table of the paper: `Mipha-3B`, `table-2`.
+    """Return a published model, or a whole table: `Mipha-3B`, `table-2`, `small-models`.
+
+    A model that several sources measured has a row for each.
 
     Raises:
         ValueError: No such model or table.
     """
     number = name.lower().removeprefix("table-")
-    return published_table(int(number)) if number.isdigit() else (published(name),)
+    if number.isdigit():
+        return published_table(int(number))
+    if name.lower() == SMALL_MODELS:
+        return small_models()
+
+    listed = [row for number in (2, 3, 4) for row in published_table(number)]
+    if any(row.name.lower() == name.lower() for row in listed):
+        return (published(name),)
+    found = tuple(row for row in small_models() if row.name.lower() == name.lower())
+    if not found:
+        known = list(dict.fromkeys(row.name for row in (*listed, *small_models())))
+        raise ValueError(f"no published model {name!r}: {did_you_mean(name, known)}")
+    return found
 
 
 def measured(folder: Path) -> Row:
@@ -154,12 +229,14 @@ def measured(folder: Path) -> Row:
         # The headline, and every metric that names a column of its own.
         mark = "" if content["complete"] else "~"
         mark += "‡" if content.get("all_empty") else ""
+        protocol = content.get("rules", "official")
+        mark += PROTOCOLS.get(protocol, "")
         headline, *others = content["scores"]
-        cells[file.parent.name] = _cell(headline, mark)
+        cells[file.parent.name] = _cell(headline, mark, protocol)
         for score in others:
             older = _COLUMN_OF.get((content["benchmark"], score["metric"]))
             if column := score.get("column", older):
-                cells[column] = _cell(score, mark)
+                cells[column] = _cell(score, mark, protocol)
     if not cells:
         if not folder.is_dir():
             raise FileNotFoundError(f"no folder {folder}: give a run, or a folder of results")
@@ -179,13 +256,35 @@ def footnotes_of(rows: Sequence[Row]) -> dict[str, str]:
     """Return the marks in the rows, each with its meaning, in the order of `FOOTNOTES`."""
     shown = [cell.printed for row in rows for cell in row.cells.values()]
     shown += [fact for row in rows for fact in row.facts.values()]
-    marks = {mark for text in shown for mark in FOOTNOTES if mark in text[-len(FOOTNOTES) :]}
+    every = "".join(FOOTNOTES)
+    marks = {mark for text in shown for mark in text[len(text.rstrip(every)) :]}
     return {mark: meaning for mark, meaning in FOOTNOTES.items() if mark in marks}
 
 
+def warn_of_protocols(rows: Sequence[Row]) -> str | None:
+    """Return a sentence that names the columns whose numbers were made by different programs.
+
+    Qwen2.5-VL-3B has 65.4 on RealWorldQA by one of them and 60.0 by another.
+    """
+    names = {"own": "own scripts", "unknown": "not said"}
+    mixed = []
+    for column in columns_of(rows):
+        cells = [row.cells[column] for row in rows if column in row.cells]
+        protocols = sorted({names.get(cell.protocol, cell.protocol) for cell in cells})
+        if len(protocols) > 1:
+            mixed.append(f"{TITLES.get(column, column)} ({', '.join(protocols)})")
+    if not mixed:
+        return None
+    return (
+        "Protocols differ, so gaps of a few points say nothing and the best number may not be the "
+        f"best model, in: {'; '.join(mixed)}."
+    )
+
+
 def best_of(rows: Iterable[Row], column: str) -> float | None:
-    """Return the highest number of a column; None where there is none."""
-    return max((row.cells[column].value for row in rows if column in row.cells), default=None)
+    """Return the best number of a column, mostly the highest; None where there is none."""
+    numbers = [row.cells[column].value for row in rows if column in row.cells]
+    return (min if column in LOWER_IS_BETTER else max)(numbers, default=None)
 
 
 def _row(record: dict[str, str]) -> Row:
@@ -199,8 +298,9 @@ def _row(record: dict[str, str]) -> Row:
     return Row(record["name"], facts, cells, record.get("group", ""))
 
 
-def _cell(score: dict[str, float], mark: str) -> Cell:
-    return Cell(score["value"], f"{score['value']:.1f}{mark}", score.get("low"), score.get("high"))
+def _cell(score: dict[str, float], mark: str, protocol: str) -> Cell:
+    printed = f"{score['value']:.1f}{mark}"
+    return Cell(score["value"], printed, score.get("low"), score.get("high"), protocol)
 
 
 def _facts(folder: Path) -> dict[str, str]:

@@ -18,6 +18,7 @@ from mipha.comparison.results import (
     footnotes_of,
     measured,
     published_rows,
+    warn_of_protocols,
 )
 from mipha.files import write_whole
 from mipha.run import Run
@@ -58,7 +59,8 @@ def compare(runs: Iterable[str | Path | Run] = (), published: Iterable[str] = ()
 
     Args:
         runs: Run folders, or folders of results.
-        published: Names in the paper's tables, or whole tables: `table-1` to `table-4`.
+        published: Names in the published tables, or whole tables: `table-1` to `table-4` of the
+            paper, `small-models`.
 
     Raises:
         FileNotFoundError: A run without scores.
@@ -98,6 +100,8 @@ def print_comparison(found: Comparison) -> None:
     console.print(table)
     for mark, meaning in footnotes_of(found.rows).items():
         console.print(f"{mark} {meaning}", style="dim", soft_wrap=True, markup=False)
+    if warning := warn_of_protocols(found.rows):
+        console.print(warning, style="yellow", soft_wrap=True, markup=False, highlight=False)
 
 
 def render(rows: Sequence[Row], form: str = "markdown") -> str:
@@ -153,14 +157,17 @@ def _markdown(rows: Sequence[Row]) -> str:
     # Each footnote is a paragraph of its own; without its backslash a star would begin a list.
     shown = {"*": r"\*"}
     notes = footnotes_of(rows).items()
-    return table + "".join(f"\n{shown.get(mark, mark)} {meaning}\n" for mark, meaning in notes)
+    paragraphs = [f"{shown.get(mark, mark)} {meaning}" for mark, meaning in notes]
+    paragraphs += filter(None, [warn_of_protocols(rows)])
+    return table + "".join(f"\n{paragraph}\n" for paragraph in paragraphs)
 
 
 def _latex(rows: Sequence[Row]) -> str:
     header, body = _cells(rows, r"\textbf{{{}}}")
     escape = str.maketrans(
         {"_": r"\_", "%": r"\%", "&": r"\&", "~": r"$\sim$"}
-        | {"*": r"$^*$", "†": r"$^\dagger$", "‡": r"$^\ddagger$"}
+        | {"*": r"$^*$", "†": r"$^\dagger$", "‡": r"$^\ddagger$", "§": r"\S{}"}
+        | {"¶": r"\P{}", "◊": r"$^\diamond$", "¿": "?`"}
     )
     lines = [" & ".join(cell.translate(escape) for cell in line) + r" \\" for line in body]
     top = " & ".join(cell.translate(escape) for cell in header) + r" \\"
@@ -169,6 +176,8 @@ def _latex(rows: Sequence[Row]) -> str:
         rf"{span}{{\footnotesize {mark.translate(escape)} {meaning}}} \\"
         for mark, meaning in footnotes_of(rows).items()
     ]
+    if warning := warn_of_protocols(rows):
+        notes.append(rf"{span}{{\footnotesize {warning.translate(escape)}}} \\")
     table = [
         f"\\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}",
         *("\\toprule", top, "\\midrule", *lines, "\\bottomrule", *notes),

@@ -37,7 +37,7 @@ NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four
 ARTICLES = frozenset({"a", "an", "the"})
 
 _PERIOD = re.compile(r"\.(?!\d)")
-_NUM_PERIODS = 32
+NUM_PERIODS = 32
 """The scorers pass `re.UNICODE`, which is 32, where `re.sub` takes the number of replacements."""
 _DIGIT_COMMA_DIGIT = re.compile(r"\d,\d")
 _ANSWER_IDS = [*range(1, 11)]
@@ -136,6 +136,21 @@ def plain(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
+def replace_marks(text: str) -> str:
+    """Delete each of `MARKS` that stands next to a space anywhere; else it becomes a space.
+
+    Every mark is deleted where the text has a digit, a comma and a digit in a row.
+    """
+    marks = [mark for mark in MARKS if mark in text]
+    if not marks:
+        return text
+
+    # Every decision rests on the text as it came in, so the order of the marks is irrelevant.
+    delete_all = _DIGIT_COMMA_DIGIT.search(text) is not None
+    deleted = {mark for mark in marks if delete_all or f"{mark} " in text or f" {mark}" in text}
+    return text.translate({ord(mark): "" if mark in deleted else " " for mark in marks})
+
+
 def agreement(
     prediction: str, answers: Sequence[str], annotators: Sequence[int] | None = None
 ) -> float:
@@ -201,14 +216,7 @@ def human_answers(answers: Sequence[Any], where: str) -> tuple[str, ...]:
 
 
 def _punctuation(text: str) -> str:
-    marks = [mark for mark in MARKS if mark in text]
-    if marks:
-        # Every decision rests on the text as it came in, so the order of the marks is irrelevant.
-        delete_all = _DIGIT_COMMA_DIGIT.search(text) is not None
-        deleted = {mark for mark in marks if delete_all or f"{mark} " in text or f" {mark}" in text}
-        text = text.translate({ord(mark): "" if mark in deleted else " " for mark in marks})
-
-    return _PERIOD.sub("", text, count=_NUM_PERIODS)
+    return _PERIOD.sub("", replace_marks(text), count=NUM_PERIODS)
 
 
 def _words(text: str, contractions: Mapping[str, str]) -> str:

@@ -98,6 +98,8 @@ class Judgement:
         failed: Question id to the reason that its answer could not be judged. Such a question is in
             none of the numbers, and the score is not complete.
         notes: Sentences that a reader of these numbers must know.
+        rules: Whose prompt and rules these numbers have, where the files or the judge decide that;
+            None: the benchmark's.
     """
 
     per_question: Mapping[str, float]
@@ -108,6 +110,7 @@ class Judgement:
     extra: Mapping[str, float] = field(default_factory=dict)
     failed: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    rules: str | None = None
 
 
 class Reply(str):
@@ -192,6 +195,11 @@ class Benchmark:
             are not simply the official ids.
         read_answer_folder: `read_answer_folder(folder, questions)` yields place, id and text of
             every answer in a folder of predictions files, where the official scorer reads several.
+        by_likelihood: The model is not asked. It gives the log-likelihood of each text in
+            `facts["continuations"]` after the question's text, without a chat template; see
+            `mipha.evaluation.likelihoods`.
+        rules: Whose prompt and rules they are: `official`, `lmms-eval` or `VLMEvalKit`. Tables with
+            published numbers say where these differ.
         packaged: An installed package brings the files, so `read` and `read_labels` take None as
             their root.
     """
@@ -216,6 +224,8 @@ class Benchmark:
     read_answer_folder: (
         Callable[[Path, Sequence[Question]], Iterator[tuple[str, str, str]]] | None
     ) = None
+    by_likelihood: bool = False
+    rules: str = "official"
     packaged: bool = False
 
     @property

@@ -113,7 +113,7 @@ class EndpointModel:
 
     def answer_many(
         self,
-        pairs: Sequence[tuple[ImageSource | None, str]],
+        pairs: Sequence[tuple[ImageSource | tuple[ImageSource, ...] | None, str]],
         *,
         max_new_tokens: int = 256,
         batch_size: int = 0,
@@ -122,7 +122,7 @@ class EndpointModel:
         """Answer many questions, several at a time.
 
         Args:
-            pairs: (image, question), in any order.
+            pairs: (image, question), in any order; a tuple of images shows all of them.
             max_new_tokens: Longest answer, in tokens.
             batch_size: Without meaning here: every question is a request.
             on_answers: Callback of every answer, in the caller's thread; takes its position in
@@ -181,11 +181,18 @@ class EndpointModel:
             raise FailedQuestions(failures)
         return [answers[index] for index in range(len(pairs))]
 
-    def _ask(self, image: ImageSource | None, question: str, max_new_tokens: int) -> EndpointAnswer:
-        content: list[dict[str, Any]] = [{"type": "text", "text": question}]
-        if image is not None:
-            content.insert(0, {"type": "image_url", "image_url": {"url": data_uri(image)}})
-        messages = [{"role": "user", "content": content if image is not None else question}]
+    def _ask(
+        self,
+        image: ImageSource | tuple[ImageSource, ...] | None,
+        question: str,
+        max_new_tokens: int,
+    ) -> EndpointAnswer:
+        shown = image if isinstance(image, tuple) else () if image is None else (image,)
+        content: list[dict[str, Any]] = [
+            *({"type": "image_url", "image_url": {"url": data_uri(one)}} for one in shown),
+            {"type": "text", "text": question},
+        ]
+        messages = [{"role": "user", "content": content if shown else question}]
         settings = {"temperature": 0, "max_tokens": max_new_tokens}
 
         reply = self._server.complete(messages, settings)

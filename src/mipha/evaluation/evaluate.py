@@ -97,6 +97,7 @@ class Subject:
         engine: Engine that it runs on, where its answers are to be compared with the checkpoint's
             own in transformers; None: there is nothing to compare.
         is_parallel: Whether several processes of `torchrun` may each open it.
+        has_likelihoods: Whether it gives likelihoods of texts.
     """
 
     name: str
@@ -105,6 +106,7 @@ class Subject:
     checkpoint: Path | None = None
     engine: str | None = None
     is_parallel: bool = False
+    has_likelihoods: bool = False
 
 
 def checkpoint_subject(model: Run | str | Path, adapter: str | Path | None = None) -> Subject:
@@ -135,7 +137,7 @@ def checkpoint_subject(model: Run | str | Path, adapter: str | Path | None = Non
 
     name = str(path) if own is None else f"{path} with the adapter {own}"
     results = None if checkpoint == path or own is not None else Run(path).folder / "evaluation"
-    return Subject(name, results, opened, checkpoint, is_parallel=True)
+    return Subject(name, results, opened, checkpoint, is_parallel=True, has_likelihoods=True)
 
 
 def evaluate(
@@ -191,6 +193,11 @@ def evaluate(
             raise ValueError(
                 f"{part.name} is graded by a judge: give one with --judge URL --judge-model NAME, "
                 "or --judge-replies FILE"
+            )
+        if part.benchmark.by_likelihood and not subject.has_likelihoods:
+            raise ValueError(
+                f"{part.name} is measured by the likelihood of texts, which {subject.name} does "
+                "not give: measure a run or a checkpoint, without --engine"
             )
     folder = subject.results if out is None else Path(out)
     if folder is None:

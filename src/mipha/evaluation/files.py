@@ -1,7 +1,8 @@
 """Official files: found by name, read as validated records, with errors that name the place.
 
 find, find_shards       where a file lies, in one piece or in several
-image_file              where an image lies
+image_file, find_image  where an image lies
+read_json_or_parquet    rows of a benchmark that is published in both forms
 read_official           the content of a JSON file
 read_record             a record of it as a pydantic model
 read_table              rows of a .tsv file
@@ -20,7 +21,7 @@ import csv
 import hashlib
 import io
 import re
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -114,6 +115,64 @@ def image_file(path: Path, source: str) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"no image {path}: {source}")
     return path
+
+
+def find_image(folder: Path, names: Sequence[str], source: str) -> Path:
+    """Return the path of an image that may lie in one of several places, the usual one first.
+
+    Raises:
+        FileNotFoundError: It is in none of them.
+    """
+    paths = [folder / name for name in names]
+    return image_file(next((path for path in paths if path.is_file()), paths[0]), source)
+
+
+def read_json_or_parquet(
+    root: Path,
+    names: Sequence[str],
+    patterns: Sequence[str],
+    source: str,
+    unpack: Callable[[Path], Iterable[tuple[str, Any]]] | None = None,
+) -> Iterator[tuple[str, dict[str, Any], Path | None]]:
+    """Yield place, row, and the folder of the .json file; None for a row with its image.
+
+    Args:
+        root: A folder with official files, or one of them.
+        names: Paths of the .json file, which comes first, the usual one first.
+        patterns: See `find_shards`.
+        source: Where the files come from, for errors.
+        unpack: Yields place and row of every question of the .json file; None: it is a list.
+
+    Raises:
+        FileNotFoundError: None of the files is there.
+        MissingPackage: The file is a .parquet, and pyarrow is not installed.
+        ValueError: A file is malformed.
+    """
+    paths = [root] if root.suffix == ".json" else [root / name for name in names]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is not None:
+        for where, row in (unpack or read_list)(path):
+            if not isinstance(row, dict):
+                raise ValueError(f"{where} is not an object: {AGAIN}")
+            yield where, row, path.parent
+        return
+
+    for path in find_shards(root, [*names, *patterns], source):
+        for where, row in read_parquet(path, ()):
+            yield where, row, None
+
+
+def read_list(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield place and record of every record of a .json file that is a list.
+
+    Raises:
+        ValueError: The file is not JSON, or no list.
+    """
+    content = read_official(path)
+    if not isinstance(content, list):
+        raise ValueError(f"{path} is not a list of questions: {AGAIN}")
+    for number, record in enumerate(content):
+        yield f"{path} record {number} (from 0)", record
 
 
 def read_official(path: Path) -> Any:

@@ -19,14 +19,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import Field
 
-from mipha.evaluation.benchmark import Reply
+from mipha.evaluation.benchmark import Judge, Question, Reply
 from mipha.evaluation.chat_completions import ChatServer
 from mipha.evaluation.files import OfficialRecord, QuestionId, read_record
 from mipha.files import append_line, read_json_lines, read_lines
@@ -47,6 +47,9 @@ _REASONING_BEGINS = re.compile(r"<(?:think|thinking|thought|reasoning)>|\[THINK\
 _REASONING_ENDS = re.compile(r"</(?:think|thinking|thought|reasoning)>|\[/THINK\]")
 
 _FIX = "fix that line"
+
+Read = TypeVar("Read")
+"""What a reply says, as a benchmark reads it."""
 
 _Place = tuple[str, int, int | None]
 """Question id, run, and try; None for a reply to every try."""
@@ -107,6 +110,46 @@ def explain_unread(wanted: str, replies: Sequence[Reply]) -> str:
         f"no {wanted} can be read in {len(replies)} replies of the judge, the first being "
         f"{first[:_LONGEST_QUOTED]!r}: {advice}"
     )
+
+
+def ask_each(
+    questions: Sequence[Question], ask: Callable[[Question], Read], judge: Judge
+) -> tuple[dict[str, Read], dict[str, str]]:
+    """Ask a judge about every answer; one that it cannot judge fails, and is asked about anew.
+
+    Args:
+        questions: Questions whose answers are judged.
+        ask: Asks about one, and returns what the reply says. It raises UnreadError where no reply
+            can be read.
+        judge: The judge that `ask` asks.
+
+    Returns:
+        Question id to what was read, and question id to the reason of a failure.
+
+    Raises:
+        ValueError: The replies to one answer after the other cannot be read.
+    """
+    read: dict[str, Read] = {}
+    failed: dict[str, str] = {}
+    num_in_a_row = 0
+    for question in questions:
+        try:
+            read[question.id] = ask(question)
+            num_in_a_row = 0
+        except UnreadError as error:
+            judge.forget(question.id)
+            failed[question.id] = str(error)
+            num_in_a_row += 1
+            if num_in_a_row == MOST_UNREAD_IN_A_ROW:
+                raise ValueError(
+                    f"{MOST_UNREAD_IN_A_ROW} answers in a row were not judged, the last "
+                    f"({question.id}) because {error}"
+                ) from error
+    return read, failed
+
+
+class UnreadError(ValueError):
+    """A judge was asked about an answer, and no reply could be read."""
 
 
 class Replay:

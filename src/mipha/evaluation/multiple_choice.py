@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from mipha.evaluation.benchmark import Judge
-from mipha.evaluation.judge import explain_unread, strip_reasoning
+from mipha.evaluation.judge import UnreadError, explain_unread, strip_reasoning
 
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 """End of a LLaVA-1.5 prompt that asks for a letter."""
@@ -69,8 +69,17 @@ _PROMPT_CN = (
 )
 
 
-class UnreadError(ValueError):
-    """A judge was asked about an answer, and no reply could be read."""
+_STRIPPED = ",.!?;:'\""
+_PHRASES = (
+    *("the answer is", "answer is", "the correct answer is", "correct answer is"),
+    *("the best answer is", "best answer is", "the correct option is", "correct option is"),
+    *("the best option is", "best option is", "the choice is", "choice is"),
+    *("the correct choice is", "correct choice is", "i choose", "i select", "i pick"),
+    *("my answer is", "my choice is"),
+    *("옵션", "정답은", "답은", "답:", "答案是", "答案为", "选", "答えは"),
+)
+_KINDS = {"start": 10, "end": 9, "phrase": 7, "({})": 6, "{}.": 5, "{}:": 4, "{})": 3, "{} ": 2}
+"""Rank of the ways in which a letter can be named; a pattern stands anywhere in the text."""
 
 
 def list_options(choices: Sequence[str]) -> str:
@@ -91,6 +100,52 @@ def read_option(answer: str, choices: Mapping[str, str]) -> str | None:
         A letter, `Z` for a refusal, or None where the rules cannot tell.
     """
     return _read_letter(answer, choices) or _read_text(answer, choices)
+
+
+def read_ranked_letter(answer: str, letters: str = "ABCD") -> str | None:
+    """Return the capital letter that an answer names most clearly, as lmms-eval reads it.
+
+    A letter at the start of the text comes before one at its end, then one behind a phrase such as
+    "the answer is", then `(A)`, `A.`, `A:`, `A)`, `A`, and at last one anywhere. Among equals the
+    later one counts. So "A car turns, so the answer is C" names A.
+
+    Args:
+        answer: The text, verbatim.
+        letters: Letters that count.
+
+    Source: EvolvingLMMs-Lab/lmms-eval 75571cfe `tasks/_task_utils/mcq_extract.py`.
+    """
+    text = answer.strip()
+    if not text:
+        return None
+    for mark in _STRIPPED:
+        text = text.strip(mark)
+    text = f" {text} "
+    bare = text.strip()
+
+    # Every place of a letter: (rank, position, letter), in the order in which they are looked for.
+    found = []
+    for pattern in ("({})", "{}.", "{}:", "{})", "{} "):
+        for letter in letters:
+            if (position := text.rfind(pattern.format(letter))) >= 0:
+                found.append((_KINDS[pattern], position, letter))
+    for phrase in _PHRASES:
+        if (start := text.lower().find(phrase)) >= 0:
+            for letter in letters:
+                if (position := text.find(letter, start + len(phrase))) >= 0:
+                    found.append((_KINDS["phrase"], position, letter))
+    for letter in letters:
+        if bare.startswith(letter) and not bare[1:2].isalpha():
+            found.append((_KINDS["start"], 0, letter))
+        if bare.endswith(letter) and not bare[-2:-1].isalpha():
+            found.append((_KINDS["end"], len(text) - 1, letter))
+    if not found:
+        places = ((0, text.rfind(letter), letter) for letter in letters)
+        found = [place for place in places if place[1] >= 0]
+
+    # `max` keeps the first of equal ones.
+    best = max(found, key=lambda place: place[:2], default=None)
+    return best[2] if best else None
 
 
 def matching_prompt(question: str, choices: Mapping[str, str], answer: str) -> str:

@@ -20,10 +20,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from mipha.evaluation.benchmark import Plan, Question
 from mipha.evaluation.chat_completions import WrongServer
+from mipha.evaluation.likelihoods import MeasuredTexts
 from mipha.files import append_line, read_json_object, read_lines, write_whole
 
 MOST_FAILURES_IN_A_ROW = 20
@@ -41,6 +42,13 @@ class Asker(Protocol):
         batch_size: int,
         on_answers: Any,
     ) -> list[Any]: ...
+
+
+@runtime_checkable
+class LikelihoodModel(Protocol):
+    """A model that says how likely texts are; `mipha.Assistant` is one."""
+
+    def log_likelihoods(self, texts: Sequence[tuple[str, str]]) -> Sequence[tuple[float, int]]: ...
 
 
 class FailedQuestions(Exception):
@@ -108,6 +116,7 @@ def predict(
             max_new_tokens=plan.benchmark.max_new_tokens,
             batch_size=batch_size,
             advance=advance,
+            by_likelihood=plan.benchmark.by_likelihood,
         )
         answering.answer(left)
 
@@ -158,7 +167,8 @@ def prompts_hash(questions: Sequence[Question]) -> str:
             for image in question.images
         ]
         shown = names if isinstance(question.image, tuple) else names[0] if names else None
-        digest.update(json.dumps([question.id, question.text, shown]).encode() + b"\n")
+        line = [question.id, question.text, shown, *question.facts.get("continuations", ())]
+        digest.update(json.dumps(line).encode() + b"\n")
     return digest.hexdigest()
 
 
@@ -264,6 +274,7 @@ class _Answering:
         max_new_tokens: Longest answer, in tokens.
         batch_size: Questions per forward pass.
         advance: Moves the bar by a number of questions.
+        by_likelihood: The model gives likelihoods of texts instead of answers.
         answered: Ids with an answer by this call.
         failed_since_answer: Images (or ids without one) that failed since the last answer.
     """
@@ -274,6 +285,7 @@ class _Answering:
     max_new_tokens: int
     batch_size: int
     advance: Callable[[int], None]
+    by_likelihood: bool = False
     answered: set[str] = field(default_factory=set)
     failed_since_answer: set[Any] = field(default_factory=set)
 
@@ -328,12 +340,22 @@ class _Answering:
                 self.answered.add(part[index].id)
             self.advance(len(indices))
 
+        if self.by_likelihood:
+            for index, question in enumerate(part):
+                write([index], [self._measure(question)])
+            return
         self.assistant.answer_many(
             [(question.image, question.text) for question in part],
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
             on_answers=write,
         )
+
+    def _measure(self, question: Question) -> MeasuredTexts:
+        """Return the likelihoods of a question's continuations."""
+        assert isinstance(self.assistant, LikelihoodModel), "evaluate() refuses other subjects"
+        texts = [(question.text, text) for text in question.facts["continuations"]]
+        return MeasuredTexts(self.assistant.log_likelihoods(texts))
 
     def _note_failure(self, question: Question, error: Exception) -> None:
         """Write down the error of one question; raise where nothing works any more."""

@@ -69,6 +69,7 @@ class Result:
         checkpoint_sha256: Hash of the model that answered.
         max_new_tokens: Longest answer, in tokens.
         protocol: How it was asked and read.
+        rules: Whose prompt and rules these are: `official`, `lmms-eval` or `VLMEvalKit`.
         notes: Sentences that a reader must know.
         model: The engine, or the endpoint, that answered.
         fingerprint: Hash of all requests, prompts and images as they were sent; None for a model
@@ -90,6 +91,7 @@ class Result:
     checkpoint_sha256: str
     max_new_tokens: int
     protocol: str
+    rules: str = "official"
     notes: tuple[str, ...] = ()
     n_empty: int = 0
     all_empty: bool = False
@@ -132,10 +134,12 @@ def score_predictions(
     # Score here, or leave that to the server.
     scores: tuple[Score, ...] = ()
     failed: Mapping[str, str] = {}
+    rules = benchmark.rules
     if server is None:
         judgement = judge_answers(benchmark, answered, predictions, judge)
         scores, sums = grade(benchmark, judgement)
         notes, failed = (*notes, *judgement.notes), judgement.failed
+        rules = judgement.rules or rules
         judged = [question for question in answered if question.id not in failed]
         pairable = _make_pairable(benchmark, judged, sums)
         write_whole(folder / "tally.json", json.dumps(pairable) + "\n")
@@ -166,6 +170,7 @@ def score_predictions(
         checkpoint_sha256=header["checkpoint_sha256"],
         max_new_tokens=header["max_new_tokens"],
         protocol=benchmark.protocol,
+        rules=rules,
         notes=notes,
         n_empty=num_empty,
         all_empty=num_empty == len(answered),

@@ -17,6 +17,8 @@ from mipha.terminal import Console
 
 NUM_SHOWN = 3
 """Prompts that a dry run shows of each benchmark."""
+LONGEST_SHOWN = 300
+"""Characters that it shows of a text whose likelihood is measured."""
 
 
 def print_results(results: Sequence[Result]) -> None:
@@ -75,7 +77,9 @@ def print_plan(plans: Sequence[Plan], checkpoint: Path | None) -> None:
         for question in _pick(plan.questions):
             console.print(f"  {question.id}", style="dim", markup=False, highlight=False)
             prompt = question.text
-            if render is not None:
+            if plan.benchmark.by_likelihood:
+                prompt += question.facts["continuations"][0][:LONGEST_SHOWN]
+            elif render is not None:
                 prompt = render(question.text, len(question.images))
             console.print(
                 "    " + prompt.replace("\n", "\n    "),

@@ -15,7 +15,14 @@ import pytest
 from mipha.comparison.statistics import intervals, tally, values
 from mipha.evaluation.benchmark import Judgement
 from mipha.evaluation.benchmarks import mmstar
-from tests.evaluation.official import BrokenLabel, Official, make_image, write_file
+from tests.evaluation.official import (
+    BrokenLabel,
+    Official,
+    check_example,
+    make_image,
+    write_file,
+    write_parquet,
+)
 
 COLUMNS = ("index", "question", "image", "answer", "category", "l2_category", "bench")
 INSTRUCTION = "\nAnswer with the option's letter from the given choices directly"
@@ -57,13 +64,6 @@ def write_table(path: Path, records: Sequence[Mapping[str, Any]]) -> Path:
     return path
 
 
-def write_parquet(path: Path, records: Sequence[Mapping[str, Any]]) -> Path:
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    parquet.write_table(pyarrow.Table.from_pylist([dict(row) for row in records]), path)
-    return path
-
-
 def measured(judgement: Judgement) -> dict[str, float]:
     return values(tally(judgement.contributions), mmstar.measure)
 
@@ -84,6 +84,10 @@ def measured(judgement: Judgement) -> dict[str, float]:
 )
 def test_which_letter_is_read(text: str, letter: str | None) -> None:
     assert mmstar.read_answer(text) == letter
+
+
+def test_the_official_scorer_says_the_same() -> None:
+    check_example("mmstar", "annotations")
 
 
 def test_numbers_by_hand(tmp_path: Path) -> None:
