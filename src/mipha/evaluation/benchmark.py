@@ -207,6 +207,7 @@ class Benchmark:
             every answer in a folder of predictions files, where the official scorer reads several.
         packaged: An installed package brings the files, so `read` and `read_labels` take None as
             their root.
+        own_metric: Metric of an own test set, see `own_data`; None for a benchmark of the list.
     """
 
     name: str
@@ -230,6 +231,7 @@ class Benchmark:
         Callable[[Path, Sequence[Question]], Iterator[tuple[str, str, str]]] | None
     ) = None
     packaged: bool = False
+    own_metric: str | None = None
 
     @property
     def headline(self) -> Metric:
