@@ -369,7 +369,11 @@ def _score(
     parsed: dict[str, str | None] | None = None
     failed: dict[str, str] = {}
     if rubric is not None:
-        assert judge is not None
+        if judge is None:
+            raise ValueError(
+                "--metric judge is graded by a judge: give one with --judge URL --judge-model "
+                "NAME, or --judge-replies FILE"
+            )
         scores, failed = _grade(rubric, questions, predictions, judge)
     elif metric == "choice":
         parsed = {
