@@ -53,7 +53,7 @@ def cards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[Path, R
         monkeypatch.setitem(sys.modules, module, SimpleNamespace(**functions))  # type: ignore[arg-type]
 
     fake("mipha.training.pipeline", train=lambda recipe, folder, track: run)
-    fake("mipha.evaluation.evaluate", evaluate=lambda *_, **__: ["result"])
+    monkeypatch.setattr("mipha.evaluation.evaluate.evaluate", lambda *_, **__: ["result"])
     fake(
         "mipha.deploy.model_card",
         write_model_card=lambda checkpoint, run: written.append((checkpoint, run)),

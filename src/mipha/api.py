@@ -282,6 +282,32 @@ def evaluate(
     return results
 
 
+def predict(
+    model: Subject | Run | str | Path,
+    plan: Plan,
+    out: str | Path,
+    *,
+    batch_size: int = 16,
+    limit: int | None = None,
+    device: str | None = None,
+    progress: bool = True,
+) -> dict[str, str]:
+    """Answer questions without scoring them; see `mipha.evaluation.evaluate.write_predictions`."""
+    from mipha.evaluation.evaluate import write_predictions
+
+    check_device(device)
+    check_writable(Path(out).parent)
+    return write_predictions(
+        model,
+        plan,
+        Path(out),
+        batch_size=batch_size,
+        limit=limit,
+        device=device,
+        progress=progress,
+    )
+
+
 def run_study(
     study: Study,
     scale: str,

@@ -69,6 +69,7 @@ def test_a_run_is_asked_and_scored_once(model: Path, assistant: FakeAssistant) -
         "predictions.jsonl",
         "scores.json",
         "tally.json",
+        "worst-cases.html",
     }
     assert (
         json.loads((folder / "scores.json").read_text())["scores"][0]["value"]

@@ -117,7 +117,7 @@ class Assistant:
 
     def answer_many(
         self,
-        pairs: Sequence[tuple[AnyImage | tuple[AnyImage, ...] | None, str]],
+        pairs: Sequence[tuple[AnyImage | tuple[AnyImage, ...] | None, str | Sequence[Message]]],
         *,
         max_new_tokens: int = 256,
         batch_size: int = 32,
@@ -128,8 +128,8 @@ class Assistant:
         An image is encoded and read once in a batch, however many questions it has there.
 
         Args:
-            pairs: (image, question), in any order; a tuple of images shows all of them, in
-                front of the question.
+            pairs: (image, question), in any order. A tuple of images shows all of them, in front
+                of the question; a conversation has a marker for each of its images.
             max_new_tokens: Longest answer, in tokens.
             batch_size: Questions answered at a time.
             on_answers: Callback of every batch; takes positions in `pairs` and their answers.
@@ -143,9 +143,7 @@ class Assistant:
         """
         images = [_as_images(image) for image, _ in pairs]
         prompts = [
-            Prompt(
-                self.prompt_ids([_user_turn(question, len(shown))]), max_new_tokens=max_new_tokens
-            )
+            Prompt(self.prompt_ids(_turns(question, len(shown))), max_new_tokens=max_new_tokens)
             for shown, (_, question) in zip(images, pairs, strict=True)
         ]
         for shown, prompt in zip(images, prompts, strict=True):
@@ -166,7 +164,8 @@ class Assistant:
         )
 
         answers: dict[int, Answer] = {}
-        for batch in _batches(order, keys, batch_size):
+        prefixes = [prompt.ids[: self._num_shared(prompt.ids)] for prompt in prompts]
+        for batch in _batches(order, prefixes, batch_size):
             asked = [prompts[i] for i in batch]
             cache = self._read_images(
                 [images[i] for i in batch], [keys[i] for i in batch], asked[0].ids
@@ -394,7 +393,7 @@ class Assistant:
         ]
 
         # Read the prompt through each image once.
-        shared = len(prompt) - prompt[::-1].index(self.processor.image_token_id)
+        shared = self._num_shared(prompt)
         ids = torch.tensor([prompt[:shared]] * len(distinct), device=self.model.device)
         cache = DynamicCache(config=self.model.config.get_text_config())
         self.model(
@@ -410,6 +409,11 @@ class Assistant:
             torch.tensor([number[key] for key in keys], device=self.model.device)
         )
         return cache
+
+    def _num_shared(self, ids: list[int]) -> int:
+        """Return the number of tokens through the last image; 0 without an image."""
+        image = self.processor.image_token_id
+        return len(ids) - ids[::-1].index(image) if image in ids else 0
 
     def _check_length(self, prompt: Prompt, num_images: int) -> None:
         """Refuse several images whose prompt the language model cannot read.
@@ -605,6 +609,19 @@ def render_prompt(processor: LlavaProcessor, question: str, num_images: int) -> 
     return _apply_template(processor, [_user_turn(question, num_images)], tokenize=False)
 
 
+def _turns(question: str | Sequence[Message], num_images: int) -> list[Message]:
+    """Return the turns of a question: the user's one, or those of a conversation as they are."""
+    if isinstance(question, str):
+        return [_user_turn(question, num_images)]
+    markers = sum(turn.text.count(IMAGE) for turn in question)
+    if markers != num_images:
+        raise ValueError(
+            f"the conversation holds {markers} {IMAGE} markers for {num_images} images: "
+            "give one marker for each image"
+        )
+    return list(question)
+
+
 def _user_turn(question: str, num_images: int) -> Message:
     """Return the user's turn of one question, its images in front of it.
 
@@ -646,12 +663,12 @@ def _image_key(image: AnyImage) -> str:
 
 
 def _batches(
-    order: Sequence[int], keys: Sequence[tuple[str, ...]], batch_size: int
+    order: Sequence[int], prefixes: Sequence[list[int]], batch_size: int
 ) -> Iterator[list[int]]:
-    """Cut batches in order; prefixes are as long only for questions with as many images."""
+    """Cut batches in order; a batch has one prefix, the tokens through the last image."""
     batch: list[int] = []
     for index in order:
-        if batch and (len(batch) == batch_size or len(keys[index]) != len(keys[batch[0]])):
+        if batch and (len(batch) == batch_size or prefixes[index] != prefixes[batch[0]]):
             yield batch
             batch = []
         batch.append(index)

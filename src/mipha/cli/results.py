@@ -11,7 +11,7 @@ import typer
 from mipha.cli.arguments import Adapter, parse_pairs, split_names
 
 if TYPE_CHECKING:
-    from mipha.evaluation.benchmark import Judge
+    from mipha.evaluation.benchmark import Judge, Plan
     from mipha.evaluation.evaluate import Subject
 
 JudgeUrl = Annotated[
@@ -65,6 +65,26 @@ ServerRequest = Annotated[
 ]
 
 
+DataMetric = Annotated[
+    str | None,
+    typer.Option(
+        help="For own data: exact, choice, number, vqa, anls, f1 or judge; if left out, by the "
+        "right answers."
+    ),
+]
+DataRubric = Annotated[
+    Path | None,
+    typer.Option(help="For the metric judge: a text with {question}, {gold} and {answer}."),
+]
+ImageRoot = Annotated[
+    list[Path] | None,
+    typer.Option(help="For --data: folder that images may lie in, besides the data's own."),
+]
+Tokens = Annotated[
+    int | None, typer.Option(help="For --data: longest answer, in tokens; default 128.")
+]
+
+
 def evaluate(
     model: ModelOrUrl,
     benchmarks: Annotated[
@@ -78,7 +98,8 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Questions a forward pass.")] = 16,
     limit: Annotated[int | None, typer.Option(help="Ask the first N questions only.")] = None,
     split: Annotated[
-        str | None, typer.Option(help="Another split than the benchmark's own.")
+        str | None,
+        typer.Option(help="Another split than the benchmark's own; of a folder of --data, test."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Where results go, if not into the run.")
@@ -100,6 +121,14 @@ def evaluate(
     key_env: KeyEnv = None,
     parallel: Parallel = None,
     request: ServerRequest = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="An own test set, in any format that training reads: ./test.jsonl."),
+    ] = None,
+    metric: DataMetric = None,
+    rubric: DataRubric = None,
+    image_root: ImageRoot = None,
+    max_new_tokens: Tokens = None,
 ) -> None:
     """Measure a model; exit code 1 if a question failed or could not be judged."""
     from mipha.api import evaluate as measure
@@ -109,21 +138,96 @@ def evaluate(
     # A model that is missing is named before data that are.
     subject = _subject(model, engine, served_model, key_env, parallel, request, adapter)
     names = split_names(benchmarks)
+    for option, value in (
+        ("--metric", metric),
+        ("--rubric", rubric),
+        ("--image-root", image_root),
+        ("--max-new-tokens", max_new_tokens),
+    ):
+        if value and data is None:
+            raise ValueError(f"{option} is for the questions of --data: leave it out")
+    own = (
+        [] if data is None else [_own_plan(data, split, image_root, metric, rubric, max_new_tokens)]
+    )
     if dry_run:
-        print_plan(plan_benchmarks(names, data_root, split), subject.checkpoint)
+        official = plan_benchmarks(names, data_root, split) if names or not own else []
+        print_plan([*official, *own], subject.checkpoint)
         return
 
     grader = _judge(judge, judge_model, judge_replies, judge_request, out or Path(model))
     results = measure(
-        subject, names, data_root, batch_size, limit, split, out, blind=blind, judge=grader
+        subject,
+        names,
+        data_root,
+        batch_size,
+        limit,
+        split,
+        out,
+        blind=blind,
+        judge=grader,
+        plans=own,
     )
     print_results(results)
     if any(result.n_failed for result in results):
         raise typer.Exit(1)
 
 
+def predict(
+    model: ModelOrUrl,
+    data: Annotated[
+        str,
+        typer.Argument(
+            help="Questions, with or without answers, in any format that training reads: "
+            "./questions.jsonl; or with --question a folder of images."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("-o", "--out", help="New file of JSON lines.")],
+    question: Annotated[
+        str | None, typer.Option(help="Ask this about every image in the folder DATA.")
+    ] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Split of the data; of a folder, test if left out.")
+    ] = None,
+    image_root: ImageRoot = None,
+    max_new_tokens: Tokens = None,
+    batch_size: Annotated[int, typer.Option(help="Questions a forward pass.")] = 16,
+    limit: Annotated[int | None, typer.Option(help="Ask the first N questions only.")] = None,
+    engine: Engine = "auto",
+    served_model: ServedModel = None,
+    key_env: KeyEnv = None,
+    parallel: Parallel = None,
+    request: ServerRequest = None,
+) -> None:
+    """Answer questions that need no right answers; exit code 1 if one failed."""
+    from mipha.api import predict as answer
+    from mipha.evaluation.own_data import plan_images
+
+    subject = _subject(model, engine, served_model, key_env, parallel, request)
+    if question is not None:
+        if split or image_root:
+            raise ValueError("--split and --image-root have no effect beside --question")
+        plan = plan_images(Path(data), question, max_new_tokens or 128)
+    else:
+        plan = _own_plan(data, split, image_root, None, None, max_new_tokens, with_answers=False)
+    for note in plan.doubts:
+        typer.echo(note)
+    failures = answer(subject, plan, out, batch_size=batch_size, limit=limit)
+    typer.echo(f"written: {out}, {len(plan.questions[:limit]) - len(failures):,} answers")
+    if failures:
+        name, error = next(iter(failures.items()))
+        typer.echo(
+            f"{len(failures):,} questions failed, such as {name} ({error}): run the same command "
+            "again to ask these again",
+            err=True,
+        )
+        raise typer.Exit(1)
+
+
 def score(
-    benchmark: Annotated[str, typer.Argument(help="A benchmark's name.")],
+    benchmark: Annotated[
+        str,
+        typer.Argument(help="A benchmark's name, or an own test set with answers: ./test.jsonl."),
+    ],
     predictions: Annotated[
         Path,
         typer.Option(
@@ -145,6 +249,12 @@ def score(
     judge_model: JudgeModel = None,
     judge_replies: JudgeReplies = None,
     judge_request: JudgeRequest = None,
+    metric: DataMetric = None,
+    rubric: DataRubric = None,
+    image_root: ImageRoot = None,
+    split: Annotated[
+        str | None, typer.Option(help="Split of an own test set; of a folder, test.")
+    ] = None,
 ) -> None:
     """Score any model's predictions, without model or images; exit code 1 if one was not judged."""
     import json
@@ -156,7 +266,18 @@ def score(
 
     folder = (json_out or predictions).parent
     grader = _judge(judge, judge_model, judge_replies, judge_request, folder)
-    asked = load_benchmark(benchmark)
+    if "/" in benchmark or "." in benchmark:
+        if annotations is not None:
+            raise ValueError(f"{benchmark} has its answers in it: leave --annotations out")
+        asked = _own_plan(benchmark, split, image_root, metric, rubric, None).benchmark
+        annotations = Path(benchmark)
+    else:
+        asked = load_benchmark(benchmark)
+        if metric or rubric or image_root or split:
+            raise ValueError(
+                f"--metric, --rubric, --image-root and --split are for own data, not for "
+                f"{benchmark}: leave them out"
+            )
     content = score_file(asked, annotations, predictions, grader)
     if json_out is not None:
         write_whole(json_out, json.dumps(content, ensure_ascii=False, allow_nan=False) + "\n")
@@ -224,6 +345,27 @@ def _compare_paired(first: Path, second: Path, json_out: Path | None) -> None:
     if json_out:
         write_whole(json_out, json.dumps([asdict(row) for row in rows], indent=2) + "\n")
     print_paired(rows)
+
+
+def _own_plan(
+    data: str,
+    split: str | None,
+    image_root: list[Path] | None,
+    metric: str | None,
+    rubric: Path | None,
+    max_new_tokens: int | None,
+    with_answers: bool = True,
+) -> Plan:
+    """Return the questions of an own test set."""
+    from mipha.data.dataset import data_recipe
+    from mipha.evaluation.own_data import plan_own_data
+
+    # The one split of a file is called train; of a folder nobody means to ask the training data.
+    own = data_recipe(data, None, image_root or ())
+    is_file = own.root is not None and own.root.is_file()
+    recipe = own.model_copy(update={"split": split or ("train" if is_file else "test")})
+    tokens = 128 if max_new_tokens is None else max_new_tokens
+    return plan_own_data(recipe, metric, rubric, tokens, with_answers)
 
 
 def _subject(

@@ -42,9 +42,9 @@ class DataSet:
         reads: Keys of `ReadingRecipe` that `to_sample` heeds; `Rows` hand them to it.
         left_out: `left_out(root, split)`: a sentence on the records that `load` leaves out, None
             where there are none.
-        detect: `detect(root)`: the name of the data set that reads this place, and a sentence on
-            the format. A data set with `detect` hands over to that one, whose records its own
-            `to_sample` reads, each by the format that it has.
+        detect: `detect(root, complete)`: the name of the data set that reads this place, and a
+            sentence on the format; see `load_data`. A data set with `detect` hands over to that
+            one, whose records its own `to_sample` reads, each by the format that it has.
     """
 
     name: str
@@ -54,7 +54,7 @@ class DataSet:
     takes: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
     left_out: Callable[[Path | None, str], str | None] | None = None
-    detect: Callable[[Path | None], tuple[str, str]] | None = None
+    detect: Callable[[Path | None, Callable[[Any], Any]], tuple[str, str]] | None = None
 
     def __post_init__(self) -> None:
         finds_one_way = (self.load is None) != (self.detect is None)
@@ -145,10 +145,16 @@ def load_dataset(name: str) -> DataSet:
     return importlib.import_module(f"mipha.data.datasets.{name}").DATASET
 
 
-def load_data(recipe: DataRecipe) -> LoadedData:
+def load_data(
+    recipe: DataRecipe, complete: Callable[[Any], Any] = lambda content: content
+) -> LoadedData:
     """Index the records of a split; they are read and judged one by one.
 
     `weight`, `cap` and the other keys on what an epoch shows are the mixture's.
+
+    Args:
+        recipe: Place and format of the data.
+        complete: Makes of a record's content what training reads, before its format is detected.
 
     Raises:
         FileNotFoundError: There is no such file or folder.
@@ -164,7 +170,7 @@ def load_data(recipe: DataRecipe) -> LoadedData:
     dataset, found = load_dataset(recipe.dataset), None
     to_sample = dataset.to_sample
     if dataset.detect is not None:
-        name, found = dataset.detect(recipe.root)
+        name, found = dataset.detect(recipe.root, complete)
         dataset = load_dataset(name)
     assert dataset.load is not None and to_sample is not None
 

@@ -17,7 +17,7 @@ from mipha.answer_spans import NoMask, answer_spans, has_marks, renderer, superv
 from mipha.checkpoint_files import count_image_tokens
 from mipha.data.faults import RecordError
 from mipha.data.images import ImageSource
-from mipha.data.sample import BETWEEN_PLACES, IMAGE, Message, Sample
+from mipha.data.sample import BETWEEN_PLACES, IMAGE, Sample, as_chat
 from mipha.data.upstream_tokens import encode_conversation
 from mipha.labels import IGNORE
 from mipha.recipe import StageRecipe
@@ -246,34 +246,6 @@ def tokens_per_image(processor: LlavaProcessor) -> int:
         processor.num_additional_image_tokens,
         processor.vision_feature_select_strategy,
     )
-
-
-def as_chat(messages: tuple[Message, ...]) -> list[dict[str, Any]]:
-    """Return messages with content parts, as chat templates of transformers read them.
-
-    The newline after an image is left to the template. The assistant's words lose the white space
-    around them: a tokenizer would join it to the end of the prompt, and then no prompt would begin
-    as it did in training.
-    """
-    return [
-        {
-            "role": message.role,
-            "content": _content_parts(
-                message.text.strip() if message.role == "assistant" else message.text
-            ),
-        }
-        for message in messages
-    ]
-
-
-def _content_parts(text: str) -> list[dict[str, str]]:
-    first, *rest = text.split(IMAGE)
-    parts = [{"type": "text", "text": first}] if first else []
-    for piece in rest:
-        parts.append({"type": "image"})
-        if piece := piece.removeprefix("\n"):
-            parts.append({"type": "text", "text": piece})
-    return parts
 
 
 def _chat(sample: Sample, processor: LlavaProcessor) -> tuple[np.ndarray, np.ndarray]:

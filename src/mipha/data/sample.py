@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from mipha.data.faults import RecordError
 from mipha.data.images import ImageSource
@@ -96,3 +97,54 @@ class Sample:
     def is_document(self) -> bool:
         """Whether it is one document, and no conversation."""
         return [message.role for message in self.messages] == ["document"]
+
+
+def as_chat(messages: Iterable[Message]) -> list[dict[str, Any]]:
+    """Return messages with content parts, as chat templates of transformers read them.
+
+    The newline after an image is left to the template. The assistant's words lose the white space
+    around them: a tokenizer would join it to the end of the prompt, and then no prompt would begin
+    as it did in training.
+    """
+    return [
+        {
+            "role": message.role,
+            "content": _content_parts(
+                message.text.strip() if message.role == "assistant" else message.text
+            ),
+        }
+        for message in messages
+    ]
+
+
+def as_requested(question: str | Sequence[Message], uris: Sequence[str]) -> list[dict[str, Any]]:
+    """Return a question, or a conversation, as a request of OpenAI's chat completions holds it.
+
+    Args:
+        question: Text with its images in front, or turns with a marker for each image.
+        uris: Images in order, as data URIs.
+    """
+    if isinstance(question, str):
+        question = [Message("user", f"{IMAGE}\n" * len(uris) + question)]
+    images = iter(uris)
+    asked = []
+    for turn in as_chat(question):
+        parts = [
+            {"type": "image_url", "image_url": {"url": next(images)}}
+            if part["type"] == "image"
+            else part
+            for part in turn["content"]
+        ]
+        only_text = len(parts) == 1 and parts[0]["type"] == "text"
+        asked.append({"role": turn["role"], "content": parts[0]["text"] if only_text else parts})
+    return asked
+
+
+def _content_parts(text: str) -> list[dict[str, str]]:
+    first, *rest = text.split(IMAGE)
+    parts = [{"type": "text", "text": first}] if first else []
+    for piece in rest:
+        parts.append({"type": "image"})
+        if piece := piece.removeprefix("\n"):
+            parts.append({"type": "text", "text": piece})
+    return parts

@@ -17,12 +17,14 @@ from typing import Any, Literal, Protocol
 import numpy as np
 
 from mipha.comparison.statistics import Totals
+from mipha.data.images import ImageSource
+from mipha.data.sample import IMAGE, Message
 from mipha.lookup import did_you_mean, files_in
 
 BENCHMARKS = Path(__file__).parent / "benchmarks"
 
-Image = Path | bytes
-"""A path, or the bytes of an image file."""
+Image = ImageSource
+"""A path, the bytes of an image file, or a place in a larger file."""
 
 
 @dataclass(frozen=True)
@@ -34,15 +36,26 @@ class Question:
         text: The full prompt, without an image marker. Where only labels were read, it may be the
             bare question.
         image: A path, the bytes of an image file, a tuple of several of these in the order in which
-            they are shown, or None for a question without an image.
+            they are shown, or None for a question without an image. A place in a larger file stands
+            in a tuple.
         facts: Whatever the scorer needs: gold answer, kind, image id. A private split has no label
             here. `optional`: a predictions file need not answer this question.
+        before: Earlier turns, a system turn in front. Where there are some, or `text` holds an
+            image marker, every image has its marker in the turns; else images stand in front.
     """
 
     id: str
     text: str
     image: Image | tuple[Image, ...] | None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    before: tuple[Message, ...] = ()
+
+    @property
+    def asked(self) -> str | tuple[Message, ...]:
+        """The question as models are asked it: its text, or a conversation with markers."""
+        if not self.before and IMAGE not in self.text:
+            return self.text
+        return (*self.before, Message("user", self.text))
 
     @property
     def images(self) -> tuple[Image, ...]:
@@ -202,6 +215,7 @@ class Benchmark:
             published numbers say where these differ.
         packaged: An installed package brings the files, so `read` and `read_labels` take None as
             their root.
+        own_metric: Metric of an own test set, see `own_data`; None for a benchmark of the list.
     """
 
     name: str
@@ -227,6 +241,7 @@ class Benchmark:
     by_likelihood: bool = False
     rules: str = "official"
     packaged: bool = False
+    own_metric: str | None = None
 
     @property
     def headline(self) -> Metric:

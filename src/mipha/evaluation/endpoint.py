@@ -22,6 +22,7 @@ from typing import Any
 from PIL import Image
 
 from mipha.data.images import ImageSource, upright_rgb
+from mipha.data.sample import Message, as_requested
 from mipha.evaluation.chat_completions import ChatServer, WrongServer
 from mipha.evaluation.predict import MOST_FAILURES_IN_A_ROW, FailedQuestions
 
@@ -113,7 +114,7 @@ class EndpointModel:
 
     def answer_many(
         self,
-        pairs: Sequence[tuple[ImageSource | tuple[ImageSource, ...] | None, str]],
+        pairs: Sequence[tuple[ImageSource | Sequence[ImageSource] | None, str | Sequence[Message]]],
         *,
         max_new_tokens: int = 256,
         batch_size: int = 0,
@@ -122,7 +123,8 @@ class EndpointModel:
         """Answer many questions, several at a time.
 
         Args:
-            pairs: (image, question), in any order; a tuple of images shows all of them.
+            pairs: (image, question), in any order. A tuple of images shows all of them, in front of
+                the question; a conversation has a marker for each of its images.
             max_new_tokens: Longest answer, in tokens.
             batch_size: Without meaning here: every question is a request.
             on_answers: Callback of every answer, in the caller's thread; takes its position in
@@ -183,16 +185,11 @@ class EndpointModel:
 
     def _ask(
         self,
-        image: ImageSource | tuple[ImageSource, ...] | None,
-        question: str,
+        image: ImageSource | Sequence[ImageSource] | None,
+        question: str | Sequence[Message],
         max_new_tokens: int,
     ) -> EndpointAnswer:
-        shown = image if isinstance(image, tuple) else () if image is None else (image,)
-        content: list[dict[str, Any]] = [
-            *({"type": "image_url", "image_url": {"url": data_uri(one)}} for one in shown),
-            {"type": "text", "text": question},
-        ]
-        messages = [{"role": "user", "content": content if shown else question}]
+        messages = as_requested(question, [data_uri(one) for one in as_images(image)])
         settings = {"temperature": 0, "max_tokens": max_new_tokens}
 
         reply = self._server.complete(messages, settings)
@@ -203,6 +200,13 @@ class EndpointModel:
             finished=not reply.is_cut,
             asked_sha256=hashlib.sha256(asked.encode()).hexdigest(),
         )
+
+
+def as_images(image: ImageSource | Sequence[ImageSource] | None) -> Sequence[ImageSource]:
+    """Return the images of a question, which may be one, several or none."""
+    if image is None:
+        return ()
+    return image if type(image) in (tuple, list) else (image,)  # type: ignore[return-value]
 
 
 def data_uri(image: ImageSource) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +22,7 @@ from mipha.evaluation.benchmark import Judge, Plan, Question, load_benchmark
 from mipha.evaluation.engine_check import check_engine
 from mipha.evaluation.predict import Asker, fingerprint, merge, predict
 from mipha.evaluation.score import Result, score_predictions
-from mipha.files import read_json_object, write_whole
+from mipha.files import partial_name, read_json_object, read_lines, write_whole
 from mipha.run import Run, adapter_folder, is_first_process, model_folder
 
 
@@ -234,6 +235,69 @@ def evaluate(
             content = read_json_object(file) | {"engine_check": asdict(check)}
             write_whole(file, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
     return results
+
+
+def write_predictions(
+    model: Subject | Run | str | Path,
+    plan: Plan,
+    out: Path,
+    *,
+    batch_size: int = 16,
+    limit: int | None = None,
+    device: str | None = None,
+    progress: bool = True,
+) -> dict[str, str]:
+    """Answer questions, and write a line for each; run again, it asks only what has no answer.
+
+    A line has the question's id, text and images, and the answer. Until all are answered, the
+    answers so far are kept in a hidden folder beside the file.
+
+    Args:
+        model: See `evaluate`.
+        plan: The questions.
+        out: New file of JSON lines.
+        batch_size: Questions per forward pass.
+        limit: First N questions only.
+        device: Name of a torch device; None: the accelerator if there is one.
+        progress: Show a progress bar.
+
+    Returns:
+        Question id to error, of the questions that failed and are not in the file.
+
+    Raises:
+        FileNotFoundError: No such model, or an unfinished run.
+        ValueError: The file is there already, a number below 1, or answers of another model are.
+    """
+    for name, number in (("batch_size", batch_size), ("limit", limit)):
+        if number is not None and number < 1:
+            raise ValueError(f"{name} is {number}: give 1 or more")
+    subject = model if isinstance(model, Subject) else checkpoint_subject(model)
+    kept = partial_name(out)
+    if out.exists() and not kept.is_dir():
+        raise ValueError(f"{out} exists: choose another -o, or remove it")
+    plan = replace(plan, limit=limit)
+
+    failures: dict[str, str] = {}
+    for part, predictions, _ in ask_in_turn(subject, [plan], kept, batch_size, device, progress):
+        folder = kept / part.key
+        rows = {row["question_id"]: row for row in read_lines(folder / "predictions.jsonl")}
+        answered = [one for one in part.asked if one.id in predictions]
+        told = ({**_describe(one), **rows[one.id]} for one in answered)
+        write_whole(out, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in told))
+
+        failures = {row["question_id"]: row["error"] for row in read_lines(folder / "errors.jsonl")}
+        if not failures:
+            shutil.rmtree(kept)
+    return failures
+
+
+def _describe(question: Question) -> dict[str, Any]:
+    """Return what a line of predictions says about its question."""
+    images = [
+        f"{len(image):,} bytes" if isinstance(image, bytes) else str(image)
+        for image in question.images
+    ]
+    return {"question_id": question.id, "question": question.text, "images": images}
 
 
 def ask_in_turn(

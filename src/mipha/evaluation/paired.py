@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mipha.comparison.statistics import PairedDifference, holm, paired_differences, read_tally
-from mipha.evaluation.benchmark import load_benchmark
+from mipha.evaluation.benchmark import Benchmark, load_benchmark
+from mipha.evaluation.own_data import own_benchmark
 from mipha.files import read_json, read_json_object
 
 
@@ -52,9 +53,14 @@ def compare_paired(a: str | Path, b: str | Path, num_resamples: int = 2000) -> l
         )
 
     # Every metric of every shared benchmark.
-    benchmarks = {name: load_benchmark(left[name]["benchmark"]) for name in shared}
+    benchmarks = {name: _benchmark_of(left[name]) for name in shared}
     found = {}
     for name, benchmark in benchmarks.items():
+        if left[name].get("own_metric") != right[name].get("own_metric"):
+            raise ValueError(
+                f"{name}: {a} is scored by {left[name].get('own_metric')} and {b} by "
+                f"{right[name].get('own_metric')}: evaluate both with one --metric"
+            )
         if left[name]["ids_sha256"] != right[name]["ids_sha256"]:
             raise ValueError(
                 f"{name}: {a} and {b} did not answer the same questions: "
@@ -81,6 +87,13 @@ def compare_paired(a: str | Path, b: str | Path, num_resamples: int = 2000) -> l
         for name in shared
         for metric, paired in found[name].items()
     ]
+
+
+def _benchmark_of(tally: dict[str, Any]) -> Benchmark:
+    """Return the benchmark whose sums a tally holds."""
+    if metric := tally.get("own_metric"):
+        return own_benchmark(metric)
+    return load_benchmark(tally["benchmark"])
 
 
 def results_of(path: Path) -> dict[str, dict[str, Any]]:

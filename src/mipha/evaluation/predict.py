@@ -22,6 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from mipha.data.sample import Message
 from mipha.evaluation.benchmark import Plan, Question
 from mipha.evaluation.chat_completions import WrongServer
 from mipha.evaluation.likelihoods import MeasuredTexts
@@ -36,7 +37,7 @@ class Asker(Protocol):
 
     def answer_many(
         self,
-        pairs: Sequence[tuple[Any, str]],
+        pairs: Sequence[tuple[Any, str | Sequence[Message]]],
         *,
         max_new_tokens: int,
         batch_size: int,
@@ -163,12 +164,15 @@ def prompts_hash(questions: Sequence[Question]) -> str:
     digest = hashlib.sha256()
     for question in questions:
         names = [
-            hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else image.name
+            hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else Path(str(image)).name
             for image in question.images
         ]
         shown = names if isinstance(question.image, tuple) else names[0] if names else None
-        line = [question.id, question.text, shown, *question.facts.get("continuations", ())]
-        digest.update(json.dumps(line).encode() + b"\n")
+        told: list[Any] = [question.id, question.text, shown]
+        told += question.facts.get("continuations", ())
+        if question.before:
+            told.append([[turn.role, turn.text] for turn in question.before])
+        digest.update(json.dumps(told).encode() + b"\n")
     return digest.hexdigest()
 
 
@@ -345,7 +349,7 @@ class _Answering:
                 write([index], [self._measure(question)])
             return
         self.assistant.answer_many(
-            [(question.image, question.text) for question in part],
+            [(question.image, question.asked) for question in part],
             max_new_tokens=self.max_new_tokens,
             batch_size=self.batch_size,
             on_answers=write,

@@ -1,7 +1,8 @@
 """Predictions -> scores.json, which describes itself: what was measured, on what, how precisely.
 
-scores.json    the scores of one model on one benchmark, for people and programs
-tally.json     sums by image, from which paired comparisons are made
+scores.json         the scores of one model on one benchmark, for people and programs
+tally.json          sums by image, from which paired comparisons are made
+worst-cases.html    the answers with the lowest scores, with their images
 """
 
 from __future__ import annotations
@@ -143,6 +144,7 @@ def score_predictions(
         judged = [question for question in answered if question.id not in failed]
         pairable = _make_pairable(benchmark, judged, sums)
         write_whole(folder / "tally.json", json.dumps(pairable) + "\n")
+        _write_page(plan, judgement, predictions, folder, scores[0])
         for question_id, error in failed.items():
             append_line(folder / "errors.jsonl", {"question_id": question_id, "error": error})
     else:
@@ -378,13 +380,31 @@ def _write_uploads(
     return tuple(folder / name for name in files)
 
 
+def _write_page(
+    plan: Plan,
+    judgement: Judgement,
+    predictions: Mapping[str, str],
+    folder: Path,
+    headline: Score,
+) -> None:
+    from mipha.evaluation.worst_cases import write_worst_cases  # it takes what reads images
+
+    value = "undefined" if headline.value is None else f"{headline.value:.1f} {headline.unit}"
+    write_worst_cases(plan, judgement, predictions, folder, f"{headline.metric} {value}")
+
+
 def _make_pairable(
     benchmark: Benchmark, questions: Sequence[Question], sums: Tally
 ) -> dict[str, Any]:
     """Return a tally with what two of them must share to be compared pair by pair."""
-    ids = "\n".join(sorted(question.id for question in questions))
-    digest = hashlib.sha256(ids.encode()).hexdigest()
-    return {"benchmark": benchmark.name, "ids_sha256": digest} | sums.as_json()
+    ids = [question.id for question in questions]
+    if benchmark.own_metric:
+        # The ids of own data are often mere numbers, so the questions tell two sets apart.
+        ids = [f"{one.id}\t{one.text}\t{one.facts['answers']}" for one in questions]
+    content = "\n".join(sorted(ids)).encode("utf-8", "surrogatepass")
+    names = {"benchmark": benchmark.name, "ids_sha256": hashlib.sha256(content).hexdigest()}
+    own = {"own_metric": benchmark.own_metric} if benchmark.own_metric else {}
+    return names | own | sums.as_json()
 
 
 def _measure_headline(

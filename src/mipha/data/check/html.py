@@ -26,7 +26,7 @@ _MOST_PIECES = 1_200
 _THUMBNAIL = 256
 """Pixels: the longer side of an image in the page."""
 
-_STYLE = """
+STYLE = """
 :root { --ink: #1f2933; --grey: #616e7c; --faint: #e4e7eb; --paper: #ffffff; --back: #f5f7fa;
   --error: #b83232; --warning: #9a6700; --note: #2563a8; --a: #b7e4c7; --b: #74c69d;
   --image: #bfe3f5; }
@@ -127,7 +127,7 @@ def html_report(result: CheckResult) -> str:
     return _PAGE.substitute(
         name=escaped(result.data.name),
         verdict=escaped(verdict(result)),
-        style=_STYLE,
+        style=STYLE,
         headline=escaped(headline(result)),
         counts="".join(_count(result, severity) for severity in SEVERITIES),
         notes="".join(f"<p>{escaped(note)}</p>" for note in notes if note),
@@ -323,10 +323,11 @@ def _pieces(pieces: Iterable[TokenPiece]) -> Iterator[str]:
 
 
 def _images(images: Iterable[ImageSource]) -> str:
-    return "".join(map(_thumbnail, list(images)[:4]))
+    return "".join(map(thumbnail, list(images)[:4]))
 
 
-def _thumbnail(source: ImageSource) -> str:
+def thumbnail(source: ImageSource) -> str:
+    """Return a small copy of an image as an element of a page, or that there is none to show."""
     try:
         image = open_quietly(source)
     except (ValueError, OSError):

@@ -6,6 +6,7 @@ wherever it stands in the file. If no format fits, the error shows the forms tha
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -53,8 +54,14 @@ _CONTAINERS: dict[str, tuple[str, Any]] = {
 }
 
 
-def detect(path: Path | None) -> tuple[str, str]:
+def detect(
+    path: Path | None, complete: Callable[[Any], Any] = lambda content: content
+) -> tuple[str, str]:
     """Detect the format of a file or folder.
+
+    Args:
+        path: File or folder.
+        complete: Makes of a record's content what training reads.
 
     Returns:
         (name, sentence): the data set that reads it, and what was found, for people.
@@ -71,17 +78,17 @@ def detect(path: Path | None) -> tuple[str, str]:
         )
     if not path.exists():
         raise FileNotFoundError(f"no data at {path}: check the path")
-    return _detect_folder(path) if path.is_dir() else _detect_file(path)
+    return (_detect_folder if path.is_dir() else _detect_file)(path, complete)
 
 
-def _detect_file(file: Path) -> tuple[str, str]:
+def _detect_file(file: Path, complete: Callable[[Any], Any]) -> tuple[str, str]:
     suffix = file.suffix.lower()
     if suffix in _CONTAINERS:
         name, reader = _CONTAINERS[suffix]
-        shape, content = _shape_of(file, reader(file))
+        shape, content = _shape_of(file, reader(file), complete)
         return name, f"{file} is read as {name}: {describe(content, shape)}"
     if suffix in (*LINE_SUFFIXES, *TABLE_SUFFIXES):
-        shape, content = _shape_of(file, record_file(file, NUM_FIRST))
+        shape, content = _shape_of(file, record_file(file, NUM_FIRST), complete)
         return shape, f"{file} is read as {shape}: {describe(content, shape)}"
     raise ValueError(
         f"{file}: the format of a {suffix or 'nameless kind of'} file is not known; "
@@ -89,7 +96,7 @@ def _detect_file(file: Path) -> tuple[str, str]:
     )
 
 
-def _detect_folder(folder: Path) -> tuple[str, str]:
+def _detect_folder(folder: Path, complete: Callable[[Any], Any]) -> tuple[str, str]:
     """Detect the format of a folder; exactly one kind of file must speak for it.
 
     Images do so only where nothing else describes them.
@@ -97,7 +104,7 @@ def _detect_folder(folder: Path) -> tuple[str, str]:
     # What `datasets` saved says so itself.
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
         file = files_of(next(iter(splits_of(folder).values())))[0]
-        name, sentence = _detect_file(file)
+        name, sentence = _detect_file(file, complete)
         return name, sentence.replace(str(file), f"{folder} (saved by `datasets`)", 1)
 
     files_by_kind = _record_files(folder)
@@ -110,18 +117,18 @@ def _detect_folder(folder: Path) -> tuple[str, str]:
         )
 
     if metadata := found.get("image_folder"):
-        shape, content = _shape_of(metadata, record_file(metadata, NUM_FIRST))
+        shape, content = _shape_of(metadata, record_file(metadata, NUM_FIRST), complete)
         described = f"{describe(content, shape)} in {metadata.name}"
         return "image_folder", f"{folder} is read as image_folder: {described}"
     if found:
         file = _first_readable(files_by_kind[next(iter(found))])
-        name, sentence = _detect_file(file)
+        name, sentence = _detect_file(file, complete)
         return name, sentence.replace(str(file), f"{folder} ({file.relative_to(folder)})", 1)
 
     images = CaptionedImages(next(iter(split_folders(folder).values()), folder))
     if not len(images):
         raise ValueError(f"{folder} holds no data of a known format; wanted one of\n{FORMS}")
-    _shape_of(folder, images)
+    _shape_of(folder, images, complete)
     described = "images with a caption in a .txt beside each"
     return "image_folder", f"{folder} is read as image_folder: {described}"
 
@@ -161,7 +168,9 @@ def _record_files(folder: Path) -> dict[str, list[Path]]:
     return found
 
 
-def _shape_of(path: Path, records: RecordFile) -> tuple[str, dict[str, Any]]:
+def _shape_of(
+    path: Path, records: RecordFile, complete: Callable[[Any], Any]
+) -> tuple[str, dict[str, Any]]:
     """Return the shape of the first records, and the first record that has it.
 
     A broken record says nothing, unless all of them are broken.
@@ -172,7 +181,7 @@ def _shape_of(path: Path, records: RecordFile) -> tuple[str, dict[str, Any]]:
     first: Any = None
     for index in range(min(len(records), NUM_FIRST)):
         try:
-            content = records.read(index)
+            content = complete(records.read(index))
         except ValueError as error:
             errors.append(error)
             continue

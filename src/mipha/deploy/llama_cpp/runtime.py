@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image
 
 from mipha.data.images import ImageLike, upright_rgb
+from mipha.data.sample import Message, as_requested
 from mipha.deploy.llama_cpp.library import (
     LOG_LOCK,
     Vision,
@@ -114,7 +115,12 @@ class LlamaCpp:
         """
         return self.reply(image, question, max_new_tokens).text
 
-    def reply(self, image: ImageLike | None, question: str, max_new_tokens: int = 128) -> Reply:
+    def reply(
+        self,
+        image: ImageLike | Sequence[ImageLike] | None,
+        question: str | Sequence[Message],
+        max_new_tokens: int = 128,
+    ) -> Reply:
         """Answer one question, greedily, and return the margin of each token."""
         found = self._ask(image, question, max_tokens=max_new_tokens, logprobs=True, top_logprobs=2)
         choice = found["choices"][0]
@@ -130,7 +136,7 @@ class LlamaCpp:
 
     def answer_many(
         self,
-        pairs: Sequence[tuple[ImageLike | None, str]],
+        pairs: Sequence[tuple[ImageLike | Sequence[ImageLike] | None, str | Sequence[Message]]],
         *,
         max_new_tokens: int = 128,
         batch_size: int = 1,
@@ -139,7 +145,8 @@ class LlamaCpp:
         """Answer many questions, one after the other, as `Assistant.answer_many` does.
 
         Args:
-            pairs: (image, question).
+            pairs: (image, question); a list or tuple of images shows all of them, and a
+                conversation has a marker for each.
             max_new_tokens: Longest answer in tokens.
             batch_size: Without meaning here.
             on_answers: Callback of every answer; takes its position in `pairs` and the reply.
@@ -255,7 +262,12 @@ class LlamaCpp:
             "give mmproj-*.gguf of the same export"
         )
 
-    def _ask(self, image: ImageLike | None, question: str, **options: Any) -> dict[str, Any]:
+    def _ask(
+        self,
+        image: ImageLike | Sequence[ImageLike] | None,
+        question: str | Sequence[Message],
+        **options: Any,
+    ) -> dict[str, Any]:
         try:
             found = self._server.handle_chat_completions(self._request(image, question) | options)
         except RuntimeError as error:
@@ -264,18 +276,18 @@ class LlamaCpp:
             raise ValueError(self._sentence(found["error"]))
         return found
 
-    def _request(self, image: ImageLike | None, question: str) -> dict[str, Any]:
+    def _request(
+        self,
+        image: ImageLike | Sequence[ImageLike] | None,
+        question: str | Sequence[Message],
+    ) -> dict[str, Any]:
         if image is not None and self.mmproj is None:
             raise self._blind()
 
-        text = {"type": "text", "text": question}
-        content = (
-            [text]
-            if image is None
-            else [{"type": "image_url", "image_url": {"url": _data_uri(upright_rgb(image))}}, text]
-        )
+        images = () if image is None else image if type(image) in (list, tuple) else (image,)
+        messages = as_requested(question, [_data_uri(upright_rgb(one)) for one in images])
         # Penalties and the like are off by default; a temperature of 0 takes the likeliest token.
-        return {"messages": [{"role": "user", "content": content}], "temperature": 0}
+        return {"messages": messages, "temperature": 0}
 
     def _sentence(self, error: dict[str, Any]) -> str:
         if error.get("type") == "exceed_context_size_error":

@@ -1,0 +1,284 @@
+"""Own test sets: which metric fits, what each gives, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from mipha.cli import app
+from mipha.data.dataset import data_recipe
+from mipha.evaluation.benchmark import Plan, Reply
+from mipha.evaluation.own_data import (
+    Rubric,
+    is_near,
+    normalise,
+    options_of,
+    plan_images,
+    plan_own_data,
+    read_rubric,
+    word_f1,
+)
+from mipha.evaluation.score import score_predictions
+from tests.evaluation.judge_server import serving
+
+PEOPLE = ["red"] * 7 + ["dark red", "grey", "grey"]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[..., Path]:
+    """`write(answer, ..., name=, **more)`: a file of questions with these right answers."""
+
+    def file(*answers: Any, name: str = "test.jsonl", **more: Any) -> Path:
+        for number in range(len(answers)):
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number // 2}.png")
+        rows = [
+            {"image": f"{n // 2}.png", "question": f"What is {n}?", "answers": right} | more
+            if isinstance(right, list)
+            else {"image": f"{n // 2}.png", "question": f"What is {n}?", "answer": right} | more
+            for n, right in enumerate(answers)
+        ]
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return path
+
+    return file
+
+
+def plan(path: Path, *more: Any, **options: Any) -> Plan:
+    return plan_own_data(data_recipe(str(path)), *more, **options)
+
+
+def scores(path: Path, *said: str, **options: Any) -> list[float]:
+    asked = plan(path, **options)
+    questions = asked.questions
+    texts = dict(zip([one.id for one in questions], said, strict=True))
+    judgement = asked.benchmark.score(questions, texts, None)
+    return [judgement.per_question[one.id] for one in questions]
+
+
+@pytest.mark.parametrize(
+    ("answers", "metric", "reason"),
+    [
+        (["red", "a dark blue car"], "exact", "no answer has more than 5 words"),
+        (["3", "12"], "exact", "the answers are counts"),
+        (["3.5", "12"], "number", "the answers are numbers"),
+        (["1,200", "12 %"], "number", "the answers are numbers"),
+        (["red", "a dark blue car on a road"], "f1", "some answers have more than 5 words"),
+        ([PEOPLE, PEOPLE], "vqa", "every question has 4 answers or more"),
+        ([["red", "crimson"], "blue"], "exact", "no answer has more than 5 words"),
+    ],
+)
+def test_the_metric_is_derived_and_said(
+    answers: list[Any], metric: str, reason: str, write: Callable[..., Path]
+) -> None:
+    asked = plan(write(*answers))
+    assert asked.benchmark.headline.name == metric and asked.name == "test"
+    assert f"scored by {metric}, because {reason}; --metric chooses another" in asked.doubts
+    chosen = plan(write(*answers), "anls")
+    assert chosen.benchmark.headline.name == "anls"
+    assert not any("because" in note for note in chosen.doubts)
+
+
+def test_options_are_scored_by_their_letter(write: Callable[..., Path]) -> None:
+    path = write("cat", "A", options=["dog", "cat", "cow"])
+    assert plan(path).benchmark.headline.name == "choice"
+    assert scores(path, "B", "A") == [1, 1]
+    assert scores(path, "The answer is B.", "(A)") == [1, 1]
+    assert scores(path, "a cat", "a dog or a cat") == [1, 0]
+    asked = plan(path)
+    judgement = asked.benchmark.score(asked.questions, {"test/1": "hm", "test/2": "A"}, None)
+    assert "1 answers name none of their options, and count as wrong" in judgement.notes
+    assert judgement.parsed == {"test/1": None, "test/2": "A"}
+
+
+def test_options_may_stand_in_the_question() -> None:
+    assert options_of("Which?\nA. a cat\nB) a dog\n(C) none") == {
+        "A": "a cat",
+        "B": "a dog",
+        "C": "none",
+    }
+    assert options_of("A. The first\nC. The third") == options_of("Is it A. Smith?") == {}
+
+
+@pytest.mark.parametrize(
+    ("metric", "right", "worth"),
+    [
+        ("exact", "Red car", {"red  car.": 1, '"Red car"': 1, "a red car": 0, "": 0}),
+        ("exact", "1200", {"1,200": 1, "1200.": 1, "1,20": 0}),
+        ("exact", ["red", "crimson"], {"Crimson!": 1, "blue": 0}),
+        ("number", "1200", {"1,250": 1, "$1,200": 1, "about 1190 people": 1, "1300": 0, "": 0}),
+        ("number", "12%", {"12.3 %": 0, "12.3%": 1, "0.12": 1}),
+        ("number", "unknown", {"Unknown": 1, "3": 0}),
+        ("vqa", PEOPLE, {"red": 1, "the dark red": 0.3, "Grey.": 0.6, "blue": 0}),
+        ("anls", "gresham mill", {"Gresham Mills": pytest.approx(12 / 13), "no": 0}),
+        ("f1", "a red car", {"The red car": 1, "red": pytest.approx(2 / 3), "blue": 0, "": 0}),
+    ],
+)
+def test_every_metric_goes_from_0_to_1(
+    metric: str, right: Any, worth: dict[str, Any], write: Callable[..., Path]
+) -> None:
+    for said, expected in worth.items():
+        assert scores(write(right), said, metric=metric) == [expected], said
+
+
+def test_normalised_texts_are_not_confused() -> None:
+    assert normalise("-3") == normalise("3") == "3"  # a mark around it; `number` knows the sign
+    assert normalise("50%") != normalise("50") and not is_near("-3", "3")
+    assert normalise(" ") == "" and word_f1("", "") == 1
+
+
+def test_what_a_metric_cannot_score_is_refused(write: Callable[..., Path]) -> None:
+    with pytest.raises(ValueError, match=r"--metric vqa needs 4 answers or more, which 1 of 2 .*2"):
+        plan(write(PEOPLE, "red"), "vqa")
+    with pytest.raises(
+        ValueError, match=r"--metric choice needs options, .* 1 of 1 questions lack"
+    ):
+        plan(write("red"), "choice")
+    with pytest.raises(ValueError, match="no metric 'exakt': did you mean exact"):
+        plan(write("red"), "exakt")
+    with pytest.raises(ValueError, match="--metric judge and --rubric FILE belong together"):
+        plan(write("red"), "judge")
+    with pytest.raises(ValueError, match=r"1 of 2 questions have no right answer, .*line 2"):
+        plan(write("red", None))
+    assert len(plan(write("red", None), with_answers=False).questions) == 2
+    with pytest.raises(ValueError, match="--max-new-tokens is 0"):
+        plan(write("red"), max_new_tokens=0)
+
+
+def test_a_name_of_a_benchmark_is_not_taken(write: Callable[..., Path]) -> None:
+    assert plan(write("red", name="pope.jsonl")).key == "own-pope"
+
+
+def test_images_of_a_folder_get_one_question(write: Callable[..., Path]) -> None:
+    asked = plan_images(write("red", "red", "red").parent, "What is it?").questions
+    assert [(one.id, one.asked) for one in asked] == [
+        ("0.png", "What is it?"),
+        ("1.png", "What is it?"),
+    ]
+    with pytest.raises(FileNotFoundError, match="holds no image file"):
+        plan_images(Path("/nowhere"), "What?")
+
+
+# ---- A judge with a rubric -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def rubric(tmp_path: Path) -> Path:
+    path = tmp_path / "rubric.txt"
+    path.write_text("scale: 1 to 5\n{question} Right: {gold}. Said: {answer}. {json}\n")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("reply", "grade"),
+    [
+        ("Score: 5", 1.0),
+        ("Good.\n**Score:** 3", 0.5),
+        ("Score: 2, no, it is\nScore: 4", 0.75),
+        ("4", 0.75),
+        ("<think>Score: 1</think>Score: 5", 1.0),
+        ("Score: 6", None),
+        ("It is a 4 of 5", None),
+        ("", None),
+    ],
+)
+def test_a_grade_is_read_on_the_scale(reply: str, grade: float | None) -> None:
+    assert Rubric("{answer}", 1, 5).read(Reply(reply)) == grade
+    if reply == "Score: 5":
+        assert Rubric("{answer}", 1, 5).read(Reply(reply, is_cut=True)) is None
+
+
+def test_a_rubric_that_cannot_work_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "r.txt").write_text("How good is it?")
+    with pytest.raises(ValueError, match=r"has no .answer."):
+        read_rubric(tmp_path / "r.txt")
+    (tmp_path / "r.txt").write_text("scale: 5 to 1\n{answer}")
+    with pytest.raises(ValueError, match=r"the scale goes from 5 to 1"):
+        read_rubric(tmp_path / "r.txt")
+    with pytest.raises(FileNotFoundError, match="no rubric"):
+        read_rubric(tmp_path / "gone.txt")
+
+
+def test_answers_are_graded_by_the_rubric_and_it_is_recorded(
+    write: Callable[..., Path], rubric: Path, tmp_path: Path
+) -> None:
+    path, predictions = write("red", "blue", "green"), tmp_path / "predictions.jsonl"
+    said = {"test/1": "red", "test/2": "{gold}", "test/3": "hm"}
+    predictions.write_text(
+        "".join(json.dumps({"question_id": k, "text": v}) + "\n" for k, v in said.items())
+    )
+    typed = ["score", str(path), "--predictions", str(predictions), "--rubric", str(rubric)]
+    with serving() as server:
+        server.script = ["Score: 5", "Score: 2", "hm", "hm", "hm"]
+        out = tmp_path / "scores.json"
+        judge = ["--judge", server.url, "--judge-model", "j", "--json", str(out)]
+        done = CliRunner().invoke(app, [*typed, *judge])
+    assert done.exit_code == 1, done.output  # one answer has no grade
+    prompts = [body["messages"][0]["content"] for _, _, body in server.requests]
+    assert prompts[0] == (
+        "What is 0? Right: red. Said: red. {json}\n\nEnd your reply with one line `Score: N`, "
+        "where N is a number from 1 to 5."
+    )
+    assert "Said: {gold}." in prompts[1]
+
+    content = json.loads(out.read_text())
+    assert (content["metric"], content["headline"]) == ("judge", pytest.approx(62.5))
+    assert list(content["failed"]) == ["test/3"]
+    assert "scale 1 to 5" in content["protocol"] and "Said: {answer}" in content["protocol"]
+    no_judge = CliRunner().invoke(app, typed)
+    assert no_judge.exit_code == 2 and "give one with --judge URL" in no_judge.output
+
+
+# ---- Results -------------------------------------------------------------------------------------
+
+
+def result(path: Path, folder: Path, said: str, **options: Any) -> None:
+    asked = plan(path, **options)
+    folder = folder / asked.key
+    folder.mkdir(parents=True)
+    meta = {"prompts_sha256": "p", "checkpoint_sha256": "c", "max_new_tokens": 8}
+    (folder / "predictions.meta.json").write_text(json.dumps(meta))
+    score_predictions(asked, {one.id: said for one in asked.questions}, folder)
+
+
+def test_two_results_on_one_test_set_are_compared_by_image(
+    write: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = write("red", "red", "red", "blue")
+    result(path, tmp_path / "a", "red")
+    result(path, tmp_path / "b", "blue")
+    out = tmp_path / "paired.json"
+    typed = ["compare", str(tmp_path / "a"), str(tmp_path / "b"), "--paired", "--json", str(out)]
+    assert CliRunner().invoke(app, typed).exit_code == 0
+    (row,) = json.loads(out.read_text())
+    assert (row["benchmark"], row["metric"], row["unit"]) == ("test", "exact", "%")
+    assert row["paired"]["difference"] == 50 and row["paired"]["num_clusters"] == 2
+
+    # Another metric, and other questions under the same ids, are no pair.
+    result(path, tmp_path / "c", "red", metric="anls")
+    typed[2] = str(tmp_path / "c")
+    assert "is scored by exact and" in CliRunner().invoke(app, typed).output
+    result(write("red", "red", "red", "green"), tmp_path / "d", "red")
+    typed[2] = str(tmp_path / "d")
+    assert "did not answer the same questions" in CliRunner().invoke(app, typed).output
+
+
+def test_the_page_shows_the_worst_answers_and_runs_nothing_of_the_data(
+    write: Callable[..., Path], tmp_path: Path
+) -> None:
+    result(write("red", "<b>bold</b>", "blue", "grey"), tmp_path / "out", "<script>x</script>")
+    page = (tmp_path / "out" / "test" / "worst-cases.html").read_text(encoding="utf-8")
+    assert page.count('<div class="card">') == 4 and page.count("data:image/jpeg") == 4
+    assert "<script>" not in page and "&lt;script&gt;x&lt;/script&gt;" in page
+    for words in ("What is 3?", "&lt;b&gt;bold&lt;/b&gt;", "test.jsonl, line 2", "exact 0.0 %"):
+        assert words in page
+
+    result(write("red", "red", "blue"), tmp_path / "other", "red")
+    page = (tmp_path / "other" / "test" / "worst-cases.html").read_text(encoding="utf-8")
+    assert page.count('<div class="card">') == 1 and "2 are answered without fault" in page
