@@ -60,6 +60,7 @@ def _options(
 app.command("list")(catalog.list_names)
 app.command()(catalog.show)
 app.command()(data.check)
+app.command()(data.fetch)
 app.command()(training.train)
 app.command()(training.plan)
 app.command()(results.evaluate)

@@ -303,7 +303,7 @@ class Mixture(Sequence[Sample]):
 
 def _names(data: Sequence[DataRecipe]) -> list[str]:
     """Return a name for each data set, with a number after it where two have the same."""
-    names = [recipe.root.name if recipe.root else recipe.dataset for recipe in data]
+    names = [recipe.root_name or recipe.dataset for recipe in data]
     return [
         name if names.count(name) == 1 else f"{name} ({names[: place + 1].count(name)})"
         for place, name in enumerate(names)

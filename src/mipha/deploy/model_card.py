@@ -300,7 +300,7 @@ def _training(recipe: Recipe) -> str:
     rows = []
     for name, stage in recipe.stages.items():
         data = ", ".join(
-            entry.dataset + (f" ({entry.root.name})" if entry.root else "") for entry in stage.data
+            entry.dataset + (f" ({entry.root_name})" if entry.root else "") for entry in stage.data
         )
         tuned = ", ".join(f"{part.replace('_', ' ')} {stage.tuning.of(part)}" for part in PARTS)
         length = (
