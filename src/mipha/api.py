@@ -76,7 +76,7 @@ def check_training(recipe: Recipe, folder: str | Path, track: Sequence[str] = ()
     for name in unfinished:
         for data in recipe.stages[name].data:
             load_dataset(data.dataset)
-            if data.root is not None and not data.root.exists():
+            if isinstance(data.root, Path) and not data.root.exists():
                 raise FileNotFoundError(f"no data at {data.root}: check the path")
     if recipe.stage_before(unfinished[0]) is None:
         check_parts(recipe.model)

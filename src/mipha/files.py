@@ -248,3 +248,8 @@ def _is_json(line: bytes) -> bool:
     except ValueError:
         return False
     return True
+
+
+def cache_folder() -> Path:
+    """Return the folder of what can be made or fetched again: `$MIPHA_CACHE`, ~/.cache/mipha."""
+    return Path(os.environ.get("MIPHA_CACHE") or Path.home() / ".cache" / "mipha").expanduser()

@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
+from urllib.parse import parse_qsl, urlsplit
 
 import yaml
 from pydantic import (
@@ -30,6 +31,7 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+from pydantic_core import PydanticCustomError
 
 from mipha.lookup import did_you_mean, files_in, read_named, read_yaml
 from mipha.validation import validated
@@ -254,9 +256,40 @@ Scale = Annotated[
 ]
 
 
+_ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+_SECRET = re.compile(
+    r"(?:.*[-_])?(?:token|key|signature|sig|secret|password|credential|auth)", re.IGNORECASE
+)
+
+
+def _as_place(value: Any) -> Any:
+    """Return an address as text, anything else as a path.
+
+    Raises:
+        PydanticCustomError: The address holds a credential; the message does not repeat it.
+    """
+    if not isinstance(value, str) or not _ADDRESS.match(value):
+        return Path(value) if isinstance(value, str) else value
+    parts = urlsplit(value)
+    names = [name for name, _ in parse_qsl(parts.query, keep_blank_values=True)]
+    if "@" in parts.netloc or any(_SECRET.fullmatch(name) for name in names):
+        raise PydanticCustomError(
+            "credential",
+            "the address holds a credential, which would be written into run folders: remove it; "
+            "libraries read credentials from the environment",
+        )
+    return value
+
+
 class ReadingRecipe(Strict):
     """What the records of own data do not say themselves; a key that is not set is not written."""
 
+    config: str | None = Field(
+        None, description="part of a set of the hub, or of a copy of one, by the name in its README"
+    )
+    revision: str | None = Field(
+        None, description="commit, branch or tag of a set at hf://; None: its newest commit"
+    )
     min_ratings: dict[str, int] = Field(
         {},
         description="lowest rating of a turn that is kept, by the rating's name, such as "
@@ -308,9 +341,10 @@ class DataRecipe(ReadingRecipe):
     """One data set of a stage."""
 
     dataset: str = Field(description="module name in data/datasets; auto: told from the data")
-    root: Path | None = Field(
+    root: Annotated[Path | str | None, BeforeValidator(_as_place)] = Field(
         None,
-        description="file or folder the data set reads; "
+        description="file or folder the data set reads, or the address of one (https://, s3://, "
+        "hf://datasets/OWNER/NAME), which is copied first; "
         "None: the packaged copy, where there is one",
     )
     split: str = "train"
@@ -335,6 +369,11 @@ class DataRecipe(ReadingRecipe):
         description="images that samples show: own images, grey, or images of other samples; "
         "with the last two a model learns from the texts alone",
     )
+
+    @property
+    def root_name(self) -> str:
+        """The last part of the root; empty for the packaged copy."""
+        return str(self.root or "").rstrip("/").rpartition("/")[2]
 
 
 class LoraRecipe(Strict):

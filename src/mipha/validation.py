@@ -65,7 +65,8 @@ def _explain(problem: Any, schema: type[BaseModel], tree: Any, kind: str) -> str
         if elsewhere and not near_names(str(last), known):
             return f"{key}: unknown key; did you mean {' or '.join(elsewhere)}?"
         return f"{key}: unknown key; {did_you_mean(str(last), known)}"
-    value = "" if problem["type"] == "missing" or not key else f" (got {problem['input']!r})"
+    hidden = problem["type"] in ("missing", "credential")
+    value = "" if hidden or not key else f" (got {problem['input']!r})"
     if wanted := _WANTED.get(problem["type"]):
         message = wanted.format(**problem.get("ctx", {}))
     else:

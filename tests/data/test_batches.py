@@ -4,6 +4,7 @@ processes as there are.
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from itertools import pairwise
@@ -12,13 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import LlavaProcessor
 
 from mipha.data.batches import StepDataset, deal
 from mipha.data.mixture import Mixture
 from mipha.data.packing import Row
-from mipha.recipe import StageRecipe
+from mipha.recipe import DataRecipe, StageRecipe
 
 FINETUNE = "stages.finetune."
 
@@ -240,3 +242,26 @@ def test_weights_and_caps_decide_what_an_epoch_shows(
     assert halves[0] | halves[1] == set(range(24)) and not halves[0] & halves[1], (
         "the other half in the next epoch"
     )
+
+
+def test_rows_with_the_same_picture_inside_share_its_tokens(
+    processor: LlavaProcessor, stage: Callable, tmp_path: Path
+) -> None:
+    """Four rows of a table hold a picture each, and two of the pictures are one."""
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pictures = []
+    for colour in ("red", "blue", "red", "green"):
+        buffer = io.BytesIO()
+        Image.new("RGB", (20, 20), colour).save(buffer, "PNG")
+        pictures.append({"bytes": buffer.getvalue(), "path": None})
+    columns = {"image": pictures, "question": list("abcd"), "answer": list("efgh")}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet", row_group_size=1)
+
+    mixture = Mixture([DataRecipe(dataset="parquet", root=tmp_path / "a.parquet")])
+    keys = mixture.image_keys
+    assert keys[0] == keys[2] and len(set(keys.tolist())) == 3
+    for batching, num_images in (("packed", 4), ("shared-image", 3)):
+        settings = stage(f"batching={batching}", "batch_size=4", "row_tokens=64")
+        step = StepDataset(mixture, processor, settings, seed=0)[0]
+        assert (step.num_images, len(step.ids)) == (num_images, 4)

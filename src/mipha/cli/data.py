@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mipha.cli.arguments import Overrides
 from mipha.terminal import echo
 
 if TYPE_CHECKING:
@@ -18,8 +19,8 @@ Data = Annotated[
     str | None,
     typer.Argument(
         metavar="DATA",
-        help="A file or folder (write ./name), or a data set's name; without it, with --recipe: "
-        "the data of the recipe's stages.",
+        help="A file, folder (write ./name) or address, or a data set's name; without it, with "
+        "--recipe: the data of the recipe's stages.",
     ),
 ]
 Settings = Annotated[
@@ -40,7 +41,7 @@ Stage = Annotated[
     ),
 ]
 Root = Annotated[
-    Path | None, typer.Option(help="Where a named data set lies, if not in its package.")
+    str | None, typer.Option(help="Where a named data set lies, if not in its package.")
 ]
 ImageRoot = Annotated[
     list[Path] | None, typer.Option(help="Folder that images may lie in, beside the data's own.")
@@ -124,13 +125,31 @@ def check(
         raise typer.Exit(1)
 
 
+def fetch(
+    recipe: Annotated[str, typer.Argument(help="A recipe's name, or a .yaml file.")],
+    overrides: Overrides = None,
+) -> None:
+    """Copy all data of a recipe that lie behind addresses into the cache; says their size first."""
+    from mipha.data.dataset import load_data
+    from mipha.recipe import load_recipe
+
+    loaded = load_recipe(recipe).override(*(overrides or ()))
+    entries = [one for stage in loaded.stages.values() for one in stage.data]
+    remote = {str(one.model_dump(mode="json")): one for one in entries if isinstance(one.root, str)}
+    if not remote:
+        typer.echo(f"all data of {loaded.name} are local: nothing to fetch")
+    for one in remote.values():
+        data = load_data(one)
+        typer.echo(f"{one.root}: {len(data):,} rows in {data.folder}")
+
+
 def show_row(
     data: str,
     settings: list[str] | None,
     row: int,
     recipe: str | None,
     stage: str | None,
-    root: Path | None,
+    root: str | None,
     image_root: list[Path] | None,
     out: Path,
 ) -> None:

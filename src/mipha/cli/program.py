@@ -61,6 +61,7 @@ def _options(
 app.command("list")(catalog.list_names)
 app.command()(catalog.show)
 app.command()(data.check)
+app.command()(data.fetch)
 app.command()(training.train)
 app.command()(training.tune)
 app.command()(training.plan)

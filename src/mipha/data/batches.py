@@ -8,7 +8,7 @@ It is a pure function: resuming at a step reads nothing that came before it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -79,6 +79,8 @@ class StepDataset(Dataset[Step]):
         self._order = lru_cache(maxsize=2)(
             lambda epoch: mixture.epoch_order(seed, epoch, stage.bundle, by_modality)
         )
+        if stage.batching == "shared-image":
+            mixture.image_keys  # noqa: B018 - here, and not in every worker
         self._num_steps, self._num_samples = count_steps(stage, mixture.num_per_epoch)
 
     def __len__(self) -> int:
@@ -94,10 +96,12 @@ class StepDataset(Dataset[Step]):
 
     def samples(self, step: int) -> list[Encoded]:
         """Return the samples of a step, encoded."""
-        return [
-            encode_for(self.mixture[index], self.processor, self.stage)
-            for index in self.indices(step)
-        ]
+        stage, indices = self.stage, self.indices(step)
+        samples = [encode_for(self.mixture[index], self.processor, stage) for index in indices]
+        if stage.batching != "shared-image":
+            return samples
+        keys = self.mixture.image_keys[indices].tolist()
+        return [replace(one, image_key=key) for one, key in zip(samples, keys, strict=True)]
 
     def __getitem__(self, step: int) -> Step:
         if not 0 <= step < len(self):

@@ -9,6 +9,7 @@ set's name.
 from __future__ import annotations
 
 import importlib
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ from mipha.data.sample import Sample
 from mipha.lookup import did_you_mean, files_in, read_yaml
 from mipha.recipe import DataRecipe, StageRecipe
 from mipha.validation import validated
+
+HUB = "hf://"
+"""Begins addresses of the hub, which has a cache of its own."""
 
 DATASETS = Path(__file__).parent / "datasets"
 
@@ -103,7 +107,9 @@ class LoadedData:
             return False
         if entry.root is None or own.root is None:
             return entry.root is own.root and entry.dataset == own.dataset
-        return entry.root.resolve() == own.root.resolve()
+        if isinstance(entry.root, str) or isinstance(own.root, str):
+            return (entry.root, entry.config) == (own.root, own.config)
+        return entry.root.resolve() == own.root.resolve() and entry.config == own.config
 
     def place(self, record: Any) -> str:
         """Return the record's place, such as `train.jsonl, line 18`; empty where unknown."""
@@ -162,17 +168,31 @@ def load_data(
             file cannot be divided into records; or the data set does not read `image_root`.
         MissingPackage: The format needs a package that is not installed.
     """
-    if recipe.root and recipe.root.exists() and not (recipe.root.is_file() or recipe.root.is_dir()):
+    place = recipe.root
+    if isinstance(place, Path) and place.exists() and not (place.is_file() or place.is_dir()):
         raise ValueError(
-            f"{recipe.root} is a pipe or a device, and data are read several times: "
-            "write them to a file"
+            f"{place} is a pipe or a device, and data are read several times: write them to a file"
         )
+
+    # Copy what lies behind an address, and find the data set that reads it.
     dataset, found = load_dataset(recipe.dataset), None
     to_sample = dataset.to_sample
+    if isinstance(place, str) and not place.startswith(HUB):
+        from mipha.data.addresses import copy_to_cache
+
+        place = copy_to_cache(place)
     if dataset.detect is not None:
-        name, found = dataset.detect(recipe.root, complete)
+        if recipe.config is not None or isinstance(place, str):
+            name, found = (
+                "hub",
+                f"{recipe.root} is read as hub, config {recipe.config or 'default'}",
+            )
+        else:
+            name, found = dataset.detect(place, complete)
         dataset = load_dataset(name)
     assert dataset.load is not None and to_sample is not None
+    if isinstance(place, str) and dataset.name != "hub":
+        raise ValueError(f"{place} is read by the data set hub or auto, not {dataset.name}")
 
     # Index the records.
     if recipe.image_root and not dataset.takes_image_root:
@@ -182,10 +202,10 @@ def load_data(
             raise ValueError(f"{key} has no effect with the data set {dataset.name}: remove it")
     more = (recipe.image_root,) if dataset.takes_image_root else ()
     named = {key: getattr(recipe, key) for key in dataset.takes}
-    records = dataset.load(recipe.root, recipe.split, *more, **named)
+    records = dataset.load(place, recipe.split, *more, **named)
 
     # Leave out what the recipe says.
-    left_out = [dataset.left_out(recipe.root, recipe.split)] if dataset.left_out else []
+    left_out = [dataset.left_out(place, recipe.split)] if dataset.left_out else []
     rated = None
     if isinstance(records, Rows):
         left_out.append(records.left_out)
@@ -194,13 +214,12 @@ def load_data(
             records, rated = keep_rated(records)
             left_out.append(rated.sentence)
 
-    root = recipe.root
-    name = root.name if root else recipe.dataset
+    name = "/".join(filter(None, (recipe.root_name or recipe.dataset, recipe.config)))
     return LoadedData(
         name=name if recipe.split == "train" else f"{name} ({recipe.split})",
         records=records,
         to_sample=to_sample,
-        folder=root if root is None or root.is_dir() else root.parent,
+        folder=_folder_of(place, records),
         limit=recipe.limit,
         format=found,
         left_out="; ".join(filter(None, left_out)) or None,
@@ -209,9 +228,17 @@ def load_data(
     )
 
 
+def _folder_of(place: Path | str | None, records: Sequence[Any]) -> Path | None:
+    """Return the folder that messages leave out of paths."""
+    if isinstance(place, str):  # of the hub: its cache
+        files = [part.file for part in records.parts] if isinstance(records, Rows) else []
+        return Path(os.path.commonpath([getattr(file, "file", "/") for file in files])).parent
+    return place if place is None or place.is_dir() else place.parent
+
+
 def data_recipe(
     data: str,
-    root: Path | None = None,
+    root: Path | str | None = None,
     image_root: Sequence[Path] = (),
     split: str = "train",
     settings: Sequence[str] = (),
@@ -219,8 +246,8 @@ def data_recipe(
     """Return what a command means by DATA.
 
     Args:
-        data: A path, with a slash or a dot in it, whose format is detected; or the name of a data
-            set.
+        data: A path or address, with a slash or a dot in it, whose format is detected; or the
+            name of a data set.
         root: Where a named data set lies; None for its packaged copy.
         image_root: Folders that images may lie in.
         split: Name of the split.
@@ -238,7 +265,7 @@ def data_recipe(
             f"--root {root} is for the name of a data set, and {data} is a path: leave one out"
         )
     tree = {"dataset": "auto", "root": data, **more}
-    return validated(DataRecipe, tree, f"the data in {data}", "data set")
+    return validated(DataRecipe, tree, "DATA", "data set")
 
 
 def _tree_of(settings: Sequence[str]) -> dict[str, Any]:

@@ -46,6 +46,8 @@ class Encoded:
         prefix: Leading tokens, through the only image, that another sample about the same image
             may share; 0 for none.
         truncated: Tokens cut off the end to fit.
+        image_key: Equal for samples that show the same images by content; 0 where not known, so
+            that only an image of the same place is the same.
     """
 
     id: str
@@ -54,6 +56,7 @@ class Encoded:
     images: tuple[ImageSource, ...]
     prefix: int = 0
     truncated: int = 0
+    image_key: int = 0
 
     def __len__(self) -> int:
         return len(self.input_ids)

@@ -17,6 +17,7 @@ import numpy as np
 from mipha.data.dataset import load_data
 from mipha.data.faults import RecordError
 from mipha.data.held_out import Side, side_of
+from mipha.data.image_keys import ImageKeys
 from mipha.data.images import grey_image, why_missing
 from mipha.data.order import draw_samples, epoch_order, samples_shown
 from mipha.data.sample import ImageSource, Sample
@@ -105,7 +106,7 @@ class Mixture(Sequence[Sample]):
     def on_side(self, side: Side) -> Mixture:
         """Return the samples of another side of the split; nothing is read again for it."""
         other = copy.copy(self)
-        for made in ("_behind", "image_keys"):
+        for made in ("_behind", "image_keys", "shows_image"):
             other.__dict__.pop(made, None)
         other._take(side)
         return other
@@ -209,14 +210,20 @@ class Mixture(Sequence[Sample]):
 
     @cached_property
     def image_keys(self) -> np.ndarray:
-        """Tell which samples show the same images; read once.
+        """Tell which samples show the same images, by their content; read once.
 
         Shape `(samples,)`, uint64: equal for samples that show the same images in the same order,
-        0 for text alone.
+        0 for text alone. An image that cannot be read is named by its place.
         """
-        return np.fromiter(
-            (images_key(sample) for sample in self), dtype=np.uint64, count=len(self)
-        )
+        with ImageKeys() as keys:
+            return np.fromiter(
+                (keys.of(sample.images) for sample in self), dtype=np.uint64, count=len(self)
+            )
+
+    @cached_property
+    def shows_image(self) -> np.ndarray:
+        """Tell which samples show an image: `(samples,)` booleans; read once."""
+        return np.fromiter((bool(sample.images) for sample in self), dtype=bool, count=len(self))
 
     def epoch_samples(self, seed: int, epoch: int) -> np.ndarray:
         """Return `(num_per_epoch,)` indices of the samples of an epoch, data set after data set."""
@@ -234,8 +241,12 @@ class Mixture(Sequence[Sample]):
         self, seed: int, epoch: int, bundle: int | None = None, by_modality: int | None = None
     ) -> np.ndarray:
         """Return `(num_per_epoch,)` indices in the order of an epoch; see `order.epoch_order`."""
-        grouped = bundle is not None or by_modality is not None
-        keys = self.image_keys if grouped else None  # to make them reads every sample
+        # To make them reads every sample, and for a bundle every image.
+        keys = None
+        if by_modality is not None:
+            keys = self.shows_image
+        elif bundle is not None:
+            keys = self.image_keys
         return epoch_order(self.epoch_samples(seed, epoch), seed, epoch, keys, bundle, by_modality)
 
     def check(self) -> str:
@@ -251,7 +262,7 @@ class Mixture(Sequence[Sample]):
             ValueError: A record is malformed; the message names file and row.
             FileNotFoundError: Image files are missing: how many, and the first of them.
         """
-        keys = np.zeros(len(self), dtype=np.uint64)
+        shows_image = np.zeros(len(self), dtype=bool)
         missing: dict[Path, tuple[str, Source]] = {}
         seen: set[int] = set()
         digest = hashlib.sha256()
@@ -261,7 +272,7 @@ class Mixture(Sequence[Sample]):
             if sample.remarks:
                 number = self._source_of(index)
                 remarks.update((number, remark.about) for remark in sample.remarks)
-            keys[index] = images_key(sample)
+            shows_image[index] = bool(sample.images)
             digest.update(_described(sample))
             for image in sample.images:
                 if isinstance(image, Path) and (key := hash(image)) not in seen:
@@ -274,7 +285,7 @@ class Mixture(Sequence[Sample]):
         if len(remarks) > _MOST_REMARKS:
             more = len(remarks) - _MOST_REMARKS
             self.notes.append(f"{more} more remarks on the data: run `mipha check` on them")
-        self.image_keys = keys  # else grouping by image would read everything again
+        self.shows_image = shows_image  # else grouping by modality would read everything again
 
         if missing:
             image, (sample_id, source) = next(iter(missing.items()))
@@ -292,7 +303,7 @@ class Mixture(Sequence[Sample]):
 
 def _names(data: Sequence[DataRecipe]) -> list[str]:
     """Return a name for each data set, with a number after it where two have the same."""
-    names = [recipe.root.name if recipe.root else recipe.dataset for recipe in data]
+    names = [recipe.root_name or recipe.dataset for recipe in data]
     return [
         name if names.count(name) == 1 else f"{name} ({names[: place + 1].count(name)})"
         for place, name in enumerate(names)
@@ -309,16 +320,3 @@ def _described(sample: Sample) -> bytes:
         for image in sample.images
     ]
     return json.dumps([texts, images]).encode() + b"\n"
-
-
-def images_key(sample: Sample) -> int:
-    """Return a number below 2^64: the same for samples that show the same images, 0 for none."""
-    if not sample.images:
-        return 0
-    digest = hashlib.blake2b(digest_size=8)
-    for image in sample.images:
-        digest.update(
-            (image if isinstance(image, bytes) else str(image).encode("utf-8", "surrogatepass"))
-            + b"\0"
-        )
-    return int.from_bytes(digest.digest(), "big")

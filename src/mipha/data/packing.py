@@ -99,7 +99,7 @@ def _share_images(samples: Sequence[Encoded], row_tokens: int) -> list[Row]:
     """Return groups of samples with the same prefix and image; one that outgrows a row is split."""
     by_prefix: dict[object, list[Encoded]] = defaultdict(list)
     for index, sample in enumerate(samples):
-        shared = (sample.images, sample.input_ids[: sample.prefix].tobytes())
+        shared = (sample.image_key or sample.images, sample.input_ids[: sample.prefix].tobytes())
         by_prefix[shared if sample.prefix else index].append(sample)
 
     groups = []

@@ -303,7 +303,7 @@ def _training(recipe: Recipe) -> str:
     rows = []
     for name, stage in recipe.stages.items():
         data = ", ".join(
-            entry.dataset + (f" ({plain(entry.root.name)})" if entry.root else "")
+            entry.dataset + (f" ({plain(entry.root_name)})" if entry.root else "")
             for entry in stage.data
         )
         tuned = ", ".join(f"{part.replace('_', ' ')} {stage.tuning.of(part)}" for part in PARTS)

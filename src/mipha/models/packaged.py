@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mipha.errors import MissingPackage
+from mipha.files import cache_folder
 from mipha.lookup import did_you_mean
 from mipha.terminal import echo
 
@@ -206,8 +206,7 @@ def packaged_folder(name: str) -> Path:
         raise ValueError(f"no packaged model {name!r}: {did_you_mean(name, PACKAGED)}")
 
     asset = PACKAGED[name]
-    cache = Path(os.environ.get("MIPHA_CACHE") or Path.home() / ".cache" / "mipha").expanduser()
-    folder = cache / f"{name}-{asset.sha256[:12]}-{_CONVERSION}"
+    folder = cache_folder() / f"{name}-{asset.sha256[:12]}-{_CONVERSION}"
     if folder.is_dir():
         return folder
 

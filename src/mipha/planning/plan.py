@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from math import ceil
+from pathlib import Path
 
 import torch
 
@@ -335,7 +336,9 @@ def _read_steps(case: _Case, model: LlavaForConditionalGeneration) -> tuple[int,
     """
     recipe, stage = case.recipe, case.stage
     known = [PUBLISHED_DATA.get(data.dataset) for data in stage.data]
-    missing = [data for data in stage.data if data.root is not None and not data.root.exists()]
+    missing = [
+        data for data in stage.data if isinstance(data.root, Path) and not data.root.exists()
+    ]
     if missing and all(known):
         return _published_steps(case, [fact for fact in known if fact], model)
 

@@ -29,7 +29,7 @@ from mipha.data.check.text import CONTROL_TOKENS, special_tokens_of, text_proble
 from mipha.data.dataset import LoadedData
 from mipha.data.datasets.table import INSTRUCTION as CAPTION_REQUEST
 from mipha.data.faults import RecordError
-from mipha.data.mixture import images_key
+from mipha.data.image_keys import ImageKeys
 from mipha.data.sample import IMAGE, Sample
 from mipha.labels import IGNORE
 from mipha.processes import end_with
@@ -111,7 +111,8 @@ class RowFacts(NamedTuple):
         turns: Its questions and answers.
         num_answer_words: Words of all its answers together.
         tokens: None where they were not counted.
-        image_key: The same for samples that name the same images, 0 for text alone.
+        image_key: The same for samples that show the same images; 0 for text alone, and where
+            tokens were not counted.
         unread: Keys that nothing read.
         file: The file that it lies in, without the data's folder; empty where unknown.
         num_turns: Its questions with an answer; a document is one.
@@ -190,6 +191,7 @@ def row_checker(inputs: CheckInputs) -> Callable[[int], RowFacts]:
     """Return a function from a row's place to its facts; it remembers the images it has read."""
     data, processor, stage = inputs.data, inputs.processor, inputs.stage
     read_image = image_reader()
+    keys = ImageKeys()
     special = (
         re.compile("|".join(map(re.escape, CONTROL_TOKENS)))
         if processor is None
@@ -215,12 +217,13 @@ def row_checker(inputs: CheckInputs) -> Callable[[int], RowFacts]:
         for image in images:
             problems += image.problems
 
-        # Count its tokens.
-        tokens = None
+        # Count its tokens, and name its images as training does to share them.
+        tokens, image_key = None, 0
         encodable = not any(kind in _NO_TOKENIZER for kind, _ in problems)
         if processor is not None and stage is not None and encodable:
             tokens, found = token_facts(sample, processor, stage)
             problems += found
+            image_key = keys.of(sample.images)
 
         # Keep the first problem of each kind: one is enough to send the reader to the row.
         first: dict[str, str] = {}
@@ -252,7 +255,7 @@ def row_checker(inputs: CheckInputs) -> Callable[[int], RowFacts]:
                 if message.role in ("assistant", "document")
             ),
             tokens=tokens,
-            image_key=images_key(sample),
+            image_key=image_key,
             unread=tuple(remark.what for remark in sample.remarks if remark.kind == "unread-key"),
             file=data.file_of(row),
             num_turns=sum(m.role in ("assistant", "document") for m in sample.messages),

@@ -23,6 +23,7 @@ from mipha.data.datasets._records import (
 )
 from mipha.data.datasets._shapes import describe, sample_of, shapes_of
 from mipha.data.datasets.arrow import ArrowRecords, files_of, splits_of
+from mipha.data.datasets.hub import describes_configs
 from mipha.data.datasets.image_folder import METADATA, CaptionedImages, metadata_of
 from mipha.data.datasets.parquet import ParquetRecords
 from mipha.data.datasets.webdataset import TarRecords
@@ -106,6 +107,9 @@ def _detect_folder(folder: Path, complete: Callable[[Any], Any]) -> tuple[str, s
         file = files_of(next(iter(splits_of(folder).values())))[0]
         name, sentence = _detect_file(file, complete)
         return name, sentence.replace(str(file), f"{folder} (saved by `datasets`)", 1)
+
+    if describes_configs(folder):
+        return "hub", f"{folder} is read as hub, by the configs of its README"
 
     files_by_kind = _record_files(folder)
     found = {kind: files[0] for kind, files in files_by_kind.items()}
