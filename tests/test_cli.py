@@ -173,7 +173,7 @@ def test_train_gives_the_overridden_recipe_to_the_pipeline(
 ) -> None:
     calls = []
 
-    def train(recipe: Any, folder: Path, track: list[str]) -> Any:
+    def train(recipe: Any, folder: Path, track: list[str], profile: int) -> Any:
         calls.append((recipe, folder, track))
         return SimpleNamespace(final_checkpoint=lambda: folder / "finetune" / "checkpoint")
 

@@ -174,6 +174,26 @@ def _index(entries: list[Any], key: str, path: list[str]) -> int:
     return int(key)
 
 
+_LATER: dict[str, Any] = {
+    "pad_to_square": None,
+    "upstream": [],
+}
+"""Keys that are younger than the digests of runs, with their defaults."""
+
+
+def _without_later(tree: Any) -> Any:
+    """Return plain values without younger keys at their defaults, so that old digests stay."""
+    if isinstance(tree, list):
+        return [_without_later(value) for value in tree]
+    if not isinstance(tree, dict):
+        return tree
+    return {
+        key: _without_later(value)
+        for key, value in tree.items()
+        if key not in _LATER or value != _LATER[key]
+    }
+
+
 class ModelRecipe(Strict):
     """Which parts are joined, and how the image enters."""
 
@@ -701,11 +721,13 @@ class Recipe(RecipeBase):
             (made, self.stages[made].model_dump(mode="json"))
             for made in names[: names.index(name) + 1]
         ]
+        content["stages"] = [(made, _without_later(tree)) for made, tree in content["stages"]]
         return digest_of(content)
 
     def content(self) -> dict[str, Any]:
         """Return the plain values that count for the digest."""
         content = super().content()
+        content["stages"] = _without_later(content["stages"])
 
         # A digest sorts keys, so any order but that of the paper's two stages is written down.
         if list(self.stages) != ["pretrain", "finetune"]:

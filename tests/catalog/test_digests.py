@@ -12,7 +12,7 @@ from mipha.recipe import list_recipes, load_recipe
 from mipha.studies.study import list_studies, load_study
 
 KNOWN = json.loads((Path(__file__).parent / "digests.json").read_text(encoding="utf-8"))
-"""As computed before stages had names of their own. A new recipe key changes them all."""
+"""As computed before stages had names of their own. A new key goes into `recipe._LATER`."""
 
 
 def test_recipes_keep_their_digests() -> None:

@@ -137,10 +137,10 @@ def fetch(
     entries = [one for stage in loaded.stages.values() for one in stage.data]
     remote = {str(one.model_dump(mode="json")): one for one in entries if isinstance(one.root, str)}
     if not remote:
-        typer.echo(f"all data of {loaded.name} are local: nothing to fetch")
+        echo(f"all data of {loaded.name} are local: nothing to fetch")
     for one in remote.values():
         data = load_data(one)
-        typer.echo(f"{one.root}: {len(data):,} rows in {data.folder}")
+        echo(f"{one.root}: {len(data):,} rows in {data.folder}")
 
 
 def show_row(
