@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rich.console import Console
 from rich.table import Table
 
 from mipha.api import check_training, train
@@ -26,6 +25,7 @@ from mipha.files import read_json_object, write_whole
 from mipha.preflight import check_parts, check_writable
 from mipha.recipe import CheckpointRecipe, Recipe, load_recipe
 from mipha.run import Run, check_run, create_run, is_first_process
+from mipha.terminal import Console
 
 if TYPE_CHECKING:
     from mipha.assistant import Assistant

@@ -21,7 +21,6 @@ import os
 import random
 import re
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +31,7 @@ import httpx
 
 from mipha.errors import import_optional
 from mipha.files import cache_folder, read_json_object, write_whole
+from mipha.terminal import echo
 
 TRIES = 6
 """Times that a transfer is begun without any byte in between before it is given up."""
@@ -85,10 +85,10 @@ def copy_to_cache(address: str) -> Path:
         if wanted:
             _check_disk(folder, wanted)
             size = sum(file.size for file in wanted)
-            print(
+            echo(
                 f"mipha: copying {len(wanted)} files ({size / 1e6:,.1f} MB) of {address} "
                 f"into {folder}",
-                file=sys.stderr,
+                err=True,
             )
         for file in wanted:
             _copy(folder, file)

@@ -11,7 +11,6 @@ is resolved once to a commit, which is printed. Code of a data set is never run.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from mipha.data.datasets.parquet import ParquetRecords
 from mipha.data.datasets.webdataset import TarRecords
 from mipha.errors import import_optional
 from mipha.files import cache_folder
+from mipha.terminal import echo
 
 HUB = "hf://datasets/"
 
@@ -104,7 +104,7 @@ def copy_of_hub(
         prefix = f"{HUB}{name}@{commit}/"
         wanted = _data_files(name, split, config, commit)
         inside = [file.removeprefix(prefix) for file in wanted]
-        print(f"mipha: {address} is commit {commit}: {len(inside)} files", file=sys.stderr)
+        echo(f"mipha: {address} is commit {commit}: {len(inside)} files", err=True)
         folder = Path(
             snapshot_download(
                 name, repo_type="dataset", revision=commit, allow_patterns=["README.md", *inside]
