@@ -56,6 +56,9 @@ class Way:
 BASELINE = Way("stock LLaVA")
 """Padding to the longest of the batch, logits of all positions, eager attention, float32."""
 
+STOCK_BFLOAT16 = Way("stock LLaVA, bfloat16", bf16=True)
+"""The same in bfloat16, as upstream trains: what ours in bfloat16 is compared with."""
+
 LEVERS = (
     Way("grouped by length", grouped=True),
     Way("SDPA", attention="sdpa"),

@@ -160,7 +160,7 @@ def _variants(node: ast.AST) -> Iterator[str]:
             yield _with(node, func=ast.Name(_SWAPPED[name]))
         case ast.Call():
             for place, word in enumerate(node.keywords):
-                if word.arg not in (None, "description"):
+                if word.arg not in (None, "description", "strict"):
                     yield _with(node, keywords=node.keywords[:place] + node.keywords[place + 1 :])
         case ast.Expr(value=ast.Call()):
             yield "pass"

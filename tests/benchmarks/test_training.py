@@ -12,8 +12,18 @@ from pathlib import Path
 
 import against_trainer
 import pytest
-from training import BASELINE, LEVERS, SHARING, difference, run_part, together, unequal
-from ways import Outcome, Trial
+from harness import Row
+from training import (
+    BASELINE,
+    LEVERS,
+    SHARING,
+    difference,
+    like_with_like,
+    run_part,
+    together,
+    unequal,
+)
+from ways import STOCK_BFLOAT16, Outcome, Trial
 from workloads import EASY_VQA, SHARED, SINGLE, small_parts
 
 TINY = replace(SHARED, image_size=112, words=(1, 5), answer=(1, 3))
@@ -102,3 +112,14 @@ def test_the_trainer_of_transformers_trains_the_same_samples_in_the_same_steps(
     assert len(losses["Trainer, float32"]) == 2
     assert difference(losses["mipha, float32"], losses["Trainer, float32"]) < 1e-5
     assert (tmp_path / "out" / "training-trainer.json").is_file()
+
+
+def test_each_way_is_compared_with_the_stock_model_in_its_own_type() -> None:
+    in_float32, in_bfloat16 = (together("packed", bf16=bf16) for bf16 in (False, True))
+    ways = (BASELINE, STOCK_BFLOAT16, in_float32, in_bfloat16)
+    rates = zip(ways, (1.0, 2.0, 1.5, 5.0), strict=True)
+    rows = [Row("stage 2", way.name, rate, rate, rate, rate, "samples") for way, rate in rates]
+    assert like_with_like(ways, rows) == {
+        f"{in_float32.name}, against stock LLaVA": "1.50 times",
+        f"{in_bfloat16.name}, against stock LLaVA, bfloat16": "2.50 times",
+    }

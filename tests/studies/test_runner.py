@@ -15,7 +15,7 @@ from mipha.api import run_study
 from mipha.run import create_run, open_run
 from mipha.studies.folder import Job, awaits, claim, jobs_of, open_study, share_stages
 from mipha.studies.report import write_report
-from mipha.studies.runner import _environment
+from mipha.studies.runner import _environment, list_runs
 from mipha.studies.study import Study, load_study
 
 
@@ -67,7 +67,13 @@ def test_a_study_runs_shares_its_first_stage_and_does_nothing_twice(
     study: Study, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
+    assert list_runs(study.at("mini"), out, 1) == [
+        ("projector", 0, "train pretrain, finetune"),
+        ("all", 0, "train finetune"),
+    ]
+    assert not out.exists()
     run_study(study, "mini", out, slots=1)
+    assert {todo for *_, todo in list_runs(study.at("mini"), out, 1)} == {"done"}
     first, second = (open_run(job.folder) for job in jobs_of(study.at("mini"), out, 1))
     for run in (first, second):
         scores = json.loads((run.evaluation("easy_vqa") / "scores.json").read_text())
@@ -117,6 +123,11 @@ def test_another_study_takes_over_the_runs_and_first_stages_of_the_same_recipes(
     with pytest.raises(FileNotFoundError, match="nothing holds no study"):
         run_study(other, "mini", tmp_path / "second", share=[tmp_path / "nothing"])
     assert not (tmp_path / "second").exists()
+    donated = tmp_path / "first" / "runs" / "projector" / "seed-0"
+    assert list_runs(other.at("mini"), tmp_path / "second", 1, [tmp_path / "first"]) == [
+        ("head", 0, f"take over {donated}"),
+        ("norms", 0, "train finetune"),
+    ]
     run_study(other, "mini", tmp_path / "second", share=[tmp_path / "first"])
     donor = open_run(tmp_path / "first" / "runs" / "projector" / "seed-0")
     same, new = (open_run(job.folder) for job in jobs_of(other.at("mini"), tmp_path / "second", 1))

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mipha.cli.arguments import parse_pairs
 from mipha.cli.results import JudgeModel, JudgeReplies, JudgeUrl
 from mipha.terminal import echo
+
+if TYPE_CHECKING:
+    from mipha.studies.runner import JudgeOptions
+    from mipha.studies.study import Experiment
 
 verbs = typer.Typer(
     help="Train and compare the variants of one of the paper's experiments, or of your own.",
@@ -57,6 +62,9 @@ def run(
     judge: JudgeUrl = None,
     judge_model: JudgeModel = None,
     judge_replies: JudgeReplies = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only check everything and list the runs.")
+    ] = False,
 ) -> None:
     """Train and evaluate the missing runs, then write the report."""
     from mipha.api import run_study
@@ -66,9 +74,34 @@ def run(
     parameters = parse_pairs(slurm, "--slurm", "slurm_partition=gpu") if slurm else None
     given = judge or judge_model or judge_replies
     options = JudgeOptions(judge, judge_model, judge_replies) if given else None
+    if dry_run:
+        _list_runs(load_study(name).at(scale), out, seeds, share or (), options)
+        return
     folder = run_study(load_study(name), scale, out, seeds, jobs, parameters, share or (), options)
     for report in ("report.md", "report.html"):
         echo(f"written: {folder / report}")
+
+
+def _list_runs(
+    experiment: Experiment,
+    out: Path,
+    seeds: int | None,
+    share: Sequence[Path],
+    judge: JudgeOptions | None,
+) -> None:
+    """Print each run and what is to be done for it."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from mipha.studies.runner import list_runs
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("variant", "seed", "to do"):
+        table.add_column(column, overflow="fold")
+    for variant, seed, todo in list_runs(experiment, out, seeds, share, judge):
+        table.add_row(variant, str(seed), todo)
+    Console().print(table)
+    typer.echo("mipha plan tells the hours of a recipe; mipha show, the recipe and the overrides")
 
 
 @verbs.command()

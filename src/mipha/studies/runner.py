@@ -122,15 +122,7 @@ def run_missing(
     Arguments and errors are those of `mipha.api.run_study`.
     """
     # Check everything that can be checked before anything is trained.
-    others = [job for folder in share for job in runs_in(Path(folder))]
-    jobs = jobs_of(experiment, out, seeds or experiment.asked.seeds)
-    asked = _askable(experiment, judge)
-    donors = {other.recipe.digest(): other.folder for other in reversed(others) if other.is_trained}
-    if not all(_is_done(job, asked) for job in jobs):
-        _check_data(asked, experiment.asked.evaluate)
-    for job in jobs:
-        if job.recipe.digest() not in donors:
-            check_training(job.recipe, job.folder)
+    jobs, others, asked, donors = _check(experiment, out, seeds, share, judge)
     gpus = _gpus(slots) if slurm is None else []
     claim(experiment, out)
     with hold_folder(out):
@@ -161,6 +153,68 @@ def run_missing(
             f"{len(failed)} of {len(jobs)} runs failed: see {logs}, "
             "fix the cause and run the same command again"
         )
+
+
+def list_runs(
+    experiment: Experiment,
+    out: Path,
+    seeds: int | None = None,
+    share: Sequence[str | Path] = (),
+    judge: JudgeOptions | None = None,
+) -> list[tuple[str, int, str]]:
+    """Return variant, seed and what is to be done for each run of a study; nothing is created.
+
+    Arguments and errors are those of `mipha.api.run_study`.
+    """
+    jobs, others, asked, donors = _check(experiment, out, seeds, share, judge)
+
+    # A stage that another run trains, or has trained, is taken over.
+    made = {
+        other.recipe.stage_digest(name)
+        for other in [*others, *jobs]
+        for name in other.recipe.stages
+        if other.is_trained
+    }
+    listed = []
+    for job in jobs:
+        digests = {job.recipe.stage_digest(name): name for name in job.recipe.stages}
+        own = [name for digest, name in digests.items() if digest not in made]
+        made |= digests.keys()
+        if _is_done(job, asked):
+            todo = "done"
+        elif job.is_trained:
+            todo = "measure"
+        elif donor := donors.get(job.recipe.digest()):
+            todo = f"take over {donor}"
+        else:
+            todo = f"train {', '.join(own)}" if own else "take over all stages"
+        listed.append((job.variant, job.seed, todo))
+    return listed
+
+
+def _check(
+    experiment: Experiment,
+    out: Path,
+    seeds: int | None,
+    share: Sequence[str | Path],
+    judge: JudgeOptions | None,
+) -> tuple[list[Job], list[Job], Scale, dict[str, Path]]:
+    """Check everything that can be checked before anything is trained.
+
+    Returns:
+        The runs of the study, those of the folders to share from, the scale with the benchmarks
+        that can be scored, and the folders of finished runs to take over by the recipe's digest.
+    """
+    others = [job for folder in share for job in runs_in(Path(folder))]
+    jobs = jobs_of(experiment, out, seeds or experiment.asked.seeds)
+    asked = _askable(experiment, judge)
+    donors = {other.recipe.digest(): other.folder for other in reversed(others) if other.is_trained}
+    if not all(_is_done(job, asked) for job in jobs):
+        _check_data(asked, experiment.asked.evaluate)
+    for job in jobs:
+        if job.recipe.digest() not in donors:
+            check_training(job.recipe, job.folder)
+    return jobs, others, asked, donors
 
 
 def _askable(experiment: Experiment, judge: JudgeOptions | None) -> Scale:

@@ -197,6 +197,7 @@ def test_doubts(tmp_path: Path) -> None:
     ("record", "sentence"),
     [
         (_record(2, ["x"] * 9), r"data\[1\]: answers .* should have at least 10 items, not 9"),
+        (_record(2, ["x"] * 11), r"data\[1\]: answers .* should have at most 10 items, not 11"),
         (
             _record(2, ["x"] * 10) | {"answers": [2] * 10},
             r"data\[1\]: answers\.0 2 should be a valid string",
