@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import random
+import runpy
 import signal
+import socket
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
@@ -148,3 +152,139 @@ def test_a_killed_run_with_adapters_ends_in_the_same_weights(
         assert (run.stage(stage) / "tuning.json").read_text() == (
             whole.stage(stage) / "tuning.json"
         ).read_text()
+
+
+# With another number of processes sums are taken in another order, so trained weights may differ in
+# their last bits. What must not differ is the state: all of it comes back, to the bit.
+
+RESUMED = """
+import json, os
+from pathlib import Path
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.tensor import DTensor
+from mipha.engine import states
+from mipha.recipe import load_recipe
+from mipha.training import loop
+from mipha.training.pipeline import train
+
+os.environ.update(LAUNCHED)
+
+def load_state(folder, model, optimizer, world):
+    position = states.load_state(folder, model, optimizer, world)
+    if position is None:
+        return None
+
+    # All of what the processes hold now, and all of what the files hold.
+    held = flatten_state_dict(states._content(model, optimizer))[0]
+    held = {
+        name: value.full_tensor() if isinstance(value, DTensor) else value
+        for name, value in held.items()
+        if isinstance(value, torch.Tensor)
+    }
+    state = folder / f"step-{position['step']:08d}"
+    known = states._Reader(state).read_metadata().state_dict_metadata
+    stored = {
+        name: torch.empty(value.size, dtype=value.properties.dtype)
+        for name, value in known.items()
+        if hasattr(value, "chunks")
+    }
+    dcp.load(stored, storage_reader=states._Reader(state), no_dist=True)
+    if world.is_first:
+        row = {
+            "stage": folder.parent.name,
+            "processes": world.size,
+            "step": position["step"],
+            "position": position == json.loads((state / "position.json").read_text()),
+            "tensors": len(held),
+            "moments": sum(name.startswith("optimizer.") for name in held),
+            "lost": sorted(stored.keys() ^ held.keys()),
+            "differ": [name for name in held if not torch.equal(held[name], stored[name])],
+        }
+        with (Path(FOLDER) / "resumed.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\\n")
+    return position
+
+loop.load_state = load_state
+train(load_recipe(RECIPE), FOLDER)
+"""
+
+
+def launch(driver: Path, recipe: Path, folder: Path, size: int) -> list[BaseProcess]:
+    """Train in some processes, as torchrun would, but for the time to start."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mipha.training.pipeline"])
+    processes = []
+    for rank in map(str, range(size)):
+        launched = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1"}
+        launched |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(size))
+        launched |= {"MASTER_PORT": str(port)}
+        given = {"LAUNCHED": launched, "RECIPE": str(recipe), "FOLDER": str(folder)}
+        processes.append(context.Process(target=runpy.run_path, args=(str(driver), given)))
+        processes[-1].start()
+    return processes
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_and_resumed_by_another_number_of_processes(
+    kills: int, tiny_run_recipe: Callable, tmp_path: Path, weights: Callable, metrics: Callable
+) -> None:
+    """What a resumed run holds is what the state before it holds, bit for bit."""
+    recipe = tiny_run_recipe(
+        *(f"stages.{stage}.adam_eps=1e-2" for stage in STAGES),
+        *("stages.finetune.max_steps=12", "stages.finetune.epochs=3"),
+        *(f"stages.{stage}.checkpoint_every=1" for stage in STAGES),
+    )
+    undisturbed = train(recipe, tmp_path / "undisturbed")
+    (tmp_path / "recipe.yaml").write_text(recipe.dump())
+    (tmp_path / "driver.py").write_text(RESUMED)
+
+    # Kill all processes of a launch at a random moment; the next launch has another number of them.
+    chance, landed, number, runs = random.Random(kills), 0, 0, [Run(tmp_path / "0")]
+    sizes = (1, 2, 3, 2, 1, 3)
+    while landed < kills:
+        assert number < 3 * kills, "too few of the kills came before the end"
+        run, size = runs[-1], sizes[number % len(sizes)]
+        stage = "finetune" if run.is_finished("pretrain") else "pretrain"
+        lines = num_lines(run.metrics(stage)) + chance.randrange(1, 4)
+        processes = launch(tmp_path / "driver.py", tmp_path / "recipe.yaml", run.folder, size)
+        while any(process.is_alive() for process in processes) and not is_behind(run, stage, lines):
+            time.sleep(0.001)
+        time.sleep(0.04 * chance.random())
+        for process in processes:
+            process.kill()
+        for process in processes:
+            process.join()
+        landed += all(process.exitcode == -signal.SIGKILL for process in processes)
+        number += 1
+        if run.is_finished("finetune"):  # and one more run to kill
+            runs.append(Run(tmp_path / str(number)))
+
+    # Every run ends as the undisturbed one does, but for the last bits.
+    resumed = []
+    for run in runs:
+        train(recipe, run.folder)
+        for stage in STAGES:
+            rows, others = metrics(run.metrics(stage)), metrics(undisturbed.metrics(stage))
+            assert [row["step"] for row in rows] == list(range(1, len(others) + 1))
+            for row, other in zip(rows, others, strict=True):
+                counted = {k for k, value in other.items() if type(value) is int}
+                assert {k: row[k] for k in counted} == {k: other[k] for k in counted}
+                assert row["loss"] == pytest.approx(other["loss"], rel=1e-3)
+            mine, theirs = (weights(done.checkpoint(stage)) for done in (run, undisturbed))
+            for name in theirs:
+                torch.testing.assert_close(mine[name], theirs[name], rtol=1e-2, atol=1e-3)
+        if (run.folder / "resumed.jsonl").exists():
+            resumed += metrics(run.folder / "resumed.jsonl")
+
+    # Whatever was loaded is what was stored.
+    assert len(resumed) >= kills // 2
+    assert any(row["processes"] > 1 for row in resumed)
+    for row in resumed:
+        assert row["position"] and not row["lost"] and not row["differ"], row
+        assert row["moments"] > 1 and row["tensors"] > row["moments"]
+    print(json.dumps({"kills": landed, "launches": number, "resumed": resumed}))
