@@ -26,18 +26,21 @@ RECORDS = [
     record("VS_chart_8_0_0", "1", "0"),
     record("VS_chart_8_1_0", "1"),
     record("VS_chart_8_2_0", "0", "2"),
+    record("VD_math_9_1_0", "1"),
 ]
-IDS = ["VS_chart_8_0_0", "VS_chart_8_1_0", "VS_chart_8_2_0"]
+IDS = ["VS_chart_8_0_0", "VS_chart_8_1_0", "VS_chart_8_2_0", "VD_math_9_1_0"]
 REPLIES = [
     {"question_id": IDS[0], "text": "unclear"},
     {"question_id": IDS[1], "text": "“correct”"},
     {"question_id": IDS[2], "text": "Incorrect."},
+    {"question_id": IDS[3], "text": "correct"},
 ]
 
 
 def write_official(folder: Path) -> None:
     write_file(folder / FILE, RECORDS)
     write_images(folder / "hallusion_bench" / "VS" / "chart", ["8_1.png", "8_2.png"])
+    write_images(folder / "hallusion_bench" / "VD" / "math", ["9_1.png"])
 
 
 def test_the_official_script_says_the_same() -> None:
@@ -79,13 +82,14 @@ def test_verdicts(reply: str, verdict: str) -> None:
 def test_unclear_is_right_where_the_figure_was_left_out(tmp_path: Path) -> None:
     write_official(tmp_path)
     asked = hallusionbench_gpt.BENCHMARK.questions(tmp_path)
-    assert [len(question.images) for question in asked] == [0, 1, 1]
+    assert [len(question.images) for question in asked] == [0, 1, 1, 1]
     judgement = hallusionbench_gpt.score(asked, dict.fromkeys(IDS, "hm"), Judge("unclear"))
-    assert judgement.per_question == {IDS[0]: 1, IDS[1]: 0, IDS[2]: 0}
+    assert judgement.per_question == {IDS[0]: 1, IDS[1]: 0, IDS[2]: 0, IDS[3]: 0}
     found = values(tally(judgement.contributions), hallusionbench_gpt.measure)
-    assert found["aAcc"] == pytest.approx(100 / 3) and found["fAcc"] == found["qAcc"] == 0
-    assert found["yes_bias_difference"] == pytest.approx(2 / 3 - 2 / 3)
-    assert found["false_positive_ratio"] == 0.5
+    assert found["aAcc"] == 25 and found["fAcc"] == found["qAcc"] == 0
+    # A wrong answer to a question whose answer is no says yes.
+    assert found["yes_bias_difference"] == 2 / 4 - 3 / 4
+    assert found["false_positive_ratio"] == pytest.approx(1 / 3)
 
 
 def test_an_empty_reply_is_no_verdict(tmp_path: Path) -> None:
@@ -111,7 +115,7 @@ OFFICIAL = Official(
         FILE, '"gt_answer": "0"', '"gt_answer": "no"', ("gt_answer 'no' should be '0' or '1'",)
     ),
     metric="qAcc",
-    best=0,
+    best=50,
     image="hallusion_bench/VS/chart/8_2.png",
     replies=REPLIES,
     num_bare=1,
