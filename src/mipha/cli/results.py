@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mipha.cli.arguments import Adapter, parse_pairs, split_names
+from mipha.cli.arguments import Adapter, Dtype, parse_pairs, split_names
 
 if TYPE_CHECKING:
     from mipha.evaluation.benchmark import Judge, Plan
@@ -117,6 +117,7 @@ def evaluate(
     judge_replies: JudgeReplies = None,
     judge_request: JudgeRequest = None,
     engine: Engine = "auto",
+    dtype: Dtype = "auto",
     served_model: ServedModel = None,
     key_env: KeyEnv = None,
     parallel: Parallel = None,
@@ -136,7 +137,7 @@ def evaluate(
     from mipha.evaluation.tables import print_plan, print_results
 
     # A model that is missing is named before data that are.
-    subject = _subject(model, engine, served_model, key_env, parallel, request, adapter)
+    subject = _subject(model, engine, served_model, key_env, parallel, request, adapter, dtype)
     names = split_names(benchmarks)
     for option, value in (
         ("--metric", metric),
@@ -376,6 +377,7 @@ def _subject(
     parallel: int | None,
     request: list[str] | None,
     adapter: Path | None,
+    dtype: str = "auto",
 ) -> Subject:
     """Return the model that the options name; nothing is loaded."""
     from mipha.api import find_model
@@ -385,6 +387,7 @@ def _subject(
     return find_model(
         model,
         engine,
+        dtype=dtype,
         name=served_model,
         api_key=os.environ.get(key_env or "MIPHA_API_KEY"),
         parallel=parallel,
