@@ -37,6 +37,21 @@ def test_importing_the_package_loads_no_torch() -> None:
     subprocess.run([sys.executable, "-c", program], check=True, env=environment)
 
 
+@pytest.mark.parametrize(
+    ("own", "spins"),
+    [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_threads_sleep_soon_unless_the_user_says_otherwise(
+    own: dict[str, str], spins: str | None
+) -> None:
+    clean = {key: value for key, value in os.environ.items() if "OMP_" not in key}
+    read = "import mipha, os; print(os.environ.get('GOMP_SPINCOUNT'))"
+    done = subprocess.run(
+        [sys.executable, "-c", read], env=clean | own, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == str(spins)
+
+
 def test_type_checkers_are_told_that_the_package_has_types() -> None:
     assert (SOURCE / "mipha" / "py.typed").is_file()
     assert '"py.typed"' in (SOURCE.parent / "pyproject.toml").read_text(encoding="utf-8")

@@ -6,7 +6,14 @@ The public names are loaded on first use, so that importing the package is insta
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
+
+# The OpenMP threads of torch's wheels (libgomp) spin for 15 ms before they sleep. Beside other work
+# they spin while the thread that they wait for has no core, and training takes ten times as long:
+# LOG.md, 2026-11-30. This must be set before torch is imported; a setting of the user's stays.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 if TYPE_CHECKING:
     from mipha.api import evaluate, run_study, train

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mipha.errors import import_optional
 from mipha.lookup import did_you_mean
-from mipha.preflight import check_device, check_parts, check_writable
+from mipha.preflight import check_device, check_dtype, check_parts, check_writable
 from mipha.run import Run, check_run, is_first_process, open_run
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ def find_model(
     model: str | Path,
     engine: str = "auto",
     *,
+    dtype: str = "auto",
     name: str | None = None,
     api_key: str | None = None,
     parallel: int | None = None,
@@ -99,6 +100,7 @@ def find_model(
             server that speaks OpenAI's chat completions, such as `http://localhost:8000/v1`.
         engine: `transformers`, `llama.cpp` or `vllm`; `auto`: llama.cpp for GGUF, else
             transformers.
+        dtype: Type that transformers answers in, see `mipha.load`.
         name: Name of the model on the server; for a URL only, as all that follow.
         api_key: Key of the server.
         parallel: Requests at a time; None: 8.
@@ -115,14 +117,17 @@ def find_model(
     """
     from mipha.evaluation.evaluate import OpenModel, Subject, checkpoint_subject
 
+    check_dtype(dtype)
+
     # A server.
     if str(model).startswith(("http://", "https://")):
         from mipha.evaluation.endpoint import EndpointModel
 
         if name is None:
             raise ValueError(f"{model} needs --model, the name of a model that the server has")
-        if engine != "auto":
-            raise ValueError(f"--engine {engine} has no effect on a URL: leave it out")
+        for option, value in (("--engine", engine), ("--dtype", dtype)):
+            if value != "auto":
+                raise ValueError(f"{option} {value} has no effect on a URL: leave it out")
         if adapter is not None:
             raise ValueError("--adapter has no effect on a URL: give its name on the server")
         endpoint = EndpointModel(
@@ -142,9 +147,11 @@ def find_model(
     path = Path(model)
     holds_gguf = path.is_file() or (path.is_dir() and any(path.glob("*.gguf")))
     if engine in ("auto", "transformers") and not holds_gguf:
-        return checkpoint_subject(path, adapter)
+        return checkpoint_subject(path, adapter, dtype)
     if adapter is not None:
         raise ValueError("--adapter needs transformers: leave out --engine, or merge the adapter")
+    if dtype != "auto":
+        raise ValueError(f"--dtype {dtype} is for transformers, not for {model}: leave it out")
 
     from mipha.deploy.serve.engine import choose_engine, find_source
 

@@ -1,4 +1,4 @@
-"""The tour: train, measure, compare with baselines that see no image, show examples.
+"""The tour: train, measure, show examples; on request, compare with baselines that see no image.
 
 It runs the same commands that a user would type.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from mipha.api import check_training
 from mipha.comparison.figures import contact_sheet
@@ -25,7 +27,7 @@ from mipha.evaluation.predict import read_predictions
 from mipha.files import read_json_object, write_whole
 from mipha.processes import child_environment
 from mipha.recipe import load_recipe
-from mipha.run import Run
+from mipha.run import Run, available_cores
 from mipha.terminal import Console
 
 BENCHMARK = "easy_vqa"
@@ -34,30 +36,72 @@ BEFORE_LIMIT = 2000
 percent from a hundred."""
 
 
+MOST_PROCESSES = 4
+"""Processes that ask the test questions; each holds the model, about 1 GB."""
+
+_TORCHRUN = (
+    "from mipha.processes import end_with_parent; end_with_parent(); "
+    "from torch.distributed.run import main; main()"
+)
+"""torchrun that ends with the tour; its processes end with it."""
+
+
 @dataclass(frozen=True)
 class Phase:
-    """One command of the tour."""
+    """One command of the tour.
+
+    Args:
+        command: Arguments of `mipha`.
+        processes: Processes that share the work, started by torchrun where there are several.
+    """
 
     name: str
     command: tuple[str, ...]
+    processes: int = 1
+
+    @property
+    def shown(self) -> str:
+        """The command as a user types it."""
+        return shlex.join(
+            [*(["torchrun", *self._options, "-m"] if self._options else []), "mipha", *self.command]
+        )
+
+    @property
+    def arguments(self) -> list[str]:
+        """The command as it is run, with this Python."""
+        start = ["-c", _TORCHRUN, *self._options, "-m"] if self._options else ["-m"]
+        return [sys.executable, *start, "mipha", *self.command]
+
+    @property
+    def _options(self) -> list[str]:
+        several = ["--standalone", "--nproc-per-node", str(self.processes)]
+        return several if self.processes > 1 else []
 
 
-def quickstart(folder: Path, overrides: Sequence[str] = (), limit: int | None = None) -> None:
-    """Train the quickstart recipe, evaluate it, train and evaluate its baselines, and sum up.
+def quickstart(
+    folder: Path,
+    overrides: Sequence[str] = (),
+    limit: int | None = None,
+    baselines: bool = False,
+) -> None:
+    """Train the quickstart recipe, evaluate it, and sum up.
 
     Args:
         folder: Run folder; started again, the tour goes on where it stopped.
-        overrides: Recipe overrides for both trainings.
+        overrides: Recipe overrides for all trainings.
         limit: Ask the first N test questions only.
+        baselines: Also ask the model before its last stage, and train and ask a blind one.
     """
     check_training(load_recipe("quickstart").override(*overrides), folder)
     console, ledger = Console(), folder / "quickstart.json"
-    for phase in phases(folder, overrides, limit):
+    for phase in phases(folder, overrides, limit, baselines):
         _run_phase(phase, ledger, console)
     _sum_up(folder, console)
 
 
-def phases(folder: Path, overrides: Sequence[str], limit: int | None) -> list[Phase]:
+def phases(
+    folder: Path, overrides: Sequence[str], limit: int | None, baselines: bool = False
+) -> list[Phase]:
     """Return the commands of the tour, in order.
 
     Raises:
@@ -65,22 +109,37 @@ def phases(folder: Path, overrides: Sequence[str], limit: int | None) -> list[Ph
     """
     recipe = load_recipe("quickstart").override(*overrides)
     last, blind = recipe.last_stage, str(folder / "blind")
-    some = ("-b", BENCHMARK, "--batch-size", "64")
+
+    # Questions are shared by processes of one thread each: threads of one process wait for one
+    # another in each of thousands of small products.
+    processes = min(available_cores(), MOST_PROCESSES)
+    dtype = ("--dtype", "bfloat16") if _computes_in_bfloat16() else ()
+    some = ("-b", BENCHMARK, "--batch-size", "128", *dtype)
     ask = (*some, *(("--limit", str(limit)) if limit else ()))
 
     found = [
         Phase("train", ("train", "quickstart", "-o", str(folder), *overrides)),
-        Phase("evaluate", ("evaluate", str(folder), *ask)),
+        Phase("evaluate", ("evaluate", str(folder), *ask), processes),
     ]
+    if not baselines:
+        return found
+
     if before := recipe.stage_before(last):
         few = (*some, "--limit", str(min(limit or BEFORE_LIMIT, BEFORE_LIMIT)))
         model, out = str(Run(folder).checkpoint(before)), str(folder / f"before-{last}")
-        found.append(Phase(f"evaluate before {last}", ("evaluate", model, *few, "-o", out)))
+        command = ("evaluate", model, *few, "-o", out)
+        found.append(Phase(f"evaluate before {last}", command, processes))
     return [
         *found,
         Phase("train blind", ("train", "quickstart-blind", "-o", blind, *overrides)),
-        Phase("evaluate blind", ("evaluate", blind, *ask, "--blind")),
+        Phase("evaluate blind", ("evaluate", blind, *ask, "--blind"), processes),
     ]
+
+
+def _computes_in_bfloat16() -> bool:
+    """Return whether the processor has instructions for bfloat16; torch is not needed to ask."""
+    flags = Path("/proc/cpuinfo")
+    return flags.is_file() and "avx512_bf16" in flags.read_text(encoding="utf-8")
 
 
 def _run_phase(phase: Phase, ledger: Path, console: Console) -> None:
@@ -91,10 +150,10 @@ def _run_phase(phase: Phase, ledger: Path, console: Console) -> None:
         return
 
     # Run it, and wait for it also after an interrupt.
-    console.print(f"\n[bold]$ mipha {' '.join(phase.command)}", soft_wrap=True)
+    console.print(Text(f"\n$ {phase.shown}", style="bold"), soft_wrap=True)
     started = time.monotonic()
-    command = [sys.executable, "-m", "mipha", *phase.command]
-    child = subprocess.Popen(command, env=os.environ | child_environment())
+    threads = {"OMP_NUM_THREADS": "1"} if phase.processes > 1 else {}
+    child = subprocess.Popen(phase.arguments, env=os.environ | child_environment() | threads)
     interrupted = False
     while True:
         try:
@@ -117,7 +176,7 @@ def _run_phase(phase: Phase, ledger: Path, console: Console) -> None:
         raise KeyboardInterrupt
     if child.returncode:
         raise ValueError(
-            f"`mipha {' '.join(phase.command)}` ended with exit code {child.returncode}: "
+            f"`{phase.shown}` ended with exit code {child.returncode}: "
             "its message is above; fix the cause and start again"
         )
 
@@ -145,11 +204,21 @@ def _sum_up(folder: Path, console: Console) -> None:
         sheet,
     )
 
-    # Say where everything is, and the next command.
+    # Say where everything is, and the next commands.
     curves = ", ".join(str(run.stage(stage) / "loss.png") for stage in run.recipe.stages)
-    console.print(f"\ncontact sheet: {sheet}\nloss curves:   {curves}")
-    image = examples[0][0].image
-    console.print(f"\nTalk to it:\n  .venv/bin/mipha chat {folder} --image {image}", soft_wrap=True)
+    console.print(f"\ncontact sheet: {sheet}\nloss curves:   {curves}", soft_wrap=True)
+    program = Path(sys.executable).with_name("mipha")
+    program = os.path.relpath(program) if program.is_file() else f"{sys.executable} -m mipha"
+    for title, command in (
+        ("Talk to it", ("chat", str(folder), "--image", str(examples[0][0].image))),
+        ("Serve it, with a web page", ("serve", str(folder))),
+        (
+            "Tune it on your own images (docs/own-data.md)",
+            ("tune", str(folder), "./pictures", "-o", "runs/mine"),
+        ),
+    ):
+        line = f"\n{title}:\n  {program} {shlex.join(command)}"
+        console.print(Text(line), soft_wrap=True)
 
 
 def _score_table(run: Run) -> Table:
@@ -167,16 +236,17 @@ def _score_table(run: Run) -> Table:
             table.add_row(row["metric"].replace("_", " "), *_cells(row), style=style)
     table.add_section()
 
-    # Baselines: without a model, the model trained blind, the model before its last stage.
+    # Baselines: without a model, trained blind, before the last stage.
     for name, value in seen["baselines"].items():
         cells = (f"{value:.2f}", "", f"{seen['n_asked']:,}")
         table.add_row(f"baseline: {name.replace('_', ' ')}", *cells, style="dim")
     measured = {
-        "same model trained blind": Run(run.folder / "blind").evaluation(f"{BENCHMARK}-blind")
+        "same model trained blind": Run(run.folder / "blind").evaluation(f"{BENCHMARK}-blind"),
+        f"before {last}": run.folder / f"before-{last}" / BENCHMARK,
     }
-    if run.recipe.stage_before(last):
-        measured[f"before {last}"] = run.folder / f"before-{last}" / BENCHMARK
     for name, folder in measured.items():
+        if not (folder / "scores.json").is_file():
+            continue
         cells = _cells(_scores(folder)["scores"][0])
         table.add_row(f"baseline: {name}", *cells, style="dim")
     return table

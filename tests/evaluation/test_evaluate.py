@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mipha.data.images import grey_image
-from mipha.evaluation.evaluate import evaluate
+from mipha.evaluation.evaluate import checkpoint_subject, evaluate
 from mipha.recipe import load_recipe
 from mipha.run import Run
 
@@ -35,8 +35,10 @@ class FakeAssistant:
         self.asked: list[str] = []
         self.shown: set[Any] = set()
 
-    def load(self, path: Path, device: Any = None) -> FakeAssistant:
-        self.loaded = path
+    def load(
+        self, path: Path, device: Any = None, dtype: str = "auto", adapter: Any = None
+    ) -> FakeAssistant:
+        self.loaded, self.dtype = path, dtype
         return self
 
     def answer_many(
@@ -117,6 +119,16 @@ def test_a_new_checkpoint_does_not_inherit_old_answers(
     (model / "model.safetensors").write_bytes(b"other weights")
     with pytest.raises(ValueError, match="another model"):
         evaluate(model.parents[1], ["easy_vqa"], limit=5, progress=False)
+
+
+def test_answers_in_another_type_are_not_mixed(model: Path, assistant: FakeAssistant) -> None:
+    run = model.parents[1]
+    evaluate(checkpoint_subject(run, dtype="bfloat16"), ["easy_vqa"], limit=5, progress=False)
+    assert assistant.dtype == "bfloat16"
+    scores = json.loads((Run(run).evaluation("easy_vqa") / "scores.json").read_text())
+    assert scores["model"]["dtype"] == "bfloat16"
+    with pytest.raises(ValueError, match="another model"):
+        evaluate(run, ["easy_vqa"], limit=5, progress=False)
 
 
 def test_mistakes_are_found_before_the_model_is_loaded(

@@ -14,6 +14,12 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY.PATH=VALUE", help="Recipe values to replace, such as seed=7."),
 ]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="auto, float32, bfloat16 or float16; auto: bfloat16 on a GPU, float32 on a CPU."
+    ),
+]
 Model = Annotated[
     Path, typer.Argument(metavar="RUN", help="A run folder, or the folder of an exported model.")
 ]

@@ -7,14 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mipha.cli.arguments import Adapter, Model
+from mipha.cli.arguments import Adapter, Dtype, Model
 from mipha.terminal import echo
 
 if TYPE_CHECKING:
     from mipha.assistant import Assistant
-
-
-_DTYPE_HELP = "auto, float32, bfloat16 or float16; auto: bfloat16 on a GPU, float32 on a CPU."
 
 
 def import_checkpoint(
@@ -232,7 +229,7 @@ def serve(
             help="Device for transformers, such as cuda:1; default: the GPU if there is one."
         ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help=_DTYPE_HELP)] = "auto",
+    dtype: Dtype = "auto",
     adapter: Annotated[
         list[str] | None,
         typer.Option(
@@ -302,7 +299,7 @@ def _compare_gguf(
 def chat(
     run: Model,
     image: Annotated[Path | None, typer.Option(help="Image to talk about.")] = None,
-    dtype: Annotated[str, typer.Option(help=_DTYPE_HELP)] = "auto",
+    dtype: Dtype = "auto",
     adapter: Adapter = None,
 ) -> None:
     """Chat about an image; commands: /image PATH, /reset and /quit."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mipha.cli.arguments import Adapter, parse_pairs, split_names
+from mipha.cli.arguments import Adapter, Dtype, parse_pairs, split_names
 from mipha.terminal import echo
 
 if TYPE_CHECKING:
@@ -118,6 +118,7 @@ def evaluate(
     judge_replies: JudgeReplies = None,
     judge_request: JudgeRequest = None,
     engine: Engine = "auto",
+    dtype: Dtype = "auto",
     served_model: ServedModel = None,
     key_env: KeyEnv = None,
     parallel: Parallel = None,
@@ -137,7 +138,7 @@ def evaluate(
     from mipha.evaluation.tables import print_plan, print_results
 
     # A model that is missing is named before data that are.
-    subject = _subject(model, engine, served_model, key_env, parallel, request, adapter)
+    subject = _subject(model, engine, served_model, key_env, parallel, request, adapter, dtype)
     names = split_names(benchmarks)
     for option, value in (
         ("--metric", metric),
@@ -377,6 +378,7 @@ def _subject(
     parallel: int | None,
     request: list[str] | None,
     adapter: Path | None = None,
+    dtype: str = "auto",
 ) -> Subject:
     """Return the model that the options name; nothing is loaded."""
     from mipha.api import find_model
@@ -386,6 +388,7 @@ def _subject(
     return find_model(
         model,
         engine,
+        dtype=dtype,
         name=served_model,
         api_key=os.environ.get(key_env or "MIPHA_API_KEY"),
         parallel=parallel,

@@ -144,8 +144,15 @@ def quickstart(
         Path, typer.Option("-o", "--out", help="Run folder; the same one goes on where it stopped.")
     ] = Path("runs/quickstart"),
     limit: Annotated[int | None, typer.Option(help="Ask the first N test questions only.")] = None,
+    baselines: Annotated[
+        bool,
+        typer.Option(
+            "--baselines",
+            help="Also measure it before its last stage, and a model trained on grey images.",
+        ),
+    ] = False,
 ) -> None:
     """Train, measure and try a small assistant on this machine."""
     from mipha.quickstart import quickstart as tour
 
-    tour(out, overrides or [], limit)
+    tour(out, overrides or [], limit, baselines)

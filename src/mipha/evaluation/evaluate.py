@@ -110,13 +110,16 @@ class Subject:
     has_likelihoods: bool = False
 
 
-def checkpoint_subject(model: Run | str | Path, adapter: str | Path | None = None) -> Subject:
+def checkpoint_subject(
+    model: Run | str | Path, adapter: str | Path | None = None, dtype: str = "auto"
+) -> Subject:
     """Return the model of a run, or of a folder with an exported model.
 
     Args:
         model: The run or the folder.
         adapter: Adapter of the model, which is used unmerged. Its results are not those of the run
             below it, so they have no place of their own.
+        dtype: Type that it answers in, see `mipha.load`.
 
     Raises:
         FileNotFoundError: No such model, or an unfinished run.
@@ -134,7 +137,11 @@ def checkpoint_subject(model: Run | str | Path, adapter: str | Path | None = Non
         if own is not None:
             both = f"{sha256} {fingerprint(own)}"
             sha256 = hashlib.sha256(both.encode()).hexdigest()
-        yield OpenModel(load(checkpoint, device=device, adapter=own), sha256, about)
+        if dtype != "auto":
+            about["dtype"] = dtype
+            sha256 = hashlib.sha256(f"{sha256} {dtype}".encode()).hexdigest()
+        assistant = load(checkpoint, device=device, dtype=dtype, adapter=own)
+        yield OpenModel(assistant, sha256, about)
 
     name = str(path) if own is None else f"{path} with the adapter {own}"
     results = None if checkpoint == path or own is not None else Run(path).folder / "evaluation"

@@ -368,34 +368,28 @@ def _attend_by_segments(
     """Return `(rows, tokens, heads, head_dim)`; shapes of the arguments as in `attend`."""
     _, heads, tokens, _ = query.shape
     rows = []
-    for row, own in enumerate(segments.of_rows):
-        pieces = [
-            _attend_one(*_cut(query[row], key[row], value[row], segment), segment, scaling, dropout)
-            for segment in own
-        ]  # each (heads, queries, head_dim)
+    # Split, do not slice: the gradient of a slice is as large as what it was cut from.
+    for own, *of_row in zip(
+        segments.of_rows, query.unbind(), key.unbind(), value.unbind(), strict=True
+    ):
         padding = tokens - own[-1].end
+        lengths = [*(segment.end - segment.start for segment in own), padding]
+        queries, keys, values = (tensor.split(lengths, 1) for tensor in of_row)
+        number = {segment.start: number for number, segment in enumerate(own)}
+
+        pieces = []
+        for at, segment in enumerate(own):
+            seen_keys, seen_values = keys[at], values[at]  # (shared heads, keys, head_dim)
+            if segment.prefix:
+                prefix = number[segment.prefix_start]
+                seen_keys = torch.cat([keys[prefix], seen_keys], 1)
+                seen_values = torch.cat([values[prefix], seen_values], 1)
+            pieces.append(
+                _attend_one(queries[at], seen_keys, seen_values, segment, scaling, dropout)
+            )  # (heads, queries, head_dim)
         pieces.append(query.new_zeros(heads, padding, value.shape[-1]))
         rows.append(torch.cat(pieces, 1))  # (heads, tokens, head_dim)
     return torch.stack(rows).transpose(1, 2).contiguous()  # (rows, tokens, heads, head_dim)
-
-
-def _cut(
-    query: Tensor, key: Tensor, value: Tensor, segment: Segment
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the queries of a segment, and its keys and values: the prefix's, then its own.
-
-    Args:
-        query: `(heads, tokens, head_dim)` of the row.
-        key: `(shared heads, tokens, head_dim)` of the row.
-        value: As `key`.
-    """
-    own = slice(segment.start, segment.end)
-    if not segment.prefix:
-        return query[:, own], key[:, own], value[:, own]
-    prefix = slice(segment.prefix_start, segment.prefix_start + segment.prefix)
-    keys = torch.cat([key[:, prefix], key[:, own]], 1)  # (shared heads, keys, head_dim)
-    values = torch.cat([value[:, prefix], value[:, own]], 1)  # (shared heads, keys, head_dim)
-    return query[:, own], keys, values
 
 
 def _attend_one(

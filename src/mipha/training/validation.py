@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import ceil
+from typing import Any
 
 import torch
+from rich.text import Text
 from torch import nn
 from transformers import LlavaProcessor
 
@@ -19,12 +21,13 @@ from mipha.data.sample import IMAGE, Sample
 from mipha.engine.precision import autocast
 from mipha.files import append_line
 from mipha.models.modeling import LlavaForConditionalGeneration
+from mipha.terminal import Console
 from mipha.training.stage import Stage
 
 NUM_SAMPLES = 256
 """Samples that the loss is measured on, the same ones each time."""
 
-NUM_ANSWERS = 4
+NUM_ANSWERS = 3
 MAX_NEW_TOKENS = 64
 
 
@@ -74,18 +77,22 @@ class Validation:
                         total += model(**batch).loss_sum
 
             # Frozen layers may be kept in the type that products run in, so answers need it too.
+            answers = []
             if self.asked:
                 with autocast(world.device, dtype):
-                    self._answer(model, number)
+                    answers = self._answer(model, number)
 
-        measured = {"validation_loss": float(world.total(total) / supervised)}
+        loss = float(world.total(total) / supervised)
+        if world.is_first:
+            _print_answers(self.stage.name, number, loss, answers)
+        measured = {"validation_loss": loss}
         if self.substitutes:
             count = world.total(torch.tensor(substituted, device=world.device))
             measured["validation_substituted_images"] = int(count)
         return measured
 
-    def _answer(self, model: nn.Module, number: int) -> None:
-        """Ask the model, and write down what it says."""
+    def _answer(self, model: nn.Module, number: int) -> list[dict[str, Any]]:
+        """Ask the model, and write down what it says; return the rows of answers.jsonl."""
         assert isinstance(model, LlavaForConditionalGeneration)
         pairs = [
             (sample.images[0] if sample.images else None, _question(sample))
@@ -93,21 +100,30 @@ class Validation:
         ]
 
         answers = Assistant(model, self.processor).answer_many(pairs, max_new_tokens=MAX_NEW_TOKENS)
-        for sample, answer in zip(self.asked, answers, strict=True):
-            row = {
+        rows = [
+            {
                 "step": number,
                 "sample": sample.id,
                 "question": _question(sample),
                 "answer": answer.text,
                 "expected": sample.messages[1].text,
             }
+            for sample, answer in zip(self.asked, answers, strict=True)
+        ]
+        for row in rows:
             append_line(self.stage.folder / "answers.jsonl", row)
+        return rows
 
 
 def _find_questions(mixture: Mixture, only_readable: bool) -> list[Sample]:
-    """Return the first samples that are a question about one image at most, and its answer."""
+    """Return the first samples that are a question about one image at most, and its answer.
+
+    Each is about another image.
+    """
     found: list[Sample] = []
     for sample in mixture:
+        if sample.images and any(sample.images == other.images for other in found):
+            continue
         roles = [message.role for message in sample.messages[:2]]
         readable = not only_readable or all(is_readable(image) for image in sample.images)
         if roles == ["user", "assistant"] and len(sample.images) <= 1 and readable:
@@ -115,6 +131,20 @@ def _find_questions(mixture: Mixture, only_readable: bool) -> list[Sample]:
         if len(found) == NUM_ANSWERS:
             break
     return found
+
+
+def _print_answers(stage: str, number: int, loss: float, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Show what the model says now, beside what it should say."""
+    console = Console()
+    console.print(f"{stage} step {number}: validation loss {loss:.3f}", highlight=False)
+    for row in rows:
+        answer, expected = row["answer"] or "(no answer)", row["expected"]
+        line = Text(f"  {row['question']}  ", style="dim")
+        if answer == expected:
+            line.append(answer, style="green")
+        else:
+            line.append(answer, style="red").append(f"  (expected: {expected})", style="dim")
+        console.print(line)
 
 
 def _question(sample: Sample) -> str:
