@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from rich.console import Console
 from rich.table import Table
 
 from mipha.api import check_training, train
@@ -26,6 +25,7 @@ from mipha.files import read_json_object, write_whole
 from mipha.preflight import check_parts, check_writable
 from mipha.recipe import CheckpointRecipe, Recipe, load_recipe
 from mipha.run import Run, check_run, create_run, is_first_process
+from mipha.terminal import Console
 
 if TYPE_CHECKING:
     from mipha.assistant import Assistant
@@ -371,7 +371,7 @@ def held_out_questions(recipe: Recipe) -> tuple[list[dict[str, Any]], int]:
     from mipha.data.mixture import Mixture, images_key
     from mipha.data.sample import IMAGE
 
-    stage = recipe.stages[STAGE]
+    stage = recipe.stage(STAGE)
     if not stage.held_out:
         return [], 0
     samples = Mixture(stage.data[:1], stage.held_out).on_side("validation")
@@ -401,7 +401,7 @@ def _general_questions(recipe: Recipe) -> list[GeneralQuestion]:
     from mipha.data.sample import IMAGE
     from mipha.evaluation.general import general_questions
 
-    data = load_data(recipe.stages[STAGE].data[0])
+    data = load_data(recipe.stage(STAGE).data[0])
     own = {
         normalised(message.text.replace(IMAGE, ""))
         for record in data.records

@@ -96,9 +96,10 @@ def _places_of(name: str, schema: type[BaseModel], tree: Any, above: str = "") -
             yield path
 
         # Its groups; those of a mapping, such as stages, have names of the user's.
-        groups = {path: tree.get(key)}
-        if get_origin(field.annotation) is dict and isinstance(groups[path], dict):
-            groups = {f"{path}.{chosen}": group for chosen, group in groups[path].items()}
+        own = tree.get(key)
+        groups = {path: own}
+        if get_origin(field.annotation) is dict and isinstance(own, dict):
+            groups = {f"{path}.{chosen}": group for chosen, group in own.items()}
         for inner in _schemas_in(field.annotation):
             for place, group in groups.items():
                 yield from _places_of(name, inner, group, place)

@@ -146,7 +146,7 @@ def export(
 
         from mipha.models.adapters import export_adapter
 
-        typer.echo(f"exported: {export_adapter(found, out, name)}")
+        echo(f"exported: {export_adapter(found, out, name)}")
         return
     if to == "gguf":
         if merge:

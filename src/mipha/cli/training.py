@@ -78,7 +78,7 @@ def tune(
         overrides=overrides or (),
     )
     if is_first_process():
-        typer.echo(f"tuned: {run.final_checkpoint()}")
+        echo(f"tuned: {run.final_checkpoint()}")
 
 
 def plan(

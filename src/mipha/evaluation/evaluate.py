@@ -119,7 +119,7 @@ def checkpoint_subject(model: Run | str | Path, adapter: str | Path | None = Non
             below it, so they have no place of their own.
 
     Raises:
-        FileNotFoundError: No such model, or an unfinished run.
+        FileNotFoundError: No such model, an unfinished run, or no adapter.
         ValueError: The folder holds something else.
     """
     path = model.folder if isinstance(model, Run) else Path(model)
