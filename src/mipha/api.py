@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mipha.errors import import_optional
 from mipha.lookup import did_you_mean
 from mipha.preflight import check_device, check_dtype, check_parts, check_writable
+from mipha.recipe import DpoStageRecipe
 from mipha.run import Run, check_run, is_first_process, open_run
 
 if TYPE_CHECKING:
@@ -50,10 +51,31 @@ def train(recipe: Recipe, folder: str | Path, track: Sequence[str] = (), profile
     from mipha.deploy.model_card import write_model_card
     from mipha.training.pipeline import train as train_recipe
 
-    run = train_recipe(recipe, folder, track=track, profile=profile)
+    run = train_recipe(recipe, folder, track=track, profile=profile, train_dpo=_train_dpo)
     if is_first_process():
         write_model_card(run.final_checkpoint(), run)
     return run
+
+
+def _check_dpo(recipe: Recipe, name: str, stage: DpoStageRecipe) -> None:
+    """Check a dpo stage without torch: its settings, its file, and TRL."""
+    from mipha.alignment.recipe import dpo_recipe
+
+    dpo_recipe(recipe, name, stage, "the stage before")
+    if not stage.data.is_file():
+        raise FileNotFoundError(f"no data at {stage.data}: check the path")
+    for package in ("datasets", "trl"):
+        import_optional(package, f"the dpo stage {name!r}", "align")
+
+
+def _train_dpo(recipe: Recipe, name: str, start: Path, folder: Path) -> Path:
+    """Train a dpo stage as the step of `mipha align` that it is; returns the model's folder."""
+    from mipha.alignment import train_step
+    from mipha.alignment.recipe import dpo_recipe
+
+    stage = recipe.stages[name]
+    assert isinstance(stage, DpoStageRecipe)
+    return train_step(dpo_recipe(recipe, name, stage, str(start)), folder)
 
 
 def check_training(recipe: Recipe, folder: str | Path, track: Sequence[str] = ()) -> None:
@@ -74,7 +96,11 @@ def check_training(recipe: Recipe, folder: str | Path, track: Sequence[str] = ()
     # The folder, the data of all stages, and the parts that the first stage starts from.
     check_writable(run.folder)
     for name in unfinished:
-        for data in recipe.stages[name].data:
+        stage = recipe.stages[name]
+        if isinstance(stage, DpoStageRecipe):
+            _check_dpo(recipe, name, stage)
+            continue
+        for data in stage.data:
             load_dataset(data.dataset)
             if isinstance(data.root, Path) and not data.root.exists():
                 raise FileNotFoundError(f"no data at {data.root}: check the path")

@@ -371,7 +371,7 @@ def held_out_questions(recipe: Recipe) -> tuple[list[dict[str, Any]], int]:
     from mipha.data.mixture import Mixture, images_key
     from mipha.data.sample import IMAGE
 
-    stage = recipe.stages[STAGE]
+    stage = recipe.stage(STAGE)
     if not stage.held_out:
         return [], 0
     samples = Mixture(stage.data[:1], stage.held_out).on_side("validation")
@@ -401,7 +401,7 @@ def _general_questions(recipe: Recipe) -> list[GeneralQuestion]:
     from mipha.data.sample import IMAGE
     from mipha.evaluation.general import general_questions
 
-    data = load_data(recipe.stages[STAGE].data[0])
+    data = load_data(recipe.stage(STAGE).data[0])
     own = {
         normalised(message.text.replace(IMAGE, ""))
         for record in data.records

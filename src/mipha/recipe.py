@@ -618,6 +618,58 @@ class StageRecipe(Strict):
         return (self.samples_per_image or 8) if self.batching == "shared-image" else None
 
 
+class DpoStageRecipe(Strict):
+    """A stage of direct preference optimization on pairs of answers about images, through TRL.
+
+    The projector and the language model train, the latter whole or through adapters; the vision
+    tower never does. It is the step `dpo` of `mipha align` inside a run.
+    """
+
+    kind: Literal["dpo"] = Field(description="dpo; a stage without this key learns from answers")
+    data: Path = Field(description="file of rows with image, prompt, chosen and rejected")
+    skip_empty: bool = Field(
+        False, description="leave out, and count, rows with an empty text or the same answer twice"
+    )
+    held_out: float = Field(
+        0.05, ge=0, lt=1, description="share of the prompts kept out of training, for validation"
+    )
+    max_tokens: int = Field(
+        2048, ge=8, description="longest conversation, image tokens included; never cut"
+    )
+    tuning: Literal["full", "lora"] = Field("full", description="of the language model")
+    lora: LoraRecipe | None = Field(None, description="shape of the adapters")
+    beta: float = Field(
+        0.1, gt=0, description="how dear it is to leave the model that it starts from"
+    )
+    learning_rate: float = Field(gt=0)
+    epochs: float = Field(1.0, gt=0)
+    max_steps: int | None = Field(
+        None, ge=1, description="stop after this many optimizer steps; None: all epochs"
+    )
+    batch_size: int = Field(ge=1, description="pairs per optimizer step")
+    micro_batch: int = Field(1, ge=1, description="pairs per forward pass; divides batch_size")
+    warmup_ratio: float = Field(0.03, ge=0, lt=1)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, ge=0, description="0: no clipping")
+    activation_checkpointing: bool = False
+    checkpoint_every: int = Field(100, ge=1, description="optimizer steps between checkpoints")
+    validate_every: int | None = Field(
+        None, ge=1, description="optimizer steps between validations; None: at the end only"
+    )
+
+
+def _kind_of_stage(tree: Any) -> str:
+    is_dpo = isinstance(tree, DpoStageRecipe) or (isinstance(tree, dict) and "kind" in tree)
+    return "[dpo]" if is_dpo else "[stage]"
+
+
+AnyStageRecipe = Annotated[
+    Annotated[StageRecipe, Tag("[stage]")] | Annotated[DpoStageRecipe, Tag("[dpo]")],
+    Discriminator(_kind_of_stage),
+]
+"""A stage that learns from answers, or one that learns from preferences."""
+
+
 _TAKEN = ("evaluation",)
 """Folders of a run that are no stage."""
 
@@ -672,7 +724,7 @@ class Recipe(RecipeBase):
     )
     async_checkpoints: bool = Field(False, description="write training states in the background")
     model: StartRecipe
-    stages: dict[StageName, StageRecipe] = Field(
+    stages: dict[StageName, AnyStageRecipe] = Field(
         min_length=1,
         description="in the order of training: the first starts from `model`, "
         "each later one from the model of the stage before",
@@ -690,14 +742,38 @@ class Recipe(RecipeBase):
             )
         return stages
 
+    @model_validator(mode="after")
+    def _something_to_prefer_with(self) -> Recipe:
+        first = next(iter(self.stages))
+        starts_new = isinstance(self.model, ModelRecipe)
+        if starts_new and isinstance(self.stages[first], DpoStageRecipe):
+            raise ValueError(
+                f"stages.{first} is a dpo stage, and the projector of a model from parts has not "
+                "learned anything before it: put another stage first, or give model.checkpoint"
+            )
+        return self
+
     def stage(self, name: str) -> StageRecipe:
-        """Return one stage.
+        """Return one stage that learns from answers.
 
         Raises:
-            ValueError: The recipe has no stage of that name.
+            ValueError: The recipe has no stage of that name, or it is a dpo stage.
         """
         _check_has_stage(self.name, self.stages, name)
-        return self.stages[name]
+        found = self.stages[name]
+        if isinstance(found, DpoStageRecipe):
+            raise ValueError(
+                f"stage {name!r} of recipe {self.name!r} is a dpo stage, whose pairs are checked "
+                "when it is trained: name another stage"
+            )
+        return found
+
+    @property
+    def supervised_stages(self) -> dict[str, StageRecipe]:
+        """The stages that learn from answers, by name; dpo stages are left out."""
+        return {
+            name: stage for name, stage in self.stages.items() if isinstance(stage, StageRecipe)
+        }
 
     @property
     def last_stage(self) -> str:
@@ -751,7 +827,9 @@ class Recipe(RecipeBase):
         if path[0] == "stages" and len(path) > 1 and isinstance(stages, dict):
             _check_has_stage(self.name, stages, path[1])
 
-        if path[-1] == "data" and isinstance(value, str):
+        named = stages.get(path[1]) if isinstance(stages, dict) and len(path) > 1 else None
+        is_dpo = isinstance(named, dict) and "kind" in named
+        if path[-1] == "data" and isinstance(value, str) and not is_dpo:
             is_path = "/" in value or "." in value
             value = {"dataset": "auto", "root": value} if is_path else {"dataset": value}
         return path, value

@@ -16,6 +16,7 @@ from mipha.files import read_lines
 from mipha.recipe import (
     CheckpointRecipe,
     DataRecipe,
+    DpoStageRecipe,
     ModelRecipe,
     Recipe,
     StageRecipe,
@@ -25,7 +26,9 @@ from mipha.recipe import (
 from mipha.run import Run
 
 TEXT = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
-TWO, ONE, THIRD, FURTHER = re.findall(r"^```yaml\n(.*?)^```$", TEXT, flags=re.DOTALL | re.MULTILINE)
+TWO, ONE, THIRD, PREFER, FURTHER = re.findall(
+    r"^```yaml\n(.*?)^```$", TEXT, flags=re.DOTALL | re.MULTILINE
+)
 
 
 def _section(title: str) -> str:
@@ -39,8 +42,9 @@ def _section(title: str) -> str:
         (TWO, ["pretrain", "finetune"]),
         (ONE, ["train"]),
         (TWO + THIRD, ["pretrain", "finetune", "polish"]),
+        (TWO + PREFER, ["pretrain", "finetune", "prefer"]),
     ],
-    ids=["two", "one", "three"],
+    ids=["two", "one", "three", "preferences"],
 )
 def test_the_recipes_load(text: str, stages: list[str], tmp_path: Path) -> None:
     path = tmp_path / "own.yaml"
@@ -65,6 +69,7 @@ def test_a_recipe_that_starts_from_a_checkpoint_loads(tmp_path: Path) -> None:
         ("Model", ModelRecipe),
         ("Checkpoint", CheckpointRecipe),
         ("Stage", StageRecipe),
+        ("Dpo stage", DpoStageRecipe),
         ("Tuning", TuningRecipe),
         ("Data", DataRecipe),
     ],
@@ -125,7 +130,7 @@ def test_the_list_has_every_file_of_a_run_and_no_other(run: Run) -> None:
     found = {row for of in listed.values() for row in of}
 
     # Files of other circumstances: a run in progress, a failure, an option, a study.
-    other = {"nonfinite.json", "wandb/", "states/"}
+    other = {"nonfinite.json", "wandb/", "states/", "dpo/"}
     absent = {f"<stage>/{name}" for name in other} | {"judge-replies.jsonl", "panel.jsonl"}
     if find_spec("tensorboard") is None:
         absent.add("<stage>/tensorboard/")

@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from mipha.lookup import files_in, read_named
-from mipha.recipe import LoraRecipe, RecipeBase
+from mipha.recipe import DpoStageRecipe, LoraRecipe, Recipe, RecipeBase
 from mipha.validation import validated
 
 RECIPES = Path(__file__).parent.parent / "catalog" / "alignment"
@@ -153,6 +153,27 @@ class DpoRecipe(StepRecipe):
     )
     beta: float = Field(
         0.1, gt=0, description="how dear it is to leave the model that it starts from"
+    )
+
+
+def dpo_recipe(recipe: Recipe, name: str, stage: DpoStageRecipe, start: str) -> DpoRecipe:
+    """Return the step that a dpo stage of a training recipe is.
+
+    Args:
+        recipe: Recipe of the whole run.
+        name: Name of the stage.
+        stage: Its settings.
+        start: Checkpoint that it starts from.
+
+    Raises:
+        ValueError: A setting has no effect, or two contradict.
+    """
+    tree = stage.model_dump(mode="json", exclude={"kind"}, exclude_unset=True)
+    tree.setdefault("max_tokens", stage.max_tokens)
+    shared = {"seed": recipe.seed, "precision": recipe.precision}
+    return DpoRecipe.parse(
+        {"name": name, "step": "dpo", "language_model": start} | shared | tree,
+        f"stages.{name} of {recipe.name}",
     )
 
 

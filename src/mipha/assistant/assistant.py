@@ -645,7 +645,7 @@ def _as_images(image: AnyImage | tuple[AnyImage, ...] | None) -> tuple[AnyImage,
 def _apply_template(processor: LlavaProcessor, messages: Sequence[Message], tokenize: bool) -> Any:
     """Return a conversation that waits for the assistant: its text, or its token ids."""
     # One that ended in time at loading may still not end with another conversation.
-    with bounded(processor.chat_template, "the chat template"):
+    with bounded(str(processor.chat_template), "the chat template"):
         return processor.tokenizer.apply_chat_template(
             as_chat(tuple(messages)),
             chat_template=processor.chat_template,

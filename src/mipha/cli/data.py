@@ -186,7 +186,7 @@ def _load_recipe(name: str | None, stage: str | None) -> Recipe | None:
 
 def _stages(recipe: Recipe, stage: str | None) -> list[StageRecipe]:
     """Return the recipe's stage of this name; all stages for None."""
-    return list(recipe.stages.values()) if stage is None else [recipe.stage(stage)]
+    return list(recipe.supervised_stages.values()) if stage is None else [recipe.stage(stage)]
 
 
 def _processor(recipe: Recipe | None) -> LlavaProcessor | None:

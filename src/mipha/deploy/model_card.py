@@ -21,7 +21,7 @@ from mipha.checkpoint_files import read_checkpoint, read_config, read_processor
 from mipha.deploy.runtimes import runtimes
 from mipha.files import read_json_object, whole_folder, write_whole
 from mipha.preflight import check_new_folder
-from mipha.recipe import PARTS, CheckpointRecipe, Recipe
+from mipha.recipe import PARTS, CheckpointRecipe, DpoStageRecipe, Recipe
 from mipha.run import Run, model_folder, open_run
 
 _HUB_LICENCES = {"MIT": "mit", "Apache-2.0": "apache-2.0"}
@@ -302,6 +302,12 @@ def _parts_table(parts: Sequence[PretrainedPart]) -> str:
 def _training(recipe: Recipe) -> str:
     rows = []
     for name, stage in recipe.stages.items():
+        if isinstance(stage, DpoStageRecipe):
+            parts = f"projector full, language model {stage.tuning}, by preferences"
+            length = f"{stage.max_steps} steps" if stage.max_steps else f"{stage.epochs:g} epochs"
+            shape = (f"{stage.learning_rate:g}", str(stage.batch_size), length)
+            rows.append((name, stage.data.name, parts, *shape))
+            continue
         data = ", ".join(
             entry.dataset + (f" ({plain(entry.root_name)})" if entry.root else "")
             for entry in stage.data

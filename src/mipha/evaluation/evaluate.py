@@ -122,7 +122,7 @@ def checkpoint_subject(
         dtype: Type that it answers in, see `mipha.load`.
 
     Raises:
-        FileNotFoundError: No such model, or an unfinished run.
+        FileNotFoundError: No such model, an unfinished run, or no adapter.
         ValueError: The folder holds something else.
     """
     path = model.folder if isinstance(model, Run) else Path(model)

@@ -195,7 +195,8 @@ def trainable_template(
     lasts = [(form, arguments, True) for form in forms for arguments in _ARGUMENTS[::-1]]
     reasons = []
     for form, arguments, only_last in [*wholes, *lasts]:
-        reason = _fault_of_spans(arguments + form, tokenizer, ends, image_token, only_last)
+        with bounded(template, f"chat template {source}"):
+            reason = _fault_of_spans(arguments + form, tokenizer, ends, image_token, only_last)
         if reason is None:
             return arguments + form
         reasons.append(reason)

@@ -181,7 +181,7 @@ def device_named(name: str, precision: str = "auto") -> Device:
 def plan_training(
     recipe: Recipe, device: Device, num_devices: int = 1, efficiency: float | None = None
 ) -> list[StagePlan]:
-    """Plan each stage of a recipe.
+    """Plan each stage of a recipe; dpo stages, which TRL trains, are left out.
 
     Args:
         num_devices: Devices that train together. The weights that train, their gradients and
@@ -192,7 +192,7 @@ def plan_training(
         FileNotFoundError: A part, or a data set that is not a published one, is not there.
         ValueError: The parts do not go together.
     """
-    cases = [_Case(recipe, name, device, num_devices) for name in recipe.stages]
+    cases = [_Case(recipe, name, device, num_devices) for name in recipe.supervised_stages]
     return [_plan_stage(case, efficiency) for case in cases]
 
 
@@ -233,7 +233,7 @@ class _Case:
 
     @property
     def stage(self) -> StageRecipe:
-        return self.recipe.stages[self.name]
+        return self.recipe.stage(self.name)
 
     def build_model(self) -> LlavaForConditionalGeneration:
         """Return the model on the meta device, with its tuning applied."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -68,11 +68,20 @@ from mipha.world import World, join_world
 
 console = Console()
 
+TrainDpo = Callable[[Recipe, str, Path, Path], Path]
+"""Trains a dpo stage of a recipe from a checkpoint in a folder; returns the model's folder."""
+
 CALIBRATION_IMAGES = 64
 """Enough for the mean and deviation of each channel: hundreds of patches each."""
 
 
-def train(recipe: Recipe, folder: str | Path, track: Sequence[str] = (), profile: int = 0) -> Run:
+def train(
+    recipe: Recipe,
+    folder: str | Path,
+    track: Sequence[str] = (),
+    profile: int = 0,
+    train_dpo: TrainDpo | None = None,
+) -> Run:
     """Train the stages of a recipe in a run folder; run again, it goes on where it stopped.
 
     Args:
@@ -81,6 +90,7 @@ def train(recipe: Recipe, folder: str | Path, track: Sequence[str] = (), profile
         track: Trackers that follow the metrics: wandb, trackio. TensorBoard always does, where it
             is installed.
         profile: Steps of each stage to trace, after five: see `engine/profile.py`.
+        train_dpo: Trainer of dpo stages; None where there are none.
 
     Returns:
         The run, with a standard checkpoint for each stage.
@@ -97,10 +107,17 @@ def train(recipe: Recipe, folder: str | Path, track: Sequence[str] = (), profile
 
     # One process at a time trains in a folder, with those that it trains together with.
     with hold_run(folder) if world.is_first else nullcontext():
-        return _train(recipe, folder, track, profile, world)
+        return _train(recipe, folder, track, profile, train_dpo, world)
 
 
-def _train(recipe: Recipe, folder: Path, track: Sequence[str], profile: int, world: World) -> Run:
+def _train(
+    recipe: Recipe,
+    folder: Path,
+    track: Sequence[str],
+    profile: int,
+    train_dpo: TrainDpo | None,
+    world: World,
+) -> Run:
     """Train the stages of a recipe in a folder that is held."""
     # Find the stages that are not finished in the folder.
     check_run(folder, recipe)
@@ -110,14 +127,14 @@ def _train(recipe: Recipe, folder: Path, track: Sequence[str], profile: int, wor
 
     # Read the data of all stages before the first trains: a broken record ends the run now, and
     # leaves no run folder.
-    data = [_read_data(stage) for stage in stages]
+    data = {stage.name: _read_data(stage) for stage in stages if not stage.is_dpo}
 
     # Begin: the run folder, with the recipe and a record of the data.
     world.barrier()
     if world.is_first:
         create_run(folder, recipe)
-        for stage, (mixture, _, sha256) in zip(stages, data, strict=True):
-            run.record_data(stage.name, {"samples": len(mixture), "sha256": sha256})
+        for name, (mixture, _, sha256) in data.items():
+            run.record_data(name, {"samples": len(mixture), "sha256": sha256})
     world.barrier()
 
     # A process that was killed between its last two lines left states of a finished stage.
@@ -125,8 +142,14 @@ def _train(recipe: Recipe, folder: Path, track: Sequence[str], profile: int, wor
         for name in recipe.stages.keys() - unfinished:
             _drop_states(run, name)
 
-    for stage, (mixture, held_out, _) in zip(stages, data, strict=True):
-        train_stage(stage, mixture, held_out)
+    for stage in stages:
+        if stage.is_dpo:
+            assert train_dpo is not None, "the caller gives the trainer of dpo stages"
+            made = train_dpo(recipe, stage.name, _find_start(stage), stage.folder / "dpo")
+            _adopt_checkpoint(stage, made)
+        else:
+            mixture, held_out, _ = data[stage.name]
+            train_stage(stage, mixture, held_out)
     return run
 
 
@@ -342,6 +365,24 @@ def _export(
         files = {path.name: describe_file(path) for path in sorted(partial.iterdir())}
         record = stage.run.checkpoint_record(stage.name)
         write_whole(record, json.dumps(files, indent=1) + "\n")
+
+
+def _find_start(stage: Stage) -> Path:
+    """Return the checkpoint that a stage starts from."""
+    if stage.before:
+        checkpoint = stage.run.checkpoint(stage.before)
+        _check_checkpoint(stage, checkpoint)
+        return checkpoint
+    assert isinstance(stage.recipe.model, CheckpointRecipe)
+    return checkpoint_folder(stage.recipe.model)
+
+
+def _adopt_checkpoint(stage: Stage, made: Path) -> None:
+    """Move a model folder that another trainer made to the place of a stage's checkpoint."""
+    files = {path.name: describe_file(path) for path in sorted(made.iterdir())}
+    record = stage.run.checkpoint_record(stage.name)
+    write_whole(record, json.dumps(files, indent=1) + "\n")
+    made.rename(stage.run.checkpoint(stage.name))
 
 
 def _drop_states(run: Run, name: str) -> None:

@@ -39,7 +39,12 @@ class Stage:
     @property
     def settings(self) -> StageRecipe:
         """The settings of this stage in the recipe."""
-        return self.recipe.stages[self.name]
+        return self.recipe.stage(self.name)
+
+    @property
+    def is_dpo(self) -> bool:
+        """Whether the stage learns from preferences, which another trainer does."""
+        return self.name not in self.recipe.supervised_stages
 
     @property
     def before(self) -> str | None:
