@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mipha.cli.arguments import Adapter, parse_pairs, split_names
+from mipha.terminal import echo
 
 if TYPE_CHECKING:
     from mipha.evaluation.benchmark import Judge, Plan
@@ -210,12 +211,12 @@ def predict(
     else:
         plan = _own_plan(data, split, image_root, None, None, max_new_tokens, with_answers=False)
     for note in plan.doubts:
-        typer.echo(note)
+        echo(note)
     failures = answer(subject, plan, out, batch_size=batch_size, limit=limit)
-    typer.echo(f"written: {out}, {len(plan.questions[:limit]) - len(failures):,} answers")
+    echo(f"written: {out}, {len(plan.questions[:limit]) - len(failures):,} answers")
     if failures:
         name, error = next(iter(failures.items()))
-        typer.echo(
+        echo(
             f"{len(failures):,} questions failed, such as {name} ({error}): run the same command "
             "again to ask these again",
             err=True,
