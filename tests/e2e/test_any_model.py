@@ -16,6 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 from mipha.cli import app
+from mipha.files import read_lines
 from tests.deploy.serve.conftest import serving  # noqa: F401  (a fixture)
 
 
@@ -121,7 +122,7 @@ def test_predictions_need_no_answers_and_go_on_after_a_kill(
         time.sleep(0.01)
     started.kill()
     started.wait()
-    before = rows(kept) if kept.is_file() else []
+    before = list(read_lines(kept))
     if not out.exists():
         assert before
         marked = "".join(json.dumps(row | {"before": True}) + "\n" for row in before)
@@ -130,17 +131,20 @@ def test_predictions_need_no_answers_and_go_on_after_a_kill(
         assert sum("before" in row for row in rows(out)) == len(before)
 
     assert texts(tmp_path) == texts(directly / "train") and not kept.exists()
-    assert rows(out)[1]["question"].startswith("Which colour is shape 1?")
-    assert [Path(image).name for image in rows(out)[1]["images"]] == ["1.png"]
+    row = rows(out)[2]  # the first sample has two questions
+    assert row["question"].startswith("Which colour is shape 1?")
+    assert [Path(image).name for image in row["images"]] == ["1.png"]
     again = mipha(*typed[3:])
     assert again.exit_code == 2 and "exists: choose another -o" in again.stderr
 
 
 @pytest.mark.skipif(find_spec("xllamacpp") is None, reason="needs llama.cpp")
 def test_an_engine_is_compared_with_its_checkpoint(
-    checkpoint: Path, own: Path, directly: Path, tmp_path: Path
+    checkpoint: Path, own: Path, tmp_path: Path
 ) -> None:
-    more = ("--data", own, "--max-new-tokens", 6)
+    more = ("--data", own, "--max-new-tokens", 2, "--limit", 6)
+    mipha("evaluate", checkpoint, *more, "-o", tmp_path / "directly")
+    directly = tmp_path / "directly"
     done = mipha("evaluate", checkpoint, "--engine", "llama.cpp", *more, "-o", tmp_path)
     assert done.exit_code == 0, done.output
     engine, ours = texts(tmp_path / "train"), texts(directly / "train")

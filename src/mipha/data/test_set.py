@@ -95,6 +95,8 @@ def load_test_set(recipe: DataRecipe) -> GoldSet:
     questions = []
     for (record, sample, answers), name in zip(samples, ids, strict=True):
         where = getattr(record, "where", sample.id)
+        if sample.is_document:
+            raise RecordError("it is a document, which asks nothing", "remove it", where)
         for image in sample.images:
             if isinstance(image, Path) and not image.is_file():
                 reason = why_missing(image) or "check the data's root"
@@ -141,7 +143,8 @@ def _complete(content: Any, row: Row | None = None) -> _Completed:
     asked = next((name for name in QUESTIONS if name in named), None)
     if asked is None:
         return _Completed(content, None)
-    answer = next((name for name in ANSWERS if named.get(name) not in (None, "")), None)
+    single = [name for name in ANSWERS if name != "answers"]
+    answer = next((name for name in single if named.get(name) not in (None, "")), None)
     several = _texts(parse_list(named.get("answers")), row)
     if several is None and answer is not None and isinstance(named[answer], list | Mapping):
         several = _texts(named[answer], row)
