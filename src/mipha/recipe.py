@@ -24,11 +24,9 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
-    SerializerFunctionWrapHandler,
     Tag,
     ValidationInfo,
     field_validator,
-    model_serializer,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -176,6 +174,17 @@ def _index(entries: list[Any], key: str, path: list[str]) -> int:
 
 _LATER: dict[str, Any] = {
     "pad_to_square": None,
+    "boxes": None,
+    "config": None,
+    "revision": None,
+    "min_ratings": {},
+    "answer_form": "letter",
+    "columns": {},
+    "bbox_format": None,
+    "bbox_scale": None,
+    "bbox_frame": "upright",
+    "point_scale": None,
+    "unreadable_shards": "fail",
     "upstream": [],
 }
 """Keys that are younger than the digests of runs, with their defaults."""
@@ -192,6 +201,10 @@ def _without_later(tree: Any) -> Any:
         for key, value in tree.items()
         if key not in _LATER or value != _LATER[key]
     }
+
+
+RegionForm = Literal["thousand", "unit3", "square2", "bbox_2d", "loc", "molmo", "molmo2"]
+"""How boxes and points are written as text; `data/region_text.py` describes each."""
 
 
 class ModelRecipe(Strict):
@@ -218,6 +231,12 @@ class ModelRecipe(Strict):
         False,
         description="start the projector at the scales of features and text, "
         "from the first training images",
+    )
+    boxes: RegionForm | None = Field(
+        None,
+        description="how boxes and points are written as text, in training and by the checkpoint: "
+        "thousand [228, 320, 961, 970], unit3, square2 (LLaVA-1.5's), bbox_2d (Qwen3-VL's), "
+        "loc (PaliGemma's), molmo or molmo2 (points only); None: thousand",
     )
 
 
@@ -302,7 +321,7 @@ def _as_place(value: Any) -> Any:
 
 
 class ReadingRecipe(Strict):
-    """What the records of own data do not say themselves; a key that is not set is not written."""
+    """What the records of own data do not say themselves."""
 
     config: str | None = Field(
         None, description="part of a set of the hub, or of a copy of one, by the name in its README"
@@ -340,16 +359,6 @@ class ReadingRecipe(Strict):
         description="parquet files and tars that cannot be read: stop and name all of them, "
         "or train on the others and count them",
     )
-
-    @model_serializer(mode="wrap")
-    def _only_what_is_set(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # So a recipe that sets none of them keeps its digest, and its runs.
-        fields = ReadingRecipe.model_fields
-        return {
-            name: value
-            for name, value in handler(self).items()
-            if name not in fields or getattr(self, name) != fields[name].get_default()
-        }
 
     def set_keys(self) -> list[str]:
         """Name the keys about reading that are set."""
@@ -798,12 +807,13 @@ class Recipe(RecipeBase):
             for made in names[: names.index(name) + 1]
         ]
         content["stages"] = [(made, _without_later(tree)) for made, tree in content["stages"]]
+        content["model"] = _without_later(content["model"])
         return digest_of(content)
 
     def content(self) -> dict[str, Any]:
         """Return the plain values that count for the digest."""
         content = super().content()
-        content["stages"] = _without_later(content["stages"])
+        content |= {key: _without_later(content[key]) for key in ("stages", "model")}
 
         # A digest sorts keys, so any order but that of the paper's two stages is written down.
         if list(self.stages) != ["pretrain", "finetune"]:

@@ -127,9 +127,7 @@ def test_settings_of_a_command_are_keys_of_the_recipe(tmp_path: Path) -> None:
         data_recipe("./x.jsonl", settings=["min_rating.relevance=2"])
 
 
-def test_keys_about_reading_change_a_recipes_digest_only_where_they_are_set() -> None:
-    assert "min_ratings" not in DataRecipe(dataset="auto").model_dump()
-    assert DataRecipe(dataset="auto", min_ratings={"a": 1}).model_dump()["min_ratings"] == {"a": 1}
+def test_a_key_about_reading_that_has_no_effect_is_an_error() -> None:
     with pytest.raises(ValueError, match="answer_form has no effect with the data set easy_vqa"):
         load_data(DataRecipe(dataset="easy_vqa", answer_form="text"))
 

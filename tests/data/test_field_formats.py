@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from mipha.cli.program import app
 from mipha.data.dataset import LoadedData, data_recipe, load_data
 from mipha.data.images import open_image
+from mipha.data.region_text import write_sample
 from mipha.data.sample import IMAGE, Sample
 
 pytest.importorskip("pyarrow")
@@ -207,3 +208,47 @@ def test_webdataset() -> None:
     assert _said(samples) == expected["assistant"]
     with pytest.raises(ValueError, match=r"000002\.tar cannot be read as a tar"):
         load_data(data_recipe("webdataset", FIELD / "webdataset/cut"))
+
+
+def _regions(samples: list[Sample]) -> list[list[list[float]]]:
+    return [
+        [[round(number, 6) for number in region.numbers] for region in sample.regions]
+        for sample in samples
+    ]
+
+
+def test_boxes_of_placeholders(tmp_path: Path) -> None:
+    expected, data = _expected("boxes-objects"), _load("boxes-objects/train.jsonl")
+    samples = [data.to_sample(data.records[row]) for row in range(2)]
+    assert _regions(samples) == list(expected["regions_unit"].values())
+    written = [write_sample(sample, "thousand") for sample in samples]
+    assert _said(written) == list(expected["assistant_thousand"].values())
+    assert written[1].messages[0].text == "<image>" + expected["user"]["1"]
+    report = _check("boxes-objects/train.jsonl", tmp_path, code=1)
+    assert _rows_of(report) == [(2, "region-scale")]
+
+
+def test_boxes_in_columns() -> None:
+    expected = _expected("boxes-columns")
+    with pytest.raises(ValueError, match="say bbox_format=xyxy or bbox_format=xywh"):
+        _samples(_load("boxes-columns"))
+    settings = [f"{key}={value}" for key, value in expected["recipe"].items()]
+    samples = _samples(_load("boxes-columns", *settings))
+    asked = [text.removeprefix("<image>\n") for texts in _said(samples, "user") for text in texts]
+    assert asked == expected["questions"]
+    assert [box for boxes in _regions(samples) for box in boxes] == expected["regions_unit"]
+    assert _said([write_sample(samples[0], None)]) == [["[100, 200, 500, 800]"]]
+    other = _regions(_samples(_load("boxes-columns", "bbox_format=xywh")))
+    assert other[0] == [[0.1, 0.2, 0.6, 1.0]], "the same numbers are another box"
+
+
+def test_points() -> None:
+    expected = _expected("points")
+    with pytest.raises(ValueError, match="say point_scale, such as point_scale=100"):
+        _samples(_load("points"))
+    samples = _samples(_load("points", "point_scale=100"))
+    assert _regions(samples) == expected["regions_unit"]
+    written = [write_sample(sample, "molmo2") for sample in samples]
+    assert _said(written) == [[text] for text in expected["molmo2_text"]]
+    samples = _samples(_load("points", "point_scale=pixels"))
+    assert _regions(samples)[0] == expected["with_point_scale_pixels_row_0"]

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from mipha.data.dataset import LoadedData, data_recipe, load_data
-from mipha.data.show import render, save_pixels, view_sample, visible
+from mipha.data.regions import as_region
+from mipha.data.show import draw_regions, render, save_pixels, view_sample, visible
 from mipha.recipe import StageRecipe
 from mipha.terminal import Console
 
@@ -174,3 +175,21 @@ def test_a_row_that_is_no_sample(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"messages": []}\n')
     with pytest.raises(ValueError, match=r"rows\.jsonl, line 1"):
         view_sample(load_data(data_recipe(str(tmp_path / "rows.jsonl"))), 0)
+
+
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_regions_are_drawn_where_the_tower_sees_them(is_padded: bool) -> None:
+    image = Image.new("RGB", (200, 100))
+    ImageDraw.Draw(image).rectangle((100, 50, 199, 99), fill="white")
+    if is_padded:
+        square = Image.new("RGB", (200, 200))
+        square.paste(image, (0, 50))
+        image = square
+    seen = image.resize((80, 80))
+    regions = [as_region((100, 50, 200, 100), (200, 100), 0, "", "")]
+    drawn = np.asarray(draw_regions(seen, regions, is_padded)).astype(int)
+    outline = (drawn == (255, 0, 128)).all(axis=-1)
+    rows, columns = np.nonzero(outline)
+    assert (columns.min(), rows.min()) == (40, 40)
+    assert rows.max() == (60 if is_padded else 79)
+    assert draw_regions(seen, []) is seen

@@ -19,10 +19,12 @@ import transformers
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlavaProcessor
 
 from mipha.assistant import Assistant
-from mipha.data.sample import IMAGE, Message
+from mipha.data.encode import IGNORE, encode
+from mipha.data.regions import as_region
+from mipha.data.sample import IMAGE, Message, Sample
 from mipha.models.build import build, load_parts_processor, save_checkpoint
 from mipha.models.modeling import load_model
 from mipha.models.processing import load_processor
@@ -462,3 +464,28 @@ def test_the_processor_without_the_weights_is_that_of_the_built_model(
         whole.num_additional_image_tokens,
         whole.patch_size,
     )
+
+
+def test_the_form_of_boxes_is_in_the_checkpoint(tiny_model: Callable, tmp_path: Path) -> None:
+    model, processor = tiny_model(boxes="bbox_2d")
+    save_checkpoint(model, processor, tmp_path / "saved")
+    assert load_processor(tmp_path / "saved").boxes == "bbox_2d"
+    stock = LlavaProcessor.from_pretrained(tmp_path / "saved")
+    assert stock.patch_size == processor.patch_size
+
+    path = tmp_path / "saved/processor_config.json"
+    path.write_text(path.read_text().replace("bbox_2d", "nosuch"))
+    with pytest.raises(ValueError, match="sets boxes to 'nosuch': use one of thousand, "):
+        load_processor(tmp_path / "saved")
+
+
+def test_a_sample_is_written_in_the_form_of_the_model(tiny_model: Callable) -> None:
+    _, processor = tiny_model()
+    region = as_region((10, 20, 30, 60), (100, 100), 0, "", "")
+    turns = (Message("user", "<image>\nWhere?"), Message("assistant", "<region>"))
+    sample = Sample("s", turns, (Path("a.png"),), regions=(region,))
+    for form, text in ((None, "[100, 200, 300, 600]"), ("unit3", "[0.100, 0.200, 0.300, 0.600]")):
+        processor.boxes = form
+        encoded = encode(sample, processor, 1000)
+        said = processor.tokenizer.decode(encoded.labels[encoded.labels != IGNORE])
+        assert said.startswith(text)

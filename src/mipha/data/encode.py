@@ -17,6 +17,7 @@ from mipha.answer_spans import NoMask, answer_spans, has_marks, renderer, superv
 from mipha.checkpoint_files import count_image_tokens
 from mipha.data.faults import RecordError
 from mipha.data.images import ImageSource
+from mipha.data.region_text import write_sample
 from mipha.data.sample import BETWEEN_PLACES, IMAGE, Sample, as_chat
 from mipha.data.upstream_tokens import encode_conversation
 from mipha.labels import IGNORE
@@ -95,6 +96,7 @@ def encode(
     """
     # Write and tokenise the conversation, with as many tokens as each image takes.
     check_text(sample)
+    sample = write_sample(sample, getattr(processor, "boxes", None))
     if sample.is_document:
         return _encode_document(sample, processor, max_tokens)
     ids, supervised = _plain(sample, processor) if prompt == "plain" else _chat(sample, processor)

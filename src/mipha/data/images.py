@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Protocol, Union, runtime_checkable
 from urllib.parse import unquote
 
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 if TYPE_CHECKING:
     import numpy as np
@@ -176,6 +176,15 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
         raise _Unreadable(name, error) from error
 
 
+def read_size(source: ImageSource) -> tuple[tuple[int, int], tuple[int, int], int]:
+    """Return what an image's header says: width and height upright and as stored, orientation.
+
+    The orientation is EXIF's, 1 where there is none. Errors as in `open_image`; pixels are not
+    read.
+    """
+    return _read_size(source) if isinstance(source, bytes) else _known_size(source)
+
+
 def is_readable(source: ImageSource) -> bool:
     """Return whether `open_image` can read the image, by reading it."""
     try:
@@ -260,6 +269,27 @@ def grey_image() -> bytes:
 def image_name(source: ImageSource) -> str:
     """Return the name of an image in messages."""
     return f"image of {len(source)} bytes" if isinstance(source, bytes) else str(source)
+
+
+def _read_size(source: ImageSource) -> tuple[tuple[int, int], tuple[int, int], int]:
+    name = image_name(source)
+    if isinstance(source, Path) and not source.is_file():
+        raise FileNotFoundError(f"no image file {source}: {why_missing(source) or _CHECK_ROOT}")
+    try:
+        file = source if isinstance(source, Path) else io.BytesIO(_bytes(source))
+        with Image.open(file, formats=FORMATS) as image:
+            stored = image.size
+            try:
+                orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+            except Exception:  # shown as it is stored, as in `_upright`
+                orientation = 1
+    except Exception as error:  # decoders answer damage with nearly every kind of exception
+        raise _Unreadable(name, error) from error
+    orientation = orientation if orientation in range(1, 9) else 1
+    return stored[::-1] if orientation >= 5 else stored, stored, orientation
+
+
+_known_size = lru_cache(maxsize=65_536)(_read_size)
 
 
 def _bytes(source: bytes | StoredImage) -> bytes:

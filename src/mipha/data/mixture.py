@@ -319,4 +319,5 @@ def _described(sample: Sample) -> bytes:
         hashlib.sha256(image).hexdigest() if isinstance(image, bytes) else Path(str(image)).name
         for image in sample.images
     ]
-    return json.dumps([texts, images]).encode() + b"\n"
+    regions = [[list(region.numbers) for region in sample.regions]] if sample.regions else []
+    return json.dumps([texts, images, *regions]).encode() + b"\n"

@@ -8,9 +8,13 @@ from typing import Any, Literal, NamedTuple
 
 from mipha.data.faults import RecordError
 from mipha.data.images import ImageSource
+from mipha.data.regions import Region
 
 IMAGE = "<image>"
 """Stands in a message's text where an image goes."""
+
+REGION = "<region>"
+"""Stands in a message's text where a region's numbers go, if the sample has regions."""
 
 BETWEEN_PLACES = "\n\n"
 """Stands between the texts and images of a document."""
@@ -56,6 +60,8 @@ class Sample:
         messages: System (at most one, first), then user and assistant in turn; or one document,
             whose whole text is trained on.
         images: One for each marker, in order: a path, or the bytes of an image file.
+        regions: Boxes and points, one for each `REGION` marker, in order; without any, such a
+            marker is plain text.
         remarks: What the reader has to say; two samples that differ in it alone are equal.
 
     Raises:
@@ -65,6 +71,7 @@ class Sample:
     id: str
     messages: tuple[Message, ...]
     images: tuple[ImageSource, ...] = field(default=())
+    regions: tuple[Region, ...] = field(default=(), kw_only=True)
     remarks: tuple[Remark, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
@@ -77,6 +84,14 @@ class Sample:
                 "image-count",
             )
 
+        markers = sum(message.text.count(REGION) for message in self.messages)
+        if self.regions and markers != len(self.regions):
+            raise RecordError(
+                f"{markers} {REGION} markers for {len(self.regions)} regions",
+                "each region needs one marker",
+                f"sample {self.id}",
+                "region-count",
+            )
         if self.is_document:
             return
         roles = [message.role for message in self.messages if message.role != "system"]

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
 from rich.console import Group, RenderableType
 from rich.rule import Rule
 from rich.text import Text
@@ -21,6 +21,8 @@ from rich.text import Text
 from mipha.data.dataset import LoadedData
 from mipha.data.faults import RecordError
 from mipha.data.images import ImageSource, open_image
+from mipha.data.region_text import write_sample
+from mipha.data.regions import Region, pad_to_square, resize, to_pixels
 from mipha.data.sample import Sample
 from mipha.files import write_whole
 from mipha.recipe import StageRecipe
@@ -36,6 +38,10 @@ _STYLES = {
     "trained": ("#1f2933 on #b7e4c7", "#1f2933 on #74c69d"),
     "given": ("", "dim"),
 }
+
+_OUTLINE = (255, 0, 128)
+_POINT = 2
+"""Pixels to each side of a point that is drawn."""
 
 
 class TokenPiece(NamedTuple):
@@ -67,7 +73,9 @@ class View:
         pieces: All tokens in order; empty where the sample cannot be encoded.
         num_truncated: Tokens cut off by row_tokens.
         problem: Why the sample cannot be encoded.
-        pixels: The images after preprocessing, as the tower gets them, turned back into colours.
+        pixels: The images after preprocessing, as the tower gets them, turned back into colours;
+            regions are drawn on them.
+        regions: Boxes and points of the sample, which its texts hold as text.
     """
 
     row: int
@@ -79,6 +87,7 @@ class View:
     num_truncated: int = 0
     problem: str | None = None
     pixels: tuple[Image.Image, ...] = ()
+    regions: tuple[Region, ...] = ()
 
     @property
     def num_tokens(self) -> int:
@@ -118,7 +127,8 @@ def view_sample(
 
     # Read its texts and images.
     record = data.records[row]
-    sample = data.to_sample(record)
+    given = data.to_sample(record)
+    sample = write_sample(given, getattr(processor, "boxes", None))
     images, notes = [], []
     for stored in sample.images:
         name = data.image_name(stored)
@@ -127,14 +137,19 @@ def view_sample(
             notes.append(f"{name}, {images[-1].width} x {images[-1].height} pixels")
         except (ValueError, OSError) as error:
             notes.append(f"{name}: {error}")
-    view = View(row, data.place(record), sample, tuple(notes))
+    view = View(row, data.place(record), sample, tuple(notes), regions=given.regions)
     if processor is None or stage is None:
         return view
 
     from mipha.data.encode import as_chat, check_text, encode_for  # transformers takes seconds
 
     # Render it with the template.
-    view = replace(view, pixels=tuple(_preprocessed(images, processor)))
+    is_padded = bool(getattr(processor.image_processor, "do_pad", False))
+    pixels = [
+        draw_regions(image, [r for r in given.regions if r.image == number], is_padded)
+        for number, image in enumerate(_preprocessed(images, processor))
+    ]
+    view = replace(view, pixels=tuple(pixels))
     try:
         check_text(sample)
     except RecordError as error:
@@ -183,6 +198,33 @@ def token_pieces(encoded: Encoded, processor: LlavaProcessor) -> Iterator[TokenP
                 text = _decoded(ids[start:end], processor)
             yield TokenPiece(text, bool(trained[start]), end - start)
         start = end
+
+
+def draw_regions(
+    image: Image.Image, regions: Sequence[Region], is_padded: bool = False
+) -> Image.Image:
+    """Return an image with its boxes and points drawn on it.
+
+    Args:
+        image: Image of any size.
+        regions: Regions of the original.
+        is_padded: Whether the original was padded to a square before it was resized.
+    """
+    if not regions:
+        return image
+    drawn = image.convert("RGB")
+    pen = ImageDraw.Draw(drawn)
+    for region in regions:
+        pixels, size = to_pixels(region.numbers, "unit", region.size), region.size
+        if is_padded:
+            pixels, size = pad_to_square(pixels, size)
+        numbers, _ = resize(pixels, size, image.size)
+        if len(numbers) == 2:
+            x, y = numbers
+            numbers = (x - _POINT, y - _POINT, x + _POINT, y + _POINT)
+        inside = [min(n, image.size[place % 2] - 1) for place, n in enumerate(numbers)]
+        pen.rectangle(inside, outline=_OUTLINE)
+    return drawn
 
 
 def open_quietly(source: ImageSource) -> Image.Image:

@@ -10,6 +10,7 @@ A recipe may name a finished checkpoint instead: it is loaded, and what it says 
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +37,7 @@ from mipha.checkpoint_files import (
     read_checkpoint,
 )
 from mipha.checkpoint_files import read_config as read_config_file
-from mipha.files import whole_folder
+from mipha.files import read_json_object, whole_folder, write_whole
 from mipha.lookup import files_in
 from mipha.models.chat_template import trainable_template
 from mipha.models.checkpoint_folder import fetch, locate
@@ -111,7 +112,11 @@ def build(
     language_model, tokenizer, template = load_language_model(recipe, dtype)
     torch.set_rng_state(random)
 
-    return compose(language_model, tokenizer, template, tower, mean, std, recipe.pad_to_square)
+    model, processor = compose(
+        language_model, tokenizer, template, tower, mean, std, recipe.pad_to_square
+    )
+    processor.boxes = recipe.boxes
+    return model, processor
 
 
 def compose(
@@ -327,9 +332,11 @@ def load_parts_processor(recipe: ModelRecipe) -> LlavaProcessor:
     # Making the config refuses an image that is too long.
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     _llava_config(tower.config, prefix, text_config, image_token_id)
-    return build_processor(
+    processor = build_processor(
         tokenizer, template, tower.config, mean, std, recipe.pad_to_square, prefix
     )
+    processor.boxes = recipe.boxes
+    return processor
 
 
 def save_checkpoint(
@@ -357,6 +364,11 @@ def save_checkpoint(
             config._name_or_path = ""  # else a path of this machine goes into a public file
         model.save_pretrained(partial, state_dict=weights)
         processor.save_pretrained(partial)
+        if (form := getattr(processor, "boxes", None)) is not None:
+            # transformers writes the keys that it knows, and passes over others.
+            path = partial / "processor_config.json"
+            written = read_json_object(path) | {"boxes": form}
+            write_whole(path, json.dumps(written, indent=2) + "\n")
 
 
 def _part_config(name: str, kind: str, known: list[str]) -> PretrainedConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import transformers
 from transformers import AutoTokenizer, LlavaProcessor, PretrainedConfig, PreTrainedTokenizerBase
@@ -17,7 +17,7 @@ from mipha.checkpoint_files import read_chat_template, read_processor, read_temp
 from mipha.files import read_json_object
 from mipha.models.chat_template import IMAGE_TOKEN, bounded, fit_template
 from mipha.preflight import template_file
-from mipha.recipe import CheckpointRecipe, ModelRecipe, StageRecipe
+from mipha.recipe import CheckpointRecipe, ModelRecipe, RegionForm, StageRecipe
 
 IMAGE_PROCESSORS = (
     "LlavaImageProcessor",
@@ -155,6 +155,14 @@ def load_processor(folder: str | Path, template: str | None = None) -> LlavaProc
             f"tokenizer or image processor of {folder} cannot be read: copy their files again "
             f"({_reason(error)})"
         ) from error
+
+    # How boxes were written in training.
+    processor.boxes = saved.get("boxes")
+    if processor.boxes not in (None, *get_args(RegionForm)):
+        raise ValueError(
+            f"{folder / 'processor_config.json'} sets boxes to {processor.boxes!r}: "
+            f"use one of {', '.join(get_args(RegionForm))}"
+        )
 
     # Processors of transformers leave the BOS to a tokenizer that begins every text with one, where
     # the template does not write it.

@@ -17,6 +17,7 @@ from mipha.data.batches import StepDataset
 from mipha.data.collate import to_device
 from mipha.data.images import is_readable
 from mipha.data.mixture import Mixture
+from mipha.data.region_text import write_sample
 from mipha.data.sample import IMAGE, Sample
 from mipha.engine.precision import autocast
 from mipha.files import append_line
@@ -53,7 +54,9 @@ class Validation:
         self.num_steps = min(len(self.steps), ceil(NUM_SAMPLES / settings.batch_size))
         self.substitutes = settings.unreadable_images == "substitute"
         can_answer = settings.prompt == "chat" and world.size == 1
-        self.asked = _find_questions(mixture, self.substitutes) if can_answer else []
+        found = _find_questions(mixture, self.substitutes) if can_answer else []
+        form = getattr(processor, "boxes", None)
+        self.asked = [write_sample(sample, form) for sample in found]
 
     def measure(self, model: nn.Module, number: int) -> dict[str, float]:
         """Return the mean loss over supervised tokens, in nats, for a line of metrics.

@@ -96,6 +96,20 @@ KINDS: dict[str, Kind] = {
         "give a path inside the data's folder",
         "drop",
     ),
+    # its regions
+    "region-count": Kind(
+        "error", "regions and their places do not match", "give each region one place", "drop"
+    ),
+    "region-scale": Kind(
+        "error",
+        "numbers of regions that may be of another scale",
+        "say bbox_format, bbox_scale or point_scale, or fix the row",
+        "drop",
+    ),
+    "region-outside": Kind(
+        "error", "regions that reach out of their image", "fix the numbers, or their scale", "drop"
+    ),
+    "region-empty": Kind("error", "boxes without an area", "fix the numbers", "drop"),
     # its images
     "null-image": Kind(
         "error",

@@ -16,7 +16,8 @@ from mipha.data.check.findings import KINDS, SEVERITIES, Finding, Severity
 from mipha.data.check.linter import NO_RECIPE, CheckResult, Histogram
 from mipha.data.check.report import answer_lines, by_kind, headline, training_lines, verdict
 from mipha.data.images import ImageSource
-from mipha.data.show import TokenPiece, View, open_quietly, view_sample, visible
+from mipha.data.regions import Region
+from mipha.data.show import TokenPiece, View, draw_regions, open_quietly, view_sample, visible
 
 _MOST_ROWS = 50
 _ROWS_A_KIND = 2
@@ -277,7 +278,7 @@ def example_cards(result: CheckResult) -> Iterator[str]:
         view = None
         try:
             view = view_sample(result.data, row, stage, result.processor)
-            body = _images(view.sample.images) + _words(view)
+            body = _images(view) + _words(view)
         except (ValueError, OSError):
             # The findings say why already; all there is to see of such a row is the record.
             body = _record(result, row)
@@ -322,17 +323,24 @@ def _pieces(pieces: Iterable[TokenPiece]) -> Iterator[str]:
             yield f"<u>{text}</u>"
 
 
-def _images(images: Iterable[ImageSource]) -> str:
-    return "".join(map(thumbnail, list(images)[:4]))
+def _images(view: View) -> str:
+    return "".join(
+        thumbnail(source, [region for region in view.regions if region.image == number])
+        for number, source in enumerate(view.sample.images[:4])
+    )
 
 
-def thumbnail(source: ImageSource) -> str:
-    """Return a small copy of an image as an element of a page, or that there is none to show."""
+def thumbnail(source: ImageSource, regions: Sequence[Region] = ()) -> str:
+    """Return a small copy of an image, with its regions, as an element of a page.
+
+    Or that there is none to show.
+    """
     try:
         image = open_quietly(source)
     except (ValueError, OSError):
         return '<p class="error">(no image to show)</p>'
     image.thumbnail((_THUMBNAIL, _THUMBNAIL))
+    image = draw_regions(image, regions)
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=80)
     content = base64.b64encode(buffer.getvalue()).decode()

@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -30,7 +30,8 @@ from mipha.data.dataset import LoadedData
 from mipha.data.datasets.table import INSTRUCTION as CAPTION_REQUEST
 from mipha.data.faults import RecordError
 from mipha.data.image_keys import ImageKeys
-from mipha.data.sample import IMAGE, Sample
+from mipha.data.region_text import write_sample
+from mipha.data.sample import IMAGE, REGION, Sample
 from mipha.labels import IGNORE
 from mipha.processes import end_with
 from mipha.recipe import StageRecipe
@@ -203,7 +204,8 @@ def row_checker(inputs: CheckInputs) -> Callable[[int], RowFacts]:
         record: Any = None
         try:
             record = data.records[row]
-            sample = data.to_sample(record)
+            given = data.to_sample(record)
+            sample = write_sample(given, getattr(processor, "boxes", None))
         except (ValueError, OSError) as error:
             return RowFacts(row, *_fault(data, row, record, error), file=data.file_of(row))
         where = data.place(record)
@@ -212,7 +214,9 @@ def row_checker(inputs: CheckInputs) -> Callable[[int], RowFacts]:
         names = [data.image_name(image) for image in sample.images]
         images = [read_image(*pair) for pair in zip(sample.images, names, strict=True)]
         problems = [*_turn_problems(sample, record), *_remarked(sample)]
-        for message in sample.messages:
+        # The numbers of regions are no words: some forms are tags.
+        plain = [replace(m, text=m.text.replace(REGION, "[]")) for m in given.messages]
+        for message in plain if given.regions else given.messages:
             problems += text_problems(message, special)
         for image in images:
             problems += image.problems

@@ -25,7 +25,10 @@ import numpy as np
 
 from mipha.data.datasets._images import ImageFolders, image_folders, image_source
 from mipha.data.datasets._keys import Keys
+from mipha.data.datasets._regions import place_regions
 from mipha.data.faults import FaultKind, RecordError
+from mipha.data.images import ImageSource
+from mipha.data.regions import Region
 from mipha.data.sample import IMAGE, Message, Sample
 from mipha.recipe import ReadingRecipe
 
@@ -83,23 +86,42 @@ class Row(NamedTuple):
         """Return the record's keys, none of them read yet."""
         return Keys(self.content, self.folders, self.where)
 
-    def sample(self, messages: Sequence[Message], images: Sequence[Any], keys: Keys) -> Sample:
+    def sources(self, images: Sequence[Any]) -> tuple[ImageSource, ...]:
+        """Return the images of the record, as it gives them, as they can be read.
+
+        Raises:
+            RecordError: One is no image, or leads out of the folders.
+        """
+        return tuple(image_source(image, self.folders, self.where) for image in images)
+
+    def sample(
+        self,
+        messages: Sequence[Message],
+        images: Sequence[Any],
+        keys: Keys,
+        regions: tuple[Region, ...] | None = None,
+    ) -> Sample:
         """Return the record as a sample.
 
         Args:
             messages: Its turns.
             images: Its images, as the record gives them.
             keys: Keys of the record, those marked that were read.
+            regions: Its regions, whose markers are in the turns; None where those of `objects`
+                belong to placeholders.
 
         Raises:
             RecordError: An image, the markers or the roles do not fit.
         """
-        sources = tuple(image_source(image, self.folders, self.where) for image in images)
+        sources = self.sources(images)
+        if regions is None:
+            messages, regions = place_regions(keys, self.reading, messages, sources)
         name = self.content.get("id")
         # Published ids repeat, rows do not.
         sample_id = self.id + (f"/{name}" if isinstance(name, str | int) else "")
         try:
-            return Sample(sample_id, tuple(messages), sources, keys.remarks(messages, sources))
+            remarks = keys.remarks(messages, sources)
+            return Sample(sample_id, tuple(messages), sources, remarks, regions=regions)
         except RecordError as error:
             raise error.at(self.where) from error
 

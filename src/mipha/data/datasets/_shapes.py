@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mipha.data.datasets import documents, llava, messages, sharegpt, table, texts
+from mipha.data.datasets import documents, grounding, llava, messages, sharegpt, table, texts
 from mipha.data.datasets._records import Row
 from mipha.data.sample import Sample
 
@@ -16,12 +16,13 @@ _READERS = {
     "table": table.to_sample,
     "texts": texts.to_sample,
     "documents": documents.to_sample,
+    "grounding": grounding.to_sample,
 }
 
 READS = tuple(
     dict.fromkeys(
         key
-        for module in (documents, llava, messages, sharegpt, table, texts)
+        for module in (documents, grounding, llava, messages, sharegpt, table, texts)
         for key in module.DATASET.reads
     )
 )
@@ -39,6 +40,8 @@ def shapes_of(content: Any) -> list[str]:
         shapes.append("texts")
     elif documents.is_document(content):
         shapes.append("documents")
+    if not shapes and grounding.is_grounding(content):
+        shapes.append("grounding")
     if not shapes and table.columns_of(table.by_name(content)):
         shapes.append("table")
     return shapes
@@ -56,6 +59,7 @@ def describe(content: Mapping[str, Any], shape: str) -> str:
         "llava": "LLaVA's conversations between human and gpt",
         "sharegpt": "conversations in ShareGPT's manner",
         "texts": "texts of user and assistant, as FineVision has them",
+        "grounding": "expressions and boxes, labels and points, or detections",
         "documents": "documents of texts and images in turn, as OBELICS has them",
     }[shape]
 

@@ -29,6 +29,7 @@ from mipha.data.datasets._records import (
     put_images_first,
     record_rows,
 )
+from mipha.data.datasets._regions import READS
 from mipha.data.sample import IMAGE, Message, Role, Sample
 
 ROLES: dict[str, Role] = {"human": "user", "gpt": "assistant"}
@@ -170,4 +171,4 @@ def _read_turn(row: Row, keys: Keys, number: int, turn: Mapping[str, Any]) -> Me
     return Message(role, text, learned)
 
 
-DATASET = DataSet("llava", load, to_sample, takes_image_root=True)
+DATASET = DataSet("llava", load, to_sample, takes_image_root=True, reads=READS)

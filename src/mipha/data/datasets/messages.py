@@ -27,6 +27,7 @@ from typing import Any, get_args
 from mipha.data.dataset import DataSet
 from mipha.data.datasets._keys import MARKS, Keys
 from mipha.data.datasets._records import LINE_SUFFIXES, Row, Rows, put_images_first, record_rows
+from mipha.data.datasets._regions import READS
 from mipha.data.sample import IMAGE, Message, Role, Sample
 
 
@@ -181,4 +182,4 @@ def _join(parts: Sequence[str]) -> str:
     return text
 
 
-DATASET = DataSet("messages", load, to_sample, takes_image_root=True)
+DATASET = DataSet("messages", load, to_sample, takes_image_root=True, reads=READS)

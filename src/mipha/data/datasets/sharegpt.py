@@ -19,6 +19,7 @@ from typing import Any
 
 from mipha.data.dataset import DataSet
 from mipha.data.datasets._records import LINE_SUFFIXES, Row, Rows, record_rows
+from mipha.data.datasets._regions import READS
 from mipha.data.datasets.messages import read_conversation
 from mipha.data.sample import Role, Sample
 
@@ -67,4 +68,4 @@ def _named_turn(row: Row, number: int, turn: Any) -> dict[str, Any]:
     return rest | {"role": ROLES[name.lower()], "content": content}
 
 
-DATASET = DataSet("sharegpt", load, to_sample, takes_image_root=True)
+DATASET = DataSet("sharegpt", load, to_sample, takes_image_root=True, reads=READS)

@@ -36,6 +36,7 @@ from mipha.data.datasets._records import (
     put_images_first,
     record_rows,
 )
+from mipha.data.datasets._regions import READS
 from mipha.data.sample import Message, Sample
 
 QUESTIONS = ("question", "prompt", "query", "instruction", "problem", "input")
@@ -235,4 +236,6 @@ def _read_text(row: Row, column: str) -> str:
     return value
 
 
-DATASET = DataSet("table", load, to_sample, takes_image_root=True, reads=("answer_form", "columns"))
+DATASET = DataSet(
+    "table", load, to_sample, takes_image_root=True, reads=("answer_form", "columns", *READS)
+)
