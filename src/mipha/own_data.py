@@ -368,7 +368,8 @@ def held_out_questions(recipe: Recipe) -> tuple[list[dict[str, Any]], int]:
 
     A row is asked where it begins with a question about one image at most, and its answer.
     """
-    from mipha.data.mixture import Mixture, images_key
+    from mipha.data.images import image_key
+    from mipha.data.mixture import Mixture
     from mipha.data.sample import IMAGE
 
     stage = recipe.stage(STAGE)
@@ -387,7 +388,7 @@ def held_out_questions(recipe: Recipe) -> tuple[list[dict[str, Any]], int]:
             {
                 "id": sample.id,
                 "image": sample.images[0] if sample.images else None,
-                "key": f"{images_key(sample):016x}" if sample.images else sample.id,
+                "key": image_key(sample.images[0]).hex()[:16] if sample.images else sample.id,
                 "question": sample.messages[0].text.replace(IMAGE, "").strip(),
                 "expected": sample.messages[1].text,
             }
