@@ -1,14 +1,16 @@
 """`mipha serve` under load: answers a second, their latency, and lost or wrong answers and memory.
 
     python benchmarks/serving.py RUN [--gguf FILE_OR_FOLDER] [--vllm] [--clients 1,4,16,64] \\
-        [--seconds 120] [--out benchmarks/results]
+        [--seconds 120] [--attacked] [--out benchmarks/results]
 
 The server is a process at a free port of 127.0.0.1. Every client has its own image and question of
 easy-VQA's test split, and asks again as soon as it has its answer. The largest number of clients
 asks for the given seconds, the others for a quarter of them. An answer is right if it is the text
 that this repository's own call of the model gives. With `--gguf`, llama.cpp then serves that file
 under the same load. With `--vllm`, vLLM serves the run, and its answers must be this repository's.
-The clients share the machine with the server, which costs the server speed.
+With `--attacked`, the largest number of clients asks once more while others send half headers,
+images of 196 KB that are 75 MB decoded, and questions whose streams they leave. The clients share
+the machine with the server, which costs the server speed.
 """
 
 from __future__ import annotations
@@ -26,9 +28,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ import httpx
 import psutil
 from harness import Row, report
 from inference import easy_questions
+from PIL import Image
 
 from mipha.deploy.serve.engine import choose_engine, find_source
 from mipha.files import write_whole
@@ -52,6 +55,8 @@ WINDOWS = 6
 
 _BUSY_SECONDS = 0.2
 
+_JSON = {"Content-Type": "application/json"}
+
 
 @dataclass
 class Load:
@@ -66,6 +71,7 @@ class Load:
         lost: Sentence for each request that ended in neither an answer nor "come again".
         busy: Number of times that the server told a client to come again.
         memory: Pairs of seconds from the start, and GiB of the server and its children.
+        attacks: Number of each attack meanwhile.
     """
 
     clients: int
@@ -76,6 +82,7 @@ class Load:
     lost: list[str] = field(default_factory=list)
     busy: int = 0
     memory: list[tuple[float, float]] = field(default_factory=list)
+    attacks: dict[str, int] = field(default_factory=dict)
 
     def rates(self) -> list[float]:
         """Return the right answers a second in each part of the time."""
@@ -191,9 +198,7 @@ async def _answer(http: httpx.AsyncClient, body: bytes, load: Load) -> str | Non
     until = time.monotonic() + REQUEST_SECONDS
     while time.monotonic() < until:
         try:
-            response = await http.post(
-                "/v1/chat/completions", content=body, headers={"Content-Type": "application/json"}
-            )
+            response = await http.post("/v1/chat/completions", content=body, headers=_JSON)
         except httpx.HTTPError as error:
             load.lost.append(f"{type(error).__name__}: {error}")
             return None
@@ -240,6 +245,67 @@ def _body(model: str, image: str, question: str) -> bytes:
     ).encode()
 
 
+@asynccontextmanager
+async def attack(address: str) -> AsyncIterator[Counter[str]]:
+    """Attack a server of ours as long as the context lasts, with bounded numbers of connections.
+
+    Yields:
+        Number of each attack, and of the server's answers to it.
+    """
+    counts: Counter[str] = Counter()
+    host, port = address.removeprefix("http://").split(":")
+
+    async def half_header() -> None:
+        while True:
+            reader, writer = await asyncio.open_connection(host, int(port))
+            counts["half headers"] += 1
+            with suppress(OSError):
+                writer.write(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: ")
+                await reader.read()
+            writer.close()
+
+    async def bomb(http: httpx.AsyncClient, body: bytes) -> None:
+        while True:
+            with suppress(httpx.HTTPError):
+                answer = await http.post("/v1/chat/completions", content=body, headers=_JSON)
+                counts[f"large images, status {answer.status_code}"] += 1
+            await asyncio.sleep(0.05)
+
+    async def leave(http: httpx.AsyncClient, body: bytes) -> None:
+        while True:
+            with suppress(httpx.HTTPError):
+                request = http.stream("POST", "/v1/chat/completions", content=body, headers=_JSON)
+                async with request as answer:
+                    await anext(answer.aiter_lines(), None)
+            counts["streams left"] += 1
+            await asyncio.sleep(0.05)
+
+    async with httpx.AsyncClient(base_url=address, timeout=60, trust_env=False) as http:
+        model = (await http.get("/v1/models")).raise_for_status().json()["data"][0]["id"]
+        with tempfile.TemporaryDirectory() as folder:
+            large = Path(folder) / "large.png"
+            Image.new("RGB", (5_000, 5_000)).save(large, compress_level=9)
+            image_body = _body(model, str(large), "What is it?")
+        turns = [{"role": "user", "content": "Tell me a long story."}]
+        stream = {"model": model, "messages": turns, "max_tokens": 200, "stream": True}
+
+        tasks = [asyncio.create_task(half_header()) for _ in range(300)]
+        tasks += [asyncio.create_task(bomb(http, image_body)) for _ in range(8)]
+        tasks += [asyncio.create_task(leave(http, json.dumps(stream).encode())) for _ in range(8)]
+        try:
+            yield counts
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def put_load_attacked(address: str, *load: Any) -> tuple[Load, Counter[str]]:
+    """Put a load on a server that is attacked at the same time."""
+    async with attack(address) as counts:
+        return await put_load(address, *load), counts
+
+
 def answers_alone(source: Path, engine: str, questions: Sequence[tuple[str, str]]) -> list[str]:
     """Return the model's own answer to each question, asked alone."""
     if engine != "llama.cpp":
@@ -265,6 +331,7 @@ def measure(
     clients: Sequence[int],
     seconds: float,
     options: Sequence[str] = (),
+    attacked: bool = False,
 ) -> list[Load]:
     """Put the load of each number of clients on one server, the smallest first.
 
@@ -275,6 +342,7 @@ def measure(
         clients: Numbers of clients.
         seconds: Seconds at the largest number of clients; the others take a quarter.
         options: Other options of `mipha serve`.
+        attacked: Put the largest load once more, on the server under attack.
     """
     expected = answers_alone(source, engine, questions)
 
@@ -289,6 +357,13 @@ def measure(
                 asyncio.run(put_load(address, process, questions, expected, number, duration))
             )
             print(f"{engine}, {number} clients: {sentence(loads[-1])}", file=sys.stderr, flush=True)
+
+        if attacked:
+            load, counts = asyncio.run(
+                put_load_attacked(address, process, questions, expected, max(clients), seconds)
+            )
+            loads.append(replace(load, attacks=dict(counts)))
+            print(f"attacked ({dict(counts)}): {sentence(load)}", file=sys.stderr, flush=True)
     return loads
 
 
@@ -336,7 +411,8 @@ def rows_of(engine: str, loads: Sequence[Load]) -> list[Row]:
         rows.append(
             Row(
                 engine,
-                f"{load.clients} client{'s' * (load.clients > 1)}",
+                f"{load.clients} client{'s' * (load.clients > 1)}"
+                + ", attacked" * bool(load.attacks),
                 rate,
                 min(rates),
                 max(rates),
@@ -363,6 +439,7 @@ def main() -> None:
     )
     parser.add_argument("--clients", default="1,4,16,64")
     parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--attacked", action="store_true", help="once more, under attack")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
 
@@ -378,14 +455,16 @@ def main() -> None:
 
     # Measure.
     found = {
-        engine: measure(source, engine, questions, clients, options.seconds)
+        engine: measure(
+            source, engine, questions, clients, options.seconds, attacked=options.attacked
+        )
         for engine, source in sources.items()
     }
 
     # Write the report.
     rows = [row for engine, loads in found.items() for row in rows_of(engine, loads)]
     facts: dict[str, Any] = {
-        f"{engine}, {load.clients} clients": sentence(load)
+        f"{engine}, {load.clients} clients" + ", attacked" * bool(load.attacks): sentence(load)
         for engine, loads in found.items()
         for load in loads
     }

@@ -20,7 +20,11 @@ def test_the_model_is_asked_before_and_after_its_last_stage() -> None:
         "train blind",
         "evaluate blind",
     ]
-    assert found["train"] == ("train", "quickstart", "-o", "out", "seed=3")
+    assert found["train"] == (
+        *("train", "quickstart", "-o", "out", "seed=3"),
+        *("stages.pretrain.held_out=0.005", "stages.finetune.held_out=0.005"),
+        "stages.finetune.validate_every=30",
+    )
     before = found["evaluate before finetune"]
     assert before[1] == "out/pretrain/checkpoint" and before[-1] == "out/before-finetune"
     assert before[before.index("--limit") + 1] == "50"
@@ -30,6 +34,11 @@ def test_a_tour_of_one_stage_has_nothing_before_it() -> None:
     stage = load_recipe("quickstart").stages["finetune"].model_dump(mode="json")
     alone = f"stages={json.dumps({'finetune': stage})}"
     assert not any("before" in phase.name for phase in phases(Path("out"), [alone], None, True))
+
+
+def test_what_the_user_holds_out_stays() -> None:
+    train = phases(Path("out"), ["stages.finetune.held_out=0.1"], None)[0].command
+    assert train[4:] == ("stages.finetune.held_out=0.1", "stages.pretrain.held_out=0.005")
 
 
 def test_baselines_are_measured_on_request_only() -> None:

@@ -1,4 +1,4 @@
-"""The tour: train, measure, show examples; on request, compare with baselines that see no image.
+"""The tour: train, measure, show examples; on easy-VQA, or on photographs of one's own.
 
 It runs the same commands that a user would type.
 """
@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +25,12 @@ from mipha.comparison.figures import contact_sheet
 from mipha.data.images import open_image
 from mipha.evaluation.benchmark import Question, load_benchmark
 from mipha.evaluation.predict import read_predictions
-from mipha.files import read_json_object, write_whole
+from mipha.files import cache_folder, read_json_object, write_whole
+from mipha.photographs import TUXPAINT, split_photographs, tuxpaint_photographs
+from mipha.photographs import Split as PhotographSplit
+from mipha.preflight import check_writable
 from mipha.processes import child_environment
-from mipha.recipe import load_recipe
+from mipha.recipe import DataRecipe, Recipe, load_recipe
 from mipha.run import Run, available_cores
 from mipha.terminal import Console
 
@@ -35,6 +39,9 @@ BEFORE_LIMIT = 2000
 """Questions that the model is asked before its last stage, when it rambles: enough to tell a few
 percent from a hundred."""
 
+
+SHOWN_SHARE = 0.005
+"""Share of the images that are held out to be asked about while the model trains: some 16."""
 
 MOST_PROCESSES = 4
 """Processes that ask the test questions; each holds the model, about 1 GB."""
@@ -92,7 +99,8 @@ def quickstart(
         limit: Ask the first N test questions only.
         baselines: Also ask the model before its last stage, and train and ask a blind one.
     """
-    check_training(load_recipe("quickstart").override(*overrides), folder)
+    recipe = load_recipe("quickstart").override(*overrides)
+    check_training(recipe.override(*_watching(recipe)), folder)
     console, ledger = Console(), folder / "quickstart.json"
     for phase in phases(folder, overrides, limit, baselines):
         _run_phase(phase, ledger, console)
@@ -118,7 +126,7 @@ def phases(
     ask = (*some, *(("--limit", str(limit)) if limit else ()))
 
     found = [
-        Phase("train", ("train", "quickstart", "-o", str(folder), *overrides)),
+        Phase("train", ("train", "quickstart", "-o", str(folder), *overrides, *_watching(recipe))),
         Phase("evaluate", ("evaluate", str(folder), *ask), processes),
     ]
     if not baselines:
@@ -134,6 +142,111 @@ def phases(
         Phase("train blind", ("train", "quickstart-blind", "-o", blind, *overrides)),
         Phase("evaluate blind", ("evaluate", blind, *ask, "--blind"), processes),
     ]
+
+
+def _watching(recipe: Recipe) -> list[str]:
+    """Return overrides with which each stage shows what the model says about a few held-out images.
+
+    At the end of a stage, and every 30 steps of the last one.
+    """
+    quiet = [name for name, stage in recipe.stages.items() if not stage.held_out]
+    found = [f"stages.{name}.held_out={SHOWN_SHARE}" for name in quiet]
+    if recipe.last_stage in quiet:
+        found.append(f"stages.{recipe.last_stage}.validate_every=30")
+    return found
+
+
+def photographs(photos: str, folder: Path, overrides: Sequence[str] = ()) -> None:
+    """Train on photographs of one's own, ask about those that were kept out, and sum up.
+
+    Args:
+        photos: Folder of images with captions beside them or with a metadata file; or `tuxpaint`,
+            the photographs of a Debian package.
+        folder: Folder of the split, the run and the contact sheet; started again, the tour goes
+            on where it stopped.
+        overrides: Recipe overrides.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        ValueError: It holds too few photographs or faulty ones, or an override does not fit.
+    """
+    recipe = load_recipe("photos").override(*overrides)
+    check_writable(folder)
+    source = tuxpaint_photographs(cache_folder()) if photos == TUXPAINT else Path(photos)
+    split = split_photographs(source, folder / "data")
+
+    console, run, roots = Console(), Run(folder / "run"), f"image_root={source.resolve()}"
+    data = [
+        value
+        for stage in recipe.stages
+        for value in (f"data.{stage}={split.train.resolve()}", f"data.{stage}.{roots}")
+    ]
+    check_training(recipe.override(*data), run.folder)
+    test = ("--data", str(split.test), "--image-root", str(source), "--metric", "exact")
+    for phase in (
+        Phase("check", ("check", str(source))),
+        Phase("train", ("train", "photos", "-o", str(run.folder), *data, *overrides)),
+        Phase("evaluate", ("evaluate", str(run.folder), *test, "--max-new-tokens", "32")),
+    ):
+        _run_phase(phase, folder / "quickstart.json", console)
+    _sum_up_photographs(split, source, run, folder, console)
+
+
+def _sum_up_photographs(
+    split: PhotographSplit, source: Path, run: Run, folder: Path, console: Console
+) -> None:
+    """Print the share of right answers to each question, and draw right and wrong ones."""
+    from mipha.evaluation.own_data import plan_own_data
+    from mipha.own_data import normalised
+
+    data = DataRecipe(dataset="auto", root=split.test, image_root=(source,))
+    questions = plan_own_data(data, "exact").questions
+    predictions = read_predictions(run.evaluation(split.test.stem))
+    right = {
+        question.id: any(
+            normalised(predictions[question.id]) == normalised(answer)
+            for answer in question.facts["answers"]
+        )
+        for question in questions
+    }
+
+    # A row for each question that is asked often.
+    table = Table(title="\nPhotographs that were kept out of training", title_justify="left")
+    table.add_column("question")
+    for column in ("right %", "most frequent answer %", "photographs"):
+        table.add_column(column, justify="right")
+    asked: dict[str, list[Question]] = {}
+    for question in questions:
+        asked.setdefault(question.text, []).append(question)
+    for text, same in sorted(asked.items(), key=lambda item: -len(item[1]))[:5]:
+        gold = Counter(normalised(question.facts["answers"][0]) for question in same)
+        shares = [sum(right[question.id] for question in same), gold.most_common(1)[0][1]]
+        cells = [f"{100 * share / len(same):.1f}" for share in shares]
+        table.add_row(Text(text), *cells, str(len(same)))
+    console.print(table)
+    console.print(_cost_table(read_json_object(folder / "quickstart.json")))
+
+    # As many right answers as wrong ones, spread over the most frequent question with both.
+    mixed = [same for same in asked.values() if 0 < sum(right[q.id] for q in same) < len(same)]
+    shown = max(mixed, key=len, default=questions)
+    examples = [
+        question
+        for group in (True, False)
+        for question in _spread([q for q in shown if right[q.id] is group], 5)
+    ]
+    sheet = folder / "contact-sheet.png"
+    contact_sheet(
+        [(open_image(q.image), q.text, predictions[q.id], q.facts["answers"][0]) for q in examples],
+        sheet,
+    )
+    console.print(f"\ncontact sheet: {sheet}", soft_wrap=True)
+    _print_next(run.folder, examples[0].image, console)
+
+
+def _spread(items: Sequence[Any], num: int) -> list[Any]:
+    """Return some items, chosen by place and not by success."""
+    num = min(num, len(items))
+    return [items[place * len(items) // num] for place in range(num)]
 
 
 def _computes_in_bfloat16() -> bool:
@@ -207,14 +320,19 @@ def _sum_up(folder: Path, console: Console) -> None:
     # Say where everything is, and the next commands.
     curves = ", ".join(str(run.stage(stage) / "loss.png") for stage in run.recipe.stages)
     console.print(f"\ncontact sheet: {sheet}\nloss curves:   {curves}", soft_wrap=True)
+    _print_next(folder, examples[0][0].image, console)
+
+
+def _print_next(run: Path, image: Any, console: Console) -> None:
+    """Print the three commands that one is likely to want now."""
     program = Path(sys.executable).with_name("mipha")
     program = os.path.relpath(program) if program.is_file() else f"{sys.executable} -m mipha"
     for title, command in (
-        ("Talk to it", ("chat", str(folder), "--image", str(examples[0][0].image))),
-        ("Serve it, with a web page", ("serve", str(folder))),
+        ("Talk to it", ("chat", str(run), "--image", str(image))),
+        ("Serve it, with a web page", ("serve", str(run))),
         (
             "Tune it on your own images (docs/own-data.md)",
-            ("tune", str(folder), "./pictures", "-o", "runs/mine"),
+            ("tune", str(run), "./pictures", "-o", "runs/mine"),
         ),
     ):
         line = f"\n{title}:\n  {program} {shlex.join(command)}"
@@ -285,10 +403,8 @@ def _examples(
         if question.id in predictions:
             by_image.setdefault(question.facts["image"], []).append(question)
 
-    images = list(by_image.values())
-    chosen = [images[place * len(images) // num] for place in range(min(num, len(images)))]
     examples = []
-    for number, asked in enumerate(chosen):
+    for number, asked in enumerate(_spread(list(by_image.values()), num)):
         kind = kinds[number % len(kinds)]
         question = next((one for one in asked if one.facts["kind"] == kind), asked[0])
         examples.append((question, predictions[question.id]))

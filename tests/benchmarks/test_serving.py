@@ -100,3 +100,13 @@ def test_the_figures_of_a_load() -> None:
         ("1 client", 0.25, 1.0),
         ("4 clients", 12 / 12.5, 12 / 12.5 / 0.25),
     ]
+
+
+def test_honest_clients_are_answered_while_others_attack(checkpoint: Path, questions: list) -> None:
+    expected = serving.answers_alone(checkpoint, "transformers", questions)
+    with serving.serving(checkpoint, "transformers") as (address, process):
+        load, attacks = asyncio.run(
+            serving.put_load_attacked(address, process, questions, expected, CLIENTS, 3.0)
+        )
+    assert load.seconds_each and not load.lost and not load.wrong
+    assert attacks["half headers"] >= 300 and attacks["streams left"]

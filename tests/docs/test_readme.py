@@ -22,6 +22,7 @@ from mipha.alignment.recipe import load_alignment_recipe
 from mipha.cli import app
 from mipha.recipe import Recipe, list_recipes, load_recipe
 from mipha.studies.study import list_studies
+from tests.models.test_upstream import UPSTREAM, released
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -166,6 +167,7 @@ def readme_folder(
         (recipes / f"{name}.yaml").write_text(tiny.override(f"name={name}").dump())
     sft = load_alignment_recipe("phi-2-sft").override(
         f"language_model={tiny_parts('phi').language_model}",
+        "chat_template=vicuna",
         "max_steps=1",
         "batch_size=2",
         "micro_batch=1",
@@ -177,7 +179,7 @@ def readme_folder(
     # The visitor's own files.
     folder = tmp_path / "fresh"
     folder.mkdir()
-    shutil.copytree(ROOT / "tests" / "fixtures" / "upstream" / "up_phi_siglip", folder / "Mipha-3B")
+    released("up_phi_siglip", folder / "Mipha-3B", UPSTREAM / "toy_codegen_tokenizer", 3100)
     Image.new("RGB", (40, 30), "red").save(folder / "image.png")
     rows = [
         {"image": f"{n}.png", "question": f"what is {n}?", "answer": f"shape {n}"}
@@ -186,6 +188,6 @@ def readme_folder(
     for n in range(60):
         Image.new("RGB", (64, 64), (4 * n, 99, 5)).save(folder / f"{n}.png")
     (folder / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    alpaca = [{"instruction": f"Say {n}.", "input": "", "output": f"It is {n}."} for n in range(9)]
+    alpaca = [{"instruction": f"Say {n}.", "input": "", "output": f"It is {n}."} for n in range(60)]
     (folder / "alpaca_data.json").write_text(json.dumps(alpaca))
     return folder

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -42,8 +44,15 @@ for image, question in asked:
 
 @pytest.fixture(scope="module")
 def tour(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Interrupted in training and while questions are asked, then finished."""
     folder = tmp_path_factory.mktemp("tour") / "run"
-    return folder, _mipha("quickstart", "-o", str(folder), "--limit", "24", *SMALL)
+    _interrupt_when(folder / "finetune/metrics.jsonl", *_tour(folder))
+    ledger = json.loads((folder / "quickstart.json").read_text())
+    assert not ledger["train"]["finished"] and ledger["train"]["seconds"] > 0
+    _interrupt_when(folder / "evaluation/easy_vqa/predictions.meta.json", *_tour(folder))
+    ledger = json.loads((folder / "quickstart.json").read_text())
+    assert ledger["train"]["finished"] and not ledger["evaluate"]["finished"]
+    return folder, _mipha(*_tour(folder))
 
 
 def test_the_tour_ends_in_a_summary(tour: tuple[Path, str]) -> None:
@@ -55,6 +64,8 @@ def test_the_tour_ends_in_a_summary(tour: tuple[Path, str]) -> None:
         "same model trained blind",
         "before finetune",
         "mipha chat",
+        "mipha serve",
+        "mipha tune",
     ):
         assert row in said
     assert (folder / "contact-sheet.png").stat().st_size > 5_000
@@ -76,16 +87,19 @@ def test_the_tour_ends_in_a_summary(tour: tuple[Path, str]) -> None:
 def test_a_second_tour_does_nothing_again(tour: tuple[Path, str]) -> None:
     folder, _ = tour
     before = (folder / "finetune/checkpoint/model.safetensors").stat().st_mtime_ns
-    said = _mipha("quickstart", "-o", str(folder), "--limit", "24", *SMALL)
+    said = _mipha(*_tour(folder))
     assert "$ mipha" not in said and "yes no minority" in said
     assert (folder / "finetune/checkpoint/model.safetensors").stat().st_mtime_ns == before
 
 
 def test_stock_transformers_gives_the_same_answers(tour: tuple[Path, str]) -> None:
     folder, _ = tour
+    # Few steps leave near ties, so both answer in float32.
+    asked_again = ("-b", "easy_vqa", "--limit", "24", "--dtype", "float32", "-o", folder / "again")
+    _mipha("evaluate", str(folder), *map(str, asked_again))
     rows = [
         json.loads(line)
-        for line in (folder / "evaluation/easy_vqa/predictions.jsonl").read_text().splitlines()
+        for line in (folder / "again/easy_vqa/predictions.jsonl").read_text().splitlines()
     ][::6]
     from mipha.evaluation.benchmarks.easy_vqa import BENCHMARK
 
@@ -124,6 +138,27 @@ def test_chat_answers(tour: tuple[Path, str]) -> None:
         stdin="what color is the shape?\n/quit\n",
     )
     assert len(said.split("> ", 1)[1].strip()) > 3
+
+
+def _tour(folder: Path) -> tuple[str, ...]:
+    return ("quickstart", "-o", str(folder), "--limit", "24", "--baselines", *SMALL)
+
+
+def _interrupt_when(file: Path, *command: str) -> None:
+    """Run a command, and send its processes Ctrl-C when a file appears."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", "mipha", *command],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not file.exists() and child.poll() is None:
+        time.sleep(0.05)
+    os.killpg(child.pid, signal.SIGINT)
+    _, said = child.communicate()
+    assert child.returncode == 130, said[-3000:]
+    assert "run the same command again to go on" in said
 
 
 def _mipha(*command: str, stdin: str | None = None) -> str:

@@ -22,7 +22,7 @@ LAYERS = (
     {"models", "data", "world"},
     {"assistant", "comparison", "engine"},
     {"training", "planning", "evaluation", "alignment", "deploy", "integrations"},
-    {"studies", "quickstart", "own_data", "api"},
+    {"studies", "quickstart", "photographs", "own_data", "api"},
     {"cli", "__main__"},
 )
 LAYER = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}

@@ -314,6 +314,13 @@ def test_a_stage_that_was_begun_with_other_weights_is_refused(
     ):
         record_start(model, start)
 
+    # The same weights under adapters are other tensors.
+    adapted, _ = tiny_model()
+    lora = TuningRecipe(vision_tower="frozen", projector="full", language_model="lora")
+    apply_tuning(adapted, lora)
+    with pytest.raises(ValueError, match=r"states was begun with other weights \(.*base_layer"):
+        record_start(adapted, start)
+
 
 def test_the_smallest_change_counts(tiny_model: Callable, tmp_path: Path) -> None:
     model, _ = tiny_model()

@@ -80,6 +80,25 @@ def test_what_the_model_says_is_written_beside_what_it_should_say(run: Run) -> N
     )
 
 
+def test_answers_are_shown_beside_the_loss_each_about_another_image(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = run.final_checkpoint()
+    stage = Stage(
+        Run(run.folder / "shown"), run.recipe, "finetune", World(0, 1, torch.device("cpu"))
+    )
+    held_out = Mixture(run.recipe.stages["finetune"].data, 0.4, "validation")
+    validation = Validation(stage, held_out, load_processor(checkpoint))
+    loss = validation.measure(load_model(str(checkpoint)), 4)["validation_loss"]
+
+    shown = capsys.readouterr().out
+    assert f"finetune step 4: validation loss {loss:.3f}" in shown
+    said = rows(stage.folder / "answers.jsonl")
+    assert said and all(row["question"] in shown for row in said)
+    images = [sample.images for sample in validation.asked if sample.images]
+    assert len(set(images)) == len(images)
+
+
 def test_a_validated_run_trains_bit_by_bit_as_one_that_is_not(
     run: Run, tiny_run_recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:

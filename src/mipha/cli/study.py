@@ -90,10 +90,10 @@ def _list_runs(
     judge: JudgeOptions | None,
 ) -> None:
     """Print each run and what is to be done for it."""
-    from rich.console import Console
     from rich.table import Table
 
     from mipha.studies.runner import list_runs
+    from mipha.terminal import Console
 
     table = Table(box=None, pad_edge=False)
     for column in ("variant", "seed", "to do"):
@@ -101,7 +101,7 @@ def _list_runs(
     for variant, seed, todo in list_runs(experiment, out, seeds, share, judge):
         table.add_row(variant, str(seed), todo)
     Console().print(table)
-    typer.echo("mipha plan tells the hours of a recipe; mipha show, the recipe and the overrides")
+    echo("mipha plan tells the hours of a recipe; mipha show, the recipe and the overrides")
 
 
 @verbs.command()

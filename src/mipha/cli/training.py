@@ -141,8 +141,14 @@ def plan(
 def quickstart(
     overrides: Overrides = None,
     out: Annotated[
-        Path, typer.Option("-o", "--out", help="Run folder; the same one goes on where it stopped.")
-    ] = Path("runs/quickstart"),
+        Path | None,
+        typer.Option(
+            "-o",
+            "--out",
+            help="Run folder; the same one goes on where it stopped. Default: runs/quickstart, "
+            "with --photos runs/photos.",
+        ),
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Ask the first N test questions only.")] = None,
     baselines: Annotated[
         bool,
@@ -151,8 +157,24 @@ def quickstart(
             help="Also measure it before its last stage, and a model trained on grey images.",
         ),
     ] = False,
+    photos: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Train on your own images with captions instead; `tuxpaint`: on those of a "
+            "Debian package.",
+        ),
+    ] = None,
 ) -> None:
     """Train, measure and try a small assistant on this machine."""
+    from mipha.quickstart import photographs
     from mipha.quickstart import quickstart as tour
 
-    tour(out, overrides or [], limit, baselines)
+    if photos is None:
+        tour(out or Path("runs/quickstart"), overrides or [], limit, baselines)
+        return
+    if limit or baselines:
+        raise ValueError(
+            "--limit and --baselines are for easy-VQA, not for --photos: leave them out"
+        )
+    photographs(photos, out or Path("runs/photos"), overrides or [])

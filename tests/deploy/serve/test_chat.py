@@ -108,6 +108,37 @@ def test_a_text_does_not_wait_for_images_and_too_many_images_are_told_so(
     assert sorted(images) == [200, 200, 200, 429, 429, 429, 429]
 
 
+def test_small_images_pass_large_ones_in_time_and_in_memory(
+    serving: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_again, decode = Event(), serve_chat.decode_images
+
+    def slow(parsed: Any, limits: Limits) -> Any:
+        assert "large" not in parsed.drafts[0].text or open_again.wait(60)
+        return decode(parsed, limits)
+
+    monkeypatch.setattr(serve_chat, "decode_images", slow)
+    monkeypatch.setattr(serve_chat, "_LARGE_BYTES", 100_000)
+    small, large = (
+        zeros_png(side, 8, 2, interlaced=0) for side in (100, 200)
+    )  # 30,000 and 120,000
+    asked = about_file(large)
+    asked["messages"][0]["content"].append({"type": "text", "text": "A large one?"})
+
+    async def crowd(server: Any) -> tuple[list[int], list[int]]:
+        async with httpx.AsyncClient(base_url=server.url, timeout=60, trust_env=False) as http:
+            slow_ones = [asyncio.ensure_future(http.post(CHAT, json=asked)) for _ in range(5)]
+            await wait_until(lambda: sum(task.done() for task in slow_ones) == 2)
+            quick = [(await http.post(CHAT, json=about_file(small))).status_code for _ in range(3)]
+            open_again.set()
+            return quick, [each.status_code for each in await asyncio.gather(*slow_ones)]
+
+    with serving(bounds=Bounds(image_bytes=4 * 120_000 + 1_000)) as server:
+        quick, slow_ones = asyncio.run(crowd(server))
+    assert quick == [200, 200, 200]
+    assert sorted(slow_ones) == [200, 200, 200, 429, 429]
+
+
 def test_an_address_that_does_not_answer_keeps_nobody_waiting(
     serving: Callable, monkeypatch: pytest.MonkeyPatch, make_image: Callable
 ) -> None:

@@ -243,6 +243,11 @@ KINDS: dict[str, Kind] = {
         "images of the evaluation set in the training set",
         "remove the row, unless new questions are all that counts",
     ),
+    "near-image": Kind(
+        "warning",
+        "images that look like one of the evaluation set",
+        "look at both, and remove the row if they are one picture",
+    ),
     "unbalanced-answers": Kind(
         "warning",
         "one answer for nearly everything",

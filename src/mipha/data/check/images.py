@@ -13,6 +13,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from mipha.data.check.findings import Problem, quoted
+from mipha.data.check.near_images import NearHash, near_hashes
 from mipha.data.faults import RecordError
 from mipha.data.images import (
     FORMATS,
@@ -45,20 +46,24 @@ class ImageFacts(NamedTuple):
         width: Pixels, as stored; 0 where unknown.
         height: Pixels, as stored.
         problems: All that is wrong with it.
+        near: Hashes to find it again by after it was compressed or resized; empty where they were
+            not wanted, or where it shows too little.
     """
 
     digest: bytes | None
     width: int
     height: int
     problems: tuple[Problem, ...]
+    near: tuple[NearHash, ...] = ()
 
 
-def image_facts(source: ImageSource, name: str) -> ImageFacts:
+def image_facts(source: ImageSource, name: str, near: bool = False) -> ImageFacts:
     """Read an image completely, as training will, and say what is wrong with it.
 
     Args:
         source: A file, the bytes of one, or a place in a larger file.
         name: Name of the image, for descriptions.
+        near: Whether to make the hashes that find it again.
     """
     if isinstance(source, Path) and not source.is_file():
         why = why_missing(source)
@@ -109,17 +114,20 @@ def image_facts(source: ImageSource, name: str) -> ImageFacts:
 
     digest = hashlib.blake2b(f"{image.size}".encode(), digest_size=16)
     digest.update(image.tobytes())
-    return ImageFacts(digest.digest(), width, height, tuple(problems))
+    hashes = near_hashes(image) if near else ()
+    return ImageFacts(digest.digest(), width, height, tuple(problems), hashes)
 
 
-def image_reader(most: int = 50_000) -> Callable[[ImageSource, str], ImageFacts]:
+def image_reader(
+    most: int = 50_000, near: bool = False
+) -> Callable[[ImageSource, str], ImageFacts]:
     """Return an `image_facts` that reads an image once, though many rows show it.
 
     Images that are given by their bytes are read every time.
     """
     known = lru_cache(maxsize=most)(image_facts)
     return lambda source, name: (
-        image_facts(source, name) if isinstance(source, bytes) else known(source, name)
+        image_facts(source, name, near) if isinstance(source, bytes) else known(source, name, near)
     )
 
 

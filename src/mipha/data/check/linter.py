@@ -189,8 +189,8 @@ def check_data(
 ) -> CheckResult:
     """Check every row of a data set; nothing is changed.
 
-    Images are compared by their pixels, so a copy in another lossless format is found, one
-    compressed anew is not.
+    Images are compared by their pixels, so a copy in another lossless format is found. Those of the
+    evaluation set are also looked for compressed anew, resized, padded and mirrored.
 
     Args:
         data: The data set, as `load_data` gives it.
@@ -211,14 +211,16 @@ def check_data(
     # Read the evaluation set.
     evaluation = None
     if against is not None:
-        rows = _all_rows(CheckInputs(against), workers, f"reading {against.name}", progress)
+        rows = _all_rows(
+            CheckInputs(against, near=True), workers, f"reading {against.name}", progress
+        )
         evaluation = gather_evaluation(against.name, rows)
 
     # Check each row, then compare it with those before it.
     seen = Seen(evaluation)
     columns = _Columns()
     findings: list[Finding] = []
-    inputs = CheckInputs(data, processor, stage)
+    inputs = CheckInputs(data, processor, stage, near=evaluation is not None)
     for facts in _all_rows(inputs, workers, f"checking {data.name}", progress):
         columns.add(facts)
         findings += facts.findings

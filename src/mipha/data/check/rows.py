@@ -57,11 +57,15 @@ _NO_TOKENIZER = frozenset({"lone-surrogate", "image-in-answer"})
 
 @dataclass(frozen=True)
 class CheckInputs:
-    """What the processes need; tokens are counted where there is a processor."""
+    """What the processes need; tokens are counted where there is a processor.
+
+    Images are hashed to be found again, after compressing or resizing, where `near` is true.
+    """
 
     data: LoadedData
     processor: LlavaProcessor | None = None
     stage: StageRecipe | None = None
+    near: bool = False
 
 
 class TurnFacts(NamedTuple):
@@ -191,7 +195,7 @@ def _check_chunk(rows: Sequence[int]) -> list[RowFacts]:
 def row_checker(inputs: CheckInputs) -> Callable[[int], RowFacts]:
     """Return a function from a row's place to its facts; it remembers the images it has read."""
     data, processor, stage = inputs.data, inputs.processor, inputs.stage
-    read_image = image_reader()
+    read_image = image_reader(near=inputs.near)
     keys = ImageKeys()
     special = (
         re.compile("|".join(map(re.escape, CONTROL_TOKENS)))

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from mipha.data.check.findings import Finding, Problem, quoted
+from mipha.data.check.near_images import NearHash, NearImages
 from mipha.data.check.rows import RowFacts
 
 MAX_CLOSED_WORDS = 5
@@ -38,12 +39,16 @@ class Evaluation:
         questions_of: Digests of the first lines of the questions, by image digest.
         texts: Digests of whole questions that come without an image.
         num_unread: Rows that could not be read, so were not compared.
+        near: Its images by how they look.
+        names: Names of those images, and the rows that show them.
     """
 
     name: str
     questions_of: dict[bytes, set[bytes]] = field(default_factory=lambda: defaultdict(set))
     texts: set[bytes] = field(default_factory=set)
     num_unread: int = 0
+    near: NearImages = field(default_factory=lambda: NearImages(()))
+    names: tuple[tuple[str, int], ...] = ()
 
 
 def gather_evaluation(name: str, facts: Iterable[RowFacts]) -> Evaluation:
@@ -51,14 +56,18 @@ def gather_evaluation(name: str, facts: Iterable[RowFacts]) -> Evaluation:
     questions_of: dict[bytes, set[bytes]] = defaultdict(set)
     texts: set[bytes] = set()
     num_unread = 0
+    looks: dict[bytes, tuple[tuple[NearHash, ...], str, int]] = {}
     for row in facts:
         num_unread += row.content is None or any(image.digest is None for image in row.images)
-        for image in row.images:
+        for image, of_image in zip(row.images, row.names, strict=True):
             if image.digest:
+                looks.setdefault(image.digest, (image.near, of_image, row.row))
                 questions_of[image.digest].update(turn.line for turn in row.turns)
         if not row.images:
             texts.update(turn.question for turn in row.turns)
-    return Evaluation(name, questions_of, texts, num_unread)
+    near = NearImages([hashes for hashes, *_ in looks.values()])
+    names = tuple((of_image, row) for _, of_image, row in looks.values())
+    return Evaluation(name, questions_of, texts, num_unread, near, names)
 
 
 @dataclass
@@ -135,6 +144,21 @@ class Seen:
             turn.question in self.evaluation.texts for turn in facts.turns
         ):
             yield "leak", f"{name} asks the same question"
+        if shown:
+            return
+
+        # The same picture, compressed or resized.
+        for image in facts.images:
+            found = self.evaluation.near.nearest(image.near)
+            if found is not None:
+                number, first, second = found
+                other, row = self.evaluation.names[number]
+                named = f"image {quoted(other, 120)} of row {row}" if other else f"row {row}"
+                yield (
+                    "near-image",
+                    f"an image looks like {named} of {name} "
+                    f"({first} bits of dHash and {second} of pHash differ, of 64 each)",
+                )
 
     def _count(self, facts: RowFacts) -> None:
         for turn in facts.turns:

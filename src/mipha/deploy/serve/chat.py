@@ -14,7 +14,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing, suppress
+from contextlib import aclosing, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -38,6 +38,12 @@ from mipha.deploy.serve.requests import (
 _Result = TypeVar("_Result")
 
 _log = logging.getLogger(__name__)
+
+_LARGE_BYTES = 12_000_000
+"""Size of a request's images, decoded, from which they are large: 2,000 x 2,000 pixels of RGB."""
+
+_LARGE_SHARE = 0.75
+"""Share of the memory for images that large ones may take."""
 
 _FAREWELL_SECONDS = 5.0
 """Time to send the error at the end of a stream that failed; its client may be the reason."""
@@ -87,6 +93,7 @@ class Chat:
         self._parsers = ThreadPoolExecutor(2, thread_name_prefix="mipha-parse")
         self._decoders = ThreadPoolExecutor(2, thread_name_prefix="mipha-decode")
         self._decoding = asyncio.Semaphore(2)
+        self._decoding_large = asyncio.Semaphore(1)
         self._fetching = asyncio.Semaphore(self._bounds.fetches)
         metrics.gauge("requests_held", lambda: self._held)
 
@@ -258,15 +265,21 @@ class Chat:
         return prepared, replace(request, turns=())
 
     async def _decode(self, parsed: ParsedRequest) -> tuple[Any, ChatRequest]:
-        """Return the engine's input of a request with images, and the request without them."""
+        """Return the engine's input of a request with images, and the request without them.
+
+        Large images are decoded one at a time, and wait in a part of the memory: there is always a
+        way past them.
+        """
         limits = self._bounds.limits
         size = await self._in(self._parsers, measure_images, parsed, limits)
-        if self._image_bytes + size > self._bounds.image_bytes:
+        is_large = size > _LARGE_BYTES
+        most = self._bounds.image_bytes * (_LARGE_SHARE if is_large else 1)
+        if self._image_bytes + size > most:
             raise _busy("the images of other requests wait to be decoded already")
 
         self._image_bytes += size
         try:
-            async with self._decoding:
+            async with self._decoding_large if is_large else nullcontext(), self._decoding:
                 request = await self._in(self._decoders, decode_images, parsed, limits)
                 prepared = await self._in(self._decoders, self._engine.prepare, request)
                 return prepared, replace(request, turns=())
