@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -24,10 +23,7 @@ LINES = [
     " Iron is a metal ; it is red @-@ brown . \n",
 ]
 PAGES = ["".join(LINES[1:6]), "".join(LINES[6:])]
-GOLD = {
-    str(number): json.dumps([[-math.log(2) * len(page.encode()), 9]])
-    for number, page in enumerate(PAGES)
-}
+GOLD = {"0": "[[0.0, 40]]", "1": "[[0.0, 12]]"}
 NUM_BYTES = sum(len(page.encode()) for page in PAGES)
 # What stands before the first and behind the last space counts as a word, as in the source.
 NUM_WORDS = sum(len(page.split()) + 2 for page in PAGES)
@@ -54,6 +50,7 @@ def test_numbers_by_hand(tmp_path: Path) -> None:
     write_official(tmp_path)
     labelled = wikitext.read_labels(tmp_path)
     judgement = wikitext.score(labelled, {"0": "[[-100, 20]]", "1": "[[-60, 9]]"})
+    assert judgement.per_question["1"] == pytest.approx(math.exp(-60 / len(PAGES[1].encode())))
     found = values(tally(judgement.contributions), wikitext.measure)
     assert found == pytest.approx(
         {
@@ -81,7 +78,7 @@ OFFICIAL = Official(
     ),
     metric="word_perplexity",
     unit="points",
-    best=2 ** (NUM_BYTES / NUM_WORDS),
+    best=1,
     by_likelihood=True,
     without_file="test-*.parquet",
     prompts=('    = Robert =\n    Robert said "so, 1,000 times"',),

@@ -58,8 +58,8 @@ def read(root: Path, split: str) -> list[Question]:
         split: `challenge` or `easy`.
 
     Returns:
-        Questions whose facts are `continuations` (the options behind a space), `options`, `answer`
-        (number of the right option) and `labels` (of the options).
+        Questions whose facts are `continuations` (the options behind a space), `options`, `labels`
+        (of the options) and `answer` (label of the right one).
     """
     config = CONFIGS[split]
     place_of: dict[str, str] = {}
@@ -78,7 +78,7 @@ def read(root: Path, split: str) -> list[Question]:
                 "continuations": tuple(f" {text}" for text in row.choices.text),
                 "options": tuple(row.choices.text),
                 "labels": tuple(labels),
-                "answer": labels.index(row.answerKey),
+                "answer": row.answerKey,
             }
             questions.append(Question(row.id, f"Question: {row.question}\nAnswer:", None, facts))
     return questions
@@ -102,10 +102,11 @@ def score(
         lengths = np.array([len(option) for option in facts["options"]])
         chosen = int(np.argmax(values / np.maximum(lengths, 1)))
         parsed[question.id] = facts["labels"][chosen]
-        right[question.id] = float(chosen == facts["answer"])
+        right[question.id] = float(parsed[question.id] == facts["answer"])
+        likeliest = facts["labels"][int(np.argmax(values))]
         amounts = {
             "acc_norm": right[question.id],
-            "acc": float(int(np.argmax(values)) == facts["answer"]),
+            "acc": float(likeliest == facts["answer"]),
         }
         contributions.append((question.id, amounts))
     return Judgement(per_question=right, contributions=contributions, parsed=parsed)

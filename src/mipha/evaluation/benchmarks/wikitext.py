@@ -107,8 +107,11 @@ def tidy(page: str) -> str:
 def score(
     questions: Sequence[Question], predictions: Mapping[str, str], judge: Judge | None = None
 ) -> Judgement:
-    """Sum the surprise of every article; an article's own score is its bits per byte."""
-    bits_per_byte = {}
+    """Sum the surprise of every article.
+
+    An article's own score is the mean probability of its bytes (geometric), at most 1.
+    """
+    probability = {}
     contributions = []
     for question in questions:
         (value,) = read_likelihoods(question, predictions)
@@ -118,8 +121,8 @@ def score(
             "bytes": float(question.facts["bytes"]),
         }
         contributions.append((question.id, amounts))
-        bits_per_byte[question.id] = -value / (math.log(2) * question.facts["bytes"])
-    return Judgement(per_question=bits_per_byte, contributions=contributions)
+        probability[question.id] = math.exp(value / question.facts["bytes"])
+    return Judgement(per_question=probability, contributions=contributions)
 
 
 def measure(totals: Totals) -> dict[str, np.ndarray]:
