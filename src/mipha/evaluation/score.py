@@ -144,7 +144,8 @@ def score_predictions(
         judged = [question for question in answered if question.id not in failed]
         pairable = _make_pairable(benchmark, judged, sums)
         write_whole(folder / "tally.json", json.dumps(pairable) + "\n")
-        _write_page(plan, judgement, predictions, folder, scores[0])
+        if not benchmark.by_likelihood:
+            _write_page(plan, judgement, predictions, folder, scores[0])
         for question_id, error in failed.items():
             append_line(folder / "errors.jsonl", {"question_id": question_id, "error": error})
     else:
