@@ -220,17 +220,20 @@ def test_a_tally_is_kept_whole_in_a_file_and_compared_in_any_order() -> None:
 
 
 def test_tallies_with_their_metrics_in_another_order_are_compared_by_name() -> None:
-    one = tally([("a", {"easy": 1.0, "hard": 0.0}), ("b", {"easy": 1.0, "hard": 0.0})])
-    other = tally([("a", {"hard": 0.0, "easy": 1.0}), ("b", {"hard": 0.0, "easy": 1.0})])
-    assert one.names != other.names
+    rng = np.random.default_rng(9)
 
     def both(totals: Totals) -> dict[str, np.ndarray]:
         return {name: totals.mean(name) for name in ("easy", "hard")}
 
-    assert {name: row.difference for name, row in paired_differences(one, other, both).items()} == {
-        "easy": 0.0,
-        "hard": 0.0,
-    }
+    rows = [
+        (image, {"easy": rng.random() + 0.2 * side, "hard": rng.random()})
+        for side in (0, 1)
+        for image in range(12)
+    ]
+    one, other = tally(rows[:12]), tally(rows[12:])
+    turned = tally([(image, dict(reversed(found.items()))) for image, found in rows[12:]])
+    assert turned.names == other.names[::-1]
+    assert paired_differences(one, turned, both) == paired_differences(one, other, both)
 
 
 def test_a_name_that_few_contribute_to_is_averaged_over_those() -> None:

@@ -405,6 +405,7 @@ def test_signs_of_another_file_are_told(tmp_path: Path) -> None:
 
     whole = [turned for index in range(1164) for turned in rotations(index, "red", "blue")]
     assert told(*whole) == []
+    assert told(*({**turned, "split": ""} for turned in whole)) == [], "not every file says it"
     assert any(
         "1,163 questions without their rotations, not the 1,164" in doubt
         for doubt in told(*whole[2:])
