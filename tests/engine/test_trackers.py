@@ -30,6 +30,7 @@ class _Broken(ModuleType):
         self.__spec__ = sys.__spec__  # so that it is found
 
     def init(self, **settings: Any) -> _Broken:
+        self.settings = settings
         return self
 
     def log(self, numbers: dict[str, float], step: int) -> None:
@@ -61,6 +62,17 @@ def test_a_tracker_that_fails_is_named_once_and_left(
     with Trackers(None, tmp_path / "other", "run", {}) as trackers:
         trackers.log({"step": 1})
     assert not (tmp_path / "other").exists() and given == [1, 2]
+
+
+def test_a_resumed_run_goes_on_under_its_own_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = _Broken([])
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    with Trackers(["wandb"], tmp_path / "finetune", "run", {"seed": 3}) as trackers:
+        trackers.log({"step": 2})  # fails, so it is not finished
+    asked = {key: wandb.settings[key] for key in ("id", "name", "resume", "config")}
+    assert asked == {"id": "run", "name": "run", "resume": "allow", "config": {"seed": 3}}
 
 
 def test_a_step_that_was_tracked_before_a_resume_is_not_tracked_again(
