@@ -319,6 +319,7 @@ def test_the_models_own_control_tokens_are_refused_and_only_they() -> None:
         ({"max_completion_tokens": True}, "max_completion_tokens"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_tokens"),
         ({"seed": -1}, "seed"),
+        ({"seed": 1.5}, "seed"),
         ({"seed": 2**32}, "seed"),
         ({"stop": ["a", "b", "c", "d", "e"]}, "stop"),
         ({"stop": [""]}, "stop"),
