@@ -160,3 +160,12 @@ def test_its_state_goes_through_json_exactly(initial: float) -> None:
     assert [one.update(step, [0.3]) for step in (2, 3)] == [
         other.update(step, [0.3]) for step in (2, 3)
     ]
+
+
+def test_entropy_is_that_of_each_token() -> None:
+    logits = torch.zeros(2, 3, 8)
+    logits[0, 1, 5] = 100.0  # certain
+    found = entropy(logits)
+    assert found.shape == (2, 3)
+    assert found[0, 1].item() == pytest.approx(0, abs=1e-6)
+    assert found[1].tolist() == pytest.approx([math.log(8)] * 3)
