@@ -46,11 +46,21 @@ SHOWN_SHARE = 0.005
 MOST_PROCESSES = 4
 """Processes that ask the test questions; each holds the model, about 1 GB."""
 
-_TORCHRUN = (
-    "from mipha.processes import end_with_parent; end_with_parent(); "
-    "from torch.distributed.run import main; main()"
-)
-"""torchrun that ends with the tour; its processes end with it."""
+_TORCHRUN = """
+import sys
+from mipha.processes import end_with_parent
+end_with_parent()
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
+try:
+    main()
+except SignalException:
+    sys.exit(130)
+except ChildFailedError as error:
+    sys.exit(max(1, error.get_first_failure()[1].exitcode))
+"""
+"""torchrun that ends with the tour, and without a traceback: its processes say what went wrong."""
 
 
 @dataclass(frozen=True)
@@ -265,7 +275,7 @@ def _run_phase(phase: Phase, ledger: Path, console: Console) -> None:
     # Run it, and wait for it also after an interrupt.
     console.print(Text(f"\n$ {phase.shown}", style="bold"), soft_wrap=True)
     started = time.monotonic()
-    threads = {"OMP_NUM_THREADS": "1"} if phase.processes > 1 else {}
+    threads = {"OMP_NUM_THREADS": "1", "LOGLEVEL": "ERROR"} if phase.processes > 1 else {}
     child = subprocess.Popen(phase.arguments, env=os.environ | child_environment() | threads)
     interrupted = False
     while True:
