@@ -183,7 +183,7 @@ def test_every_benchmark_has_answers_and_scores_that_describe_themselves(whole: 
             "predictions.jsonl",
             "scores.json",
             "tally.json",
-            "worst-cases.html",
+            *([] if official.by_likelihood else ["worst-cases.html"]),
             *([official.upload] if official.upload else []),
         }
         rows = read_rows(whole / name / "predictions.jsonl")

@@ -108,7 +108,7 @@ def _card(question: Question, judgement: Judgement, predictions: Mapping[str, st
     read = (judgement.parsed or {}).get(question.id)
     turns = (
         before
-        + _turn("question", question.text or question.facts.get("continuations", [""])[0])
+        + _turn("question", question.text)
         + _turn("answer", predictions[question.id] or "(empty)", "wrong")
         + (_turn("read as", str(read)) if judgement.parsed is not None else "")
         + (_turn("right", right, "right") if right else "")
