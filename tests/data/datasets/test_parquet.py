@@ -218,3 +218,16 @@ def test_pixels_are_those_of_the_file(mode: str, kind: str, more: dict, tmp_path
     stored = open_image(_samples(file)[0].images[0])
     assert stored.tobytes() == open_image(tmp_path / "a").tobytes()
     assert stored.size == ((6, 8) if "exif" in more else (8, 6))
+
+
+def test_a_scan_gives_the_rows_without_their_images(tmp_path: Path) -> None:
+    file = _write(
+        tmp_path / "a.parquet",
+        image=[RED] * 3,
+        texts=[{"user": ["a"], "assistant": [answer]} for answer in "bcd"],
+        source=["x"] * 3,
+    )
+    rows = parquet.load(file, "train")
+    wanted = [{"texts": row.content["texts"]} for row in rows]
+    assert list(rows.scan(lambda key: key == "texts")) == wanted
+    assert wanted[2] == {"texts": [{"user": "a", "assistant": "d"}]}

@@ -18,7 +18,6 @@ import numpy as np
 
 from mipha.data.datasets._images import is_list
 from mipha.data.datasets._records import Rows
-from mipha.data.faults import RecordError
 
 SUFFIX = "_ratings"
 
@@ -83,15 +82,10 @@ def keep_rated(rows: Rows) -> tuple[Rows, Rated]:
     wanted = rows.reading.min_ratings
     kept, seen = [], set()
     num_left_out, num_unrated = 0, 0
-    for index in range(len(rows)):
-        try:
-            content = rows[index].content
-        except RecordError:
-            kept.append(index)  # whoever reads it says what is wrong
-            continue
+    for index, content in enumerate(rows.scan(lambda key: key == "texts" or key.endswith(SUFFIX))):
         turns = content.get("texts") if isinstance(content, Mapping) else None
         if not is_list(turns) or not turns:
-            kept.append(index)
+            kept.append(index)  # whoever reads it says what is wrong
             continue
         seen.update(ratings_of(content))
         judged = list(judge_turns(content, len(turns), wanted))

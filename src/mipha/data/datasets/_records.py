@@ -190,6 +190,24 @@ class Rows(Sequence[Row]):
         where, content = file.where(index), file.read(index)
         return Row(f"{prefix}/{file.name(index)}", where, content, folders, self.reading)
 
+    def scan(self, is_wanted: Callable[[str], bool]) -> Iterator[Any]:
+        """Yield the content of every record in order, faster than one by one; None if it is broken.
+
+        Args:
+            is_wanted: Whether a key is looked at; others may be left out.
+        """
+        assert self._kept is None, "some of the records are left out"
+        for part in self.parts:
+            scan = getattr(part.file, "scan", None)
+            if scan is not None:
+                yield from scan(is_wanted)
+                continue
+            for index in range(len(part.file)):
+                try:
+                    yield part.file.read(index)
+                except RecordError:
+                    yield None
+
     def file_of(self, index: int) -> Path | None:
         """Return the file that holds a record; None where each record is a file."""
         file = self._find(index)[1]

@@ -8,7 +8,7 @@ group.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -107,6 +107,18 @@ class ParquetRecords:
                 f"it cannot be read: {error}", "get the file again", self.where(index)
             ) from error
         return with_places(content, places)
+
+    def scan(self, is_wanted: Callable[[str], bool]) -> Iterator[dict[str, Any] | None]:
+        """Yield the rows in order without their images, a row group at a time; see `Rows.scan`."""
+        pyarrow = import_pyarrow(str(self.file))
+        columns = [name for name in self._columns if is_wanted(name)]
+        for group, num_rows in enumerate(np.diff(self._starts).tolist()):
+            try:
+                table = _open(self.file).read_row_group(group, columns=columns, use_threads=False)
+            except (pyarrow.ArrowException, OSError):
+                yield from [None] * num_rows
+                continue
+            yield from (with_places(row, {}) for row in table.to_pylist())
 
     def _places(self, group: int, row: int, column: str) -> Any:
         """Return where the image of a cell is, or its path; a list where the cell is one."""
