@@ -22,6 +22,7 @@ def test_copies_have_one_key_wherever_they_lie(tmp_path: Path) -> None:
     keys = ImageKeys(tmp_path / "keys")
     assert len({keys.of([copy]) for copy in copies}) == 1
     assert keys.of([]) == 0 != keys.of([b"a", b"b"]) != keys.of([b"b", b"a"])
+    assert keys.of([b"ab", b"c"]) != keys.of([b"a", b"bc"]) != keys.of([b"abc"])
 
 
 def test_pictures_that_differ_in_the_middle_differ(tmp_path: Path) -> None:

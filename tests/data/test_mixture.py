@@ -14,8 +14,8 @@ from PIL import Image
 
 from mipha.data.held_out import side_of
 from mipha.data.images import grey_image
-from mipha.data.mixture import Mixture, images_key
-from mipha.data.sample import Message, Sample
+from mipha.data.mixture import Mixture
+from mipha.data.sample import Sample
 from mipha.recipe import DataRecipe
 
 
@@ -230,15 +230,6 @@ def test_samples_of_images_on_both_sides_are_counted(tmp_path: Path) -> None:
     assert torn > 0
     said = f"train.jsonl: {torn} of 20 samples are used on neither side, because they show images"
     assert any(note.startswith(said) for note in train.notes)
-
-
-def test_the_key_of_images_knows_where_one_ends() -> None:
-    def key(*images: bytes) -> int:
-        turns = (Message("user", "<image>" * len(images)), Message("assistant", "no"))
-        return images_key(Sample("1", turns, images))
-
-    assert key(b"ab", b"c") != key(b"a", b"bc") != key(b"abc")
-    assert key(b"a", b"b") == key(b"a", b"b") and key() == 0
 
 
 def test_both_sides_of_a_split_read_each_image_once(
