@@ -161,8 +161,8 @@ def find_model(
         )
         asked = OpenModel(endpoint, endpoint.sha256, endpoint.about)
         return Subject(str(model), None, lambda device, folder: nullcontext(asked))
-    for option, value in (("--model", name), ("--parallel", parallel), ("--request", request)):
-        if value:
+    for option, given in (("--model", name), ("--parallel", parallel), ("--request", request)):
+        if given:
             raise ValueError(f"{option} is for the URL of a server, not for {model}: leave it out")
 
     # A file or folder: by its engine.

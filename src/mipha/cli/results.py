@@ -79,10 +79,10 @@ DataRubric = Annotated[
 ]
 ImageRoot = Annotated[
     list[Path] | None,
-    typer.Option(help="For --data: folder that images may lie in, besides the data's own."),
+    typer.Option(help="For own data: folder that images may lie in, besides the data's own."),
 ]
 Tokens = Annotated[
-    int | None, typer.Option(help="For --data: longest answer, in tokens; default 128.")
+    int | None, typer.Option(help="For own data: longest answer, in tokens; default 128.")
 ]
 
 
