@@ -151,9 +151,9 @@ def find_model(
 
         if name is None:
             raise ValueError(f"{model} needs --model, the name of a model that the server has")
-        for option, value in (("--engine", engine), ("--dtype", dtype)):
-            if value != "auto":
-                raise ValueError(f"{option} {value} has no effect on a URL: leave it out")
+        for option, chosen in (("--engine", engine), ("--dtype", dtype)):
+            if chosen != "auto":
+                raise ValueError(f"{option} {chosen} has no effect on a URL: leave it out")
         if adapter is not None:
             raise ValueError("--adapter has no effect on a URL: give its name on the server")
         endpoint = EndpointModel(
