@@ -30,14 +30,13 @@ from mipha.catalog.full_size import CONFIGS, part_config
 from mipha.catalog.language_models import LANGUAGE_MODELS
 from mipha.catalog.vision_towers import VISION_TOWERS
 from mipha.checkpoint_files import (
-    CLASSES,
     CheckpointFiles,
-    count_image_tokens,
     read_chat_template,
     read_checkpoint,
 )
 from mipha.checkpoint_files import read_config as read_config_file
 from mipha.files import read_json_object, whole_folder, write_whole
+from mipha.geometry import count_image_tokens
 from mipha.lookup import files_in
 from mipha.models.chat_template import trainable_template
 from mipha.models.checkpoint_folder import fetch, locate
@@ -61,6 +60,9 @@ from mipha.models.vision_tower import (
 )
 from mipha.recipe import CheckpointRecipe, ModelRecipe
 from mipha.run import model_folder
+
+TRAINABLE = ("llava",)
+"""Values of `model_type` of the models that can be trained."""
 
 
 @dataclass(frozen=True)
@@ -220,12 +222,17 @@ def checkpoint_folder(recipe: CheckpointRecipe) -> Path:
         return Path(name) if (Path(name) / "config.json").is_file() else model_folder(name)
 
     kind = read_config_file(fetch(name, weights=False)).get("model_type")
-    if kind not in CLASSES:
+    _check_trainable(name, kind)
+    return fetch(name, weights=True)
+
+
+def _check_trainable(name: str, kind: str | None) -> None:
+    """Refuse a checkpoint of a class that is answered with, and not trained."""
+    if kind not in TRAINABLE:
         raise ValueError(
-            f"{name} is a {kind!r}, and {' or '.join(CLASSES)} can be trained: give a checkpoint "
+            f"{name} is a {kind!r}, and {' or '.join(TRAINABLE)} can be trained: give a checkpoint "
             "of that class"
         )
-    return fetch(name, weights=True)
 
 
 def load_start_processor(recipe: ModelRecipe | CheckpointRecipe) -> LlavaProcessor:
@@ -241,6 +248,7 @@ def load_start_processor(recipe: ModelRecipe | CheckpointRecipe) -> LlavaProcess
 
     folder = checkpoint_folder(recipe)
     files = read_checkpoint(folder, needs_template=recipe.chat_template is None)
+    _check_trainable(recipe.checkpoint, files.config["model_type"])
     own, given = read_chat_template(folder), recipe.chat_template
     processor = load_processor(folder, own or "{{ messages[0].content }}")
     tokenizer = with_pad_token(processor.tokenizer)

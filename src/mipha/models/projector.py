@@ -41,7 +41,7 @@ def calibrate_projector(model: LlavaForConditionalGeneration, pixel_values: Tens
 
     Args:
         model: Model whose projector is changed.
-        pixel_values: A few dozen training images, `(images, 3, height, width)`.
+        pixel_values: Tiles of a few dozen training images, `(tiles, 3, height, width)`.
     """
     # Measure the tower's features.
     projector = model.model.multi_modal_projector

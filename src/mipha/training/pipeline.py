@@ -21,6 +21,7 @@ from mipha.data.batches import StepDataset
 from mipha.data.encode import encode_for
 from mipha.data.images import ImageSource, is_readable, open_image
 from mipha.data.mixture import Mixture
+from mipha.data.pixels import read_pixels
 from mipha.engine.machine import check_free_space
 from mipha.engine.trackers import check_trackers
 from mipha.files import (
@@ -263,7 +264,7 @@ def _check_checkpoint(stage: Stage, checkpoint: Path) -> None:
 
 
 def _first_images(mixture: Mixture, processor: LlavaProcessor, only_readable: bool) -> Tensor:
-    """Return the images that set the projector's start, `(images, 3, height, width)`."""
+    """Return the images that set the projector's start, `(tiles, 3, height, width)`."""
     sources: dict[ImageSource, None] = {}
     for sample in mixture:
         sources |= dict.fromkeys(sample.images)
@@ -275,7 +276,7 @@ def _first_images(mixture: Mixture, processor: LlavaProcessor, only_readable: bo
             "calibrate_projector needs images, but the data of the first stage have none: "
             "set model.calibrate_projector=false"
         )
-    return processor.image_processor(images, return_tensors="pt")["pixel_values"]
+    return read_pixels(images, processor)["pixel_values"]
 
 
 def _check_build(
