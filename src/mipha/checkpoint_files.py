@@ -25,7 +25,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from mipha.files import read_json_object
-from mipha.geometry import Geometry, Native, Shuffled, read_geometry
+from mipha.geometry import Anyres, Geometry, Native, Shuffled, Square, Tiles, read_geometry
 
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 """Suffixes of files that may hold pickles: reading one can run code."""
@@ -556,6 +556,10 @@ def _check_image(folder: Path, config: dict[str, Any], processor: dict[str, Any]
     path = path if path.is_file() else folder / "preprocessor_config.json"
     try:
         geometry = read_geometry(processor)
+        if not isinstance(geometry, _GEOMETRIES[config["model_type"]]):
+            raise ValueError(
+                f"it makes {geometry.kind} images, and a {config['model_type']!r} takes others"
+            )
         _check_bounds(geometry)
         if config["model_type"] == "llava":
             made, wanted = _square(config, processor, geometry)
@@ -574,6 +578,15 @@ def _check_image(folder: Path, config: dict[str, Any], processor: dict[str, Any]
             f"{folder}: the processor makes {made}, but the model wants {wanted}: "
             "save processor and model from one build"
         )
+
+
+_GEOMETRIES: dict[str, Any] = {
+    "llava": (Square, Tiles),
+    "llava_next": Anyres,
+    "llava_onevision": Anyres,
+    "idefics3": Shuffled,
+    "lfm2_vl": Native,
+}
 
 
 def _check_bounds(geometry: Geometry) -> None:

@@ -98,7 +98,8 @@ class Geometry:
     @property
     def longest(self) -> int:
         """Most image tokens of one picture, the marks around them left out."""
-        return max(self.span(*size).num_image_tokens for size in _probes(self.side))
+        sizes = {self.bounded_size(*size) for size in _probes(self.side)}
+        return max(self.span(*size).num_image_tokens for size in sizes)
 
     def bounded_size(self, width: int, height: int) -> tuple[int, int]:
         """Return the size of a picture after its short side is padded to `max_aspect`."""

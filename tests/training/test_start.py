@@ -175,6 +175,14 @@ def edit(path: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llava_next", "idefics3", "lfm2_vl"])
+def test_a_processor_of_another_class_is_refused(stock_llava: Stock, kind: str) -> None:
+    folder = stock_llava()
+    edit(folder / "config.json", model_type=kind)
+    with pytest.raises(ValueError, match=f"makes square images, and a '{kind}' takes others"):
+        check_parts(CheckpointRecipe(checkpoint=str(folder)))
+
+
+@pytest.mark.parametrize("kind", ["paligemma", "qwen2_vl"])
 def test_another_class_is_refused(stock_llava: Stock, kind: str) -> None:
     folder = stock_llava()
     edit(folder / "config.json", model_type=kind)

@@ -53,6 +53,7 @@ class Encoded:
         image_key: Equal for samples that show the same images by content; 0 where not known, so
             that only an image of the same place is the same.
         num_images: Images of the whole sample; 0: those that it has here.
+        num_tiles: Images that the tower reads for it.
     """
 
     id: str
@@ -63,6 +64,7 @@ class Encoded:
     truncated: int = 0
     image_key: int = 0
     num_images: int = 0
+    num_tiles: int = 0
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -158,7 +160,8 @@ def encode(
         if num_images == 1 and last_image < len(ids) and (labels[: last_image + 1] == IGNORE).all()
         else 0
     )
-    return Encoded(sample.id, ids, labels, sample.images, shared, truncated)
+    num_tiles = sum(span.tiles for span in spans)
+    return Encoded(sample.id, ids, labels, sample.images, shared, truncated, num_images, num_tiles)
 
 
 def _encode_document(sample: Sample, processor: LlavaProcessor, max_tokens: int) -> Encoded:
@@ -197,7 +200,8 @@ def _encode_document(sample: Sample, processor: LlavaProcessor, max_tokens: int)
     num_images = sum(place == IMAGE for place in places[: max(num_kept, 1)])
     num_lost = int(lengths[-1]) - len(ids)
     shown = sample.images[:num_images]
-    return Encoded(sample.id, ids, labels, shown, 0, num_lost, len(sample.images))
+    num_tiles = sum(span.tiles for span in spans[:num_images])
+    return Encoded(sample.id, ids, labels, shown, 0, num_lost, len(sample.images), num_tiles)
 
 
 def _document_pieces(

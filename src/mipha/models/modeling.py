@@ -220,6 +220,20 @@ def parts(model: LlavaForConditionalGeneration) -> Parts:
     )
 
 
+def tile_tokens(config: PretrainedConfig) -> tuple[int, int]:
+    """Return the patches of a tile, and the tokens that the projector makes of it.
+
+    A native picture has no tile: one of the size that the tower's table of positions is for counts.
+    """
+    vision = config.vision_config
+    if config.model_type == "lfm2_vl":
+        return vision.num_patches, vision.num_patches // config.downsample_factor**2
+    side = vision.image_size // vision.patch_size
+    if config.model_type == "idefics3":
+        return side**2, (side // config.scale_factor) ** 2
+    return side**2, config.image_seq_length
+
+
 def attention_window(config: PretrainedConfig) -> int | None:
     """Return the tokens that sliding layers see at a time; None where every layer sees all."""
     return getattr(config.text_config, "sliding_window", None)

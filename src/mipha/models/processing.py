@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -58,6 +59,8 @@ IMAGE_PROCESSORS = (
 )
 """Kinds of image processors whose pixels LLaVA's own makes too, bit for bit."""
 
+_IDEFICS3_MARKS = ("<fake_token_around_image>", "<global-img>", "<end_of_utterance>")
+
 _IMAGE_SETTINGS = (
     *("do_convert_rgb", "do_resize", "size", "resample", "do_center_crop", "crop_size"),
     *("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "max_tiles"),
@@ -105,8 +108,9 @@ def build_processor(
     std: list[float],
     pad_to_square: bool,
     num_prefix_tokens: int,
+    recipe: ModelRecipe | None = None,
 ) -> LlavaProcessor:
-    """Return a processor whose image tokens agree with the tower.
+    """Return a processor whose image tokens agree with the tower; of the class that it is for.
 
     Args:
         tokenizer: Tokenizer with the image token.
@@ -117,27 +121,120 @@ def build_processor(
         pad_to_square: Whether images are padded with the mean colour; otherwise squashed.
         num_prefix_tokens: Tokens that the tower puts before its patches; the first of them, the
             class token, is left out.
+        recipe: How pictures enter; None: as one square.
     """
-    size = {"height": vision.image_size, "width": vision.image_size}
-    image_processor = LlavaImageProcessorPil(
-        do_pad=pad_to_square,
-        do_center_crop=False,
-        size=size,
-        crop_size=size,
-        image_mean=mean,
-        image_std=std,
-        resample=PILImageResampling.BICUBIC,
-    )
+    kind = model_type_of(recipe)
+    if kind == "idefics3":
+        assert recipe is not None and recipe.shuffle is not None
+        side, patches = vision.image_size, vision.image_size // vision.patch_size
+        pixels = Idefics3ImageProcessorPil(
+            size={"longest_edge": math.isqrt(recipe.tiles) * side},
+            max_image_size={"longest_edge": side},
+            resample=PILImageResampling.LANCZOS,  # the one that llama.cpp has
+            image_mean=mean,
+            image_std=std,
+        )
+        return Idefics3Processor(
+            pixels,
+            tokenizer,
+            image_seq_len=(patches // recipe.shuffle) ** 2,
+            chat_template=template,
+        )
+    if kind == "lfm2_vl":
+        assert recipe is not None
+        return _native_processor(tokenizer, template, vision, mean, std, recipe)
 
-    return LlavaProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        patch_size=vision.patch_size,
-        vision_feature_select_strategy="default" if num_prefix_tokens else "full",
-        num_additional_image_tokens=num_prefix_tokens,
-        image_token=IMAGE_TOKEN,
-        chat_template=template,
-    )
+    size = {"height": vision.image_size, "width": vision.image_size}
+    options = {
+        "size": size,
+        "crop_size": size,
+        "image_mean": mean,
+        "image_std": std,
+        "resample": PILImageResampling.BICUBIC,
+    }
+    settings = {
+        "tokenizer": tokenizer,
+        "patch_size": vision.patch_size,
+        "vision_feature_select_strategy": "default" if num_prefix_tokens else "full",
+        "num_additional_image_tokens": num_prefix_tokens,
+        "image_token": IMAGE_TOKEN,
+        "chat_template": template,
+    }
+    if kind == "llava_next":
+        assert recipe is not None
+        canvases = grids(vision.image_size, recipe.tiles)
+        return LlavaNextProcessor(
+            LlavaNextImageProcessorPil(**options, image_grid_pinpoints=canvases), **settings
+        )
+    if recipe is not None and recipe.image == "tiles":
+        options["max_tiles"] = recipe.tiles  # stock transformers keeps it and does not read it
+    image_processor = LlavaImageProcessorPil(do_pad=pad_to_square, do_center_crop=False, **options)
+    return LlavaProcessor(image_processor, **settings)
+
+
+def _native_processor(
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    vision: PretrainedConfig,
+    mean: list[float],
+    std: list[float],
+    recipe: ModelRecipe,
+) -> PlainProcessor:
+    """Return a processor with the settings of the stock one, which needs torchvision."""
+    least, most = recipe.image_tokens
+    image = {
+        "image_processor_type": "Lfm2VlImageProcessor",
+        "do_image_splitting": False,
+        "do_normalize": True,
+        "do_pad": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "downsample_factor": 2,
+        "encoder_patch_size": vision.patch_size,
+        "image_mean": mean,
+        "image_std": std,
+        "max_image_tokens": most,
+        "max_num_patches": 4 * most,
+        "max_pixels_tolerance": 2.0,
+        "max_tiles": 1,
+        "min_image_tokens": least,
+        "min_tiles": 1,
+        "resample": int(PILImageResampling.BILINEAR),
+        "rescale_factor": 1 / 255,
+        "return_row_col_info": False,
+        "size": {"height": 512, "width": 512},
+        "tile_size": 512,
+        "use_thumbnail": True,
+    }
+    settings = {"image_processor": image, "processor_class": "Lfm2VlProcessor"}
+    return PlainProcessor(NativeImageProcessor(image), tokenizer, template, settings)
+
+
+def model_type_of(recipe: ModelRecipe | None) -> str:
+    """Return the `model_type` of the class that reads pictures as a recipe says."""
+    if recipe is None or recipe.image == "square":
+        return "llava"
+    if recipe.image == "tiles":
+        return "llava" if recipe.shuffle is None else "idefics3"
+    return {"anyres": "llava_next", "native": "lfm2_vl"}[recipe.image]
+
+
+def marks_of(recipe: ModelRecipe | None) -> list[str]:
+    """Return the tokens that stand around images, beside the placeholder."""
+    kind = model_type_of(recipe)
+    if kind == "idefics3":
+        places = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
+        return [*_IDEFICS3_MARKS, *places]
+    return ["<|image_start|>", "<|image_end|>"] if kind == "lfm2_vl" else []
+
+
+def grids(side: int, max_tiles: int) -> list[list[int]]:
+    """Return all canvases of at most so many tiles, [height, width] in pixels."""
+    return [
+        [rows * side, columns * side]
+        for rows in range(1, max_tiles + 1)
+        for columns in range(1, max_tiles // rows + 1)
+    ]
 
 
 def set_padding(
