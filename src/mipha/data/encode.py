@@ -161,7 +161,16 @@ def encode(
         else 0
     )
     num_tiles = sum(span.tiles for span in spans)
-    return Encoded(sample.id, ids, labels, sample.images, shared, truncated, num_images, num_tiles)
+    return Encoded(
+        id=sample.id,
+        input_ids=ids,
+        labels=labels,
+        images=sample.images,
+        prefix=shared,
+        truncated=truncated,
+        num_images=num_images,
+        num_tiles=num_tiles,
+    )
 
 
 def _encode_document(sample: Sample, processor: LlavaProcessor, max_tokens: int) -> Encoded:
@@ -201,7 +210,15 @@ def _encode_document(sample: Sample, processor: LlavaProcessor, max_tokens: int)
     num_lost = int(lengths[-1]) - len(ids)
     shown = sample.images[:num_images]
     num_tiles = sum(span.tiles for span in spans[:num_images])
-    return Encoded(sample.id, ids, labels, shown, 0, num_lost, len(sample.images), num_tiles)
+    return Encoded(
+        id=sample.id,
+        input_ids=ids,
+        labels=labels,
+        images=shown,
+        truncated=num_lost,
+        num_images=len(sample.images),
+        num_tiles=num_tiles,
+    )
 
 
 def _document_pieces(
