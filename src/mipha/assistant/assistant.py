@@ -178,8 +178,9 @@ class Assistant:
         answers: dict[int, Answer] = {}
         for batch in _batches(order, ends, batch_size):
             asked = [prompts[i] for i in batch]
-            shown = [(images[i], keys[i], prompts[i].ids[: ends[i]]) for i in batch]
-            cache = self._read_images(shown)
+            cache = self._read_images(
+                [(images[i], keys[i], prompts[i].ids[: ends[i]]) for i in batch]
+            )
             found = {
                 i: answer
                 for first, answer in zip(batch, self.generate(asked, cache=cache), strict=True)
