@@ -15,7 +15,6 @@ from safetensors.numpy import save_file
 
 from mipha.checkpoint_files import (
     INDEX,
-    count_image_tokens,
     is_whole,
     read_checkpoint,
     read_headers,
@@ -23,6 +22,7 @@ from mipha.checkpoint_files import (
     refuse_redirects,
     weight_files,
 )
+from mipha.geometry import count_image_tokens
 
 
 @pytest.fixture
@@ -149,7 +149,7 @@ def edit(path: Path, **changes: Any) -> None:
 
 def test_the_gate_lets_a_saved_model_pass(llava: Path) -> None:
     files = read_checkpoint(llava)
-    assert files.tokens_per_image == 4 and files.dtypes == ["float32"]
+    assert files.geometry.longest == 4 and files.dtypes == ["float32"]
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "model.safetensors", "deep/notes.txt", "images"])

@@ -18,13 +18,14 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from mipha.files import read_json_object
+from mipha.geometry import Anyres, Geometry, Native, Shuffled, Square, Tiles, read_geometry
 
 PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 """Suffixes of files that may hold pickles: reading one can run code."""
@@ -41,7 +42,7 @@ CONFIGS = (
 )
 """Files whose keys are settings."""
 
-CLASSES = ("llava",)
+CLASSES = ("llava", "llava_next", "llava_onevision", "idefics3", "lfm2_vl")
 """Values of `model_type` of the multimodal models that can be loaded."""
 
 _CROPPING = ("CLIP", "Bit", "Llava", "DeiT")
@@ -49,6 +50,9 @@ _CROPPING = ("CLIP", "Bit", "Llava", "DeiT")
 
 TOKENS = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json")
 """JSON files of a tokenizer, whose keys may be any words."""
+
+MAX_TILES = 145
+"""Most tiles of one picture; more would be a damaged or hostile setting."""
 
 IMPLEMENTATIONS = (None, "eager", "sdpa", "grouped_mm", "batched_mm")
 """Implementations that a config may name; transformers looks for others in packages and the hub."""
@@ -93,9 +97,9 @@ class CheckpointFiles:
         return sorted(DTYPES.get(code, code.lower()) for code in codes)
 
     @property
-    def tokens_per_image(self) -> int:
-        """Number of placeholders that the processor writes for one image."""
-        return tokens_of_image(self.processor)
+    def geometry(self) -> Geometry:
+        """What a picture becomes for this model."""
+        return read_geometry(self.processor)
 
 
 def is_whole(folder: Path) -> bool:
@@ -320,7 +324,8 @@ def read_checkpoint(folder: Path, needs_template: bool = True) -> CheckpointFile
     ):
         raise ValueError(
             f"{folder} holds a {config.get('model_type')!r}, not a LLaVA of a tower and a language "
-            "model: export it with mipha, or `mipha import` it if it is a released Mipha"
+            f"model (nor {', '.join(CLASSES[1:])}): export it with mipha, or `mipha import` it if "
+            "it is a released Mipha"
         )
     processor = read_processor(folder)
     read_config(folder, "tokenizer_config.json")
@@ -343,10 +348,10 @@ def read_checkpoint(folder: Path, needs_template: bool = True) -> CheckpointFile
     for part in parts:
         check_sizes(folder / "config.json", config[part], tensors)
     found = CheckpointFiles(config, processor, tensors)
-    if found.tokens_per_image > _longest(tensors):
+    if (most := found.geometry.longest) > _longest(tensors):
         raise ValueError(
-            f"{folder / 'processor_config.json'} makes {found.tokens_per_image} tokens an image, "
-            "which is more than the weights have positions or words: save the processor again"
+            f"{folder / 'processor_config.json'} makes {most} tokens an image, which is "
+            "more than the weights have positions or words: save the processor again"
         )
     return found
 
@@ -450,24 +455,6 @@ def check_sizes(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Sto
             )
 
 
-def count_image_tokens(
-    height: int, width: int, patch_size: int, num_prefix_tokens: int, select_strategy: str
-) -> int:
-    """Return how many tokens one image takes in a stock LLaVA.
-
-    Args:
-        height: Pixels.
-        width: Pixels.
-        patch_size: Pixels a side.
-        num_prefix_tokens: Tokens that the tower puts before its patches.
-        select_strategy: `default` leaves out the first token of the tower, `full` keeps all.
-
-    Source: transformers 5.23 `LlavaProcessor`.
-    """
-    patches = (height // patch_size) * (width // patch_size)
-    return patches + num_prefix_tokens - (select_strategy == "default")
-
-
 def _longest(tensors: Mapping[str, StoredTensor]) -> int:
     """Return the longest side of all tensors: words, positions or widths of the model."""
     return max((max(tensor.shape, default=1) for tensor in tensors.values()), default=0)
@@ -564,41 +551,99 @@ def _check_end_tokens(folder: Path) -> None:
 
 
 def _check_image(folder: Path, config: dict[str, Any], processor: dict[str, Any]) -> None:
-    """Refuse a processor whose image is not the one that the tower takes."""
+    """Refuse a processor whose pictures are not those that the model takes."""
     path, vision = folder / "processor_config.json", config["vision_config"]
     path = path if path.is_file() else folder / "preprocessor_config.json"
     try:
-        num_tokens = tokens_of_image(processor)
-        made = (*_image_pixels(processor), processor["patch_size"])
+        geometry = read_geometry(processor)
+        if not isinstance(geometry, _GEOMETRIES[config["model_type"]]):
+            raise ValueError(
+                f"it makes {geometry.kind} images, and a {config['model_type']!r} takes others"
+            )
+        _check_bounds(geometry)
+        if config["model_type"] == "llava":
+            made, wanted = _square(config, processor, geometry)
+        else:
+            made, wanted = _cut(config, vision, processor, geometry)
     except KeyError as error:
         raise ValueError(f"{path} lacks {error.args[0]!r}: save the processor again") from error
     except (TypeError, AttributeError, ArithmeticError, ValueError) as error:
         raise ValueError(
-            f"{path} does not give image and patch sizes in pixels: save the processor again"
+            f"{path} does not give image and patch sizes in pixels: save the processor again "
+            f"({error})"
         ) from error
 
-    wanted = (vision.get("image_size"), vision.get("image_size"), vision.get("patch_size"))
-    expected = config.get("image_seq_length", num_tokens)
-    if made != wanted or num_tokens != expected:
+    if made != wanted:
         raise ValueError(
-            f"{folder}: the processor makes images of {made[0]} x {made[1]} pixels, "
-            f"{num_tokens} tokens by patches of {made[2]}, but the tower wants "
-            f"{wanted[0]} x {wanted[1]}, {expected} tokens by patches of {wanted[2]}: "
+            f"{folder}: the processor makes {made}, but the model wants {wanted}: "
             "save processor and model from one build"
         )
 
 
-def tokens_of_image(processor: dict[str, Any]) -> int:
-    """Return how many placeholders a processor with these settings writes for an image."""
-    return count_image_tokens(
-        *_image_pixels(processor),
-        processor["patch_size"],
-        processor["num_additional_image_tokens"],
-        processor["vision_feature_select_strategy"],
-    )
+_GEOMETRIES: dict[str, Any] = {
+    "llava": (Square, Tiles),
+    "llava_next": Anyres,
+    "llava_onevision": Anyres,
+    "idefics3": Shuffled,
+    "lfm2_vl": Native,
+}
 
 
-def _image_pixels(processor: dict[str, Any]) -> tuple[int, int]:
-    image = processor["image_processor"]
+def _check_bounds(geometry: Geometry) -> None:
+    """Refuse sizes that are no numbers, and numbers that would take all memory."""
+    for field in fields(geometry):
+        value = getattr(geometry, field.name)
+        if field.name in ("dropped", "cap", "grids", "splits", "has_whole", "tolerance"):
+            continue
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{field.name} is {value!r}")
+    if geometry.most_tiles > MAX_TILES:
+        raise ValueError(f"a picture of {geometry.most_tiles} tiles is more than {MAX_TILES}")
+    if isinstance(geometry, Shuffled) and geometry.longest_edge > 6 * geometry.side:
+        raise ValueError(
+            f"its longest edge of {geometry.longest_edge} pixels makes more than 6 rows of "
+            f"{geometry.side}, and there are marks for 6"
+        )
+
+
+def _square(
+    config: dict[str, Any], processor: dict[str, Any], geometry: Geometry
+) -> tuple[str, str]:
+    """Describe the image that a LLaVA's processor makes, and the one that its tower takes."""
+    vision, image = config["vision_config"], processor["image_processor"]
     size = image["crop_size" if image.get("do_center_crop") else "size"]
-    return size["height"], size["width"]
+    tokens = geometry.span(1, 1).num_image_tokens
+    made = (size["height"], size["width"], tokens, processor["patch_size"])
+    wanted = (
+        vision.get("image_size"),
+        vision.get("image_size"),
+        config.get("image_seq_length", tokens),
+        vision.get("patch_size"),
+    )
+    sentence = "images of {} x {} pixels, {} tokens by patches of {}"
+    return sentence.format(*made), sentence.format(*wanted)
+
+
+def _cut(
+    config: dict[str, Any],
+    vision: dict[str, Any],
+    processor: dict[str, Any],
+    geometry: Geometry,
+) -> tuple[str, str]:
+    """Describe what other processors make, and what their models take."""
+    if isinstance(geometry, Native):
+        sentence = "patches of {} pixels, {} x {} to a token"
+        made = (geometry.patch, geometry.shuffle, geometry.shuffle)
+        factor = config["downsample_factor"]
+        return sentence.format(*made), sentence.format(vision["patch_size"], factor, factor)
+
+    sides = vision["image_size"] // vision["patch_size"]
+    if isinstance(geometry, Shuffled):
+        sentence = "tiles of {} pixels, {} tokens each"
+        wanted = (vision["image_size"], (sides // config["scale_factor"]) ** 2)
+        return sentence.format(geometry.side, geometry.tokens), sentence.format(*wanted)
+
+    sentence = "tiles of {} pixels, {} patches a side, for the canvases {}"
+    made = (geometry.side, geometry.patches, processor["image_processor"]["image_grid_pinpoints"])
+    wanted = (vision["image_size"], sides, config["image_grid_pinpoints"])
+    return sentence.format(*made), sentence.format(*wanted)

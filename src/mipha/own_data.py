@@ -143,7 +143,7 @@ def prepare(
     rows = load_data(own)
 
     from mipha.data.check.linter import check_data
-    from mipha.data.encode import tokens_per_image
+    from mipha.geometry import geometry_of
     from mipha.models.build import load_start_processor, skeleton
 
     # Check the data with the model's own tokens; rows may be as long as the model reads.
@@ -156,7 +156,7 @@ def prepare(
 
     # Derive the values from the number of rows, their lengths, and the size of the model.
     values, notes = derive(result, built.num_parameters(), context, full)
-    notes += [_note_on_images(result, processor, tokens_per_image(processor))]
+    notes += [_note_on_images(result, processor, geometry_of(processor).longest)]
     mixed = [own.model_dump(mode="json", exclude_unset=True)]
     if replay is not None:
         cap = max(1, round(_REPLAY_SHARE * result.num_samples))

@@ -12,6 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
+from math import isqrt
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import parse_qsl, urlsplit
@@ -172,6 +173,9 @@ def _index(entries: list[Any], key: str, path: list[str]) -> int:
     return int(key)
 
 
+Image = Literal["square", "tiles", "anyres", "native"]
+"""What a picture becomes."""
+
 _LATER: dict[str, Any] = {
     "pad_to_square": None,
     "boxes": None,
@@ -186,6 +190,12 @@ _LATER: dict[str, Any] = {
     "point_scale": None,
     "unreadable_shards": "fail",
     "upstream": [],
+    "image": "square",
+    "max_tiles": None,
+    "shuffle": None,
+    "min_image_tokens": None,
+    "max_image_tokens": None,
+    "max_images": None,
 }
 """Keys that are younger than the digests of runs, with their defaults."""
 
@@ -238,6 +248,103 @@ class ModelRecipe(Strict):
         "thousand [228, 320, 961, 970], unit3, square2 (LLaVA-1.5's), bbox_2d (Qwen3-VL's), "
         "loc (PaliGemma's), molmo or molmo2 (points only); None: thousand",
     )
+    image: Image = Field(
+        "square",
+        description="square: one square a picture; tiles: crops, then the whole; anyres: the "
+        "whole, then its crops as one grid (LLaVA-NeXT); native: its own shape (LFM2-VL)",
+    )
+    max_tiles: int | None = Field(
+        None, ge=1, description="tiles, anyres: most crops of a picture; None: 4"
+    )
+    shuffle: int | None = Field(
+        None,
+        ge=2,
+        description="tiles, native: so many patches a side become one token; "
+        "tiles, None: none do, and crops are images of one LLaVA; native, None: 2",
+    )
+    min_image_tokens: int | None = Field(
+        None, ge=1, description="native only: fewest tokens of a picture; None: 64"
+    )
+    max_image_tokens: int | None = Field(
+        None, ge=1, description="native only: most tokens of a picture; None: 256"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _normed_by_its_class(cls, tree: Any) -> Any:
+        """Switch the norm on for the classes that always have it."""
+        if not isinstance(tree, dict):
+            return tree
+        image, shuffle = tree.get("image"), tree.get("shuffle")
+        if image != "native" and not (image == "tiles" and shuffle is not None):
+            return tree
+        if tree.get("post_layernorm") is False:
+            raise ValueError(
+                f"model.post_layernorm=false cannot be had with model.image={image}: "
+                "its class norms what it reads; leave it out"
+            )
+        return tree | {"post_layernorm": True}
+
+    @model_validator(mode="after")
+    def _nothing_ignored(self) -> ModelRecipe:
+        belongs = {
+            "max_tiles": ("tiles", "anyres"),
+            "shuffle": ("tiles", "native"),
+            "min_image_tokens": ("native",),
+            "max_image_tokens": ("native",),
+        }
+        for key, images in belongs.items():
+            value = getattr(self, key)
+            if value is not None and self.image not in images:
+                raise ValueError(
+                    f"model.{key}={value} means nothing with model.image={self.image}: "
+                    f"use model.image={images[0]}, or leave it out"
+                )
+        if not self.pad_to_square and self.image != "square":
+            raise ValueError(
+                "model.pad_to_square is for model.image=square: the others cut or keep the shape"
+            )
+        if self.calibrate_projector and (self.image == "native" or self.shuffle is not None):
+            raise ValueError(
+                f"model.calibrate_projector=true is not supported with model.image={self.image} "
+                "and model.shuffle: leave it out"
+            )
+
+        # The class of shuffled tiles takes as many rows as columns, and has marks for six.
+        if self.image == "tiles" and self.shuffle is not None:
+            side = isqrt(self.tiles)
+            if side**2 != self.tiles or side < 2:
+                raise ValueError(
+                    f"model.max_tiles={self.tiles} is no square: with model.shuffle a picture has "
+                    f"up to k x k tiles; use {max(2, side) ** 2} or {(max(2, side) + 1) ** 2}"
+                )
+            if side > 6:
+                raise ValueError(
+                    f"model.max_tiles={self.tiles}: the format knows rows and columns 1 to 6; "
+                    "use 36 or fewer"
+                )
+        least, most = self.image_tokens
+        if least > most:
+            raise ValueError(
+                f"model.min_image_tokens={least} is more than model.max_image_tokens={most}: "
+                "lower it"
+            )
+        return self
+
+    @property
+    def tiles(self) -> int:
+        """Most crops of a picture."""
+        if self.image in ("square", "native"):
+            return 1
+        return 4 if self.max_tiles is None else self.max_tiles
+
+    @property
+    def image_tokens(self) -> tuple[int, int]:
+        """Fewest and most tokens of a native picture."""
+        return (
+            64 if self.min_image_tokens is None else self.min_image_tokens,
+            256 if self.max_image_tokens is None else self.max_image_tokens,
+        )
 
 
 class CheckpointRecipe(Strict):
@@ -392,6 +499,11 @@ class DataRecipe(ReadingRecipe):
     )
     cap: int | None = Field(
         None, ge=1, description="at most N samples an epoch, others in the next"
+    )
+    max_images: int | None = Field(
+        None,
+        ge=1,
+        description="leave out samples that show more images, and say how many; None: none are",
     )
     images: Literal["own", "grey", "shuffled"] = Field(
         "own",
@@ -806,8 +918,8 @@ class Recipe(RecipeBase):
             (made, self.stages[made].model_dump(mode="json"))
             for made in names[: names.index(name) + 1]
         ]
-        content["stages"] = [(made, _without_later(tree)) for made, tree in content["stages"]]
         content["model"] = _without_later(content["model"])
+        content["stages"] = [(made, _without_later(tree)) for made, tree in content["stages"]]
         return digest_of(content)
 
     def content(self) -> dict[str, Any]:

@@ -516,7 +516,7 @@ def test_an_image_seen_lately_is_not_encoded_again(assistants: Callable, files: 
     assert (assistant.features.num_encoded, assistant.features.num_found) == (2, 3)
     one = assistant.features.num_bytes // 2
     assistant.features = ImageFeatures(assistant.model, max_bytes=2 * one)
-    pixels = [assistant.pixels(file) for file in files]
+    pixels = [assistant.image_inputs(file) for file in files]
     first = assistant.features.of(pixels)
     assert assistant.features.num_bytes == 2 * one, "the oldest of three was given up"
     # Encoded alone, and not with two others: equal but for the order of sums.
@@ -551,9 +551,9 @@ def test_an_error_while_answering_reaches_the_reader(assistants: Callable, tmp_p
         assistants().answer(tmp_path / "gone.png", "What?")
     with pytest.raises(FileNotFoundError, match=r"gone\.png"):
         list(assistants().stream(tmp_path / "gone.png", "What?"))
-    with pytest.raises(ValueError, match="holds <image>: leave it out"):
+    with pytest.raises(ValueError, match="holds 1 <image> markers for 0 images: leave"):
         assistants().answer(None, "What is <image>?")
-    with pytest.raises(ValueError, match="holds <image>: leave it out"):
+    with pytest.raises(ValueError, match="holds 1 <image> markers for 0 images: leave"):
         list(assistants().stream(None, "What is <image>?"))
 
 

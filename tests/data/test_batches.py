@@ -202,7 +202,7 @@ def test_deal_gives_the_next_row_to_the_process_with_the_least() -> None:
 
 def row(length: int) -> Row:
     ones = np.ones(length, dtype=np.int64)
-    return Row(("a",), ones, ones, np.arange(length), ((False, length),), (), ())
+    return Row(("a",), ones, ones, np.arange(length), ((False, length),), (), (), ())
 
 
 def test_micro_batches_are_what_a_model_takes(

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from transformers import LlavaProcessor
 
 from mipha.assistant import Assistant
-from mipha.data.encode import IGNORE, blank, encode, tokens_per_image
+from mipha.data.encode import IGNORE, blank, encode
 from mipha.data.faults import RecordError
 from mipha.data.sample import IMAGE, Message, Sample
+from mipha.geometry import geometry_of
 
 PICTURE = Path("a.png")
 TEMPLATES = pytest.mark.parametrize("template", ["chatml", "vicuna"])
@@ -179,7 +180,7 @@ def test_each_image_takes_its_tokens(
     _, own = tiny_model("llama", tower)
     encoded = encode(conversation("What is it?", "A cat.", images=images), own, 400)
     per_image = {"vit": 16}.get(tower, 4)
-    assert tokens_per_image(own) == per_image
+    assert geometry_of(own).longest == per_image
     assert (encoded.input_ids == own.image_token_id).sum() == images * per_image
     assert encoded.images == (PICTURE,) * images
     assert (encoded.labels[encoded.input_ids == own.image_token_id] == IGNORE).all()
@@ -289,7 +290,7 @@ def test_what_may_be_shared_ends_with_the_only_image(processor: LlavaProcessor) 
 def test_a_blank_has_an_image_and_nothing_to_learn(processor: LlavaProcessor) -> None:
     made = blank(processor, b"png")
     assert (made.labels == IGNORE).all() and made.images == (b"png",)
-    assert (made.input_ids == processor.image_token_id).sum() == tokens_per_image(processor)
+    assert (made.input_ids == processor.image_token_id).sum() == geometry_of(processor).longest
 
 
 def test_half_a_character_is_named(processor: LlavaProcessor) -> None:
@@ -326,7 +327,7 @@ def test_labels_of_a_document_are_exactly_its_texts(
     said = processor.tokenizer.decode(labels[:-1])
     assert said == "\n\n".join(place for place in places if place != IMAGE)
     num_image_tokens = int((encoded.input_ids == processor.image_token_id).sum())
-    assert num_image_tokens == len(encoded.images) * tokens_per_image(processor)
+    assert num_image_tokens == len(encoded.images) * geometry_of(processor).longest
     plain = encode(_document(*places), processor, 4000, "plain")
     assert (plain.input_ids == encoded.input_ids).all()
 
@@ -348,7 +349,7 @@ def test_a_long_document_is_cut_between_places(processor: LlavaProcessor) -> Non
         encode(_document(IMAGE, "Two."), processor, 3)
     assert raised.value.kind == "too-many-images"
     with pytest.raises(RecordError, match="cuts its text off"):
-        encode(_document(IMAGE, "Two."), processor, tokens_per_image(processor) + 3)
+        encode(_document(IMAGE, "Two."), processor, geometry_of(processor).longest + 3)
 
 
 @pytest.mark.parametrize("num_images", [0, 1, 2])
@@ -360,7 +361,7 @@ def test_upstreams_limit_counts_an_image_as_one_token(
     turns = (Message("user", IMAGE * num_images + "why?"), Message("assistant", "so " * 300))
     sample = Sample("s", turns, (PICTURE,) * num_images)
     cut = encode(sample, processor, 100, text_limit=True)
-    assert len(cut) == 100 + num_images * (tokens_per_image(processor) - 1)
+    assert len(cut) == 100 + num_images * (geometry_of(processor).longest - 1)
     whole = encode(sample, processor, 10_000)
     assert np.array_equal(cut.input_ids, whole.input_ids[: len(cut)])
     assert np.array_equal(cut.labels, whole.labels[: len(cut)])

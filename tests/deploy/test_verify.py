@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -316,3 +317,26 @@ def test_llama_cpp_pads_by_its_own_rule(pixels: dict[str, Any], reason: str | No
         if row.name == "llama.cpp"
     ]
     assert ("pads images" in found) == (reason is not None) and (reason or "") in found
+
+
+@pytest.mark.parametrize(
+    ("name", "has_processor"),
+    [
+        ("idefics3-llama-tied", True),
+        ("next-siglip-qwen2", True),
+        ("lfm2vl-qwen3-tiles", False),
+        ("onevision-siglip-llama-cap2", False),
+    ],
+)
+def test_checkpoints_of_the_other_classes_are_exact(name: str, has_processor: bool) -> None:
+    """Without torchvision, the stock class gets our inputs where its processor cannot be made."""
+    found = verify(Path(__file__).parents[1] / "fixtures" / "images" / name, device="cpu")
+    checks = {check.name: check for check in found.checks}
+    assert [check for check in found.checks if not check.passed] == [
+        check for check in (checks["names of weights"],) if not check.passed
+    ]
+    has_torchvision = find_spec("torchvision") is not None
+    said = checks["pixels"].found
+    assert ("needs torchvision" in said) == (not has_processor and not has_torchvision)
+    status = {row.name: row.status for row in found.runtimes}
+    assert status["transformers"] == "exact" and status["llama.cpp"] == "unsupported"

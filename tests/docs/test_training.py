@@ -13,6 +13,7 @@ import yaml
 
 from mipha import api
 from mipha.files import read_lines
+from mipha.geometry import Anyres, Native, Shuffled, Square, Tiles
 from mipha.recipe import (
     CheckpointRecipe,
     DataRecipe,
@@ -26,7 +27,7 @@ from mipha.recipe import (
 from mipha.run import Run
 
 TEXT = (Path(__file__).parents[2] / "docs" / "training.md").read_text(encoding="utf-8")
-TWO, ONE, THIRD, PREFER, FURTHER = re.findall(
+TWO, ONE, THIRD, PREFER, FURTHER, PICTURES = re.findall(
     r"^```yaml\n(.*?)^```$", TEXT, flags=re.DOTALL | re.MULTILINE
 )
 
@@ -168,3 +169,26 @@ def test_the_checkpoint_has_the_files_that_the_text_names(run: Run) -> None:
     assert {"config.json", "README.md"} < names
     assert names <= {path.name for path in run.final_checkpoint().iterdir()}
     assert not (run.checkpoint("pretrain") / "README.md").exists()
+
+
+def test_the_tokens_of_pictures_are_those_of_the_classes() -> None:
+    model = ModelRecipe(**yaml.safe_load(PICTURES)["model"])
+    assert (model.image, model.shuffle, model.tiles) == ("tiles", 3, 4)
+    grids = [(384 * rows, 384 * wide) for rows in range(1, 5) for wide in range(1, 4 // rows + 1)]
+    geometries = [
+        Square(384, 576),
+        Tiles(256, 64, 4),
+        Shuffled(512, 64, 1024),
+        Anyres(384, 24, tuple(grids)),
+        Native(512, 16, 2, 64, 256, 1, 1),
+    ]
+    rows = re.findall(
+        r"^\| (?:\d+/)?\d+, `.*\| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$",
+        _section("What a picture becomes"),
+        flags=re.MULTILINE,
+    )
+    sizes = ((336, 336), (640, 480), (1000, 300), (4000, 3000))
+    assert rows == [
+        tuple(str(geometry.span(*size).num_image_tokens) for size in sizes)
+        for geometry in geometries
+    ]

@@ -15,7 +15,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 
 LAYERS = (
     {
-        *("recipe", "run", "files", "checkpoint_files", "errors", "processes"),
+        *("recipe", "run", "files", "checkpoint_files", "geometry", "errors", "processes"),
         *("labels", "lookup", "preflight", "terminal", "validation", "catalog"),
         "answer_spans",
     },
@@ -147,6 +147,7 @@ def test_the_light_rooms_do_not_load_torch() -> None:
             "run",
             "files",
             "checkpoint_files",
+            "geometry",
             "processes",
             "errors",
             "labels",

@@ -29,5 +29,10 @@ def test_it_answers_as_the_assistant_does(tiny_model: Callable[..., Any], tmp_pa
         load(tmp_path / "model").answer(tmp_path / "a.png", "what is it?", max_new_tokens=6).text
     )
     assert adapter.generate_inner(message) == expected
-    with pytest.raises(ValueError, match="2 images"):
-        adapter.generate_inner([message[0], *message])
+    both = [message[1], message[0], {"type": "text", "value": "or"}, message[0]]
+    asked = "what is it?\n<image>\nor\n<image>"
+    images = [tmp_path / "a.png"] * 2
+    assert (
+        adapter.generate_inner(both)
+        == load(tmp_path / "model").answer(images, asked, max_new_tokens=6).text
+    )

@@ -58,7 +58,7 @@ def test_a_stock_checkpoint_trains_and_stays_what_it_says(
     for key in ("vision_feature_layer", "vision_feature_select_strategy", "tie_word_embeddings"):
         assert after.config[key] == before.config[key]
     assert after.config["vision_config"]["num_hidden_layers"] == 3
-    assert after.tokens_per_image == before.tokens_per_image == 4
+    assert after.geometry.longest == before.geometry.longest == 4
     assert not after.processor["image_processor"]["do_pad"]
     assert after.processor["image_processor"]["crop_size"] == {"height": 28, "width": 28}
 
@@ -175,6 +175,14 @@ def edit(path: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["llava_next", "idefics3", "lfm2_vl"])
+def test_a_processor_of_another_class_is_refused(stock_llava: Stock, kind: str) -> None:
+    folder = stock_llava()
+    edit(folder / "config.json", model_type=kind)
+    with pytest.raises(ValueError, match=f"makes square images, and a '{kind}' takes others"):
+        check_parts(CheckpointRecipe(checkpoint=str(folder)))
+
+
+@pytest.mark.parametrize("kind", ["paligemma", "qwen2_vl"])
 def test_another_class_is_refused(stock_llava: Stock, kind: str) -> None:
     folder = stock_llava()
     edit(folder / "config.json", model_type=kind)

@@ -24,6 +24,7 @@ from mipha.alignment.step import Step, load_rows, record_base
 from mipha.alignment.trl_trainer import lora_config, merged_model, train, trainer_options
 from mipha.data.encode import encode
 from mipha.data.images import open_image
+from mipha.data.pixels import read_pixels
 from mipha.data.sample import IMAGE, Message, Sample
 from mipha.labels import IGNORE
 from mipha.models.build import save_checkpoint
@@ -77,6 +78,11 @@ def dpo_on_images(step: Step) -> Path:
     folder = model_folder(recipe.language_model)
     rows, held_out = load_rows(step, load_image_preferences)
     model, processor = load_model(str(folder)), load_processor(folder)
+    if model.config.model_type != "llava":
+        raise ValueError(
+            f"{folder} is a {model.config.model_type!r}, and answers about images are preferred in "
+            "a 'llava' alone: give one of that class"
+        )
     record_base(step, model)
     model.model.vision_tower.requires_grad_(False)
     pairs, held_out_pairs = (
@@ -160,7 +166,7 @@ def collate_answers(
 
     # Both answers of a pair see the same image.
     images = [open_image(pair["image"]) for pair in pairs]
-    pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+    pixels = read_pixels(images, processor)["pixel_values"]
     return {
         "input_ids": ids,
         "attention_mask": attended,

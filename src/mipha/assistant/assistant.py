@@ -22,14 +22,23 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlavaProcessor
 
-from mipha.data.encode import as_chat, tokens_per_image
-from mipha.data.images import ImageLike, upright_rgb
-from mipha.data.sample import IMAGE, Message
+from mipha.data.encode import expand_images, image_spans, with_tiles
+from mipha.data.images import (
+    ImageLike,
+    StoredImage,
+    grey_image,
+    image_list,
+    upright_rgb,
+    upright_size,
+)
+from mipha.data.pixels import read_pixels
+from mipha.data.sample import IMAGE, Message, as_chat, turns_of, user_turn
+from mipha.geometry import geometry_of
 from mipha.models.adapters import adapter_template, attach_adapter, check_base
 from mipha.models.attention import use_segments
 from mipha.models.chat_template import bounded
 from mipha.models.decoding import AnswerText, OnTokens, RowSampler, RowWatch, Sampling
-from mipha.models.features import ImageFeatures
+from mipha.models.features import ImageFeatures, ImageInputs, image_features
 from mipha.models.modeling import LlavaForConditionalGeneration, attention_window, load_model
 from mipha.models.processing import load_processor
 from mipha.preflight import check_device, check_dtype
@@ -57,13 +66,18 @@ class EncodedImage:
 
     Args:
         features: The image as the language model reads it, `(tokens, width)`.
+        size: Upright (width, height) in pixels.
     """
 
     features: Tensor
+    size: tuple[int, int]
 
 
 AnyImage = ImageLike | EncodedImage
 """An image in any form, encoded or not."""
+
+Shown = AnyImage | Sequence[AnyImage] | None
+"""The image that a question is about, several of them, or none."""
 
 
 @dataclass(frozen=True)
@@ -72,14 +86,13 @@ class Prompt:
 
     Args:
         ids: Token ids, image placeholders repeated.
-        images: Images in the order of their placeholders, as pixels `(1, 3, height, width)` or
-            encoded.
+        images: Images in the order of their placeholders, as pixels or encoded.
         max_new_tokens: Longest answer, in tokens.
         sampling: How the answer is drawn; None: the likeliest answer.
     """
 
     ids: list[int]
-    images: tuple[Tensor | EncodedImage, ...] = ()
+    images: tuple[ImageInputs | EncodedImage, ...] = ()
     max_new_tokens: int = 256
     sampling: Sampling | None = None
 
@@ -98,26 +111,20 @@ class Assistant:
 
     # ---- Asking ----------------------------------------------------------------------------------
 
-    def answer(
-        self,
-        image: AnyImage | tuple[AnyImage, ...] | None,
-        question: str,
-        *,
-        max_new_tokens: int = 256,
-    ) -> Answer:
+    def answer(self, image: Shown, question: str, *, max_new_tokens: int = 256) -> Answer:
         """Answer one question.
 
         Args:
-            image: Image that the question is about, or a tuple of several; None for a question
+            image: Image that the question is about, or a list of several; None for a question
                 without an image.
-            question: Text without an image marker.
+            question: Text. Images stand in front of it, or where it has an image marker for each.
             max_new_tokens: Longest answer, in tokens.
         """
         return self.answer_many([(image, question)], max_new_tokens=max_new_tokens)[0]
 
     def answer_many(
         self,
-        pairs: Sequence[tuple[AnyImage | tuple[AnyImage, ...] | None, str | Sequence[Message]]],
+        pairs: Sequence[tuple[Shown, str | Sequence[Message]]],
         *,
         max_new_tokens: int = 256,
         batch_size: int = 32,
@@ -128,8 +135,8 @@ class Assistant:
         An image is encoded and read once in a batch, however many questions it has there.
 
         Args:
-            pairs: (image, question), in any order. A tuple of images shows all of them, in front
-                of the question; a conversation has a marker for each of its images.
+            pairs: (image or images, question), in any order; see `answer`. A conversation in place
+                of the question has a marker for each of its images.
             max_new_tokens: Longest answer, in tokens.
             batch_size: Questions answered at a time.
             on_answers: Callback of every batch; takes positions in `pairs` and their answers.
@@ -139,11 +146,14 @@ class Assistant:
 
         Raises:
             ValueError: Several images make a prompt that is longer than what the language model
-                reads, or a question holds the image marker.
+                reads, or image markers and images do not match.
         """
-        images = [_as_images(image) for image, _ in pairs]
+        images = [image_list(shown) for shown, _ in pairs]
         prompts = [
-            Prompt(self.prompt_ids(_turns(question, len(shown))), max_new_tokens=max_new_tokens)
+            Prompt(
+                self.prompt_ids(turns_of(question, len(shown)), shown),
+                max_new_tokens=max_new_tokens,
+            )
             for shown, (_, question) in zip(images, pairs, strict=True)
         ]
         for shown, prompt in zip(images, prompts, strict=True):
@@ -153,22 +163,23 @@ class Assistant:
 
         # A question that is asked twice is answered once.
         keys = [tuple(map(_image_key, shown)) for shown in images]
-        same: dict[tuple[tuple[str, ...], tuple[int, ...]], list[int]] = {}
+        same: dict[tuple[Any, tuple[int, ...]], list[int]] = {}
         for index, (key, prompt) in enumerate(zip(keys, prompts, strict=True)):
             same.setdefault((key, tuple(prompt.ids)), []).append(index)
 
-        # Questions about one image stand together, those of a similar length side by side.
+        # Questions whose images end at the same place share a batch; those about one image stand
+        # together, those of a similar length side by side.
+        ends = [self._end_of_images(prompt.ids) for prompt in prompts]
         order = sorted(
             (indices[0] for indices in same.values()),
-            key=lambda i: (len(keys[i]), keys[i], len(prompts[i].ids)),
+            key=lambda i: (ends[i], keys[i], len(prompts[i].ids)),
         )
 
         answers: dict[int, Answer] = {}
-        prefixes = [prompt.ids[: self._num_shared(prompt.ids)] for prompt in prompts]
-        for batch in _batches(order, prefixes, batch_size):
+        for batch in _batches(order, ends, batch_size):
             asked = [prompts[i] for i in batch]
             cache = self._read_images(
-                [images[i] for i in batch], [keys[i] for i in batch], asked[0].ids
+                [(images[i], keys[i], prompts[i].ids[: ends[i]]) for i in batch]
             )
             found = {
                 i: answer
@@ -219,14 +230,12 @@ class Assistant:
             total += scores.gather(1, wanted.unsqueeze(1)).double().sum().item()
         return total, len(ids) - start
 
-    def stream(
-        self, image: AnyImage | None, question: str, *, max_new_tokens: int = 256
-    ) -> Iterator[str]:
+    def stream(self, image: Shown, question: str, *, max_new_tokens: int = 256) -> Iterator[str]:
         """Answer one question piece by piece."""
         return self.chat(image).ask(question, max_new_tokens=max_new_tokens)
 
-    def chat(self, image: AnyImage | None = None) -> Chat:
-        """Begin a conversation of several turns about one image."""
+    def chat(self, image: Shown = None) -> Chat:
+        """Begin a conversation of several turns about one image, or a list of several."""
         return Chat(self, image)
 
     # ---- Making a prompt -------------------------------------------------------------------------
@@ -257,24 +266,51 @@ class Assistant:
                 f"the conversation holds {markers} {IMAGE} markers for {len(images)} images: "
                 "give one marker for each image"
             )
-        ready = tuple(
-            image if isinstance(image, EncodedImage) else self.pixels(image) for image in images
-        )
-        return Prompt(self.prompt_ids(messages), ready, max_new_tokens, sampling)
+        # Images that are not encoded are decoded once, for their sizes and for their pixels.
+        images = [
+            image if isinstance(image, EncodedImage) else upright_rgb(image) for image in images
+        ]
+        ready = tuple(self._ready(image, len(images)) for image in images)
+        return Prompt(self.prompt_ids(messages, images), ready, max_new_tokens, sampling)
 
-    def prompt_ids(self, messages: Sequence[Message]) -> list[int]:
+    def prompt_ids(
+        self, messages: Sequence[Message], images: Sequence[AnyImage] | None = None
+    ) -> list[int]:
         """Return the token ids of a conversation that waits for the assistant.
 
-        Image placeholders are repeated, one for each token of the image.
+        What stands for an image is put in the place of its marker.
+
+        Args:
+            messages: Turns, as in `prompt`.
+            images: Images in the order of their markers; they may be left out where every image
+                takes the same tokens.
         """
-        ids = _apply_template(self.processor, messages, tokenize=True)
-        image, repeats = self.processor.image_token_id, tokens_per_image(self.processor)
-        return [token for token in ids for _ in range(repeats if token == image else 1)]
+        if images is None:
+            markers = sum(message.text.count(IMAGE) for message in messages)
+            if markers and geometry_of(self.processor).depends_on_size:
+                raise ValueError("the tokens of an image depend on its size: give the images too")
+            images = [grey_image()] * markers
+        spans = image_spans(self.processor, images, _size_of)
+        messages = with_tiles(messages, spans, self.processor)
+        ids = np.asarray(_apply_template(self.processor, messages, tokenize=True), dtype=np.int64)
+        return expand_images(ids, spans, self.processor).ids.tolist()
 
     def pixels(self, image: ImageLike) -> Tensor:
-        """Return one image as the tower reads it, `(1, 3, height, width)`."""
-        read = self.processor.image_processor(upright_rgb(image), return_tensors="pt")
-        return read["pixel_values"].to(self.model.device, self.model.dtype)
+        """Return one image as the tower reads it: of a square model `(1, 3, height, width)`."""
+        return self.image_inputs(image).inputs["pixel_values"]
+
+    def image_inputs(self, image: ImageLike, num_images: int = 1) -> ImageInputs:
+        """Return one image as the model reads it.
+
+        Args:
+            image: Image in any form.
+            num_images: Images of the conversation that it belongs to.
+        """
+        upright = upright_rgb(image)
+        (span, *_) = image_spans(self.processor, [upright] * num_images, _size_of)
+        inputs = read_pixels([upright], self.processor, [num_images])
+        made = ImageInputs(inputs, span.num_image_tokens)
+        return made.to(self.model.device, self.model.dtype)
 
     def encode_image(self, image: AnyImage) -> EncodedImage:
         """Encode an image once, to ask about it many times.
@@ -283,7 +319,24 @@ class Assistant:
         """
         if isinstance(image, EncodedImage):
             return image
-        return EncodedImage(self.features.of([self.pixels(image)])[0])
+        upright = upright_rgb(image)
+        return EncodedImage(self.features.of([self.image_inputs(upright)])[0], upright.size)
+
+    def _ready(self, image: AnyImage, num_images: int) -> ImageInputs | EncodedImage:
+        """Return an image as pixels or features.
+
+        Raises:
+            ValueError: It was encoded alone, and this model reads several images otherwise.
+        """
+        if not isinstance(image, EncodedImage):
+            return self.image_inputs(image, num_images)
+        (span, *_) = image_spans(self.processor, [image] * num_images, _size_of)
+        if span.num_image_tokens != len(image.features):
+            raise ValueError(
+                f"an image that was encoded alone has {len(image.features)} tokens, and one of "
+                f"{num_images} has {span.num_image_tokens} here: give the images themselves"
+            )
+        return image
 
     # ---- Generating ------------------------------------------------------------------------------
 
@@ -338,18 +391,21 @@ class Assistant:
         )
         return [self._read_answer(tokens) for tokens in watch.tokens]
 
-    def embeddings(self, ids: Tensor, images: Sequence[Tensor | EncodedImage]) -> Tensor:
+    def embeddings(self, ids: Tensor, images: Sequence[ImageInputs | EncodedImage]) -> Tensor:
         """Return the input of the language model, `(rows, tokens, width)`.
 
         Args:
             ids: Token ids, `(rows, tokens)`; image features take the place of the placeholders.
             images: Images of all rows in reading order, as in `Prompt`.
         """
-        pixels = [image for image in images if isinstance(image, Tensor)]
-        encoded = iter(self.features.of(pixels) if pixels else ())
+        unread = [image for image in images if isinstance(image, ImageInputs)]
+        encoded = iter(self.features.of(unread) if unread else ())
         return self._embeddings_with(
             ids,
-            [next(encoded) if isinstance(image, Tensor) else image.features for image in images],
+            [
+                image.features if isinstance(image, EncodedImage) else next(encoded)
+                for image in images
+            ],
         )
 
     def decode(self, ids: list[int]) -> str:
@@ -363,57 +419,59 @@ class Assistant:
         places = (ids == self.processor.image_token_id).unsqueeze(-1)  # (rows, tokens, 1)
         return embeddings.masked_scatter(places, torch.cat(list(features)).to(embeddings.dtype))
 
+    def _end_of_images(self, ids: list[int]) -> int:
+        """Return the place behind the last image token of a prompt; 0 without images."""
+        image = self.processor.image_token_id
+        return len(ids) - ids[::-1].index(image) if image in ids else 0
+
     @torch.inference_mode()
     def _read_images(
-        self,
-        images: Sequence[tuple[AnyImage, ...]],
-        keys: Sequence[tuple[str, ...]],
-        prompt: list[int],
+        self, shown: Sequence[tuple[Sequence[AnyImage], Any, list[int]]]
     ) -> DynamicCache | None:
-        """Return the cache of the prompts of one batch through the image; None without images.
+        """Return the cache of the prompts of one batch through their images; None without images.
 
         Args:
-            images: Images of each row, as many in every row.
-            keys: Keys of each row's images; rows with the same keys share their images.
-            prompt: Token ids of any row, because all are the same through the last image.
+            shown: For each row its images, their key, and the token ids of its prompt through the
+                last of them, as many in every row. Rows with the same key and ids are read once.
         """
-        if not images[0]:
+        if not shown[0][0]:
             return None
-        distinct = dict(zip(keys, images, strict=True))
+        distinct = {(key, tuple(ids)): images for images, key, ids in shown}
 
         # Encode the images that are not encoded yet, together. `self.features` does not keep them,
         # because a benchmark asks about thousands of images, each in one batch.
-        shown = [image for row in distinct.values() for image in row]
-        pixels = [self.pixels(image) for image in shown if not isinstance(image, EncodedImage)]
-        made = iter(
-            self.model.get_image_features(torch.cat(pixels)).pooler_output if pixels else ()
-        )
-        features = [
-            image.features if isinstance(image, EncodedImage) else next(made) for image in shown
-        ]
+        ready: dict[Any, ImageInputs | EncodedImage] = {}
+        for (keys, _), images in distinct.items():
+            for key, image in zip(keys, images, strict=True):
+                if (key, len(images)) not in ready:
+                    ready[key, len(images)] = self._ready(image, len(images))
+        unread = [image for image in ready.values() if isinstance(image, ImageInputs)]
+        made = iter(image_features(self.model, unread) if unread else ())
+        features = {
+            name: image.features if isinstance(image, EncodedImage) else next(made)
+            for name, image in ready.items()
+        }
 
-        # Read the prompt through each image once.
-        shared = self._num_shared(prompt)
-        ids = torch.tensor([prompt[:shared]] * len(distinct), device=self.model.device)
+        # Read each prompt through its images once.
+        rows = torch.tensor([ids for _, ids in distinct], device=self.model.device)
         cache = DynamicCache(config=self.model.config.get_text_config())
         self.model(
-            inputs_embeds=self._embeddings_with(ids, features),
+            inputs_embeds=self._embeddings_with(
+                rows, [features[key, len(keys)] for keys, _ in distinct for key in keys]
+            ),
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
         )
 
         # Repeat it for each question.
-        number = {key: position for position, key in enumerate(distinct)}
+        number = {name: position for position, name in enumerate(distinct)}
         cache.batch_select_indices(
-            torch.tensor([number[key] for key in keys], device=self.model.device)
+            torch.tensor(
+                [number[key, tuple(ids)] for _, key, ids in shown], device=self.model.device
+            )
         )
         return cache
-
-    def _num_shared(self, ids: list[int]) -> int:
-        """Return the number of tokens through the last image; 0 without an image."""
-        image = self.processor.image_token_id
-        return len(ids) - ids[::-1].index(image) if image in ids else 0
 
     def _check_length(self, prompt: Prompt, num_images: int) -> None:
         """Refuse several images whose prompt the language model cannot read.
@@ -422,10 +480,11 @@ class Assistant:
         """
         longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if num_images > 1 and longest and len(prompt.ids) >= longest:
+            most = geometry_of(self.processor).longest
             raise ValueError(
-                f"the prompt has {len(prompt.ids):,} tokens with its {num_images} images of "
-                f"{tokens_per_image(self.processor):,} tokens each, but the language model reads "
-                f"{longest:,}: show fewer images, or use a model that reads more"
+                f"the prompt has {len(prompt.ids):,} tokens with its {num_images} images of up to "
+                f"{most:,} tokens each, but the language model reads {longest:,}: show fewer "
+                "images, or use a model that reads more"
             )
 
     def _may_pad(self, prompts: Sequence[Prompt]) -> bool:
@@ -460,15 +519,16 @@ class Assistant:
 
 
 class Chat:
-    """A conversation about one image; the cache is kept, so that a turn costs only its new tokens.
+    """A conversation about images; the cache is kept, so that a turn costs only its new tokens.
 
     Args:
         assistant: Assistant that answers.
-        image: Image that the first question shows; None for a conversation without an image.
+        image: Image that the first question shows, or a list of several; None for a conversation
+            without an image.
     """
 
-    def __init__(self, assistant: Assistant, image: AnyImage | None) -> None:
-        self.assistant, self.image = assistant, image
+    def __init__(self, assistant: Assistant, image: Shown) -> None:
+        self.assistant, self.images = assistant, list(image_list(image))
         self.messages: list[Message] = []
         self._cached: list[int] = []
         self._forget()
@@ -480,13 +540,11 @@ class Chat:
         next token when the reader leaves.
         """
         # Make the prompt, and cut the cache back to what the prompt begins with.
-        assistant, images = self.assistant, []
-        shows_image = self.image is not None and not self.messages
-        messages = [*self.messages, _user_turn(question, int(shows_image))]
-        if self.image is not None:
-            self.image = assistant.encode_image(self.image)
-            images = [self.image]
-        prompt = assistant.prompt(messages, images, max_new_tokens=max_new_tokens)
+        assistant = self.assistant
+        messages = [*self.messages, user_turn(question, 0 if self.messages else len(self.images))]
+        if len(self.images) == 1:
+            self.images = [assistant.encode_image(self.images[0])]
+        prompt = assistant.prompt(messages, self.images, max_new_tokens=max_new_tokens)
         self._keep_common_prefix(prompt.ids)
 
         # Generate in a thread; its callback puts the pieces into a queue, and None at the end.
@@ -606,40 +664,7 @@ def with_adapter(assistant: Assistant, adapter: Path, base: Path) -> Assistant:
 
 def render_prompt(processor: LlavaProcessor, question: str, num_images: int) -> str:
     """Return the whole text that the model reads for one question, each image as a placeholder."""
-    return _apply_template(processor, [_user_turn(question, num_images)], tokenize=False)
-
-
-def _turns(question: str | Sequence[Message], num_images: int) -> list[Message]:
-    """Return the turns of a question: the user's one, or those of a conversation as they are."""
-    if isinstance(question, str):
-        return [_user_turn(question, num_images)]
-    markers = sum(turn.text.count(IMAGE) for turn in question)
-    if markers != num_images:
-        raise ValueError(
-            f"the conversation holds {markers} {IMAGE} markers for {num_images} images: "
-            "give one marker for each image"
-        )
-    return list(question)
-
-
-def _user_turn(question: str, num_images: int) -> Message:
-    """Return the user's turn of one question, its images in front of it.
-
-    Raises:
-        ValueError: The question holds the image marker.
-    """
-    if IMAGE in question:
-        raise ValueError(
-            f"question {question!r} holds {IMAGE}: leave it out, the image is put in front"
-        )
-    return Message("user", f"{IMAGE}\n" * num_images + question)
-
-
-def _as_images(image: AnyImage | tuple[AnyImage, ...] | None) -> tuple[AnyImage, ...]:
-    """Return what is shown with a question as a tuple, empty without an image."""
-    if image is None:
-        return ()
-    return image if isinstance(image, tuple) else (image,)
+    return _apply_template(processor, [user_turn(question, num_images)], tokenize=False)
 
 
 def _apply_template(processor: LlavaProcessor, messages: Sequence[Message], tokenize: bool) -> Any:
@@ -655,6 +680,15 @@ def _apply_template(processor: LlavaProcessor, messages: Sequence[Message], toke
         )
 
 
+def _size_of(image: AnyImage) -> tuple[int, int]:
+    """Return the upright (width, height) of an image in pixels."""
+    if isinstance(image, EncodedImage):
+        return image.size
+    if isinstance(image, (Path, bytes, StoredImage)):
+        return upright_size(image)
+    return upright_size(Path(image)) if isinstance(image, str) else upright_rgb(image).size
+
+
 def _image_key(image: AnyImage) -> str:
     """Return a key that is the same for the same image."""
     if isinstance(image, (Path, str)):
@@ -662,13 +696,11 @@ def _image_key(image: AnyImage) -> str:
     return f"{hash(image)}" if isinstance(image, bytes) else f"object {id(image)}"
 
 
-def _batches(
-    order: Sequence[int], prefixes: Sequence[list[int]], batch_size: int
-) -> Iterator[list[int]]:
-    """Cut batches in order; a batch has one prefix, the tokens through the last image."""
+def _batches(order: Sequence[int], ends: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Cut batches in order; all images of a batch end at the same place."""
     batch: list[int] = []
     for index in order:
-        if batch and (len(batch) == batch_size or prefixes[index] != prefixes[batch[0]]):
+        if batch and (len(batch) == batch_size or ends[index] != ends[batch[0]]):
             yield batch
             batch = []
         batch.append(index)

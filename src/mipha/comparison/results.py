@@ -311,5 +311,5 @@ def _facts(folder: Path) -> dict[str, str]:
         return {}
     return {
         "language_model": config["text_config"]["model_type"],
-        "resolution": str(config["vision_config"]["image_size"]),
+        "resolution": str(config["vision_config"].get("image_size", "own")),
     }

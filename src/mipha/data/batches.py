@@ -36,7 +36,7 @@ class Step:
         num_tokens: Real tokens, no padding; a shared image counts once.
         num_pairs: (query, key) pairs of them that attend.
         num_supervised: Tokens that are trained on.
-        num_images: Images encoded.
+        num_images: Images encoded, each tile of a picture as one.
         num_padded: Positions computed, padding included.
         num_truncated: Samples whose end was cut off.
         substituted: Images of this process that could not be read; grey stands in for them.
@@ -140,7 +140,7 @@ class StepDataset(Dataset[Step]):
             num_tokens=sum(len(row) for row in rows),
             num_pairs=sum(row.num_pairs for row in rows),
             num_supervised=sum(row.num_supervised for row in rows),
-            num_images=sum(len(row.images) for row in rows),
+            num_images=sum(row.num_tiles for row in rows),
             num_padded=sum(
                 len(chunk) * padded_length(chunk, self.lengths) for own in full for chunk in own
             ),

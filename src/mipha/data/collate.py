@@ -12,8 +12,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlavaProcessor
 
-from mipha.data.images import ImageSource, grey_image, image_name, open_image
+from mipha.data.images import (
+    ImageSource,
+    grey_image,
+    image_name,
+    open_image,
+    size_or_grey,
+)
 from mipha.data.packing import Row
+from mipha.data.pixels import read_pixels
 from mipha.labels import IGNORE
 
 Batch = dict[str, Any]
@@ -47,10 +54,9 @@ def collate(
     Returns:
         `input_ids`, `labels`, `position_ids` `(rows, tokens)`; `supervised` `(positions,)`, where
         in `rows x tokens` a state stands that predicts a supervised token, so that no device has
-        to search; `spans`, those of each row; `pixel_values` `(images, 3, height, width)` in
-        reading order, where there are images. There is no mask: the model makes one where its
-        attention needs one. With `eos_holes` an `attention_mask` `(rows, tokens)` stands in place
-        of the spans.
+        to search; `spans`, those of each row; where there are images, what `read_pixels` makes of
+        all of them. There is no mask: the model makes one where its attention needs one. With
+        `eos_holes` an `attention_mask` `(rows, tokens)` stands in place of the spans.
 
     Raises:
         ValueError, FileNotFoundError: An image cannot be read; names the sample and the file.
@@ -82,8 +88,7 @@ def collate(
         for image, sample in zip(row.images, row.shown_by, strict=True)
     ]
     if images:
-        pixels = processor.image_processor(images, return_tensors="pt")["pixel_values"]
-        batch["pixel_values"] = pixels
+        batch |= read_pixels(images, processor, [count for row in rows for count in row.counts])
     return batch
 
 
@@ -117,7 +122,7 @@ def _read(source: ImageSource, sample: str, substituted: list[Substituted] | Non
                 "unreadable_images=substitute to train on a grey image in its place"
             ) from error
         substituted.append(Substituted(sample, image_name(source), str(error)))
-        return open_image(grey_image())
+        return open_image(grey_image(size_or_grey(source)))
 
 
 def _stack(arrays: Sequence[np.ndarray], length: int, fill: int) -> Tensor:

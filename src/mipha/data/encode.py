@@ -5,21 +5,22 @@ The chat template decides which tokens are trained on, and the text is tokenised
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 from jinja2 import TemplateError
 from transformers import LlavaProcessor
 
 from mipha.answer_spans import NoMask, answer_spans, has_marks, renderer, supervise
-from mipha.checkpoint_files import count_image_tokens
 from mipha.data.faults import RecordError
-from mipha.data.images import ImageSource
+from mipha.data.images import ImageSource, size_or_grey
 from mipha.data.region_text import write_sample
-from mipha.data.sample import BETWEEN_PLACES, IMAGE, Sample, as_chat
+from mipha.data.sample import BETWEEN_PLACES, IMAGE, Message, Sample, as_chat, content_parts
 from mipha.data.upstream_tokens import encode_conversation
+from mipha.geometry import Span, geometry_of
 from mipha.labels import IGNORE
 from mipha.recipe import StageRecipe
 
@@ -31,7 +32,9 @@ __all__ = [
     "encode",
     "encode_conversation",
     "encode_for",
-    "tokens_per_image",
+    "expand_images",
+    "image_spans",
+    "with_tiles",
 ]
 
 
@@ -49,6 +52,8 @@ class Encoded:
         truncated: Tokens cut off the end to fit.
         image_key: Equal for samples that show the same images by content; 0 where not known, so
             that only an image of the same place is the same.
+        num_images: Images of the whole sample; 0: those that it has here.
+        num_tiles: Images that the tower reads for it.
     """
 
     id: str
@@ -58,6 +63,8 @@ class Encoded:
     prefix: int = 0
     truncated: int = 0
     image_key: int = 0
+    num_images: int = 0
+    num_tiles: int = 0
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -94,31 +101,30 @@ def encode(
         RecordError: Nothing would be trained on, the images alone exceed `max_tokens`, images and
             their tokens do not match, or a text holds half of a character.
     """
-    # Write and tokenise the conversation, with as many tokens as each image takes.
+    # Write and tokenise the conversation, then put in what stands for each image.
     check_text(sample)
     sample = write_sample(sample, getattr(processor, "boxes", None))
     if sample.is_document:
         return _encode_document(sample, processor, max_tokens)
-    ids, supervised = _plain(sample, processor) if prompt == "plain" else _chat(sample, processor)
-    truncated = 0
+    spans = image_spans(processor, sample.images)
+    write = _plain if prompt == "plain" else _chat
+    ids, supervised = write(sample, spans, processor)
+    truncated = max(0, len(ids) - max_tokens) if text_limit else 0
     if text_limit:
-        truncated = max(0, len(ids) - max_tokens)
         ids, supervised = ids[:max_tokens], supervised[:max_tokens]
-        max_tokens += len(sample.images) * (tokens_per_image(processor) - 1)
-    ids, supervised = _expand_images(ids, supervised, processor)
-    labels = np.where(supervised & (ids != processor.image_token_id), ids, IGNORE)  # (tokens,)
-
-    # Check that all images are there and fit.
-    image_ends = np.flatnonzero(ids == processor.image_token_id)
-    last_image = int(image_ends[-1]) + 1 if len(image_ends) else 0
-    num_images = len(image_ends) // tokens_per_image(processor)
-    if num_images != len(sample.images):
+    try:
+        expanded = expand_images(ids, spans, processor)
+    except ValueError as error:
         raise RecordError(
-            f"its text holds {num_images} images but {len(sample.images)} are given",
-            f"is {IMAGE} in the wrong place?",
-            f"sample {sample.id}",
-            "image-count",
-        )
+            str(error), f"is {IMAGE} in the wrong place?", f"sample {sample.id}", "image-count"
+        ) from error
+    supervised = np.repeat(supervised, expanded.repeats) & ~expanded.of_images
+    max_tokens += len(expanded.ids) - len(ids) if text_limit else 0
+    ids = expanded.ids
+    labels = np.where(supervised, ids, IGNORE)  # (tokens,)
+
+    # Check that the images fit.
+    num_images, last_image = len(sample.images), expanded.end
     if last_image >= max_tokens:
         raise RecordError(
             f"through its {num_images} image(s) it takes {last_image} tokens of "
@@ -154,7 +160,17 @@ def encode(
         if num_images == 1 and last_image < len(ids) and (labels[: last_image + 1] == IGNORE).all()
         else 0
     )
-    return Encoded(sample.id, ids, labels, sample.images, shared, truncated)
+    num_tiles = sum(span.tiles for span in spans)
+    return Encoded(
+        id=sample.id,
+        input_ids=ids,
+        labels=labels,
+        images=sample.images,
+        prefix=shared,
+        truncated=truncated,
+        num_images=num_images,
+        num_tiles=num_tiles,
+    )
 
 
 def _encode_document(sample: Sample, processor: LlavaProcessor, max_tokens: int) -> Encoded:
@@ -164,7 +180,8 @@ def _encode_document(sample: Sample, processor: LlavaProcessor, max_tokens: int)
     many paragraphs and images as fit are kept, and the end-of-text token is not.
     """
     places = sample.messages[0].text.split(BETWEEN_PLACES)
-    pieces = list(_document_pieces(places, processor))
+    spans = image_spans(processor, sample.images)
+    pieces = list(_document_pieces(places, spans, processor))
     lengths = np.cumsum([len(ids) for ids, _ in pieces])  # (places,)
     num_kept = int(np.searchsorted(lengths, max_tokens, side="right"))
 
@@ -191,18 +208,28 @@ def _encode_document(sample: Sample, processor: LlavaProcessor, max_tokens: int)
         )
     num_images = sum(place == IMAGE for place in places[: max(num_kept, 1)])
     num_lost = int(lengths[-1]) - len(ids)
-    return Encoded(sample.id, ids, labels, sample.images[:num_images], 0, num_lost)
+    shown = sample.images[:num_images]
+    num_tiles = sum(span.tiles for span in spans[:num_images])
+    return Encoded(
+        id=sample.id,
+        input_ids=ids,
+        labels=labels,
+        images=shown,
+        truncated=num_lost,
+        num_images=len(sample.images),
+        num_tiles=num_tiles,
+    )
 
 
 def _document_pieces(
-    places: Sequence[str], processor: LlavaProcessor
+    places: Sequence[str], spans: Sequence[Span], processor: LlavaProcessor
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield the tokens of each place of a document, and which of them are trained on.
 
     A blank line belongs to the text before it where another text comes later, so that the trained
     texts read as one; behind an image it is not trained on.
     """
-    tokenizer = processor.tokenizer
+    tokenizer, left = processor.tokenizer, iter(spans)
     last_text = max(number for number, place in enumerate(places) if place != IMAGE)
     begin, end = list(tokenizer("").input_ids), [tokenizer.eos_token_id]
     for number, place in enumerate(places):
@@ -210,7 +237,7 @@ def _document_pieces(
         tail = end if number + 1 == len(places) else []
         joined = BETWEEN_PLACES if number + 1 < len(places) and number != last_text else ""
         if place == IMAGE:
-            body = [processor.image_token_id] * tokens_per_image(processor)
+            body = _span_ids(next(left), processor)
             body += tokenizer(joined, add_special_tokens=False).input_ids
         else:
             body = tokenizer(place + joined, add_special_tokens=False).input_ids
@@ -240,31 +267,121 @@ def check_text(sample: Sample) -> None:
             ) from error
 
 
-def tokens_per_image(processor: LlavaProcessor) -> int:
-    """Return how many tokens one image takes in the sequence."""
-    image = processor.image_processor
-    size = image.crop_size if image.do_center_crop else image.size
-    return count_image_tokens(
-        size["height"],
-        size["width"],
-        processor.patch_size,
-        processor.num_additional_image_tokens,
-        processor.vision_feature_select_strategy,
+class Expanded(NamedTuple):
+    """Token ids with everything that stands for images.
+
+    Args:
+        ids: `(tokens,)`.
+        repeats: How many tokens each id of the conversation became.
+        of_images: `(tokens,)` booleans: image tokens, and the marks around them.
+        end: Place behind the last of them; 0 without images.
+    """
+
+    ids: np.ndarray
+    repeats: np.ndarray
+    of_images: np.ndarray
+    end: int
+
+
+def image_spans(
+    processor: LlavaProcessor,
+    images: Sequence[Any],
+    size_of: Callable[[Any], tuple[int, int]] = size_or_grey,
+) -> list[Span]:
+    """Return what stands for each image of one conversation.
+
+    Args:
+        processor: Processor of the model.
+        images: Images of the conversation, in order.
+        size_of: Function that gives the upright (width, height) of an image in pixels; not called
+            where sizes do not matter.
+    """
+    geometry = geometry_of(processor)
+    if not geometry.depends_on_size:
+        return [geometry.span(1, 1)] * len(images)
+    sizes = [geometry.bounded_size(*size_of(image)) for image in images]
+    return [geometry.span(*size, len(images)) for size in sizes]
+
+
+def with_tiles(
+    messages: Sequence[Message], spans: Sequence[Span], processor: LlavaProcessor
+) -> tuple[Message, ...]:
+    """Return messages in which each marker is what the chat template gets for the image.
+
+    Only a model that takes tiles as images of their own has more than the marker there.
+    """
+    if not geometry_of(processor).in_conversation:
+        return tuple(messages)
+    texts = iter(span.text for span in spans)
+    return tuple(
+        replace(message, text=re.sub(IMAGE, lambda _: next(texts), message.text))
+        for message in messages
     )
 
 
-def _chat(sample: Sample, processor: LlavaProcessor) -> tuple[np.ndarray, np.ndarray]:
+def expand_images(ids: np.ndarray, spans: Sequence[Span], processor: LlavaProcessor) -> Expanded:
+    """Put what stands for each image in the place of its placeholder.
+
+    Args:
+        ids: `(tokens,)` of a conversation, one placeholder for each image (or each tile, where
+            tiles are images of their own).
+        spans: Result of `image_spans`.
+        processor: Processor of the model.
+
+    Raises:
+        ValueError: Placeholders and images do not match.
+    """
+    image = processor.image_token_id
+    places = np.flatnonzero(ids == image)
+    if geometry_of(processor).in_conversation:
+        pieces = [[image] * run for span in spans for run in span.runs]
+    else:
+        pieces = [_span_ids(span, processor) for span in spans]
+    if len(places) != len(pieces):
+        raise ValueError(f"its text holds {len(places)} images but {len(pieces)} are given")
+
+    repeats = np.ones(len(ids), dtype=np.int64)
+    repeats[places] = [len(piece) for piece in pieces]
+    of_images = np.repeat(ids == image, repeats)  # (tokens,)
+    expanded = np.repeat(ids, repeats)
+    if pieces:
+        expanded[of_images] = np.concatenate(pieces)
+    end = int(repeats[: places[-1] + 1].sum()) if len(places) else 0
+    return Expanded(expanded, repeats, of_images, end)
+
+
+def _span_ids(span: Span, processor: LlavaProcessor) -> list[int]:
+    """Return the tokens of one image: its text tokenised as a whole, with the runs put in."""
+    image = processor.image_token_id
+    if span.text == IMAGE:
+        return [image] * span.runs[0]
+    text = span.text
+    if geometry_of(processor).in_conversation:  # a template would leave these newlines out
+        text = text.replace(f"{IMAGE}\n", IMAGE)
+    text = text.replace(IMAGE, processor.image_token)
+    runs = iter(span.runs)
+    return [
+        token
+        for piece in processor.tokenizer(text, add_special_tokens=False).input_ids
+        for token in [piece] * (next(runs) if piece == image else 1)
+    ]
+
+
+def _chat(
+    sample: Sample, spans: Sequence[Span], processor: LlavaProcessor
+) -> tuple[np.ndarray, np.ndarray]:
     """Return ids and mask of the conversation in the processor's template.
 
     Raises:
         RecordError: The template refuses the conversation, or the answers that are learned cannot
             be told from the others.
     """
+    messages = with_tiles(sample.messages, spans, processor)
     if not has_marks(processor.chat_template):
-        return _spanned(sample, processor)
+        return _spanned(messages, sample, processor)
 
     try:
-        encoded = _templated(sample, processor)
+        encoded = _templated(messages, processor)
     except (TemplateError, TypeError) as error:
         raise RecordError(
             f"the chat template does not write such a conversation: {error}",
@@ -294,7 +411,9 @@ def _chat(sample: Sample, processor: LlavaProcessor) -> tuple[np.ndarray, np.nda
     return ids, supervised
 
 
-def _spanned(sample: Sample, processor: LlavaProcessor) -> tuple[np.ndarray, np.ndarray]:
+def _spanned(
+    messages: tuple[Message, ...], sample: Sample, processor: LlavaProcessor
+) -> tuple[np.ndarray, np.ndarray]:
     """Return ids and mask of the conversation in a template without marks, as `answer_spans` does.
 
     Raises:
@@ -304,7 +423,7 @@ def _spanned(sample: Sample, processor: LlavaProcessor) -> tuple[np.ndarray, np.
     fix = "remove the sample, or choose another model.chat_template"
     render = renderer(processor.tokenizer, processor.chat_template)
     try:
-        text, spans = answer_spans(render, as_chat(sample.messages), processor.turn_ends)
+        text, spans = answer_spans(render, as_chat(messages), processor.turn_ends)
         learned = [span for span, message in zip(spans, answers, strict=True) if message.learned]
         return supervise(processor.tokenizer, text, learned)
     except (TemplateError, TypeError) as error:
@@ -316,9 +435,9 @@ def _spanned(sample: Sample, processor: LlavaProcessor) -> tuple[np.ndarray, np.
     raise RecordError(problem, fix, f"sample {sample.id}", "loss-mark")
 
 
-def _templated(sample: Sample, processor: LlavaProcessor) -> Mapping[str, Any]:
+def _templated(messages: tuple[Message, ...], processor: LlavaProcessor) -> Mapping[str, Any]:
     return processor.tokenizer.apply_chat_template(
-        as_chat(sample.messages),
+        as_chat(messages),
         chat_template=processor.chat_template,
         tokenize=True,
         return_dict=True,
@@ -326,25 +445,26 @@ def _templated(sample: Sample, processor: LlavaProcessor) -> Mapping[str, Any]:
     )
 
 
-def _plain(sample: Sample, processor: LlavaProcessor) -> tuple[np.ndarray, np.ndarray]:
+def _plain(
+    sample: Sample, spans: Sequence[Span], processor: LlavaProcessor
+) -> tuple[np.ndarray, np.ndarray]:
     """Return ids and mask of images and caption: without the user's words and an end token.
 
     Source: the `plain` conversation of LLaVA and Mipha.
     """
     answers = [message for message in sample.messages if message.role == "assistant"]
     caption = "".join(message.text for message in answers if message.learned)
-    bos = processor.tokenizer("").input_ids
-    text = processor.tokenizer(caption + "\n", add_special_tokens=False).input_ids
-    head = [*bos, *[processor.image_token_id] * len(sample.images)]
+    tokenizer = processor.tokenizer
+    head = list(tokenizer("").input_ids)  # the BOS, where there is one
+    for message in with_tiles((Message("user", IMAGE),) * len(spans), spans, processor):
+        for part in content_parts(message.text):
+            if part["type"] == "image":
+                head.append(processor.image_token_id)
+            else:
+                head += tokenizer(part["text"], add_special_tokens=False).input_ids
+    text = tokenizer(caption + "\n", add_special_tokens=False).input_ids
     learned = any(message.learned for message in answers)
     return np.asarray(head + text), (np.arange(len(head) + len(text)) >= len(head)) & learned
-
-
-def _expand_images(
-    ids: np.ndarray, supervised: np.ndarray, processor: LlavaProcessor
-) -> tuple[np.ndarray, np.ndarray]:
-    repeats = np.where(ids == processor.image_token_id, tokens_per_image(processor), 1)
-    return np.repeat(ids, repeats), np.repeat(supervised, repeats)
 
 
 def blank(processor: LlavaProcessor, image: bytes) -> Encoded:
@@ -352,8 +472,12 @@ def blank(processor: LlavaProcessor, image: bytes) -> Encoded:
 
     It keeps processes in step where one of them has no image of its own.
     """
-    ids = np.asarray(
-        [processor.image_token_id] * tokens_per_image(processor)
-        + [processor.tokenizer.eos_token_id]
-    )
-    return Encoded("blank", ids, np.full(len(ids), IGNORE), (image,))
+    spans = image_spans(processor, [image])
+    messages = with_tiles((Message("user", IMAGE),), spans, processor)
+    ids = [
+        processor.image_token_id if part["type"] == "image" else processor.tokenizer.eos_token_id
+        for part in content_parts(messages[0].text)
+    ]
+    ids = np.asarray([*ids, processor.tokenizer.eos_token_id])
+    expanded = expand_images(ids, spans, processor).ids
+    return Encoded("blank", expanded, np.full(len(expanded), IGNORE), (image,))

@@ -13,7 +13,7 @@ import unicodedata
 import warnings
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Protocol, Union, runtime_checkable
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol, Union, runtime_checkable
 from urllib.parse import unquote
 
 from PIL import ExifTags, Image, ImageOps
@@ -58,6 +58,9 @@ SUFFIXES = frozenset(
 LOW_CONTRAST = 20
 """Levels of 256 below which an image is nearly flat; 12 bits of grey kept as 16 leave 17."""
 
+GREY_SIZE = (64, 64)
+"""Pixels of the grey image that stands for one of unknown size."""
+
 _CONTENT = 64
 """Levels of 16-bit grey, or of transparency, from which an image shows something."""
 
@@ -84,6 +87,18 @@ ImageLike = Union[ImageSource, str, Image.Image, "np.ndarray"]
 
 Shape of an array: (height, width, 3) or 4 with transparency, or (height, width) for grey.
 """
+
+
+def image_list(shown: Any) -> tuple[Any, ...]:
+    """Return the images of a question as a tuple.
+
+    Args:
+        shown: One image in any form, a list or tuple of several, or None.
+    """
+    if shown is None:
+        return ()
+    is_several = isinstance(shown, (list, tuple)) and not isinstance(shown, StoredImage)
+    return tuple(shown) if is_several else (shown,)
 
 
 class FileSlice(NamedTuple):
@@ -259,10 +274,53 @@ def image_key(source: ImageSource) -> bytes:
     return _key(io.BytesIO(_bytes(source)))
 
 
-def grey_image() -> bytes:
-    """Return a mid grey square as the bytes of a PNG: the image that a blind model sees."""
+def upright_size(source: ImageSource) -> tuple[int, int]:
+    """Return the (width, height) in pixels that `open_image` gives, from the header alone.
+
+    A PNG may hold its EXIF data at its end, so one without any is read to there.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: The file is not an image in one of `FORMATS`.
+    """
+    try:
+        file = source if isinstance(source, Path) else io.BytesIO(_bytes(source))
+        with Image.open(file, formats=FORMATS) as image:
+            width, height = image.size
+            if _is_turned(image):
+                width, height = height, width
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # decoders answer damage with nearly every kind of exception
+        raise _Unreadable(image_name(source), error) from error
+    factor = -(-max(width, height) // MAX_SIDE)
+    return -(-width // factor), -(-height // factor)
+
+
+def size_or_grey(source: ImageSource) -> tuple[int, int]:
+    """Return the upright size of an image; that of the grey one for an image that is unreadable."""
+    try:
+        return upright_size(source)
+    except (ValueError, FileNotFoundError):
+        return GREY_SIZE
+
+
+def _is_turned(image: Image.Image) -> bool:
+    """Return whether EXIF turns an image by a quarter."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+    except Exception:  # a broken EXIF block does not break the image
+        return False
+
+
+def grey_image(size: tuple[int, int] = GREY_SIZE) -> bytes:
+    """Return a mid grey image as the bytes of a PNG: the image that a blind model sees.
+
+    Args:
+        size: (width, height) in pixels.
+    """
     buffer = io.BytesIO()
-    Image.new("RGB", (64, 64), _GREY).save(buffer, format="PNG")
+    Image.new("RGB", size, _GREY).save(buffer, format="PNG")
     return buffer.getvalue()
 
 

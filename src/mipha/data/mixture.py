@@ -116,7 +116,7 @@ class Mixture(Sequence[Sample]):
         self.sources = tuple(self._whole)
         if self._held_out:
             self.sources = tuple(
-                replace(source, rows=np.flatnonzero(sides == _SIDES.index(side)))
+                replace(source, rows=np.asarray(source.rows)[sides == _SIDES.index(side)])
                 for source, sides in zip(self._whole, self._sides, strict=True)
             )
         self._starts = np.cumsum([0, *(len(source) for source in self.sources)])
@@ -134,7 +134,31 @@ class Mixture(Sequence[Sample]):
                 f"data set {recipe.dataset} ({recipe.root or 'packaged'}, split {recipe.split}) "
                 "has no samples"
             )
-        return Source(name, recipe, data.to_sample, data.records, range(len(data)))
+        source = Source(name, recipe, data.to_sample, data.records, range(len(data)))
+        return source if recipe.max_images is None else self._with_few_images(source)
+
+    def _with_few_images(self, source: Source) -> Source:
+        """Return a data set without the samples that show too many images; it is read for that."""
+        most = source.recipe.max_images
+        assert most is not None
+        shown = np.fromiter(
+            (len(source.sample(index).images) for index in range(len(source))),
+            dtype=np.int64,
+            count=len(source),
+        )
+        rows = np.flatnonzero(shown <= most)
+        left_out = len(shown) - len(rows)
+        if not len(rows):
+            raise ValueError(
+                f"every sample of {source.name} shows more than max_images={most} images: "
+                f"raise it to {int(shown.min())} at least"
+            )
+        if left_out:
+            self.notes.append(
+                f"{source.name}: {left_out} of {len(shown)} samples are left out: "
+                f"they show more than max_images={most} images (up to {int(shown.max())})"
+            )
+        return replace(source, rows=rows)
 
     def _sides_of(self, source: Source) -> np.ndarray:
         """Return `(samples,)` int8: which of `_SIDES` each sample is on; every image is read."""

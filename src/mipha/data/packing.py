@@ -40,6 +40,8 @@ class Row:
         spans: The prefixes and branches of its groups in reading order: who sees whom.
         images: In reading order.
         shown_by: For each image, the first sample of the row that shows it.
+        counts: For each image, how many images its sample shows.
+        num_tiles: Images that the tower reads for it.
     """
 
     ids: tuple[str, ...]
@@ -49,6 +51,8 @@ class Row:
     spans: tuple[Span, ...]
     images: tuple[ImageSource, ...]
     shown_by: tuple[str, ...]
+    counts: tuple[int, ...]
+    num_tiles: int = 0
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -135,6 +139,8 @@ def _make_group(samples: Sequence[Encoded], prefix: int) -> Row:
         spans=tuple((number > 0, len(ids)) for number, (ids, _, _) in enumerate(pieces)),
         images=first.images,
         shown_by=(first.id,) * len(first.images),
+        counts=(first.num_images or len(first.images),) * len(first.images),
+        num_tiles=first.num_tiles,
     )
 
 
@@ -173,4 +179,6 @@ def _join(groups: Sequence[Row]) -> Row:
         spans=tuple(span for group in groups for span in group.spans),
         images=tuple(image for group in groups for image in group.images),
         shown_by=tuple(name for group in groups for name in group.shown_by),
+        counts=tuple(count for group in groups for count in group.counts),
+        num_tiles=sum(group.num_tiles for group in groups),
     )

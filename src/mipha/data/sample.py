@@ -9,9 +9,9 @@ from typing import Any, Literal, NamedTuple
 from mipha.data.faults import RecordError
 from mipha.data.images import ImageSource
 from mipha.data.regions import Region
+from mipha.geometry import IMAGE
 
-IMAGE = "<image>"
-"""Stands in a message's text where an image goes."""
+__all__ = ["IMAGE", "Message", "Remark", "Role", "Sample", "content_parts", "user_turn"]
 
 REGION = "<region>"
 """Stands in a message's text where a region's numbers go, if the sample has regions."""
@@ -124,7 +124,7 @@ def as_chat(messages: Iterable[Message]) -> list[dict[str, Any]]:
     return [
         {
             "role": message.role,
-            "content": _content_parts(
+            "content": content_parts(
                 message.text.strip() if message.role == "assistant" else message.text
             ),
         }
@@ -136,14 +136,12 @@ def as_requested(question: str | Sequence[Message], uris: Sequence[str]) -> list
     """Return a question, or a conversation, as a request of OpenAI's chat completions holds it.
 
     Args:
-        question: Text with its images in front, or turns with a marker for each image.
+        question: As for `turns_of`.
         uris: Images in order, as data URIs.
     """
-    if isinstance(question, str):
-        question = [Message("user", f"{IMAGE}\n" * len(uris) + question)]
     images = iter(uris)
     asked = []
-    for turn in as_chat(question):
+    for turn in as_chat(turns_of(question, len(uris))):
         parts = [
             {"type": "image_url", "image_url": {"url": next(images)}}
             if part["type"] == "image"
@@ -155,7 +153,11 @@ def as_requested(question: str | Sequence[Message], uris: Sequence[str]) -> list
     return asked
 
 
-def _content_parts(text: str) -> list[dict[str, str]]:
+def content_parts(text: str) -> list[dict[str, str]]:
+    """Return a text as content parts: an image for each marker, and the words between them.
+
+    The newline after an image is left to the chat template.
+    """
     first, *rest = text.split(IMAGE)
     parts = [{"type": "text", "text": first}] if first else []
     for piece in rest:
@@ -163,3 +165,44 @@ def _content_parts(text: str) -> list[dict[str, str]]:
         if piece := piece.removeprefix("\n"):
             parts.append({"type": "text", "text": piece})
     return parts
+
+
+def user_turn(question: str, num_images: int) -> Message:
+    """Return the user's turn of a question about images.
+
+    Args:
+        question: Text; one with as many markers as there are images says where each of them
+            stands, and the images go in front of one without markers.
+        num_images: Images of the question.
+
+    Raises:
+        ValueError: Markers and images do not match.
+    """
+    markers = question.count(IMAGE)
+    if markers and markers != num_images:
+        raise ValueError(
+            f"question {question[:200]!r} holds {markers} {IMAGE} markers for {num_images} images: "
+            "leave them out, and the images are put in front, or write one for each image"
+        )
+    return Message("user", question if markers else f"{IMAGE}\n" * num_images + question)
+
+
+def turns_of(question: str | Sequence[Message], num_images: int) -> list[Message]:
+    """Return the turns of a question: the user's one, or those of a conversation as they are.
+
+    Args:
+        question: Text, see `user_turn`; or turns with a marker for each image.
+        num_images: Images of all turns.
+
+    Raises:
+        ValueError: Markers and images do not match.
+    """
+    if isinstance(question, str):
+        return [user_turn(question, num_images)]
+    markers = sum(turn.text.count(IMAGE) for turn in question)
+    if markers != num_images:
+        raise ValueError(
+            f"the conversation holds {markers} {IMAGE} markers for {num_images} images: "
+            "give one marker for each image"
+        )
+    return list(question)

@@ -177,15 +177,17 @@ def view_sample(
 
 def token_pieces(encoded: Encoded, processor: LlavaProcessor) -> Iterator[TokenPiece]:
     """Yield tokens as text, in order; those that only together make a character stay together."""
-    from mipha.data.encode import IGNORE, tokens_per_image
+    from mipha.data.encode import IGNORE, image_spans
 
     ids, trained = encoded.input_ids, encoded.labels != IGNORE
     trained[:1] = False  # the first token of a row is predicted by nothing
+    spans = image_spans(processor, encoded.images)
+    runs = iter([run for span in spans for run in span.runs])
     start = 0
     while start < len(ids):
         end = start + 1
         if ids[start] == processor.image_token_id:
-            end = start + tokens_per_image(processor)
+            end = start + next(runs)
             yield TokenPiece("", False, end - start, is_image=True)
         else:
             text = _decoded(ids[start:end], processor)
@@ -311,12 +313,15 @@ def _decoded(ids: np.ndarray, processor: LlavaProcessor) -> str:
 
 def _preprocessed(images: list[Image.Image], processor: LlavaProcessor) -> Iterator[Image.Image]:
     """Yield the images as the tower gets them, with mean and deviation taken back."""
+    from mipha.data.pixels import as_tiles, read_pixels  # torch takes seconds
+
     if not images:
         return
     settings = processor.image_processor
     mean, std = (
         np.reshape(values, (3, 1, 1)) for values in (settings.image_mean, settings.image_std)
     )
-    for values in processor.image_processor(images, return_tensors="np")["pixel_values"]:
+    inputs = read_pixels(images, processor, [len(images)] * len(images))
+    for values in as_tiles(inputs):
         colours = np.clip(np.asarray(values) * std + mean, 0, 1) * 255
         yield Image.fromarray(colours.round().astype(np.uint8).transpose(1, 2, 0))

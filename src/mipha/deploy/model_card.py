@@ -20,6 +20,7 @@ from mipha.catalog.vision_towers import VISION_TOWERS
 from mipha.checkpoint_files import read_checkpoint, read_config, read_processor
 from mipha.deploy.runtimes import runtimes
 from mipha.files import read_json_object, whole_folder, write_whole
+from mipha.geometry import read_geometry
 from mipha.preflight import check_new_folder
 from mipha.recipe import PARTS, CheckpointRecipe, DpoStageRecipe, Recipe
 from mipha.run import Run, model_folder, open_run
@@ -373,12 +374,18 @@ def _made(run: Run, recipe: Recipe) -> str:
 
 
 def _limits(config: dict[str, Any], processor: dict[str, Any]) -> str:
-    size, tokens = config["vision_config"]["image_size"], config.get("image_seq_length")
-    shape = "padded" if processor.get("image_processor", {}).get("do_pad") else "squashed"
-    lines = [
-        f"An image is {shape} to a square of {size} x {size} pixels, {tokens} tokens: "
-        "details that are too small there are not seen."
-    ]
+    geometry = read_geometry(processor)
+    shape = "padded" if processor["image_processor"].get("do_pad") else "squashed"
+    seen = {
+        "square": f"is {shape} to a square of {geometry.side} x {geometry.side} pixels, "
+        f"{geometry.longest} tokens",
+        "native": f"keeps its shape and takes up to {geometry.longest} tokens",
+    }.get(
+        geometry.kind,
+        f"is cut into up to {geometry.most_tiles - 1} tiles of {geometry.side} x {geometry.side} "
+        f"pixels beside the whole, up to {geometry.longest} tokens",
+    )
+    lines = [f"An image {seen}: details that are too small there are not seen."]
 
     if longest := config["text_config"].get("max_position_embeddings"):
         lines.append(f"Images, questions and answers together are at most {longest:,} tokens.")

@@ -49,8 +49,29 @@ _VLLM_LANGUAGE_MODELS = {
 _LLAMA_CPP_LANGUAGE_MODELS = _VLLM_LANGUAGE_MODELS | {"gpt_neox"}
 """Kinds that `deploy/gguf` writes."""
 
+_CLASSES = {
+    "llava": "Llava",
+    "llava_next": "LlavaNext",
+    "llava_onevision": "LlavaOnevision",
+    "idefics3": "Idefics3",
+    "lfm2_vl": "Lfm2Vl",
+}
+"""Beginning of the name of each class in transformers, by `model_type`."""
+
 _GREY_OF_CLIP = (122, 116, 104)
 """The colour that llama.cpp pads with in front of a LLaVA projector."""
+
+
+_NO_NEWLINE = (
+    "llama.cpp has no end-of-row and no unpadding: serve this class with transformers or vLLM"
+)
+NO_GGUF = {
+    "llava_next": _NO_NEWLINE,
+    "llava_onevision": _NO_NEWLINE,
+    "idefics3": "mipha writes no GGUF of Idefics3: serve it with transformers",
+    "lfm2_vl": "mipha writes no GGUF of LFM2-VL: serve it with transformers",
+}
+"""Why a class cannot be a GGUF file, by `model_type`."""
 
 
 def runtimes(
@@ -79,10 +100,20 @@ def odd_keys(files: CheckpointFiles) -> list[str]:
 
     Transformers reads other spellings too, vLLM 0.32 does not.
     """
+    if files.config["model_type"] == "idefics3":
+        known: tuple[str, ...] = (
+            *("model.vision_model.", "model.connector.", "model.text_model."),
+            "lm_head.",
+        )
+        return sorted(name for name in files.tensors if not name.startswith(known))
+
     kind = files.config["vision_config"].get("model_type")
     has_inner = kind in ("clip_vision_model", "siglip_vision_model")
     tower = "vision_tower.vision_model." if has_inner else "vision_tower."
-    known = ("language_model.", tower, "multi_modal_projector.")
+    known = ("language_model.", tower, "multi_modal_projector.", "image_newline")
+    if files.config["model_type"] == "lfm2_vl":
+        known = (*("model.vision_tower.", "model.multi_modal_projector."),)
+        known += ("model.language_model.", "lm_head.")
     return sorted(name for name in files.tensors if not name.startswith(known))
 
 
@@ -97,16 +128,25 @@ def _transformers(config: Mapping[str, Any]) -> Runtime:
         return Runtime(
             "transformers",
             "approximate",
-            "its LLaVA class has no bias in the head and drops this model's: load it with mipha",
+            "its class has no bias in the head and drops this model's: load it with mipha",
         )
+    name = _CLASSES[config["model_type"]]
     return Runtime(
-        "transformers", "exact", "it is a checkpoint of its own LlavaForConditionalGeneration"
+        "transformers", "exact", f"it is a checkpoint of its own {name}ForConditionalGeneration"
     )
 
 
 def _vllm(config: Mapping[str, Any]) -> Runtime:
     text = config["text_config"]
     kind = text.get("model_type")
+    whole = config.get("model_type", "llava")
+    wanted = {"idefics3": "llama", "lfm2_vl": "lfm2"}.get(whole)
+    if wanted:
+        status: Status = "exact" if kind == wanted else "unsupported"
+        reason = f"its {_CLASSES[whole]} takes a {wanted!r} language model"
+        return Runtime(
+            "vLLM", status, reason if kind == wanted else f"{reason}, and this is a {kind!r}"
+        )
     if reason := _unreadable_tower(config):
         return Runtime("vLLM", "unsupported", reason)
     if config["vision_config"].get("tie_last_hidden_states"):
@@ -149,6 +189,8 @@ def _vllm(config: Mapping[str, Any]) -> Runtime:
 
 def _llama_cpp(config: Mapping[str, Any], processor: Mapping[str, Any]) -> Runtime:
     kind = config["text_config"].get("model_type")
+    if reason := NO_GGUF.get(config.get("model_type", "llava")):
+        return Runtime("llama.cpp", "unsupported", reason)
     if reason := _unreadable_tower(config):
         return Runtime("llama.cpp", "unsupported", reason)
     if kind not in _LLAMA_CPP_LANGUAGE_MODELS:

@@ -14,8 +14,8 @@ if __name__ == "__main__":
     sys.modules["mipha"] = None  # type: ignore[assignment]
 
 import torch
-from safetensors.torch import save_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 
 @torch.inference_mode()
@@ -25,7 +25,8 @@ def main(folder: Path) -> None:
     Args:
         folder: Folder of the request. `request.json` holds `checkpoint`, `device`,
             `max_new_tokens`, `logits_to_keep` and `asked`: pairs of an image's file name in the
-            folder (None for no image) and a question.
+            folder (None for no image) and a question. `inputs.safetensors` holds the model's
+            inputs for each, as `0.input_ids`, for classes whose processor needs torchvision.
     """
     # Load the model and the processor.
     request = json.loads((folder / "request.json").read_text(encoding="utf-8"))
@@ -37,30 +38,49 @@ def main(folder: Path) -> None:
         output_loading_info=True,
     )
     model = model.to(request["device"]).eval()
-    processor = AutoProcessor.from_pretrained(request["checkpoint"], local_files_only=True)
+    try:
+        processor = AutoProcessor.from_pretrained(request["checkpoint"], local_files_only=True)
+    except ImportError:  # torchvision is missing: the model gets the inputs that were made for it
+        processor = None
+    tokenizer = AutoTokenizer.from_pretrained(request["checkpoint"], local_files_only=True)
+    made = load_file(folder / "inputs.safetensors")
 
     # Answer.
     ids, answers, features, tensors = [], [], [], {}
     for number, (image, question) in enumerate(request["asked"]):
-        content = [{"type": "image", "path": str(folder / image)}] if image else []
-        messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
-        inputs = processor.apply_chat_template(
-            messages,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
-        inputs = inputs.to(model.device)
+        if processor is None:
+            prefix = f"{number}."
+            inputs = {
+                name.removeprefix(prefix): value.to(model.device)
+                for name, value in made.items()
+                if name.startswith(prefix)
+            }
+        else:
+            content = [{"type": "image", "path": str(folder / image)}] if image else []
+            messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
+            inputs = processor.apply_chat_template(
+                messages,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                return_tensors="pt",
+            )
+            inputs = inputs.to(model.device)
         if image:
-            tensors[f"pixels.{number}"] = inputs["pixel_values"][0]
-            features.append(len(model.get_image_features(inputs["pixel_values"]).pooler_output[0]))
+            tensors[f"pixels.{number}"] = inputs["pixel_values"]
+            pictures = {
+                name: value
+                for name, value in inputs.items()
+                if name not in ("input_ids", "attention_mask", "mm_token_type_ids")
+            }
+            made_features = model.get_image_features(**pictures, return_dict=True).pooler_output
+            features.append(sum(map(len, made_features)))
         tensors[f"logits.{number}"] = model(
             **inputs, logits_to_keep=request["logits_to_keep"]
         ).logits[0]
         out = model.generate(**inputs, max_new_tokens=request["max_new_tokens"], do_sample=False)[0]
         ids.append(inputs["input_ids"][0].tolist())
-        answers.append(processor.decode(out[len(ids[-1]) :], skip_special_tokens=True).strip())
+        answers.append(tokenizer.decode(out[len(ids[-1]) :], skip_special_tokens=True).strip())
 
     # Describe the model.
     eos, embeddings = model.generation_config.eos_token_id, model.get_input_embeddings().weight
@@ -76,9 +96,13 @@ def main(folder: Path) -> None:
         },
         "tied": model.lm_head.weight.data_ptr() == embeddings.data_ptr(),
         "end_ids": eos if isinstance(eos, list) else [eos],
-        "image_token_ids": [processor.image_token_id, model.config.image_token_id],
-        "pad_id": processor.tokenizer.pad_token_id,
-        "vocabulary": [len(processor.tokenizer), len(embeddings)],
+        "has_processor": processor is not None,
+        "image_token_ids": [
+            getattr(processor, "image_token_id", model.config.image_token_id),
+            model.config.image_token_id,
+        ],
+        "pad_id": tokenizer.pad_token_id,
+        "vocabulary": [len(tokenizer), len(embeddings)],
     }
     save_file(
         {name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()},

@@ -21,15 +21,15 @@ import torch
 from PIL import Image
 from rich.markup import escape
 from rich.table import Table
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mipha.assistant import Assistant
 from mipha.checkpoint_files import CheckpointFiles, read_checkpoint
-from mipha.data.sample import IMAGE, Message
+from mipha.data.sample import user_turn
 from mipha.deploy.runtimes import Runtime, Status, has_head_bias, odd_keys, runtimes
 from mipha.models.language_model import end_of_turn
-from mipha.models.modeling import load_model
+from mipha.models.modeling import MODELS, load_model
 from mipha.models.processing import load_processor
 from mipha.run import model_folder
 from mipha.terminal import Console
@@ -110,7 +110,7 @@ def verify(checkpoint: str | Path, device: str | None = None) -> Verification:
     with TemporaryDirectory() as place:
         exchange = Path(place)
         images = _make_images(exchange)
-        ours = _ask_ours(folder, images, device)
+        ours = _ask_ours(folder, images, device, exchange / "inputs.safetensors")
         torch.cuda.empty_cache()
         stock = _ask_stock(folder, exchange, device)
 
@@ -176,25 +176,29 @@ def _make_images(folder: Path) -> dict[str, Image.Image]:
 
 
 @torch.inference_mode()
-def _ask_ours(folder: Path, images: dict[str, Image.Image], device: str) -> dict[str, Any]:
+def _ask_ours(
+    folder: Path, images: dict[str, Image.Image], device: str, inputs_file: Path
+) -> dict[str, Any]:
+    """Answer the questions; write the model's inputs for each to a file."""
     model, processor = load_model(str(folder), device), load_processor(folder)
     assistant = Assistant(model, processor)
     ours: dict[str, Any] = {"ids": [], "pixels": [], "logits": [], "answers": [], "bias": None}
+    ours["tokens"], written = [], {}
 
-    for name, question in QUESTIONS:
-        image = images[name] if name else None
-        ids = assistant.prompt_ids([Message("user", f"{IMAGE}\n{question}" if name else question)])
-        pixels = assistant.pixels(image) if image else None
-        logits = model(
-            input_ids=torch.tensor([ids], device=device),
-            pixel_values=pixels,
-            logits_to_keep=LOGITS_TO_KEEP,
-        ).logits[0]
-        answer = assistant.answer(image, question, max_new_tokens=MAX_NEW_TOKENS)
-        ours["ids"].append(ids)
-        ours["pixels"].append(None if pixels is None else pixels[0].cpu())
+    for number, (name, question) in enumerate(QUESTIONS):
+        shown = [images[name]] if name else []
+        prompt = assistant.prompt([user_turn(question, len(shown))], shown)
+        pictures = dict(prompt.images[0].inputs) if name else {}
+        inputs = {"input_ids": torch.tensor([prompt.ids], device=device), **pictures}
+        logits = model(**inputs, logits_to_keep=LOGITS_TO_KEEP).logits[0]
+        answer = assistant.answer(shown, question, max_new_tokens=MAX_NEW_TOKENS)
+        ours["ids"].append(prompt.ids)
+        ours["pixels"].append(pictures["pixel_values"].cpu() if name else None)
+        ours["tokens"].append(prompt.images[0].num_tokens if name else 0)
         ours["logits"].append(logits.cpu())
         ours["answers"].append(answer.text)
+        written |= {f"{number}.{key}": value.cpu() for key, value in inputs.items()}
+    save_file(written, inputs_file)
 
     if model.lm_head.bias is not None:
         ours["bias"] = model.lm_head.bias.detach().cpu()
@@ -278,7 +282,8 @@ def _check_load(files: CheckpointFiles, stock: dict[str, Any]) -> list[Check]:
     else:
         bias = "kept" if has_head_bias(files.config) else "there is none"
 
-    is_stock = stock["without_mipha"] and stock["class"].endswith(".LlavaForConditionalGeneration")
+    wanted = MODELS[files.config["model_type"]].__name__
+    is_stock = stock["without_mipha"] and stock["class"].endswith(f".{wanted}")
     return [
         Check("loads without mipha", is_stock, stock["class"]),
         Check("weights", not wrong, "; ".join(wrong) or f"all {len(files.tensors)} are used"),
@@ -291,12 +296,13 @@ def _check_prompts(
     files: CheckpointFiles, ours: dict[str, Any], stock: dict[str, Any]
 ) -> list[Check]:
     """Check the template, the image tokens in it, and where an answer ends."""
-    written = {
-        ids.count(stock["image_token_ids"][1])
-        for ids, (name, _) in zip(stock["ids"], QUESTIONS, strict=True)
+    written = [ids.count(stock["image_token_ids"][1]) for ids in stock["ids"]]
+    features = iter(stock["features"])
+    counts = [
+        {tokens, count, next(features)}
+        for tokens, count, (name, _) in zip(ours["tokens"], written, QUESTIONS, strict=True)
         if name
-    }
-    counts = {files.tokens_per_image, *written, *stock["features"]}
+    ]
     same = sum(mine == theirs for mine, theirs in zip(ours["ids"], stock["ids"], strict=True))
 
     image, pad, (known, rows) = set(stock["image_token_ids"]), stock["pad_id"], stock["vocabulary"]
@@ -307,12 +313,14 @@ def _check_prompts(
         Check(
             "prompts",
             same == len(QUESTIONS),
-            f"the template writes {same} of {len(QUESTIONS)} as we do, token by token",
+            f"the template writes {same} of {len(QUESTIONS)} as we do, token by token"
+            if stock["has_processor"]
+            else "not compared: its processor needs torchvision, which is not installed",
         ),
         Check(
             "tokens per image",
-            len(counts) == 1,
-            " and ".join(map(str, sorted(counts))) + ", by processor and by tower",
+            all(len(found) == 1 for found in counts),
+            " and ".join(map(str, sorted(set().union(*counts)))) + ", by processor and by tower",
         ),
         Check(
             "special tokens",
@@ -331,7 +339,9 @@ def _check_numbers(ours: dict[str, Any], stock: dict[str, Any]) -> list[Check]:
     """Check pixels, logits of the last tokens of each prompt, and greedy answers."""
     tensors: dict[str, Tensor] = stock["tensors"]
     pixels = max(
-        _difference(mine, tensors[f"pixels.{number}"])
+        _difference(mine, tensors[f"pixels.{number}"].reshape(mine.shape))
+        if mine.numel() == tensors[f"pixels.{number}"].numel()
+        else math.inf
         for number, mine in enumerate(ours["pixels"])
         if mine is not None
     )
@@ -345,9 +355,12 @@ def _check_numbers(ours: dict[str, Any], stock: dict[str, Any]) -> list[Check]:
         left = max(map(_difference, ours["logits"], biased))
         logits += f"; with the head's bias put back, by {left:.1e}"
 
+    same_pixels = f"differ by up to {pixels:.1e}" if pixels else "the same"
+    if not stock["has_processor"]:
+        same_pixels = "not compared: its processor needs torchvision, which is not installed"
     same = sum(mine == other for mine, other in zip(ours["answers"], stock["answers"], strict=True))
     return [
-        Check("pixels", pixels == 0, f"differ by up to {pixels:.1e}" if pixels else "the same"),
+        Check("pixels", pixels == 0, same_pixels),
         Check("logits", worst <= TOLERANCE * largest, logits),
         Check(
             "answers", same == len(QUESTIONS), f"{same} of {len(QUESTIONS)} are ours, word by word"

@@ -16,12 +16,13 @@ from lmms_eval.protocol import ChatMessages
 from tqdm import tqdm
 
 from mipha.assistant import load
+from mipha.data.sample import IMAGE
 
 manifest = ModelManifest(model_id="mipha", chat_class_path="mipha.integrations.lmms_eval.Mipha")
 
 
 class Mipha(lmms):
-    """A model that answers through `mipha.Assistant`: greedy, at most one image per question."""
+    """A model that answers through `mipha.Assistant`: greedy, one turn, any number of images."""
 
     is_simple = False
 
@@ -46,7 +47,7 @@ class Mipha(lmms):
         """Return answers in the order of the requests.
 
         Raises:
-            ValueError: A request has several images, several turns, or asks for sampling.
+            ValueError: A request has several turns, a video or sound, or asks for sampling.
         """
         # Requests with the same limits are asked together.
         pairs = [self._pair(*request.args) for request in requests]
@@ -101,18 +102,22 @@ class Mipha(lmms):
 
         messages = ChatMessages(messages=to_messages(self.task_dict[task][split][doc_id]))
         images, videos, audios = messages.extract_media()
-        if len(images) > 1 or videos or audios or len(messages.messages) > 1:
+        if videos or audios or len(messages.messages) > 1:
             raise ValueError(
-                f"task {task} document {doc_id} is more than one image and one turn, "
+                f"task {task} document {doc_id} is more than images and one turn, "
                 "which this model cannot read: choose another task"
             )
 
+        # One image stands in front of the text, as in training; several stand where the task has
+        # them.
         text = "\n".join(
-            content.text for content in messages.messages[0].content if content.type == "text"
+            content.text if content.type == "text" else IMAGE
+            for content in messages.messages[0].content
+            if content.type == "text" or len(images) > 1
         )
         until = options.get("until") or ()
         return (
-            (images[0] if images else None, text),
+            (images, text),
             int(options.get("max_new_tokens", 128)),
             (until,) if isinstance(until, str) else tuple(until),
         )

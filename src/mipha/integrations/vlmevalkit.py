@@ -16,13 +16,14 @@ from typing import Any
 from vlmeval.vlm.base import BaseModel
 
 from mipha.assistant import load
+from mipha.data.sample import IMAGE
 
 
 class Mipha(BaseModel):
-    """A model that answers through `mipha.Assistant`: greedy, at most one image per question."""
+    """A model that answers through `mipha.Assistant`: greedy, any number of images."""
 
     INSTALL_REQ = False
-    INTERLEAVE = False
+    INTERLEAVE = True
 
     def __init__(
         self, model_path: str, max_new_tokens: int = 1024, device: str | None = None
@@ -35,16 +36,12 @@ class Mipha(BaseModel):
     def generate_inner(self, message: list[dict[str, Any]], dataset: str | None = None) -> str:
         """Return the answer to a message of `{"type": "image" | "text", "value": ...}` parts.
 
-        Raises:
-            ValueError: Several images.
+        One image stands in front of the text, as in training; several stand where they are.
         """
         images = [part["value"] for part in message if part["type"] == "image"]
-        if len(images) > 1:
-            raise ValueError(
-                f"{dataset or 'the message'} has {len(images)} images, and this model reads one: "
-                "choose another data set"
-            )
-        question = "\n".join(part["value"] for part in message if part["type"] == "text")
-        return self.assistant.answer(
-            images[0] if images else None, question, max_new_tokens=self.max_new_tokens
-        ).text
+        question = "\n".join(
+            part["value"] if part["type"] == "text" else IMAGE
+            for part in message
+            if part["type"] == "text" or len(images) > 1
+        )
+        return self.assistant.answer(images, question, max_new_tokens=self.max_new_tokens).text

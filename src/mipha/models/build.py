@@ -19,7 +19,10 @@ from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     GenerationConfig,
+    Idefics3Config,
+    Lfm2VlConfig,
     LlavaConfig,
+    LlavaNextConfig,
     LlavaProcessor,
     PretrainedConfig,
     PreTrainedModel,
@@ -30,14 +33,13 @@ from mipha.catalog.full_size import CONFIGS, part_config
 from mipha.catalog.language_models import LANGUAGE_MODELS
 from mipha.catalog.vision_towers import VISION_TOWERS
 from mipha.checkpoint_files import (
-    CLASSES,
     CheckpointFiles,
-    count_image_tokens,
     read_chat_template,
     read_checkpoint,
 )
 from mipha.checkpoint_files import read_config as read_config_file
 from mipha.files import read_json_object, whole_folder, write_whole
+from mipha.geometry import count_image_tokens, geometry_of
 from mipha.lookup import files_in
 from mipha.models.chat_template import trainable_template
 from mipha.models.checkpoint_folder import fetch, locate
@@ -49,18 +51,39 @@ from mipha.models.language_model import (
     read_config,
     with_pad_token,
 )
-from mipha.models.modeling import LlavaForConditionalGeneration, load_saved_model, model_skeleton
-from mipha.models.processing import IMAGE_TOKEN, build_processor, load_processor, load_template
-from mipha.models.projector import new_projector
+from mipha.models.modeling import (
+    MODELS,
+    LlavaForConditionalGeneration,
+    load_saved_model,
+    model_skeleton,
+)
+from mipha.models.processing import (
+    IMAGE_TOKEN,
+    build_processor,
+    grids,
+    load_processor,
+    load_template,
+    marks_of,
+    model_type_of,
+)
+from mipha.models.projector import new_end_of_row, new_projector
 from mipha.models.vision_tower import (
     TOWERS,
+    as_idefics3,
+    as_siglip2,
+    check_family,
     fit_tower,
+    idefics3_config,
     load_vision_tower,
     num_prefix_tokens,
     read_tower,
+    siglip2_config,
 )
 from mipha.recipe import CheckpointRecipe, ModelRecipe
 from mipha.run import model_folder
+
+TRAINABLE = ("llava", "llava_next", "idefics3", "lfm2_vl")
+"""Values of `model_type` of the models that can be trained."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +135,7 @@ def build(
     language_model, tokenizer, template = load_language_model(recipe, dtype)
     torch.set_rng_state(random)
 
-    model, processor = compose(
-        language_model, tokenizer, template, tower, mean, std, recipe.pad_to_square
-    )
+    model, processor = compose(language_model, tokenizer, template, tower, mean, std, recipe)
     processor.boxes = recipe.boxes
     return model, processor
 
@@ -126,7 +147,7 @@ def compose(
     tower: PreTrainedModel,
     mean: list[float],
     std: list[float],
-    pad_to_square: bool = True,
+    recipe: ModelRecipe | None = None,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Join a causal language model and a pruned tower with a new projector.
 
@@ -137,12 +158,15 @@ def compose(
         tower: Vision tower that ends at the layer that is read.
         mean: Mean of the pixels per channel, of values in 0..1.
         std: Deviation of the pixels per channel.
-        pad_to_square: Whether images are padded to a square; otherwise squashed.
+        recipe: How pictures enter; None: padded to a square.
 
     Raises:
-        ValueError: One image is longer than the language model's context or sliding window.
+        ValueError: One image is longer than the language model's context or sliding window, or the
+            tower cannot be read in that way.
     """
-    image_token_id = add_image_token(tokenizer, language_model)
+    if recipe is not None:
+        check_image(recipe, tower.config, mean)
+    image_token_id = add_image_token(tokenizer, language_model, marks_of(recipe))
 
     tokens = SpecialTokens(
         image=image_token_id,
@@ -151,21 +175,41 @@ def compose(
         bos=tokenizer.bos_token_id,
     )
 
-    model = join_parts(language_model, tower, tokens)
-    prefix = num_prefix_tokens(tower)
-    processor = build_processor(tokenizer, template, tower.config, mean, std, pad_to_square, prefix)
+    model = join_parts(language_model, tower, tokens, recipe)
+    pad, prefix = recipe is None or recipe.pad_to_square, num_prefix_tokens(tower)
+    processor = build_processor(tokenizer, template, tower.config, mean, std, pad, prefix, recipe)
+    check_longest(processor, language_model.config)
     return model, processor
 
 
+def check_longest(processor: LlavaProcessor, text_config: PretrainedConfig) -> None:
+    """Refuse pictures that the language model cannot hold.
+
+    Raises:
+        ValueError: One picture may take as many tokens as the language model reads.
+    """
+    longest = getattr(text_config, "max_position_embeddings", None)
+    most = geometry_of(processor).longest
+    if longest and most >= longest:
+        raise ValueError(
+            f"one picture may take {most} tokens, but the language model reads {longest} in all: "
+            "lower model.max_tiles or model.max_image_tokens, or use a smaller model.image_size"
+        )
+
+
 def join_parts(
-    language_model: PreTrainedModel, tower: PreTrainedModel, tokens: SpecialTokens
+    language_model: PreTrainedModel,
+    tower: PreTrainedModel,
+    tokens: SpecialTokens,
+    recipe: ModelRecipe | None = None,
 ) -> LlavaForConditionalGeneration:
-    """Put a language model and a tower into one LLaVA, with a new projector between them.
+    """Put a language model and a tower into one model, with a new projector between them.
 
     Args:
         language_model: Causal language model, on any device, also meta.
         tower: Vision tower that ends at the layer that is read.
         tokens: Special tokens of the model.
+        recipe: How pictures enter; None: as one square.
 
     Raises:
         ValueError: One image is longer than the language model's context or sliding window.
@@ -182,17 +226,22 @@ def join_parts(
 
     # Make the LLaVA on the meta device: the parts replace everything, so no memory is spent and
     # no random start is drawn for weights that are thrown away.
-    config = _llava_config(tower.config, num_prefix_tokens(tower), text_config, tokens.image)
+    config = _config(tower.config, num_prefix_tokens(tower), text_config, tokens.image, recipe)
+    config.pad_token_id = tokens.pad
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration(config)
+        model = MODELS[config.model_type](config)
 
     # Insert the parts.
-    model.model.vision_tower = tower
-    model.model.language_model = language_model.base_model
-    model.lm_head = head
-    model.model.multi_modal_projector = new_projector(
-        model.model.multi_modal_projector, language_model
-    )
+    inner, model.lm_head = model.model, head
+    if config.model_type == "idefics3":
+        inner.vision_model, inner.text_model = as_idefics3(tower), language_model.base_model
+        inner.connector = new_projector(inner.connector, language_model)
+    else:
+        inner.vision_tower = as_siglip2(tower) if config.model_type == "lfm2_vl" else tower
+        inner.language_model = language_model.base_model
+        inner.multi_modal_projector = new_projector(inner.multi_modal_projector, language_model)
+    if config.model_type == "llava_next":
+        inner.image_newline = new_end_of_row(language_model)
     model.tie_weights()
     model.config.tie_word_embeddings = bool(text_config.tie_word_embeddings)
 
@@ -220,12 +269,17 @@ def checkpoint_folder(recipe: CheckpointRecipe) -> Path:
         return Path(name) if (Path(name) / "config.json").is_file() else model_folder(name)
 
     kind = read_config_file(fetch(name, weights=False)).get("model_type")
-    if kind not in CLASSES:
+    _check_trainable(name, kind)
+    return fetch(name, weights=True)
+
+
+def _check_trainable(name: str, kind: str | None) -> None:
+    """Refuse a checkpoint of a class that is answered with, and not trained."""
+    if kind not in TRAINABLE:
         raise ValueError(
-            f"{name} is a {kind!r}, and {' or '.join(CLASSES)} can be trained: give a checkpoint "
+            f"{name} is a {kind!r}, and {' or '.join(TRAINABLE)} can be trained: give a checkpoint "
             "of that class"
         )
-    return fetch(name, weights=True)
 
 
 def load_start_processor(recipe: ModelRecipe | CheckpointRecipe) -> LlavaProcessor:
@@ -241,6 +295,7 @@ def load_start_processor(recipe: ModelRecipe | CheckpointRecipe) -> LlavaProcess
 
     folder = checkpoint_folder(recipe)
     files = read_checkpoint(folder, needs_template=recipe.chat_template is None)
+    _check_trainable(recipe.checkpoint, files.config["model_type"])
     own, given = read_chat_template(folder), recipe.chat_template
     processor = load_processor(folder, own or "{{ messages[0].content }}")
     tokenizer = with_pad_token(processor.tokenizer)
@@ -310,8 +365,9 @@ def skeleton(recipe: ModelRecipe | CheckpointRecipe) -> LlavaForConditionalGener
     with torch.device("meta"):
         tower = _fitted_tower(recipe, vision_config)
         last_row = text_config.vocab_size - 1
-        config = _llava_config(tower.config, num_prefix_tokens(tower), text_config, last_row)
-        return LlavaForConditionalGeneration(config).eval()
+        check_image(recipe, tower.config)
+        config = _config(tower.config, num_prefix_tokens(tower), text_config, last_row, recipe)
+        return MODELS[config.model_type](config).eval()
 
 
 def load_parts_processor(recipe: ModelRecipe) -> LlavaProcessor:
@@ -323,18 +379,20 @@ def load_parts_processor(recipe: ModelRecipe) -> LlavaProcessor:
     """
     _, text_config, tokenizer, template = load_tokenizer(recipe)
     _, vision_config, mean, std = read_tower(recipe.vision_tower)
-    add_image_token(tokenizer)
+    add_image_token(tokenizer, marks=marks_of(recipe))
 
     with torch.device("meta"):
         tower = _fitted_tower(recipe, vision_config)
         prefix = num_prefix_tokens(tower)
+    check_image(recipe, tower.config, mean)
 
     # Making the config refuses an image that is too long.
     image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    _llava_config(tower.config, prefix, text_config, image_token_id)
+    _config(tower.config, prefix, text_config, image_token_id, recipe)
     processor = build_processor(
-        tokenizer, template, tower.config, mean, std, recipe.pad_to_square, prefix
+        tokenizer, template, tower.config, mean, std, recipe.pad_to_square, prefix, recipe
     )
+    check_longest(processor, text_config)
     processor.boxes = recipe.boxes
     return processor
 
@@ -384,16 +442,79 @@ def _part_config(name: str, kind: str, known: list[str]) -> PretrainedConfig:
 
 
 def _fitted_tower(recipe: ModelRecipe, config: PretrainedConfig) -> PreTrainedModel:
+    check_family(recipe, config)
     tower = TOWERS[config.model_type](config)
     return fit_tower(tower, recipe.feature_layer, recipe.image_size, recipe.post_layernorm)
 
 
-def _llava_config(
+def check_image(
+    recipe: ModelRecipe, vision: PretrainedConfig, mean: list[float] | None = None
+) -> None:
+    """Refuse a size of a tower that the class of `model.image` cannot read.
+
+    Args:
+        recipe: How pictures enter.
+        vision: Config of the tower as it is read: pruned, and at its final image size.
+        mean: Mean of the pixels per channel, of values in 0..1; None: not checked.
+
+    Raises:
+        ValueError: The first reason.
+    """
+    kind, name = model_type_of(recipe), recipe.vision_tower
+    if kind not in ("idefics3", "lfm2_vl"):
+        return
+    patches, factor = vision.image_size // vision.patch_size, recipe.shuffle or 2
+    if kind == "lfm2_vl":
+        if factor != 2:
+            raise ValueError(
+                f"model.shuffle={factor} is not supported with model.image=native: leave it out"
+            )
+        return
+    if patches % factor or vision.image_size % vision.patch_size:
+        fits = [number for number in (2, 3, 4) if patches % number == 0]
+        fix = f"use {' or '.join(map(str, fits))}" if fits else "use another model.image_size"
+        if vision.image_size % vision.patch_size:
+            fix = f"use model.image_size={patches * vision.patch_size}"
+        raise ValueError(
+            f"model.shuffle={factor} does not divide the {patches} x {patches} patches of a tile "
+            f"of {vision.image_size} pixels: {fix}"
+        )
+    if not _has_exact_positions(patches):
+        sizes = [
+            number * vision.patch_size
+            for number in range(max(1, patches - 12), patches + 13)
+            if number % factor == 0 and _has_exact_positions(number)
+        ]
+        nearest = sorted(sorted(sizes, key=lambda size: abs(size - vision.image_size))[:2])
+        raise ValueError(
+            f"a tower of {patches} x {patches} patches gets wrong positions in transformers' "
+            f"Idefics3: use model.image_size={' or '.join(map(str, nearest))}"
+        )
+    if mean is not None and all(float(255 * value).is_integer() for value in mean):
+        raise ValueError(
+            f"{name} has the mean colour {mean}, which becomes zero, and Idefics3 takes a tile of "
+            "zeros for padding: use a tower with a mean of 0.5"
+        )
+
+
+def _has_exact_positions(patches: int) -> bool:
+    """Return whether Idefics3 finds the right position of every patch, by fractions in float32.
+
+    Source: transformers 5.23 `Idefics3VisionEmbeddings`.
+    """
+    places = torch.arange(patches, dtype=torch.float32) * (1.0 / torch.tensor(patches))
+    edges = torch.arange(1 / patches, 1.0, 1 / patches)
+    found = torch.bucketize(places.clamp(max=1.0 - 1e-6), edges, right=True)
+    return torch.equal(found, torch.arange(patches))
+
+
+def _config(
     vision_config: PretrainedConfig,
     num_prefix_tokens: int,
     text_config: PretrainedConfig,
     image_token_id: int,
-) -> LlavaConfig:
+    recipe: ModelRecipe | None = None,
+) -> PretrainedConfig:
     """Return the stock config that joins two parts.
 
     Args:
@@ -402,7 +523,32 @@ def _llava_config(
             registers behind it stay.
         text_config: Config of the language model.
         image_token_id: Placeholder of an image.
+        recipe: How pictures enter; None: as one square.
     """
+    kind = model_type_of(recipe)
+    tied = bool(text_config.tie_word_embeddings)
+    if kind == "idefics3":
+        assert recipe is not None and recipe.shuffle is not None
+        return Idefics3Config(
+            vision_config=idefics3_config(vision_config),
+            text_config=text_config,
+            scale_factor=recipe.shuffle,
+            image_token_id=image_token_id,
+            tie_word_embeddings=tied,
+        )
+    if kind == "lfm2_vl":
+        return Lfm2VlConfig(
+            vision_config=siglip2_config(vision_config),
+            text_config=text_config,
+            image_token_id=image_token_id,
+            downsample_factor=2,
+            projector_hidden_size=text_config.hidden_size,
+            projector_hidden_act="gelu_pytorch_tanh",
+            projector_bias=True,
+            projector_use_layernorm=False,
+            tie_word_embeddings=tied,
+        )
+
     size = vision_config.image_size
     strategy = "default" if num_prefix_tokens else "full"
     num_tokens = count_image_tokens(
@@ -423,13 +569,17 @@ def _llava_config(
             "use a smaller model.image_size or tower"
         )
 
-    return LlavaConfig(
-        vision_config=vision_config,
-        text_config=text_config,
-        image_token_index=image_token_id,
-        vision_feature_layer=-1,  # the tower ends at the layer that is read
-        vision_feature_select_strategy=strategy,
-        projector_hidden_act="gelu",
-        image_seq_length=num_tokens,
-        tie_word_embeddings=bool(text_config.tie_word_embeddings),
-    )
+    settings = {
+        "vision_config": vision_config,
+        "text_config": text_config,
+        "image_token_index": image_token_id,
+        "vision_feature_layer": -1,  # the tower ends at the layer that is read
+        "vision_feature_select_strategy": strategy,
+        "projector_hidden_act": "gelu",
+        "image_seq_length": num_tokens,
+        "tie_word_embeddings": tied,
+    }
+    if kind == "llava_next":
+        assert recipe is not None
+        return LlavaNextConfig(**settings, image_grid_pinpoints=grids(size, recipe.tiles))
+    return LlavaConfig(**settings)

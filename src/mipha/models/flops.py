@@ -24,7 +24,7 @@ from typing import Literal
 
 from torch import nn
 
-from mipha.models.modeling import LlavaForConditionalGeneration
+from mipha.models.modeling import LlavaForConditionalGeneration, parts, tile_tokens
 from mipha.models.quantization import num_weights
 from mipha.models.tuning import part_layers
 from mipha.recipe import Part
@@ -101,13 +101,12 @@ class StepFlops:
     """
 
     def __init__(self, model: LlavaForConditionalGeneration) -> None:
-        vision = model.config.vision_config
-        self._patches = (vision.image_size // vision.patch_size) ** 2
-        self._image_tokens = model.config.image_seq_length
+        self._patches, self._image_tokens = tile_tokens(model.config)
         # The stock class leaves out the tower's first token where there is one before the patches.
-        self._tower_tokens = self._image_tokens + (
-            model.config.vision_feature_select_strategy == "default"
-        )
+        strategy = getattr(model.config, "vision_feature_select_strategy", None)
+        self._tower_tokens = self._image_tokens + (strategy == "default")
+        if strategy is None:  # a shuffle stands between the tower and the projector
+            self._tower_tokens = self._patches
         self.units = tuple(_units(model))
 
     def by_part(self, work: Work) -> dict[Part, PartFlops]:
@@ -133,8 +132,10 @@ class StepFlops:
 
 def _units(model: LlavaForConditionalGeneration) -> Iterator[Unit]:
     """Yield the sections of a model in the order of the forward pass."""
-    inner, config = model.model, model.config
-    patches = [module for module in inner.vision_tower.modules() if isinstance(module, nn.Conv2d)]
+    config, (tower,), (projector,) = model.config, parts(model).vision_tower, parts(model).projector
+    patches = [module for module in tower.modules() if isinstance(module, nn.Conv2d)]
+    if config.model_type == "lfm2_vl":
+        patches = [tower.embeddings.patch_embedding]
     tower_layers = part_layers(model, "vision_tower")
     language_layers = part_layers(model, "language_model")
     tower_width = _attention_width(config.vision_config)
@@ -143,7 +144,7 @@ def _units(model: LlavaForConditionalGeneration) -> Iterator[Unit]:
     chain: list[tuple[Part, Positions, nn.Module, int]] = [
         *(("vision_tower", "patches", module, 0) for module in patches),
         *(("vision_tower", "tower tokens", layer, tower_width) for layer in tower_layers),
-        ("projector", "image tokens", inner.multi_modal_projector, 0),
+        ("projector", "image tokens", projector, 0),
         *(("language_model", "tokens", layer, language_width) for layer in language_layers),
         ("language_model", "supervised", model.lm_head, 0),
     ]

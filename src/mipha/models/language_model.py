@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import transformers
 from torch import Tensor
@@ -224,7 +226,9 @@ def end_tokens(
 
 
 def add_image_token(
-    tokenizer: PreTrainedTokenizerBase, language_model: PreTrainedModel | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    language_model: PreTrainedModel | None = None,
+    marks: Sequence[str] = (),
 ) -> int:
     """Add the image placeholder to a tokenizer and return its id.
 
@@ -232,11 +236,23 @@ def add_image_token(
         tokenizer: Tokenizer to change.
         language_model: Model that gets up to 64 new rows where no row of its vocabulary is unused;
             None changes the tokenizer alone.
+        marks: Tokens that stand around images; they begin as the mean of all words.
     """
-    tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_TOKEN]})
+    known = len(tokenizer)
+    tokenizer.add_special_tokens({"extra_special_tokens": [IMAGE_TOKEN, *marks]})
     token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    if language_model is not None and token_id >= language_model.config.vocab_size:
-        language_model.resize_token_embeddings(
-            token_id + 1, pad_to_multiple_of=64, mean_resizing=False
-        )
+    new = [place for place in tokenizer.convert_tokens_to_ids(list(marks)) if place >= known]
+    if language_model is None:
+        return token_id
+
+    last = max([token_id, *new])
+    if last >= language_model.config.vocab_size:
+        language_model.resize_token_embeddings(last + 1, pad_to_multiple_of=64, mean_resizing=False)
+    if new:
+        with torch.no_grad():
+            for layer in (
+                language_model.get_input_embeddings(),
+                language_model.get_output_embeddings(),
+            ):
+                layer.weight[new] = layer.weight[:known].float().mean(0).to(layer.weight.dtype)
     return token_id

@@ -1,7 +1,7 @@
-"""The LLaVA class of transformers with three additions.
+"""The LLaVA classes of transformers with three additions.
 
 They are the head's bias, a loss over supervised positions only, and packed rows whose samples do
-not see one another.
+not see one another. `geometry.py` says what a picture becomes in each of them.
 """
 
 from __future__ import annotations
@@ -13,17 +13,13 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import Cache, GenerationConfig, LlavaConfig
+from transformers import Cache, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
-from mipha.checkpoint_files import (
-    read_checkpoint,
-    read_headers,
-    read_processor,
-    tokens_of_image,
-)
+from mipha.checkpoint_files import read_checkpoint, read_headers, read_processor
 from mipha.files import read_json_object
+from mipha.geometry import read_geometry
 from mipha.models.attention import Spans, check_described, describe_rows
 from mipha.models.checkpoint_folder import check_finite
 from mipha.models.loss import supervised_cross_entropy
@@ -46,15 +42,15 @@ class SupervisedOutput(LlavaCausalLMOutputWithPast):
     num_tokens: Tensor | None = None
 
 
-class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
-    """Stock LLaVA with a biased head where the language model has one.
+class _Trainable:
+    """What each stock class gets: the head's bias, rows of isolated samples, and our loss.
 
-    For Phi, the stock class silently drops the bias. This class has the stock name and reports that
-    it is no custom code, because transformers chooses the key names of a checkpoint by these. So it
-    reads and writes `language_model.model.layers.0...` like every LLaVA on the hub.
+    For Phi, the stock classes silently drop the bias. Our classes have the stock names and report
+    that they are no custom code, because transformers chooses the key names of a checkpoint by
+    these. So they read and write `language_model.model.layers.0...` like every LLaVA on the hub.
     """
 
-    def __init__(self, config: LlavaConfig) -> None:
+    def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)
         if head_bias(config):
             self.lm_head = nn.Linear(
@@ -96,13 +92,15 @@ class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
 
         Args:
             input_ids: `(rows, tokens)`.
-            pixel_values: `(images, 3, height, width)`, in reading order.
+            pixel_values: `(tiles, 3, height, width)` in reading order, of a native picture
+                `(tiles, patches, 3 x patch x patch)`.
             attention_mask: `(rows, tokens)`, or `(rows, 1, tokens, tokens)` added to the scores.
             position_ids: `(rows, tokens)`.
             labels: `(rows, tokens)`, -100 where not trained on.
             spans: As `collate` makes them: which tokens see which, instead of `attention_mask`.
             supervised: `(positions,)`, as `collate` makes them: where the states stand that predict
                 supervised tokens. None: they are searched.
+            kwargs: What a class takes beside `pixel_values`, such as `image_sizes`.
 
         Raises:
             ValueError: A row holds several samples, and neither spans nor a mask of four axes say
@@ -149,7 +147,53 @@ class LlavaForConditionalGeneration(transformers.LlavaForConditionalGeneration):
         return SupervisedOutput(loss=loss, loss_sum=loss_sum, num_tokens=num_tokens)
 
 
-def head_bias(config: LlavaConfig) -> bool:
+class LlavaForConditionalGeneration(_Trainable, transformers.LlavaForConditionalGeneration):
+    """LLaVA, with pictures as squares, or as tiles that are images of their own."""
+
+
+class LlavaNextForConditionalGeneration(_Trainable, transformers.LlavaNextForConditionalGeneration):
+    """LLaVA-NeXT: tiles as one grid, with a learned end of every row."""
+
+
+class LlavaOnevisionForConditionalGeneration(
+    _Trainable, transformers.LlavaOnevisionForConditionalGeneration
+):
+    """LLaVA-OneVision: the same with fewer tokens of a large grid."""
+
+
+class Idefics3ForConditionalGeneration(_Trainable, transformers.Idefics3ForConditionalGeneration):
+    """Idefics3: tiles with marks between them, several patches to a token."""
+
+    def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> Any:
+        """Return features of `(tiles, 3, height, width)`; the stock class wants one axis more."""
+        return super().get_image_features(_with_batch_axis(pixel_values), **kwargs)
+
+    def _run(self, inputs: dict[str, Any], *rest: Any) -> Any:
+        if inputs["pixel_values"] is not None:
+            pixels = _with_batch_axis(inputs["pixel_values"])
+            inputs = {**inputs, "pixel_values": pixels}
+        return super()._run(inputs, *rest)
+
+
+class Lfm2VlForConditionalGeneration(_Trainable, transformers.Lfm2VlForConditionalGeneration):
+    """LFM2-VL: pictures in their own shape, several patches to a token."""
+
+
+MODELS: dict[str, type[PreTrainedModel]] = {
+    "llava": LlavaForConditionalGeneration,
+    "llava_next": LlavaNextForConditionalGeneration,
+    "llava_onevision": LlavaOnevisionForConditionalGeneration,
+    "idefics3": Idefics3ForConditionalGeneration,
+    "lfm2_vl": Lfm2VlForConditionalGeneration,
+}
+"""Our class of each `model_type`."""
+
+
+def _with_batch_axis(pixels: Tensor) -> Tensor:
+    return pixels if pixels.dim() == 5 else pixels[None]
+
+
+def head_bias(config: PretrainedConfig) -> bool:
     """Return whether the language model's head has a bias.
 
     The checkpoint's config says so; the stock class of Phi always has one.
@@ -169,12 +213,28 @@ class Parts:
 def parts(model: LlavaForConditionalGeneration) -> Parts:
     """Return the modules of each part; the head belongs to the language model."""
     inner = model.model
+    if isinstance(model, Idefics3ForConditionalGeneration):
+        return Parts((inner.vision_model,), (inner.connector,), (inner.text_model, model.lm_head))
     return Parts(
         (inner.vision_tower,), (inner.multi_modal_projector,), (inner.language_model, model.lm_head)
     )
 
 
-def attention_window(config: LlavaConfig) -> int | None:
+def tile_tokens(config: PretrainedConfig) -> tuple[int, int]:
+    """Return the patches of a tile, and the tokens that the projector makes of it.
+
+    A native picture has no tile: one of the size that the tower's table of positions is for counts.
+    """
+    vision = config.vision_config
+    if config.model_type == "lfm2_vl":
+        return vision.num_patches, vision.num_patches // config.downsample_factor**2
+    side = vision.image_size // vision.patch_size
+    if config.model_type == "idefics3":
+        return side**2, (side // config.scale_factor) ** 2
+    return side**2, config.image_seq_length
+
+
+def attention_window(config: PretrainedConfig) -> int | None:
     """Return the tokens that sliding layers see at a time; None where every layer sees all."""
     return getattr(config.text_config, "sliding_window", None)
 
@@ -211,9 +271,8 @@ def load_saved_model(
         "ignore_mismatched_sizes": True,
     }
     try:
-        model, info = LlavaForConditionalGeneration.from_pretrained(
-            folder, config=_read_config(Path(folder)), **options
-        )
+        config = _read_config(Path(folder))
+        model, info = MODELS[config.model_type].from_pretrained(folder, config=config, **options)
     except Exception as error:  # transformers answers a damaged config with any kind of exception
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(
@@ -250,19 +309,21 @@ def load_saved_model(
 def model_skeleton(folder: Path) -> LlavaForConditionalGeneration:
     """Return the model of a checkpoint on the meta device: its size and keys, no weights."""
     with torch.device("meta"):
-        return LlavaForConditionalGeneration(_read_config(folder)).eval()
+        config = _read_config(folder)
+        return MODELS[config.model_type](config).eval()
 
 
-def _read_config(folder: Path) -> LlavaConfig:
+def _read_config(folder: Path) -> PretrainedConfig:
     """Read a checkpoint's config, and add what others leave to the weights and the processor."""
-    written, config = read_json_object(folder / "config.json"), LlavaConfig.from_pretrained(folder)
+    written = read_json_object(folder / "config.json")
+    config = MODELS[written["model_type"]].config_class.from_pretrained(folder)
 
     # The stock class of LLaVA saves no bias of a head, although Phi has one.
     text = config.text_config
     if text.model_type == "phi" and not hasattr(text, "lm_head_bias"):
         text.lm_head_bias = any(name.endswith("lm_head.bias") for name in read_headers(folder))
-    if "image_seq_length" not in written:
-        config.image_seq_length = tokens_of_image(read_processor(folder))
+    if config.model_type == "llava" and "image_seq_length" not in written:
+        config.image_seq_length = read_geometry(read_processor(folder)).longest
     return config
 
 

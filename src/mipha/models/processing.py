@@ -2,19 +2,50 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
+import torch
 import transformers
-from transformers import AutoTokenizer, LlavaProcessor, PretrainedConfig, PreTrainedTokenizerBase
+from PIL import Image
+from torch import Tensor
+from transformers import (
+    AutoTokenizer,
+    Idefics3Processor,
+    LlavaNextProcessor,
+    LlavaProcessor,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.image_utils import PILImageResampling
 
 # With torchvision installed, transformers would pick another backend, whose pixels differ in the
 # last bits.
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import (
+    LlavaNextImageProcessorPil,
+)
+from transformers.models.llava_onevision.image_processing_pil_llava_onevision import (
+    LlavaOnevisionImageProcessorPil,
+)
 
 from mipha.checkpoint_files import read_chat_template, read_processor, read_template
-from mipha.files import read_json_object
+from mipha.files import read_json_object, write_whole
+from mipha.geometry import (
+    Anyres,
+    Native,
+    Shuffled,
+    Square,
+    Tiles,
+    geometry_of,
+    read_geometry,
+)
 from mipha.models.chat_template import IMAGE_TOKEN, bounded, fit_template
 from mipha.preflight import template_file
 from mipha.recipe import CheckpointRecipe, ModelRecipe, RegionForm, StageRecipe
@@ -28,9 +59,11 @@ IMAGE_PROCESSORS = (
 )
 """Kinds of image processors whose pixels LLaVA's own makes too, bit for bit."""
 
+_IDEFICS3_MARKS = ("<fake_token_around_image>", "<global-img>", "<end_of_utterance>")
+
 _IMAGE_SETTINGS = (
     *("do_convert_rgb", "do_resize", "size", "resample", "do_center_crop", "crop_size"),
-    *("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std"),
+    *("do_rescale", "rescale_factor", "do_normalize", "image_mean", "image_std", "max_tiles"),
 )
 
 
@@ -75,8 +108,9 @@ def build_processor(
     std: list[float],
     pad_to_square: bool,
     num_prefix_tokens: int,
+    recipe: ModelRecipe | None = None,
 ) -> LlavaProcessor:
-    """Return a processor whose image tokens agree with the tower.
+    """Return a processor whose image tokens agree with the tower; of the class that it is for.
 
     Args:
         tokenizer: Tokenizer with the image token.
@@ -87,27 +121,120 @@ def build_processor(
         pad_to_square: Whether images are padded with the mean colour; otherwise squashed.
         num_prefix_tokens: Tokens that the tower puts before its patches; the first of them, the
             class token, is left out.
+        recipe: How pictures enter; None: as one square.
     """
-    size = {"height": vision.image_size, "width": vision.image_size}
-    image_processor = LlavaImageProcessorPil(
-        do_pad=pad_to_square,
-        do_center_crop=False,
-        size=size,
-        crop_size=size,
-        image_mean=mean,
-        image_std=std,
-        resample=PILImageResampling.BICUBIC,
-    )
+    kind = model_type_of(recipe)
+    if kind == "idefics3":
+        assert recipe is not None and recipe.shuffle is not None
+        side, patches = vision.image_size, vision.image_size // vision.patch_size
+        pixels = Idefics3ImageProcessorPil(
+            size={"longest_edge": math.isqrt(recipe.tiles) * side},
+            max_image_size={"longest_edge": side},
+            resample=PILImageResampling.LANCZOS,  # the one that llama.cpp has
+            image_mean=mean,
+            image_std=std,
+        )
+        return Idefics3Processor(
+            pixels,
+            tokenizer,
+            image_seq_len=(patches // recipe.shuffle) ** 2,
+            chat_template=template,
+        )
+    if kind == "lfm2_vl":
+        assert recipe is not None
+        return _native_processor(tokenizer, template, vision, mean, std, recipe)
 
-    return LlavaProcessor(
-        image_processor=image_processor,
-        tokenizer=tokenizer,
-        patch_size=vision.patch_size,
-        vision_feature_select_strategy="default" if num_prefix_tokens else "full",
-        num_additional_image_tokens=num_prefix_tokens,
-        image_token=IMAGE_TOKEN,
-        chat_template=template,
-    )
+    size = {"height": vision.image_size, "width": vision.image_size}
+    options = {
+        "size": size,
+        "crop_size": size,
+        "image_mean": mean,
+        "image_std": std,
+        "resample": PILImageResampling.BICUBIC,
+    }
+    settings = {
+        "tokenizer": tokenizer,
+        "patch_size": vision.patch_size,
+        "vision_feature_select_strategy": "default" if num_prefix_tokens else "full",
+        "num_additional_image_tokens": num_prefix_tokens,
+        "image_token": IMAGE_TOKEN,
+        "chat_template": template,
+    }
+    if kind == "llava_next":
+        assert recipe is not None
+        canvases = grids(vision.image_size, recipe.tiles)
+        return LlavaNextProcessor(
+            LlavaNextImageProcessorPil(**options, image_grid_pinpoints=canvases), **settings
+        )
+    if recipe is not None and recipe.image == "tiles":
+        options["max_tiles"] = recipe.tiles  # stock transformers keeps it and does not read it
+    image_processor = LlavaImageProcessorPil(do_pad=pad_to_square, do_center_crop=False, **options)
+    return LlavaProcessor(image_processor, **settings)
+
+
+def _native_processor(
+    tokenizer: PreTrainedTokenizerBase,
+    template: str,
+    vision: PretrainedConfig,
+    mean: list[float],
+    std: list[float],
+    recipe: ModelRecipe,
+) -> PlainProcessor:
+    """Return a processor with the settings of the stock one, which needs torchvision."""
+    least, most = recipe.image_tokens
+    image = {
+        "image_processor_type": "Lfm2VlImageProcessor",
+        "do_image_splitting": False,
+        "do_normalize": True,
+        "do_pad": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "downsample_factor": 2,
+        "encoder_patch_size": vision.patch_size,
+        "image_mean": mean,
+        "image_std": std,
+        "max_image_tokens": most,
+        "max_num_patches": 4 * most,
+        "max_pixels_tolerance": 2.0,
+        "max_tiles": 1,
+        "min_image_tokens": least,
+        "min_tiles": 1,
+        "resample": int(PILImageResampling.BILINEAR),
+        "rescale_factor": 1 / 255,
+        "return_row_col_info": False,
+        "size": {"height": 512, "width": 512},
+        "tile_size": 512,
+        "use_thumbnail": True,
+    }
+    settings = {"image_processor": image, "processor_class": "Lfm2VlProcessor"}
+    return PlainProcessor(NativeImageProcessor(image), tokenizer, template, settings)
+
+
+def model_type_of(recipe: ModelRecipe | None) -> str:
+    """Return the `model_type` of the class that reads pictures as a recipe says."""
+    if recipe is None or recipe.image == "square":
+        return "llava"
+    if recipe.image == "tiles":
+        return "llava" if recipe.shuffle is None else "idefics3"
+    return {"anyres": "llava_next", "native": "lfm2_vl"}[recipe.image]
+
+
+def marks_of(recipe: ModelRecipe | None) -> list[str]:
+    """Return the tokens that stand around images, beside the placeholder."""
+    kind = model_type_of(recipe)
+    if kind == "idefics3":
+        places = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
+        return [*_IDEFICS3_MARKS, *places]
+    return ["<|image_start|>", "<|image_end|>"] if kind == "lfm2_vl" else []
+
+
+def grids(side: int, max_tiles: int) -> list[list[int]]:
+    """Return all canvases of at most so many tiles, [height, width] in pixels."""
+    return [
+        [rows * side, columns * side]
+        for rows in range(1, max_tiles + 1)
+        for columns in range(1, max_tiles // rows + 1)
+    ]
 
 
 def set_padding(
@@ -117,12 +244,119 @@ def set_padding(
     own = stage.pad_to_square
     if own is None and isinstance(model, ModelRecipe):
         own = model.pad_to_square
-    if own is not None:
+    if own is not None and isinstance(geometry_of(processor), (Square, Tiles)):
         processor.image_processor.do_pad = own
 
 
+class PlainProcessor:
+    """A tokenizer, an image processor and a chat template, for classes that need torchvision.
+
+    The stock processors of LLaVA-OneVision and LFM2-VL cannot be made without it. This one has what
+    the program uses, and writes their files again.
+
+    Args:
+        image_processor: Image processor that works with Pillow.
+        tokenizer: Tokenizer with the marks of the class.
+        chat_template: Chat template.
+        settings: Content of processor_config.json.
+    """
+
+    def __init__(
+        self,
+        image_processor: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        chat_template: str,
+        settings: dict[str, Any],
+    ) -> None:
+        self.image_processor, self.tokenizer = image_processor, tokenizer
+        self.chat_template, self._settings = chat_template, settings
+        self.image_token = settings.get("image_token", IMAGE_TOKEN)
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        for name, value in settings.items():
+            if name not in ("image_processor", "video_processor", "processor_class"):
+                setattr(self, name, value)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the files of the stock processor."""
+        folder = Path(folder)
+        self.tokenizer.save_pretrained(folder)
+        text = json.dumps(self._settings, indent=2, sort_keys=True) + "\n"
+        write_whole(folder / "processor_config.json", text)
+        write_whole(folder / "chat_template.jinja", self.chat_template)
+
+    def decode(self, *arguments: Any, **options: Any) -> str:
+        """Return the text of token ids."""
+        return self.tokenizer.decode(*arguments, **options)
+
+
+class NativeImageProcessor:
+    """The image processor of LFM2-VL, with Pillow; pixels differ by two of 256 levels at most.
+
+    Args:
+        settings: Content of `image_processor` in processor_config.json.
+    """
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self._settings = dict(settings)
+        self.image_mean, self.image_std = settings["image_mean"], settings["image_std"]
+        self._geometry = read_geometry({"image_processor": settings})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings."""
+        return dict(self._settings)
+
+    def __call__(
+        self, images: Sequence[Image.Image] | Image.Image, return_tensors: str = "pt"
+    ) -> dict[str, Tensor]:
+        """Return the patches of all tiles of some upright RGB pictures.
+
+        Returns:
+            `pixel_values` `(tiles, patches, patch x patch x 3)`, padded with zeros to the longest;
+            `pixel_attention_mask` `(tiles, patches)`; `spatial_shapes` `(tiles, 2)`, patches high
+            and wide.
+        """
+        pictures = [images] if isinstance(images, Image.Image) else images
+        tiles = [self._patches(tile) for picture in pictures for tile in self._cut(picture)]
+        longest = max(high * wide for _, (high, wide) in tiles)
+        pixels = torch.zeros(len(tiles), longest, tiles[0][0].shape[1])
+        mask = torch.zeros(len(tiles), longest, dtype=torch.int32)
+        for number, (values, (high, wide)) in enumerate(tiles):
+            pixels[number, : high * wide] = torch.from_numpy(values)
+            mask[number, : high * wide] = 1
+        return {
+            "pixel_values": pixels,
+            "pixel_attention_mask": mask,
+            "spatial_shapes": torch.tensor([shape for _, shape in tiles]),
+        }
+
+    def _cut(self, picture: Image.Image) -> list[Image.Image]:
+        """Return the tiles row by row, and the whole picture."""
+        geometry = self._geometry
+        whole = picture.resize(geometry.resized(*picture.size), Image.Resampling.BILINEAR)
+        rows, columns = geometry.grid(*picture.size)
+        if rows * columns == 1:
+            return [whole]
+        side = geometry.side
+        scaled = picture.resize((columns * side, rows * side), Image.Resampling.BILINEAR)
+        tiles = [
+            scaled.crop((column * side, row * side, (column + 1) * side, (row + 1) * side))
+            for row in range(rows)
+            for column in range(columns)
+        ]
+        return [*tiles, whole] if geometry.has_whole else tiles
+
+    def _patches(self, tile: Image.Image) -> tuple[np.ndarray, tuple[int, int]]:
+        """Return a tile as `(patches, patch x patch x 3)`, and its patches high and wide."""
+        patch = self._geometry.patch
+        values = np.asarray(tile, np.float32) / 255  # (height, width, 3)
+        values = (values - np.float32(self.image_mean)) / np.float32(self.image_std)
+        high, wide = tile.height // patch, tile.width // patch
+        blocks = values.reshape(high, patch, wide, patch, 3).transpose(0, 2, 1, 3, 4)
+        return blocks.reshape(high * wide, patch * patch * 3).astype(np.float32), (high, wide)
+
+
 def load_processor(folder: str | Path, template: str | None = None) -> LlavaProcessor:
-    """Load the processor of a saved checkpoint.
+    """Load the processor of a saved checkpoint; one of another class has the same attributes.
 
     Args:
         folder: Checkpoint of any layout that `read_processor` knows.
@@ -130,8 +364,8 @@ def load_processor(folder: str | Path, template: str | None = None) -> LlavaProc
 
     Raises:
         FileNotFoundError: A file is missing.
-        ValueError: Tokenizer or image processor cannot be read, or the chat template fails on every
-            conversation or takes too long.
+        ValueError: Tokenizer or image processor cannot be read, a mark is not in the tokenizer, or
+            the chat template fails on every conversation or takes too long.
     """
     folder = Path(folder)
     saved = read_processor(folder)
@@ -141,15 +375,7 @@ def load_processor(folder: str | Path, template: str | None = None) -> LlavaProc
             f"{folder} has no chat_template.jinja: put its template there, or name one"
         )
     try:
-        processor = LlavaProcessor(
-            image_processor=_image_processor(saved["image_processor"]),
-            tokenizer=AutoTokenizer.from_pretrained(folder, local_files_only=True),
-            patch_size=saved["patch_size"],
-            vision_feature_select_strategy=saved["vision_feature_select_strategy"],
-            num_additional_image_tokens=saved["num_additional_image_tokens"],
-            image_token=saved.get("image_token", IMAGE_TOKEN),
-            chat_template=own,
-        )
+        processor = _read_processor(folder, saved, own)
     except Exception as error:  # the readers answer a damaged file with any kind of exception
         raise ValueError(
             f"tokenizer or image processor of {folder} cannot be read: copy their files again "
@@ -166,6 +392,7 @@ def load_processor(folder: str | Path, template: str | None = None) -> LlavaProc
 
     # Processors of transformers leave the BOS to a tokenizer that begins every text with one, where
     # the template does not write it.
+    _check_marks(processor, folder)
     tokenizer = processor.tokenizer
     with bounded(own, folder / "chat_template.jinja"):
         written = _check_template_runs(tokenizer, own, folder / "chat_template.jinja")
@@ -179,6 +406,56 @@ def load_processor(folder: str | Path, template: str | None = None) -> LlavaProc
     words = tokenizer.convert_ids_to_tokens(known)
     processor.turn_ends = tuple({*words, tokenizer.eos_token} - {None})
     return processor
+
+
+def _read_processor(folder: Path, saved: dict[str, Any], template: str) -> Any:
+    """Return the processor of a folder, in the class that works with Pillow alone."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    options = {"tokenizer": tokenizer, "chat_template": template}
+    kind, image = type(read_geometry(saved)), saved["image_processor"]
+
+    if kind is Shuffled:
+        pixels = Idefics3ImageProcessorPil(**_settings(image))
+        return Idefics3Processor(pixels, image_seq_len=saved["image_seq_len"], **options)
+    if kind is Native:
+        return PlainProcessor(NativeImageProcessor(image), settings=saved, **options)
+    if kind is Anyres and "vision_aspect_ratio" in saved:
+        pixels = LlavaOnevisionImageProcessorPil(**_settings(image))
+        return PlainProcessor(pixels, settings=saved, **options)
+
+    settings = {
+        "patch_size": saved["patch_size"],
+        "vision_feature_select_strategy": saved["vision_feature_select_strategy"],
+        "num_additional_image_tokens": saved["num_additional_image_tokens"],
+        "image_token": saved.get("image_token", IMAGE_TOKEN),
+    }
+    if kind is Anyres:
+        return LlavaNextProcessor(
+            LlavaNextImageProcessorPil(**_settings(image)), **options, **settings
+        )
+    return LlavaProcessor(_image_processor(image), **options, **settings)
+
+
+def _settings(image: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of an image processor without the name of its class."""
+    return {key: value for key, value in image.items() if key != "image_processor_type"}
+
+
+def _check_marks(processor: Any, folder: Path) -> None:
+    """Refuse a tokenizer that splits a mark: every count of tokens would be off."""
+    geometry = geometry_of(processor)
+    if geometry.in_conversation:
+        return
+    marks = {processor.image_token}
+    for size in ((1, 1), (geometry.side * 8, geometry.side * 8), (8 * geometry.side, 1)):
+        text = geometry.span(*geometry.bounded_size(*size)).text
+        marks |= set(re.findall(r"<[^<>\s]+>", text.replace(IMAGE_TOKEN, "")))
+    known = processor.tokenizer.get_vocab()
+    if absent := sorted(marks - set(known)):
+        raise ValueError(
+            f"the tokenizer of {folder} lacks {len(absent)} marks that stand around images, such "
+            f"as {absent[0]}: save the processor again with a tokenizer that has them"
+        )
 
 
 def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -1,4 +1,4 @@
-"""The projector, two linear layers with an exact GELU between them, and its initial weights."""
+"""The projector's initial weights: of LLaVA, two linear layers with an exact GELU between them."""
 
 from __future__ import annotations
 
@@ -19,15 +19,29 @@ def new_projector(meta: nn.Module, language_model: PreTrainedModel) -> nn.Module
     """
     device = language_model.device
     projector = meta.to_empty(device=device).to(language_model.dtype)
-    for layer in (projector.linear_1, projector.linear_2):
+    layers = [layer for layer in projector.modules() if isinstance(layer, nn.Linear)]
+    for layer in layers:
         layer.reset_parameters()
 
     # Gemma's text embeddings are scaled by sqrt(width) inside the embedding layer, which image
     # features do not pass.
     scale = getattr(language_model.get_input_embeddings(), "embed_scale", None)
     if scale is not None and device.type != "meta":
-        _scale(projector.linear_2, float(scale))
+        _scale(layers[-1], float(scale))
     return projector
+
+
+def new_end_of_row(language_model: PreTrainedModel) -> nn.Parameter:
+    """Return what stands behind each row of a grid of tiles, `(width,)`.
+
+    Source: transformers 5.23 `LlavaNextModel`, normal with deviation 1 / sqrt(width).
+    """
+    width, device = language_model.config.hidden_size, language_model.device
+    values = torch.randn(width, dtype=language_model.dtype, device=device) / width**0.5
+    scale = getattr(language_model.get_input_embeddings(), "embed_scale", None)
+    if scale is not None and device.type != "meta":
+        values *= float(scale)
+    return nn.Parameter(values)
 
 
 @torch.no_grad()
@@ -41,7 +55,7 @@ def calibrate_projector(model: LlavaForConditionalGeneration, pixel_values: Tens
 
     Args:
         model: Model whose projector is changed.
-        pixel_values: A few dozen training images, `(images, 3, height, width)`.
+        pixel_values: Tiles of a few dozen training images, `(tiles, 3, height, width)`.
     """
     # Measure the tower's features.
     projector = model.model.multi_modal_projector
@@ -68,4 +82,5 @@ def calibrate_projector(model: LlavaForConditionalGeneration, pixel_values: Tens
 @torch.no_grad()
 def _scale(layer: nn.Linear, factor: float) -> None:
     layer.weight.mul_(factor)
-    layer.bias.mul_(factor)
+    if layer.bias is not None:
+        layer.bias.mul_(factor)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -143,7 +144,7 @@ def part_layers(model: LlavaForConditionalGeneration, part: Part) -> list[nn.Mod
 
 def _num_read(model: LlavaForConditionalGeneration, depth: int) -> int:
     """Return how many layers of the tower its features pass."""
-    read = model.config.vision_feature_layer
+    read = getattr(model.config, "vision_feature_layer", -1)
     read = [read] if isinstance(read, int) else read
     return max(layer if layer >= 0 else depth + 1 + layer for layer in read)
 
@@ -181,9 +182,16 @@ def part_parameters(model: LlavaForConditionalGeneration, part: Part) -> dict[st
     """Return the parameters of a part by their name in the model; a tied head counts once."""
     modules = getattr(parts(model), part)
     inside = {id(parameter) for module in modules for parameter in module.parameters()}
+    inside |= {id(parameter) for parameter in _loose_parameters(model, part)}
     return {
         name: parameter for name, parameter in model.named_parameters() if id(parameter) in inside
     }
+
+
+def _loose_parameters(model: LlavaForConditionalGeneration, part: Part) -> list[nn.Parameter]:
+    """Return parameters of a part that are in none of its modules: the end of a row of tiles."""
+    found = getattr(model.model, "image_newline", None)
+    return [found] if found is not None and part == "projector" else []
 
 
 def unread_parameters(model: LlavaForConditionalGeneration) -> set[str]:
@@ -195,6 +203,10 @@ def unread_parameters(model: LlavaForConditionalGeneration) -> set[str]:
         ValueError: The features depend on a parameter that no gradient reaches: tuning would not
             change it.
     """
+    # Every parameter of these towers is read: they end in the norm that the projector reads.
+    if model.config.model_type in ("idefics3", "lfm2_vl"):
+        return set()
+
     # Find the parameters that a gradient reaches.
     tensors = part_parameters(model, "vision_tower")
     before = {name: parameter.requires_grad for name, parameter in tensors.items()}
@@ -229,12 +241,17 @@ def unread_parameters(model: LlavaForConditionalGeneration) -> set[str]:
 
 
 def _features(model: LlavaForConditionalGeneration) -> Tensor:
-    """Compute the projected features of a colour ramp, `(tokens, width)`."""
-    size = model.config.vision_config.image_size
-    weight = next(model.model.vision_tower.parameters())
+    """Compute the projected features of a colour ramp in one tile, `(1, tokens, width)`."""
+    size, config, inner = model.config.vision_config.image_size, model.config, model.model
+    weight = next(inner.vision_tower.parameters())
     values = torch.linspace(-1, 1, 3 * size * size, dtype=weight.dtype, device=weight.device)
     pixels = values.reshape(1, 3, size, size)
-    return torch.cat(model.get_image_features(pixels, return_dict=True).pooler_output)
+    outputs = inner.vision_tower(pixels, output_hidden_states=True)
+    layers = np.atleast_1d(config.vision_feature_layer)
+    hidden = torch.cat([outputs.hidden_states[layer] for layer in layers], -1)
+    if config.vision_feature_select_strategy == "default":
+        hidden = hidden[:, 1:]
+    return inner.multi_modal_projector(hidden)
 
 
 def _trained_parameters(
@@ -246,6 +263,7 @@ def _trained_parameters(
         for module in tuned_modules(model, part, tuning)
         for parameter in module.parameters()
     ]
+    inside += _loose_parameters(model, part) if tuning == "full" else []
     if part != "vision_tower" or not inside:
         return inside
     unread = unread_parameters(model)

@@ -10,6 +10,8 @@ Source: `resample_abs_pos_embed` of timm, bicubic with antialias; the BICUBIC of
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -23,15 +25,20 @@ from transformers import (
     DINOv3ViTModel,
     PretrainedConfig,
     PreTrainedModel,
+    Siglip2VisionConfig,
+    Siglip2VisionModel,
     SiglipVisionModel,
     ViTConfig,
     ViTModel,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
+from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionTransformer
 
 from mipha.catalog.full_size import part_config
 from mipha.catalog.vision_towers import VISION_TOWERS
 from mipha.models.checkpoint_folder import load_weights, locate, model_type, reading
+from mipha.models.processing import model_type_of
 from mipha.recipe import ModelRecipe
 
 TOWERS: dict[str, type[PreTrainedModel]] = {
@@ -63,6 +70,7 @@ def load_vision_tower(
         ValueError: It is of a kind that cannot be a tower, or cannot be fitted.
     """
     folder, config, mean, std = read_tower(recipe.vision_tower)
+    check_family(recipe, config)
     tower_class = TOWERS[config.model_type]
     if folder is None:
         tower = tower_class._from_config(config, dtype=dtype)
@@ -72,6 +80,33 @@ def load_vision_tower(
 
     tower = fit_tower(tower, recipe.feature_layer, recipe.image_size, recipe.post_layernorm)
     return tower, mean, std
+
+
+def check_family(recipe: ModelRecipe, vision: PretrainedConfig) -> None:
+    """Refuse a kind of tower that the class of `model.image` cannot read.
+
+    Args:
+        recipe: How pictures enter.
+        vision: Config of the tower, before anything is cut.
+
+    Raises:
+        ValueError: The tower is of another kind.
+    """
+    kind, name = model_type_of(recipe), recipe.vision_tower
+    family = str(vision.model_type).removesuffix("_vision_model")
+    if kind == "llava_next" and family == "dinov3_vit":
+        raise ValueError(
+            "model.image=anyres cannot take a dinov3 tower: its registers are counted as patches; "
+            "use dinov2-... or model.image=tiles"
+        )
+    if kind in ("idefics3", "lfm2_vl") and family != "siglip":
+        shuffled = kind == "idefics3"
+        how = f" with model.shuffle={recipe.shuffle}" if shuffled else ""
+        fix = "or leave model.shuffle out" if shuffled else "or model.image=tiles"
+        raise ValueError(
+            f"model.image={recipe.image}{how} takes a SigLIP tower, and {name} is a {family}: "
+            f"use a SigLIP tower, {fix}"
+        )
 
 
 def read_tower(name: str) -> tuple[str | None, PretrainedConfig, list[float], list[float]]:
@@ -213,6 +248,48 @@ def _resized_table(table: Tensor, old: int, new: int) -> Tensor:
     grid = F.interpolate(grid[None], size=(new, new), mode="bicubic", antialias=True)[0]
     rows = torch.cat([rows[:extra], grid.flatten(1).T.to(rows.dtype)])
     return rows.reshape(*table.shape[:-2], *rows.shape)
+
+
+def as_idefics3(tower: PreTrainedModel) -> PreTrainedModel:
+    """Return a fitted SigLIP tower as the one of Idefics3, whose weights have the same names.
+
+    Source: transformers 5.23 `Idefics3VisionTransformer`; features of both are equal.
+    """
+    config = idefics3_config(tower.config)
+    return _with_weights(Idefics3VisionTransformer, config, tower.state_dict(), tower)
+
+
+def as_siglip2(tower: PreTrainedModel) -> PreTrainedModel:
+    """Return a fitted SigLIP tower as the one of LFM2-VL, which reads pictures of any shape.
+
+    The convolution over patches becomes a linear layer; the table of positions stays, and the class
+    resizes it for each picture. Features at the tower's own size are equal.
+    """
+    weights = tower.state_dict()
+    name = "embeddings.patch_embedding.weight"
+    kernel = weights[name]  # (width, 3, patch, patch)
+    weights[name] = kernel.permute(0, 2, 3, 1).flatten(1)  # (width, patch x patch x 3)
+    return _with_weights(Siglip2VisionModel, siglip2_config(tower.config), weights, tower)
+
+
+def idefics3_config(config: PretrainedConfig) -> Idefics3VisionConfig:
+    """Return the config of a SigLIP as Idefics3 has it."""
+    return Idefics3VisionConfig(**_shared(config), image_size=config.image_size)
+
+
+def siglip2_config(config: PretrainedConfig) -> Siglip2VisionConfig:
+    """Return the config of a SigLIP as LFM2-VL has it."""
+    patches = (config.image_size // config.patch_size) ** 2
+    return Siglip2VisionConfig(**_shared(config), num_patches=patches, vision_use_head=False)
+
+
+def _shared(config: PretrainedConfig) -> dict[str, Any]:
+    """Return what the relatives of a SigLIP have in common with it."""
+    keys = (
+        *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+        *("patch_size", "num_channels", "hidden_act", "layer_norm_eps", "attention_dropout"),
+    )
+    return {key: getattr(config, key) for key in keys}
 
 
 def num_prefix_tokens(tower: PreTrainedModel) -> int:

@@ -7,6 +7,7 @@ for the backward pass, the parts run on fake tensors, which have shapes and no n
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from mipha.models.loss import CHUNK
-from mipha.models.modeling import LlavaForConditionalGeneration
+from mipha.models.modeling import LlavaForConditionalGeneration, parts, tile_tokens
 from mipha.models.tuning import layers_of
 from mipha.recipe import PARTS, StageRecipe
 
@@ -101,7 +102,7 @@ def kept_bytes(
     while that is computed again.
     """
     vision, text = model.config.vision_config, model.config.text_config
-    patches = micro_batch.images * (vision.image_size // vision.patch_size) ** 2
+    patches = micro_batch.images * tile_tokens(model.config)[0]
     tokens = micro_batch.rows * micro_batch.tokens
     entering = {
         "vision_tower": 4.0 * patches * vision.hidden_size,
@@ -120,7 +121,6 @@ def _kept_by_part(
 ) -> dict[str, float]:
     """Run the forward pass of each part on fake tensors, and count what autograd keeps of it."""
     rows, tokens, images = micro_batch.rows, micro_batch.tokens, micro_batch.images
-    vision = model.config.vision_config
     kept: dict[str, dict[int, int]] = {part: {} for part in PARTS}
     part = "vision_tower"
 
@@ -142,14 +142,14 @@ def _kept_by_part(
         ids = torch.zeros(rows, tokens, dtype=torch.long)
         embeddings = fake.get_input_embeddings()(ids)  # (rows, tokens, width)
         if images:
-            pixels = torch.empty(images, vision.num_channels, vision.image_size, vision.image_size)
-            features = fake.model.vision_tower(pixels).last_hidden_state
+            features = _tower_output(fake, images)  # (images, patches, width)
             part = "projector"
-            embeddings = embeddings + 0 * fake.model.multi_modal_projector(features).mean()
+            (projector,) = parts(fake).projector
+            embeddings = embeddings + 0 * projector(features).mean()
 
         # Language model, with a mask, so that attention is the one of packed rows.
         part = "language_model"
-        fake.model.language_model(
+        parts(fake).language_model[0](
             inputs_embeds=embeddings,
             attention_mask=torch.zeros(rows, 1, tokens, tokens, dtype=embeddings.dtype),
             position_ids=torch.arange(tokens).expand(rows, tokens),
@@ -161,6 +161,28 @@ def _kept_by_part(
         name: float(sum(size for storage, size in sizes.items() if storage not in own))
         for name, sizes in kept.items()
     }
+
+
+def _tower_output(model: LlavaForConditionalGeneration, images: int) -> torch.Tensor:
+    """Run the tower on so many tiles, and return what enters the projector."""
+    (tower,) = parts(model).vision_tower
+    vision = model.config.vision_config
+    if model.config.model_type not in ("idefics3", "lfm2_vl"):
+        pixels = torch.empty(images, vision.num_channels, vision.image_size, vision.image_size)
+        return tower(pixels).last_hidden_state
+
+    # These two find positions by the values of their inputs, which fake tensors do not have. What
+    # enters their layers stands in for it.
+    patches = tile_tokens(model.config)[0]
+    hidden = torch.empty(images, patches, vision.hidden_size)
+    hidden = hidden + 0 * tower.embeddings.position_embedding.weight.mean()
+    hidden = tower.post_layernorm(
+        tower.encoder(inputs_embeds=hidden, attention_mask=None).last_hidden_state
+    )
+    if model.config.model_type == "idefics3":
+        return hidden
+    side = math.isqrt(patches)
+    return hidden.reshape(images, side, side, -1)
 
 
 def _move_to_fake_cpu(model: LlavaForConditionalGeneration) -> None:

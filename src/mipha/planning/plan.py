@@ -29,10 +29,10 @@ from mipha.data.order import count_steps, samples_shown
 from mipha.files import read_lines
 from mipha.models.build import load_start_processor, skeleton
 from mipha.models.flops import StepFlops, Work
-from mipha.models.modeling import LlavaForConditionalGeneration
+from mipha.models.modeling import LlavaForConditionalGeneration, tile_tokens
 from mipha.models.tuning import TunedPart, apply_tuning
 from mipha.planning.memory import MicroBatch, kept_bytes, memory_of
-from mipha.recipe import Recipe, StageRecipe
+from mipha.recipe import ModelRecipe, Recipe, StageRecipe
 from mipha.run import Run
 
 EFFICIENCY = {"gpu": 0.4, "cpu": 0.5}
@@ -376,7 +376,10 @@ def _published_steps(
     mean text.
     """
     stage, size = case.stage, case.stage.batch_size
-    image_tokens = model.config.image_seq_length
+    # Pictures that are cut count as the most tiles.
+    cut = isinstance(case.recipe.model, ModelRecipe) and case.recipe.model.tiles > 1
+    tiles = case.recipe.model.tiles + 1 if cut else 1
+    image_tokens = tiles * tile_tokens(model.config)[1]
     sizes = [
         min(fact.samples, data.limit or fact.samples)
         for fact, data in zip(known, stage.data, strict=True)
@@ -400,14 +403,14 @@ def _published_steps(
     padding = 1 - length / longest if is_padded else 0.05
 
     pairs = length * (length + 1) / 2
-    each = (mean("images"), length, pairs, mean("supervised_tokens"))
+    each = (tiles * mean("images"), length, pairs, mean("supervised_tokens"))
     work = Work(*(round(size * number) for number in each))
 
     # Rows of a step, of a device, and of its widest micro-batch.
     rows = size if is_padded else ceil(size * length / longest)
     own = max(1, ceil(rows / case.num_devices))
     widest = min(stage.micro_batch_rows, own)
-    images = ceil(widest * (1 if is_padded else longest / length))
+    images = tiles * ceil(widest * (1 if is_padded else longest / length))
     batch = MicroBatch(widest, round(longest), images)
 
     source = "; ".join(fact.source for fact in known)

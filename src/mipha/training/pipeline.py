@@ -21,6 +21,7 @@ from mipha.data.batches import StepDataset
 from mipha.data.encode import encode_for
 from mipha.data.images import ImageSource, is_readable, open_image
 from mipha.data.mixture import Mixture
+from mipha.data.pixels import read_pixels
 from mipha.engine.machine import check_free_space
 from mipha.engine.trackers import check_trackers
 from mipha.files import (
@@ -31,6 +32,7 @@ from mipha.files import (
     whole_folder,
     write_whole,
 )
+from mipha.geometry import geometry_of
 from mipha.models.adapters import merged_weights, remove_adapters, save_adapter
 from mipha.models.attention import SEGMENTS, choose_attention
 from mipha.models.attention_kernels import row_lengths
@@ -263,7 +265,7 @@ def _check_checkpoint(stage: Stage, checkpoint: Path) -> None:
 
 
 def _first_images(mixture: Mixture, processor: LlavaProcessor, only_readable: bool) -> Tensor:
-    """Return the images that set the projector's start, `(images, 3, height, width)`."""
+    """Return the images that set the projector's start, `(tiles, 3, height, width)`."""
     sources: dict[ImageSource, None] = {}
     for sample in mixture:
         sources |= dict.fromkeys(sample.images)
@@ -275,7 +277,7 @@ def _first_images(mixture: Mixture, processor: LlavaProcessor, only_readable: bo
             "calibrate_projector needs images, but the data of the first stage have none: "
             "set model.calibrate_projector=false"
         )
-    return processor.image_processor(images, return_tensors="pt")["pixel_values"]
+    return read_pixels(images, processor)["pixel_values"]
 
 
 def _check_build(
@@ -289,6 +291,20 @@ def _check_build(
             f"stages.{stage.name}.row_tokens={settings.row_tokens} is more than the {window} "
             "tokens that this language model's sliding layers see, and packed rows know no window: "
             f"set stages.{stage.name}.batching=padded, or row_tokens={window}"
+        )
+    kind = model.config.text_config.model_type
+    is_recurrent = "conv" in (getattr(model.config.text_config, "layer_types", None) or ())
+    if settings.batching != "padded" and is_recurrent:
+        raise ValueError(
+            f"row packing would let samples read one another through the {kind} language model's "
+            f"convolutions: set stages.{stage.name}.batching=padded"
+        )
+    geometry = geometry_of(processor)
+    if geometry.depends_on_size and geometry.longest >= settings.row_tokens:
+        raise ValueError(
+            f"one picture may take {geometry.longest} tokens of "
+            f"stages.{stage.name}.row_tokens={settings.row_tokens}: raise row_tokens, or lower "
+            "model.max_tiles or model.max_image_tokens"
         )
     encode_for(mixture[0], processor, settings)
     check_tuning(model, settings.tuning)

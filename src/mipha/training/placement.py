@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from mipha.models.attention import use_attention
-from mipha.models.modeling import LlavaForConditionalGeneration
+from mipha.models.modeling import LlavaForConditionalGeneration, parts
 from mipha.models.tuning import layers_of
 from mipha.training.stage import Stage
 from mipha.world import World
@@ -119,12 +119,12 @@ def place(model: LlavaForConditionalGeneration, stage: Stage) -> None:
 
     # Dropout and the like only where something trains: frozen layers run as they will answer.
     model.eval()
-    inner = model.model
-    parts = (inner.vision_tower, inner.multi_modal_projector, inner.language_model)
-    for module in (*parts, *layers_of(model)):
+    own = parts(model)
+    tops = (*own.vision_tower, *own.projector, own.language_model[0])
+    for module in (*tops, *layers_of(model)):
         module.train(any(parameter.requires_grad for parameter in module.parameters()))
     if "frozen_dropout" in stage.settings.upstream:
-        inner.language_model.train()
+        own.language_model[0].train()
 
     # transformers checkpoints no layer in eval mode. This flag alone leaves its dropout off.
     for layer in layers_of(model, checkpointed):

@@ -98,7 +98,7 @@ class Validation:
         """Ask the model, and write down what it says; return the rows of answers.jsonl."""
         assert isinstance(model, LlavaForConditionalGeneration)
         pairs = [
-            (sample.images[0] if sample.images else None, _question(sample))
+            (sample.images, sample.messages[0].text if sample.images else _question(sample))
             for sample in self.asked
         ]
 
@@ -119,9 +119,9 @@ class Validation:
 
 
 def _find_questions(mixture: Mixture, only_readable: bool) -> list[Sample]:
-    """Return the first samples that are a question about one image at most, and its answer.
+    """Return the first samples that begin with a question that shows all images, answered.
 
-    Each is about another image.
+    Each is about other images.
     """
     found: list[Sample] = []
     for sample in mixture:
@@ -129,7 +129,8 @@ def _find_questions(mixture: Mixture, only_readable: bool) -> list[Sample]:
             continue
         roles = [message.role for message in sample.messages[:2]]
         readable = not only_readable or all(is_readable(image) for image in sample.images)
-        if roles == ["user", "assistant"] and len(sample.images) <= 1 and readable:
+        shows_all = sample.messages[0].text.count(IMAGE) == len(sample.images)
+        if roles == ["user", "assistant"] and shows_all and readable:
             found.append(sample)
         if len(found) == NUM_ANSWERS:
             break

@@ -255,7 +255,9 @@ def test_a_decoded_image_is_not_encoded_again(
     monkeypatch.setattr("PIL.Image.Image.save", refuse)
     monkeypatch.setattr("PIL.Image.open", refuse)
     row = TransformersEngine(assistant, Metrics()).prepare(request("Which colour?", image))
-    assert len(row.prompt.images) == 1 and torch.equal(row.prompt.images[0], wanted)
+    assert len(row.prompt.images) == 1 and torch.equal(
+        row.prompt.images[0].inputs["pixel_values"], wanted
+    )
 
 
 def failing(assistant: Assistant, poison: str, after: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -237,6 +237,30 @@ def test_a_question_about_an_image_and_another_one(tab: Page, site: Site, image_
 
 
 @needs_chromium
+def test_images_go_with_the_question_that_they_were_added_before(
+    tab: Page, site: Site, image_file: Path, tmp_path: Path
+) -> None:
+    Image.new("RGB", (20, 50), (20, 30, 200)).save(tmp_path / "blue.png")
+    _choose(tab, image_file)
+    tab.choose_file("#file", tmp_path / "blue.png")
+    tab.wait_for("document.querySelectorAll('#previews img').length === 2")
+    caption = "red.png, 40 × 30; blue.png, 20 × 50"
+    assert tab.run("document.getElementById('caption').textContent") == caption
+    _ask(tab, "Which is taller?")
+    _wait_for_answers(tab, 1)
+    tab.choose_file("#file", image_file)
+    tab.wait_for("document.querySelectorAll('#previews img').length === 3")
+    _ask(tab, "And this?")
+    _wait_for_answers(tab, 2)
+    first, _, second = site.asked()
+    kinds = [[part["type"] for part in turn["content"]] for turn in (first, second)]
+    assert kinds == [["image_url", "image_url", "text"], ["image_url", "text"]]
+    assert first["content"][0] != first["content"][1] and tab.complaints == []
+    _press_link(tab, "New image")
+    assert tab.run("document.querySelectorAll('#previews img').length") == 0
+
+
+@needs_chromium
 @pytest.mark.parametrize(("turned", "size"), [(1, (1536, 1024)), (6, (1024, 1536))])
 def test_a_large_photo_is_made_smaller_and_upright_before_it_is_sent(
     tab: Page, site: Site, tmp_path: Path, turned: int, size: tuple[int, int]

@@ -436,6 +436,14 @@ def test_half_a_character_and_an_infinite_number() -> None:
     )
 
 
+def test_one_image_stands_in_front_and_several_where_the_request_has_them() -> None:
+    image = shows(uri(file_of("PNG")))
+    first, second = says("Is this"), says("like this?")
+    assert read(chat([first, image, second])).turns[0].text == "Is this\nlike this?"
+    turn = read(chat([first, image, second, image])).turns[0]
+    assert turn.text == "Is this\n<image>\nlike this?\n<image>" and len(turn.images) == 2
+
+
 def test_every_limit_is_met_exactly() -> None:
     assert read(chat("abc"), Limits(max_text_chars=3)).turns[0].text == "abc"
     assert refused(chat("abcd"), Limits(max_text_chars=3)).code == "string_above_max_length"

@@ -25,7 +25,9 @@ from mipha.deploy.gguf.mmproj import check_mmproj, mmproj_fields, mmproj_tensors
 from mipha.deploy.gguf.tokenizer import gguf_template, name_for, tokenizer_fields
 from mipha.deploy.gguf.writer import KINDS, Field, Tensor, open_weights, write_gguf
 from mipha.deploy.model_card import PretrainedPart, hub_licence, plain, pretrained_parts
+from mipha.deploy.runtimes import NO_GGUF
 from mipha.files import read_json_object, whole_folder, write_whole
+from mipha.geometry import Tiles
 from mipha.models.checkpoint_folder import check_finite_folder
 from mipha.preflight import check_new_folder
 from mipha.recipe import Recipe
@@ -113,6 +115,13 @@ def export_gguf(source: Path, out: Path, quantize: Sequence[str] = ("f16",)) -> 
 
 def _read(folder: Path, recipe: Recipe | None, name: str) -> _Checkpoint:
     files = read_checkpoint(folder)
+    if reason := NO_GGUF.get(files.config["model_type"]):
+        raise ValueError(f"{folder} cannot be written as GGUF: {reason}")
+    if isinstance(files.geometry, Tiles):
+        raise ValueError(
+            f"{folder} cannot be written as GGUF: llama.cpp gets whole pictures, and this model "
+            "was trained on tiles; serve it with transformers or vLLM"
+        )
     config = LlavaConfig.from_dict(files.config)
     check_mmproj(config)
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mipha.data.images import ImageLike, upright_rgb
+from mipha.data.images import ImageLike, image_list, upright_rgb
 from mipha.data.sample import Message, as_requested
 from mipha.deploy.llama_cpp.library import (
     LOG_LOCK,
@@ -31,6 +31,9 @@ from mipha.deploy.llama_cpp.library import (
     load_library,
     unreadable,
 )
+
+Shown = ImageLike | Sequence[ImageLike] | None
+"""The image of a question, several of them, or none."""
 
 
 @dataclass(frozen=True)
@@ -102,12 +105,12 @@ class LlamaCpp:
             finally:
                 self._vocabulary.close()
 
-    def answer(self, image: ImageLike | None, question: str, max_new_tokens: int = 128) -> str:
+    def answer(self, image: Shown, question: str, max_new_tokens: int = 128) -> str:
         """Answer one question, greedily.
 
         Args:
-            image: Image that it is about; None for no image.
-            question: The question.
+            image: Image that it is about, or a list of several; None for no image.
+            question: The question; an image marker in it says where each of several images stands.
             max_new_tokens: Longest answer in tokens.
 
         Raises:
@@ -116,10 +119,7 @@ class LlamaCpp:
         return self.reply(image, question, max_new_tokens).text
 
     def reply(
-        self,
-        image: ImageLike | Sequence[ImageLike] | None,
-        question: str | Sequence[Message],
-        max_new_tokens: int = 128,
+        self, image: Shown, question: str | Sequence[Message], max_new_tokens: int = 128
     ) -> Reply:
         """Answer one question, greedily, and return the margin of each token."""
         found = self._ask(image, question, max_tokens=max_new_tokens, logprobs=True, top_logprobs=2)
@@ -136,7 +136,7 @@ class LlamaCpp:
 
     def answer_many(
         self,
-        pairs: Sequence[tuple[ImageLike | Sequence[ImageLike] | None, str | Sequence[Message]]],
+        pairs: Sequence[tuple[Shown, str | Sequence[Message]]],
         *,
         max_new_tokens: int = 128,
         batch_size: int = 1,
@@ -145,8 +145,7 @@ class LlamaCpp:
         """Answer many questions, one after the other, as `Assistant.answer_many` does.
 
         Args:
-            pairs: (image, question); a list or tuple of images shows all of them, and a
-                conversation has a marker for each.
+            pairs: (image or images, question); a conversation has a marker for each image.
             max_new_tokens: Longest answer in tokens.
             batch_size: Without meaning here.
             on_answers: Callback of every answer; takes its position in `pairs` and the reply.
@@ -158,9 +157,7 @@ class LlamaCpp:
                 on_answers([index], replies[-1:])
         return replies
 
-    def stream(
-        self, image: ImageLike | None, question: str, max_new_tokens: int = 128
-    ) -> Iterator[str]:
+    def stream(self, image: Shown, question: str, max_new_tokens: int = 128) -> Iterator[str]:
         """Yield the answer to one question piece by piece; a reader who leaves stops it."""
         pieces: SimpleQueue[str | BaseException | None] = SimpleQueue()
         request = self._request(image, question) | {"max_tokens": max_new_tokens, "stream": True}
@@ -191,7 +188,7 @@ class LlamaCpp:
             left = True
             thread.join()
 
-    def first_token_logits(self, image: ImageLike | None, question: str) -> np.ndarray:
+    def first_token_logits(self, image: Shown, question: str) -> np.ndarray:
         """Return the log-probabilities of the answer's first token, `(vocabulary,)` float32.
 
         They are its logits less one number for all of them.
@@ -263,10 +260,7 @@ class LlamaCpp:
         )
 
     def _ask(
-        self,
-        image: ImageLike | Sequence[ImageLike] | None,
-        question: str | Sequence[Message],
-        **options: Any,
+        self, image: Shown, question: str | Sequence[Message], **options: Any
     ) -> dict[str, Any]:
         try:
             found = self._server.handle_chat_completions(self._request(image, question) | options)
@@ -276,15 +270,10 @@ class LlamaCpp:
             raise ValueError(self._sentence(found["error"]))
         return found
 
-    def _request(
-        self,
-        image: ImageLike | Sequence[ImageLike] | None,
-        question: str | Sequence[Message],
-    ) -> dict[str, Any]:
-        if image is not None and self.mmproj is None:
+    def _request(self, image: Shown, question: str | Sequence[Message]) -> dict[str, Any]:
+        images = image_list(image)
+        if images and self.mmproj is None:
             raise self._blind()
-
-        images = () if image is None else image if type(image) in (list, tuple) else (image,)
         messages = as_requested(question, [_data_uri(upright_rgb(one)) for one in images])
         # Penalties and the like are off by default; a temperature of 0 takes the likeliest token.
         return {"messages": messages, "temperature": 0}

@@ -11,7 +11,7 @@ from dataclasses import replace
 from threading import Condition, Thread
 
 from mipha.assistant import Assistant, Prompt
-from mipha.data.sample import IMAGE, Message
+from mipha.data.sample import Message, user_turn
 from mipha.deploy.serve.engine import End, Piece, ServiceError
 from mipha.deploy.serve.metrics import Metrics
 from mipha.deploy.serve.requests import ChatRequest, RequestError
@@ -123,9 +123,8 @@ class TransformersEngine:
         Raises:
             RequestError: The request does not fit the model's context.
         """
-        # Images stand in front of the text of their turn, as in training.
         messages = [
-            Message(turn.role, f"{IMAGE}\n" * len(turn.images) + turn.text)
+            user_turn(turn.text, len(turn.images)) if turn.images else Message(turn.role, turn.text)
             for turn in request.turns
         ]
         # A seed of our own: the same answer must come if the request is answered again.

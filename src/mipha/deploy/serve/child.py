@@ -28,6 +28,7 @@ from typing import Any
 import httpx
 from PIL import Image
 
+from mipha.data.sample import content_parts, user_turn
 from mipha.deploy.serve.engine import End, Piece, ServiceError
 from mipha.deploy.serve.requests import ChatRequest, RequestError, Turn
 from mipha.errors import import_optional
@@ -213,10 +214,14 @@ class ChildEngine:
 def _message(turn: Turn) -> dict[str, Any]:
     if not turn.images:
         return {"role": turn.role, "content": turn.text}
-    images = [
-        {"type": "image_url", "image_url": {"url": _data_uri(image)}} for image in turn.images
+    images = iter(turn.images)
+    parts = [
+        {"type": "image_url", "image_url": {"url": _data_uri(next(images))}}
+        if part["type"] == "image"
+        else part
+        for part in content_parts(user_turn(turn.text, len(turn.images)).text)
     ]
-    return {"role": turn.role, "content": [*images, {"type": "text", "text": turn.text}]}
+    return {"role": turn.role, "content": parts}
 
 
 def _data_uri(image: Image.Image) -> str:

@@ -98,10 +98,10 @@ class Turn:
 
     Args:
         role: Who speaks.
-        text: Text without image markers or control tokens; texts of several parts stand on lines of
-            their own.
-        images: Upright RGB images; only a user's turn has any. They belong in front of the text, as
-            in training.
+        text: Text without control tokens; texts of several parts stand on lines of their own. With
+            several images it holds a marker for each, where the request has them.
+        images: Upright RGB images; only a user's turn has any. A single one belongs in front of the
+            text, as in training.
     """
 
     role: Role
@@ -446,6 +446,8 @@ def _draft(message: Message, where: str, limits: Limits) -> _Draft:
     # An answer may be empty, so an assistant's turn may be too.
     if not text.strip() and not images and message.role != "assistant":
         raise RequestError(f"{where} says nothing: give it a text, or leave it out", param=content)
+    if len(images) > 1:
+        text = "\n".join(part.text if part.type == "text" else IMAGE for part in parts)
     # OpenAI renamed `system` to `developer`.
     return _Draft("system" if message.role == "developer" else message.role, text, images)
 

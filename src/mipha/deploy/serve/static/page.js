@@ -8,7 +8,7 @@
   const find = (id) => document.getElementById(id);
   const [question, turnsList, notice] = ["question", "turns", "notice"].map(find);
 
-  let imageUri = null; // data URI
+  let images = []; // {uri, note, turn}: a data URI, its name and size, the question it goes with
   let turns = []; // {role, text}: the conversation so far, as the model reads it
   let running = null; // AbortController of the answer that is being written
   let model = "";
@@ -125,11 +125,15 @@
       say(`${name} is not an image that this browser can read: use PNG, JPEG or WebP.`);
       return;
     }
-    clear();
-    imageUri = prepared.uri;
-    find("preview").src = imageUri;
     const name = file.name || "pasted image";
-    find("caption").textContent = `${name}, ${prepared.width} × ${prepared.height}`;
+    const note = `${name}, ${prepared.width} × ${prepared.height}`;
+    const turn = turns.length + (running ? 2 : 0); // after the answer that is being written
+    images.push({ uri: prepared.uri, note, turn });
+    const preview = element("img", "");
+    preview.src = prepared.uri;
+    preview.alt = `Image ${images.length}: ${name}`;
+    find("previews").append(preview);
+    find("caption").textContent = images.map((one) => one.note).join("; ");
     find("shown").hidden = false;
     find("empty").hidden = true;
     find("again").hidden = false;
@@ -139,10 +143,11 @@
 
   function clear() {
     running?.abort();
-    imageUri = null;
+    images = [];
     turns = [];
     turnsList.replaceChildren();
-    find("preview").removeAttribute("src");
+    find("previews").replaceChildren();
+    find("caption").textContent = "";
     find("shown").hidden = true;
     find("empty").hidden = false;
     find("again").hidden = true;
@@ -150,16 +155,20 @@
     say("");
   }
 
-  const takeFirst = (files) => {
-    const file = [...files].find((one) => one.type.startsWith("image/")) || files[0];
-    if (file) take(file);
-    return Boolean(file);
+  /** Takes all images among files, one after another; a single file is tried whatever it is. */
+  const takeAll = (files) => {
+    const found = [...files].filter((one) => one.type.startsWith("image/"));
+    const taken = found.length ? found : [...files].slice(0, 1);
+    taken.reduce((before, file) => before.then(() => take(file)), Promise.resolve());
+    return taken.length > 0;
   };
 
-  for (const [button, input] of [["choose", "file"], ["photograph", "camera"]]) {
+  for (const [button, input] of [["choose", "file"], ["more", "file"], ["photograph", "camera"]]) {
     find(button).addEventListener("click", () => find(input).click());
+  }
+  for (const input of ["file", "camera"]) {
     find(input).addEventListener("change", (event) => {
-      takeFirst(event.target.files);
+      takeAll(event.target.files);
       event.target.value = ""; // so that the same file can be chosen again
     });
   }
@@ -169,7 +178,7 @@
   });
   document.addEventListener("paste", (event) => {
     const files = event.clipboardData?.files;
-    if (files?.length && takeFirst(files)) event.preventDefault();
+    if (files?.length && takeAll(files)) event.preventDefault();
   });
   const drop = find("drop");
   document.addEventListener("dragover", (event) => {
@@ -182,7 +191,7 @@
   document.addEventListener("drop", (event) => {
     event.preventDefault();
     drop.hidden = true;
-    if (!takeFirst(event.dataTransfer.files)) {
+    if (!takeAll(event.dataTransfer.files)) {
       say("That was not a file: save the image first, then drop it here.");
     }
   });
@@ -229,16 +238,14 @@
 
   const plain = ({ role, text }) => ({ role, content: text });
 
-  /** Returns the messages; the image stands in front of the first question, as in training. */
+  /** Returns the messages; images stand in front of the question that they came with. */
   function messages(asked) {
-    const all = [...turns, { role: "user", text: asked }].map(plain);
-    if (imageUri) {
-      all[0].content = [
-        { type: "image_url", image_url: { url: imageUri } },
-        { type: "text", text: all[0].content },
-      ];
-    }
-    return all;
+    return [...turns, { role: "user", text: asked }].map(plain).map((message, place) => {
+      const shown = images.filter(({ turn }) => turn === place);
+      if (!shown.length) return message;
+      const parts = shown.map(({ uri }) => ({ type: "image_url", image_url: { url: uri } }));
+      return { ...message, content: [...parts, { type: "text", text: message.content }] };
+    });
   }
 
   /** Yields the events of a chat completion's stream. Source: WHATWG, server-sent events. */

@@ -1,0 +1,132 @@
+"""Pictures -> the pixels that a model takes, by the geometry of its processor.
+
+    upright pictures --bounded--> strips padded --tiles, anyres, ...--> tensors by name
+
+The tensors hold the tiles of all pictures in reading order, without padding tiles, so no picture
+needs to know its row.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mipha.geometry import Anyres, Geometry, Shuffled, Tiles, geometry_of
+
+if TYPE_CHECKING:
+    from transformers import LlavaProcessor
+
+
+def read_pixels(
+    images: Sequence[Image.Image],
+    processor: LlavaProcessor,
+    counts: Sequence[int] | None = None,
+) -> dict[str, Tensor]:
+    """Return the model's inputs for some pictures, at least one.
+
+    Args:
+        images: Upright RGB pictures, in reading order.
+        processor: Processor of the model.
+        counts: For each picture, how many its conversation shows; None: each is alone.
+
+    Returns:
+        `pixel_values`, float32: `(tiles, 3, height, width)`, of a native picture `(tiles, patches,
+        3 x patch x patch)`; and what its class takes beside them, such as `image_sizes`.
+    """
+    geometry = geometry_of(processor)
+    counts = counts or [1] * len(images)
+    make, mean = processor.image_processor, processor.image_processor.image_mean
+    images = [bounded(image, geometry, mean) for image in images]
+
+    if isinstance(geometry, Tiles):
+        images = [
+            tile
+            for image, count in zip(images, counts, strict=True)
+            for tile in cut_tiles(image, geometry, mean, count)
+        ]
+        return {"pixel_values": make(images, return_tensors="pt")["pixel_values"]}
+
+    if isinstance(geometry, Shuffled):
+        return {"pixel_values": make([images], return_tensors="pt")["pixel_values"][0]}
+
+    if isinstance(geometry, Anyres):
+        return _anyres(images, geometry, make, counts)
+
+    return dict(make(images, return_tensors="pt"))
+
+
+def as_tiles(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """Return the tiles in the result of `read_pixels`, each `(3, height, width)`."""
+    pixels = inputs["pixel_values"]
+    if "spatial_shapes" not in inputs:
+        return list(pixels)
+    patch = math.isqrt(pixels.shape[-1] // 3)
+    tiles = []
+    for values, (high, wide) in zip(pixels, inputs["spatial_shapes"].tolist(), strict=True):
+        patches = values[: high * wide].reshape(high, wide, patch, patch, 3)
+        tiles.append(patches.permute(4, 0, 2, 1, 3).reshape(3, high * patch, wide * patch))
+    return tiles
+
+
+def bounded(image: Image.Image, geometry: Geometry, mean: Sequence[float]) -> Image.Image:
+    """Return a picture whose strip is not too long, its short side padded in the mean colour."""
+    size = geometry.bounded_size(*image.size)
+    if size == image.size:
+        return image
+    return _centred(image, size, mean)
+
+
+def cut_tiles(
+    image: Image.Image, geometry: Tiles, mean: Sequence[float], count: int = 1
+) -> list[Image.Image]:
+    """Return the tiles of a picture row by row, each a square, and then the whole picture."""
+    rows, columns = geometry.grid(*image.size, count)
+    if rows * columns == 1:
+        return [image]
+
+    # Fit it into the grid; the side that is free is rounded up.
+    side = geometry.side
+    canvas = (columns * side, rows * side)
+    across, down = canvas[0] / image.width, canvas[1] / image.height
+    if across < down:
+        fitted = (canvas[0], min(math.ceil(image.height * across), canvas[1]))
+    else:
+        fitted = (min(math.ceil(image.width * down), canvas[0]), canvas[1])
+    scaled = _centred(image.resize(fitted, Image.Resampling.BICUBIC), canvas, mean)
+    tiles = [
+        scaled.crop((left, top, left + side, top + side))
+        for top in range(0, canvas[1], side)
+        for left in range(0, canvas[0], side)
+    ]
+    return [*tiles, image]
+
+
+def _anyres(
+    images: Sequence[Image.Image], geometry: Anyres, make: Any, counts: Sequence[int]
+) -> dict[str, Tensor]:
+    """Return tiles without padding tiles, and the sizes from which the class finds the grids."""
+    made = [
+        # The stock processor gives one tile to each picture of a list of several.
+        make([[image, image]] if geometry.cap and count > 1 else [image], return_tensors="pt")
+        for image, count in zip(images, counts, strict=True)
+    ]
+    inputs = {
+        "pixel_values": torch.cat([one["pixel_values"][0] for one in made]),
+        "image_sizes": torch.cat([one["image_sizes"][:1] for one in made]),
+    }
+    if geometry.cap is not None:
+        inputs["batch_num_images"] = torch.tensor(counts)
+    return inputs
+
+
+def _centred(image: Image.Image, size: tuple[int, int], mean: Sequence[float]) -> Image.Image:
+    if image.size == size:
+        return image
+    canvas = Image.new("RGB", size, tuple(int(255 * value) for value in mean))
+    canvas.paste(image, ((size[0] - image.width) // 2, (size[1] - image.height) // 2))
+    return canvas

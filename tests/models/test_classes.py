@@ -1,0 +1,210 @@
+"""Checkpoints of every class that transformers alone has made: ids, pixels, logits, answers.
+
+`fixtures/images` holds what stock transformers makes of them (5.23, float32, Pillow).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from mipha.assistant import load
+from mipha.data.sample import IMAGE, Message
+from mipha.geometry import Native, geometry_of
+from mipha.models.build import save_checkpoint
+from mipha.models.features import join_inputs
+
+FIXTURES = Path(__file__).parents[1] / "fixtures" / "images"
+NAMES = sorted(path.name for path in FIXTURES.iterdir())
+
+
+class Golden:
+    """One fixture: the assistant, and each case with its prompt."""
+
+    def __init__(self, name: str) -> None:
+        self.folder = FIXTURES / name
+        self.assistant = load(self.folder, device="cpu")
+        self.cases = json.loads((self.folder / "cases.json").read_text())["cases"]
+        self.reference = load_file(self.folder / "ref.safetensors")
+
+    @property
+    def is_native(self) -> bool:
+        return isinstance(geometry_of(self.assistant.processor), Native)
+
+    def messages(self, case: dict[str, Any]) -> list[Message]:
+        return [
+            Message(
+                turn["role"],
+                "".join(
+                    f"{IMAGE}\n" if part["type"] == "image" else part["text"]
+                    for part in turn["content"]
+                ),
+            )
+            for turn in case["messages"]
+        ]
+
+    def prompt(self, case: dict[str, Any]) -> Any:
+        images = [self.folder / image for image in case["images"]]
+        return self.assistant.prompt(self.messages(case), images, max_new_tokens=6)
+
+    @torch.inference_mode()
+    def logits(self, prompt: Any) -> torch.Tensor:
+        """Return the logits of the last position, from the inputs that training gives."""
+        model = self.assistant.model
+        inputs = {"input_ids": torch.tensor([prompt.ids])}
+        if prompt.images and "batch_num_images" not in prompt.images[0].inputs:
+            inputs |= join_inputs([image.inputs for image in prompt.images])
+            return model(**inputs).logits[0, -1]
+        embeddings = self.assistant.embeddings(inputs["input_ids"], prompt.images)
+        return model(inputs_embeds=embeddings).logits[0, -1]
+
+
+@pytest.fixture(scope="module", params=NAMES)
+def golden(request: pytest.FixtureRequest) -> Golden:
+    return Golden(request.param)
+
+
+def test_ids_are_those_of_the_stock_processor(golden: Golden) -> None:
+    for case in golden.cases:
+        assert golden.prompt(case).ids == case["input_ids"], case["name"]
+        found = sum(image.num_tokens for image in golden.prompt(case).images)
+        assert found == case["num_image_tokens"]
+
+
+def test_pixels_are_those_of_the_stock_processor(golden: Golden) -> None:
+    for case in golden.cases:
+        images = golden.prompt(case).images
+        if not images:
+            continue
+        inputs = join_inputs([image.inputs for image in images])
+        for name in ("image_sizes", "spatial_shapes"):
+            if name in case:
+                assert inputs[name].tolist() == case[name]
+
+        ours, shape = inputs["pixel_values"], case["pixels"]["pixel_values"]
+        wanted = golden.reference[f"{case['name']}.pixels_every_97th"]
+        theirs = torch.zeros(shape)
+        if len(shape) == 5:  # (rows or pictures, most tiles, 3, height, width), padded with zeros
+            counts = [image.inputs["pixel_values"].shape[0] for image in images]
+            pieces = ours.split(counts if shape[0] == len(images) else [len(ours)])
+            for row, tiles in zip(theirs, pieces, strict=True):
+                row[: len(tiles)] = tiles
+        elif golden.is_native:
+            theirs[:, : ours.shape[1]] = ours
+        else:
+            theirs = ours
+        # The stock processor of native pictures resizes with torchvision: two of 256 levels.
+        tolerance = 0.0157 if golden.is_native else 0
+        assert theirs.shape == tuple(shape)
+        torch.testing.assert_close(theirs.flatten()[::97], wanted, atol=tolerance, rtol=0)
+
+
+def test_logits_are_those_of_the_stock_class(golden: Golden) -> None:
+    for case in golden.cases:
+        biased = golden.reference.get(f"{case['name']}.logits_with_head_bias")
+        wanted = golden.reference[f"{case['name']}.logits"] if biased is None else biased
+        tolerance = 2e-2 if golden.is_native and case["images"] else 5e-6
+        torch.testing.assert_close(
+            golden.logits(golden.prompt(case)), wanted, atol=tolerance, rtol=0
+        )
+
+
+def test_native_logits_are_exact_given_the_same_pixels(golden: Golden) -> None:
+    if not golden.is_native:
+        pytest.skip("the pixels of the others are equal already")
+    for case in golden.cases:
+        prompt = golden.prompt(case)
+        if not prompt.images:
+            continue
+        levels = golden.reference[f"{case['name']}.pixel_levels"].float()
+        inputs = join_inputs([image.inputs for image in prompt.images])
+        mask = inputs["pixel_attention_mask"]
+        length = mask.shape[1]
+        exact = (levels[:, :length] - 127.5) / 127.5 * mask[..., None]
+        with torch.inference_mode():
+            logits = golden.assistant.model(
+                input_ids=torch.tensor([prompt.ids]), **inputs | {"pixel_values": exact}
+            ).logits[0, -1]
+        wanted = golden.reference[f"{case['name']}.logits"]
+        torch.testing.assert_close(logits, wanted, atol=5e-6, rtol=0)
+
+
+def greedy(golden: Golden, prompts: list[Any]) -> list[list[int]]:
+    """Answer with end tokens that do not stop, as the fixtures were made."""
+    assistant, told = golden.assistant, [[] for _ in prompts]
+    ends, assistant.end_tokens = assistant.end_tokens, set()
+
+    def on_tokens(tokens: list[int | None]) -> list[int]:
+        for row, token in zip(told, tokens, strict=True):
+            row.append(token)
+        return []
+
+    saved = assistant.model.generation_config.eos_token_id
+    assistant.model.generation_config.eos_token_id = None
+    try:
+        assistant.generate(prompts, on_tokens)
+    finally:
+        assistant.end_tokens = ends
+        assistant.model.generation_config.eos_token_id = saved
+    return told
+
+
+def test_answers_are_those_of_the_stock_class_alone_and_in_a_batch(golden: Golden) -> None:
+    if (golden.assistant.model.lm_head.bias) is not None:
+        pytest.skip("the stock class drops the bias of the head")
+    wanted = [case["generated"] for case in golden.cases]
+    prompts = [golden.prompt(case) for case in golden.cases]
+    assert [greedy(golden, [prompt])[0] for prompt in prompts] == wanted
+    assert greedy(golden, prompts) == wanted
+
+
+def test_questions_in_a_batch_are_answered_as_alone(golden: Golden) -> None:
+    files = sorted(golden.folder.glob("images/*.png"))
+    thin, dot = golden.folder, Image.new("RGB", (1, 1), (200, 10, 10))
+    thin = Image.fromarray(np.tile(np.arange(200, dtype=np.uint8)[:, None], (1, 9)))
+    pairs = [
+        (files[0], "What is this?"),
+        (files[1], "What is this?"),
+        (files[0], "Which colour?"),
+        (files[:2], f"Is {IMAGE} like {IMAGE} or not?"),
+        (files[1::-1], f"Is {IMAGE} like {IMAGE} or not?"),
+        ([*files], "Which is taller?"),
+        (dot, "What is this?"),
+        (thin, "What is this?"),
+        (None, "Hello?"),
+    ]
+    together = golden.assistant.answer_many(pairs, max_new_tokens=6)
+    for pair, answer in zip(pairs, together, strict=True):
+        assert golden.assistant.answer(*pair, max_new_tokens=6) == answer
+    encoded = golden.assistant.encode_image(files[0])
+    assert golden.assistant.answer(encoded, "What is this?", max_new_tokens=6) == together[0]
+    streamed = "".join(golden.assistant.stream(files[:2], pairs[3][1], max_new_tokens=6))
+    assert streamed.strip() == together[3].text
+
+
+def test_a_saved_copy_is_the_same(golden: Golden, tmp_path: Path) -> None:
+    assistant = golden.assistant
+    save_checkpoint(assistant.model, assistant.processor, tmp_path / "copy")
+    again = load(tmp_path / "copy", device="cpu")
+    assert geometry_of(again.processor) == geometry_of(assistant.processor)
+    # The towers of the hub have one prefix more, which every reader takes.
+    saved = [
+        {
+            name.replace("vision_tower.vision_model.", "vision_tower."): value
+            for name, value in load_file(folder / "model.safetensors").items()
+        }
+        for folder in (golden.folder, tmp_path / "copy")
+    ]
+    assert saved[0].keys() == saved[1].keys()
+    assert all(torch.equal(value, saved[1][name]) for name, value in saved[0].items())
+    other = Golden(golden.folder.name)
+    other.assistant = again
+    for case in golden.cases:
+        assert torch.equal(golden.logits(golden.prompt(case)), other.logits(other.prompt(case)))
