@@ -32,7 +32,9 @@ def test_echo_writes_no_control_character(capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.mark.parametrize(
-    "made", [str, Text, Markdown, lambda text: Table(text, title=text)], ids=str
+    "made",
+    [str, Text, Markdown, lambda text: Table(text, title=text)],
+    ids=["str", "Text", "Markdown", "Table"],
 )
 def test_a_console_writes_its_own_control_codes_alone(made: object) -> None:
     assert callable(made)
