@@ -173,7 +173,7 @@ def test_train_gives_the_overridden_recipe_to_the_pipeline(
 ) -> None:
     calls = []
 
-    def train(recipe: Any, folder: Path, track: list[str], profile: int) -> Any:
+    def train(recipe: Any, folder: Path, track: list[str], **options: Any) -> Any:
         calls.append((recipe, folder, track))
         return SimpleNamespace(final_checkpoint=lambda: folder / "finetune" / "checkpoint")
 
@@ -221,7 +221,7 @@ def test_chat_keeps_the_conversation_until_reset_or_another_picture(
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     for name in ("a.png", "b c.png"):
         (tmp_path / name).write_bytes(b"")
-    fake = SimpleNamespace(load=lambda path, dtype: SimpleNamespace(chat=FakeSession))
+    fake = SimpleNamespace(load=lambda path, **options: SimpleNamespace(chat=FakeSession))
     monkeypatch.setitem(sys.modules, "mipha.assistant", fake)  # type: ignore[arg-type]
     typed = [
         "hello",

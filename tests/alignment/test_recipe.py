@@ -35,7 +35,7 @@ TREE = {
         ({"held_out_data": "b.jsonl"}, "two ways to hold rows out"),
         ({"held_out": 0, "validate_every": 5}, "validate_every=5 has no effect"),
         ({"micro_batch": 3}, "micro_batch=3 does not divide batch_size=8"),
-        ({"learning_rate": -1}, "learning_rate: Input should be greater than 0"),
+        ({"learning_rate": -1}, "learning_rate: must be greater than 0"),
     ],
 )
 def test_what_would_be_ignored_or_cannot_be_is_refused(change: dict[str, Any], said: str) -> None:

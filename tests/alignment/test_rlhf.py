@@ -297,7 +297,7 @@ def test_what_is_not_finite_is_named_and_the_state_before_it_stays(
         FloatingPointError, match=r"step 1: .*not finite; its prompts are .*train.jsonl row \d+"
     ):
         train(
-            rlhf_recipe("rlhf", "score_clip=.inf"),
+            rlhf_recipe("rlhf", "score_clip=3e38"),
             tmp_path / "loss",
             reward=lambda p, r: torch.full((len(p),), 3e38),
         )

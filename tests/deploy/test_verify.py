@@ -139,7 +139,7 @@ def test_a_tower_without_the_name_that_others_look_for_is_found(spoiled: Path) -
 
 
 def test_a_checkpoint_that_transformers_cannot_load_is_unsupported(spoiled: Path) -> None:
-    edit(spoiled / "processor_config.json", image_processor__image_processor_type="NoSuchProcessor")
+    edit(spoiled / "processor_config.json", processor_class="NoSuchProcessor")
     found = verify(spoiled)
     assert set(failed(found)) == {"loads without mipha"}
     assert {row.name: row.status for row in found.runtimes}["transformers"] == "unsupported"
@@ -205,10 +205,10 @@ def _shards(folder: Path, drop: bool) -> None:
             r"config\.json line 1 is not valid JSON",
         ),
         (lambda folder: (folder / "chat_template.jinja").unlink(), r"no chat_template\.jinja"),
-        (lambda folder: (folder / "processor_config.json").unlink(), r"no processor_config\.json"),
+        (lambda folder: (folder / "processor_config.json").unlink(), "no image processor"),
         (
             lambda folder: edit(folder / "processor_config.json", patch_size=7),
-            "16 tokens by patches of 7, but the tower wants 28 x 28, 4 ",
+            "16 tokens by patches of 7, but the model wants images of 28 x 28 pixels, 4 ",
         ),
         (
             lambda folder: edit(folder / "processor_config.json", num_additional_image_tokens=1),
@@ -282,6 +282,7 @@ def test_which_programs_run_it(
     tower: str, text: dict[str, Any], statuses: str, reason: str
 ) -> None:
     config = {
+        "model_type": "llava",
         "vision_config": {"model_type": tower},
         "text_config": {"architectures": ["X"]} | text,
     }
@@ -295,6 +296,7 @@ def test_which_programs_run_it(
 def test_a_normed_last_layer_is_for_transformers_alone() -> None:
     config = {"vision_config": {"model_type": "clip_vision_model", "tie_last_hidden_states": True}}
     config |= {"text_config": {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}}
+    config["model_type"] = "llava"
     assert [row.status for row in runtimes(config, {})][1:3] == ["exact", "unsupported"]
 
 
@@ -308,6 +310,7 @@ def test_a_normed_last_layer_is_for_transformers_alone() -> None:
 )
 def test_llama_cpp_pads_by_its_own_rule(pixels: dict[str, Any], reason: str | None) -> None:
     config = {
+        "model_type": "llava",
         "vision_config": {"model_type": "clip"},
         "text_config": {"model_type": "llama", "architectures": ["X"]},
     }

@@ -15,7 +15,7 @@ def test_every_benchmark_keeps_the_contract(name: str) -> None:
     assert all(metric.unit and metric.description for metric in benchmark.metrics)
     assert len({metric.name for metric in benchmark.metrics}) == len(benchmark.metrics)
     assert benchmark.splits and all(split.size > 0 for split in benchmark.splits.values())
-    assert benchmark.protocol and benchmark.max_new_tokens > 0
+    assert benchmark.protocol and (benchmark.max_new_tokens > 0) != benchmark.by_likelihood
     assert benchmark.source.startswith("get ") and not benchmark.source.endswith("."), (
         "it stands in the middle of sentences"
     )
@@ -43,9 +43,11 @@ def test_every_function_is_called_in_one_way(name: str) -> None:
 
 def test_answers_are_as_long_as_in_the_protocol() -> None:
     """Sources: LLaVA c121f043 `model_vqa_loader.py` (128), `model_vqa_mmbench.py`,
-    `model_vqa_science.py`, `model_vqa.py` (1024); easy-VQA's is our own."""
+    `model_vqa_science.py`, `model_vqa.py` (1024); lmms-eval `ai2d.yaml` (16); MathVista's
+    `generate_response.py` (512); easy-VQA's is our own, and likelihoods need none."""
     long = {"mmbench", "mmbench_cn", "mmvet", "scienceqa"}
-    wanted = {name: 1024 if name in long else 128 for name in list_benchmarks()} | {"easy_vqa": 32}
+    wanted = {name: 1024 if name in long else 128 for name in list_benchmarks()}
+    wanted |= {"easy_vqa": 32, "ai2d": 16, "mathvista": 512, "arc": 0, "wikitext": 0}
     assert {name: load_benchmark(name).max_new_tokens for name in wanted} == wanted
 
 

@@ -170,7 +170,7 @@ def test_a_tower_whose_gradient_is_cut_is_not_taken_for_unread(
         ),
         ("vision_tower=lorra", r"vision_tower: a part is frozen, full, lora, qlora or last-N"),
         ("vision_tower=4", r"vision_tower: a part is frozen, full, lora, qlora or last-N"),
-        ("projector=lora", r"projector: Input should be 'frozen' or 'full'"),
+        ("projector=lora", r"projector: must be 'frozen' or 'full'"),
         (
             "lora.rank=8",
             r"lora: no part is lora or qlora, so this would have no effect: "

@@ -244,7 +244,7 @@ def test_end_of_turn_holes_are_upstreams() -> None:
         length = int((labels != IGNORE).nonzero().max()) + 1
         where = np.arange(length)
         parts = (tokens[:length].numpy(), labels[:length].numpy(), where, ((False, length),))
-        rows.append(Row(("a",), *parts, images=(), shown_by=()))
+        rows.append(Row(("a",), *parts, images=(), shown_by=(), counts=()))
     tokenizer = SimpleNamespace(pad_token_id=end, eos_token_id=end)
     batch = collate(rows, SimpleNamespace(tokenizer=tokenizer), eos_holes=True)  # type: ignore[arg-type]
     assert torch.equal(batch["attention_mask"], step["mask"].bool())

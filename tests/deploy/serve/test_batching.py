@@ -315,8 +315,9 @@ def test_a_failed_request_fails_alone(
     assert batches(metrics) == 2
     for question, pieces in ((questions[0], first), (questions[2], last)):
         end = pieces[-1].end
-        assert end.reason == "length" and end.completion_tokens == 9
         assert sum(piece.end is not None for piece in pieces) == 1
+        # One that is drawn by chance may end before.
+        assert temperature or (end.reason, end.completion_tokens) == ("length", 9)
         if not temperature:
             wanted = assistant.answer(None, question, max_new_tokens=9)
             assert "".join(piece.text for piece in pieces) == wanted.text
