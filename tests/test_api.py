@@ -67,7 +67,7 @@ def cards(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[Path, R
     def fake(module: str, **functions: Any) -> None:
         monkeypatch.setitem(sys.modules, module, SimpleNamespace(**functions))  # type: ignore[arg-type]
 
-    fake("mipha.training.pipeline", train=lambda recipe, folder, track: run)
+    fake("mipha.training.pipeline", train=lambda recipe, folder, **options: run)
     monkeypatch.setattr("mipha.evaluation.evaluate.evaluate", lambda *_, **__: ["result"])
     fake(
         "mipha.deploy.model_card",
