@@ -70,7 +70,8 @@ def test_other_pictures_are_not_found(known: NearImages) -> None:
 def test_plain_pictures_look_like_nothing() -> None:
     white = Image.new("RGB", (320, 240), "white")
     ImageDraw.Draw(white).rectangle((100, 100, 130, 120), outline="black")
-    assert near_hashes(Image.new("RGB", (64, 64))) == ()
+    assert near_hashes(Image.new("RGB", (320, 240))) == ()
+    assert near_hashes(_picture(0).resize((64, 64))) == () != near_hashes(_picture(0))
     assert NearImages([]).nearest(near_hashes(_picture(0))) is None
     known = NearImages([near_hashes(white)])
     assert known.nearest(near_hashes(Image.new("RGB", (320, 240), "white"))) is None
