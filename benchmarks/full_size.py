@@ -196,11 +196,27 @@ class _Processor:
     """Stand-in for a processor: `collate` reads its pad token, and pixels of the right shape."""
 
     def __init__(self, config: LlavaConfig) -> None:
-        side = config.vision_config.image_size
         self.tokenizer = SimpleNamespace(pad_token_id=0)
-        self.image_processor = lambda images, return_tensors: {
-            "pixel_values": torch.zeros(len(images), 3, side, side)
-        }
+        self.image_processor = _ImageProcessor(config.vision_config.image_size)
+        self.patch_size = config.vision_config.patch_size
+        self.vision_feature_select_strategy = config.vision_feature_select_strategy
+        self.num_additional_image_tokens = 0
+
+
+class _ImageProcessor:
+    """Stand-in for an image processor: black squares."""
+
+    image_mean = (0.5, 0.5, 0.5)
+
+    def __init__(self, side: int) -> None:
+        self._side = side
+
+    def __call__(self, images: Sequence[Any], return_tensors: str) -> dict[str, Tensor]:
+        return {"pixel_values": torch.zeros(len(images), 3, self._side, self._side)}
+
+    def to_dict(self) -> dict[str, Any]:
+        size = {"height": self._side, "width": self._side}
+        return {"image_processor_type": "LlavaImageProcessor", "size": size, "crop_size": size}
 
 
 def _step(
