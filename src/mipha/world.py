@@ -56,7 +56,17 @@ def join_world(patience: timedelta = timedelta(minutes=30)) -> World:
         torch.cuda.set_device(device)
 
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
+        # Processes that torchrun starts again find the addresses of those before in its store, so
+        # each attempt has keys of its own.
+        store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=patience))
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo",
+            store=dist.PrefixStore(f"attempt-{attempt}", store),
+            rank=rank,
+            world_size=size,
+            timeout=patience,
+        )
         atexit.register(dist.destroy_process_group)
         if "TORCHELASTIC_RUN_ID" in os.environ:  # set by torchrun, the parent of its processes
             end_with(os.getppid())
