@@ -115,9 +115,9 @@ def test_the_tree_is_true() -> None:
 
 
 EXCLUDED = {
-    "make quickstart": "tests/e2e/test_quickstart.py runs a short one",
+    "make quickstart": "tests/e2e/test_quickstart.py runs a short one (slow)",
     "make test": "this is it",
-    "mipha quickstart --baselines": "tests/e2e/test_quickstart.py runs a short one",
+    "mipha quickstart --baselines": "tests/e2e/test_quickstart.py runs a short one (slow)",
     "mipha quickstart --photos ./photographs": "tests/test_photographs.py splits some",
     "mipha quickstart --photos tuxpaint": "it needs a package of Debian's",
     "mipha serve runs/seed-7": "it does not end; tests/deploy/serve/test_engine.py starts it",

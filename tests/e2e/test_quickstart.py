@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.weights
+# Ten commands on real weights: minutes.
+pytestmark = [pytest.mark.weights, pytest.mark.slow]
 
 SMALL = (
     "stages.pretrain.max_steps=3",
@@ -20,6 +21,8 @@ SMALL = (
     "stages.finetune.max_steps=2",
     "stages.finetune.batch_size=8",
     "stages.finetune.row_tokens=256",
+    "stages.pretrain.held_out=0.001",  # few images to be asked about
+    "stages.finetune.held_out=0.001",
 )
 
 # This process has stock transformers and no mipha.
