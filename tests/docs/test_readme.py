@@ -126,6 +126,7 @@ EXCLUDED = {
 """Commands that are not run here, and where they are."""
 
 
+@pytest.mark.slow
 @pytest.mark.weights
 def test_the_commands_run_in_a_fresh_folder(
     readme_folder: Path, monkeypatch: pytest.MonkeyPatch
