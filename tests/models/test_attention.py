@@ -74,7 +74,7 @@ def test_eager_attention_is_left_alone(tiny_model: Callable[..., Any]) -> None:
     assert model.config.text_config._attn_implementation == "eager"
 
 
-def _samples(processor, prefix: int) -> list[Encoded]:
+def samples_of(processor, prefix: int) -> list[Encoded]:
     """Four image tokens behind a first word, then words; with a prefix, half share the image."""
     random = np.random.default_rng(0)
     samples = []
@@ -94,7 +94,7 @@ def test_equals_a_dense_mask(
 ) -> None:
     model, processor = tiny_model(family)
     rows = make_rows(
-        _samples(processor, prefix=5 if batching == "shared-image" else 0), 70, batching
+        samples_of(processor, prefix=5 if batching == "shared-image" else 0), 70, batching
     )
     batch = collate(rows, processor)
 
@@ -181,7 +181,7 @@ def test_the_host_never_waits_for_a_number_of_the_rows(tiny_model: Callable, fam
 
     model, processor = tiny_model(family)
     use_segments(model)
-    samples = _samples(processor, prefix=0)[4:]  # without images
+    samples = samples_of(processor, prefix=0)[4:]  # without images
     batch = collate(make_rows(samples, 60, "packed"), processor)
     with Refuse():
         model(**batch)
@@ -191,7 +191,7 @@ def test_the_host_never_waits_for_a_number_of_the_rows(tiny_model: Callable, fam
 
 def _two_batches(processor: Any) -> list[Batch]:
     """Rows of the same shape whose samples lie differently."""
-    rows = [make_rows(_samples(processor, prefix), 60, "shared-image") for prefix in (5, 0)]
+    rows = [make_rows(samples_of(processor, prefix), 60, "shared-image") for prefix in (5, 0)]
     return [collate(own, processor) for own in rows]
 
 
@@ -229,7 +229,7 @@ def test_compiled_layers_are_not_compiled_anew_for_every_row(
         return graph
 
     batches = [
-        collate(make_rows(_samples(processor, prefix), size, "shared-image")[:1], processor)
+        collate(make_rows(samples_of(processor, prefix), size, "shared-image")[:1], processor)
         for prefix, size in ((5, 70), (0, 60), (5, 140), (0, 90), (0, 40))
     ]
     assert len({batch["spans"] for batch in batches}) == 5

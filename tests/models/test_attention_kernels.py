@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -15,10 +14,7 @@ from torch.nn import functional as F
 from torch.nn.attention.flex_attention import create_block_mask
 
 from mipha.data.collate import Batch, collate
-from mipha.data.encode import Encoded
-from mipha.data.images import grey_image
 from mipha.data.packing import make_rows
-from mipha.labels import IGNORE
 from mipha.models import attention_kernels
 from mipha.models.attention import (
     FLEX,
@@ -37,6 +33,7 @@ from mipha.models.attention_kernels import (
     describe_varlen,
     row_lengths,
 )
+from tests.models.test_attention import samples_of
 
 CPU = torch.device("cpu")
 SPANS: Spans = [
@@ -53,20 +50,6 @@ layouts = st.lists(
     max_size=4,
 ).map(lambda groups: [span for group in groups for span in group])
 """Rows of groups: a prefix and its branches."""
-
-
-def samples_of(processor: Any, prefix: int) -> list[Encoded]:
-    """Six samples; four have an image, whose tokens they share where there is a prefix."""
-    random = np.random.default_rng(0)
-    samples = []
-    for number, length in enumerate((23, 17, 31, 13, 12, 40)):
-        ids = random.integers(5, 300, length)
-        images = (grey_image(),) if number < 4 else ()
-        if images:
-            ids[:5] = [7, *[processor.image_token_id] * 4]
-        labels = np.where(np.arange(length) > length // 2, ids, IGNORE)
-        samples.append(Encoded(str(number), ids, labels, images, prefix if images else 0))
-    return samples
 
 
 def batch_of(processor: Any, batching: str) -> Batch:
@@ -134,7 +117,7 @@ def test_pairs_are_counted_as_the_dense_mask_allows_them(spans: list[tuple[bool,
 def test_a_kernel_attends_as_the_dense_mask_does(
     name: str, num_shared: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention_kernels, "varlen_kernel", varlen_reference)
+    monkeypatch.setattr(attention_kernels, "varlen_attn", varlen_reference)
     torch.manual_seed(0)
     shape = (2, 500)
     query = torch.randn(2, 4, 500, 16)
@@ -172,7 +155,7 @@ def test_flex_in_a_model_gives_what_a_dense_mask_gives(
 def test_varlen_in_a_model_gives_the_loss_and_gradients_of_a_dense_mask(
     tiny_model: Callable, family: str, batching: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention_kernels, "varlen_kernel", varlen_reference)
+    monkeypatch.setattr(attention_kernels, "varlen_attn", varlen_reference)
     model, processor = tiny_model(family)
     batch = batch_of(processor, batching)
 

@@ -46,6 +46,7 @@ from mipha.models.attention_kernels import (
     attend_varlen,
     describe_flex,
     describe_varlen,
+    number_tokens,
 )
 
 SEGMENTS, FLEX, VARLEN = "mipha_segments", "mipha_flex", "mipha_varlen"
@@ -132,16 +133,7 @@ def dense_mask(spans: Spans, num_tokens: int, device: torch.device | str = "cpu"
         `(rows, 1, tokens, tokens)` float32, added to the scores: 0 where a query sees a key, the
         lowest number elsewhere. Every query sees a key, else its softmax would not be a number.
     """
-    group = torch.full((len(spans), num_tokens), -1)  # (rows, tokens); -1 is padding
-    branch = torch.zeros_like(group)  # (rows, tokens); 0 is the prefix
-    for row, own in enumerate(spans):
-        start, in_group, in_branch = 0, -1, 0
-        for is_branch, tokens in own:
-            in_group, in_branch = (in_group, in_branch + 1) if is_branch else (in_group + 1, 0)
-            group[row, start : start + tokens] = in_group
-            branch[row, start : start + tokens] = in_branch
-            start += tokens
-    group, branch = group.to(device), branch.to(device)
+    group, branch = (part.to(device) for part in number_tokens(spans, num_tokens))
 
     place = torch.arange(num_tokens, device=device)
     causal = place[:, None] >= place  # (queries, keys)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.varlen import varlen_attn
 
 BLOCK = 128
 """Tokens of a block of flex's lists, queries as well as keys."""
@@ -39,7 +40,7 @@ def describe_flex(spans: Spans, shape: Sequence[int], device: torch.device) -> B
         shape: Shape of the batch, (rows, tokens).
         device: Device of the model.
     """
-    rows, num_tokens = shape[0], shape[1]
+    num_tokens = shape[1]
     counts = np.stack([count_pairs(_padded(row, num_tokens), num_tokens) for row in spans])
     partial = (counts > 0) & (counts < BLOCK * BLOCK)  # (rows, query blocks, key blocks)
     lists = [
@@ -52,16 +53,7 @@ def describe_flex(spans: Spans, shape: Sequence[int], device: torch.device) -> B
         )
     ]
 
-    group = np.empty((rows, num_tokens), dtype=np.int32)
-    branch = np.empty((rows, num_tokens), dtype=np.int32)  # 0 is the prefix
-    for row, own in enumerate(spans):
-        start, in_group, in_branch = 0, -1, 0
-        for is_branch, tokens in _padded(own, num_tokens):
-            in_group, in_branch = (in_group, in_branch + 1) if is_branch else (in_group + 1, 0)
-            group[row, start : start + tokens] = in_group
-            branch[row, start : start + tokens] = in_branch
-            start += tokens
-    groups, branches = torch.from_numpy(group).to(device), torch.from_numpy(branch).to(device)
+    groups, branches = (part.to(device) for part in number_tokens(spans, num_tokens))
 
     def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         same_group = groups[row, query] == groups[row, key]
@@ -71,6 +63,23 @@ def describe_flex(spans: Spans, shape: Sequence[int], device: torch.device) -> B
     return BlockMask.from_kv_blocks(
         *lists, BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(num_tokens, num_tokens)
     )
+
+
+def number_tokens(spans: Spans, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """Return the group and the branch of each token, both `(rows, tokens)` int32.
+
+    Branch 0 is the prefix. The padding of a row is a group of its own.
+    """
+    group = np.empty((len(spans), num_tokens), dtype=np.int32)
+    branch = np.empty((len(spans), num_tokens), dtype=np.int32)
+    for row, own in enumerate(spans):
+        start, in_group, in_branch = 0, -1, 0
+        for is_branch, tokens in _padded(own, num_tokens):
+            in_group, in_branch = (in_group, in_branch + 1) if is_branch else (in_group + 1, 0)
+            group[row, start : start + tokens] = in_group
+            branch[row, start : start + tokens] = in_branch
+            start += tokens
+    return torch.from_numpy(group), torch.from_numpy(branch)
 
 
 def count_pairs(spans: Sequence[tuple[bool, int]], num_tokens: int) -> np.ndarray:
@@ -195,7 +204,7 @@ def attend_varlen(query: Tensor, key: Tensor, value: Tensor, rows: VarlenRows, s
         repeats = heads // keys.shape[1]
         keys, values = (tensor.repeat_interleave(repeats, 1) for tensor in (keys, values))
 
-    out = varlen_kernel(
+    out = varlen_attn(
         queries,
         keys,
         values,
@@ -207,13 +216,6 @@ def attend_varlen(query: Tensor, key: Tensor, value: Tensor, rows: VarlenRows, s
         window_size=(-1, 0),  # causal
     )  # (tokens, heads, head_dim)
     return out.view(batch, num_tokens, heads, head_dim)
-
-
-def varlen_kernel(*args: object, **options: object) -> Tensor:
-    """Run torch's `varlen_attn`, which torch has since 2.10."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    return varlen_attn(*args, **options)
 
 
 def row_lengths(row_tokens: int) -> tuple[int, ...]:
