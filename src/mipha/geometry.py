@@ -50,10 +50,19 @@ class Span(NamedTuple):
     runs: tuple[int, ...]
     tiles: int
 
+    in_conversation = False
+    """Whether the text is written before the chat template is applied, or after it."""
+
     @property
     def num_image_tokens(self) -> int:
         """Image tokens of all runs, without the marks around them."""
         return sum(self.runs)
+
+
+class TilesSpan(Span):
+    """The span of a picture whose tiles are images of their own for the chat template."""
+
+    in_conversation = True
 
 
 @dataclass(frozen=True)
@@ -67,8 +76,6 @@ class Geometry:
     side: int
 
     kind: ClassVar[str]
-    in_conversation: ClassVar[bool] = False
-    """Whether the span's text is written before the chat template is applied, or after it."""
 
     def span(self, width: int, height: int, num_images: int = 1) -> Span:
         """Return what stands for a picture.
@@ -153,7 +160,6 @@ class Tiles(Geometry):
     max_tiles: int
 
     kind: ClassVar[str] = "tiles"
-    in_conversation: ClassVar[bool] = True
 
     @property
     def most_tiles(self) -> int:
@@ -175,10 +181,10 @@ class Tiles(Geometry):
         """Return the span of a picture; a newline stands behind each image for the template."""
         rows, columns = self.grid(width, height, num_images)
         if rows * columns == 1:
-            return Span(IMAGE, (self.tokens,), 1)
+            return TilesSpan(IMAGE, (self.tokens,), 1)
         row = f"{IMAGE}\n" * columns + "\n"
-        tiles = rows * columns + 1
-        return Span(f"{rows}x{columns}:\n{row * rows}{IMAGE}", (self.tokens,) * tiles, tiles)
+        text, tiles = f"{rows}x{columns}:\n{row * rows}{IMAGE}", rows * columns + 1
+        return TilesSpan(text, (self.tokens,) * tiles, tiles)
 
 
 @dataclass(frozen=True)

@@ -291,7 +291,7 @@ class Assistant:
                 raise ValueError("the tokens of an image depend on its size: give the images too")
             images = [grey_image()] * markers
         spans = image_spans(self.processor, images, _size_of)
-        messages = with_tiles(messages, spans, self.processor)
+        messages = with_tiles(messages, spans)
         ids = np.asarray(_apply_template(self.processor, messages, tokenize=True), dtype=np.int64)
         return expand_images(ids, spans, self.processor).ids.tolist()
 

@@ -296,6 +296,8 @@ def image_spans(
         size_of: Function that gives the upright (width, height) of an image in pixels; not called
             where sizes do not matter.
     """
+    if not images:
+        return []
     geometry = geometry_of(processor)
     if not geometry.depends_on_size:
         return [geometry.span(1, 1)] * len(images)
@@ -303,14 +305,12 @@ def image_spans(
     return [geometry.span(*size, len(images)) for size in sizes]
 
 
-def with_tiles(
-    messages: Sequence[Message], spans: Sequence[Span], processor: LlavaProcessor
-) -> tuple[Message, ...]:
+def with_tiles(messages: Sequence[Message], spans: Sequence[Span]) -> tuple[Message, ...]:
     """Return messages in which each marker is what the chat template gets for the image.
 
     Only a model that takes tiles as images of their own has more than the marker there.
     """
-    if not geometry_of(processor).in_conversation:
+    if not any(span.in_conversation for span in spans):
         return tuple(messages)
     texts = iter(span.text for span in spans)
     return tuple(
@@ -333,10 +333,12 @@ def expand_images(ids: np.ndarray, spans: Sequence[Span], processor: LlavaProces
     """
     image = processor.image_token_id
     places = np.flatnonzero(ids == image)
-    if geometry_of(processor).in_conversation:
-        pieces = [[image] * run for span in spans for run in span.runs]
-    else:
-        pieces = [_span_ids(span, processor) for span in spans]
+    pieces: list[list[int]] = []
+    for span in spans:
+        if span.in_conversation:
+            pieces += [[image] * run for run in span.runs]
+        else:
+            pieces.append(_span_ids(span, processor))
     if len(places) != len(pieces):
         raise ValueError(f"its text holds {len(places)} images but {len(pieces)} are given")
 
@@ -356,7 +358,7 @@ def _span_ids(span: Span, processor: LlavaProcessor) -> list[int]:
     if span.text == IMAGE:
         return [image] * span.runs[0]
     text = span.text
-    if geometry_of(processor).in_conversation:  # a template would leave these newlines out
+    if span.in_conversation:  # a template would leave these newlines out
         text = text.replace(f"{IMAGE}\n", IMAGE)
     text = text.replace(IMAGE, processor.image_token)
     runs = iter(span.runs)
@@ -376,7 +378,7 @@ def _chat(
         RecordError: The template refuses the conversation, or the answers that are learned cannot
             be told from the others.
     """
-    messages = with_tiles(sample.messages, spans, processor)
+    messages = with_tiles(sample.messages, spans)
     if not has_marks(processor.chat_template):
         return _spanned(messages, sample, processor)
 
@@ -456,7 +458,7 @@ def _plain(
     caption = "".join(message.text for message in answers if message.learned)
     tokenizer = processor.tokenizer
     head = list(tokenizer("").input_ids)  # the BOS, where there is one
-    for message in with_tiles((Message("user", IMAGE),) * len(spans), spans, processor):
+    for message in with_tiles((Message("user", IMAGE),) * len(spans), spans):
         for part in content_parts(message.text):
             if part["type"] == "image":
                 head.append(processor.image_token_id)
@@ -473,7 +475,7 @@ def blank(processor: LlavaProcessor, image: bytes) -> Encoded:
     It keeps processes in step where one of them has no image of its own.
     """
     spans = image_spans(processor, [image])
-    messages = with_tiles((Message("user", IMAGE),), spans, processor)
+    messages = with_tiles((Message("user", IMAGE),), spans)
     ids = [
         processor.image_token_id if part["type"] == "image" else processor.tokenizer.eos_token_id
         for part in content_parts(messages[0].text)

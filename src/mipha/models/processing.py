@@ -444,7 +444,7 @@ def _settings(image: Mapping[str, Any]) -> dict[str, Any]:
 def _check_marks(processor: Any, folder: Path) -> None:
     """Refuse a tokenizer that splits a mark: every count of tokens would be off."""
     geometry = geometry_of(processor)
-    if geometry.in_conversation:
+    if isinstance(geometry, Tiles):
         return
     marks = {processor.image_token}
     for size in ((1, 1), (geometry.side * 8, geometry.side * 8), (8 * geometry.side, 1)):
