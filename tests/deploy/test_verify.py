@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from mipha.deploy.runtimes import runtimes
-from mipha.deploy.verify import Verification, print_verification, verify
+from mipha.checkpoint_files import read_checkpoint
+from mipha.deploy.runtimes import odd_keys, runtimes
+from mipha.deploy.verify import Verification, _check_files, print_verification, verify
 from mipha.models.build import save_checkpoint
 
 
@@ -133,9 +134,11 @@ def test_a_tower_without_the_name_that_others_look_for_is_found(spoiled: Path) -
     }
     assert short.keys() != weights.keys()
     save_file(short, spoiled / "model.safetensors", metadata={"format": "pt"})
-    found = verify(spoiled)
-    assert "such as vision_tower.embeddings" in failed(found)["names of weights"]
-    assert {row.name: row.status for row in found.runtimes}["vLLM"] == "unsupported"
+    files = read_checkpoint(spoiled)
+    said = {check.name: check.found for check in _check_files(files) if not check.passed}
+    assert "such as vision_tower.embeddings" in said["names of weights"]
+    rows = runtimes(files.config, files.processor, odd_keys(files))
+    assert {row.name: row.status for row in rows}["vLLM"] == "unsupported"
 
 
 def test_a_checkpoint_that_transformers_cannot_load_is_unsupported(spoiled: Path) -> None:
