@@ -45,19 +45,20 @@ sys.modules["mipha"] = None  # an import of it would fail
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-model, info = AutoModelForImageTextToText.from_pretrained(
-    sys.argv[1], dtype=torch.float32, output_loading_info=True
-)
-ours = torch.load(sys.argv[2], weights_only=True)
-with torch.no_grad():
-    logits = model(input_ids=ours["ids"], pixel_values=ours["pixels"]).logits + ours["bias"]
-prompt = AutoProcessor.from_pretrained(sys.argv[1]).apply_chat_template(
-    [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is it?"}]}],
-    add_generation_prompt=True,
-)
-found = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
-difference = (logits - ours["logits"]).abs().max().item()
-print(json.dumps({"difference": difference, "keys": found, "prompt": prompt}))
+for folder in sys.argv[1:]:
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        f"{folder}/out", dtype=torch.float32, output_loading_info=True
+    )
+    ours = torch.load(f"{folder}/ours.pt", weights_only=True)
+    with torch.no_grad():
+        logits = model(input_ids=ours["ids"], pixel_values=ours["pixels"]).logits + ours["bias"]
+    prompt = AutoProcessor.from_pretrained(f"{folder}/out").apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is it?"}]}],
+        add_generation_prompt=True,
+    )
+    found = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
+    difference = (logits - ours["logits"]).abs().max().item()
+    print(json.dumps({"difference": difference, "keys": found, "prompt": prompt}))
 """
 
 
@@ -253,23 +254,66 @@ def test_end_of_turn_holes_are_upstreams() -> None:
     assert abs(loss.item() - step["loss"].item()) < 1e-6
 
 
+@pytest.fixture(scope="module")
+def imported(
+    tiny_parts: Callable, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, bool], SimpleNamespace]:
+    """Each family, without and with a full vocabulary, and what stock transformers says of it.
+
+    It reads all of them in one process, because starting is slow.
+    """
+    root, made = tmp_path_factory.mktemp("imported"), {}
+    for family, name in (("phi", "up_phi_siglip"), ("gemma", "up_gemma_siglip")):
+        words = {
+            "phi": UPSTREAM / "toy_codegen_tokenizer",
+            "gemma": tiny_parts("gemma").language_model,
+        }[family]
+        size = len(AutoTokenizer.from_pretrained(words))
+        for full in (False, True):
+            folder = root / f"{family}-{full}"
+            folder.mkdir()
+            source = released(name, folder / "source", words, size if full else size + 40)
+            report = import_upstream(str(source), folder / "out")
+
+            model, processor = load_model(str(folder / "out")), load_processor(folder / "out")
+            reference = load_file(UPSTREAM / name / "ref.safetensors")
+            ids, pixels = expanded(reference["ids"], model), reference["px"]
+            with torch.no_grad():
+                logits = model(input_ids=ids, pixel_values=pixels).logits
+            bias = model.lm_head.bias.detach() if family == "phi" else torch.zeros(())
+            ours = {"ids": ids, "pixels": pixels, "logits": logits, "bias": bias}
+            torch.save(ours, folder / "ours.pt")
+            made[family, full] = SimpleNamespace(
+                size=size,
+                source=source,
+                folder=folder / "out",
+                report=report,
+                model=model,
+                processor=processor,
+                reference=reference["logits"],
+                logits=logits,
+            )
+
+    folders = [str(one.folder.parent) for one in made.values()]
+    done = subprocess.run(
+        [sys.executable, "-c", STOCK_READER, *folders], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for one, line in zip(made.values(), done.stdout.splitlines()[-len(made) :], strict=True):
+        one.stock = json.loads(line)
+    return made
+
+
 @pytest.mark.parametrize("full", [False, True], ids=["unused-rows", "full-vocabulary"])
 @pytest.mark.parametrize("family", ["phi", "gemma"])
 def test_stock_transformers_reads_the_import(
-    tiny_parts: Callable, tmp_path: Path, family: str, full: bool
+    imported: dict[tuple[str, bool], SimpleNamespace], family: str, full: bool
 ) -> None:
-    name = {"phi": "up_phi_siglip", "gemma": "up_gemma_siglip"}[family]
-    words = {
-        "phi": UPSTREAM / "toy_codegen_tokenizer",
-        "gemma": tiny_parts("gemma").language_model,
-    }[family]
-    size = len(AutoTokenizer.from_pretrained(words))
-    source = released(name, tmp_path / "source", words, size if full else size + 40)
-    out = tmp_path / "out"
-    report = import_upstream(str(source), out)
-    assert json.loads((out / "import_report.json").read_text())["renamed"] == report.renamed
+    one = imported[family, full]
+    model, processor, size = one.model, one.processor, one.size
+    written = json.loads((one.folder / "import_report.json").read_text())
+    assert written["renamed"] == one.report.renamed
 
-    model, processor = load_model(str(out)), load_processor(out)
     assert model.config.image_token_id == processor.image_token_id == size
     assert (
         model.config.text_config.vocab_size
@@ -281,33 +325,17 @@ def test_stock_transformers_reads_the_import(
         end,
         end,
     )
-    assert json.loads((source / "config.json").read_text())["eos_token_id"] != end, (
+    assert json.loads((one.source / "config.json").read_text())["eos_token_id"] != end, (
         "as in the releases, it is wrong"
     )
-    reference = load_file(UPSTREAM / name / "ref.safetensors")
-    ids = expanded(reference["ids"], model)
-    with torch.no_grad():
-        logits = model(input_ids=ids, pixel_values=reference["px"]).logits
-    known = reference["logits"].shape[-1]
-    assert (logits[..., :known] - reference["logits"]).abs().max() < (
-        2e-6 if family == "phi" else 1e-5
-    )
+
+    logits, known = one.logits, one.reference.shape[-1]
+    assert (logits[..., :known] - one.reference).abs().max() < (2e-6 if family == "phi" else 1e-5)
     assert (logits[..., size:].amax(-1) < logits[..., :size].amax(-1)).all(), (
         "a row without a word is never the most likely"
     )
 
-    bias = model.lm_head.bias.detach() if family == "phi" else torch.zeros(())
-    torch.save(
-        {"ids": ids, "pixels": reference["px"], "logits": logits, "bias": bias},
-        tmp_path / "ours.pt",
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", STOCK_READER, out, tmp_path / "ours.pt"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    stock = json.loads(done.stdout.splitlines()[-1])
+    stock = one.stock
     assert stock["difference"] < 1e-6
     assert stock["keys"] == ({"unexpected_keys": ["lm_head.bias"]} if family == "phi" else {})
     bos = "<bos>" if family == "gemma" else ""
