@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests import forked
+
 if TYPE_CHECKING:
     from mipha.alignment.recipe import StepRecipe
+
+forked.preload("mipha.alignment.dpo")
 
 COLOURS = ("red", "blue", "green", "grey", "black", "white")
 
@@ -111,9 +113,11 @@ def kill_mid_save(tmp_path: Path) -> Callable[[StepRecipe, Path], None]:
 
     def begin(recipe: StepRecipe, out: Path) -> None:
         (tmp_path / "recipe.yaml").write_text(recipe.dump(), encoding="utf-8")
-        command = [sys.executable, "-c", KILLED_MID_SAVE, str(tmp_path / "recipe.yaml"), str(out)]
-        killed = subprocess.run(command, capture_output=True, text=True)
-        assert killed.returncode == -9, killed.stderr[-2000:]
+        (tmp_path / "killed.py").write_text(KILLED_MID_SAVE, encoding="utf-8")
+        command = [tmp_path / "killed.py", tmp_path / "recipe.yaml", out]
+        killed = forked.start(command, tmp_path / "said.txt")
+        killed.join()
+        assert killed.exitcode == -9, (tmp_path / "said.txt").read_text()[-2000:]
 
     return begin
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from tests import forked
 
 if TYPE_CHECKING:
     from mipha.alignment.recipe import RlhfRecipe
@@ -262,11 +261,10 @@ def test_kill_9_in_the_middle_of_a_save(step: str, rlhf_recipe: Callable, tmp_pa
         recipe=str(tmp_path / "recipe.yaml"),
         out=str(tmp_path / "killed"),
     )
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=environment
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    (tmp_path / "killed.py").write_text(program)
+    killed = forked.start([tmp_path / "killed.py"], tmp_path / "said.txt")
+    killed.join()
+    assert killed.exitcode == -signal.SIGKILL, (tmp_path / "said.txt").read_text()
     assert [path.name for path in (tmp_path / "killed" / "checkpoints").glob("checkpoint-*")] == [
         "checkpoint-1"
     ]

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -17,6 +14,7 @@ from typer.testing import CliRunner
 
 from mipha.cli import app
 from mipha.files import read_lines
+from tests import forked
 from tests.deploy.serve.conftest import serving  # noqa: F401  (a fixture)
 
 
@@ -112,29 +110,27 @@ def test_predictions_need_no_answers_and_go_on_after_a_kill(
 ) -> None:
     """What was asked before the kill is not asked again; the file is there when all is done."""
     out = tmp_path / "predictions.jsonl"
-    typed = [sys.executable, "-m", "mipha", "predict", checkpoint, own, "-o", out]
-    typed += ["--max-new-tokens", "6", "--batch-size", "1"]
+    typed = ["predict", checkpoint, own, "-o", out, "--max-new-tokens", "6", "--batch-size", "1"]
     kept = tmp_path / ".predictions.jsonl.partial" / "train" / "predictions.jsonl"
-    source = str(Path(__file__).parents[2] / "src")
-    started = subprocess.Popen(list(map(str, typed)), env=os.environ | {"PYTHONPATH": source})
+    started = forked.start(["mipha", *typed], tmp_path / "said.txt")
     until = time.monotonic() + 300
     while not (kept.is_file() and kept.stat().st_size) and time.monotonic() < until:
         time.sleep(0.01)
     started.kill()
-    started.wait()
+    started.join()
     before = list(read_lines(kept))
     if not out.exists():
         assert before
         marked = "".join(json.dumps(row | {"before": True}) + "\n" for row in before)
         kept.write_text(marked, encoding="utf-8")
-        assert mipha(*typed[3:]).exit_code == 0
+        assert mipha(*typed).exit_code == 0
         assert sum("before" in row for row in rows(out)) == len(before)
 
     assert texts(tmp_path) == texts(directly / "train") and not kept.exists()
     row = rows(out)[2]  # the first sample has two questions
     assert row["question"].startswith("Which colour is shape 1?")
     assert [Path(image).name for image in row["images"]] == ["1.png"]
-    again = mipha(*typed[3:])
+    again = mipha(*typed)
     assert again.exit_code == 2 and "exists: choose another -o" in again.stderr
 
 

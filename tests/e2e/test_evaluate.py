@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from mipha.cli import app
 from mipha.evaluation.evaluate import plan_benchmarks
+from tests import forked
 from tests.evaluation.benchmarks.test_pope import write_official as write_pope
 from tests.evaluation.benchmarks.test_pope import write_subset as write_pope_subset
 from tests.evaluation.official import collect
@@ -212,18 +213,17 @@ def test_every_benchmark_has_answers_and_scores_that_describe_themselves(whole: 
 def test_a_killed_evaluation_goes_on_and_asks_nothing_twice(
     evaluation: Callable[..., list[object]], whole: Path, tmp_path: Path
 ) -> None:
-    typed = command(*evaluation(tmp_path, "--batch-size", 2))
-    process = subprocess.Popen(typed, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    watched = tmp_path / LONGEST / "predictions.jsonl"
-    while process.poll() is None and not (
-        watched.is_file() and watched.read_bytes().count(b"\n") >= 2
-    ):
+    out = tmp_path / "out"
+    typed = evaluation(out, "--batch-size", 2)
+    process = forked.start(["mipha", *typed], tmp_path / "said.txt")
+    watched = out / LONGEST / "predictions.jsonl"
+    while process.is_alive() and not (watched.is_file() and watched.read_bytes().count(b"\n") >= 2):
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    said = process.communicate()[1]
-    assert process.returncode == -signal.SIGKILL, said
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, (tmp_path / "said.txt").read_text()
     answered = {}
-    for path in sorted(tmp_path.glob("*/predictions.jsonl")):
+    for path in sorted(out.glob("*/predictions.jsonl")):
         rows = answered[path.parent.name] = read_rows(path)
         # A row that was written anew would lack the mark.
         path.write_text(
@@ -233,16 +233,16 @@ def test_a_killed_evaluation_goes_on_and_asks_nothing_twice(
     assert set(answered) >= set(NAMES[: NAMES.index(LONGEST) + 1])
     assert sum(map(len, answered.values())) < num_questions
 
-    done = subprocess.run(typed, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = mipha(*typed)
+    assert done.exit_code == 0, done.stderr[-3000:]
     for name in NAMES:
-        rows = read_rows(tmp_path / name / "predictions.jsonl")
+        rows = read_rows(out / name / "predictions.jsonl")
         before = {row["question_id"] for row in answered.get(name, ())}
         assert {row["question_id"] for row in rows if row.pop("before", False)} == before, name
         assert rows == read_rows(whole / name / "predictions.jsonl"), name
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (tmp_path / name / "predictions.jsonl").write_text(lines, encoding="utf-8")
-    assert contents(tmp_path) == contents(whole)
+        (out / name / "predictions.jsonl").write_text(lines, encoding="utf-8")
+    assert contents(out) == contents(whole)
 
 
 def test_two_processes_do_what_one_does(
