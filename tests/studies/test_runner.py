@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -17,12 +19,13 @@ from mipha.studies.folder import Job, awaits, claim, jobs_of, open_study, share_
 from mipha.studies.report import write_report
 from mipha.studies.runner import _environment, list_runs
 from mipha.studies.study import Study, load_study
+from tests import forked
 
 
-@pytest.fixture
-def study(tiny_parts, tiny_data: Path, tmp_path: Path) -> Study:
+@pytest.fixture(scope="module")
+def study(tiny_parts, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Study:
     """Two ways to tune tiny parts for one step, measured on four questions."""
-    parts = tiny_parts()
+    parts, folder = tiny_parts(), tmp_path_factory.mktemp("study")
     stage = {
         "data": {"dataset": "messages", "root": str(tiny_data)},
         "learning_rate": 1e-3,
@@ -42,10 +45,10 @@ def study(tiny_parts, tiny_data: Path, tmp_path: Path) -> Study:
         "precision": "float32",
         "stages": {"pretrain": stage, "finetune": stage},
     }
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
     axes = {"tuned": {"projector": [], "all": ["stages.finetune.tuning.language_model=full"]}}
     scale = {
-        "recipe": str(tmp_path / "tiny.yaml"),
+        "recipe": str(folder / "tiny.yaml"),
         "axes": axes,
         "evaluate": [{"benchmark": "easy_vqa", "limit": 4}],
     }
@@ -53,7 +56,7 @@ def study(tiny_parts, tiny_data: Path, tmp_path: Path) -> Study:
         {"claim": "All is not better", "source": "none", "not_better": "all", "than": "projector"}
     ]
     scale["panel"] = [{"image": "easy_vqa:0", "kind": "shape"}]
-    path = tmp_path / "own.yaml"
+    path = folder / "own.yaml"
     path.write_text(
         yaml.safe_dump(
             {"name": "own", "title": "Own", "source": "none", "scales": {"mini": scale}},
@@ -63,16 +66,34 @@ def study(tiny_parts, tiny_data: Path, tmp_path: Path) -> Study:
     return load_study(path)
 
 
-def test_a_study_runs_shares_its_first_stage_and_does_nothing_twice(
-    study: Study, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    assert list_runs(study.at("mini"), out, 1) == [
+def use_forked_processes(patch: pytest.MonkeyPatch) -> None:
+    """Let the runner fork its processes: each takes as long as its work."""
+    fake = SimpleNamespace(run=forked.run, CalledProcessError=subprocess.CalledProcessError)
+    patch.setattr("mipha.studies.runner.subprocess", fake)
+
+
+@pytest.fixture(scope="module")
+def finished(study: Study, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the finished study; tests must not change it."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        use_forked_processes(patch)
+        run_study(study, "mini", out, slots=1)
+    return out
+
+
+def test_what_is_to_be_done_is_listed_and_nothing_created(study: Study, tmp_path: Path) -> None:
+    assert list_runs(study.at("mini"), tmp_path / "out", 1) == [
         ("projector", 0, "train pretrain, finetune"),
         ("all", 0, "train finetune"),
     ]
-    assert not out.exists()
-    run_study(study, "mini", out, slots=1)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_study_runs_shares_its_first_stage_and_does_nothing_twice(
+    study: Study, finished: Path
+) -> None:
+    out = finished
     assert {todo for *_, todo in list_runs(study.at("mini"), out, 1)} == {"done"}
     first, second = (open_run(job.folder) for job in jobs_of(study.at("mini"), out, 1))
     for run in (first, second):
@@ -114,22 +135,22 @@ def test_an_unknown_metric_is_refused_before_anything_is_trained(
 
 
 def test_another_study_takes_over_the_runs_and_first_stages_of_the_same_recipes(
-    study: Study, tmp_path: Path
+    study: Study, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_study(study, "mini", tmp_path / "first")
+    use_forked_processes(monkeypatch)
     axes = {"tuned": {"head": (), "norms": ("stages.finetune.tuning.language_model=last-1",)}}
     scale = study.scales["mini"].model_copy(update={"axes": axes, "takeaways": ()})
     other = study.model_copy(update={"name": "other", "scales": {"mini": scale}})
     with pytest.raises(FileNotFoundError, match="nothing holds no study"):
         run_study(other, "mini", tmp_path / "second", share=[tmp_path / "nothing"])
     assert not (tmp_path / "second").exists()
-    donated = tmp_path / "first" / "runs" / "projector" / "seed-0"
-    assert list_runs(other.at("mini"), tmp_path / "second", 1, [tmp_path / "first"]) == [
+    donated = finished / "runs" / "projector" / "seed-0"
+    assert list_runs(other.at("mini"), tmp_path / "second", 1, [finished]) == [
         ("head", 0, f"take over {donated}"),
         ("norms", 0, "train finetune"),
     ]
-    run_study(other, "mini", tmp_path / "second", share=[tmp_path / "first"])
-    donor = open_run(tmp_path / "first" / "runs" / "projector" / "seed-0")
+    run_study(other, "mini", tmp_path / "second", share=[finished])
+    donor = open_run(finished / "runs" / "projector" / "seed-0")
     same, new = (open_run(job.folder) for job in jobs_of(other.at("mini"), tmp_path / "second", 1))
     weights = "model.safetensors"
     assert (same.checkpoint("finetune") / weights).samefile(
@@ -152,34 +173,28 @@ def test_another_study_takes_over_the_runs_and_first_stages_of_the_same_recipes(
 
 @pytest.mark.skipif(shutil.which("srun") is not None, reason="would ask this cluster for a node")
 def test_jobs_go_through_submitit(
-    study: Study, tmp_path: Path, capsys: pytest.CaptureFixture
+    study: Study, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """Where there is no SLURM it starts processes of its own: all but the queue is the same."""
-    alone = study.model_copy(
-        update={
-            "scales": {
-                "mini": study.scales["mini"].model_copy(
-                    update={"axes": {"one": {"only": ()}}, "takeaways": ()}
-                )
-            }
-        }
-    )
+    """Where there is no SLURM it starts processes of its own: all but the queue is the same.
+
+    The one run is trained already, and measured on fewer questions than are asked here.
+    """
+    scale, out = study.scales["mini"], tmp_path / "out"
+    changes = {"axes": {"one": {"only": ()}}, "takeaways": (), "panel": ()}
+    changes["evaluate"] = (scale.evaluate[0].model_copy(update={"limit": 5}),)
+    alone = study.model_copy(update={"scales": {"mini": scale.model_copy(update=changes)}})
     with pytest.raises(ValueError, match="--slurm: Unknown argument 'partion'"):
-        run_study(alone, "mini", tmp_path / "out", slurm={"slurm_partion": "gpu"})
+        run_study(alone, "mini", out, slurm={"slurm_partion": "gpu"})
     with pytest.raises(
         ValueError, match="--slurm: Parameter \"timeout_min\" expected type <class 'int'>"
     ):
-        run_study(alone, "mini", tmp_path / "out", slurm={"timeout_min": "ten"})
-    run_study(alone, "mini", tmp_path / "out", slurm={"timeout_min": 10})
+        run_study(alone, "mini", out, slurm={"timeout_min": "ten"})
+    run_study(alone, "mini", out, slurm={"timeout_min": 10}, share=[finished])
     assert "no SLURM on this machine" in capsys.readouterr().out
-    (job,) = jobs_of(alone.at("mini"), tmp_path / "out", 1)
-    assert (
-        json.loads((open_run(job.folder).evaluation("easy_vqa") / "scores.json").read_text())[
-            "n_asked"
-        ]
-        == 4
-    )
-    assert list((tmp_path / "out" / "logs" / "slurm").glob("*_result.pkl")), "submitit made it"
+    (job,) = jobs_of(alone.at("mini"), out, 1)
+    scores = json.loads((open_run(job.folder).evaluation("easy_vqa") / "scores.json").read_text())
+    assert scores["n_asked"] == 5
+    assert list((out / "logs" / "slurm").glob("*_result.pkl")), "submitit made it"
 
 
 def test_runs_side_by_side_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
