@@ -29,6 +29,9 @@ BLOCKS: list[tuple[str, str]] = re.findall(
 )
 TABLE = re.findall(r"^\| (.+?) \| (.+?) \| `(\w+)` \|$", TEXT, flags=re.MULTILINE)
 
+# The tutorial makes 1000 images to learn from and 100 to ask about; here it has fewer.
+NUM_IMAGES, NUM_ASKED = 300, 40
+
 needs_package = pytest.mark.skipif(
     find_spec("easy_vqa") is None, reason="easy-vqa is not installed: make install"
 )
@@ -62,7 +65,7 @@ def tour(
             if language == "python":
                 name = re.match(r"# (\w+\.py)\n", block)
                 assert name, f"the script does not begin with its name:\n{block}"
-                Path(name[1]).write_text(block, encoding="utf-8")
+                Path(name[1]).write_text(_with_fewer_images(block, name[1]), encoding="utf-8")
             elif language == "bash":
                 for line in _commands(block):
                     said[line] = _run(line, tiny)
@@ -72,6 +75,15 @@ def tour(
 def _commands(block: str) -> list[str]:
     """The commands of a block; a line that ends in a backslash goes on in the next."""
     return block.replace("\\\n", "").splitlines()
+
+
+def _with_fewer_images(script: str, name: str) -> str:
+    if name != "prepare.py":
+        return script
+    assert script.count(", 1000\n") == script.count("    100,\n") == 1
+    return script.replace(", 1000\n", f", {NUM_IMAGES}\n").replace(
+        "    100,\n", f"    {NUM_ASKED},\n"
+    )
 
 
 def _run(line: str, tiny: Path) -> str:
@@ -98,13 +110,13 @@ def _run(line: str, tiny: Path) -> str:
 def test_the_check_finds_the_two_broken_rows_and_the_copy_is_without_them(tour: Tour) -> None:
     rows = (tour.folder / "my.jsonl").read_text().splitlines()
     assert (
-        len(rows) == 2 * 1000 + 2
-        and len((tour.folder / "test.jsonl").read_text().splitlines()) == 2 * 100
+        len(rows) == 2 * NUM_IMAGES + 2
+        and len((tour.folder / "test.jsonl").read_text().splitlines()) == 2 * NUM_ASKED
     )
     assert (
         len(list((tour.folder / "pictures").glob("*.png")))
         == len(list((tour.folder / "pictures").glob("*.txt")))
-        == 1000
+        == NUM_IMAGES
     )
     found = tour.output("mipha check ./my.jsonl --recipe")
     assert (
@@ -113,8 +125,8 @@ def test_the_check_finds_the_two_broken_rows_and_the_copy_is_without_them(tour: 
         and "guessed without the image" in found
     )
     assert (
-        "error 1 2000 missing image files" in found
-        and "error 1 2001 rows that are no conversation" in found
+        f"error 1 {2 * NUM_IMAGES} missing image files" in found
+        and f"error 1 {2 * NUM_IMAGES + 1} rows that are no conversation" in found
     )
     page = html.unescape(
         re.sub("<[^>]*>", "", (tour.folder / "report.html").read_text(encoding="utf-8"))
@@ -145,7 +157,7 @@ def test_the_trained_model_is_asked_and_chats(tour: Tour) -> None:
     assert "/mine/finetune" in tour.output("mipha train quickstart -o runs/mine")
     scores = re.findall(r"(pictures|grey): (\d+) of (\d+) right", tour.output("python ask.py"))
     assert [name for name, *_ in scores] == ["pictures", "grey"]
-    assert all(0 <= int(num_right) <= int(total) == 200 for _, num_right, total in scores)
+    assert all(0 <= int(num_right) <= int(total) == 2 * NUM_ASKED for _, num_right, total in scores)
     _, answer, *_ = tour.output("mipha chat runs/mine --image").split("> ")
     assert answer.strip() and "no image" not in answer
 
@@ -153,7 +165,11 @@ def test_the_trained_model_is_asked_and_chats(tour: Tour) -> None:
 @needs_package
 def test_the_model_is_tuned_further_and_its_adapter_is_used_alone(tour: Tour) -> None:
     said = tour.output("mipha tune")
-    for words in ("data: 2,000 samples", "held out: 10% of the images", "before and after"):
+    for words in (
+        f"data: {2 * NUM_IMAGES} samples",
+        "held out: 10% of the images",
+        "before and after",
+    ):
         assert words in said
     assert "tuned: runs/tuned/tune/checkpoint" in said
     assert (tour.folder / "runs/tuned/tuned.json").is_file()
@@ -173,7 +189,7 @@ def test_a_mixture_counts_its_sources(tour: Tour) -> None:
         for source in ("clean.jsonl", "easy_vqa")
     }
     assert sum(shown.values()) == sum(step["samples"] for step in steps)
-    assert shown["clean.jsonl"] > shown["easy_vqa"] > 0  # 4,000 against 500 in an epoch
+    assert shown["clean.jsonl"] > shown["easy_vqa"] > 0  # 1,200 against 500 in an epoch
 
 
 def test_the_commands_fit_the_quickstart_which_they_name() -> None:
