@@ -33,7 +33,7 @@ quickstart: $(INSTALLED_QUICKSTART)
 
 # One thread a process: two that wait for each other on a busy machine take 15 times as long.
 test: install
-	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(PYTHON) -m ruff check .
@@ -57,7 +57,7 @@ lowest:
 	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $(LOWEST)/lowest.txt
 	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --requirement requirements-quickstart.txt
 	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
-	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(LOWEST)/bin/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # Works without `make install` where torch is there: PYTHON=python3, and the wheels in site/.
 gpu:

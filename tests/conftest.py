@@ -32,6 +32,8 @@ settings.register_profile("untimed", deadline=None, derandomize=True)
 settings.load_profile("untimed")
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test uses the network
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+for _setting in ("MIPHA_API_KEY", "MIPHA_DEBUG", "MIPHA_JUDGE_KEY"):  # those of the user's shell
+    os.environ.pop(_setting, None)
 
 _LANGUAGE_MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "phi": ("PhiConfig", "PhiForCausalLM", {"partial_rotary_factor": 0.5, "resid_pdrop": 0.1}),
@@ -404,6 +406,35 @@ def official_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, official in collect().items():
         official.write(root / name)
     return root
+
+
+# The order of files -------------------------------------------------------------------------------
+
+_LONG = (
+    "training/test_shard.py",
+    "studies/test_runner.py",
+    "benchmarks/test_serving.py",
+    "alignment/test_trl_trainer.py",
+    "deploy/test_verify.py",
+    "training/test_kill.py",
+    "models/test_isolation.py",
+    "docs/test_own_data.py",
+    "e2e/test_evaluate.py",
+    "models/test_upstream.py",
+    "training/test_loop.py",
+    "alignment/test_rlhf.py",
+    "benchmarks/test_training.py",
+    "models/test_build.py",
+    "models/test_catalog.py",
+    "assistant/test_assistant.py",
+)
+"""Files of more than half a minute. They begin first: the last one of several workers would else
+work alone. With pytest-xdist, give `--dist loadfile --no-loadscope-reorder`."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {file: number for number, file in enumerate(_LONG)}
+    items.sort(key=lambda item: rank.get("/".join(item.path.parts[-2:]), len(rank)))
 
 
 # What is not run ---------------------------------------------------------------------------------
