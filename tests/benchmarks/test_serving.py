@@ -53,22 +53,6 @@ def test_right_wrong_and_refused_are_counted(
     assert all(held > 0 for _, held in load.memory)
 
 
-def test_the_server_is_stopped_and_what_it_does_not_answer_is_lost(
-    checkpoint: Path, questions: list
-) -> None:
-    with serving.serving(checkpoint, "transformers") as (address, process):
-        assert address.startswith("http://127.0.0.1:")
-    assert not process.is_running()
-
-    async def ask() -> serving.Load:
-        load = serving.Load(1, 1.0)
-        async with httpx.AsyncClient(base_url=address, trust_env=False) as http:
-            assert await serving._answer(http, b"{}", load) is None
-        return load
-
-    assert len(asyncio.run(ask()).lost) == 1
-
-
 def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
     with (
         pytest.raises(SystemExit, match=r"ended with status 2:(.|\n)*no run or model folder"),
@@ -103,10 +87,21 @@ def test_the_figures_of_a_load() -> None:
 
 
 def test_honest_clients_are_answered_while_others_attack(checkpoint: Path, questions: list) -> None:
+    """And the server is stopped then; what it does not answer any more is lost."""
     expected = serving.answers_alone(checkpoint, "transformers", questions)
     with serving.serving(checkpoint, "transformers") as (address, process):
+        assert address.startswith("http://127.0.0.1:")
         load, attacks = asyncio.run(
             serving.put_load_attacked(address, process, questions, expected, CLIENTS, 3.0)
         )
     assert load.seconds_each and not load.lost and not load.wrong
     assert attacks["half headers"] >= 300 and attacks["streams left"]
+    assert not process.is_running()
+
+    async def ask() -> serving.Load:
+        late = serving.Load(1, 1.0)
+        async with httpx.AsyncClient(base_url=address, trust_env=False) as http:
+            assert await serving._answer(http, b"{}", late) is None
+        return late
+
+    assert len(asyncio.run(ask()).lost) == 1
