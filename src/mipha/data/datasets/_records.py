@@ -208,6 +208,25 @@ class Rows(Sequence[Row]):
                 except RecordError:
                     yield None
 
+    def blocks_of(self, indices: np.ndarray) -> np.ndarray:
+        """Return the number of the block that each record is read with.
+
+        Args:
+            indices: `(samples,)` numbers of records. A file without blocks is one.
+        """
+        starts = [
+            start + np.asarray(getattr(part.file, "block_starts", (0,)))
+            for start, part in zip(self._starts[:-1], self.parts, strict=True)
+            if len(part.file)
+        ]
+        places = indices if self._kept is None else self._kept[indices]
+        return np.searchsorted(np.concatenate(starts), places, side="right") - 1
+
+    @property
+    def identity(self) -> list[Any]:
+        """What tells the files from others without their records being read."""
+        return [getattr(part.file, "identity", part.prefix) for part in self.parts]
+
     def file_of(self, index: int) -> Path | None:
         """Return the file that holds a record; None where each record is a file."""
         file = self._find(index)[1]

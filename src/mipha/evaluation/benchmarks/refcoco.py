@@ -59,16 +59,14 @@ class _Row(OfficialRecord):
     bbox: list[float] = Field(min_length=4, max_length=4)
 
 
-def read(
-    collection: Collection, root: Path, split: str, with_images: bool = True
-) -> list[Question]:
+def read(collection: Collection, with_images: bool, root: Path, split: str) -> list[Question]:
     """Return every expression in the order of the files.
 
     Args:
         collection: Collection of expressions.
+        with_images: Whether a model will be asked.
         root: Folder with the .parquet files, or the only one of them.
         split: Name of the split.
-        with_images: Whether a model will be asked.
 
     Returns:
         Questions whose ids are the row and the number of its expression, and whose facts are
@@ -120,8 +118,8 @@ def make_benchmark(collection: Collection, form: str = DEFAULT) -> Benchmark:
         ),
         source=_source(collection, first),
         max_new_tokens=128,
-        read=partial(read, collection),
-        read_labels=partial(read, collection, split=first, with_images=False),
+        read=partial(read, collection, True),
+        read_labels=lambda path: read(collection, False, path, first),
         score=partial(score, form),
         measure=measure_boxes,
         rules="lmms-eval",
