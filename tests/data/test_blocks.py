@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from mipha.data import addresses, blocks
-from mipha.data.batches import StepDataset
+from mipha.data.batches import StepDataset, keep_step
 from mipha.data.blocks import Blocks, index_address
 from mipha.data.dataset import data_recipe, load_data
 from mipha.data.mixture import Mixture
@@ -188,6 +189,38 @@ def test_steps_go_on_with_other_processes(
     whole = steps(0, 1, range(8))
     assert steps(0, 2, range(4)) + steps(1, 2, range(4, 8)) == whole
     assert set(fetched(server).values()) == {1}
+
+
+def test_steps_go_on_with_other_workers(
+    server: Server, tiny_model: Callable, tiny_run_recipe: Callable
+) -> None:
+    stage = tiny_run_recipe("stages.finetune.max_steps=null").stages["finetune"]
+    made = StepDataset(Mixture([recipe(server)]), tiny_model()[1], stage, 0)
+
+    def batches(start: int, workers: int) -> list[Any]:
+        blocks._open_tables.clear()
+        loader = DataLoader(
+            made,
+            batch_size=None,
+            sampler=range(start, len(made)),
+            collate_fn=keep_step,
+            num_workers=workers,
+        )
+        return [batch for step in loader for batch in step.micro_batches]
+
+    whole = batches(0, 0)
+    assert len(fetched(server)) == FILES * GROUPS and set(fetched(server).values()) == {1}
+    for path in (blocks.cache_folder() / "blocks").glob("*/*.arrow"):
+        path.unlink()
+    server.requests.clear()
+    resumed = batches(len(made) // 2, 3)
+    assert set(fetched(server).values()) == {1}
+    assert len(resumed) > 0
+    for ours, theirs in zip(resumed, whole[-len(resumed) :], strict=True):
+        assert ours.keys() == theirs.keys()
+        for key in ("input_ids", "labels", "pixel_values"):
+            assert (ours.get(key) is None) == (theirs.get(key) is None)
+            assert ours.get(key) is None or (ours[key] == theirs[key]).all()
 
 
 def test_a_local_file_is_read_in_windows_too(

@@ -254,6 +254,15 @@ class Mixture(Sequence[Sample]):
         """Count the samples that one epoch shows, by the weights and caps of the recipe."""
         return sum(source.num_per_epoch for source in self.sources)
 
+    @property
+    def commits(self) -> dict[str, str]:
+        """The commit that each address of the hub was resolved to."""
+        return {
+            str(source.recipe.root): source.records.commit
+            for source in self.sources
+            if isinstance(source.records, Rows) and source.records.commit
+        }
+
     def count_sources(self, indices: Sequence[int] | np.ndarray) -> dict[str, int]:
         """Count these samples by data set, for metrics."""
         numbers = np.searchsorted(self._starts, np.asarray(indices), side="right") - 1

@@ -158,10 +158,13 @@ class Rows(Sequence[Row]):
     Args:
         parts: The files.
         left_out: Sentence on files that are left out; None where there are none.
+        commit: Commit of the set on the hub; None for any other place.
     """
 
-    def __init__(self, parts: Sequence[Part], left_out: str | None = None) -> None:
-        self.parts, self.left_out = parts, left_out
+    def __init__(
+        self, parts: Sequence[Part], left_out: str | None = None, commit: str | None = None
+    ) -> None:
+        self.parts, self.left_out, self.commit = parts, left_out, commit
         self.reading = ReadingRecipe()
         self._kept: np.ndarray | None = None
         self._starts = np.cumsum([0, *(len(part.file) for part in parts)])

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mipha.data.addresses import list_files
+from mipha.data.addresses import RemoteFile
 from mipha.data.blocks import Blocks, index_address
 from mipha.data.dataset import DataSet
 from mipha.data.datasets._images import image_folders
@@ -66,6 +66,7 @@ def load(
         ValueError: No such config, split or revision, or files cannot be read; all are named.
         MissingPackage: `datasets` is not installed.
     """
+    commit = None
     if root is None:
         raise ValueError("hub has no packaged copy: set the data's root to a folder or hf:// name")
     if isinstance(root, Path):
@@ -76,7 +77,7 @@ def load(
         files = [Path(file) for file in _data_files(str(root.resolve()), split, config)]
         root = root.resolve()
     else:
-        root, files = copy_of_hub(root, split, config, revision, cache_gb is not None)
+        root, files, commit = copy_of_hub(root, split, config, revision, cache_gb is not None)
 
     blocks = None if cache_gb is None else Blocks.of(root, cache_gb)
     named = [(file.relative_to(root).with_suffix("").as_posix(), file) for file in files]
@@ -87,13 +88,13 @@ def load(
         Part(f"hub/{name}", records, image_folders(file, image_root))
         for name, file, records in indexed
     ]
-    return Rows(parts, left_out)
+    return Rows(parts, left_out, commit)
 
 
 def copy_of_hub(
     address: str, split: str, config: str | None, revision: str | None, in_parts: bool = False
-) -> tuple[Path, list[Path]]:
-    """Return the folder of the hub's cache that holds a set, and the files of a config and split.
+) -> tuple[Path, list[Path], str | None]:
+    """Return the folder of the hub's cache with a set, the files of a config and split, the commit.
 
     Files that are not there are fetched; where they are read in parts, only their footers.
 
@@ -103,6 +104,7 @@ def copy_of_hub(
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.hf_api import RepoFile
 
     name = address.removeprefix(HUB).strip("/")
     name, at, given = name.partition("@")
@@ -115,9 +117,11 @@ def copy_of_hub(
         inside = [file.removeprefix(prefix) for file in wanted]
         echo(f"mipha: {address} is commit {commit}: {len(inside)} files", err=True)
         if in_parts:
-            pinned = [list_files(f"{prefix}{name}")[0]._replace(name=name) for name in inside]
+            found = HfApi().get_paths_info(name, inside, repo_type="dataset", revision=commit)
+            sizes = {one.path: one.size for one in found if isinstance(one, RepoFile)}
+            pinned = [RemoteFile(prefix + one, one, sizes[one], "") for one in inside]
             folder = index_address(prefix, pinned)
-            return folder, [folder / file for file in inside]
+            return folder, [folder / file for file in inside], commit
         folder = Path(
             snapshot_download(
                 name, repo_type="dataset", revision=commit, allow_patterns=["README.md", *inside]
@@ -130,7 +134,7 @@ def copy_of_hub(
         ) from error
     except (HfHubHTTPError, OSError) as error:
         raise ConnectionError(f"{address} cannot be fetched: {error}") from error
-    return folder, [folder / file for file in inside]
+    return folder, [folder / file for file in inside], commit
 
 
 def _data_files(
