@@ -213,7 +213,7 @@ def test_steps_go_on_with_other_workers(
     for path in (blocks.cache_folder() / "blocks").glob("*/*.arrow"):
         path.unlink()
     server.requests.clear()
-    resumed = batches(len(made) // 2, 3)
+    resumed = batches(len(made) // 2, 2)
     assert set(fetched(server).values()) == {1}
     assert len(resumed) > 0
     for ours, theirs in zip(resumed, whole[-len(resumed) :], strict=True):
@@ -299,6 +299,10 @@ def test_other_files_than_parquet_are_refused(server: Server) -> None:
     server.files["a.jsonl"] = b"{}\n"
     with pytest.raises(ValueError, match=r"cache_gb reads parquet files, and .*a.jsonl"):
         index_address(f"{server.address}/a.jsonl")
+    for number in range(2):
+        server.files[f"{number}/train.parquet"] = parquet_bytes(number)
+    with pytest.raises(ValueError, match="files of the same name"):
+        index_address(server.address + "/{0..1}/train.parquet")
 
 
 def test_long_footers_and_file_systems(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

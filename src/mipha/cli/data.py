@@ -170,7 +170,8 @@ def fetch(
         echo(f"all data of {loaded.name} are local: nothing to fetch")
     for one in remote.values():
         data = load_data(one)
-        echo(f"{one.root}: {len(data):,} rows in {data.folder}")
+        parts = "" if one.cache_gb is None else "; the rows themselves are read in training"
+        echo(f"{one.root}: {len(data):,} rows in {data.folder}{parts}")
 
 
 def show_row(

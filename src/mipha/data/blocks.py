@@ -40,6 +40,9 @@ _FOOTERS_AT_A_TIME = 16
 _FOOTER_BYTES = 1 << 16
 """Bytes at the end of a file that are read first; most footers fit."""
 
+_MOST_OPEN = 256
+"""Row groups that a process has mapped; each takes a file handle."""
+
 _LOCKS = 256
 """Lock files of a cache, which groups share by their hash."""
 
@@ -79,29 +82,35 @@ class Blocks(NamedTuple):
             _open_tables.move_to_end(entry)
             with suppress(FileNotFoundError):  # it went, and can still be read while it is mapped
                 os.utime(entry)
-            return kept
+            return kept[0]
+
+        # Map it, or fetch it first; another process may delete it at any moment.
         self.folder.mkdir(parents=True, exist_ok=True)
         number = int(entry.stem[:8], 16) % _LOCKS
         with _locked(self.folder / f".lock-{number}"):
-            if not entry.is_file():
-                self._keep(entry, _read_group(file, group))
-            os.utime(entry)  # in use: it is the last to go
-            table = _map(entry)
+            try:
+                os.utime(entry)  # in use: it is the last to go
+                table = _map(entry)
+            except FileNotFoundError:
+                table = self._keep(entry, _read_group(file, group))
 
-        _open_tables[entry] = table
-        while sum(table.nbytes for table in _open_tables.values()) > self.limit // 2:
-            if len(_open_tables) == 1:
-                break
+        # Keep it open, and close what was not used for longest.
+        _open_tables[entry] = table, table.nbytes
+        while len(_open_tables) > 1 and (
+            len(_open_tables) > _MOST_OPEN
+            or sum(size for _, size in _open_tables.values()) > self.limit // 2
+        ):
             _open_tables.popitem(last=False)
         return table
 
-    def _keep(self, entry: Path, table: pyarrow.Table) -> None:
-        """Write a row group, and delete those that nobody read for longest."""
+    def _keep(self, entry: Path, table: pyarrow.Table) -> pyarrow.Table:
+        """Write a row group, and delete those that nobody read for longest; return it mapped."""
         partial = entry.with_suffix(f".{os.getpid()}.partial")
         try:
             with _locked(self.folder / ".lock-space"):
                 self._make_room(table.nbytes)
             _write(partial, table)
+            mapped = _map(partial)
         except OSError as error:
             partial.unlink(missing_ok=True)
             if error.errno != errno.ENOSPC:
@@ -111,6 +120,7 @@ class Blocks(NamedTuple):
                 "cache_gb, or MIPHA_CACHE to a folder on a larger disk"
             ) from error
         os.replace(partial, entry)
+        return mapped
 
     def _make_room(self, wanted: int) -> None:
         found = []
@@ -128,8 +138,8 @@ class Blocks(NamedTuple):
             taken -= size
 
 
-_open_tables: OrderedDict[Path, pyarrow.Table] = OrderedDict()
-"""Row groups that this process has mapped, the one used last at the end."""
+_open_tables: OrderedDict[Path, tuple[pyarrow.Table, int]] = OrderedDict()
+"""Row groups that this process has mapped and their bytes, the one used last at the end."""
 
 
 def index_address(address: str, files: list[RemoteFile] | None = None) -> Path:
@@ -151,6 +161,8 @@ def index_address(address: str, files: list[RemoteFile] | None = None) -> Path:
             f"cache_gb reads parquet files, and {address} has {others[0]}: leave it out, and the "
             "files are copied whole"
         )
+    if len({file.name for file in files}) < len(files):
+        raise ValueError(f"{address} names files of the same name: give one data set for each")
     folder = cache_folder() / "footers" / hashlib.sha256(address.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder / ".lock"), ThreadPoolExecutor(_FOOTERS_AT_A_TIME) as pool:

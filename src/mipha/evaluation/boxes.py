@@ -25,7 +25,7 @@ THRESHOLD = 0.5
 
 METRICS = (
     Metric("accuracy", "%", f"answers whose box has an IoU of {THRESHOLD} or more with the right"),
-    Metric("mean_iou", "%", "mean IoU of the box and the right one, 0 without a box", "IoU"),
+    Metric("mean_iou", "%", "mean IoU of the box and the right one, 0 without a box"),
 )
 """Metrics of questions that are answered by one box."""
 
