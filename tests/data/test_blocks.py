@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import multiprocessing
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -313,6 +314,34 @@ def test_long_footers_and_file_systems(tmp_path: Path, monkeypatch: pytest.Monke
     data = load_data(data_recipe("memory://parts", settings=["cache_gb=1"]))
     assert len(data) == 60
     assert data.to_sample(data.records[59]).images[0].read().startswith(b"\x89PNG")  # type: ignore[union-attr]
+
+
+def test_files_that_are_gone_are_no_data_any_more(tmp_path: Path, server: Server) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    memory = fsspec.filesystem("memory")
+    for name in ("a", "b"):
+        memory.pipe(f"/fewer/train/{name}.parquet", parquet_bytes(0))
+    assert len(load_data(data_recipe("memory://fewer", settings=["cache_gb=1"]))) == 120
+    memory.rm("/fewer/train/b.parquet")
+    assert len(load_data(data_recipe("memory://fewer", settings=["cache_gb=1"]))) == 60
+
+
+def test_one_file_is_one_split_whatever_its_name(server: Server) -> None:
+    server.files["validation.parquet"] = parquet_bytes(0)
+    address = f"{server.address}/validation.parquet"
+    assert len(load_data(data_recipe(address, settings=["cache_gb=1"]))) == 60
+
+
+def test_what_a_killed_process_left_is_removed(server: Server) -> None:
+    mixture = Mixture([recipe(server)])
+    _ = mixture[0]
+    (entry,) = (blocks.cache_folder() / "blocks").glob("*/*.arrow")
+    old, new = entry.with_suffix(".1.partial"), entry.with_suffix(".2.partial")
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    _ = mixture[119]
+    assert not old.exists() and new.exists()
 
 
 def test_a_cache_has_its_own_folder_and_limit(tmp_path: Path) -> None:

@@ -249,6 +249,9 @@ def test_several_boxes_are_matched(boxes: Callable[..., Path]) -> None:
     assert asked.benchmark.headline.name == "boxes"
     assert scores(path, "[500, 500, 1000, 1000], [0, 0, 500, 500]", "There are none.") == [1, 1]
     assert scores(path, "[0, 0, 500, 500]", "[0, 0, 1, 1]") == [pytest.approx(2 / 3), 0]
+    silent = dict.fromkeys([one.id for one in asked.questions], "There are none.")
+    judgement = asked.benchmark.score(asked.questions, silent, None)
+    assert "1 answers hold no box in the form thousand, where some are" in judgement.notes
 
 
 def test_what_no_metric_of_boxes_fits_is_refused(boxes: Callable[..., Path]) -> None:

@@ -19,6 +19,7 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
 _FOOTERS_AT_A_TIME = 16
 _FOOTER_BYTES = 1 << 16
 """Bytes at the end of a file that are read first; most footers fit."""
+
+_ABANDONED = 600
+"""Seconds after which a half-written row group is of a process that was killed."""
 
 _MOST_OPEN = 256
 """Row groups that a process has mapped; each takes a file handle."""
@@ -123,6 +127,10 @@ class Blocks(NamedTuple):
         return mapped
 
     def _make_room(self, wanted: int) -> None:
+        for path in self.folder.glob("*.partial"):  # of processes that were killed
+            with suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > _ABANDONED:
+                    path.unlink()
         found = []
         for path in self.folder.glob("*.arrow"):
             try:
@@ -143,19 +151,20 @@ _open_tables: OrderedDict[Path, tuple[pyarrow.Table, int]] = OrderedDict()
 
 
 def index_address(address: str, files: list[RemoteFile] | None = None) -> Path:
-    """Return a folder with the footers of the parquet files behind an address.
+    """Return the footers of the parquet files behind an address: a file, or a folder of files.
 
-    The footers are fetched once; a second start asks only whether the files are still the same.
+    They are fetched once; a second start asks only whether the files are still the same.
 
     Args:
         address: As `addresses.copy_to_cache`.
-        files: Files that are meant; None: all that the address names.
+        files: Files that are meant, whose folder is returned; None: all that the address names.
 
     Raises:
         ValueError: A file is no parquet, or changed; or the server sends no parts of files.
         FileNotFoundError, PermissionError, ConnectionError: As `addresses.copy_to_cache`.
     """
-    files = files if files is not None else list_files(address)
+    is_whole = files is None
+    files = list_files(address) if files is None else files
     if others := [file.name for file in files if not file.name.lower().endswith(".parquet")]:
         raise ValueError(
             f"cache_gb reads parquet files, and {address} has {others[0]}: leave it out, and the "
@@ -169,7 +178,15 @@ def index_address(address: str, files: list[RemoteFile] | None = None) -> Path:
         broken = [str(error) for error in pool.map(lambda one: _index(folder, one), files) if error]
     if broken:
         raise ValueError(f"{len(broken)} of {len(files)} files cannot be read: {'; '.join(broken)}")
-    return folder
+    if not is_whole:
+        return folder
+
+    # A file that is no longer there is no longer part of the data.
+    names = {folder / file.name for file in files}
+    for path in folder.rglob("*.parquet"):
+        if path not in names:
+            path.unlink()
+    return folder / files[0].name if len(files) == 1 else folder
 
 
 def _index(folder: Path, file: RemoteFile) -> ValueError | None:

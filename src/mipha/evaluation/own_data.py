@@ -456,6 +456,9 @@ def _score(
             )
             for one in questions
         }
+        silent = sum(bool(one.facts.get("boxes")) and not said[one.id] for one in questions)
+        if silent:
+            notes = (*notes, f"{silent:,} answers hold no box in the form {form}, where some are")
     else:
         rule = _RULES[metric]
         scores = {one.id: rule(predictions[one.id], one.facts["answers"]) for one in questions}

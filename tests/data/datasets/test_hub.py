@@ -128,7 +128,7 @@ def hub() -> Iterator[tuple[str, list[str]]]:
             for key, value in {"content-length": str(len(content)), **(headers or {})}.items():
                 self.send_header(key, value)
             self.end_headers()
-            if self.command == "GET":
+            if self.command != "HEAD":
                 self.wfile.write(content)
 
         def log_message(self, *_: Any) -> None:
