@@ -1,18 +1,21 @@
-"""Reading alone: samples a second by number of workers, and a million samples.
+"""Reading alone: samples a second by number of workers, parquet in windows, a million samples.
 
-    python benchmarks/loading.py [--samples 512] [--side 448] [--million] [--out benchmarks/results]
+    python benchmarks/loading.py [--samples 512] [--side 448] [--windows] [--million]
+        [--out benchmarks/results]
 
 The first part reads steps as training does (decode, tokenize, pack, collate), with 0, 1 and 2
-workers, and collates a full row of text alone. `--million` writes a million LLaVA conversations
-about a million images, as JSON lines and as one JSON list. A fresh process then indexes, checks,
-orders and reads each file. The targets are to index in under 2 minutes, and to stay under 300 MB in
-a process.
+workers, and collates a full row of text alone. `--windows` reads the rows of a parquet file with
+the bytes of their images: in order, in windows of row groups, and in a full shuffle. The target for
+windows is 80 % of the first. `--million` writes a million LLaVA conversations about a million
+images, as JSON lines and as one JSON list. A fresh process then indexes, checks, orders and reads
+each file. The targets are to index in under 2 minutes, and to stay under 300 MB in a process.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import statistics
 import subprocess
@@ -32,6 +35,9 @@ from mipha.run import provenance
 
 SECONDS, MEGABYTES = 120, 300
 """Limits of indexing a million samples: seconds, and megabytes of the process."""
+
+SHARE_IN_WINDOWS = 0.8
+"""Rows a second in windows, as a share of those in order."""
 
 RANDOM_READS = 10_000
 _FILES_A_FOLDER = 1_000
@@ -105,6 +111,86 @@ def collate_a_row(row_tokens: int = 2048, sample_tokens: int = 128, repeats: int
         collate(rows, processor)
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds)
+
+
+def windows(
+    num_rows: int = 20_000,
+    image_bytes: int = 16_384,
+    group_rows: int = 100,
+    window_rows: int = 6_400,
+    shuffled_rows: int = 500,
+) -> list[dict[str, Any]]:
+    """Measure reading of parquet: rows a second, reads of row groups, and memory of a process.
+
+    Each way has a fresh process. The full shuffle, which decodes nearly a group a row, is measured
+    on its first rows.
+    """
+    import pyarrow
+    from pyarrow.parquet import ParquetWriter
+
+    draw = random.Random(0)
+    with tempfile.TemporaryDirectory() as name:
+        file = Path(name) / "train.parquet"
+        kind = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
+        turn = pyarrow.struct({"user": pyarrow.string(), "assistant": pyarrow.string()})
+        schema = pyarrow.schema({"images": pyarrow.list_(kind), "texts": pyarrow.list_(turn)})
+        with ParquetWriter(file, schema) as writer:
+            for start in range(0, num_rows, group_rows):
+                rows = [
+                    {
+                        "images": [{"bytes": draw.randbytes(image_bytes), "path": None}],
+                        "texts": [{"user": f"What is sign {n}?", "assistant": "A number."}],
+                    }
+                    for n in range(start, min(start + group_rows, num_rows))
+                ]
+                writer.write_table(pyarrow.Table.from_pylist(rows, schema))
+        found = []
+        for way in ("in order", "in windows", "in windows again", "full shuffle"):
+            told = {"file": str(file), "way": way, "window_rows": window_rows}
+            told["most"] = shuffled_rows if way == "full shuffle" else num_rows
+            done = subprocess.run(
+                [sys.executable, __file__, "--windows-child", json.dumps(told)],
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
+                env=os.environ | {"MIPHA_CACHE": str(Path(name) / "cache")},
+            )
+            found.append(json.loads(done.stdout))
+    return found
+
+
+def read_windows(told: dict[str, Any]) -> dict[str, Any]:
+    """Read a parquet file in one of the ways of `windows`."""
+    from mipha.data import blocks
+    from mipha.data.datasets import parquet
+    from mipha.data.mixture import Mixture
+    from mipha.recipe import DataRecipe
+
+    data = DataRecipe(dataset="parquet", root=told["file"])
+    if "windows" in told["way"]:
+        update = {"cache_gb": 100.0, "window_rows": told["window_rows"]}
+        data = data.model_copy(update=update)
+    mixture = Mixture([data])
+    is_shuffled = told["way"] != "in order"
+    order = mixture.epoch_order(0, 0) if is_shuffled else np.arange(len(mixture))
+    order = order[: told["most"]]
+
+    decoded: list[Any] = []
+    read_group = blocks._read_group
+    blocks._read_group = lambda *one: decoded.append(one) or read_group(*one)  # type: ignore[func-returns-value]
+    started = time.perf_counter()
+    for place in order:
+        for image in mixture[place].images:
+            image.read()  # type: ignore[union-attr]
+    seconds = time.perf_counter() - started
+    num_decoded = len(decoded) or parquet._read_group.cache_info().misses
+    return {
+        "way": told["way"],
+        "rows": len(order),
+        "rows_per_second": round(len(order) / seconds),
+        "group_reads": num_decoded,
+        "megabytes": round(_megabytes()),
+    }
 
 
 def write_million(folder: Path, number: int) -> tuple[Path, Path]:
@@ -196,6 +282,15 @@ def read_file(file: Path) -> dict[str, Any]:
     }
 
 
+def window_verdict(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the missed target; empty if it is met."""
+    speed = {row["way"]: row["rows_per_second"] for row in rows}
+    share = speed["in windows"] / speed["in order"]
+    if share >= SHARE_IN_WINDOWS:
+        return []
+    return [f"in windows: {share:.0%} of the rows a second in order, not {SHARE_IN_WINDOWS:.0%}"]
+
+
 def verdict(found: dict[str, Any]) -> list[str]:
     """Return the missed targets; empty if all are met."""
     missed = []
@@ -235,16 +330,21 @@ def main() -> None:
     parser.add_argument(
         "--side", type=int, default=448, help="side of the images in their files, pixels"
     )
+    parser.add_argument("--windows", action="store_true")
     parser.add_argument("--million", action="store_true")
     parser.add_argument(
         "--number", type=int, default=1_000_000, help="number of samples of --million"
     )
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--windows-child", help=argparse.SUPPRESS)
     options = parser.parse_args()
 
     if options.child:
         print(json.dumps(read_file(options.child)))
+        return
+    if options.windows_child:
+        print(json.dumps(read_windows(json.loads(options.windows_child))))
         return
 
     found: dict[str, Any] = {
@@ -252,9 +352,15 @@ def main() -> None:
     }
     found["workers"] = workers(options.samples, options.side)
     found["collate_milliseconds"] = round(1000 * collate_a_row(), 3)
+    missed: list[str] = []
+    if options.windows:
+        found["windows"] = windows()
+        missed += window_verdict(found["windows"])
     if options.million:
         found["million"] = million(options.number)
-        found["missed"] = verdict(found["million"])
+        missed += verdict(found["million"])
+    if options.windows or options.million:
+        found["missed"] = missed
 
     write_whole(options.out / "loading.json", json.dumps(found, indent=2) + "\n")
     write_whole(options.out / "loading.md", _markdown(found))
@@ -278,6 +384,17 @@ def _markdown(found: dict[str, Any]) -> str:
 
     milliseconds = found["collate_milliseconds"]
     lines += ["", f"A row of 2,048 tokens of text is collated in {milliseconds} ms."]
+    if "windows" in found:
+        lines += [
+            "",
+            "| parquet | rows/s | rows | reads of row groups | MB |",
+            "|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {row['way']} | {row['rows_per_second']:,} | {row['rows']:,} "
+            f"| {row['group_reads']:,} | {row['megabytes']} |"
+            for row in found["windows"]
+        ]
     for file, phases in found.get("million", {}).items():
         lines += [
             "",

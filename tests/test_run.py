@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from mipha.recipe import Recipe
-from mipha.run import create_run, model_folder, open_run
+from mipha.run import Run, create_run, model_folder, open_run
 
 
 def make_recipe(**changes: object) -> Recipe:
@@ -176,3 +176,13 @@ def test_what_a_stage_is_trained_on_is_kept_and_cannot_change_once_it_began(tmp_
         r"put the old data back",
     ):
         run.record_data("pretrain", {"samples": 5, "sha256": "c"})
+
+
+def test_a_run_keeps_the_commits_of_its_data(tmp_path: Path) -> None:
+    run = create_run(tmp_path / "run", make_recipe())
+    assert run.commits("pretrain") == Run(tmp_path / "none").commits("pretrain") == {}
+    run.record_data("pretrain", {"samples": 1, "sha256": "0"})
+    assert run.commits("pretrain") == {}
+    commits = {"hf://datasets/a/b": "a" * 40}
+    run.record_data("finetune", {"samples": 1, "sha256": "0", "commits": commits})
+    assert run.commits("finetune") == commits

@@ -251,6 +251,7 @@ def evaluate(
     judge: Judge | None = None,
     plans: Sequence[Plan] = (),
     adapter: str | Path | None = None,
+    boxes: str | None = None,
 ) -> list[Result]:
     """Measure a model on benchmarks, and write the scores of a run into its model card.
 
@@ -273,6 +274,8 @@ def evaluate(
         judge: Grades answers of the benchmarks that want one.
         plans: Further questions, such as those of `plan_own_data`.
         adapter: Adapter of a checkpoint, which is used unmerged; its results need an `out`.
+        boxes: Form in which the model writes boxes, such as `bbox_2d`, where its checkpoint does
+            not say; None: `thousand`.
 
     Returns:
         A result a benchmark; nothing in processes other than the first.
@@ -305,6 +308,7 @@ def evaluate(
         blind=blind,
         judge=judge,
         plans=plans,
+        boxes=boxes,
     )
     if out is None and is_first_process():
         from mipha.deploy.model_card import write_model_card

@@ -196,6 +196,8 @@ _LATER: dict[str, Any] = {
     "min_image_tokens": None,
     "max_image_tokens": None,
     "max_images": None,
+    "cache_gb": None,
+    "window_rows": None,
 }
 """Keys that are younger than the digests of runs, with their defaults."""
 
@@ -467,6 +469,28 @@ class ReadingRecipe(Strict):
         "or train on the others and count them",
     )
 
+    cache_gb: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="read parquet files a row group at a time through a cache of N gigabytes on "
+        "this machine's disk, in windows of shuffled groups; "
+        "None: files behind an address are copied whole, and all samples shuffled",
+    )
+    window_rows: int | None = Field(
+        None,
+        ge=1,
+        description="cache_gb only: samples that are shuffled together, from whole row groups "
+        "that were drawn; None: 16,384",
+    )
+
+    @field_validator("window_rows")
+    @classmethod
+    def _only_with_cache(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and info.data.get("cache_gb") is None:
+            raise ValueError("it has no effect without cache_gb: set that, or remove it")
+        return value
+
     def set_keys(self) -> list[str]:
         """Name the keys about reading that are set."""
         fields = ReadingRecipe.model_fields
@@ -683,6 +707,12 @@ class StageRecipe(Strict):
             )
 
         # Settings that would have no effect.
+        in_windows = [data.root_name for data in self.data if data.cache_gb is not None]
+        if in_windows and (self.bundle or self.group_by_modality_length):
+            raise ValueError(
+                f"cache_gb of {in_windows[0]} is not possible with batching=shared-image or "
+                "group_by_modality_length, which look for samples all over the set: use packed"
+            )
         if idle := sorted(set(self.part_learning_rates) - set(trained)):
             raise ValueError(
                 f"part_learning_rates names {', '.join(idle)}, which `tuning` keeps frozen: "

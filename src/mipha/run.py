@@ -69,7 +69,7 @@ class Run:
         """Write into provenance.json what a stage is trained on.
 
         Args:
-            facts: Number of samples and their hash.
+            facts: Number of samples and their hash, and the commits of sets of the hub.
 
         Raises:
             ValueError: The stage began with other data.
@@ -84,6 +84,15 @@ class Run:
                 "put the old data back, or train in another folder"
             ),
         )
+
+    def commits(self, stage: str) -> dict[str, str]:
+        """Return the commit of each address of the hub that a stage began with; none before."""
+        path = self.folder / "provenance.json"
+        if not path.is_file():
+            return {}
+        content = read_json_object(path, fix="delete it, and it is written again")
+        found: dict[str, str] = content.get("data", {}).get(stage, {}).get("commits", {})
+        return found
 
     def record_start(self, stage: str, facts: dict[str, Any]) -> None:
         """Write into provenance.json the checkpoint that a stage starts from.

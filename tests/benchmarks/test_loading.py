@@ -30,6 +30,25 @@ def test_a_fresh_process_reads_each_file() -> None:
     assert len(loading.verdict(found)) == 2
 
 
+def test_parquet_is_read_in_every_way() -> None:
+    pytest.importorskip("pyarrow")
+    found = loading.windows(
+        num_rows=100, image_bytes=200, group_rows=10, window_rows=40, shuffled_rows=30
+    )
+    ways = {row["way"]: row for row in found}
+    assert [row["rows"] for row in found] == [100, 100, 100, 30]
+    assert ways["in windows"]["group_reads"] == 10
+    assert ways["in windows again"]["group_reads"] <= ways["full shuffle"]["group_reads"]
+    ways["in windows"]["rows_per_second"] = 79
+    ways["in order"]["rows_per_second"] = 100
+    assert loading.window_verdict(found) == [
+        "in windows: 79% of the rows a second in order, not 80%"
+    ]
+    assert "| in windows | 79 | 100 | 10 |" in loading._markdown(
+        {"workers": [], "about": {}, "collate_milliseconds": 1, "windows": found}
+    )
+
+
 def test_a_row_is_collated() -> None:
     assert loading.collate_a_row(row_tokens=256, repeats=2) > 0
     report = {"workers": [], "about": {}, "collate_milliseconds": 0.04}

@@ -56,16 +56,22 @@ class Server:
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         name, wanted = request.path.lstrip("/"), request.headers.get("range")
         self.requests.append((request.command, name, wanted))
-        begin = int(wanted.removeprefix("bytes=").rstrip("-")) if wanted and self.has_ranges else 0
+        begin, end = 0, None
+        if wanted and self.has_ranges:
+            first, _, last = wanted.removeprefix("bytes=").partition("-")
+            begin, end = int(first), int(last) + 1 if last else None
         content = self.files.get(name)
         status, headers, sent = self.rule(request.command, begin) or (
-            404 if content is None else 206 if begin else 200,
+            404 if content is None else 206 if begin or end else 200,
             {},
             None,
         )
-        body = b"" if content is None or status >= 400 else content[begin:]
+        body = b"" if content is None or status >= 400 else content[begin:end]
         request.send_response(status)
         request.send_header("content-length", str(len(body)))
+        if status == 206 and content is not None:
+            place = f"bytes {begin}-{begin + len(body) - 1}/{len(content)}"
+            request.send_header("content-range", place)
         request.send_header("etag", self.etags.get(name, '"1"'))
         for key, value in headers.items():
             request.send_header(key, value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from mipha.cli import app
@@ -103,6 +105,33 @@ def test_a_benchmark_is_asked_over_http_as_it_is_directly(
         done = mipha("evaluate", *model, *more)
         assert done.exit_code == 0, done.output
     assert texts(tmp_path / "a" / "pope") == texts(tmp_path / "b" / "pope")
+
+
+def test_boxes_are_asked_and_scored_in_the_form_of_the_checkpoint(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    """Box of a question, box of an answer, page, and the refusal of another form."""
+    folder = shutil.copytree(checkpoint, tmp_path / "boxes")
+    file = folder / "processor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"boxes": "unit3"}))
+    Image.new("RGB", (80, 40), "red").save(tmp_path / "a.png")
+    row = {"image": "a.png", "captions": ["the cat", "it"], "bbox": [20, 10, 40, 30]}
+    (tmp_path / "refs.jsonl").write_text(json.dumps(row) + "\n")
+
+    more = ("--data", tmp_path / "refs.jsonl", "--max-new-tokens", 6, "-o", tmp_path / "out")
+    done = mipha("evaluate", folder, "bbox_format=xywh", *more)
+    assert done.exit_code == 0, done.output
+    scores = json.loads((tmp_path / "out" / "refs" / "scores.json").read_text())
+    assert [score["metric"] for score in scores["scores"]] == ["accuracy", "mean_iou"]
+    assert "boxes as unit3" in scores["protocol"]
+    assert any("because every right answer is one box" in note for note in scores["notes"])
+    page = (tmp_path / "out" / "refs" / "worst-cases.html").read_text()
+    assert "[0.250, 0.250, 0.750, 1.000]" in page and "data:image/jpeg" in page
+
+    done = mipha("evaluate", folder, "bbox_format=xywh", *more, "--boxes", "loc")
+    assert done.exit_code == 2 and "was trained to write boxes as unit3" in done.stderr
+    done = mipha("evaluate", folder, "bbox_format=xywh", "-b", "pope")
+    assert done.exit_code == 2 and "bbox_format=xywh is for the questions of --data" in done.stderr
 
 
 def test_predictions_need_no_answers_and_go_on_after_a_kill(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mipha.data.regions import Numbers
-from mipha.evaluation.boxes import giou, iou, point_in_box, score_boxes, score_points
+from mipha.evaluation.boxes import detection_f1, giou, iou, point_in_box, score_boxes, score_points
 
 FIELD = Path(__file__).parents[1] / "data/field"
 GOLDEN = json.loads((FIELD / "geometry.json").read_text())["iou"]
@@ -52,3 +52,21 @@ def test_points() -> None:
     answers = ["[510, 500] [500, 510] [900, 900]", "There are none."]
     assert score_points(answers, truths, [SIZE] * 2, "thousand", 10) == pytest.approx(2 / 5)
     assert score_points(["none"], [[]], [SIZE], "thousand", 10) == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "right", "worth"),
+    [
+        ([], [], 1),
+        ([(0, 0, 1, 1)], [], 0),
+        ([], [(0, 0, 1, 1)], 0),
+        ([(0, 0, 0.5, 0.5), (0.5, 0.5, 1, 1)], [(0.5, 0.5, 1, 1), (0, 0, 0.5, 0.5)], 1),
+        ([(0.5, 0.5, 0, 0)], [(0, 0, 0.5, 0.5)], 1),  # corners in the wrong order
+        ([(0, 0, 0.5, 0.5)] * 2, [(0, 0, 0.5, 0.5)], 2 / 3),  # said twice: one is wrong
+        ([(0, 0, 0.5, 0.5), (0, 0, 0.1, 0.1)], [(0, 0, 0.5, 0.5), (0.5, 0.5, 1, 1)], 0.5),
+    ],
+)
+def test_boxes_are_matched_one_to_one(
+    said: list[Numbers], right: list[Numbers], worth: float
+) -> None:
+    assert detection_f1(said, right) == pytest.approx(worth)

@@ -165,6 +165,143 @@ def test_images_of_a_folder_get_one_question(write: Callable[..., Path]) -> None
         plan_images(Path("/nowhere"), "What?")
 
 
+# ---- Boxes ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def boxes(tmp_path: Path) -> Callable[..., Path]:
+    """`boxes((question, answer, box, ...), ...)`: a file of questions about an 80 x 40 image."""
+
+    def file(*rows: tuple[Any, ...]) -> Path:
+        Image.new("RGB", (80, 40)).save(tmp_path / "a.png")
+        path = tmp_path / "boxes.jsonl"
+        with path.open("w") as stream:
+            for question, answer, *found in rows:
+                turns = [
+                    {"role": "user", "content": question},
+                    {"role": "assistant", "content": answer},
+                ]
+                row = {"messages": turns, "images": ["a.png"], "objects": {"bbox": found}}
+                stream.write(json.dumps(row) + "\n")
+        return path
+
+    return file
+
+
+WHERE = ("Where is it?", "At <bbox>.", [20, 10, 60, 40])
+WHAT = ("What is at <bbox>?", "<bbox>", [0, 0, 8, 4], [0, 0, 40, 20])
+
+
+def test_answers_that_are_boxes_are_scored_by_their_overlap(boxes: Callable[..., Path]) -> None:
+    asked = plan(boxes(WHERE, WHAT))
+    assert "scored by box, because every right answer is one box; --metric chooses another" in (
+        asked.doubts
+    )
+    assert [metric.name for metric in asked.benchmark.metrics] == ["accuracy", "mean_iou"]
+    assert [one.text for one in asked.questions] == ["Where is it?", "What is at [0, 0, 100, 100]?"]
+    assert asked.questions[0].facts["answers"] == ("At [250, 250, 750, 1000].",)
+
+    names = [one.id for one in asked.questions]
+    said = dict(zip(names, ["[250, 250, 750, 625]", "no"], strict=True))
+    judgement = asked.benchmark.score(asked.questions, said, None)
+    assert list(judgement.per_question.values()) == [1, 0]  # an IoU of exactly 0.5
+    assert "1 of 2 answers hold no box in the form thousand, and count as wrong" in judgement.notes
+
+
+def test_boxes_are_asked_and_read_in_the_form_of_the_model(boxes: Callable[..., Path]) -> None:
+    path = boxes(WHERE, WHAT)
+    asked = plan(path, form="loc")
+    assert asked.questions[1].text == "What is at <loc0000><loc0000><loc0102><loc0102>?"
+    assert "boxes as loc" in asked.benchmark.protocol
+    texts = [one.facts["answers"][0] for one in asked.questions]
+    assert scores(path, *texts, form="loc") == [1, 1]
+    assert scores(path, *texts) == [0, 0]
+
+
+def test_models_with_two_forms_are_compared_pair_by_pair(
+    boxes: Callable[..., Path], tmp_path: Path
+) -> None:
+    from mipha.evaluation.paired import compare_paired
+
+    path = boxes(WHERE, WHAT)
+    for form in ("thousand", "unit3"):
+        asked = plan(path, form=form)
+        right = {one.id: one.facts["answers"][0] for one in asked.questions}
+        if form == "unit3":
+            right[asked.questions[0].id] = "no"
+        folder = tmp_path / form / "evaluation" / "boxes"
+        folder.mkdir(parents=True)
+        header = {"prompts_sha256": "", "checkpoint_sha256": "", "max_new_tokens": 8}
+        (folder / "predictions.meta.json").write_text(json.dumps(header))
+        score_predictions(asked, right, folder)
+    rows = compare_paired(tmp_path / "thousand", tmp_path / "unit3", 100)
+    assert [(row.metric, row.paired.difference) for row in rows] == [
+        ("accuracy", 50),
+        ("mean_iou", 50),
+    ]
+
+
+def test_several_boxes_are_matched(boxes: Callable[..., Path]) -> None:
+    several = ("Detect.", "<bbox>, <bbox>", [0, 0, 40, 20], [40, 20, 80, 40])
+    none = ("Detect.", "There are none.")
+    path = boxes(several, none)
+    asked = plan(path)
+    assert asked.benchmark.headline.name == "boxes"
+    assert scores(path, "[500, 500, 1000, 1000], [0, 0, 500, 500]", "There are none.") == [1, 1]
+    assert scores(path, "[0, 0, 500, 500]", "[0, 0, 1, 1]") == [pytest.approx(2 / 3), 0]
+    silent = dict.fromkeys([one.id for one in asked.questions], "There are none.")
+    judgement = asked.benchmark.score(asked.questions, silent, None)
+    assert "1 answers hold no box in the form thousand, where some are" in judgement.notes
+
+
+def test_what_no_metric_of_boxes_fits_is_refused(boxes: Callable[..., Path]) -> None:
+    with pytest.raises(ValueError, match=r"1 of 2 right answers are texts, .* and the others boxe"):
+        plan(boxes(WHERE, ("What?", "A cat.")))
+    with pytest.raises(ValueError, match=r"1 of 1 right answers are points"):
+        plan(boxes(("Point.", "<bbox>", [10, 10])))
+    with pytest.raises(
+        ValueError, match=r"--metric box needs a right answer with one box, which 1"
+    ):
+        plan(boxes(WHERE, ("What?", "A cat.")), "box")
+    with pytest.raises(ValueError, match=r"--metric boxes needs a right answer with boxes"):
+        plan(boxes(("Point.", "<bbox>", [10, 10])), "boxes")
+    assert scores(boxes(("Point.", "<bbox>", [40, 20])), "[500, 500]", metric="exact") == [1]
+
+
+def test_the_worst_boxes_are_drawn(boxes: Callable[..., Path], tmp_path: Path) -> None:
+    import base64
+    import io
+    import re
+
+    asked = plan(boxes(WHERE))
+    said = {one.id: "[0, 0, 500, 500]" for one in asked.questions}
+    header = {"prompts_sha256": "", "checkpoint_sha256": "", "max_new_tokens": 8}
+    (tmp_path / "predictions.meta.json").write_text(json.dumps(header))
+    score_predictions(asked, said, tmp_path)
+    page = (tmp_path / "worst-cases.html").read_text()
+    assert "read as" in page and "0.000, 0.000, 0.500, 0.500" in page and "IoU 0.11" in page
+
+    content = base64.b64decode(re.search(r"data:image/jpeg;base64,([^\"]+)", page)[1])
+    image = Image.open(io.BytesIO(content))
+    assert image.size == (80, 40)
+    red, green, _ = image.getpixel((20, 30))  # left edge of the right box
+    assert green > red + 20
+    red, green, _ = image.getpixel((10, 0))  # upper edge of what was said
+    assert red > green + 20
+
+
+def test_columns_of_boxes_are_a_test_set_too(tmp_path: Path) -> None:
+    Image.new("RGB", (80, 40)).save(tmp_path / "a.png")
+    row = {"image": "a.png", "question": "", "answer": ["the cat", "it"], "bbox": [20, 10, 40, 30]}
+    (tmp_path / "refs.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match="say bbox_format=xyxy or bbox_format=xywh"):
+        plan(tmp_path / "refs.jsonl")
+    data = data_recipe(str(tmp_path / "refs.jsonl"), settings=["bbox_format=xywh"])
+    asked = plan_own_data(data).questions
+    assert asked[0].asked == "the cat"
+    assert [one.facts["answers"] for one in asked] == [("[250, 250, 750, 1000]",)] * 2
+
+
 # ---- A judge with a rubric -----------------------------------------------------------------------
 
 

@@ -20,6 +20,8 @@ from safetensors.torch import load_file
 from mipha.recipe import Recipe
 from mipha.run import Run
 from mipha.training.pipeline import train
+from tests.data.test_addresses import Server
+from tests.data.test_blocks import parquet_bytes
 
 STAGES = ("pretrain", "finetune")
 
@@ -126,6 +128,32 @@ def test_killed_anywhere_it_ends_in_the_same_weights(
     assert_same(train(recipe, run.folder), uninterrupted, weights, metrics)
 
 
+def test_a_killed_run_over_a_server_goes_on_with_another_cache(
+    tiny_run_recipe: Callable,
+    tmp_path: Path,
+    weights: Callable,
+    metrics: Callable,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Row groups behind an address: what the cache holds does not matter."""
+    pytest.importorskip("pyarrow")
+    server = Server()
+    for number in range(2):
+        server.files[f"{number}.parquet"] = parquet_bytes(number)
+    root = server.address + "/{0..1}.parquet"
+    data = f"[{{dataset: auto, root: '{root}', cache_gb: 1, window_rows: 40}}]"
+    recipe = tiny_run_recipe(*(f"stages.{stage}.data={data}" for stage in STAGES))
+
+    monkeypatch.setenv("MIPHA_CACHE", str(tmp_path / "first"))
+    whole = train(recipe, tmp_path / "whole")
+    run = Run(tmp_path / "run")
+    assert killed_at(recipe, run.folder, lambda: num_lines(run.metrics("finetune")) >= 3, 0.0)
+    monkeypatch.setenv("MIPHA_CACHE", str(tmp_path / "second"))
+    assert_same(train(recipe, run.folder), whole, weights, metrics)
+    server.server.shutdown()
+    server.server.server_close()
+
+
 def test_a_killed_run_with_adapters_ends_in_the_same_weights(
     tiny_run_recipe: Callable, tmp_path: Path, weights: Callable, metrics: Callable
 ) -> None:
@@ -168,6 +196,8 @@ from mipha.engine import states
 from mipha.recipe import load_recipe
 from mipha.training import loop
 from mipha.training.pipeline import train
+from tests.data.test_addresses import Server
+from tests.data.test_blocks import parquet_bytes
 
 os.environ.update(LAUNCHED)
 

@@ -13,9 +13,10 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from mipha.assistant import load
+from mipha.recipe import DataRecipe
 from mipha.run import Run, open_run
 from mipha.training import pipeline
-from mipha.training.pipeline import train
+from mipha.training.pipeline import pin, train
 
 STAGES = ("pretrain", "finetune")
 
@@ -234,3 +235,12 @@ def _installed(name: str) -> bool:
     from importlib.util import find_spec
 
     return find_spec(name) is not None
+
+
+def test_a_run_goes_on_with_the_commit_that_it_began_with() -> None:
+    moving, fixed = "hf://datasets/a/moving", "hf://datasets/a/other"
+    began = {moving: "a" * 40}
+    data = DataRecipe(dataset="hub", root=moving, revision="main")
+    assert pin(data, began).revision == "a" * 40
+    assert pin(data, {}) == data
+    assert pin(DataRecipe(dataset="hub", root=fixed), began).revision is None

@@ -68,12 +68,28 @@ def check(
     fix: Annotated[
         Path | None, typer.Option(help="Write a cleaned copy, and a list of what was changed.")
     ] = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Only read the I-th of N parts of the rows, into --facts; run all N, anywhere.",
+        ),
+    ] = None,
+    facts: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Folder of what --shard found; without --shard: report on all of it.",
+        ),
+    ] = None,
 ) -> None:
     """Check a whole data set, row by row, before it is trained on; exit code 1 if it has errors."""
     from mipha.data.check.fix import write_fixed
     from mipha.data.check.html import html_report
-    from mipha.data.check.linter import check_data
+    from mipha.data.check.linter import check_data, check_shard
     from mipha.data.check.report import json_report, text_report
+    from mipha.data.check.rows import CheckInputs
+    from mipha.data.check.shards import parse_shard
     from mipha.data.dataset import data_recipe, load_data
     from mipha.files import write_whole
     from mipha.terminal import Console
@@ -88,15 +104,28 @@ def check(
         raise ValueError("give DATA, or only --recipe NAME for the data of a recipe's stages")
     else:
         chosen = [(one, each) for each in _stages(loaded, stage) for one in each.data]
-    if len(chosen) > 1 and (json_out or html or fix):
+    if len(chosen) > 1 and (json_out or html or fix or facts):
         raise ValueError(
-            f"--json, --html and --fix are written for one data set, and {recipe} has "
+            f"--json, --html, --fix and --facts are written for one data set, and {recipe} has "
             f"{len(chosen)}: name one as DATA, or a stage with --stage"
         )
+    part = parse_shard(shard) if shard else None
+    if part and (facts is None or json_out or html or fix):
+        raise ValueError(
+            "--shard writes the facts of a part of the rows into --facts DIR, and nothing else: "
+            "give that, and ask for reports when all parts are there, without --shard"
+        )
+
+    # Read a part of the rows.
+    processor = _processor(loaded)
+    if part and facts:
+        ((one, each),) = chosen
+        inputs = CheckInputs(load_data(one), processor, each, near=against is not None)
+        echo(f"written: {check_shard(inputs, part, facts, progress=True)}")
+        return
 
     # Check one after another.
     other = load_data(data_recipe(against)) if against else None
-    processor = _processor(loaded)
     num_errors = 0
     for one, each in chosen:
         result = check_data(
@@ -106,6 +135,7 @@ def check(
             seed=loaded.seed if loaded else 0,
             against=other,
             progress=True,
+            folder=facts,
         )
         num_errors += result.num_errors
         Console().print(text_report(result))
@@ -140,7 +170,8 @@ def fetch(
         echo(f"all data of {loaded.name} are local: nothing to fetch")
     for one in remote.values():
         data = load_data(one)
-        echo(f"{one.root}: {len(data):,} rows in {data.folder}")
+        parts = "" if one.cache_gb is None else "; the rows themselves are read in training"
+        echo(f"{one.root}: {len(data):,} rows in {data.folder}{parts}")
 
 
 def show_row(

@@ -69,13 +69,28 @@ ServerRequest = Annotated[
 DataMetric = Annotated[
     str | None,
     typer.Option(
-        help="For own data: exact, choice, number, vqa, anls, f1 or judge; if left out, by the "
-        "right answers."
+        help="For own data: exact, choice, number, vqa, anls, f1, box, boxes or judge; if left "
+        "out, by the right answers."
+    ),
+]
+DataSettings = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="For own data: how they are read, such as bbox_format=xywh.",
     ),
 ]
 DataRubric = Annotated[
     Path | None,
     typer.Option(help="For the metric judge: a text with {question}, {gold} and {answer}."),
+]
+Boxes = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FORM",
+        help="How the model writes boxes, where its checkpoint does not say: thousand (default), "
+        "unit3, square2, bbox_2d, loc.",
+    ),
 ]
 ImageRoot = Annotated[
     list[Path] | None,
@@ -88,6 +103,7 @@ Tokens = Annotated[
 
 def evaluate(
     model: ModelOrUrl,
+    settings: DataSettings = None,
     benchmarks: Annotated[
         list[str] | None,
         typer.Option("-b", "--benchmarks", help="Names, with commas or several -b."),
@@ -131,10 +147,11 @@ def evaluate(
     rubric: DataRubric = None,
     image_root: ImageRoot = None,
     max_new_tokens: Tokens = None,
+    boxes: Boxes = None,
 ) -> None:
     """Measure a model; exit code 1 if a question failed or could not be judged."""
     from mipha.api import evaluate as measure
-    from mipha.evaluation.evaluate import plan_benchmarks
+    from mipha.evaluation.evaluate import box_form, plan_benchmarks
     from mipha.evaluation.tables import print_plan, print_results
 
     # A model that is missing is named before data that are.
@@ -148,11 +165,17 @@ def evaluate(
     ):
         if value and data is None:
             raise ValueError(f"{option} is for the questions of --data: leave it out")
-    own = (
-        [] if data is None else [_own_plan(data, split, image_root, metric, rubric, max_new_tokens)]
-    )
+    if settings and data is None:
+        raise ValueError(
+            f"{settings[0]} is for the questions of --data: leave it out, and name benchmarks "
+            "with -b"
+        )
+    form = box_form(subject.checkpoint, boxes)
+    own = []
+    if data is not None:
+        own = [_own_plan(data, split, image_root, metric, rubric, max_new_tokens, settings, form)]
     if dry_run:
-        official = plan_benchmarks(names, data_root, split) if names or not own else []
+        official = plan_benchmarks(names, data_root, split, form) if names or not own else []
         print_plan([*official, *own], subject.checkpoint)
         return
 
@@ -168,6 +191,7 @@ def evaluate(
         blind=blind,
         judge=grader,
         plans=own,
+        boxes=boxes,
     )
     print_results(results)
     if any(result.n_failed for result in results):
@@ -184,6 +208,7 @@ def predict(
         ),
     ],
     out: Annotated[Path, typer.Option("-o", "--out", help="New file of JSON lines.")],
+    settings: DataSettings = None,
     question: Annotated[
         str | None, typer.Option(help="Ask this about every image in the folder DATA.")
     ] = None,
@@ -199,18 +224,23 @@ def predict(
     key_env: KeyEnv = None,
     parallel: Parallel = None,
     request: ServerRequest = None,
+    boxes: Boxes = None,
 ) -> None:
     """Answer questions that need no right answers; exit code 1 if one failed."""
     from mipha.api import predict as answer
+    from mipha.evaluation.evaluate import box_form
     from mipha.evaluation.own_data import plan_images
 
     subject = _subject(model, engine, served_model, key_env, parallel, request)
     if question is not None:
-        if split or image_root:
-            raise ValueError("--split and --image-root have no effect beside --question")
+        if split or image_root or settings:
+            raise ValueError(
+                "--split, --image-root and settings of data have no effect beside --question"
+            )
         plan = plan_images(Path(data), question, max_new_tokens or 128)
     else:
-        plan = _own_plan(data, split, image_root, None, None, max_new_tokens, with_answers=False)
+        form = box_form(subject.checkpoint, boxes)
+        plan = _own_plan(data, split, image_root, None, None, max_new_tokens, settings, form, False)
     for note in plan.doubts:
         echo(note)
     failures = answer(subject, plan, out, batch_size=batch_size, limit=limit)
@@ -237,6 +267,7 @@ def score(
             "benchmark's own results file (for POPE and MME, the folder of them)."
         ),
     ],
+    settings: DataSettings = None,
     annotations: Annotated[
         Path | None,
         typer.Option(
@@ -257,28 +288,35 @@ def score(
     split: Annotated[
         str | None, typer.Option(help="Split of an own test set; of a folder, test.")
     ] = None,
+    boxes: Boxes = None,
 ) -> None:
     """Score any model's predictions, without model or images; exit code 1 if one was not judged."""
     import json
 
     from mipha.evaluation.benchmark import load_benchmark
+    from mipha.evaluation.evaluate import box_form
     from mipha.evaluation.score import score_file
     from mipha.evaluation.tables import print_scored
     from mipha.files import write_whole
 
     folder = (json_out or predictions).parent
     grader = _judge(judge, judge_model, judge_replies, judge_request, folder)
+    form = box_form(None, boxes)
     if "/" in benchmark or "." in benchmark:
         if annotations is not None:
             raise ValueError(f"{benchmark} has its answers in it: leave --annotations out")
-        asked = _own_plan(benchmark, split, image_root, metric, rubric, None).benchmark
+        asked = _own_plan(
+            benchmark, split, image_root, metric, rubric, None, settings, form
+        ).benchmark
         annotations = Path(benchmark)
     else:
         asked = load_benchmark(benchmark)
-        if metric or rubric or image_root or split:
+        if asked.in_form is not None:
+            asked = asked.in_form(form)
+        if metric or rubric or image_root or split or settings:
             raise ValueError(
-                f"--metric, --rubric, --image-root and --split are for own data, not for "
-                f"{benchmark}: leave them out"
+                f"--metric, --rubric, --image-root, --split and settings of data are for own "
+                f"data, not for {benchmark}: leave them out"
             )
     content = score_file(asked, annotations, predictions, grader)
     if json_out is not None:
@@ -356,6 +394,8 @@ def _own_plan(
     metric: str | None,
     rubric: Path | None,
     max_new_tokens: int | None,
+    settings: list[str] | None,
+    form: str,
     with_answers: bool = True,
 ) -> Plan:
     """Return the questions of an own test set."""
@@ -363,11 +403,11 @@ def _own_plan(
     from mipha.evaluation.own_data import plan_own_data
 
     # The one split of a file is called train; of a folder nobody means to ask the training data.
-    own = data_recipe(data, None, image_root or ())
-    is_file = own.root is not None and own.root.is_file()
+    own = data_recipe(data, None, image_root or (), settings=settings or ())
+    is_file = own.root.is_file() if isinstance(own.root, Path) else "." in own.root_name
     recipe = own.model_copy(update={"split": split or ("train" if is_file else "test")})
     tokens = 128 if max_new_tokens is None else max_new_tokens
-    return plan_own_data(recipe, metric, rubric, tokens, with_answers)
+    return plan_own_data(recipe, metric, rubric, tokens, with_answers, form)
 
 
 def _subject(

@@ -7,7 +7,8 @@
 
 Everything behind this reads plain local files, so the order of samples, resuming and the number of
 processes are as for local data. A copy is whole or not there: a download that was cut goes on
-where it ended. All processes of a machine share the copy; one makes it, the others wait.
+where it ended. All processes of a machine share the copy; one makes it, the others wait. For data
+that are larger than the disk, `blocks` reads parts of the files instead.
 
 Credentials are read from the environment by the libraries, never from an address.
 """
@@ -24,6 +25,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,6 +106,32 @@ def list_files(address: str) -> list[RemoteFile]:
         return _list_file_system(address)
     with _client() as client:
         return [_look(client, one) for one in _expand(address)]
+
+
+def read_range(file: RemoteFile, begin: int, end: int) -> bytes:
+    """Return some bytes of a file behind an address, as `list_files` describes it.
+
+    Raises:
+        ConnectionError: The server fails again and again.
+        ValueError: The content changed, or the server sends no parts of files.
+        FileNotFoundError, PermissionError: As `copy_to_cache`.
+    """
+    for failures in range(1, TRIES + 1):
+        try:
+            if file.address.startswith(("http://", "https://")):
+                content = _get_range(file, begin, end)
+            else:
+                content = _cat_range(file, begin, end)
+            if len(content) == end - begin:
+                return content
+            raise _Failing(f"it sent {len(content):,} bytes of {end - begin:,}")
+        except _Failing as error:
+            if failures == TRIES:
+                raise ConnectionError(
+                    f"{file.address}, bytes {begin:,} to {end:,}, failed {TRIES} times: {error}"
+                ) from error
+            _wait(failures, error)
+    raise AssertionError("the last try returns or raises")
 
 
 def _expand(address: str) -> list[str]:
@@ -212,6 +240,12 @@ def _client() -> httpx.Client:
     return httpx.Client(follow_redirects=True, timeout=_TIMEOUT, headers=headers)
 
 
+@lru_cache(maxsize=1)
+def _shared_client(process: int) -> httpx.Client:
+    """Return a client that keeps its connections; a forked process needs one of its own."""
+    return _client()
+
+
 def _look(client: httpx.Client, address: str) -> RemoteFile:
     """Ask a server for size and name of a content."""
     for failures in range(1, TRIES + 1):
@@ -280,6 +314,48 @@ def _read_from(file: RemoteFile, done: int, stream: Any) -> Iterator[bytes]:
         raise _Failing(str(error) or type(error).__name__) from error
 
 
+def _get_range(file: RemoteFile, begin: int, end: int) -> bytes:
+    try:
+        client = _shared_client(os.getpid())
+        response = client.get(file.address, headers={"range": f"bytes={begin}-{end - 1}"})
+    except httpx.TransportError as error:
+        raise _Failing(str(error) or type(error).__name__) from error
+    _check_status(response, file.address)
+    etag = response.headers.get("etag", "")
+    size = response.headers.get("content-range", "").rpartition("/")[2]
+    if (etag and file.etag and etag != file.etag) or (size.isdecimal() and int(size) != file.size):
+        raise ValueError(
+            f"{file.address} changed since its footer was read: give the address of one revision"
+        )
+    if response.status_code != 206:
+        raise ValueError(
+            f"{file.address} is on a server that sends no parts of files: leave cache_gb out, and "
+            "the files are copied whole"
+        )
+    return response.content
+
+
+def _cat_range(file: RemoteFile, begin: int, end: int) -> bytes:
+    system, path = _file_system(file.address)
+    try:
+        facts = system.info(path)
+        if (int(facts["size"]), _etag_of(facts)) != (file.size, file.etag):
+            raise ValueError(
+                f"{file.address} changed since its footer was read: give the address of one "
+                "revision"
+            )
+        content: bytes = system.cat_file(path, start=begin, end=end)
+    except (FileNotFoundError, PermissionError):
+        raise
+    except OSError as error:
+        raise _Failing(str(error) or type(error).__name__) from error
+    return content
+
+
+def _etag_of(facts: dict[str, Any]) -> str:
+    return next((str(facts[key]) for key in ("ETag", "etag", "mtime") if facts.get(key)), "")
+
+
 def _file_system(address: str) -> tuple[Any, str]:
     fsspec = import_optional("fsspec", f"reading {address}", "data")
     protocol = address.partition("://")[0]
@@ -299,11 +375,12 @@ def _list_file_system(address: str) -> list[RemoteFile]:
         root = system._strip_protocol(one)
         for name in files:
             facts = system.info(name)
-            etag = next((str(facts[k]) for k in ("ETag", "etag", "mtime") if facts.get(k)), "")
             own = system._strip_protocol(name)
             inside = own.removeprefix(root).strip("/") or own.rpartition("/")[2]
             found.append(
-                RemoteFile(system.unstrip_protocol(name), inside, int(facts["size"]), etag)
+                RemoteFile(
+                    system.unstrip_protocol(name), inside, int(facts["size"]), _etag_of(facts)
+                )
             )
     if not found:
         raise FileNotFoundError(f"{address}: the folder is empty; check the address")

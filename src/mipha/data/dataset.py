@@ -177,16 +177,20 @@ def load_data(
     # Copy what lies behind an address, and find the data set that reads it.
     dataset, found = load_dataset(recipe.dataset), None
     to_sample = dataset.to_sample
+    in_parts = recipe.cache_gb is not None
     if isinstance(place, str) and not place.startswith(HUB):
         from mipha.data.addresses import copy_to_cache
+        from mipha.data.blocks import index_address
 
-        place = copy_to_cache(place)
+        place = index_address(place) if in_parts else copy_to_cache(place)
     if dataset.detect is not None:
         if recipe.config is not None or isinstance(place, str):
             name, found = (
                 "hub",
                 f"{recipe.root} is read as hub, config {recipe.config or 'default'}",
             )
+        elif in_parts:
+            name, found = "parquet", f"{recipe.root} is read as parquet, a row group at a time"
         else:
             name, found = dataset.detect(place, complete)
         dataset = load_dataset(name)

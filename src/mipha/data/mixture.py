@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,15 +15,29 @@ from typing import Any
 import numpy as np
 
 from mipha.data.dataset import load_data
+from mipha.data.datasets._records import Rows
 from mipha.data.faults import RecordError
 from mipha.data.held_out import Side, side_of
 from mipha.data.image_keys import ImageKeys
 from mipha.data.images import grey_image, why_missing
-from mipha.data.order import draw_samples, epoch_order, samples_shown
+from mipha.data.order import (
+    draw_samples,
+    epoch_order,
+    merge_orders,
+    samples_shown,
+    shuffled_order,
+    window_order,
+)
 from mipha.data.sample import ImageSource, Sample
 from mipha.recipe import DataRecipe
 
 _SIDES: tuple[Side | None, ...] = ("train", "validation", None)
+
+WINDOW_ROWS = 16_384
+"""Samples that are shuffled together where a data set is read in blocks."""
+
+_FEW_BLOCKS = 64
+"""Blocks of a window below which samples that lie side by side meet often."""
 
 _MOST_REMARKS = 20
 """Notes on rows that are said one by one."""
@@ -67,6 +81,18 @@ class Source:
         if root is not None and self.recipe.dataset == "auto":
             return f"`mipha check {root if '/' in str(root) else f'./{root}'}`"
         return f"`mipha check {self.recipe.dataset}{place}`"
+
+    @property
+    def window_rows(self) -> int | None:
+        """Samples that are shuffled together; None: all of them."""
+        if self.recipe.cache_gb is None:
+            return None
+        return self.recipe.window_rows or WINDOW_ROWS
+
+    def blocks_of(self, samples: np.ndarray) -> np.ndarray:
+        """Return the number of the block that each of these samples is read with."""
+        assert isinstance(self.records, Rows)
+        return self.records.blocks_of(np.asarray(self.rows)[samples])
 
     @property
     def num_per_epoch(self) -> int:
@@ -135,6 +161,8 @@ class Mixture(Sequence[Sample]):
                 "has no samples"
             )
         source = Source(name, recipe, data.to_sample, data.records, range(len(data)))
+        if source.window_rows:
+            self.notes.append(_describe_windows(source))
         return source if recipe.max_images is None else self._with_few_images(source)
 
     def _with_few_images(self, source: Source) -> Source:
@@ -226,6 +254,15 @@ class Mixture(Sequence[Sample]):
         """Count the samples that one epoch shows, by the weights and caps of the recipe."""
         return sum(source.num_per_epoch for source in self.sources)
 
+    @property
+    def commits(self) -> dict[str, str]:
+        """The commit that each address of the hub was resolved to."""
+        return {
+            str(source.recipe.root): source.records.commit
+            for source in self.sources
+            if isinstance(source.records, Rows) and source.records.commit
+        }
+
     def count_sources(self, indices: Sequence[int] | np.ndarray) -> dict[str, int]:
         """Count these samples by data set, for metrics."""
         numbers = np.searchsorted(self._starts, np.asarray(indices), side="right") - 1
@@ -251,20 +288,41 @@ class Mixture(Sequence[Sample]):
 
     def epoch_samples(self, seed: int, epoch: int) -> np.ndarray:
         """Return `(num_per_epoch,)` indices of the samples of an epoch, data set after data set."""
-        return np.concatenate(
-            [
-                start + draw_samples(len(source), source.num_per_epoch, seed, epoch, number)
-                for number, (start, source) in enumerate(
-                    zip(self._starts[:-1], self.sources, strict=True)
-                )
-                if len(source)
-            ]
-        )
+        return np.concatenate(self._samples_by_source(seed, epoch))
+
+    def _samples_by_source(self, seed: int, epoch: int) -> list[np.ndarray]:
+        return [
+            start + draw_samples(len(source), source.num_per_epoch, seed, epoch, number)
+            if len(source)
+            else np.zeros(0, dtype=np.int64)
+            for number, (start, source) in enumerate(
+                zip(self._starts[:-1], self.sources, strict=True)
+            )
+        ]
+
+    def _order_of(self, number: int, shown: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+        """Return the samples of one data set in the order of an epoch."""
+        source = self.sources[number]
+        if not source.window_rows or not len(shown):
+            return shuffled_order(shown, seed, epoch, number)
+        blocks = source.blocks_of(shown - int(self._starts[number]))
+        return window_order(shown, blocks, source.window_rows, seed, epoch, number)
 
     def epoch_order(
         self, seed: int, epoch: int, bundle: int | None = None, by_modality: int | None = None
     ) -> np.ndarray:
-        """Return `(num_per_epoch,)` indices in the order of an epoch; see `order.epoch_order`."""
+        """Return `(num_per_epoch,)` indices in the order of an epoch; see `order.epoch_order`.
+
+        With a data set that is read in blocks, that one goes by `order.window_order`.
+        """
+        if any(source.window_rows for source in self.sources):
+            assert bundle is None and by_modality is None, "the recipe refuses these"
+            orders = [
+                self._order_of(number, shown, seed, epoch)
+                for number, shown in enumerate(self._samples_by_source(seed, epoch))
+            ]
+            return merge_orders(orders, seed, epoch)
+
         # To make them reads every sample, and for a bundle every image.
         keys = None
         if by_modality is not None:
@@ -276,6 +334,7 @@ class Mixture(Sequence[Sample]):
     def check(self) -> str:
         """Make every sample and look for every image file, before a run spends hours on the rest.
 
+        Data sets that are read in blocks are not read for it: their footers stand for them.
         Remarks of the readers are counted, and added to the notes.
 
         Returns:
@@ -292,7 +351,13 @@ class Mixture(Sequence[Sample]):
         digest = hashlib.sha256()
         remarks: Counter[tuple[int, str]] = Counter()
 
-        for index, sample in enumerate(self):
+        for source in self.sources:
+            if source.window_rows:
+                assert isinstance(source.records, Rows)
+                facts = [source.records.identity, len(source)]
+                digest.update(json.dumps(facts).encode() + b"\n")
+        for index in self._checked():
+            sample = self[index]
             if sample.remarks:
                 number = self._source_of(index)
                 remarks.update((number, remark.about) for remark in sample.remarks)
@@ -309,7 +374,8 @@ class Mixture(Sequence[Sample]):
         if len(remarks) > _MOST_REMARKS:
             more = len(remarks) - _MOST_REMARKS
             self.notes.append(f"{more} more remarks on the data: run `mipha check` on them")
-        self.shows_image = shows_image  # else grouping by modality would read everything again
+        if not any(source.window_rows for source in self.sources):
+            self.shows_image = shows_image  # else grouping by modality would read everything again
 
         if missing:
             image, (sample_id, source) = next(iter(missing.items()))
@@ -321,8 +387,33 @@ class Mixture(Sequence[Sample]):
             )
         return digest.hexdigest()
 
+    def _checked(self) -> Iterator[int]:
+        """Yield the samples that are read before training: all but those that are read in blocks.
+
+        These may be more than the disk holds.
+        """
+        for start, source in zip(self._starts[:-1].tolist(), self.sources, strict=True):
+            if not source.window_rows:
+                yield from range(start, start + len(source))
+
     def _source_of(self, index: int) -> int:
         return int(np.searchsorted(self._starts, index, side="right")) - 1
+
+
+def _describe_windows(source: Source) -> str:
+    """Say how a data set that is read in blocks is shuffled."""
+    size, window = len(source), source.window_rows or 1
+    num_blocks = len(np.unique(source.blocks_of(np.arange(size))))
+    num_windows = -(-size // window)
+    each = num_blocks / num_windows
+    said = (
+        f"{source.name}: {num_blocks:,} row groups are read in {num_windows:,} windows of about "
+        f"{min(window, size):,} samples; rows are checked as they are read, and `mipha check` "
+        "reads all before"
+    )
+    if num_windows > 1 and each < _FEW_BLOCKS:
+        said += f"; a window mixes {each:.0f} row groups: raise window_rows if the files are sorted"
+    return said
 
 
 def _names(data: Sequence[DataRecipe]) -> list[str]:

@@ -5,11 +5,14 @@ Training, its plan and the data check all count and order with these:
     samples_shown   weight and cap of a data set -> samples of it in one epoch
     draw_samples    which ones they are
     epoch_order     the samples of all data sets -> the order of one epoch
+    window_order    the samples of one data set that is read in blocks -> its order, in windows
+    merge_orders    orders of several data sets -> the order of one epoch
     count_steps     samples of an epoch -> optimizer steps of the stage
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import chain
 from math import ceil
 
@@ -112,6 +115,53 @@ def epoch_order(
     ]
     random.shuffle(bundles)
     return np.fromiter(chain.from_iterable(bundles), dtype=np.int64, count=len(shuffled))
+
+
+def window_order(
+    shown: np.ndarray, blocks: np.ndarray, window_rows: int, seed: int, epoch: int, source: int
+) -> np.ndarray:
+    """Return the order of a data set that is read in blocks: windows of blocks, shuffled.
+
+    The blocks are shuffled, and laid one behind another; the samples of a window, which are those
+    of the blocks that begin in it, are shuffled among themselves. So a block is read in one window
+    only, and a window takes no longer to find than the epoch.
+
+    Args:
+        shown: `(samples,)` indices of the samples that the epoch shows.
+        blocks: `(samples,)` number of the block that each of them lies in.
+        window_rows: Samples of a window, more or less.
+        source: Number of the data set in its mixture; data sets are shuffled independently.
+
+    Returns:
+        `(samples,)` indices: `shown`, in order.
+    """
+    _, block, sizes = np.unique(blocks, return_inverse=True, return_counts=True)
+    laid = _random(seed, epoch, 1, source).permutation(len(sizes))
+    begins = np.empty(len(sizes), dtype=np.int64)
+    begins[laid] = np.cumsum(sizes[laid]) - sizes[laid]  # first place of each block
+
+    within = _random(seed, epoch, 2, source).random(len(shown))
+    return shown[np.lexsort((within, (begins // window_rows)[block]))]
+
+
+def merge_orders(orders: Sequence[np.ndarray], seed: int, epoch: int) -> np.ndarray:
+    """Return several orders as one: each keeps its own, and all are spread evenly."""
+    places = [
+        np.sort(_random(seed, epoch, 3, source).random(len(order)))
+        for source, order in enumerate(orders)
+    ]
+    return np.concatenate(orders)[np.argsort(np.concatenate(places), kind="stable")]
+
+
+def shuffled_order(shown: np.ndarray, seed: int, epoch: int, source: int) -> np.ndarray:
+    """Return the samples of one data set in any order, as `window_order` of a single window."""
+    return shown[_random(seed, epoch, 2, source).permutation(len(shown))]
+
+
+def _random(seed: int, epoch: int, purpose: int, source: int) -> np.random.Generator:
+    # The counter's upper words keep these draws apart from one another and from all others.
+    stream = np.random.Philox(key=[seed, epoch], counter=[0, 0, purpose, source + 1])
+    return np.random.Generator(stream)
 
 
 def _order_by_modality(

@@ -26,7 +26,7 @@ from typing import get_args
 
 from mipha.data.faults import RecordError
 from mipha.data.regions import Numbers, Region, Size, pad_to_square, to_pixels
-from mipha.data.sample import REGION, Sample
+from mipha.data.sample import REGION, Message, Sample
 from mipha.recipe import RegionForm
 
 DEFAULT: RegionForm = "thousand"
@@ -55,15 +55,32 @@ def write_sample(sample: Sample, form: str | None) -> Sample:
     """
     if not sample.regions:
         return sample
-    left = list(sample.regions)
+    messages = write_messages(sample.messages, sample.regions, form, sample.id)
+    return replace(sample, messages=messages, regions=())
+
+
+def write_messages(
+    messages: Sequence[Message], regions: Sequence[Region], form: str | None, name: str = ""
+) -> tuple[Message, ...]:
+    """Return turns whose texts hold regions as text.
+
+    Args:
+        messages: Turns with a `REGION` marker for each region, in order; without any region such a
+            marker is plain text.
+        regions: Regions of all turns.
+        form: One of `FORMS`; None for `DEFAULT`.
+        name: Name of the sample, for messages; errors as in `write_sample`.
+    """
+    if not regions:
+        return tuple(messages)
+    left = list(regions)
 
     def write(run: re.Match[str]) -> str:
         number = len(run.group()) // len(REGION)
         group, left[:] = left[:number], left[number:]
-        return write_regions(group, form or DEFAULT, sample.id)
+        return write_regions(group, form or DEFAULT, name)
 
-    messages = [replace(m, text=_RUN.sub(write, m.text)) for m in sample.messages]
-    return replace(sample, messages=tuple(messages), regions=())
+    return tuple(replace(message, text=_RUN.sub(write, message.text)) for message in messages)
 
 
 def write_regions(regions: Sequence[Region], form: str, name: str = "") -> str:

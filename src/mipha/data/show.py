@@ -39,7 +39,7 @@ _STYLES = {
     "given": ("", "dim"),
 }
 
-_OUTLINE = (255, 0, 128)
+OUTLINE = "#ff0080"
 _POINT = 2
 """Pixels to each side of a point that is drawn."""
 
@@ -203,7 +203,10 @@ def token_pieces(encoded: Encoded, processor: LlavaProcessor) -> Iterator[TokenP
 
 
 def draw_regions(
-    image: Image.Image, regions: Sequence[Region], is_padded: bool = False
+    image: Image.Image,
+    regions: Sequence[Region],
+    is_padded: bool = False,
+    outline: str = OUTLINE,
 ) -> Image.Image:
     """Return an image with its boxes and points drawn on it.
 
@@ -211,6 +214,7 @@ def draw_regions(
         image: Image of any size.
         regions: Regions of the original.
         is_padded: Whether the original was padded to a square before it was resized.
+        outline: Colour of the lines.
     """
     if not regions:
         return image
@@ -225,7 +229,7 @@ def draw_regions(
             x, y = numbers
             numbers = (x - _POINT, y - _POINT, x + _POINT, y + _POINT)
         inside = [min(n, image.size[place % 2] - 1) for place, n in enumerate(numbers)]
-        pen.rectangle(inside, outline=_OUTLINE)
+        pen.rectangle(inside, outline=outline)
     return drawn
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,10 +19,13 @@ from mipha.data.dataset import LoadedData, load_data
 from mipha.data.datasets._choices import option_columns
 from mipha.data.datasets._keys import parse_list
 from mipha.data.datasets._records import Row
+from mipha.data.datasets.grounding import is_grounding
 from mipha.data.datasets.table import ANSWERS, QUESTIONS, by_name
 from mipha.data.faults import RecordError
 from mipha.data.images import ImageSource, why_missing
-from mipha.data.sample import IMAGE, Message, Sample
+from mipha.data.region_text import write_messages
+from mipha.data.regions import Region
+from mipha.data.sample import IMAGE, REGION, Message, Sample
 from mipha.recipe import DataRecipe
 
 _UNANSWERED = "\ue000"
@@ -44,6 +47,8 @@ class GoldQuestion:
         text: The question, without markers where its images stand in front and nothing before.
         images: Images of all turns, in order.
         answers: Right answers; none where the data give none.
+        regions: Boxes and points, one for each `REGION` marker in the turns before, the question
+            and the right answer, in order; without any, such a marker is plain text.
     """
 
     id: str
@@ -52,6 +57,26 @@ class GoldQuestion:
     text: str
     images: tuple[ImageSource, ...]
     answers: tuple[str, ...]
+    regions: tuple[Region, ...] = ()
+
+    @property
+    def right_regions(self) -> tuple[Region, ...]:
+        """The boxes and points of its right answer."""
+        number = sum(answer.count(REGION) for answer in self.answers) if self.regions else 0
+        return self.regions[len(self.regions) - number :]
+
+    def written(self, form: str | None) -> GoldQuestion:
+        """Return it with its boxes and points as text, in a form of `region_text.FORMS`."""
+        right = [Message("assistant", answer) for answer in self.answers]
+        turns = [*self.before, Message("user", self.text), *right]
+        turns = list(write_messages(turns, self.regions, form, self.id))
+        number = len(self.before)
+        return replace(
+            self,
+            before=tuple(turns[:number]),
+            text=turns[number].text,
+            answers=tuple(turn.text for turn in turns[number + 1 :]),
+        )
 
 
 @dataclass(frozen=True)
@@ -133,6 +158,8 @@ def _complete(content: Any, row: Row | None = None) -> _Completed:
         row: Its row, for errors; None where the record is only looked at.
     """
     if not isinstance(content, Mapping):
+        return _Completed(content, None)
+    if is_grounding(content):
         return _Completed(content, None)
     for name in _LISTS:
         if isinstance(turns := content.get(name), list) and turns:
@@ -230,8 +257,17 @@ def _questions_of(
         if not before and text.startswith(markers) and IMAGE not in text[len(markers) :]:
             text = text[len(markers) :]
         right = () if said.text == _UNANSWERED else (said.text,)
-        if answers is not None and place == places[-1]:
+        has_regions = bool(sample.regions) and REGION in said.text
+        if answers is not None and place == places[-1] and not has_regions:
             right = answers
+        elif has_regions and answers is not None and len(answers) > 1:
+            raise RecordError(
+                f"its {len(answers)} right answers hold boxes", "give one right answer", where
+            )
+
+        # Regions of the turns up to the answer.
+        turns = sample.messages[: place + 1 if right else place]
+        num_regions = sum(turn.text.count(REGION) for turn in turns)
         yield GoldQuestion(
             id=name if len(places) == 1 else f"{name}#{number}",
             where=where,
@@ -239,4 +275,5 @@ def _questions_of(
             text=text,
             images=sample.images[:shown],
             answers=right,
+            regions=sample.regions[:num_regions],
         )

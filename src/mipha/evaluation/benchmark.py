@@ -18,6 +18,7 @@ import numpy as np
 
 from mipha.comparison.statistics import Totals
 from mipha.data.images import ImageSource
+from mipha.data.regions import Numbers
 from mipha.data.sample import IMAGE, Message
 from mipha.lookup import did_you_mean, files_in
 
@@ -106,6 +107,7 @@ class Judgement:
             from their sums. A cluster is what questions share: the image.
         parsed: Question id to what was read out of the text; None where nothing could be read.
         normalised: Question id to the text as it was compared.
+        boxes: Question id to the boxes that were read, as fractions of its first image.
         submission: Question id to the answer in the upload, for a benchmark with a server.
         extra: Further official numbers that are not made from sums; they get no interval.
         failed: Question id to the reason that its answer could not be judged. Such a question is in
@@ -119,6 +121,7 @@ class Judgement:
     contributions: Sequence[tuple[Hashable, Mapping[str, float]]]
     parsed: Mapping[str, str | None] | None = None
     normalised: Mapping[str, str] | None = None
+    boxes: Mapping[str, tuple[Numbers, ...]] = field(default_factory=dict)
     submission: Mapping[str, str] | None = None
     extra: Mapping[str, float] = field(default_factory=dict)
     failed: Mapping[str, str] = field(default_factory=dict)
@@ -216,6 +219,8 @@ class Benchmark:
         packaged: An installed package brings the files, so `read` and `read_labels` take None as
             their root.
         own_metric: Metric of an own test set, see `own_data`; None for a benchmark of the list.
+        in_form: `in_form(form)` returns the benchmark for models that write boxes in a form of
+            `region_text.FORMS`; None where no answer is a box.
     """
 
     name: str
@@ -242,6 +247,7 @@ class Benchmark:
     rules: str = "official"
     packaged: bool = False
     own_metric: str | None = None
+    in_form: Callable[[str], Benchmark] | None = None
 
     @property
     def headline(self) -> Metric:

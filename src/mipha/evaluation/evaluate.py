@@ -18,16 +18,21 @@ from pathlib import Path
 from typing import Any
 
 from mipha.data.images import grey_image
+from mipha.data.region_text import DEFAULT, FORMS
 from mipha.evaluation.benchmark import Judge, Plan, Question, load_benchmark
 from mipha.evaluation.engine_check import check_engine
 from mipha.evaluation.predict import Asker, fingerprint, merge, predict
 from mipha.evaluation.score import Result, score_predictions
 from mipha.files import partial_name, read_json_object, read_lines, write_whole
+from mipha.lookup import did_you_mean
 from mipha.run import Run, adapter_folder, is_first_process, model_folder
 
 
 def plan_benchmarks(
-    benchmarks: Sequence[str], data_root: str | Path | None = None, split: str | None = None
+    benchmarks: Sequence[str],
+    data_root: str | Path | None = None,
+    split: str | None = None,
+    form: str | None = None,
 ) -> list[Plan]:
     """Read the questions of all benchmarks, and check that their files and images are there.
 
@@ -36,6 +41,7 @@ def plan_benchmarks(
         data_root: With one benchmark its folder; with several a folder that holds one folder for
             each, by name. None: the packaged copies, where there are some.
         split: Name of a split; None: each benchmark's own.
+        form: Form in which the model writes boxes, see `box_form`.
 
     Raises:
         FileNotFoundError: A file or an image is missing.
@@ -48,6 +54,8 @@ def plan_benchmarks(
     names = dict.fromkeys(benchmarks)
     for name in names:
         benchmark = load_benchmark(name)
+        if form is not None and benchmark.in_form is not None:
+            benchmark = benchmark.in_form(form)
         chosen = split or benchmark.main_split
 
         # The folder of one benchmark, or the one above it, as for several.
@@ -110,6 +118,30 @@ class Subject:
     has_likelihoods: bool = False
 
 
+def box_form(checkpoint: Path | None, given: str | None = None) -> str:
+    """Return the form in which a model writes boxes and points: its checkpoint's, or a given one.
+
+    Args:
+        checkpoint: Folder of the model, where it has one.
+        given: One of `region_text.FORMS`; None where the checkpoint decides.
+
+    Raises:
+        ValueError: No such form, or not the one that the checkpoint was trained in.
+    """
+    own = None
+    if checkpoint is not None and (file := checkpoint / "processor_config.json").is_file():
+        own = read_json_object(file).get("boxes")
+    for form in (given, own):
+        if form is not None and form not in FORMS:
+            raise ValueError(f"no form of boxes {form!r}: {did_you_mean(str(form), FORMS)}")
+    if own is not None and given not in (None, own):
+        raise ValueError(
+            f"{checkpoint} was trained to write boxes as {own}, and not as {given}: leave --boxes "
+            "out"
+        )
+    return given or own or DEFAULT
+
+
 def checkpoint_subject(
     model: Run | str | Path, adapter: str | Path | None = None, dtype: str = "auto"
 ) -> Subject:
@@ -161,6 +193,7 @@ def evaluate(
     blind: bool = False,
     judge: Judge | None = None,
     plans: Sequence[Plan] = (),
+    boxes: str | None = None,
 ) -> list[Result]:
     """Measure a model on benchmarks; questions that were answered before are not asked again.
 
@@ -180,6 +213,8 @@ def evaluate(
             Results go into `<benchmark>-blind`.
         judge: Grader of the benchmarks that want one.
         plans: Further questions, after the benchmarks'.
+        boxes: Form in which the model writes boxes, where its checkpoint does not say; None:
+            `thousand`.
 
     Returns:
         One result per benchmark; nothing in processes other than the first.
@@ -194,7 +229,10 @@ def evaluate(
         if number is not None and number < 1:
             raise ValueError(f"{name} is {number}: give 1 or more")
     subject = model if isinstance(model, Subject) else checkpoint_subject(model)
-    official = plan_benchmarks(benchmarks, data_root, split) if benchmarks or not plans else []
+    form = box_form(subject.checkpoint, boxes)
+    official = (
+        plan_benchmarks(benchmarks, data_root, split, form) if benchmarks or not plans else []
+    )
     plans = [replace(part, limit=limit) for part in (*official, *plans)]
     for part in plans:
         if part.benchmark.judge == "required" and judge is None:

@@ -8,6 +8,8 @@ data --load_test_set--> questions with right answers --a metric, given or derive
     vqa      agreement with several people, as the VQA scorer has it
     anls     how few letters are wrong, for text that was read from a document
     f1       words in common, for answers in sentences
+    box      one box, near enough to the right one
+    boxes    any number of boxes, matched to the right ones
     judge    a grade by a language model, with a rubric
 
 Each question is scored from 0 to 1 against the nearest of its right answers, and the number is
@@ -28,8 +30,12 @@ from pathlib import Path
 import numpy as np
 
 from mipha.comparison.statistics import Totals
+from mipha.data.datasets.grounding import NONE
 from mipha.data.images import SUFFIXES, image_key
+from mipha.data.region_text import DEFAULT, parse_regions
+from mipha.data.regions import Numbers
 from mipha.data.test_set import GoldQuestion, load_test_set
+from mipha.evaluation import boxes
 from mipha.evaluation.anls import anls
 from mipha.evaluation.answers import agreement, m4c
 from mipha.evaluation.benchmark import (
@@ -52,7 +58,7 @@ from mipha.recipe import DataRecipe
 FEWEST_PEOPLE = 4
 """Answers that a question needs for VQA accuracy: with fewer, no answer could score 1."""
 
-JUDGE = "judge"
+JUDGE, BOX, BOXES = "judge", "box", "boxes"
 METRICS = {
     "exact": "questions whose answer is a right one, apart from case, spaces and marks around it",
     "choice": "questions answered by the letter or the words of the right option",
@@ -60,6 +66,8 @@ METRICS = {
     "vqa": "VQA accuracy: agreement with the people who answered, each left out in turn",
     "anls": "average normalised Levenshtein similarity; below 0.5 it is 0",
     "f1": "mean F1 of the words in common with the nearest right answer, as SQuAD has it",
+    BOX: f"questions whose box has an IoU of {boxes.THRESHOLD} or more with the right one",
+    BOXES: f"mean F1 of boxes that are matched one to one by an IoU of {boxes.THRESHOLD} or more",
     JUDGE: "mean grade by a judge, from 0 % to 100 %",
 }
 """Metrics of own test sets, each with its meaning."""
@@ -76,6 +84,9 @@ _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}\b)")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _SIGNS = str.maketrans("", "", "$€£¥")
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?%?")
+
+_ANY_SIZE = (1, 1)
+"""Where nothing is to be found it matters only how many boxes were said."""
 
 _TRIES = 3
 _JUDGE_TOKENS = 1024
@@ -156,6 +167,7 @@ def plan_own_data(
     rubric: Path | None = None,
     max_new_tokens: int = 128,
     with_answers: bool = True,
+    form: str = DEFAULT,
 ) -> Plan:
     """Return the questions of a test set, as those of a benchmark.
 
@@ -165,6 +177,7 @@ def plan_own_data(
         rubric: Text that a judge is asked with; for the metric `judge`.
         max_new_tokens: Longest answer, in tokens.
         with_answers: Whether every question must have a right answer.
+        form: Form in which the model writes boxes, of `region_text.FORMS`.
 
     Raises:
         FileNotFoundError: There are no such data, no such rubric, or an image is missing.
@@ -188,17 +201,17 @@ def plan_own_data(
             f"{len(lacking):,} of {len(found.questions):,} questions have no right answer, such as "
             f"{lacking[0].where}: add them, or let `mipha predict` answer without a score"
         )
-    questions = [_as_question(one) for one in found.questions]
+    questions = [_as_question(one, form) for one in found.questions]
     notes = list(found.notes)
     if metric is not None:
         _check_fit(metric, found.questions, questions)
     elif with_answers:
-        metric, reason = _derive(questions)
+        metric, reason = _derive(found.questions, questions)
         notes.append(f"scored by {metric}, because {reason}; --metric chooses another")
 
     name = _name_of(data)
     benchmark = replace(
-        own_benchmark(metric or "exact", name, tuple(notes), criteria),
+        own_benchmark(metric or "exact", name, tuple(notes), criteria, form),
         splits={data.split: Split(len(questions))},
         max_new_tokens=max_new_tokens,
         read=lambda root, split: questions,
@@ -229,7 +242,11 @@ def plan_images(folder: Path, question: str, max_new_tokens: int = 128) -> Plan:
 
 
 def own_benchmark(
-    metric: str, name: str = "", notes: tuple[str, ...] = (), rubric: Rubric | None = None
+    metric: str,
+    name: str = "",
+    notes: tuple[str, ...] = (),
+    rubric: Rubric | None = None,
+    form: str = DEFAULT,
 ) -> Benchmark:
     """Return what scores a test set by a metric; the questions are not part of it.
 
@@ -238,21 +255,25 @@ def own_benchmark(
         name: Name of the test set.
         notes: Sentences for readers of the score.
         rubric: Text that a judge is asked with.
+        form: Form in which the model writes boxes.
     """
     protocol = f"own test set, the question as the whole prompt, greedy; {METRICS[metric]}"
     if rubric is not None:
         protocol += f" (scale {rubric.low:g} to {rubric.high:g}), asked with: {rubric.text}"
+    if metric in (BOX, BOXES):
+        protocol += f", boxes as {form}"
+    own = Metric(metric, "%", METRICS[metric])
     return Benchmark(
         name=name,
-        metrics=(Metric(metric, "%", METRICS[metric]),),
+        metrics=boxes.METRICS if metric == BOX else (own,),
         splits={},
         protocol=f"{protocol}; mean over questions; 95 % interval: cluster bootstrap over images",
         source="get the data again",
         max_new_tokens=0,
         read=lambda root, split: [],
         read_labels=lambda path: [],
-        score=partial(_score, metric, rubric, notes),
-        measure=partial(_measure, metric),
+        score=partial(_score, metric, rubric, notes, form),
+        measure=boxes.measure_boxes if metric == BOX else partial(_measure, metric),
         judge="required" if metric == JUDGE else None,
         own_metric=metric,
     )
@@ -292,7 +313,8 @@ def options_of(text: str) -> dict[str, str]:
     return options if len(options) > 1 else {}
 
 
-def _as_question(one: GoldQuestion) -> Question:
+def _as_question(gold: GoldQuestion, form: str) -> Question:
+    one = gold.written(form)
     # A place in a larger file is a tuple itself, so it stands in one.
     alone = len(one.images) == 1 and isinstance(one.images[0], Path | bytes)
     image = one.images[0] if alone else (one.images or None)
@@ -305,6 +327,10 @@ def _as_question(one: GoldQuestion) -> Question:
         "letter": _gold_letter(one.answers, options),
         "where": one.where,
     }
+    if gold.regions:
+        # Models that write boxes in another form are asked the same.
+        facts["boxes"] = tuple(r for r in gold.right_regions if len(r.numbers) == 4)
+        facts["same_as"] = f"{gold.text}\t{[region.numbers for region in gold.regions]}"
     return Question(one.id, one.text, image, facts, one.before)
 
 
@@ -323,8 +349,14 @@ def _gold_letter(answers: tuple[str, ...], options: Mapping[str, str]) -> str | 
     return found[1] if found and found[1] in options else None
 
 
-def _derive(questions: Sequence[Question]) -> tuple[str, str]:
-    """Return the metric that fits the right answers, and the reason."""
+def _derive(rows: Sequence[GoldQuestion], questions: Sequence[Question]) -> tuple[str, str]:
+    """Return the metric that fits the right answers, and the reason.
+
+    Raises:
+        ValueError: Some of the answers are boxes or points, and no metric fits all.
+    """
+    if any(row.right_regions for row in rows):
+        return _derive_by_regions(rows)
     answers = [text for question in questions for text in question.facts["answers"]]
     if all(question.facts["letter"] for question in questions):
         return "choice", "every question lists its options"
@@ -340,6 +372,29 @@ def _derive(questions: Sequence[Question]) -> tuple[str, str]:
     return "f1", f"some answers have more than {_MOST_WORDS} words"
 
 
+def _derive_by_regions(rows: Sequence[GoldQuestion]) -> tuple[str, str]:
+    """Return the metric of right answers that are boxes; as `_derive`."""
+    numbers = [len(row.right_regions) for row in rows]
+    if points := [row for row in rows if _has_point(row)]:
+        raise ValueError(
+            f"{len(points):,} of {len(rows):,} right answers are points, such as "
+            f"{points[0].where}, which no metric of own test sets scores: answer them with "
+            "`mipha predict`, and score with mipha.evaluation.boxes.score_points"
+        )
+    if all(number == 1 for number in numbers):
+        return BOX, "every right answer is one box"
+    if texts := [row for row in rows if not row.right_regions and NONE not in row.answers]:
+        raise ValueError(
+            f"{len(texts):,} of {len(rows):,} right answers are texts, such as {texts[0].where}, "
+            "and the others boxes: give two test sets, or choose a --metric"
+        )
+    return BOXES, "right answers are several boxes, or none"
+
+
+def _has_point(row: GoldQuestion) -> bool:
+    return any(len(region.numbers) == 2 for region in row.right_regions)
+
+
 def _check_fit(metric: str, rows: Sequence[GoldQuestion], questions: Sequence[Question]) -> None:
     """Refuse a metric that could not tell right from wrong."""
     if metric == "choice":
@@ -348,6 +403,12 @@ def _check_fit(metric: str, rows: Sequence[GoldQuestion], questions: Sequence[Qu
     elif metric == "vqa":
         unfit = [row for row in rows if len(row.answers) < FEWEST_PEOPLE]
         wanted = f"{FEWEST_PEOPLE} answers or more"
+    elif metric == BOX:
+        unfit = [row for row in rows if len(row.right_regions) != 1 or _has_point(row)]
+        wanted = "a right answer with one box"
+    elif metric == BOXES:
+        unfit = [row for row in rows if not row.answers or _has_point(row)]
+        wanted = "a right answer with boxes, or with none"
     else:
         return
     if unfit:
@@ -361,13 +422,18 @@ def _score(
     metric: str,
     rubric: Rubric | None,
     notes: tuple[str, ...],
+    form: str,
     questions: Sequence[Question],
     predictions: Mapping[str, str],
     judge: Judge | None = None,
 ) -> Judgement:
     """Judge every answer from 0 to 1."""
+    if metric == BOX:
+        judgement = boxes.judge_boxes(questions, predictions, form)
+        return replace(judgement, notes=(*notes, *judgement.notes))
     parsed: dict[str, str | None] | None = None
     failed: dict[str, str] = {}
+    said: dict[str, tuple[Numbers, ...]] = {}
     if rubric is not None:
         if judge is None:
             raise ValueError(
@@ -382,6 +448,17 @@ def _score(
         scores = {one.id: float(parsed[one.id] == one.facts["letter"]) for one in questions}
         if num := sum(letter is None for letter in parsed.values()):
             notes = (*notes, f"{num:,} answers name none of their options, and count as wrong")
+    elif metric == BOXES:
+        said = {one.id: _boxes_in(predictions[one.id], one, form) for one in questions}
+        scores = {
+            one.id: boxes.detection_f1(
+                said[one.id], [region.numbers for region in one.facts.get("boxes", ())]
+            )
+            for one in questions
+        }
+        silent = sum(bool(one.facts.get("boxes")) and not said[one.id] for one in questions)
+        if silent:
+            notes = (*notes, f"{silent:,} answers hold no box in the form {form}, where some are")
     else:
         rule = _RULES[metric]
         scores = {one.id: rule(predictions[one.id], one.facts["answers"]) for one in questions}
@@ -391,9 +468,16 @@ def _score(
             (one.facts["image"], {metric: scores[one.id]}) for one in questions if one.id in scores
         ],
         parsed=parsed,
+        boxes=said,
         failed=failed,
         notes=notes,
     )
+
+
+def _boxes_in(text: str, question: Question, form: str) -> tuple[Numbers, ...]:
+    right = question.facts.get("boxes", ())
+    size = right[0].size if right else _ANY_SIZE
+    return tuple(one for one in parse_regions(text, form, size) if len(one) == 4)
 
 
 def _grade(
@@ -457,8 +541,9 @@ def _as_number(text: str) -> str:
 
 def _name_of(data: DataRecipe) -> str:
     """Return a name for results: that of the data, unless a benchmark has it."""
-    stem = (data.root.stem or data.root.resolve().name) if data.root else data.dataset
-    is_file = data.root is not None and data.root.is_file()
+    root = Path(data.root_name) if isinstance(data.root, str) else data.root
+    stem = (root.stem or root.resolve().name) if root else data.dataset
+    is_file = bool(root and root.suffix) if isinstance(data.root, str) else root and root.is_file()
     if not is_file and data.split != "test":
         stem += f"-{data.split}"
     name = re.sub(r"[^\w.-]+", "-", stem)

@@ -1,7 +1,7 @@
 """The worst answers of a model as one page that needs nothing beside it: image, question, answer.
 
 It stands beside scores.json as worst-cases.html. All text of data and model is escaped, and images
-are small copies inside the page.
+are small copies inside the page. Boxes are drawn on them, the right one green and the answer's red.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from pathlib import Path
 from string import Template
 
 from mipha.data.check.html import STYLE, escaped, thumbnail
+from mipha.data.regions import Region
 from mipha.evaluation.benchmark import Judgement, Plan, Question
+from mipha.evaluation.boxes import iou
 from mipha.files import write_whole
 
 FILE = "worst-cases.html"
@@ -23,6 +25,8 @@ _LONGEST = 2_000
 _GOLDS = ("answers", "answer", "label", "letter")
 """Facts that hold the right answer; the first that a question has counts."""
 
+_RIGHT, _WRONG = "#2a7f4f", "#b83232"
+
 _PAGE = Template("""<!doctype html>
 <html lang="en">
 <head>
@@ -33,7 +37,7 @@ _PAGE = Template("""<!doctype html>
 .turn { margin: 8px 0 0; } .turn b { display: block; color: var(--grey); font-weight: normal;
   font-size: 12px; }
 .turn span { white-space: pre-wrap; overflow-wrap: anywhere; }
-.wrong span { color: var(--error); } .right span { color: #2a7f4f; }
+.wrong span { color: $wrong; } .right span { color: $right; }
 </style>
 </head>
 <body>
@@ -69,6 +73,8 @@ def write_worst_cases(
     page = _PAGE.substitute(
         name=escaped(plan.key),
         style=STYLE,
+        right=_RIGHT,
+        wrong=_WRONG,
         headline=escaped(
             f"{metric}. {len(shown):,} of {len(judged):,} questions, the lowest scores first; "
             f"{num_right:,} are answered without fault."
@@ -101,7 +107,10 @@ def _card(question: Question, judgement: Judgement, predictions: Mapping[str, st
         f'<h3>{escaped(question.id)} <span class="number">{score:.2f}</span> '
         f'<span class="grey">{escaped(str(question.facts.get("where", "")))}</span></h3>'
     )
-    images = "".join(thumbnail(image) for image in question.images[:4])
+    layers = _boxes(question, judgement)
+    images = "".join(
+        thumbnail(image, number, *layers) for number, image in enumerate(question.images[:4])
+    )
     before = "".join(_turn(turn.role, turn.text) for turn in question.before)
     gold = next((question.facts[name] for name in _GOLDS if question.facts.get(name)), None)
     right = "" if gold is None else gold if isinstance(gold, str) else " | ".join(map(str, gold))
@@ -111,9 +120,28 @@ def _card(question: Question, judgement: Judgement, predictions: Mapping[str, st
         + _turn("question", question.text)
         + _turn("answer", predictions[question.id] or "(empty)", "wrong")
         + (_turn("read as", str(read)) if judgement.parsed is not None else "")
+        + _overlap(question, judgement)
         + (_turn("right", right, "right") if right else "")
     )
     return f'<div class="card">{title}{images}{turns}</div>'
+
+
+def _boxes(question: Question, judgement: Judgement) -> tuple[tuple[Sequence[Region], str], ...]:
+    """Return the right boxes and those of the answer, each with its colour; nothing without any."""
+    right: tuple[Region, ...] = question.facts.get("boxes", ())
+    if not right:
+        return ()
+    first = right[0]
+    said = [first._replace(numbers=numbers) for numbers in judgement.boxes.get(question.id, ())]
+    return (right, _RIGHT), (said, _WRONG)
+
+
+def _overlap(question: Question, judgement: Judgement) -> str:
+    """Return the IoU of the one box of an answer with the one right box, as a turn."""
+    right, said = question.facts.get("boxes", ()), judgement.boxes.get(question.id, ())
+    if len(right) != 1 or len(said) != 1:
+        return ""
+    return _turn("overlap", f"IoU {iou(said[0], right[0].numbers):.2f}")
 
 
 def _turn(name: str, text: str, kind: str = "") -> str:

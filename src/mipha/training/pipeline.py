@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -50,7 +50,7 @@ from mipha.models.tuning import (
     tuned_modules,
 )
 from mipha.preflight import check_writable
-from mipha.recipe import PARTS, CheckpointRecipe, ModelRecipe, Recipe
+from mipha.recipe import PARTS, CheckpointRecipe, DataRecipe, ModelRecipe, Recipe
 from mipha.run import Run, check_run, create_run, hold_run
 from mipha.terminal import Console
 from mipha.training.loop import run_steps
@@ -136,7 +136,10 @@ def _train(
     if world.is_first:
         create_run(folder, recipe)
         for name, (mixture, _, sha256) in data.items():
-            run.record_data(name, {"samples": len(mixture), "sha256": sha256})
+            facts = {"samples": len(mixture), "sha256": sha256}
+            run.record_data(
+                name, facts | ({"commits": found} if (found := mixture.commits) else {})
+            )
     world.barrier()
 
     # A process that was killed between its last two lines left states of a finished stage.
@@ -212,10 +215,17 @@ def _read_data(stage: Stage) -> tuple[Mixture, Mixture | None, str]:
     settings = stage.settings
     check_quantization(settings.tuning, stage.world.device, stage.world.size)
     choose_attention(stage.recipe.attention, stage.world.device, stage.autocast)
-    mixture = Mixture(settings.data, settings.held_out)
+    commits = stage.run.commits(stage.name)
+    mixture = Mixture([pin(data, commits) for data in settings.data], settings.held_out)
     held_out = mixture.on_side("validation") if settings.held_out else None
 
     return mixture, held_out, mixture.check()
+
+
+def pin(data: DataRecipe, commits: Mapping[str, str]) -> DataRecipe:
+    """Return a data set at the commit that its branch was resolved to when the run began."""
+    commit = commits.get(str(data.root))
+    return data if commit is None else data.model_copy(update={"revision": commit})
 
 
 def _load_start(

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
@@ -87,12 +87,30 @@ def hub() -> Iterator[tuple[str, list[str]]]:
             elif path.removeprefix(files_at) in files:
                 content = files[path.removeprefix(files_at)]
                 etag = f'"{hashlib.sha1(content).hexdigest()}"'
-                self.send(200, content, {"X-Repo-Commit": COMMIT, "ETag": etag})
+                headers = {"X-Repo-Commit": COMMIT, "ETag": etag}
+                wanted = self.headers.get("range")
+                if wanted and self.command == "GET":
+                    begin, end = map(int, wanted.removeprefix("bytes=").split("-"))
+                    asked.append(f"PART {path}")
+                    part = content[begin : end + 1]
+                    place = f"bytes {begin}-{begin + len(part) - 1}/{len(content)}"
+                    self.send(206, part, headers | {"content-range": place})
+                    return
+                self.send(200, content, headers)
             else:
                 code = "EntryNotFound" if "lab/mirror" in path else "RepoNotFound"
                 self.send(404, {"error": "no"}, {"X-Error-Code": code, "X-Repo-Commit": COMMIT})
 
         do_HEAD = do_GET
+
+        def do_POST(self) -> None:
+            asked.append(f"POST {self.path}")
+            form = parse_qs(self.rfile.read(int(self.headers["content-length"])).decode())
+            found = [
+                {"type": "file", "oid": "0" * 40, "size": len(files[name]), "path": name}
+                for name in form["paths"]
+            ]
+            self.send(200, found)
 
         def tree(self, folder: str, whole: bool) -> Iterator[dict[str, Any]]:
             begin = f"{folder}/" if folder else ""
@@ -110,7 +128,7 @@ def hub() -> Iterator[tuple[str, list[str]]]:
             for key, value in {"content-length": str(len(content)), **(headers or {})}.items():
                 self.send_header(key, value)
             self.end_headers()
-            if self.command == "GET":
+            if self.command != "HEAD":
                 self.wfile.write(content)
 
         def log_message(self, *_: Any) -> None:
@@ -123,7 +141,10 @@ def hub() -> Iterator[tuple[str, list[str]]]:
     server.server_close()
 
 
-def test_a_config_is_fetched_from_the_hub(hub: tuple[str, list[str]], tmp_path: Path) -> None:
+@pytest.mark.parametrize("settings", [(), ("cache_gb=1",)], ids=["copied", "in parts"])
+def test_a_config_is_fetched_from_the_hub(
+    hub: tuple[str, list[str]], tmp_path: Path, settings: tuple[str, ...]
+) -> None:
     address, asked = hub
     environment = os.environ | {
         "HF_ENDPOINT": address,
@@ -133,6 +154,7 @@ def test_a_config_is_fetched_from_the_hub(hub: tuple[str, list[str]], tmp_path: 
 
     def check(name: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "mipha", "check", f"hf://datasets/{name}", "config=ocr"]
+        command += settings
         command += ["--json", str(tmp_path / "out.json")]
         return subprocess.run(command, env=environment, capture_output=True, text=True)
 
@@ -144,6 +166,9 @@ def test_a_config_is_fetched_from_the_hub(hub: tuple[str, list[str]], tmp_path: 
         "ocr/train-00000-of-00002.parquet",
         "ocr/train-00001-of-00002.parquet",
     ]
+    assert any(path.startswith("PART") for path in asked) == bool(settings)
+    if settings:
+        return
     assert not any("general" in path for path in asked if "resolve" in path), "only what is named"
 
     result = check("lab/nothing")

@@ -17,7 +17,15 @@ from mipha.data.check.linter import NO_RECIPE, CheckResult, Histogram
 from mipha.data.check.report import answer_lines, by_kind, headline, training_lines, verdict
 from mipha.data.images import ImageSource
 from mipha.data.regions import Region
-from mipha.data.show import TokenPiece, View, draw_regions, open_quietly, view_sample, visible
+from mipha.data.show import (
+    OUTLINE,
+    TokenPiece,
+    View,
+    draw_regions,
+    open_quietly,
+    view_sample,
+    visible,
+)
 
 _MOST_ROWS = 50
 _ROWS_A_KIND = 2
@@ -325,22 +333,27 @@ def _pieces(pieces: Iterable[TokenPiece]) -> Iterator[str]:
 
 def _images(view: View) -> str:
     return "".join(
-        thumbnail(source, [region for region in view.regions if region.image == number])
+        thumbnail(source, number, (view.regions, OUTLINE))
         for number, source in enumerate(view.sample.images[:4])
     )
 
 
-def thumbnail(source: ImageSource, regions: Sequence[Region] = ()) -> str:
-    """Return a small copy of an image, with its regions, as an element of a page.
+def thumbnail(source: ImageSource, number: int = 0, *layers: tuple[Sequence[Region], str]) -> str:
+    """Return a small copy of an image as an element of a page, or that there is none to show.
 
-    Or that there is none to show.
+    Args:
+        source: Image.
+        number: Its number in its sample.
+        layers: Regions of the sample, and the colour in which those of this image are drawn.
     """
     try:
         image = open_quietly(source)
     except (ValueError, OSError):
         return '<p class="error">(no image to show)</p>'
     image.thumbnail((_THUMBNAIL, _THUMBNAIL))
-    image = draw_regions(image, regions)
+    for regions, colour in layers:
+        own = [region for region in regions if region.image == number]
+        image = draw_regions(image, own, outline=colour)
     buffer = io.BytesIO()
     image.save(buffer, format="JPEG", quality=80)
     content = base64.b64encode(buffer.getvalue()).decode()

@@ -13,6 +13,7 @@ from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -29,6 +30,13 @@ from rich.text import Text
 
 from mipha.data.check.findings import SEVERITIES, Finding, Severity
 from mipha.data.check.rows import CheckInputs, RowFacts, check_rows
+from mipha.data.check.shards import (
+    Shard,
+    describe_check,
+    has_facts,
+    read_facts,
+    write_facts,
+)
 from mipha.data.check.whole_set import Seen, gather_evaluation
 from mipha.data.dataset import LoadedData
 from mipha.recipe import StageRecipe
@@ -186,6 +194,7 @@ def check_data(
     against: LoadedData | None = None,
     workers: int | None = None,
     progress: bool = False,
+    folder: Path | None = None,
 ) -> CheckResult:
     """Check every row of a data set; nothing is changed.
 
@@ -200,9 +209,11 @@ def check_data(
         against: An evaluation set whose images and questions must not be in this one.
         workers: Number of processes; None for one on each core.
         progress: Whether to draw a bar on standard error.
+        folder: Facts of all rows, which `check_shard` wrote; None: the rows are read here.
 
     Raises:
         OSError: A process was killed.
+        FileNotFoundError, ValueError: As `shards.read_facts`.
     """
     assert (stage is None) == (processor is None), "tokens need both, a stage and a processor"
     begin = time.monotonic()
@@ -221,7 +232,11 @@ def check_data(
     columns = _Columns()
     findings: list[Finding] = []
     inputs = CheckInputs(data, processor, stage, near=evaluation is not None)
-    for facts in _all_rows(inputs, workers, f"checking {data.name}", progress):
+    if folder is not None:
+        found = read_facts(folder, describe_check(inputs))
+    else:
+        found = _all_rows(inputs, workers, f"checking {data.name}", progress)
+    for facts in found:
         columns.add(facts)
         findings += facts.findings
         findings += seen.add(facts)
@@ -250,6 +265,33 @@ def check_data(
         against=evaluation.name if evaluation else None,
         processor=processor,
     )
+
+
+def check_shard(
+    inputs: CheckInputs,
+    shard: Shard,
+    folder: Path,
+    workers: int | None = None,
+    progress: bool = False,
+) -> Path:
+    """Read a part of the rows for a check that many machines share; see `shards`.
+
+    Args:
+        inputs: The data set, and what else the check needs.
+        shard: Part of the rows.
+        folder: Folder of the facts; a part that is there already is not read again.
+
+    Returns:
+        File of the facts.
+    """
+    check = describe_check(inputs)
+    if has_facts(folder, shard, check):
+        return shard.file(folder)
+    title = f"checking {shard.number}/{shard.of} of {inputs.data.name}"
+    rows = _all_rows(
+        inputs, workers or os.cpu_count() or 1, title, progress, shard.rows(len(inputs.data))
+    )
+    return write_facts(folder, shard, check, rows)
 
 
 def histogram(name: str, unit: str, values: np.ndarray) -> Histogram:
@@ -370,8 +412,11 @@ class _Columns:
         )
 
 
-def _all_rows(inputs: CheckInputs, workers: int, title: str, progress: bool) -> Iterator[RowFacts]:
-    chunks = check_rows(inputs, range(len(inputs.data)), workers)
+def _all_rows(
+    inputs: CheckInputs, workers: int, title: str, progress: bool, rows: range | None = None
+) -> Iterator[RowFacts]:
+    rows = range(len(inputs.data)) if rows is None else rows
+    chunks = check_rows(inputs, rows, workers)
     first = next(chunks, [])  # the processes are forked here, before the bar's thread begins
 
     columns = (
@@ -382,7 +427,7 @@ def _all_rows(inputs: CheckInputs, workers: int, title: str, progress: bool) -> 
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:
-        task = bar.add_task(title, total=len(inputs.data))
+        task = bar.add_task(title, total=len(rows))
         while first:
             yield from first
             bar.advance(task, len(first))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -63,6 +63,29 @@ def with_places(content: Mapping[str, Any], places: Mapping[str, Any]) -> dict[s
     if any(places.values()):  # a path beside the bytes names the file that they come from
         content = {name: value for name, value in content.items() if name not in IMAGE_COLUMNS}
     return {**content, **places}
+
+
+def cell_places(cell: Any, place: Callable[[int | None], Any]) -> Any:
+    """Return where the image of a cell is, or its path; a list where the cell is one.
+
+    Args:
+        cell: Cell of a mapped table.
+        place: Returns the place of an image, of a cell that holds a list by its number.
+    """
+    if not cell.is_valid:
+        return None
+    if not hasattr(cell.type, "value_type"):
+        return _image_in(cell, place(None))
+    return [_image_in(part, place(number)) for number, part in enumerate(cell)]
+
+
+def _image_in(cell: Any, place: Any) -> Any:
+    """Return where an image is: in this cell, or in the file whose path the cell holds instead."""
+    if not cell.is_valid:
+        return None
+    if hasattr(cell, "keys") and not cell["bytes"].is_valid:
+        return cell["path"].as_py() if "path" in cell else None
+    return place
 
 
 def cell_bytes(cell: Any, where: str) -> bytes:

@@ -158,10 +158,13 @@ class Rows(Sequence[Row]):
     Args:
         parts: The files.
         left_out: Sentence on files that are left out; None where there are none.
+        commit: Commit of the set on the hub; None for any other place.
     """
 
-    def __init__(self, parts: Sequence[Part], left_out: str | None = None) -> None:
-        self.parts, self.left_out = parts, left_out
+    def __init__(
+        self, parts: Sequence[Part], left_out: str | None = None, commit: str | None = None
+    ) -> None:
+        self.parts, self.left_out, self.commit = parts, left_out, commit
         self.reading = ReadingRecipe()
         self._kept: np.ndarray | None = None
         self._starts = np.cumsum([0, *(len(part.file) for part in parts)])
@@ -207,6 +210,25 @@ class Rows(Sequence[Row]):
                     yield part.file.read(index)
                 except RecordError:
                     yield None
+
+    def blocks_of(self, indices: np.ndarray) -> np.ndarray:
+        """Return the number of the block that each record is read with.
+
+        Args:
+            indices: `(samples,)` numbers of records. A file without blocks is one.
+        """
+        starts = [
+            start + np.asarray(getattr(part.file, "block_starts", (0,)))
+            for start, part in zip(self._starts[:-1], self.parts, strict=True)
+            if len(part.file)
+        ]
+        places = indices if self._kept is None else self._kept[indices]
+        return np.searchsorted(np.concatenate(starts), places, side="right") - 1
+
+    @property
+    def identity(self) -> list[Any]:
+        """What tells the files from others without their records being read."""
+        return [getattr(part.file, "identity", part.prefix) for part in self.parts]
 
     def file_of(self, index: int) -> Path | None:
         """Return the file that holds a record; None where each record is a file."""

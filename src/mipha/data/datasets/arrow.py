@@ -8,12 +8,18 @@ the extra `data` (pyarrow; not `datasets`).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mipha.data.dataset import DataSet
-from mipha.data.datasets._columns import cell_bytes, image_columns, import_pyarrow, with_places
+from mipha.data.datasets._columns import (
+    cell_bytes,
+    cell_places,
+    image_columns,
+    import_pyarrow,
+    with_places,
+)
 from mipha.data.datasets._images import image_folders
 from mipha.data.datasets._records import Part, Rows, check_split
 from mipha.data.datasets._shapes import READS, sample_of
@@ -89,19 +95,11 @@ class ArrowRecords:
         """
         table = _table(self.file)
         content = {name: table[name][index].as_py() for name in self._columns}
-        places = {name: self._places(table[name][index], index, name) for name in self._images}
+        places = {
+            name: cell_places(table[name][index], partial(ArrowImage, self.file, index, name))
+            for name in self._images
+        }
         return with_places(content, places)
-
-    def _places(self, cell: Any, row: int, column: str) -> Any:
-        """Return where the image of a cell is, or its path; a list where the cell is one."""
-        if not cell.is_valid:
-            return None
-        if not hasattr(cell.type, "value_type"):
-            return _image_in(cell, ArrowImage(self.file, row, column, None))
-        return [
-            _image_in(part, ArrowImage(self.file, row, column, number))
-            for number, part in enumerate(cell)
-        ]
 
 
 def load(root: Path | None, split: str, image_root: Sequence[Path] = ()) -> Rows:
@@ -191,15 +189,6 @@ def _table(file: Path) -> pyarrow.Table:
     return (
         pyarrow.ipc.open_file(mapped) if is_file else pyarrow.ipc.open_stream(mapped)
     ).read_all()
-
-
-def _image_in(cell: Any, place: ArrowImage) -> ArrowImage | str | None:
-    """Return where an image is: in this cell, or in the file whose path the cell holds instead."""
-    if not cell.is_valid:
-        return None
-    if hasattr(cell, "keys") and not cell["bytes"].is_valid:
-        return cell["path"].as_py() if "path" in cell else None
-    return place
 
 
 DATASET = DataSet("arrow", load, sample_of, takes_image_root=True, reads=READS)

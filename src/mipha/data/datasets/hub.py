@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mipha.data.addresses import RemoteFile
+from mipha.data.blocks import Blocks, index_address
 from mipha.data.dataset import DataSet
 from mipha.data.datasets._images import image_folders
 from mipha.data.datasets._records import (
@@ -44,6 +47,7 @@ def load(
     config: str | None = None,
     revision: str | None = None,
     unreadable_shards: str = "fail",
+    cache_gb: float | None = None,
 ) -> Rows:
     """Index the files of a config and split.
 
@@ -54,12 +58,15 @@ def load(
         config: Name of the config; None where there is one only.
         revision: Commit, branch or tag, for the hub.
         unreadable_shards: `skip` leaves out files that cannot be read.
+        cache_gb: Size of the cache that row groups of parquet files are read through; None: files
+            are copied whole.
 
     Raises:
         FileNotFoundError: There is no such folder or set.
         ValueError: No such config, split or revision, or files cannot be read; all are named.
         MissingPackage: `datasets` is not installed.
     """
+    commit = None
     if root is None:
         raise ValueError("hub has no packaged copy: set the data's root to a folder or hf:// name")
     if isinstance(root, Path):
@@ -70,23 +77,26 @@ def load(
         files = [Path(file) for file in _data_files(str(root.resolve()), split, config)]
         root = root.resolve()
     else:
-        root, files = copy_of_hub(root, split, config, revision)
+        root, files, commit = copy_of_hub(root, split, config, revision, cache_gb is not None)
 
+    blocks = None if cache_gb is None else Blocks.of(root, cache_gb)
     named = [(file.relative_to(root).with_suffix("").as_posix(), file) for file in files]
-    indexed, left_out = index_files(named, _index, unreadable_shards == "skip")
+    indexed, left_out = index_files(
+        named, partial(_index, blocks=blocks), unreadable_shards == "skip"
+    )
     parts = [
         Part(f"hub/{name}", records, image_folders(file, image_root))
         for name, file, records in indexed
     ]
-    return Rows(parts, left_out)
+    return Rows(parts, left_out, commit)
 
 
 def copy_of_hub(
-    address: str, split: str, config: str | None, revision: str | None
-) -> tuple[Path, list[Path]]:
-    """Return the folder of the hub's cache that holds a set, and the files of a config and split.
+    address: str, split: str, config: str | None, revision: str | None, in_parts: bool = False
+) -> tuple[Path, list[Path], str | None]:
+    """Return the folder of the hub's cache with a set, the files of a config and split, the commit.
 
-    Files that are not there are fetched.
+    Files that are not there are fetched; where they are read in parts, only their footers.
 
     Raises:
         ValueError: The address is not one of a data set, or as `load`.
@@ -94,6 +104,7 @@ def copy_of_hub(
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.hf_api import RepoFile
 
     name = address.removeprefix(HUB).strip("/")
     name, at, given = name.partition("@")
@@ -105,6 +116,12 @@ def copy_of_hub(
         wanted = _data_files(name, split, config, commit)
         inside = [file.removeprefix(prefix) for file in wanted]
         echo(f"mipha: {address} is commit {commit}: {len(inside)} files", err=True)
+        if in_parts:
+            found = HfApi().get_paths_info(name, inside, repo_type="dataset", revision=commit)
+            sizes = {one.path: one.size for one in found if isinstance(one, RepoFile)}
+            pinned = [RemoteFile(prefix + one, one, sizes[one], "") for one in inside]
+            folder = index_address(prefix, pinned)
+            return folder, [folder / file for file in inside], commit
         folder = Path(
             snapshot_download(
                 name, repo_type="dataset", revision=commit, allow_patterns=["README.md", *inside]
@@ -117,7 +134,7 @@ def copy_of_hub(
         ) from error
     except (HfHubHTTPError, OSError) as error:
         raise ConnectionError(f"{address} cannot be fetched: {error}") from error
-    return folder, [folder / file for file in inside]
+    return folder, [folder / file for file in inside], commit
 
 
 def _data_files(
@@ -138,10 +155,12 @@ def _data_files(
     return [str(file) for file in found[split]]
 
 
-def _index(file: Path) -> RecordFile:
+def _index(file: Path, blocks: Blocks | None) -> RecordFile:
     suffix = file.suffix.lower()
     if suffix == ".parquet":
-        return ParquetRecords(file)
+        return ParquetRecords(file, blocks)
+    if blocks is not None:
+        raise ValueError(f"{file}: cache_gb reads parquet files only; leave it out")
     if suffix == ".tar":
         return TarRecords(file)
     if suffix in (*LINE_SUFFIXES, *TABLE_SUFFIXES):
@@ -163,6 +182,6 @@ DATASET = DataSet(
     load,
     sample_of,
     takes_image_root=True,
-    takes=("config", "revision", "unreadable_shards"),
-    reads=READS,
+    takes=("config", "revision", "unreadable_shards", "cache_gb"),
+    reads=(*READS, "window_rows"),
 )

@@ -3,20 +3,28 @@
 The images are bytes, as the `datasets` library writes them, or paths. One file, or a folder with
 files a split: data/train-00000-of-00002.parquet. Needs the extra `data`. A parquet file is read by
 row groups: write it with groups of about 100 rows, or every image costs the reading of a large
-group.
+group. With `cache_gb` each group is read once and kept (`data/blocks.py`), and samples are shuffled
+in windows of groups.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from mipha.data.blocks import Blocks
 from mipha.data.dataset import DataSet
-from mipha.data.datasets._columns import cell_bytes, image_columns, import_pyarrow, with_places
+from mipha.data.datasets._columns import (
+    cell_bytes,
+    cell_places,
+    image_columns,
+    import_pyarrow,
+    with_places,
+)
 from mipha.data.datasets._images import image_folders
 from mipha.data.datasets._records import Part, Rows, index_files, split_files
 from mipha.data.datasets._shapes import READS, sample_of
@@ -36,6 +44,7 @@ class ParquetImage(NamedTuple):
         row: Number of the row in the group.
         column: Name of the column.
         position: Place in a cell that holds a list; None where the cell holds one image.
+        blocks: Cache that the row group is read through; None where it is read as it lies.
     """
 
     file: Path
@@ -43,6 +52,7 @@ class ParquetImage(NamedTuple):
     row: int
     column: str
     position: int | None
+    blocks: Blocks | None = None
 
     def __str__(self) -> str:
         place = "" if self.position is None else f", image {self.position}"
@@ -50,20 +60,28 @@ class ParquetImage(NamedTuple):
 
     def read(self) -> bytes:
         """Read the bytes of the image file."""
-        cell = _read_group(self.file, self.group, (self.column,))[self.column][self.row].as_py()
+        if self.blocks is not None:
+            table = self.blocks.table(self.file, self.group)
+        else:
+            table = _read_group(self.file, self.group, (self.column,))
+        cell = table[self.column][self.row].as_py()
         return cell_bytes(cell if self.position is None else cell[self.position], str(self))
 
 
 class ParquetRecords:
     """The rows of a parquet file; of each column that holds images, only where they are.
 
+    Args:
+        file: The file; with `blocks` its footer is enough.
+        blocks: Cache that row groups are read through; None where they are read as they lie.
+
     Raises:
         MissingPackage: pyarrow is not installed.
         ValueError: The file is not a parquet file.
     """
 
-    def __init__(self, file: Path) -> None:
-        self.file = file
+    def __init__(self, file: Path, blocks: Blocks | None = None) -> None:
+        self.file, self.blocks = file, blocks
         pyarrow = import_pyarrow(str(file))
         try:
             opened = _open(file)
@@ -78,6 +96,18 @@ class ParquetRecords:
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    @property
+    def block_starts(self) -> np.ndarray:
+        """First row of each block that is read at once, for an order in windows of blocks."""
+        return self._starts[:-1]
+
+    @property
+    def identity(self) -> list[Any]:
+        """What tells the file from others, as its footer has it."""
+        metadata = _open(self.file).metadata
+        groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+        return [self.file.name, [[one.num_rows, one.total_byte_size] for one in groups]]
 
     def name(self, index: int) -> str:
         """Return the number of the row, from 0."""
@@ -96,6 +126,8 @@ class ParquetRecords:
         pyarrow = import_pyarrow(str(self.file))
         group = int(np.searchsorted(self._starts, index, side="right")) - 1
         row = index - int(self._starts[group])
+        if self.blocks is not None:
+            return self._read_block(self.blocks, group, row)
         try:
             content = {
                 name: column[row].as_py()
@@ -108,14 +140,32 @@ class ParquetRecords:
             ) from error
         return with_places(content, places)
 
+    def _read_block(self, blocks: Blocks, group: int, row: int) -> dict[str, Any]:
+        table = blocks.table(self.file, group)
+        content = {name: table[name][row].as_py() for name in self._columns}
+        places = {
+            name: cell_places(
+                table[name][row],
+                lambda position, name=name: ParquetImage(
+                    self.file, group, row, name, position, blocks
+                ),
+            )
+            for name in self._images
+        }
+        return with_places(content, places)
+
     def scan(self, is_wanted: Callable[[str], bool]) -> Iterator[dict[str, Any] | None]:
         """Yield the rows in order without their images, a row group at a time; see `Rows.scan`."""
         pyarrow = import_pyarrow(str(self.file))
         columns = [name for name in self._columns if is_wanted(name)]
         for group, num_rows in enumerate(np.diff(self._starts).tolist()):
             try:
-                table = _open(self.file).read_row_group(group, columns=columns, use_threads=False)
-            except (pyarrow.ArrowException, OSError):
+                if self.blocks is not None:
+                    table = self.blocks.table(self.file, group).select(columns)
+                else:
+                    opened = _open(self.file)
+                    table = opened.read_row_group(group, columns=columns, use_threads=False)
+            except (pyarrow.ArrowException, OSError, RecordError):
                 yield from [None] * num_rows
                 continue
             yield from (with_places(row, {}) for row in table.to_pylist())
@@ -140,18 +190,22 @@ def load(
     split: str,
     image_root: Sequence[Path] = (),
     unreadable_shards: str = "fail",
+    cache_gb: float | None = None,
 ) -> Rows:
     """Index the files of a split; arguments and errors as in `messages`.
 
     Args:
         unreadable_shards: `skip` leaves out files that are no parquet.
+        cache_gb: Size of the cache that row groups are read through; None: read as they lie.
 
     Raises:
         MissingPackage: Also where pyarrow is not installed.
         ValueError: Also where files cannot be read; all are named.
     """
     files = split_files("parquet", root, split, (".parquet",))
-    indexed, left_out = index_files(files, ParquetRecords, unreadable_shards == "skip")
+    blocks = None if cache_gb is None or root is None else Blocks.of(root, cache_gb)
+    index = partial(ParquetRecords, blocks=blocks)
+    indexed, left_out = index_files(files, index, unreadable_shards == "skip")
     parts = [
         Part(f"parquet/{name}", records, image_folders(file, image_root))
         for name, file, records in indexed
@@ -164,8 +218,8 @@ DATASET = DataSet(
     load,
     sample_of,
     takes_image_root=True,
-    takes=("unreadable_shards",),
-    reads=READS,
+    takes=("unreadable_shards", "cache_gb"),
+    reads=(*READS, "window_rows"),
 )
 
 

@@ -1,0 +1,322 @@
+"""Row groups of parquet files, kept on this machine's disk one by one while they are in use.
+
+A set that is larger than the disk is read through a cache of a given size. Of each file behind an
+address its footer is kept, as a parquet file without rows; a row group is fetched by one request
+when a row of it is first read, and stays as an Arrow file that is mapped into memory:
+
+    index_address("https://HOST/{000..127}.parquet")     a folder of footers
+    Blocks.of(folder, cache_gb).table(file, group)       row group as a mapped table
+
+All processes of the machine share the cache: one fetches a group, the others wait. The group that
+nobody read for longest goes first when the cache is full. Which samples are read never depends on
+what the cache holds.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from io import BytesIO, RawIOBase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from mipha.data.addresses import RemoteFile, list_files, read_range
+from mipha.data.faults import RecordError
+from mipha.errors import import_optional
+from mipha.files import cache_folder, read_json_object, write_whole
+
+if TYPE_CHECKING:
+    import pyarrow
+    from pyarrow.parquet import FileMetaData
+
+_FOOTERS_AT_A_TIME = 16
+_FOOTER_BYTES = 1 << 16
+"""Bytes at the end of a file that are read first; most footers fit."""
+
+_ABANDONED = 600
+"""Seconds after which a half-written row group is of a process that was killed."""
+
+_MOST_OPEN = 256
+"""Row groups that a process has mapped; each takes a file handle."""
+
+_LOCKS = 256
+"""Lock files of a cache, which groups share by their hash."""
+
+
+class Blocks(NamedTuple):
+    """The cache of one data set.
+
+    Args:
+        folder: Folder of its row groups.
+        limit: Bytes that they may take; the newest one stays whatever its size.
+    """
+
+    folder: Path
+    limit: int
+
+    @classmethod
+    def of(cls, root: Path, cache_gb: float) -> Blocks:
+        """Return the cache of a file or folder, of a size in gigabytes."""
+        name = hashlib.sha256(os.fsencode(root.resolve())).hexdigest()[:16]
+        return cls(cache_folder() / "blocks" / name, int(cache_gb * 1e9))
+
+    def table(self, file: Path, group: int) -> pyarrow.Table:
+        """Return a row group, mapped into memory; it is fetched if it is not there.
+
+        Args:
+            file: The parquet file, or the footer of one behind an address.
+            group: Number of the row group.
+
+        Raises:
+            ConnectionError: The server fails again and again.
+            RecordError: The row group is damaged.
+            ValueError: The file changed since its footer was read.
+            OSError: The disk is full.
+        """
+        entry = self.folder / f"{_name_of(file, group)}.arrow"
+        if (kept := _open_tables.get(entry)) is not None:
+            _open_tables.move_to_end(entry)
+            with suppress(FileNotFoundError):  # it went, and can still be read while it is mapped
+                os.utime(entry)
+            return kept[0]
+
+        # Map it, or fetch it first; another process may delete it at any moment.
+        self.folder.mkdir(parents=True, exist_ok=True)
+        number = int(entry.stem[:8], 16) % _LOCKS
+        with _locked(self.folder / f".lock-{number}"):
+            try:
+                os.utime(entry)  # in use: it is the last to go
+                table = _map(entry)
+            except FileNotFoundError:
+                table = self._keep(entry, _read_group(file, group))
+
+        # Keep it open, and close what was not used for longest.
+        _open_tables[entry] = table, table.nbytes
+        while len(_open_tables) > 1 and (
+            len(_open_tables) > _MOST_OPEN
+            or sum(size for _, size in _open_tables.values()) > self.limit // 2
+        ):
+            _open_tables.popitem(last=False)
+        return table
+
+    def _keep(self, entry: Path, table: pyarrow.Table) -> pyarrow.Table:
+        """Write a row group, and delete those that nobody read for longest; return it mapped."""
+        partial = entry.with_suffix(f".{os.getpid()}.partial")
+        try:
+            with _locked(self.folder / ".lock-space"):
+                self._make_room(table.nbytes)
+            _write(partial, table)
+            mapped = _map(partial)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            if error.errno != errno.ENOSPC:
+                raise
+            raise OSError(
+                f"{self.folder} has no room for {table.nbytes / 1e6:,.0f} MB: set a smaller "
+                "cache_gb, or MIPHA_CACHE to a folder on a larger disk"
+            ) from error
+        os.replace(partial, entry)
+        return mapped
+
+    def _make_room(self, wanted: int) -> None:
+        for path in self.folder.glob("*.partial"):  # of processes that were killed
+            with suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > _ABANDONED:
+                    path.unlink()
+        found = []
+        for path in self.folder.glob("*.arrow"):
+            try:
+                status = path.stat()
+            except FileNotFoundError:
+                continue
+            found.append((status.st_mtime_ns, status.st_size, path))
+        taken = sum(size for _, size, _ in found)
+        for _, size, path in sorted(found):
+            if taken + wanted <= self.limit:
+                break
+            path.unlink(missing_ok=True)  # whoever has it mapped can still read it
+            taken -= size
+
+
+_open_tables: OrderedDict[Path, tuple[pyarrow.Table, int]] = OrderedDict()
+"""Row groups that this process has mapped and their bytes, the one used last at the end."""
+
+
+def index_address(address: str, files: list[RemoteFile] | None = None) -> Path:
+    """Return the footers of the parquet files behind an address: a file, or a folder of files.
+
+    They are fetched once; a second start asks only whether the files are still the same.
+
+    Args:
+        address: As `addresses.copy_to_cache`.
+        files: Files that are meant, whose folder is returned; None: all that the address names.
+
+    Raises:
+        ValueError: A file is no parquet, or changed; or the server sends no parts of files.
+        FileNotFoundError, PermissionError, ConnectionError: As `addresses.copy_to_cache`.
+    """
+    is_whole = files is None
+    files = list_files(address) if files is None else files
+    if others := [file.name for file in files if not file.name.lower().endswith(".parquet")]:
+        raise ValueError(
+            f"cache_gb reads parquet files, and {address} has {others[0]}: leave it out, and the "
+            "files are copied whole"
+        )
+    if len({file.name for file in files}) < len(files):
+        raise ValueError(f"{address} names files of the same name: give one data set for each")
+    folder = cache_folder() / "footers" / hashlib.sha256(address.encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder / ".lock"), ThreadPoolExecutor(_FOOTERS_AT_A_TIME) as pool:
+        broken = [str(error) for error in pool.map(lambda one: _index(folder, one), files) if error]
+    if broken:
+        raise ValueError(f"{len(broken)} of {len(files)} files cannot be read: {'; '.join(broken)}")
+    if not is_whole:
+        return folder
+
+    # A file that is no longer there is no longer part of the data.
+    names = {folder / file.name for file in files}
+    for path in folder.rglob("*.parquet"):
+        if path not in names:
+            path.unlink()
+    return folder / files[0].name if len(files) == 1 else folder
+
+
+def _index(folder: Path, file: RemoteFile) -> ValueError | None:
+    """Keep the footer of a file; return why it cannot be read."""
+    parquet = import_optional("pyarrow.parquet", f"reading {file.address}", "data")
+    path, note = folder / file.name, _note(folder / file.name)
+    if path.is_file() and note.is_file():
+        known = read_json_object(note, f"delete {folder}")
+        if (known["size"], known["etag"]) == (file.size, file.etag):
+            return None
+        return ValueError(
+            f"{file.address} changed since its footer was read: give the address of one "
+            f"revision, or delete {folder} to read it anew"
+        )
+
+    # The footer says its length in the last eight bytes.
+    content = read_range(file, max(file.size - _FOOTER_BYTES, 0), file.size)
+    length = int.from_bytes(content[-8:-4], "little") + 8
+    if content[-4:] != b"PAR1" or length > file.size:
+        return ValueError(f"{file.address} is no parquet file, or is cut short")
+    if length > len(content):
+        content = read_range(file, file.size - length, file.size)
+    metadata = parquet.read_metadata(BytesIO(b"PAR1" + content[-length:]))
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    metadata.write_metadata_file(str(partial))
+    os.replace(partial, path)
+    write_whole(note, json.dumps(file._asdict()) + "\n")
+    return None
+
+
+def _note(path: Path) -> Path:
+    """Return where it is written of which file a footer is; hidden, so that it is no data."""
+    return path.with_name(f".{path.name}.json")
+
+
+def _remote(file: Path) -> RemoteFile | None:
+    """Return the file that this is the footer of; None for a file with its rows."""
+    note = _note(file)
+    return RemoteFile(**read_json_object(note)) if note.is_file() else None
+
+
+def _name_of(file: Path, group: int) -> str:
+    status = file.stat()
+    named = f"{file} {status.st_size} {status.st_mtime_ns} {group}"
+    return hashlib.sha256(named.encode("utf-8", "surrogatepass")).hexdigest()[:24]
+
+
+def _read_group(file: Path, group: int) -> pyarrow.Table:
+    """Read a row group, over the network by one request.
+
+    Raises:
+        RecordError: It is damaged.
+    """
+    pyarrow = import_optional("pyarrow", f"reading {file}", "data")
+    parquet = import_optional("pyarrow.parquet", f"reading {file}", "data")
+    metadata, source, remote = parquet.read_metadata(file), file, _remote(file)
+    if remote is not None:
+        begin, end = _range_of(metadata, group)
+        source = _Part(begin, read_range(remote, begin, end), remote.size)
+
+    # No threads of its own: this runs in the workers of a data loader, which are forks.
+    try:
+        with parquet.ParquetFile(source, metadata=metadata, page_checksum_verification=True) as one:
+            return one.read_row_group(group, use_threads=False)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise RecordError(
+            f"row group {group} cannot be read: {error}", "get the file again", str(file)
+        ) from error
+
+
+def _range_of(metadata: FileMetaData, group: int) -> tuple[int, int]:
+    """Return the bytes of a row group: begin and end."""
+    row_group = metadata.row_group(group)
+    spans = []
+    for number in range(row_group.num_columns):
+        column = row_group.column(number)
+        begins = (column.dictionary_page_offset, column.data_page_offset)
+        begin = min(offset for offset in begins if offset is not None)
+        spans.append((begin, begin + column.total_compressed_size))
+    return min(begin for begin, _ in spans), max(end for _, end in spans)
+
+
+def _write(path: Path, table: pyarrow.Table) -> None:
+    pyarrow = import_optional("pyarrow", f"writing {path}", "data")
+    with pyarrow.OSFile(str(path), "wb") as sink, pyarrow.ipc.new_file(sink, table.schema) as file:
+        file.write_table(table)
+
+
+def _map(path: Path) -> pyarrow.Table:
+    pyarrow = import_optional("pyarrow", f"reading {path}", "data")
+    return pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+class _Part(RawIOBase):
+    """Some bytes of a file as the whole file; others must not be read.
+
+    Args:
+        begin: Place of the bytes in the file.
+        content: The bytes.
+        size: Size of the file.
+    """
+
+    def __init__(self, begin: int, content: bytes, size: int) -> None:
+        self.begin, self.content, self.size, self.place = begin, content, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.place
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.place}.get(whence, self.size)
+        return self.place
+
+    def read(self, size: int | None = -1) -> Any:
+        end = self.size if size is None or size < 0 else self.place + size
+        begin, self.place = self.place, end
+        if not self.begin <= begin <= end <= self.begin + len(self.content):
+            raise OSError(f"bytes {begin} to {end} are not part of the row group")
+        return self.content[begin - self.begin : end - self.begin]

@@ -1,0 +1,7 @@
+"""RefCOCO+: RefCOCO's files with other expressions; test_refcoco.py has all that they share."""
+
+from __future__ import annotations
+
+from tests.evaluation.benchmarks.test_refcoco import official
+
+OFFICIAL = official("10,758")
