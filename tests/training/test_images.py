@@ -25,7 +25,7 @@ from mipha.models.build import (
     save_checkpoint,
 )
 from mipha.models.modeling import parts
-from mipha.recipe import Recipe
+from mipha.recipe import Recipe, load_recipe
 from mipha.training import loop
 from mipha.training.pipeline import train
 
@@ -155,7 +155,8 @@ def test_it_trains_resumes_to_the_same_bits_and_is_read_by_stock(
 ) -> None:
     keys = [f"model.{key}={value}" for key, value in KINDS[kind].items()]
     sizes = [f"stages.{name}.row_tokens=400" for name in ("pretrain", "finetune")]
-    recipe = tiny_run_recipe(*keys, *sizes, "stages.finetune.max_steps=4")
+    sizes += ["stages.finetune.max_steps=4", "stages.finetune.activation_checkpointing=true"]
+    recipe = tiny_run_recipe(*keys, *sizes)
     whole = train(recipe, tmp_path / "whole")
     first = load_file(whole.checkpoint("finetune") / "model.safetensors")
 
@@ -185,6 +186,29 @@ def test_it_trains_resumes_to_the_same_bits_and_is_read_by_stock(
     pairs += [((pictures[0], pictures[2]), "Which is red?"), (None, "Is it?")]
     together = assistant.answer_many(pairs, max_new_tokens=6)
     assert [assistant.answer(*pair, max_new_tokens=6) for pair in pairs] == together
+
+
+def test_the_small_recipe_of_the_catalog_trains_at_toy_size(
+    tiny_parts: Callable, tiny_data: Path, tmp_path: Path
+) -> None:
+    recipe, parts = load_recipe("mipha-2026-small"), tiny_parts()
+    assert recipe.model.image == "tiles" and list(recipe.stages) == ["pretrain", "read", "finetune"]
+    toy = [
+        f"model.vision_tower={parts.vision_tower}",
+        f"model.language_model={parts.language_model}",
+        "model.shuffle=2",
+        "precision=float32",
+    ]
+    small = {"batch_size": 4, "row_tokens": 300, "max_steps": 1, "micro_batch_rows": 1}
+    for stage in recipe.stages:
+        toy.append(f"stages.{stage}.data={{dataset: messages, root: {tiny_data}}}")
+        toy += [f"stages.{stage}.{key}={value}" for key, value in small.items()]
+    run = train(recipe.override(*toy), tmp_path / "run")
+    before = load_file(run.checkpoint("pretrain") / "model.safetensors")
+    after = load_file(run.checkpoint("finetune") / "model.safetensors")
+    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    for part in ("vision_model", "connector", "text_model"):
+        assert any(name.startswith(f"model.{part}.") for name in moved), part
 
 
 @pytest.mark.parametrize(
