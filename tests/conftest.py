@@ -163,14 +163,17 @@ def tiny_model(
         import torch
 
         from mipha.models.build import build
+        from mipha.models.modeling import parts
 
-        parts = tiny_parts(family, tower)
+        recipe = tiny_parts(family, tower).recipe(**changes)
         torch.manual_seed(0)
-        built, processor = build(parts.recipe(**changes))
+        built, processor = build(recipe)
 
         # A fresh projector's output is small; tests need answers that depend on the image.
+        (projector,) = parts(built).projector
+        layers = [layer for layer in projector.modules() if isinstance(layer, torch.nn.Linear)]
         with torch.no_grad():
-            built.model.multi_modal_projector.linear_2.weight.mul_(4.0)
+            layers[-1].weight.mul_(4.0)
         return built, processor
 
     return model

@@ -214,7 +214,7 @@ class Shuffled(Geometry):
             return 0, 0
 
         # Scale the longest side, then both sides up to whole tiles; each step keeps the aspect.
-        height, width = _scaled_to(height, width, self.longest_edge)
+        height, width = scaled_to(height, width, self.longest_edge)
         if max(height, width) > _IDEFICS3_MAX_SIDE:
             aspect = width / height
             if width >= height:
@@ -506,7 +506,7 @@ def best_grid(width: int, height: int, grids: Sequence[tuple[int, int]]) -> tupl
     return chosen
 
 
-def _scaled_to(height: int, width: int, longest: int) -> tuple[int, int]:
+def scaled_to(height: int, width: int, longest: int) -> tuple[int, int]:
     """Return (height, width) with the longest side as given, the other one truncated to even."""
     aspect = width / height
     if width >= height:

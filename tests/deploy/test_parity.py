@@ -31,8 +31,14 @@ QUESTIONS = ("What is in the picture?", "Which colour is the circle?")
 @pytest.fixture(scope="module")
 def exported(tiny_model: Callable, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """A Phi whose head has a bias, sure of its words; it pads in the tower's mean colour."""
-    root = tmp_path_factory.mktemp("exported")
-    model, processor = tiny_model("phi", "siglip")
+    return export(tiny_model, tmp_path_factory.mktemp("exported"), ("f32", "q8_0"))
+
+
+def export(
+    tiny_model: Callable, root: Path, kinds: tuple[str, ...], **changes: object
+) -> tuple[Path, Path]:
+    """Return the folders of a checkpoint and of its files."""
+    model, processor = tiny_model("phi", "siglip", **changes)
     tokenizer = processor.tokenizer
     with torch.no_grad():
         model.lm_head.weight.mul_(3.0)
@@ -45,7 +51,7 @@ def exported(tiny_model: Callable, tmp_path_factory: pytest.TempPathFactory) -> 
                 model.lm_head.weight[row] = 0.0
                 model.lm_head.bias[row] = -9.0
     save_checkpoint(model, processor, root / "checkpoint")
-    export_gguf(root / "checkpoint", root / "gguf", ("f32", "q8_0"))
+    export_gguf(root / "checkpoint", root / "gguf", kinds)
     return root / "checkpoint", root / "gguf"
 
 
@@ -135,6 +141,29 @@ def test_other_pixels_are_told_from_other_weights(
     assert (
         row.verdict == f"answers differ, {count} of {count} for their pixels" and not found.passed
     )
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"image": "tiles"}, {"image": "tiles", "shuffle": 2}, {"image": "native"}],
+    ids=["tiles", "shuffled", "native"],
+)
+def test_pictures_of_other_shapes_pass_where_they_are_cut(
+    tiny_model: Callable, images: Path, tmp_path: Path, changes: dict[str, object]
+) -> None:
+    folders = export(tiny_model, tmp_path, ("f32",), **changes)
+    found = parity.check_parity(
+        *folders,
+        [images / "wide.png", images / "a.png"],
+        QUESTIONS[:1],
+        max_new_tokens=8,
+        threads=1,
+        device="cpu",
+    )
+    assert [row.verdict for row in found.embeddings] == ["ok", "ok"]
+    (row,) = found.files
+    assert (row.verdict, row.num_same_prompts, row.num_same) == ("ok", 2, 2)
+    assert 0 < row.logit_error < 0.03 and found.passed
 
 
 @pytest.fixture

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from mipha.data.pixels import read_pixels
+from mipha.models.modeling import parts
 from mipha.models.projector import calibrate_projector, new_projector
 
 
@@ -41,7 +45,7 @@ def test_calibrated_the_first_layer_sees_unit_variance(
         normal = (raw - raw.mean(0)) / raw.std(0)
         wanted = first(normal)
         assert not torch.allclose(first(raw), wanted, atol=1e-2)
-        calibrate_projector(model, batch)
+        calibrate_projector(model, {"pixel_values": batch})
         assert torch.allclose(first(raw), wanted, atol=1e-4)
 
 
@@ -50,7 +54,7 @@ def test_calibrated_the_outputs_have_the_scale_of_words(
 ) -> None:
     model, _ = tiny_model(family, tower)
     batch = pixels(model.config.vision_config.image_size)
-    calibrate_projector(model, batch)
+    calibrate_projector(model, {"pixel_values": batch})
     embeddings = model.get_input_embeddings()
     with torch.no_grad():
         words = embeddings(torch.arange(embeddings.num_embeddings)).std()
@@ -62,13 +66,49 @@ def test_calibrated_the_outputs_have_the_scale_of_words(
         )
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [{"image": "tiles", "shuffle": 2}, {"image": "native"}, {"image": "anyres"}],
+    ids=["shuffled", "native", "anyres"],
+)
+def test_pictures_of_other_shapes_are_calibrated_too(
+    tiny_model: Callable, changes: dict[str, object]
+) -> None:
+    model, processor = tiny_model("gemma", "siglip", **changes)
+    random = np.random.default_rng(0)
+    pictures = [
+        Image.fromarray(random.integers(0, 256, (height, 60, 3), dtype=np.uint8))
+        for height in (30, 60, 90)
+    ]
+    inputs, own = read_pixels(pictures, processor), parts(model)
+    (layer,) = [layer for layer in own.projector[0].modules() if isinstance(layer, nn.Linear)][:1]
+    seen: list[Tensor] = []
+    layer.register_forward_pre_hook(lambda _, given: seen.append(given[0].flatten(0, -2)))
+    with torch.no_grad():
+        model.get_image_features(**inputs)
+        raw = torch.cat(seen)
+        wanted = layer((raw - raw.mean(0)) / raw.std(0))
+        calibrate_projector(model, inputs)
+        seen.clear()
+        made = torch.cat(list(model.get_image_features(**inputs).pooler_output)).std()
+        words = model.get_input_embeddings()(torch.arange(400)).std()
+        given = torch.cat(seen)
+        found = layer(given)
+    if layer.bias is None:  # each channel of the tower is normal over all patches
+        channels = given.view(-1, 24)
+        assert channels.mean(0).abs().max() < 1e-3 and channels.std(0).sub(1).abs().max() < 1e-3
+    else:
+        assert torch.allclose(found, wanted, atol=1e-3)
+    assert made.item() == pytest.approx(words.item(), rel=0.15)
+
+
 def test_a_channel_that_never_changes_does_not_blow_up(
     tiny_model: Callable, pixels: Callable
 ) -> None:
     model, _ = tiny_model()
     model.model.vision_tower.post_layernorm = torch.nn.Identity()
     with torch.no_grad():
-        calibrate_projector(model, pixels(28)[:1].expand(4, -1, -1, -1))
+        calibrate_projector(model, {"pixel_values": pixels(28)[:1].expand(4, -1, -1, -1)})
     assert all(
         parameter.isfinite().all() for parameter in model.model.multi_modal_projector.parameters()
     )
@@ -77,7 +117,7 @@ def test_a_channel_that_never_changes_does_not_blow_up(
 def test_calibration_leaves_the_other_parts_alone(tiny_model: Callable, pixels: Callable) -> None:
     model, _ = tiny_model()
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    calibrate_projector(model, pixels(28))
+    calibrate_projector(model, {"pixel_values": pixels(28)})
     changed = {
         name
         for name, parameter in model.named_parameters()

@@ -36,6 +36,15 @@ def test_the_papers_model_on_what_the_paper_had() -> None:
     assert "assumed" in finetune.step.source
 
 
+def test_a_model_of_tiles_on_published_data() -> None:
+    """Of each picture, 2 x 2 tiles and the whole, 64 tokens each."""
+    plans = plan_training(load_recipe("mipha-2026-small"), device_named("h100"), num_devices=8)
+    assert [plan.samples for plan in plans] == [558_128, 665_298]
+    assert plans[0].step.work.images == 5 * 256
+    assert plans[0].step.work.tokens == 256 * (5 * 64 + 35)
+    assert not any(plan.fixes for plan in plans)
+
+
 def test_where_it_does_not_fit_the_plan_says_what_would(tiny_parts, tiny_data) -> None:
     recipe = _tiny(tiny_parts, tiny_data)
     _, needs = plan_training(recipe, SMALL)

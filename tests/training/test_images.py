@@ -25,7 +25,7 @@ from mipha.models.build import (
     save_checkpoint,
 )
 from mipha.models.modeling import parts
-from mipha.recipe import Recipe
+from mipha.recipe import Recipe, load_recipe
 from mipha.training import loop
 from mipha.training.pipeline import train
 
@@ -155,7 +155,8 @@ def test_it_trains_resumes_to_the_same_bits_and_is_read_by_stock(
 ) -> None:
     keys = [f"model.{key}={value}" for key, value in KINDS[kind].items()]
     sizes = [f"stages.{name}.row_tokens=400" for name in ("pretrain", "finetune")]
-    recipe = tiny_run_recipe(*keys, *sizes, "stages.finetune.max_steps=4")
+    sizes += ["stages.finetune.max_steps=4", "stages.finetune.activation_checkpointing=true"]
+    recipe = tiny_run_recipe(*keys, *sizes)
     whole = train(recipe, tmp_path / "whole")
     first = load_file(whole.checkpoint("finetune") / "model.safetensors")
 
@@ -185,6 +186,49 @@ def test_it_trains_resumes_to_the_same_bits_and_is_read_by_stock(
     pairs += [((pictures[0], pictures[2]), "Which is red?"), (None, "Is it?")]
     together = assistant.answer_many(pairs, max_new_tokens=6)
     assert [assistant.answer(*pair, max_new_tokens=6) for pair in pairs] == together
+
+
+@pytest.mark.parametrize("kind", ["shuffled", "native"])
+def test_a_run_starts_from_a_calibrated_projector(
+    tiny_run_recipe: Callable[..., Recipe], tmp_path: Path, kind: str
+) -> None:
+    keys = [f"model.{key}={value}" for key, value in KINDS[kind].items()]
+    keys += [f"stages.{name}.row_tokens=400" for name in ("pretrain", "finetune")]
+    keys += ["model.calibrate_projector=true", "stages.finetune.max_steps=1"]
+    run = train(tiny_run_recipe(*keys), tmp_path / "run")
+    model = load(run.checkpoint("pretrain"), device="cpu").model
+    plain, _ = build(run.recipe.model)
+    before, after = (dict(one.named_parameters()) for one in (plain, model))
+    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    norm = "model.vision_model.post_layernorm."
+    assert any("projector" in name or "connector" in name for name in moved)
+    # The tower is frozen; calibration has changed the norm that only the projector reads.
+    assert {name for name in moved if "vision" in name} == (
+        {f"{norm}weight", f"{norm}bias"} if kind == "shuffled" else set()
+    )
+
+
+def test_the_small_recipe_of_the_catalog_trains_at_toy_size(
+    tiny_parts: Callable, tiny_data: Path, tmp_path: Path
+) -> None:
+    recipe, parts = load_recipe("mipha-2026-small"), tiny_parts()
+    assert (recipe.model.image, recipe.model.shuffle, recipe.model.max_tiles) == ("tiles", 4, 4)
+    toy = [
+        f"model.vision_tower={parts.vision_tower}",
+        f"model.language_model={parts.language_model}",
+        "model.shuffle=2",
+        "precision=float32",
+    ]
+    small = {"batch_size": 4, "row_tokens": 300, "max_steps": 1, "micro_batch_rows": 1}
+    for stage in recipe.stages:
+        toy.append(f"stages.{stage}.data={{dataset: messages, root: {tiny_data}}}")
+        toy += [f"stages.{stage}.{key}={value}" for key, value in small.items()]
+    run = train(recipe.override(*toy), tmp_path / "run")
+    before = load_file(run.checkpoint("pretrain") / "model.safetensors")
+    after = load_file(run.checkpoint("finetune") / "model.safetensors")
+    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    for part in ("vision_model", "connector", "text_model"):
+        assert any(name.startswith(f"model.{part}.") for name in moved), part
 
 
 @pytest.mark.parametrize(
@@ -228,7 +272,7 @@ def test_a_checkpoint_of_each_class_is_tuned(
         ({"image": "tiles", "shuffle": 2, "max_tiles": 49}, "knows rows and columns 1 to 6"),
         ({"image": "native", "post_layernorm": False}, "post_layernorm=false cannot be had with"),
         ({"image": "native", "min_image_tokens": 300}, "more than model.max_image_tokens=256"),
-        ({"image": "tiles", "shuffle": 2, "calibrate_projector": True}, "is not supported with"),
+        ({"image": "anyres", "token_cap": 2}, "token_cap=2 is not supported: LLaVA-OneVision"),
     ],
 )
 def test_a_key_without_effect_is_refused(

@@ -86,8 +86,14 @@ VISION_TOWERS: dict[str, VisionTowerEntry] = {
     "siglip2-so400m-patch16-384": VisionTowerEntry(
         "google/siglip2-so400m-patch16-384", "Apache-2.0", "SigLIP 2, arXiv:2502.14786"
     ),
+    "siglip2-so400m-patch16-512": VisionTowerEntry(
+        "google/siglip2-so400m-patch16-512", "Apache-2.0", "SigLIP 2, arXiv:2502.14786"
+    ),
     "siglip2-base-224": VisionTowerEntry(
         "google/siglip2-base-patch16-224", "Apache-2.0", "SigLIP 2, arXiv:2502.14786"
+    ),
+    "siglip2-base-512": VisionTowerEntry(
+        "google/siglip2-base-patch16-512", "Apache-2.0", "SigLIP 2, arXiv:2502.14786"
     ),
     # DINOv3 puts four register tokens behind its class token. The stock LLaVA leaves out one token,
     # so an image takes four more.

@@ -5,9 +5,8 @@ The chat template decides which tokens are trained on, and the text is tokenised
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +17,15 @@ from mipha.answer_spans import NoMask, answer_spans, has_marks, renderer, superv
 from mipha.data.faults import RecordError
 from mipha.data.images import ImageSource, size_or_grey
 from mipha.data.region_text import write_sample
-from mipha.data.sample import BETWEEN_PLACES, IMAGE, Message, Sample, as_chat, content_parts
+from mipha.data.sample import (
+    BETWEEN_PLACES,
+    IMAGE,
+    Message,
+    Sample,
+    as_chat,
+    content_parts,
+    with_tiles,
+)
 from mipha.data.upstream_tokens import encode_conversation
 from mipha.geometry import Span, geometry_of
 from mipha.labels import IGNORE
@@ -303,20 +310,6 @@ def image_spans(
         return [geometry.span(1, 1)] * len(images)
     sizes = [geometry.bounded_size(*size_of(image)) for image in images]
     return [geometry.span(*size, len(images)) for size in sizes]
-
-
-def with_tiles(messages: Sequence[Message], spans: Sequence[Span]) -> tuple[Message, ...]:
-    """Return messages in which each marker is what the chat template gets for the image.
-
-    Only a model that takes tiles as images of their own has more than the marker there.
-    """
-    if not any(span.in_conversation for span in spans):
-        return tuple(messages)
-    texts = iter(span.text for span in spans)
-    return tuple(
-        replace(message, text=re.sub(IMAGE, lambda _: next(texts), message.text))
-        for message in messages
-    )
 
 
 def expand_images(ids: np.ndarray, spans: Sequence[Span], processor: LlavaProcessor) -> Expanded:

@@ -12,14 +12,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from PIL import Image
-from torch import Tensor
 
 from mipha.geometry import Anyres, Geometry, Shuffled, Tiles, geometry_of
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import LlavaProcessor
+
+
+_BICUBIC = Image.Resampling.BICUBIC
 
 
 def read_pixels(
@@ -97,7 +99,7 @@ def cut_tiles(
         fitted = (canvas[0], min(math.ceil(image.height * across), canvas[1]))
     else:
         fitted = (min(math.ceil(image.width * down), canvas[0]), canvas[1])
-    scaled = _centred(image.resize(fitted, Image.Resampling.BICUBIC), canvas, mean)
+    scaled = _centred(image.resize(fitted, _BICUBIC), canvas, mean)
     tiles = [
         scaled.crop((left, top, left + side, top + side))
         for top in range(0, canvas[1], side)
@@ -106,10 +108,24 @@ def cut_tiles(
     return [*tiles, image]
 
 
+def as_square(
+    image: Image.Image, side: int, mean: Sequence[float], pads: bool = True
+) -> Image.Image:
+    """Return a tile as the tower sees it: padded in the mean colour or squashed, and resized.
+
+    Source: transformers 5.23 `LlavaImageProcessorPil`, whose pixels are the same.
+    """
+    longest = max(image.size)
+    square = _centred(image, (longest, longest), mean) if pads else image
+    return square if square.size == (side, side) else square.resize((side, side), _BICUBIC)
+
+
 def _anyres(
     images: Sequence[Image.Image], geometry: Anyres, make: Any, counts: Sequence[int]
 ) -> dict[str, Tensor]:
     """Return tiles without padding tiles, and the sizes from which the class finds the grids."""
+    import torch  # cutting tiles needs none, and is done in front of other programs too
+
     made = [
         # The stock processor gives one tile to each picture of a list of several.
         make([[image, image]] if geometry.cap and count > 1 else [image], return_tensors="pt")

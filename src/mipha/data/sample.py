@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from mipha.data.faults import RecordError
 from mipha.data.images import ImageSource
 from mipha.data.regions import Region
-from mipha.geometry import IMAGE
+from mipha.geometry import IMAGE, Span
 
-__all__ = ["IMAGE", "Message", "Remark", "Role", "Sample", "content_parts", "user_turn"]
+__all__ = [
+    *("IMAGE", "Message", "Remark", "Role", "Sample"),
+    *("content_parts", "user_turn", "with_tiles"),
+]
 
 REGION = "<region>"
 """Stands in a message's text where a region's numbers go, if the sample has regions."""
@@ -165,6 +169,20 @@ def content_parts(text: str) -> list[dict[str, str]]:
         if piece := piece.removeprefix("\n"):
             parts.append({"type": "text", "text": piece})
     return parts
+
+
+def with_tiles(messages: Sequence[Message], spans: Sequence[Span]) -> tuple[Message, ...]:
+    """Return messages in which each marker is what the chat template gets for the image.
+
+    Only a model that takes tiles as images of their own has more than the marker there.
+    """
+    if not any(span.in_conversation for span in spans):
+        return tuple(messages)
+    texts = iter(span.text for span in spans)
+    return tuple(
+        replace(message, text=re.sub(IMAGE, lambda _: next(texts), message.text))
+        for message in messages
+    )
 
 
 def user_turn(question: str, num_images: int) -> Message:

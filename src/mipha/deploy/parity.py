@@ -7,7 +7,8 @@ GGUF files           --[llama.cpp]----->  the same, from the image file    --+--
 llama.cpp neither resizes nor pads an image of the tower's own size. So an error with our own pixels
 comes from the weights, and an error that only the image file shows comes from resizing and padding.
 llama.cpp resizes a square image exactly as Pillow does; it shrinks any other and then pads it in
-CLIP's grey, where we pad in the tower's mean colour, or squash.
+CLIP's grey, where we pad in the tower's mean colour, or squash. Tiles of a LLaVA, and native
+pictures, come from us in any case; of Idefics3, ours are pictures scaled to whole tiles.
 
 Source: llama.cpp b11549 `tools/mtmd/mtmd-image.cpp` (resize), `tools/mtmd/clip.cpp`
     (image_pad_color of PROJECTOR_TYPE_MLP).
@@ -33,6 +34,7 @@ from mipha.comparison.statistics import wilson
 from mipha.data.datasets import easy_vqa
 from mipha.data.datasets.table import INSTRUCTION
 from mipha.data.images import SUFFIXES, open_image
+from mipha.data.pixels import bounded
 from mipha.data.sample import IMAGE, Message
 from mipha.deploy.llama_cpp import LlamaCpp, Reply
 from mipha.deploy.parity_tables import (
@@ -43,6 +45,8 @@ from mipha.deploy.parity_tables import (
     FileParity,
     Parity,
 )
+from mipha.geometry import Shuffled, Square, geometry_of, scaled_to
+from mipha.models.features import image_features
 
 Pair = tuple[Path, str]
 """An image and a question about it."""
@@ -203,15 +207,31 @@ def easy_vqa_pairs(num: int, root: Path | None = None) -> list[Pair]:
 
 
 def as_seen(processor: LlavaProcessor, image: Image.Image) -> Image.Image:
-    """Return the image as our tower sees it: padded or squashed to its size, in 8 bits.
+    """Return the image in our own pixels, where llama.cpp would choose others.
 
-    The processor resizes in 8 bits and only then scales, so nothing is lost on the way back.
+    A square: padded or squashed to the tower's size, in 8 bits. The processor resizes in 8 bits and
+    only then scales, so nothing is lost on the way back. A picture of Idefics3: scaled to whole
+    tiles. Others are prepared by us before llama.cpp gets them.
     """
-    image_processor = processor.image_processor
+    geometry, image_processor = geometry_of(processor), processor.image_processor
+    if isinstance(geometry, Shuffled):
+        return _in_whole_tiles(geometry, bounded(image, geometry, image_processor.image_mean))
+    if not isinstance(geometry, Square):
+        return image
+
     pixels = image_processor(image, return_tensors="np")["pixel_values"][0]  # (3, height, width)
     pixels = pixels.transpose(1, 2, 0)  # (height, width, 3)
     scaled = (pixels * image_processor.image_std + image_processor.image_mean) * 255
     return Image.fromarray(np.clip(np.rint(scaled), 0, 255).astype(np.uint8))
+
+
+def _in_whole_tiles(geometry: Shuffled, image: Image.Image) -> Image.Image:
+    """Return a picture scaled by both steps of Idefics3, before it is cut."""
+    rows, columns = geometry.grid(*image.size)
+    height, width = scaled_to(image.height, image.width, geometry.longest_edge)
+    first = image.resize((width, height), Image.Resampling.LANCZOS)
+    side = geometry.side
+    return first.resize((columns * side, rows * side), Image.Resampling.LANCZOS)
 
 
 @torch.inference_mode()
@@ -225,24 +245,19 @@ def _ask_ours(
     """Ask the checkpoint in float32: a reference must round less than the files it judges."""
     # Compute features, prompts and first logits.
     assistant = load(checkpoint, device, torch.float32)
-    images = list(dict.fromkeys(image for image, _ in pairs))
-    pixels = {image: assistant.pixels(image) for image in images[:NUM_IMAGES]}
+    images = list(dict.fromkeys(image for image, _ in pairs))[:NUM_IMAGES]
     features = {
-        image: assistant.model.get_image_features(pixels[image])
-        .pooler_output[0]
-        .float()
-        .cpu()
-        .numpy()
-        for image in pixels
+        image: image_features(assistant.model, [assistant.image_inputs(image)])[0].cpu().numpy()
+        for image in images
     }
-    prompts = [
-        assistant.prompt_ids([Message("user", f"{IMAGE}\n{question}")]) for _, question in pairs
-    ]
+    asked = [([Message("user", f"{IMAGE}\n{question}")], [image]) for image, question in pairs]
+    prompts = [assistant.prompt_ids(*one) for one in asked]
     logits = []
-    for (image, _), ids in list(zip(pairs, prompts, strict=True))[:NUM_LOGITS]:
-        inputs = torch.tensor([ids], device=assistant.model.device)
+    for one in asked[:NUM_LOGITS]:
+        prompt = assistant.prompt(*one)
+        ids = torch.tensor([prompt.ids], device=assistant.model.device)
         found = assistant.model(
-            input_ids=inputs, pixel_values=assistant.pixels(image), logits_to_keep=1
+            inputs_embeds=assistant.embeddings(ids, prompt.images), logits_to_keep=1
         ).logits[0, -1]
         logits.append(found.log_softmax(-1).cpu().numpy())
 

@@ -8,10 +8,11 @@ Source: transformers 5.23 `LlavaForConditionalGeneration`; vLLM
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from mipha.checkpoint_files import CheckpointFiles
+from mipha.geometry import Native, Shuffled, read_geometry
 
 Status = Literal["exact", "approximate", "unsupported"]
 
@@ -62,16 +63,62 @@ _GREY_OF_CLIP = (122, 116, 104)
 """The colour that llama.cpp pads with in front of a LLaVA projector."""
 
 
-_NO_NEWLINE = (
-    "llama.cpp has no end-of-row and no unpadding: serve this class with transformers or vLLM"
-)
-NO_GGUF = {
-    "llava_next": _NO_NEWLINE,
-    "llava_onevision": _NO_NEWLINE,
-    "idefics3": "mipha writes no GGUF of Idefics3: serve it with transformers",
-    "lfm2_vl": "mipha writes no GGUF of LFM2-VL: serve it with transformers",
-}
-"""Why a class cannot be a GGUF file, by `model_type`."""
+_LANCZOS = 1
+_LFM2_TOKENS = (64, 256)
+"""Fewest and most tokens of a picture in llama.cpp's LFM2-VL."""
+
+
+def no_gguf(config: Mapping[str, Any], processor: Mapping[str, Any]) -> str | None:
+    """Return why llama.cpp cannot read pictures as a checkpoint does; None where it can.
+
+    Args:
+        config: Content of its config.json.
+        processor: Content of its processor_config.json; empty where it is not known.
+
+    Source: llama.cpp b11549 `tools/mtmd/{mtmd,clip,mtmd-image}.cpp`; the differences of
+        log-probabilities were measured with it on small random models.
+    """
+    if config.get("model_type") in ("llava_next", "llava_onevision"):
+        return (
+            "llama.cpp has no end-of-row and no unpadding: serve this class with transformers "
+            "or vLLM"
+        )
+    if config.get("model_type") not in ("idefics3", "lfm2_vl") or not processor:
+        return None
+
+    geometry, image = read_geometry(processor), processor["image_processor"]
+    if isinstance(geometry, Shuffled):
+        if image.get("resample") != _LANCZOS:
+            return (
+                "llama.cpp scales its tiles by LANCZOS, and its processor does not (resample is "
+                f"{image.get('resample')}), which moves log-probabilities by up to 0.2: train with "
+                "resample=1, or serve it with transformers"
+            )
+        if not geometry.splits or geometry.longest_edge < 2 * geometry.side:
+            return (
+                "llama.cpp writes a picture of one tile as a grid and a whole, and its processor "
+                "as a whole alone: serve it with transformers"
+            )
+        if geometry.longest_edge % geometry.side:
+            return (
+                f"its longest edge of {geometry.longest_edge} pixels is no multiple of its tile of "
+                f"{geometry.side}: serve it with transformers"
+            )
+    if isinstance(geometry, Native):
+        least, most = geometry.min_tokens, geometry.max_tokens
+        if geometry.max_tiles > 1:
+            return (
+                "llama.cpp pads tiles with black where this model was trained on stretched ones, "
+                "which moves log-probabilities by up to 1.2: serve it with transformers"
+            )
+        if least < _LFM2_TOKENS[0] or most > _LFM2_TOKENS[1]:
+            return (
+                f"llama.cpp makes {_LFM2_TOKENS[0]} to {_LFM2_TOKENS[1]} tokens of a picture, and "
+                f"its processor {least} to {most}: train with model.min_image_tokens="
+                f"{_LFM2_TOKENS[0]} and model.max_image_tokens={_LFM2_TOKENS[1]}, or serve it with "
+                "transformers"
+            )
+    return None
 
 
 def runtimes(
@@ -92,7 +139,14 @@ def runtimes(
         if odd_keys
         else _vllm(config)
     )
-    return ours, _transformers(config), vllm, _llama_cpp(config, processor)
+    found = (ours, _transformers(config), vllm, _llama_cpp(config, processor))
+    if not _has_tiles(config, processor):
+        return found
+    cut = "it gets whole pictures unless tiles are cut before it, which mipha does"
+    return ours, *(
+        replace(one, reason=f"{one.reason}; {cut}") if one.status != "unsupported" else one
+        for one in found[1:]
+    )
 
 
 def odd_keys(files: CheckpointFiles) -> list[str]:
@@ -188,32 +242,58 @@ def _vllm(config: Mapping[str, Any]) -> Runtime:
 
 
 def _llama_cpp(config: Mapping[str, Any], processor: Mapping[str, Any]) -> Runtime:
-    kind = config["text_config"].get("model_type")
-    if reason := NO_GGUF.get(config.get("model_type", "llava")):
+    kind, whole = config["text_config"].get("model_type"), config.get("model_type", "llava")
+    if reason := no_gguf(config, processor):
         return Runtime("llama.cpp", "unsupported", reason)
-    if reason := _unreadable_tower(config):
+    if whole == "llava" and (reason := _unreadable_tower(config)):
         return Runtime("llama.cpp", "unsupported", reason)
     if kind not in _LLAMA_CPP_LANGUAGE_MODELS:
         return Runtime(
             "llama.cpp", "unsupported", f"nothing is known of a {kind!r} behind its LLaVA projector"
         )
+    if whole == "idefics3":
+        reason = "as GGUF, it cuts and scales pictures by the rules of Idefics3"
+        return Runtime("llama.cpp", "exact", reason)
+    if whole == "lfm2_vl":
+        return Runtime(
+            "llama.cpp",
+            "approximate",
+            "as GGUF, it rounds half a token up where this model rounds to even; exact behind "
+            "mipha, which sends pictures in their final size",
+        )
 
-    pixels = processor.get("image_processor", processor)
-    reasons = ["as GGUF, it resizes images that are not square differently from PIL"]
+    # Tiles come in the tower's own size, which nobody resizes or pads.
+    pixels, reasons = processor.get("image_processor", processor), []
+    has_tiles = _has_tiles(config, processor)
+    if not has_tiles:
+        reasons.append("resizes images that are not square differently from PIL")
     if config.get("projector_hidden_act", "gelu") == "gelu":
         reasons.append("computes the projector's GELU by its tanh form")
-    if not pixels.get("do_pad"):
+    if not has_tiles and not pixels.get("do_pad"):
         reasons.append("pads images to a square where this model squashes them")
-    elif tuple(int(255 * mean) for mean in pixels.get("image_mean", ())) != _GREY_OF_CLIP:
+    elif not has_tiles and _colour(pixels.get("image_mean", ())) != _GREY_OF_CLIP:
         reasons.append("pads images in CLIP's grey")
     if str(config["vision_config"].get("model_type")).startswith("clip"):
         reasons.append(
             "leaves out the first patch and puts the class token behind the last (its issue 25814)"
         )
+    if not reasons:
+        return Runtime("llama.cpp", "exact", "as GGUF, it computes the same numbers")
 
     *first, last = reasons
     reason = f"{', '.join(first)} and {last}" if first else last
-    return Runtime("llama.cpp", "approximate", reason)
+    return Runtime("llama.cpp", "approximate", f"as GGUF, it {reason}")
+
+
+def _has_tiles(config: Mapping[str, Any], processor: Mapping[str, Any]) -> bool:
+    """Return whether pictures are cut into tiles that are images of one LLaVA."""
+    return config.get("model_type") == "llava" and bool(
+        processor.get("image_processor", {}).get("max_tiles")
+    )
+
+
+def _colour(mean: Sequence[float]) -> tuple[int, ...]:
+    return tuple(int(255 * value) for value in mean)
 
 
 def _unreadable_tower(config: Mapping[str, Any]) -> str | None:

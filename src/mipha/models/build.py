@@ -502,10 +502,11 @@ def _has_exact_positions(patches: int) -> bool:
 
     Source: transformers 5.23 `Idefics3VisionEmbeddings`.
     """
-    places = torch.arange(patches, dtype=torch.float32) * (1.0 / torch.tensor(patches))
-    edges = torch.arange(1 / patches, 1.0, 1 / patches)
-    found = torch.bucketize(places.clamp(max=1.0 - 1e-6), edges, right=True)
-    return torch.equal(found, torch.arange(patches))
+    with torch.device("cpu"):  # also where models are made without memory
+        places = torch.arange(patches, dtype=torch.float32) * (1.0 / torch.tensor(patches))
+        edges = torch.arange(1 / patches, 1.0, 1 / patches)
+        found = torch.bucketize(places.clamp(max=1.0 - 1e-6), edges, right=True)
+        return torch.equal(found, torch.arange(patches))
 
 
 def _config(

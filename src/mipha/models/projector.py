@@ -1,12 +1,14 @@
-"""The projector's initial weights: of LLaVA, two linear layers with an exact GELU between them."""
+"""The projector's initial weights: two linear layers with a GELU; in Idefics3 one without bias."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mipha.models.modeling import LlavaForConditionalGeneration
+from mipha.models.modeling import LlavaForConditionalGeneration, parts
 
 
 def new_projector(meta: nn.Module, language_model: PreTrainedModel) -> nn.Module:
@@ -45,38 +47,70 @@ def new_end_of_row(language_model: PreTrainedModel) -> nn.Parameter:
 
 
 @torch.no_grad()
-def calibrate_projector(model: LlavaForConditionalGeneration, pixel_values: Tensor) -> None:
+def calibrate_projector(model: LlavaForConditionalGeneration, inputs: Mapping[str, Tensor]) -> None:
     """Fit the projector's initial weights to the tower's features and the text embeddings.
 
     The first layer gets features that are centred and have deviation 1 in every channel. This is
-    folded into its weights, so the model stays the stock one. The last layer's outputs get the
-    deviation of the text embeddings. Channels of a tower differ by orders of magnitude, and with
-    the default weights the largest ones hide the others.
+    folded into its weights, so the model stays the stock one; the projector of Idefics3 has no
+    bias, so there it is folded into the norm before it, which nothing else reads. The last layer's
+    outputs get the deviation of the text embeddings. Channels of a tower differ by orders of
+    magnitude, and with the default weights the largest ones hide the others.
 
     Args:
         model: Model whose projector is changed.
-        pixel_values: Tiles of a few dozen training images, `(tiles, 3, height, width)`.
+        inputs: A few dozen training images, as `read_pixels` makes them.
     """
-    # Measure the tower's features.
-    projector = model.model.multi_modal_projector
-    hidden = model.model.vision_tower(pixel_values, output_hidden_states=True).hidden_states[
-        model.config.vision_feature_layer
-    ]
-    features = hidden[:, 1:] if model.config.vision_feature_select_strategy == "default" else hidden
-    features = features.flatten(0, 1).float()  # (tokens, width of the tower)
-    mean, deviation = features.mean(0), features.std(0).clamp(min=1e-6)
-
-    # Fold centring and scaling into the first layer.
-    first = projector.linear_1
-    weight = first.weight / deviation
-    first.weight.copy_(weight)
-    first.bias.sub_(weight @ mean)
+    own = parts(model)
+    (tower,), (projector,) = own.vision_tower, own.projector
+    layers = [layer for layer in projector.modules() if isinstance(layer, nn.Linear)]
+    if layers[0].bias is None:
+        norm = tower.post_layernorm
+        features = _outputs_of(norm, model, inputs)  # (tiles, patches, width of the tower)
+        mean, deviation = _spread(features.flatten(0, 1))
+        norm.weight.div_(deviation)
+        norm.bias.sub_(mean).div_(deviation)
+        outputs = projector((features - mean) / deviation)
+    else:
+        first, last = layers
+        features = _inputs_of(first, model, inputs)  # (tokens, width)
+        mean, deviation = _spread(features)
+        weight = first.weight / deviation
+        first.weight.copy_(weight)
+        first.bias.sub_(weight @ mean)
+        outputs = last(projector.act(first(features)))
 
     # Give the output the deviation of the text embeddings, measured on about 4,096 of them.
     embeddings = model.get_input_embeddings()
     stride = max(1, embeddings.num_embeddings // 4096)
     text = embeddings(torch.arange(0, embeddings.num_embeddings, stride))
-    _scale(projector.linear_2, float(text.float().std() / projector(features).std()))
+    _scale(layers[-1], float(text.float().std() / outputs.std()))
+
+
+def _spread(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and deviation of each channel of `(tokens, width)`."""
+    return features.mean(0), features.std(0).clamp(min=1e-6)
+
+
+def _inputs_of(
+    layer: nn.Module, model: LlavaForConditionalGeneration, inputs: Mapping[str, Tensor]
+) -> Tensor:
+    """Return what a layer gets of some images, `(tokens, width)`."""
+    seen: list[Tensor] = []
+    hook = layer.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    model.get_image_features(**inputs)
+    hook.remove()
+    return torch.cat([one.flatten(0, -2) for one in seen]).float()
+
+
+def _outputs_of(
+    layer: nn.Module, model: LlavaForConditionalGeneration, inputs: Mapping[str, Tensor]
+) -> Tensor:
+    """Return what a layer makes of some images."""
+    seen: list[Tensor] = []
+    hook = layer.register_forward_hook(lambda _, given, made: seen.append(made))
+    model.get_image_features(**inputs)
+    hook.remove()
+    return torch.cat(seen).float()
 
 
 @torch.no_grad()

@@ -274,8 +274,10 @@ def _check_checkpoint(stage: Stage, checkpoint: Path) -> None:
         )
 
 
-def _first_images(mixture: Mixture, processor: LlavaProcessor, only_readable: bool) -> Tensor:
-    """Return the images that set the projector's start, `(tiles, 3, height, width)`."""
+def _first_images(
+    mixture: Mixture, processor: LlavaProcessor, only_readable: bool
+) -> dict[str, Tensor]:
+    """Return the images that set the projector's start, as the tower reads them."""
     sources: dict[ImageSource, None] = {}
     for sample in mixture:
         sources |= dict.fromkeys(sample.images)
@@ -287,7 +289,7 @@ def _first_images(mixture: Mixture, processor: LlavaProcessor, only_readable: bo
             "calibrate_projector needs images, but the data of the first stage have none: "
             "set model.calibrate_projector=false"
         )
-    return read_pixels(images, processor)["pixel_values"]
+    return read_pixels(images, processor)
 
 
 def _check_build(

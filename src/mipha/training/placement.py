@@ -100,7 +100,8 @@ def place(model: LlavaForConditionalGeneration, stage: Stage) -> None:
     """
     recipe, world, checkpointed = stage.recipe, stage.world, stage.settings.checkpointed
     for part in checkpointed:
-        getattr(model.model, part).gradient_checkpointing_enable({"use_reentrant": False})
+        (module, *_) = getattr(parts(model), part)
+        module.gradient_checkpointing_enable({"use_reentrant": False})
     use_attention(model, stage.attention)
     model.to(world.device)
 

@@ -46,6 +46,7 @@ def checkpoint(
         import transformers
 
         from mipha.models.build import build, save_checkpoint
+        from mipha.models.modeling import parts as model_parts
 
         folder = root / str(len(list(root.iterdir())))
         parts = tiny_parts(
@@ -79,7 +80,8 @@ def checkpoint(
             "chat_template": "chatml",
         }
         model, processor = build(type(parts.recipe())(**wish | (recipe or {})))
-        _fill(model.model.multi_modal_projector)
+        for module in model_parts(model).projector:
+            _fill(module)
         save_checkpoint(model, processor, folder / "checkpoint")
         return folder / "checkpoint"
 
@@ -94,5 +96,5 @@ def _fill(module: Any) -> None:
         for name, parameter in module.named_parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
-            elif "linear_2" in name:
+            elif "linear_2" in name or "modality_projection" in name:
                 parameter.mul_(4)  # a fresh projector whispers

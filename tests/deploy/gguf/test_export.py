@@ -136,6 +136,73 @@ def test_every_family_computes_in_llama_cpp_what_it_computes_here(
     )
 
 
+PICTURES: dict[str, dict[str, Any]] = {
+    "tiles": {"image": "tiles"},
+    "shuffled": {"image": "tiles", "shuffle": 2},
+    "native": {"image": "native"},
+}
+SIZES = ((28, 28), (100, 60), (60, 100), (97, 41), (200, 9), (1, 1), (300, 170), (350, 350))
+"""Of 350 pixels llama.cpp would make 13 x 13 native tokens, and Python's rounding 12 x 12."""
+
+
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    [
+        ("tiles", "llama"),
+        ("shuffled", "qwen3"),
+        ("shuffled", "gemma"),
+        ("native", "llama"),
+        ("native", "phi"),
+        ("native", "gpt_neox"),
+    ],
+)
+def test_pictures_in_tiles_or_in_their_own_shape_are_computed_there_as_here(
+    checkpoint: Callable[..., Path], tmp_path: Path, kind: str, family: str
+) -> None:
+    import torch
+
+    from mipha.assistant import load
+    from mipha.data.sample import IMAGE, turns_of
+    from mipha.models.features import image_features
+
+    class_name, facts = FAMILIES[family]
+    source = checkpoint(class_name, "siglip", PICTURES[kind], **facts)
+    *_, mmproj, _, _ = export_gguf(source, tmp_path / "out", ["f32"])
+    assistant, random = load(source, "cpu", torch.float32), np.random.default_rng(0)
+    shown = [
+        Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        for width, height in SIZES
+    ]
+    asked: list[tuple[list[Image.Image], str]] = [([image], QUESTION) for image in shown]
+    asked += [(shown[1:3], f"Is {IMAGE} like {IMAGE} or not?"), ([], QUESTION)]
+
+    found, errors = [], []
+    with LlamaCpp(tmp_path / "out" / "model-f32.gguf", mmproj, threads=1, context=512) as model:
+        for images, question in asked:
+            prompt = assistant.prompt(turns_of(question, len(images)), images)
+            ids = torch.tensor([prompt.ids])
+            with torch.inference_mode():
+                logits = assistant.model(
+                    inputs_embeds=assistant.embeddings(ids, prompt.images)
+                ).logits[0, -1]
+            found.append(logits.log_softmax(-1).numpy())
+            errors.append(difference(found[-1], model.first_token_logits(images, question)))
+            length = model.reply(images, question, 1).num_prompt_tokens
+            assert length == len(prompt.ids), [image.size for image in images]
+        with torch.inference_mode():
+            (features,) = image_features(assistant.model, [assistant.image_inputs(shown[3])])
+        theirs = model.image_embeddings(shown[3]) * (32**0.5 if family == "gemma" else 1)
+    assert difference(features.numpy(), theirs) < 0.005 * features.abs().max()
+    # Pictures change far more than that; so does their order.
+    assert max(errors) < 0.02
+    assert min(difference(one, found[-1]) for one in found[:-1]) > 0.3
+    swapped = assistant.prompt(turns_of(asked[-2][1], 2), shown[2:0:-1])
+    ids = torch.tensor([swapped.ids])
+    with torch.inference_mode():
+        logits = assistant.model(inputs_embeds=assistant.embeddings(ids, swapped.images)).logits
+    assert difference(logits[0, -1].log_softmax(-1).numpy(), found[-2]) > 4 * max(errors)
+
+
 def test_clip_is_right_but_for_its_first_patch(
     checkpoint: Callable[..., Path], image: Image.Image, tmp_path: Path
 ) -> None:
@@ -242,6 +309,38 @@ def test_other_towers_are_refused_with_those_that_can(tiny_model: Callable, tmp_
         save_checkpoint(*tiny_model("llama", tower), tmp_path / tower)
         with pytest.raises(ValueError, match=f"no '{tower}' tower, only CLIP and SigLIP"):
             export_gguf(tmp_path / tower, tmp_path / "out")
+
+
+FIXTURES = Path(__file__).parents[2] / "fixtures" / "images"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("next-siglip-qwen2", {}, "no end-of-row and no unpadding: serve this class with"),
+        ("onevision-siglip-llama-cap2", {}, "no end-of-row and no unpadding"),
+        ("lfm2vl-qwen3-tiles", {}, "llama.cpp pads tiles with black where this model"),
+        ("lfm2vl-llama-native", {}, "llama.cpp makes 64 to 256 tokens of a picture, and its"),
+        ("idefics3-phi-bias", {"resample": 3}, r"by LANCZOS, and .* \(resample is 3\)"),
+        ("idefics3-phi-bias", {"resample": 1, "do_image_splitting": False}, "as a whole alone"),
+        (
+            "idefics3-phi-bias",
+            {"resample": 1, "size": {"longest_edge": 70}},
+            "70 pixels is no multiple of its",
+        ),
+        ("idefics3-phi-bias", {"resample": 1}, "writes '.n.n' between two marks as 2 tokens"),
+    ],
+)
+def test_pictures_that_llama_cpp_reads_otherwise_are_refused(
+    tmp_path: Path, name: str, changes: dict[str, Any], message: str
+) -> None:
+    source = Path(shutil.copytree(FIXTURES / name, tmp_path / "checkpoint"))
+    content = json.loads((source / "processor_config.json").read_text())
+    content["image_processor"] |= changes
+    (source / "processor_config.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        export_gguf(source, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
 def test_a_wrong_wish_gets_one_sentence(llama: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, SiglipVisio
 from mipha.deploy.gguf.mmproj import check_mmproj, mmproj_fields, mmproj_tensors
 from mipha.deploy.gguf.writer import Weights
 
+FIXTURES = Path(__file__).parents[2] / "fixtures" / "images"
 CLIP = CLIPVisionConfig(
     hidden_size=8, num_attention_heads=2, image_size=28, patch_size=14, num_hidden_layers=2
 )
@@ -39,7 +41,11 @@ def test_the_activation_of_the_tower_is_said(
     vision: CLIPVisionConfig | SiglipVisionConfig, uses_gelu: bool
 ) -> None:
     check_mmproj(config(vision))
-    fields = mmproj_fields(config(vision), [0.5] * 3, [0.25] * 3)
+    processor = json.loads(
+        (FIXTURES / "llava-siglip-llama-several/processor_config.json").read_text()
+    )
+    processor["image_processor"] |= {"image_std": [0.25] * 3}
+    fields = mmproj_fields(config(vision), processor)
     assert fields["clip.use_gelu"] is uses_gelu
     assert fields["clip.vision.image_std"] == [0.25] * 3
 

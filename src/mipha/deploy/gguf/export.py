@@ -12,7 +12,12 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from transformers import AutoTokenizer, GenerationConfig, LlavaConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 
 from mipha.checkpoint_files import read_checkpoint
 from mipha.deploy.gguf import QUANTISED, parse_kinds
@@ -22,13 +27,14 @@ from mipha.deploy.gguf.language_model import (
     language_model_tensors,
 )
 from mipha.deploy.gguf.mmproj import check_mmproj, mmproj_fields, mmproj_tensors
-from mipha.deploy.gguf.tokenizer import gguf_template, name_for, tokenizer_fields
+from mipha.deploy.gguf.tokenizer import check_marks, gguf_template, name_for, tokenizer_fields
 from mipha.deploy.gguf.writer import KINDS, Field, Tensor, open_weights, write_gguf
 from mipha.deploy.model_card import PretrainedPart, hub_licence, plain, pretrained_parts
-from mipha.deploy.runtimes import NO_GGUF
+from mipha.deploy.runtimes import no_gguf
 from mipha.files import read_json_object, whole_folder, write_whole
-from mipha.geometry import Tiles
+from mipha.geometry import Native, Shuffled, Tiles, read_geometry
 from mipha.models.checkpoint_folder import check_finite_folder
+from mipha.models.modeling import MODELS
 from mipha.preflight import check_new_folder
 from mipha.recipe import Recipe
 from mipha.run import model_folder, open_run
@@ -54,7 +60,7 @@ class _Checkpoint:
     """
 
     folder: Path
-    config: LlavaConfig
+    config: PretrainedConfig
     processor: dict[str, Any]
     tokenizer: PreTrainedTokenizerBase
     tokenizer_file: dict[str, Any]
@@ -115,23 +121,20 @@ def export_gguf(source: Path, out: Path, quantize: Sequence[str] = ("f16",)) -> 
 
 def _read(folder: Path, recipe: Recipe | None, name: str) -> _Checkpoint:
     files = read_checkpoint(folder)
-    if reason := NO_GGUF.get(files.config["model_type"]):
+    if reason := no_gguf(files.config, files.processor):
         raise ValueError(f"{folder} cannot be written as GGUF: {reason}")
-    if isinstance(files.geometry, Tiles):
-        raise ValueError(
-            f"{folder} cannot be written as GGUF: llama.cpp gets whole pictures, and this model "
-            "was trained on tiles; serve it with transformers or vLLM"
-        )
-    config = LlavaConfig.from_dict(files.config)
+    config = MODELS[files.config["model_type"]].config_class.from_dict(files.config)
     check_mmproj(config)
 
     tokenizer_file = read_json_object(folder / "tokenizer.json")
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    check_marks(tokenizer, files.geometry)
     ends = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
     return _Checkpoint(
         folder=folder,
         config=config,
         processor=files.processor,
-        tokenizer=AutoTokenizer.from_pretrained(folder, local_files_only=True),
+        tokenizer=tokenizer,
         tokenizer_file=tokenizer_file,
         template=(folder / "chat_template.jinja").read_text(encoding="utf-8"),
         ends=ends if isinstance(ends, list) else [] if ends is None else [ends],
@@ -154,9 +157,8 @@ def _fields(model: _Checkpoint) -> tuple[dict[str, Field], dict[str, Field]]:
     )
     fields["tokenizer.chat_template"] = gguf_template(model.template, model.tokenizer)
 
-    image = model.processor["image_processor"]
     image_fields = about | {"general.type": "mmproj"}
-    image_fields |= mmproj_fields(model.config, image["image_mean"], image["image_std"])
+    image_fields |= mmproj_fields(model.config, model.processor)
     return fields, image_fields
 
 
@@ -165,7 +167,7 @@ def _write_language_models(
     fields: dict[str, Field],
     tensors: list[Tensor],
     kinds: list[str],
-    config: LlavaConfig,
+    config: PretrainedConfig,
 ) -> None:
     """Write one file for every kind.
 
@@ -280,26 +282,17 @@ def readme(
     name: str,
     models: Sequence[str],
     mmproj: str,
-    config: LlavaConfig,
+    config: PretrainedConfig,
     processor: Mapping[str, Any],
     parts: Sequence[PretrainedPart],
 ) -> str:
     """Return the README: how to run the files, and how they differ from the checkpoint."""
-    image = processor["image_processor"]
-    colour = tuple(int(255 * mean) for mean in image["image_mean"])
-    own = (
-        f"pads it to a square with the colour {colour}, then scales it"
-        if image.get("do_pad")
-        else "squashes it"
-    )
-    differs = [
-        "llama.cpp scales a square image as the checkpoint does (Pillow's bicubic rule; seen in "
-        "b11549). It scales an image of another shape first and then pads it with the colour "
-        f"(122, 116, 104); the checkpoint {own}. "
-        "With images that are prepared in this way, there is no difference.",
-        "llama.cpp computes the projector's GELU, as every GELU, by its tanh form, from a table in "
-        "16 bits.",
-    ]
+    differs = _picture_differences(processor)
+    if getattr(config, "projector_hidden_act", None) == "gelu":
+        differs.append(
+            "llama.cpp computes the projector's GELU, as every GELU, by its tanh form, from a "
+            "table in 16 bits."
+        )
     if config.vision_config.model_type.startswith("clip"):
         differs.append(
             "llama.cpp's LLaVA puts CLIP's class token behind the patches and leaves out the first "
@@ -340,6 +333,46 @@ ollama create {name.lower()} -f Modelfile
 
 {_licences(parts)}
 """
+
+
+def _picture_differences(processor: Mapping[str, Any]) -> list[str]:
+    """Return what llama.cpp makes of a picture, where the checkpoint makes something else of it."""
+    geometry, image = read_geometry(processor), processor["image_processor"]
+    behind_mipha = "`mipha serve`, `mipha verify` and `mipha evaluate` do so with these files."
+    if isinstance(geometry, Tiles):
+        text = geometry.span(2 * geometry.side, 2 * geometry.side).text.replace("\n", "\\n")
+        return [
+            f"This model was trained on pictures cut into up to {geometry.max_tiles} tiles of "
+            f"{geometry.side} pixels, each an image of its own, with words before them, such as "
+            f"`{text}`, and the whole picture last. llama.cpp does not cut pictures: a program "
+            f"that sends it a whole picture shows the model one tile. {behind_mipha}"
+        ]
+    if isinstance(geometry, Shuffled):
+        return [
+            f"A strip longer than {geometry.max_aspect} to 1 is padded on its short sides before "
+            f"it is cut. {behind_mipha}"
+        ]
+    if isinstance(geometry, Native):
+        unit = geometry.patch * geometry.shuffle
+        return [
+            f"llama.cpp rounds the sides of a picture to multiples of {unit} pixels, half of it "
+            "up, where this model was trained on half to even: a few sizes, such as "
+            f"{12 * unit + unit // 2} pixels, take other tokens. Resize pictures to their final "
+            f"size first. {behind_mipha}"
+        ]
+
+    colour = tuple(int(255 * mean) for mean in image["image_mean"])
+    own = (
+        f"pads it to a square with the colour {colour}, then scales it"
+        if image.get("do_pad")
+        else "squashes it"
+    )
+    return [
+        "llama.cpp scales a square image as the checkpoint does (Pillow's bicubic rule; seen in "
+        "b11549). It scales an image of another shape first and then pads it with the colour "
+        f"(122, 116, 104); the checkpoint {own}. "
+        "With images that are prepared in this way, there is no difference."
+    ]
 
 
 def _licences(parts: Sequence[PretrainedPart]) -> str:

@@ -182,8 +182,7 @@ def language_model_tensors(weights: Weights, config: PretrainedConfig) -> list[T
 
     # Name the weights, and collect the norms that StableLM has for each head.
     found, norms = [], {}
-    for key in weights.names("language_model."):
-        plain = key.removeprefix("language_model.")
+    for key, plain in _names(weights).items():
         if config.model_type == "gpt_neox":
             plain = plain.replace("model.", "gpt_neox.", 1)  # the name of its layers outside LLaVA
         if one_head := re.fullmatch(r"(.*)\.norms\.(\d+)\.weight", plain):
@@ -209,6 +208,24 @@ def language_model_tensors(weights: Weights, config: PretrainedConfig) -> list[T
         factors = _llama3_factors(config)
         found.append(Tensor("rope_freqs.weight", factors.shape, lambda: factors, kept=True))
     return found
+
+
+_PREFIXES = {
+    "language_model.": "",
+    "model.language_model.": "model.",
+    "model.text_model.": "model.",
+    "lm_head.": "lm_head.",
+}
+"""Beginnings of a language model's weights in LLaVA, LFM2-VL and Idefics3, and outside of them."""
+
+
+def _names(weights: Weights) -> dict[str, str]:
+    """Return the names of the language model's weights, and those that it has outside a LLaVA."""
+    return {
+        key: alone + key.removeprefix(prefix)
+        for prefix, alone in _PREFIXES.items()
+        for key in weights.names(prefix)
+    }
 
 
 def _change(config: PretrainedConfig, name: str) -> Callable[[np.ndarray], np.ndarray] | None:

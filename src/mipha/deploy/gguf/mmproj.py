@@ -1,19 +1,24 @@
 """Write tower and projector as llama.cpp's multimodal runtime reads them (`mmproj`).
 
-Source: llama.cpp `tools/mtmd/clip.cpp`, `clip-impl.h` and `models/llava.cpp`: names, fields, and
-    the computation of the graph.
+Source: llama.cpp `tools/mtmd/clip.cpp`, `clip-impl.h` and `models/{llava,siglip}.cpp`: names,
+    fields, and the computation of the graphs; `conversion/{smolvlm,lfm2}.py`.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from transformers import LlavaConfig
+from transformers import PretrainedConfig
 
+from mipha.deploy.gguf.header import PROCESSOR
 from mipha.deploy.gguf.language_model import family_of
 from mipha.deploy.gguf.writer import Field, Tensor, Weights
+from mipha.geometry import Native, Shuffled, Square, read_geometry
 
 _NAMES = {
     "embeddings.class_embedding": "v.class_embd",
@@ -24,6 +29,22 @@ _NAMES = {
     "linear_1": "mm.0",
     "linear_2": "mm.2",
 }
+_PREFIXES = (
+    *("vision_tower.", "multi_modal_projector."),
+    *("model.vision_model.", "model.connector."),
+    *("model.vision_tower.", "model.multi_modal_projector."),
+)
+"""Beginnings of the weights of tower and projector in LLaVA, Idefics3 and LFM2-VL."""
+
+_PREFIX = re.compile(rf"^({'|'.join(map(re.escape, _PREFIXES))})(vision_model\.)?")
+
+_PROJECTOR_TYPES = {"llava": "mlp", "idefics3": "idefics3", "lfm2_vl": "lfm2"}
+_PROJECTORS = {
+    "idefics3": {"modality_projection.proj": "mm.model.fc"},
+    "lfm2_vl": {"linear_1": "mm.1", "linear_2": "mm.2", "layer_norm": "mm.input_norm"},
+}
+"""Layers of the projector that the other classes name otherwise."""
+
 _LAYER_NAMES = {
     "layer_norm1": "ln1",
     "layer_norm2": "ln2",
@@ -39,7 +60,10 @@ _USES_GELU = {"quick_gelu": False, "gelu": True, "gelu_pytorch_tanh": True, "gel
 """Activations of a tower: llama.cpp has the quick form, and computes the exact one as tanh."""
 
 
-def check_mmproj(config: LlavaConfig) -> None:
+_GELU = ("gelu", "gelu_pytorch_tanh", "gelu_new")
+
+
+def check_mmproj(config: PretrainedConfig) -> None:
     """Refuse a model that the runtime cannot compute.
 
     Raises:
@@ -47,24 +71,26 @@ def check_mmproj(config: LlavaConfig) -> None:
             value of the config.
     """
     vision = config.vision_config
-    kind = vision.model_type.removesuffix("_vision_model")
-    if kind not in ("clip", "siglip"):
-        raise ValueError(
-            f"llama.cpp's LLaVA has no {kind!r} tower, only CLIP and SigLIP: "
-            "train with one of these, or serve with transformers"
-        )
-
-    strategy = "default" if kind == "clip" else "full"
-    supported = {
-        "vision_config.hidden_act": (vision.hidden_act, tuple(_USES_GELU)),
-        "projector_hidden_act": (
-            config.projector_hidden_act,
-            ("gelu", "gelu_pytorch_tanh", "gelu_new"),
-        ),
-        "multimodal_projector_bias": (config.multimodal_projector_bias, (True,)),
-        "vision_feature_layer": (config.vision_feature_layer, (-1, vision.num_hidden_layers)),
-        "vision_feature_select_strategy": (config.vision_feature_select_strategy, (strategy,)),
-    }
+    supported = {"vision_config.hidden_act": (vision.hidden_act, tuple(_USES_GELU))}
+    if config.model_type == "lfm2_vl":
+        supported |= {
+            "projector_hidden_act": (config.projector_hidden_act, _GELU),
+            "projector_bias": (config.projector_bias, (True,)),
+        }
+    elif config.model_type == "llava":
+        kind = vision.model_type.removesuffix("_vision_model")
+        if kind not in ("clip", "siglip"):
+            raise ValueError(
+                f"llama.cpp's LLaVA has no {kind!r} tower, only CLIP and SigLIP: "
+                "train with one of these, or serve with transformers"
+            )
+        strategy = "default" if kind == "clip" else "full"
+        supported |= {
+            "projector_hidden_act": (config.projector_hidden_act, _GELU),
+            "multimodal_projector_bias": (config.multimodal_projector_bias, (True,)),
+            "vision_feature_layer": (config.vision_feature_layer, (-1, vision.num_hidden_layers)),
+            "vision_feature_select_strategy": (config.vision_feature_select_strategy, (strategy,)),
+        }
     for key, (found, known) in supported.items():
         if found not in known:
             raise ValueError(
@@ -73,22 +99,18 @@ def check_mmproj(config: LlavaConfig) -> None:
             )
 
 
-def mmproj_fields(
-    config: LlavaConfig, image_mean: list[float], image_std: list[float]
-) -> dict[str, Field]:
+def mmproj_fields(config: PretrainedConfig, processor: Mapping[str, Any]) -> dict[str, Field]:
     """Return the fields of tower, projector and images, by llama.cpp's keys.
 
     Args:
         config: Config of the model.
-        image_mean: Mean of the pixels per channel, of values in 0..1.
-        image_std: Deviation of the pixels per channel.
+        processor: Content of its processor_config.json.
     """
-    vision = config.vision_config
-    return {
+    vision, image = config.vision_config, processor["image_processor"]
+    fields: dict[str, Field] = {
         "clip.has_vision_encoder": True,
-        "clip.projector_type": "mlp",
+        "clip.projector_type": _PROJECTOR_TYPES[config.model_type],
         "clip.use_gelu": _USES_GELU[vision.hidden_act],
-        "clip.vision.image_size": vision.image_size,
         "clip.vision.patch_size": vision.patch_size,
         "clip.vision.embedding_length": vision.hidden_size,
         "clip.vision.feed_forward_length": vision.intermediate_size,
@@ -96,16 +118,37 @@ def mmproj_fields(
         "clip.vision.block_count": vision.num_hidden_layers,
         "clip.vision.attention.head_count": vision.num_attention_heads,
         "clip.vision.attention.layer_norm_epsilon": float(vision.layer_norm_eps),
+        "clip.vision.image_mean": [float(value) for value in image["image_mean"]],
+        "clip.vision.image_std": [float(value) for value in image["image_std"]],
+    }
+    geometry = read_geometry(processor)
+    if not isinstance(geometry, Square):
+        fields[PROCESSOR] = json.dumps(processor, sort_keys=True)
+
+    if isinstance(geometry, Shuffled):
+        return fields | {
+            "clip.vision.image_size": vision.image_size,
+            "clip.vision.projector.scale_factor": config.scale_factor,
+            # Without it, pictures are cut by the rule of another model.
+            "clip.vision.preproc_image_size": geometry.longest_edge,
+        }
+    if isinstance(geometry, Native):
+        return fields | {
+            # Only read, because pictures keep their size.
+            "clip.vision.image_size": math.isqrt(vision.num_patches) * vision.patch_size,
+            "clip.vision.projector.scale_factor": config.downsample_factor,
+        }
+    return fields | {
+        "clip.vision.image_size": vision.image_size,
         # The tower ends at the layer that is read. Without this, a LLaVA's last layer is skipped.
         "clip.vision.feature_layer": [vision.num_hidden_layers],
-        "clip.vision.image_mean": [float(value) for value in image_mean],
-        "clip.vision.image_std": [float(value) for value in image_std],
     }
 
 
-def mmproj_tensors(weights: Weights, config: LlavaConfig) -> list[Tensor]:
+def mmproj_tensors(weights: Weights, config: PretrainedConfig) -> list[Tensor]:
     """Return the weights of tower and projector under llama.cpp's names."""
-    reads_normed = getattr(config.vision_config, "tie_last_hidden_states", False)
+    kind, vision = config.model_type, config.vision_config
+    reads_normed = kind != "llava" or getattr(vision, "tie_last_hidden_states", False)
     scale = (
         config.text_config.hidden_size**-0.5
         if family_of(config.text_config).scales_images
@@ -113,13 +156,30 @@ def mmproj_tensors(weights: Weights, config: LlavaConfig) -> list[Tensor]:
     )
 
     found = []
-    for key in [*weights.names("vision_tower."), *weights.names("multi_modal_projector.")]:
-        plain = key.split(".", 1)[1].removeprefix("vision_model.")
+    for key in [name for prefix in _PREFIXES for name in weights.names(prefix)]:
+        plain = _PREFIX.sub("", key)
         if plain.startswith("head.") or (plain.startswith("post_layernorm.") and not reads_normed):
             continue  # no feature passes through it
-        change: Any = (lambda value: value * scale) if scale and "linear_2" in plain else None
-        found.append(weights.tensor(key, _name(plain), change, kept="position_embedding" in plain))
+        change: Any = None
+        if scale and ("linear_2" in plain or "modality_projection" in plain):
+            change = lambda value: value * scale  # noqa: E731
+        name = _name(plain, _NAMES | _PROJECTORS.get(kind, {}))
+        if kind == "lfm2_vl" and name == "v.patch_embd.weight":
+            found.append(_as_kernel(weights, key, name, vision.patch_size))
+            continue
+        found.append(weights.tensor(key, name, change, kept="position_embedding" in plain))
     return _with_positions_in_place({tensor.name: tensor for tensor in found})
+
+
+def _as_kernel(weights: Weights, key: str, name: str, patch: int) -> Tensor:
+    """Return a linear layer over patches, `(width, patch x patch x 3)`, as a convolution."""
+    width, _ = weights.shape(key)
+
+    def read() -> np.ndarray:
+        blocks = weights.read(key).reshape(width, patch, patch, 3)
+        return np.ascontiguousarray(blocks.transpose(0, 3, 1, 2))  # (width, 3, patch, patch)
+
+    return Tensor(name, (width, 3, patch, patch), read, kept=True)
 
 
 def _with_positions_in_place(found: dict[str, Tensor]) -> list[Tensor]:
@@ -151,9 +211,9 @@ def _with_positions_in_place(found: dict[str, Tensor]) -> list[Tensor]:
     return list((found | placed).values())
 
 
-def _name(plain: str) -> str:
+def _name(plain: str, names: Mapping[str, str]) -> str:
     """Return llama.cpp's name; the end `.weight` or `.bias` stays."""
     stem, end = re.fullmatch(r"(.*?)(\.weight|\.bias)?", plain).groups()  # type: ignore[union-attr]
     if layer := re.fullmatch(r"encoder\.layers\.(\d+)\.(.*)", stem):
         return f"v.blk.{layer[1]}.{_LAYER_NAMES[layer[2]]}{end}"
-    return _NAMES[stem] + (end or "")
+    return names[stem] + (end or "")

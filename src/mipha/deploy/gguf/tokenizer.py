@@ -17,6 +17,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from mipha.deploy.gguf.writer import Field
+from mipha.geometry import Geometry, Shuffled
 from mipha.models.language_model import end_of_turn
 from mipha.models.processing import IMAGE_TOKEN
 
@@ -88,6 +89,30 @@ def tokenizer_fields(
 
     fields |= _special(tokenizer, template, ends)
     return {f"tokenizer.ggml.{key}": value for key, value in fields.items()}
+
+
+def check_marks(tokenizer: PreTrainedTokenizerBase, geometry: Geometry) -> None:
+    """Refuse a tokenizer in which llama.cpp does not find what stands around a picture.
+
+    It writes these marks by their ids, newlines among them, where our processor tokenises text.
+
+    Args:
+        tokenizer: Tokenizer of the checkpoint, with its special tokens.
+        geometry: What a picture becomes; only Idefics3 writes newlines.
+
+    Raises:
+        ValueError: Newlines between two marks are not one token.
+    """
+    if not isinstance(geometry, Shuffled):
+        return
+    mark = "<global-img>"
+    for text in ("\n", "\n\n"):
+        ids = tokenizer(f"{mark}{text}{mark}", add_special_tokens=False).input_ids
+        if len(ids) != 3 or tokenizer.decode(ids[1:2]) != text:
+            raise ValueError(
+                f"the checkpoint's tokenizer writes {text!r} between two marks as "
+                f"{len(ids) - 2} tokens, and llama.cpp looks for one: serve it with transformers"
+            )
 
 
 def name_for(name: str, content: dict[str, Any]) -> str:

@@ -47,6 +47,7 @@ server is opened and closed under it too, because both wait for its thread."""
 
 _LogCallback = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)
 _ERROR = 4  # ggml.h: GGML_LOG_LEVEL_ERROR
+_IMAGE_CHUNK = 1  # mtmd.h: MTMD_INPUT_CHUNK_TYPE_IMAGE
 _SPARE = 256
 
 
@@ -152,6 +153,7 @@ _SIGNATURES = {
     "mtmd_input_chunks_get": (c_void_p, c_void_p, c_size_t),
     "mtmd_input_chunks_size": (c_size_t, c_void_p),
     "mtmd_input_chunks_free": (None, c_void_p),
+    "mtmd_input_chunk_get_type": (c_int, c_void_p),
     "mtmd_input_chunk_get_n_tokens": (c_size_t, c_void_p),
     "mtmd_tokenize_from_parts": (
         c_int32,
@@ -251,7 +253,7 @@ def _unexpected(params: ModelParams | VisionParams) -> str | None:
 
 
 class Vocabulary:
-    """A GGUF model without its weights.
+    """A GGUF model without its weights; `model` is llama.cpp's own object.
 
     Args:
         path: GGUF of a language model.
@@ -265,10 +267,10 @@ class Vocabulary:
         params = library.llama_model_default_params()
         params.vocab_only = True
         with LOG_LOCK, captured_errors(library) as errors:
-            self._model = library.llama_model_load_from_file(os.fsencode(path), params)
-        if not self._model:
+            self.model = library.llama_model_load_from_file(os.fsencode(path), params)
+        if not self.model:
             raise ValueError(unreadable(path, errors))
-        self._words = library.llama_model_get_vocab(self._model)
+        self._words = library.llama_model_get_vocab(self.model)
 
     def __len__(self) -> int:
         return self._library.llama_vocab_n_tokens(self._words)
@@ -299,13 +301,13 @@ class Vocabulary:
 
     def close(self) -> None:
         """Free its memory; nothing else may be called afterwards."""
-        if self._model:
-            self._library.llama_model_free(self._model)
-            self._model = None
+        if self.model:
+            self._library.llama_model_free(self.model)
+            self.model = None
 
     def _field(self, key: str) -> str:
         value = ctypes.create_string_buffer(64)
-        size = self._library.llama_model_meta_val_str(self._model, key.encode(), value, len(value))
+        size = self._library.llama_model_meta_val_str(self.model, key.encode(), value, len(value))
         assert size > 0, f"the GGUF has no {key}"
         return value.value.decode()
 
@@ -315,20 +317,22 @@ class Vision:
 
     Args:
         path: GGUF of tower and projector.
-        width: Width of the embeddings that it makes.
+        vocabulary: The language model: marks between tiles are looked up in it. It must stay open.
         threads: Number of threads; None for all of this machine.
 
     Raises:
         ValueError: llama.cpp cannot read it; the message says why.
     """
 
-    def __init__(self, path: Path, width: int, threads: int | None = None) -> None:
-        self._library, self._width = load_library(), width
+    def __init__(self, path: Path, vocabulary: Vocabulary, threads: int | None = None) -> None:
+        self._library, self._width = load_library(), vocabulary.width
         params = self._library.mtmd_context_params_default()
         params.warmup = params.print_timings = False
         params.n_threads = threads or os.cpu_count() or 1
         with LOG_LOCK, captured_errors(self._library) as errors:
-            self._context = self._library.mtmd_init_from_file(os.fsencode(path), None, params)
+            self._context = self._library.mtmd_init_from_file(
+                os.fsencode(path), vocabulary.model, params
+            )
         if not self._context:
             raise ValueError(unreadable(path, errors))
 
@@ -347,23 +351,32 @@ class Vision:
                 failed = library.mtmd_tokenize_from_parts(
                     self._context, chunks, (type(part) * 1)(part), 1, False
                 )
-                num_chunks = library.mtmd_input_chunks_size(chunks)
-                chunk = library.mtmd_input_chunks_get(chunks, 0) if num_chunks == 1 else None
-                failed = failed or chunk is None or library.mtmd_encode_chunk(self._context, chunk)
-            if failed:
+                made = [] if failed else self._encoded(chunks)
+            if not made:
                 raise ValueError(
                     f"llama.cpp cannot encode the image of {image.width} x {image.height} pixels: "
                     f"{_first(errors)}"
                 )
+            return np.concatenate(made)
+        finally:
+            library.mtmd_input_chunks_free(chunks)
+            library.mtmd_bitmap_free(bitmap)
 
+    def _encoded(self, chunks: int) -> list[np.ndarray]:
+        """Return the embeddings of each tile; nothing where llama.cpp fails."""
+        library, made = self._library, []
+        for number in range(library.mtmd_input_chunks_size(chunks)):
+            chunk = library.mtmd_input_chunks_get(chunks, number)
+            if library.mtmd_input_chunk_get_type(chunk) != _IMAGE_CHUNK:
+                continue  # marks between tiles are chunks of text
+            if library.mtmd_encode_chunk(self._context, chunk):
+                return []
             num_tokens = library.mtmd_input_chunk_get_n_tokens(chunk)
             found = np.ctypeslib.as_array(
                 library.mtmd_get_output_embd(self._context), (num_tokens, self._width)
             )
-            return found.copy()  # the next image is written over it
-        finally:
-            library.mtmd_input_chunks_free(chunks)
-            library.mtmd_bitmap_free(bitmap)
+            made.append(found.copy())  # the next image is written over it
+        return made
 
     def close(self) -> None:
         """Free its memory; nothing else may be called afterwards."""

@@ -1,7 +1,8 @@
 """Run a GGUF model in this process, through llama.cpp's own server.
 
 Chat template, image preprocessing and sampling are the server's, so every user of the files gets
-the same answers.
+the same answers; for a model of tiles, or of pictures in their own shape, if they prepare pictures
+as the files say (`deploy/pictures.py`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 from PIL import Image
 
 from mipha.data.images import ImageLike, image_list, upright_rgb
-from mipha.data.sample import Message, as_requested
+from mipha.data.sample import Message, as_requested, turns_of
 from mipha.deploy.llama_cpp.library import (
     LOG_LOCK,
     Vision,
@@ -31,6 +32,7 @@ from mipha.deploy.llama_cpp.library import (
     load_library,
     unreadable,
 )
+from mipha.deploy.pictures import front_of_gguf
 
 Shown = ImageLike | Sequence[ImageLike] | None
 """The image of a question, several of them, or none."""
@@ -91,6 +93,7 @@ class LlamaCpp:
 
         load_library()
         self.model, self.mmproj, self._threads = model, mmproj, threads
+        self._front = front_of_gguf(mmproj)
         params = _params(model, mmproj, threads, context)
         self._vocabulary = Vocabulary(model)
 
@@ -217,7 +220,9 @@ class LlamaCpp:
         Raises:
             ValueError: There is no mmproj.
         """
-        return self._vision.embeddings(upright_rgb(image))
+        upright = upright_rgb(image)
+        sent = self._front.pictures(upright) if self._front else [upright]
+        return np.concatenate([self._vision.embeddings(picture) for picture in sent])
 
     def tokenize(self, text: str) -> list[int]:
         """Return the token ids of a text; special tokens are read as such, none is put in front."""
@@ -232,9 +237,9 @@ class LlamaCpp:
         """Free its memory and end its threads."""
         with LOG_LOCK:
             self._server = None
-        self._vocabulary.close()
         if "_vision" in self.__dict__:
             self._vision.close()
+        self._vocabulary.close()
 
     def __enter__(self) -> LlamaCpp:
         return self
@@ -251,7 +256,7 @@ class LlamaCpp:
     def _vision(self) -> Vision:
         if self.mmproj is None:
             raise self._blind()
-        return Vision(self.mmproj, self._vocabulary.width, self._threads)
+        return Vision(self.mmproj, self._vocabulary, self._threads)
 
     def _blind(self) -> ValueError:
         return ValueError(
@@ -271,10 +276,13 @@ class LlamaCpp:
         return found
 
     def _request(self, image: Shown, question: str | Sequence[Message]) -> dict[str, Any]:
-        images = image_list(image)
+        images = [upright_rgb(one) for one in image_list(image)]
         if images and self.mmproj is None:
             raise self._blind()
-        messages = as_requested(question, [_data_uri(upright_rgb(one)) for one in images])
+        turns: Sequence[Message] = turns_of(question, len(images))
+        if self._front:
+            turns, images = self._front.prepare(turns, images)
+        messages = as_requested(turns, [_data_uri(one) for one in images])
         # Penalties and the like are off by default; a temperature of 0 takes the likeliest token.
         return {"messages": messages, "temperature": 0}
 
@@ -292,7 +300,7 @@ class LlamaCpp:
         Tower and projector are opened once more on their own.
         """
         if self.mmproj:
-            Vision(self.mmproj, self._vocabulary.width, self._threads).close()
+            Vision(self.mmproj, self._vocabulary, self._threads).close()
         both = f" with {self.mmproj.name}" if self.mmproj else ""
         reason = (
             "weights are missing, the two files are not of one model, "

@@ -29,6 +29,7 @@ import httpx
 from PIL import Image
 
 from mipha.data.sample import content_parts, user_turn
+from mipha.deploy.pictures import Front
 from mipha.deploy.serve.engine import End, Piece, ServiceError
 from mipha.deploy.serve.requests import ChatRequest, RequestError, Turn
 from mipha.errors import import_optional
@@ -50,6 +51,7 @@ class ChildEngine:
             limits.
         environment: Variables added to ours.
         model: Name that the program serves the model under.
+        front: How pictures are prepared for it; None: not at all.
     """
 
     def __init__(
@@ -60,8 +62,10 @@ class ChildEngine:
         key: str,
         environment: dict[str, str],
         model: str,
+        front: Front | None = None,
     ) -> None:
         self.name, self._command, self._model = name, list(command), model
+        self._front = front
         self.url, self.key = f"http://127.0.0.1:{port}/v1", key
         self._environment = {**os.environ, **environment}
 
@@ -109,9 +113,10 @@ class ChildEngine:
 
     def prepare(self, request: ChatRequest) -> dict[str, Any]:
         """Return the request as the program reads it: only what was checked, images as PNG."""
+        num_images = sum(len(turn.images) for turn in request.turns)
         asked: dict[str, Any] = {
             "model": self._model,
-            "messages": [_message(turn) for turn in request.turns],
+            "messages": [_message(turn, self._front, num_images) for turn in request.turns],
             "max_tokens": request.max_new_tokens,
             "temperature": request.temperature,
             "top_p": request.top_p,
@@ -211,15 +216,18 @@ class ChildEngine:
         return lines[-1][-300:] if lines else "it said nothing"
 
 
-def _message(turn: Turn) -> dict[str, Any]:
+def _message(turn: Turn, front: Front | None, num_images: int) -> dict[str, Any]:
     if not turn.images:
         return {"role": turn.role, "content": turn.text}
-    images = iter(turn.images)
+    message, shown = user_turn(turn.text, len(turn.images)), list(turn.images)
+    if front:
+        (message,), shown = front.prepare([message], shown, num_images)
+    images = iter(shown)
     parts = [
         {"type": "image_url", "image_url": {"url": _data_uri(next(images))}}
         if part["type"] == "image"
         else part
-        for part in content_parts(user_turn(turn.text, len(turn.images)).text)
+        for part in content_parts(message.text)
     ]
     return {"role": turn.role, "content": parts}
 

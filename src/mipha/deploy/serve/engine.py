@@ -12,7 +12,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 
-from mipha.checkpoint_files import read_checkpoint
+from mipha.checkpoint_files import read_checkpoint, read_processor
+from mipha.deploy.gguf.header import architecture, context_length
 from mipha.deploy.runtimes import odd_keys, runtimes
 from mipha.deploy.serve.requests import ChatRequest
 from mipha.run import available_cores, model_folder
@@ -24,10 +25,6 @@ EngineName = Literal["auto", "transformers", "llama.cpp", "vllm"]
 
 _CHILD = [sys.executable, "-m", "mipha.deploy.serve.child"]
 """Program that ends with us: llama.cpp's server out of the wheel, or after `--` any other."""
-
-_MAGIC = b"GGUF"
-_HEAD_BYTES = 65_536
-"""Beginning of a GGUF file; the keys that are read stand before the vocabulary, which is long."""
 
 _LLAMA_SLOTS = 4
 _MOST_CONTEXT = 4_096
@@ -143,13 +140,13 @@ def find_source(path: Path) -> Source:
         ValueError: The path holds none of these, or several language models.
     """
     if path.is_file():
-        if _architecture(path) in (None, "clip"):
+        if architecture(path) in (None, "clip"):
             raise ValueError(
                 f"{path} is no GGUF file of a language model: give one, or a run, or a model folder"
             )
         return Source(path.stem, gguf=path, mmproj=_mmproj(path.parent))
 
-    kinds = {file: _architecture(file) for file in sorted(path.glob("*.gguf"))}
+    kinds = {file: architecture(file) for file in sorted(path.glob("*.gguf"))}
     models = [file for file, kind in kinds.items() if kind not in (None, "clip")]
     if len(models) > 1:
         raise ValueError(
@@ -234,6 +231,7 @@ def launch(
         ValueError: Slots are given for vLLM, which makes its own, or a dtype for llama.cpp, whose
             file has one.
     """
+    from mipha.deploy.pictures import front_of, front_of_gguf
     from mipha.deploy.serve.child import ChildEngine  # needs packages of the extra `serve`
 
     port, key = _free_port(), secrets.token_hex(16)
@@ -245,7 +243,8 @@ def launch(
             )
         assert source.checkpoint is not None
         command = vllm_command(source.checkpoint, source.name, port, dtype)
-        return ChildEngine(engine, command, port, key, {"VLLM_API_KEY": key}, source.name)
+        front, environment = front_of(read_processor(source.checkpoint)), {"VLLM_API_KEY": key}
+        return ChildEngine(engine, command, port, key, environment, source.name, front)
 
     if dtype != "auto":
         raise ValueError(
@@ -254,7 +253,8 @@ def launch(
         )
     assert engine == "llama.cpp" and source.gguf is not None
     command = llama_command(source, port, slots or _LLAMA_SLOTS)
-    return ChildEngine(engine, command, port, key, {"LLAMA_API_KEY": key}, source.name)
+    front, environment = front_of_gguf(source.mmproj), {"LLAMA_API_KEY": key}
+    return ChildEngine(engine, command, port, key, environment, source.name, front)
 
 
 def vllm_command(checkpoint: Path, name: str, port: int, dtype: str = "auto") -> list[str]:
@@ -277,7 +277,7 @@ def llama_command(source: Source, port: int, slots: int) -> list[str]:
     Source: `llama-server --help`.
     """
     assert source.gguf is not None
-    context = min(_MOST_CONTEXT, _context(source.gguf) or _MOST_CONTEXT)
+    context = min(_MOST_CONTEXT, context_length(source.gguf) or _MOST_CONTEXT)
     program = (
         [*_CHILD, "--", "llama-server", "--no-webui"] if shutil.which("llama-server") else _CHILD
     )
@@ -303,35 +303,9 @@ def _as_words(options: dict[str, object]) -> list[str]:
     return [str(word) for option in options.items() for word in option]
 
 
-def _architecture(file: Path) -> str | None:
-    """Return the architecture of a GGUF file, "clip" for a tower with its projector; else None.
-
-    Source: the GGUF specification: `general.architecture` is required; a key and a string are a
-    length of 8 bytes and the text, and between them stands the type of the value in 4 bytes.
-    """
-    value = _after(file, "general.architecture")
-    return value and value[8 : 8 + int.from_bytes(value[:8], "little")].decode(
-        "utf-8", errors="replace"
-    )
-
-
-def _context(file: Path) -> int | None:
-    """Return how many tokens the model of a GGUF file reads; None if its beginning does not say."""
-    value = _after(file, f"{_architecture(file)}.context_length")
-    return value and int.from_bytes(value[:4], "little")
-
-
-def _after(file: Path, key: str) -> bytes | None:
-    """Return the bytes after a key and its type at the beginning of a GGUF file, or None."""
-    with file.open("rb") as opened:
-        head = opened.read(_HEAD_BYTES)
-    at = head.find(key.encode())
-    return head[at + len(key) + 4 :] if head.startswith(_MAGIC) and at >= 0 else None
-
-
 def _mmproj(folder: Path) -> Path | None:
     """Return the file of tower and projector in a folder; the largest is the most exact."""
-    found = [file for file in folder.glob("*.gguf") if _architecture(file) == "clip"]
+    found = [file for file in folder.glob("*.gguf") if architecture(file) == "clip"]
     return max(found, key=lambda file: (file.stat().st_size, file.name), default=None)
 
 
