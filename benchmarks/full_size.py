@@ -197,6 +197,7 @@ class _Processor:
 
     def __init__(self, config: LlavaConfig) -> None:
         self.tokenizer = SimpleNamespace(pad_token_id=0)
+        self.image_token_id = config.image_token_id
         self.image_processor = _ImageProcessor(config.vision_config.image_size)
         self.patch_size = config.vision_config.patch_size
         self.vision_feature_select_strategy = config.vision_feature_select_strategy

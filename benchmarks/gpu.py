@@ -12,6 +12,8 @@ says nothing about a GPU.
     loss          supervised cross entropy against all logits
     tiny          two stages of a tiny model: losses of the device against those of a CPU
     resume        a run that was stopped and resumed against one that was not
+    fsdp          three steps with FSDP2 and one process against three without
+    evaluation    questions about shared images, asked together against one at a time
     stage1,stage2 speed at the shape of Mipha-3B: samples/s, MFU, peak memory, each lever alone
     generation    time to the first token and tokens/s behind a prompt of one image
 """
@@ -34,6 +36,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -48,6 +51,8 @@ SECONDS = {
     "loss": 30,
     "tiny": 120,
     "resume": 120,
+    "fsdp": 40,
+    "evaluation": 60,
     "stage2": 240,
     "stage1": 90,
     "generation": 90,
@@ -303,6 +308,77 @@ def resume(found: Findings) -> None:
         }
     found.limit("resume/same run twice", float(weights["whole"] != weights["again"]), 0.0)
     found.limit("resume/stopped", float(weights["whole"] != weights["stopped"]), 0.0)
+
+
+def fsdp(found: Findings) -> None:
+    """Compare three steps with FSDP2 and one process with three steps without."""
+    import torch.distributed as dist
+    from full_size import draw_samples, random_model
+    from torch.distributed.tensor import DTensor
+
+    from mipha.training.placement import mesh_of, shard
+    from mipha.world import World
+
+    backend = "nccl" if ON_GPU else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    trained: list[dict[str, Tensor]] = []
+    for is_sharded in (False, True):
+        model = random_model("small", DEVICE, frozen_tower=False)
+        if is_sharded:
+            shard(model, mesh_of("fsdp", World(0, 1, DEVICE)))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+        batches = list(_batches(model, draw_samples(model.config, 4), 2048, ()))
+        for _ in range(3):
+            for batch in batches:
+                with torch.autocast(DEVICE.type, torch.bfloat16):
+                    model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        trained.append(
+            {
+                name: weight.full_tensor() if isinstance(weight, DTensor) else weight
+                for name, weight in model.named_parameters()
+            }
+        )
+    dist.destroy_process_group()
+
+    plain, sharded = trained
+    apart = [name for name in plain if not torch.equal(plain[name], sharded[name])]
+    found.limit("fsdp/tensors that differ", float(len(apart)), 0.0)
+
+
+def evaluation(found: Findings) -> None:
+    """Compare answers to questions that share images with those to each question alone."""
+    from workloads import Workload, small_parts
+
+    from mipha.assistant import Assistant
+    from mipha.models.build import build
+
+    side, width, depth, num_images = (384, 512, 12, 32) if ON_GPU else (56, 64, 2, 2)
+    random = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        workload = Workload("evaluation", image_size=side)
+        model, processor = build(small_parts(Path(folder), workload, width, depth))
+    assistant = Assistant(model.to(DEVICE).eval(), processor)
+    shapes = random.integers(0, 256, (num_images, side, side, 3), dtype=np.uint8)
+    pairs = [
+        (Image.fromarray(pixels), f"Question {number}: what is in the picture? One word.")
+        for pixels in shapes
+        for number in range(8)
+    ]
+
+    answers: dict[str, list[str]] = {}
+
+    def ask(way: str, pairs_of_calls: list[list[Any]]) -> None:
+        given = [assistant.answer_many(some, max_new_tokens=4) for some in pairs_of_calls]
+        answers[way] = [answer.text for some in given for answer in some]
+
+    for way, calls in {"together": [pairs], "alone": [[pair] for pair in pairs]}.items():
+        seconds = _time(lambda way=way, calls=calls: ask(way, calls), repeats=1, warmup=1)
+        found.record(f"evaluation/{way}", questions_per_second=round(len(pairs) / seconds, 1))
+    apart = sum(a != b for a, b in zip(answers["together"], answers["alone"], strict=True))
+    found.limit("evaluation/answers that differ", float(apart), 0.0)
 
 
 def _write_tiny(folder: Path) -> Path:

@@ -219,7 +219,7 @@ def test_several_data_sets(recipe: Recipe) -> None:
         ),
         (
             "stages.finetune.activation_checkpointing=[projector]",
-            r"write true, false, or a list of vision_tower and language_model \(got",
+            r"write true, false, selective, or a list of vision_tower and language_model \(got",
         ),
         (
             "stages.finetune.unreadable_images=skip",
@@ -406,6 +406,7 @@ def test_how_a_run_is_kept_and_spread_is_not_what_it_trains(recipe: Recipe) -> N
     ("value", "parts"),
     [
         ("true", ("vision_tower", "language_model")),
+        ("selective", ("vision_tower", "language_model")),
         ("false", ()),
         ("[]", ()),
         ("language_model", ("language_model",)),
@@ -417,7 +418,14 @@ def test_activation_checkpointing_is_for_all_layers_or_for_parts(
 ) -> None:
     changed = recipe.override(f"stages.finetune.activation_checkpointing={value}")
     assert changed.stages["finetune"].checkpointed == parts
+    assert changed.stages["finetune"].keeps_products == (value == "selective")
     assert Recipe.parse(yaml.safe_load(changed.dump()), "again") == changed
+
+
+def test_products_of_compiled_layers_cannot_be_kept(recipe: Recipe) -> None:
+    selective = "stages.finetune.activation_checkpointing=selective"
+    with pytest.raises(ValueError, match="selective cannot be had with compile=true"):
+        recipe.override("compile=true", selective)
 
 
 def test_a_recipe_cannot_be_changed_in_place(recipe: Recipe) -> None:

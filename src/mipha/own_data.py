@@ -43,7 +43,11 @@ GENERAL_NEW_TOKENS = 24
 _REPLAY_SHARE = 0.25
 """Old samples an epoch shows beside the own ones, as a share of the own."""
 
-_SAVES_MEMORY = ("activation_checkpointing=true", "micro_batch_rows=1")
+_SAVES_MEMORY = (
+    "activation_checkpointing=selective",
+    "activation_checkpointing=true",
+    "micro_batch_rows=1",
+)
 """Changes that a plan may make by itself: they cost time, and nothing else of what is learned."""
 
 console = Console()

@@ -565,8 +565,10 @@ def _known_language_tuning(value: Any) -> Any:
     return value if value == "head" else _known_tuning(value)
 
 
-def _layered_parts(value: Any) -> Any:
-    """Return true, false, or a tuple of parts; one part stands for a list of one."""
+def _checkpointed_parts(value: Any) -> Any:
+    """Return true, false, selective, or a tuple of parts; one part stands for a list of one."""
+    if value == "selective":
+        return value
     listed = [value] if isinstance(value, str) else value
     if isinstance(listed, list | tuple) and all(
         part in ("vision_tower", "language_model") for part in listed
@@ -574,7 +576,7 @@ def _layered_parts(value: Any) -> Any:
         return tuple(dict.fromkeys(listed))
     if isinstance(value, bool):
         return value
-    raise ValueError("write true, false, or a list of vision_tower and language_model")
+    raise ValueError("write true, false, selective, or a list of vision_tower and language_model")
 
 
 LayeredTuning = Annotated[str, BeforeValidator(_known_tuning)]
@@ -670,11 +672,11 @@ class StageRecipe(Strict):
         "as upstream trains",
     )
     activation_checkpointing: Annotated[
-        bool | tuple[Layered, ...], BeforeValidator(_layered_parts)
+        bool | Literal["selective"] | tuple[Layered, ...], BeforeValidator(_checkpointed_parts)
     ] = Field(
         False,
         description="keep only the input of each layer and compute the rest again in the backward "
-        "pass: true, or a list of parts",
+        "pass: true, or a list of parts; selective: keep products of matrices and attention too",
     )
     pad_to_square: bool | None = Field(
         None, description="as `model.pad_to_square`, for this stage; None: the model's"
@@ -762,6 +764,11 @@ class StageRecipe(Strict):
         if isinstance(self.activation_checkpointing, tuple):
             return self.activation_checkpointing
         return ("vision_tower", "language_model") if self.activation_checkpointing else ()
+
+    @property
+    def keeps_products(self) -> bool:
+        """Whether layers that are computed again keep their products of matrices and attention."""
+        return self.activation_checkpointing == "selective"
 
     @property
     def bundle(self) -> int | None:
@@ -865,7 +872,8 @@ class Recipe(RecipeBase):
     sharding: Literal["auto", "ddp", "fsdp", "hsdp"] = Field(
         "auto",
         description="with several processes, ddp: each holds all; fsdp: each holds a part; "
-        "hsdp: each machine holds all; auto: fsdp on one machine, hsdp on several",
+        "hsdp: each machine holds all; auto: ddp where the predicted memory fits, else fsdp; "
+        "hsdp on several machines",
     )
     keep_states: int = Field(
         2,
@@ -901,6 +909,17 @@ class Recipe(RecipeBase):
             raise ValueError(
                 f"stages.{first} is a dpo stage, and the projector of a model from parts has not "
                 "learned anything before it: put another stage first, or give model.checkpoint"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _products_are_seen(self) -> Recipe:
+        selective = [name for name, one in self.supervised_stages.items() if one.keeps_products]
+        if self.compile and selective:
+            raise ValueError(
+                f"stages.{selective[0]}.activation_checkpointing=selective cannot be had with "
+                "compile=true: a compiled layer does not show its products, so all of it would be "
+                "computed again; use one of the two, or activation_checkpointing=true"
             )
         return self
 

@@ -38,6 +38,11 @@ class World:
         return value
 
 
+def processes_of_machine(world: World) -> int:
+    """Return how many of the processes run on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+
+
 def join_world(patience: timedelta = timedelta(minutes=30)) -> World:
     """Join the processes that the launcher started; a process that was started alone stays alone.
 

@@ -56,3 +56,11 @@ def test_a_stage_is_measured_at_the_small_size() -> None:
     gpu.stage2(found)
     assert found.checks == [] and found.speed[0]["samples_per_second"] > 0
     assert torch.cuda.is_available() or found.speed[0]["mfu"] is None
+
+
+@pytest.mark.parametrize("check", ["fsdp", "evaluation"])
+def test_what_must_be_equal_is_equal_on_a_cpu(check: str) -> None:
+    found = gpu.Findings()
+    gpu.CHECKS[check](found)
+    assert [one["ok"] for one in found.checks] == [True]
+    assert len(found.speed) == (2 if check == "evaluation" else 0)

@@ -7,7 +7,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import LlavaProcessor
 
 from mipha.data.batches import StepDataset, deal
+from mipha.data.collate import to_device
 from mipha.data.mixture import Mixture
 from mipha.data.packing import Row
 from mipha.recipe import DataRecipe, StageRecipe
@@ -190,7 +191,7 @@ def test_truncated_samples_are_counted(
     assert sum(steps[number].num_truncated for number in range(4)) >= 1
 
 
-def test_deal_gives_the_next_row_to_the_process_with_the_least() -> None:
+def test_deal_gives_each_process_a_row_in_turn_the_one_with_the_least_the_most() -> None:
     rows = [row(length) for length in (9, 7, 6, 5, 4, 2)]
     dealt = deal(rows, 2)
     assert [[len(one) for one in own] for own in dealt] == [[9, 5, 2], [7, 6, 4]]
@@ -198,11 +199,61 @@ def test_deal_gives_the_next_row_to_the_process_with_the_least() -> None:
     assert all(len(a) >= len(b) for own in dealt for a, b in pairwise(own)), (
         "longest first, so that padding stays small"
     )
+    unsorted = [row(length) for length in (3, 8, 5)]
+    assert deal(unsorted, 1) == [unsorted], "the order of one process is that of its rows"
 
 
-def row(length: int) -> Row:
+@pytest.mark.parametrize("world_size", [2, 8])
+@pytest.mark.parametrize(("spread", "alike"), [(0.15, True), (0.4, True), (0.8, False)])
+def test_rows_dealt_by_work_end_sooner_than_rows_dealt_by_tokens(
+    spread: float, alike: bool, world_size: int
+) -> None:
+    """Squares of lengths and images are work too; processes wait for the one with the most."""
+    random = np.random.default_rng(0)
+    by_tokens, by_work = [], []
+    for _ in range(20):
+        lengths = sorted(random.lognormal(5.5, spread, 60).astype(int) + 9, reverse=True)
+        rows = [row(length, int(random.integers(0, 3))) for length in lengths]
+        dealt = deal(rows, world_size, work)
+
+        given = [id(one) for own in dealt for one in own]
+        assert sorted(given) == sorted(map(id, rows)), "each row once"
+        assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
+        assert dealt == deal(rows, world_size, work), "the same answer on every process"
+        by_work.append(waiting(dealt))
+        by_tokens.append(waiting(fewest_tokens(rows, world_size)))
+
+    # The time, with a meeting at every row. The most work of a process, too, where rows are alike,
+    # as packed ones are; a row of a third of all work has others beside it all the same.
+    ours, theirs = np.mean(by_work, axis=0), np.mean(by_tokens, axis=0)
+    assert ours[1] < theirs[1]
+    assert ours[0] < theirs[0] or not alike
+
+
+def work(row: Row) -> float:
+    return 100 * len(row) + row.num_pairs + 20_000 * row.num_tiles
+
+
+def waiting(dealt: list[list[Row]]) -> tuple[float, float]:
+    """Return the largest share of the work, and the time of rows side by side, over the mean."""
+    shares = [[work(one) for one in own] for own in dealt]
+    mean = sum(map(sum, shares)) / len(shares)
+    rounds = [max(turn) for turn in zip_longest(*shares, fillvalue=0.0)]
+    return max(map(sum, shares)) / mean, sum(rounds) / mean
+
+
+def fewest_tokens(rows: list[Row], world_size: int) -> list[list[Row]]:
+    """Give each row, longest first, to the process with the fewest tokens so far."""
+    dealt: list[list[Row]] = [[] for _ in range(world_size)]
+    for one in rows:
+        min(dealt, key=lambda own: sum(map(len, own))).append(one)
+    return dealt
+
+
+def row(length: int, tiles: int = 0) -> Row:
     ones = np.ones(length, dtype=np.int64)
-    return Row(("a",), ones, ones, np.arange(length), ((False, length),), (), (), ())
+    spans = ((False, length),)
+    return Row(("a",), ones, ones, np.arange(length), spans, (), (), (), tiles)
 
 
 def test_micro_batches_are_what_a_model_takes(
@@ -214,13 +265,28 @@ def test_micro_batches_are_what_a_model_takes(
         "labels",
         "position_ids",
         "pixel_values",
+        "pixel_scaling",
         "spans",
         "supervised",
     }
+    assert batch["pixel_values"].dtype == torch.uint8
+    assert set(to_device(batch, "cpu")) == set(batch) - {"pixel_scaling"}
     assert all(isinstance(batch[key], Tensor) for key in batch if key != "spans")
     assert all(
         sum(tokens for _, tokens in row) <= batch["input_ids"].shape[1] for row in batch["spans"]
     )
+
+
+@pytest.mark.gpu
+def test_a_gpu_copies_steps_from_pinned_memory(
+    mixture: Mixture, processor: LlavaProcessor, stage: Callable
+) -> None:
+    step = StepDataset(mixture, processor, stage(), seed=0)[0]
+    for batch, pinned in zip(step.micro_batches, step.pin_memory().micro_batches, strict=True):
+        assert pinned["spans"] == batch["spans"]
+        assert all(value.is_pinned() for value in pinned.values() if isinstance(value, Tensor))
+        moved, wanted = to_device(pinned, "cuda"), to_device(batch, "cpu")
+        assert torch.equal(moved["pixel_values"].cpu(), wanted["pixel_values"])
 
 
 def test_weights_and_caps_decide_what_an_epoch_shows(

@@ -26,18 +26,23 @@ def picture(grey: int, width: int = 28, height: int = 28) -> bytes:
     return buffer.getvalue()
 
 
-def sample(name: str, length: int, image: bytes | None = None) -> Encoded:
-    ids = np.arange(length) + 5
-    return Encoded(
-        name,
-        ids,
-        np.where(np.arange(length) > length // 2, ids, IGNORE),
-        (image,) if image else (),
-        2 if image else 0,
-    )
+@pytest.fixture(scope="module")
+def sample(processor: LlavaProcessor) -> Callable[..., Encoded]:
+    """`sample(name, tokens, image)` begins with the four placeholders of its image, if any."""
+
+    def make(name: str, length: int, image: bytes | None = None) -> Encoded:
+        ids = np.arange(length) + 5
+        labels = np.where(np.arange(length) > length // 2, ids, IGNORE)
+        if image:
+            ids[:4] = processor.image_token_id
+        return Encoded(name, ids, labels, (image,) if image else (), 4 if image else 0)
+
+    return make
 
 
-def test_padding_is_on_the_right_and_not_trained_on(processor: LlavaProcessor) -> None:
+def test_padding_is_on_the_right_and_not_trained_on(
+    sample: Callable, processor: LlavaProcessor
+) -> None:
     rows = make_rows([sample("a", 9), sample("b", 5)], 20, "padded")
     batch = collate(rows, processor)
     assert batch["input_ids"].tolist() == [
@@ -51,6 +56,7 @@ def test_padding_is_on_the_right_and_not_trained_on(processor: LlavaProcessor) -
 
 
 def test_supervised_positions_are_those_before_a_supervised_token(
+    sample: Callable,
     processor: LlavaProcessor,
 ) -> None:
     samples = [sample("a", 9), sample("b", 5)]
@@ -66,7 +72,9 @@ def test_supervised_positions_are_those_before_a_supervised_token(
     ]
 
 
-def test_rows_are_padded_to_the_next_of_the_given_lengths(processor: LlavaProcessor) -> None:
+def test_rows_are_padded_to_the_next_of_the_given_lengths(
+    sample: Callable, processor: LlavaProcessor
+) -> None:
     rows = make_rows([sample("a", 9), sample("b", 5)], 20, "padded")
     shape = {
         lengths: tuple(collate(rows, processor, None, lengths)["input_ids"].shape)
@@ -75,7 +83,9 @@ def test_rows_are_padded_to_the_next_of_the_given_lengths(processor: LlavaProces
     assert shape == {(): (2, 9), (8, 12, 16): (2, 12), (4, 8): (2, 9)}
 
 
-def test_spans_say_who_sees_whom_and_there_is_no_mask(processor: LlavaProcessor) -> None:
+def test_spans_say_who_sees_whom_and_there_is_no_mask(
+    sample: Callable, processor: LlavaProcessor
+) -> None:
     def spans(batching: str, *samples: Encoded) -> object:
         batch = collate(make_rows(samples, 20, batching), processor)
         assert "attention_mask" not in batch
@@ -86,10 +96,12 @@ def test_spans_say_who_sees_whom_and_there_is_no_mask(processor: LlavaProcessor)
     assert spans("packed", first) == (((False, 9),),)
     assert spans("packed", first, second) == (((False, 9), (False, 5)),)
     shared = [sample("a", 9, picture(1)), sample("b", 6, picture(1))]
-    assert spans("shared-image", *shared) == (((False, 2), (True, 7), (True, 4)),)
+    assert spans("shared-image", *shared) == (((False, 4), (True, 5), (True, 2)),)
 
 
-def test_tensors_go_to_the_device_and_spans_stay(processor: LlavaProcessor) -> None:
+def test_tensors_go_to_the_device_and_spans_stay(
+    sample: Callable, processor: LlavaProcessor
+) -> None:
     batch = collate(make_rows([sample("a", 9)], 20, "padded"), processor)
     moved = to_device(batch, "meta")
     assert moved["spans"] is batch["spans"] and moved.keys() == batch.keys()
@@ -97,7 +109,7 @@ def test_tensors_go_to_the_device_and_spans_stay(processor: LlavaProcessor) -> N
     assert batch["input_ids"].device.type == "cpu"
 
 
-def test_images_come_in_reading_order(processor: LlavaProcessor) -> None:
+def test_images_come_in_reading_order(sample: Callable, processor: LlavaProcessor) -> None:
     samples = [
         sample("a", 4, picture(10)),
         sample("b", 9, picture(250)),
@@ -113,7 +125,9 @@ def test_images_come_in_reading_order(processor: LlavaProcessor) -> None:
     assert "pixel_values" not in collate(make_rows([sample("c", 6)], 17, "packed"), processor)
 
 
-def test_an_image_is_padded_to_a_square_with_the_mean_colour(tiny_model: Callable) -> None:
+def test_an_image_is_padded_to_a_square_with_the_mean_colour(
+    sample: Callable, tiny_model: Callable
+) -> None:
     """Mean pixels are zero once normalised; squashed, there are none."""
     wide = [sample("a", 4, picture(250, 56, 28))]
     for pad in (True, False):
@@ -127,3 +141,13 @@ def test_a_missing_image_names_its_file(processor: LlavaProcessor, tmp_path) -> 
     missing = Encoded("a", np.arange(4), np.arange(4), (tmp_path / "gone.png",))
     with pytest.raises(FileNotFoundError, match=r"gone\.png"):
         collate(make_rows([missing], 9, "padded"), processor)
+
+
+def test_placeholders_that_do_not_fit_the_images_are_refused(
+    sample: Callable, processor: LlavaProcessor
+) -> None:
+    """The model does not count them again."""
+    short = sample("a", 9, picture(1))
+    short.input_ids[3] = 5
+    with pytest.raises(ValueError, match="the images of a take 4 tokens, and 3 are kept for them"):
+        collate(make_rows([short], 20, "padded"), processor)

@@ -47,15 +47,15 @@ def test_a_model_of_tiles_on_published_data() -> None:
 
 def test_where_it_does_not_fit_the_plan_says_what_would(tiny_parts, tiny_data) -> None:
     recipe = _tiny(tiny_parts, tiny_data)
-    _, needs = plan_training(recipe, SMALL)
-    tight = replace(SMALL, memory=(needs.total_memory - needs.memory["activations"] / 4) / 0.9)
-    _, finetune = plan_training(recipe, tight)
-    assert (
-        finetune.fixes == ("stages.finetune.activation_checkpointing=true",)
-        and finetune.largest_rows < finetune.step.widest.rows
-    )
-    _, fixed = plan_training(recipe.override(*finetune.fixes), tight)
-    assert not fixed.fixes and fixed.total_memory < finetune.total_memory
+    for value in ("selective", "true"):  # the one that costs less time first
+        change = f"stages.finetune.activation_checkpointing={value}"
+        _, enough = plan_training(recipe.override(change), SMALL)
+        tight = replace(SMALL, memory=1.0001 * enough.total_memory / 0.9)
+        _, finetune = plan_training(recipe, tight)
+        assert finetune.fixes == (change,)
+        assert finetune.largest_rows < finetune.step.widest.rows
+        _, fixed = plan_training(recipe.override(change), tight)
+        assert not fixed.fixes and fixed.total_memory < finetune.total_memory
     _, hopeless = plan_training(recipe, replace(SMALL, memory=1e6))
     assert hopeless.largest_rows == 0 and hopeless.fixes == (
         "more than 1 devices, or devices with more memory",
@@ -64,11 +64,28 @@ def test_where_it_does_not_fit_the_plan_says_what_would(tiny_parts, tiny_data) -
 
 def test_more_devices_take_less_memory_each_and_less_time(tiny_parts, tiny_data) -> None:
     recipe = _tiny(tiny_parts, tiny_data)
-    one, two = (plan_training(recipe, SMALL, number)[1] for number in (1, 2))
+    spread = recipe.override("sharding=fsdp")
+    one, two = (plan_training(spread, SMALL, number)[1] for number in (1, 2))
     assert two.memory["optimizer"] == one.memory["optimizer"] / 2
     assert two.seconds is not None and two.seconds < one.seconds
-    copied = plan_training(recipe.override("sharding=ddp"), SMALL, 2)[1]
-    assert copied.memory["optimizer"] == one.memory["optimizer"]
+
+
+def test_a_plan_for_several_devices_chooses_the_sharding_of_training(
+    tiny_parts, tiny_data, capsys
+) -> None:
+    recipe = _tiny(tiny_parts, tiny_data)
+    one = plan_training(recipe, SMALL)[1]
+    roomy = plan_training(recipe, SMALL, 2)
+    assert [stage.sharding for stage in roomy] == ["ddp", "ddp"]
+    assert roomy[1].memory["optimizer"] == one.memory["optimizer"]
+    tight = replace(SMALL, memory=roomy[0].total_memory)  # and a tenth of it is reserve
+    assert [stage.sharding for stage in plan_training(recipe, tight, 2)] == ["fsdp", "fsdp"]
+
+    print_plan(recipe.name, roomy, SMALL, 2, None, ())
+    print_plan(recipe.name, [one], SMALL, 1, None, ())
+    assert capsys.readouterr().out.count("sharding") == 1
+    tree = as_json(roomy, SMALL, 2, None, ())["stages"]
+    assert [stage["sharding"] for stage in tree] == ["ddp", "ddp"]
 
 
 def test_a_plan_of_data_that_are_here_reads_its_first_steps(tiny_parts, tiny_data) -> None:

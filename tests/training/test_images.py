@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from mipha.assistant import Assistant, load
-from mipha.data.collate import collate
+from mipha.data.collate import collate, to_device
 from mipha.data.encode import encode
 from mipha.data.packing import make_rows
 from mipha.data.sample import IMAGE, Message, Sample
@@ -82,6 +82,30 @@ def loss_and_gradients(model: Any, batches: list[dict[str, Any]]) -> tuple[float
         if parameter.grad is not None
     }
     return total, gradients
+
+
+@pytest.mark.parametrize("name", [*KINDS, "square", "squashed"])
+def test_bytes_that_are_scaled_on_the_device_are_the_pixels_to_the_bit(
+    tiny_parts: Callable, pictures: list[Path], name: str
+) -> None:
+    """And they are a quarter of the memory on their way there."""
+    changes = KINDS.get(name, {"pad_to_square": name == "square"})
+    _, processor = build(tiny_parts().recipe(**changes))
+    rows = make_rows([encode(one, processor, 500) for one in samples(pictures)], 700, "packed")
+    floats = collate(rows, processor)
+    as_bytes = collate(rows, processor, as_bytes=True)
+    assert ("pixel_scaling" in as_bytes) == (name != "native")
+    if name != "native":
+        pixels = as_bytes["pixel_values"]
+        assert pixels.dtype == torch.uint8 and 4 * pixels.nbytes == floats["pixel_values"].nbytes
+
+    moved = to_device(as_bytes, "cpu")
+    assert moved.keys() == floats.keys()
+    assert all(
+        torch.equal(moved[key], value) and moved[key].dtype == value.dtype
+        for key, value in floats.items()
+        if isinstance(value, torch.Tensor)
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi", "gpt_neox"])

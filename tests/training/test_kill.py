@@ -265,6 +265,7 @@ def test_killed_and_resumed_by_another_number_of_processes(
 ) -> None:
     """What a resumed run holds is what the state before it holds, bit for bit."""
     recipe = tiny_run_recipe(
+        "sharding=fsdp",
         *(f"stages.{stage}.adam_eps=1e-2" for stage in STAGES),
         *("stages.finetune.max_steps=12", "stages.finetune.epochs=3"),
         *(f"stages.{stage}.checkpoint_every=1" for stage in STAGES),
@@ -318,3 +319,80 @@ def test_killed_and_resumed_by_another_number_of_processes(
         assert row["position"] and not row["lost"] and not row["differ"], row
         assert row["moments"] > 1 and row["tensors"] > row["moments"]
     print(json.dumps({"kills": landed, "launches": number, "resumed": resumed}))
+
+
+# Agents of torchrun as two nodes; what `torchrun` itself runs, but for the time to start.
+NODE = """
+import os, signal, threading, time
+from pathlib import Path
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from mipha.recipe import load_recipe
+from mipha.training.pipeline import train
+
+def die_later():
+    metrics = Path(FOLDER) / "finetune" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_bytes().count(b"\\n") >= 2):
+        time.sleep(0.002)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def work():
+    attempt = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    with (Path(FOLDER).parent / "attempts").open("a") as file:
+        file.write(f"{os.environ['RANK']} {attempt}\\n")
+    if KILL and os.environ["RANK"] == "1" and attempt == "0":
+        threading.Thread(target=die_later, daemon=True).start()
+    train(load_recipe(RECIPE), FOLDER)
+
+config = LaunchConfig(
+    min_nodes=2,
+    max_nodes=2,
+    nproc_per_node=1,
+    run_id="two nodes",
+    rdzv_backend="c10d",
+    rdzv_endpoint=ENDPOINT,
+    max_restarts=3,
+    monitor_interval=0.1,
+    start_method="fork",
+)
+elastic_launch(config, work)()
+"""
+
+
+def train_on_two_nodes(driver: Path, recipe: Path, folder: Path, kill: bool) -> list[int | None]:
+    """Return the exit codes of both nodes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["mipha.training.pipeline", "torch.distributed.launcher.api"])
+    given = {"RECIPE": str(recipe), "FOLDER": str(folder), "ENDPOINT": endpoint, "KILL": kill}
+    nodes = [context.Process(target=runpy.run_path, args=(str(driver), given)) for _ in range(2)]
+    for node in nodes:
+        node.start()
+    for node in nodes:
+        node.join(500)
+        node.kill()
+    return [node.exitcode for node in nodes]
+
+
+def test_after_the_loss_of_a_process_torchrun_resumes_by_itself(
+    tiny_run_recipe: Callable, tmp_path: Path, weights: Callable, metrics: Callable
+) -> None:
+    """--max-restarts: both nodes start again, and end in the bits of an undisturbed run."""
+    recipe = tiny_run_recipe(
+        *("sharding=fsdp", "stages.pretrain.max_steps=1", "stages.finetune.max_steps=4"),
+        "stages.finetune.checkpoint_every=1",
+        family="phi",
+    )
+    (tmp_path / "recipe.yaml").write_text(recipe.dump())
+    (tmp_path / "driver.py").write_text(NODE)
+    for name, kill in (("whole", False), ("killed", True)):
+        folder = tmp_path / name / "run"
+        folder.parent.mkdir()
+        codes = train_on_two_nodes(tmp_path / "driver.py", tmp_path / "recipe.yaml", folder, kill)
+        assert codes == [0, 0]
+
+    attempts = (tmp_path / "killed" / "attempts").read_text().split("\n")[:-1]
+    assert sorted(attempts) == ["0 0", "0 1", "1 0", "1 1"]
+    run, whole = Run(tmp_path / "killed" / "run"), Run(tmp_path / "whole" / "run")
+    assert_same(run, whole, weights, metrics)

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +16,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mipha.data.batches import StepDataset
+from mipha.data.collate import to_device
 from mipha.engine.optimizer import set_learning_rates
+from mipha.engine.precision import autocast
 from mipha.engine.states import StateWriter, list_states
+from mipha.models.memory import PRODUCTS
 from mipha.models.tuning import apply_tuning, part_layers, part_parameters
 from mipha.recipe import Recipe
 from mipha.run import Run
@@ -178,7 +183,7 @@ def test_in_a_mean_of_means_each_micro_batch_weighs_the_same(
     apply_tuning(model, stage.settings.tuning)
     steps = StepDataset(mixture, processor, stage.settings, recipe.seed)
     with torch.no_grad():
-        found = [model(**batch) for batch in steps[0].micro_batches]
+        found = [model(**to_device(batch, "cpu")) for batch in steps[0].micro_batches]
     of_means = sum(output.loss for output in found) / len(found)
     of_tokens = sum(output.loss_sum for output in found) / steps[0].num_supervised
     run_stage(stage, model, steps)
@@ -226,6 +231,7 @@ def test_each_step_draws_its_own_dropout(
             "stages.finetune.row_tokens=120",
         ),
         ("stages.finetune.batching=packed", "stages.finetune.activation_checkpointing=true"),
+        ("stages.finetune.batching=packed", "stages.finetune.activation_checkpointing=selective"),
     ],
     ids=lambda change: " ".join(assignment.partition("finetune.")[2] for assignment in change),
 )
@@ -319,6 +325,52 @@ def test_activation_checkpointing_of_one_part_leaves_the_other(
         steps = StepDataset(mixture, processor, stage, seed=0)
         run_stage(Stage(Run(tmp_path / part), recipe, "finetune", HERE), model, steps)
         assert tuple(count / len(steps[0].micro_batches) for count in calls) == expected, part
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_selective_checkpointing_computes_norms_again_and_no_product(
+    precision: str, tiny_model: Callable, tiny_run_recipe: Callable, mixture: Any, tmp_path: Path
+) -> None:
+    """Its gradients are those of no checkpointing, to the bit."""
+    found, gradients = {}, {}
+    for wanted in ("false", "selective", "true"):
+        model, processor = tiny_model()
+        recipe = tiny_run_recipe(
+            f"precision={precision}", f"stages.finetune.activation_checkpointing={wanted}"
+        )
+        stage = Stage(Run(tmp_path), recipe, "finetune", HERE)
+        apply_tuning(model, stage.settings.tuning)
+        place(model, stage)
+        batch = StepDataset(mixture, processor, stage.settings, seed=0)[0].micro_batches[0]
+        with CountCalls() as calls:
+            with autocast(HERE.device, stage.autocast):
+                loss = model(**to_device(batch, "cpu")).loss_sum
+            loss.backward()
+        found[wanted] = calls.counts
+        weights = model.named_parameters()
+        gradients[wanted] = {name: w.grad for name, w in weights if w.grad is not None}
+
+    products, others = (
+        {name: sum(counts[kind] for kind in kinds) for name, counts in found.items()}
+        for kinds in (PRODUCTS, [torch.ops.aten.rsqrt.default, torch.ops.aten.silu.default])
+    )
+    assert products["false"] == products["selective"] < products["true"]
+    assert others["false"] < others["selective"] == others["true"]
+    assert gradients["false"].keys() == gradients["selective"].keys()
+    for name, gradient in gradients["false"].items():
+        assert torch.equal(gradient, gradients["selective"][name]), name
+
+
+class CountCalls(TorchDispatchMode):
+    """Counts the calls of every operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[Any] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any, options: Any) -> Any:
+        self.counts[function] += 1
+        return function(*arguments, **(options or {}))
 
 
 @pytest.mark.parametrize("stage", STAGES)

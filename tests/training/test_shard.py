@@ -22,9 +22,10 @@ from mipha.models.build import build
 from mipha.models.tuning import layers_of
 from mipha.recipe import Recipe
 from mipha.run import Run, open_run
-from mipha.training import pipeline
+from mipha.training import pipeline, placement
 from mipha.training.pipeline import train
 from mipha.training.placement import mesh_of, round_frozen
+from mipha.training.stage import Stage
 from mipha.world import World
 
 STAGES = ("pretrain", "finetune")
@@ -162,6 +163,9 @@ def recipes(tiny_run_recipe: Callable, text_only: Path) -> dict[str, Recipe]:
     }
     made = {}
     for name, overrides in cases.items():
+        # The tiny model fits into every process, so auto is ddp.
+        if name != "packed" and "sharding=ddp" not in overrides:
+            overrides = ("sharding=fsdp", *overrides)
         family, tower = parts.get(name, ("llama", "siglip"))
         made[name] = tiny_run_recipe(*SMOOTH, *overrides, family=family, tower=tower)
     return made
@@ -259,9 +263,6 @@ def test_four_processes_on_two_machines_train_what_one_trains(
 @pytest.mark.parametrize(
     ("sharding", "size", "local", "shape"),
     [
-        ("auto", 2, 2, (2,)),
-        ("auto", 4, 2, (2, 2)),
-        ("auto", 2, 1, (2,)),
         ("fsdp", 4, 2, (4,)),
         ("ddp", 4, 2, (4, 1)),
         ("hsdp", 6, 3, (2, 3)),
@@ -275,6 +276,47 @@ def test_how_processes_share_a_model(
         "mipha.training.placement.init_device_mesh", lambda device, shape, **names: shape
     )
     assert mesh_of(sharding, World(0, size, torch.device("cpu"))) == shape
+
+
+@pytest.mark.parametrize(
+    ("sharding", "local", "memory", "able", "chosen"),
+    [
+        ("auto", 4, 1e12, 4, "ddp"),
+        ("auto", 1, 1e12, 4, "ddp"),
+        ("auto", 4, 1e12, 3, "fsdp"),  # one device of four is smaller
+        ("auto", 4, 1e6, 0, "fsdp"),
+        ("auto", 2, 1e12, 4, "hsdp"),
+        ("fsdp", 4, 1e12, 4, "fsdp"),
+    ],
+)
+def test_auto_holds_the_whole_model_where_it_fits_on_every_device(
+    sharding: str,
+    local: int,
+    memory: float,
+    able: int,
+    chosen: str,
+    tiny_run_recipe: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    asked: list[int] = []
+
+    def total(world: World, value: torch.Tensor) -> torch.Tensor:
+        asked.append(int(value))
+        return torch.tensor(able)
+
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+    monkeypatch.setattr(World, "total", total)
+    monkeypatch.setattr(placement, "device_memory", lambda world: memory)
+    recipe = tiny_run_recipe(f"sharding={sharding}")
+    world = World(0, 4, torch.device("cpu"))
+    assert placement.choose_sharding(Stage(Run(tmp_path), recipe, "finetune", world)) == chosen
+    said = capsys.readouterr().out
+    if local == 2 or sharding != "auto":
+        assert not asked and not said
+    else:
+        assert asked == [int(memory == 1e12)] and said.startswith(f"sharding: {chosen}, ")
 
 
 @pytest.mark.parametrize(("local", "size"), [(4, 4), (4, 6)])

@@ -7,12 +7,13 @@ It is a pure function: resuming at a step reads nothing that came before it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import LlavaProcessor
 
@@ -30,7 +31,8 @@ class Step:
     """What one process computes in one optimizer step; the counts are of all processes together.
 
     Args:
-        micro_batches: Arguments of one forward pass each; the same number on every process.
+        micro_batches: What `to_device` makes the arguments of one forward pass of; the same number
+            on every process.
         ids: Samples of the step.
         sources: How many of them are of which data set.
         num_tokens: Real tokens, no padding; a shared image counts once.
@@ -53,6 +55,17 @@ class Step:
     num_truncated: int
     substituted: tuple[Substituted, ...] = ()
 
+    def pin_memory(self) -> Step:
+        """Return the step in memory that a GPU reads by itself; the DataLoader calls this."""
+        pinned = tuple(
+            {
+                key: value.pin_memory() if isinstance(value, Tensor) else value
+                for key, value in batch.items()
+            }
+            for batch in self.micro_batches
+        )
+        return replace(self, micro_batches=pinned)
+
 
 class StepDataset(Dataset[Step]):
     """The steps of a stage as a map-style data set, so that a DataLoader can read them ahead."""
@@ -66,14 +79,17 @@ class StepDataset(Dataset[Step]):
         rank: int = 0,
         world_size: int = 1,
         lengths: Sequence[int] = (),
+        work: Callable[[Row], float] = len,
     ) -> None:
         """Set up the steps of a stage.
 
         Args:
             lengths: Lengths that rows are padded to, for a compiled kernel; none: the longest row.
+            work: What a row costs to compute, by which rows are dealt to several processes.
         """
         self.mixture, self.processor, self.stage, self.seed = mixture, processor, stage, seed
         self.rank, self.world_size, self.lengths = rank, world_size, lengths
+        self.work = work
         self._blank = make_rows([blank(processor, grey_image())], stage.row_tokens, "padded")[0]
         by_modality = stage.batch_size if stage.group_by_modality_length else None
         self._order = lru_cache(maxsize=2)(
@@ -110,8 +126,8 @@ class StepDataset(Dataset[Step]):
 
         # Lay the samples into rows, and deal the rows out to the processes.
         samples = self.samples(step)
-        dealt = deal(make_rows(samples, stage.row_tokens, stage.batching, world_size), world_size)
-        rows = [row for own in dealt for row in own]
+        rows = make_rows(samples, stage.row_tokens, stage.batching, world_size)
+        dealt = deal(rows, world_size, self.work)
 
         # Cut every process's rows into the same number of micro-batches, with blanks where needed.
         chunks = [self._chunks(own) for own in dealt]
@@ -131,7 +147,12 @@ class StepDataset(Dataset[Step]):
         return Step(
             micro_batches=tuple(
                 collate(
-                    chunk, self.processor, replaced, self.lengths, "eos_holes" in stage.upstream
+                    chunk,
+                    self.processor,
+                    replaced,
+                    self.lengths,
+                    eos_holes="eos_holes" in stage.upstream,
+                    as_bytes=True,
                 )
                 for chunk in full[self.rank]
             ),
@@ -162,18 +183,33 @@ class StepDataset(Dataset[Step]):
         return [*chunk, self._blank] if wanted and not any(row.images for row in chunk) else chunk
 
 
-def deal(rows: Sequence[Row], world_size: int) -> list[list[Row]]:
-    """Give each row, longest first, to the process with the fewest tokens so far.
+def deal(
+    rows: Sequence[Row], world_size: int, work: Callable[[Row], float] = len
+) -> list[list[Row]]:
+    """Deal rows to processes in rounds of one row each, from the rows of most work to the least.
+
+    In a round, the row of most work goes to the process with the least work so far. So processes
+    have like work and like numbers of rows, and rows of one round, which are computed at the same
+    time, are alike: processes that share weights wait for one another at every layer.
+
+    Args:
+        rows: Longest first.
+        work: What a row costs to compute.
 
     Returns:
-        The rows of each process: equal work, and the same answer on every process.
+        The rows of each process, the same answer on every process; one process keeps the order.
     """
+    if world_size == 1:
+        return [list(rows)]
+
     dealt: list[list[Row]] = [[] for _ in range(world_size)]
-    tokens = np.zeros(world_size, dtype=np.int64)
-    for row in rows:
-        receiver = int(tokens.argmin())
-        dealt[receiver].append(row)
-        tokens[receiver] += len(row)
+    done = np.zeros(world_size)
+    ordered = sorted(rows, key=work, reverse=True)
+    for start in range(0, len(ordered), world_size):
+        receivers = done.argsort(kind="stable")
+        for row, receiver in zip(ordered[start : start + world_size], receivers, strict=False):
+            dealt[receiver].append(row)
+            done[receiver] += work(row)
     return dealt
 
 

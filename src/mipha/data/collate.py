@@ -20,7 +20,8 @@ from mipha.data.images import (
     size_or_grey,
 )
 from mipha.data.packing import Row
-from mipha.data.pixels import read_pixels
+from mipha.data.pixels import read_pixels, scale_pixels
+from mipha.geometry import geometry_of
 from mipha.labels import IGNORE
 
 Batch = dict[str, Any]
@@ -41,6 +42,7 @@ def collate(
     substituted: list[Substituted] | None = None,
     lengths: Sequence[int] = (),
     eos_holes: bool = False,
+    as_bytes: bool = False,
 ) -> Batch:
     """Pad rows to one length, on the right, and read their images.
 
@@ -50,6 +52,7 @@ def collate(
         lengths: As for `padded_length`.
         eos_holes: Whether no token sees the ends of turns, as in upstream's training, where the
             mask is `ids != pad` and the padding is the end token. Rows hold one sample.
+        as_bytes: As for `read_pixels`; `to_device` scales them.
 
     Returns:
         `input_ids`, `labels`, `position_ids` `(rows, tokens)`; `supervised` `(positions,)`, where
@@ -59,7 +62,8 @@ def collate(
         `eos_holes` an `attention_mask` `(rows, tokens)` stands in place of the spans.
 
     Raises:
-        ValueError, FileNotFoundError: An image cannot be read; names the sample and the file.
+        ValueError, FileNotFoundError: An image cannot be read, or is of another size than when its
+            row was made; names the sample.
     """
     length = padded_length(rows, lengths)
     batch: Batch = {
@@ -88,8 +92,34 @@ def collate(
         for image, sample in zip(row.images, row.shown_by, strict=True)
     ]
     if images:
-        batch |= read_pixels(images, processor, [count for row in rows for count in row.counts])
+        counts = [count for row in rows for count in row.counts]
+        _check_placeholders(batch["input_ids"], images, counts, rows, processor)
+        batch |= read_pixels(images, processor, counts, as_bytes)
     return batch
+
+
+def _check_placeholders(
+    input_ids: Tensor,
+    images: Sequence[Image],
+    counts: Sequence[int],
+    rows: Sequence[Row],
+    processor: LlavaProcessor,
+) -> None:
+    """Refuse rows without a placeholder for each token of their images.
+
+    On the host, because the model would wait for the device to count them.
+    """
+    geometry = geometry_of(processor)
+    sizes = [geometry.bounded_size(*image.size) for image in images]
+    spans = [geometry.span(*size, count) for size, count in zip(sizes, counts, strict=True)]
+    wanted = sum(span.num_image_tokens for span in spans)
+    found = int((input_ids == processor.image_token_id).sum())
+    if found != wanted:
+        names = ", ".join(dict.fromkeys(name for row in rows for name in row.shown_by))
+        raise ValueError(
+            f"the images of {names} take {wanted} tokens, and {found} are kept for them: check "
+            "that no image file changes while it is read"
+        )
 
 
 def padded_length(rows: Sequence[Row], lengths: Sequence[int] = ()) -> int:
@@ -104,11 +134,17 @@ def padded_length(rows: Sequence[Row], lengths: Sequence[int] = ()) -> int:
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device | str) -> Batch:
-    """Return the batch with its tensors on a device; the CPU reads `spans`, so they stay there."""
-    return {
+    """Return the arguments of a forward pass on a device; the CPU reads `spans`, so they stay.
+
+    Pixels travel as bytes, and are scaled there.
+    """
+    moved = {
         key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
         for key, value in batch.items()
     }
+    if (scaling := moved.pop("pixel_scaling", None)) is not None:
+        moved["pixel_values"] = scale_pixels(moved["pixel_values"], scaling)
+    return moved
 
 
 def _read(source: ImageSource, sample: str, substituted: list[Substituted] | None) -> Image:

@@ -4,17 +4,22 @@
 
 The tensors hold the tiles of all pictures in reading order, without padding tiles, so no picture
 needs to know its row.
+
+Training reads bytes, a quarter of the memory, and scales them on its device:
+
+    pictures --read_pixels(as_bytes=True)--> uint8 and their scaling --scale_pixels--> float32
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from mipha.geometry import Anyres, Geometry, Shuffled, Tiles, geometry_of
+from mipha.geometry import Anyres, Geometry, Native, Shuffled, Tiles, geometry_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +33,7 @@ def read_pixels(
     images: Sequence[Image.Image],
     processor: LlavaProcessor,
     counts: Sequence[int] | None = None,
+    as_bytes: bool = False,
 ) -> dict[str, Tensor]:
     """Return the model's inputs for some pictures, at least one.
 
@@ -35,15 +41,56 @@ def read_pixels(
         images: Upright RGB pictures, in reading order.
         processor: Processor of the model.
         counts: For each picture, how many its conversation shows; None: each is alone.
+        as_bytes: Whether pixels stay as they are until `scale_pixels`. Native pictures never do,
+            because their padding is zeros of scaled pixels.
 
     Returns:
         `pixel_values`, float32: `(tiles, 3, height, width)`, of a native picture `(tiles, patches,
-        3 x patch x patch)`; and what its class takes beside them, such as `image_sizes`.
+        3 x patch x patch)`; and what its class takes beside them, such as `image_sizes`. As bytes,
+        they are uint8, beside `pixel_scaling` `(3, 3)`: the byte that stands for 1, mean and
+        deviation of each channel.
     """
     geometry = geometry_of(processor)
     counts = counts or [1] * len(images)
     make, mean = processor.image_processor, processor.image_processor.image_mean
     images = [bounded(image, geometry, mean) for image in images]
+
+    scaling = scaling_of(make) if as_bytes and not isinstance(geometry, Native) else None
+    if scaling is not None:
+        unscaled = partial(make, do_rescale=False, do_normalize=False)
+        return _inputs(images, geometry, unscaled, mean, counts) | {"pixel_scaling": scaling}
+    return _inputs(images, geometry, make, mean, counts)
+
+
+def scaling_of(image_processor: Any) -> Tensor | None:
+    """Return how an image processor scales bytes, as `read_pixels`; None if it does otherwise."""
+    rules = ("do_rescale", "do_normalize", "rescale_factor", "image_mean", "image_std")
+    if not all(getattr(image_processor, rule, None) for rule in rules):
+        return None
+    whole = [1 / image_processor.rescale_factor] * 3
+    return torch.tensor([whole, list(image_processor.image_mean), list(image_processor.image_std)])
+
+
+def scale_pixels(pixels: Tensor, scaling: Tensor) -> Tensor:
+    """Return bytes as the float32 that the image processor makes of them, to the bit.
+
+    Args:
+        pixels: `(tiles, 3, height, width)`, uint8.
+        scaling: `(3, 3)`, as `read_pixels` gives it, on the same device. A number in its place
+            would be multiplied with on a GPU, where this divides.
+    """
+    whole, mean, deviation = scaling[:, :, None, None]  # each (3, 1, 1)
+    return (pixels.float() / whole).sub_(mean).div_(deviation)
+
+
+def _inputs(
+    images: Sequence[Image.Image],
+    geometry: Geometry,
+    make: Any,
+    mean: Sequence[float],
+    counts: Sequence[int],
+) -> dict[str, Tensor]:
+    """Return what an image processor makes of pictures, cut as their geometry says."""
 
     if isinstance(geometry, Tiles):
         images = [

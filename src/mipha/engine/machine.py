@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import shutil
 import sys
 from contextlib import suppress
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 
 from mipha.catalog.devices import device_reported_as
-from mipha.world import World
+from mipha.world import World, processes_of_machine
 
 try:
     import resource
@@ -34,6 +35,23 @@ def check_free_space(folder: Path, need: int) -> None:
             f"{folder} has {free / 1e9:.1f} GB free, but this stage writes up to "
             f"{need / 1e9:.1f} GB: free some, or choose another -o"
         )
+
+
+def main_memory() -> float:
+    """Return the main memory of this machine, bytes."""
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def device_memory(world: World) -> float:
+    """Return the memory that this process may use, bytes: its GPU's, or its share of the machine's.
+
+    Of a GPU in the catalog it is the size printed there, as in plans; a driver may show more.
+    """
+    if world.device.type != "cuda":
+        return main_memory() / processes_of_machine(world)
+    entry = device_reported_as(torch.cuda.get_device_name(world.device))
+    shown = float(torch.cuda.get_device_properties(world.device).total_memory)
+    return min(shown, entry.memory_gb * 1e9) if entry else shown
 
 
 def peak_memory_gib() -> float:

@@ -6,6 +6,8 @@ not see one another. `geometry.py` says what a picture becomes in each of them.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,7 +142,9 @@ class _Trainable:
             return super().forward(past_key_values=past_key_values, **inputs)
 
         # A cache would switch off the isolation of packed samples; training never needs one.
-        hidden = self.model(**{**inputs, "use_cache": False}).last_hidden_state
+        # `collate` has counted the images, on the host.
+        with nullcontext() if supervised is None else _uncounted(self.model):
+            hidden = self.model(**{**inputs, "use_cache": False}).last_hidden_state
         # hidden is (rows, tokens, width)
         loss_sum, num_tokens = supervised_cross_entropy(hidden, labels, self.lm_head, supervised)
         loss = loss_sum / num_tokens.clamp(min=1)
@@ -187,6 +191,28 @@ MODELS: dict[str, type[PreTrainedModel]] = {
     "lfm2_vl": Lfm2VlForConditionalGeneration,
 }
 """Our class of each `model_type`."""
+
+
+@contextmanager
+def _uncounted(inner: nn.Module) -> Iterator[None]:
+    """Let a model take the placeholders of images as they are.
+
+    The stock classes compare their number with the features in every forward pass, and the host
+    waits for the answer. Idefics3 and LLaVA-OneVision find placeholders otherwise, and go on so.
+    """
+
+    if inner.config.model_type not in ("llava", "llava_next", "lfm2_vl"):
+        yield
+        return
+
+    def placeholders(input_ids: Tensor, **others: Tensor) -> Tensor:
+        return (input_ids == inner.config.image_token_id)[..., None]  # (rows, tokens, 1)
+
+    inner.get_placeholder_mask = placeholders
+    try:
+        yield
+    finally:
+        del inner.get_placeholder_mask
 
 
 def _with_batch_axis(pixels: Tensor) -> Tensor:

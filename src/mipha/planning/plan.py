@@ -10,7 +10,6 @@ until a run has been measured: `compare_with_run` says how far off both were.
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections.abc import Sequence
@@ -26,12 +25,13 @@ from mipha.catalog.published_data import PUBLISHED_DATA, PublishedData
 from mipha.data.batches import StepDataset
 from mipha.data.mixture import Mixture
 from mipha.data.order import count_steps, samples_shown
+from mipha.engine.machine import main_memory
 from mipha.files import read_lines
 from mipha.models.build import load_start_processor, skeleton
 from mipha.models.flops import StepFlops, Work
+from mipha.models.memory import RESERVE, MicroBatch, kept_bytes, memory_of, memory_of_copies
 from mipha.models.modeling import LlavaForConditionalGeneration, tile_tokens
 from mipha.models.tuning import TunedPart, apply_tuning
-from mipha.planning.memory import MicroBatch, kept_bytes, memory_of
 from mipha.recipe import ModelRecipe, Recipe, StageRecipe
 from mipha.run import Run
 
@@ -42,10 +42,8 @@ Nothing stands behind these numbers but experience, so every plan made with them
 """
 
 _STEPS_READ = 3
-_RESERVE = 0.9
-"""Share of a device's memory that a plan may use."""
-
 _LEVERS = (
+    "activation_checkpointing=selective",
     "activation_checkpointing=true",
     "micro_batch_rows=1",
     "tuning.language_model=lora",
@@ -107,6 +105,7 @@ class StagePlan:
         samples: Samples of the stage.
         steps: Optimizer steps of the stage.
         step: A mean step.
+        sharding: How several devices share the model: ddp, fsdp or hsdp.
         memory: Bytes of a device by component, at the widest micro-batch.
         flops: FLOPs of a step on all devices.
         seconds: Seconds of a step; None where the peak of the device is not known.
@@ -122,6 +121,7 @@ class StagePlan:
     samples: int
     steps: int
     step: StepWork
+    sharding: str
     memory: dict[str, float]
     flops: float
     seconds: float | None
@@ -167,8 +167,7 @@ def device_named(name: str, precision: str = "auto") -> Device:
         native = torch.cpu._is_avx512_bf16_supported()
         autocast = precision == "bfloat16" or (precision == "auto" and native)
         flops = _measure_flops(torch.bfloat16 if autocast else torch.float32)
-        memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-        return Device(name, "cpu", flops, memory, autocast)
+        return Device(name, "cpu", flops, main_memory(), autocast)
 
     native = entry.bfloat16_tflops is not None
     autocast = precision == "bfloat16" or (precision == "auto" and native)
@@ -184,8 +183,8 @@ def plan_training(
     """Plan each stage of a recipe; dpo stages, which TRL trains, are left out.
 
     Args:
-        num_devices: Devices that train together. The weights that train, their gradients and
-            moments are spread over them (FSDP), unless the recipe says `ddp`.
+        num_devices: Devices that train together, on one machine where the recipe does not say how
+            they share the model: each holds it whole where it fits, else it is spread over them.
         efficiency: Share of the peak that a step reaches; None for an assumption.
 
     Raises:
@@ -242,15 +241,23 @@ class _Case:
         return model
 
     def count_memory(
-        self, model: LlavaForConditionalGeneration, batch: MicroBatch
+        self, model: LlavaForConditionalGeneration, batch: MicroBatch, sharding: str
     ) -> dict[str, float]:
         """Return bytes of a device by component."""
-        shards = 1 if self.recipe.sharding == "ddp" else self.num_devices
-        device = self.device
-        return memory_of(model, self.stage, batch, device.kind, device.autocast, shards)
+        number, device = self.num_devices, self.device
+        shards = 1 if sharding == "ddp" else number
+        return memory_of(model, self.stage, batch, device.kind, device.autocast, shards, number)
+
+    def choose_sharding(self, model: LlavaForConditionalGeneration) -> str:
+        """Return how the devices share the model, as training chooses it."""
+        number, device, sharding = self.num_devices, self.device, self.recipe.sharding
+        if number == 1 or sharding != "auto":
+            return sharding
+        whole = memory_of_copies(model, self.stage, device.kind, device.autocast, number)
+        return "ddp" if whole <= RESERVE * device.memory else "fsdp"
 
     def fits(self, memory: dict[str, float]) -> bool:
-        return sum(memory.values()) <= _RESERVE * self.device.memory
+        return sum(memory.values()) <= RESERVE * self.device.memory
 
 
 def _plan_stage(case: _Case, efficiency: float | None) -> StagePlan:
@@ -259,13 +266,16 @@ def _plan_stage(case: _Case, efficiency: float | None) -> StagePlan:
     model = skeleton(case.recipe.model)
     parts = tuple(apply_tuning(model, stage.tuning, "meta", device.dtype))
     samples, steps, step = _read_steps(case, model)
-    memory = case.count_memory(model, step.widest)
+    sharding = case.choose_sharding(model)
+    memory = case.count_memory(model, step.widest, sharding)
 
-    # Activation checkpointing computes a part's forward pass twice, which is worth nothing.
+    # Activation checkpointing computes a part's forward pass twice, which is worth nothing; where
+    # products are kept, what is computed again is no product.
     flops = StepFlops(model)
     total = float(flops.total(step.work))
     by_part = flops.by_part(step.work)
-    computed = total + sum(by_part[part].forward for part in stage.checkpointed)
+    again = () if stage.keeps_products else stage.checkpointed
+    computed = total + sum(by_part[part].forward for part in again)
     seconds = None
     if device.flops:
         speed = device.flops * case.num_devices * share
@@ -278,6 +288,7 @@ def _plan_stage(case: _Case, efficiency: float | None) -> StagePlan:
         samples=samples,
         steps=steps,
         step=step,
+        sharding=sharding,
         memory=memory,
         flops=total,
         seconds=seconds,
@@ -299,7 +310,7 @@ def _largest_rows(
     if two <= one:
         return 0
     fixed = sum(memory.values()) - one
-    room = _RESERVE * case.device.memory - fixed - (2 * one - two)
+    room = RESERVE * case.device.memory - fixed - (2 * one - two)
     return max(0, int(room / (two - one) * batch.rows))
 
 
@@ -307,6 +318,8 @@ def _find_fixes(case: _Case, step: StepWork) -> tuple[str, ...]:
     """Return changes of the recipe, each on top of those before it, until the stage fits."""
     chosen: list[str] = []
     for lever in _LEVERS:
+        if lever.endswith("selective") and case.recipe.compile:
+            continue
         if lever.endswith("lora") and case.stage.tuning.language_model != "full":
             continue
         # 4 bits are for one device, and their layers are what is counted.
@@ -323,7 +336,9 @@ def _find_fixes(case: _Case, step: StepWork) -> tuple[str, ...]:
         widest = step.widest
         rows = min(widest.rows, changed.stage.micro_batch_rows)
         batch = MicroBatch(rows, widest.tokens, ceil(widest.images * rows / widest.rows))
-        if case.fits(changed.count_memory(changed.build_model(), batch)):
+        model = changed.build_model()
+        sharding = changed.choose_sharding(model)
+        if case.fits(changed.count_memory(model, batch, sharding)):
             return fixes
     return (f"more than {case.num_devices} devices, or devices with more memory",)
 

@@ -50,6 +50,7 @@ def _stage_as_json(stage: StagePlan, num_devices: int, price: float | None) -> d
         "images_per_step": stage.step.work.images,
         "padding_percent": 100 * stage.step.padding,
         "lengths_from": stage.step.source,
+        "sharding": stage.sharding if num_devices > 1 else None,
         "memory_bytes": stage.memory,
         "teraflop_per_step": stage.flops / 1e12,
         "seconds_per_step": stage.seconds,
@@ -86,6 +87,8 @@ def print_plan(
     cells = [f"{s.step.work.tokens:,} + {s.step.padding:.1%} padding" for s in plans]
     table.add_row("tokens a step", *cells)
     table.add_row("images a step", *(f"{stage.step.work.images:,}" for stage in plans))
+    if num_devices > 1:
+        table.add_row("sharding", *(stage.sharding for stage in plans))
     for key in plans[0].memory:
         table.add_row(f"memory, {key}", *(f"{stage.memory[key] / 1e9:.2f} GB" for stage in plans))
     room = f"{device.memory / 1e9:.0f} GB"

@@ -68,6 +68,7 @@ def run_steps(
         sampler=range(start, num_steps),
         collate_fn=keep_step,
         num_workers=4 if world.device.type == "cuda" else 0,
+        pin_memory=world.device.type == "cuda",
     )
 
     traced = stage.profile if world.is_first else 0

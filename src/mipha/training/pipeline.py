@@ -21,6 +21,7 @@ from mipha.data.batches import StepDataset
 from mipha.data.encode import encode_for
 from mipha.data.images import ImageSource, is_readable, open_image
 from mipha.data.mixture import Mixture
+from mipha.data.packing import Row
 from mipha.data.pixels import read_pixels
 from mipha.engine.machine import check_free_space
 from mipha.engine.trackers import check_trackers
@@ -38,6 +39,7 @@ from mipha.models.attention import SEGMENTS, choose_attention
 from mipha.models.attention_kernels import row_lengths
 from mipha.models.build import build, checkpoint_folder, save_checkpoint
 from mipha.models.fingerprint import checkpoint_digest
+from mipha.models.flops import StepFlops, Work
 from mipha.models.modeling import LlavaForConditionalGeneration, attention_window, load_model
 from mipha.models.processing import load_processor, set_padding
 from mipha.models.projector import calibrate_projector
@@ -167,11 +169,9 @@ def train_stage(stage: Stage, mixture: Mixture, held_out: Mixture | None) -> Non
     """
     run, world, seed, settings = stage.run, stage.world, stage.recipe.seed, stage.settings
 
-    # Build: the model that the stage starts from, and the steps that it takes.
+    # Build: the model that the stage starts from.
     torch.manual_seed(seed)  # for the first weights of the projector
     model, processor = _load_start(stage, mixture)
-    lengths = () if stage.attention == SEGMENTS else row_lengths(settings.row_tokens)
-    steps = StepDataset(mixture, processor, settings, seed, world.rank, world.size, lengths)
     _check_build(stage, model, processor, mixture)
 
     # Tune: choose what trains, keep a record of the start, and round what is frozen.
@@ -182,6 +182,11 @@ def train_stage(stage: Stage, mixture: Mixture, held_out: Mixture | None) -> Non
     in_bfloat16 = stage.autocast is torch.bfloat16
     originals = round_frozen(model, world.device) if in_bfloat16 else {}
     tuned = describe_tuning(model, settings.tuning)
+
+    # The steps: their samples, dealt to the processes by the work that they are.
+    lengths = () if stage.attention == SEGMENTS else row_lengths(settings.row_tokens)
+    work = _work_of_rows(StepFlops(model))
+    steps = StepDataset(mixture, processor, settings, seed, world.rank, world.size, lengths, work)
     if world.is_first:
         _announce(stage, mixture, steps, tuned)
     world.barrier()
@@ -204,6 +209,11 @@ def train_stage(stage: Stage, mixture: Mixture, held_out: Mixture | None) -> Non
         _export(stage, model, processor, weights)
         _drop_states(run, stage.name)
     world.barrier()
+
+
+def _work_of_rows(flops: StepFlops) -> Callable[[Row], int]:
+    """Return the function from a row to its FLOPs."""
+    return lambda row: flops.total(Work(row.num_tiles, len(row), row.num_pairs, row.num_supervised))
 
 
 def _read_data(stage: Stage) -> tuple[Mixture, Mixture | None, str]:

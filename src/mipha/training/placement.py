@@ -1,29 +1,39 @@
 """A model on its device or spread over many: placed for training, gathered for export.
 
 round_frozen    frozen matrices to bfloat16    restore_frozen   their originals back
-place           onto device, sharded           gather_weights   whole, on the first process
+place, shard    onto device, over processes    gather_weights   whole, on the first process
 
 Several processes always train with FSDP2 over a mesh of (copies, shards), so that the training
 states are the same and go from any of these to any other:
 
 ddp   (processes, 1)        fsdp   (processes,)        hsdp   (machines, processes of a machine)
+
+Which of them `sharding: auto` is, the predicted memory decides: `choose_sharding`.
 """
 
 from __future__ import annotations
 
-import os
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
+from mipha.engine.machine import device_memory
 from mipha.models.attention import use_attention
+from mipha.models.build import skeleton
+from mipha.models.memory import PRODUCTS, RESERVE, memory_of_copies
 from mipha.models.modeling import LlavaForConditionalGeneration, parts
-from mipha.models.tuning import layers_of
+from mipha.models.tuning import apply_tuning, layers_of
+from mipha.terminal import Console
 from mipha.training.stage import Stage
-from mipha.world import World
+from mipha.world import World, processes_of_machine
+
+console = Console()
 
 
 def round_frozen(model: LlavaForConditionalGeneration, device: torch.device) -> dict[str, Tensor]:
@@ -99,9 +109,12 @@ def place(model: LlavaForConditionalGeneration, stage: Stage) -> None:
         ValueError: hsdp is asked for on one machine.
     """
     recipe, world, checkpointed = stage.recipe, stage.world, stage.settings.checkpointed
+    options: dict[str, Any] = {"use_reentrant": False}
+    if stage.settings.keeps_products:
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, list(PRODUCTS))
     for part in checkpointed:
         (module, *_) = getattr(parts(model), part)
-        module.gradient_checkpointing_enable({"use_reentrant": False})
+        module.gradient_checkpointing_enable(options)
     use_attention(model, stage.attention)
     model.to(world.device)
 
@@ -110,13 +123,8 @@ def place(model: LlavaForConditionalGeneration, stage: Stage) -> None:
         for layer in layers_of(model):
             layer.compile(dynamic=True)
 
-    # With one shard a layer's weights are at hand all the time, and need no gathering again.
     if world.size > 1:
-        mesh = mesh_of(recipe.sharding, world)
-        options = {"mesh": mesh, "reshard_after_forward": mesh.size(-1) > 1}
-        for layer in layers_of(model):
-            fully_shard(layer, **options)
-        fully_shard(model, **options)
+        shard(model, mesh_of(choose_sharding(stage), world))
 
     # Dropout and the like only where something trains: frozen layers run as they will answer.
     model.eval()
@@ -132,6 +140,15 @@ def place(model: LlavaForConditionalGeneration, stage: Stage) -> None:
         layer.training = True
 
 
+def shard(model: LlavaForConditionalGeneration, mesh: DeviceMesh) -> None:
+    """Spread a model over the processes of a mesh, each layer by itself."""
+    # With one shard a layer's weights are at hand all the time, and need no gathering again.
+    options = {"mesh": mesh, "reshard_after_forward": mesh.size(-1) > 1}
+    for layer in layers_of(model):
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
+
+
 def gather_weights(model: nn.Module, world: World) -> dict[str, Tensor]:
     """Return all weights, whole, on the first process; every process calls it.
 
@@ -144,16 +161,50 @@ def gather_weights(model: nn.Module, world: World) -> dict[str, Tensor]:
     return {name: weight for name, weight in weights.items() if name not in every - once}
 
 
+def choose_sharding(stage: Stage) -> str:
+    """Return how the processes of a stage share its model: ddp, fsdp or hsdp.
+
+    auto is hsdp on machines of several processes each. Elsewhere the predicted memory decides: ddp
+    where every device can hold the whole model, else fsdp; the first process says so.
+    """
+    recipe, world, settings = stage.recipe, stage.world, stage.settings
+    if recipe.sharding != "auto":
+        return recipe.sharding
+    if 1 < processes_of_machine(world) < world.size:
+        return "hsdp"
+
+    # Predict the memory of a device, without the weights.
+    model = skeleton(recipe.model)
+    apply_tuning(model, settings.tuning, "meta", stage.autocast)
+    kind = "gpu" if world.device.type == "cuda" else "cpu"
+    in_bfloat16 = stage.autocast is torch.bfloat16
+    needed = memory_of_copies(model, settings, kind, in_bfloat16, world.size)
+    memory = device_memory(world)
+
+    # The choice is one for all, so the smallest device decides.
+    is_enough = torch.tensor(int(needed <= RESERVE * memory), device=world.device)
+    chosen = "ddp" if int(world.total(is_enough)) == world.size else "fsdp"
+    if world.is_first:
+        how = "each process holds the whole model" if chosen == "ddp" else "the model is spread"
+        console.print(
+            f"sharding: {chosen}, {how} ({needed / 1e9:.1f} GB predicted for a whole one, "
+            f"{memory / 1e9:.1f} GB on this device)",
+            markup=False,
+        )
+    return chosen
+
+
 def mesh_of(sharding: str, world: World) -> DeviceMesh:
     """Return the processes as (copies, shards); as (shards,) where there is one copy.
+
+    Args:
+        sharding: ddp, fsdp or hsdp.
 
     Raises:
         ValueError: hsdp is asked for on one machine, or on machines with unlike numbers of
             processes.
     """
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
-    if sharding == "auto":
-        sharding = "hsdp" if 1 < local < world.size else "fsdp"
+    local = processes_of_machine(world)
     if sharding == "fsdp":
         return init_device_mesh(world.device.type, (world.size,))
 

@@ -2,25 +2,51 @@
 
 Weights, gradients and moments follow from the parameters. To find the tensors that autograd keeps
 for the backward pass, the parts run on fake tensors, which have shapes and no numbers.
+
+`memory_of_copies` is what `sharding: auto` decides by.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mipha.models.loss import CHUNK
 from mipha.models.modeling import LlavaForConditionalGeneration, parts, tile_tokens
 from mipha.models.tuning import layers_of
 from mipha.recipe import PARTS, StageRecipe
 
+RESERVE = 0.9
+"""Share of a device's memory that may be used: the count leaves out the allocator's holes."""
+
 OVERHEAD = {"gpu": 1.2e9, "cpu": 0.6e9}
 """Bytes of the process itself: the context and libraries of CUDA; Python, torch, transformers."""
+
+
+_ATEN = torch.ops.aten
+PRODUCTS = (
+    _ATEN.mm.default,
+    _ATEN.addmm.default,
+    _ATEN.bmm.default,
+    _ATEN.baddbmm.default,
+    _ATEN.linear.default,
+    _ATEN._scaled_dot_product_flash_attention.default,
+    _ATEN._scaled_dot_product_efficient_attention.default,
+    _ATEN._scaled_dot_product_cudnn_attention.default,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
+)
+"""What `activation_checkpointing: selective` keeps: nearly all of the work of a layer, and about
+half of its memory. Norms, activation functions, rotations, casts and the kernels of `flex` and
+`varlen`, which are no operators of ATen, are computed again.
+"""
 
 
 @dataclass(frozen=True)
@@ -38,6 +64,33 @@ class MicroBatch:
     images: int
 
 
+def largest_batch(model: LlavaForConditionalGeneration, stage: StageRecipe) -> MicroBatch:
+    """Return the widest forward pass that a stage can have: full rows, of images alone.
+
+    It follows from the recipe, so no data are read, and every process finds the same.
+    """
+    rows, tokens = stage.micro_batch_rows, stage.row_tokens
+    return MicroBatch(rows, tokens, rows * max(1, tokens // tile_tokens(model.config)[1]))
+
+
+def memory_of_copies(
+    model: LlavaForConditionalGeneration,
+    stage: StageRecipe,
+    kind: str,
+    autocast: bool,
+    num_processes: int,
+) -> float:
+    """Return bytes of each device where every process holds the whole model (ddp).
+
+    `sharding: auto` compares this with the memory of a device, in training and in plans.
+
+    Args:
+        model: As for `memory_of`, like the arguments behind it.
+    """
+    batch = largest_batch(model, stage)
+    return sum(memory_of(model, stage, batch, kind, autocast, 1, num_processes).values())
+
+
 def memory_of(
     model: LlavaForConditionalGeneration,
     stage: StageRecipe,
@@ -45,6 +98,7 @@ def memory_of(
     kind: str,
     autocast: bool,
     shards: int,
+    num_processes: int = 1,
 ) -> dict[str, float]:
     """Return bytes of one device by component.
 
@@ -53,6 +107,7 @@ def memory_of(
         kind: gpu or cpu.
         autocast: Whether matrix products run in bfloat16.
         shards: Devices that weights, gradients and moments are spread over.
+        num_processes: Devices that train together.
     """
     parameters = list(model.parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
@@ -74,6 +129,10 @@ def memory_of(
     if shards > 1:
         sizes = [sum(p.numel() for p in layer.parameters()) for layer in layers_of(model)]
         copies = 2 * 6.0 * max(sizes, default=0)
+
+    # FSDP2 computes with a copy of the weights, which with one shard is whole for a whole pass.
+    elif num_processes > 1:
+        copies += 4.0 * numbers + kept
 
     # Logits of a chunk, their gradient, and a copy of them in bfloat16.
     positions = min(CHUNK, micro_batch.rows * micro_batch.tokens)
@@ -98,8 +157,8 @@ def kept_bytes(
 ) -> float:
     """Return the bytes that a forward pass keeps for the backward pass.
 
-    With activation checkpointing, a part keeps what enters each of its layers, and all of one layer
-    while that is computed again.
+    With activation checkpointing, a part keeps what enters each of its layers, the products where
+    it is selective, and all of one layer while that is computed again.
     """
     vision, text = model.config.vision_config, model.config.text_config
     patches = micro_batch.images * tile_tokens(model.config)[0]
@@ -109,20 +168,48 @@ def kept_bytes(
         "language_model": 4.0 * tokens * text.hidden_size,
     }
 
-    kept = _kept_by_part(model, micro_batch, autocast)
+    kept, products = _kept_by_part(model, micro_batch, autocast)
     for part in stage.checkpointed:
         layers = len(layers_of(model, (part,)))
-        kept[part] = min(kept[part], layers * entering[part] + kept[part] / layers)
+        stays = products[part] if stage.keeps_products and kept[part] else 0.0
+        again = max(0.0, kept[part] - stays) / layers
+        kept[part] = min(kept[part], layers * entering[part] + stays + again)
     return sum(kept.values())
+
+
+class _CountProducts(TorchDispatchMode):
+    """Counts the bytes of what `PRODUCTS` return, by the part that is at work.
+
+    Args:
+        part: Function that names that part.
+    """
+
+    def __init__(self, part: Callable[[], str]) -> None:
+        super().__init__()
+        self.part, self.num_bytes = part, dict.fromkeys(PARTS, 0.0)
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any, options: Any) -> Any:
+        result = function(*arguments, **(options or {}))
+        if function in PRODUCTS:
+            tensors = result if isinstance(result, tuple) else (result,)
+            self.num_bytes[self.part()] += sum(
+                tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor)
+            )
+        return result
 
 
 def _kept_by_part(
     model: LlavaForConditionalGeneration, micro_batch: MicroBatch, autocast: bool
-) -> dict[str, float]:
-    """Run the forward pass of each part on fake tensors, and count what autograd keeps of it."""
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Run the forward pass of each part on fake tensors.
+
+    Returns:
+        Bytes that autograd keeps of it, and bytes of its products.
+    """
     rows, tokens, images = micro_batch.rows, micro_batch.tokens, micro_batch.images
     kept: dict[str, dict[int, int]] = {part: {} for part in PARTS}
     part = "vision_tower"
+    products = _CountProducts(lambda: part)
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
@@ -134,6 +221,7 @@ def _kept_by_part(
         FakeTensorMode(),
         saved_tensors_hooks(note, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=autocast),
+        products,
     ):
         _move_to_fake_cpu(fake)
         own = {parameter.untyped_storage()._cdata for parameter in fake.parameters()}
@@ -157,10 +245,11 @@ def _kept_by_part(
         )
 
     # Weights are counted elsewhere.
-    return {
+    activations = {
         name: float(sum(size for storage, size in sizes.items() if storage not in own))
         for name, sizes in kept.items()
     }
+    return activations, products.num_bytes
 
 
 def _tower_output(model: LlavaForConditionalGeneration, images: int) -> torch.Tensor:
