@@ -159,8 +159,14 @@ def _tiny(tiny_parts, tiny_data):
     small = [
         f"stages.{name}.{value}"
         for name in stages
-        for value in ("max_steps=null", "batch_size=4", "batching=packed", "row_tokens=256")
+        for value in (
+            *("max_steps=null", "batch_size=4"),
+            *("batching=packed", "row_tokens=256", "micro_batch_rows=1"),
+        )
     ]
     return base.override(
-        f"model={json.dumps(model)}", *small, "stages.finetune.samples_per_image=null"
+        f"model={json.dumps(model)}",
+        *small,
+        "stages.finetune.samples_per_image=null",
+        "stages.finetune.tuning={vision_tower: frozen, projector: full, language_model: full}",
     )

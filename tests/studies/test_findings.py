@@ -31,7 +31,7 @@ def study(tmp_path: Path) -> Study:
         {"claim": "all is on par with low", "source": "s", "on_par": ["all", "low"], "within": 20},
     ]
     scale = {
-        "recipe": "quickstart",
+        "recipe": "easy-vqa-mini",
         "axes": axes,
         "evaluate": [{"benchmark": "easy_vqa"}],
         "takeaways": takeaways,

@@ -23,7 +23,7 @@ def written(tmp_path: Path):
     def write(**changes: Any):
         axes = {"tuned": {"projector": ["stages.finetune.tuning.language_model=frozen"], "all": []}}
         scale = {
-            "recipe": "quickstart",
+            "recipe": "easy-vqa-mini",
             "axes": axes,
             "evaluate": [{"benchmark": "easy_vqa", "limit": 4}],
         } | changes.pop("scale", {})
@@ -111,11 +111,11 @@ def test_variants_are_the_combinations_of_all_axes(written) -> None:
     ]
     assert variants[1].recipe.stages["finetune"].learning_rate == 1e-3
     assert variants[1].recipe.stages["finetune"].tuning.language_model == "frozen"
-    assert variants[2].with_seed(3).seed == load_recipe("quickstart").seed + 3
+    assert variants[2].with_seed(3).seed == load_recipe("easy-vqa-mini").seed + 3
 
 
 def test_a_first_stage_is_shared_exactly_where_it_is_the_same() -> None:
-    recipe = load_recipe("quickstart")
+    recipe = load_recipe("easy-vqa-mini")
     same = recipe.override("stages.finetune.learning_rate=3e-4", "name=other")
     assert same.stage_digest("pretrain") == recipe.stage_digest("pretrain")
     assert same.stage_digest("finetune") != recipe.stage_digest("finetune")

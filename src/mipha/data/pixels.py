@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import LlavaProcessor
 
-
 _BICUBIC = Image.Resampling.BICUBIC
 
 
@@ -67,6 +66,8 @@ def scaling_of(image_processor: Any) -> Tensor | None:
     rules = ("do_rescale", "do_normalize", "rescale_factor", "image_mean", "image_std")
     if not all(getattr(image_processor, rule, None) for rule in rules):
         return None
+    import torch  # who only prepares pictures for another engine has no use for it
+
     whole = [1 / image_processor.rescale_factor] * 3
     return torch.tensor([whole, list(image_processor.image_mean), list(image_processor.image_std)])
 
