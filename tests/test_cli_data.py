@@ -126,7 +126,7 @@ def test_a_recipe_alone_checks_the_data_of_its_stages(
     assert json.loads((tmp_path / "j").read_text())["data"] == "llava"
     refused = mipha("check", "--recipe", tmp_path / "two.yaml", "--json", tmp_path / "k")
     assert refused.exit_code == 2 and not (tmp_path / "k").exists()
-    assert "--json, --html and --fix are written for one data set" in refused.output
+    assert "--fix and --facts are written for one data set" in refused.output
 
 
 @pytest.mark.parametrize(
