@@ -43,6 +43,34 @@ def test_limit_takes_the_first_of_its_own_data_set(write: Callable) -> None:
     assert len(Mixture([write("a", [None] * 4, limit=9)])) == 4
 
 
+def test_samples_with_too_many_images_are_left_out_and_counted(tmp_path: Path) -> None:
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "<image>\n" * number + f"What of {number}?"},
+                {"role": "assistant", "content": "yes"},
+            ],
+            "images": ["0.png"] * number,
+        }
+        for number in (1, 3, 0, 2, 4)
+    ]
+    Image.new("RGB", (4, 4)).save(tmp_path / "0.png")
+    path = tmp_path / "train.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+
+    mixture = Mixture([DataRecipe(dataset="messages", root=path, max_images=2)])
+    assert [len(sample.images) for sample in mixture] == [1, 0, 2]
+    (note,) = [note for note in mixture.notes if "left out" in note]
+    assert "2 of 5 samples are left out: they show more than max_images=2 images (up to 4)" in note
+    assert len(Mixture([DataRecipe(dataset="messages", root=path)])) == 5
+
+    path.write_text("\n".join(json.dumps(row) for row in (rows[1], rows[4])))
+    with pytest.raises(
+        ValueError, match=r"every sample of .* more than max_images=2 images: raise"
+    ):
+        Mixture([DataRecipe(dataset="messages", root=path, max_images=2)])
+
+
 def test_a_blind_data_set_shows_grey(write: Callable) -> None:
     plain, blind = write("a", ["0.png", None]), write("b", ["0.png", None], images="grey")
     mixture = Mixture([plain, blind])

@@ -99,6 +99,14 @@ def launch(driver: Path, cases: list[dict[str, Any]], size: int = 2, local: int 
     assert not any(codes), f"exit codes {codes}: see the captured output"
 
 
+PICTURES: dict[str, dict[str, Any]] = {
+    "tiles": {"image": "tiles"},
+    "shuffled": {"image": "tiles", "shuffle": 2},
+    "anyres": {"image": "anyres"},
+    "native": {"image": "native", "min_image_tokens": 2, "max_image_tokens": 12},
+}
+
+
 @pytest.fixture(scope="module")
 def text_only(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = [
@@ -127,6 +135,17 @@ def recipes(tiny_run_recipe: Callable, text_only: Path) -> dict[str, Recipe]:
             finetune + "max_steps=8",
         ),
         "shared": (finetune + "batching=shared-image", finetune + "activation_checkpointing=true"),
+        # Pictures of other shapes, and again rows without any beside rows with.
+        **{
+            name: (
+                *(f"model.{key}={value}" for key, value in keys.items()),
+                *(f"stages.{stage}.row_tokens=400" for stage in ("pretrain", "finetune")),
+                finetune + "batching=padded",
+                finetune + "batch_size=2",
+                finetune + "max_steps=4",
+            )
+            for name, keys in PICTURES.items()
+        },
         # One row in all, without an image: the second process has nothing of its own to do.
         "text only": (
             f"data.finetune={text_only}",
@@ -209,6 +228,7 @@ def start_with_one(recipe: Recipe, folder: Path) -> None:
 CASES = [
     "packed",
     "skewed",
+    *PICTURES,
     "shared",
     "text only",
     "frozen",

@@ -16,6 +16,8 @@ import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from mipha.data.sample import IMAGE
+from mipha.deploy.pictures import Front
 from mipha.deploy.serve.child import ChildEngine
 from mipha.deploy.serve.engine import (
     _CHILD,
@@ -28,6 +30,7 @@ from mipha.deploy.serve.engine import (
 )
 from mipha.deploy.serve.gate import Access
 from mipha.deploy.serve.requests import ChatRequest, Turn
+from mipha.geometry import Tiles
 from mipha.models.build import save_checkpoint
 
 
@@ -202,6 +205,24 @@ def test_a_request_is_written_anew_for_another_program(
         {"max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "stop": ["a"], "seed": 3}
     )
     assert asked["stream"] is True and asked["stream_options"] == {"include_usage": True}
+
+
+def test_a_program_is_sent_tiles_where_the_model_was_trained_on_them() -> None:
+    front = Front(Tiles(28, 4, 4), (0.5, 0.5, 0.5))
+    engine = ChildEngine("llama.cpp", ["true"], 9, "k", {}, "a", front)
+    picture = Image.new("RGB", (56, 28))
+    turns = (
+        Turn("user", "Which?", (picture,)),
+        Turn("assistant", "One."),
+        Turn("user", f"And {IMAGE}?", (picture,)),
+    )
+    request = ChatRequest(turns, 7, 0.0, 1.0, (), None, stream=False, include_usage=False, model="")
+    first, answer, second = [message["content"] for message in engine.prepare(request)["messages"]]
+    kinds = [part["type"] for part in first]
+    assert kinds == ["text", "image_url", "image_url", "text", "image_url", "text"]
+    assert [part["text"] for part in first if "text" in part] == ["1x2:\n", "\n", "Which?"]
+    assert answer == "One."
+    assert [part["text"] for part in second if "text" in part] == ["And 1x2:\n", "\n", "?"]
 
 
 def test_a_program_that_does_not_start_is_named_with_its_last_words() -> None:

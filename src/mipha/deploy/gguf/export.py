@@ -338,7 +338,7 @@ ollama create {name.lower()} -f Modelfile
 def _picture_differences(processor: Mapping[str, Any]) -> list[str]:
     """Return what llama.cpp makes of a picture, where the checkpoint makes something else of it."""
     geometry, image = read_geometry(processor), processor["image_processor"]
-    behind_mipha = "`mipha serve`, `mipha verify` and `mipha evaluate` do so with these files."
+    behind_mipha = "`mipha serve`, `verify` and `evaluate` prepare pictures of these files so."
     if isinstance(geometry, Tiles):
         text = geometry.span(2 * geometry.side, 2 * geometry.side).text.replace("\n", "\\n")
         return [
