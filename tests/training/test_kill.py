@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import random
 import runpy
 import signal
@@ -20,6 +19,7 @@ from safetensors.torch import load_file
 from mipha.recipe import Recipe
 from mipha.run import Run
 from mipha.training.pipeline import train
+from tests import forked
 from tests.data.test_addresses import Server
 from tests.data.test_blocks import parquet_bytes
 
@@ -52,10 +52,7 @@ def killed_at(recipe: Recipe, folder: Path, moment: Callable[[], bool], delay: f
         delay: Seconds between the moment and the kill.
     """
     # The same as `mipha train`, except for the time to start.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mipha.training.pipeline"])
-    process = context.Process(target=train, args=(recipe, folder))
-    process.start()
+    process = forked.start_function(train, recipe, folder)
     while process.is_alive() and not moment():
         time.sleep(0.001)
     time.sleep(delay)
@@ -246,16 +243,13 @@ def launch(driver: Path, recipe: Path, folder: Path, size: int) -> list[BaseProc
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mipha.training.pipeline"])
     processes = []
     for rank in map(str, range(size)):
         launched = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1"}
         launched |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(size))
         launched |= {"MASTER_PORT": str(port)}
         given = {"LAUNCHED": launched, "RECIPE": str(recipe), "FOLDER": str(folder)}
-        processes.append(context.Process(target=runpy.run_path, args=(str(driver), given)))
-        processes[-1].start()
+        processes.append(forked.start_function(runpy.run_path, str(driver), given))
     return processes
 
 
@@ -363,12 +357,8 @@ def train_on_two_nodes(driver: Path, recipe: Path, folder: Path, kill: bool) -> 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mipha.training.pipeline", "torch.distributed.launcher.api"])
     given = {"RECIPE": str(recipe), "FOLDER": str(folder), "ENDPOINT": endpoint, "KILL": kill}
-    nodes = [context.Process(target=runpy.run_path, args=(str(driver), given)) for _ in range(2)]
-    for node in nodes:
-        node.start()
+    nodes = [forked.start_function(runpy.run_path, str(driver), given) for _ in range(2)]
     for node in nodes:
         node.join(500)
         node.kill()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import multiprocessing
 import os
 import signal
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from mipha.training.pipeline import train
 from mipha.training.placement import place
 from mipha.training.stage import Stage
 from mipha.world import World
+from tests import forked
 
 STAGES = ("pretrain", "finetune")
 
@@ -56,17 +57,9 @@ def uninterrupted(tiny_run_recipe: Callable, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture
-def launch() -> Callable[[Recipe, Path], multiprocessing.Process]:
+def launch() -> Callable[[Recipe, Path], BaseProcess]:
     """Training in a process of its own, as good as `mipha train` but for the start-up time."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mipha.training.pipeline"])
-
-    def start(recipe: Recipe, folder: Path) -> multiprocessing.Process:
-        process = context.Process(target=train, args=(recipe, folder))
-        process.start()
-        return process
-
-    return start
+    return lambda recipe, folder: forked.start_function(train, recipe, folder)
 
 
 def run_stage(stage: Stage, model: torch.nn.Module, steps: StepDataset) -> None:
@@ -75,7 +68,7 @@ def run_stage(stage: Stage, model: torch.nn.Module, steps: StepDataset) -> None:
     run_steps(stage, model, steps)
 
 
-def wait_for_lines(path: Path, wanted: int, process: multiprocessing.Process) -> None:
+def wait_for_lines(path: Path, wanted: int, process: BaseProcess) -> None:
     while process.is_alive() and not (path.exists() and path.read_bytes().count(b"\n") >= wanted):
         time.sleep(0.002)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import runpy
 import signal
@@ -27,6 +26,7 @@ from mipha.training.pipeline import train
 from mipha.training.placement import mesh_of, round_frozen
 from mipha.training.stage import Stage
 from mipha.world import World
+from tests import forked
 
 STAGES = ("pretrain", "finetune")
 
@@ -75,8 +75,6 @@ def launch(driver: Path, cases: list[dict[str, Any]], size: int = 2, local: int 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mipha.training.pipeline"])
     processes = []
     for rank in range(size):
         launched = {
@@ -87,8 +85,7 @@ def launch(driver: Path, cases: list[dict[str, Any]], size: int = 2, local: int 
         }
         launched |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         given = {"LAUNCHED": launched, "CASES": json.dumps(cases)}
-        processes.append(context.Process(target=runpy.run_path, args=(str(driver), given)))
-        processes[-1].start()
+        processes.append(forked.start_function(runpy.run_path, str(driver), given))
     while any(process.is_alive() for process in processes) and not any(
         process.exitcode for process in processes
     ):
@@ -127,7 +124,6 @@ def text_only(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def recipes(tiny_run_recipe: Callable, text_only: Path) -> dict[str, Recipe]:
     finetune = "stages.finetune."
     cases = {
-        "packed": (),
         # One row a process: where one of the two has an image, the other has none.
         "skewed": (
             finetune + "batching=padded",
@@ -226,7 +222,6 @@ def start_with_one(recipe: Recipe, folder: Path) -> None:
 
 
 CASES = [
-    "packed",
     "skewed",
     *PICTURES,
     "shared",
