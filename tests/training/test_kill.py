@@ -151,6 +151,32 @@ def test_a_killed_run_over_a_server_goes_on_with_another_cache(
     server.server.server_close()
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"image": "tiles"},
+        {"image": "tiles", "shuffle": 2},
+        {"image": "anyres"},
+        {"image": "native", "min_image_tokens": 2, "max_image_tokens": 12},
+    ],
+    ids=["tiles", "shuffled", "anyres", "native"],
+)
+def test_a_killed_run_of_each_kind_of_picture_ends_in_the_same_weights(
+    changes: dict[str, object],
+    tiny_run_recipe: Callable,
+    tmp_path: Path,
+    weights: Callable,
+    metrics: Callable,
+) -> None:
+    recipe = tiny_run_recipe(
+        *(f"model.{key}={value}" for key, value in changes.items()),
+        *(f"stages.{stage}.row_tokens=400" for stage in STAGES),
+    )
+    run, whole = Run(tmp_path / "run"), train(recipe, tmp_path / "whole")
+    assert killed_at(recipe, run.folder, lambda: num_lines(run.metrics("finetune")) >= 3, 0.0)
+    assert_same(train(recipe, run.folder), whole, weights, metrics)
+
+
 def test_a_killed_run_with_adapters_ends_in_the_same_weights(
     tiny_run_recipe: Callable, tmp_path: Path, weights: Callable, metrics: Callable
 ) -> None:
