@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 import subprocess
 from pathlib import Path
 
+import pytest
 from torch.distributed.run import get_args_parser
 
 from mipha.recipe import load_recipe
 
 DOCS = Path(__file__).parents[2] / "docs"
+PLANS = Path(__file__).parents[2] / "benchmarks" / "plans.py"
 JOB = (DOCS / "train.sbatch").read_text(encoding="utf-8")
 
 
@@ -36,3 +39,10 @@ def test_torchrun_takes_the_command_of_the_job() -> None:
     verb, recipe, *rest = launched.training_script_args
     assert verb == "train" and rest == ["-o", "$run"]
     load_recipe(recipe)
+
+
+@pytest.mark.slow
+def test_the_table_holds_what_plans_say() -> None:
+    """Three recipes on three machines: a minute or two."""
+    lines = (DOCS / "gpu.md").read_text(encoding="utf-8").splitlines()
+    assert [line for line in runpy.run_path(str(PLANS))["table"]() if line not in lines] == []
