@@ -1,5 +1,5 @@
 # make install      install mipha and all that the other targets need, into .venv
-# make quickstart   train, measure and try a small assistant: about an hour on 2 CPU cores
+# make quickstart   train, measure and try a small assistant: a quarter of an hour on 2 CPU cores
 # make test         run all tests that need no GPU
 # make lint         check style and format with ruff, and types of the public names with mypy
 # make fuzz         read damaged requests, images, data, recipes, states and models: five minutes

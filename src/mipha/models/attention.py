@@ -358,6 +358,11 @@ def _attend_by_segments(
     query: Tensor, key: Tensor, value: Tensor, segments: Segments, scaling: float, dropout: float
 ) -> Tensor:
     """Return `(rows, tokens, heads, head_dim)`; shapes of the arguments as in `attend`."""
+    # Rotary embeddings leave float32, which each product of each segment would round by itself.
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+
     _, heads, tokens, _ = query.shape
     rows = []
     # Split, do not slice: the gradient of a slice is as large as what it was cut from.
@@ -426,8 +431,7 @@ def _attend_one(
         return out[0].reshape(heads, queries, value_dim)
 
     # Use two plain products with a softmax between them for short segments on a CPU.
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
-    bias = _bias(segment.prefix, segment.stretches, repeats, dtype)
+    bias = _bias(segment.prefix, segment.stretches, repeats, query.dtype)
     scores = torch.baddbmm(bias, stacked, key.transpose(1, 2), alpha=scaling)
     weights = F.dropout(torch.softmax(scores, -1), dropout, training=dropout > 0)
     out = torch.bmm(weights, value)  # (shared heads, repeats x queries, value_dim)
