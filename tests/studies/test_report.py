@@ -28,7 +28,7 @@ RATE = {"key": "stages.finetune.learning_rate", "values": [1e-5, 1e-4, 1e-3]}
 def test_one_numeric_axis_is_a_curve_and_all_else_bars(
     axes: dict[str, Any], drawn: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    scale = {"recipe": "quickstart", "axes": axes, "evaluate": [{"benchmark": "easy_vqa"}]}
+    scale = {"recipe": "easy-vqa-mini", "axes": axes, "evaluate": [{"benchmark": "easy_vqa"}]}
     tree = {"name": "own", "title": "Own", "source": "none", "scales": {"mini": scale}}
     study = Study.parse(tree, "own")
     experiment = study.at("mini")
