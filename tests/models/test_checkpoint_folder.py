@@ -144,6 +144,14 @@ def test_a_generation_config_of_a_stranger_keeps_its_special_tokens_alone(folder
         assert getattr(generation, name) in (None, 0, 1, 1.0), name
 
 
+@pytest.mark.parametrize("strange", [2**70, -1, "2", True])
+def test_an_end_of_turns_that_is_no_token_is_refused(folder: Path, strange: Any) -> None:
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [2, strange]}))
+    with pytest.raises(ValueError, match="has eos_token_id="):
+        load_processor(folder)
+
+
 def test_rules_on_tokens_belong_to_a_model_and_are_checked(folder: Path) -> None:
     path = folder / "generation_config.json"
     own = json.loads(path.read_text())

@@ -403,6 +403,8 @@ def load_processor(folder: str | Path, template: str | None = None) -> LlavaProc
     path = folder / "generation_config.json"
     ids = (read_json_object(path) if path.is_file() else {}).get("eos_token_id")
     known = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if strange := [one for one in known if type(one) is not int or not 0 <= one < 2**31]:
+        raise ValueError(f"{path} has eos_token_id={strange[0]!r}, which is no id of a token")
     words = tokenizer.convert_ids_to_tokens(known)
     processor.turn_ends = tuple({*words, tokenizer.eos_token} - {None})
     return processor
