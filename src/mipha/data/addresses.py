@@ -81,7 +81,7 @@ def copy_to_cache(address: str) -> Path:
     """
     folder = cache_folder() / "addresses" / hashlib.sha256(address.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / ".lock"):
+    with locked(folder / ".lock"):
         files = list_files(address)
         wanted = [file for file in files if not _is_copied(folder, file)]
         if wanted:
@@ -153,7 +153,7 @@ def _is_copied(folder: Path, file: RemoteFile) -> bool:
     Raises:
         ValueError: It is, but the server has another now.
     """
-    path, note = folder / file.name, _note(folder, file)
+    path, note = folder / file.name, note_of(folder / file.name)
     if not path.is_file() or not note.is_file():
         return False
     known = read_json_object(note, f"delete {folder}")
@@ -167,7 +167,7 @@ def _is_copied(folder: Path, file: RemoteFile) -> bool:
 
 def _copy(folder: Path, file: RemoteFile) -> None:
     """Copy one file; what an earlier try left is gone on with, if it is of the same content."""
-    path, note = folder / file.name, _note(folder, file)
+    path, note = folder / file.name, note_of(folder / file.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = note.with_suffix(f".{hashlib.sha256(repr(file).encode()).hexdigest()[:8]}.partial")
 
@@ -195,9 +195,8 @@ def _copy(folder: Path, file: RemoteFile) -> None:
     write_whole(note, json.dumps(file._asdict()) + "\n")
 
 
-def _note(folder: Path, file: RemoteFile) -> Path:
-    """Return where it is written what a copy is of; hidden, so that it is no data."""
-    path = folder / file.name
+def note_of(path: Path) -> Path:
+    """Return where it is written what a copy, or a footer, is of; hidden, so that it is no data."""
     return path.with_name(f".{path.name}.json")
 
 
@@ -211,7 +210,8 @@ def _check_disk(folder: Path, files: Sequence[RemoteFile]) -> None:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock file, which other processes wait for."""
     with path.open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -324,9 +324,7 @@ def _get_range(file: RemoteFile, begin: int, end: int) -> bytes:
     etag = response.headers.get("etag", "")
     size = response.headers.get("content-range", "").rpartition("/")[2]
     if (etag and file.etag and etag != file.etag) or (size.isdecimal() and int(size) != file.size):
-        raise ValueError(
-            f"{file.address} changed since its footer was read: give the address of one revision"
-        )
+        raise _changed(file)
     if response.status_code != 206:
         raise ValueError(
             f"{file.address} is on a server that sends no parts of files: leave cache_gb out, and "
@@ -340,16 +338,19 @@ def _cat_range(file: RemoteFile, begin: int, end: int) -> bytes:
     try:
         facts = system.info(path)
         if (int(facts["size"]), _etag_of(facts)) != (file.size, file.etag):
-            raise ValueError(
-                f"{file.address} changed since its footer was read: give the address of one "
-                "revision"
-            )
+            raise _changed(file)
         content: bytes = system.cat_file(path, start=begin, end=end)
     except (FileNotFoundError, PermissionError):
         raise
     except OSError as error:
         raise _Failing(str(error) or type(error).__name__) from error
     return content
+
+
+def _changed(file: RemoteFile) -> ValueError:
+    return ValueError(
+        f"{file.address} changed since its footer was read: give the address of one revision"
+    )
 
 
 def _etag_of(facts: dict[str, Any]) -> str:

@@ -15,20 +15,18 @@ what the cache holds.
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from io import BytesIO, RawIOBase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mipha.data.addresses import RemoteFile, list_files, read_range
+from mipha.data.addresses import RemoteFile, list_files, locked, note_of, read_range
 from mipha.data.faults import RecordError
 from mipha.errors import import_optional
 from mipha.files import cache_folder, read_json_object, write_whole
@@ -91,7 +89,7 @@ class Blocks(NamedTuple):
         # Map it, or fetch it first; another process may delete it at any moment.
         self.folder.mkdir(parents=True, exist_ok=True)
         number = int(entry.stem[:8], 16) % _LOCKS
-        with _locked(self.folder / f".lock-{number}"):
+        with locked(self.folder / f".lock-{number}"):
             try:
                 os.utime(entry)  # in use: it is the last to go
                 table = _map(entry)
@@ -111,7 +109,7 @@ class Blocks(NamedTuple):
         """Write a row group, and delete those that nobody read for longest; return it mapped."""
         partial = entry.with_suffix(f".{os.getpid()}.partial")
         try:
-            with _locked(self.folder / ".lock-space"):
+            with locked(self.folder / ".lock-space"):
                 self._make_room(table.nbytes)
             _write(partial, table)
             mapped = _map(partial)
@@ -174,7 +172,7 @@ def index_address(address: str, files: list[RemoteFile] | None = None) -> Path:
         raise ValueError(f"{address} names files of the same name: give one data set for each")
     folder = cache_folder() / "footers" / hashlib.sha256(address.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / ".lock"), ThreadPoolExecutor(_FOOTERS_AT_A_TIME) as pool:
+    with locked(folder / ".lock"), ThreadPoolExecutor(_FOOTERS_AT_A_TIME) as pool:
         broken = [str(error) for error in pool.map(lambda one: _index(folder, one), files) if error]
     if broken:
         raise ValueError(f"{len(broken)} of {len(files)} files cannot be read: {'; '.join(broken)}")
@@ -192,7 +190,7 @@ def index_address(address: str, files: list[RemoteFile] | None = None) -> Path:
 def _index(folder: Path, file: RemoteFile) -> ValueError | None:
     """Keep the footer of a file; return why it cannot be read."""
     parquet = import_optional("pyarrow.parquet", f"reading {file.address}", "data")
-    path, note = folder / file.name, _note(folder / file.name)
+    path, note = folder / file.name, note_of(folder / file.name)
     if path.is_file() and note.is_file():
         known = read_json_object(note, f"delete {folder}")
         if (known["size"], known["etag"]) == (file.size, file.etag):
@@ -219,14 +217,9 @@ def _index(folder: Path, file: RemoteFile) -> ValueError | None:
     return None
 
 
-def _note(path: Path) -> Path:
-    """Return where it is written of which file a footer is; hidden, so that it is no data."""
-    return path.with_name(f".{path.name}.json")
-
-
 def _remote(file: Path) -> RemoteFile | None:
     """Return the file that this is the footer of; None for a file with its rows."""
-    note = _note(file)
+    note = note_of(file)
     return RemoteFile(**read_json_object(note)) if note.is_file() else None
 
 
@@ -280,13 +273,6 @@ def _write(path: Path, table: pyarrow.Table) -> None:
 def _map(path: Path) -> pyarrow.Table:
     pyarrow = import_optional("pyarrow", f"reading {path}", "data")
     return pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 class _Part(RawIOBase):

@@ -65,14 +65,16 @@ def calibrate_projector(model: LlavaForConditionalGeneration, inputs: Mapping[st
     layers = [layer for layer in projector.modules() if isinstance(layer, nn.Linear)]
     if layers[0].bias is None:
         norm = tower.post_layernorm
-        features = _outputs_of(norm, model, inputs)  # (tiles, patches, width of the tower)
+        made = [outputs for _, outputs in _passing(norm, model, inputs)]
+        features = torch.cat(made).float()  # (tiles, patches, width of the tower)
         mean, deviation = _spread(features.flatten(0, 1))
         norm.weight.div_(deviation)
         norm.bias.sub_(mean).div_(deviation)
         outputs = projector((features - mean) / deviation)
     else:
         first, last = layers
-        features = _inputs_of(first, model, inputs)  # (tokens, width)
+        given = [entering.flatten(0, -2) for entering, _ in _passing(first, model, inputs)]
+        features = torch.cat(given).float()  # (tokens, width)
         mean, deviation = _spread(features)
         weight = first.weight / deviation
         first.weight.copy_(weight)
@@ -91,26 +93,15 @@ def _spread(features: Tensor) -> tuple[Tensor, Tensor]:
     return features.mean(0), features.std(0).clamp(min=1e-6)
 
 
-def _inputs_of(
+def _passing(
     layer: nn.Module, model: LlavaForConditionalGeneration, inputs: Mapping[str, Tensor]
-) -> Tensor:
-    """Return what a layer gets of some images, `(tokens, width)`."""
-    seen: list[Tensor] = []
-    hook = layer.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+) -> list[tuple[Tensor, Tensor]]:
+    """Return what a layer gets of some images and what it makes of it, of each of its calls."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    hook = layer.register_forward_hook(lambda _, given, made: seen.append((given[0], made)))
     model.get_image_features(**inputs)
     hook.remove()
-    return torch.cat([one.flatten(0, -2) for one in seen]).float()
-
-
-def _outputs_of(
-    layer: nn.Module, model: LlavaForConditionalGeneration, inputs: Mapping[str, Tensor]
-) -> Tensor:
-    """Return what a layer makes of some images."""
-    seen: list[Tensor] = []
-    hook = layer.register_forward_hook(lambda _, given, made: seen.append(made))
-    model.get_image_features(**inputs)
-    hook.remove()
-    return torch.cat(seen).float()
+    return seen
 
 
 @torch.no_grad()
