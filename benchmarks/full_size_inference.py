@@ -1,6 +1,7 @@
 """A full-size checkpoint with random weights, and its GGUF files, for the benchmark of inference.
 
     python benchmarks/full_size_inference.py FOLDER [--size mipha-3b] [--kinds f16,q8_0,q4_k_m]
+        [--image-size 384]
 
 Speed depends on shapes and types alone. No two tensors are equal, because an engine may keep equal
 tensors once. The tokenizer is SmolLM2's, which comes with a Python package. The model never writes
@@ -90,14 +91,15 @@ def _wordless(tokenizer: PreTrainedTokenizerBase, num_rows: int) -> list[int]:
     return [row for row in range(num_rows) if row not in whole]
 
 
-def prepare(folder: Path, size: str, kinds: list[str]) -> None:
+def prepare(folder: Path, size: str, kinds: list[str], image_size: int | None = None) -> None:
     """Write `model` and `gguf` into a folder, each whole or not at all; keep what exists."""
     from mipha.deploy.gguf.export import export_gguf
 
-    for name, write in (
-        ("model", lambda: write_random_checkpoint(folder / "model", SIZES[size], TOKENIZER)),
-        ("gguf", lambda: export_gguf(folder / "model", folder / "gguf", kinds)),
-    ):
+    recipe = SIZES[size].model_copy(update={"image_size": image_size})
+    steps = {"model": lambda: write_random_checkpoint(folder / "model", recipe, TOKENIZER)}
+    if kinds:
+        steps["gguf"] = lambda: export_gguf(folder / "model", folder / "gguf", kinds)
+    for name, write in steps.items():
         started = time.perf_counter()
         if not (folder / name).exists():
             write()
@@ -112,9 +114,11 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--size", choices=list(SIZES), default="mipha-3b")
     parser.add_argument("--kinds", default="f16,q8_0,q4_k_m")
+    parser.add_argument("--image-size", type=int, help="pixels of a side; default: the tower's own")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
-    prepare(options.folder, options.size, options.kinds.split(","))
+    kinds = [kind for kind in options.kinds.split(",") if kind]
+    prepare(options.folder, options.size, kinds, options.image_size)
 
 
 if __name__ == "__main__":

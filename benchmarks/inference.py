@@ -325,6 +325,9 @@ def main() -> None:
         choices=("mipha-3b", "mipha-1.6b"),
         help="size of a model with random weights, instead of RUN",
     )
+    parser.add_argument(
+        "--image-size", type=int, help="with --size: pixels of a side; 196 makes 196 tokens"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
         "--dtypes",
@@ -375,6 +378,7 @@ def main() -> None:
                         options.size,
                         "--kinds",
                         ",".join(kinds),
+                        *(("--image-size", str(options.image_size)) if options.image_size else ()),
                     ],
                     check=True,
                 )

@@ -62,6 +62,8 @@ MISTAKES: dict[str, tuple[list[str], str]] = {
     ),
     "plan, device": (["plan", "quickstart", "--device", "h900"], "no device 'h900'"),
     "plan, tower": (["plan", "quickstart", "model.vision_tower=siglip"], "no vision tower"),
+    "plan, serve": (["plan", "quickstart", "--serve", "--device", "h100"], "this machine's CPU"),
+    "plan, dtype": (["plan", "quickstart", "--serve", "--dtype", "int3"], "no dtype 'int3'"),
     "plan, run": (["plan", "quickstart", "--run", "nothing"], "no run folder nothing"),
     "evaluate, run": (["evaluate", "nothing", "-b", "pope"], "no run or model folder nothing"),
     "evaluate, unfinished": (["evaluate", "run", "-b", "easy_vqa"], "has not finished finetune"),

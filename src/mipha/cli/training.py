@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -82,7 +84,10 @@ def tune(
 
 
 def plan(
-    recipe: Annotated[str, typer.Argument(help="A recipe's name, or a .yaml file.")],
+    recipe: Annotated[
+        str,
+        typer.Argument(help="A recipe's name, or a .yaml file; with --serve also a run or model."),
+    ],
     device: Annotated[
         str, typer.Option(help="h100, a100, rtx4090, ... or cpu: this machine's.")
     ] = "cpu",
@@ -101,6 +106,21 @@ def plan(
     json_out: Annotated[
         Path | None, typer.Option("--json", help="Write the plan to a file too.")
     ] = None,
+    serve: Annotated[
+        bool,
+        typer.Option("--serve", help="Predict answers on this CPU instead: first token, tokens/s."),
+    ] = False,
+    image_tokens: Annotated[
+        str | None,
+        typer.Option(help="With --serve: other numbers of tokens of an image. Default: 196,81,64."),
+    ] = None,
+    first_token: Annotated[
+        float | None,
+        typer.Option(min=0.001, help="With --serve: wished seconds; says what to change."),
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="With --serve: float32 or bfloat16. Default: float32.")
+    ] = None,
 ) -> None:
     """Predict parameters, memory, time and cost of a recipe; exit code 1 if it does not fit."""
     import json
@@ -110,6 +130,12 @@ def plan(
     from mipha.preflight import check_parts
     from mipha.recipe import load_recipe
     from mipha.run import open_run
+
+    if serve:
+        _plan_serving(recipe, overrides or [], device, image_tokens, first_token, dtype, json_out)
+        return
+    if image_tokens or first_token or dtype:
+        raise ValueError("--image-tokens, --first-token and --dtype are about answers: add --serve")
 
     # Check the names before torch is imported.
     chosen = load_recipe(recipe).override(*(overrides or ()))
@@ -136,6 +162,53 @@ def plan(
     print_plan(chosen.name, plans, wanted, num_devices, price, compared)
     if any(stage.fixes for stage in plans):
         raise typer.Exit(1)
+
+
+def _plan_serving(
+    source: str,
+    overrides: Sequence[str],
+    device: str,
+    image_tokens: str | None,
+    first_token: float | None,
+    dtype: str | None,
+    json_out: Path | None,
+) -> None:
+    import json
+    from dataclasses import asdict
+
+    from mipha.files import write_whole
+    from mipha.preflight import check_dtype, check_parts
+    from mipha.recipe import load_recipe
+    from mipha.run import model_folder
+
+    # Check the arguments before torch is imported.
+    if device != "cpu":
+        raise ValueError(f"--serve measures this machine's CPU: leave --device {device} out")
+    counts = None
+    if image_tokens is not None:
+        if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", image_tokens):
+            raise ValueError(f"--image-tokens {image_tokens}: give numbers, such as 196,81")
+        counts = [int(number) for number in image_tokens.split(",")]
+    check_dtype(dtype or "float32")
+    is_folder = Path(source).is_dir()
+    if is_folder:
+        folder = model_folder(source)
+    else:
+        recipe = load_recipe(source).override(*overrides)
+        check_parts(recipe.model, reach_hub=False)
+
+    import torch
+
+    from mipha.models.build import skeleton
+    from mipha.models.modeling import model_skeleton
+    from mipha.planning.serving import plan_serving, print_serving_plan
+
+    model = model_skeleton(folder) if is_folder else skeleton(recipe.model)
+    plan = plan_serving(model, getattr(torch, dtype or "float32"), counts)
+    if json_out:
+        facts = asdict(plan) | {"dtype": dtype or "float32"}
+        write_whole(json_out, json.dumps(facts, indent=2) + "\n")
+    print_serving_plan(source, plan, first_token)
 
 
 def quickstart(

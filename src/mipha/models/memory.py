@@ -230,7 +230,7 @@ def _kept_by_part(
         ids = torch.zeros(rows, tokens, dtype=torch.long)
         embeddings = fake.get_input_embeddings()(ids)  # (rows, tokens, width)
         if images:
-            features = _tower_output(fake, images)  # (images, patches, width)
+            features = tower_output(fake, images)  # (images, patches, width)
             part = "projector"
             (projector,) = parts(fake).projector
             embeddings = embeddings + 0 * projector(features).mean()
@@ -252,18 +252,19 @@ def _kept_by_part(
     return activations, products.num_bytes
 
 
-def _tower_output(model: LlavaForConditionalGeneration, images: int) -> torch.Tensor:
+def tower_output(model: LlavaForConditionalGeneration, images: int) -> torch.Tensor:
     """Run the tower on so many tiles, and return what enters the projector."""
     (tower,) = parts(model).vision_tower
     vision = model.config.vision_config
     if model.config.model_type not in ("idefics3", "lfm2_vl"):
-        pixels = torch.empty(images, vision.num_channels, vision.image_size, vision.image_size)
+        side = vision.image_size
+        pixels = torch.zeros(images, vision.num_channels, side, side, dtype=model.dtype)
         return tower(pixels).last_hidden_state
 
     # These two find positions by the values of their inputs, which fake tensors do not have. What
     # enters their layers stands in for it.
     patches = tile_tokens(model.config)[0]
-    hidden = torch.empty(images, patches, vision.hidden_size)
+    hidden = torch.zeros(images, patches, vision.hidden_size, dtype=model.dtype)
     hidden = hidden + 0 * tower.embeddings.position_embedding.weight.mean()
     hidden = tower.post_layernorm(
         tower.encoder(inputs_embeds=hidden, attention_mask=None).last_hidden_state

@@ -166,7 +166,7 @@ def device_named(name: str, precision: str = "auto") -> Device:
     if entry is None:
         native = torch.cpu._is_avx512_bf16_supported()
         autocast = precision == "bfloat16" or (precision == "auto" and native)
-        flops = _measure_flops(torch.bfloat16 if autocast else torch.float32)
+        flops = measure_flops(torch.bfloat16 if autocast else torch.float32)
         return Device(name, "cpu", flops, main_memory(), autocast)
 
     native = entry.bfloat16_tflops is not None
@@ -432,7 +432,7 @@ def _published_steps(
     return sum(sizes), steps, StepWork(work, padding, ceil(own / widest), batch, source)
 
 
-def _measure_flops(dtype: torch.dtype) -> float:
+def measure_flops(dtype: torch.dtype) -> float:
     """Return what this CPU reaches in matrix products, FLOP/s, on the threads that torch uses."""
     left, right = torch.ones(1024, 2048, dtype=dtype), torch.ones(2048, 2048, dtype=dtype)
     times = []
