@@ -236,9 +236,13 @@ def _sum_up_photographs(
     console.print(table)
     console.print(_cost_table(read_json_object(folder / "quickstart.json")))
 
-    # As many right answers as wrong ones, spread over the most frequent question with both.
-    mixed = [same for same in asked.values() if 0 < sum(right[q.id] for q in same) < len(same)]
-    shown = max(mixed, key=len, default=questions)
+    # As many right answers as wrong ones, spread over the question that has most of both.
+    def rarer(same: Sequence[Question]) -> int:
+        num_right = sum(right[question.id] for question in same)
+        return min(num_right, len(same) - num_right)
+
+    mixed = [same for same in asked.values() if rarer(same)]
+    shown = max(mixed, key=rarer, default=questions)
     examples = [
         question
         for group in (True, False)

@@ -9,6 +9,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -27,6 +28,7 @@ from mipha.models.memory import PRODUCTS
 from mipha.models.tuning import apply_tuning, part_layers, part_parameters
 from mipha.recipe import Recipe
 from mipha.run import Run
+from mipha.training import loop
 from mipha.training.loop import make_optimizer, run_steps
 from mipha.training.pipeline import train
 from mipha.training.placement import place
@@ -352,6 +354,53 @@ def test_selective_checkpointing_computes_norms_again_and_no_product(
     assert gradients["false"].keys() == gradients["selective"].keys()
     for name, gradient in gradients["false"].items():
         assert torch.equal(gradient, gradients["selective"][name]), name
+
+
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+def test_a_step_rounds_each_trained_weight_once(
+    checkpointing: str,
+    tiny_model: Callable,
+    tiny_run_recipe: Callable,
+    mixture: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And ends in the same bits as where every micro-batch rounds them again."""
+    recipe = tiny_run_recipe(
+        "precision=bfloat16", f"stages.finetune.activation_checkpointing={checkpointing}"
+    )
+    stage, casts, weights = Stage(Run(tmp_path), recipe, "finetune", HERE), {}, {}
+    for once in (True, False):
+        model, processor = tiny_model()
+        apply_tuning(model, stage.settings.tuning)
+        place(model, stage)
+        step = StepDataset(mixture, processor, stage.settings, seed=0)[0]
+        linears = [part for part in model.modules() if isinstance(part, torch.nn.Linear)]
+        trained = [w for part in linears for w in part.parameters() if w.requires_grad]
+        if not once:
+            monkeypatch.setattr(loop, "_rounded_once", lambda stage, number: nullcontext())
+        with CountCasts() as counts:
+            loop._optimize(stage, model, make_optimizer(model, stage.settings), step, True)
+        casts[once] = Counter(counts.by_storage[weight.data_ptr()] for weight in trained)
+        weights[once] = model.state_dict()
+
+    assert len(step.micro_batches) == 2 and len(trained) > 10
+    assert set(casts[True]) == {1} and min(casts[False]) == 2
+    for name, weight in weights[True].items():
+        assert torch.equal(weight, weights[False][name]), name
+
+
+class CountCasts(TorchDispatchMode):
+    """Counts how often each tensor is brought to another type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_storage: Counter[int] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any, options: Any) -> Any:
+        if function is torch.ops.aten._to_copy.default:
+            self.by_storage[arguments[0].data_ptr()] += 1
+        return function(*arguments, **(options or {}))
 
 
 class CountCalls(TorchDispatchMode):

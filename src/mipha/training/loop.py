@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -149,14 +150,16 @@ def _optimize(
     # means each micro-batch does. FSDP averages gradients over processes, hence the factor.
     of_means = "mean_of_means" in stage.settings.upstream
     count = len(step.micro_batches) * world.size if of_means else step.num_supervised
-    for batch in step.micro_batches:
-        batch = to_device(batch, world.device)
-        with autocast(world.device, stage.autocast):
-            output = model(**batch)
-        loss_sum = output.loss if of_means else output.loss_sum
-        if loss_sum.requires_grad:  # not where only the projector trains and the rows have no image
-            (loss_sum * world.size / count).backward()
-        total += loss_sum.detach()
+    with _rounded_once(stage, len(step.micro_batches)):
+        for batch in step.micro_batches:
+            batch = to_device(batch, world.device)
+            with autocast(world.device, stage.autocast):
+                output = model(**batch)
+            loss_sum = output.loss if of_means else output.loss_sum
+            if loss_sum.requires_grad:  # not where only the projector trains and there is no image
+                with autocast(world.device, None):
+                    (loss_sum * world.size / count).backward()
+            total += loss_sum.detach()
 
     # A step without images has a blank one, which reaches every part: a gradient is there from the
     # first step on, if only of zeros.
@@ -172,6 +175,18 @@ def _optimize(
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss, float(norm)
+
+
+def _rounded_once(stage: Stage, num_micro_batches: int) -> AbstractContextManager[object]:
+    """Return a region in which autocast rounds each trained weight once.
+
+    Autocast keeps its copies until the outermost region ends, so this one spans the micro-batches
+    of a step. Where there is one, they would only live longer; where several processes share the
+    model, they would be all of it.
+    """
+    if num_micro_batches == 1 or stage.world.size > 1:
+        return nullcontext()
+    return autocast(stage.world.device, stage.autocast)
 
 
 def _require_gradients(model: nn.Module) -> None:
