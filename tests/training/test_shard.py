@@ -48,6 +48,13 @@ from mipha.training.pipeline import train
 pipeline.round_frozen = lambda model, device: placement.round_frozen(model, torch.device("cuda"))
 os.environ.update(LAUNCHED)  # what torchrun sets, given by the test
 
+# Count the sums over copies of the model, which its processes have alike.
+sums, sum_up = [], torch.distributed.all_reduce
+def counted(tensor, *rest, **options):
+    sums.append(tensor.numel())
+    return sum_up(tensor, *rest, **options)
+torch.distributed.all_reduce = counted
+
 def stop_after(metrics, lines):
     while not (metrics.exists() and metrics.read_bytes().count(b"\\n") >= lines):
         time.sleep(0.002)
@@ -63,6 +70,9 @@ for case in json.loads(CASES):
         assert not case["stop_after"], "was not stopped"
     except KeyboardInterrupt:
         assert case["stop_after"], "was stopped"
+    if LAUNCHED["RANK"] == "0":
+        (folder / "sums.json").write_text(json.dumps(sums))
+    sums.clear()
 """
 
 
@@ -168,6 +178,16 @@ def recipes(tiny_run_recipe: Callable, text_only: Path) -> dict[str, Recipe]:
             finetune + "checkpoint_every=1",
             finetune + "activation_checkpointing=[vision_tower]",
         ),
+        **{
+            f"copies, {rows} rows a pass": (
+                "sharding=ddp",
+                finetune + "batching=padded",
+                finetune + "batch_size=8",
+                finetune + "max_steps=3",
+                finetune + f"micro_batch_rows={rows}",
+            )
+            for rows in (1, 4)
+        },
         "reshard 2 to 1": (finetune + "max_steps=8",),
         "reshard 1 to 2": (finetune + "max_steps=8", finetune + "checkpoint_every=3"),
     }
@@ -231,6 +251,7 @@ CASES = [
     "validated",
     "in bfloat16",
     "async",
+    "copies, 1 rows a pass",
     "reshard 1 to 2",
 ]
 
@@ -252,6 +273,16 @@ def test_two_processes_train_what_one_trains(
     )
     two, one = open_run(by_two / case), train(recipes[case], tmp_path / "one")
     assert_equal(one, two, weights, metrics)
+
+
+def test_copies_sum_their_gradients_once_a_step(by_two: Path) -> None:
+    """However many micro-batches a step has."""
+    four, one = (
+        json.loads((by_two / f"copies, {rows} rows a pass" / "sums.json").read_text())
+        for rows in (1, 4)
+    )
+    assert len(one) > 6 and sum(one) > 10_000, "gradients are among them"
+    assert four == one
 
 
 def test_four_processes_on_two_machines_train_what_one_trains(

@@ -10,6 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 
 from mipha.data.batches import Step, StepDataset, keep_step
@@ -149,10 +150,14 @@ def _optimize(
     # Each token weighs the same, in whichever micro-batch or process it is; in upstream's mean of
     # means each micro-batch does. FSDP averages gradients over processes, hence the factor.
     of_means = "mean_of_means" in stage.settings.upstream
-    count = len(step.micro_batches) * world.size if of_means else step.num_supervised
-    with _rounded_once(stage, len(step.micro_batches)):
-        for batch in step.micro_batches:
+    num_micro_batches = len(step.micro_batches)
+    count = num_micro_batches * world.size if of_means else step.num_supervised
+    with _rounded_once(stage, num_micro_batches):
+        for number, batch in enumerate(step.micro_batches, 1):
             batch = to_device(batch, world.device)
+            # Copies of the model sum their gradients behind the last micro-batch alone.
+            if isinstance(model, FSDPModule):
+                model.set_requires_all_reduce(number == num_micro_batches)
             with autocast(world.device, stage.autocast):
                 output = model(**batch)
             loss_sum = output.loss if of_means else output.loss_sum
