@@ -52,9 +52,10 @@ layouts = st.lists(
 """Rows of groups: a prefix and its branches."""
 
 
-def batch_of(processor: Any, batching: str) -> Batch:
+def batch_of(processor: Any, batching: str, lengths: tuple[int, ...] = ()) -> Batch:
     prefix = 5 if batching == "shared-image" else 0
-    return collate(make_rows(samples_of(processor, prefix), 70, batching), processor)
+    rows = make_rows(samples_of(processor, prefix), 70, batching)
+    return collate(rows, processor, lengths=lengths)
 
 
 def varlen_reference(
@@ -187,6 +188,18 @@ def test_rows_without_branches_need_no_gathered_keys() -> None:
 )
 def test_rows_come_in_three_lengths(row_tokens: int, lengths: tuple[int, ...]) -> None:
     assert row_lengths(row_tokens) == lengths
+
+
+@pytest.mark.parametrize("batching", ["packed", "shared-image"])
+def test_rows_of_a_few_lengths_have_the_loss_of_rows_of_any(
+    tiny_model: Callable, batching: str
+) -> None:
+    model, processor = tiny_model()
+    exact, padded = batch_of(processor, batching), batch_of(processor, batching, row_lengths(70))
+    assert padded["input_ids"].shape[1] == 128 > exact["input_ids"].shape[1]
+    with torch.no_grad():
+        found, wanted = model(**padded).loss_sum, model(**exact).loss_sum
+    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0)
 
 
 def test_a_kernel_that_cannot_run_is_refused(tiny_model: Callable) -> None:
