@@ -22,6 +22,13 @@ def test_a_disk_that_is_too_small_is_refused(
     with pytest.raises(OSError, match=r"3\.0 GB free, but this stage writes up to 4\.0 GB: free"):
         check_free_space(tmp_path, 4 * 10**9)
 
+    # A resumed stage has written a part already.
+    with (tmp_path / "state").open("wb") as file:
+        file.truncate(2 * 10**9)
+    check_free_space(tmp_path, 5 * 10**9)
+    with pytest.raises(OSError, match=r"writes up to 4\.0 GB"):
+        check_free_space(tmp_path, 6 * 10**9)
+
 
 def test_peak_memory_is_what_this_process_holds() -> None:
     assert 0.01 < peak_memory_gib() < 1000

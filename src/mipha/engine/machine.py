@@ -24,16 +24,17 @@ def check_free_space(folder: Path, need: int) -> None:
     """Refuse a disk that is too small.
 
     Args:
-        need: Bytes that will be written.
+        need: Bytes that the folder will hold; an interrupted stage has written a part of them.
 
     Raises:
-        OSError: The disk of the folder has less than that free.
+        OSError: The disk of the folder has less than the rest free.
     """
     free = shutil.disk_usage(folder).free
-    if free < need:
+    rest = need - sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    if free < rest:
         raise OSError(
             f"{folder} has {free / 1e9:.1f} GB free, but this stage writes up to "
-            f"{need / 1e9:.1f} GB: free some, or choose another -o"
+            f"{rest / 1e9:.1f} GB: free some, or choose another -o"
         )
 
 
