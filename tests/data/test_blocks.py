@@ -21,6 +21,7 @@ from mipha.data import addresses, blocks
 from mipha.data.batches import StepDataset, keep_step
 from mipha.data.blocks import Blocks, index_address
 from mipha.data.dataset import data_recipe, load_data
+from mipha.data.images import is_readable, open_image, size_or_grey
 from mipha.data.mixture import Mixture
 from mipha.data.sample import Sample
 from mipha.recipe import DataRecipe
@@ -261,6 +262,18 @@ def test_a_busy_server_is_asked_again(server: Server) -> None:
     server.rule = lambda method, begin: (206, {}, 100)  # cut in the middle, always
     with pytest.raises(ConnectionError, match=r"1.parquet, bytes .* failed 6 times"):
         mixture[119]
+
+
+def test_a_server_that_fails_makes_no_image_unreadable(server: Server) -> None:
+    """An unreadable image may be replaced by a grey one; one that did not arrive may not."""
+    image = Mixture([recipe(server)])[0].images[0]
+    blocks._open_tables.clear()
+    for path in (blocks.cache_folder() / "blocks").glob("*/*.arrow"):
+        path.unlink()
+    server.rule = lambda method, begin: (503, {}, None)
+    for read_image in (open_image, size_or_grey, is_readable):
+        with pytest.raises(ConnectionError, match=r"0.parquet, bytes .* it answers 503"):
+            read_image(image)
 
 
 def test_files_that_change_are_refused(server: Server) -> None:
