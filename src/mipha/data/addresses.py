@@ -183,7 +183,7 @@ def _copy(folder: Path, file: RemoteFile) -> None:
 
 
 def note_of(path: Path) -> Path:
-    """Return where it is written what a copy, or a footer, is of; hidden, so that it is no data."""
+    """Return where it is written what a copy, or an index, is of; hidden, so that it is no data."""
     return path.with_name(f".{path.name}.json")
 
 
@@ -352,7 +352,7 @@ def _cat_range(file: RemoteFile, begin: int, end: int) -> bytes:
 
 def _changed(file: RemoteFile) -> ValueError:
     return ValueError(
-        f"{file.address} changed since its footer was read: give the address of one revision"
+        f"{file.address} changed since its index was made: give the address of one revision"
     )
 
 
