@@ -473,14 +473,14 @@ class ReadingRecipe(Strict):
         None,
         gt=0,
         allow_inf_nan=False,
-        description="read parquet files a row group at a time through a cache of N gigabytes on "
-        "this machine's disk, in windows of shuffled groups; "
+        description="read parquet files and tars a block at a time (a row group, or 64 MiB) "
+        "through a cache of N gigabytes on this machine's disk, in windows of shuffled blocks; "
         "None: files behind an address are copied whole, and all samples shuffled",
     )
     window_rows: int | None = Field(
         None,
         ge=1,
-        description="cache_gb only: samples that are shuffled together, from whole row groups "
+        description="cache_gb only: samples that are shuffled together, from whole blocks "
         "that were drawn; None: 16,384",
     )
 

@@ -6,6 +6,7 @@ import io
 import json
 import multiprocessing
 import os
+import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -21,6 +22,8 @@ from mipha.data import addresses, blocks
 from mipha.data.batches import StepDataset, keep_step
 from mipha.data.blocks import Blocks, index_address
 from mipha.data.dataset import data_recipe, load_data
+from mipha.data.faults import RecordError
+from mipha.data.images import is_readable, open_image, size_or_grey
 from mipha.data.mixture import Mixture
 from mipha.data.sample import Sample
 from mipha.recipe import DataRecipe
@@ -29,6 +32,7 @@ from tests.data.test_addresses import Server
 pyarrow = pytest.importorskip("pyarrow")
 pytest.importorskip("httpx")
 
+TAR_SAMPLES = 40
 FILES, GROUPS, ROWS = 2, 6, 10
 """Files; row groups of each; rows of each."""
 
@@ -48,6 +52,39 @@ def parquet_bytes(file: int, **options: Any) -> bytes:
     options = {"row_group_size": ROWS, "write_page_checksum": True} | options
     parquet.write_table(pyarrow.Table.from_pylist(rows), content, **options)
     return content.getvalue()
+
+
+def tar_bytes(number: int) -> tuple[bytes, bytes]:
+    """Return a tar whose samples name their place, and the index that lies beside it."""
+    content, starts = io.BytesIO(), []
+    with tarfile.open(fileobj=content, mode="w", format=tarfile.PAX_FORMAT) as tar:
+        for sample in range(TAR_SAMPLES):
+            picture = io.BytesIO()
+            Image.new("RGB", (8, 8), (number, sample, 1)).save(picture, "PNG")
+            folder = "a" * 120 if sample == 7 else "a"  # one name needs a header of its own
+            record = {"question": f"{number}/{sample}?", "answer": "red"}
+            starts.append(tar.offset)
+            for suffix, file in (
+                ("png", picture.getvalue()),
+                ("json", json.dumps(record).encode()),
+            ):
+                member = tarfile.TarInfo(f"{folder}/{sample:04d}.{suffix}")
+                member.size = len(file)
+                tar.addfile(member, io.BytesIO(file))
+        starts.append(tar.offset)
+        tar.addfile(tarfile.TarInfo("a/README.md"))
+    return content.getvalue(), np.array(starts, dtype="<u8").tobytes()
+
+
+@pytest.fixture
+def tars(server: Server, monkeypatch: pytest.MonkeyPatch) -> DataRecipe:
+    """Two tars on the server, one with the index beside it; a block has some ten samples."""
+    monkeypatch.setattr(blocks, "_STRETCH", 20_480)
+    for number in range(2):
+        server.files[f"{number}.tar"], index = tar_bytes(number)
+    server.files["1.tar.idx"] = index
+    root = server.address + "/{0..1}.tar"
+    return DataRecipe(dataset="auto", root=root, cache_gb=1, window_rows=40)
 
 
 @pytest.fixture
@@ -104,8 +141,8 @@ def test_a_start_reads_footers_only(server: Server) -> None:
     mixture.check()
     mixture.epoch_order(0, 0)
     assert not fetched(server)
-    assert "12 row groups are read in 3 windows of about 40 samples" in mixture.notes[-1]
-    assert "a window mixes 4 row groups: raise window_rows" in mixture.notes[-1]
+    assert "12 blocks are read in 3 windows of about 40 samples" in mixture.notes[-1]
+    assert "a window mixes 4 blocks: raise window_rows" in mixture.notes[-1]
     asked = len(server.requests)
     Mixture([recipe(server)])
     assert [method for method, *_ in server.requests[asked:]] == ["HEAD"] * FILES
@@ -250,6 +287,78 @@ def test_what_the_recipe_refuses(tiny_run_recipe: Callable) -> None:
         )
 
 
+def test_samples_of_tars_are_those_of_the_files(
+    server: Server, tars: DataRecipe, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(2):
+        (tmp_path / f"{number}.tar").write_bytes(server.files[f"{number}.tar"])
+    local = Mixture([DataRecipe(dataset="webdataset", root=tmp_path / f"{n}.tar") for n in (0, 1)])
+    remote = Mixture([tars])
+    assert capfd.readouterr().err.count("has no .tar.idx, so it is read through") == 1
+    assert len(remote) == len(local) == 2 * TAR_SAMPLES
+    for ours, theirs in zip(remote, local, strict=True):
+        assert (ours.id, ours.messages) == (theirs.id, theirs.messages)
+        assert [i.read() for i in ours.images] == [i.read() for i in theirs.images]  # type: ignore[union-attr]
+        assert str(ours.images[0]).rpartition(",")[2] == str(theirs.images[0]).rpartition(",")[2]
+
+
+def test_blocks_of_tars_are_fetched_once_an_epoch(server: Server, tars: DataRecipe) -> None:
+    mixture = Mixture([tars])
+    assert "in 2 windows of about 40 samples" in mixture.notes[-1]
+    num_blocks = len(np.unique(mixture.sources[0].blocks_of(np.arange(len(mixture)))))
+    assert num_blocks > 6
+    server.requests.clear()
+    Mixture([tars])  # finds its indices in the cache
+    assert {method for method, *_ in server.requests} == {"HEAD"}
+
+    order = mixture.epoch_order(0, 0)
+    assert sorted(order) == list(range(len(mixture)))
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        found = pool.map(partial(_read_part, mixture), [order[n::4] for n in range(4)], chunksize=1)
+    assert sum(found) == len(mixture)
+    asked = Counter(request for request in server.requests if request[0] == "GET")
+    assert len(asked) == num_blocks and set(asked.values()) == {1}
+
+
+def test_tars_that_are_read_through_are_not_read_twice(server: Server, tars: DataRecipe) -> None:
+    Mixture([tars])
+    (whole,) = [w for method, name, w in server.requests if (method, name) == ("GET", "0.tar")]
+    assert whole == f"bytes=0-{len(server.files['0.tar']) - 1}"
+    assert not [1 for method, name, _ in server.requests if (method, name) == ("GET", "1.tar")]
+
+
+def test_tars_that_cannot_be_read_are_all_named(server: Server, tars: DataRecipe) -> None:
+    server.files["0.tar"] = server.files["0.tar"][:30_000]
+    server.files["1.tar"] = server.files["1.tar"][:30_000]
+    with pytest.raises(ValueError, match=r"2 of 2 .*0.tar cannot .*cut short.*1.tar.idx is not "):
+        Mixture([tars])
+
+
+def test_an_index_of_another_tar_is_noticed(server: Server, tars: DataRecipe) -> None:
+    server.files["1.tar.idx"] = (np.arange(4, dtype="<u8") * 512).tobytes()
+    with pytest.raises(RecordError, match=r"1.tar, sample number 1: its part of 1.tar .*again"):
+        _ = Mixture([tars])[TAR_SAMPLES + 1]
+
+
+def test_tars_of_this_machine_have_no_parts(
+    server: Server, tars: DataRecipe, tmp_path: Path
+) -> None:
+    (tmp_path / "0.tar").write_bytes(server.files["0.tar"])
+    with pytest.raises(ValueError, match=r"lies on this machine.*leave cache_gb out"):
+        Mixture([tars.model_copy(update={"root": tmp_path / "0.tar"})])
+
+
+def test_parquet_files_and_tars_are_not_mixed(server: Server, tmp_path: Path) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/both/a.tar", tar_bytes(0)[0])
+    memory.pipe("/both/a.tar.idx", tar_bytes(0)[1])
+    assert len(load_data(data_recipe("memory://both", settings=["cache_gb=1"]))) == TAR_SAMPLES
+    memory.pipe("/both/a.parquet", parquet_bytes(0))
+    with pytest.raises(ValueError, match="has parquet files and tars: give one data set for each"):
+        index_address("memory://both")
+
+
 # ---- When things fail ----------------------------------------------------------------------------
 
 
@@ -263,13 +372,25 @@ def test_a_busy_server_is_asked_again(server: Server) -> None:
         mixture[119]
 
 
+def test_a_server_that_fails_makes_no_image_unreadable(server: Server) -> None:
+    """An unreadable image may be replaced by a grey one; one that did not arrive may not."""
+    image = Mixture([recipe(server)])[0].images[0]
+    blocks._open_tables.clear()
+    for path in (blocks.cache_folder() / "blocks").glob("*/*.arrow"):
+        path.unlink()
+    server.rule = lambda method, begin: (503, {}, None)
+    for read_image in (open_image, size_or_grey, is_readable):
+        with pytest.raises(ConnectionError, match=r"0.parquet, bytes .* it answers 503"):
+            read_image(image)
+
+
 def test_files_that_change_are_refused(server: Server) -> None:
     mixture = Mixture([recipe(server)])
     server.etags["1.parquet"] = '"2"'
     assert mixture[0].messages
-    with pytest.raises(ValueError, match="changed since its footer was read"):
+    with pytest.raises(ValueError, match="changed since its index was made"):
         mixture[119]
-    with pytest.raises(ValueError, match=r"1 of 2 files .*1.parquet changed since its footer"):
+    with pytest.raises(ValueError, match=r"1 of 2 files .*1.parquet changed since its index"):
         Mixture([recipe(server)])
 
 
@@ -298,7 +419,7 @@ def test_a_server_without_ranges_is_named(server: Server) -> None:
 
 def test_other_files_than_parquet_are_refused(server: Server) -> None:
     server.files["a.jsonl"] = b"{}\n"
-    with pytest.raises(ValueError, match=r"cache_gb reads parquet files, and .*a.jsonl"):
+    with pytest.raises(ValueError, match=r"cache_gb reads parquet files and tars, and .*a.jsonl"):
         index_address(f"{server.address}/a.jsonl")
     for number in range(2):
         server.files[f"{number}/train.parquet"] = parquet_bytes(number)

@@ -23,11 +23,11 @@ import random
 import re
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import httpx
 
@@ -50,6 +50,7 @@ _NO_RETRY = {
     410: "there is no such file any more: check the address",
 }
 _BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}")
+_T = TypeVar("_T")
 
 
 class RemoteFile(NamedTuple):
@@ -116,22 +117,15 @@ def read_range(file: RemoteFile, begin: int, end: int) -> bytes:
         ValueError: The content changed, or the server sends no parts of files.
         FileNotFoundError, PermissionError: As `copy_to_cache`.
     """
-    for failures in range(1, TRIES + 1):
-        try:
-            if file.address.startswith(("http://", "https://")):
-                content = _get_range(file, begin, end)
-            else:
-                content = _cat_range(file, begin, end)
-            if len(content) == end - begin:
-                return content
+    get = _get_range if file.address.startswith(("http://", "https://")) else _cat_range
+
+    def transfer() -> bytes:
+        content = get(file, begin, end)
+        if len(content) != end - begin:
             raise _Failing(f"it sent {len(content):,} bytes of {end - begin:,}")
-        except _Failing as error:
-            if failures == TRIES:
-                raise ConnectionError(
-                    f"{file.address}, bytes {begin:,} to {end:,}, failed {TRIES} times: {error}"
-                ) from error
-            _wait(failures, error)
-    raise AssertionError("the last try returns or raises")
+        return content
+
+    return _retry(transfer, lambda: f"{file.address}, bytes {begin:,} to {end:,},")
 
 
 def _expand(address: str) -> list[str]:
@@ -171,23 +165,16 @@ def _copy(folder: Path, file: RemoteFile) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = note.with_suffix(f".{hashlib.sha256(repr(file).encode()).hexdigest()[:8]}.partial")
 
-    failures, done = 0, partial.stat().st_size if partial.is_file() else 0
-    while not partial.is_file() or done < file.size:
-        try:
-            with partial.open("ab") as stream:
-                for chunk in _read_from(file, done, stream):
-                    stream.write(chunk)
-            break
-        except _Failing as error:
-            before, done = done, partial.stat().st_size
-            failures = 1 if done > before else failures + 1
-            if failures == TRIES:
-                raise ConnectionError(
-                    f"{file.address} failed {TRIES} times at byte {done:,} of {file.size:,}: "
-                    f"{error}; run the same command again to go on"
-                ) from error
-            _wait(failures, error)
+    def done() -> int:
+        return partial.stat().st_size if partial.is_file() else 0
 
+    def transfer() -> None:
+        with partial.open("ab") as stream:
+            if done() < file.size:
+                for chunk in _read_from(file, done(), stream):
+                    stream.write(chunk)
+
+    _retry(transfer, lambda: f"{file.address}, byte {done():,} of {file.size:,},", done)
     if (size := partial.stat().st_size) != file.size:
         partial.unlink()
         raise ConnectionError(f"{file.address} gave {size:,} bytes of {file.size:,}: try again")
@@ -196,7 +183,7 @@ def _copy(folder: Path, file: RemoteFile) -> None:
 
 
 def note_of(path: Path) -> Path:
-    """Return where it is written what a copy, or a footer, is of; hidden, so that it is no data."""
+    """Return where it is written what a copy, or an index, is of; hidden, so that it is no data."""
     return path.with_name(f".{path.name}.json")
 
 
@@ -228,10 +215,35 @@ class _Failing(Exception):
         self.wait = wait
 
 
-def _wait(failures: int, error: Exception) -> None:
-    given = error.wait if isinstance(error, _Failing) else None
-    drawn = FIRST_WAIT * 2 ** (failures - 1) * random.uniform(1, 1.5)
-    time.sleep(drawn if given is None else given)
+def _retry(
+    transfer: Callable[[], _T], name: Callable[[], str], progress: Callable[[], int] = lambda: 0
+) -> _T:
+    """Return the result of a transfer, which is begun again until `TRIES` in a row bring nothing.
+
+    Args:
+        transfer: Raises `_Failing` or an error of httpx's transport where another try may succeed.
+        name: What is transferred, for the message.
+        progress: Bytes that are there; more of them make the next failure the first again.
+
+    Raises:
+        ConnectionError: It fails again and again.
+    """
+    failures, done = 0, progress()
+    while True:
+        try:
+            return transfer()
+        except (_Failing, httpx.TransportError) as error:
+            before, done = done, progress()
+            failures = 1 if done > before else failures + 1
+            if failures == TRIES:
+                raise ConnectionError(
+                    f"{name()} failed {TRIES} times: {str(error) or type(error).__name__}; "
+                    "run the same command again to go on"
+                ) from error
+
+            given = error.wait if isinstance(error, _Failing) else None
+            drawn = FIRST_WAIT * 2 ** (failures - 1) * random.uniform(1, 1.5)
+            time.sleep(drawn if given is None else given)
 
 
 def _client() -> httpx.Client:
@@ -248,19 +260,16 @@ def _shared_client(process: int) -> httpx.Client:
 
 def _look(client: httpx.Client, address: str) -> RemoteFile:
     """Ask a server for size and name of a content."""
-    for failures in range(1, TRIES + 1):
-        try:
-            response = client.head(address)
-            if response.status_code in (405, 501):
-                with client.stream("GET", address) as response:
-                    pass
-            _check_status(response, address)
-            break
-        except (_Failing, httpx.TransportError) as error:
-            if failures == TRIES:
-                raise ConnectionError(f"{address} failed {TRIES} times: {error}") from error
-            _wait(failures, error)
 
+    def ask() -> httpx.Response:
+        response = client.head(address)
+        if response.status_code in (405, 501):
+            with client.stream("GET", address) as response:
+                pass
+        _check_status(response, address)
+        return response
+
+    response = _retry(ask, lambda: address)
     if "content-length" not in response.headers:
         raise ValueError(
             f"{address} does not say its size: download it yourself and give its folder"
@@ -288,38 +297,32 @@ def _read_from(file: RemoteFile, done: int, stream: Any) -> Iterator[bytes]:
     """Yield a file's content from a byte on; the stream is emptied where it comes from the start.
 
     Raises:
-        _Failing: The transfer ended early.
+        _Failing, httpx.TransportError: The transfer ended early.
         ValueError: The content is another one by now.
     """
     if not file.address.startswith(("http://", "https://")):
         yield from _read_file_system(file, done)
         return
     headers = {"range": f"bytes={done}-"} if done else {}
-    try:
-        with _client() as client, client.stream("GET", file.address, headers=headers) as response:
-            if done and response.status_code == 416:
-                raise ValueError(f"{file.address} is shorter than it was: run the command again")
-            _check_status(response, file.address)
-            etag = response.headers.get("etag", "")
-            length = int(response.headers.get("content-length", file.size - done))
-            begins_at = done if response.status_code == 206 else 0
-            if (etag and file.etag and etag != file.etag) or begins_at + length != file.size:
-                raise ValueError(
-                    f"{file.address} changed while it was copied: give the address of one revision"
-                )
-            if done and response.status_code != 206:
-                stream.truncate(0)  # the server sends no ranges
-            yield from response.iter_raw()  # as it comes, so that a cut loses nothing
-    except httpx.TransportError as error:
-        raise _Failing(str(error) or type(error).__name__) from error
+    with _client() as client, client.stream("GET", file.address, headers=headers) as response:
+        if done and response.status_code == 416:
+            raise ValueError(f"{file.address} is shorter than it was: run the command again")
+        _check_status(response, file.address)
+        etag = response.headers.get("etag", "")
+        length = int(response.headers.get("content-length", file.size - done))
+        begins_at = done if response.status_code == 206 else 0
+        if (etag and file.etag and etag != file.etag) or begins_at + length != file.size:
+            raise ValueError(
+                f"{file.address} changed while it was copied: give the address of one revision"
+            )
+        if done and response.status_code != 206:
+            stream.truncate(0)  # the server sends no ranges
+        yield from response.iter_raw()  # as it comes, so that a cut loses nothing
 
 
 def _get_range(file: RemoteFile, begin: int, end: int) -> bytes:
-    try:
-        client = _shared_client(os.getpid())
-        response = client.get(file.address, headers={"range": f"bytes={begin}-{end - 1}"})
-    except httpx.TransportError as error:
-        raise _Failing(str(error) or type(error).__name__) from error
+    client = _shared_client(os.getpid())
+    response = client.get(file.address, headers={"range": f"bytes={begin}-{end - 1}"})
     _check_status(response, file.address)
     etag = response.headers.get("etag", "")
     size = response.headers.get("content-range", "").rpartition("/")[2]
@@ -349,7 +352,7 @@ def _cat_range(file: RemoteFile, begin: int, end: int) -> bytes:
 
 def _changed(file: RemoteFile) -> ValueError:
     return ValueError(
-        f"{file.address} changed since its footer was read: give the address of one revision"
+        f"{file.address} changed since its index was made: give the address of one revision"
     )
 
 

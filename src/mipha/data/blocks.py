@@ -1,15 +1,22 @@
-"""Row groups of parquet files, kept on this machine's disk one by one while they are in use.
+"""Blocks of large files, kept on this machine's disk one by one while they are in use.
 
 A set that is larger than the disk is read through a cache of a given size. Of each file behind an
-address its footer is kept, as a parquet file without rows; a row group is fetched by one request
-when a row of it is first read, and stays as an Arrow file that is mapped into memory:
+address an index is kept; a block is fetched by one request when a row of it is first read, and
+stays as an Arrow file that is mapped into memory:
 
-    index_address("https://HOST/{000..127}.parquet")     a folder of footers
-    Blocks.of(folder, cache_gb).table(file, group)       row group as a mapped table
+    file       index                                block
+    parquet    its footer: a file without rows      a row group
+    tar        where each sample begins             64 MiB of whole samples, each a row of bytes
 
-All processes of the machine share the cache: one fetches a group, the others wait. The group that
+    index_address("https://HOST/{000..127}.parquet")     a folder of indices
+    Blocks.of(folder, cache_gb).table(file, number)      block as a mapped table
+
+All processes of the machine share the cache: one fetches a block, the others wait. The block that
 nobody read for longest goes first when the cache is full. Which samples are read never depends on
 what the cache holds.
+
+The index of a tar is that of Megatron Energon, `X.tar.idx`: offsets of 8 bytes, of each sample and
+of the end. Where none lies beside the tar, the tar is read through once.
 """
 
 from __future__ import annotations
@@ -26,34 +33,46 @@ from io import BytesIO, RawIOBase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from mipha.data.addresses import RemoteFile, list_files, locked, note_of, read_range
 from mipha.data.faults import RecordError
+from mipha.data.tars import sample_starts
 from mipha.errors import import_optional
 from mipha.files import cache_folder, read_json_object, write_whole
+from mipha.terminal import echo
 
 if TYPE_CHECKING:
     import pyarrow
     from pyarrow.parquet import FileMetaData
 
-_FOOTERS_AT_A_TIME = 16
+_KINDS = (".parquet", ".tar")
+_OFFSETS = np.dtype("<u8")
+_INDICES_AT_A_TIME = 16
 _FOOTER_BYTES = 1 << 16
 """Bytes at the end of a file that are read first; most footers fit."""
 
+_STRETCH = 1 << 26
+"""Bytes of a tar in which the samples of one block begin."""
+
+_AHEAD = 1 << 23
+"""Bytes that are fetched at once of a tar that is read through."""
+
 _ABANDONED = 600
-"""Seconds after which a half-written row group is of a process that was killed."""
+"""Seconds after which a half-written block is of a process that was killed."""
 
 _MOST_OPEN = 256
-"""Row groups that a process has mapped; each takes a file handle."""
+"""Blocks that a process has mapped; each takes a file handle."""
 
 _LOCKS = 256
-"""Lock files of a cache, which groups share by their hash."""
+"""Lock files of a cache, which blocks share by their hash."""
 
 
 class Blocks(NamedTuple):
     """The cache of one data set.
 
     Args:
-        folder: Folder of its row groups.
+        folder: Folder of its blocks.
         limit: Bytes that they may take; the newest one stays whatever its size.
     """
 
@@ -67,16 +86,17 @@ class Blocks(NamedTuple):
         return cls(cache_folder() / "blocks" / name, int(cache_gb * 1e9))
 
     def table(self, file: Path, group: int) -> pyarrow.Table:
-        """Return a row group, mapped into memory; it is fetched if it is not there.
+        """Return a block, mapped into memory; it is fetched if it is not there.
 
         Args:
-            file: The parquet file, or the footer of one behind an address.
-            group: Number of the row group.
+            file: A parquet file, or the index of a file behind an address.
+            group: Number of the block: of the row group of a parquet file, of the stretch of a
+                tar, whose one column `sample` holds bytes.
 
         Raises:
             ConnectionError: The server fails again and again.
             RecordError: The row group is damaged.
-            ValueError: The file changed since its footer was read.
+            ValueError: The file changed since its index was made.
             OSError: The disk is full.
         """
         entry = self.folder / f"{_name_of(file, group)}.arrow"
@@ -106,7 +126,7 @@ class Blocks(NamedTuple):
         return table
 
     def _keep(self, entry: Path, table: pyarrow.Table) -> pyarrow.Table:
-        """Write a row group, and delete those that nobody read for longest; return it mapped."""
+        """Write a block, and delete those that nobody read for longest; return it mapped."""
         partial = entry.with_suffix(f".{os.getpid()}.partial")
         try:
             with locked(self.folder / ".lock-space"):
@@ -145,34 +165,39 @@ class Blocks(NamedTuple):
 
 
 _open_tables: OrderedDict[Path, tuple[pyarrow.Table, int]] = OrderedDict()
-"""Row groups that this process has mapped and their bytes, the one used last at the end."""
+"""Blocks that this process has mapped and their bytes, the one used last at the end."""
 
 
 def index_address(address: str, files: list[RemoteFile] | None = None) -> Path:
-    """Return the footers of the parquet files behind an address: a file, or a folder of files.
+    """Return the indices of the parquet files or tars behind an address: a file, or a folder.
 
-    They are fetched once; a second start asks only whether the files are still the same.
+    They are made once; a second start asks only whether the files are still the same.
 
     Args:
         address: As `addresses.copy_to_cache`.
         files: Files that are meant, whose folder is returned; None: all that the address names.
 
     Raises:
-        ValueError: A file is no parquet, or changed; or the server sends no parts of files.
+        ValueError: A file is neither, or is cut short or changed; both kinds are mixed; or the
+            server sends no parts of files.
         FileNotFoundError, PermissionError, ConnectionError: As `addresses.copy_to_cache`.
     """
     is_whole = files is None
     files = list_files(address) if files is None else files
-    if others := [file.name for file in files if not file.name.lower().endswith(".parquet")]:
+    files = [file for file in files if not file.name.lower().endswith(".tar.idx")]
+    kinds = {Path(file.name).suffix.lower() for file in files}
+    if others := [file.name for file in files if not file.name.lower().endswith(_KINDS)]:
         raise ValueError(
-            f"cache_gb reads parquet files, and {address} has {others[0]}: leave it out, and the "
-            "files are copied whole"
+            f"cache_gb reads parquet files and tars, and {address} has {others[0]}: leave it out, "
+            "and the files are copied whole"
         )
+    if is_whole and len(kinds) > 1:
+        raise ValueError(f"{address} has parquet files and tars: give one data set for each")
     if len({file.name for file in files}) < len(files):
         raise ValueError(f"{address} names files of the same name: give one data set for each")
-    folder = cache_folder() / "footers" / hashlib.sha256(address.encode()).hexdigest()[:16]
+    folder = cache_folder() / "indices" / hashlib.sha256(address.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / ".lock"), ThreadPoolExecutor(_FOOTERS_AT_A_TIME) as pool:
+    with locked(folder / ".lock"), ThreadPoolExecutor(_INDICES_AT_A_TIME) as pool:
         broken = [str(error) for error in pool.map(lambda one: _index(folder, one), files) if error]
     if broken:
         raise ValueError(f"{len(broken)} of {len(files)} files cannot be read: {'; '.join(broken)}")
@@ -181,44 +206,89 @@ def index_address(address: str, files: list[RemoteFile] | None = None) -> Path:
 
     # A file that is no longer there is no longer part of the data.
     names = {folder / file.name for file in files}
-    for path in folder.rglob("*.parquet"):
-        if path not in names:
+    for path in folder.rglob("*"):
+        if path.suffix.lower() in _KINDS and path not in names:
             path.unlink()
     return folder / files[0].name if len(files) == 1 else folder
 
 
+def holds_tars(root: Path) -> bool:
+    """Return whether a file or folder is read as tars and not as parquet files."""
+    return root.suffix.lower() == ".tar" or next(root.rglob("*.tar"), None) is not None
+
+
 def _index(folder: Path, file: RemoteFile) -> ValueError | None:
-    """Keep the footer of a file; return why it cannot be read."""
-    parquet = import_optional("pyarrow.parquet", f"reading {file.address}", "data")
+    """Keep the index of a file; return why it cannot be read."""
     path, note = folder / file.name, note_of(folder / file.name)
     if path.is_file() and note.is_file():
         known = read_json_object(note, f"delete {folder}")
         if (known["size"], known["etag"]) == (file.size, file.etag):
             return None
         return ValueError(
-            f"{file.address} changed since its footer was read: give the address of one "
-            f"revision, or delete {folder} to read it anew"
+            f"{file.address} changed since its index was made: give the address of one "
+            f"revision, or delete {folder} to make it anew"
         )
 
-    # The footer says its length in the last eight bytes.
-    content = read_range(file, max(file.size - _FOOTER_BYTES, 0), file.size)
-    length = int.from_bytes(content[-8:-4], "little") + 8
-    if content[-4:] != b"PAR1" or length > file.size:
-        return ValueError(f"{file.address} is no parquet file, or is cut short")
-    if length > len(content):
-        content = read_range(file, file.size - length, file.size)
-    metadata = parquet.read_metadata(BytesIO(b"PAR1" + content[-length:]))
-
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    metadata.write_metadata_file(str(partial))
+    partial = note.with_suffix(".partial")
+    try:
+        (_index_tar if path.suffix.lower() == ".tar" else _index_parquet)(file, partial)
+    except ValueError as error:
+        return error
     os.replace(partial, path)
     write_whole(note, json.dumps(file._asdict()) + "\n")
     return None
 
 
+def _index_parquet(file: RemoteFile, path: Path) -> None:
+    """Write the footer of a parquet file, whose length stands in its last eight bytes."""
+    parquet = import_optional("pyarrow.parquet", f"reading {file.address}", "data")
+    content = read_range(file, max(file.size - _FOOTER_BYTES, 0), file.size)
+    length = int.from_bytes(content[-8:-4], "little") + 8
+    if content[-4:] != b"PAR1" or length > file.size:
+        raise ValueError(f"{file.address} is no parquet file, or is cut short")
+    if length > len(content):
+        content = read_range(file, file.size - length, file.size)
+    metadata = parquet.read_metadata(BytesIO(b"PAR1" + content[-length:]))
+    metadata.write_metadata_file(str(path))
+
+
+def _index_tar(file: RemoteFile, path: Path) -> None:
+    """Write where the samples of a tar begin, as the index beside it says, or after a look."""
+    try:
+        (beside,) = list_files(f"{file.address}.idx")
+    except (FileNotFoundError, PermissionError):
+        size = f"{file.size / 1e6:,.1f} MB"
+        echo(f"mipha: {file.address} has no .tar.idx, so it is read through ({size})", err=True)
+        starts = sample_starts(_Ahead(file), file.address)  # type: ignore[arg-type]
+    else:
+        content = read_range(beside, 0, beside.size)
+        starts = np.frombuffer(content[: len(content) // 8 * 8], _OFFSETS).astype(np.int64)
+        in_order = len(starts) > 1 and starts[0] >= 0 and bool((np.diff(starts) > 0).all())
+        if not in_order or (starts % 512).any() or starts[-1] > file.size:
+            raise ValueError(
+                f"{beside.address} is not the index of a tar of {file.size:,} bytes: make it again "
+                "(energon prepare), or remove it; or the tar is cut short"
+            )
+    starts.astype(_OFFSETS).tofile(path)
+
+
+def read_starts(file: Path) -> np.ndarray:
+    """Return the index of a tar: `(samples + 1,)` int64, where each begins and the last ends."""
+    return np.fromfile(file, _OFFSETS).astype(np.int64)
+
+
+def stretches(starts: np.ndarray) -> np.ndarray:
+    """Return `(blocks,)` int64: the first sample of each block of a tar.
+
+    Args:
+        starts: As `read_starts`.
+    """
+    return np.unique(starts[:-1] // _STRETCH, return_index=True)[1]
+
+
 def _remote(file: Path) -> RemoteFile | None:
-    """Return the file that this is the footer of; None for a file with its rows."""
+    """Return the file that this is the index of; None for a file with its rows."""
     note = note_of(file)
     return RemoteFile(**read_json_object(note)) if note.is_file() else None
 
@@ -230,14 +300,18 @@ def _name_of(file: Path, group: int) -> str:
 
 
 def _read_group(file: Path, group: int) -> pyarrow.Table:
-    """Read a row group, over the network by one request.
+    """Read a block, over the network by one request.
 
     Raises:
         RecordError: It is damaged.
     """
     pyarrow = import_optional("pyarrow", f"reading {file}", "data")
     parquet = import_optional("pyarrow.parquet", f"reading {file}", "data")
-    metadata, source, remote = parquet.read_metadata(file), file, _remote(file)
+    source, remote = file, _remote(file)
+    if file.suffix.lower() == ".tar":
+        assert remote is not None
+        return _read_stretch(file, remote, group)
+    metadata = parquet.read_metadata(file)
     if remote is not None:
         begin, end = _range_of(metadata, group)
         source = _Part(begin, read_range(remote, begin, end), remote.size)
@@ -250,6 +324,20 @@ def _read_group(file: Path, group: int) -> pyarrow.Table:
         raise RecordError(
             f"row group {group} cannot be read: {error}", "get the file again", str(file)
         ) from error
+
+
+def _read_stretch(file: Path, remote: RemoteFile, number: int) -> pyarrow.Table:
+    """Read a stretch of a tar as a table with a row of bytes for each sample."""
+    pyarrow = import_optional("pyarrow", f"reading {file}", "data")
+    starts = read_starts(file)
+    first, last = [*stretches(starts), len(starts) - 1][number : number + 2]
+    own = starts[first : last + 1]
+    content = read_range(remote, int(own[0]), int(own[-1]))
+
+    buffers = [None, pyarrow.py_buffer(own - own[0]), pyarrow.py_buffer(content)]
+    kind = pyarrow.large_binary()
+    samples = pyarrow.Array.from_buffers(kind, len(own) - 1, buffers)
+    return pyarrow.table({"sample": samples})
 
 
 def _range_of(metadata: FileMetaData, group: int) -> tuple[int, int]:
@@ -306,3 +394,20 @@ class _Part(RawIOBase):
         if not self.begin <= begin <= end <= self.begin + len(self.content):
             raise OSError(f"bytes {begin} to {end} are not part of the row group")
         return self.content[begin - self.begin : end - self.begin]
+
+
+class _Ahead(_Part):
+    """A file behind an address that is read from its begin to its end, megabytes at a time."""
+
+    def __init__(self, file: RemoteFile) -> None:
+        super().__init__(0, b"", file.size)
+        self.file = file
+
+    def read(self, size: int | None = -1) -> Any:
+        begin, end = min(self.place, self.size), self.size
+        if size is not None and size >= 0:
+            end = min(begin + size, self.size)
+        if not self.begin <= begin <= end <= self.begin + len(self.content):
+            ahead = min(max(end, begin + _AHEAD), self.size)
+            self.begin, self.content = begin, read_range(self.file, begin, ahead)
+        return super().read(end - begin)

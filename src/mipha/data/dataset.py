@@ -190,7 +190,10 @@ def load_data(
                 f"{recipe.root} is read as hub, config {recipe.config or 'default'}",
             )
         elif in_parts:
-            name, found = "parquet", f"{recipe.root} is read as parquet, a row group at a time"
+            from mipha.data.blocks import holds_tars
+
+            name = "webdataset" if place is not None and holds_tars(place) else "parquet"
+            found = f"{recipe.root} is read as {name}, a block at a time"
         else:
             name, found = dataset.detect(place, complete)
         dataset = load_dataset(name)

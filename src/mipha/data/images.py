@@ -11,6 +11,8 @@ import io
 import os
 import unicodedata
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, Protocol, Union, runtime_checkable
@@ -173,22 +175,8 @@ def open_image(source: ImageSource, *, max_pixels: int = MAX_PIXELS) -> Image.Im
         ValueError: The file is not an image in one of `FORMATS`, is damaged, or is larger than
             `max_pixels`; the message names the file.
     """
-    name = image_name(source)
-    if isinstance(source, Path) and not source.is_file():
-        raise FileNotFoundError(f"no image file {source}: {why_missing(source) or _CHECK_ROOT}")
-
-    try:
-        file = source if isinstance(source, Path) else io.BytesIO(_bytes(source))
-        with Image.open(file, formats=FORMATS) as image:
-            return _converted(image, name, max_pixels, in_place=True)
-    except Image.UnidentifiedImageError as error:
-        raise ValueError(
-            f"{name} is not an image in a known format: use one of {', '.join(FORMATS)}"
-        ) from error
-    except _Unreadable:
-        raise
-    except Exception as error:  # decoders answer damage with nearly every kind of exception
-        raise _Unreadable(name, error) from error
+    with _opened(source) as image:
+        return _converted(image, image_name(source), max_pixels, in_place=True)
 
 
 def read_size(source: ImageSource) -> tuple[tuple[int, int], tuple[int, int], int]:
@@ -283,16 +271,7 @@ def upright_size(source: ImageSource) -> tuple[int, int]:
         FileNotFoundError: There is no such file.
         ValueError: The file is not an image in one of `FORMATS`.
     """
-    try:
-        file = source if isinstance(source, Path) else io.BytesIO(_bytes(source))
-        with Image.open(file, formats=FORMATS) as image:
-            width, height = image.size
-            if _is_turned(image):
-                width, height = height, width
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # decoders answer damage with nearly every kind of exception
-        raise _Unreadable(image_name(source), error) from error
+    (width, height), _, _ = _read_size(source)
     factor = -(-max(width, height) // MAX_SIDE)
     return -(-width // factor), -(-height // factor)
 
@@ -303,14 +282,6 @@ def size_or_grey(source: ImageSource) -> tuple[int, int]:
         return upright_size(source)
     except (ValueError, FileNotFoundError):
         return GREY_SIZE
-
-
-def _is_turned(image: Image.Image) -> bool:
-    """Return whether EXIF turns an image by a quarter."""
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
-    except Exception:  # a broken EXIF block does not break the image
-        return False
 
 
 def grey_image(size: tuple[int, int] = GREY_SIZE) -> bytes:
@@ -329,20 +300,34 @@ def image_name(source: ImageSource) -> str:
     return f"image of {len(source)} bytes" if isinstance(source, bytes) else str(source)
 
 
-def _read_size(source: ImageSource) -> tuple[tuple[int, int], tuple[int, int], int]:
+@contextmanager
+def _opened(source: ImageSource) -> Iterator[Image.Image]:
+    """Open an image file, whose pixels are not read yet; damage is an error as in `open_image`."""
     name = image_name(source)
     if isinstance(source, Path) and not source.is_file():
         raise FileNotFoundError(f"no image file {source}: {why_missing(source) or _CHECK_ROOT}")
+
     try:
         file = source if isinstance(source, Path) else io.BytesIO(_bytes(source))
         with Image.open(file, formats=FORMATS) as image:
-            stored = image.size
-            try:
-                orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-            except Exception:  # shown as it is stored, as in `_upright`
-                orientation = 1
+            yield image
+    except Image.UnidentifiedImageError as error:
+        raise ValueError(
+            f"{name} is not an image in a known format: use one of {', '.join(FORMATS)}"
+        ) from error
+    except (_Unreadable, ConnectionError):  # a server that fails says nothing about the image
+        raise
     except Exception as error:  # decoders answer damage with nearly every kind of exception
         raise _Unreadable(name, error) from error
+
+
+def _read_size(source: ImageSource) -> tuple[tuple[int, int], tuple[int, int], int]:
+    with _opened(source) as image:
+        stored = image.size
+        try:
+            orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        except Exception:  # shown as it is stored, as in `_upright`
+            orientation = 1
     orientation = orientation if orientation in range(1, 9) else 1
     return stored[::-1] if orientation >= 5 else stored, stored, orientation
 

@@ -334,7 +334,7 @@ class Mixture(Sequence[Sample]):
     def check(self) -> str:
         """Make every sample and look for every image file, before a run spends hours on the rest.
 
-        Data sets that are read in blocks are not read for it: their footers stand for them.
+        Data sets that are read in blocks are not read for it: their indices stand for them.
         Remarks of the readers are counted, and added to the notes.
 
         Returns:
@@ -407,12 +407,12 @@ def _describe_windows(source: Source) -> str:
     num_windows = -(-size // window)
     each = num_blocks / num_windows
     said = (
-        f"{source.name}: {num_blocks:,} row groups are read in {num_windows:,} windows of about "
+        f"{source.name}: {num_blocks:,} blocks are read in {num_windows:,} windows of about "
         f"{min(window, size):,} samples; rows are checked as they are read, and `mipha check` "
         "reads all before"
     )
     if num_windows > 1 and each < _FEW_BLOCKS:
-        said += f"; a window mixes {each:.0f} row groups: raise window_rows if the files are sorted"
+        said += f"; a window mixes {each:.0f} blocks: raise window_rows if the files are sorted"
     return said
 
 

@@ -32,7 +32,7 @@ from mipha.data.datasets._records import (
 )
 from mipha.data.datasets._shapes import READS, sample_of
 from mipha.data.datasets.parquet import ParquetRecords
-from mipha.data.datasets.webdataset import TarRecords
+from mipha.data.datasets.webdataset import TarParts, TarRecords
 from mipha.errors import import_optional
 from mipha.files import cache_folder
 from mipha.terminal import echo
@@ -58,8 +58,8 @@ def load(
         config: Name of the config; None where there is one only.
         revision: Commit, branch or tag, for the hub.
         unreadable_shards: `skip` leaves out files that cannot be read.
-        cache_gb: Size of the cache that row groups of parquet files are read through; None: files
-            are copied whole.
+        cache_gb: Size of the cache that parts of parquet files and tars are read through; None:
+            files are copied whole.
 
     Raises:
         FileNotFoundError: There is no such folder or set.
@@ -96,7 +96,7 @@ def copy_of_hub(
 ) -> tuple[Path, list[Path], str | None]:
     """Return the folder of the hub's cache with a set, the files of a config and split, the commit.
 
-    Files that are not there are fetched; where they are read in parts, only their footers.
+    Files that are not there are fetched; where they are read in parts, only their indices.
 
     Raises:
         ValueError: The address is not one of a data set, or as `load`.
@@ -159,10 +159,10 @@ def _index(file: Path, blocks: Blocks | None) -> RecordFile:
     suffix = file.suffix.lower()
     if suffix == ".parquet":
         return ParquetRecords(file, blocks)
-    if blocks is not None:
-        raise ValueError(f"{file}: cache_gb reads parquet files only; leave it out")
     if suffix == ".tar":
-        return TarRecords(file)
+        return TarRecords(file) if blocks is None else TarParts(file, blocks)
+    if blocks is not None:
+        raise ValueError(f"{file}: cache_gb reads parquet files and tars only; leave it out")
     if suffix in (*LINE_SUFFIXES, *TABLE_SUFFIXES):
         return record_file(file)
     raise ValueError(f"{file}: files of {suffix or 'no suffix'} are not read from a hub's layout")

@@ -4,33 +4,32 @@ That is 0001.jpg with 0001.json or 0001.txt.
 
 The .json is a record of any of the formats of own data, the .txt a caption; the images are the
 sample's own files, in their order, and paths in the .json are not read. A tar is never unpacked: an
-index says where each file begins, so it must not be compressed.
-
-Source of the layout: https://webdataset.github.io/webdataset, a file's key ends at the first dot of
-its name
+index says where each file begins, so it must not be compressed. With `cache_gb` a tar behind an
+address is read in parts (`data/blocks.py`).
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
-import re
-import tarfile
 from array import array
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from mipha.data.addresses import note_of
+from mipha.data.blocks import Blocks, read_starts, stretches
 from mipha.data.dataset import DataSet
 from mipha.data.datasets._images import choose_images, image_folders, with_images
-from mipha.data.datasets._records import Part, Rows, index_files, split_files
+from mipha.data.datasets._records import Part, RecordFile, Rows, index_files, split_files
 from mipha.data.datasets._shapes import READS, sample_of, shapes_of
 from mipha.data.faults import RecordError
-from mipha.data.images import SUFFIXES, FileSlice
-
-_NAME = re.compile(r"((?:.*/|)[^./][^./]*)\.([^/]*)", re.DOTALL)
-_IMAGE, _JSON, _TEXT, _OTHER = 0, 1, 2, 3  # and _OTHER + n for the n-th other suffix
+from mipha.data.images import SUFFIXES, FileSlice, StoredImage
+from mipha.data.tars import Member, is_part, members
 
 
 class TarRecords:
@@ -46,37 +45,29 @@ class TarRecords:
 
     def __init__(self, file: Path, most: int | None = None) -> None:
         self.file = file
-        members, starts = array("q"), array("q")
+        found, starts = array("q"), array("q")
         self._keys: list[str] = []
-        self._others: list[str] = []  # suffixes of files that are no part of a sample
-        try:
-            with tarfile.open(file, "r:") as tar:
-                while (member := tar.next()) and not (most is not None and len(self._keys) > most):
-                    tar.members = []  # else the tar keeps a kilobyte of each
-                    kind = self._kind_of(member)
-                    if kind is None:
-                        continue
-                    key = _NAME.fullmatch(member.name)[1]
-                    if not self._keys or key != self._keys[-1]:
-                        self._keys.append(key)
-                        starts.append(len(members) // 3)
-                    members.extend((member.offset_data, member.size, kind))
-        except (tarfile.TarError, EOFError) as error:
-            compressed = _is_compressed(file)
-            fix = "decompress it (gunzip), keep the tar" if compressed else "is it cut short?"
-            raise ValueError(f"{file} cannot be read as a tar: {error}; {fix}") from error
+        self._suffixes: list[str] = []
+        with file.open("rb") as stream:
+            for member in members(stream, str(file)):
+                if not self._keys or member.key != self._keys[-1]:
+                    if len(self._keys) == most:
+                        break
+                    self._keys.append(member.key)
+                    starts.append(len(found) // 3)
+                if member.suffix not in self._suffixes:
+                    self._suffixes.append(member.suffix)
+                number = self._suffixes.index(member.suffix)
+                found.extend((member.offset, member.size, number))
 
-        # One more was read, because only then is the one before it known to be whole.
-        if most is not None and len(self._keys) > most:
-            del self._keys[most:]
-        self._members = np.asarray(members, dtype=np.int64).reshape(-1, 3)  # (files, 3)
-        starts = starts[: len(self._keys) + 1]
-        bounds = np.asarray([*starts, len(self._members)], dtype=np.int64)[: len(self._keys) + 1]
+        self._members = np.asarray(found, dtype=np.int64).reshape(-1, 3)  # (files, 3)
+        bounds = np.asarray([*starts, len(self._members)], dtype=np.int64)
         self._spans = np.stack([bounds[:-1], bounds[1:]], axis=1)  # (samples, begin and end)
 
         # A file by itself that is no part of a sample, such as a README, is no sample.
-        kinds = self._members[:, 2]
-        kept = [bool((kinds[begin:end] < _OTHER).any()) for begin, end in self._spans]
+        parts = np.asarray([is_part(suffix) for suffix in self._suffixes], dtype=bool)
+        is_read = parts[self._members[:, 2]]
+        kept = [bool(is_read[begin:end].any()) for begin, end in self._spans]
         if not all(kept):
             self._spans = self._spans[kept]
             self._keys = [key for key, keep in zip(self._keys, kept, strict=True) if keep]
@@ -98,88 +89,189 @@ class TarRecords:
         Raises:
             RecordError: It has no .json and no .txt, or one that is broken.
         """
-        # Sort the sample's files.
-        where = self.where(index)
         begin, end = self._spans[index]
         own = self._members[begin:end].tolist()
-        images = [(offset, size) for offset, size, kind in own if kind == _IMAGE]
-        records = [self._text(offset, size, where) for offset, size, kind in own if kind == _JSON]
-        captions = [self._text(offset, size, where) for offset, size, kind in own if kind == _TEXT]
-        if len(records) > 1 or len(captions) > 1:
-            raise RecordError(
-                f"it has {len(records)} .json and {len(captions)} .txt files",
-                "wanted one of each at most",
-                where,
-            )
-        if not records and not captions:
-            raise RecordError(
-                "it has no .json and no .txt beside its image",
-                "add a .txt with a caption, or a .json with a record",
-                where,
-            )
+        files = [(self._suffixes[number], offset, size) for offset, size, number in own]
+        return _record(self._keys[index], files, self.where(index), partial(FileSlice, self.file))
 
-        # Put its images instead of those that the record names.
-        content = _parse(records[0], where) if records else {}
-        num_named = sum(
-            len(value) if isinstance(value := content[name], list) else 1
-            for name in choose_images(content)
-        )
-        if num_named > len(images):
-            raise RecordError(
-                f"its .json names {num_named} images, and {len(images)} lie beside it",
-                "pack all of them under one name: 0001.0.jpg, 0001.1.jpg, 0001.json",
-                where,
-                "missing-image",
-            )
-        names = [
-            self._keys[index] if len(images) == 1 else f"{self._keys[index]} image {number}"
-            for number in range(len(images))
-        ]
-        slices = [
-            FileSlice(self.file, offset, size, name)
-            for (offset, size), name in zip(images, names, strict=True)
-        ]
-        content = with_images(content, slices)
 
-        # A .json that only says where the image came from leaves the words to the .txt.
-        if captions and shapes_of(content):
-            content[".txt"] = captions[0]
-        elif captions:
-            content["caption"] = captions[0].strip()
-        others = {self._others[kind - _OTHER] for _, _, kind in own if kind >= _OTHER}
-        return content | dict.fromkeys(sorted(others), "a file of the tar")
+class TarImage(NamedTuple):
+    """One image of a tar that is read in parts.
 
-    def _kind_of(self, member: tarfile.TarInfo) -> int | None:
-        """Return what a file of the tar is to its sample; None for a folder or a nameless file."""
-        if member.isdir():
-            return None
-        if not member.isreg() or member.issparse():
+    Args:
+        file: Index of the tar; see `data/blocks.py`.
+        block: Number of the block.
+        row: Number of the sample in the block.
+        offset: Where the image begins in its sample, in bytes.
+        size: How long it is, in bytes.
+        name: What messages call it.
+    """
+
+    blocks: Blocks
+    file: Path
+    block: int
+    row: int
+    offset: int
+    size: int
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.file}, {self.name}"
+
+    def read(self) -> bytes:
+        """Read the bytes of the image file."""
+        sample = _sample(self.blocks, self.file, self.block, self.row)
+        return bytes(sample[self.offset : self.offset + self.size])
+
+
+class TarParts:
+    """The samples of a tar behind an address, which is read in parts.
+
+    Args:
+        file: Index of the tar, as `blocks.index_address` makes it.
+        blocks: Cache that the parts are read through.
+
+    Raises:
+        ValueError: The file is the tar itself.
+    """
+
+    def __init__(self, file: Path, blocks: Blocks) -> None:
+        if not note_of(file).is_file():
             raise ValueError(
-                f"{self.file} holds {member.name!r}, which is a link or no plain file; "
-                "pack the files themselves"
+                f"{file} lies on this machine, and a tar is read where it lies: leave cache_gb out"
             )
-        name = _NAME.fullmatch(member.name)
-        if not name:
-            return None
-        suffix = "." + name[2].lower().rpartition(".")[2]
-        if suffix in SUFFIXES:
-            return _IMAGE
-        if suffix in (".json", ".txt"):
-            return _JSON if suffix == ".json" else _TEXT
-        if suffix not in self._others:
-            self._others.append(suffix)
-        return _OTHER + self._others.index(suffix)
+        self.file, self.blocks = file, blocks
+        starts = read_starts(file)
+        self._num_samples = len(starts) - 1
+        self.block_starts = stretches(starts)
+        """First sample of each block that is read at once, for an order in windows of blocks."""
+        self.identity = [file.name, hashlib.sha256(starts.tobytes()).hexdigest()]
+        """What tells the file from others, as its index has it."""
 
-    def _text(self, offset: int, size: int, where: str) -> str:
+    def __len__(self) -> int:
+        return self._num_samples
+
+    def name(self, index: int) -> str:
+        """Return the sample's key."""
+        return self._files(index)[0].key
+
+    def where(self, index: int) -> str:
+        """Return file and number of the sample, from 0."""
+        return f"{self.file}, sample number {index}"
+
+    def read(self, index: int) -> dict[str, Any]:
+        """Read one sample as a record, its images as places in the tar; as `TarRecords.read`."""
+        own = self._files(index)
+        files = [(member.suffix, member.offset, member.size) for member in own]
+        place = partial(TarImage, self.blocks, self.file, *self._place(index))
+        return _record(own[0].key, files, self.where(index), place)
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Return block and row in it."""
+        block = int(np.searchsorted(self.block_starts, index, side="right")) - 1
+        return block, index - int(self.block_starts[block])
+
+    def _files(self, index: int) -> tuple[Member, ...]:
         try:
-            return FileSlice(self.file, offset, size, where).read().decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise RecordError(
-                f"its text is not UTF-8: {error}", "save the text as UTF-8", where
-            ) from error
+            return _files_of(self.blocks, self.file, *self._place(index))
+        except ValueError as error:
+            fix = "get the tar again, or make its .tar.idx again"
+            raise RecordError(str(error), fix, self.where(index)) from error
 
 
-def load(root: Path | None, split: str, unreadable_shards: str = "fail") -> Rows:
+def _sample(blocks: Blocks, file: Path, block: int, row: int) -> memoryview:
+    """Return the bytes of a sample: a piece of a tar."""
+    return memoryview(blocks.table(file, block)["sample"][row].as_buffer())
+
+
+@lru_cache(maxsize=4)
+def _files_of(blocks: Blocks, file: Path, block: int, row: int) -> tuple[Member, ...]:
+    """Return the files of a sample; one behind it that is no part of any is left out."""
+    end_mark = bytes(512)
+    content = io.BytesIO(bytes(_sample(blocks, file, block, row)) + end_mark)
+    found = list(members(content, f"its part of {file.name}"))
+    if not found:
+        raise ValueError(f"its part of {file.name} holds no file")
+    return tuple(member for member in found if member.key == found[0].key)
+
+
+def _record(
+    key: str,
+    files: Sequence[tuple[str, int, int]],
+    where: str,
+    place: Callable[[int, int, str], StoredImage],
+) -> dict[str, Any]:
+    """Return the files of one sample as a record.
+
+    Args:
+        key: Name of the sample.
+        files: Suffix, offset and size of each.
+        where: File and sample, for messages.
+        place: Makes a place of offset, size and name.
+
+    Raises:
+        RecordError: It has no .json and no .txt, or one that is broken.
+    """
+    # Sort the sample's files.
+    images = [(offset, size) for suffix, offset, size in files if suffix in SUFFIXES]
+    records, captions = (
+        [_text(place(offset, size, where), where) for own, offset, size in files if own == suffix]
+        for suffix in (".json", ".txt")
+    )
+    if len(records) > 1 or len(captions) > 1:
+        raise RecordError(
+            f"it has {len(records)} .json and {len(captions)} .txt files",
+            "wanted one of each at most",
+            where,
+        )
+    if not records and not captions:
+        raise RecordError(
+            "it has no .json and no .txt beside its image",
+            "add a .txt with a caption, or a .json with a record",
+            where,
+        )
+
+    # Put its images instead of those that the record names.
+    content = _parse(records[0], where) if records else {}
+    num_named = sum(
+        len(value) if isinstance(value := content[name], list) else 1
+        for name in choose_images(content)
+    )
+    if num_named > len(images):
+        raise RecordError(
+            f"its .json names {num_named} images, and {len(images)} lie beside it",
+            "pack all of them under one name: 0001.0.jpg, 0001.1.jpg, 0001.json",
+            where,
+            "missing-image",
+        )
+    names = [key if len(images) == 1 else f"{key} image {number}" for number in range(len(images))]
+    places = [place(offset, size, name) for (offset, size), name in zip(images, names, strict=True)]
+    content = with_images(content, places)
+
+    # A .json that only says where the image came from leaves the words to the .txt.
+    if captions and shapes_of(content):
+        content[".txt"] = captions[0]
+    elif captions:
+        content["caption"] = captions[0].strip()
+    others = {suffix for suffix, _, _ in files if not is_part(suffix)}
+    return content | dict.fromkeys(sorted(others), "a file of the tar")
+
+
+def _text(place: StoredImage, where: str) -> str:
+    try:
+        return place.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RecordError(
+            f"its text is not UTF-8: {error}", "save the text as UTF-8", where
+        ) from error
+
+
+def load(
+    root: Path | None,
+    split: str,
+    unreadable_shards: str = "fail",
+    cache_gb: float | None = None,
+) -> Rows:
     """Index the tars of a split.
 
     Args:
@@ -187,13 +279,18 @@ def load(root: Path | None, split: str, unreadable_shards: str = "fail") -> Rows
             train-000000.tar, 000000.tar.
         split: Name of the split.
         unreadable_shards: `skip` leaves out tars that cannot be read.
+        cache_gb: Size of the cache that tars behind an address are read through; None: they lie
+            here.
 
     Raises:
         FileNotFoundError: There is no such file or folder.
         ValueError: No such split, or tars cannot be read; all are named.
     """
     files = split_files("webdataset", root, split, (".tar",))
-    indexed, left_out = index_files(files, TarRecords, unreadable_shards == "skip")
+    index: Callable[[Path], RecordFile] = TarRecords
+    if cache_gb is not None and root is not None:
+        index = partial(TarParts, blocks=Blocks.of(root, cache_gb))
+    indexed, left_out = index_files(files, index, unreadable_shards == "skip")
     parts = [
         Part(f"webdataset/{name}", records, image_folders(file)) for name, file, records in indexed
     ]
@@ -212,9 +309,10 @@ def _parse(text: str, where: str) -> Mapping[str, Any]:
     return content
 
 
-def _is_compressed(file: Path) -> bool:
-    with file.open("rb") as stream:
-        return stream.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"))
-
-
-DATASET = DataSet("webdataset", load, sample_of, takes=("unreadable_shards",), reads=READS)
+DATASET = DataSet(
+    "webdataset",
+    load,
+    sample_of,
+    takes=("unreadable_shards", "cache_gb"),
+    reads=(*READS, "window_rows"),
+)
