@@ -226,15 +226,6 @@ def _vllm(config: Mapping[str, Any]) -> Runtime:
             "text_config.architectures is not set, and it picks the language model by that",
         )
 
-    if kind == "phi":
-        if reason := _unlike_phi_of_vllm(text):
-            return Runtime("vLLM", "unsupported", reason)
-        return Runtime(
-            "vLLM",
-            "exact",
-            "it reads the tower, the projector and the language model, and its Phi class loads and "
-            "adds the head's bias (read in its source, not run)",
-        )
     if kind in ("gemma", "gemma2"):
         return Runtime(
             "vLLM",
@@ -245,28 +236,9 @@ def _vllm(config: Mapping[str, Any]) -> Runtime:
     return Runtime(
         "vLLM",
         "exact",
-        "it reads the tower, the projector and the language model",
+        "it reads the tower, the projector and the language model"
+        + ", head bias included" * has_head_bias(config),
     )
-
-
-def _unlike_phi_of_vllm(text: Mapping[str, Any]) -> str | None:
-    """Return what vLLM's class for a Phi does not have of a language model; None if all is there.
-
-    Source: vLLM 0.21 `model_executor/models/phi.py`: `PhiForCausalLM`, `PhiMLP`.
-    """
-    width = text.get("hidden_size", 0)
-    if not text.get("lm_head_bias", True):
-        return "its Phi class has a bias in the head, and this model has none"
-    if text.get("tie_word_embeddings"):
-        return "its Phi class does not share the head's weights with the embeddings"
-    if text.get("qk_layernorm"):
-        return "its Phi class has no norms of queries and keys"
-    if text.get("intermediate_size", 4 * width) != 4 * width:
-        return (
-            f"its Phi class has hidden layers of 4 times the width, {4 * width}, and this model of "
-            f"{text['intermediate_size']}"
-        )
-    return None
 
 
 def _llama_cpp(config: Mapping[str, Any], processor: Mapping[str, Any]) -> Runtime:
