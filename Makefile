@@ -7,7 +7,7 @@
 # make lowest       run all tests with the lowest versions that pyproject.toml allows, in .venv-lowest
 # make gpu          check and measure the GPU path: below ten minutes; small without a GPU
 # make gpu-wheels   fetch what a machine without a network needs for it, into wheels/
-# make bench        measure training, data and states: about half an hour on an idle machine
+# make bench        measure training, data and states, on an idle machine
 PYTHON := .venv/bin/python
 INSTALLED := .venv/installed
 INSTALLED_QUICKSTART := .venv/installed-quickstart

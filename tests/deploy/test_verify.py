@@ -105,7 +105,7 @@ def test_a_biased_head_is_approximate_by_the_size_of_the_bias(
         status["transformers"].status == "approximate"
         and "dropped" in status["transformers"].reason
     )
-    assert status["vLLM"].status == "exact"
+    assert status["vLLM"].status == "exact" and "head bias included" in status["vLLM"].reason
     print_verification(found)
     assert "approximate" in capsys.readouterr().out
 

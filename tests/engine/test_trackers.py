@@ -42,20 +42,22 @@ class _Broken(ModuleType):
         raise AssertionError("a lost tracker is not finished")
 
 
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_a_tracker_that_fails_is_named_once_and_left(
+    name: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture,
 ) -> None:
     given: list[int] = []
-    monkeypatch.setitem(sys.modules, "wandb", _Broken(given))
-    with Trackers(["wandb"], tmp_path / "finetune", "run", {}) as trackers:
+    monkeypatch.setitem(sys.modules, name, _Broken(given))
+    with Trackers([name], tmp_path / "finetune", "run", {}) as trackers:
         for step in range(1, 5):
             trackers.log({"step": step, "loss": 1.0})
     assert given == [1, 2]
     said = capsys.readouterr().err
     assert (
-        said == "mipha: tracking with wandb has failed (the server is gone); "
+        said == f"mipha: tracking with {name} has failed (the server is gone); "
         "training goes on without it\n"
     )
     # A process that is not the first.

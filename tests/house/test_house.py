@@ -18,6 +18,7 @@ LAYERS = (
         *("recipe", "run", "files", "checkpoint_files", "geometry", "errors", "processes"),
         *("labels", "lookup", "preflight", "terminal", "validation", "catalog"),
         "answer_spans",
+        "rendering",
     },
     {"models", "data", "world"},
     {"assistant", "comparison", "engine"},

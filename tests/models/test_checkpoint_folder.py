@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mipha import rendering
 from mipha.assistant import load
-from mipha.models import chat_template
 from mipha.models.build import build, save_checkpoint
 from mipha.models.checkpoint_folder import check_finite, check_finite_folder
 from mipha.models.modeling import load_model
@@ -228,7 +228,7 @@ LONG_LOOP = "{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{
 def test_a_template_that_does_not_end_is_refused(
     folder: Path, template: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(chat_template, "TEMPLATE_SECONDS", 0.2)
+    monkeypatch.setattr(rendering, "TEMPLATE_SECONDS", 0.2)
     (folder / "chat_template.jinja").write_text(template)
     with pytest.raises(ValueError, match=r"chat_template\.jinja takes longer than 0\.2 seconds"):
         load_processor(folder)
@@ -247,7 +247,7 @@ def test_a_template_that_does_not_end_with_one_question_fails_that_question(
     trap = "{% if 'blue' in messages[-1].content | string %}" + LONG_LOOP + "{% endif %}"
     path.write_text(trap + path.read_text())
     assistant = load(folder)
-    monkeypatch.setattr(chat_template, "TEMPLATE_SECONDS", 0.5)
+    monkeypatch.setattr(rendering, "TEMPLATE_SECONDS", 0.5)
     with pytest.raises(ValueError, match=r"the chat template takes longer than 0\.5 seconds"):
         assistant.answer(None, "Is it blue?")
     assert assistant.answer(None, "Is it red?", max_new_tokens=2).num_tokens >= 0

@@ -36,12 +36,12 @@ from mipha.data.sample import IMAGE, Message, as_chat, turns_of, user_turn
 from mipha.geometry import geometry_of
 from mipha.models.adapters import adapter_template, attach_adapter, check_base
 from mipha.models.attention import use_segments
-from mipha.models.chat_template import bounded
 from mipha.models.decoding import AnswerText, OnTokens, RowSampler, RowWatch, Sampling
 from mipha.models.features import ImageFeatures, ImageInputs, image_features
 from mipha.models.modeling import LlavaForConditionalGeneration, attention_window, load_model
 from mipha.models.processing import load_processor
 from mipha.preflight import check_device, check_dtype
+from mipha.rendering import write_chat
 from mipha.run import Run, adapter_folder, model_folder
 
 
@@ -292,7 +292,9 @@ class Assistant:
             images = [grey_image()] * markers
         spans = image_spans(self.processor, images, _size_of)
         messages = with_tiles(messages, spans)
-        ids = np.asarray(_apply_template(self.processor, messages, tokenize=True), dtype=np.int64)
+        text = _write_prompt(self.processor, messages)
+        written = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = np.asarray(written, dtype=np.int64)
         return expand_images(ids, spans, self.processor).ids.tolist()
 
     def pixels(self, image: ImageLike) -> Tensor:
@@ -664,20 +666,18 @@ def with_adapter(assistant: Assistant, adapter: Path, base: Path) -> Assistant:
 
 def render_prompt(processor: LlavaProcessor, question: str, num_images: int) -> str:
     """Return the whole text that the model reads for one question, each image as a placeholder."""
-    return _apply_template(processor, [user_turn(question, num_images)], tokenize=False)
+    return _write_prompt(processor, [user_turn(question, num_images)])
 
 
-def _apply_template(processor: LlavaProcessor, messages: Sequence[Message], tokenize: bool) -> Any:
-    """Return a conversation that waits for the assistant: its text, or its token ids."""
-    # One that ended in time at loading may still not end with another conversation.
-    with bounded(str(processor.chat_template), "the chat template"):
-        return processor.tokenizer.apply_chat_template(
-            as_chat(tuple(messages)),
-            chat_template=processor.chat_template,
-            add_generation_prompt=True,
-            tokenize=tokenize,
-            return_dict=False,
-        )
+def _write_prompt(processor: LlavaProcessor, messages: Sequence[Message]) -> str:
+    """Return a conversation that waits for the assistant."""
+    return write_chat(
+        processor.tokenizer,
+        as_chat(tuple(messages)),
+        str(processor.chat_template),
+        "the chat template",
+        prompt=True,
+    )
 
 
 def _size_of(image: AnyImage) -> tuple[int, int]:

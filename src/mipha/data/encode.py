@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2 import TemplateError
 from transformers import LlavaProcessor
 
 from mipha.answer_spans import NoMask, answer_spans, has_marks, renderer, supervise
@@ -30,6 +29,7 @@ from mipha.data.upstream_tokens import encode_conversation
 from mipha.geometry import Span, geometry_of
 from mipha.labels import IGNORE
 from mipha.recipe import StageRecipe
+from mipha.rendering import FAILURES, bounded
 
 __all__ = [
     "IGNORE",
@@ -377,7 +377,7 @@ def _chat(
 
     try:
         encoded = _templated(messages, processor)
-    except (TemplateError, TypeError) as error:
+    except FAILURES as error:
         raise RecordError(
             f"the chat template does not write such a conversation: {error}",
             "remove the sample, or choose another model.chat_template",
@@ -418,26 +418,28 @@ def _spanned(
     fix = "remove the sample, or choose another model.chat_template"
     render = renderer(processor.tokenizer, processor.chat_template)
     try:
-        text, spans = answer_spans(render, as_chat(messages), processor.turn_ends)
+        with bounded(processor.chat_template, "the chat template"):
+            text, spans = answer_spans(render, as_chat(messages), processor.turn_ends)
         learned = [span for span, message in zip(spans, answers, strict=True) if message.learned]
         return supervise(processor.tokenizer, text, learned)
-    except (TemplateError, TypeError) as error:
-        problem = f"the chat template does not write such a conversation: {error}"
     except NoMask as error:
         problem = f"the chat template does not show what the assistant writes: {error}"
         if len(answers) > 1:
             fix = "make one sample of each answer, or choose another model.chat_template"
+    except FAILURES as error:
+        problem = f"the chat template does not write such a conversation: {error}"
     raise RecordError(problem, fix, f"sample {sample.id}", "loss-mark")
 
 
 def _templated(messages: tuple[Message, ...], processor: LlavaProcessor) -> Mapping[str, Any]:
-    return processor.tokenizer.apply_chat_template(
-        as_chat(messages),
-        chat_template=processor.chat_template,
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-    )
+    with bounded(processor.chat_template, "the chat template"):
+        return processor.tokenizer.apply_chat_template(
+            as_chat(messages),
+            chat_template=processor.chat_template,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
 
 
 def _plain(

@@ -142,6 +142,7 @@ def view_sample(
         return view
 
     from mipha.data.encode import as_chat, check_text, encode_for  # transformers takes seconds
+    from mipha.rendering import write_chat
 
     # Render it with the template.
     is_padded = bool(getattr(processor.image_processor, "do_pad", False))
@@ -158,8 +159,8 @@ def view_sample(
         chat = as_chat(sample.messages)
         view = replace(
             view,
-            rendered=processor.tokenizer.apply_chat_template(
-                chat, chat_template=processor.chat_template, tokenize=False
+            rendered=write_chat(
+                processor.tokenizer, chat, processor.chat_template, "the chat template"
             ),
         )
 

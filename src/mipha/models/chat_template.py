@@ -9,23 +9,19 @@ that wants text gets a preamble that turns parts into text. A template that does
 of the assistant, and nothing of the user, is refused with the reason. A checkpoint's own template
 needs no marks where `answer_spans` can tell exactly what the assistant writes.
 
-A template is a stranger's program. jinja2's sandbox keeps it from everything but its input, and
-`bounded` from computing for ever.
+A template is a stranger's program, which `mipha.rendering` keeps within bounds.
 """
 
 from __future__ import annotations
 
-import ctypes
-import threading
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
-from functools import lru_cache
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
-from jinja2 import Environment, TemplateError
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from mipha.answer_spans import NoMask, answer_spans, has_marks, renderer, supervise
+from mipha.rendering import FAILURES, bounded, check_length
 
 IMAGE_TOKEN = "<image>"
 
@@ -45,9 +41,6 @@ PARTS_TO_TEXT = """\
 {%- set messages = flat.messages -%}
 """
 """Stands before a template that is made for text, and gives it the parts as text."""
-
-TEMPLATE_SECONDS = 10.0
-"""Longest time to write a conversation; it takes milliseconds."""
 
 _QUESTIONS = ("Which shape is that, please?", "Is it red?")
 _ANSWERS = ("That is a green circle.", "No, as I said.")
@@ -76,62 +69,6 @@ class _Written(NamedTuple):
     text: str
     stretches: tuple[str, ...]
     prompt: str
-
-
-class _TookTooLong(BaseException):
-    """Raised in the thread that renders a template. Not an Exception, so nothing handles it."""
-
-
-@contextmanager
-def bounded(template: str, source: object) -> Iterator[None]:
-    """Bound the time in which this thread renders a chat template.
-
-    Args:
-        template: The template.
-        source: File or name of it, for messages.
-
-    Raises:
-        ValueError: It takes longer than `TEMPLATE_SECONDS`, or holds the power operator, whose
-            huge numbers nothing can interrupt.
-    """
-    if _holds_power(template):
-        raise ValueError(
-            f"{source} holds the operator **, which may compute for ever: give a template without"
-        )
-
-    renderer, ended, lock = threading.get_ident(), False, threading.Lock()
-
-    def stop() -> None:
-        with lock:
-            if not ended:
-                ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                    ctypes.c_ulong(renderer), ctypes.py_object(_TookTooLong)
-                )
-
-    timer = threading.Timer(TEMPLATE_SECONDS, stop)
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    except _TookTooLong:
-        raise ValueError(
-            f"{source} takes longer than {TEMPLATE_SECONDS:g} seconds to write a conversation: "
-            "give a template that ends"
-        ) from None
-    finally:
-        with lock:
-            ended = True
-        timer.cancel()
-
-
-@lru_cache(8)
-def _holds_power(template: str) -> bool:
-    try:
-        return any(
-            (kind, value) == ("operator", "**") for _, kind, value in Environment().lex(template)
-        )
-    except TemplateError:  # rendering says what is wrong
-        return False
 
 
 def fit_template(template: str, tokenizer: PreTrainedTokenizerBase, source: str) -> str:
@@ -222,7 +159,7 @@ def _fault_of_spans(
             supervise(tokenizer, text, spans)
     except NoMask as error:
         return str(error)
-    except (TemplateError, TypeError, ValueError) as error:
+    except FAILURES as error:
         return f"it fails ({' '.join(str(error).split())[:120]})"
 
     for words in (*_QUESTIONS, *_ANSWERS, image_token):
@@ -294,7 +231,7 @@ def _fault_of(template: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Return what is wrong with what a template writes for messages with parts; None if nothing."""
     try:
         written = _write(template, tokenizer)
-    except (TemplateError, TypeError, ValueError) as error:
+    except FAILURES as error:
         return f"it fails ({' '.join(str(error).split())[:120]})"
 
     # The words must be there, each once, and the image once.
@@ -342,6 +279,7 @@ def _write(template: str, tokenizer: PreTrainedTokenizerBase) -> _Written:
     """Write the conversation, and decode the stretches that the template marks."""
     messages = _conversation()
     text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+    check_length(text, "the template")
     encoded = _encode(messages, template, tokenizer)
     ids, marks = encoded["input_ids"], [bool(mark) for mark in encoded["assistant_masks"]]
 

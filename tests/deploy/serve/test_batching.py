@@ -83,12 +83,30 @@ def with_engine(
     return asyncio.run(main()), metrics
 
 
-def batches(metrics: Metrics) -> int:
+def count(metrics: Metrics, name: str) -> int:
     return next(
-        int(line.split()[1])
+        int(float(line.split()[1]))
         for line in metrics.text().splitlines()
-        if line.startswith("mipha_batches_total ")
+        if line.startswith(f"mipha_{name} ")
     )
+
+
+def batches(metrics: Metrics) -> int:
+    return count(metrics, "batches_total")
+
+
+def test_images_are_counted_by_whether_their_features_were_still_there(
+    assistant: Assistant, make_image: Callable[[int], Image.Image]
+) -> None:
+    encoded, found = assistant.features.num_encoded, assistant.features.num_found
+
+    async def use(engine: TransformersEngine) -> None:
+        for _ in range(3):
+            await read(engine, request("Which colour?", make_image(77)))
+
+    _, metrics = with_engine(assistant, use)
+    assert count(metrics, "images_encoded_total") == encoded + 1
+    assert count(metrics, "images_found_total") == found + 2
 
 
 @pytest.mark.parametrize(

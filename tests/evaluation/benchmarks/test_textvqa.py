@@ -193,6 +193,15 @@ def test_doubts(tmp_path: Path) -> None:
     assert "1 questions stand twice at one image" in twice
 
 
+def test_a_file_that_says_half_of_its_edition_is_not_doubted_for_it(tmp_path: Path) -> None:
+    path = _write(tmp_path, _record(1, ["x"] * 10))
+    content = json.loads(path.read_text())
+    del content["dataset_type"]
+    path.write_text(json.dumps(content))
+    (question,) = textvqa.read_labels(path)
+    assert question.facts["edition"] is None
+
+
 @pytest.mark.parametrize(
     ("record", "sentence"),
     [

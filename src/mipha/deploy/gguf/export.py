@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
@@ -37,6 +36,7 @@ from mipha.models.checkpoint_folder import check_finite_folder
 from mipha.models.modeling import MODELS
 from mipha.preflight import check_new_folder
 from mipha.recipe import Recipe
+from mipha.rendering import write_chat
 from mipha.run import model_folder, open_run
 
 # Private letters that no language has: the text between them is found by their places.
@@ -231,9 +231,7 @@ def _go_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
 
     def between(turns: list[tuple[str, str]]) -> list[str]:
         messages = [{"role": role, "content": text} for role, text in turns]
-        text = tokenizer.apply_chat_template(
-            messages, chat_template=template, add_generation_prompt=True, tokenize=False
-        )
+        text = write_chat(tokenizer, messages, template, "the chat template", prompt=True)
         pieces = []
         for _, word in turns:
             piece, text = text.split(word, 1)
@@ -247,12 +245,11 @@ def _go_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
     try:
         system, after_system, _ = between([("system", _SYSTEM), ("user", _ASKED)])
         system += "{{ .Content }}"
-    except TemplateError:  # some templates refuse a system turn
+    except ValueError:  # some templates refuse a system turn
         system, after_system = "", first
-    image = tokenizer.apply_chat_template(
-        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": _ASKED}]}],
-        chat_template=template,
-        tokenize=False,
+    parts = [{"type": "image"}, {"type": "text", "text": _ASKED}]
+    image = write_chat(
+        tokenizer, [{"role": "user", "content": parts}], template, "the chat template"
     )
     after_image = image.split(_ASKED)[0].rpartition("<image>")[2]
 

@@ -20,6 +20,7 @@ from mipha.deploy.gguf.writer import Field
 from mipha.geometry import Geometry, Shuffled
 from mipha.models.language_model import end_of_turn
 from mipha.models.processing import IMAGE_TOKEN
+from mipha.rendering import write_chat
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 
@@ -381,11 +382,8 @@ def _as_marked(conversation: list[dict]) -> list[dict]:
 
 def _render(template: str, tokenizer: PreTrainedTokenizerBase, conversation: list[dict]) -> str:
     ends_with_answer = conversation[-1]["role"] == "assistant"
-    return tokenizer.apply_chat_template(
-        conversation,
-        chat_template=template,
-        add_generation_prompt=not ends_with_answer,
-        tokenize=False,
+    return write_chat(
+        tokenizer, conversation, template, "the chat template", prompt=not ends_with_answer
     )
 
 

@@ -1,0 +1,191 @@
+"""Write a conversation with a chat template, within bounds of time and memory.
+
+A template is a stranger's program. jinja2's sandbox keeps it from everything but its input, and
+`bounded` from computing for ever and from filling the memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, TemplateError
+
+try:
+    import resource
+except ModuleNotFoundError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+TEMPLATE_SECONDS = 10.0
+"""Longest time to write a conversation; it takes milliseconds."""
+
+TEMPLATE_GIB = 2.0
+"""Most memory to write a conversation, in GiB; it takes kilobytes."""
+
+MOST_CHARACTERS = 2**24
+"""Longest conversation that is given to a tokenizer, in characters."""
+
+FAILURES = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError)
+FAILURES += (AttributeError, RuntimeError)
+"""What a template that does not take a conversation raises."""
+
+
+class _TookTooLong(BaseException):
+    """Raised in the thread that renders a template. Not an Exception, so nothing handles it."""
+
+
+@contextmanager
+def bounded(template: str, source: object) -> Iterator[None]:
+    """Bound the time and the memory in which this thread renders a chat template.
+
+    Args:
+        template: The template.
+        source: File or name of it, for messages.
+
+    Raises:
+        ValueError: It takes longer than `TEMPLATE_SECONDS` or more than `TEMPLATE_GIB`, or holds
+            the power operator, whose huge numbers nothing can interrupt.
+    """
+    if _holds_power(template):
+        raise ValueError(
+            f"{source} holds the operator **, which may compute for ever: give a template without"
+        )
+
+    renderer, ended, lock = threading.get_ident(), False, threading.Lock()
+
+    def stop() -> None:
+        with lock:
+            if not ended:
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                    ctypes.c_ulong(renderer), ctypes.py_object(_TookTooLong)
+                )
+
+    timer = threading.Timer(TEMPLATE_SECONDS, stop)
+    timer.daemon = True
+    with _MEMORY.bounded():
+        timer.start()
+        try:
+            yield
+        except _TookTooLong:
+            raise ValueError(
+                f"{source} takes longer than {TEMPLATE_SECONDS:g} seconds to write a conversation: "
+                "give a template that ends"
+            ) from None
+        except MemoryError:
+            raise ValueError(
+                f"{source} takes more than {TEMPLATE_GIB:g} GiB to write a conversation: "
+                "give a template that writes less"
+            ) from None
+        finally:
+            with lock:
+                ended = True
+            timer.cancel()
+
+
+class _Memory:
+    """The limit on the memory of this process while threads of it render templates.
+
+    A limit on addresses is the only one that stops a single product such as `'a' * 10000000000`. It
+    is one of the whole process, so it holds from the first thread that renders to the last, which
+    is milliseconds. Only Linux tells what a process has; elsewhere there is no limit.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._rendering = 0
+        self._usual = (-1, -1)
+
+    @contextmanager
+    def bounded(self) -> Iterator[None]:
+        """Let the process grow by `TEMPLATE_GIB` at most within the context."""
+        if not _STATM.exists():
+            yield
+            return
+
+        with self._lock:
+            self._rendering += 1
+            if self._rendering == 1:
+                self._usual = resource.getrlimit(resource.RLIMIT_AS)
+                pages = int(_STATM.read_text(encoding="ascii").split()[0])
+                most = pages * resource.getpagesize() + int(TEMPLATE_GIB * 2**30)
+                set_before = [each for each in self._usual if each != resource.RLIM_INFINITY]
+                resource.setrlimit(resource.RLIMIT_AS, (min([most, *set_before]), self._usual[1]))
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._rendering -= 1
+                if self._rendering == 0:
+                    resource.setrlimit(resource.RLIMIT_AS, self._usual)
+
+
+_STATM = Path("/proc/self/statm")
+_MEMORY = _Memory()
+
+
+def write_chat(
+    tokenizer: Any,
+    messages: Sequence[dict[str, Any]],
+    template: str,
+    source: object,
+    prompt: bool = False,
+) -> str:
+    """Return what a chat template writes for a conversation.
+
+    Args:
+        tokenizer: Tokenizer whose special tokens the template may name.
+        messages: Roles and contents.
+        template: The template.
+        source: File or name of it, for messages.
+        prompt: Write how an answer begins, behind the last message.
+
+    Raises:
+        ValueError: The template fails, passes a bound of `bounded`, or writes more than
+            `MOST_CHARACTERS`.
+    """
+    with bounded(template, source):
+        try:
+            text = tokenizer.apply_chat_template(
+                list(messages),
+                chat_template=template,
+                add_generation_prompt=prompt,
+                tokenize=False,
+            )
+        except FAILURES as error:
+            raise ValueError(
+                f"{source} cannot write a conversation: give a working template ({_reason(error)})"
+            ) from error
+    check_length(text, source)
+    return text
+
+
+def check_length(text: str, source: object) -> None:
+    """Refuse a conversation that no tokenizer should be given.
+
+    Raises:
+        ValueError: It has more than `MOST_CHARACTERS`.
+    """
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(
+            f"{source} writes a conversation of {len(text):,} characters, and at most "
+            f"{MOST_CHARACTERS:,} are read: give a template that writes less"
+        )
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+@lru_cache(8)
+def _holds_power(template: str) -> bool:
+    try:
+        return any(
+            (kind, value) == ("operator", "**") for _, kind, value in Environment().lex(template)
+        )
+    except TemplateError:  # rendering says what is wrong
+        return False
