@@ -7,6 +7,8 @@ these files. `collect` finds them, so a new benchmark needs no entry in any cent
 
 from __future__ import annotations
 
+import base64
+import csv
 import importlib
 import io
 import json
@@ -152,6 +154,22 @@ def write_parquet(path: Path, records: Sequence[Mapping[str, Any]], **options: A
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pyarrow.Table.from_pylist([dict(row) for row in records])
     parquet.write_table(table, path, compression="none", use_dictionary=False, **options)
+    return path
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """Write a .tsv file as VLMEvalKit does: images in base64, lists as Python writes them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="") as file:
+        table = csv.DictWriter(file, rows[0].keys(), dialect="excel-tab")
+        table.writeheader()
+        for row in rows:
+            table.writerow(
+                {
+                    name: base64.b64encode(cell).decode() if isinstance(cell, bytes) else cell
+                    for name, cell in row.items()
+                }
+            )
     return path
 
 

@@ -20,7 +20,9 @@ from mipha.evaluation.files import (
     find,
     find_shards,
     image_file,
+    read_answers,
     read_record,
+    read_rows,
     read_table,
     refuse_repeated,
     write_spreadsheet,
@@ -151,3 +153,33 @@ def test_a_spreadsheet_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(sys.modules, "openpyxl", None)
     with pytest.raises(MissingPackage, match=r"openpyxl.*mipha-vlm\[evaluation\]"):
         write_spreadsheet(("index",), [])
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        (("1\t{image}", "1\t{image}"), "line 3 has the index 1 of .*line 2: keep one"),
+        (("1\t2", "2\t"), "line 2: the image is neither base64 nor the index of a row with"),
+        (("1\t2", "2\t1"), "line 2: the image is neither"),
+        (("1\t{image}", "2\t9"), "line 3: the image is neither"),
+    ],
+)
+def test_a_shared_image_that_is_not_there_is_named(
+    rows: tuple[str, ...], sentence: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "x.tsv"
+    lines = ["index\timage", *(row.format(image="a" * 80) for row in rows)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=sentence):
+        list(read_rows(path, ()))
+
+
+@pytest.mark.parametrize(
+    ("cell", "answers"),
+    [
+        ("['a', \"b's\"]", ["a", "b's"]),
+        *((cell, [cell]) for cell in ("a", "", "[a, b]", "[1, 2]", "[]", "['a'", "('a',)")),
+    ],
+)
+def test_answers_of_a_cell(cell: str, answers: list[str]) -> None:
+    assert read_answers(cell) == answers

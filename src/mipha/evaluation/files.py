@@ -2,11 +2,13 @@
 
 find, find_shards       where a file lies, in one piece or in several
 image_file, find_image  where an image lies
-read_json_or_parquet    rows of a benchmark that is published in both forms
+read_json_or_table      rows of a benchmark that is published in several forms
 read_official           the content of a JSON file
 read_record             a record of it as a pydantic model
 read_table              rows of a .tsv file
 read_parquet            rows of a .parquet file
+read_rows               rows of a .parquet file, or of a .tsv file of VLMEvalKit
+read_answers            answers that a cell holds as a Python list
 refuse_repeated         an id that stands in a file twice
 TableImages             images inside a table, equal ones once
 decode_image            an image that a table holds as base64 text
@@ -15,6 +17,7 @@ write_spreadsheet       an .xlsx file, for servers that take one
 
 from __future__ import annotations
 
+import ast
 import base64
 import binascii
 import csv
@@ -35,6 +38,8 @@ AGAIN = "get the official file again"
 
 _LONGEST_SHOWN = 80
 """Characters of a wrong value that an error shows."""
+LONGEST_REFERENCE = 64
+"""Characters: an image cell up to here is the index of another row, whose image this row shares."""
 _LONGEST_CELL = 32_767
 """Characters that a cell of a spreadsheet can hold."""
 
@@ -80,7 +85,7 @@ def find(root: Path, names: Sequence[str], source: str) -> Path:
 
 
 def find_shards(root: Path, patterns: Sequence[str], source: str) -> list[Path]:
-    """Return the .parquet files of a split, in order; `x-00000-of-00003.parquet` is one of three.
+    """Return the files of a split, in order; `x-00000-of-00003.parquet` is one of three.
 
     Args:
         root: A folder with official files, or one of them.
@@ -127,7 +132,7 @@ def find_image(folder: Path, names: Sequence[str], source: str) -> Path:
     return image_file(next((path for path in paths if path.is_file()), paths[0]), source)
 
 
-def read_json_or_parquet(
+def read_json_or_table(
     root: Path,
     names: Sequence[str],
     patterns: Sequence[str],
@@ -139,7 +144,7 @@ def read_json_or_parquet(
     Args:
         root: A folder with official files, or one of them.
         names: Paths of the .json file, which comes first, the usual one first.
-        patterns: See `find_shards`.
+        patterns: See `find_shards`; a .tsv file of VLMEvalKit may be the last.
         source: Where the files come from, for errors.
         unpack: Yields place and row of every question of the .json file; None: it is a list.
 
@@ -158,7 +163,7 @@ def read_json_or_parquet(
         return
 
     for path in find_shards(root, [*names, *patterns], source):
-        for where, row in read_parquet(path, ()):
+        for where, row in read_rows(path, ()):
             yield where, row, None
 
 
@@ -269,6 +274,64 @@ def read_parquet(path: Path, required: Iterable[str]) -> Iterator[tuple[str, dic
                     number += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path} is not a .parquet file ({error}): {AGAIN}") from error
+
+
+def read_rows(path: Path, required: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the rows of a .parquet file, or of a .tsv file of VLMEvalKit.
+
+    Rows of a .tsv file share images: a short image cell is the index of the row that has the image.
+    It is replaced by that image.
+
+    Args:
+        path: The file.
+        required: Columns that must be there; a .tsv file must have an index too.
+
+    Raises:
+        MissingPackage: The file is a .parquet, and pyarrow is not installed.
+        ValueError: A column is missing, an index stands twice, the image that a row shares is not
+            there, or this is neither kind of file.
+
+    Source: open-compass/VLMEvalKit e8e78f05 `vlmeval/dataset/image_base.py`.
+    """
+    if path.suffix != ".tsv":
+        yield from read_parquet(path, required)
+        return
+
+    # A reference may point to a later row, so the shared images are found before.
+    columns = ("index", *required)
+    references = {
+        row["image"]
+        for _, row in read_table(path, columns)
+        if len(row.get("image", "")) <= LONGEST_REFERENCE
+    }
+    shared = {
+        row["index"]: row["image"]
+        for _, row in (read_table(path, columns) if references - {""} else ())
+        if row["index"] in references and len(row["image"]) > LONGEST_REFERENCE
+    }
+
+    place_of: dict[str, str] = {}
+    for where, row in read_table(path, columns):
+        refuse_repeated(place_of, row["index"], where, "index")
+        image = row.get("image", "")
+        if image and len(image) <= LONGEST_REFERENCE:
+            if image not in shared:
+                raise ValueError(
+                    f"{where}: the image is neither base64 nor the index of a row with an image: "
+                    f"{AGAIN}"
+                )
+            row["image"] = shared[image]
+        yield where, row
+
+
+def read_answers(cell: str) -> list[str]:
+    """Return the answers of a cell: those of a Python list of texts, else the cell itself."""
+    try:
+        value = ast.literal_eval(cell)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return [cell]
+    is_list = isinstance(value, list) and value and all(isinstance(one, str) for one in value)
+    return value if is_list else [cell]
 
 
 def refuse_repeated(

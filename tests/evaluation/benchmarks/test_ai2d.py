@@ -16,6 +16,7 @@ from tests.evaluation.official import (
     make_image,
     read_expected,
     write_parquet,
+    write_table,
 )
 
 FILE = "data/test-00000-of-00001.parquet"
@@ -85,6 +86,27 @@ def test_questions_are_rows_and_images_are_clusters(tmp_path: Path) -> None:
     sums = tally(judgement.contributions)
     assert len(sums.clusters) == 2
     assert values(sums, ai2d.measure) == pytest.approx({"overall": 100 / 3, "vlmevalkit": 200 / 3})
+
+
+def test_the_table_of_vlmevalkit_asks_the_same(tmp_path: Path) -> None:
+    write_parquet(tmp_path / FILE, RECORDS)
+    rows = []
+    for number, row in enumerate(RECORDS):
+        options = dict(zip("ABCD", [*row["options"], "", ""][:4], strict=True))
+        named = {"index": 7 + number, "question": row["question"], **options}
+        answer = "ABCD"[int(row["answer"])]
+        rows.append(named | {"answer": answer, "image": row["image"]["bytes"]})
+    path = write_table(tmp_path / "table" / "AI2D_TEST.tsv", rows)
+
+    official = ai2d.BENCHMARK.questions(tmp_path)
+    table = ai2d.BENCHMARK.questions(path.parent)
+    assert [question.id for question in table] == ["7", "8", "9"]
+    for ours, theirs in zip(official, table, strict=True):
+        assert (ours.text, ours.facts, ours.image) == (theirs.text, theirs.facts, theirs.image)
+
+    write_table(path, [rows[0] | {"answer": "C"}])
+    with pytest.raises(ValueError, match=r"line 2: answer 'C' .* 2 options, .* its letter"):
+        ai2d.read_labels(path)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from tests.evaluation.official import (
     write_file,
     write_images,
     write_parquet,
+    write_table,
 )
 
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -69,6 +70,35 @@ def test_all_forms_of_the_files_ask_the_same(kind: str, tmp_path: Path) -> None:
         assert ours.text == theirs.text and ours.facts["answers"] == theirs.facts["answers"]
         assert isinstance(ours.image, Path) and ours.image.read_bytes() == theirs.image
     assert {question.image for question in chartqa.read_labels(tmp_path / "data")} == {None}
+
+
+def test_the_table_of_vlmevalkit_asks_the_same(tmp_path: Path) -> None:
+    write_official(tmp_path)
+    rows = [
+        {"index": number, "question": query, "answer": label, "split": f"test_{half}"}
+        | {"image": make_image(f"png/{name}")}
+        for number, (half, (name, query, label)) in enumerate(
+            [("augmented", AUGMENTED[0]), *(("human", row) for row in HUMAN)]
+        )
+    ]
+    path = write_table(tmp_path / "table" / "ChartQA_TEST.tsv", rows)
+    official, table = (
+        chartqa.BENCHMARK.questions(folder) for folder in (tmp_path, tmp_path / "table")
+    )
+    assert [question.id for question in table] == IDS
+    for ours, theirs in zip(official, table, strict=True):
+        assert ours.text == theirs.text and ours.facts["answers"] == theirs.facts["answers"]
+        assert isinstance(ours.image, Path) and ours.image.read_bytes() == theirs.image
+
+    # A list in brackets is text, as in the official file, and one of Python is several answers.
+    answers = ["[Retail, Wholesale]", "[3, 5]", "['62', '62%']"]
+    write_table(path, [row | {"answer": one} for row, one in zip(rows, answers, strict=True)])
+    table = {question.text: question for question in chartqa.read_labels(path)}
+    assert [table[row["question"] + SHORT].facts["answers"] for row in rows] == [
+        ["[Retail, Wholesale]"],
+        ["[3, 5]"],
+        ["62", "62%"],
+    ]
 
 
 def test_numbers_by_hand(tmp_path: Path) -> None:

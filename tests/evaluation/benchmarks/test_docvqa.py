@@ -23,6 +23,7 @@ from tests.evaluation.official import (
     write_file,
     write_images,
     write_parquet,
+    write_table,
 )
 
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -96,6 +97,28 @@ def test_both_forms_of_the_files_ask_the_same(tmp_path: Path) -> None:
         assert isinstance(ours.image, Path) and ours.image.read_bytes() == theirs.image
     assert len({question.facts["image"] for question in table}) == 2
     assert docvqa.BENCHMARK.questions(tmp_path, "test")[0].facts.keys() == {"image", "groups"}
+
+
+def test_the_table_of_vlmevalkit_asks_the_same(tmp_path: Path) -> None:
+    write_official(tmp_path)
+    pages: dict[str, Any] = {}
+    rows = []
+    for number, image, answers in ROWS:  # the first question of a page has it, others its index
+        shown = pages.setdefault(image, number)
+        cell = shown if shown != number else make_image(f"spdocvqa_images/{image}")
+        named = {"index": number, "question": f"What is {number}?", "answer": repr(answers)}
+        rows.append(named | {"image": cell})
+    path = write_table(tmp_path / "table" / "DocVQA_VAL.tsv", rows[::-1])
+
+    official = docvqa.BENCHMARK.questions(tmp_path)
+    table = docvqa.BENCHMARK.questions(path.parent)[::-1]
+    assert [question.id for question in official] == [question.id for question in table]
+    for ours, theirs in zip(official, table, strict=True):
+        assert ours.text == theirs.text and ours.facts["answers"] == theirs.facts["answers"]
+        assert isinstance(ours.image, Path) and ours.image.read_bytes() == theirs.image
+    assert len({question.facts["image"] for question in table}) == 2
+    with pytest.raises(ValueError, match="has no questionId, which the server asks for"):
+        docvqa.BENCHMARK.questions(path, "test")
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from tests.evaluation.official import (
     write_file,
     write_images,
     write_parquet,
+    write_table,
 )
 
 FORMULA = "Handwritten Mathematical Expression Recognition"
@@ -94,6 +95,30 @@ def test_both_forms_of_the_files_ask_the_same(tmp_path: Path) -> None:
         assert ours.text == theirs.text and ours.text.endswith(" using a single word or phrase.")
         assert {**ours.facts, "image": ""} == {**theirs.facts, "image": ""}
         assert isinstance(ours.image, Path) and ours.image.read_bytes() == theirs.image
+
+
+def test_the_table_of_vlmevalkit_asks_the_same(tmp_path: Path) -> None:
+    write_official(tmp_path)
+    rows = [
+        {
+            "index": 10 + number,
+            "image": make_image(f"{dataset}/1.png"),
+            "question": f"what is in {dataset}?",
+            "answer": repr([answers] if isinstance(answers, str) else answers),
+            "category": kind,
+        }
+        for number, (dataset, answers, kind) in enumerate(ROWS)
+    ]
+    table = ocrbench.BENCHMARK.questions(write_table(tmp_path / "table" / "OCRBench.tsv", rows))
+    official = ocrbench.BENCHMARK.questions(tmp_path)
+    assert [question.id for question in table] == ["10", "11", "12", "13"]
+    for ours, theirs in zip(official, table, strict=True):
+        assert ours.text == theirs.text and ours.facts["answers"] == theirs.facts["answers"]
+        assert isinstance(ours.image, Path) and ours.image.read_bytes() == theirs.image
+
+    # Spaces do not count in a formula, and do elsewhere.
+    texts = {str(10 + int(name)): text for name, text in GOLD.items()} | {"11": "5 7"}
+    assert ocrbench.score(table, texts).per_question == {"10": 1, "11": 0, "12": 1, "13": 1}
 
 
 def test_points_by_hand(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ import re
 import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from pydantic import Field
@@ -32,15 +33,17 @@ from mipha.evaluation.files import (
     OfficialRecord,
     TableImages,
     find_shards,
-    read_parquet,
     read_record,
+    read_rows,
 )
 from mipha.evaluation.multiple_choice import LETTER, LETTERS, list_options, read_option
 
-FILES = ("data/test-*.parquet", "test-*.parquet", "test.parquet")
+TSV = ("AI2D_TEST.tsv", "AI2D_TEST_NO_MASK.tsv")
+"""VLMEvalKit's files: the same questions under ids of their own."""
+FILES = ("data/test-*.parquet", "test-*.parquet", "test.parquet", *TSV)
 SOURCE = (
     "get data/test-*.parquet from huggingface.co/datasets/lmms-lab/ai2d (with mask, the usual "
-    "one) or lmms-lab/ai2d-no-mask"
+    f"one) or lmms-lab/ai2d-no-mask, or VLMEvalKit's {TSV[0]} or {TSV[1]}"
 )
 
 _LETTER_AND_STOP = re.compile(r"^\s*([A-Z])\.")
@@ -57,12 +60,13 @@ def read(root: Path, split: str) -> list[Question]:
     """Return every question in the order of the files.
 
     Args:
-        root: Folder with the .parquet files, or the only one of them.
+        root: Folder with the .parquet files or a .tsv file, or the only one of them.
         split: `test`.
 
     Returns:
-        Questions with the number of their row as id, whose facts are `answer` (letter), `choices`
-        (letter to text) and `image` (hash of the image, or the id where there is none).
+        Questions with the number of their row as id, or their index in a .tsv file. Facts are
+        `answer` (letter), `choices` (letter to text) and `image` (hash of the image, or the id
+        where there is none).
     """
     return _read_rows(root, with_images=True)
 
@@ -108,15 +112,17 @@ def _read_rows(root: Path, with_images: bool) -> list[Question]:
     images = TableImages(with_images)
     questions: list[Question] = []
     for path in find_shards(root, FILES, SOURCE):
-        for where, cells in read_parquet(path, ("question", "options", "answer")):
+        for where, cells in read_rows(path, ("question", "answer")):
+            if path.suffix == ".tsv":
+                cells = _rename(cells)
             row = read_record(_Row, cells, where)
             if row.answer not in map(str, range(len(row.options))):
                 raise ValueError(
                     f"{where}: answer {row.answer!r} should be the number of one of its "
-                    f"{len(row.options)} options, from '0': {AGAIN}"
+                    f"{len(row.options)} options, from '0', in a .tsv file its letter: {AGAIN}"
                 )
 
-            question_id = str(len(questions))
+            question_id = cells.get("question_id", str(len(questions)))
             name, image = images.read(cells.get("image"), where, question_id)
             facts = {
                 "answer": LETTERS[int(row.answer)],
@@ -126,6 +132,17 @@ def _read_rows(root: Path, with_images: bool) -> list[Question]:
             prompt = row.question + list_options(row.options) + LETTER
             questions.append(Question(question_id, prompt, image, facts))
     return questions
+
+
+def _rename(cells: Mapping[str, str]) -> dict[str, Any]:
+    """Return the cells of a .tsv file under the names of the .parquet files."""
+    options = [cells[letter] for letter in LETTERS if letter in cells]
+    while options and not options[-1]:
+        options.pop()
+    numbers = {letter: str(number) for number, letter in enumerate(LETTERS[: len(options)])}
+    answer = cells["answer"]
+    named = {"options": options, "answer": numbers.get(answer, answer)}
+    return {**cells, **named, "question_id": cells["index"]}
 
 
 BENCHMARK = Benchmark(
@@ -148,5 +165,5 @@ BENCHMARK = Benchmark(
     score=score,
     measure=measure,
     rules="lmms-eval",
-    id_advice="AI2D's ids are the numbers of the rows, from 0",
+    id_advice="AI2D's ids are the numbers of the rows, from 0, or the index of the .tsv file",
 )

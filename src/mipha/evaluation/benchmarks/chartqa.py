@@ -28,18 +28,20 @@ from mipha.evaluation.files import (
     find,
     find_shards,
     image_file,
+    read_answers,
     read_list,
-    read_parquet,
     read_record,
+    read_rows,
 )
 from mipha.evaluation.relaxed import is_relaxed_match
 
 HALVES = ("human", "augmented")
-PARQUET = ("data/test-*.parquet", "test-*.parquet", "test.parquet")
+TSV = "ChartQA_TEST.tsv"
+TABLES = ("data/test-*.parquet", "test-*.parquet", "test.parquet", TSV)
 SOURCE = (
     "get `ChartQA Dataset/test` (test_human.json, test_augmented.json, png/) from "
     "github.com/vis-nlp/ChartQA, or the test .parquet files of "
-    "huggingface.co/datasets/lmms-lab/ChartQA or HuggingFaceM4/ChartQA"
+    f"huggingface.co/datasets/lmms-lab/ChartQA or HuggingFaceM4/ChartQA, or VLMEvalKit's {TSV}"
 )
 
 
@@ -59,8 +61,8 @@ def read(root: Path, split: str) -> list[Question]:
     """Return every question: human, then augmented, each in the order of its file.
 
     Args:
-        root: Folder with the two .json files and png/, or with .parquet files, or the only one of
-            the latter.
+        root: Folder with the two .json files and png/, or with .parquet files or a .tsv file, or
+            the only one of the latter.
         split: `test`.
 
     Returns:
@@ -124,7 +126,7 @@ def _read_questions(root: Path, with_images: bool) -> list[Question]:
     for folder in (root, root / "test", root / "ChartQA Dataset" / "test"):
         if any((folder / f"test_{half}.json").is_file() for half in HALVES):
             return _read_json(folder, with_images)
-    return _read_parquet(root, with_images)
+    return _read_tables(root, with_images)
 
 
 def _read_json(folder: Path, with_images: bool) -> list[Question]:
@@ -141,11 +143,11 @@ def _read_json(folder: Path, with_images: bool) -> list[Question]:
     return questions
 
 
-def _read_parquet(root: Path, with_images: bool) -> list[Question]:
+def _read_tables(root: Path, with_images: bool) -> list[Question]:
     images = TableImages(with_images)
     num_of: Counter[str] = Counter()
     questions = []
-    for where, cells in _read_rows(root):
+    for where, cells in _read_cells(root):
         row = read_record(_Row, _rename(cells), where)
         question_id = f"{row.half}/{num_of[row.half]}"
         num_of[row.half] += 1
@@ -155,17 +157,22 @@ def _read_parquet(root: Path, with_images: bool) -> list[Question]:
     return sorted(questions, key=lambda question: HALVES.index(question.facts["half"]))
 
 
-def _read_rows(root: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    for path in find_shards(root, PARQUET, SOURCE):
-        yield from read_parquet(path, ())
+def _read_cells(root: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for path in find_shards(root, TABLES, SOURCE):
+        yield from read_rows(path, ())
 
 
 def _rename(cells: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the cells of either .parquet file under the names of this module."""
+    """Return the cells of a table under the names of this module."""
     if "human_or_machine" in cells:  # HuggingFaceM4/ChartQA
         number = cells["human_or_machine"]
         half = HALVES[number] if number in (0, 1) else number
         return {"half": half, "question": cells.get("query"), "answers": cells.get("label")}
+    if "split" in cells and "type" not in cells:  # VLMEvalKit
+        half = {f"test_{half}": half for half in HALVES}.get(cells["split"], cells["split"])
+        answers = read_answers(cells.get("answer", ""))
+        return {"half": half, "question": cells.get("question"), "answers": answers}
+    # lmms-lab/ChartQA
     half = {f"{half}_test": half for half in HALVES}.get(cells.get("type", ""), cells.get("type"))
     return {"half": half, "question": cells.get("question"), "answers": [cells.get("answer")]}
 

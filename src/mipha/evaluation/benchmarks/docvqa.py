@@ -28,7 +28,8 @@ from mipha.evaluation.files import (
     QuestionId,
     TableImages,
     find_image,
-    read_json_or_parquet,
+    read_answers,
+    read_json_or_table,
     read_official,
     read_record,
     refuse_repeated,
@@ -46,6 +47,7 @@ class Edition:
         title: Its name in papers.
         task: Name of its task on the server.
         files: Split to names of its official .json file, the usual one first.
+        table: Name of VLMEvalKit's .tsv file of the validation split.
         config: Folder of its .parquet files in lmms-lab/DocVQA.
         image_key: Key of an image's file name in the .json file.
         image_folders: Folders that images may lie in.
@@ -57,6 +59,7 @@ class Edition:
     title: str
     task: str
     files: Mapping[str, tuple[str, ...]]
+    table: str
     config: str
     image_key: str
     image_folders: tuple[str, ...]
@@ -69,7 +72,8 @@ class Edition:
         validation, test = (self.files[split][0] for split in ("validation", "test"))
         return (
             f"get {validation} (or {test}) and the images from rrc.cvc.uab.es/?ch=17, {self.task}, "
-            f"or {self.config}/*.parquet from huggingface.co/datasets/lmms-lab/DocVQA"
+            f"or {self.config}/*.parquet from huggingface.co/datasets/lmms-lab/DocVQA, or for "
+            f"validation VLMEvalKit's {self.table}"
         )
 
 
@@ -81,6 +85,7 @@ DOCVQA = Edition(
         "validation": ("val_v1.0_withQT.json", "val_v1.0.json"),
         "test": ("test_v1.0.json",),
     },
+    table="DocVQA_VAL.tsv",
     config="DocVQA",
     image_key="image",
     image_folders=("documents", "spdocvqa_images", "images"),
@@ -174,7 +179,10 @@ def measure(totals: Totals) -> dict[str, np.ndarray]:
 
 
 def _read_questions(root: Path, split: str, edition: Edition, with_images: bool) -> list[Question]:
-    """Return every question of the official file or of the .parquet files.
+    """Return every question of the official file, of the .parquet files or of the .tsv file.
+
+    The .tsv file has no questionId, but an index, which the server does not know: it is read for
+    the validation split alone.
 
     Returns:
         Questions whose facts are `answers` (not of a private split), `image` (name or hash of the
@@ -184,8 +192,18 @@ def _read_questions(root: Path, split: str, edition: Edition, with_images: bool)
     place_of: dict[str, str] = {}
     questions = []
     names = edition.files[split]
-    patterns = (f"{edition.config}/{split}-*.parquet", f"{split}-*.parquet", f"{split}.parquet")
-    for where, row, folder in read_json_or_parquet(root, names, patterns, edition.source, _unpack):
+    patterns: tuple[str, ...] = (
+        f"{edition.config}/{split}-*.parquet",
+        f"{split}-*.parquet",
+        f"{split}.parquet",
+    )
+    if split == "validation":
+        patterns = (*patterns, edition.table)
+    elif root.suffix == ".tsv":
+        raise ValueError(f"{root} has no questionId, which the server asks for: {edition.source}")
+    for where, row, folder in read_json_or_table(root, names, patterns, edition.source, _unpack):
+        if "index" in row and "questionId" not in row:
+            row |= {"questionId": row["index"], "answers": read_answers(row.get("answer", ""))}
         record = read_record(_Record, row, where)
         refuse_repeated(place_of, record.questionId, where, "questionId")
         if not record.questionId.isdecimal():

@@ -31,7 +31,7 @@ from mipha.evaluation.files import (
     OfficialRecord,
     TableImages,
     find_image,
-    read_json_or_parquet,
+    read_json_or_table,
     read_record,
     refuse_repeated,
 )
@@ -229,7 +229,7 @@ def read_records(root: Path, with_images: bool) -> list[Question]:
     images = TableImages(with_images)
     place_of: dict[str, str] = {}
     questions = []
-    for where, row, folder in read_json_or_parquet(root, (FILE,), PARQUET, SOURCE):
+    for where, row, folder in read_json_or_table(root, (FILE,), PARQUET, SOURCE):
         record = read_record(_Record, row, where)
         place = (record.category, record.subcategory, record.set_id)
         question_id = "_".join((*place, record.figure_id, record.question_id))

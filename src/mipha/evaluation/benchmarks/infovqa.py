@@ -14,6 +14,7 @@ INFOVQA = Edition(
         "validation": ("infographicsVQA_val_v1.0_withQT.json", "infographicsVQA_val_v1.0.json"),
         "test": ("infographicsVQA_test_v1.0.json",),
     },
+    table="InfoVQA_VAL.tsv",
     config="InfographicVQA",
     image_key="image_local_name",
     image_folders=("images", "infographicsvqa_images"),

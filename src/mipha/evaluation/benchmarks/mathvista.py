@@ -34,7 +34,7 @@ from mipha.evaluation.files import (
     QuestionId,
     TableImages,
     find_image,
-    read_json_or_parquet,
+    read_json_or_table,
     read_official,
     read_record,
     refuse_repeated,
@@ -300,7 +300,7 @@ def _read_questions(root: Path, with_images: bool) -> list[Question]:
     images = TableImages(with_images)
     place_of: dict[str, str] = {}
     questions = []
-    for where, row, folder in read_json_or_parquet(root, JSON, PARQUET, SOURCE, _unpack):
+    for where, row, folder in read_json_or_table(root, JSON, PARQUET, SOURCE, _unpack):
         record = read_record(_Record, row, where)
         refuse_repeated(place_of, record.pid, where, "pid")
         choices = record.choices or []

@@ -24,6 +24,7 @@ from mipha.comparison.statistics import Totals
 from mipha.evaluation.benchmark import Benchmark, Judge, Judgement, Metric, Question, Split
 from mipha.evaluation.files import (
     AGAIN,
+    LONGEST_REFERENCE,
     cell_text,
     decode_image,
     find,
@@ -62,8 +63,6 @@ ROTATION = 1_000_000
 NUM_QUESTIONS = {"dev": 1164, "test": 1784}
 """Questions of version 1.0, without rotations."""
 
-_LONGEST_REFERENCE = 64
-"""Characters: an image cell up to here is the index of another row, whose image this row shares."""
 _NOT_UPLOADED = ("hint", "category", "source", "image", "comment", "l2-category")
 _PREDICTION_COLUMN = 6
 _ABBREVIATIONS = {
@@ -213,7 +212,7 @@ def read_rows(path: Path, edition: Edition, with_labels: bool, with_images: bool
         index = _read_index(row, where)
         refuse_repeated(place_of, index, where, "index")
         cell = row.pop("image", "")
-        if len(cell) > _LONGEST_REFERENCE:
+        if len(cell) > LONGEST_REFERENCE:
             own_image[index] = sha256 = hashlib.sha256(cell.encode()).hexdigest()
             if with_images and sha256 not in decoded:
                 decoded[sha256] = decode_image(cell, where)

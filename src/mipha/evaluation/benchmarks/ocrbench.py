@@ -24,12 +24,14 @@ from mipha.evaluation.files import (
     OfficialRecord,
     TableImages,
     find_image,
-    read_json_or_parquet,
+    read_answers,
+    read_json_or_table,
     read_record,
 )
 
 FORMULAS = "HME100k"
-"""Data set of the formulas."""
+"""Data set of the formulas, which are all questions of one type and no others."""
+FORMULA_TYPE = "Handwritten Mathematical Expression Recognition"
 RECOGNITION = (
     "Regular Text Recognition",
     "Irregular Text Recognition",
@@ -44,14 +46,15 @@ TYPES = (
     "Scene Text-centric VQA",
     "Doc-oriented VQA",
     "Key Information Extraction",
-    "Handwritten Mathematical Expression Recognition",
+    FORMULA_TYPE,
 )
 JSON = ("OCRBench.json", "OCRBench/OCRBench.json")
-PARQUET = ("data/test-*.parquet", "test-*.parquet", "test.parquet")
+TSV = "OCRBench.tsv"
+TABLES = ("data/test-*.parquet", "test-*.parquet", "test.parquet", TSV)
 IMAGES = "OCRBench_Images"
 SOURCE = (
     f"get OCRBench.json and {IMAGES}/ from github.com/Yuliang-Liu/MultimodalOCR, or the test "
-    ".parquet files of huggingface.co/datasets/echo840/OCRBench"
+    f".parquet files of huggingface.co/datasets/echo840/OCRBench, or VLMEvalKit's {TSV}"
 )
 
 
@@ -70,11 +73,13 @@ def read(root: Path, split: str) -> list[Question]:
     """Return every question in the order of the file.
 
     Args:
-        root: Folder with OCRBench.json and the images, or with .parquet files, or one file.
+        root: Folder with OCRBench.json and the images, or with .parquet files or a .tsv file, or
+            one file.
         split: `test`.
 
     Returns:
-        Questions with the number of their row as id, because the file's own ids repeat. Facts are
+        Questions with the number of their row as id, because the file's own ids repeat, or their
+        index in a .tsv file. Facts are
         `answers`, `type`, `dataset` and `image` (path or hash of the image).
     """
     return _read_questions(root, with_images=True)
@@ -136,7 +141,7 @@ def _read_questions(root: Path, with_images: bool) -> list[Question]:
             )
 
         # The image: a file beside the .json file, or inside the table.
-        question_id = str(len(questions))
+        question_id = row.get("question_id", str(len(questions)))
         image: Path | bytes | None
         if folder is None:
             name, image = images.read(row.get("image"), where, question_id)
@@ -156,8 +161,12 @@ def _read_questions(root: Path, with_images: bool) -> list[Question]:
 
 def _read_rows(root: Path) -> Iterator[tuple[str, dict[str, Any], Path | None]]:
     """Yield place and row of every question under the names of the .json file, and its folder."""
-    for where, row, folder in read_json_or_parquet(root, JSON, PARQUET, SOURCE):
-        if folder is None:
+    for where, row, folder in read_json_or_table(root, JSON, TABLES, SOURCE):
+        if "index" in row and "question_type" not in row:  # VLMEvalKit names no data set
+            row |= {"answers": read_answers(row.get("answer", "")), "type": row.get("category")}
+            dataset = FORMULAS if row["type"] == FORMULA_TYPE else ""
+            row |= {"dataset": dataset, "question_id": row["index"]}
+        elif folder is None:
             row |= {"answers": row.get("answer"), "type": row.get("question_type")}
         else:
             row |= {"dataset": row.get("dataset_name")}
@@ -185,5 +194,6 @@ BENCHMARK = Benchmark(
     read_labels=read_labels,
     score=score,
     measure=measure,
-    id_advice="OCRBench's own ids repeat, so an id is the number of the row, from 0",
+    id_advice="OCRBench's own ids repeat, so an id is the number of the row, from 0, "
+    "or the index of the .tsv file",
 )

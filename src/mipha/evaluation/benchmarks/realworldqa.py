@@ -32,8 +32,7 @@ from mipha.evaluation.files import (
     find_shards,
     read_parquet,
     read_record,
-    read_table,
-    refuse_repeated,
+    read_rows,
 )
 from mipha.evaluation.multiple_choice import (
     LETTER,
@@ -154,11 +153,9 @@ def _read_questions(root: Path, with_images: bool) -> list[Question]:
 
 def _read_table(path: Path, with_images: bool) -> list[Question]:
     images = TableImages(with_images)
-    place_of: dict[str, str] = {}
     questions = []
-    for where, cells in read_table(path, ("index", "question", "answer")):
+    for where, cells in read_rows(path, ("question", "answer")):
         row = read_record(_TableRow, cells, where)
-        refuse_repeated(place_of, row.index, where, "index")
         choices = {
             letter: cells[letter]
             for letter in LETTERS
