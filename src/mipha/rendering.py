@@ -7,6 +7,7 @@ A template is a stranger's program. jinja2's sandbox keeps it from everything bu
 from __future__ import annotations
 
 import ctypes
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -92,7 +93,8 @@ class _Memory:
 
     A limit on addresses is the only one that stops a single product such as `'a' * 10000000000`. It
     is one of the whole process, so it holds from the first thread that renders to the last, which
-    is milliseconds. Only Linux tells what a process has; elsewhere there is no limit.
+    is milliseconds. Only Linux tells what a process has; elsewhere there is no limit, nor where CUDA
+    runs, whose driver takes addresses by the terabyte.
     """
 
     def __init__(self) -> None:
@@ -103,7 +105,7 @@ class _Memory:
     @contextmanager
     def bounded(self) -> Iterator[None]:
         """Let the process grow by `TEMPLATE_GIB` at most within the context."""
-        if not _STATM.exists():
+        if not _STATM.exists() or _uses_cuda():
             yield
             return
 
@@ -122,6 +124,11 @@ class _Memory:
                 self._rendering -= 1
                 if self._rendering == 0:
                     resource.setrlimit(resource.RLIMIT_AS, self._usual)
+
+
+def _uses_cuda() -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.cuda.is_initialized()
 
 
 _STATM = Path("/proc/self/statm")
