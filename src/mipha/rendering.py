@@ -93,8 +93,8 @@ class _Memory:
 
     A limit on addresses is the only one that stops a single product such as `'a' * 10000000000`. It
     is one of the whole process, so it holds from the first thread that renders to the last, which
-    is milliseconds. Only Linux tells what a process has; elsewhere there is no limit, nor where CUDA
-    runs, whose driver takes addresses by the terabyte.
+    is milliseconds. Only Linux tells what a process has; elsewhere there is no limit, nor where
+    CUDA runs, whose driver takes addresses by the terabyte.
     """
 
     def __init__(self) -> None:

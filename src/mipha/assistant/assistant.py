@@ -645,7 +645,8 @@ def load(
     if adapter is not None:
         adapter = adapter_folder(adapter)
         check_base(adapter, folder)  # before the weights are loaded
-    base = Assistant(load_model(str(folder), device, getattr(torch, name)), load_processor(folder))
+    processor = load_processor(folder)  # tries the chat template, before a GPU is in use
+    base = Assistant(load_model(str(folder), device, getattr(torch, name)), processor)
     return base if adapter is None else with_adapter(base, Path(adapter), folder)
 
 
