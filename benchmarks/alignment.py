@@ -21,13 +21,13 @@ import torch
 from toy_world import helpful, unsafe, write_toy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mipha.alignment.data import encode_exchange, encode_prompt, load_preferences
 from mipha.alignment.figures import plot_rlhf
 from mipha.alignment.preference import Scorer, train_cost, train_reward
 from mipha.alignment.recipe import StepRecipe
 from mipha.alignment.rlhf import rlhf, safe_rlhf
 from mipha.alignment.rollout import Sampler
 from mipha.alignment.sft import sft
+from mipha.data.alignment import encode_exchange, encode_prompt, load_preferences
 from mipha.files import read_lines, write_whole
 from mipha.models.language_model import load_language_model
 from mipha.recipe import ModelRecipe

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from mipha import own_data
@@ -17,6 +20,8 @@ from mipha.evaluation.general import general_questions
 from mipha.own_data import compare_answers, derive, fit_memory, normalised, prepare, this_machine
 from mipha.planning.plan import Device
 from mipha.run import Run
+from tests import forked
+from tests.training.test_kill import kill_at, num_lines
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +77,33 @@ def test_one_command_checks_plans_trains_and_compares(
         assert low <= found["held_out"][when]["accuracy"] <= high
     card = (out / "tune" / "checkpoint" / "README.md").read_text()
     assert "tuned further" in card and str(tmp_path) not in card
+
+
+def test_killed_anywhere_it_ends_in_the_same_answers_and_weights(
+    stock_llava: Callable[..., Path], rows: Path, tmp_path: Path
+) -> None:
+    """`kill -9` before training, between two steps, and before the last questions."""
+    words = (stock_llava(), rows, "stages.tune.held_out=0.3", "stages.tune.max_steps=6")
+    words += ("stages.tune.checkpoint_every=1", "-o")
+    assert run_cli(*words, tmp_path / "whole").exit_code == 0
+    whole, run = Run(tmp_path / "whole"), Run(tmp_path / "killed")
+    moments: list[Callable[[], bool]] = [
+        (run.folder / "answers-before.json").exists,
+        lambda: num_lines(run.metrics("tune")) >= 3,
+        lambda: run.is_finished("tune"),
+    ]
+    killed = [
+        kill_at(forked.start(["mipha", "tune", *words, run.folder], tmp_path / "said.txt"), moment)
+        for moment in moments
+    ]
+    assert all(killed), (tmp_path / "said.txt").read_text()[-2000:]
+
+    assert run_cli(*words, run.folder).exit_code == 0
+    assert (whole.folder / "tuned.json").read_text() == (run.folder / "tuned.json").read_text()
+    for file in ("checkpoint/model.safetensors", "adapter/adapter_model.safetensors"):
+        one, other = (load_file(each.stage("tune") / file) for each in (whole, run))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one), file
 
 
 def test_replay_mixes_a_quarter_of_old_samples_in(
@@ -156,6 +188,101 @@ def test_bad_input_is_one_sentence_before_anything_loads(
         assert done.exit_code == 2, done.output
         assert sentence in done.output + (done.stderr or "")
     assert not (tmp_path / "run").exists()
+
+
+def unlink_shard(folder: Path) -> None:
+    model = transformers.LlavaForConditionalGeneration.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder, max_shard_size="50KB")
+    next(folder.glob("model-00002*")).unlink()
+
+
+def edit_config(**changes: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return edit
+
+
+def unmaskable(folder: Path) -> None:
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    (folder / "chat_template.jinja").write_text(template)
+
+
+def cut_weights(folder: Path) -> None:
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[:-100])
+
+
+@pytest.mark.parametrize(
+    ("breaks", "sentence"),
+    [
+        (edit_config(model_type="qwen2_vl"), "holds a 'qwen2_vl', not a LLaVA"),
+        (edit_config(model_type="llava_onevision"), "llava_onevision"),
+        (unlink_shard, "shards"),
+        (cut_weights, "model.safetensors"),
+        (edit_config(image_token_index=7), "for an image, but the model wants 7"),
+        (unmaskable, "chat"),
+    ],
+    ids=["class", "onevision", "shard", "cut", "tokens", "template"],
+)
+@pytest.mark.parametrize("verb", ["tune", "train", "plan"])
+def test_a_start_that_cannot_be_is_one_sentence_before_a_weight_is_read(
+    stock_llava: Callable[..., Path],
+    rows: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    breaks: Callable[[Path], None],
+    sentence: str,
+    verb: str,
+) -> None:
+    breaks(folder := stock_llava())
+
+    def load(*_: Any, **__: Any) -> None:
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr("mipha.models.build.load_saved_model", load)
+    words = {
+        "tune": ("tune", folder, rows, "-o", tmp_path / "run"),
+        "train": ("train", "tune", f"model.checkpoint={folder}", f"data.tune={rows}"),
+        "plan": ("plan", "tune", f"model.checkpoint={folder}", f"data.tune={rows}"),
+    }[verb]
+    words += ("-o", tmp_path / "run") if verb == "train" else ()
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    assert done.exit_code == 2, done.output
+    said = " ".join(done.output.split())
+    assert said.count("mipha: ") == 1 and sentence in said, said
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_of_another_base_is_one_sentence(
+    stock_llava: Callable[..., Path], rows: Path, tmp_path: Path
+) -> None:
+    base, other = stock_llava(), stock_llava()
+    weights = load_file(other / "model.safetensors")
+    name = next(name for name in weights if "norm" in name)
+    save_file(weights | {name: weights[name] + 1}, other / "model.safetensors", {"format": "pt"})
+    assert run_cli(base, rows, "-o", tmp_path / "run", "stages.tune.max_steps=1").exit_code == 0
+    adapter, image = tmp_path / "run" / "tune" / "adapter", rows.with_name("0.png")
+    for words in (
+        ("chat", other, "--adapter", adapter, "--image", image),
+        ("evaluate", other, "--adapter", adapter, "-b", "easy_vqa", "-o", tmp_path / "out"),
+        ("export", adapter, "--merge", "--base", other, "-o", tmp_path / "merged"),
+    ):
+        done = CliRunner().invoke(app, [str(word) for word in words], input="\n")
+        assert done.exit_code == 2, done.output
+        assert f"was trained on another base than {other}" in " ".join(done.output.split())
+
+
+def test_a_plan_that_does_not_fit_is_one_sentence(
+    stock_llava: Callable[..., Path], rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = Device("small", "cpu", None, 1e6, False)
+    monkeypatch.setattr(own_data, "this_machine", lambda precision: small)
+    done = run_cli(stock_llava(), rows, "-o", tmp_path / "run")
+    assert done.exit_code == 2 and not (tmp_path / "run").exists()
+    assert "and this machine has 0.0 GB" in " ".join(done.output.split())
 
 
 def test_answers_are_compared_without_case_and_punctuation(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ a verb, so this module is light.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -15,8 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from mipha.errors import import_optional
 from mipha.lookup import did_you_mean
-from mipha.preflight import check_device, check_dtype, check_parts, check_writable
-from mipha.recipe import DpoStageRecipe
+from mipha.preflight import (
+    check_device,
+    check_dtype,
+    check_parts,
+    check_prefers,
+    check_writable,
+    finished_folder,
+)
+from mipha.recipe import CheckpointRecipe, DpoStageRecipe
 from mipha.run import Run, check_run, is_first_process, open_run
 
 if TYPE_CHECKING:
@@ -58,14 +66,28 @@ def train(recipe: Recipe, folder: str | Path, track: Sequence[str] = (), profile
 
 
 def _check_dpo(recipe: Recipe, name: str, stage: DpoStageRecipe) -> None:
-    """Check a dpo stage without torch: its settings, its file, and TRL."""
+    """Check a dpo stage without torch: its settings, its pairs, TRL, and that it is alone."""
     from mipha.alignment.recipe import dpo_recipe
+    from mipha.data.alignment import load_image_preferences, split_by_prompt
 
     dpo_recipe(recipe, name, stage, "the stage before")
     if not stage.data.is_file():
         raise FileNotFoundError(f"no data at {stage.data}: check the path")
     for package in ("datasets", "trl"):
         import_optional(package, f"the dpo stage {name!r}", "align")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"stages.{name} is a dpo stage, which trains in one process, and torchrun started "
+            "several: start one, or train that stage by a recipe of its own (model.checkpoint)"
+        )
+
+    start = recipe.model
+    if isinstance(start, CheckpointRecipe) and Path(start.checkpoint).is_dir():
+        check_prefers(finished_folder(start.checkpoint))
+
+    # A broken pair ends the run now, and not when the stages before have been trained.
+    rows = load_image_preferences(stage.data, [] if stage.skip_empty else None)
+    split_by_prompt(rows, stage.held_out, recipe.seed)
 
 
 def _train_dpo(recipe: Recipe, name: str, start: Path, folder: Path) -> Path:

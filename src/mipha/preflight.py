@@ -17,7 +17,7 @@ from typing import Any
 
 from mipha.catalog.language_models import LANGUAGE_MODELS
 from mipha.catalog.vision_towers import VISION_TOWERS
-from mipha.checkpoint_files import read_checkpoint, refuse_redirects
+from mipha.checkpoint_files import read_checkpoint, read_config, refuse_redirects
 from mipha.lookup import did_you_mean, files_in
 from mipha.recipe import CheckpointRecipe, ModelRecipe
 from mipha.run import model_folder
@@ -172,10 +172,27 @@ def _check_start(recipe: CheckpointRecipe, reach_hub: bool) -> None:
             _fetch_config(name, name, "checkpoint")
         return
 
-    folder = Path(name)
-    if not (folder / "config.json").is_file():
-        folder = model_folder(folder)
-    read_checkpoint(folder, needs_template=recipe.chat_template is None)
+    read_checkpoint(finished_folder(name), needs_template=recipe.chat_template is None)
+
+
+def finished_folder(name: str | Path) -> Path:
+    """Return the model folder that a folder is, or the one of the run that it is."""
+    return Path(name) if (Path(name) / "config.json").is_file() else model_folder(name)
+
+
+def check_prefers(folder: Path) -> None:
+    """Check that a finished model is of the class that learns from preferences.
+
+    Raises:
+        FileNotFoundError: The folder has no config.
+        ValueError: It is of another class.
+    """
+    kind = read_config(folder).get("model_type")
+    if kind != "llava":
+        raise ValueError(
+            f"{folder} is a {kind!r}, and answers about images are preferred in a 'llava' alone: "
+            "give one of that class"
+        )
 
 
 def check_part(name: str, path: str, kind: str, known: Iterable[str]) -> None:

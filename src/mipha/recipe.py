@@ -12,7 +12,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Sequence
-from math import isqrt
+from math import ceil, isqrt
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 from urllib.parse import parse_qsl, urlsplit
@@ -776,36 +776,32 @@ class StageRecipe(Strict):
         return (self.samples_per_image or 8) if self.batching == "shared-image" else None
 
 
-class DpoStageRecipe(Strict):
-    """A stage of direct preference optimization on pairs of answers about images, through TRL.
+class TrlRecipe(Strict):
+    """The settings that a dpo stage shares with the steps of `mipha align`, which TRL trains."""
 
-    The projector and the language model train, the latter whole or through adapters; the vision
-    tower never does. It is the step `dpo` of `mipha align` inside a run.
-    """
-
-    kind: Literal["dpo"] = Field(description="dpo; a stage without this key learns from answers")
-    data: Path = Field(description="file of rows with image, prompt, chosen and rejected")
+    data: Path = Field(description="the published file")
     skip_empty: bool = Field(
-        False, description="leave out, and count, rows with an empty text or the same answer twice"
+        False,
+        description="leave out, and count, rows with an empty text or the same response twice; "
+        "false: refuse them",
     )
     held_out: float = Field(
         0.05, ge=0, lt=1, description="share of the prompts kept out of training, for validation"
     )
     max_tokens: int = Field(
-        2048, ge=8, description="longest conversation, image tokens included; never cut"
+        512, ge=8, description="longest conversation; a longer one is an error, never cut"
     )
-    tuning: Literal["full", "lora"] = Field("full", description="of the language model")
-    lora: LoraRecipe | None = Field(None, description="shape of the adapters")
-    beta: float = Field(
-        0.1, gt=0, description="how dear it is to leave the model that it starts from"
+    tuning: Literal["full", "lora"] = "full"
+    lora: LoraRecipe | None = Field(
+        None, description="shape of the adapters, of every linear layer but the head"
     )
     learning_rate: float = Field(gt=0)
     epochs: float = Field(1.0, gt=0)
     max_steps: int | None = Field(
         None, ge=1, description="stop after this many optimizer steps; None: all epochs"
     )
-    batch_size: int = Field(ge=1, description="pairs per optimizer step")
-    micro_batch: int = Field(1, ge=1, description="pairs per forward pass; divides batch_size")
+    batch_size: int = Field(ge=1, description="rows per optimizer step")
+    micro_batch: int = Field(1, ge=1, description="rows per forward pass; a divisor of batch_size")
     warmup_ratio: float = Field(0.03, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, ge=0, description="0: no clipping")
@@ -814,6 +810,71 @@ class DpoStageRecipe(Strict):
     validate_every: int | None = Field(
         None, ge=1, description="optimizer steps between validations; None: at the end only"
     )
+
+    @model_validator(mode="after")
+    def _nothing_ignored(self) -> Self:
+        if self.lora is not None and self.tuning != "lora":
+            raise ValueError(
+                f"lora has no effect with tuning={self.tuning}: remove it, or set tuning=lora"
+            )
+        if self.validate_every is not None and not self.holds_out:
+            raise ValueError(
+                f"validate_every={self.validate_every} has no effect with nothing held out: "
+                "set held_out=0.05, or remove it"
+            )
+        if self.batch_size % self.micro_batch:
+            raise ValueError(
+                f"micro_batch={self.micro_batch} does not divide batch_size={self.batch_size}: "
+                "change one of them"
+            )
+        return self
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether rows are kept out of training."""
+        return self.held_out > 0
+
+
+class DpoStageRecipe(TrlRecipe):
+    """A stage of direct preference optimization on pairs of answers about images, through TRL.
+
+    The projector and the language model train whole (full), or adapters of the language model
+    alone (lora); the vision tower never does. It is the step `dpo` of `mipha align` inside a run.
+    """
+
+    kind: Literal["dpo"] = Field(description="dpo; a stage without this key learns from answers")
+    data: Path = Field(description="file of rows with image, prompt, chosen and rejected")
+    max_tokens: int = Field(
+        2048, ge=8, description="longest conversation, image tokens included; never cut"
+    )
+    beta: float = Field(
+        0.1, gt=0, description="how dear it is to leave the model that it starts from"
+    )
+
+    def num_steps(self, num_pairs: int) -> int:
+        """Return the optimizer steps on so many pairs, as transformers' Trainer counts them."""
+        return self.max_steps or ceil(self.epochs * ceil(num_pairs / self.batch_size))
+
+    @property
+    def as_answers(self) -> StageRecipe:
+        """The stage that would learn the chosen answers alone, for checks and plans."""
+        is_full = self.tuning == "full"
+        tuning = TuningRecipe(
+            vision_tower="frozen",
+            projector="full" if is_full else "frozen",
+            language_model=self.tuning,
+            lora=self.lora,
+        )
+        shared = set(StageRecipe.model_fields) & set(TrlRecipe.model_fields)
+        settings = self.model_dump(include=shared - {"data", "tuning", "validate_every"})
+        return StageRecipe(
+            data=(DataRecipe(dataset="auto", root=self.data),),
+            tuning=tuning,
+            batching="padded",
+            row_tokens=self.max_tokens,
+            micro_batch_rows=2 * self.micro_batch,
+            **settings,
+        )
 
 
 def _kind_of_stage(tree: Any) -> str:
@@ -903,12 +964,18 @@ class Recipe(RecipeBase):
 
     @model_validator(mode="after")
     def _something_to_prefer_with(self) -> Recipe:
-        first = next(iter(self.stages))
-        starts_new = isinstance(self.model, ModelRecipe)
-        if starts_new and isinstance(self.stages[first], DpoStageRecipe):
+        dpo = [name for name, stage in self.stages.items() if isinstance(stage, DpoStageRecipe)]
+        if not dpo or isinstance(self.model, CheckpointRecipe):
+            return self
+        if dpo[0] == next(iter(self.stages)):
             raise ValueError(
-                f"stages.{first} is a dpo stage, and the projector of a model from parts has not "
+                f"stages.{dpo[0]} is a dpo stage, and the projector of a model from parts has not "
                 "learned anything before it: put another stage first, or give model.checkpoint"
+            )
+        if self.model.image in ("anyres", "native") or self.model.shuffle is not None:
+            raise ValueError(
+                f"stages.{dpo[0]} is a dpo stage, which trains the class 'llava' alone, and "
+                f"model.image={self.model.image} makes another: use model.image=square"
             )
         return self
 
@@ -929,14 +996,18 @@ class Recipe(RecipeBase):
         Raises:
             ValueError: The recipe has no stage of that name, or it is a dpo stage.
         """
-        _check_has_stage(self.name, self.stages, name)
+        self.check_has_stage(name)
         found = self.stages[name]
         if isinstance(found, DpoStageRecipe):
             raise ValueError(
-                f"stage {name!r} of recipe {self.name!r} is a dpo stage, whose pairs are checked "
-                "when it is trained: name another stage"
+                f"stage {name!r} of recipe {self.name!r} is a dpo stage, which has no answers but "
+                "pairs of them: name another stage"
             )
         return found
+
+    def check_has_stage(self, name: str) -> None:
+        """Raise a ValueError where the recipe has no stage of this name."""
+        _check_has_stage(self.name, self.stages, name)
 
     @property
     def supervised_stages(self) -> dict[str, StageRecipe]:

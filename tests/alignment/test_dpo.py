@@ -14,8 +14,8 @@ pytest.importorskip("trl")
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mipha.alignment.data import Preference, encode_exchange
 from mipha.alignment.dpo import preferred_pairs
+from mipha.data.alignment import Preference, encode_exchange
 from mipha.files import read_lines
 from mipha.models.language_model import load_language_model
 from mipha.recipe import ModelRecipe

@@ -20,10 +20,10 @@ pytest.importorskip("trl")
 import torch
 from safetensors.torch import load_file
 
-from mipha.alignment.data import load_image_preferences, split_by_prompt
 from mipha.alignment.dpo import dpo
 from mipha.alignment.image_dpo import answered_pairs, collate_answers
 from mipha.alignment.recipe import StepRecipe
+from mipha.data.alignment import load_image_preferences, split_by_prompt
 from mipha.files import read_lines
 from mipha.models.build import save_checkpoint
 from mipha.models.modeling import load_model
@@ -99,7 +99,7 @@ def test_no_image_is_on_both_sides(pairs: Path, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text(
         json.dumps({"image": "none.png", "prompt": "a", "chosen": "b", "rejected": "c"})
     )
-    with pytest.raises(FileNotFoundError, match=r"row 1: there is no image .*none\.png"):
+    with pytest.raises(ValueError, match=r"row 1: there is no image .*none\.png"):
         load_image_preferences(tmp_path / "a.jsonl")
 
 

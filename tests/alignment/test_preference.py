@@ -18,12 +18,6 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, TrainerState
 
 from mipha.alignment import preference
-from mipha.alignment.data import (
-    Preference,
-    encode_exchange,
-    load_preferences,
-    split_by_prompt,
-)
 from mipha.alignment.preference import (
     PAD,
     Scorer,
@@ -38,6 +32,12 @@ from mipha.alignment.preference import (
     train_reward,
 )
 from mipha.alignment.recipe import StepRecipe
+from mipha.data.alignment import (
+    Preference,
+    encode_exchange,
+    load_preferences,
+    split_by_prompt,
+)
 from mipha.files import read_lines
 from mipha.models.language_model import load_language_model
 

@@ -15,14 +15,14 @@ pytest.importorskip("trl")
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mipha.alignment.data import (
+from mipha.alignment.recipe import StepRecipe
+from mipha.alignment.sft import sft, supervised
+from mipha.data.alignment import (
     encode_exchange,
     encode_prompt,
     load_instructions,
     split_by_prompt,
 )
-from mipha.alignment.recipe import StepRecipe
-from mipha.alignment.sft import sft, supervised
 from mipha.errors import MissingPackage
 from mipha.files import read_lines
 from mipha.models.build import build

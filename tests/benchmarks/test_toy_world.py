@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from toy_world import helpful, unsafe, write_toy
 
-from mipha.alignment.data import check_leak, load_instructions, load_preferences
+from mipha.data.alignment import check_leak, load_instructions, load_preferences
 
 
 @pytest.mark.parametrize(

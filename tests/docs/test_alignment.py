@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mipha.alignment.data import load_image_preferences, load_instructions, load_preferences
 from mipha.alignment.recipe import STEPS, list_alignment_recipes, load_alignment_recipe
+from mipha.data.alignment import load_image_preferences, load_instructions, load_preferences
 
 TEXT = (Path(__file__).parents[2] / "docs" / "alignment.md").read_text(encoding="utf-8")
 

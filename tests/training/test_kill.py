@@ -52,7 +52,11 @@ def killed_at(recipe: Recipe, folder: Path, moment: Callable[[], bool], delay: f
         delay: Seconds between the moment and the kill.
     """
     # The same as `mipha train`, except for the time to start.
-    process = forked.start_function(train, recipe, folder)
+    return kill_at(forked.start_function(train, recipe, folder), moment, delay)
+
+
+def kill_at(process: BaseProcess, moment: Callable[[], bool], delay: float = 0.0) -> bool:
+    """Kill a process after a moment; return whether it was still at work."""
     while process.is_alive() and not moment():
         time.sleep(0.001)
     time.sleep(delay)

@@ -18,7 +18,9 @@ from mipha.checkpoint_files import read_checkpoint
 from mipha.models.build import build, load_start_processor, skeleton
 from mipha.preflight import check_parts
 from mipha.recipe import CheckpointRecipe, Recipe
+from mipha.run import Run
 from mipha.training.pipeline import train
+from tests.training.test_kill import killed_at, num_lines
 
 Stock = Callable[..., Path]
 ALL = {"vision_tower": "full", "projector": "full", "language_model": "full"}
@@ -107,20 +109,20 @@ def test_a_bias_of_the_head_and_a_tied_head_stay(
     assert "language_model.lm_head.weight" not in read_checkpoint(run.final_checkpoint()).tensors
 
 
+@pytest.mark.parametrize("language_model", ["full", "lora"])
 def test_a_killed_run_goes_on_bit_for_bit(
-    stock_llava: Stock, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stock_llava: Stock, tiny_data: Path, tmp_path: Path, language_model: str
 ) -> None:
-    recipe = recipe_from(stock_llava(), tiny_data, max_steps=4)
-    whole = train(recipe, tmp_path / "whole").final_checkpoint()
-
-    import mipha.training.pipeline as pipeline
-
-    with monkeypatch.context() as patched:
-        patched.setattr(pipeline, "_prove", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
-        with pytest.raises(KeyboardInterrupt):
-            train(recipe, tmp_path / "killed")
-    resumed = train(recipe, tmp_path / "killed").final_checkpoint()
-    one, other = (load_file(folder / "model.safetensors") for folder in (whole, resumed))
+    tuning = ALL | {"vision_tower": "frozen", "language_model": language_model}
+    recipe = recipe_from(stock_llava(), tiny_data, tuning, max_steps=6, epochs=6)
+    whole, run = train(recipe, tmp_path / "whole"), Run(tmp_path / "killed")
+    killed = [
+        killed_at(recipe, run.folder, lambda n=n: num_lines(run.metrics("tune")) >= n, 0.0)
+        for n in (1, 3)
+    ]
+    assert any(killed), "both kills came after the end"
+    train(recipe, run.folder)
+    one, other = (load_file(r.final_checkpoint() / "model.safetensors") for r in (whole, run))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from mipha.alignment.data import Preference, check_lengths, encode_exchange, load_preferences
 from mipha.alignment.image_dpo import dpo_on_images, is_finished_model
 from mipha.alignment.recipe import DpoRecipe
 from mipha.alignment.step import (
@@ -23,6 +22,7 @@ from mipha.alignment.step import (
     stop_at_end_of_turn,
 )
 from mipha.alignment.trl_trainer import begin, export, lora_config, train, trainer_options
+from mipha.data.alignment import Preference, check_lengths, encode_exchange, load_preferences
 
 if TYPE_CHECKING:
     from trl import DPOTrainer

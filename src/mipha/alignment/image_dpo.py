@@ -19,17 +19,17 @@ import yaml
 from torch import Tensor
 from transformers import LlavaProcessor, PretrainedConfig, set_seed
 
-from mipha.alignment.data import ImagePreference, check_lengths, load_image_preferences
 from mipha.alignment.step import Step, load_rows, record_base
 from mipha.alignment.trl_trainer import lora_config, merged_model, train, trainer_options
+from mipha.data.alignment import ImagePreference, check_lengths, load_image_preferences
 from mipha.data.encode import encode
 from mipha.data.images import open_image
 from mipha.data.pixels import read_pixels
-from mipha.data.sample import IMAGE, Message, Sample
 from mipha.labels import IGNORE
-from mipha.models.build import save_checkpoint
-from mipha.models.modeling import load_model, load_saved_model
-from mipha.models.processing import load_processor
+from mipha.models.build import build, save_checkpoint
+from mipha.models.modeling import load_saved_model
+from mipha.preflight import check_prefers
+from mipha.recipe import CheckpointRecipe
 from mipha.run import model_folder
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def is_finished_model(name: str) -> bool:
     """Return whether a name is a run of `mipha train`, or its checkpoint, not a language model."""
     folder = Path(name)
     if (folder / "config.json").is_file():
-        return PretrainedConfig.get_config_dict(folder)[0].get("model_type") == "llava"
+        return "vision_config" in PretrainedConfig.get_config_dict(folder)[0]
     recipe = folder / "recipe.yaml"
     return recipe.is_file() and "stages" in yaml.safe_load(recipe.read_text(encoding="utf-8"))
 
@@ -69,20 +69,13 @@ def dpo_on_images(step: Step) -> Path:
             f"prefer={recipe.prefer} has no effect on pairs of answers about images, "
             "which say what is chosen: remove it"
         )
-    if recipe.chat_template is not None:
-        raise ValueError(
-            "chat_template has no effect on a finished model, which has its own: remove it"
-        )
 
-    # Load the data and the finished model.
+    # Load the data and the finished model, anybody's: what it answers is found as in training.
     folder = model_folder(recipe.language_model)
+    check_prefers(folder)
     rows, held_out = load_rows(step, load_image_preferences)
-    model, processor = load_model(str(folder)), load_processor(folder)
-    if model.config.model_type != "llava":
-        raise ValueError(
-            f"{folder} is a {model.config.model_type!r}, and answers about images are preferred in "
-            "a 'llava' alone: give one of that class"
-        )
+    start = CheckpointRecipe(checkpoint=str(folder), chat_template=recipe.chat_template)
+    model, processor = build(start)
     record_base(step, model)
     model.model.vision_tower.requires_grad_(False)
     pairs, held_out_pairs = (
@@ -131,12 +124,7 @@ def answered_pairs(
     """
     pairs, lengths = [], []
     for row in rows:
-        question = Message("user", f"{IMAGE}\n{row.prompt}")
-        samples = [
-            Sample(row.id, (question, Message("assistant", answer)), (row.image,))
-            for answer in (row.chosen, row.rejected)
-        ]
-        sides = [encode(sample, processor, _ANY_LENGTH) for sample in samples]
+        sides = [encode(sample, processor, _ANY_LENGTH) for sample in row.samples]
         lengths += [(row.id, side.input_ids, []) for side in sides]
         pairs.append({"image": row.image, "sides": sides})
     check_lengths(lengths, max_tokens)

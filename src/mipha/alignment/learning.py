@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from mipha.alignment.data import Exchange
 from mipha.alignment.policy import Critic, Policy
 from mipha.alignment.ppo import (
     chosen_log_probs,
@@ -26,6 +25,7 @@ from mipha.alignment.ppo import (
 )
 from mipha.alignment.recipe import RlhfRecipe
 from mipha.alignment.rollout import Rollout
+from mipha.data.alignment import Exchange
 from mipha.engine.optimizer import Group, make_adamw, set_learning_rates
 from mipha.engine.precision import autocast
 

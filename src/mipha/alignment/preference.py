@@ -31,10 +31,10 @@ from transformers import (
     set_seed,
 )
 
-from mipha.alignment.data import Preference, check_lengths, encode_exchange, load_preferences
 from mipha.alignment.recipe import PreferenceRecipe
 from mipha.alignment.step import in_held_folder, load_base, load_rows, record_base
 from mipha.alignment.trl_trainer import begin, export, lora_config, train, trainer_options
+from mipha.data.alignment import Preference, check_lengths, encode_exchange, load_preferences
 from mipha.models.checkpoint_folder import load_weights, locate, reading
 from mipha.models.language_model import end_tokens
 

@@ -15,13 +15,13 @@ from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from mipha.lookup import files_in, read_named
-from mipha.recipe import DpoStageRecipe, LoraRecipe, Recipe, RecipeBase
+from mipha.recipe import DpoStageRecipe, LoraRecipe, Recipe, RecipeBase, TrlRecipe
 from mipha.validation import validated
 
 RECIPES = Path(__file__).parent.parent / "catalog" / "alignment"
 
 
-class StepRecipe(RecipeBase):
+class StepRecipe(TrlRecipe, RecipeBase):
     """The fields that every step has."""
 
     kind: ClassVar[str] = "alignment recipe"
@@ -44,39 +44,8 @@ class StepRecipe(RecipeBase):
         description="name in catalog/chat_templates or a .jinja file; "
         "None: the language model's own",
     )
-    data: Path = Field(description="the published file")
-    skip_empty: bool = Field(
-        False,
-        description="leave out, and count, rows with an empty text or the same response twice; "
-        "false: refuse them",
-    )
-    held_out: float = Field(
-        0.05, ge=0, lt=1, description="share of the prompts kept out of training, for validation"
-    )
     held_out_data: Path | None = Field(
         None, description="a separate file for validation, instead of held_out"
-    )
-    max_tokens: int = Field(
-        512, ge=8, description="longest conversation; a longer one is an error, never cut"
-    )
-    tuning: Literal["full", "lora"] = "full"
-    lora: LoraRecipe | None = Field(
-        None, description="shape of the adapters, of every linear layer but the head"
-    )
-    learning_rate: float = Field(gt=0)
-    epochs: float = Field(1.0, gt=0)
-    max_steps: int | None = Field(
-        None, ge=1, description="stop after this many optimizer steps; None: all epochs"
-    )
-    batch_size: int = Field(ge=1, description="rows per optimizer step")
-    micro_batch: int = Field(1, ge=1, description="rows per forward pass; a divisor of batch_size")
-    warmup_ratio: float = Field(0.03, ge=0, lt=1)
-    weight_decay: float = Field(0.0, ge=0)
-    max_grad_norm: float = Field(1.0, ge=0, description="0: no clipping")
-    activation_checkpointing: bool = False
-    checkpoint_every: int = Field(100, ge=1, description="optimizer steps between checkpoints")
-    validate_every: int | None = Field(
-        None, ge=1, description="optimizer steps between validations; None: at the end only"
     )
 
     @classmethod
@@ -95,27 +64,18 @@ class StepRecipe(RecipeBase):
         return validated(STEPS[step], tree, source, f"{step} recipe")
 
     @model_validator(mode="after")
-    def _nothing_ignored(self) -> Self:
-        if self.lora is not None and self.tuning != "lora":
-            raise ValueError(
-                f"lora has no effect with tuning={self.tuning}: remove it, or set tuning=lora"
-            )
+    def _one_way_to_hold_out(self) -> Self:
         if self.held_out_data is not None and self.held_out:
             raise ValueError(
                 "held_out and held_out_data are two ways to hold rows out: "
                 "set held_out=0, or held_out_data=null"
             )
-        if self.validate_every is not None and not (self.held_out or self.held_out_data):
-            raise ValueError(
-                f"validate_every={self.validate_every} has no effect with nothing held out: "
-                "set held_out=0.05, or remove it"
-            )
-        if self.batch_size % self.micro_batch:
-            raise ValueError(
-                f"micro_batch={self.micro_batch} does not divide batch_size={self.batch_size}: "
-                "change one of them"
-            )
         return self
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether rows are kept out of training, or lie in a file of their own."""
+        return self.held_out > 0 or self.held_out_data is not None
 
 
 class SftRecipe(StepRecipe):
@@ -170,7 +130,9 @@ def dpo_recipe(recipe: Recipe, name: str, stage: DpoStageRecipe, start: str) -> 
     """
     tree = stage.model_dump(mode="json", exclude={"kind"}, exclude_unset=True)
     tree.setdefault("max_tokens", stage.max_tokens)
-    shared = {"seed": recipe.seed, "precision": recipe.precision}
+    shared: dict[str, Any] = {"seed": recipe.seed, "precision": recipe.precision}
+    if recipe.stage_before(name) is None:  # later stages start from a model that has its template
+        shared["chat_template"] = recipe.model.chat_template
     return DpoRecipe.parse(
         {"name": name, "step": "dpo", "language_model": start} | shared | tree,
         f"stages.{name} of {recipe.name}",

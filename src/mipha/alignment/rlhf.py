@@ -24,16 +24,6 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from mipha.alignment.data import (
-    Exchange,
-    Preference,
-    check_lengths,
-    encode_exchange,
-    encode_prompt,
-    load_instructions,
-    load_preferences,
-    split_by_prompt,
-)
 from mipha.alignment.figures import plot_rlhf
 from mipha.alignment.learning import Learner
 from mipha.alignment.policy import Policy
@@ -51,6 +41,16 @@ from mipha.alignment.step import (
     stop_at_end_of_turn,
     training_device,
     write_result,
+)
+from mipha.data.alignment import (
+    Exchange,
+    Preference,
+    check_lengths,
+    encode_exchange,
+    encode_prompt,
+    load_instructions,
+    load_preferences,
+    split_by_prompt,
 )
 from mipha.engine.optimizer import warmup_cosine
 from mipha.engine.precision import autocast_dtype

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase, set_seed
 
-from mipha.alignment.data import Instruction, check_lengths, encode_exchange, load_instructions
 from mipha.alignment.recipe import SftRecipe
 from mipha.alignment.step import (
     in_held_folder,
@@ -20,6 +19,7 @@ from mipha.alignment.step import (
     stop_at_end_of_turn,
 )
 from mipha.alignment.trl_trainer import begin, export, lora_config, train, trainer_options
+from mipha.data.alignment import Instruction, check_lengths, encode_exchange, load_instructions
 from mipha.labels import IGNORE
 
 

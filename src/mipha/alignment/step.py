@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 
-from mipha.alignment.data import AnyRow, check_leak, split_by_prompt
 from mipha.alignment.recipe import StepRecipe, load_alignment_recipe
+from mipha.data.alignment import AnyRow, check_leak, split_by_prompt
 from mipha.files import read_json_object, whole_folder, write_whole
 from mipha.models.fingerprint import joint_digest, tensor_digest
 from mipha.models.language_model import end_tokens, load_language_model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,7 +14,7 @@ from mipha.terminal import echo
 if TYPE_CHECKING:
     from transformers import LlavaProcessor
 
-    from mipha.recipe import DataRecipe, Recipe, StageRecipe
+    from mipha.recipe import AnyStageRecipe, DataRecipe, Recipe
 
 Data = Annotated[
     str | None,
@@ -37,7 +38,8 @@ RecipeName = Annotated[
 Stage = Annotated[
     str | None,
     typer.Option(
-        help="The recipe's stage; without it the last one for DATA, and all without DATA."
+        help="The recipe's stage; without it the last that learns from answers for DATA, and all "
+        "without DATA."
     ),
 ]
 Root = Annotated[
@@ -84,6 +86,7 @@ def check(
     ] = None,
 ) -> None:
     """Check a whole data set, row by row, before it is trained on; exit code 1 if it has errors."""
+    from mipha.data.alignment import pairs_to_check
     from mipha.data.check.fix import write_fixed
     from mipha.data.check.html import html_report
     from mipha.data.check.linter import check_data, check_shard
@@ -92,22 +95,34 @@ def check(
     from mipha.data.check.shards import parse_shard
     from mipha.data.dataset import data_recipe, load_data
     from mipha.files import write_whole
+    from mipha.recipe import DpoStageRecipe
     from mipha.terminal import Console
 
     # Find what to check, and as which stage.
-    chosen: list[tuple[DataRecipe, StageRecipe | None]]
     loaded = _load_recipe(recipe, stage)
+    chosen: list[tuple[DataRecipe | Path, AnyStageRecipe | None]]
     if data is not None:
-        named = data_recipe(data, root, image_root or (), settings=settings or ())
-        chosen = [(named, _stages(loaded, stage)[-1] if loaded else None)]
+        each = _stage_of_data(loaded, stage) if loaded else None
+        if isinstance(each, DpoStageRecipe):
+            chosen = [(Path(data), each)]
+        else:
+            named = data_recipe(data, root, image_root or (), settings=settings or ())
+            chosen = [(named, each)]
     elif loaded is None or root or image_root:
         raise ValueError("give DATA, or only --recipe NAME for the data of a recipe's stages")
     else:
-        chosen = [(one, each) for each in _stages(loaded, stage) for one in each.data]
+        stages = [loaded.stages[stage]] if stage else loaded.stages.values()
+        chosen = [(one, each) for each in stages for one in _data_of(each)]
     if len(chosen) > 1 and (json_out or html or fix or facts):
         raise ValueError(
             f"--json, --html, --fix and --facts are written for one data set, and {recipe} has "
             f"{len(chosen)}: name one as DATA, or a stage with --stage"
+        )
+    has_pairs = any(isinstance(one, Path) for one, _ in chosen)
+    if has_pairs and (root or image_root or settings or fix or facts):
+        raise ValueError(
+            "--root, --image-root, KEY=VALUE, --fix, --shard and --facts have no effect on the "
+            "pairs of a dpo stage: leave them out"
         )
     part = parse_shard(shard) if shard else None
     if part and (facts is None or json_out or html or fix):
@@ -120,6 +135,7 @@ def check(
     processor = _processor(loaded)
     if part and facts:
         ((one, each),) = chosen
+        assert not isinstance(one, Path) and not isinstance(each, DpoStageRecipe)
         inputs = CheckInputs(load_data(one), processor, each, near=against is not None)
         echo(f"written: {check_shard(inputs, part, facts, progress=True)}")
         return
@@ -128,8 +144,12 @@ def check(
     other = load_data(data_recipe(against)) if against else None
     num_errors = 0
     for one, each in chosen:
+        if isinstance(each, DpoStageRecipe):
+            read, each = pairs_to_check(Path(str(one)), each.skip_empty), each.as_answers
+        else:
+            read = load_data(one)
         result = check_data(
-            load_data(one),
+            read,
             each,
             processor,
             seed=loaded.seed if loaded else 0,
@@ -164,7 +184,7 @@ def fetch(
     from mipha.recipe import load_recipe
 
     loaded = load_recipe(recipe).override(*(overrides or ()))
-    entries = [one for stage in loaded.stages.values() for one in stage.data]
+    entries = [one for stage in loaded.supervised_stages.values() for one in stage.data]
     remote = {str(one.model_dump(mode="json")): one for one in entries if isinstance(one.root, str)}
     if not remote:
         echo(f"all data of {loaded.name} are local: nothing to fetch")
@@ -187,10 +207,15 @@ def show_row(
     """Print one sample as the model sees it, and write its images as the tower reads them."""
     from mipha.data.dataset import data_recipe, load_data
     from mipha.data.show import render, save_pixels, view_sample
+    from mipha.recipe import DpoStageRecipe
     from mipha.terminal import Console
 
     loaded = _load_recipe(recipe, stage)
-    chosen = _stages(loaded, stage)[-1] if loaded else None
+    chosen = _stage_of_data(loaded, stage) if loaded else None
+    if isinstance(chosen, DpoStageRecipe):
+        raise ValueError(
+            "--stage names a dpo stage, whose pairs `mipha check` alone shows (--html)"
+        )
     rows = load_data(data_recipe(data, root, image_root or (), settings=settings or ()))
     processor = _processor(loaded)
     if loaded and chosen and processor:
@@ -211,13 +236,20 @@ def _load_recipe(name: str | None, stage: str | None) -> Recipe | None:
 
     recipe = load_recipe(name)
     if stage is not None:
-        recipe.stage(stage)
+        recipe.check_has_stage(stage)
     return recipe
 
 
-def _stages(recipe: Recipe, stage: str | None) -> list[StageRecipe]:
-    """Return the recipe's stage of this name; all stages for None."""
-    return list(recipe.supervised_stages.values()) if stage is None else [recipe.stage(stage)]
+def _stage_of_data(recipe: Recipe, stage: str | None) -> AnyStageRecipe:
+    """Return the stage that DATA are for: the named one, else the last that learns from answers."""
+    if stage is not None:
+        return recipe.stages[stage]
+    return [*recipe.stages.values(), *recipe.supervised_stages.values()][-1]
+
+
+def _data_of(stage: AnyStageRecipe) -> Iterable[DataRecipe | Path]:
+    """Return the data sets of a stage; the file of its pairs is one."""
+    return [stage.data] if isinstance(stage.data, Path) else stage.data
 
 
 def _processor(recipe: Recipe | None) -> LlavaProcessor | None:

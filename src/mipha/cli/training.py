@@ -149,11 +149,14 @@ def plan(
 
     wanted = device_named(device, chosen.precision)
     plans = plan_training(chosen, wanted, num_devices, efficiency)
-    compared = (
-        [compare_with_run(stage, open_run(run), wanted, num_devices) for stage in plans]
+    # The metrics of a dpo stage, which TRL writes, hold neither seconds nor memory.
+    compared = [
+        compare_with_run(stage, open_run(run), wanted, num_devices)
+        if stage.name in chosen.supervised_stages
+        else None
+        for stage in plans
         if run
-        else []
-    )
+    ]
     if json_out:
         write_whole(
             json_out,

@@ -79,6 +79,8 @@ class LoadedData:
         left_out: Which records were left out, in a sentence; None where none were.
         recipe: The recipe that it was loaded by; None where there is none.
         rated: What `min_ratings` left out; None where the recipe does not have it.
+        rejected: Of pairs of answers: one of those records as a sample with the rejected answer,
+            where `to_sample` has the chosen one. None for all other data.
     """
 
     name: str
@@ -90,6 +92,7 @@ class LoadedData:
     left_out: str | None = None
     recipe: DataRecipe | None = None
     rated: Rated | None = None
+    rejected: Callable[[Any], Sample] | None = None
 
     def __len__(self) -> int:
         return min(len(self.records), self.limit or len(self.records))

@@ -19,6 +19,8 @@ FaultKind = Literal[
     "region-outside",
     "region-empty",
     "lone-surrogate",
+    "empty-answer",
+    "no-preference",
     "nothing-trained",
     "too-many-images",
 ]

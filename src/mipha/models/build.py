@@ -79,8 +79,8 @@ from mipha.models.vision_tower import (
     read_tower,
     siglip2_config,
 )
+from mipha.preflight import finished_folder
 from mipha.recipe import CheckpointRecipe, ModelRecipe
-from mipha.run import model_folder
 
 TRAINABLE = ("llava", "llava_next", "idefics3", "lfm2_vl")
 """Values of `model_type` of the models that can be trained."""
@@ -266,7 +266,7 @@ def checkpoint_folder(recipe: CheckpointRecipe) -> Path:
     """
     name = recipe.checkpoint
     if Path(name).is_dir():
-        return Path(name) if (Path(name) / "config.json").is_file() else model_folder(name)
+        return finished_folder(name)
 
     kind = read_config_file(fetch(name, weights=False)).get("model_type")
     _check_trainable(name, kind)

@@ -149,6 +149,24 @@ def memory_of(
     }
 
 
+def memory_of_pairs(
+    model: LlavaForConditionalGeneration,
+    stage: StageRecipe,
+    micro_batch: MicroBatch,
+    kind: str,
+    autocast: bool,
+) -> dict[str, float]:
+    """Return bytes of one device by component where answers are preferred, through TRL.
+
+    All weights stay in float32, and without adapters the model that the stage starts from lies
+    beside the one that trains. Arguments are those of `memory_of`; the stage is `as_answers`.
+    """
+    found = memory_of(model, stage, micro_batch, "cpu", autocast, 1)  # no frozen weights in 16 bits
+    whole = 4.0 * sum(parameter.numel() for parameter in model.parameters())
+    reference = whole if stage.tuning.language_model == "full" else 0.0
+    return found | {"program": OVERHEAD[kind], "reference model": reference}
+
+
 def kept_bytes(
     model: LlavaForConditionalGeneration,
     stage: StageRecipe,

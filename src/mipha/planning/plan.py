@@ -22,17 +22,26 @@ import torch
 
 from mipha.catalog.devices import device_entry
 from mipha.catalog.published_data import PUBLISHED_DATA, PublishedData
+from mipha.data.alignment import load_image_preferences, split_by_prompt
 from mipha.data.batches import StepDataset
+from mipha.data.encode import encode
 from mipha.data.mixture import Mixture
 from mipha.data.order import count_steps, samples_shown
 from mipha.engine.machine import main_memory
 from mipha.files import read_lines
 from mipha.models.build import load_start_processor, skeleton
 from mipha.models.flops import StepFlops, Work
-from mipha.models.memory import RESERVE, MicroBatch, kept_bytes, memory_of, memory_of_copies
+from mipha.models.memory import (
+    RESERVE,
+    MicroBatch,
+    kept_bytes,
+    memory_of,
+    memory_of_copies,
+    memory_of_pairs,
+)
 from mipha.models.modeling import LlavaForConditionalGeneration, tile_tokens
 from mipha.models.tuning import TunedPart, apply_tuning
-from mipha.recipe import ModelRecipe, Recipe, StageRecipe
+from mipha.recipe import DpoStageRecipe, ModelRecipe, Recipe, StageRecipe
 from mipha.run import Run
 
 EFFICIENCY = {"gpu": 0.4, "cpu": 0.5}
@@ -50,6 +59,9 @@ _LEVERS = (
     "tuning.language_model=qlora",
 )
 """Changes of a stage that save memory, those first that change least what is trained."""
+
+_DPO_LEVERS = ("activation_checkpointing=true", "micro_batch=1", "tuning=lora")
+_PAIRS_READ = 512
 
 
 @dataclass(frozen=True)
@@ -101,6 +113,7 @@ class StagePlan:
     """The plan of one stage.
 
     Args:
+        stage: Settings of the stage; of a dpo stage, its `as_answers`.
         parts: The trained share of each part.
         samples: Samples of the stage.
         steps: Optimizer steps of the stage.
@@ -111,7 +124,8 @@ class StagePlan:
         seconds: Seconds of a step; None where the peak of the device is not known.
         efficiency: Share of the peak that these seconds rest on.
         is_assumed: Whether that share is an assumption, and not one that the user gave.
-        largest_rows: The largest micro_batch_rows that fits; 0 where none does.
+        largest_rows: The largest micro_batch_rows that fits; 0 where none does. A pair of a dpo
+            stage is two rows.
         fixes: Changes that would make it fit; empty where it does.
     """
 
@@ -180,7 +194,7 @@ def device_named(name: str, precision: str = "auto") -> Device:
 def plan_training(
     recipe: Recipe, device: Device, num_devices: int = 1, efficiency: float | None = None
 ) -> list[StagePlan]:
-    """Plan each stage of a recipe; dpo stages, which TRL trains, are left out.
+    """Plan each stage of a recipe.
 
     Args:
         num_devices: Devices that train together, on one machine where the recipe does not say how
@@ -189,9 +203,14 @@ def plan_training(
 
     Raises:
         FileNotFoundError: A part, or a data set that is not a published one, is not there.
-        ValueError: The parts do not go together.
+        ValueError: The parts do not go together, a pair is at fault, or several devices are asked
+            for a dpo stage.
     """
-    cases = [_Case(recipe, name, device, num_devices) for name in recipe.supervised_stages]
+    cases = [_Case(recipe, name, device, num_devices) for name in recipe.stages]
+    if num_devices > 1 and (alone := [case.name for case in cases if case.dpo]):
+        raise ValueError(
+            f"stages.{alone[0]} is a dpo stage, which trains in one process: plan with one device"
+        )
     return [_plan_stage(case, efficiency) for case in cases]
 
 
@@ -231,8 +250,14 @@ class _Case:
     num_devices: int
 
     @property
+    def dpo(self) -> DpoStageRecipe | None:
+        """The settings of a dpo stage; None for a stage that learns from answers."""
+        found = self.recipe.stages[self.name]
+        return found if isinstance(found, DpoStageRecipe) else None
+
+    @property
     def stage(self) -> StageRecipe:
-        return self.recipe.stage(self.name)
+        return self.dpo.as_answers if self.dpo else self.recipe.stage(self.name)
 
     def build_model(self) -> LlavaForConditionalGeneration:
         """Return the model on the meta device, with its tuning applied."""
@@ -245,6 +270,8 @@ class _Case:
     ) -> dict[str, float]:
         """Return bytes of a device by component."""
         number, device = self.num_devices, self.device
+        if self.dpo:
+            return memory_of_pairs(model, self.stage, batch, device.kind, device.autocast)
         shards = 1 if sharding == "ddp" else number
         return memory_of(model, self.stage, batch, device.kind, device.autocast, shards, number)
 
@@ -265,7 +292,7 @@ def _plan_stage(case: _Case, efficiency: float | None) -> StagePlan:
     share = efficiency or EFFICIENCY[device.kind]
     model = skeleton(case.recipe.model)
     parts = tuple(apply_tuning(model, stage.tuning, "meta", device.dtype))
-    samples, steps, step = _read_steps(case, model)
+    samples, steps, step = _read_pairs(case, case.dpo) if case.dpo else _read_steps(case, model)
     sharding = case.choose_sharding(model)
     memory = case.count_memory(model, step.widest, sharding)
 
@@ -275,6 +302,8 @@ def _plan_stage(case: _Case, efficiency: float | None) -> StagePlan:
     total = float(flops.total(step.work))
     by_part = flops.by_part(step.work)
     again = () if stage.keeps_products else stage.checkpointed
+    if case.dpo:  # the model that the stage starts from answers too, forward alone
+        total += float(sum(part.forward for part in by_part.values()))
     computed = total + sum(by_part[part].forward for part in again)
     seconds = None
     if device.flops:
@@ -317,7 +346,7 @@ def _largest_rows(
 def _find_fixes(case: _Case, step: StepWork) -> tuple[str, ...]:
     """Return changes of the recipe, each on top of those before it, until the stage fits."""
     chosen: list[str] = []
-    for lever in _LEVERS:
+    for lever in _DPO_LEVERS if case.dpo else _LEVERS:
         if lever.endswith("selective") and case.recipe.compile:
             continue
         if lever.endswith("lora") and case.stage.tuning.language_model != "full":
@@ -380,6 +409,37 @@ def _read_steps(case: _Case, model: LlavaForConditionalGeneration) -> tuple[int,
 
     source = f"the first {len(first)} steps"
     return len(mixture), len(steps), StepWork(work, padding, micro_batches, widest, source)
+
+
+def _read_pairs(case: _Case, stage: DpoStageRecipe) -> tuple[int, int, StepWork]:
+    """Return the training pairs of a dpo stage, its steps, and a mean step.
+
+    The lengths are those of pairs spread over the file.
+    """
+    rows = load_image_preferences(stage.data, [] if stage.skip_empty else None)
+    rows, _ = split_by_prompt(rows, stage.held_out, case.recipe.seed)
+    processor = load_start_processor(case.recipe.model)
+    read = rows[:: ceil(len(rows) / _PAIRS_READ)]
+    sides = [[len(encode(s, processor, stage.max_tokens)) for s in row.samples] for row in read]
+
+    # Both answers show the image, and logits are made of all their tokens.
+    lengths, size = [length for pair in sides for length in pair], stage.batch_size
+    tokens = round(size * sum(lengths) / len(sides))
+    pairs = round(size * sum(length * (length + 1) / 2 for length in lengths) / len(sides))
+    work = Work(2 * size, tokens, pairs, tokens)
+
+    # A micro-batch is as long as its longest answer.
+    groups = [
+        sides[start : start + stage.micro_batch]
+        for start in range(0, len(sides), stage.micro_batch)
+    ]
+    padded = sum(2 * len(group) * max(map(max, group)) for group in groups)
+    padding = 1 - sum(lengths) / padded
+    widest = MicroBatch(2 * stage.micro_batch, max(lengths), 2 * stage.micro_batch)
+
+    source = f"{len(read):,} pairs of answers"
+    step = StepWork(work, padding, size / stage.micro_batch, widest, source)
+    return len(rows), stage.num_steps(len(rows)), step
 
 
 def _published_steps(

@@ -18,7 +18,7 @@ def as_json(
     device: Device,
     num_devices: int,
     price: float | None,
-    compared: Sequence[Compared],
+    compared: Sequence[Compared | None],
 ) -> dict[str, Any]:
     """Return the plan as plain values: bytes, seconds, hours, and money where there is a price."""
     keys = ("predicted", "measured")
@@ -28,6 +28,7 @@ def as_json(
             "memory": dict(zip(keys, one.memory, strict=True)),
         }
         for one in compared
+        if one is not None
     ]
     return {
         "device": device.name,
@@ -69,7 +70,7 @@ def print_plan(
     device: Device,
     num_devices: int,
     price: float | None,
-    compared: Sequence[Compared],
+    compared: Sequence[Compared | None],
 ) -> None:
     """Print the stages side by side, then what to change where a stage does not fit."""
     title = f"{recipe} on {num_devices} x {device.name}"
@@ -89,8 +90,9 @@ def print_plan(
     table.add_row("images a step", *(f"{stage.step.work.images:,}" for stage in plans))
     if num_devices > 1:
         table.add_row("sharding", *(stage.sharding for stage in plans))
-    for key in plans[0].memory:
-        table.add_row(f"memory, {key}", *(f"{stage.memory[key] / 1e9:.2f} GB" for stage in plans))
+    for key in dict.fromkeys(key for stage in plans for key in stage.memory):
+        cells = [f"{stage.memory.get(key, 0.0) / 1e9:.2f} GB" for stage in plans]
+        table.add_row(f"memory, {key}", *cells)
     room = f"{device.memory / 1e9:.0f} GB"
     table.add_row("memory of a device", *(f"{s.total_memory / 1e9:.2f} of {room}" for s in plans))
     cells = [str(stage.largest_rows) if stage.largest_rows else "none fits" for stage in plans]
@@ -106,9 +108,11 @@ def print_plan(
 
     # A run beside its plan.
     if compared:
-        cells = [f"{one.seconds[1]:.2f}{_off(one.seconds)}" for one in compared]
+        cells = [f"{one.seconds[1]:.2f}{_off(one.seconds)}" if one else "-" for one in compared]
         table.add_row("measured seconds a step", *cells)
-        cells = [f"{one.memory[1] / 1e9:.2f} GB{_off(one.memory)}" for one in compared]
+        cells = [
+            f"{one.memory[1] / 1e9:.2f} GB{_off(one.memory)}" if one else "-" for one in compared
+        ]
         table.add_row("measured memory", *cells)
 
     console.print(table)
@@ -122,8 +126,9 @@ def print_plan(
         if stage.fixes:
             changes = ", ".join(stage.fixes)
             console.print(f"[red]{stage.name} does not fit[/red]; it would with {changes}")
-    if compared and all(one.efficiency for one in compared):
-        shares = ", ".join(f"{one.efficiency:.2f}" for one in compared if one.efficiency)
+    measured = [one for one in compared if one is not None]
+    if measured and all(one.efficiency for one in measured):
+        shares = ", ".join(f"{one.efficiency:.2f}" for one in measured if one.efficiency)
         console.print(
             f"the run reached these shares of the device's peak: {shares}; plan with --efficiency"
         )

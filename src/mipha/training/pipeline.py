@@ -37,7 +37,7 @@ from mipha.geometry import geometry_of
 from mipha.models.adapters import merged_weights, remove_adapters, save_adapter
 from mipha.models.attention import SEGMENTS, choose_attention
 from mipha.models.attention_kernels import row_lengths
-from mipha.models.build import build, checkpoint_folder, save_checkpoint
+from mipha.models.build import build, checkpoint_folder, load_start_processor, save_checkpoint
 from mipha.models.fingerprint import checkpoint_digest
 from mipha.models.flops import StepFlops, Work
 from mipha.models.modeling import LlavaForConditionalGeneration, attention_window, load_model
@@ -132,6 +132,10 @@ def _train(
     # Read the data of all stages before the first trains: a broken record ends the run now, and
     # leaves no run folder.
     data = {stage.name: _read_data(stage) for stage in stages if not stage.is_dpo}
+
+    # So do tokens or a chat template of the checkpoint that cannot be trained on.
+    if isinstance(recipe.model, CheckpointRecipe) and stages and stages[0].before is None:
+        load_start_processor(recipe.model)
 
     # Begin: the run folder, with the recipe and a record of the data.
     world.barrier()

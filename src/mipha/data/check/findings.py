@@ -164,6 +164,9 @@ KINDS: dict[str, Kind] = {
     ),
     # its words
     "empty-answer": Kind("error", "empty answers", "write the answer, or remove the row", "drop"),
+    "no-preference": Kind(
+        "error", "pairs of the same answer twice", "remove the row, or set skip_empty=true", "drop"
+    ),
     "empty-question": Kind("warning", "empty questions", "write the question, or remove the row"),
     "long-answer": Kind(
         "warning", "very long answers", "look whether another text slipped in, and cut it"
@@ -228,6 +231,12 @@ KINDS: dict[str, Kind] = {
     ),
     "truncated-answer": Kind(
         "warning", "answers cut off by row_tokens", "raise row_tokens, or shorten the conversation"
+    ),
+    "long-pair": Kind(
+        "error",
+        "pairs longer than max_tokens, which are never cut",
+        "raise max_tokens, or remove the row",
+        "drop",
     ),
     # the whole set
     "duplicate": Kind("warning", "rows that repeat an earlier one", "remove one of them", "drop"),

@@ -396,11 +396,12 @@ class _Columns:
         from mipha.data.check.packing import packings
         from mipha.data.order import count_steps, samples_shown
 
-        usable = len(self.lengths)
+        usable, is_pairs = len(self.lengths), data.rejected is not None
         entry = data.as_trained_on(stage)
         weight, cap = (entry.weight, entry.cap) if entry else (1.0, None)
         shown = samples_shown(usable, weight, cap)
         steps, samples_read = count_steps(stage, shown) if shown else (0, 0)
+        packed = () if is_pairs else tuple(packings(self.lengths, stage, seed, weight, cap))
         return Training(
             stage=stage,
             num_samples=usable,
@@ -408,7 +409,7 @@ class _Columns:
             num_trained=sum(self.trained),
             steps=steps,
             samples_read=samples_read,
-            packings=tuple(packings(self.lengths, stage, seed, weight, cap)),
+            packings=packed,
         )
 
 

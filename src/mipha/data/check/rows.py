@@ -210,6 +210,7 @@ def row_checker(inputs: CheckInputs) -> Callable[[int], RowFacts]:
             record = data.records[row]
             given = data.to_sample(record)
             sample = write_sample(given, getattr(processor, "boxes", None))
+            rejected = data.rejected(record) if data.rejected else None
         except (ValueError, OSError) as error:
             return RowFacts(row, *_fault(data, row, record, error), file=data.file_of(row))
         where = data.place(record)
@@ -222,6 +223,8 @@ def row_checker(inputs: CheckInputs) -> Callable[[int], RowFacts]:
         plain = [replace(m, text=m.text.replace(REGION, "[]")) for m in given.messages]
         for message in plain if given.regions else given.messages:
             problems += text_problems(message, special)
+        if rejected is not None:
+            problems += text_problems(rejected.messages[-1], special)
         for image in images:
             problems += image.problems
 
@@ -229,7 +232,10 @@ def row_checker(inputs: CheckInputs) -> Callable[[int], RowFacts]:
         tokens, image_key = None, 0
         encodable = not any(kind in _NO_TOKENIZER for kind, _ in problems)
         if processor is not None and stage is not None and encodable:
-            tokens, found = token_facts(sample, processor, stage)
+            if rejected is None:
+                tokens, found = token_facts(sample, processor, stage)
+            else:
+                tokens, found = pair_facts((sample, rejected), processor, stage)
             problems += found
             image_key = keys.of(sample.images)
 
@@ -240,7 +246,7 @@ def row_checker(inputs: CheckInputs) -> Callable[[int], RowFacts]:
 
         texts = "\0".join(
             f"{message.role}\0{message.text.strip()}" + ("" if message.learned else "\0unlearned")
-            for message in sample.messages
+            for message in (*sample.messages, *(rejected.messages if rejected else ()))
         )
         digests = [
             image.digest or _encoded(f"{row} {name}")
@@ -391,6 +397,29 @@ def token_facts(
         f"which cuts off {lost:,} trained ones"
     )
     return facts, (("truncated-answer", what),)
+
+
+def pair_facts(
+    pair: tuple[Sample, Sample], processor: LlavaProcessor, stage: StageRecipe
+) -> tuple[TokenFacts | None, tuple[Problem, ...]]:
+    """Encode both answers of a pair; arguments and results are those of `token_facts`.
+
+    The length is that of the longer one, the tokens are those of both.
+    """
+    from mipha.data.encode import encode
+
+    try:
+        sides = [encode(sample, processor, _UNCUT) for sample in pair]
+    except RecordError as error:
+        return None, ((error.kind, error.what),)
+
+    longest = max(map(len, sides))
+    trained = sum(_num_trained(side.labels) for side in sides)
+    facts = TokenFacts(sum(map(len, sides)), trained, longest, prefix=0, prefix_key=0)
+    if longest <= stage.row_tokens:
+        return facts, ()
+    what = f"an answer and its question take {longest:,} tokens of max_tokens={stage.row_tokens:,}"
+    return facts, (("long-pair", what),)
 
 
 def _num_trained(labels: np.ndarray) -> int:

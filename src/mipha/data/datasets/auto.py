@@ -208,6 +208,11 @@ def _shape_of(
 
     if errors:
         raise errors[0]
+    if isinstance(first, dict) and {"chosen", "rejected"} <= first.keys():
+        raise ValueError(
+            f"{path} holds pairs of a chosen and a rejected answer, which a dpo stage learns from: "
+            "name the recipe and the stage (--recipe FILE --stage NAME), or give rows with answers"
+        )
     held = ", ".join(map(str, first)) if isinstance(first, dict) else str(first)[:80]
     found = f"its first record holds {held or 'nothing'}" if len(records) else "it holds no record"
     raise ValueError(f"{path}: the format is not known, because {found}; wanted one of\n{FORMS}")

@@ -1,4 +1,4 @@
-"""Instructions and preferences: read as they are published, checked, held out and encoded.
+"""Instructions and preferences, which alignment learns from: read, checked, held out and encoded.
 
     Instruction      alpaca_data.json  [{"instruction", "input", "output"}, ...]
     Preference       train.jsonl[.xz]  {"prompt", "response_0", "is_response_0_safe", ...}
@@ -20,15 +20,20 @@ import hashlib
 import json
 import lzma
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-from transformers import PreTrainedTokenizerBase
 
+from mipha.data.dataset import LoadedData
+from mipha.data.faults import RecordError
+from mipha.data.sample import IMAGE, Message, Remark, Sample
 from mipha.errors import import_optional
 from mipha.files import parse_json_lines
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,16 @@ class ImagePreference:
     prompt: str
     chosen: str
     rejected: str
+
+    @property
+    def samples(self) -> tuple[Sample, Sample]:
+        """The chosen and the rejected answer, each as a conversation about the image."""
+        question = Message("user", f"{IMAGE}\n{self.prompt}")
+        chosen, rejected = (
+            Sample(self.id, (question, Message("assistant", answer)), (self.image,))
+            for answer in (self.chosen, self.rejected)
+        )
+        return chosen, rejected
 
 
 AnyRow = TypeVar("AnyRow", Instruction, Preference, ImagePreference)
@@ -171,27 +186,104 @@ def load_image_preferences(path: Path, skipped: list[str] | None = None) -> list
         skipped: List as in `load_preferences`.
 
     Raises:
-        FileNotFoundError: The file, or an image of it, does not exist.
-        ValueError: As in `load_preferences`.
+        FileNotFoundError: The file does not exist.
+        ValueError: As in `load_preferences`; also a row whose image does not exist.
     """
     rows = []
     for where, record in read_records(path):
-        asked = "prompt" if "prompt" in record else "question"
-        image, prompt, chosen, rejected = (
-            _text(record, key, where) for key in ("image", asked, "chosen", "rejected")
-        )
-        file = path.parent / image
-        if not file.is_file():
-            raise FileNotFoundError(
-                f"{where}: there is no image {file}: put it there, or fix the row"
-            )
-
-        texts = {asked: prompt, "chosen": chosen, "rejected": rejected}
-        fault = _empty(where, texts) or _same(where, chosen, rejected)
+        row, fault = _image_preference(path.parent, where, record)
         if not _is_skipped(fault, skipped):
-            key = hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
-            rows.append(ImagePreference(where, file, key, prompt, chosen, rejected))
+            rows.append(row)
     return rows
+
+
+def _image_preference(
+    folder: Path, where: str, record: dict[str, Any]
+) -> tuple[ImagePreference, RecordError | None]:
+    """Read one pair of answers, and say why `skip_empty` would leave it out, if it would."""
+    asked = "prompt" if "prompt" in record else "question"
+    image, prompt, chosen, rejected = (
+        _text(record, key, where) for key in ("image", asked, "chosen", "rejected")
+    )
+    file = folder / image
+    if not file.is_file():
+        raise RecordError(
+            f"there is no image {file}", "put it there, or fix the row", where, "missing-image"
+        )
+
+    texts = {asked: prompt, "chosen": chosen, "rejected": rejected}
+    key = hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
+    row = ImagePreference(where, file, key, prompt, chosen, rejected)
+    return row, _empty(where, texts) or _same(where, chosen, rejected)
+
+
+@dataclass(frozen=True)
+class PairRecord:
+    """One row of a file of pairs, not judged yet.
+
+    Args:
+        where: File and row, for messages.
+        content: Object of the row.
+        folder: Folder that its image's path starts at.
+    """
+
+    where: str
+    content: dict[str, Any]
+    folder: Path
+
+    def read(self) -> ImagePreference:
+        """Return the pair.
+
+        Raises:
+            RecordError: The row is at fault.
+        """
+        row, fault = _image_preference(self.folder, self.where, self.content)
+        if fault is not None:
+            raise fault
+        return row
+
+    def is_empty(self) -> bool:
+        """Return whether `skip_empty` leaves the row out."""
+        try:
+            self.read()
+        except RecordError as error:
+            return error.kind in _SKIPPED
+        return False
+
+    def chosen(self) -> Sample:
+        """Return the chosen answer; its remarks name the keys that nothing reads."""
+        known = {"image", "prompt" if "prompt" in self.content else "question"}
+        unread = sorted(self.content.keys() - known - {"chosen", "rejected"})
+        sample, _ = self.read().samples
+        return replace(sample, remarks=tuple(Remark("unread-key", key, key) for key in unread))
+
+    def rejected(self) -> Sample:
+        """Return the rejected answer."""
+        return self.read().samples[1]
+
+
+def pairs_to_check(path: Path, skip_empty: bool = False) -> LoadedData:
+    """Return pairs of answers about images as the data checks read them, row by row.
+
+    Args:
+        path: File as in `load_image_preferences`.
+        skip_empty: Whether training leaves out rows with an empty text or the same answer twice.
+
+    Raises:
+        FileNotFoundError, ValueError: As `read_records`.
+    """
+    records = [PairRecord(where, row, path.parent) for where, row in read_records(path)]
+    kept = [record for record in records if not (skip_empty and record.is_empty())]
+    num_empty = len(records) - len(kept)
+    return LoadedData(
+        path.name,
+        kept,
+        PairRecord.chosen,
+        folder=path.parent,
+        format=f"{path} is read as pairs: a chosen and a rejected answer about an image",
+        left_out=f"{num_empty} rows that skip_empty leaves out" if num_empty else None,
+        rejected=PairRecord.rejected,
+    )
 
 
 def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -245,25 +337,32 @@ def _read_values(path: Path) -> Iterable[Any]:
         ) from error
 
 
-def _is_skipped(fault: str | None, skipped: list[str] | None) -> bool:
+_SKIPPED = ("empty-answer", "no-preference")
+"""Kinds of faults of rows that `skip_empty` leaves out."""
+
+
+def _is_skipped(fault: RecordError | None, skipped: list[str] | None) -> bool:
     if fault is not None and skipped is None:
-        raise ValueError(
-            f"{fault}, or set skip_empty=true to leave out, and count, all rows like it"
-        )
+        hint = "or set skip_empty=true to leave out, and count, all rows like it"
+        raise RecordError(fault.what, f"{fault.fix}, {hint}", fault.where, fault.kind)
     if fault is not None:
-        skipped.append(fault)
+        skipped.append(str(fault))
     return fault is not None
 
 
-def _empty(where: str, texts: dict[str, str]) -> str | None:
+def _empty(where: str, texts: dict[str, str]) -> RecordError | None:
     empty = [name for name, text in texts.items() if not text.strip()]
-    return f"{where}: its {empty[0]} is empty: write it, or remove the row" if empty else None
+    if not empty:
+        return None
+    fix = "write it, or remove the row"
+    return RecordError(f"its {empty[0]} is empty", fix, where, "empty-answer")
 
 
-def _same(where: str, one: str, other: str) -> str | None:
+def _same(where: str, one: str, other: str) -> RecordError | None:
     if one.strip() != other.strip():
         return None
-    return f"{where}: both responses are the same, so neither can be preferred: remove the row"
+    what = "both responses are the same, so neither can be preferred"
+    return RecordError(what, "remove the row", where, "no-preference")
 
 
 def _text(record: dict[str, Any], key: str, where: str, optional: bool = False) -> str:
@@ -271,18 +370,18 @@ def _text(record: dict[str, Any], key: str, where: str, optional: bool = False) 
     if value is None and optional:
         return ""
     if not isinstance(value, str):
-        raise ValueError(
-            f"{where}: {key!r} must be text, but is {value!r}: "
-            "is this the layout that this step reads?"
+        raise RecordError(
+            f"{key!r} must be text, but is {value!r}",
+            "is this the layout that this step reads?",
+            where,
         )
 
     # A lone surrogate has no UTF-8, so no tokenizer reads it.
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{where}: {key!r} holds half of a character (a lone surrogate): remove it"
-        ) from error
+        what = f"{key!r} holds half of a character (a lone surrogate)"
+        raise RecordError(what, "remove it", where, "lone-surrogate") from error
     return value
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mipha.alignment.data import (
+from mipha.data.alignment import (
     Instruction,
     check_leak,
     load_instructions,
