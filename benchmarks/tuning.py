@@ -111,6 +111,7 @@ def stock_llava(folder: Path, side: int = 70, steps: int = STOCK_STEPS) -> None:
     tokenizer.add_special_tokens({"extra_special_tokens": ["<image>"]})
     image_token = tokenizer.convert_tokens_to_ids("<image>")
     vision = transformers.AutoModel.from_pretrained(tower)
+    _shrink(vision, side)
     text = transformers.AutoModelForCausalLM.from_pretrained(language)
     text.resize_token_embeddings(len(tokenizer))
     config = transformers.LlavaConfig(
@@ -167,6 +168,18 @@ def stock_llava(folder: Path, side: int = 70, steps: int = STOCK_STEPS) -> None:
 
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+
+
+def _shrink(vision: Any, side: int) -> None:
+    """Let a DINOv2 read squares of a side: resize its positions once, and say so in its config."""
+    import torch
+
+    embeddings = vision.embeddings
+    patches = torch.zeros(1, 1 + (side // 14) ** 2, vision.config.hidden_size)
+    with torch.no_grad():
+        positions = embeddings.interpolate_pos_encoding(patches, side, side)
+    embeddings.position_embeddings = torch.nn.Parameter(positions.clone())
+    vision.config.image_size = side
 
 
 # ---- The measurement -----------------------------------------------------------------------------

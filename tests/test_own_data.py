@@ -16,8 +16,18 @@ from typer.testing import CliRunner
 
 from mipha import own_data
 from mipha.cli import app
+from mipha.data.mixture import Mixture
 from mipha.evaluation.general import general_questions
-from mipha.own_data import compare_answers, derive, fit_memory, normalised, prepare, this_machine
+from mipha.own_data import (
+    MOST_TRAINED,
+    compare_answers,
+    derive,
+    fit_memory,
+    normalised,
+    own_questions,
+    prepare,
+    this_machine,
+)
 from mipha.planning.plan import Device
 from mipha.run import Run
 from tests import forked
@@ -113,6 +123,18 @@ def test_replay_mixes_a_quarter_of_old_samples_in(
     own, old = prepared.recipe.stages["tune"].data
     assert own.root == rows and old.root == tiny_data and old.cap == 10
     assert any("replay: 10 samples" in note for note in prepared.notes)
+
+
+def test_of_few_rows_some_that_are_trained_on_are_asked(
+    stock_llava: Callable[..., Path], rows: Path
+) -> None:
+    recipe = prepare(str(stock_llava()), str(rows)).recipe
+    asked, skipped = own_questions(recipe)
+    assert (len(asked), skipped) == (MOST_TRAINED, 0)
+    held_out = recipe.override("stages.tune.held_out=0.3")
+    asked, skipped = own_questions(held_out)
+    wanted = Mixture(held_out.stages["tune"].data, 0.3).on_side("validation")
+    assert [one["id"] for one in asked] == [sample.id for sample in wanted] and not skipped
 
 
 def test_full_trains_the_language_model_whole(stock_llava: Callable[..., Path], rows: Path) -> None:
@@ -265,6 +287,8 @@ def test_an_adapter_of_another_base_is_one_sentence(
     save_file(weights | {name: weights[name] + 1}, other / "model.safetensors", {"format": "pt"})
     assert run_cli(base, rows, "-o", tmp_path / "run", "stages.tune.max_steps=1").exit_code == 0
     adapter, image = tmp_path / "run" / "tune" / "adapter", rows.with_name("0.png")
+    told = json.loads((tmp_path / "run" / "tuned.json").read_text())
+    assert told["trained_on"]["questions"] == MOST_TRAINED and "held_out" not in told
     for words in (
         ("chat", other, "--adapter", adapter, "--image", image),
         ("evaluate", other, "--adapter", adapter, "-b", "easy_vqa", "-o", tmp_path / "out"),

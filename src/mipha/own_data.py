@@ -38,6 +38,9 @@ HELD_OUT_FROM = 200
 """Rows from which some are held out by default; of fewer, each is worth more in training."""
 
 MOST_QUESTIONS = 256
+MOST_TRAINED = 24
+"""Questions of rows that are trained on, where none are held out."""
+
 MAX_NEW_TOKENS = 64
 GENERAL_NEW_TOKENS = 24
 _REPLAY_SHARE = 0.25
@@ -335,9 +338,10 @@ def ask(run: Run, when: Literal["before", "after"]) -> None:
         return
 
     assistant = _load_start(run.recipe) if when == "before" else _load(run)
-    own, skipped = held_out_questions(run.recipe)
+    own, skipped = own_questions(run.recipe)
     general = _general_questions(run.recipe)
-    console.print(f"asking {len(own)} held-out and {len(general)} general questions ({when})")
+    kind = "held_out" if run.recipe.stage(STAGE).held_out else "trained_on"
+    console.print(f"asking {len(own)} own and {len(general)} general questions ({when})")
     # An untrained model rambles: an answer gets little more room than the longest expected one.
     tokens = assistant.processor.tokenizer
     longest = max((len(tokens(q["expected"]).input_ids) for q in own), default=0)
@@ -363,27 +367,28 @@ def ask(run: Run, when: Literal["before", "after"]) -> None:
         {"id": q.id, "question": q.text, "answer": text, "right": q.is_right(text)}
         for q, text in zip(general, texts[len(own) :], strict=True)
     ]
-    content = {"held_out": rows, "not_asked": skipped, "general": general_rows}
+    content = {"held_out": [], kind: rows, "not_asked": skipped, "general": general_rows}
     write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
-def held_out_questions(recipe: Recipe) -> tuple[list[dict[str, Any]], int]:
+def own_questions(recipe: Recipe) -> tuple[list[dict[str, Any]], int]:
     """Return questions of the own held-out rows, and how many rows are not asked.
 
-    A row is asked where it begins with a question about one image at most, and its answer.
+    Where nothing is held out, some rows that are trained on are asked, to show that they were
+    learned. A row is asked where it begins with a question about one image at most, and its answer.
     """
     from mipha.data.images import image_key
     from mipha.data.mixture import Mixture
     from mipha.data.sample import IMAGE
 
     stage = recipe.stage(STAGE)
-    if not stage.held_out:
-        return [], 0
-    samples = Mixture(stage.data[:1], stage.held_out).on_side("validation")
+    samples, most = Mixture(stage.data[:1], stage.held_out), MOST_TRAINED
+    if stage.held_out:
+        samples, most = samples.on_side("validation"), MOST_QUESTIONS
 
-    found = []
+    found: list[dict[str, Any]] = []
     for sample in samples:
-        if len(found) == MOST_QUESTIONS:
+        if len(found) == most:
             break
         roles = [message.role for message in sample.messages[:2]]
         if roles != ["user", "assistant"] or len(sample.images) > 1:
@@ -397,7 +402,7 @@ def held_out_questions(recipe: Recipe) -> tuple[list[dict[str, Any]], int]:
                 "expected": sample.messages[1].text,
             }
         )
-    return found, len(samples) - len(found)
+    return found, len(samples) - len(found) if stage.held_out else 0
 
 
 def _general_questions(recipe: Recipe) -> list[GeneralQuestion]:
@@ -447,8 +452,8 @@ def compare_answers(run: Run) -> dict[str, Any]:
         read_json_object(run.folder / f"answers-{when}.json") for when in ("before", "after")
     )
     found: dict[str, Any] = {"not_asked": before["not_asked"]}
-    for part in ("held_out", "general"):
-        if before[part]:
+    for part in ("held_out", "trained_on", "general"):
+        if before.get(part):
             found[part] = _compared(before[part], after[part])
     return found
 
@@ -494,9 +499,9 @@ def print_tuned(run: Run) -> None:
     table.add_column("")
     for column in ("questions", "before %", "after %", "change, 95 % interval", "same answer"):
         table.add_column(column, justify="right")
-    for part, title in (("held_out", "own, held out"), ("general", "general")):
+    titles = {"held_out": "own, held out", "trained_on": "own, trained on", "general": "general"}
+    for part, title in titles.items():
         if part not in found:
-            table.add_row(title, "0", "", "", "", "")
             continue
         row = found[part]
         low, high = row["difference_interval"]
@@ -509,6 +514,10 @@ def print_tuned(run: Run) -> None:
         )
     console.print(table)
 
+    # Without held-out rows, the answers themselves say more than their number.
+    for row in read_json_object(run.folder / "answers-after.json").get("trained_on", [])[:3]:
+        said = f"{row['question']} {row['answer']!r}, expected {row['expected']!r}"
+        console.print(said, markup=False, soft_wrap=True)
     if found["not_asked"]:
         console.print(f"{found['not_asked']} held-out rows were not asked", markup=False)
     lost = found.get("general", {}).get("lost", [])
