@@ -105,7 +105,7 @@ def test_a_biased_head_is_approximate_by_the_size_of_the_bias(
         status["transformers"].status == "approximate"
         and "dropped" in status["transformers"].reason
     )
-    assert status["vLLM"].status == "exact" and "head bias included" in status["vLLM"].reason
+    assert status["vLLM"].status == "unsupported"
     print_verification(found)
     assert "approximate" in capsys.readouterr().out
 
@@ -249,19 +249,25 @@ CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
         (
             "clip_vision_model",
             {"model_type": "phi"},
-            "approximate exact approximate",
+            "approximate unsupported approximate",
             "bias in the head",
         ),
         (
             "clip_vision_model",
             {"model_type": "phi", "lm_head_bias": False},
-            "exact exact approximate",
-            "language model",
+            "exact unsupported approximate",
+            "no class of its own for a 'phi'",
         ),
         (
             "clip_vision_model",
             {"model_type": "gpt_neox"},
             "exact unsupported approximate",
+            "no class of its own for a 'gpt_neox'",
+        ),
+        (
+            "clip_vision_model",
+            {"model_type": "gpt2"},
+            "exact unsupported unsupported",
             "layers named `model`",
         ),
         ("clip_vision_model", {"model_type": "gemma"}, "exact approximate approximate", "36787"),

@@ -1,7 +1,7 @@
 """Judge which programs run a checkpoint exactly, approximately or not at all, and why.
 
 Source: transformers 5.23 `LlavaForConditionalGeneration`; vLLM
-    `model_executor/models/{llava,phi,gpt_neox,gemma}.py` and its pull request 36787; llama.cpp
+    0.32 `model_executor/models/{llava,registry,gemma}.py` and its pull request 36787; llama.cpp
     `tools/mtmd/clip.cpp`, `tools/mtmd/models/llava.cpp`, `src/models/{gemma,gemma2}.cpp`.
 """
 
@@ -39,7 +39,6 @@ _VLLM_LANGUAGE_MODELS = {
     "gemma3_text",
     "llama",
     "mistral",
-    "phi",
     "phi3",
     "qwen2",
     "qwen3",
@@ -47,7 +46,7 @@ _VLLM_LANGUAGE_MODELS = {
 }
 """Kinds whose vLLM class names its layers `model` and its head `lm_head`, as checkpoints do."""
 
-_LLAMA_CPP_LANGUAGE_MODELS = _VLLM_LANGUAGE_MODELS | {"gpt_neox"}
+_LLAMA_CPP_LANGUAGE_MODELS = _VLLM_LANGUAGE_MODELS | {"phi", "gpt_neox"}
 """Kinds that `deploy/gguf` writes."""
 
 _CLASSES = {
@@ -210,7 +209,14 @@ def _vllm(config: Mapping[str, Any]) -> Runtime:
             "its LLaVA leaves out the norm behind the tower's last layer, which this model reads",
         )
 
-    if kind in ("gpt2", "gpt_neox"):
+    if kind in ("phi", "gpt_neox"):
+        return Runtime(
+            "vLLM",
+            "unsupported",
+            f"its version 0.32 has no class of its own for a {kind!r}, and its LLaVA calls that of "
+            "transformers without a batch, which fails at the first token",
+        )
+    if kind == "gpt2":
         return Runtime(
             "vLLM",
             "unsupported",
@@ -236,8 +242,7 @@ def _vllm(config: Mapping[str, Any]) -> Runtime:
     return Runtime(
         "vLLM",
         "exact",
-        "it reads the tower, the projector and the language model"
-        + ", head bias included" * has_head_bias(config),
+        "it reads the tower, the projector and the language model",
     )
 
 
