@@ -49,6 +49,31 @@ def test_parquet_is_read_in_every_way() -> None:
     )
 
 
+def test_a_server_is_asked_once_for_each_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pyarrow")
+    monkeypatch.setattr(loading, "LATENCY", 0.001)
+    found = loading.remote(
+        num_rows=60, image_bytes=300, group_rows=10, window_rows=30, many_rows=200
+    )
+    ways = {row["way"]: row for row in found["ways"]}
+    assert list(ways) == [
+        "in order",
+        "in windows",
+        "in order, 4 processes",
+        "in windows, 4 processes",
+    ]
+    assert {row["group_reads"] for row in ways.values()} == {6}
+    assert {row["most_fetches_of_a_block"] for row in ways.values()} == {1}
+    assert found["million"]["rows"] == 200
+    for row, speed in zip(ways.values(), (100, 79, 100, 80), strict=True):
+        row["rows_per_second"] = speed
+    found["million"]["megabytes"] = 151
+    found["ways"][0]["most_fetches_of_a_block"] = 2
+    missed = loading.remote_verdict(found)
+    assert [one.partition(":")[0] for one in missed] == ["server", "in order", "a million rows"]
+    assert "| in windows | 79 | 60 | 6 | 1 |" in loading._markdown({"remote": found, "about": {}})
+
+
 def test_a_row_is_collated() -> None:
     assert loading.collate_a_row(row_tokens=256, repeats=2) > 0
     report = {"workers": [], "about": {}, "collate_milliseconds": 0.04}

@@ -84,7 +84,7 @@ def copy_to_cache(address: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / ".lock"):
         files = list_files(address)
-        wanted = [file for file in files if not _is_copied(folder, file)]
+        wanted = [file for file in files if not is_kept(folder, file)]
         if wanted:
             _check_disk(folder, wanted)
             size = sum(file.size for file in wanted)
@@ -141,8 +141,11 @@ def _expand(address: str) -> list[str]:
 # Copies.
 
 
-def _is_copied(folder: Path, file: RemoteFile) -> bool:
-    """Return whether a file is there.
+def is_kept(folder: Path, file: RemoteFile, since: str = "it was copied") -> bool:
+    """Return whether a copy of a file, or what was made of it, is in a folder.
+
+    Args:
+        since: When that was, for the message.
 
     Raises:
         ValueError: It is, but the server has another now.
@@ -153,8 +156,8 @@ def _is_copied(folder: Path, file: RemoteFile) -> bool:
     known = read_json_object(note, f"delete {folder}")
     if (known.get("size"), known.get("etag")) != (file.size, file.etag):
         raise ValueError(
-            f"{file.address} changed since it was copied into {folder}: give the address of one "
-            "revision, or delete that folder to copy it anew"
+            f"{file.address} changed since {since}: give the address of one revision, or delete "
+            f"{folder} to read it anew"
         )
     return True
 

@@ -35,7 +35,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from mipha.data.addresses import RemoteFile, list_files, locked, note_of, read_range
+from mipha.data.addresses import (
+    RemoteFile,
+    is_kept,
+    list_files,
+    locked,
+    note_of,
+    read_range,
+)
 from mipha.data.faults import RecordError
 from mipha.data.tars import sample_starts
 from mipha.errors import import_optional
@@ -168,7 +175,9 @@ _open_tables: OrderedDict[Path, tuple[pyarrow.Table, int]] = OrderedDict()
 """Blocks that this process has mapped and their bytes, the one used last at the end."""
 
 
-def index_address(address: str, files: list[RemoteFile] | None = None) -> Path:
+def index_address(
+    address: str, files: list[RemoteFile] | None = None, skip: bool = False
+) -> tuple[Path, str | None]:
     """Return the indices of the parquet files or tars behind an address: a file, or a folder.
 
     They are made once; a second start asks only whether the files are still the same.
@@ -176,10 +185,14 @@ def index_address(address: str, files: list[RemoteFile] | None = None) -> Path:
     Args:
         address: As `addresses.copy_to_cache`.
         files: Files that are meant, whose folder is returned; None: all that the address names.
+        skip: Whether to leave out files that cannot be read.
+
+    Returns:
+        The file or folder; and a sentence on files left out, None where there are none.
 
     Raises:
-        ValueError: A file is neither, or is cut short or changed; both kinds are mixed; or the
-            server sends no parts of files.
+        ValueError: A file is neither, or changed; files cannot be read, and `skip` is false or
+            nothing is left; both kinds are mixed; or the server sends no parts of files.
         FileNotFoundError, PermissionError, ConnectionError: As `addresses.copy_to_cache`.
     """
     is_whole = files is None
@@ -198,18 +211,24 @@ def index_address(address: str, files: list[RemoteFile] | None = None) -> Path:
     folder = cache_folder() / "indices" / hashlib.sha256(address.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / ".lock"), ThreadPoolExecutor(_INDICES_AT_A_TIME) as pool:
-        broken = [str(error) for error in pool.map(lambda one: _index(folder, one), files) if error]
+        new = [file for file in files if not is_kept(folder, file, "its index was made")]
+        broken = [str(error) for error in pool.map(lambda one: _index(folder, one), new) if error]
+    left_out = None
     if broken:
-        raise ValueError(f"{len(broken)} of {len(files)} files cannot be read: {'; '.join(broken)}")
+        listed = f"{len(broken)} of {len(files)} files {{}}: {'; '.join(broken)}"
+        if not skip or len(broken) == len(files):
+            more = "; train on the others with unreadable_shards=skip" if len(files) > 1 else ""
+            raise ValueError(listed.format("cannot be read") + more)
+        left_out = listed.format("are left out")
     if not is_whole:
-        return folder
+        return folder, left_out
 
     # A file that is no longer there is no longer part of the data.
     names = {folder / file.name for file in files}
     for path in folder.rglob("*"):
         if path.suffix.lower() in _KINDS and path not in names:
             path.unlink()
-    return folder / files[0].name if len(files) == 1 else folder
+    return (folder / files[0].name if len(files) == 1 else folder), left_out
 
 
 def holds_tars(root: Path) -> bool:
@@ -220,15 +239,6 @@ def holds_tars(root: Path) -> bool:
 def _index(folder: Path, file: RemoteFile) -> ValueError | None:
     """Keep the index of a file; return why it cannot be read."""
     path, note = folder / file.name, note_of(folder / file.name)
-    if path.is_file() and note.is_file():
-        known = read_json_object(note, f"delete {folder}")
-        if (known["size"], known["etag"]) == (file.size, file.etag):
-            return None
-        return ValueError(
-            f"{file.address} changed since its index was made: give the address of one "
-            f"revision, or delete {folder} to make it anew"
-        )
-
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = note.with_suffix(".partial")
     try:
@@ -265,10 +275,11 @@ def _index_tar(file: RemoteFile, path: Path) -> None:
         content = read_range(beside, 0, beside.size)
         starts = np.frombuffer(content[: len(content) // 8 * 8], _OFFSETS).astype(np.int64)
         in_order = len(starts) > 1 and starts[0] >= 0 and bool((np.diff(starts) > 0).all())
-        if not in_order or (starts % 512).any() or starts[-1] > file.size:
+        end = int(starts[-1]) if in_order and not (starts % 512).any() else file.size
+        if end + 512 > file.size or read_range(file, end, end + 512) != bytes(512):
             raise ValueError(
-                f"{beside.address} is not the index of a tar of {file.size:,} bytes: make it again "
-                "(energon prepare), or remove it; or the tar is cut short"
+                f"{beside.address} is not the index of the tar beside it ({file.size:,} bytes), or "
+                "the tar is cut short: get the tar again, or make the index again (energon prepare)"
             )
     starts.astype(_OFFSETS).tofile(path)
 

@@ -179,13 +179,17 @@ def load_data(
 
     # Copy what lies behind an address, and find the data set that reads it.
     dataset, found = load_dataset(recipe.dataset), None
+    broken: str | None = None
     to_sample = dataset.to_sample
     in_parts = recipe.cache_gb is not None
     if isinstance(place, str) and not place.startswith(HUB):
         from mipha.data.addresses import copy_to_cache
         from mipha.data.blocks import index_address
 
-        place = index_address(place) if in_parts else copy_to_cache(place)
+        skip = recipe.unreadable_shards == "skip"
+        place, broken = (
+            index_address(place, None, skip) if in_parts else (copy_to_cache(place), None)
+        )
     if dataset.detect is not None:
         if recipe.config is not None or isinstance(place, str):
             name, found = (
@@ -215,7 +219,7 @@ def load_data(
     records = dataset.load(place, recipe.split, *more, **named)
 
     # Leave out what the recipe says.
-    left_out = [dataset.left_out(place, recipe.split)] if dataset.left_out else []
+    left_out = [broken, dataset.left_out(place, recipe.split) if dataset.left_out else None]
     rated = None
     if isinstance(records, Rows):
         left_out.append(records.left_out)

@@ -66,7 +66,7 @@ def load(
         ValueError: No such config, split or revision, or files cannot be read; all are named.
         MissingPackage: `datasets` is not installed.
     """
-    commit = None
+    commit = broken = None
     if root is None:
         raise ValueError("hub has no packaged copy: set the data's root to a folder or hf:// name")
     if isinstance(root, Path):
@@ -77,7 +77,8 @@ def load(
         files = [Path(file) for file in _data_files(str(root.resolve()), split, config)]
         root = root.resolve()
     else:
-        root, files, commit = copy_of_hub(root, split, config, revision, cache_gb is not None)
+        in_parts, skip = cache_gb is not None, unreadable_shards == "skip"
+        root, files, commit, broken = copy_of_hub(root, split, config, revision, in_parts, skip)
 
     blocks = None if cache_gb is None else Blocks.of(root, cache_gb)
     named = [(file.relative_to(root).with_suffix("").as_posix(), file) for file in files]
@@ -88,15 +89,21 @@ def load(
         Part(f"hub/{name}", records, image_folders(file, image_root))
         for name, file, records in indexed
     ]
-    return Rows(parts, left_out, commit)
+    return Rows(parts, "; ".join(filter(None, (broken, left_out))) or None, commit)
 
 
 def copy_of_hub(
-    address: str, split: str, config: str | None, revision: str | None, in_parts: bool = False
-) -> tuple[Path, list[Path], str | None]:
+    address: str,
+    split: str,
+    config: str | None,
+    revision: str | None,
+    in_parts: bool = False,
+    skip: bool = False,
+) -> tuple[Path, list[Path], str | None, str | None]:
     """Return the folder of the hub's cache with a set, the files of a config and split, the commit.
 
-    Files that are not there are fetched; where they are read in parts, only their indices.
+    Files that are not there are fetched; where they are read in parts, only their indices, and a
+    sentence tells of those that cannot be read and `skip` leaves out.
 
     Raises:
         ValueError: The address is not one of a data set, or as `load`.
@@ -120,8 +127,9 @@ def copy_of_hub(
             found = HfApi().get_paths_info(name, inside, repo_type="dataset", revision=commit)
             sizes = {one.path: one.size for one in found if isinstance(one, RepoFile)}
             pinned = [RemoteFile(prefix + one, one, sizes[one], "") for one in inside]
-            folder = index_address(prefix, pinned)
-            return folder, [folder / file for file in inside], commit
+            folder, broken = index_address(prefix, pinned, skip)
+            kept = [folder / file for file in inside if (folder / file).is_file()]
+            return folder, kept, commit, broken
         folder = Path(
             snapshot_download(
                 name, repo_type="dataset", revision=commit, allow_patterns=["README.md", *inside]
@@ -134,7 +142,7 @@ def copy_of_hub(
         ) from error
     except (HfHubHTTPError, OSError) as error:
         raise ConnectionError(f"{address} cannot be fetched: {error}") from error
-    return folder, [folder / file for file in inside], commit
+    return folder, [folder / file for file in inside], commit, None
 
 
 def _data_files(
