@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import transformers
+from PIL import Image
 from transformers import (
     AutoTokenizer,
     Idefics3Processor,
@@ -59,7 +60,7 @@ def tokenizer() -> Any:
 
 def counts(geometry: Geometry) -> list[int]:
     """Return the image tokens for each size of the table."""
-    return [geometry.span(*geometry.bounded_size(*size)).num_image_tokens for size in TABLE]
+    return [geometry.bounded_span(*size).num_image_tokens for size in TABLE]
 
 
 def test_a_square_takes_the_same_for_every_picture() -> None:
@@ -105,6 +106,33 @@ def test_shuffled_tiles_are_those_of_idefics3(tile: int, tokens: int, columns: i
         assert text.count(IMAGE) == span.num_image_tokens <= longest
         (found,) = stock._get_num_multimodal_tokens([(height, width)]).num_image_tokens
         assert found == len(tokenizer()(text, add_special_tokens=False).input_ids)
+
+
+def test_a_picture_of_idefics3_that_is_not_cut_is_one_tile() -> None:
+    stock = Idefics3Processor(
+        Idefics3ImageProcessorPil(
+            size={"longest_edge": 32}, max_image_size={"longest_edge": 32}, do_image_splitting=False
+        ),
+        tokenizer(),
+        image_seq_len=4,
+    )
+    geometry = geometry_of(stock)
+    assert (geometry.most_tiles, geometry.longest) == (1, 4)
+    for width, height in sizes(100, most=300):
+        picture = Image.new("RGB", (width, height), "teal")
+        found = stock(text=IMAGE, images=[picture], return_tensors="np")
+        assert found["pixel_values"].shape == (1, 1, 3, 32, 32)
+        span = geometry.bounded_span(width, height)
+        assert (span.runs, span.tiles) == ((4,), 1)
+        written = span.text.replace(IMAGE, IMAGE * 4)
+        ids = tokenizer()(written, add_special_tokens=False).input_ids
+        assert found["input_ids"][0].tolist() == ids
+
+
+def test_a_strip_is_bounded_before_its_span_is_found() -> None:
+    geometry = Tiles(256, 64, 4)
+    assert geometry.bounded_span(3000, 1, 2) == geometry.span(3000, 150, 2)
+    assert geometry.bounded_span(640, 480) == geometry.span(640, 480)
 
 
 def test_idefics3_at_full_size_takes_the_tokens_that_it_is_known_for() -> None:

@@ -87,6 +87,10 @@ class Geometry:
         """
         raise NotImplementedError
 
+    def bounded_span(self, width: int, height: int, num_images: int = 1) -> Span:
+        """Return what stands for a picture of any aspect; arguments as for `span`, not bounded."""
+        return self.span(*self.bounded_size(width, height), num_images)
+
     @property
     def depends_on_size(self) -> bool:
         """Whether pictures of different sizes take different tokens."""
@@ -206,6 +210,8 @@ class Shuffled(Geometry):
     @property
     def most_tiles(self) -> int:
         """Most tiles of one picture, the whole picture among them."""
+        if not self.splits:
+            return 1
         return (-(-min(self.longest_edge, _IDEFICS3_MAX_SIDE) // self.side)) ** 2 + 1
 
     def grid(self, width: int, height: int) -> tuple[int, int]:

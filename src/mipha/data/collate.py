@@ -110,9 +110,10 @@ def _check_placeholders(
     On the host, because the model would wait for the device to count them.
     """
     geometry = geometry_of(processor)
-    sizes = [geometry.bounded_size(*image.size) for image in images]
-    spans = [geometry.span(*size, count) for size, count in zip(sizes, counts, strict=True)]
-    wanted = sum(span.num_image_tokens for span in spans)
+    wanted = sum(
+        geometry.bounded_span(*image.size, count).num_image_tokens
+        for image, count in zip(images, counts, strict=True)
+    )
     found = int((input_ids == processor.image_token_id).sum())
     if found != wanted:
         names = ", ".join(dict.fromkeys(name for row in rows for name in row.shown_by))

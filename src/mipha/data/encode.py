@@ -308,8 +308,7 @@ def image_spans(
     geometry = geometry_of(processor)
     if not geometry.depends_on_size:
         return [geometry.span(1, 1)] * len(images)
-    sizes = [geometry.bounded_size(*size_of(image)) for image in images]
-    return [geometry.span(*size, len(images)) for size in sizes]
+    return [geometry.bounded_span(*size_of(image), len(images)) for image in images]
 
 
 def expand_images(ids: np.ndarray, spans: Sequence[Span], processor: LlavaProcessor) -> Expanded:

@@ -52,9 +52,7 @@ class Front:
             num_images: Images of the whole conversation; None: these.
         """
         count = num_images or len(images)
-        spans = [
-            self.geometry.span(*self.geometry.bounded_size(*image.size), count) for image in images
-        ]
+        spans = [self.geometry.bounded_span(*image.size, count) for image in images]
         pictures = [picture for image in images for picture in self.pictures(image, count)]
         return with_tiles(turns, spans), pictures
 

@@ -59,8 +59,8 @@ _LAYER_NAMES = {
 _USES_GELU = {"quick_gelu": False, "gelu": True, "gelu_pytorch_tanh": True, "gelu_new": True}
 """Activations of a tower: llama.cpp has the quick form, and computes the exact one as tanh."""
 
-
-_GELU = ("gelu", "gelu_pytorch_tanh", "gelu_new")
+_GELU = tuple(name for name, is_plain in _USES_GELU.items() if is_plain)
+"""Activations of a projector."""
 
 
 def check_mmproj(config: PretrainedConfig) -> None:
@@ -149,20 +149,18 @@ def mmproj_tensors(weights: Weights, config: PretrainedConfig) -> list[Tensor]:
     """Return the weights of tower and projector under llama.cpp's names."""
     kind, vision = config.model_type, config.vision_config
     reads_normed = kind != "llava" or getattr(vision, "tie_last_hidden_states", False)
-    scale = (
-        config.text_config.hidden_size**-0.5
-        if family_of(config.text_config).scales_images
-        else None
-    )
+    scale = config.text_config.hidden_size**-0.5
+
+    def scaled(value: np.ndarray) -> np.ndarray:
+        return value * scale
 
     found = []
     for key in [name for prefix in _PREFIXES for name in weights.names(prefix)]:
         plain = _PREFIX.sub("", key)
         if plain.startswith("head.") or (plain.startswith("post_layernorm.") and not reads_normed):
             continue  # no feature passes through it
-        change: Any = None
-        if scale and ("linear_2" in plain or "modality_projection" in plain):
-            change = lambda value: value * scale  # noqa: E731
+        is_last = "linear_2" in plain or "modality_projection" in plain
+        change = scaled if is_last and family_of(config.text_config).scales_images else None
         name = _name(plain, _NAMES | _PROJECTORS.get(kind, {}))
         if kind == "lfm2_vl" and name == "v.patch_embd.weight":
             found.append(_as_kernel(weights, key, name, vision.patch_size))
