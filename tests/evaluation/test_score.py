@@ -122,6 +122,9 @@ def test_no_answer_is_no_score(tmp_path: Path, asked: list[Question]) -> None:
     with pytest.raises(ValueError, match=r"none of the 4 questions.*errors\.jsonl"):
         score_predictions(plan(asked), {}, tmp_path)
     assert not (tmp_path / "scores.json").exists()
+    append_line(tmp_path / "errors.jsonl", {"question_id": "q0", "error": "no choices"})
+    with pytest.raises(ValueError, match=r"was answered \(no choices\): see .*errors\.jsonl"):
+        score_predictions(plan(asked), {}, tmp_path)
 
 
 def test_the_questions_behind_a_metric_are_its_own_or_those_of_its_group() -> None:

@@ -21,7 +21,7 @@ from mipha.evaluation.answer_files import read_answers
 from mipha.evaluation.benchmark import Benchmark, Judge, Judgement, Plan, Question
 from mipha.evaluation.engine_check import EngineCheck
 from mipha.evaluation.predict import asked_hash
-from mipha.files import append_line, read_json_object, write_whole
+from mipha.files import append_line, read_json_object, read_lines, write_whole
 
 _FEWEST_ALIKE = 20
 """So many answers that are the same text are worth a note."""
@@ -125,8 +125,10 @@ def score_predictions(
     benchmark, server = plan.benchmark, plan.benchmark.splits[plan.split].server
     answered = [question for question in plan.asked if question.id in predictions]
     if not answered:
+        first = next(read_lines(folder / "errors.jsonl"), None)
+        reason = f" ({first['error']})" if first else ""
         raise ValueError(
-            f"none of the {len(plan.asked)} questions of {plan.name} was answered: "
+            f"none of the {len(plan.asked)} questions of {plan.name} was answered{reason}: "
             f"see {folder / 'errors.jsonl'}"
         )
     all_answered = len(answered) == len(plan.questions)
