@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import random
 import runpy
+import shutil
 import signal
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -21,7 +23,7 @@ from mipha.run import Run
 from mipha.training.pipeline import train
 from tests import forked
 from tests.data.test_addresses import Server
-from tests.data.test_blocks import parquet_bytes
+from tests.data.test_blocks import parquet_bytes, tar_bytes
 
 STAGES = ("pretrain", "finetune")
 
@@ -268,7 +270,9 @@ train(load_recipe(RECIPE), FOLDER)
 """
 
 
-def launch(driver: Path, recipe: Path, folder: Path, size: int) -> list[BaseProcess]:
+def launch(
+    driver: Path, recipe: Path, folder: Path, size: int, **environment: str
+) -> list[BaseProcess]:
     """Train in some processes, as torchrun would, but for the time to start."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -277,7 +281,7 @@ def launch(driver: Path, recipe: Path, folder: Path, size: int) -> list[BaseProc
     for rank in map(str, range(size)):
         launched = {"RANK": rank, "LOCAL_RANK": rank, "MASTER_ADDR": "127.0.0.1"}
         launched |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(size))
-        launched |= {"MASTER_PORT": str(port)}
+        launched |= {"MASTER_PORT": str(port), **environment}
         given = {"LAUNCHED": launched, "RECIPE": str(recipe), "FOLDER": str(folder)}
         processes.append(forked.start_function(runpy.run_path, str(driver), given))
     return processes
@@ -343,6 +347,62 @@ def test_killed_and_resumed_by_another_number_of_processes(
         assert row["position"] and not row["lost"] and not row["differ"], row
         assert row["moments"] > 1 and row["tensors"] > row["moments"]
     print(json.dumps({"kills": landed, "launches": number, "resumed": resumed}))
+
+
+def test_a_run_over_a_server_goes_on_with_more_processes(
+    tiny_run_recipe: Callable, tmp_path: Path, weights: Callable, metrics: Callable
+) -> None:
+    """One process is killed, and two go on from the state: to the same bits with any cache."""
+    pytest.importorskip("pyarrow")
+    server = Server()
+    for number in range(2):
+        server.files[f"{number}.parquet"] = parquet_bytes(number)
+        server.files[f"{number}.tar"], server.files[f"{number}.tar.idx"] = tar_bytes(number)
+    data = ", ".join(
+        f"{{dataset: auto, root: '{server.address}/{{0..1}}.{kind}', cache_gb: 1, window_rows: 40}}"
+        for kind in ("parquet", "tar")
+    )
+    recipe = tiny_run_recipe(*(f"stages.{stage}.data=[{data}]" for stage in STAGES))
+    (tmp_path / "recipe.yaml").write_text(recipe.dump())
+    (tmp_path / "driver.py").write_text(RESUMED)
+
+    def started(folder: Path, size: int, cache: str) -> list[BaseProcess]:
+        given = tmp_path / "driver.py", tmp_path / "recipe.yaml", folder, size
+        return launch(*given, MIPHA_CACHE=str(tmp_path / cache))
+
+    def ended(processes: list[BaseProcess]) -> list[int | None]:
+        for process in processes:
+            process.join(500)
+        return [process.exitcode for process in processes]
+
+    # Kill one process, and go on with two: with its cache, and with an empty one.
+    assert ended(started(tmp_path / "whole", 1, "first")) == [0]
+    (process,) = started(tmp_path / "full", 1, "second")
+    while num_lines(Run(tmp_path / "full").metrics("finetune")) < 3 and process.is_alive():
+        time.sleep(0.001)
+    process.kill()
+    assert ended([process]) == [-signal.SIGKILL]
+    shutil.copytree(tmp_path / "full", tmp_path / "empty")
+    assert ended(started(tmp_path / "full", 2, "second")) == [0, 0]
+    server.requests.clear()
+    assert ended(started(tmp_path / "empty", 2, "third")) == [0, 0]
+    asked = Counter(request for request in server.requests if request[0] == "GET")
+    assert asked and set(asked.values()) == {1}
+    server.server.shutdown()
+    server.server.server_close()
+
+    # Samples and tokens are those of one process, and weights but for the last bits.
+    full, empty, whole = (Run(tmp_path / name) for name in ("full", "empty", "whole"))
+    assert_same(full, empty, weights, metrics)
+    for stage in STAGES:
+        rows, others = metrics(full.metrics(stage)), metrics(whole.metrics(stage))
+        counted = [key for key, value in others[0].items() if type(value) is int]
+        assert len(rows) == len(others) and "samples" in counted
+        for row, other in zip(rows, others, strict=True):
+            assert [row[key] for key in counted] == [other[key] for key in counted]
+            assert row["loss"] == pytest.approx(other["loss"], rel=1e-3)
+    resumed = metrics(full.folder / "resumed.jsonl")
+    assert [(row["processes"], row["lost"], row["differ"]) for row in resumed] == [(2, [], [])]
 
 
 # Agents of torchrun as two nodes; what `torchrun` itself runs, but for the time to start.

@@ -231,11 +231,6 @@ def index_address(
     return (folder / files[0].name if len(files) == 1 else folder), left_out
 
 
-def holds_tars(root: Path) -> bool:
-    """Return whether a file or folder is read as tars and not as parquet files."""
-    return root.suffix.lower() == ".tar" or next(root.rglob("*.tar"), None) is not None
-
-
 def _index(folder: Path, file: RemoteFile) -> ValueError | None:
     """Keep the index of a file; return why it cannot be read."""
     path, note = folder / file.name, note_of(folder / file.name)
@@ -272,7 +267,8 @@ def _index_tar(file: RemoteFile, path: Path) -> None:
         echo(f"mipha: {file.address} has no .tar.idx, so it is read through ({size})", err=True)
         starts = sample_starts(_Ahead(file), file.address)  # type: ignore[arg-type]
     else:
-        content = read_range(beside, 0, beside.size)
+        most = 8 * (file.size // 512 + 1)  # each sample takes a header at least
+        content = read_range(beside, 0, beside.size) if beside.size <= most else b""
         starts = np.frombuffer(content[: len(content) // 8 * 8], _OFFSETS).astype(np.int64)
         in_order = len(starts) > 1 and starts[0] >= 0 and bool((np.diff(starts) > 0).all())
         end = int(starts[-1]) if in_order and not (starts % 512).any() else file.size

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mipha.data.datasets._ratings import Rated, keep_rated
-from mipha.data.datasets._records import Rows
+from mipha.data.datasets._records import Rows, splits_in
 from mipha.data.images import ImageSource
 from mipha.data.sample import Sample
 from mipha.lookup import did_you_mean, files_in, read_yaml
@@ -186,10 +186,10 @@ def load_data(
         from mipha.data.addresses import copy_to_cache
         from mipha.data.blocks import index_address
 
-        skip = recipe.unreadable_shards == "skip"
-        place, broken = (
-            index_address(place, None, skip) if in_parts else (copy_to_cache(place), None)
-        )
+        if in_parts:
+            place, broken = index_address(place, skip=recipe.unreadable_shards == "skip")
+        else:
+            place = copy_to_cache(place)
     if dataset.detect is not None:
         if recipe.config is not None or isinstance(place, str):
             name, found = (
@@ -197,9 +197,7 @@ def load_data(
                 f"{recipe.root} is read as hub, config {recipe.config or 'default'}",
             )
         elif in_parts:
-            from mipha.data.blocks import holds_tars
-
-            name = "webdataset" if place is not None and holds_tars(place) else "parquet"
+            name = _format_in_parts(place)
             found = f"{recipe.root} is read as {name}, a block at a time"
         else:
             name, found = dataset.detect(place, complete)
@@ -240,6 +238,13 @@ def load_data(
         recipe=recipe,
         rated=rated,
     )
+
+
+def _format_in_parts(place: Path | None) -> str:
+    """Return the data set that reads a place in blocks: tars, or else parquet files."""
+    if place is None or not place.is_dir():
+        return "webdataset" if place and place.suffix.lower() == ".tar" else "parquet"
+    return "webdataset" if splits_in(place, ".tar") else "parquet"
 
 
 def _folder_of(place: Path | str | None, records: Sequence[Any]) -> Path | None:
