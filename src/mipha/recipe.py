@@ -256,7 +256,10 @@ class ModelRecipe(Strict):
         "whole, then its crops as one grid (LLaVA-NeXT); native: its own shape (LFM2-VL)",
     )
     max_tiles: int | None = Field(
-        None, ge=1, description="tiles, anyres: most crops of a picture; None: 4"
+        None,
+        ge=1,
+        description="tiles, anyres: most crops of a picture; None: 4; "
+        "1, with shuffle: the whole picture alone, squashed",
     )
     shuffle: int | None = Field(
         None,
@@ -312,10 +315,11 @@ class ModelRecipe(Strict):
                 "model.pad_to_square is for model.image=square: the others cut or keep the shape"
             )
 
-        # The class of shuffled tiles takes as many rows as columns, and has marks for six.
+        # The class of shuffled tiles takes as many rows as columns, and has marks for six; with one
+        # tile it sees the whole picture alone.
         if self.image == "tiles" and self.shuffle is not None:
             side = isqrt(self.tiles)
-            if side**2 != self.tiles or side < 2:
+            if side**2 != self.tiles:
                 raise ValueError(
                     f"model.max_tiles={self.tiles} is no square: with model.shuffle a picture has "
                     f"up to k x k tiles; use {max(2, side) ** 2} or {(max(2, side) + 1) ** 2}"

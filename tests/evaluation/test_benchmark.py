@@ -44,10 +44,12 @@ def test_every_function_is_called_in_one_way(name: str) -> None:
 def test_answers_are_as_long_as_in_the_protocol() -> None:
     """Sources: LLaVA c121f043 `model_vqa_loader.py` (128), `model_vqa_mmbench.py`,
     `model_vqa_science.py`, `model_vqa.py` (1024); lmms-eval `ai2d.yaml` (16); MathVista's
-    `generate_response.py` (512); easy-VQA's is our own, and likelihoods need none."""
+    `generate_response.py` (512); those of easy-VQA and written
+    pages are our own, and likelihoods need none."""
     long = {"mmbench", "mmbench_cn", "mmvet", "scienceqa"}
     wanted = {name: 1024 if name in long else 128 for name in list_benchmarks()}
     wanted |= {"easy_vqa": 32, "ai2d": 16, "mathvista": 512, "arc": 0, "wikitext": 0}
+    wanted |= {"written_page": 16, "written_page_mini": 16}
     assert {name: load_benchmark(name).max_new_tokens for name in wanted} == wanted
 
 

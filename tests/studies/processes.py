@@ -65,6 +65,9 @@ def _steps_of(words: list[str]) -> list[Callable[[], None]]:
     if words[:2] == ["mipha", "evaluate"]:
         folder = open_run(words[2]).evaluation(words[words.index("-b") + 1])
         return [lambda: _write(folder / "predictions.jsonl", ""), lambda: _score(folder)]
+    if words[0] == "mipha.studies.first_token":
+        found = {"image_tokens": 4, "prompt_tokens": 9, "milliseconds": 1.0}
+        return [lambda: _write(Path(words[1]) / "first-token.json", json.dumps(found))]
     return [lambda: None, lambda: _write(Path(words[1]) / "panel.jsonl", "")]
 
 

@@ -114,6 +114,24 @@ def test_every_verdict_stands_with_its_margin(study: Study, tmp_path: Path) -> N
     assert "A difference up to the margin counts as none." in text
 
 
+def test_what_a_picture_costs_stands_beside_its_score(study: Study, tmp_path: Path) -> None:
+    scale = study.scales["mini"].model_copy(update={"times_first_token": True})
+    timed = study.model_copy(update={"scales": {"mini": scale}})
+    assert timed.at("mini").digest() == study.at("mini").digest(), "nothing is trained for it"
+
+    out = tmp_path / "out"
+    write_runs(study, out, {"all": 0.8, "projector": 0.4, "low": 0.7})
+    assert "image tokens" not in markdown(find(timed.at("mini"), out)), "not measured yet"
+    for name, milliseconds in (("all", 41.26), ("low", 7.0)):
+        found = {"image_tokens": 36.0, "prompt_tokens": 50.4, "milliseconds": milliseconds}
+        (out / "runs" / name / "seed-0" / "first-token.json").write_text(json.dumps(found))
+    write_report(timed.at("mini"), out)
+    text, page = ((out / name).read_text() for name in ("report.md", "report.html"))
+    assert "| all | 36 | 50 | 41.3 | " in text and "| low | 36 | 50 | 7.0 | " in text
+    assert "| projector | 36" not in text, "a run that was not timed has no row"
+    assert page.count("data:image/png;base64,") == 2 and (out / "first-token.png").is_file()
+
+
 def test_a_published_table_stands_beside_the_scores(study: Study, tmp_path: Path) -> None:
     beside = Beside(table=1, rows={"all": "Phi-2-2.7B", "low": "Pythia-1.4B"})
     scale = study.scales["mini"].model_copy(update={"beside": beside})

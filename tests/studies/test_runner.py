@@ -15,6 +15,7 @@ import yaml
 
 from mipha.api import run_study
 from mipha.run import create_run, open_run
+from mipha.studies.first_token import first_token_of
 from mipha.studies.folder import Job, awaits, claim, jobs_of, open_study, share_stages
 from mipha.studies.report import write_report
 from mipha.studies.runner import _environment, list_runs
@@ -56,6 +57,7 @@ def study(tiny_parts, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory)
         {"claim": "All is not better", "source": "none", "not_better": "all", "than": "projector"}
     ]
     scale["panel"] = [{"image": "easy_vqa:0", "kind": "shape"}]
+    scale["times_first_token"] = True
     path = folder / "own.yaml"
     path.write_text(
         yaml.safe_dump(
@@ -112,9 +114,15 @@ def test_a_study_runs_shares_its_first_stage_and_does_nothing_twice(
     assert "**All is not better** (none): **not enough runs**" in report, "one run each"
     assert "| stages.finetune.tuning.language_model | frozen | full |" in report
     page = (out / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 and "Answers side by side" in page, (
-        "the figure, and the panel's image"
+    assert page.count("data:image/png;base64,") == 3 and "Answers side by side" in page, (
+        "two figures, and the panel's image"
     )
+    for run in (first, second):
+        timed = first_token_of(run.folder)
+        assert timed is not None and timed.milliseconds > 0
+        assert 0 < timed.image_tokens < timed.prompt_tokens
+    assert "| variant | image tokens | prompt tokens | first token, ms |" in report
+    assert "(first-token.png)" in report and (out / "first-token.png").stat().st_size > 1000
     before = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*")}
     run_study(study, "mini", out)
     assert {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*")} == before

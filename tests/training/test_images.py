@@ -33,6 +33,7 @@ FIXTURES = Path(__file__).parents[1] / "fixtures" / "images"
 KINDS: dict[str, dict[str, Any]] = {
     "tiles": {"image": "tiles"},
     "shuffled": {"image": "tiles", "shuffle": 2},
+    "one-tile": {"image": "tiles", "shuffle": 2, "max_tiles": 1},
     "anyres": {"image": "anyres"},
     "native": {"image": "native", "min_image_tokens": 2, "max_image_tokens": 12},
 }

@@ -131,6 +131,7 @@ def build_processor(
         pixels = Idefics3ImageProcessorPil(
             size={"longest_edge": math.isqrt(recipe.tiles) * side},
             max_image_size={"longest_edge": side},
+            do_image_splitting=recipe.tiles > 1,
             resample=PILImageResampling.LANCZOS,  # the one that llama.cpp has
             image_mean=mean,
             image_std=std,
@@ -450,7 +451,7 @@ def _check_marks(processor: Any, folder: Path) -> None:
         return
     marks = {processor.image_token}
     for size in ((1, 1), (geometry.side * 8, geometry.side * 8), (8 * geometry.side, 1)):
-        text = geometry.span(*geometry.bounded_size(*size)).text
+        text = geometry.bounded_span(*size).text
         marks |= set(re.findall(r"<[^<>\s]+>", text.replace(IMAGE_TOKEN, "")))
     known = processor.tokenizer.get_vocab()
     if absent := sorted(marks - set(known)):

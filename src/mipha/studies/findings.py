@@ -26,6 +26,7 @@ from mipha.evaluation.benchmark import Benchmark, Metric, load_benchmark
 from mipha.files import read_json, read_lines
 from mipha.lookup import did_you_mean
 from mipha.recipe import flatten
+from mipha.studies.first_token import FirstToken, first_token_of
 from mipha.studies.folder import Job, jobs_of
 from mipha.studies.study import Experiment, Measured, Takeaway, Variant
 
@@ -94,6 +95,7 @@ class Findings:
         scores: Variant, then benchmark.
         details: Variant, then benchmark, then every metric of it that was measured.
         costs: Variant to its runs' costs, over finished runs.
+        first_tokens: Variant to the price of a picture; empty where the study does not measure it.
         differences: Variant to recipe keys in which variants differ, with its own values.
         judged: Every takeaway with its verdicts.
         num_missing: Runs that the study asks for and that are not finished.
@@ -104,6 +106,7 @@ class Findings:
     scores: dict[str, dict[str, VariantScores]]
     details: dict[str, dict[str, dict[str, VariantScores]]]
     costs: dict[str, tuple[Cost, ...]]
+    first_tokens: dict[str, FirstToken]
     differences: dict[str, dict[str, object]]
     judged: tuple[Judged, ...]
     num_missing: int
@@ -163,12 +166,14 @@ def find(experiment: Experiment, out: Path) -> Findings:
     costs = {
         variant: tuple(_cost(job) for job in done if job.variant == variant) for variant in names
     }
+    timed = {job.variant: first_token_of(job.folder) for job in jobs if job.seed == 0}
     return Findings(
         experiment,
         headline,
         scores,
         details,
         costs,
+        {variant: found for variant, found in timed.items() if found is not None},
         _differences(experiment.variants),
         judged,
         num_missing=len(jobs) - len(done),

@@ -8,7 +8,15 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from mipha.comparison.figures import BLUE, FAINT, GREY, INK, new_figure, save_figure
+from mipha.comparison.figures import (
+    BLUE,
+    COLOURS,
+    FAINT,
+    GREY,
+    INK,
+    new_figure,
+    save_figure,
+)
 from mipha.comparison.results import TITLES, published_table
 from mipha.evaluation.benchmark import Question
 from mipha.files import write_whole
@@ -19,6 +27,12 @@ from mipha.studies.study import Experiment, Numbers
 _MARGIN = (
     "A difference up to the margin counts as none. Where the runs do not settle a claim, its "
     "verdict is: not enough runs."
+)
+
+_FIRST_TOKENS = "What a picture costs"
+_FIRST_TOKENS_HOW = (
+    "From a picture and a question to the first token of the answer: CPU time of one thread, the "
+    "median of 20 pictures of the first benchmark."
 )
 
 _STYLE = """
@@ -56,13 +70,17 @@ td img { width: 96px; height: auto; border: 1px solid var(--faint); }
 
 
 def write_report(experiment: Experiment, out: Path) -> tuple[Path, Path]:
-    """Write `report.md`, `report.html` and `scores.png` into a study's folder.
+    """Write `report.md`, `report.html` and the figures into a study's folder.
+
+    These are `scores.png`, and `first-token.png` where the study measures first tokens.
 
     Raises:
         FileNotFoundError: No run is finished.
     """
     findings = find(experiment, out)
     draw_scores(findings, out / "scores.png")
+    if findings.first_tokens:
+        draw_first_tokens(findings, out / "first-token.png")
     write_whole(out / "report.md", markdown(findings))
     write_whole(out / "report.html", page(findings, out))
     return out / "report.md", out / "report.html"
@@ -84,6 +102,12 @@ def markdown(findings: Findings) -> str:
     parts.append(
         "## Scores\n\n" + _markdown_table(score_rows(findings)) + "\n![scores](scores.png)\n"
     )
+    if findings.first_tokens:
+        parts.append(
+            f"## {_FIRST_TOKENS}\n\n{_FIRST_TOKENS_HOW}\n\n"
+            + _markdown_table(first_token_rows(findings))
+            + "\n![accuracy by time to the first token](first-token.png)\n"
+        )
     if rows := beside_rows(findings):
         parts.append(f"## {_beside_title(findings)}\n\n" + _markdown_table(rows))
     if detailed := _detailed(findings):
@@ -111,14 +135,20 @@ def page(findings: Findings, out: Path) -> str:
 
     beside = beside_rows(findings)
     details = [f'<div class="wide">{_html_table(rows)}</div>' for rows in _detailed(findings)]
-    figure = base64.b64encode((out / "scores.png").read_bytes()).decode()
+    timed = ""
+    if findings.first_tokens:
+        timed = (
+            f"<h2>{_FIRST_TOKENS}</h2><p>{_FIRST_TOKENS_HOW}</p>"
+            f'<div class="wide">{_html_table(first_token_rows(findings))}</div>'
+            + _figure_tag(out / "first-token.png", "accuracy by time to the first token")
+        )
     title = html.escape(findings.experiment.study.title)
     sections = [
         f"<h1>{title}</h1><p>{html.escape(intro(findings))}</p>",
         *([f"<h2>Takeaways</h2><p>{_MARGIN}</p>" + "".join(claims)] if claims else []),
         f'<h2>Scores</h2><div class="wide">{_html_table(score_rows(findings))}</div>'
-        f'<p><img class="figure" alt="scores of every variant, a dot a seed" '
-        f'src="data:image/png;base64,{figure}"></p>',
+        + _figure_tag(out / "scores.png", "scores of every variant, a dot a seed"),
+        timed,
         *(
             [f'<h2>{_beside_title(findings)}</h2><div class="wide">{_html_table(beside)}</div>']
             if beside
@@ -288,6 +318,29 @@ def cost_rows(findings: Findings) -> list[list[str]]:
     return rows
 
 
+def first_token_rows(findings: Findings) -> list[list[str]]:
+    """Return a header, then a variant a row: tokens, time to the first token, and scores."""
+    header = ["variant", "image tokens", "prompt tokens", "first token, ms"]
+    header += [
+        f"{name}, {metric.name} ({metric.unit})" for name, metric in findings.headline.items()
+    ]
+    return [
+        header,
+        *(
+            [
+                name,
+                *(f"{value:.0f}" for value in (found.image_tokens, found.prompt_tokens)),
+                f"{found.milliseconds:.1f}",
+                *(
+                    _spread(scores) if scores.values else "-"
+                    for scores in findings.scores[name].values()
+                ),
+            ]
+            for name, found in findings.first_tokens.items()
+        ),
+    ]
+
+
 def _comparison_rows(
     comparisons: Sequence[VariantComparison], findings: Findings
 ) -> list[list[str]]:
@@ -336,6 +389,11 @@ def _panel(findings: Findings, out: Path) -> str:
     return f'{title}<div class="wide"><table>{table}</table></div>'
 
 
+def _figure_tag(path: Path, text: str) -> str:
+    content = base64.b64encode(path.read_bytes()).decode()
+    return f'<p><img class="figure" alt="{text}" src="data:image/png;base64,{content}"></p>'
+
+
 def _image_tag(asked: Question) -> str:
     if asked.image is None:
         return ""
@@ -373,6 +431,42 @@ def draw_scores(findings: Findings, path: Path) -> None:
 
     for axes in panels[len(benchmarks) :]:
         axes.set_visible(False)
+    figure.tight_layout()
+    save_figure(figure, path)
+
+
+def draw_first_tokens(findings: Findings, path: Path) -> None:
+    """Draw one panel a benchmark: mean score by time to the first token, with the image's tokens.
+
+    Args:
+        path: `.png` or `.svg`, written whole.
+    """
+    names = list(findings.first_tokens)
+    figure = new_figure(5.2 * len(findings.headline), 4.0)
+    panels = figure.subplots(1, len(findings.headline), squeeze=False).ravel()
+    for axes, (name, metric) in zip(panels, findings.headline.items(), strict=True):
+        for number, variant in enumerate(names):
+            found, scores = findings.first_tokens[variant], findings.scores[variant][name]
+            if not scores.values:
+                continue
+            colour = COLOURS[number % len(COLOURS)]
+            across = [found.milliseconds] * len(scores.values)
+            axes.plot(across, scores.values, "o", color=colour, markersize=3, alpha=0.5)
+            label = f"{variant}: {found.image_tokens:.0f}"
+            axes.plot(found.milliseconds, scores.mean, "o", color=colour, markersize=8, label=label)
+        axes.set_title(
+            TITLES.get(name, name), loc="left", color=INK, fontsize=11, fontweight="bold"
+        )
+        axes.set_xlabel("first token, ms", color=GREY, fontsize=9)
+        axes.set_ylabel(f"{metric.name} ({metric.unit})", color=GREY, fontsize=9)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(colors=GREY, labelsize=8)
+        axes.grid(color=FAINT)
+        axes.set_axisbelow(True)
+        axes.margins(0.12)
+    panels[-1].legend(
+        title="image tokens", loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize=8
+    )
     figure.tight_layout()
     save_figure(figure, path)
 

@@ -29,6 +29,7 @@ from mipha.files import read_json
 from mipha.processes import child_environment, hold_folder
 from mipha.run import available_cores, create_run
 from mipha.studies.findings import compared_by
+from mipha.studies.first_token import first_token_of
 from mipha.studies.folder import (
     Job,
     adopt_run,
@@ -276,9 +277,11 @@ def make(job: Job, work: Work, environment: dict[str, str]) -> None:
         if not _is_measured(job.folder, wanted):
             command = ["mipha", "evaluate", folder, "-b", wanted.benchmark, *_options(wanted)]
             commands.append([*command, *judge])
+    study = [folder, str(work.out / "study.yaml"), work.scale]
     if _wants_panel(job, asked):
-        study = str(work.out / "study.yaml")
-        commands.append(["mipha.studies.panel", folder, study, work.scale])
+        commands.append(["mipha.studies.panel", *study])
+    if _wants_first_token(job, asked):
+        commands.append(["mipha.studies.first_token", *study])
 
     log = _log(work.out, job)
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -308,6 +311,7 @@ def _is_done(job: Job, asked: Scale) -> bool:
     return (
         job.is_trained
         and not _wants_panel(job, asked)
+        and not _wants_first_token(job, asked)
         and all(_is_measured(job.folder, wanted) for wanted in asked.evaluate)
     )
 
@@ -315,6 +319,11 @@ def _is_done(job: Job, asked: Scale) -> bool:
 def _wants_panel(job: Job, asked: Scale) -> bool:
     """Return whether a run has yet to answer the panel; the first seed speaks for its variant."""
     return bool(asked.panel) and job.seed == 0 and not (job.folder / "panel.jsonl").is_file()
+
+
+def _wants_first_token(job: Job, asked: Scale) -> bool:
+    """Return whether a run has yet to be timed; the seeds of a variant are of one size."""
+    return asked.times_first_token and job.seed == 0 and first_token_of(job.folder) is None
 
 
 def _is_measured(folder: Path, wanted: Measured) -> bool:

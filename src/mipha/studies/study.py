@@ -121,6 +121,11 @@ class Scale(Strict):
     takeaways: tuple[Takeaway, ...] = ()
     panel: tuple[PanelQuestion, ...] = ()
     beside: Beside | None = None
+    times_first_token: bool = Field(
+        False,
+        description="measure the tokens of a picture and the time to the first token of an answer, "
+        "on one thread, for the first seed of each variant",
+    )
     note: str = Field("", description="limits of this scale, for the report")
 
 
@@ -202,13 +207,14 @@ class Experiment:
     def digest(self) -> str:
         """Return twelve hex digits that name the recipes and the questions.
 
-        Takeaways, panel, published rows, note and the number of seeds do not count.
+        Takeaways, panel, published rows, first tokens, note and the number of seeds do not count.
         """
         said_only = {
             "seeds": True,
             "takeaways": True,
             "panel": True,
             "beside": True,
+            "times_first_token": True,
             "note": True,
             "evaluate": {"__all__": {"metric"}},
         }
