@@ -19,9 +19,9 @@ import json
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -59,6 +59,7 @@ def main() -> None:
         (easy_vqa.image_path(None, record.folder, record.image), record.question)
         for record in records
     ]
+    title = "Questions a second of an endpoint, one and several at a time"
     rows = compare_computations(options.repeats)
     facts: dict[str, Any] = {
         "questions": len(pairs),
@@ -66,9 +67,10 @@ def main() -> None:
         "longest answer, tokens": options.max_new_tokens,
     }
 
-    servers = {engine: partial(serve, options.model, engine) for engine in options.engine}
+    servers: dict[str, Callable[[int], AbstractContextManager]] = {}
     if options.wait is not None:
         servers[f"waits {options.wait:g} s"] = partial(wait_before_answers, options.wait)
+    servers |= {engine: partial(serve, options.model, engine) for engine in options.engine}
     for name, start in servers.items():
         with start(options.parallel) as (url, model, key):
             ask = partial(answer_all, url, model, key, pairs, options.max_new_tokens)
@@ -77,9 +79,7 @@ def main() -> None:
             alone, together = (call() for call in ways.values())
         same = sum(one == other for one, other in zip(alone, together, strict=True))
         facts[f"{name}: answers that stay the same"] = f"{same} of {len(pairs)}"
-
-    title = "Questions a second of an endpoint, one and several at a time"
-    report("endpoint", title, rows, options.out, facts)
+        report("endpoint", title, rows, options.out, facts)
 
 
 def answer_all(
