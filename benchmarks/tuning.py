@@ -19,7 +19,6 @@ import random
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -208,9 +207,7 @@ def measure(
     run = folder / "run"
     mixed = ["--replay", "easy_vqa"] if replay else []
     wanted = [f"stages.tune.held_out={HELD_OUT}", *overrides]
-    started = time.perf_counter()
     _mipha("tune", model, str(rows), "-o", str(run), *mixed, *wanted)
-    seconds = time.perf_counter() - started
 
     # The old questions, before and after.
     old = {}
@@ -231,7 +228,6 @@ def measure(
         "overrides": list(overrides),
         "rows": NUM_ROWS,
         "steps": len(steps),
-        "seconds": round(seconds),
         "peak_memory_gib": max(row["peak_memory_gib"] for row in steps),
         "places": {
             "questions": tuned["held_out"]["questions"],

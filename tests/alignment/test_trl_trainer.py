@@ -91,8 +91,8 @@ def test_a_finished_step_is_not_done_again_and_another_recipe_is_refused(
     assert not (out / "checkpoints").exists()
     with pytest.raises(
         ValueError,
-        match=r"holds an alignment step of another recipe \(learning_rate is 0.005 there and 0.0001"
-        r" here; seed is 0 there and 1 here\): choose another -o",
+        match=r"holds an alignment step of another recipe \(learning_rate is 0.005 there and "
+        r"0.0001 here; seed is 0 there and 1 here\): choose another -o",
     ):
         sft(step_recipe("sft", "seed=1", "learning_rate=1e-4"), out)
 
