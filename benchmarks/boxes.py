@@ -1,6 +1,6 @@
 """A model learns to say where a shape is: the IoU of its boxes, and that of the mean box.
 
-    python benchmarks/boxes.py --checkpoint runs/quickstart [--rows 1024] [--out benchmarks/results]
+    python benchmarks/boxes.py --checkpoint runs/quickstart [--rows 5120] [--out benchmarks/results]
 
 A picture is one coloured shape at a random place, as large as it happens to be. The question names
 it, and the answer is its box. A finished model learns it with the program's own commands, in one
@@ -70,12 +70,12 @@ def draw_rows(folder: Path, name: str, number: int, seed: int) -> Path:
 
 
 def recipe(checkpoint: Path, rows: Path, seed: int) -> dict[str, Any]:
-    """Return the recipe: as the quickstart's finetune stage, the host's upper half trains."""
+    """Return the recipe: the projector and the upper half of the language model train."""
     stage = {
         "data": [{"dataset": "grounding", "root": str(rows), "bbox_format": "xyxy"}],
-        "tuning": {"vision_tower": "frozen", "projector": "frozen", "language_model": "last-16"},
+        "tuning": {"vision_tower": "frozen", "projector": "full", "language_model": "last-16"},
         "learning_rate": 3e-4,
-        "batch_size": 16,
+        "batch_size": 32,
         "batching": "packed",
         "row_tokens": 256,
         "micro_batch_rows": 8,
@@ -119,7 +119,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--checkpoint", type=Path, default=Path("runs/quickstart"))
-    parser.add_argument("--rows", type=int, default=1_024, help="rows that are trained on")
+    parser.add_argument("--rows", type=int, default=5_120, help="rows that are trained on")
     parser.add_argument("--test-rows", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--folder", type=Path, default=Path("runs/boxes"), help="rows and run")

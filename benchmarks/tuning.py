@@ -34,7 +34,7 @@ COLOURS = ("red", "green", "blue", "black", "yellow", "brown", "gray", "teal")
 SHAPES = ("circle", "rectangle", "triangle")
 NUM_ROWS = 480
 HELD_OUT = 0.25
-STOCK_STEPS = 40
+STOCK_STEPS = 200
 
 
 def draw(numbers: random.Random, place: str | None = None) -> tuple[Image.Image, str, str]:
@@ -147,7 +147,7 @@ def stock_llava(folder: Path, side: int = 70, steps: int = STOCK_STEPS) -> None:
     # Train the projector on captions of shapes that stand anywhere.
     model.requires_grad_(False)
     projector = model.model.multi_modal_projector.requires_grad_(True)
-    optimizer, numbers = torch.optim.AdamW(projector.parameters(), lr=1e-3), random.Random(1)
+    optimizer, numbers = torch.optim.AdamW(projector.parameters(), lr=2e-3), random.Random(1)
     for step in range(steps):
         drawn = [draw(numbers) for _ in range(8)]
         ask = "<|im_start|>user\n<image>\nWhat is it?<|im_end|>\n<|im_start|>assistant\n"

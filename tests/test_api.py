@@ -52,6 +52,17 @@ def test_threads_sleep_soon_unless_the_user_says_otherwise(
     assert done.stdout.strip() == str(spins)
 
 
+def test_few_programs_of_onednn_are_kept_unless_the_user_says_otherwise() -> None:
+    name = "ONEDNN_PRIMITIVE_CACHE_CAPACITY"
+    read = f"import mipha, os; print(os.environ['{name}'])"
+    for own, kept in (({}, "64"), ({name: "9"}, "9")):
+        environment = {key: value for key, value in os.environ.items() if key != name} | own
+        done = subprocess.run(
+            [sys.executable, "-c", read], env=environment, capture_output=True, text=True
+        )
+        assert done.stdout.strip() == kept
+
+
 def test_type_checkers_are_told_that_the_package_has_types() -> None:
     assert (SOURCE / "mipha" / "py.typed").is_file()
     assert '"py.typed"' in (SOURCE.parent / "pyproject.toml").read_text(encoding="utf-8")

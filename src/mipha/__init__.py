@@ -15,6 +15,10 @@ from typing import TYPE_CHECKING, Any
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
+# oneDNN keeps the programs of its last 1,024 products, one for each shape. Rows have ever new
+# lengths, so that was a gigabyte after 70 steps; 64 are more than a step has in its layers.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+
 if TYPE_CHECKING:
     from mipha.api import evaluate, run_study, train
     from mipha.assistant import Answer, Assistant, load
