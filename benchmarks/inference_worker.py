@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import resource
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -70,6 +69,7 @@ def transformers_engine(task: dict[str, Any]) -> Found:
     torch.set_num_threads(task["threads"])
     from mipha.assistant import load
     from mipha.data.sample import IMAGE, Message
+    from mipha.planning.serving import cache_bytes, read_bytes
 
     # Load.
     started = time.perf_counter()
@@ -119,8 +119,10 @@ def transformers_engine(task: dict[str, Any]) -> Found:
         plain_tokens_per_second=plain,
         prompt_tokens=prompt_tokens[0],
         prompt_flop=_prompt_flop(assistant.model, prompt_tokens[0]),
-        prompt_cache_bytes=_cache_bytes(assistant.model, prompt_tokens[0]),
-        weight_bytes=_weight_bytes(assistant.model),
+        prompt_cache_bytes=int(
+            cache_bytes(assistant.model.config, prompt_tokens[0], torch.bfloat16)
+        ),
+        weight_bytes=int(read_bytes(assistant.model, assistant.model.dtype)),
         peak_gib=peak,
         texts=texts,
         answers=answers,
@@ -198,16 +200,20 @@ def limits(task: dict[str, Any]) -> dict[str, float]:
     """
     import torch
 
+    from mipha.planning.serving import median_seconds
+
     torch.set_num_threads(task["threads"])
     array = torch.ones(task["limit_bytes"] // 4)
-    found = {"read": array.nbytes / 1e9 / _seconds(array.amax)}
+    found = {"read": array.nbytes / 1e9 / median_seconds(array.amax, 5)}
     del array
 
     # Take the shape of a prompt in Phi-2's MLP, or a smaller one where less memory is read.
     rows, inner, outer = (1024, 2560, 10240) if task["limit_bytes"] >= 2**28 else (128, 256, 1024)
     for dtype in (torch.float32, torch.bfloat16):
         left, right = torch.randn(rows, inner).to(dtype), torch.randn(outer, inner).to(dtype)
-        seconds = _seconds(lambda left=left, right=right: torch.nn.functional.linear(left, right))
+        seconds = median_seconds(
+            lambda left=left, right=right: torch.nn.functional.linear(left, right), 5
+        )
         found[str(dtype).removeprefix("torch.")] = 2 * rows * inner * outer / 1e9 / seconds
     return found
 
@@ -268,25 +274,6 @@ def _prompt_flop(model: Any, num_tokens: int) -> float:
     return 2.0 * (seen * image_tokens + weights(inner.language_model) * num_tokens)
 
 
-def _cache_bytes(model: Any, num_tokens: int) -> int:
-    text = model.config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return 2 * 2 * text.num_hidden_layers * heads * head_dim * num_tokens
-
-
-def _weight_bytes(model: Any) -> int:
-    from mipha.models.modeling import parts
-
-    read = {
-        id(weight): weight for part in parts(model).language_model for weight in part.parameters()
-    }
-    words, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    return sum(weight.nbytes for weight in read.values()) - (
-        words.nbytes if words is not head else 0
-    )
-
-
 def _gguf_weight_bytes(path: Path) -> int:
     import gguf
 
@@ -294,17 +281,6 @@ def _gguf_weight_bytes(path: Path) -> int:
     if "output.weight" in sizes:  # else the embeddings are the head
         del sizes["token_embd.weight"]
     return sum(sizes.values())
-
-
-def _seconds(call: Callable[[], Any], repeats: int = 5) -> float:
-    """Return the median seconds of a call, after one that does not count."""
-    call()
-    found = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        call()
-        found.append(time.perf_counter() - started)
-    return statistics.median(found)
 
 
 def main() -> None:

@@ -139,7 +139,7 @@ def plan_serving(
 
     # What would be possible.
     flops, speed, reading = StepFlops(model), measure_flops(dtype), _measure_reading()
-    read = _read_bytes(model, dtype)
+    read = read_bytes(model, dtype)
 
     tower = whole_time("vision_config", lambda time: time.tower)
     answers = []
@@ -149,7 +149,7 @@ def plan_serving(
         token = whole_time("text_config", lambda time, place=place: time.tokens[place])
         work = Work(images=1, tokens=tokens, pairs=tokens * (tokens + 1) // 2, supervised=1)
         forward = sum(part.forward for part in flops.by_part(work).values())
-        cache = _cache_bytes(config, tokens, dtype)
+        cache = cache_bytes(config, tokens, dtype)
         answers.append(
             AnswerPlan(count, tower + prompt, forward / speed, 1 / token, reading / (read + cache))
         )
@@ -180,7 +180,7 @@ def _time_answers(
     (projector,), (language_model, head) = parts(model).projector, parts(model).language_model
 
     with torch.inference_mode():
-        tower = _median(lambda: projector(tower_output(model, 1)))
+        tower = median_seconds(lambda: projector(tower_output(model, 1)))
         prompts, tokens = [], []
         for count in counts:
             hidden = torch.zeros(
@@ -200,13 +200,13 @@ def _time_answers(
                     )
                     head(out.last_hidden_state).argmax()
 
-            prompts.append(_median(read))
+            prompts.append(median_seconds(read))
             cache = read()
-            tokens.append(_median(lambda cache=cache: write(cache)) / _WRITTEN)
+            tokens.append(median_seconds(lambda cache=cache: write(cache)) / _WRITTEN)
     return _Times(tower, prompts, tokens)
 
 
-def _median(call: Callable[[], Any], repeats: int = 3) -> float:
+def median_seconds(call: Callable[[], Any], repeats: int = 3) -> float:
     """Return the median seconds of a call, after one that does not count."""
     call()
     seconds = []
@@ -221,15 +221,17 @@ def _num_bytes(model: LlavaForConditionalGeneration, dtype: torch.dtype) -> floa
     return float(sum(weight.numel() for weight in model.parameters()) * dtype.itemsize)
 
 
-def _read_bytes(model: LlavaForConditionalGeneration, dtype: torch.dtype) -> float:
+def read_bytes(model: LlavaForConditionalGeneration, dtype: torch.dtype) -> float:
     """Return the bytes of the weights that a token passes; of embeddings, only a tied head's."""
     words, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
-    read = sum(w.numel() for part in parts(model).language_model for w in part.parameters())
-    tied = model.config.text_config.tie_word_embeddings
-    return float((read - (head.numel() if tied else words.numel())) * dtype.itemsize)
+    read = {id(w): w for part in parts(model).language_model for w in part.parameters()}
+    if words is not head:
+        del read[id(words)]
+    return float(sum(weight.numel() for weight in read.values()) * dtype.itemsize)
 
 
-def _cache_bytes(config: PretrainedConfig, tokens: int, dtype: torch.dtype) -> float:
+def cache_bytes(config: PretrainedConfig, tokens: int, dtype: torch.dtype) -> float:
+    """Return the bytes of the keys and values of so many tokens."""
     text = config.text_config
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -239,7 +241,7 @@ def _cache_bytes(config: PretrainedConfig, tokens: int, dtype: torch.dtype) -> f
 def _measure_reading() -> float:
     """Return the bytes a second that this CPU reads from memory."""
     array = torch.ones(2**27)  # 512 MiB
-    return array.nbytes / _median(array.amax)
+    return array.nbytes / median_seconds(array.amax)
 
 
 def print_serving_plan(name: str, plan: ServingPlan, wished: float | None) -> None:
