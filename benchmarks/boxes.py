@@ -2,9 +2,9 @@
 
     python benchmarks/boxes.py --checkpoint runs/quickstart [--rows 5120] [--out benchmarks/results]
 
-A picture is one coloured shape at a random place, as large as it happens to be. The question names
+An image is one coloured shape at a random place, as large as it happens to be. The question names
 it, and the answer is its box. A finished model learns it with the program's own commands, in one
-pass over the rows, and answers about pictures that it has not seen. A model that saw nothing could
+pass over the rows, and answers about images that it has not seen. A model that saw nothing could
 do no better than to name the same box every time; that of the least error is the mean of all.
 """
 
@@ -27,7 +27,7 @@ from mipha.files import read_json_object, read_lines, write_whole
 from mipha.run import provenance
 
 SIDE = 70
-"""Pixels of a picture, as the quickstart's tower reads it: five patches a side."""
+"""Pixels of an image, as the quickstart's tower reads it: five patches a side."""
 
 SIDES = (20, 45)
 """Pixels of the shortest and the longest side of a box."""
@@ -44,7 +44,7 @@ SHAPES = ("rectangle", "ellipse", "triangle")
 
 
 def draw_rows(folder: Path, name: str, number: int, seed: int) -> Path:
-    """Draw pictures, and write a question and a box for each, in a form that training reads."""
+    """Draw images, and write a question and a box for each, in a form that training reads."""
     draw, rows = random.Random(seed), []
     (folder / name).mkdir(parents=True)
     for place in range(number):
@@ -53,15 +53,15 @@ def draw_rows(folder: Path, name: str, number: int, seed: int) -> Path:
         colour, shape = draw.choice(sorted(COLOURS)), draw.choice(SHAPES)
         box = (left, top, left + width, top + height)
 
-        picture = Image.new("RGB", (SIDE, SIDE), (draw.randint(225, 255),) * 3)
-        pen, inside = ImageDraw.Draw(picture), (left, top, box[2] - 1, box[3] - 1)
+        image = Image.new("RGB", (SIDE, SIDE), (draw.randint(225, 255),) * 3)
+        pen, inside = ImageDraw.Draw(image), (left, top, box[2] - 1, box[3] - 1)
         if shape == "triangle":
             corners = [(left, inside[3]), (inside[2], inside[3]), (left + width // 2, top)]
             pen.polygon(corners, COLOURS[colour])
         else:
             getattr(pen, shape)(inside, COLOURS[colour])
 
-        picture.save(folder / name / f"{place}.png")
+        image.save(folder / name / f"{place}.png")
         question = f"Where is the {colour} {shape}?"
         rows.append({"image": f"{name}/{place}.png", "captions": [question], "bbox": box})
     file = folder / f"{name}.jsonl"
@@ -99,7 +99,7 @@ def score_mean_box(train: Path, test: Path) -> dict[str, float]:
 
 
 def ask(run: Path, test: Path, *more: str) -> dict[str, Any]:
-    """Ask about all test pictures; return each score in percent, with its 95 % interval."""
+    """Ask about all test images; return each score in percent, with its 95 % interval."""
     _mipha("evaluate", run, "--data", test, "--max-new-tokens", "32", *more, "bbox_format=xyxy")
     folders = [path.parent for path in (run / "evaluation").glob("*/scores.json")]
     (folder,) = [path for path in folders if path.name.endswith("-blind") == ("--blind" in more)]

@@ -173,10 +173,10 @@ def summarise(results: Results) -> tuple[list[Row], dict[str, Any]]:
         for way, found in ways.items()
     }
     plain = {way: [one["plain_tokens_per_second"] for one in found] for way, found in ways.items()}
-    rows = _rows("picture and question", "prompt tokens", reading) + _rows(
+    rows = _rows("image and question", "prompt tokens", reading) + _rows(
         "answer", "tokens", writing
     )
-    rows += _rows("answer without a picture", "tokens", plain)
+    rows += _rows("answer without an image", "tokens", plain)
 
     # State the limits, and the work of a prompt.
     facts: dict[str, Any] = {"read bandwidth": f"{_spread(limits['read'])} GB/s"}
@@ -420,7 +420,9 @@ def main() -> None:
             "; ".join(verdict(results))
             or f"nothing: 4 bits {TIMES:g} times the baseline, {SHARE:.0%} of the bandwidth"
         )
-    name = f"inference-{options.size or 'run'}"
+    name = f"inference-{options.size or 'run'}-threads{options.threads}"
+    if options.image_size:
+        name += f"-{options.image_size}px"
     write_whole(options.out / f"{name}-runs.json", json.dumps(results, indent=1) + "\n")
     report(name, f"One answer at a time: {what}", rows, options.out, facts)
 

@@ -200,7 +200,7 @@ def limits(task: dict[str, Any]) -> dict[str, float]:
     """
     import torch
 
-    from mipha.planning.serving import median_seconds
+    from mipha.engine.machine import median_seconds
 
     torch.set_num_threads(task["threads"])
     array = torch.ones(task["limit_bytes"] // 4)

@@ -4,7 +4,7 @@
         [--replay] [KEY=VALUE ...] [--out benchmarks/results]
 
 Pictures as easy-VQA's are drawn here, each with one question: is the shape left, right, top or
-bottom? A quarter of the pictures is held out and asked about before and after. What is forgotten is
+bottom? A quarter of the images is held out and asked about before and after. What is forgotten is
 told by the general questions of `tune`, and by the first `--old` of easy-VQA's test questions.
 
 `--stock` makes a LLaVA with transformers alone: packaged weights, a tokenizer with one more token,
@@ -42,10 +42,10 @@ def draw(numbers: random.Random, place: str | None = None) -> tuple[Image.Image,
 
     Args:
         numbers: Source of what is drawn.
-        place: Key of `PLACES`; None for any point of the picture.
+        place: Key of `PLACES`; None for any point of the image.
 
     Returns:
-        The picture, its colour and its shape.
+        The image, its colour and its shape.
     """
     shade = numbers.randrange(225, 256)
     image = Image.new("RGB", (SIDE, SIDE), (shade, shade, numbers.randrange(225, 256)))
@@ -65,7 +65,7 @@ def draw(numbers: random.Random, place: str | None = None) -> tuple[Image.Image,
 
 
 def write_rows(folder: Path, num_rows: int = NUM_ROWS) -> Path:
-    """Write pictures, and a file with a question about each; every place comes equally often."""
+    """Write images, and a file with a question about each; every place comes equally often."""
     numbers = random.Random(0)
     for number in range(num_rows):
         place = list(PLACES)[number % len(PLACES)]

@@ -148,7 +148,7 @@ def test_full_trains_the_language_model_whole(stock_llava: Callable[..., Path], 
 def checked(rows: int, per_image: int = 1, longest: float = 100) -> Any:
     class Found:
         num_samples = num_images = rows
-        num_pictures = rows // per_image
+        num_distinct = rows // per_image
 
         class _Length:
             name, maximum = "sample length", longest

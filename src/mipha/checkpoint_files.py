@@ -52,7 +52,7 @@ TOKENS = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json")
 """JSON files of a tokenizer, whose keys may be any words."""
 
 MAX_TILES = 145
-"""Most tiles of one picture; more would be a damaged or hostile setting."""
+"""Most tiles of one image; more would be a damaged or hostile setting."""
 
 IMPLEMENTATIONS = (None, "eager", "sdpa", "grouped_mm", "batched_mm")
 """Implementations that a config may name; transformers looks for others in packages and the hub."""
@@ -98,7 +98,7 @@ class CheckpointFiles:
 
     @property
     def geometry(self) -> Geometry:
-        """What a picture becomes for this model."""
+        """What an image becomes for this model."""
         return read_geometry(self.processor)
 
 
@@ -551,7 +551,7 @@ def _check_end_tokens(folder: Path) -> None:
 
 
 def _check_image(folder: Path, config: dict[str, Any], processor: dict[str, Any]) -> None:
-    """Refuse a processor whose pictures are not those that the model takes."""
+    """Refuse a processor whose images are not those that the model takes."""
     path, vision = folder / "processor_config.json", config["vision_config"]
     path = path if path.is_file() else folder / "preprocessor_config.json"
     try:
@@ -598,7 +598,7 @@ def _check_bounds(geometry: Geometry) -> None:
         if type(value) is not int or value < 1:
             raise ValueError(f"{field.name} is {value!r}")
     if geometry.most_tiles > MAX_TILES:
-        raise ValueError(f"a picture of {geometry.most_tiles} tiles is more than {MAX_TILES}")
+        raise ValueError(f"an image of {geometry.most_tiles} tiles is more than {MAX_TILES}")
     if isinstance(geometry, Shuffled) and geometry.longest_edge > 6 * geometry.side:
         raise ValueError(
             f"its longest edge of {geometry.longest_edge} pixels makes more than 6 rows of "

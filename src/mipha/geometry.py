@@ -1,4 +1,4 @@
-"""What a picture becomes for a model: tiles for the tower, tokens and marks for the language model.
+"""What an image becomes for a model: tiles for the tower, tokens and marks for the language model.
 
     settings of the processor --read_geometry--> Geometry
     Geometry.span(width, height) -> Span: text with one <image> for each run of image tokens,
@@ -7,14 +7,14 @@
 A checkpoint's processor_config.json decides it, and everything asks here: encoding, packing, plans,
 checks of data, prompts, the server and exports.
 
-    kind      class of transformers     a picture of 3 columns and 2 rows of tiles
+    kind      class of transformers     an image of 3 columns and 2 rows of tiles
     square    Llava                     one square
-    tiles     Llava                     2x3: six tiles, a line for each row, then the whole picture
+    tiles     Llava                     2x3: six tiles, a line for each row, then the whole image
     shuffled  Idefics3                  the same with marks, and fewer tokens a tile
     anyres    LlavaNext, OneVision      the whole, then the grid read line by line, padding left out
     native    Lfm2Vl                    its own shape; tiles where it is large and they are allowed
 
-Sizes are (width, height) in pixels of the upright picture after `bounded_size`.
+Sizes are (width, height) in pixels of the upright image after `bounded_size`.
 
 Source: processors and image processors of these classes in transformers 5.23.
 """
@@ -38,7 +38,7 @@ _IDEFICS3_MAX_SIDE = 4096
 
 
 class Span(NamedTuple):
-    """What stands in a conversation for one picture.
+    """What stands in a conversation for one image.
 
     Args:
         text: Text with one `IMAGE` for each run of image tokens, with marks and newlines around.
@@ -60,14 +60,14 @@ class Span(NamedTuple):
 
 
 class TilesSpan(Span):
-    """The span of a picture whose tiles are images of their own for the chat template."""
+    """The span of an image whose tiles are images of their own for the chat template."""
 
     in_conversation = True
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """How pictures are cut for one model.
+    """How images are cut for one model.
 
     Args:
         side: Pixels of a square tile.
@@ -78,22 +78,22 @@ class Geometry:
     kind: ClassVar[str]
 
     def span(self, width: int, height: int, num_images: int = 1) -> Span:
-        """Return what stands for a picture.
+        """Return what stands for an image.
 
         Args:
-            width: Pixels of the upright picture, bounded.
+            width: Pixels of the upright image, bounded.
             height: Pixels.
-            num_images: Pictures of the whole conversation.
+            num_images: Images of the whole conversation.
         """
         raise NotImplementedError
 
     def bounded_span(self, width: int, height: int, num_images: int = 1) -> Span:
-        """Return what stands for a picture of any aspect; arguments as for `span`, not bounded."""
+        """Return what stands for an image of any aspect; arguments as for `span`, not bounded."""
         return self.span(*self.bounded_size(width, height), num_images)
 
     @property
     def depends_on_size(self) -> bool:
-        """Whether pictures of different sizes take different tokens."""
+        """Whether images of different sizes take different tokens."""
         return True
 
     @property
@@ -103,17 +103,17 @@ class Geometry:
 
     @property
     def most_tiles(self) -> int:
-        """Most tiles of one picture, the whole picture among them."""
+        """Most tiles of one image, the whole image among them."""
         return 1
 
     @property
     def longest(self) -> int:
-        """Most image tokens of one picture, the marks around them left out."""
+        """Most image tokens of one image, the marks around them left out."""
         sizes = {self.bounded_size(*size) for size in _probes(self.side)}
         return max(self.span(*size).num_image_tokens for size in sizes)
 
     def bounded_size(self, width: int, height: int) -> tuple[int, int]:
-        """Return the size of a picture after its short side is padded to `max_aspect`."""
+        """Return the size of an image after its short side is padded to `max_aspect`."""
         if self.max_aspect is None:
             return width, height
         return (
@@ -124,7 +124,7 @@ class Geometry:
 
 @dataclass(frozen=True)
 class Square(Geometry):
-    """One square for each picture.
+    """One square for each image.
 
     Args:
         tokens: Image tokens of a tile.
@@ -135,7 +135,7 @@ class Square(Geometry):
     kind: ClassVar[str] = "square"
 
     def span(self, width: int = 0, height: int = 0, num_images: int = 1) -> Span:
-        """Return the span of any picture."""
+        """Return the span of any image."""
         return Span(IMAGE, (self.tokens,), 1)
 
     @property
@@ -151,13 +151,13 @@ class Square(Geometry):
 
 @dataclass(frozen=True)
 class Tiles(Geometry):
-    """Tiles as several images of one LLaVA, each a square of its own, and then the whole picture.
+    """Tiles as several images of one LLaVA, each a square of its own, and then the whole image.
 
     Words before them say the grid, because 2 x 3 and 3 x 2 tiles are as many images.
 
     Args:
         tokens: Image tokens of a tile.
-        max_tiles: Most tiles of a conversation, its whole pictures left out.
+        max_tiles: Most tiles of a conversation, its whole images left out.
     """
 
     tokens: int
@@ -167,11 +167,11 @@ class Tiles(Geometry):
 
     @property
     def most_tiles(self) -> int:
-        """Most tiles of one picture, the whole picture among them."""
+        """Most tiles of one image, the whole image among them."""
         return self.max_tiles + 1
 
     def grid(self, width: int, height: int, num_images: int = 1) -> tuple[int, int]:
-        """Return rows and columns; (1, 1) for a picture that is not cut."""
+        """Return rows and columns; (1, 1) for an image that is not cut."""
         most = max(1, self.max_tiles // num_images)
         grids = [
             (rows * self.side, columns * self.side)
@@ -182,7 +182,7 @@ class Tiles(Geometry):
         return rows // self.side, columns // self.side
 
     def span(self, width: int, height: int, num_images: int = 1) -> Span:
-        """Return the span of a picture; a newline stands behind each image for the template."""
+        """Return the span of an image; a newline stands behind each image for the template."""
         rows, columns = self.grid(width, height, num_images)
         if rows * columns == 1:
             return TilesSpan(IMAGE, (self.tokens,), 1)
@@ -193,12 +193,12 @@ class Tiles(Geometry):
 
 @dataclass(frozen=True)
 class Shuffled(Geometry):
-    """Tiles of Idefics3, with marks for row and column, and then the whole picture.
+    """Tiles of Idefics3, with marks for row and column, and then the whole image.
 
     Args:
         tokens: Image tokens of a tile.
         longest_edge: Pixels that the longest side is scaled to, up or down.
-        splits: Whether pictures are cut at all.
+        splits: Whether images are cut at all.
     """
 
     tokens: int
@@ -209,13 +209,13 @@ class Shuffled(Geometry):
 
     @property
     def most_tiles(self) -> int:
-        """Most tiles of one picture, the whole picture among them."""
+        """Most tiles of one image, the whole image among them."""
         if not self.splits:
             return 1
         return (-(-min(self.longest_edge, _IDEFICS3_MAX_SIDE) // self.side)) ** 2 + 1
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
-        """Return rows and columns; (0, 0) for a picture that is not cut."""
+        """Return rows and columns; (0, 0) for an image that is not cut."""
         if not self.splits:
             return 0, 0
 
@@ -238,7 +238,7 @@ class Shuffled(Geometry):
         return (0, 0) if rows <= 1 and columns <= 1 else (rows, columns)
 
     def span(self, width: int, height: int, num_images: int = 1) -> Span:
-        """Return the span of a picture."""
+        """Return the span of an image."""
         rows, columns = self.grid(width, height)
         around = "<fake_token_around_image>"
         whole = f"{around}<global-img>{IMAGE}{around}"
@@ -255,7 +255,7 @@ class Shuffled(Geometry):
 
 @dataclass(frozen=True)
 class Anyres(Geometry):
-    """The whole picture, then its tiles as one grid without padding, with an end of every row.
+    """The whole image, then its tiles as one grid without padding, with an end of every row.
 
     Args:
         patches: Patches a side of a tile.
@@ -263,7 +263,7 @@ class Anyres(Geometry):
         dropped: Tokens of each tile that are left out behind the count: 1 in a checkpoint of
             LlavaNext whose count is made with a class token that it does not have.
         cap: Most tiles' worth of tokens of the grid; None for no limit. With a cap, several
-            pictures of one conversation take one tile each.
+            images of one conversation take one tile each.
     """
 
     patches: int
@@ -275,11 +275,11 @@ class Anyres(Geometry):
 
     @property
     def most_tiles(self) -> int:
-        """Most tiles of one picture, the whole picture among them."""
+        """Most tiles of one image, the whole image among them."""
         return max(height * width for height, width in self.grids) // self.side**2 + 1
 
     def span(self, width: int, height: int, num_images: int = 1) -> Span:
-        """Return the span of a picture."""
+        """Return the span of an image."""
         whole = self.patches**2 - self.dropped
         if self.cap is not None and num_images > 1:
             return Span(IMAGE, (whole + 1,), 1)
@@ -302,17 +302,17 @@ class Anyres(Geometry):
 
 @dataclass(frozen=True)
 class Native(Geometry):
-    """A picture in its own shape, both sides whole numbers of tokens.
+    """An image in its own shape, both sides whole numbers of tokens.
 
     Args:
         patch: Pixels of a patch.
         shuffle: Patches a side that one token stands for.
-        min_tokens: Fewest tokens of a picture.
-        max_tokens: Most tokens of a picture, or of the whole beside tiles.
-        min_tiles: Fewest tiles of a picture that is cut.
-        max_tiles: Most tiles; 1: no picture is cut.
-        tolerance: A picture is cut where it is so many times larger than `max_tokens` allow.
-        has_whole: Whether the whole picture stands behind its tiles.
+        min_tokens: Fewest tokens of an image.
+        max_tokens: Most tokens of an image, or of the whole beside tiles.
+        min_tiles: Fewest tiles of an image that is cut.
+        max_tiles: Most tiles; 1: no image is cut.
+        tolerance: An image is cut where it is so many times larger than `max_tokens` allow.
+        has_whole: Whether the whole image stands behind its tiles.
     """
 
     patch: int
@@ -328,7 +328,7 @@ class Native(Geometry):
 
     @property
     def most_tiles(self) -> int:
-        """Most tiles of one picture, the whole picture among them."""
+        """Most tiles of one image, the whole image among them."""
         return self.max_tiles + 1
 
     @property
@@ -337,14 +337,14 @@ class Native(Geometry):
         return min(self.max_tokens, _MAX_NATIVE_ASPECT)
 
     def grid(self, width: int, height: int) -> tuple[int, int]:
-        """Return rows and columns of tiles; (1, 1) for a picture that is not cut."""
+        """Return rows and columns of tiles; (1, 1) for an image that is not cut."""
         unit = self.patch * self.shuffle
         around = [max(self.patch, round(side / unit) * unit) for side in (width, height)]
         most = self.max_tokens * unit**2 * self.tolerance
         if self.max_tiles <= 1 or around[0] * around[1] <= most:
             return 1, 1
 
-        # Take the grid of the nearest aspect; of two as near, the later one for a large picture.
+        # Take the grid of the nearest aspect; of two as near, the later one for a large image.
         nearest, chosen = math.inf, (1, 1)
         for columns, rows in _tile_counts(self.min_tiles, self.max_tiles):
             difference = abs(width / height - columns / rows)
@@ -354,7 +354,7 @@ class Native(Geometry):
         return chosen
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
-        """Return the size, (width, height) in pixels, that the whole picture is scaled to."""
+        """Return the size, (width, height) in pixels, that the whole image is scaled to."""
         unit = self.patch * self.shuffle
         fitted = [max(unit, round(side / unit) * unit) for side in (width, height)]
         area, (least, most) = width * height, (self.min_tokens, self.max_tokens)
@@ -369,7 +369,7 @@ class Native(Geometry):
         return fitted[0], fitted[1]
 
     def span(self, width: int, height: int, num_images: int = 1) -> Span:
-        """Return the span of a picture."""
+        """Return the span of an image."""
         unit = self.patch * self.shuffle
         wide, high = self.resized(width, height)
         whole = (wide // unit) * (high // unit)
@@ -493,10 +493,10 @@ def count_image_tokens(
 
 
 def best_grid(width: int, height: int, grids: Sequence[tuple[int, int]]) -> tuple[int, int]:
-    """Return the canvas that keeps most of a picture's pixels, and of these wastes the least.
+    """Return the canvas that keeps most of an image's pixels, and of these wastes the least.
 
     Args:
-        width: Pixels of the picture.
+        width: Pixels of the image.
         height: Pixels.
         grids: Canvases, (height, width) in pixels.
 
@@ -547,7 +547,7 @@ def _grids(image: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
 
 
 def _probes(side: int) -> list[tuple[int, int]]:
-    """Return sizes of pictures of every aspect, small and large, among them those of most tiles."""
+    """Return sizes of images of every aspect, small and large, among them those of most tiles."""
     sides = [1, side, *(side * number for number in range(2, 9)), 8 * side + 1, 40 * side]
     aspects = [(wide, high) for wide in range(1, 21) for high in (1, 2, 3)]
     fixed = [(wide, high) for wide in sides for high in sides]

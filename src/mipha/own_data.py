@@ -199,7 +199,7 @@ def derive(
         (one.maximum for one in result.histograms if one.name == "sample length"), default=256
     )
     row_tokens = min(context, max(256, 64 * math.ceil(longest / 64)))
-    shares = result.num_images >= 2 * result.num_pictures > 0
+    shares = result.num_images >= 2 * result.num_distinct > 0
 
     # Small language models need larger steps: LOG.md, 2026-11-23, for the quickstart's 135M.
     is_small = num_parameters < 500e6
@@ -226,7 +226,7 @@ def derive(
     how = "all weights of the language model" if full else "adapters on the language model"
     size = f"{num_parameters / 1e6:,.0f} million weights"
     notes = [
-        f"data: {rows:,} samples, {result.num_pictures:,} different images, no errors",
+        f"data: {rows:,} samples, {result.num_distinct:,} different images, no errors",
         f"trains: {how}, and the projector; the vision tower is frozen",
         f"length: {epochs} epochs of {batch_size} samples a step, about {steps:,} steps",
         f"rows: {row_tokens} tokens, because the longest sample has {longest:,.0f}",

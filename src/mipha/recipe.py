@@ -174,7 +174,7 @@ def _index(entries: list[Any], key: str, path: list[str]) -> int:
 
 
 Image = Literal["square", "tiles", "anyres", "native"]
-"""What a picture becomes."""
+"""What an image becomes."""
 
 _LATER: dict[str, Any] = {
     "pad_to_square": None,
@@ -252,14 +252,14 @@ class ModelRecipe(Strict):
     )
     image: Image = Field(
         "square",
-        description="square: one square a picture; tiles: crops, then the whole; anyres: the "
+        description="square: one square an image; tiles: crops, then the whole; anyres: the "
         "whole, then its crops as one grid (LLaVA-NeXT); native: its own shape (LFM2-VL)",
     )
     max_tiles: int | None = Field(
         None,
         ge=1,
-        description="tiles, anyres: most crops of a picture; None: 4; "
-        "1, with shuffle: the whole picture alone, squashed",
+        description="tiles, anyres: most crops of an image; None: 4; "
+        "1, with shuffle: the whole image alone, squashed",
     )
     shuffle: int | None = Field(
         None,
@@ -268,10 +268,10 @@ class ModelRecipe(Strict):
         "tiles, None: none do, and crops are images of one LLaVA; native, None: 2",
     )
     min_image_tokens: int | None = Field(
-        None, ge=1, description="native only: fewest tokens of a picture; None: 64"
+        None, ge=1, description="native only: fewest tokens of an image; None: 64"
     )
     max_image_tokens: int | None = Field(
-        None, ge=1, description="native only: most tokens of a picture; None: 256"
+        None, ge=1, description="native only: most tokens of an image; None: 256"
     )
 
     @model_validator(mode="before")
@@ -316,12 +316,12 @@ class ModelRecipe(Strict):
             )
 
         # The class of shuffled tiles takes as many rows as columns, and has marks for six; with one
-        # tile it sees the whole picture alone.
+        # tile it sees the whole image alone.
         if self.image == "tiles" and self.shuffle is not None:
             side = isqrt(self.tiles)
             if side**2 != self.tiles:
                 raise ValueError(
-                    f"model.max_tiles={self.tiles} is no square: with model.shuffle a picture has "
+                    f"model.max_tiles={self.tiles} is no square: with model.shuffle an image has "
                     f"up to k x k tiles; use {max(2, side) ** 2} or {(max(2, side) + 1) ** 2}"
                 )
             if side > 6:
@@ -339,14 +339,14 @@ class ModelRecipe(Strict):
 
     @property
     def tiles(self) -> int:
-        """Most crops of a picture."""
+        """Most crops of an image."""
         if self.image in ("square", "native"):
             return 1
         return 4 if self.max_tiles is None else self.max_tiles
 
     @property
     def image_tokens(self) -> tuple[int, int]:
-        """Fewest and most tokens of a native picture."""
+        """Fewest and most tokens of a native image."""
         return (
             64 if self.min_image_tokens is None else self.min_image_tokens,
             256 if self.max_image_tokens is None else self.max_image_tokens,

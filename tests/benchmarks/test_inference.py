@@ -102,7 +102,7 @@ def test_every_engine_is_measured_in_a_process_of_its_own(folder: Path, tmp_path
     rows, facts = inference.summarise(results)
     assert [(row.case, row.way) for row in rows] == [
         (case, way)
-        for case in ("picture and question", "answer", "answer without a picture")
+        for case in ("image and question", "answer", "answer without an image")
         for way in ("transformers float32", "llama.cpp f16")
     ]
     assert "same text as transformers float32: 100%" in facts["llama.cpp f16"]

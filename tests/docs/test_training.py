@@ -184,7 +184,7 @@ def test_the_tokens_of_pictures_are_those_of_the_classes() -> None:
     ]
     rows = re.findall(
         r"^\| (?:\d+/)?\d+, `.*\| (\d+) \| (\d+) \| (\d+) \| (\d+) \|$",
-        _section("What a picture becomes"),
+        _section("What an image becomes"),
         flags=re.MULTILINE,
     )
     sizes = ((336, 336), (640, 480), (1000, 300), (4000, 3000))

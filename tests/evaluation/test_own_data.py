@@ -85,6 +85,14 @@ def test_the_metric_is_derived_and_said(
     assert not any("because" in note for note in chosen.doubts)
 
 
+def test_longer_answers_that_say_the_right_one_are_counted(write: Callable[..., Path]) -> None:
+    asked = plan(write("red", ["no", "none"], "cat"))
+    said = {"test/1": "It is red, I think.", "test/2": "Nobody knows.", "test/3": "Cat."}
+    judgement = asked.benchmark.score(asked.questions, said, None)
+    assert list(judgement.per_question.values()) == [0, 0, 1]
+    assert any("1 answers say a right one among other words" in note for note in judgement.notes)
+
+
 def test_options_are_scored_by_their_letter(write: Callable[..., Path]) -> None:
     path = write("cat", "A", options=["dog", "cat", "cow"])
     assert plan(path).benchmark.headline.name == "choice"

@@ -21,7 +21,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_is_timed(tiny_parts, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "_measure_reading", lambda: 1e9)  # half a gigabyte else
+    monkeypatch.setattr(serving, "measure_reading", lambda: 1e9)  # half a gigabyte else
     monkeypatch.setattr(serving, "_MEASURED_BYTES", 1.0)  # two depths
     model = skeleton(tiny_parts().recipe(**KINDS[kind]))
     plan = plan_serving(model, torch.float32, (3, 70, 3))
@@ -48,7 +48,7 @@ def test_layers_that_are_left_out_are_added(tiny_parts, monkeypatch: pytest.Monk
     with torch.device("meta"):
         model = MODELS["llava"](config)
     monkeypatch.setattr(serving, "_time_answers", times)
-    monkeypatch.setattr(serving, "_measure_reading", lambda: 1e9)
+    monkeypatch.setattr(serving, "measure_reading", lambda: 1e9)
     monkeypatch.setattr(serving, "_MEASURED_BYTES", serving._num_bytes(model, torch.float32) / 3)
     plan = plan_serving(model, torch.float32, ())
     assert [depth["text_config"] for depth in asked] == [10, 3]

@@ -322,7 +322,7 @@ def test_a_key_without_effect_is_refused(
             {"image": "tiles", "shuffle": 2, "image_size": 560},
             "a tower of 40 x 40 patches gets wrong positions .* use model.image_size=504 or 588",
         ),
-        ("siglip", {"image": "anyres", "max_tiles": 400}, "one picture may take .* reads 512"),
+        ("siglip", {"image": "anyres", "max_tiles": 400}, "one image may take .* reads 512"),
     ],
 )
 def test_what_a_class_cannot_read_is_refused(

@@ -38,7 +38,7 @@ class Step:
         num_tokens: Real tokens, no padding; a shared image counts once.
         num_pairs: (query, key) pairs of them that attend.
         num_supervised: Tokens that are trained on.
-        num_images: Images encoded, each tile of a picture as one.
+        num_images: Images encoded, each tile of an image as one.
         num_padded: Positions computed, padding included.
         num_truncated: Samples whose end was cut off.
         substituted: Images of this process that could not be read; grey stands in for them.

@@ -1,13 +1,13 @@
-"""Pictures -> the pixels that a model takes, by the geometry of its processor.
+"""Images -> the pixels that a model takes, by the geometry of its processor.
 
-    upright pictures --bounded--> strips padded --tiles, anyres, ...--> tensors by name
+    upright images --bounded--> strips padded --tiles, anyres, ...--> tensors by name
 
-The tensors hold the tiles of all pictures in reading order, without padding tiles, so no picture
+The tensors hold the tiles of all images in reading order, without padding tiles, so no image
 needs to know its row.
 
 Training reads bytes, a quarter of the memory, and scales them on its device:
 
-    pictures --read_pixels(as_bytes=True)--> uint8 and their scaling --scale_pixels--> float32
+    images --read_pixels(as_bytes=True)--> uint8 and their scaling --scale_pixels--> float32
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ def read_pixels(
     counts: Sequence[int] | None = None,
     as_bytes: bool = False,
 ) -> dict[str, Tensor]:
-    """Return the model's inputs for some pictures, at least one.
+    """Return the model's inputs for some images, at least one.
 
     Args:
-        images: Upright RGB pictures, in reading order.
+        images: Upright RGB images, in reading order.
         processor: Processor of the model.
-        counts: For each picture, how many its conversation shows; None: each is alone.
-        as_bytes: Whether pixels stay as they are until `scale_pixels`. Native pictures never do,
+        counts: For each image, how many its conversation shows; None: each is alone.
+        as_bytes: Whether pixels stay as they are until `scale_pixels`. Native images never do,
             because their padding is zeros of scaled pixels.
 
     Returns:
-        `pixel_values`, float32: `(tiles, 3, height, width)`, of a native picture `(tiles, patches,
+        `pixel_values`, float32: `(tiles, 3, height, width)`, of a native image `(tiles, patches,
         3 x patch x patch)`; and what its class takes beside them, such as `image_sizes`. As bytes,
         they are uint8, beside `pixel_scaling` `(3, 3)`: the byte that stands for 1, mean and
         deviation of each channel.
@@ -66,7 +66,7 @@ def scaling_of(image_processor: Any) -> Tensor | None:
     rules = ("do_rescale", "do_normalize", "rescale_factor", "image_mean", "image_std")
     if not all(getattr(image_processor, rule, None) for rule in rules):
         return None
-    import torch  # who only prepares pictures for another engine has no use for it
+    import torch  # who only prepares images for another engine has no use for it
 
     whole = [1 / image_processor.rescale_factor] * 3
     return torch.tensor([whole, list(image_processor.image_mean), list(image_processor.image_std)])
@@ -91,7 +91,7 @@ def _inputs(
     mean: Sequence[float],
     counts: Sequence[int],
 ) -> dict[str, Tensor]:
-    """Return what an image processor makes of pictures, cut as their geometry says."""
+    """Return what an image processor makes of images, cut as their geometry says."""
 
     if isinstance(geometry, Tiles):
         images = [
@@ -124,7 +124,7 @@ def as_tiles(inputs: Mapping[str, Tensor]) -> list[Tensor]:
 
 
 def bounded(image: Image.Image, geometry: Geometry, mean: Sequence[float]) -> Image.Image:
-    """Return a picture whose strip is not too long, its short side padded in the mean colour."""
+    """Return an image whose strip is not too long, its short side padded in the mean colour."""
     size = geometry.bounded_size(*image.size)
     if size == image.size:
         return image
@@ -134,7 +134,7 @@ def bounded(image: Image.Image, geometry: Geometry, mean: Sequence[float]) -> Im
 def cut_tiles(
     image: Image.Image, geometry: Tiles, mean: Sequence[float], count: int = 1
 ) -> list[Image.Image]:
-    """Return the tiles of a picture row by row, each a square, and then the whole picture."""
+    """Return the tiles of an image row by row, each a square, and then the whole image."""
     rows, columns = geometry.grid(*image.size, count)
     if rows * columns == 1:
         return [image]
@@ -175,7 +175,7 @@ def _anyres(
     import torch  # cutting tiles needs none, and is done in front of other programs too
 
     made = [
-        # The stock processor gives one tile to each picture of a list of several.
+        # The stock processor gives one tile to each image of a list of several.
         make([[image, image]] if geometry.cap and count > 1 else [image], return_tensors="pt")
         for image, count in zip(images, counts, strict=True)
     ]

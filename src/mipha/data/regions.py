@@ -2,7 +2,7 @@
 
 A `Region` has fractions of the upright image: origin at the top left, edges and not centres of
 pixels, so no +1 and no -1. Every operation takes numbers and the size of the image in pixels, and
-returns both as they are afterwards; operations are composed in the order that a picture is made in:
+returns both as they are afterwards; operations are composed in the order that an image is made in:
 
     pad_to_square((100, 50, 300, 200), (640, 480)) -> (100, 130, 300, 280), (640, 640)
     resize(..., (384, 384))                        -> (60, 78, 180, 168), (384, 384)

@@ -8,7 +8,7 @@ llama.cpp neither resizes nor pads an image of the tower's own size. So an error
 comes from the weights, and an error that only the image file shows comes from resizing and padding.
 llama.cpp resizes a square image exactly as Pillow does; it shrinks any other and then pads it in
 CLIP's grey, where we pad in the tower's mean colour, or squash. Tiles of a LLaVA, and native
-pictures, come from us in any case; of Idefics3, ours are pictures scaled to whole tiles.
+images, come from us in any case; of Idefics3, ours are images scaled to whole tiles.
 
 Source: llama.cpp b11549 `tools/mtmd/mtmd-image.cpp` (resize), `tools/mtmd/clip.cpp`
     (image_pad_color of PROJECTOR_TYPE_MLP).
@@ -210,7 +210,7 @@ def as_seen(processor: LlavaProcessor, image: Image.Image) -> Image.Image:
     """Return the image in our own pixels, where llama.cpp would choose others.
 
     A square: padded or squashed to the tower's size, in 8 bits. The processor resizes in 8 bits and
-    only then scales, so nothing is lost on the way back. A picture of Idefics3: scaled to whole
+    only then scales, so nothing is lost on the way back. An image of Idefics3: scaled to whole
     tiles. Others are prepared by us before llama.cpp gets them.
     """
     geometry, image_processor = geometry_of(processor), processor.image_processor
@@ -226,7 +226,7 @@ def as_seen(processor: LlavaProcessor, image: Image.Image) -> Image.Image:
 
 
 def _in_whole_tiles(geometry: Shuffled, image: Image.Image) -> Image.Image:
-    """Return a picture scaled by both steps of Idefics3, before it is cut."""
+    """Return an image scaled by both steps of Idefics3, before it is cut."""
     rows, columns = geometry.grid(*image.size)
     height, width = scaled_to(image.height, image.width, geometry.longest_edge)
     first = image.resize((width, height), Image.Resampling.LANCZOS)

@@ -64,11 +64,11 @@ _GREY_OF_CLIP = (122, 116, 104)
 
 _LANCZOS = 1
 _LFM2_TOKENS = (64, 256)
-"""Fewest and most tokens of a picture in llama.cpp's LFM2-VL."""
+"""Fewest and most tokens of an image in llama.cpp's LFM2-VL."""
 
 
 def no_gguf(config: Mapping[str, Any], processor: Mapping[str, Any]) -> str | None:
-    """Return why llama.cpp cannot read pictures as a checkpoint does; None where it can.
+    """Return why llama.cpp cannot read images as a checkpoint does; None where it can.
 
     Args:
         config: Content of its config.json.
@@ -95,7 +95,7 @@ def no_gguf(config: Mapping[str, Any], processor: Mapping[str, Any]) -> str | No
             )
         if not geometry.splits or geometry.longest_edge < 2 * geometry.side:
             return (
-                "llama.cpp writes a picture of one tile as a grid and a whole, and its processor "
+                "llama.cpp writes an image of one tile as a grid and a whole, and its processor "
                 "as a whole alone: serve it with transformers"
             )
         if geometry.longest_edge % geometry.side:
@@ -112,7 +112,7 @@ def no_gguf(config: Mapping[str, Any], processor: Mapping[str, Any]) -> str | No
             )
         if least < _LFM2_TOKENS[0] or most > _LFM2_TOKENS[1]:
             return (
-                f"llama.cpp makes {_LFM2_TOKENS[0]} to {_LFM2_TOKENS[1]} tokens of a picture, and "
+                f"llama.cpp makes {_LFM2_TOKENS[0]} to {_LFM2_TOKENS[1]} tokens of an image, and "
                 f"its processor {least} to {most}: train with model.min_image_tokens="
                 f"{_LFM2_TOKENS[0]} and model.max_image_tokens={_LFM2_TOKENS[1]}, or serve it with "
                 "transformers"
@@ -141,7 +141,7 @@ def runtimes(
     found = (ours, _transformers(config), vllm, _llama_cpp(config, processor))
     if not _has_tiles(config, processor):
         return found
-    cut = "it gets whole pictures unless tiles are cut before it, which mipha does"
+    cut = "it gets whole images unless tiles are cut before it, which mipha does"
     return ours, *(
         replace(one, reason=f"{one.reason}; {cut}") if one.status != "unsupported" else one
         for one in found[1:]
@@ -257,14 +257,14 @@ def _llama_cpp(config: Mapping[str, Any], processor: Mapping[str, Any]) -> Runti
             "llama.cpp", "unsupported", f"nothing is known of a {kind!r} behind its LLaVA projector"
         )
     if whole == "idefics3":
-        reason = "as GGUF, it cuts and scales pictures by the rules of Idefics3"
+        reason = "as GGUF, it cuts and scales images by the rules of Idefics3"
         return Runtime("llama.cpp", "exact", reason)
     if whole == "lfm2_vl":
         return Runtime(
             "llama.cpp",
             "approximate",
             "as GGUF, it rounds half a token up where this model rounds to even; exact behind "
-            "mipha, which sends pictures in their final size",
+            "mipha, which sends images in their final size",
         )
 
     # Tiles come in the tower's own size, which nobody resizes or pads.
@@ -291,7 +291,7 @@ def _llama_cpp(config: Mapping[str, Any], processor: Mapping[str, Any]) -> Runti
 
 
 def _has_tiles(config: Mapping[str, Any], processor: Mapping[str, Any]) -> bool:
-    """Return whether pictures are cut into tiles that are images of one LLaVA."""
+    """Return whether images are cut into tiles that are images of one LLaVA."""
     return config.get("model_type") == "llava" and bool(
         processor.get("image_processor", {}).get("max_tiles")
     )

@@ -71,12 +71,12 @@ def main(folder: Path) -> None:
             inputs = inputs.to(model.device)
         if image:
             tensors[f"pixels.{number}"] = inputs["pixel_values"]
-            pictures = {
+            pixels = {
                 name: value
                 for name, value in inputs.items()
                 if name not in ("input_ids", "attention_mask", "mm_token_type_ids")
             }
-            made_features = model.get_image_features(**pictures, return_dict=True).pooler_output
+            made_features = model.get_image_features(**pixels, return_dict=True).pooler_output
             features.append(sum(map(len, made_features)))
         tensors[f"logits.{number}"] = model(
             **inputs, logits_to_keep=request["logits_to_keep"]

@@ -188,12 +188,12 @@ def _ask_ours(
     for number, (name, question) in enumerate(QUESTIONS):
         shown = [images[name]] if name else []
         prompt = assistant.prompt([user_turn(question, len(shown))], shown)
-        pictures = dict(prompt.images[0].inputs) if name else {}
-        inputs = {"input_ids": torch.tensor([prompt.ids], device=device), **pictures}
+        pixels = dict(prompt.images[0].inputs) if name else {}
+        inputs = {"input_ids": torch.tensor([prompt.ids], device=device), **pixels}
         logits = model(**inputs, logits_to_keep=LOGITS_TO_KEEP).logits[0]
         answer = assistant.answer(shown, question, max_new_tokens=MAX_NEW_TOKENS)
         ours["ids"].append(prompt.ids)
-        ours["pixels"].append(pictures["pixel_values"].cpu() if name else None)
+        ours["pixels"].append(pixels["pixel_values"].cpu() if name else None)
         ours["tokens"].append(prompt.images[0].num_tokens if name else 0)
         ours["logits"].append(logits.cpu())
         ours["answers"].append(answer.text)

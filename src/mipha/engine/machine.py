@@ -1,13 +1,17 @@
-"""The machine that trains: its disk, its memory, its peak of computation."""
+"""The machine that trains: its disk, its memory, its peak of computation, and what it reaches."""
 
 from __future__ import annotations
 
 import ctypes
 import os
 import shutil
+import statistics
 import sys
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -92,3 +96,26 @@ def peak_flops(world: World, autocast: torch.dtype | None) -> float | None:
     dtype = "bfloat16" if autocast is torch.bfloat16 else "float32"
     tflops = entry.tflops(dtype) if entry else None
     return tflops * 1e12 * world.size if tflops else None
+
+
+def measure_flops(dtype: torch.dtype) -> float:
+    """Return what this CPU reaches in matrix products, FLOP/s, on the threads that torch uses."""
+    left, right = torch.ones(1024, 2048, dtype=dtype), torch.ones(2048, 2048, dtype=dtype)
+    return 2 * 1024 * 2048 * 2048 / median_seconds(lambda: left @ right, 5)
+
+
+def measure_reading() -> float:
+    """Return what this CPU reads from memory, bytes a second, on the threads that torch uses."""
+    array = torch.ones(2**27)  # 512 MiB
+    return array.nbytes / median_seconds(array.amax)
+
+
+def median_seconds(call: Callable[[], Any], repeats: int = 3) -> float:
+    """Return the median seconds of a call, after one that does not count."""
+    call()
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)

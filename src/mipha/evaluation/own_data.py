@@ -462,6 +462,13 @@ def _score(
     else:
         rule = _RULES[metric]
         scores = {one.id: rule(predictions[one.id], one.facts["answers"]) for one in questions}
+        wrong = [one for one in questions if metric == "exact" and not scores[one.id]]
+        if num := sum(_is_said_in(predictions[one.id], one) for one in wrong):
+            notes = (
+                *notes,
+                f"{num:,} answers say a right one among other words, and count as wrong: ask for "
+                "the answer alone, or choose --metric f1",
+            )
     return Judgement(
         per_question=scores,
         contributions=[
@@ -472,6 +479,12 @@ def _score(
         failed=failed,
         notes=notes,
     )
+
+
+def _is_said_in(text: str, question: Question) -> bool:
+    """Return whether a right answer stands in a text, as whole words."""
+    right = filter(None, map(normalise, question.facts["answers"]))
+    return any(re.search(rf"(?<!\w){re.escape(one)}(?!\w)", normalise(text)) for one in right)
 
 
 def _boxes_in(text: str, question: Question, form: str) -> tuple[Numbers, ...]:

@@ -158,7 +158,7 @@ def compose(
         tower: Vision tower that ends at the layer that is read.
         mean: Mean of the pixels per channel, of values in 0..1.
         std: Deviation of the pixels per channel.
-        recipe: How pictures enter; None: padded to a square.
+        recipe: How images enter; None: padded to a square.
 
     Raises:
         ValueError: One image is longer than the language model's context or sliding window, or the
@@ -183,16 +183,16 @@ def compose(
 
 
 def check_longest(processor: LlavaProcessor, text_config: PretrainedConfig) -> None:
-    """Refuse pictures that the language model cannot hold.
+    """Refuse images that the language model cannot hold.
 
     Raises:
-        ValueError: One picture may take as many tokens as the language model reads.
+        ValueError: One image may take as many tokens as the language model reads.
     """
     longest = getattr(text_config, "max_position_embeddings", None)
     most = geometry_of(processor).longest
     if longest and most >= longest:
         raise ValueError(
-            f"one picture may take {most} tokens, but the language model reads {longest} in all: "
+            f"one image may take {most} tokens, but the language model reads {longest} in all: "
             "lower model.max_tiles or model.max_image_tokens, or use a smaller model.image_size"
         )
 
@@ -209,7 +209,7 @@ def join_parts(
         language_model: Causal language model, on any device, also meta.
         tower: Vision tower that ends at the layer that is read.
         tokens: Special tokens of the model.
-        recipe: How pictures enter; None: as one square.
+        recipe: How images enter; None: as one square.
 
     Raises:
         ValueError: One image is longer than the language model's context or sliding window.
@@ -453,7 +453,7 @@ def check_image(
     """Refuse a size of a tower that the class of `model.image` cannot read.
 
     Args:
-        recipe: How pictures enter.
+        recipe: How images enter.
         vision: Config of the tower as it is read: pruned, and at its final image size.
         mean: Mean of the pixels per channel, of values in 0..1; None: not checked.
 
@@ -524,7 +524,7 @@ def _config(
             registers behind it stay.
         text_config: Config of the language model.
         image_token_id: Placeholder of an image.
-        recipe: How pictures enter; None: as one square.
+        recipe: How images enter; None: as one square.
     """
     kind = model_type_of(recipe)
     tied = bool(text_config.tie_word_embeddings)

@@ -18,7 +18,7 @@ _IMAGES_AT_A_TIME = 8
 
 @dataclass(frozen=True, eq=False)
 class ImageInputs:
-    """One picture as the model reads it.
+    """One image as the model reads it.
 
     Args:
         inputs: Arguments of `get_image_features` by name: `pixel_values` of all its tiles, and what
@@ -41,15 +41,15 @@ class ImageInputs:
 def image_features(
     model: LlavaForConditionalGeneration, images: Sequence[ImageInputs]
 ) -> list[Tensor]:
-    """Return the features `(tokens, width)` of each picture; all tiles pass the tower together."""
-    # Tiles that are whole pictures of several have rules of their own in LLaVA-OneVision.
+    """Return the features `(tokens, width)` of each image; all tiles pass the tower together."""
+    # Tiles that are whole images of several have rules of their own in LLaVA-OneVision.
     alone = [_is_alone(image) for image in images]
     found: dict[int, Tensor] = {}
     for kind in set(alone):
         places = [place for place, is_alone in enumerate(alone) if is_alone == kind]
         inputs = join_inputs([images[place].inputs for place in places])
         if not kind:
-            # The class asks how many pictures a sample shows, and does not cut two or more.
+            # The class asks how many images a sample shows, and does not cut two or more.
             inputs["batch_num_images"] = torch.tensor([max(2, len(places))])
         made = torch.cat(list(model.get_image_features(**inputs, return_dict=True).pooler_output))
         sizes = [images[place].num_tokens for place in places]
@@ -63,7 +63,7 @@ def image_features(
 
 
 def join_inputs(images: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the inputs of several pictures as one; native ones are padded to the longest."""
+    """Return the inputs of several images as one; native ones are padded to the longest."""
     joined = {}
     for name in images[0]:
         values = [image[name] for image in images]

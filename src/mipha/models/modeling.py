@@ -1,7 +1,7 @@
 """The LLaVA classes of transformers with three additions.
 
 They are the head's bias, a loss over supervised positions only, and packed rows whose samples do
-not see one another. `geometry.py` says what a picture becomes in each of them.
+not see one another. `geometry.py` says what an image becomes in each of them.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class _Trainable:
 
         Args:
             input_ids: `(rows, tokens)`.
-            pixel_values: `(tiles, 3, height, width)` in reading order, of a native picture
+            pixel_values: `(tiles, 3, height, width)` in reading order, of a native image
                 `(tiles, patches, 3 x patch x patch)`.
             attention_mask: `(rows, tokens)`, or `(rows, 1, tokens, tokens)` added to the scores.
             position_ids: `(rows, tokens)`.
@@ -152,7 +152,7 @@ class _Trainable:
 
 
 class LlavaForConditionalGeneration(_Trainable, transformers.LlavaForConditionalGeneration):
-    """LLaVA, with pictures as squares, or as tiles that are images of their own."""
+    """LLaVA, with images as squares, or as tiles that are images of their own."""
 
 
 class LlavaNextForConditionalGeneration(_Trainable, transformers.LlavaNextForConditionalGeneration):
@@ -180,7 +180,7 @@ class Idefics3ForConditionalGeneration(_Trainable, transformers.Idefics3ForCondi
 
 
 class Lfm2VlForConditionalGeneration(_Trainable, transformers.Lfm2VlForConditionalGeneration):
-    """LFM2-VL: pictures in their own shape, several patches to a token."""
+    """LFM2-VL: images in their own shape, several patches to a token."""
 
 
 MODELS: dict[str, type[PreTrainedModel]] = {
@@ -249,7 +249,7 @@ def parts(model: LlavaForConditionalGeneration) -> Parts:
 def tile_tokens(config: PretrainedConfig) -> tuple[int, int]:
     """Return the patches of a tile, and the tokens that the projector makes of it.
 
-    A native picture has no tile: one of the size that the tower's table of positions is for counts.
+    A native image has no tile: one of the size that the tower's table of positions is for counts.
     """
     vision = config.vision_config
     if config.model_type == "lfm2_vl":

@@ -122,7 +122,7 @@ def build_processor(
         pad_to_square: Whether images are padded with the mean colour; otherwise squashed.
         num_prefix_tokens: Tokens that the tower puts before its patches; the first of them, the
             class token, is left out.
-        recipe: How pictures enter; None: as one square.
+        recipe: How images enter; None: as one square.
     """
     kind = model_type_of(recipe)
     if kind == "idefics3":
@@ -213,7 +213,7 @@ def _native_processor(
 
 
 def model_type_of(recipe: ModelRecipe | None) -> str:
-    """Return the `model_type` of the class that reads pictures as a recipe says."""
+    """Return the `model_type` of the class that reads images as a recipe says."""
     if recipe is None or recipe.image == "square":
         return "llava"
     if recipe.image == "tiles":
@@ -310,15 +310,15 @@ class NativeImageProcessor:
     def __call__(
         self, images: Sequence[Image.Image] | Image.Image, return_tensors: str = "pt"
     ) -> dict[str, Tensor]:
-        """Return the patches of all tiles of some upright RGB pictures.
+        """Return the patches of all tiles of some upright RGB images.
 
         Returns:
             `pixel_values` `(tiles, patches, patch x patch x 3)`, padded with zeros to the longest;
             `pixel_attention_mask` `(tiles, patches)`; `spatial_shapes` `(tiles, 2)`, patches high
             and wide.
         """
-        pictures = [images] if isinstance(images, Image.Image) else images
-        tiles = [self._patches(tile) for picture in pictures for tile in self._cut(picture)]
+        images = [images] if isinstance(images, Image.Image) else images
+        tiles = [self._patches(tile) for image in images for tile in self._cut(image)]
         longest = max(high * wide for _, (high, wide) in tiles)
         pixels = torch.zeros(len(tiles), longest, tiles[0][0].shape[1])
         mask = torch.zeros(len(tiles), longest, dtype=torch.int32)
@@ -331,15 +331,15 @@ class NativeImageProcessor:
             "spatial_shapes": torch.tensor([shape for _, shape in tiles]),
         }
 
-    def _cut(self, picture: Image.Image) -> list[Image.Image]:
-        """Return the tiles row by row, and the whole picture."""
+    def _cut(self, image: Image.Image) -> list[Image.Image]:
+        """Return the tiles row by row, and the whole image."""
         geometry = self._geometry
-        whole = picture.resize(geometry.resized(*picture.size), Image.Resampling.BILINEAR)
-        rows, columns = geometry.grid(*picture.size)
+        whole = image.resize(geometry.resized(*image.size), Image.Resampling.BILINEAR)
+        rows, columns = geometry.grid(*image.size)
         if rows * columns == 1:
             return [whole]
         side = geometry.side
-        scaled = picture.resize((columns * side, rows * side), Image.Resampling.BILINEAR)
+        scaled = image.resize((columns * side, rows * side), Image.Resampling.BILINEAR)
         tiles = [
             scaled.crop((column * side, row * side, (column + 1) * side, (row + 1) * side))
             for row in range(rows)

@@ -86,7 +86,7 @@ def check_family(recipe: ModelRecipe, vision: PretrainedConfig) -> None:
     """Refuse a kind of tower that the class of `model.image` cannot read.
 
     Args:
-        recipe: How pictures enter.
+        recipe: How images enter.
         vision: Config of the tower, before anything is cut.
 
     Raises:
@@ -260,10 +260,10 @@ def as_idefics3(tower: PreTrainedModel) -> PreTrainedModel:
 
 
 def as_siglip2(tower: PreTrainedModel) -> PreTrainedModel:
-    """Return a fitted SigLIP tower as the one of LFM2-VL, which reads pictures of any shape.
+    """Return a fitted SigLIP tower as the one of LFM2-VL, which reads images of any shape.
 
     The convolution over patches becomes a linear layer; the table of positions stays, and the class
-    resizes it for each picture. Features at the tower's own size are equal.
+    resizes it for each image. Features at the tower's own size are equal.
     """
     weights = tower.state_dict()
     name = "embeddings.patch_embedding.weight"

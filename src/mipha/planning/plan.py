@@ -11,7 +11,6 @@ until a run has been measured: `compare_with_run` says how far off both were.
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -27,7 +26,7 @@ from mipha.data.batches import StepDataset
 from mipha.data.encode import encode
 from mipha.data.mixture import Mixture
 from mipha.data.order import count_steps, samples_shown
-from mipha.engine.machine import main_memory
+from mipha.engine.machine import main_memory, measure_flops
 from mipha.files import read_lines
 from mipha.models.build import load_start_processor, skeleton
 from mipha.models.flops import StepFlops, Work
@@ -451,7 +450,7 @@ def _published_steps(
     mean text.
     """
     stage, size = case.stage, case.stage.batch_size
-    # Pictures that are cut count as the most tiles.
+    # Images that are cut count as the most tiles.
     cut = isinstance(case.recipe.model, ModelRecipe) and case.recipe.model.tiles > 1
     tiles = case.recipe.model.tiles + 1 if cut else 1
     image_tokens = tiles * tile_tokens(model.config)[1]
@@ -490,14 +489,3 @@ def _published_steps(
 
     source = "; ".join(fact.source for fact in known)
     return sum(sizes), steps, StepWork(work, padding, ceil(own / widest), batch, source)
-
-
-def measure_flops(dtype: torch.dtype) -> float:
-    """Return what this CPU reaches in matrix products, FLOP/s, on the threads that torch uses."""
-    left, right = torch.ones(1024, 2048, dtype=dtype), torch.ones(2048, 2048, dtype=dtype)
-    times = []
-    for _ in range(6):
-        start = time.perf_counter()
-        left @ right
-        times.append(time.perf_counter() - start)
-    return 2 * 1024 * 2048 * 2048 / statistics.median(times[1:])

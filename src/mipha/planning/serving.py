@@ -12,28 +12,25 @@ token at the speed of reading.
 from __future__ import annotations
 
 import copy
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from rich.table import Table
 from torch import Tensor
 from transformers import DynamicCache, PretrainedConfig
 
+from mipha.engine.machine import measure_flops, measure_reading, median_seconds
 from mipha.models.flops import StepFlops, Work
 from mipha.models.memory import tower_output
 from mipha.models.modeling import MODELS, LlavaForConditionalGeneration, parts, tile_tokens
-from mipha.planning.plan import measure_flops
 from mipha.terminal import Console
 
 TEXT_TOKENS = 32
 """Tokens of the question and the template in a prompt."""
 
 FEWER = (196, 81, 64)
-"""Tokens of a picture of 384 pixels in patches of 14, pooled or shuffled; 729 is whole."""
+"""Tokens of an image of 384 pixels in patches of 14, pooled or shuffled; 729 is whole."""
 
 _MEASURED_BYTES = 1.2e9
 """Weights that are made and timed; much more than a processor's caches hold."""
@@ -45,10 +42,10 @@ _WRITTEN = 8
 
 @dataclass(frozen=True)
 class AnswerPlan:
-    """What one answer takes behind one picture.
+    """What one answer takes behind one image.
 
     Args:
-        image_tokens: Tokens of the picture.
+        image_tokens: Tokens of the image.
         first_token: Seconds from the pixels to the first token.
         at_best: The same at the speed of large matrix products.
         tokens_per_second: Rate of the tokens after it.
@@ -112,7 +109,7 @@ def plan_serving(
     Args:
         model: Model on the meta device.
         dtype: Type of weights and computation.
-        image_tokens: Other numbers of tokens of a picture, beside the model's own; the tower's work
+        image_tokens: Other numbers of tokens of an image, beside the model's own; the tower's work
             is taken as the same. None: those of `FEWER` that are below it.
     """
     config = model.config
@@ -138,7 +135,7 @@ def plan_serving(
         return value(times[0]) + a_layer * (layers[key] - deep[key])
 
     # What would be possible.
-    flops, speed, reading = StepFlops(model), measure_flops(dtype), _measure_reading()
+    flops, speed, reading = StepFlops(model), measure_flops(dtype), measure_reading()
     read = read_bytes(model, dtype)
 
     tower = whole_time("vision_config", lambda time: time.tower)
@@ -158,7 +155,7 @@ def plan_serving(
 
 @dataclass(frozen=True)
 class _Times:
-    """Median seconds of a model: of a picture, and of a prompt and a token for each length."""
+    """Median seconds of a model: of an image, and of a prompt and a token for each length."""
 
     tower: float
     prompts: list[float]
@@ -206,17 +203,6 @@ def _time_answers(
     return _Times(tower, prompts, tokens)
 
 
-def median_seconds(call: Callable[[], Any], repeats: int = 3) -> float:
-    """Return the median seconds of a call, after one that does not count."""
-    call()
-    seconds = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
-
-
 def _num_bytes(model: LlavaForConditionalGeneration, dtype: torch.dtype) -> float:
     return float(sum(weight.numel() for weight in model.parameters()) * dtype.itemsize)
 
@@ -236,12 +222,6 @@ def cache_bytes(config: PretrainedConfig, tokens: int, dtype: torch.dtype) -> fl
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return 2.0 * text.num_hidden_layers * heads * width * tokens * dtype.itemsize
-
-
-def _measure_reading() -> float:
-    """Return the bytes a second that this CPU reads from memory."""
-    array = torch.ones(2**27)  # 512 MiB
-    return array.nbytes / median_seconds(array.amax)
 
 
 def print_serving_plan(name: str, plan: ServingPlan, wished: float | None) -> None:

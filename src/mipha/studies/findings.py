@@ -95,7 +95,7 @@ class Findings:
         scores: Variant, then benchmark.
         details: Variant, then benchmark, then every metric of it that was measured.
         costs: Variant to its runs' costs, over finished runs.
-        first_tokens: Variant to the price of a picture; empty where the study does not measure it.
+        first_tokens: Variant to the price of an image; empty where the study does not measure it.
         differences: Variant to recipe keys in which variants differ, with its own values.
         judged: Every takeaway with its verdicts.
         num_missing: Runs that the study asks for and that are not finished.

@@ -1,9 +1,9 @@
-"""The price of a picture: its tokens, and the time from it to the first token of an answer.
+"""The price of an image: its tokens, and the time from it to the first token of an answer.
 
 python -m mipha.studies.first_token RUN STUDY.yaml SCALE     writes RUN/first-token.json
 
-One thread of the CPU, one question at a time: reading the picture, the tower, the whole prompt. The
-median over pictures that were not seen before, behind one that warms up. CPU time is counted, which
+One thread of the CPU, one question at a time: reading the image, the tower, the whole prompt. The
+median over images that were not seen before, behind one that warms up. CPU time is counted, which
 on an idle core is the time that passes, so that other work on the machine does not count.
 """
 
@@ -22,17 +22,17 @@ from mipha.files import read_json, write_whole
 from mipha.processes import end_with_parent
 from mipha.studies.study import Measured, load_study
 
-NUM_PICTURES = 20
+NUM_IMAGES = 20
 
 
 @dataclass(frozen=True)
 class FirstToken:
-    """What a picture costs before an answer begins.
+    """What an image costs before an answer begins.
 
     Args:
-        image_tokens: Tokens that stand for the pictures of a question, marks left out; the mean.
+        image_tokens: Tokens that stand for the images of a question, marks left out; the mean.
         prompt_tokens: Tokens of the whole prompt; the mean.
-        milliseconds: CPU time from a picture and a question to the first token; the median.
+        milliseconds: CPU time from an image and a question to the first token; the median.
     """
 
     image_tokens: float
@@ -41,14 +41,14 @@ class FirstToken:
 
 
 def time_first_token(run: Path, measured: Sequence[Measured]) -> None:
-    """Write what the pictures of a study's first benchmark cost a run."""
+    """Write what the images of a study's first benchmark cost a run."""
     import torch
 
     from mipha.assistant import load
     from mipha.data.sample import turns_of
 
     torch.set_num_threads(1)
-    asked, assistant = _distinct_pictures(measured[0]), load(run, device="cpu")
+    asked, assistant = _distinct_images(measured[0]), load(run, device="cpu")
     image_id = assistant.processor.image_token_id
     images, prompts, seconds = [], [], []
     for question in asked:
@@ -72,13 +72,13 @@ def first_token_of(run: Path) -> FirstToken | None:
     return FirstToken(**read_json(path)) if path.is_file() else None
 
 
-def _distinct_pictures(wanted: Measured) -> list[Question]:
-    """Return the first question of each of the first pictures of a benchmark."""
+def _distinct_images(wanted: Measured) -> list[Question]:
+    """Return the first question of each of the first images of a benchmark."""
     found: dict[object, Question] = {}
     for question in load_benchmark(wanted.benchmark).questions(wanted.data_root, wanted.split):
         if question.image is not None:
             found.setdefault(question.image, question)
-        if len(found) > NUM_PICTURES:
+        if len(found) > NUM_IMAGES:
             break
     return list(found.values())
 

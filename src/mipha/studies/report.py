@@ -29,10 +29,10 @@ _MARGIN = (
     "verdict is: not enough runs."
 )
 
-_FIRST_TOKENS = "What a picture costs"
+_FIRST_TOKENS = "What an image costs"
 _FIRST_TOKENS_HOW = (
-    "From a picture and a question to the first token of the answer: CPU time of one thread, the "
-    "median of 20 pictures of the first benchmark."
+    "From an image and a question to the first token of the answer: CPU time of one thread, the "
+    "median of 20 images of the first benchmark."
 )
 
 _STYLE = """

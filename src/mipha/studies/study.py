@@ -123,7 +123,7 @@ class Scale(Strict):
     beside: Beside | None = None
     times_first_token: bool = Field(
         False,
-        description="measure the tokens of a picture and the time to the first token of an answer, "
+        description="measure the tokens of an image and the time to the first token of an answer, "
         "on one thread, for the first seed of each variant",
     )
     note: str = Field("", description="limits of this scale, for the report")

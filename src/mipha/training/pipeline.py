@@ -328,7 +328,7 @@ def _check_build(
     geometry = geometry_of(processor)
     if geometry.depends_on_size and geometry.longest >= settings.row_tokens:
         raise ValueError(
-            f"one picture may take {geometry.longest} tokens of "
+            f"one image may take {geometry.longest} tokens of "
             f"stages.{stage.name}.row_tokens={settings.row_tokens}: raise row_tokens, or lower "
             "model.max_tiles or model.max_image_tokens"
         )

@@ -115,10 +115,10 @@ def test_two_processes_find_what_one_finds(corpus: Corpus, monkeypatch: pytest.M
     monkeypatch.setattr(rows, "WORTH_A_POOL", 1)
     together = check_data(_source(corpus.planted), workers=2)
     assert together.findings == alone.findings
-    assert (together.histograms, together.answers, together.num_pictures) == (
+    assert (together.histograms, together.answers, together.num_distinct) == (
         alone.histograms,
         alone.answers,
-        alone.num_pictures,
+        alone.num_distinct,
     )
 
 

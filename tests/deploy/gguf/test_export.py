@@ -320,7 +320,7 @@ FIXTURES = Path(__file__).parents[2] / "fixtures" / "images"
         ("next-siglip-qwen2", {}, "no end-of-row and no unpadding: serve this class with"),
         ("onevision-siglip-llama-cap2", {}, "no end-of-row and no unpadding"),
         ("lfm2vl-qwen3-tiles", {}, "llama.cpp pads tiles with black where this model"),
-        ("lfm2vl-llama-native", {}, "llama.cpp makes 64 to 256 tokens of a picture, and its"),
+        ("lfm2vl-llama-native", {}, "llama.cpp makes 64 to 256 tokens of an image, and its"),
         ("idefics3-phi-bias", {"resample": 3}, r"by LANCZOS, and .* \(resample is 3\)"),
         ("idefics3-phi-bias", {"resample": 1, "do_image_splitting": False}, "as a whole alone"),
         (

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from mipha.data.sample import IMAGE
-from mipha.deploy.pictures import Front
+from mipha.deploy.front import Front
 from mipha.deploy.serve.child import ChildEngine
 from mipha.deploy.serve.engine import (
     _CHILD,

@@ -255,7 +255,7 @@ KINDS: dict[str, Kind] = {
     "near-image": Kind(
         "warning",
         "images that look like one of the evaluation set",
-        "look at both, and remove the row if they are one picture",
+        "look at both, and remove the row if they are one image",
     ),
     "unbalanced-answers": Kind(
         "warning",

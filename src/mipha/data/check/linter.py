@@ -148,7 +148,7 @@ class CheckResult:
         findings: By row; those of the whole set last.
         num_samples: Rows that are samples.
         num_images: Images read, one for each time a sample shows it.
-        num_pictures: Different images among them.
+        num_distinct: Different images among them.
         seconds: Duration of the check.
         histograms: Of words, pixels and, with a recipe, tokens.
         answers: How they are spread.
@@ -162,7 +162,7 @@ class CheckResult:
     findings: tuple[Finding, ...]
     num_samples: int
     num_images: int
-    num_pictures: int
+    num_distinct: int
     seconds: float
     histograms: tuple[Histogram, ...]
     answers: Answers
@@ -256,7 +256,7 @@ def check_data(
         findings=tuple(findings),
         num_samples=columns.num_samples,
         num_images=columns.num_images,
-        num_pictures=len(columns.pictures),
+        num_distinct=len(columns.digests),
         seconds=time.monotonic() - begin,
         histograms=tuple(columns.histograms()),
         answers=Answers(seen.answers.total(), len(seen.answers), top, num_guessable, num_guessed),
@@ -331,7 +331,7 @@ class _Columns:
 
     num_samples: int = 0
     num_images: int = 0
-    pictures: set[bytes] = field(default_factory=set)
+    digests: set[bytes] = field(default_factory=set)
     answer_words: array[int] = field(default_factory=lambda: array("l"))
     sides: array[int] = field(default_factory=lambda: array("l"))
     lengths: list[Length] = field(default_factory=list)
@@ -355,8 +355,8 @@ class _Columns:
         self.num_images += len(facts.images)
         self.answer_words.append(facts.num_answer_words)
         for image in facts.images:
-            if image.digest and image.digest not in self.pictures:
-                self.pictures.add(image.digest)
+            if image.digest and image.digest not in self.digests:
+                self.digests.add(image.digest)
                 self.sides.append(max(image.width, image.height))
 
         if facts.tokens is not None:

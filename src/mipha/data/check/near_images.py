@@ -1,12 +1,12 @@
-"""Pictures that look the same: compressed anew, resized, squashed, brighter, padded, mirrored.
+"""Images that look the same: compressed anew, resized, squashed, brighter, padded, mirrored.
 
     near_hashes(image) -> hashes of the image, without its uniform border, and mirrored
-    NearImages(...).nearest(hashes) -> number of the picture that one of them shows, or None
+    NearImages(...).nearest(hashes) -> number of the image that one of them shows, or None
 
-A picture has two hashes of 64 bits: dHash, of the steps of brightness from left to right in 9 x 8
-cells; and pHash, of the 8 x 8 lowest frequencies against their median. Two pictures are taken for
+An image has two hashes of 64 bits: dHash, of the steps of brightness from left to right in 9 x 8
+cells; and pHash, of the 8 x 8 lowest frequencies against their median. Two images are taken for
 one where at most `MAX_DHASH` and `MAX_PHASH` bits differ. Those numbers are from 300 drawn
-pictures, of which no two different ones came nearer than 13 bits. Crops of more than 5 % are
+images, of which no two different ones came nearer than 13 bits. Crops of more than 5 % are
 missed, and so are many that were padded and then strongly compressed.
 
 Source: the hashes are those of the package imagehash
@@ -25,20 +25,20 @@ MAX_DHASH, MAX_PHASH = 4, 6
 """Bits of 64."""
 
 _FEW_ONES = 8
-"""Flat pictures, charts and text on white have so few steps that they all look the same."""
+"""Flat images, charts and text on white have so few steps that they all look the same."""
 
 _LEAST_SIDE = 65
 """Pixels. Smaller drawings look like others: 1,232 of 2,000 rows of easy-VQA, with 64, did."""
 
 _ASPECT = 0.02
-"""Relative difference of width / height within which two pictures may be one."""
+"""Relative difference of width / height within which two images may be one."""
 
 _BORDER = 16
 """Levels of 255 by which a uniform border may differ, after compression."""
 
 
 class NearHash(NamedTuple):
-    """Hashes of one picture.
+    """Hashes of one image.
 
     Args:
         dhash: 64 bits.
@@ -66,10 +66,10 @@ def near_hashes(image: Image.Image) -> tuple[NearHash, ...]:
 
 
 class NearImages:
-    """Pictures to be found again.
+    """Images to be found again.
 
     Args:
-        hashes: Of each picture, as `near_hashes` gives them.
+        hashes: Of each image, as `near_hashes` gives them.
     """
 
     def __init__(self, hashes: Sequence[Sequence[NearHash]]) -> None:
@@ -80,7 +80,7 @@ class NearImages:
         self._aspects = np.asarray([one.aspect for _, one in pairs])  # (hashes,)
 
     def nearest(self, hashes: Sequence[NearHash]) -> tuple[int, int, int] | None:
-        """Return the picture that one of the hashes shows: its number, and the bits that differ."""
+        """Return the image that one of the hashes shows: its number, and the bits that differ."""
         best: tuple[int, int, int, int] | None = None
         for one in hashes if len(self._bits) else ():
             own = np.asarray([one.dhash, one.phash], dtype=np.uint64)
@@ -93,7 +93,7 @@ class NearImages:
         return best[1:] if best else None
 
     def _fits(self, aspect: float) -> np.ndarray:
-        """Return which pictures have this aspect; a square may be any picture, squashed."""
+        """Return which images have this aspect; a square may be any image, squashed."""
         same = np.abs(self._aspects / aspect - 1) <= _ASPECT
         return same | (self._aspects == 1) | (aspect == 1)
 

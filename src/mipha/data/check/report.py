@@ -18,12 +18,12 @@ _FIRST_ROWS = 4
 
 def headline(result: CheckResult) -> str:
     """Say what was read, and how fast."""
-    rows, pictures = result.num_rows / result.seconds, result.num_pictures / result.seconds
+    rows, distinct = result.num_rows / result.seconds, result.num_distinct / result.seconds
     speed = f"{rows:,.0f} rows/s" + (
-        f", {pictures:,.0f} different images/s" if result.num_images else ""
+        f", {distinct:,.0f} different images/s" if result.num_images else ""
     )
     images = (
-        f", {result.num_images:,} images ({result.num_pictures:,} different)"
+        f", {result.num_images:,} images ({result.num_distinct:,} different)"
         if result.num_images
         else ", no images"
     )
@@ -148,10 +148,10 @@ def json_report(result: CheckResult) -> str:
         "text_only": sum(file.text_only for file in result.files),
         "turns": sum(file.turns for file in result.files),
         "images": result.num_images,
-        "pictures": result.num_pictures,
+        "distinct_images": result.num_distinct,
         "seconds": round(result.seconds, 3),
         "rows_per_second": round(result.num_rows / result.seconds, 1),
-        "pictures_per_second": round(result.num_pictures / result.seconds, 1),
+        "distinct_images_per_second": round(result.num_distinct / result.seconds, 1),
         "severities": {severity: result.count(severity) for severity in SEVERITIES},
         "kinds": counts_by_kind(result.findings),
         "files": [file._asdict() for file in result.files if file.file],

@@ -147,7 +147,7 @@ class Seen:
         if shown:
             return
 
-        # The same picture, compressed or resized.
+        # The same image, compressed or resized.
         for image in facts.images:
             found = self.evaluation.near.nearest(image.near)
             if found is not None:

@@ -284,7 +284,7 @@ def readme(
     parts: Sequence[PretrainedPart],
 ) -> str:
     """Return the README: how to run the files, and how they differ from the checkpoint."""
-    differs = _picture_differences(processor)
+    differs = _image_differences(processor)
     if getattr(config, "projector_hidden_act", None) == "gelu":
         differs.append(
             "llama.cpp computes the projector's GELU, as every GELU, by its tanh form, from a "
@@ -332,17 +332,17 @@ ollama create {name.lower()} -f Modelfile
 """
 
 
-def _picture_differences(processor: Mapping[str, Any]) -> list[str]:
-    """Return what llama.cpp makes of a picture, where the checkpoint makes something else of it."""
+def _image_differences(processor: Mapping[str, Any]) -> list[str]:
+    """Return what llama.cpp makes of an image, where the checkpoint makes something else of it."""
     geometry, image = read_geometry(processor), processor["image_processor"]
-    behind_mipha = "`mipha serve`, `verify` and `evaluate` prepare pictures of these files so."
+    behind_mipha = "`mipha serve`, `verify` and `evaluate` prepare images of these files so."
     if isinstance(geometry, Tiles):
         text = geometry.span(2 * geometry.side, 2 * geometry.side).text.replace("\n", "\\n")
         return [
-            f"This model was trained on pictures cut into up to {geometry.max_tiles} tiles of "
+            f"This model was trained on images cut into up to {geometry.max_tiles} tiles of "
             f"{geometry.side} pixels, each an image of its own, with words before them, such as "
-            f"`{text}`, and the whole picture last. llama.cpp does not cut pictures: a program "
-            f"that sends it a whole picture shows the model one tile. {behind_mipha}"
+            f"`{text}`, and the whole image last. llama.cpp does not cut images: a program "
+            f"that sends it a whole image shows the model one tile. {behind_mipha}"
         ]
     if isinstance(geometry, Shuffled):
         return [
@@ -352,9 +352,9 @@ def _picture_differences(processor: Mapping[str, Any]) -> list[str]:
     if isinstance(geometry, Native):
         unit = geometry.patch * geometry.shuffle
         return [
-            f"llama.cpp rounds the sides of a picture to multiples of {unit} pixels, half of it "
+            f"llama.cpp rounds the sides of an image to multiples of {unit} pixels, half of it "
             "up, where this model was trained on half to even: a few sizes, such as "
-            f"{12 * unit + unit // 2} pixels, take other tokens. Resize pictures to their final "
+            f"{12 * unit + unit // 2} pixels, take other tokens. Resize images to their final "
             f"size first. {behind_mipha}"
         ]
 

@@ -129,12 +129,12 @@ def mmproj_fields(config: PretrainedConfig, processor: Mapping[str, Any]) -> dic
         return fields | {
             "clip.vision.image_size": vision.image_size,
             "clip.vision.projector.scale_factor": config.scale_factor,
-            # Without it, pictures are cut by the rule of another model.
+            # Without it, images are cut by the rule of another model.
             "clip.vision.preproc_image_size": geometry.longest_edge,
         }
     if isinstance(geometry, Native):
         return fields | {
-            # Only read, because pictures keep their size.
+            # Only read, because images keep their size.
             "clip.vision.image_size": math.isqrt(vision.num_patches) * vision.patch_size,
             "clip.vision.projector.scale_factor": config.downsample_factor,
         }

@@ -93,13 +93,13 @@ def tokenizer_fields(
 
 
 def check_marks(tokenizer: PreTrainedTokenizerBase, geometry: Geometry) -> None:
-    """Refuse a tokenizer in which llama.cpp does not find what stands around a picture.
+    """Refuse a tokenizer in which llama.cpp does not find what stands around an image.
 
     It writes these marks by their ids, newlines among them, where our processor tokenises text.
 
     Args:
         tokenizer: Tokenizer of the checkpoint, with its special tokens.
-        geometry: What a picture becomes; only Idefics3 writes newlines.
+        geometry: What an image becomes; only Idefics3 writes newlines.
 
     Raises:
         ValueError: Newlines between two marks are not one token.

@@ -1,8 +1,8 @@
 """Run a GGUF model in this process, through llama.cpp's own server.
 
 Chat template, image preprocessing and sampling are the server's, so every user of the files gets
-the same answers; for a model of tiles, or of pictures in their own shape, if they prepare pictures
-as the files say (`deploy/pictures.py`).
+the same answers; for a model of tiles, or of images in their own shape, if they prepare images
+as the files say (`deploy/front.py`).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from PIL import Image
 
 from mipha.data.images import ImageLike, image_list, upright_rgb
 from mipha.data.sample import Message, as_requested, turns_of
+from mipha.deploy.front import front_of_gguf
 from mipha.deploy.llama_cpp.library import (
     LOG_LOCK,
     Vision,
@@ -32,7 +33,6 @@ from mipha.deploy.llama_cpp.library import (
     load_library,
     unreadable,
 )
-from mipha.deploy.pictures import front_of_gguf
 
 Shown = ImageLike | Sequence[ImageLike] | None
 """The image of a question, several of them, or none."""
@@ -221,8 +221,8 @@ class LlamaCpp:
             ValueError: There is no mmproj.
         """
         upright = upright_rgb(image)
-        sent = self._front.pictures(upright) if self._front else [upright]
-        return np.concatenate([self._vision.embeddings(picture) for picture in sent])
+        sent = self._front.cut(upright) if self._front else [upright]
+        return np.concatenate([self._vision.embeddings(one) for one in sent])
 
     def tokenize(self, text: str) -> list[int]:
         """Return the token ids of a text; special tokens are read as such, none is put in front."""

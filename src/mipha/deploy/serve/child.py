@@ -29,7 +29,7 @@ import httpx
 from PIL import Image
 
 from mipha.data.sample import content_parts, user_turn
-from mipha.deploy.pictures import Front
+from mipha.deploy.front import Front
 from mipha.deploy.serve.engine import End, Piece, ServiceError
 from mipha.deploy.serve.requests import ChatRequest, RequestError, Turn
 from mipha.errors import import_optional
@@ -51,7 +51,7 @@ class ChildEngine:
             limits.
         environment: Variables added to ours.
         model: Name that the program serves the model under.
-        front: How pictures are prepared for it; None: not at all.
+        front: How images are prepared for it; None: not at all.
     """
 
     def __init__(

@@ -231,7 +231,7 @@ def launch(
         ValueError: Slots are given for vLLM, which makes its own, or a dtype for llama.cpp, whose
             file has one.
     """
-    from mipha.deploy.pictures import front_of, front_of_gguf
+    from mipha.deploy.front import front_of, front_of_gguf
     from mipha.deploy.serve.child import ChildEngine  # needs packages of the extra `serve`
 
     port, key = _free_port(), secrets.token_hex(16)

@@ -1,7 +1,7 @@
 """Written pages: numbers by their colour, small and large, on pages that the program draws itself.
 
 Accuracy is reported by the height of the digits, because that is what decides whether more tokens
-for a picture pay: a total mixes what any model reads with what no small picture shows.
+for an image pay: a total mixes what any model reads with what no small image shows.
 """
 
 from __future__ import annotations

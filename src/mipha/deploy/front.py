@@ -1,12 +1,12 @@
-"""Pictures as another program gets them, so that its model reads what it was trained on.
+"""Images as another program gets them, so that its model reads what it was trained on.
 
-llama.cpp and vLLM take whole pictures and cut or scale them by rules of their own:
+llama.cpp and vLLM take whole images and cut or scale them by rules of their own:
 
     processor_config.json, of a checkpoint or in its mmproj --> Front
     Front.prepare(turns, images) --> the turns and images of a request
 
     square    as it is: the program pads and scales it
-    tiles     its tiles as pictures of their own, with the words that say how they lie
+    tiles     its tiles as images of their own, with the words that say how they lie
     shuffled  as it is, a long strip padded: llama.cpp cuts as Idefics3 does
     native    in its final size: llama.cpp rounds half away from zero, Python half to even
 """
@@ -29,10 +29,10 @@ from mipha.geometry import Geometry, Native, Tiles, read_geometry
 
 @dataclass(frozen=True)
 class Front:
-    """How pictures are prepared for a model behind another program.
+    """How images are prepared for a model behind another program.
 
     Args:
-        geometry: How the model was trained to see pictures.
+        geometry: How the model was trained to see images.
         mean: Mean of the pixels per channel, of values in 0..1: the colour of padding.
         pads: Whether a tile that is not square is padded; otherwise squashed.
     """
@@ -53,11 +53,11 @@ class Front:
         """
         count = num_images or len(images)
         spans = [self.geometry.bounded_span(*image.size, count) for image in images]
-        pictures = [picture for image in images for picture in self.pictures(image, count)]
-        return with_tiles(turns, spans), pictures
+        sent = [one for image in images for one in self.cut(image, count)]
+        return with_tiles(turns, spans), sent
 
-    def pictures(self, image: Image.Image, num_images: int = 1) -> list[Image.Image]:
-        """Return what is sent of one image: its tiles, or one picture.
+    def cut(self, image: Image.Image, num_images: int = 1) -> list[Image.Image]:
+        """Return what is sent of one image: its tiles, or a single image.
 
         Args:
             image: Upright RGB image.
@@ -97,6 +97,6 @@ def front_of_gguf(mmproj: Path | None) -> Front | None:
         return front_of(json.loads(text))
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
         raise ValueError(
-            f"{mmproj} does not say how its pictures are cut: export the model again with "
+            f"{mmproj} does not say how its images are cut: export the model again with "
             f"`mipha export --to gguf` ({error})"
         ) from error

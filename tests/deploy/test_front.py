@@ -13,8 +13,8 @@ from PIL import Image
 
 from mipha.data.pixels import read_pixels
 from mipha.data.sample import IMAGE, Message
+from mipha.deploy.front import Front, front_of, front_of_gguf
 from mipha.deploy.gguf.header import PROCESSOR
-from mipha.deploy.pictures import Front, front_of, front_of_gguf
 from mipha.geometry import Native, Square, Tiles, geometry_of
 from mipha.models.build import load_parts_processor
 
@@ -39,7 +39,7 @@ def test_tiles_are_the_pixels_of_the_processor(
     processor = load_parts_processor(tiny_parts().recipe(image="tiles"))
     processor.image_processor.do_pad = pads
     front, image = front_of(settings(processor, tmp_path)), picture(*size)
-    sent = front.pictures(image)
+    sent = front.cut(image)
     assert {tile.size for tile in sent} == {(28, 28)}
     again = read_pixels(sent, processor)["pixel_values"]  # each tile is left as it is
     assert torch.equal(again, read_pixels([image], processor)["pixel_values"])
@@ -51,11 +51,11 @@ def test_native_pictures_keep_the_size_that_they_are_sent_in(
     processor = load_parts_processor(tiny_parts().recipe(image="native"))
     front = front_of(settings(processor, tmp_path))
     for size in SIZES:
-        (sent,) = front.pictures(picture(*size))
+        (sent,) = front.cut(picture(*size))
         again = read_pixels([sent], processor)["pixel_values"]
         assert torch.equal(again, read_pixels([picture(*size)], processor)["pixel_values"])
         assert all(side % 28 == 0 for side in sent.size)
-    (sent,) = front.pictures(picture(350, 350))
+    (sent,) = front.cut(picture(350, 350))
     assert sent.size == (336, 336), "12.5 tokens a side are 12, and 13 in llama.cpp"
 
 
@@ -79,13 +79,13 @@ def test_words_stand_before_the_tiles_of_each_picture() -> None:
 @pytest.mark.parametrize("geometry", [Square(28, 4), Native(512, 14, 2, 64, 256, 2, 4)])
 def test_other_pictures_are_sent_as_they_are(geometry: Square | Native) -> None:
     front, image = Front(geometry, (0.5,) * 3), picture(900, 700)
-    assert front.pictures(image) == [image]
+    assert front.cut(image) == [image]
 
 
 def test_a_strip_is_padded_as_in_training(tiny_parts: Callable, tmp_path: Path) -> None:
     processor = load_parts_processor(tiny_parts().recipe(image="tiles", shuffle=2))
     front = front_of(settings(processor, tmp_path))
-    (sent,) = front.pictures(picture(400, 5))
+    (sent,) = front.cut(picture(400, 5))
     assert sent.size == geometry_of(processor).bounded_size(400, 5) == (400, 20)
     assert sent.getpixel((0, 0)) == (102, 127, 153)  # 0.4, 0.5 and 0.6 of 255
 
@@ -107,5 +107,5 @@ def test_an_mmproj_says_how_its_pictures_are_cut(tiny_parts: Callable, tmp_path:
     (tmp_path / "other.gguf").write_bytes(b"GGUF" + bytes(200))
     assert front_of_gguf(tmp_path / "other.gguf") is None
     for wrong in ("{", "[]", '{"image_processor": {}}', '{"image_processor": 3}'):
-        with pytest.raises(ValueError, match="does not say how its pictures are cut: export"):
+        with pytest.raises(ValueError, match="does not say how its images are cut: export"):
             front_of_gguf(mmproj(tmp_path / "wrong.gguf", wrong))
