@@ -312,7 +312,8 @@ class ModelRecipe(Strict):
                 )
         if not self.pad_to_square and self.image != "square":
             raise ValueError(
-                "model.pad_to_square is for model.image=square: the others cut or keep the shape"
+                "model.pad_to_square=false is for model.image=square, and "
+                f"model.image={self.image} cuts the image or keeps its shape: set it to true"
             )
 
         # The class of shuffled tiles takes as many rows as columns, and has marks for six; with one

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 import struct
+import sys
 import warnings
 import zlib
 from pathlib import Path
@@ -23,6 +24,7 @@ from mipha.data.images import (
     grey_image,
     image_key,
     open_image,
+    read_size,
     upright_rgb,
 )
 
@@ -491,3 +493,16 @@ def test_an_image_that_keeps_its_contrast_or_has_none_is_no_warning(image: Image
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         upright_rgb(image)
+
+
+def test_sizes_of_files_are_kept_and_bytes_are_not(tmp_path: Path) -> None:
+    """A file is asked once for each of its regions; bytes would fill the memory."""
+    content = _bytes(_left_red_right_blue(), "PNG")
+    path = tmp_path / "once.png"
+    path.write_bytes(content)
+
+    references = sys.getrefcount(content)
+    assert read_size(content) == read_size(path) == ((8, 4), (8, 4), 1)
+    assert sys.getrefcount(content) == references
+    path.unlink()
+    assert read_size(path) == ((8, 4), (8, 4), 1)

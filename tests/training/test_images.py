@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from mipha.assistant import Assistant, load
 from mipha.data.collate import collate, to_device
 from mipha.data.encode import encode
 from mipha.data.packing import make_rows
+from mipha.data.pixels import read_pixels
 from mipha.data.sample import IMAGE, Message, Sample
 from mipha.geometry import geometry_of
 from mipha.models.build import (
@@ -107,6 +110,26 @@ def test_bytes_that_are_scaled_on_the_device_are_the_pixels_to_the_bit(
         for key, value in floats.items()
         if isinstance(value, torch.Tensor)
     )
+
+
+def test_pixels_are_scaled_by_the_mean_and_the_deviation_of_the_tower(
+    tiny_parts: Callable, tmp_path: Path, kind: str
+) -> None:
+    recipe = tiny_parts().recipe(**KINDS[kind])
+    tower = tmp_path / "tower"
+    shutil.copytree(recipe.vision_tower, tower)
+    settings = json.loads((tower / "preprocessor_config.json").read_text())
+    mean, std = [0.1, 0.3, 0.5], [0.2, 0.4, 0.6]
+    (tower / "preprocessor_config.json").write_text(
+        json.dumps(settings | {"image_mean": mean, "image_std": std})
+    )
+
+    _, processor = build(recipe.model_copy(update={"vision_tower": str(tower)}))
+    colour = (51, 102, 255)
+    pixels = read_pixels([Image.new("RGB", (28, 28), colour)], processor)["pixel_values"]
+    values = pixels.reshape(-1, 3) if kind == "native" else pixels.movedim(1, -1).reshape(-1, 3)
+    wanted = (torch.tensor(colour) / 255 - torch.tensor(mean)) / torch.tensor(std)
+    assert torch.allclose(values[0], wanted, atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi", "gpt_neox"])
@@ -291,7 +314,7 @@ def test_a_checkpoint_of_each_class_is_tuned(
         ),
         (
             {"image": "tiles", "pad_to_square": False},
-            "pad_to_square is for model.image=square",
+            "pad_to_square=false is for model.image=square",
         ),
         ({"image": "tiles", "shuffle": 2, "max_tiles": 6}, "is no square: .* use 4 or 9"),
         ({"image": "tiles", "shuffle": 2, "max_tiles": 49}, "knows rows and columns 1 to 6"),

@@ -147,6 +147,18 @@ def test_broken_data_leave_no_run_and_name_the_command_that_finds_them(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_first_sample_that_cannot_be_encoded_is_said_before_weights_are_saved(
+    tiny_run_recipe: Callable, tmp_path: Path
+) -> None:
+    """The base of adapters would be gigabytes."""
+    recipe = tiny_run_recipe(
+        "stages.pretrain.tuning.language_model=lora", "stages.pretrain.row_tokens=5"
+    )
+    with pytest.raises(ValueError, match="row_tokens=5 cuts its answer off"):
+        train(recipe, tmp_path / "run")
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
 def test_calibration_needs_an_image(tiny_run_recipe: Callable, tmp_path: Path) -> None:
     text = tmp_path / "text.jsonl"
     text.write_text(

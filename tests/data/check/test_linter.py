@@ -271,6 +271,15 @@ def test_an_evaluation_set_may_be_samples(tmp_path: Path) -> None:
     assert [finding.kind for finding in result.findings] == ["leak"]
 
 
+def test_a_question_without_an_image_leaks_too(tmp_path: Path) -> None:
+    rows = [_talk("Who wrote Faust?", "Goethe."), _talk("Who painted it?", "Nobody.")]
+    result = check_data(
+        _write(tmp_path / "some.jsonl", rows),
+        against=_write(tmp_path / "held.jsonl", [_talk("who wrote FAUST?", "Marlowe.")]),
+    )
+    assert [(finding.kind, finding.row) for finding in result.findings] == [("leak", 0)]
+
+
 @pytest.mark.parametrize(("num_yes", "found"), [(75, False), (90, True)])
 def test_an_answer_to_nearly_everything(num_yes: int, found: bool, tmp_path: Path) -> None:
     rows = [
