@@ -217,7 +217,7 @@ def passes(source: Path, tests: Sequence[Path], limit: float) -> tuple[bool, flo
             os.dup2(null, stream)
         import pytest
 
-        code = pytest.main(["-x", "-p", "no:cacheprovider", "-m", "not slow", *map(str, tests)])
+        code = pytest.main(["-x", "-p", "no:cacheprovider", *map(str, tests)])
         os._exit(int(code))
 
     # Wait, then end what the tests have left running.
