@@ -103,6 +103,16 @@ def test_a_step_does_not_depend_on_the_steps_before(
             assert all(torch.equal(batch[key], other[key]) for key in batch)
 
 
+@pytest.mark.parametrize("batching", ["packed", "shared-image"])
+def test_images_are_read_for_their_keys_once_before_workers_begin(
+    processor: LlavaProcessor, stage: Callable, batching: str
+) -> None:
+    """Each worker would read all images of the set again."""
+    mixture = Mixture(stage().data)
+    StepDataset(mixture, processor, stage(f"batching={batching}"), seed=0)
+    assert ("image_keys" in vars(mixture)) == (batching == "shared-image")
+
+
 def test_another_seed_is_another_order(
     mixture: Mixture, processor: LlavaProcessor, stage: Callable
 ) -> None:

@@ -75,9 +75,12 @@ def test_smollm2_tokenizer_splits_digits_before_white_space() -> None:
 @_needs("dinov2-small")
 def test_dinov2_computes_what_the_shipped_graph_computes() -> None:
     import numpy as np
+    import onnx
     import torch
     from transformers import AutoModel
 
+    if tuple(map(int, onnx.__version__.split(".")[:2])) < (1, 23):
+        pytest.skip("older onnx computes this graph in minutes")
     model, report = AutoModel.from_pretrained(
         packaged_folder("dinov2-small"), output_loading_info=True
     )
