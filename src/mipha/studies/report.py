@@ -478,9 +478,12 @@ def _bars(axes, findings: Findings, benchmark: str) -> None:
         if scores.values:
             axes.bar(place, scores.mean, width=0.6, color=BLUE, alpha=0.3)
             axes.plot([place] * len(scores.values), scores.values, "o", color=BLUE, markersize=4)
+    is_crowded = len(names) > 5
     axes.set_xticks(
         range(len(names)),
         [name.replace("-", "-\n", 1) if len(name) > 12 else name for name in names],
+        rotation=35 if is_crowded else 0,
+        ha="right" if is_crowded else "center",
     )
 
 
