@@ -3,7 +3,7 @@
     python benchmarks/tuning.py quickstart=runs/quickstart imported=./imported [--stock] \
         [--replay] [KEY=VALUE ...] [--out benchmarks/results]
 
-Pictures as easy-VQA's are drawn here, each with one question: is the shape left, right, top or
+Images as easy-VQA's are drawn here, each with one question: is the shape left, right, top or
 bottom? A quarter of the images is held out and asked about before and after. What is forgotten is
 told by the general questions of `tune`, and by the first `--old` of easy-VQA's test questions.
 
