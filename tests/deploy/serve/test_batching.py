@@ -20,6 +20,10 @@ from mipha.deploy.serve.metrics import Metrics
 from mipha.deploy.serve.requests import ChatRequest, RequestError, Turn
 
 
+SEED = 8
+"""Seed of drawn answers; none of those below ends early with it."""
+
+
 def request(question: str, image: Image.Image | None = None, **changes: Any) -> ChatRequest:
     fields = {
         "max_new_tokens": 6,
@@ -41,6 +45,10 @@ async def read(engine: TransformersEngine, asked: ChatRequest) -> list[Piece]:
     return [piece async for piece in engine.submit(engine.prepare(asked))]
 
 
+def text_of(pieces: list[Piece]) -> str:
+    return "".join(piece.text for piece in pieces)
+
+
 def test_adapters_are_asked_for_by_name_and_never_share_a_batch(tiny_model: Callable) -> None:
     base = Assistant(*tiny_model("llama"))
     model, processor = tiny_model("llama")
@@ -53,7 +61,7 @@ def test_adapters_are_asked_for_by_name_and_never_share_a_batch(tiny_model: Call
     async def use(engine: TransformersEngine) -> list[str]:
         asked = [replace(request("Which colour?", image), model=name) for name in names]
         pieces = await asyncio.gather(*(read(engine, one) for one in asked))
-        return ["".join(piece.text for piece in one) for one in pieces]
+        return [text_of(one) for one in pieces]
 
     texts, _ = with_engine(base, use, adapters={"mine": other})
     expected = {
@@ -145,7 +153,7 @@ def test_who_shares_a_batch(
         return await asyncio.gather(*reading)
 
     answers, metrics = with_engine(assistant, use, **options)
-    assert ["".join(piece.text for piece in pieces) for pieces in answers] == [
+    assert [text_of(pieces) for pieces in answers] == [
         answer.text for answer in wanted
     ]
     assert [pieces[-1].end.completion_tokens for pieces in answers] == [
@@ -194,7 +202,7 @@ def test_a_row_that_met_its_stop_text_computes_no_further(
         pieces = await read(engine, request("left?", max_new_tokens=40))
         assert pieces[-1].end.completion_tokens > 4
         steps.clear()
-        first = "".join(piece.text for piece in pieces)[0]
+        first = text_of(pieces)[0]
         stopped = request("left?", max_new_tokens=40, stop=(first,))
         await asyncio.gather(
             read(engine, stopped), read(engine, request("Which colour is it?", max_new_tokens=40))
@@ -308,19 +316,21 @@ def test_a_failed_request_fails_alone(
     temperature: float,
 ) -> None:
     """Its neighbours get their answers, each piece once, whatever was sent before the failure."""
-    failing(assistant, "poison?", after, monkeypatch)
     questions = ["Which colour is it?", "poison?", "left or right, or neither?"]
 
-    async def use(engine: TransformersEngine) -> list[Any]:
+    def asked(question: str, seed: int | None) -> ChatRequest:
+        return request(question, max_new_tokens=9, temperature=temperature, seed=seed)
+
+    async def alone(engine: TransformersEngine) -> list[list[Piece]]:
+        return [await read(engine, asked(question, SEED)) for question in questions]
+
+    async def together(engine: TransformersEngine) -> list[Any]:
         gate.clear()
         before = asyncio.ensure_future(read(engine, request("left?")))
         while not engine._running:
             await asyncio.sleep(0.01)
         reading = [
-            asyncio.ensure_future(
-                read(engine, request(text, max_new_tokens=9, temperature=temperature))
-            )
-            for text in questions
+            asyncio.ensure_future(read(engine, asked(question, None))) for question in questions
         ]
         while len(engine._waiting) < len(questions):
             await asyncio.sleep(0.01)
@@ -328,17 +338,19 @@ def test_a_failed_request_fails_alone(
         await before
         return await asyncio.gather(*reading, return_exceptions=True)
 
-    (first, failed, last), metrics = with_engine(assistant, use)
+    wanted, _ = with_engine(assistant, alone)
+    # A drawn answer could end before it fails: the seed that the engine draws is held too.
+    assert wanted[1][-1].end.completion_tokens == 9
+    monkeypatch.setattr("mipha.deploy.serve.batching.secrets.randbits", lambda bits: SEED)
+
+    failing(assistant, "poison?", after, monkeypatch)
+    (first, failed, last), metrics = with_engine(assistant, together)
     assert isinstance(failed, ServiceError) and failed.status == 500
     assert batches(metrics) == 2
-    for question, pieces in ((questions[0], first), (questions[2], last)):
-        end = pieces[-1].end
+    for pieces, undisturbed in ((first, wanted[0]), (last, wanted[2])):
         assert sum(piece.end is not None for piece in pieces) == 1
-        # One that is drawn by chance may end before.
-        assert temperature or (end.reason, end.completion_tokens) == ("length", 9)
-        if not temperature:
-            wanted = assistant.answer(None, question, max_new_tokens=9)
-            assert "".join(piece.text for piece in pieces) == wanted.text
+        assert pieces[-1].end == undisturbed[-1].end
+        assert text_of(pieces) == text_of(undisturbed)
 
 
 def test_stopping_fails_those_too_who_are_to_be_answered_again(
@@ -378,5 +390,5 @@ def test_a_tiny_temperature_is_greedy(assistant: Assistant) -> None:
         )
 
     ended, _ = with_engine(assistant, use)
-    texts = {"".join(piece.text for piece in pieces) for pieces in ended}
+    texts = {text_of(pieces) for pieces in ended}
     assert texts == {assistant.answer(None, "left?", max_new_tokens=6).text}
