@@ -51,11 +51,18 @@ def _write(file: Path, rows: list[Any]) -> LoadedData:
     return _source(file)
 
 
-def test_several_captions_of_an_image_do_not_contradict(tmp_path: Path) -> None:
-    image = "a.png"
-    Image.new("RGB", (64, 64), "red").save(tmp_path / image)
-    captions = [{"image": image, "caption": text} for text in ("a dog", "a small dog", "an animal")]
-    answers = [{"image": image, "question": "Which animal?", "answer": a} for a in ("dog", "cat")]
+def test_answers_contradict_for_one_image_and_question_and_captions_never_do(
+    tmp_path: Path,
+) -> None:
+    for name, colour in (("a.png", "red"), ("b.png", "blue")):
+        Image.new("RGB", (64, 64), colour).save(tmp_path / name)
+    captions = [
+        {"image": "a.png", "caption": text} for text in ("a dog", "a small dog", "an animal")
+    ]
+    answers = [
+        {"image": image, "question": "Which animal?", "answer": answer}
+        for image, answer in (("a.png", "dog"), ("a.png", "cat"), ("b.png", "cow"))
+    ]
     found = check_data(_write(tmp_path / "rows.jsonl", [*captions, *answers]), workers=1).findings
     assert [f.row for f in found if f.kind == "conflicting-answer"] == [4]
 

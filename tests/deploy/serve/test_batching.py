@@ -153,9 +153,7 @@ def test_who_shares_a_batch(
         return await asyncio.gather(*reading)
 
     answers, metrics = with_engine(assistant, use, **options)
-    assert [text_of(pieces) for pieces in answers] == [
-        answer.text for answer in wanted
-    ]
+    assert [text_of(pieces) for pieces in answers] == [answer.text for answer in wanted]
     assert [pieces[-1].end.completion_tokens for pieces in answers] == [
         answer.num_tokens for answer in wanted
     ]
