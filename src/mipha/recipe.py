@@ -367,6 +367,11 @@ class CheckpointRecipe(Strict):
         description="name in catalog/chat_templates or a .jinja file, "
         "where the checkpoint has no template that can be trained on",
     )
+    boxes: RegionForm | None = Field(
+        None,
+        description="how boxes and points are written as text, where the checkpoint does not say "
+        "it: names as in a model of parts; None: as it says, else thousand",
+    )
 
     @model_validator(mode="before")
     @classmethod

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from mipha.assistant import load
 from mipha.checkpoint_files import read_checkpoint
-from mipha.models.build import build, load_start_processor, skeleton
+from mipha.models.build import build, load_start_processor, save_checkpoint, skeleton
 from mipha.preflight import check_parts
 from mipha.recipe import CheckpointRecipe, Recipe
 from mipha.run import Run
@@ -246,6 +246,23 @@ def test_a_template_beside_one_that_works_is_refused(stock_llava: Stock) -> None
     recipe = CheckpointRecipe(checkpoint=str(stock_llava()), chat_template="vicuna")
     with pytest.raises(ValueError, match=r"contradicts .* own template can be trained on"):
         load_start_processor(recipe)
+
+
+def test_a_form_of_boxes_is_chosen_for_a_checkpoint_that_has_none(
+    stock_llava: Stock, tmp_path: Path
+) -> None:
+    folder = stock_llava()
+    assert load_start_processor(CheckpointRecipe(checkpoint=str(folder))).boxes is None
+    model, processor = build(CheckpointRecipe(checkpoint=str(folder), boxes="bbox_2d"))
+    save_checkpoint(model, processor, tmp_path / "tuned")
+
+    # The checkpoint says it from then on.
+    tuned = str(tmp_path / "tuned")
+    for boxes in (None, "bbox_2d"):
+        recipe = CheckpointRecipe(checkpoint=tuned, boxes=boxes)
+        assert load_start_processor(recipe).boxes == "bbox_2d"
+    with pytest.raises(ValueError, match=r"boxes=loc contradicts .*to write boxes as bbox_2d"):
+        load_start_processor(CheckpointRecipe(checkpoint=tuned, boxes="loc"))
 
 
 def test_arguments_that_a_mask_needs_are_kept_in_the_checkpoint(

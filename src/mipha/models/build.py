@@ -323,6 +323,14 @@ def load_start_processor(recipe: ModelRecipe | CheckpointRecipe) -> LlavaProcess
                 "can be trained on and stays: remove that key"
             )
     processor.chat_template = fitted
+
+    # So does its form of boxes.
+    if recipe.boxes not in (None, processor.boxes or recipe.boxes):
+        raise ValueError(
+            f"model.boxes={recipe.boxes} contradicts {recipe.checkpoint}, which was trained to "
+            f"write boxes as {processor.boxes}: remove that key"
+        )
+    processor.boxes = processor.boxes or recipe.boxes
     return processor
 
 

@@ -19,7 +19,6 @@ from mipha.deploy.serve.engine import Piece, ServiceError
 from mipha.deploy.serve.metrics import Metrics
 from mipha.deploy.serve.requests import ChatRequest, RequestError, Turn
 
-
 SEED = 8
 """Seed of drawn answers; none of those below ends early with it."""
 
