@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mipha.data.regions import Numbers
-from mipha.evaluation.boxes import detection_f1, giou, iou, point_in_box, score_boxes, score_points
+from mipha.evaluation.boxes import detection_f1, giou, iou, score_boxes, score_points
 
 FIELD = Path(__file__).parents[1] / "data/field"
 GOLDEN = json.loads((FIELD / "geometry.json").read_text())["iou"]
@@ -46,8 +46,6 @@ def test_odd_answers_are_counted() -> None:
 
 
 def test_points() -> None:
-    assert point_in_box((0.1, 0.2), (0.1, 0.2, 0.5, 0.6))
-    assert not point_in_box((0.09, 0.2), (0.1, 0.2, 0.5, 0.6))
     truths: list[list[Numbers]] = [[(0.5, 0.5), (0.1, 0.1)], []]
     answers = ["[510, 500] [500, 510] [900, 900]", "There are none."]
     assert score_points(answers, truths, [SIZE] * 2, "thousand", 10) == pytest.approx(2 / 5)

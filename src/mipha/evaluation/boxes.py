@@ -228,11 +228,6 @@ def giou(first: Numbers, second: Numbers) -> float:
     return shared / together - (hull - together) / hull if together > 0 and hull > 0 else -1.0
 
 
-def point_in_box(point: Numbers, box: Numbers) -> bool:
-    """Return whether a point lies in a box; its edges belong to it."""
-    return box[0] <= point[0] <= box[2] and box[1] <= point[1] <= box[3]
-
-
 def _as_text(box: Numbers) -> str:
     return ", ".join(f"{number:.3f}" for number in box)
 

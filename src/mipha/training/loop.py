@@ -178,7 +178,7 @@ def _optimize(
     loss = float(world.total(total) / count)
     if math.isfinite(loss) and math.isfinite(norm):
         optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     return loss, float(norm)
 
 
