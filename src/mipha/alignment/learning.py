@@ -245,12 +245,12 @@ class Learner:
             # Stop before anything that is not finite reaches the weights.
             bad = {name: value for name, value in losses.items() if not math.isfinite(value)}
             if bad or not all(math.isfinite(norm) for norm in norms):
-                self.optimizer.zero_grad(set_to_none=True)
+                self.optimizer.zero_grad()
                 raise FloatingPointError(f"{bad or 'the norm of the gradient'} is not finite")
 
             # Update the weights.
             self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.zero_grad()
             for name, value in losses.items():
                 means[name] = means.get(name, 0.0) + value / len(starts)
         return means
