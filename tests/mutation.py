@@ -4,8 +4,9 @@
 
 A mutant is a copy of the source with one change: a comparison turned, a term swapped, a condition
 negated, a call or a keyword dropped. Mutants are drawn by the seed, spread evenly over `MODULES`.
-Each runs the test file that mirrors its module; where no test fails, all files that import the
-module. A mutant that hangs counts as killed. What is printed at the end is the kill rate.
+Each runs the test file that mirrors its module; where no test fails, those of its folder and those
+that import the module. A mutant that hangs counts as killed. What is printed at the end is the kill
+rate.
 """
 
 from __future__ import annotations
@@ -184,7 +185,7 @@ def draw(modules: Sequence[str], count: int, seed: int) -> list[Mutant]:
 
 
 def tests_of(module: str) -> tuple[list[Path], list[Path]]:
-    """Return the test files that mirror a module, and all others that import it."""
+    """Return the test file that mirrors a module, and those of its folder or that import it."""
     dotted = module.replace("/", ".")
     above, _, name = dotted.rpartition(".")
     imports = [f"mipha.{dotted} import", f"mipha.{dotted}\n", f"from mipha.{above} import {name}\n"]
@@ -197,9 +198,8 @@ def tests_of(module: str) -> tuple[list[Path], list[Path]]:
         and any(text in path.read_text(encoding="utf-8") for text in imports)
     ]
     mirror = ROOT / "tests" / Path(module).parent / f"test_{name}.py"
-    if not mirror.is_file():  # else the tests of its folder
-        return using or sorted(mirror.parent.glob("test_*.py")), []
-    return [mirror], [path for path in using if path != mirror]
+    wider = sorted({*using, *mirror.parent.glob("test_*.py")} - {mirror})
+    return ([mirror], wider) if mirror.is_file() else (wider, [])
 
 
 def passes(source: Path, tests: Sequence[Path], limit: float) -> tuple[bool, float]:
