@@ -86,24 +86,25 @@ def test_what_is_measured() -> None:
     }  # 3 over 2, but 1 only level with 1
 
 
-def test_a_cost_model_is_trained_on_the_signs_and_a_reward_model_is_not() -> None:
+@pytest.mark.parametrize("is_cost", [True, False])
+def test_a_cost_model_is_trained_on_the_signs_and_a_reward_model_is_not(is_cost: bool) -> None:
+    higher, lower = torch.tensor([1.0, 0.0, 2.0]), torch.tensor([0.0, 2.0, 1.0])
+    signs = torch.tensor([1.0, 1.0, 1.0, -1.0, 1.0, -1.0])  # three pairs: the higher, the lower
     trainer = _trainer_class().__new__(_trainer_class())
     trainer.regularization, trainer.state = 0.1, TrainerState()
-    signs = torch.tensor([1.0, 1.0, -1.0, 1.0])
-    inputs = {"input_ids": None, "attention_mask": None, "signs": signs}
+    trainer.signed, trainer._metrics = is_cost, {"train": defaultdict(list)}
 
     def model(**_: Any) -> SimpleNamespace:
-        return SimpleNamespace(logits=torch.cat([HIGHER, LOWER])[:, None])
+        return SimpleNamespace(logits=torch.cat([higher, lower])[:, None])
 
-    for is_cost in (True, False):
-        trainer.signed, trainer._metrics = is_cost, {"train": defaultdict(list)}
-        loss = trainer.compute_loss(model, inputs)
-        wanted = pair_loss(HIGHER, LOWER, 0.1, *(signs.chunk(2) if is_cost else ()))
-        assert torch.equal(loss, wanted)
+    inputs = {"input_ids": None, "attention_mask": None, "signs": signs}
+    loss = trainer.compute_loss(model, inputs)
+    wanted = pair_loss(higher, lower, 0.1, *((signs[:3], signs[3:]) if is_cost else ()))
+    assert torch.equal(loss, wanted)
 
-        # What the curves show.
-        reported = {name: values[0] for name, values in trainer._metrics["train"].items()}
-        assert reported == measure_pairs(torch.cat([HIGHER, LOWER]), signs if is_cost else None)
+    # What the curves show.
+    reported = {name: values[0] for name, values in trainer._metrics["train"].items()}
+    assert reported == measure_pairs(torch.cat([higher, lower]), signs if is_cost else None)
 
 
 def test_no_response_is_cut(

@@ -466,6 +466,14 @@ def test_the_processor_without_the_weights_is_that_of_the_built_model(
     )
 
 
+def test_a_wide_image_is_padded_or_squashed_as_the_recipe_says(tiny_model: Callable) -> None:
+    wide = Image.new("RGB", (60, 20), "red")
+    for pads in (True, False):
+        images = tiny_model(pad_to_square=pads)[1].image_processor
+        (pixels,) = images(wide, return_tensors="pt")["pixel_values"]  # (3, side, side)
+        assert torch.equal(pixels[:, 0, 0], pixels[:, pixels.shape[1] // 2, 0]) != pads
+
+
 def test_the_form_of_boxes_is_in_the_checkpoint(tiny_model: Callable, tmp_path: Path) -> None:
     model, processor = tiny_model(boxes="bbox_2d")
     save_checkpoint(model, processor, tmp_path / "saved")

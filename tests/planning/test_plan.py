@@ -32,7 +32,9 @@ def test_the_papers_model_on_what_the_paper_had() -> None:
     # Forward of projector, layers and head: 2 x (729 x 9.5 M + 764 x 2.65 G + 25 x 131 M). Twice
     # that with the gradients of activations, and 0.6 for the tower: about 9 TFLOP a sample.
     assert pretrain.flops / 256 == pytest.approx(8.9e12, rel=0.05)
-    assert finetune.hours is not None and 2 < finetune.hours < 24
+    assert finetune.seconds is not None and finetune.hours is not None
+    assert finetune.hours * 60 * 60 == pytest.approx(finetune.steps * finetune.seconds)
+    assert 2 < finetune.hours < 24
     assert "assumed" in finetune.step.source
 
 
