@@ -300,12 +300,14 @@ def test_a_mixture_travels_to_another_process(write: Callable) -> None:
 def test_the_hash_of_the_data_follows_what_is_trained_on_and_not_where_it_lies(
     tmp_path: Path,
 ) -> None:
-    def sha256(folder: str, answer: str = "red", image: str = "a.png") -> str:
+    def sha256(folder: str, image: str = "a.png", **answer: object) -> str:
         (tmp_path / folder).mkdir()
         Image.new("RGB", (4, 4)).save(tmp_path / folder / image)
         turns = [
             {"role": "user", "content": "<image>\nwhich?"},
-            {"role": "assistant", "content": answer},
+            {"role": "assistant", "content": "red"},
+            {"role": "user", "content": "sure?"},
+            {"role": "assistant", "content": "yes"} | answer,
         ]
         (tmp_path / folder / "my.jsonl").write_text(
             json.dumps({"messages": turns, "images": [image]}) + "\n"
@@ -315,4 +317,11 @@ def test_the_hash_of_the_data_follows_what_is_trained_on_and_not_where_it_lies(
 
     first = sha256("one")
     assert sha256("two") == first
-    assert len({first, sha256("three", answer="blue"), sha256("four", image="b.png")}) == 3
+    others = [
+        sha256("three", content="no"),
+        sha256("four", image="b.png"),
+        sha256("five", loss=False),
+    ]
+    assert len({first, *others}) == 4
+    # A run that began with an earlier version goes on: its data have the hash that they had.
+    assert (first[:12], others[2][:12]) == ("e4b1231e1f69", "a42b5c8c775f")

@@ -29,7 +29,8 @@ def samples_shown(size: int, weight: float = 1.0, cap: int | None = None) -> int
         weight: Times that an epoch shows each, on average.
         cap: Most samples of an epoch.
     """
-    return min(max(round(weight * size), 1), cap or 2**62) if size else 0
+    shown = max(round(weight * size), 1) if size else 0
+    return min(shown, cap or shown)
 
 
 def count_steps(stage: StageRecipe, num_per_epoch: int) -> tuple[int, int]:
