@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mipha.data.check.text import CONTROL_TOKENS, fix_mojibake, fix_text, text_problems
+from mipha.data.check.text import (
+    CONTROL_TOKENS,
+    fix_mojibake,
+    fix_text,
+    special_tokens_of,
+    text_problems,
+)
 from mipha.data.sample import Message, Role
 
 SPECIAL = re.compile("|".join(map(re.escape, CONTROL_TOKENS)))
@@ -135,6 +142,15 @@ def test_tokens_of_the_given_tokenizer_count() -> None:
     assert "special-token" in [
         kind for kind, _ in text_problems(Message("user", "<s> struck </s>"), re.compile("</?s>"))
     ]
+
+
+def test_a_control_token_is_found_whole(tiny_model: Callable) -> None:
+    """One that another begins with does not hide it, and the marker of an image is none."""
+    processor = tiny_model()[1]
+    tokens = ["<|call|>", "<|call|><|name|>"]
+    processor.tokenizer.add_special_tokens({"additional_special_tokens": tokens})
+    found = special_tokens_of(processor)
+    assert found.findall("<image>a <|call|><|name|> b <|call|>") == [tokens[1], tokens[0]]
 
 
 @pytest.mark.parametrize("piece", ["\n", " ", "<", "&", "Ã", "<image ", "à»", "### "])

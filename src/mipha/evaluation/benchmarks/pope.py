@@ -56,13 +56,12 @@ def read(root: Path, split: str) -> list[Question]:
     Returns:
         Questions whose facts are `answer` (yes or no), `image` (name) and `subset`.
     """
-    paths: dict[str, Path] = {}
-    asked = []
-    for question_id, text, facts in _read_lines(root):
-        image = facts["image"]
-        paths[image] = paths.get(image) or image_file(root / "val2014" / image, SOURCE)
-        asked.append(Question(question_id, text + SHORT, paths[image], facts))
-    return asked
+    return [
+        Question(
+            question_id, text + SHORT, image_file(root / "val2014" / facts["image"], SOURCE), facts
+        )
+        for question_id, text, facts in _read_lines(root)
+    ]
 
 
 def read_labels(path: Path) -> list[Question]:
