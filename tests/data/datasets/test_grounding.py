@@ -166,6 +166,14 @@ def test_empty_columns_of_other_kinds_of_rows_say_nothing(tmp_path: Path) -> Non
         assert _sample(tmp_path, row, "bbox_format=xyxy").messages[1].text == said
 
 
+def test_marks_are_followed(tmp_path: Path) -> None:
+    row = {"image": "a.png", "label": "cats", "points": []}
+    sample = _sample(tmp_path, row | {"loss_mask": [1, 0]}, "point_scale=100")
+    assert not sample.messages[1].learned and not sample.remarks
+    with pytest.raises(RecordError, match="so nothing of it is to be learned"):
+        _sample(tmp_path, row | {"train": False}, "point_scale=100")
+
+
 def test_a_tag_without_objects_stays_text(tmp_path: Path) -> None:
     sample = _sample(tmp_path, _asked("What is <region>?", "A tag."))
     assert (sample.regions, sample.messages[0].text) == ((), "<image>\nWhat is <region>?")

@@ -27,6 +27,7 @@ from mipha.data.datasets._records import (
     record_file,
     split_files,
 )
+from mipha.data.faults import RecordError
 
 _texts = st.text(max_size=8) | st.text(alphabet='[]{},:"\\\n\r', max_size=8)
 _values = st.recursive(
@@ -35,6 +36,21 @@ _values = st.recursive(
     max_leaves=5,
 )
 _few = settings(max_examples=40)
+
+
+def test_a_key_that_stands_twice_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"a": {"image": 1, "image": 2}}\n{"a": NaN}\n')
+    records = JsonRecords(tmp_path / "a.jsonl")
+    with pytest.raises(RecordError, match=r"a\.jsonl, line 1: an object has the key 'image' twice"):
+        records.read(0)
+    assert records.read(1) == {"a": None}
+
+
+def test_a_byte_order_mark_inside_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(
+        b'\xef\xbb\xbf{"a": 1}\n' * 2
+    )  # two files, one behind another
+    assert _all(JsonRecords(tmp_path / "a.jsonl")) == [{"a": 1}] * 2
 
 
 def _all(records: JsonRecords | TableRecords) -> list[Any]:

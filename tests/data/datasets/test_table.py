@@ -39,9 +39,42 @@ def test_a_table_of_questions(name: str, tmp_path: Path) -> None:
     assert [first.id, second.id] == [f"table/{name[:-4]}/2", f"table/{name[:-4]}/4"]
 
 
+def test_a_table_of_several_kinds_of_rows(tmp_path: Path) -> None:
+    text = "image,question,prompt,answer,caption\na,What?,,That,\nb,,,,A cat.\nc,,Who?,Me,\n"
+    (tmp_path / "mine.csv").write_text(text + "d,Why?,,,A dog.\n")
+    *rows, unanswered = table.load(tmp_path / "mine.csv", "train")
+    said = [[message.text for message in table.to_sample(row).messages] for row in rows]
+    assert said == [
+        ["<image>\nWhat?", "That"],
+        ["<image>\nDescribe the image.", "A cat."],
+        ["<image>\nWho?", "Me"],
+    ]
+    with pytest.raises(ValueError, match="its answer is 'None'"):
+        table.to_sample(unanswered)
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        ({"question": "What?", "answer": float("nan")}, "its answer is 'None'"),
+        ({"question": "What?", "answer": float("inf")}, "its answer is 'inf'"),
+        ({"Question": "What?", "question": "Why?", "answer": "a"}, "two columns 'question'"),
+        ({"instruction": "Sort", "input": ["b"], "output": "b"}, r"its input is \"\['b'\]"),
+    ],
+)
+def test_cells_that_are_no_words_are_refused(row: dict, sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        _sample(tmp_path, row)
+
+
 @pytest.mark.parametrize(
     ("row", "question", "answer"),
     [
+        (
+            {"image": "a", "instruction": "Add", "input": float("nan"), "output": 2},
+            "<image>\nAdd",
+            "2",
+        ),
         ({"image": "a", "question": "What?", "answer": "That"}, "<image>\nWhat?", "That"),
         ({"image_path": "a", "Prompt": "What?", "Completion": "That"}, "<image>\nWhat?", "That"),
         ({"File Name": "a", "query": "What?", "response": "That"}, "<image>\nWhat?", "That"),

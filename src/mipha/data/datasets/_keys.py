@@ -62,7 +62,9 @@ _MEDIA = re.compile(
     r"\.?(?:videos?|audios?|video_path|audio_path|mp4|webm|avi|mov|mkv|wav|mp3|flac)"
 )
 _IMAGE_FILES = re.compile(r"\.(?:svg|tga|psd|eps|dds|exr|hdr|pdf|raw|dng|cr2|nef)")
-_HISTORY = re.compile(r"(?:.*_)?(?:history|histories|dialogue?s?|previous_turns|turns|rounds)")
+_HISTORY = re.compile(
+    r"(?:.*_)?(?:history|histories|dialogue?s?|conversations?|messages|previous_turns|turns|rounds)"
+)
 _OPTIONS = re.compile(r"(?:.*_)?(?:options?|choices?|candidates?)(?:_?(?:[a-h]|\d))?")
 _SYSTEM_LIKE = re.compile(r"system(?:_?(?:prompt|message|msg|text|instruction))?")
 _IMAGE_LIKE = re.compile(r"(?:.*_)?(?:image|img|picture|photo)s?(?:_?(?:\d{1,2}|[a-h]|path|file))*")
@@ -144,13 +146,34 @@ class Keys:
             return []
         messages: list[Message] = []
         for turn in value if is_list(value) else [value]:
-            pair = _as_pair(turn)
+            pair = self._as_pair(turn)
             if pair is None:
                 raise self.fault(
                     f"its history holds {short(turn)}", "wanted pairs of a question and its answer"
                 )
             messages += pair
         return messages
+
+    def _as_pair(self, turn: Any) -> list[Message] | None:
+        """Return a question and its answer of a history, or one turn of it."""
+        if is_list(turn) and len(turn) == 2 and all(isinstance(text, str) for text in turn):
+            return [Message("user", turn[0]), Message("assistant", turn[1])]
+        if not isinstance(turn, Mapping):
+            return None
+
+        for ask, say in (("user", "assistant"), ("query", "response"), ("question", "answer")):
+            if isinstance(turn.get(ask), str) and isinstance(turn.get(say), str):
+                self.turn("history[]", turn, ask, say, *MARKS)
+                learned = self.learned("a turn of its history", turn, "assistant")
+                return [Message("user", turn[ask]), Message("assistant", turn[say], learned)]
+
+        name = turn.get("from", turn.get("role"))
+        role = {"human": "user", "gpt": "assistant"}.get(str(name), name)
+        text = turn.get("value", turn.get("content"))
+        if role not in ("system", "user", "assistant") or not isinstance(text, str):
+            return None
+        self.turn("history[]", turn, "from", "role", "value", "content", *MARKS)
+        return [Message(role, text, self.learned("a turn of its history", turn, role))]
 
     def turn(self, path: str, turn: Mapping[str, Any], *read: str) -> None:
         """Note the keys of a turn or part that nothing reads.
@@ -357,26 +380,6 @@ def parse_list(value: Any) -> Any:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return value
-
-
-def _as_pair(turn: Any) -> list[Message] | None:
-    """Return a question and its answer of a history, or one turn of it."""
-    if isinstance(turn, Mapping):
-        for ask, say in (("user", "assistant"), ("query", "response"), ("question", "answer")):
-            if isinstance(turn.get(ask), str) and isinstance(turn.get(say), str):
-                return [Message("user", turn[ask]), Message("assistant", turn[say])]
-        role = {"human": "user", "gpt": "assistant"}.get(
-            str(turn.get("from", turn.get("role"))), turn.get("from", turn.get("role"))
-        )
-        text = turn.get("value", turn.get("content"))
-        if role in ("system", "user", "assistant") and isinstance(text, str):
-            return [Message(role, text)]
-        return None
-    if is_list(turn) and len(turn) == 2:
-        asked, said = turn
-        if isinstance(asked, str) and isinstance(said, str):
-            return [Message("user", asked), Message("assistant", said)]
-    return None
 
 
 def _as_mark(value: Any) -> bool | None:

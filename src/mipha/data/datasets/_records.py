@@ -466,7 +466,9 @@ class JsonRecords:
             stream.seek(start)
             text = stream.read(end - start)
         try:
-            return json.loads(text.decode("utf-8"))
+            return parse_json(text.removeprefix(_BOM).decode("utf-8"))
+        except RecordError as error:
+            raise error.at(self.where(index)) from error
         except UnicodeDecodeError as error:
             raise RecordError(
                 f"this is not UTF-8: byte {text[error.start]:#04x} after "
@@ -480,6 +482,31 @@ class JsonRecords:
                 "write it again, or remove it",
                 self.where(index),
             ) from error
+
+
+def parse_json(text: str) -> Any:
+    """Return the value of a JSON text; NaN, which Python writes for a missing value, is None.
+
+    Raises:
+        RecordError: An object has a key twice, of which one would be lost.
+        ValueError, RecursionError: It is not valid JSON.
+    """
+    return _DECODER.decode(text)
+
+
+def _as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RecordError(f"an object has the key {twice!r} twice", "keep one of them")
+    return found
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_as_object,
+    parse_constant=lambda name: None if name == "NaN" else float(name),
+)
 
 
 def _begin_of_text(stream: BinaryIO, file: Path) -> int:

@@ -40,6 +40,8 @@ def to_sample(row: Row) -> Sample:
         )
     keys = row.keys()
     keys.read.update(("images", "texts", "metadata", "general_metadata"))
+    if not keys.with_marks([Message("assistant", "")])[0].learned:
+        raise row.fault("its marks say that it is not to be learned", "remove the row", "loss-mark")
 
     # One place after another.
     texts, images = row.content["texts"], row.content["images"]

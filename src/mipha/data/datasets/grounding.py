@@ -61,6 +61,7 @@ def to_sample(row: Row) -> Sample:
     if _has_detections(content):
         read = _read_objects
     turns, numbers, scale, labels = read(row, keys)
+    turns = keys.with_marks(turns)
     sources = row.sources(images)
     regions = tuple(
         read_region(keys, row.reading, one, scale, sources, 0, label)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
@@ -25,7 +24,14 @@ from mipha.data.addresses import note_of
 from mipha.data.blocks import Blocks, read_starts, stretches
 from mipha.data.dataset import DataSet
 from mipha.data.datasets._images import choose_images, image_folders, with_images
-from mipha.data.datasets._records import Part, RecordFile, Rows, index_files, split_files
+from mipha.data.datasets._records import (
+    Part,
+    RecordFile,
+    Rows,
+    index_files,
+    parse_json,
+    split_files,
+)
 from mipha.data.datasets._shapes import READS, sample_of, shapes_of
 from mipha.data.faults import RecordError
 from mipha.data.images import SUFFIXES, FileSlice, StoredImage
@@ -299,7 +305,9 @@ def load(
 
 def _parse(text: str, where: str) -> Mapping[str, Any]:
     try:
-        content = json.loads(text)
+        content = parse_json(text)
+    except RecordError as error:
+        raise error.at(where) from error
     except (ValueError, RecursionError) as error:
         raise RecordError(
             f"its .json is not valid JSON: {error}", "write it again", where
