@@ -438,6 +438,9 @@ def test_two_columns_of_bytes(folder: Path) -> None:
     (sample,) = _samples(write("d.parquet", image=images[0], image_b=images[1]))
     assert len(sample.images) == 2
     assert "mask" in _found(write("b.parquet", mask=images[0], image=images[1]))["unread-content"]
+    file = write("e.parquet", mask=images[0], image="b.png")
+    assert _samples(file)[0].images == (folder / "b.png",)
+    assert '"mask", which holds an image' in _found(file)["unread-content"]
     assert not _found(write("c.parquet", scan=images[0], file_name="x/scan.png"))
 
 

@@ -104,6 +104,22 @@ def test_lists_of_plain_bytes(tmp_path: Path) -> None:
     ]
 
 
+def test_cells_that_hold_json(tmp_path: Path) -> None:
+    turns = '[{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That"}]'
+    file = _write(tmp_path / "a.parquet", image=[RED], conversations=[turns])
+    (sample,) = _samples(file)
+    assert [message.text for message in sample.messages] == ["<image>\nWhat?", "That"]
+
+
+def test_two_columns_of_one_name(tmp_path: Path) -> None:
+    import pyarrow.parquet
+
+    table = pyarrow.Table.from_arrays([["a"], ["b"]], names=["image", "image"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet has two columns 'image': rename one"):
+        parquet.load(tmp_path / "a.parquet", "train")
+
+
 def test_the_column_named_image_is_the_image(tmp_path: Path) -> None:
     file = _write(tmp_path / "a.parquet", mask=[b"m"], image=[RED], question=["a"], answer=["b"])
     assert _samples(file)[0].images[0].read() == RED

@@ -25,6 +25,7 @@ from mipha.data.datasets._records import (
     Rows,
     TableRecords,
     record_file,
+    record_rows,
     split_files,
 )
 from mipha.data.faults import RecordError
@@ -186,8 +187,9 @@ def test_a_long_broken_file_is_refused_at_once(tmp_path: Path) -> None:
     ("content", "sentence"),
     [
         (b"a,b\n1,2\n3,\xff\n", "line 3 is not UTF-8"),
-        (b'a,b\n1,2\n3,"x\n', "line 3 is not a row of separated values"),
-        (b'a,b\n1,2\n"x"y,3\n', "line 3 is not a row of separated values"),
+        (b'a,b\n1,2\n3,"x\n4,5\n', "line 3 is not a row .* end of data; .* that quote twice"),
+        (b'a,b\n1,2\n"x"y,3\n', "line 3 is not a row of separated values: .* that quote twice"),
+        (b"a,b\r1,2\r", "line 1 is not a row of .*: it ends with CR alone; end lines with LF"),
         (b"a,b,a\n1,2,3\n", "two columns 'a'"),
     ],
 )
@@ -197,6 +199,28 @@ def test_a_table_that_cannot_be_taken_apart_is_an_error(
     (tmp_path / "a.csv").write_bytes(content)
     with pytest.raises(ValueError, match=rf"a\.csv.*{sentence}"):
         TableRecords(tmp_path / "a.csv")
+
+
+def test_cells_of_a_table(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "What?"}]
+    image = "data:image/png;base64," + "A" * 200_000
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["image", "messages"], [image, json.dumps(turns)], ["[", ""]])
+    limit = csv.field_size_limit()
+    first, second = _all(TableRecords(tmp_path / "a.csv"))
+    assert first == {"image": image, "messages": turns}
+    assert second == {"image": "[", "messages": None}
+    assert csv.field_size_limit() == limit
+
+
+def test_files_of_no_split_are_named(tmp_path: Path) -> None:
+    for name in ("train-1.jsonl", "train-2.jsonl", "val.jsonl", "more.jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    rows = record_rows("messages", tmp_path, "train", (".jsonl",), ())
+    assert len(rows) == 2 and "1 files are not read" in rows.left_out
+    assert "more.jsonl" in rows.left_out and "val" not in rows.left_out
+    (tmp_path / "more.jsonl").unlink()
+    assert record_rows("messages", tmp_path, "train", (".jsonl",), ()).left_out is None
 
 
 def test_a_row_with_another_number_of_cells_is_named(tmp_path: Path) -> None:

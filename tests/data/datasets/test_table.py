@@ -53,6 +53,14 @@ def test_a_table_of_several_kinds_of_rows(tmp_path: Path) -> None:
         table.to_sample(unanswered)
 
 
+def test_an_empty_image_is_none(tmp_path: Path) -> None:
+    row = {"question": "What?", "answer": "That"}
+    assert _sample(tmp_path, row | {"image": ""}).images == ()
+    assert _sample(tmp_path, row | {"images": [], "image": "a"}).images == (tmp_path / "a",)
+    with pytest.raises(ValueError, match="the image path is ''"):
+        _sample(tmp_path, row | {"images": [""]})
+
+
 @pytest.mark.parametrize(
     ("row", "sentence"),
     [

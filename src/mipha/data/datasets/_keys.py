@@ -31,6 +31,9 @@ from mipha.data.sample import Message, Remark
 SYSTEM = ("system", "system_prompt", "system_message", "systemPrompt", "systemprompt")
 """Names under which a record gives its system turn."""
 
+TURNS = ("messages", "conversations", "texts")
+"""Names of lists of turns, which a table's cell may hold as JSON."""
+
 # Source: OpenAI (weight), ms-swift (loss, loss_scale), LLaMA-Factory (loss_mask, loss_weight),
 # verl (trainable), axolotl (train, training)
 MARKS = (

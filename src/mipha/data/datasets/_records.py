@@ -16,7 +16,7 @@ import json
 import mmap
 import re
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 import numpy as np
 
 from mipha.data.datasets._images import ImageFolders, image_folders, image_source
-from mipha.data.datasets._keys import Keys
+from mipha.data.datasets._keys import TURNS, Keys, parse_list
 from mipha.data.datasets._regions import place_regions
 from mipha.data.faults import FaultKind, RecordError
 from mipha.data.images import ImageSource
@@ -291,12 +291,11 @@ def record_rows(
         FileNotFoundError: As `split_files`.
         ValueError: As `split_files`, and where a file is not what its name says.
     """
-    return Rows(
-        [
-            Part(f"{dataset}/{name}", record_file(file), image_folders(file, image_root))
-            for name, file in split_files(dataset, root, split, suffixes)
-        ]
-    )
+    parts = [
+        Part(f"{dataset}/{name}", record_file(file), image_folders(file, image_root))
+        for name, file in split_files(dataset, root, split, suffixes)
+    ]
+    return Rows(parts, files_of_no_split(root, split, suffixes))
 
 
 def record_file(file: Path, most: int | None = None) -> JsonRecords | TableRecords:
@@ -355,7 +354,7 @@ def split_files(
         check_split(f"{dataset} in {root}", split, ("train",))
         return [(root.stem, root)]
 
-    splits = next((found for suffix in suffixes if (found := splits_in(root, suffix))), {})
+    splits = _splits_of(root, suffixes)
     wanted = split if split in splits else _SPLIT_WORDS.get(split.lower(), split)
     if splits and wanted not in splits:
         file = next(iter(splits.values()))[0]
@@ -365,6 +364,33 @@ def split_files(
         )
     check_split(f"{dataset} in {root}", wanted, sorted(splits))
     return [(file.relative_to(root).with_suffix("").as_posix(), file) for file in splits[wanted]]
+
+
+def files_of_no_split(root: Path | None, split: str, suffixes: Sequence[str]) -> str | None:
+    """Return a sentence on the files that no usual split reads; None if there are none.
+
+    Arguments as for `split_files`.
+    """
+    if root is None or not root.is_dir():
+        return None
+    splits = _splits_of(root, suffixes)
+    usual = set(_SPLIT_WORDS.values())
+    others = [
+        str(file.relative_to(root))
+        for name, files in splits.items()
+        for file in files
+        if name not in usual and split.lower() in _SPLIT_WORDS
+    ]
+    if not others:
+        return None
+    return (
+        f"{len(others)} files are not read, because their names are of no split such as train: "
+        f"{', '.join(others[:10])}{', ...' if len(others) > 10 else ''}"
+    )
+
+
+def _splits_of(folder: Path, suffixes: Sequence[str]) -> dict[str, list[Path]]:
+    return next((found for suffix in suffixes if (found := splits_in(folder, suffix))), {})
 
 
 def splits_in(folder: Path, suffix: str) -> dict[str, list[Path]]:
@@ -701,7 +727,8 @@ class TableRecords:
             stream.seek(begin)
 
             lines = _CountedLines(stream, file)
-            rows = csv.reader(lines, delimiter=self._delimiter, strict=True)
+            rows = _rows_of(lines, self._delimiter)
+            number = 1
             try:
                 self.columns = [name.strip() for name in next(rows, [])]
                 while most is None or len(numbers) < most:
@@ -712,8 +739,11 @@ class TableRecords:
                         spans.extend((start, lines.offset))
                         numbers.append(number)
             except csv.Error as error:
+                cause, fix = str(error), "write a cell with a quote in quotes, and that quote twice"
+                if "new-line" in cause:
+                    cause, fix = "it ends with CR alone", "end lines with LF or CRLF"
                 raise ValueError(
-                    f"{file}, line {lines.number} is not a row of separated values: {error}"
+                    f"{file}, line {number} is not a row of separated values: {cause}; {fix}"
                 ) from error
 
         if twice := {name for name in self.columns if self.columns.count(name) > 1}:
@@ -734,7 +764,7 @@ class TableRecords:
         """Return file and line."""
         return f"{self.file}, line {self.name(index)}"
 
-    def read(self, index: int) -> dict[str, str | None]:
+    def read(self, index: int) -> dict[str, Any]:
         """Read one record, by column.
 
         Raises:
@@ -746,14 +776,31 @@ class TableRecords:
             text = stream.read(end - start).decode("utf-8")
 
         lines = io.StringIO(text, newline="")
-        cells = next(csv.reader(lines, delimiter=self._delimiter, strict=True))
+        cells = next(_rows_of(lines, self._delimiter))
         if len(cells) != len(self.columns):
             raise RecordError(
                 f"it has {len(cells)} cells for {len(self.columns)} columns",
                 f"put text with a {self._delimiter!r} in quotes",
                 self.where(index),
             )
-        return {column: cell or None for column, cell in zip(self.columns, cells, strict=True)}
+        return {
+            column: (parse_list(cell) if column in TURNS else cell) or None
+            for column, cell in zip(self.columns, cells, strict=True)
+        }
+
+
+def _rows_of(lines: Iterable[str], delimiter: str) -> Iterator[list[str]]:
+    """Yield the cells of each row; a base64 image is longer than a cell may be by default."""
+    rows = csv.reader(lines, delimiter=delimiter, strict=True)
+    while True:
+        limit = csv.field_size_limit(2**31 - 1)
+        try:
+            cells = next(rows, None)
+        finally:
+            csv.field_size_limit(limit)
+        if cells is None:
+            return
+        yield cells
 
 
 class _CountedLines(Iterator[str]):

@@ -26,7 +26,13 @@ from mipha.data.datasets._columns import (
     with_places,
 )
 from mipha.data.datasets._images import image_folders
-from mipha.data.datasets._records import Part, Rows, index_files, split_files
+from mipha.data.datasets._records import (
+    Part,
+    Rows,
+    files_of_no_split,
+    index_files,
+    split_files,
+)
 from mipha.data.datasets._shapes import READS, sample_of
 from mipha.data.faults import RecordError
 
@@ -210,7 +216,8 @@ def load(
         Part(f"parquet/{name}", records, image_folders(file, image_root))
         for name, file, records in indexed
     ]
-    return Rows(parts, left_out)
+    others = files_of_no_split(root, split, (".parquet",))
+    return Rows(parts, "; ".join(filter(None, (left_out, others))) or None)
 
 
 DATASET = DataSet(
