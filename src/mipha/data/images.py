@@ -222,6 +222,10 @@ def why_missing(path: Path) -> str:
         (unquote(text), "without the % signs of a web address"),
         (text.strip(), "without the space around it"),
         (text.replace("\\", "/"), "with / instead of \\"),
+        *(
+            (unicodedata.normalize(form, text), f"with its accents in Unicode's form {form}")
+            for form in ("NFC", "NFD")
+        ),
     ):
         if other != text and os.path.isfile(other):
             return f"there is {os.path.basename(other)}, so write it {reason}"

@@ -127,7 +127,10 @@ def test_missing_files_are_named_with_what_is_there_instead(tmp_path: Path) -> N
         ("link.jpg", "it is a link to gone.jpg, which does not exist"),
         ("my%20cat.png", "there is my cat.png, so write it without the % signs"),
         ("my cat.png ", "there is my cat.png, so write it without the space"),
-        ("mac/é.png", f"there is {unicodedata.normalize('NFD', 'é.png')}"),
+        (
+            "mac/é.png",
+            f"there is {unicodedata.normalize('NFD', 'é.png')}, so write it with its accents",
+        ),
         ("images/cat.jpg", f"there is no folder {tmp_path / 'images'}"),
     ):
         [(kind, said)] = image_facts(tmp_path / name, name).problems

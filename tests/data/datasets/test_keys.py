@@ -526,6 +526,13 @@ def test_shapes_of_other_programs(row: dict, turns: list, folder: Path) -> None:
     assert _said(sample) == turns and sample.images == (folder / "a.png",)
 
 
+def test_a_part_has_one_text(folder: Path) -> None:
+    part = {"type": "text", "text": "what?", "value": "which?"}
+    turns = [{"role": "user", "content": [part]}, {"role": "assistant", "content": "red"}]
+    found = _found(_write(folder, {"messages": turns}))
+    assert found == {"unread-key": "nothing reads messages[].content[].value (1 row)"}
+
+
 def test_parts_with_a_value(folder: Path) -> None:
     parts = [{"type": "image_url", "value": "a.png"}, {"type": "text", "value": "what colour?"}]
     said = [{"type": "text", "value": "red"}]

@@ -67,6 +67,11 @@ def test_an_empty_image_is_none(tmp_path: Path) -> None:
         ({"question": "What?", "answer": float("nan")}, "its answer is 'None'"),
         ({"question": "What?", "answer": float("inf")}, "its answer is 'inf'"),
         ({"Question": "What?", "question": "Why?", "answer": "a"}, "two columns 'question'"),
+        ({"prompt": [{"role": "user"}], "completion": "a"}, "its completion is 'a'; wanted one"),
+        (
+            {"question": "A?", "options": ["a", {"text": "b"}], "answer": 0},
+            "wanted a list of texts",
+        ),
         ({"instruction": "Sort", "input": ["b"], "output": "b"}, r"its input is \"\['b'\]"),
     ],
 )
@@ -154,7 +159,9 @@ def test_lists_of_questions_are_turns(tmp_path: Path) -> None:
     row = {"image": "a", "questions": ["Who?", "When?"], "answers": ["I", "Now"]}
     texts = [message.text for message in _sample(tmp_path, row).messages]
     assert texts == ["<image>\nWho?", "I", "When?", "Now"]
-    with pytest.raises(ValueError, match="2 questions and 1 answers"):
+    with pytest.raises(
+        ValueError, match="its questions is a list of 2, and its answers is a list of 1"
+    ):
         _sample(tmp_path, row | {"answers": ["I"]})
     with pytest.raises(ValueError, match="question 1 or its answer is 'When\\?', ''"):
         _sample(tmp_path, row | {"answers": ["I", ""]})

@@ -108,8 +108,14 @@ def read_choice(
     """
     # Options that are empty are none: a table has as many columns as its longest question.
     read = zip_longest(*_read_options(keys, columns), fillvalue="")
-    filled = [(_text(option), label) for option, label in read if not _is_empty(option)]
-    options, labels = [option for option, _ in filled], [label for _, label in filled]
+    filled = [(option, label) for option, label in read if not _is_empty(option)]
+    options, labels = [_text(option) for option, _ in filled], [label for _, label in filled]
+    if not all(isinstance(option, str | int | float) for option, _ in filled):
+        raise keys.fault(
+            f"its {columns[0]} are {short(keys.content.get(columns[0]))}",
+            "wanted a list of texts",
+            "unclear-choice",
+        )
     if all(_lettered(option, place) for place, option in enumerate(options)):
         options = [_LETTERED.sub("", option) for option in options]
     if len(options) < 2 or len(options) > len(LETTERS):

@@ -187,9 +187,9 @@ def _read_pairs(row: Row, questions: str, answers: str) -> list[Message]:
     """Return the turns of lists of questions and answers."""
     asked, said = row.content[questions], row.content[answers]
     if not is_list(said) or len(asked) != len(said) or not asked:
+        held = f"a list of {len(said)}" if is_list(said) else short(said)
         raise row.fault(
-            f"it has {len(asked)} questions and {len(said) if is_list(said) else 'no list of'} "
-            "answers",
+            f"its {questions} is a list of {len(asked)}, and its {answers} is {held}",
             "wanted one answer for each question",
         )
     turns: list[Message] = []
