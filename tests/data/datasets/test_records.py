@@ -378,6 +378,13 @@ def test_a_list_under_one_key_of_an_object_is_read(wrap, indent, tmp_path: Path)
     assert _all(JsonRecords(file, most=1)) == RECORDS[:1]
 
 
+def test_keys_beside_the_list_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps({"system": "Be brief.", "note": "", "data": RECORDS}, indent=1))
+    rows = record_rows("messages", file, "train", (".json",), ())
+    assert rows.left_out == "nothing reads the keys beside the list: system"
+
+
 def test_objects_over_several_lines_are_read(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text("\n".join(json.dumps(record, indent=1) for record in RECORDS) + "\n")
@@ -394,7 +401,11 @@ def test_objects_over_several_lines_are_read(tmp_path: Path) -> None:
     [
         (
             {"images": [{"id": 1}], "annotations": [{"id": 1}, {"id": 2}]},
-            r"holds one object with the lists images \(1\), annotations \(2\): save the one list",
+            r"holds one object with the lists images \(1\), annotations \(2\): for COCO's captions",
+        ),
+        (
+            {"a": [{"id": 1}], "b": [{"id": 1}]},
+            r"holds .* lists a \(1\), b \(1\): save the one list",
         ),
         ({"1": {"question": "q"}, "2": {"question": "q"}}, "holds one object with objects under 1"),
     ],

@@ -295,7 +295,10 @@ def record_rows(
         Part(f"{dataset}/{name}", record_file(file), image_folders(file, image_root))
         for name, file in split_files(dataset, root, split, suffixes)
     ]
-    return Rows(parts, files_of_no_split(root, split, suffixes))
+    beside = sorted({name for part in parts for name in getattr(part.file, "beside", ())})
+    keys = f"nothing reads the keys beside the list: {', '.join(beside)}" if beside else None
+    others = files_of_no_split(root, split, suffixes)
+    return Rows(parts, "; ".join(filter(None, (keys, others))) or None)
 
 
 def record_file(file: Path, most: int | None = None) -> JsonRecords | TableRecords:
@@ -455,12 +458,14 @@ class JsonRecords:
             is_one_line = not any(line.strip() for line in stream)
 
             spans: array[int] | None = None
+            self.beside: list[str] = []
+            """Keys that stand beside the list of an object, which nobody reads."""
             if first[:1] == b"[" or (first[:1] == b"{" and (is_one_line or not _is_json(first))):
                 with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
                     if first[:1] == b"[":
                         spans = _list_spans(content, begin, most, file)
                     else:
-                        spans = _object_spans(content, begin, most, file)
+                        spans = _object_spans(content, begin, most, file, self.beside)
             self.is_list = spans is not None
 
             numbers = None
@@ -560,9 +565,16 @@ def _is_json(text: bytes) -> bool:
 
 
 def _object_spans(
-    content: mmap.mmap, start: int, most: int | None, file: Path
+    content: mmap.mmap, start: int, most: int | None, file: Path, beside: list[str]
 ) -> array[int] | None:
     """Find the records of a file that begins with an object which ends on another line, or is all.
+
+    Args:
+        content: File.
+        start: Place of the object.
+        most: Number of records to find; None for all.
+        file: Name for messages.
+        beside: List that receives the object's keys beside its list of records.
 
     Returns:
         Begin and end of each record: of the elements of the object's one list of objects, or of the
@@ -613,10 +625,12 @@ def _object_spans(
     if len(lists) != 1:
         named = ", ".join(f"{key} ({len(value)})" for key, value in lists.items())
         held = f"the lists {named}" if lists else f"objects under {', '.join(whole)[:80]}"
-        raise ValueError(
-            f"{file} holds one object with {held}: save the one list of records by itself"
-        )
+        fix = "save the one list of records by itself"
+        if {"images", "annotations"} <= lists.keys():
+            fix = "for COCO's captions give their folder as --root to the data set coco_captions"
+        raise ValueError(f"{file} holds one object with {held}: {fix}")
     (key,) = lists
+    beside += [name for name, value in whole.items() if name != key and value]
     return _list_spans(content, _begin_of_value(content, objects[0], key), most, file, alone=False)
 
 
