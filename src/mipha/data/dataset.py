@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,7 +200,7 @@ def load_data(
             name = _format_in_parts(place)
             found = f"{recipe.root} is read as {name}, a block at a time"
         else:
-            name, found = dataset.detect(place, complete)
+            name, found = dataset.detect(place, _with_columns(recipe, complete))
         dataset = load_dataset(name)
     assert dataset.load is not None and to_sample is not None
     if isinstance(place, str) and dataset.name != "hub":
@@ -238,6 +238,21 @@ def load_data(
         recipe=recipe,
         rated=rated,
     )
+
+
+def _with_columns(recipe: DataRecipe, complete: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return `complete` that also gives the columns of a table the names that are read."""
+    from mipha.data.datasets.table import by_name, plain_name
+
+    def with_columns(content: Any) -> Any:
+        content = complete(content)
+        if not recipe.columns or not isinstance(content, Mapping):
+            return content
+        named = by_name(content)
+        meant = {key: named.get(plain_name(name)) for key, name in recipe.columns.items()}
+        return {**content, **meant}
+
+    return with_columns
 
 
 def _format_in_parts(place: Path | None) -> str:

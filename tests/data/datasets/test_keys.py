@@ -381,6 +381,8 @@ def test_several_columns_of_images_are_all_shown(row: dict, folder: Path) -> Non
         ({"extra": ["b.png"]}, "extra"),
         ({"extra": {"path": "b.png", "bytes": None}}, "extra"),
         ({"mask": "data:image/png;base64,AAAA"}, "mask"),
+        ({"thumb": "iVBORw0KGgo" + "A" * 300}, "thumb"),
+        ({"files": [{"name": "b.png", "size": 3}]}, "files"),
         ({"side_picture": "gone.png"}, "side_picture"),
         ({"video": "b.mp4"}, "video"),
         ({"videos": ["b.mp4"]}, "videos"),

@@ -53,6 +53,20 @@ def test_a_table_of_several_kinds_of_rows(tmp_path: Path) -> None:
         table.to_sample(unanswered)
 
 
+def test_columns_of_other_names_by_their_meaning(tmp_path: Path) -> None:
+    text = "Bild,Die Frage,Antwort,Wahl\na,Was?,1,\"['x', 'y']\"\n"
+    (tmp_path / "mine.csv").write_text(text)
+    said = {"image": "Bild", "question": "Die Frage", "answer": "Antwort", "options": "Wahl"}
+    data = load_data(DataRecipe(dataset="auto", root=tmp_path / "mine.csv", columns=said))
+    sample = data.to_sample(data.records[0])
+    assert sample.messages[0].text.startswith("<image>\nWas?\nA. x\nB. y\n")
+    assert (sample.messages[1].text, sample.images) == ("B", (tmp_path / "a",))
+    wrong = DataRecipe(dataset="auto", root=tmp_path / "mine.csv", columns=said | {"answer": "X"})
+    data = load_data(wrong)
+    with pytest.raises(ValueError, match="it has no column 'X' for the answer; the columns are"):
+        data.to_sample(data.records[0])
+
+
 def test_an_empty_image_is_none(tmp_path: Path) -> None:
     row = {"question": "What?", "answer": "That"}
     assert _sample(tmp_path, row | {"image": ""}).images == ()

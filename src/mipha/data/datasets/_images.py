@@ -142,12 +142,17 @@ def image_source(value: Any, folders: ImageFolders, where: str) -> ImageSource:
     if isinstance(value, str):  # first, because the other question takes longer
         if value[:5].lower() == "data:":
             return _from_data_uri(value, where)
-        if len(value) > 200 and value.startswith(_BASE64_IMAGES):
+        if is_base64_image(value):
             return _from_data_uri(f"data:image;base64,{value}", where)
         return path_inside(folders, value, where)
     if isinstance(value, bytes | StoredImage):
         return value
     return path_inside(folders, value, where)
+
+
+def is_base64_image(value: str) -> bool:
+    """Return whether a text is the base64 of an image, as far as its beginning tells."""
+    return len(value) > 200 and value.startswith(_BASE64_IMAGES)
 
 
 def file_path(value: str) -> str:

@@ -21,6 +21,7 @@ from mipha.data.datasets._images import (
     ImageFolders,
     choose_images,
     image_source,
+    is_base64_image,
     is_list,
     short,
 )
@@ -336,12 +337,16 @@ class Keys:
 
     def _is_new_image(self, name: str, item: Any, images: Sequence[ImageSource]) -> bool:
         if isinstance(item, Mapping):
-            item = next((item[key] for key in ("bytes", "path", "url") if item.get(key)), None)
+            given = next((item[key] for key in ("bytes", "path", "url") if item.get(key)), None)
+            values = [value for value in item.values() if isinstance(value, str | bytes)]
+            if given is None:
+                return any(self._is_new_image(name, value, images) for value in values)
+            item = given
         if isinstance(item, StoredImage) or (isinstance(item, bytes) and _is_image(item)):
             return item not in images
         if not isinstance(item, str) or not item.strip():
             return False
-        if item.startswith("data:image/"):
+        if item.startswith("data:image/") or is_base64_image(item):
             return True
 
         # A path: of an image that is shown under another key, or of a further one.

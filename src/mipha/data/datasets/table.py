@@ -84,7 +84,7 @@ def to_sample(row: Row) -> Sample:
         )
     named = by_name(row.content)
     if len(named) < len(row.content):
-        names = [_plain(name) for name in row.content]
+        names = [plain_name(name) for name in row.content]
         twice = next(name for name in names if names.count(name) > 1)
         raise row.fault(f"it has two columns {twice!r}, case aside", "rename one of them")
     row = row._replace(content=_by_meaning(row, named))
@@ -130,10 +130,11 @@ def to_sample(row: Row) -> Sample:
 
 def by_name(content: Mapping[Any, Any]) -> dict[str, Any]:
     """Return a record by its columns' names in small letters; people write them in either case."""
-    return {_plain(name): value for name, value in content.items()}
+    return {plain_name(name): value for name, value in content.items()}
 
 
-def _plain(name: Any) -> str:
+def plain_name(name: Any) -> str:
+    """Return a column's name in small letters, without spaces."""
     return str(name).strip().lower().replace(" ", "_")
 
 
@@ -171,12 +172,12 @@ def _first_of(content: Mapping[str, Any], names: Sequence[str]) -> str | None:
 def _by_meaning(row: Row, content: dict[str, Any]) -> dict[str, Any]:
     """Return a record whose columns have the names that are read, as the recipe's `columns` say."""
     for meaning, column in row.reading.columns.items():
-        if column.lower() not in content:
+        if plain_name(column) not in content:
             raise row.fault(
                 f"it has no column {column!r} for the {meaning}",
                 f"the columns are {', '.join(content)}",
             )
-        value = content.pop(column.lower())
+        value = content.pop(plain_name(column))
         if meaning in content:
             content[f"other {meaning}"] = content.pop(meaning)
         content = {meaning: value, **content}
