@@ -18,6 +18,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from mipha.data.dataset import data_recipe, load_data
 from mipha.data.datasets._images import image_folders
 from mipha.data.datasets._records import (
     JsonRecords,
@@ -45,6 +46,18 @@ def test_a_key_that_stands_twice_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RecordError, match=r"a\.jsonl, line 1: an object has the key 'image' twice"):
         records.read(0)
     assert records.read(1) == {"a": None}
+
+
+@pytest.mark.parametrize("depth", [200, 975, 5000])
+def test_a_deep_value_is_no_traceback(depth: int, tmp_path: Path) -> None:
+    deep = "[" * depth + "1" + "]" * depth
+    (tmp_path / "a.jsonl").write_text(f'{{"question": "a", "answer": "b", "meta": {deep}}}\n')
+    with pytest.raises(RecordError, match=r"a\.jsonl, line 1: .*(more than 100 deep|recursion)"):
+        JsonRecords(tmp_path / "a.jsonl").read(0)
+    (tmp_path / "a.csv").write_text(f"question,answer,meta\na,b,{deep}\n")
+    loaded = load_data(data_recipe(str(tmp_path / "a.csv")))
+    (remark,) = loaded.to_sample(loaded.records[0]).remarks
+    assert remark.what == "meta"
 
 
 def test_a_byte_order_mark_inside_a_file(tmp_path: Path) -> None:

@@ -32,6 +32,9 @@ from mipha.data.sample import Message, Remark
 SYSTEM = ("system", "system_prompt", "system_message", "systemPrompt", "systemprompt")
 """Names under which a record gives its system turn."""
 
+DEEPEST = 100
+"""Lists and objects inside one another that are read."""
+
 TURNS = ("messages", "conversations", "texts")
 """Names of lists of turns, which a table's cell may hold as JSON."""
 
@@ -376,7 +379,8 @@ def parse_list(value: Any) -> Any:
         return value
     text = value.strip()
     try:
-        return json.loads(text)
+        found = json.loads(text)
+        return value if is_deep(text, found) else found
     except (ValueError, RecursionError):
         pass
 
@@ -385,9 +389,30 @@ def parse_list(value: Any) -> Any:
     if len(quoted) > 1 and not set(_QUOTED.sub("", text)) - set("[] \n"):
         return quoted
     try:
-        return ast.literal_eval(text)
+        found = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return value
+    return value if is_deep(text, found) else found
+
+
+def is_deep(text: str, value: Any) -> bool:
+    """Return whether a value is nested so deeply that functions which call themselves may fail.
+
+    Args:
+        text: What the value was read from; few brackets need no look at the value.
+        value: Lists and objects.
+    """
+    if text.count("[") + text.count("{") + text.count("(") <= DEEPEST:
+        return False
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list | tuple)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return bool(level)
 
 
 def _as_mark(value: Any) -> bool | None:

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 import numpy as np
 
 from mipha.data.datasets._images import ImageFolders, image_folders, image_source
-from mipha.data.datasets._keys import TURNS, Keys, parse_list
+from mipha.data.datasets._keys import DEEPEST, TURNS, Keys, is_deep, parse_list
 from mipha.data.datasets._regions import place_regions
 from mipha.data.faults import FaultKind, RecordError
 from mipha.data.images import ImageSource
@@ -519,10 +519,14 @@ def parse_json(text: str) -> Any:
     """Return the value of a JSON text; NaN, which Python writes for a missing value, is None.
 
     Raises:
-        RecordError: An object has a key twice, of which one would be lost.
+        RecordError: An object has a key twice, of which one would be lost, or it is nested too
+            deeply.
         ValueError, RecursionError: It is not valid JSON.
     """
-    return _DECODER.decode(text)
+    value = _DECODER.decode(text)
+    if is_deep(text, value):
+        raise RecordError(f"it is nested more than {DEEPEST} deep", "remove what is nested so")
+    return value
 
 
 def _as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
