@@ -207,6 +207,8 @@ def why_missing(path: Path) -> str:
         return "it is an address, so download it first"
     if os.path.isdir(path):
         return "it is a folder, so give the path of a file in it"
+    if os.path.exists(path):
+        return "it is a pipe or a device, so give the path of a file"
     if os.path.islink(path):
         return f"it is a link to {os.readlink(path)}, which does not exist"
     try:

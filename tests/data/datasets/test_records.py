@@ -337,6 +337,7 @@ def test_files_of_a_split(files: list[str], split: str, wanted: list[str], tmp_p
             "no split 'test', only train and validation: give one file",
         ),
         (["test.csv"], "train", "no split 'train', only test"),
+        (["00.csv", "x.csv"], "train", "only that of names without a word and x"),
         ([], "train", "use a folder that holds one"),
     ],
 )

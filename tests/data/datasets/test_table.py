@@ -67,9 +67,8 @@ def test_columns_of_other_names_by_their_meaning(tmp_path: Path) -> None:
         data.to_sample(data.records[0])
 
 
-def test_an_empty_image_is_none(tmp_path: Path) -> None:
+def test_an_empty_list_of_images_is_none(tmp_path: Path) -> None:
     row = {"question": "What?", "answer": "That"}
-    assert _sample(tmp_path, row | {"image": ""}).images == ()
     assert _sample(tmp_path, row | {"images": [], "image": "a"}).images == (tmp_path / "a",)
     with pytest.raises(ValueError, match="the image path is ''"):
         _sample(tmp_path, row | {"images": [""]})

@@ -26,7 +26,7 @@ IMAGE_COLUMNS = (
     "picture",
     "path",
 )
-"""Names under which a record gives its images; the first that is there and not empty counts."""
+"""Names under which a record gives its images; the first counts that is not None or []."""
 
 # image_1, image2, img_b, picture 3; left_image; image_after: several columns of one image each.
 _KIND = r"(?:image|img|picture|photo|pic)s?"
@@ -84,7 +84,7 @@ def choose_images(content: Mapping[str, Any]) -> list[str]:
     That is the first usual name, and then every column of a series, such as image_1 and image_2,
     or left_image and right_image.
     """
-    names = [name for name in IMAGE_COLUMNS if content.get(name) not in (None, "", [])][:1]
+    names = [name for name in IMAGE_COLUMNS if content.get(name) not in (None, [])][:1]
     series = [
         name
         for name, value in content.items()

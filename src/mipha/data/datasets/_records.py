@@ -361,8 +361,9 @@ def split_files(
     wanted = split if split in splits else _SPLIT_WORDS.get(split.lower(), split)
     if splits and wanted not in splits:
         file = next(iter(splits.values()))[0]
+        named = [name or "that of names without a word" for name in sorted(splits)]
         raise ValueError(
-            f"{dataset} in {root} has no split {wanted!r}, only {' and '.join(sorted(splits))}: "
+            f"{dataset} in {root} has no split {wanted!r}, only {' and '.join(named)}: "
             f"give one file, such as {file}, or set the data's split in a recipe"
         )
     check_split(f"{dataset} in {root}", wanted, sorted(splits))
