@@ -56,6 +56,9 @@ def test_one_folder_a_split(tmp_path: Path) -> None:
     ]
     with pytest.raises(ValueError, match="no split 'test': use train or validation"):
         image_folder.load(tmp_path, "test")
+    (tmp_path / "train").rename(tmp_path / "cats")
+    with pytest.raises(ValueError, match="the folders validation and no train: put what is to be"):
+        image_folder.load(tmp_path, "train")
 
 
 def test_the_hubs_metadata(tmp_path: Path) -> None:

@@ -110,6 +110,11 @@ def load(root: Path | None, split: str, image_root: Sequence[Path] = ()) -> Rows
     if not root.is_dir():
         raise FileNotFoundError(f"image_folder: no folder {root}; check the data's root")
     folders = split_folders(root) or {"train": root}
+    if split == "train" and split not in folders:
+        raise ValueError(
+            f"image_folder in {root} has the folders {' and '.join(sorted(folders))} and no train: "
+            "put what is to be trained on into a folder of that name, or set the data's split"
+        )
     check_split(f"image_folder in {root}", split, sorted(folders))
 
     folder = folders[split]
