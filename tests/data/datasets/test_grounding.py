@@ -166,6 +166,16 @@ def test_empty_columns_of_other_kinds_of_rows_say_nothing(tmp_path: Path) -> Non
         assert _sample(tmp_path, row, "bbox_format=xyxy").messages[1].text == said
 
 
+def test_a_key_is_heeded_wherever_its_rows_stand(tmp_path: Path) -> None:
+    rows = [_asked("What?", "That."), {"image": "a.png", "label": "cats", "points": []}]
+    _load(tmp_path, rows[0])
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = load_data(data_recipe(str(tmp_path / "rows.jsonl"), settings=["point_scale=100"]))
+    assert data.to_sample(data.records[1]).messages[1].text == "There are none."
+    with pytest.raises(ValueError, match="min_ratings has no effect with the data set messages"):
+        load_data(data_recipe(str(tmp_path / "rows.jsonl"), settings=["min_ratings.a=1"]))
+
+
 def test_marks_are_followed(tmp_path: Path) -> None:
     row = {"image": "a.png", "label": "cats", "points": []}
     sample = _sample(tmp_path, row | {"loss_mask": [1, 0]}, "point_scale=100")
