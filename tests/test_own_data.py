@@ -212,6 +212,17 @@ def test_bad_input_is_one_sentence_before_anything_loads(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_fix_is_advised_where_it_can_be_made(
+    stock_llava: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows = '{"question": "a?", "answer": "b"}\n{"question": "a?", "answer": ""}\n'
+    (tmp_path / "a.jsonl").write_text(rows)
+    (tmp_path / "a.csv").write_text("question,answer\na?,b\na?,\n")
+    for name, fix in (("a.jsonl", "and leave those rows out with .*--fix"), ("a.csv", "fix them")):
+        with pytest.raises(ValueError, match=rf"see all with `mipha check .*`, .*{fix}"):
+            prepare(str(stock_llava()), str(tmp_path / name))
+
+
 def unlink_shard(folder: Path) -> None:
     model = transformers.LlavaForConditionalGeneration.from_pretrained(folder)
     (folder / "model.safetensors").unlink()

@@ -241,15 +241,19 @@ def derive(
 def _refuse_errors(result: CheckResult, data: str) -> None:
     """Refuse data with errors, or without a sample."""
     from mipha.data.check.findings import SEVERITIES
+    from mipha.data.check.fix import is_fixable
 
     errors = [finding for finding in result.findings if finding.severity == SEVERITIES[0]]
     if errors:
         first = errors[0]
+        fix = f"see all with `mipha check {data}`, and "
+        can_fix = is_fixable(result)
+        fix += (
+            f"leave those rows out with `mipha check {data} --fix FILE`" if can_fix else "fix them"
+        )
         raise ValueError(
             f"{data} has {len(errors)} {'errors' if len(errors) > 1 else 'error'}, the first in "
-            f"{first.where or 'the whole set'}: "
-            f"{first.what}; see all with `mipha check {data}`, and leave those rows out with "
-            f"`mipha check {data} --fix FILE`"
+            f"{first.where or 'the whole set'}: {first.what}; {fix}"
         )
     if not result.num_samples:
         raise ValueError(f"{data} has no samples: give a file or folder with some")

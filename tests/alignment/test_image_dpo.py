@@ -23,7 +23,8 @@ from safetensors.torch import load_file
 from mipha.alignment.dpo import dpo
 from mipha.alignment.image_dpo import answered_pairs, collate_answers
 from mipha.alignment.recipe import StepRecipe
-from mipha.data.alignment import load_image_preferences, split_by_prompt
+from mipha.alignment.step import Step, load_rows
+from mipha.data.alignment import ImagePreference, load_image_preferences, split_by_prompt
 from mipha.files import read_lines
 from mipha.models.build import save_checkpoint
 from mipha.models.modeling import load_model
@@ -91,6 +92,49 @@ def test_both_answers_of_a_pair_follow_the_same_image(checkpoint: Path, pairs: P
         match=r"row \d takes \d+ tokens, more than max_tokens=20, .* \(4 rows are too long",
     ):
         answered_pairs(processor, rows, 20)
+
+
+def test_nothing_of_a_pair_is_lost(
+    recipe: StepRecipe, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {"image": "0.png", "prompt": "Is it?", "chosen": "yes", "rejected": "no"}
+
+    def load(**more: Any) -> ImagePreference:
+        (pairs.parent / "one.jsonl").write_text(json.dumps(row | more))
+        return load_image_preferences(pairs.parent / "one.jsonl")[0]
+
+    # The image may stand in a list, and its place in the question.
+    for more in ({}, {"image": None, "images": ["0.png"]}, {"prompt": "<image>\nIs it?"}):
+        for sample in load(**more).samples:
+            assert sample.messages[0].text == "<image>\nIs it?"
+            assert sample.images == (pairs.parent / "0.png",)
+
+    # What nothing reads is named when the rows are loaded.
+    (remark,) = load(system="Be brief.").remarks
+    assert remark.kind == "unread-content" and '"system", which holds a system turn' in remark.about
+    step = Step(recipe.override(f"data={pairs.parent / 'one.jsonl'}", "held_out=0"), tmp_path)
+    (tmp_path / "provenance.json").write_text("{}")
+    load_rows(step, load_image_preferences)
+    assert "which holds a system turn (1 of 1 rows)" in " ".join(capsys.readouterr().out.split())
+
+    # What cannot be meant is refused.
+    (tmp_path / "outside.png").write_bytes(b"x")
+    for more, sentence in (
+        ({"image": "0.png", "image2": "1.png"}, "it has 2 images; wanted the path of one"),
+        ({"image": str(tmp_path / "outside.png")}, "leads out of .*; put it into"),
+        ({"image": "https://a.org/0.png"}, "is an address"),
+        (
+            {"image": {"bytes": "x" * 999, "path": None}},
+            "it has an image .{0,100}; wanted the path",
+        ),
+        ({"weight": 0}, "so nothing of it is to be learned"),
+        ({"chosen": ["yes"] * 99}, r"'chosen' must be text, but is .{0,80};"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            load(**more)
+    (pairs.parent / "two.jsonl").write_text(json.dumps(row)[:-1] + ', "chosen": "no"}')
+    with pytest.raises(ValueError, match="an object has the key 'chosen' twice"):
+        load_image_preferences(pairs.parent / "two.jsonl")
 
 
 def test_no_image_is_on_both_sides(pairs: Path, tmp_path: Path) -> None:

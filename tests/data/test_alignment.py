@@ -124,11 +124,18 @@ def test_an_empty_instruction_is_refused_or_left_out_and_counted(
     assert len(skipped) == 1 and said in skipped[0]
 
 
+def test_what_an_instruction_holds_beside_its_texts_is_named(tmp_path: Path) -> None:
+    row = TASK | {"history": [["Add 1 and 1.", "2"]], "topic": "sums"}
+    (tmp_path / "a.json").write_text(json.dumps([row]))
+    (instruction,) = load_instructions(tmp_path / "a.json")
+    assert [remark.kind for remark in instruction.remarks] == ["unread-content", "unread-key"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("a.json", b'[{"instruction": "x"', "is not whole JSON"),
-        ("a.jsonl", json.dumps(TASK).encode() + b'\n{"b"\n', "line 2 is not valid JSON"),
+        ("a.json", b'[{"instruction": "x"', "is not valid JSON: its list is not closed"),
+        ("a.jsonl", json.dumps(TASK).encode() + b'\n{"b"\n', "line 2: this is not valid JSON"),
         ("a.jsonl", b"[1]\n", "row 1 is not an object"),
         ("a.jsonl", b"\n", "has no rows"),
         ("a.jsonl.xz", b"no", "cannot be unpacked"),

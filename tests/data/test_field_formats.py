@@ -92,6 +92,18 @@ def test_a_rating_that_nobody_gave_is_an_error() -> None:
         _load("several-images/train.json", "min_ratings.relevance=4")
 
 
+def test_ratings_may_be_text_or_none_at_all(tmp_path: Path) -> None:
+    turns = [{"user": "a?", "assistant": "b"}, {"user": "c?", "assistant": "d"}]
+    row = {"images": [], "texts": turns, "relevance_ratings": ["1", "?"]}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    data = _load(str(tmp_path / "a.jsonl"), "min_ratings.relevance=2")
+    assert _said(_samples(data)) == [["d"]]
+    assert data.rated is not None and (data.rated.turns_left_out, data.rated.unrated_turns) == (
+        1,
+        1,
+    )
+
+
 def test_null_ratings_pass_and_are_counted() -> None:
     data = _load("finevision-mirror/mirror/general", "min_ratings.relevance=5")
     assert _said(_samples(data)) == [["Another."]]

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import wraps
@@ -30,6 +31,7 @@ from mipha.models.fingerprint import joint_digest, tensor_digest
 from mipha.models.language_model import end_tokens, load_language_model
 from mipha.recipe import ModelRecipe
 from mipha.run import claim_folder, hold_run
+from mipha.terminal import Console
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -37,6 +39,10 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 Recipe = TypeVar("Recipe", bound=StepRecipe)
+
+_MOST_REMARKS = 10
+
+console = Console()
 
 
 @dataclass(frozen=True)
@@ -147,6 +153,11 @@ def load_rows(
     else:
         train, test = split_by_prompt(rows, recipe.held_out, recipe.seed)
     check_leak(train, test)
+
+    # Say what nothing reads of them.
+    remarks = Counter(one.about for row in rows for one in getattr(row, "remarks", ()))
+    for about, count in remarks.most_common(_MOST_REMARKS):
+        console.print(f"{recipe.data}: {about} ({count} of {len(rows)} rows)", markup=False)
 
     # Record what they are.
     text = "".join(f"{row}\n" for row in [*train, *test])

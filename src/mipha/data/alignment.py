@@ -20,15 +20,19 @@ import hashlib
 import json
 import lzma
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from mipha.data.dataset import LoadedData
+from mipha.data.datasets._images import ImageFolders, image_folders, path_inside, short
+from mipha.data.datasets._keys import Keys
+from mipha.data.datasets._records import LINE_SUFFIXES, JsonRecords, put_images_first
 from mipha.data.faults import RecordError
-from mipha.data.sample import IMAGE, Message, Remark, Sample
+from mipha.data.images import why_missing
+from mipha.data.sample import Message, Remark, Sample
 from mipha.errors import import_optional
 from mipha.files import parse_json_lines
 
@@ -44,11 +48,13 @@ class Instruction:
         id: File and row, for messages.
         prompt: Text of the task.
         response: Text that a model should answer with.
+        remarks: Keys of the row that nothing reads.
     """
 
     id: str
     prompt: str
     response: str
+    remarks: tuple[Remark, ...] = field(default=(), repr=False, compare=False)
 
 
 @dataclass(frozen=True)
@@ -83,6 +89,7 @@ class ImagePreference:
         prompt: Text of the question.
         chosen: Text of the preferred answer.
         rejected: Text of the other answer.
+        remarks: Keys of the row that nothing reads.
     """
 
     id: str
@@ -91,13 +98,14 @@ class ImagePreference:
     prompt: str
     chosen: str
     rejected: str
+    remarks: tuple[Remark, ...] = field(default=(), repr=False, compare=False)
 
     @property
     def samples(self) -> tuple[Sample, Sample]:
         """The chosen and the rejected answer, each as a conversation about the image."""
-        question = Message("user", f"{IMAGE}\n{self.prompt}")
+        (question,) = put_images_first([Message("user", self.prompt)], 1)
         chosen, rejected = (
-            Sample(self.id, (question, Message("assistant", answer)), (self.image,))
+            Sample(self.id, (question, Message("assistant", answer)), (self.image,), self.remarks)
             for answer in (self.chosen, self.rejected)
         )
         return chosen, rejected
@@ -137,7 +145,10 @@ def load_instructions(path: Path, skipped: list[str] | None = None) -> list[Inst
         )
         if not _is_skipped(_empty(where, {"prompt": instruction, "response": output}), skipped):
             prompt = f"{instruction}\n{given}" if given.strip() else instruction
-            rows.append(Instruction(where, prompt, output))
+            keys = Keys(record, image_folders(path), where)
+            keys.read.update(("instruction", "input", "output"))
+            remarks = keys.remarks([Message("user", f"{prompt}\n{output}")], [])
+            rows.append(Instruction(where, prompt, output, remarks))
     return rows
 
 
@@ -191,29 +202,40 @@ def load_image_preferences(path: Path, skipped: list[str] | None = None) -> list
     """
     rows = []
     for where, record in read_records(path):
-        row, fault = _image_preference(path.parent, where, record)
+        row, fault = _image_preference(image_folders(path), where, record)
         if not _is_skipped(fault, skipped):
             rows.append(row)
     return rows
 
 
 def _image_preference(
-    folder: Path, where: str, record: dict[str, Any]
+    folders: ImageFolders, where: str, record: dict[str, Any]
 ) -> tuple[ImagePreference, RecordError | None]:
     """Read one pair of answers, and say why `skip_empty` would leave it out, if it would."""
     asked = "prompt" if "prompt" in record else "question"
-    image, prompt, chosen, rejected = (
-        _text(record, key, where) for key in ("image", asked, "chosen", "rejected")
-    )
-    file = folder / image
+    prompt, chosen, rejected = (_text(record, key, where) for key in (asked, "chosen", "rejected"))
+
+    # Find the image.
+    keys = Keys(record, folders, where)
+    keys.read.update((asked, "chosen", "rejected"))
+    keys.with_marks([])  # a pair has no turns of its own to mark
+    images = keys.take_images()
+    if len(images) != 1 or not isinstance(images[0], str):
+        held = f"{len(images)} images" if len(images) != 1 else f"an image {short(images[0])}"
+        raise RecordError(f"it has {held}", "wanted the path of one", where, "image-count")
+    try:
+        file = path_inside(folders, images[0], where)
+    except RecordError as error:
+        fix = f"put it into {folders.base}" if error.kind == "outside-path" else error.fix
+        raise RecordError(error.what, fix, where, error.kind) from error
     if not file.is_file():
-        raise RecordError(
-            f"there is no image {file}", "put it there, or fix the row", where, "missing-image"
-        )
+        fix = why_missing(file) or "put it there, or fix the row"
+        raise RecordError(f"there is no image {file}", fix, where, "missing-image")
 
     texts = {asked: prompt, "chosen": chosen, "rejected": rejected}
     key = hashlib.blake2b(file.read_bytes(), digest_size=16).hexdigest()
-    row = ImagePreference(where, file, key, prompt, chosen, rejected)
+    remarks = keys.remarks([Message("user", f"{prompt}\n{chosen}\n{rejected}")], [file])
+    row = ImagePreference(where, file, key, prompt, chosen, rejected, remarks)
     return row, _empty(where, texts) or _same(where, chosen, rejected)
 
 
@@ -224,12 +246,12 @@ class PairRecord:
     Args:
         where: File and row, for messages.
         content: Object of the row.
-        folder: Folder that its image's path starts at.
+        folders: Where its image may be.
     """
 
     where: str
     content: dict[str, Any]
-    folder: Path
+    folders: ImageFolders
 
     def read(self) -> ImagePreference:
         """Return the pair.
@@ -237,7 +259,7 @@ class PairRecord:
         Raises:
             RecordError: The row is at fault.
         """
-        row, fault = _image_preference(self.folder, self.where, self.content)
+        row, fault = _image_preference(self.folders, self.where, self.content)
         if fault is not None:
             raise fault
         return row
@@ -252,10 +274,7 @@ class PairRecord:
 
     def chosen(self) -> Sample:
         """Return the chosen answer; its remarks name the keys that nothing reads."""
-        known = {"image", "prompt" if "prompt" in self.content else "question"}
-        unread = sorted(self.content.keys() - known - {"chosen", "rejected"})
-        sample, _ = self.read().samples
-        return replace(sample, remarks=tuple(Remark("unread-key", key, key) for key in unread))
+        return self.read().samples[0]
 
     def rejected(self) -> Sample:
         """Return the rejected answer."""
@@ -272,7 +291,8 @@ def pairs_to_check(path: Path, skip_empty: bool = False) -> LoadedData:
     Raises:
         FileNotFoundError, ValueError: As `read_records`.
     """
-    records = [PairRecord(where, row, path.parent) for where, row in read_records(path)]
+    folders = image_folders(path)
+    records = [PairRecord(where, row, folders) for where, row in read_records(path)]
     kept = [record for record in records if not (skip_empty and record.is_empty())]
     num_empty = len(records) - len(kept)
     return LoadedData(
@@ -315,14 +335,18 @@ def read_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _read_values(path: Path) -> Iterable[Any]:
-    if path.suffix == ".parquet":
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
         parquet = import_optional("pyarrow.parquet", f"reading {path}", "align")
         return parquet.read_table(path).to_pylist()
-    if path.suffix not in (".json", ".jsonl", ".xz"):
+    if suffix in LINE_SUFFIXES:
+        records = JsonRecords(path)
+        return (records.read(index) for index in range(len(records)))
+    if suffix != ".xz":
         raise ValueError(f"{path} is no .json, .jsonl, .jsonl.xz or .parquet: give one of these")
 
     try:
-        content = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
+        content = lzma.decompress(path.read_bytes())
     except lzma.LZMAError as error:
         raise ValueError(f"{path} cannot be unpacked ({error}): download it again") from error
 
@@ -371,7 +395,7 @@ def _text(record: dict[str, Any], key: str, where: str, optional: bool = False) 
         return ""
     if not isinstance(value, str):
         raise RecordError(
-            f"{key!r} must be text, but is {value!r}",
+            f"{key!r} must be text, but is {repr(value)[:80]}",
             "is this the layout that this step reads?",
             where,
         )

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -200,7 +200,7 @@ def load_data(
             name = _format_in_parts(place)
             found = f"{recipe.root} is read as {name}, a block at a time"
         else:
-            name, found = dataset.detect(place, complete)
+            name, found = dataset.detect(place, _with_columns(recipe, complete))
         dataset = load_dataset(name)
     assert dataset.load is not None and to_sample is not None
     if isinstance(place, str) and dataset.name != "hub":
@@ -209,12 +209,15 @@ def load_data(
     # Index the records.
     if recipe.image_root and not dataset.takes_image_root:
         raise ValueError(f"image_root has no effect with the data set {dataset.name}: remove it")
-    for key in recipe.set_keys():
-        if key not in (*dataset.reads, *dataset.takes):
-            raise ValueError(f"{key} has no effect with the data set {dataset.name}: remove it")
+    idle = [key for key in recipe.set_keys() if key not in (*dataset.reads, *dataset.takes)]
+    if idle and not found:
+        raise ValueError(f"{idle[0]} has no effect with the data set {dataset.name}: remove it")
     more = (recipe.image_root,) if dataset.takes_image_root else ()
     named = {key: getattr(recipe, key) for key in dataset.takes}
     records = dataset.load(place, recipe.split, *more, **named)
+    for key in idle:  # own data may hold rows of several formats
+        if not _heeds(records, key):
+            raise ValueError(f"{key} has no effect with the data set {dataset.name}: remove it")
 
     # Leave out what the recipe says.
     left_out = [broken, dataset.left_out(place, recipe.split) if dataset.left_out else None]
@@ -238,6 +241,35 @@ def load_data(
         recipe=recipe,
         rated=rated,
     )
+
+
+def _heeds(records: Sequence[Any], key: str) -> bool:
+    """Return whether a record of own data has a format that heeds a key of `ReadingRecipe`."""
+    from mipha.data.datasets._shapes import READS, shapes_of
+
+    for index in range(len(records) if key in READS else 0):
+        try:
+            content = records[index].content
+        except ValueError:
+            continue
+        if any(key in load_dataset(name).reads for name in shapes_of(content)):
+            return True
+    return False
+
+
+def _with_columns(recipe: DataRecipe, complete: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return `complete` that also gives the columns of a table the names that are read."""
+    from mipha.data.datasets.table import by_name, plain_name
+
+    def with_columns(content: Any) -> Any:
+        content = complete(content)
+        if not recipe.columns or not isinstance(content, Mapping):
+            return content
+        named = by_name(content)
+        meant = {key: named.get(plain_name(name)) for key, name in recipe.columns.items()}
+        return {**content, **meant}
+
+    return with_columns
 
 
 def _format_in_parts(place: Path | None) -> str:

@@ -207,6 +207,8 @@ def why_missing(path: Path) -> str:
         return "it is an address, so download it first"
     if os.path.isdir(path):
         return "it is a folder, so give the path of a file in it"
+    if os.path.exists(path):
+        return "it is a pipe or a device, so give the path of a file"
     if os.path.islink(path):
         return f"it is a link to {os.readlink(path)}, which does not exist"
     try:
@@ -222,6 +224,10 @@ def why_missing(path: Path) -> str:
         (unquote(text), "without the % signs of a web address"),
         (text.strip(), "without the space around it"),
         (text.replace("\\", "/"), "with / instead of \\"),
+        *(
+            (unicodedata.normalize(form, text), f"with its accents in Unicode's form {form}")
+            for form in ("NFC", "NFD")
+        ),
     ):
         if other != text and os.path.isfile(other):
             return f"there is {os.path.basename(other)}, so write it {reason}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 import unicodedata
 from pathlib import Path
@@ -118,16 +119,21 @@ def test_missing_files_are_named_with_what_is_there_instead(tmp_path: Path) -> N
     assert said == "there is no file 'dog.jpg'"
 
     (tmp_path / "folder.jpg").mkdir()
+    os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "link.jpg").symlink_to("gone.jpg")
     PICTURE.save(tmp_path / "my cat.png")
     (tmp_path / "mac").mkdir()
     PICTURE.save(tmp_path / "mac" / unicodedata.normalize("NFD", "é.png"))
     for name, cause in (
         ("folder.jpg", "it is a folder"),
+        ("pipe.jpg", "it is a pipe or a device"),
         ("link.jpg", "it is a link to gone.jpg, which does not exist"),
         ("my%20cat.png", "there is my cat.png, so write it without the % signs"),
         ("my cat.png ", "there is my cat.png, so write it without the space"),
-        ("mac/é.png", f"there is {unicodedata.normalize('NFD', 'é.png')}"),
+        (
+            "mac/é.png",
+            f"there is {unicodedata.normalize('NFD', 'é.png')}, so write it with its accents",
+        ),
         ("images/cat.jpg", f"there is no folder {tmp_path / 'images'}"),
     ):
         [(kind, said)] = image_facts(tmp_path / name, name).problems

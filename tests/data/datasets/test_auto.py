@@ -205,7 +205,7 @@ def test_one_tar_or_arrow_file(tmp_path: Path) -> None:
             "a.png,What?,That.\nb.png,Why?,So.\n",
             "its first record holds a.png, What[?], That",
         ),
-        ("a.zip", "PK", "the format of a .zip file is not known"),
+        ("a.zip", "PK", "the format of a .zip file is not known; unpack it"),
         ("nameless", "", "the format of a nameless kind of file is not known"),
     ],
 )
@@ -250,6 +250,7 @@ def test_the_forms_are_forms(tmp_path: Path) -> None:
             "holds metadata.csv and train.jsonl",
         ),
         ({"readme.md": "hello"}, "holds no data of a known format; wanted one of"),
+        ({"a.zip": "PK"}, "holds no data of a known format; unpack a.zip"),
         ({"a.png": "", "b.png": ""}, "a.png: it has no caption a.txt beside it"),
         ({"a.jsonl": "{broken"}, "a.jsonl, line 1: this is not valid JSON"),
         (

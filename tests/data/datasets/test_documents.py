@@ -34,7 +34,7 @@ def test_places_are_parted_by_blank_lines(tmp_path: Path) -> None:
         (["a.png", None], ["a", "b"], "line 1: place 0 holds both a text and an image"),
         ([None, None], ["a", None], "place 1 holds nothing"),
         (["a.png"], [None], "no place of the document has text"),
-        ([None], ["a", "b"], "it is no document of texts and images"),
+        ([None], ["a", "b"], "it has 2 texts for 1 images; wanted as many of both"),
         ([None], [3], "it is no document of texts and images"),
         (["https://x.org/a.png", None], [None, "a"], "is an address; nothing is downloaded"),
     ],

@@ -111,6 +111,17 @@ def test_an_image_that_is_stored_turned(tmp_path: Path) -> None:
             "region-count",
             "wanted the name of each in words",
         ),
+        (_asked("?", "<bbox>", bbox=5), "region-count", "the bbox of its objects is '5'"),
+        (_asked("?", "<bbox>", bbox=[[9, 9, 20, 30]], bbox_type=["real"]), "region-scale", "type"),
+        (_asked("?", "<bbox>", bbox=[[9, 9, 20, 30]], image_id=1), "region-count", "image_id of"),
+        (_asked("?", "<bbox>", bbox=[[9, 9, 20, 30]], image_id=[0, 0]), "region-count", "2 image_"),
+        (_asked("<ref-object>?", "!", ref="a"), "region-count", "the ref of its objects is 'a'"),
+        (_asked("<ref-object>?", "!", ref=[None]), "malformed", "wanted a list of texts"),
+        (
+            {"image": "a.png", "objects": {"bbox": 7, "category": ["a cat"]}},
+            "region-count",
+            "the bbox of its objects is '7'",
+        ),
     ],
 )
 def test_what_is_wrong_is_named(row: dict, kind: str, sentence: str, tmp_path: Path) -> None:
@@ -129,6 +140,48 @@ def test_detections_are_one_answer(tmp_path: Path) -> None:
     assert sample.messages[1].text == "cat [0, 0, 500, 500]\ndog [500, 500, 1000, 1000]"
     row["objects"] = {"bbox": [], "category": []}
     assert _sample(tmp_path, row, "bbox_format=xywh").messages[1].text == "There are none."
+
+
+@pytest.mark.parametrize(
+    ("points", "count", "sentence"),
+    [
+        ({"x": [10, 20, 30], "y": [10, 20]}, None, r"a region is '\[30, None\]'"),
+        ([], 2, "its count is 2, and it has 0 points"),
+        ([{"x": 1, "y": 2}, {"x": 5, "y": 6}], 3, "its count is 3, and it has 2 points"),
+    ],
+)
+def test_no_point_is_lost(points: Any, count: int | None, sentence: str, tmp_path: Path) -> None:
+    row = {"image": "a.png", "label": "cats", "points": points, "count": count}
+    with pytest.raises(RecordError, match=sentence):
+        _sample(tmp_path, row, "point_scale=100")
+
+
+def test_empty_columns_of_other_kinds_of_rows_say_nothing(tmp_path: Path) -> None:
+    box = {"image": "a.png", "captions": ["the cat"], "bbox": [0, 0, 100, 50], "objects": None}
+    rows = [
+        box | {"points": None, "label": None, "question": None},
+        {"image": "a.png", "objects": {"bbox": [[0, 0, 9, 9]], "category": ["cat"]}, "query": None},
+    ]
+    for row, said in zip(rows, ("<region>", "cat <region>"), strict=True):
+        assert _sample(tmp_path, row, "bbox_format=xyxy").messages[1].text == said
+
+
+def test_a_key_is_heeded_wherever_its_rows_stand(tmp_path: Path) -> None:
+    rows = [_asked("What?", "That."), {"image": "a.png", "label": "cats", "points": []}]
+    _load(tmp_path, rows[0])
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = load_data(data_recipe(str(tmp_path / "rows.jsonl"), settings=["point_scale=100"]))
+    assert data.to_sample(data.records[1]).messages[1].text == "There are none."
+    with pytest.raises(ValueError, match="min_ratings has no effect with the data set messages"):
+        load_data(data_recipe(str(tmp_path / "rows.jsonl"), settings=["min_ratings.a=1"]))
+
+
+def test_marks_are_followed(tmp_path: Path) -> None:
+    row = {"image": "a.png", "label": "cats", "points": []}
+    sample = _sample(tmp_path, row | {"loss_mask": [1, 0]}, "point_scale=100")
+    assert not sample.messages[1].learned and not sample.remarks
+    with pytest.raises(RecordError, match="so nothing of it is to be learned"):
+        _sample(tmp_path, row | {"train": False}, "point_scale=100")
 
 
 def test_a_tag_without_objects_stays_text(tmp_path: Path) -> None:

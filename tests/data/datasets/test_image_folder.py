@@ -56,6 +56,9 @@ def test_one_folder_a_split(tmp_path: Path) -> None:
     ]
     with pytest.raises(ValueError, match="no split 'test': use train or validation"):
         image_folder.load(tmp_path, "test")
+    (tmp_path / "train").rename(tmp_path / "cats")
+    with pytest.raises(ValueError, match="the folders validation and no train: put what is to be"):
+        image_folder.load(tmp_path, "train")
 
 
 def test_the_hubs_metadata(tmp_path: Path) -> None:
@@ -78,6 +81,27 @@ def test_the_hubs_metadata(tmp_path: Path) -> None:
     )
     (sample,) = _samples(tmp_path / "other")
     assert (sample.id, sample.images) == ("image_folder/train/2", (tmp_path / "other/train/a.jpg",))
+
+
+def test_captions_of_another_system(tmp_path: Path) -> None:
+    _write(tmp_path, {"A.JPG": "", "b.jpg": "", "b.txt": "A dog\r\nand a cat."})
+    (tmp_path / "A.TXT").write_bytes(b"A cat.\r\nIt sleeps.\r\n")
+    said = [sample.messages[1].text for sample in _samples(tmp_path)]
+    assert said == ["A cat.\nIt sleeps.", "A dog\nand a cat."]
+    assert image_folder.left_out(tmp_path, "train") is None
+
+
+def test_what_no_split_reads_is_named(tmp_path: Path) -> None:
+    files = {"train/a.jpg": "", "train/a.txt": "A cat.", "val/c.jpg": "", "other/b.jpg": ""}
+    _write(tmp_path, files)
+    left_out = image_folder.left_out(tmp_path, "train")
+    assert left_out is not None and left_out.startswith("1 images are not read")
+    assert left_out.endswith(": other/b.jpg")
+
+    table = {"metadata.csv": "file_name,text\na.jpg,A cat.\n", "in/metadata.jsonl": ""}
+    _write(tmp_path / "val", table)
+    left_out = image_folder.left_out(tmp_path, "validation")
+    assert left_out is not None and "1 files of metadata are not read: val/in/" in left_out
 
 
 def test_what_is_wrong_is_named(tmp_path: Path) -> None:

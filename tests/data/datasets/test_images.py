@@ -4,12 +4,15 @@ links there are.
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from mipha.data.datasets._images import (
     ImageFolders,
@@ -39,6 +42,15 @@ def data(tmp_path: Path) -> Path:
     (tmp_path / "data and more" / "secret.png").write_bytes(b"x")
     (folder / "train.jsonl").touch()
     return folder / "train.jsonl"
+
+
+def test_base64_is_an_image(data: Path) -> None:
+    noise = Image.effect_noise((20, 20), 90)
+    buffer = io.BytesIO()
+    noise.save(buffer, "PNG")
+    text = base64.encodebytes(buffer.getvalue()).decode()  # in lines
+    for value in (text, f"data:image/png;base64,{text}", f"DATA:image/png;base64,{text}"):
+        assert image_source(value, image_folders(data), "here") == buffer.getvalue()
 
 
 @pytest.mark.parametrize(

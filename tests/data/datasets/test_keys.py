@@ -15,6 +15,7 @@ from PIL import Image
 from mipha.data.check.fix import write_fixed
 from mipha.data.check.linter import CheckResult, check_data
 from mipha.data.dataset import data_recipe, load_data
+from mipha.data.datasets._choices import INSTRUCTION
 from mipha.data.mixture import Mixture
 from mipha.data.sample import Sample
 
@@ -150,6 +151,28 @@ def test_two_system_turns_are_refused(folder: Path) -> None:
     assert [role for role, _ in _said(sample)] == ["system", "user", "assistant"]
 
 
+HISTORY = {"user": "what?", "assistant": "a pyramid"}
+
+
+@pytest.mark.parametrize(
+    "earlier",
+    [
+        [HISTORY | {"loss": False, "image": "b.png", "at": "noon"}],
+        [
+            {"role": "user", "content": "what?", "image": "b.png", "at": "noon"},
+            {"from": "gpt", "value": "a pyramid", "weight": 0},
+        ],
+    ],
+)
+def test_nothing_of_an_earlier_turn_is_lost(earlier: list[dict[str, Any]], folder: Path) -> None:
+    row = {"images": ["a.png"], "history": earlier, "query": "and now?", "response": "red"}
+    file = _write(folder, row)
+    assert [m.learned for m in _samples(file)[0].messages] == [True, False, True, True]
+    found = _found(file)
+    assert 'the key "history[].image", which holds an image' in found["unread-content"]
+    assert "history[].at (1 row)" in found["unread-key"]
+
+
 # Turns that are not to be learned.
 
 
@@ -222,6 +245,11 @@ def test_a_row_may_hold_the_marks(marks: Any, shape: str, folder: Path) -> None:
         ({"messages": TURNS, "trainable": False}, "so nothing of it is to be learned"),
         ({"question": "a", "answer": "b", "weight": 0}, "so nothing of it is to be learned"),
         ({"messages": TURNS, "label_mask": [0, 1]}, "which may say what is learned"),
+        ({"image": "a.png", "caption": "A cat.", "train": False}, "so nothing of it is to be"),
+        ({"image": "a.png", "caption": "A cat.", "loss_mask": [0]}, None),
+        ({"images": [None], "texts": ["A cat."], "trainable": False}, "so nothing of it is to be"),
+        ({"images": [None], "texts": ["A cat."], "loss_mask": [0]}, "it is not to be learned"),
+        ({"history": [HISTORY | {"weight": 0.5}], "query": "a", "response": "b"}, "neither yes"),
     ],
 )
 def test_marks_that_cannot_be_followed_are_refused(
@@ -258,6 +286,15 @@ def test_marks_that_cannot_be_followed_are_refused(
         ({"choices": ["A. red", "B. blue", "C. green"], "answer": "B. blue"}, "B"),
         ({"choices": ["(A) red", "(B) blue", "(C) green"], "answer": 2}, "C"),
         ({"option_a": "red", "option_b": "blue", "option_c": "green", "answer": "c"}, "C"),
+        ({"option1": "red", "option2": "blue", "option3": "green", "answer": 1}, "A"),
+        ({"option1": "red", "option2": "blue", "option3": "green", "answer": "c"}, "C"),
+        ({"choices": ["red", "blue", "green", None, ""], "answer": 2}, "C"),
+        ({"choices": {"A": "red", "B": "blue", "C": "green", "D": None}, "answer": "C"}, "C"),
+        ({"A": "red", "B": "blue", "C": "green", "D": "", "answer": "B"}, "B"),
+        ({"A": "red", "B": None, "C": "blue", "D": "green", "answer": "D"}, "C"),
+        ({"choices": ["red", "", "blue", "green"], "answer": "C"}, "B"),
+        ({"options": "A)red|B) blue|C) green", "answer": "C"}, "C"),
+        ({"options": "red|blue|green", "answer": None, "label": 1}, "B"),
     ],
 )
 def test_options_stand_in_the_question(row: dict, letter: str, folder: Path) -> None:
@@ -266,7 +303,8 @@ def test_options_stand_in_the_question(row: dict, letter: str, folder: Path) -> 
     (sample,) = _samples(file)
     asked, said = sample.messages
     assert said.text == letter
-    assert asked.text.startswith("<image>\nContext: Look.\nWhich?\nA. red\nB. blue\nC. green\n")
+    options = f"A. red\nB. blue\nC. green\n{INSTRUCTION}"
+    assert asked.text == f"<image>\nContext: Look.\nWhich?\n{options}"
     assert _found(file) == {"unread-key": "nothing reads source (1 row)"}
 
 
@@ -287,6 +325,26 @@ def test_an_answer_that_is_unclear_is_an_error(row: dict, folder: Path) -> None:
     result = _check(_write(folder, {"image": "a.png", "question": "Which?"} | row))
     assert "unclear-choice" in {finding.kind for finding in result.findings}
     assert result.num_errors
+
+
+def test_initials_are_no_letters_of_options(folder: Path) -> None:
+    row = {"question": "Which?", "options": "E. coli|S. aureus|A.M.", "answer": "E. coli"}
+    (sample,) = _samples(_write(folder, row))
+    assert "A. E. coli\nB. S. aureus\nC. A.M.\n" in sample.messages[0].text
+    assert sample.messages[1].text == "A"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"options": ["red", "", "blue"], "answer": 1},
+        {"option1": "red", "option2": "blue", "answer": 0},
+        {"A": "red", "C": "blue", "answer": "C"},
+        {"choice_2": "red", "choice_3": "blue", "answer": 2},
+    ],
+)
+def test_an_answer_to_options_with_a_gap_is_unclear(row: dict, folder: Path) -> None:
+    assert "unclear-choice" in _found(_write(folder, {"question": "Which?"} | row))
 
 
 def test_a_number_may_be_an_answer(folder: Path) -> None:
@@ -323,6 +381,8 @@ def test_several_columns_of_images_are_all_shown(row: dict, folder: Path) -> Non
         ({"extra": ["b.png"]}, "extra"),
         ({"extra": {"path": "b.png", "bytes": None}}, "extra"),
         ({"mask": "data:image/png;base64,AAAA"}, "mask"),
+        ({"thumb": "iVBORw0KGgo" + "A" * 300}, "thumb"),
+        ({"files": [{"name": "b.png", "size": 3}]}, "files"),
         ({"side_picture": "gone.png"}, "side_picture"),
         ({"video": "b.mp4"}, "video"),
         ({"videos": ["b.mp4"]}, "videos"),
@@ -380,6 +440,9 @@ def test_two_columns_of_bytes(folder: Path) -> None:
     (sample,) = _samples(write("d.parquet", image=images[0], image_b=images[1]))
     assert len(sample.images) == 2
     assert "mask" in _found(write("b.parquet", mask=images[0], image=images[1]))["unread-content"]
+    file = write("e.parquet", mask=images[0], image="b.png")
+    assert _samples(file)[0].images == (folder / "b.png",)
+    assert '"mask", which holds an image' in _found(file)["unread-content"]
     assert not _found(write("c.parquet", scan=images[0], file_name="x/scan.png"))
 
 
@@ -463,6 +526,13 @@ def test_a_file_address_is_a_path(folder: Path) -> None:
 def test_shapes_of_other_programs(row: dict, turns: list, folder: Path) -> None:
     (sample,) = _samples(_write(folder, row | {"images": ["a.png"]}))
     assert _said(sample) == turns and sample.images == (folder / "a.png",)
+
+
+def test_a_part_has_one_text(folder: Path) -> None:
+    part = {"type": "text", "text": "what?", "value": "which?"}
+    turns = [{"role": "user", "content": [part]}, {"role": "assistant", "content": "red"}]
+    found = _found(_write(folder, {"messages": turns}))
+    assert found == {"unread-key": "nothing reads messages[].content[].value (1 row)"}
 
 
 def test_parts_with_a_value(folder: Path) -> None:

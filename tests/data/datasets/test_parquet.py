@@ -104,6 +104,22 @@ def test_lists_of_plain_bytes(tmp_path: Path) -> None:
     ]
 
 
+def test_cells_that_hold_json(tmp_path: Path) -> None:
+    turns = '[{"from": "human", "value": "What?"}, {"from": "gpt", "value": "That"}]'
+    file = _write(tmp_path / "a.parquet", image=[RED], conversations=[turns])
+    (sample,) = _samples(file)
+    assert [message.text for message in sample.messages] == ["<image>\nWhat?", "That"]
+
+
+def test_two_columns_of_one_name(tmp_path: Path) -> None:
+    import pyarrow.parquet
+
+    table = pyarrow.Table.from_arrays([["a"], ["b"]], names=["image", "image"])
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet has two columns 'image': rename one"):
+        parquet.load(tmp_path / "a.parquet", "train")
+
+
 def test_the_column_named_image_is_the_image(tmp_path: Path) -> None:
     file = _write(tmp_path / "a.parquet", mask=[b"m"], image=[RED], question=["a"], answer=["b"])
     assert _samples(file)[0].images[0].read() == RED
@@ -143,9 +159,7 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
         image=[{"bytes": RED, "path": None}, {"bytes": None, "path": "x.png"}],
         text=["a", "b"],
     )
-    with pytest.raises(
-        ValueError, match=r"b\.parquet, row 1 of row group 0: it holds no bytes of an image; embed"
-    ):
+    with pytest.raises(FileNotFoundError, match=r"no image file .*x\.png"):
         open_image(_samples(file)[1].images[0])
     for number, content in enumerate((b"", b"PAR1 and no more", file.read_bytes()[:-20])):
         (tmp_path / f"{number}.parquet").write_bytes(content)
@@ -155,9 +169,29 @@ def test_what_is_wrong_is_named(tmp_path: Path) -> None:
     damaged[4:200] = bytes(196)
     (tmp_path / "damaged.parquet").write_bytes(damaged)
     with pytest.raises(
-        ValueError, match=r"damaged\.parquet, row 0 (of row group 0 )?cannot be read"
+        ValueError, match=r"damaged\.parquet, row 0(: it| of row group 0)? cannot be read"
     ):
         open_image(_samples(tmp_path / "damaged.parquet")[0].images[0])
+
+
+def test_bytes_and_paths_in_one_column(tmp_path: Path) -> None:
+    (tmp_path / "x.png").write_bytes(RED)
+    inside, outside = {"bytes": RED, "path": "x.png"}, {"bytes": None, "path": "x.png"}
+    nothing = {"bytes": None, "path": None}
+    texts = [{"user": "a", "assistant": "b"}]
+    one = [inside, outside, None, nothing]
+    (first, second, third, fourth) = _samples(
+        _write(tmp_path / "a.parquet", 4, image=one, texts=[texts] * 4)
+    )
+    assert second.images == (tmp_path / "x.png",) and third.images == ()
+    assert [kind for kind, _ in image_facts(fourth.images[0], "it").problems] == ["missing-image"]
+
+    many = [[inside, outside], [], [outside], [inside]]
+    samples = _samples(_write(tmp_path / "b.parquet", 4, images=many, texts=[texts] * 4))
+    assert [len(sample.images) for sample in samples] == [2, 0, 1, 1]
+    for image in (first.images[0], samples[0].images[0], samples[3].images[0]):
+        assert image.read() == RED
+    assert samples[0].images[1:] == samples[2].images == (tmp_path / "x.png",)
 
 
 def test_nulls_in_a_column_of_image_lists(tmp_path: Path) -> None:

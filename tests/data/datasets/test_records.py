@@ -18,6 +18,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from mipha.data.dataset import data_recipe, load_data
 from mipha.data.datasets._images import image_folders
 from mipha.data.datasets._records import (
     JsonRecords,
@@ -25,8 +26,10 @@ from mipha.data.datasets._records import (
     Rows,
     TableRecords,
     record_file,
+    record_rows,
     split_files,
 )
+from mipha.data.faults import RecordError
 
 _texts = st.text(max_size=8) | st.text(alphabet='[]{},:"\\\n\r', max_size=8)
 _values = st.recursive(
@@ -35,6 +38,33 @@ _values = st.recursive(
     max_leaves=5,
 )
 _few = settings(max_examples=40)
+
+
+def test_a_key_that_stands_twice_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"a": {"image": 1, "image": 2}}\n{"a": NaN}\n')
+    records = JsonRecords(tmp_path / "a.jsonl")
+    with pytest.raises(RecordError, match=r"a\.jsonl, line 1: an object has the key 'image' twice"):
+        records.read(0)
+    assert records.read(1) == {"a": None}
+
+
+@pytest.mark.parametrize("depth", [200, 975, 5000])
+def test_a_deep_value_is_no_traceback(depth: int, tmp_path: Path) -> None:
+    deep = "[" * depth + "1" + "]" * depth
+    (tmp_path / "a.jsonl").write_text(f'{{"question": "a", "answer": "b", "meta": {deep}}}\n')
+    with pytest.raises(RecordError, match=r"a\.jsonl, line 1: .*(more than 100 deep|recursion)"):
+        JsonRecords(tmp_path / "a.jsonl").read(0)
+    (tmp_path / "a.csv").write_text(f"question,answer,meta\na,b,{deep}\n")
+    loaded = load_data(data_recipe(str(tmp_path / "a.csv")))
+    (remark,) = loaded.to_sample(loaded.records[0]).remarks
+    assert remark.what == "meta"
+
+
+def test_a_byte_order_mark_inside_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(
+        b'\xef\xbb\xbf{"a": 1}\n' * 2
+    )  # two files, one behind another
+    assert _all(JsonRecords(tmp_path / "a.jsonl")) == [{"a": 1}] * 2
 
 
 def _all(records: JsonRecords | TableRecords) -> list[Any]:
@@ -170,8 +200,9 @@ def test_a_long_broken_file_is_refused_at_once(tmp_path: Path) -> None:
     ("content", "sentence"),
     [
         (b"a,b\n1,2\n3,\xff\n", "line 3 is not UTF-8"),
-        (b'a,b\n1,2\n3,"x\n', "line 3 is not a row of separated values"),
-        (b'a,b\n1,2\n"x"y,3\n', "line 3 is not a row of separated values"),
+        (b'a,b\n1,2\n3,"x\n4,5\n', "line 3 is not a row .* end of data; .* that quote twice"),
+        (b'a,b\n1,2\n"x"y,3\n', "line 3 is not a row of separated values: .* that quote twice"),
+        (b"a,b\r1,2\r", "line 1 is not a row of .*: it ends with CR alone; end lines with LF"),
         (b"a,b,a\n1,2,3\n", "two columns 'a'"),
     ],
 )
@@ -181,6 +212,28 @@ def test_a_table_that_cannot_be_taken_apart_is_an_error(
     (tmp_path / "a.csv").write_bytes(content)
     with pytest.raises(ValueError, match=rf"a\.csv.*{sentence}"):
         TableRecords(tmp_path / "a.csv")
+
+
+def test_cells_of_a_table(tmp_path: Path) -> None:
+    turns = [{"role": "user", "content": "What?"}]
+    image = "data:image/png;base64," + "A" * 200_000
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["image", "messages"], [image, json.dumps(turns)], ["[", ""]])
+    limit = csv.field_size_limit()
+    first, second = _all(TableRecords(tmp_path / "a.csv"))
+    assert first == {"image": image, "messages": turns}
+    assert second == {"image": "[", "messages": None}
+    assert csv.field_size_limit() == limit
+
+
+def test_files_of_no_split_are_named(tmp_path: Path) -> None:
+    for name in ("train-1.jsonl", "train-2.jsonl", "val.jsonl", "more.jsonl"):
+        (tmp_path / name).write_text("{}\n")
+    rows = record_rows("messages", tmp_path, "train", (".jsonl",), ())
+    assert len(rows) == 2 and "1 files are not read" in rows.left_out
+    assert "more.jsonl" in rows.left_out and "val" not in rows.left_out
+    (tmp_path / "more.jsonl").unlink()
+    assert record_rows("messages", tmp_path, "train", (".jsonl",), ()).left_out is None
 
 
 def test_a_row_with_another_number_of_cells_is_named(tmp_path: Path) -> None:
@@ -284,6 +337,7 @@ def test_files_of_a_split(files: list[str], split: str, wanted: list[str], tmp_p
             "no split 'test', only train and validation: give one file",
         ),
         (["test.csv"], "train", "no split 'train', only test"),
+        (["00.csv", "x.csv"], "train", "only that of names without a word and x"),
         ([], "train", "use a folder that holds one"),
     ],
 )
@@ -338,6 +392,13 @@ def test_a_list_under_one_key_of_an_object_is_read(wrap, indent, tmp_path: Path)
     assert _all(JsonRecords(file, most=1)) == RECORDS[:1]
 
 
+def test_keys_beside_the_list_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps({"system": "Be brief.", "note": "", "data": RECORDS}, indent=1))
+    rows = record_rows("messages", file, "train", (".json",), ())
+    assert rows.left_out == "nothing reads the keys beside the list: system"
+
+
 def test_objects_over_several_lines_are_read(tmp_path: Path) -> None:
     file = tmp_path / "a.jsonl"
     file.write_text("\n".join(json.dumps(record, indent=1) for record in RECORDS) + "\n")
@@ -354,7 +415,11 @@ def test_objects_over_several_lines_are_read(tmp_path: Path) -> None:
     [
         (
             {"images": [{"id": 1}], "annotations": [{"id": 1}, {"id": 2}]},
-            r"holds one object with the lists images \(1\), annotations \(2\): save the one list",
+            r"holds one object with the lists images \(1\), annotations \(2\): for COCO's captions",
+        ),
+        (
+            {"a": [{"id": 1}], "b": [{"id": 1}]},
+            r"holds .* lists a \(1\), b \(1\): save the one list",
         ),
         ({"1": {"question": "q"}, "2": {"question": "q"}}, "holds one object with objects under 1"),
     ],

@@ -89,6 +89,8 @@ def test_markers_stay_where_they_are(tmp_path: Path) -> None:
             "the content of message 0 is 'None'",
         ),
         (_turns(("human", "a?"), ("gpt", "b")), {"system": 3}, "its system turn is '3'"),
+        ([{"from": "human", "value": "a", "content": "b"}], {}, "turn 0 has two roles or texts"),
+        ([{"from": "human", "role": "system", "value": "a"}], {}, "turn 0 has two roles or texts"),
         ("hi", {}, 'list of "conversations"'),
     ],
 )

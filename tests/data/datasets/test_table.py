@@ -39,9 +39,68 @@ def test_a_table_of_questions(name: str, tmp_path: Path) -> None:
     assert [first.id, second.id] == [f"table/{name[:-4]}/2", f"table/{name[:-4]}/4"]
 
 
+def test_a_table_of_several_kinds_of_rows(tmp_path: Path) -> None:
+    text = "image,question,prompt,answer,caption\na,What?,,That,\nb,,,,A cat.\nc,,Who?,Me,\n"
+    (tmp_path / "mine.csv").write_text(text + "d,Why?,,,A dog.\n")
+    *rows, unanswered = table.load(tmp_path / "mine.csv", "train")
+    said = [[message.text for message in table.to_sample(row).messages] for row in rows]
+    assert said == [
+        ["<image>\nWhat?", "That"],
+        ["<image>\nDescribe the image.", "A cat."],
+        ["<image>\nWho?", "Me"],
+    ]
+    with pytest.raises(ValueError, match="its answer is 'None'"):
+        table.to_sample(unanswered)
+
+
+def test_columns_of_other_names_by_their_meaning(tmp_path: Path) -> None:
+    text = "Bild,Die Frage,Antwort,Wahl\na,Was?,1,\"['x', 'y']\"\n"
+    (tmp_path / "mine.csv").write_text(text)
+    said = {"image": "Bild", "question": "Die Frage", "answer": "Antwort", "options": "Wahl"}
+    data = load_data(DataRecipe(dataset="auto", root=tmp_path / "mine.csv", columns=said))
+    sample = data.to_sample(data.records[0])
+    assert sample.messages[0].text.startswith("<image>\nWas?\nA. x\nB. y\n")
+    assert (sample.messages[1].text, sample.images) == ("B", (tmp_path / "a",))
+    wrong = DataRecipe(dataset="auto", root=tmp_path / "mine.csv", columns=said | {"answer": "X"})
+    data = load_data(wrong)
+    with pytest.raises(ValueError, match="it has no column 'X' for the answer; the columns are"):
+        data.to_sample(data.records[0])
+
+
+def test_an_empty_list_of_images_is_none(tmp_path: Path) -> None:
+    row = {"question": "What?", "answer": "That"}
+    assert _sample(tmp_path, row | {"images": [], "image": "a"}).images == (tmp_path / "a",)
+    with pytest.raises(ValueError, match="the image path is ''"):
+        _sample(tmp_path, row | {"images": [""]})
+
+
+@pytest.mark.parametrize(
+    ("row", "sentence"),
+    [
+        ({"question": "What?", "answer": float("nan")}, "its answer is 'None'"),
+        ({"question": "What?", "answer": float("inf")}, "its answer is 'inf'"),
+        ({"Question": "What?", "question": "Why?", "answer": "a"}, "two columns 'question'"),
+        ({"prompt": [{"role": "user"}], "completion": "a"}, "its completion is 'a'; wanted one"),
+        (
+            {"question": "A?", "options": ["a", {"text": "b"}], "answer": 0},
+            "wanted a list of texts",
+        ),
+        ({"instruction": "Sort", "input": ["b"], "output": "b"}, r"its input is \"\['b'\]"),
+    ],
+)
+def test_cells_that_are_no_words_are_refused(row: dict, sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        _sample(tmp_path, row)
+
+
 @pytest.mark.parametrize(
     ("row", "question", "answer"),
     [
+        (
+            {"image": "a", "instruction": "Add", "input": float("nan"), "output": 2},
+            "<image>\nAdd",
+            "2",
+        ),
         ({"image": "a", "question": "What?", "answer": "That"}, "<image>\nWhat?", "That"),
         ({"image_path": "a", "Prompt": "What?", "Completion": "That"}, "<image>\nWhat?", "That"),
         ({"File Name": "a", "query": "What?", "response": "That"}, "<image>\nWhat?", "That"),
@@ -113,7 +172,9 @@ def test_lists_of_questions_are_turns(tmp_path: Path) -> None:
     row = {"image": "a", "questions": ["Who?", "When?"], "answers": ["I", "Now"]}
     texts = [message.text for message in _sample(tmp_path, row).messages]
     assert texts == ["<image>\nWho?", "I", "When?", "Now"]
-    with pytest.raises(ValueError, match="2 questions and 1 answers"):
+    with pytest.raises(
+        ValueError, match="its questions is a list of 2, and its answers is a list of 1"
+    ):
         _sample(tmp_path, row | {"answers": ["I"]})
     with pytest.raises(ValueError, match="question 1 or its answer is 'When\\?', ''"):
         _sample(tmp_path, row | {"answers": ["I", ""]})

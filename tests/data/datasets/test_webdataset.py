@@ -138,6 +138,10 @@ def test_shards_of_a_split(tmp_path: Path) -> None:
             "sample a: it holds label, image, which fits no known format",
         ),
         ([("a.txt", " "), ("a.jpg", RED)], "sample a: its caption is ''"),
+        ([("a.txt", "A cat."), ("b.jpg", RED)], "sample a: it has a .txt and no .* side by side"),
+        ([("a.jpg", RED), ("b.txt", "")], "sample a: it has no .json and no .txt .* side by side"),
+        ([("a.1.txt", "x"), ("a.2.txt", "y")], "sample a: it has 0 .* ends at its first dot"),
+        ([("a.json", '{"a": 1, "a": 2}')], "sample a: an object has the key 'a' twice"),
     ],
 )
 def test_a_sample_that_is_wrong_is_named(files: list, sentence: str, tmp_path: Path) -> None:
@@ -222,6 +226,15 @@ def test_files_that_are_no_part_of_a_sample_are_named(tmp_path: Path) -> None:
     ]
     (remark,) = second.remarks
     assert remark.kind == "unread-content" and '".svg"' in remark.what
+
+
+def test_a_tar_has_its_own_images(tmp_path: Path) -> None:
+    record = {"left_image": "x.png", "right_image": "y.png", "question": "Same?", "answer": "No"}
+    file = _tar(
+        tmp_path / "mine.tar", ("0.0.jpg", RED), ("0.1.jpg", RED), ("0.json", json.dumps(record))
+    )
+    (sample,) = _samples(file)
+    assert len(sample.images) == 2 and all(isinstance(one, FileSlice) for one in sample.images)
 
 
 def test_images_that_the_record_names_and_the_tar_lacks(tmp_path: Path) -> None:

@@ -105,6 +105,15 @@ def write_fixed(result: CheckResult, out: Path) -> Fixed:
     return Fixed(out, list_file, len(kept), tuple(changes), note)
 
 
+def is_fixable(result: CheckResult) -> bool:
+    """Return whether `write_fixed` can write a copy of the data: one JSON file."""
+    try:
+        _json_file(result)
+    except ValueError:
+        return False
+    return True
+
+
 def _json_file(result: CheckResult) -> JsonRecords:
     rows = result.data.records
     files = [part.file for part in rows.parts] if isinstance(rows, Rows) else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 from mipha.data.datasets._images import is_list, short
@@ -34,7 +35,7 @@ INSTRUCTION = "Answer with the option's letter from the given choices directly."
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 _COLUMN = re.compile(r"(?:option|choice|answer)?_?([a-h])|(?:option|choice)_?([1-8])")
-_LETTERED = re.compile(r"\(?([A-Za-z])[).:]\s+")
+_LETTERED = re.compile(r"\(?([A-Za-z])(?:\)\s*|[.:]\s+)")
 _LETTER = re.compile(r"\(?([A-Za-z])[).:]?")
 
 
@@ -59,11 +60,34 @@ def option_columns(content: Mapping[str, Any]) -> list[str]:
     for name in OPTIONS:
         if content.get(name) not in (None, "", [], {}):
             return [name]
-    found = {name: _COLUMN.fullmatch(name) for name in content}
-    columns = [name for name, match in found.items() if match and content[name] is not None]
-    places = ["".join(filter(None, found[name].groups())) for name in columns]  # type: ignore[union-attr]
-    wanted = "abcdefgh" if places and places[0].isalpha() else "12345678"
-    return columns if len(columns) > 1 and "".join(places) == wanted[: len(columns)] else []
+    columns = [name for name in content if _place(name)]
+    while columns and _is_empty(content[columns[-1]]):
+        columns.pop()
+    places = "".join(map(_place, columns))
+    num_filled = sum(not _is_empty(content[name]) for name in columns)
+    is_complete = places in ("abcdefgh"[: len(columns)], "12345678"[: len(columns)])
+    return columns if num_filled > 1 and is_complete else []
+
+
+def stands_for_column(content: Mapping[str, Any], answer: str) -> bool:
+    """Return whether an answer is the letter or number of a column that may hold an option.
+
+    Args:
+        content: A row by the names of its columns in small letters.
+        answer: Words of the answer.
+    """
+    places = [_place(name) for name, value in content.items() if not _is_empty(value)]
+    return answer.lower() in places and len(list(filter(None, places))) > 1
+
+
+def _place(column: str) -> str:
+    """Return the letter or number of a column that may hold an option; empty for any other."""
+    match = _COLUMN.fullmatch(column)
+    return "".join(filter(None, match.groups())) if match else ""
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, str) and not value.strip())
 
 
 def read_choice(
@@ -82,7 +106,16 @@ def read_choice(
     Raises:
         RecordError: The options cannot be read, or the answer is none of them or could be two.
     """
-    options, letters = _read_options(keys, columns)
+    # Options that are empty are none: a table has as many columns as its longest question.
+    read = zip_longest(*_read_options(keys, columns), fillvalue="")
+    filled = [(option, label) for option, label in read if not _is_empty(option)]
+    options, labels = [_text(option) for option, _ in filled], [label for _, label in filled]
+    if not all(isinstance(option, str | int | float) for option, _ in filled):
+        raise keys.fault(
+            f"its {columns[0]} are {short(keys.content.get(columns[0]))}",
+            "wanted a list of texts",
+            "unclear-choice",
+        )
     if all(_lettered(option, place) for place, option in enumerate(options)):
         options = [_LETTERED.sub("", option) for option in options]
     if len(options) < 2 or len(options) > len(LETTERS):
@@ -91,7 +124,7 @@ def read_choice(
             "wanted a list of two options or more",
             "unclear-choice",
         )
-    number = _number_of(keys, options, letters, answer)
+    number = _number_of(keys, options, labels, answer)
 
     lines = [f"{letter}. {option}" for letter, option in zip(LETTERS, options, strict=False)]
     if not all(line in question for line in lines):
@@ -102,30 +135,29 @@ def read_choice(
     return Choice(question, forms[form])
 
 
-def _read_options(keys: Keys, columns: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the words of the options, and the letters or numbers that the row gives them."""
+def _read_options(keys: Keys, columns: Sequence[str]) -> tuple[list[Any], list[str]]:
+    """Return the options, and the letters or numbers that the row gives them."""
     keys.read.update(columns)
     if len(columns) > 1:
-        return [_text(keys.content[name]) for name in columns], list(LETTERS[: len(columns)])
+        return [keys.content[name] for name in columns], [_place(c).upper() for c in columns]
 
     value = parse_list(keys.content[columns[0]])
     if isinstance(value, Mapping) and isinstance(value.get("text"), list):
         labels = value.get("label") or LETTERS
-        return [_text(item) for item in value["text"]], [str(label) for label in labels]
+        return list(value["text"]), [str(label) for label in labels]
     if isinstance(value, Mapping):
-        return [_text(item) for item in value.values()], [str(label) for label in value]
+        return list(value.values()), [str(label) for label in value]
     if is_list(value):
         if value and all(isinstance(item, Mapping) and "text" in item for item in value):
             labels = [str(item.get("label", item.get("id", ""))) for item in value]
-            return [_text(item["text"]) for item in value], labels
-        return [_text(item) for item in value], list(LETTERS[: len(value)])
+            return [item["text"] for item in value], labels
+        return list(value), list(LETTERS)
     if isinstance(value, str):
-        lines = [line.strip() for line in re.split(r"\n|;|\|", value) if line.strip()]
-        return [re.sub(r"^\(?[A-H][).:]\s*", "", line) for line in lines], list(LETTERS)
+        return [line.strip() for line in re.split(r"\n|;|\|", value)], list(LETTERS)
     return [], []
 
 
-def _number_of(keys: Keys, options: list[str], letters: list[str], answer: Any) -> int:
+def _number_of(keys: Keys, options: list[str], labels: list[str], answer: Any) -> int:
     """Return the number of the right option, from 0."""
     if isinstance(answer, str) and (match := _LETTERED.match(answer)):
         rest = answer[match.end() :].strip().casefold()
@@ -141,16 +173,17 @@ def _number_of(keys: Keys, options: list[str], letters: list[str], answer: Any) 
     # A number is an index from 0, unless the options are numbers themselves.
     if isinstance(answer, int | float) and not isinstance(answer, bool) and answer == int(answer):
         said = str(int(answer))
-    if said.isdecimal() and letters[:1] == ["A"]:
+    is_counted = labels == list(LETTERS[: len(labels)])
+    if said.isdecimal() and is_counted:
         if int(said) < len(options):
             found.add(int(said))
-    elif said in letters[: len(options)]:
-        found.add(letters.index(said))
+    elif said in labels:
+        found.add(labels.index(said))
     elif (match := _LETTER.fullmatch(said)) and len(found) == 0:
         letter = match[1].upper()
-        if letter in letters[: len(options)]:
-            found.add(letters.index(letter))
-        elif letters[:1] == ["A"] and LETTERS.index(letter) < len(options):
+        if letter in labels:
+            found.add(labels.index(letter))
+        elif all(map(str.isdecimal, labels)) and LETTERS.index(letter) < len(options):
             found.add(LETTERS.index(letter))
 
     if len(found) != 1:
@@ -158,7 +191,8 @@ def _number_of(keys: Keys, options: list[str], letters: list[str], answer: Any) 
         which = "none of its options" if not found else "more than one of its options"
         raise keys.fault(
             f"its answer {short(answer)} is {which}: {listed}",
-            "give the option's letter, its words, or its number from 0",
+            f"give the words of one, or one of {', '.join(labels)}"
+            + (" or its number from 0" if is_counted else ""),
             "unclear-choice",
         )
     return found.pop()

@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from mipha.data.datasets._images import IMAGE_COLUMNS, choose_images, is_list
+from mipha.data.datasets._keys import TURNS, parse_list
 from mipha.data.faults import RecordError
 from mipha.errors import import_optional
 
@@ -29,8 +30,10 @@ def image_columns(schema: pyarrow.Schema, where: str) -> tuple[str, ...]:
     No record is made of the bytes, which may be gigabytes: it holds places in the file.
 
     Raises:
-        ValueError: There are several and none has a usual name.
+        ValueError: There are several and none has a usual name, or two columns have one name.
     """
+    if twice := {name for name in schema.names if schema.names.count(name) > 1}:
+        raise ValueError(f"{where} has two columns {sorted(twice)[0]!r}: rename one of them")
     names = tuple(field.name for field in schema if _holds_bytes(field.type))
     if len(names) > 1 and not choose_images(dict.fromkeys(names, b"image")):
         raise ValueError(
@@ -47,20 +50,24 @@ def with_places(content: Mapping[str, Any], places: Mapping[str, Any]) -> dict[s
         content: Other columns of the row.
         places: Images of the row by column: None, one, or a list.
     """
-    # `datasets` wrote lists of objects as an object of lists until its version 4.
-    for name in ("texts", "messages", "conversations"):
-        value = content.get(name)
+    # `datasets` wrote lists of objects as an object of lists until its version 4, others JSON.
+    for name in TURNS:
+        value = parse_list(content.get(name))
+        if is_list(value):
+            content = {**content, name: value}
         if not isinstance(value, Mapping) or not all(map(is_list, value.values())):
             continue
         if len({len(items) for items in value.values()}) == 1:
             turns = zip(*value.values(), strict=True)
             content = {**content, name: [dict(zip(value, turn, strict=True)) for turn in turns]}
 
-    # One column is the image, whatever it is called.
-    if len(places) == 1 and not choose_images(dict.fromkeys(places, b"image")):
+    # One column is the image, whatever it is called, unless the record names its images.
+    named = any(content.get(name) for name in ("image", "images"))
+    if len(places) == 1 and not named and not choose_images(dict.fromkeys(places, b"image")):
         (value,) = places.values()
         places = {"images" if isinstance(value, list) else "image": value}
-    if any(places.values()):  # a path beside the bytes names the file that they come from
+    # A path beside the bytes names the file that they come from.
+    if any(places.values()) and choose_images(places):
         content = {name: value for name, value in content.items() if name not in IMAGE_COLUMNS}
     return {**content, **places}
 

@@ -26,7 +26,7 @@ IMAGE_COLUMNS = (
     "picture",
     "path",
 )
-"""Names under which a record gives its images; the first that is there and not None counts."""
+"""Names under which a record gives its images; the first counts that is not None or []."""
 
 # image_1, image2, img_b, picture 3; left_image; image_after: several columns of one image each.
 _KIND = r"(?:image|img|picture|photo|pic)s?"
@@ -36,6 +36,9 @@ _SERIES = re.compile(
     rf"|{_PLACE}[_ -]{_KIND}(?:_(?:path|file))?|{_KIND}[_ -]{_PLACE}",
     re.IGNORECASE,
 )
+
+_BASE64_IMAGES = ("/9j/", "iVBORw0KGgo", "R0lGOD", "UklGR")
+"""How base64 of a JPEG, PNG, GIF or WebP begins."""
 
 _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]+://|data:", re.IGNORECASE)
 
@@ -81,7 +84,7 @@ def choose_images(content: Mapping[str, Any]) -> list[str]:
     That is the first usual name, and then every column of a series, such as image_1 and image_2,
     or left_image and right_image.
     """
-    names = [name for name in IMAGE_COLUMNS if content.get(name) is not None][:1]
+    names = [name for name in IMAGE_COLUMNS if content.get(name) not in (None, [])][:1]
     series = [
         name
         for name, value in content.items()
@@ -115,7 +118,8 @@ def with_images(content: Mapping[str, Any], images: Sequence[ImageSource]) -> di
 
     What the record itself says about its images is dropped.
     """
-    rest = {name: value for name, value in content.items() if name not in IMAGE_COLUMNS}
+    named = {*IMAGE_COLUMNS, *choose_images(content)}
+    rest = {name: value for name, value in content.items() if name not in named}
     return rest | ({"image": images[0]} if len(images) == 1 else {"images": list(images)})
 
 
@@ -123,8 +127,8 @@ def image_source(value: Any, folders: ImageFolders, where: str) -> ImageSource:
     """Return one image of a record.
 
     Args:
-        value: A path, a `data:` address with the bytes in it, bytes, a stored image, or an object
-            that holds one of these.
+        value: A path, a `data:` address with the bytes in it, base64 alone, bytes, a stored image,
+            or an object that holds one of these.
         folders: Where the image may be.
         where: File and line of the record.
 
@@ -136,12 +140,19 @@ def image_source(value: Any, folders: ImageFolders, where: str) -> ImageSource:
         value = next((value[key] for key in keys if value.get(key) is not None), None)
 
     if isinstance(value, str):  # first, because the other question takes longer
-        if value.startswith("data:"):
+        if value[:5].lower() == "data:":
             return _from_data_uri(value, where)
+        if is_base64_image(value):
+            return _from_data_uri(f"data:image;base64,{value}", where)
         return path_inside(folders, value, where)
     if isinstance(value, bytes | StoredImage):
         return value
     return path_inside(folders, value, where)
+
+
+def is_base64_image(value: str) -> bool:
+    """Return whether a text is the base64 of an image, as far as its beginning tells."""
+    return len(value) > 200 and value.startswith(_BASE64_IMAGES)
 
 
 def file_path(value: str) -> str:
@@ -218,7 +229,7 @@ def _from_data_uri(value: str, where: str) -> bytes:
     try:
         if not comma or not head.endswith(";base64"):
             raise ValueError("it does not begin with data:image/...;base64,")
-        return base64.b64decode(content, validate=True)
+        return base64.b64decode("".join(content.split()), validate=True)
     except ValueError as error:
         raise RecordError(
             f"the image {short(value)} is not valid base64: {error}", "encode it again", where

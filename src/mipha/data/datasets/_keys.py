@@ -21,6 +21,7 @@ from mipha.data.datasets._images import (
     ImageFolders,
     choose_images,
     image_source,
+    is_base64_image,
     is_list,
     short,
 )
@@ -30,6 +31,12 @@ from mipha.data.sample import Message, Remark
 
 SYSTEM = ("system", "system_prompt", "system_message", "systemPrompt", "systemprompt")
 """Names under which a record gives its system turn."""
+
+DEEPEST = 100
+"""Lists and objects inside one another that are read."""
+
+TURNS = ("messages", "conversations", "texts")
+"""Names of lists of turns, which a table's cell may hold as JSON."""
 
 # Source: OpenAI (weight), ms-swift (loss, loss_scale), LLaMA-Factory (loss_mask, loss_weight),
 # verl (trainable), axolotl (train, training)
@@ -62,7 +69,9 @@ _MEDIA = re.compile(
     r"\.?(?:videos?|audios?|video_path|audio_path|mp4|webm|avi|mov|mkv|wav|mp3|flac)"
 )
 _IMAGE_FILES = re.compile(r"\.(?:svg|tga|psd|eps|dds|exr|hdr|pdf|raw|dng|cr2|nef)")
-_HISTORY = re.compile(r"(?:.*_)?(?:history|histories|dialogue?s?|previous_turns|turns|rounds)")
+_HISTORY = re.compile(
+    r"(?:.*_)?(?:history|histories|dialogue?s?|conversations?|messages|previous_turns|turns|rounds)"
+)
 _OPTIONS = re.compile(r"(?:.*_)?(?:options?|choices?|candidates?)(?:_?(?:[a-h]|\d))?")
 _SYSTEM_LIKE = re.compile(r"system(?:_?(?:prompt|message|msg|text|instruction))?")
 _IMAGE_LIKE = re.compile(r"(?:.*_)?(?:image|img|picture|photo)s?(?:_?(?:\d{1,2}|[a-h]|path|file))*")
@@ -144,13 +153,34 @@ class Keys:
             return []
         messages: list[Message] = []
         for turn in value if is_list(value) else [value]:
-            pair = _as_pair(turn)
+            pair = self._as_pair(turn)
             if pair is None:
                 raise self.fault(
                     f"its history holds {short(turn)}", "wanted pairs of a question and its answer"
                 )
             messages += pair
         return messages
+
+    def _as_pair(self, turn: Any) -> list[Message] | None:
+        """Return a question and its answer of a history, or one turn of it."""
+        if is_list(turn) and len(turn) == 2 and all(isinstance(text, str) for text in turn):
+            return [Message("user", turn[0]), Message("assistant", turn[1])]
+        if not isinstance(turn, Mapping):
+            return None
+
+        for ask, say in (("user", "assistant"), ("query", "response"), ("question", "answer")):
+            if isinstance(turn.get(ask), str) and isinstance(turn.get(say), str):
+                self.turn("history[]", turn, ask, say, *MARKS)
+                learned = self.learned("a turn of its history", turn, "assistant")
+                return [Message("user", turn[ask]), Message("assistant", turn[say], learned)]
+
+        name = turn.get("from", turn.get("role"))
+        role = {"human": "user", "gpt": "assistant"}.get(str(name), name)
+        text = turn.get("value", turn.get("content"))
+        if role not in ("system", "user", "assistant") or not isinstance(text, str):
+            return None
+        self.turn("history[]", turn, "from", "role", "value", "content", *MARKS)
+        return [Message(role, text, self.learned("a turn of its history", turn, role))]
 
     def turn(self, path: str, turn: Mapping[str, Any], *read: str) -> None:
         """Note the keys of a turn or part that nothing reads.
@@ -310,12 +340,16 @@ class Keys:
 
     def _is_new_image(self, name: str, item: Any, images: Sequence[ImageSource]) -> bool:
         if isinstance(item, Mapping):
-            item = next((item[key] for key in ("bytes", "path", "url") if item.get(key)), None)
+            given = next((item[key] for key in ("bytes", "path", "url") if item.get(key)), None)
+            values = [value for value in item.values() if isinstance(value, str | bytes)]
+            if given is None:
+                return any(self._is_new_image(name, value, images) for value in values)
+            item = given
         if isinstance(item, StoredImage) or (isinstance(item, bytes) and _is_image(item)):
             return item not in images
         if not isinstance(item, str) or not item.strip():
             return False
-        if item.startswith("data:image/"):
+        if item.startswith("data:image/") or is_base64_image(item):
             return True
 
         # A path: of an image that is shown under another key, or of a further one.
@@ -345,7 +379,8 @@ def parse_list(value: Any) -> Any:
         return value
     text = value.strip()
     try:
-        return json.loads(text)
+        found = json.loads(text)
+        return value if is_deep(text, found) else found
     except (ValueError, RecursionError):
         pass
 
@@ -354,29 +389,30 @@ def parse_list(value: Any) -> Any:
     if len(quoted) > 1 and not set(_QUOTED.sub("", text)) - set("[] \n"):
         return quoted
     try:
-        return ast.literal_eval(text)
+        found = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return value
+    return value if is_deep(text, found) else found
 
 
-def _as_pair(turn: Any) -> list[Message] | None:
-    """Return a question and its answer of a history, or one turn of it."""
-    if isinstance(turn, Mapping):
-        for ask, say in (("user", "assistant"), ("query", "response"), ("question", "answer")):
-            if isinstance(turn.get(ask), str) and isinstance(turn.get(say), str):
-                return [Message("user", turn[ask]), Message("assistant", turn[say])]
-        role = {"human": "user", "gpt": "assistant"}.get(
-            str(turn.get("from", turn.get("role"))), turn.get("from", turn.get("role"))
-        )
-        text = turn.get("value", turn.get("content"))
-        if role in ("system", "user", "assistant") and isinstance(text, str):
-            return [Message(role, text)]
-        return None
-    if is_list(turn) and len(turn) == 2:
-        asked, said = turn
-        if isinstance(asked, str) and isinstance(said, str):
-            return [Message("user", asked), Message("assistant", said)]
-    return None
+def is_deep(text: str, value: Any) -> bool:
+    """Return whether a value is nested so deeply that functions which call themselves may fail.
+
+    Args:
+        text: What the value was read from; few brackets need no look at the value.
+        value: Lists and objects.
+    """
+    if text.count("[") + text.count("{") + text.count("(") <= DEEPEST:
+        return False
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list | tuple)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return bool(level)
 
 
 def _as_mark(value: Any) -> bool | None:

@@ -12,6 +12,7 @@ configs, so they are read by name
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from math import isnan
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,7 +62,9 @@ def judge_turns(
     ratings = ratings_of(content)
     for number in range(num_turns):
         found = [
-            given[number] if (given := ratings.get(name)) and number < len(given) else None
+            _as_rating(given[number])
+            if (given := ratings.get(name)) and number < len(given)
+            else None
             for name in min_ratings
         ]
         pairs = zip(found, min_ratings.values(), strict=True)
@@ -69,6 +72,15 @@ def judge_turns(
             yield False
         else:
             yield None if None in found else True
+
+
+def _as_rating(value: Any) -> float | None:
+    """Return a rating as a number, which may stand there as text; None where it is none."""
+    try:
+        rating = float(value)
+    except (TypeError, ValueError):
+        return None
+    return None if isnan(rating) else rating
 
 
 def keep_rated(rows: Rows) -> tuple[Rows, Rated]:

@@ -16,7 +16,7 @@ import json
 import mmap
 import re
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 import numpy as np
 
 from mipha.data.datasets._images import ImageFolders, image_folders, image_source
-from mipha.data.datasets._keys import Keys
+from mipha.data.datasets._keys import DEEPEST, TURNS, Keys, is_deep, parse_list
 from mipha.data.datasets._regions import place_regions
 from mipha.data.faults import FaultKind, RecordError
 from mipha.data.images import ImageSource
@@ -291,12 +291,14 @@ def record_rows(
         FileNotFoundError: As `split_files`.
         ValueError: As `split_files`, and where a file is not what its name says.
     """
-    return Rows(
-        [
-            Part(f"{dataset}/{name}", record_file(file), image_folders(file, image_root))
-            for name, file in split_files(dataset, root, split, suffixes)
-        ]
-    )
+    parts = [
+        Part(f"{dataset}/{name}", record_file(file), image_folders(file, image_root))
+        for name, file in split_files(dataset, root, split, suffixes)
+    ]
+    beside = sorted({name for part in parts for name in getattr(part.file, "beside", ())})
+    keys = f"nothing reads the keys beside the list: {', '.join(beside)}" if beside else None
+    others = files_of_no_split(root, split, suffixes)
+    return Rows(parts, "; ".join(filter(None, (keys, others))) or None)
 
 
 def record_file(file: Path, most: int | None = None) -> JsonRecords | TableRecords:
@@ -355,16 +357,44 @@ def split_files(
         check_split(f"{dataset} in {root}", split, ("train",))
         return [(root.stem, root)]
 
-    splits = next((found for suffix in suffixes if (found := splits_in(root, suffix))), {})
+    splits = _splits_of(root, suffixes)
     wanted = split if split in splits else _SPLIT_WORDS.get(split.lower(), split)
     if splits and wanted not in splits:
         file = next(iter(splits.values()))[0]
+        named = [name or "that of names without a word" for name in sorted(splits)]
         raise ValueError(
-            f"{dataset} in {root} has no split {wanted!r}, only {' and '.join(sorted(splits))}: "
+            f"{dataset} in {root} has no split {wanted!r}, only {' and '.join(named)}: "
             f"give one file, such as {file}, or set the data's split in a recipe"
         )
     check_split(f"{dataset} in {root}", wanted, sorted(splits))
     return [(file.relative_to(root).with_suffix("").as_posix(), file) for file in splits[wanted]]
+
+
+def files_of_no_split(root: Path | None, split: str, suffixes: Sequence[str]) -> str | None:
+    """Return a sentence on the files that no usual split reads; None if there are none.
+
+    Arguments as for `split_files`.
+    """
+    if root is None or not root.is_dir():
+        return None
+    splits = _splits_of(root, suffixes)
+    usual = set(_SPLIT_WORDS.values())
+    others = [
+        str(file.relative_to(root))
+        for name, files in splits.items()
+        for file in files
+        if name not in usual and split.lower() in _SPLIT_WORDS
+    ]
+    if not others:
+        return None
+    return (
+        f"{len(others)} files are not read, because their names are of no split such as train: "
+        f"{', '.join(others[:10])}{', ...' if len(others) > 10 else ''}"
+    )
+
+
+def _splits_of(folder: Path, suffixes: Sequence[str]) -> dict[str, list[Path]]:
+    return next((found for suffix in suffixes if (found := splits_in(folder, suffix))), {})
 
 
 def splits_in(folder: Path, suffix: str) -> dict[str, list[Path]]:
@@ -429,12 +459,14 @@ class JsonRecords:
             is_one_line = not any(line.strip() for line in stream)
 
             spans: array[int] | None = None
+            self.beside: list[str] = []
+            """Keys that stand beside the list of an object, which nobody reads."""
             if first[:1] == b"[" or (first[:1] == b"{" and (is_one_line or not _is_json(first))):
                 with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
                     if first[:1] == b"[":
                         spans = _list_spans(content, begin, most, file)
                     else:
-                        spans = _object_spans(content, begin, most, file)
+                        spans = _object_spans(content, begin, most, file, self.beside)
             self.is_list = spans is not None
 
             numbers = None
@@ -466,7 +498,9 @@ class JsonRecords:
             stream.seek(start)
             text = stream.read(end - start)
         try:
-            return json.loads(text.decode("utf-8"))
+            return parse_json(text.removeprefix(_BOM).decode("utf-8"))
+        except RecordError as error:
+            raise error.at(self.where(index)) from error
         except UnicodeDecodeError as error:
             raise RecordError(
                 f"this is not UTF-8: byte {text[error.start]:#04x} after "
@@ -480,6 +514,35 @@ class JsonRecords:
                 "write it again, or remove it",
                 self.where(index),
             ) from error
+
+
+def parse_json(text: str) -> Any:
+    """Return the value of a JSON text; NaN, which Python writes for a missing value, is None.
+
+    Raises:
+        RecordError: An object has a key twice, of which one would be lost, or it is nested too
+            deeply.
+        ValueError, RecursionError: It is not valid JSON.
+    """
+    value = _DECODER.decode(text)
+    if is_deep(text, value):
+        raise RecordError(f"it is nested more than {DEEPEST} deep", "remove what is nested so")
+    return value
+
+
+def _as_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise RecordError(f"an object has the key {twice!r} twice", "keep one of them")
+    return found
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_as_object,
+    parse_constant=lambda name: None if name == "NaN" else float(name),
+)
 
 
 def _begin_of_text(stream: BinaryIO, file: Path) -> int:
@@ -507,9 +570,16 @@ def _is_json(text: bytes) -> bool:
 
 
 def _object_spans(
-    content: mmap.mmap, start: int, most: int | None, file: Path
+    content: mmap.mmap, start: int, most: int | None, file: Path, beside: list[str]
 ) -> array[int] | None:
     """Find the records of a file that begins with an object which ends on another line, or is all.
+
+    Args:
+        content: File.
+        start: Place of the object.
+        most: Number of records to find; None for all.
+        file: Name for messages.
+        beside: List that receives the object's keys beside its list of records.
 
     Returns:
         Begin and end of each record: of the elements of the object's one list of objects, or of the
@@ -560,10 +630,12 @@ def _object_spans(
     if len(lists) != 1:
         named = ", ".join(f"{key} ({len(value)})" for key, value in lists.items())
         held = f"the lists {named}" if lists else f"objects under {', '.join(whole)[:80]}"
-        raise ValueError(
-            f"{file} holds one object with {held}: save the one list of records by itself"
-        )
+        fix = "save the one list of records by itself"
+        if {"images", "annotations"} <= lists.keys():
+            fix = "for COCO's captions give their folder as --root to the data set coco_captions"
+        raise ValueError(f"{file} holds one object with {held}: {fix}")
     (key,) = lists
+    beside += [name for name, value in whole.items() if name != key and value]
     return _list_spans(content, _begin_of_value(content, objects[0], key), most, file, alone=False)
 
 
@@ -674,7 +746,8 @@ class TableRecords:
             stream.seek(begin)
 
             lines = _CountedLines(stream, file)
-            rows = csv.reader(lines, delimiter=self._delimiter, strict=True)
+            rows = _rows_of(lines, self._delimiter)
+            number = 1
             try:
                 self.columns = [name.strip() for name in next(rows, [])]
                 while most is None or len(numbers) < most:
@@ -685,8 +758,11 @@ class TableRecords:
                         spans.extend((start, lines.offset))
                         numbers.append(number)
             except csv.Error as error:
+                cause, fix = str(error), "write a cell with a quote in quotes, and that quote twice"
+                if "new-line" in cause:
+                    cause, fix = "it ends with CR alone", "end lines with LF or CRLF"
                 raise ValueError(
-                    f"{file}, line {lines.number} is not a row of separated values: {error}"
+                    f"{file}, line {number} is not a row of separated values: {cause}; {fix}"
                 ) from error
 
         if twice := {name for name in self.columns if self.columns.count(name) > 1}:
@@ -707,7 +783,7 @@ class TableRecords:
         """Return file and line."""
         return f"{self.file}, line {self.name(index)}"
 
-    def read(self, index: int) -> dict[str, str | None]:
+    def read(self, index: int) -> dict[str, Any]:
         """Read one record, by column.
 
         Raises:
@@ -719,14 +795,31 @@ class TableRecords:
             text = stream.read(end - start).decode("utf-8")
 
         lines = io.StringIO(text, newline="")
-        cells = next(csv.reader(lines, delimiter=self._delimiter, strict=True))
+        cells = next(_rows_of(lines, self._delimiter))
         if len(cells) != len(self.columns):
             raise RecordError(
                 f"it has {len(cells)} cells for {len(self.columns)} columns",
                 f"put text with a {self._delimiter!r} in quotes",
                 self.where(index),
             )
-        return {column: cell or None for column, cell in zip(self.columns, cells, strict=True)}
+        return {
+            column: (parse_list(cell) if column in TURNS else cell) or None
+            for column, cell in zip(self.columns, cells, strict=True)
+        }
+
+
+def _rows_of(lines: Iterable[str], delimiter: str) -> Iterator[list[str]]:
+    """Yield the cells of each row; a base64 image is longer than a cell may be by default."""
+    rows = csv.reader(lines, delimiter=delimiter, strict=True)
+    while True:
+        limit = csv.field_size_limit(2**31 - 1)
+        try:
+            cells = next(rows, None)
+        finally:
+            csv.field_size_limit(limit)
+        if cells is None:
+            return
+        yield cells
 
 
 class _CountedLines(Iterator[str]):

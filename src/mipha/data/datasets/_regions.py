@@ -14,6 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from mipha.data.datasets._images import is_list, short
@@ -52,7 +53,9 @@ def place_regions(
     if not isinstance(objects, Mapping) or not _PLACEHOLDER.search(text):
         return list(messages), ()
     keys.read.add("objects")
-    boxes, names = list(objects.get("bbox") or ()), list(objects.get("ref") or ())
+    boxes, names, shown_in = (list_of(keys, objects, name) for name in ("bbox", "ref", "image_id"))
+    if not all(isinstance(name, str) for name in names):
+        raise keys.fault(f"the ref of its objects is {short(names)}", "wanted a list of texts")
     for marker, values in ((BBOX, boxes), (REF, names)):
         if text.count(marker) != len(values):
             raise keys.fault(
@@ -63,14 +66,21 @@ def place_regions(
 
     # Find the image and the numbers of each box; names stand beside the boxes in order.
     kind = objects.get("bbox_type")
-    scale = reading.bbox_scale or {"norm1": "unit", None: "pixels", "real": "pixels"}.get(kind)
+    scales = {"norm1": "unit", "None": "pixels", "real": "pixels"}
+    scale = reading.bbox_scale or scales.get(str(kind))
     if scale is None:
         raise keys.fault(
             f'its bbox_type is {short(kind)}, which is not "real" or "norm1"',
             "say bbox_scale",
             "region-scale",
         )
-    shown_in = list(objects.get("image_id") or [0] * len(boxes))
+    shown_in = shown_in or [0] * len(boxes)
+    if len(shown_in) != len(boxes):
+        raise keys.fault(
+            f"its objects have {len(shown_in)} image_id for {len(boxes)} bbox",
+            "wanted the number of an image for each box",
+            "region-count",
+        )
     labels = names if len(names) == len(boxes) else [""] * len(boxes)
     regions = tuple(
         read_region(keys, reading, box, scale, images, number, label)
@@ -83,12 +93,31 @@ def place_regions(
         replace(
             message,
             text=_PLACEHOLDER.sub(
-                lambda found: REGION if found.group() == BBOX else str(next(left)), message.text
+                lambda found: REGION if found.group() == BBOX else next(left), message.text
             ),
         )
         for message in messages
     ]
     return marked, regions
+
+
+def list_of(keys: Keys, objects: Mapping[str, Any], name: str) -> list[Any]:
+    """Return one of the lists of a record's `objects`; empty where it is not there.
+
+    Args:
+        keys: Keys of the record, for messages.
+        objects: The lists by name.
+        name: Name of the list.
+
+    Raises:
+        RecordError: It is something else.
+    """
+    value = objects.get(name)
+    if value is not None and not is_list(value):
+        raise keys.fault(
+            f"the {name} of its objects is {short(value)}", "wanted a list", "region-count"
+        )
+    return list(value or ())
 
 
 def read_region(
@@ -169,4 +198,4 @@ def _size(keys: Keys, image: ImageSource) -> tuple[tuple[int, int], tuple[int, i
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)

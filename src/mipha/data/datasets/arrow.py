@@ -160,7 +160,8 @@ def files_of(folder: Path) -> list[Path]:
         return [folder]
     if not (folder / "state.json").is_file():
         raise ValueError(
-            f"arrow: {folder} has no state.json; give a folder that `save_to_disk` wrote"
+            f"arrow: {folder} has no state.json; give a folder that `save_to_disk` wrote, "
+            "or one .arrow file"
         )
     state = read_json_object(folder / "state.json", _SAVE_AGAIN)
     if state.get("_indices_files"):

@@ -54,6 +54,8 @@ _CONTAINERS: dict[str, tuple[str, Any]] = {
     ".tar": ("webdataset", partial(TarRecords, most=NUM_FIRST)),
 }
 
+_PACKED = (".zip", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+
 
 def detect(
     path: Path | None, complete: Callable[[Any], Any] = lambda content: content
@@ -91,9 +93,10 @@ def _detect_file(file: Path, complete: Callable[[Any], Any]) -> tuple[str, str]:
     if suffix in (*LINE_SUFFIXES, *TABLE_SUFFIXES):
         shape, content = _shape_of(file, record_file(file, NUM_FIRST), complete)
         return shape, f"{file} is read as {shape}: {describe(content, shape)}"
+    wanted = "unpack it, and give what is in it" if suffix in _PACKED else "wanted one of"
     raise ValueError(
         f"{file}: the format of a {suffix or 'nameless kind of'} file is not known; "
-        f"wanted one of\n{FORMS}"
+        f"{wanted}\n{FORMS}"
     )
 
 
@@ -131,7 +134,9 @@ def _detect_folder(folder: Path, complete: Callable[[Any], Any]) -> tuple[str, s
 
     images = CaptionedImages(next(iter(split_folders(folder).values()), folder))
     if not len(images):
-        raise ValueError(f"{folder} holds no data of a known format; wanted one of\n{FORMS}")
+        packed = next((p.name for p in folder.iterdir() if p.suffix.lower() in _PACKED), None)
+        wanted = f"unpack {packed}, and give what is in it" if packed else "wanted one of"
+        raise ValueError(f"{folder} holds no data of a known format; {wanted}\n{FORMS}")
     _shape_of(folder, images, complete)
     described = "images with a caption in a .txt beside each"
     return "image_folder", f"{folder} is read as image_folder: {described}"
@@ -161,7 +166,7 @@ def _record_files(folder: Path) -> dict[str, list[Path]]:
         if metadata := metadata_of(place):
             found.setdefault("image_folder", [metadata])
 
-    for suffix in (".parquet", ".tar", *LINE_SUFFIXES, *TABLE_SUFFIXES):
+    for suffix in (".parquet", ".arrow", ".tar", *LINE_SUFFIXES, *TABLE_SUFFIXES):
         if suffix == ".json" and found:
             continue  # settings and statistics that lie beside the data
         splits = splits_in(folder, suffix)

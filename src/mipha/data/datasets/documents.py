@@ -40,9 +40,16 @@ def to_sample(row: Row) -> Sample:
         )
     keys = row.keys()
     keys.read.update(("images", "texts", "metadata", "general_metadata"))
+    if not keys.with_marks([Message("assistant", "")])[0].learned:
+        raise row.fault("its marks say that it is not to be learned", "remove the row", "loss-mark")
 
     # One place after another.
     texts, images = row.content["texts"], row.content["images"]
+    if len(texts) != len(images):
+        raise row.fault(
+            f"it has {len(texts)} texts for {len(images)} images",
+            "wanted as many of both, one of the two null at each place",
+        )
     places: list[str] = []
     for number, (text, image) in enumerate(zip(texts, images, strict=True)):
         if (text is None) == (image is None):
@@ -64,12 +71,12 @@ def to_sample(row: Row) -> Sample:
 
 
 def is_document(content: Mapping[str, Any]) -> bool:
-    """Return whether a record has `texts` and `images` of one length, texts being text or None."""
+    """Return whether a record has lists `texts` and `images`, texts being text or None."""
     texts, images = content.get("texts"), content.get("images")
     return (
         is_list(texts)
         and is_list(images)
-        and len(texts) == len(images) > 0
+        and len(texts) > 0
         and all(text is None or isinstance(text, str) for text in texts)
     )
 

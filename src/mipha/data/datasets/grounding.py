@@ -14,6 +14,7 @@ Molmo2 reads as 0 to 100
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from mipha.data.dataset import DataSet
 from mipha.data.datasets._images import is_list, short
 from mipha.data.datasets._keys import Keys
 from mipha.data.datasets._records import LINE_SUFFIXES, Row, Rows, put_images_first, record_rows
-from mipha.data.datasets._regions import READS, read_region
+from mipha.data.datasets._regions import READS, list_of, read_region
 from mipha.data.sample import REGION, Message, Sample
 
 EXPRESSIONS = ("captions", "sentences", "expressions", "answer", "caption", "expression", "text")
@@ -56,10 +57,11 @@ def to_sample(row: Row) -> Sample:
     images = keys.take_images()
     if len(images) != 1:
         raise row.fault(f"it has {len(images)} images", "wanted one", "image-count")
-    read = _read_points if "points" in content else _read_box
-    if "objects" in content:
+    read = _read_points if content.get("points") is not None else _read_box
+    if _has_detections(content):
         read = _read_objects
     turns, numbers, scale, labels = read(row, keys)
+    turns = keys.with_marks(turns)
     sources = row.sources(images)
     regions = tuple(
         read_region(keys, row.reading, one, scale, sources, 0, label)
@@ -70,16 +72,22 @@ def to_sample(row: Row) -> Sample:
 
 def is_grounding(content: Mapping[str, Any]) -> bool:
     """Return whether a record has expressions and a box, a label and points, or detections."""
-    if "points" in content:
+    if content.get("points") is not None:
         return isinstance(content.get("label"), str) and _pairs(content["points"]) is not None
-    objects = content.get("objects")
-    if isinstance(objects, Mapping) and "bbox" in objects and "category" in objects:
-        return not any(name in content for name in ("messages", "conversations", "query"))
+    if _has_detections(content):
+        return not any(
+            content.get(name) is not None for name in ("messages", "conversations", "query")
+        )
     box = content.get("bbox")
     name = _expressions_of(content)
     if not is_list(box) or len(box) != 4 or name is None:
         return False
-    return "question" not in content or is_list(content[name])
+    return content.get("question") is None or is_list(content[name])
+
+
+def _has_detections(content: Mapping[str, Any]) -> bool:
+    objects = content.get("objects")
+    return isinstance(objects, Mapping) and "bbox" in objects and "category" in objects
 
 
 def _expressions_of(content: Mapping[str, Any]) -> str | None:
@@ -117,7 +125,13 @@ def _read_points(row: Row, keys: Keys) -> _Read:
             "region-scale",
         )
     label = row.content["label"]
-    pairs = _pairs(row.content["points"]) or []
+    pairs, count = _pairs(row.content["points"]) or [], row.content.get("count")
+    if isinstance(count, int) and count != len(pairs):
+        raise row.fault(
+            f"its count is {count}, and it has {len(pairs)} points",
+            "give a point for each, or fix the count",
+            "region-count",
+        )
     keys.read.update(("label", "points", "count", "collection_method"))
     turns = [
         Message("user", f"Point to {label}."),
@@ -130,7 +144,7 @@ def _read_objects(row: Row, keys: Keys) -> _Read:
     _check_format(row, "objects.bbox")
     keys.read.add("objects")
     objects = row.content["objects"]
-    boxes, names = list(objects["bbox"] or ()), list(objects["category"] or ())
+    boxes, names = (list_of(keys, objects, name) for name in ("bbox", "category"))
     if len(boxes) != len(names) or any(not isinstance(name, str) for name in names):
         raise row.fault(
             f"its categories are {short(names)} for {len(boxes)} boxes",
@@ -154,7 +168,7 @@ def _check_format(row: Row, column: str) -> None:
 def _pairs(points: Any) -> list[list[Any]] | None:
     """Return x and y of each point: of a list of objects, or an object of lists."""
     if isinstance(points, Mapping) and is_list(points.get("x")) and is_list(points.get("y")):
-        return [list(pair) for pair in zip(points["x"], points["y"], strict=False)]
+        return [list(pair) for pair in zip_longest(points["x"], points["y"])]
     if is_list(points) and all(
         isinstance(one, Mapping) and {"x", "y"} <= set(one) for one in points
     ):

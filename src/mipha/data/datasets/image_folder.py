@@ -37,14 +37,14 @@ class CaptionedImages:
         self.folder = folder
         self._images: list[str] = []
         self.alone: list[str] = []
+        self._in_capitals: set[str] = set()
         for place, _, names in os.walk(folder):
             images = [name for name in names if _is_image_name(name)]
             captioned = {os.path.splitext(name)[0] for name in images}
-            lone = [
-                name
-                for name in names
-                if name.endswith(".txt") and not name.startswith(".") and name[:-4] not in captioned
-            ]
+            texts = [name for name in names if name[-4:].lower() == ".txt" and name[0] != "."]
+            lone = [name for name in texts if name[:-4] not in captioned]
+            capitals = [name for name in texts if name.endswith(".TXT")]
+            self._in_capitals.update(os.path.join(place, name) for name in capitals)
             self._images += [os.path.relpath(os.path.join(place, name), folder) for name in images]
             self.alone += [_caption_alone(place, name, names, folder) for name in lone]
         self._images.sort()
@@ -63,7 +63,9 @@ class CaptionedImages:
 
     def caption(self, index: int) -> Path:
         """Return the text file that belongs to the image."""
-        return (self.folder / self._images[index]).with_suffix(".txt")
+        caption = (self.folder / self._images[index]).with_suffix(".txt")
+        capitals = caption.with_suffix(".TXT")
+        return capitals if str(capitals) in self._in_capitals else caption
 
     def read(self, index: int) -> dict[str, str]:
         """Read the image's path and its caption.
@@ -79,7 +81,7 @@ class CaptionedImages:
                 self.where(index),
             )
         try:
-            text = caption.read_bytes().decode("utf-8-sig")
+            text = caption.read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
         except UnicodeDecodeError as error:
             raise RecordError(
                 f"its caption {caption.name} is not UTF-8",
@@ -108,6 +110,11 @@ def load(root: Path | None, split: str, image_root: Sequence[Path] = ()) -> Rows
     if not root.is_dir():
         raise FileNotFoundError(f"image_folder: no folder {root}; check the data's root")
     folders = split_folders(root) or {"train": root}
+    if split == "train" and split not in folders:
+        raise ValueError(
+            f"image_folder in {root} has the folders {' and '.join(sorted(folders))} and no train: "
+            "put what is to be trained on into a folder of that name, or set the data's split"
+        )
     check_split(f"image_folder in {root}", split, sorted(folders))
 
     folder = folders[split]
@@ -126,16 +133,37 @@ def load(root: Path | None, split: str, image_root: Sequence[Path] = ()) -> Rows
 
 
 def left_out(root: Path | None, split: str) -> str | None:
-    """Return a sentence on the captions of a split that have no image; None if there are none."""
+    """Return a sentence on what of a folder no split reads; None if there is nothing."""
     assert root is not None
-    folder = (split_folders(root) or {"train": root})[split]
-    if metadata_of(folder):
-        return None
-    alone = CaptionedImages(folder).alone
-    if not alone:
-        return None
-    listed = ", ".join(alone[:_MOST_NAMED]) + (", ..." if len(alone) > _MOST_NAMED else "")
-    return f"{len(alone)} captions have no image that can be read beside them: {listed}"
+    splits = split_folders(root)
+    folder = splits.get(split, root)
+    metadata = metadata_of(folder)
+
+    # Find captions alone, further metadata, and images outside the folders of all splits.
+    alone = [] if metadata else CaptionedImages(folder).alone
+    others: list[str] = []
+    outside: list[str] = []
+    for place, _, names in os.walk(root):
+        paths = [Path(place, name) for name in names if name in METADATA or _is_image_name(name)]
+        if Path(place).is_relative_to(folder):
+            others += [str(p.relative_to(root)) for p in paths if p.name in METADATA]
+        elif not any(Path(place).is_relative_to(each) for each in splits.values()):
+            outside += [str(p.relative_to(root)) for p in paths if _is_image_name(p.name)]
+    if metadata:
+        others.remove(str(metadata.relative_to(root)))
+
+    said = (
+        (alone, "captions have no image that can be read beside them"),
+        (others, "files of metadata are not read"),
+        (outside, "images are not read, because they lie in no folder of a split"),
+    )
+    return (
+        "; ".join(f"{len(names)} {what}: {_listed(names)}" for names, what in said if names) or None
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(sorted(names)[:_MOST_NAMED]) + (", ..." if len(names) > _MOST_NAMED else "")
 
 
 def _is_image_name(name: str) -> bool:

@@ -152,18 +152,15 @@ def _read_part(row: Row, keys: Keys, number: int, part: Any, path: str) -> tuple
         keys.turn(f"{path}.content[]", part, "type", "detail", *((name,) if name else ()))
         beside = None if kind == "image" else {}
         return IMAGE, part[name] if name else beside
-    text = (
-        next((part[n] for n in ("text", "value", "content") if part.get(n) is not None), None)
-        if isinstance(part, Mapping)
-        else None
-    )
+    name = next((n for n in ("text", "value", "content") if kind and part.get(n) is not None), "")
+    text = part[name] if name else None
     if kind in ("text", "input_text", "output_text") and isinstance(text, str):
         if text == IMAGE:  # would be taken for an image part
             raise row.fault(
                 f"a text part of message {number} is {IMAGE}",
                 'write {"type": "image"} for an image',
             )
-        keys.turn(f"{path}.content[]", part, "type", "text", "value", "content")
+        keys.turn(f"{path}.content[]", part, "type", name)
         return text, None
     raise row.fault(
         f'a part of message {number} is not {{"type": "text", "text": ...}}, '

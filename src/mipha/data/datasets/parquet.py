@@ -26,7 +26,13 @@ from mipha.data.datasets._columns import (
     with_places,
 )
 from mipha.data.datasets._images import image_folders
-from mipha.data.datasets._records import Part, Rows, index_files, split_files
+from mipha.data.datasets._records import (
+    Part,
+    Rows,
+    files_of_no_split,
+    index_files,
+    split_files,
+)
 from mipha.data.datasets._shapes import READS, sample_of
 from mipha.data.faults import RecordError
 
@@ -173,16 +179,12 @@ class ParquetRecords:
     def _places(self, group: int, row: int, column: str) -> Any:
         """Return where the image of a cell is, or its path; a list where the cell is one."""
         cell = _image_outlines(self.file, group, column)[row]
-        if cell is None or isinstance(cell, str):
-            return cell
-        if not isinstance(cell, list):
-            return ParquetImage(self.file, group, row, column, None)
-        if any(isinstance(path, str) for path in cell):
-            return cell
-        return [
-            None if part is None else ParquetImage(self.file, group, row, column, number)
-            for number, part in enumerate(cell)
-        ]
+        if isinstance(cell, list):
+            return [
+                ParquetImage(self.file, group, row, column, number) if part is True else part
+                for number, part in enumerate(cell)
+            ]
+        return ParquetImage(self.file, group, row, column, None) if cell is True else cell
 
 
 def load(
@@ -210,7 +212,8 @@ def load(
         Part(f"parquet/{name}", records, image_folders(file, image_root))
         for name, file, records in indexed
     ]
-    return Rows(parts, left_out)
+    others = files_of_no_split(root, split, (".parquet",))
+    return Rows(parts, "; ".join(filter(None, (left_out, others))) or None)
 
 
 DATASET = DataSet(
@@ -245,8 +248,8 @@ def _columns_of(file: Path, group: int, columns: tuple[str, ...]) -> list[tuple[
 def _image_outlines(file: Path, group: int, column: str) -> list[Any]:
     """Return the outline of each cell of a row group's image column, without the pixels.
 
-    An outline is None, something, or a list of something. Where no cell holds bytes, as
-    `Dataset.to_parquet` writes images that lie in files, something is the path.
+    An outline is None, True or a path, or a list of these. A path stands where the cell holds no
+    bytes, as `Dataset.to_parquet` writes images that lie in files.
     """
     opened = _open(file)
     leaves = [opened.schema.column(number).path for number in range(len(opened.schema))]
@@ -265,18 +268,39 @@ def _image_outlines(file: Path, group: int, column: str) -> list[Any]:
         chunk.statistics is not None and chunk.statistics.null_count == chunk.num_values
         for chunk in chunks
     )
-    return [_path_or_mark(cell, without_bytes) for cell in cells]
+    if without_bytes:
+        return [_path_of(cell) for cell in cells]
+
+    # Some images may lie in files, others here: more bytes are null than there are null cells.
+    num_null = sum(chunk.statistics.null_count for chunk in chunks if chunk.statistics is not None)
+    if num_null > sum(map(_num_null, cells)):
+        return [_outline(cell) for cell in _read_group(file, group, (column,))[column]]
+    return [_marks(cell) for cell in cells]
 
 
 def _outline(cell: Any) -> Any:
     if not cell.is_valid:
         return None
-    if not hasattr(cell.type, "value_type"):
-        return True
-    return [True if part.is_valid else None for part in cell]
+    if hasattr(cell.type, "value_type"):
+        return [_outline(part) for part in cell]
+    is_path = hasattr(cell, "keys") and "path" in cell and not cell["bytes"].is_valid
+    return (cell["path"].as_py() or True) if is_path else True
 
 
-def _path_or_mark(cell: Any, without_bytes: bool) -> Any:
+def _path_of(cell: Any) -> Any:
     if isinstance(cell, list):
-        return [_path_or_mark(part, without_bytes) for part in cell]
-    return None if cell is None else cell["path"] if without_bytes else True
+        return [_path_of(part) for part in cell]
+    return None if cell is None else cell["path"]
+
+
+def _num_null(cell: Any) -> int:
+    """Return how many nulls a leaf has because of this cell; an empty list is one."""
+    if isinstance(cell, list):
+        return sum(map(_num_null, cell)) if cell else 1
+    return int(cell is None)
+
+
+def _marks(cell: Any) -> Any:
+    if isinstance(cell, list):
+        return [_marks(part) for part in cell]
+    return None if cell is None else True

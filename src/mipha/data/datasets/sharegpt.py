@@ -63,6 +63,9 @@ def _named_turn(row: Row, number: int, turn: Any) -> dict[str, Any]:
             f"{str(turn)[:80]}",
             "write the turn so, or remove the row",
         )
+    roles = {ROLES.get(str(turn[key]).lower()) for key in ("from", "role") if turn.get(key)}
+    if len(roles) > 1 or None not in (turn.get("value"), turn.get("content")):
+        raise row.fault(f"turn {number} has two roles or texts: {str(turn)[:80]}", "keep one")
     rest = {key: value for key, value in turn.items() if key not in ("from", "value")}
     content = turn.get("value", turn.get("content"))
     return rest | {"role": ROLES[name.lower()], "content": content}

@@ -21,11 +21,17 @@ are: VQAv2's ten. Lists of `questions` and `answers` are turns of one conversati
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from mipha.data.dataset import DataSet
-from mipha.data.datasets._choices import ANSWER_NUMBERS, option_columns, read_choice
+from mipha.data.datasets._choices import (
+    ANSWER_NUMBERS,
+    option_columns,
+    read_choice,
+    stands_for_column,
+)
 from mipha.data.datasets._images import IMAGE_COLUMNS, choose_images, is_list, short
 from mipha.data.datasets._keys import Keys, parse_list
 from mipha.data.datasets._records import (
@@ -76,7 +82,12 @@ def to_sample(row: Row) -> Sample:
         raise row.fault(
             f"the row is not an object: {str(row.content)[:80]}", "name its columns in an object"
         )
-    row = row._replace(content=_by_meaning(row, by_name(row.content)))
+    named = by_name(row.content)
+    if len(named) < len(row.content):
+        names = [plain_name(name) for name in row.content]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise row.fault(f"it has two columns {twice!r}, case aside", "rename one of them")
+    row = row._replace(content=_by_meaning(row, named))
     columns = columns_of(row.content)
     if columns is None:
         raise row.fault(
@@ -93,7 +104,7 @@ def to_sample(row: Row) -> Sample:
         caption = _read_text(row, columns[0])
         if not images:
             raise row.fault("its caption is about no image", "give one, or remove the row")
-        turns = [Message("user", INSTRUCTION), Message("assistant", caption)]
+        turns = keys.with_marks([Message("user", INSTRUCTION), Message("assistant", caption)])
         return row.sample(put_images_first(turns, len(images)), images, keys)
 
     # A question and its answer, with all that stands around them.
@@ -119,7 +130,12 @@ def to_sample(row: Row) -> Sample:
 
 def by_name(content: Mapping[Any, Any]) -> dict[str, Any]:
     """Return a record by its columns' names in small letters; people write them in either case."""
-    return {str(name).strip().lower().replace(" ", "_"): value for name, value in content.items()}
+    return {plain_name(name): value for name, value in content.items()}
+
+
+def plain_name(name: Any) -> str:
+    """Return a column's name in small letters, without spaces."""
+    return str(name).strip().lower().replace(" ", "_")
 
 
 def columns_of(content: Mapping[str, Any]) -> tuple[str, ...] | None:
@@ -129,31 +145,39 @@ def columns_of(content: Mapping[str, Any]) -> tuple[str, ...] | None:
         content: A record, as `by_name` gives it.
 
     Returns:
-        One or two names; None where the record has neither.
+        One or two names; None where the record has neither. Of several names one that is not None
+        counts, because a table of several kinds of rows has the columns of all.
     """
     question, answer, caption = (
-        next((name for name in names if name in content), None)
-        for names in (QUESTIONS, ANSWERS, CAPTIONS)
+        _first_of(content, names) for names in (QUESTIONS, ANSWERS, CAPTIONS)
     )
     if is_list(content.get("questions")) and is_list(content.get("answers")):
         return "questions", "answers"
-    if question and not answer and option_columns(content):
-        answer = next((name for name in ANSWER_NUMBERS if name in content), None)
-    if question and answer:
+    filled = {name for name in (question, answer, caption) if name and content[name] is not None}
+    if question and answer not in filled and option_columns(content):
+        answer = _first_of(content, (*ANSWERS, *ANSWER_NUMBERS))
+    if question and answer and filled != {caption}:
         return question, answer
     has_image = choose_images(content) or any(name in content for name in IMAGE_COLUMNS)
     return (caption,) if caption and has_image else None
 
 
+def _first_of(content: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    """Return the first name whose value is not None, else the first that is there at all."""
+    present = [name for name in names if name in content]
+    filled = (name for name in present if content[name] is not None)
+    return next(filled, present[0] if present else None)
+
+
 def _by_meaning(row: Row, content: dict[str, Any]) -> dict[str, Any]:
     """Return a record whose columns have the names that are read, as the recipe's `columns` say."""
     for meaning, column in row.reading.columns.items():
-        if column.lower() not in content:
+        if plain_name(column) not in content:
             raise row.fault(
                 f"it has no column {column!r} for the {meaning}",
                 f"the columns are {', '.join(content)}",
             )
-        value = content.pop(column.lower())
+        value = content.pop(plain_name(column))
         if meaning in content:
             content[f"other {meaning}"] = content.pop(meaning)
         content = {meaning: value, **content}
@@ -164,9 +188,9 @@ def _read_pairs(row: Row, questions: str, answers: str) -> list[Message]:
     """Return the turns of lists of questions and answers."""
     asked, said = row.content[questions], row.content[answers]
     if not is_list(said) or len(asked) != len(said) or not asked:
+        held = f"a list of {len(said)}" if is_list(said) else short(said)
         raise row.fault(
-            f"it has {len(asked)} questions and {len(said) if is_list(said) else 'no list of'} "
-            "answers",
+            f"its {questions} is a list of {len(asked)}, and its {answers} is {held}",
             "wanted one answer for each question",
         )
     turns: list[Message] = []
@@ -202,8 +226,9 @@ def _most_frequent(row: Row, keys: Keys, column: str) -> str:
 def _read_question(row: Row, keys: Keys, column: str) -> str:
     """Return the question, after its context and before its input."""
     question = _read_text(row, column)
-    if column != "input" and (text := keys.take("input")) and str(text).strip():
-        question = f"{question}\n{text}"
+    text = None if column == "input" else keys.take("input")
+    if text is not None and str(text).strip():
+        question = f"{question}\n{_read_text(row, 'input')}"
     for name in CONTEXTS:
         value = keys.content.get(name)
         if isinstance(value, str) and value.strip():
@@ -217,6 +242,9 @@ def _check_answer(row: Row, keys: Keys, column: str) -> None:
     answer = str(row.content[column]).strip()
     if not (answer.isdecimal() or (len(answer) == 1 and answer.isalpha() and answer.isupper())):
         return
+    if stands_for_column(row.content, answer):
+        about = f"the {column} may be one of the columns of options, which are not complete"
+        keys.remark("unclear-choice", about, f"{about}: {short(row.content[column])}")
     for name, value in row.content.items():
         value = parse_list(value)
         if name in keys.read or not is_list(value) or len(value) < 2:
@@ -229,7 +257,7 @@ def _check_answer(row: Row, keys: Keys, column: str) -> None:
 
 def _read_text(row: Row, column: str) -> str:
     value = row.content[column]
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value):
         value = str(value)
     if not isinstance(value, str) or not value.strip():
         raise row.fault(f"its {column} is {str(value)[:80]!r}", "wanted text that is not empty")

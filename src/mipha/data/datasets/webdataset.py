@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 from array import array
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache, partial
@@ -25,7 +24,15 @@ from mipha.data.addresses import note_of
 from mipha.data.blocks import Blocks, read_starts, stretches
 from mipha.data.dataset import DataSet
 from mipha.data.datasets._images import choose_images, image_folders, with_images
-from mipha.data.datasets._records import Part, RecordFile, Rows, index_files, split_files
+from mipha.data.datasets._records import (
+    Part,
+    RecordFile,
+    Rows,
+    files_of_no_split,
+    index_files,
+    parse_json,
+    split_files,
+)
 from mipha.data.datasets._shapes import READS, sample_of, shapes_of
 from mipha.data.faults import RecordError
 from mipha.data.images import SUFFIXES, FileSlice, StoredImage
@@ -195,6 +202,9 @@ def _files_of(blocks: Blocks, file: Path, block: int, row: int) -> tuple[Member,
     return tuple(member for member in found if member.key == found[0].key)
 
 
+_ONE_NAME = "its files lie side by side, and the name that they share ends at its first dot"
+
+
 def _record(
     key: str,
     files: Sequence[tuple[str, int, int]],
@@ -221,15 +231,17 @@ def _record(
     if len(records) > 1 or len(captions) > 1:
         raise RecordError(
             f"it has {len(records)} .json and {len(captions)} .txt files",
-            "wanted one of each at most",
+            f"wanted one of each at most; {_ONE_NAME}",
             where,
         )
     if not records and not captions:
         raise RecordError(
             "it has no .json and no .txt beside its image",
-            "add a .txt with a caption, or a .json with a record",
+            f"add a .txt with a caption, or a .json with a record; {_ONE_NAME}",
             where,
         )
+    if not records and not images:
+        raise RecordError("it has a .txt and no image", f"add the image; {_ONE_NAME}", where)
 
     # Put its images instead of those that the record names.
     content = _parse(records[0], where) if records else {}
@@ -259,7 +271,7 @@ def _record(
 
 def _text(place: StoredImage, where: str) -> str:
     try:
-        return place.read().decode("utf-8-sig")
+        return place.read().decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise RecordError(
             f"its text is not UTF-8: {error}", "save the text as UTF-8", where
@@ -294,12 +306,15 @@ def load(
     parts = [
         Part(f"webdataset/{name}", records, image_folders(file)) for name, file, records in indexed
     ]
-    return Rows(parts, left_out)
+    others = files_of_no_split(root, split, (".tar",))
+    return Rows(parts, "; ".join(filter(None, (left_out, others))) or None)
 
 
 def _parse(text: str, where: str) -> Mapping[str, Any]:
     try:
-        content = json.loads(text)
+        content = parse_json(text)
+    except RecordError as error:
+        raise error.at(where) from error
     except (ValueError, RecursionError) as error:
         raise RecordError(
             f"its .json is not valid JSON: {error}", "write it again", where
