@@ -171,6 +171,24 @@ def write_chat(
     return text
 
 
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """Return the tokens of a text that a chat template has written.
+
+    Raises:
+        ValueError: A pattern of the tokenizer gives up on the text.
+    """
+    try:
+        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    except BaseException as error:  # a panic of the tokenizers package is no Exception
+        if type(error).__name__ != "PanicException":
+            raise
+        raise ValueError(
+            f"the tokenizer cannot split a text of {len(text):,} characters ({_reason(error)}): "
+            "give a tokenizer.json with simpler patterns"
+        ) from error
+    return ids
+
+
 def check_length(text: str, source: object) -> None:
     """Refuse a conversation that no tokenizer should be given.
 
@@ -184,7 +202,7 @@ def check_length(text: str, source: object) -> None:
         )
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 

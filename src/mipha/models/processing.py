@@ -15,6 +15,7 @@ import transformers
 from PIL import Image
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoTokenizer,
     Idefics3Processor,
     LlavaNextProcessor,
@@ -376,6 +377,13 @@ def load_processor(folder: str | Path, template: str | None = None) -> LlavaProc
         raise FileNotFoundError(
             f"{folder} has no chat_template.jinja: put its template there, or name one"
         )
+    if (folder / "config.json").is_file():
+        try:
+            AutoConfig.from_pretrained(folder, local_files_only=True)  # as the tokenizer's reader
+        except Exception as error:
+            raise ValueError(
+                f"{folder / 'config.json'} cannot be read: copy it again ({_reason(error)})"
+            ) from error
     try:
         processor = _read_processor(folder, saved, own)
     except Exception as error:  # the readers answer a damaged file with any kind of exception
