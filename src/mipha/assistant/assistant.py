@@ -676,7 +676,7 @@ def with_adapter(assistant: Assistant, adapter: Path, base: Path) -> Assistant:
         ValueError: The adapter does not fit the model.
     """
     model = attach_adapter(assistant.model, adapter, base)
-    return Assistant(model, load_processor(base, adapter_template(adapter)))
+    return Assistant(model, load_processor(base, *adapter_template(adapter)))
 
 
 def render_prompt(processor: LlavaProcessor, question: str, num_images: int) -> str:

@@ -358,12 +358,15 @@ class NativeImageProcessor:
         return blocks.reshape(high * wide, patch * patch * 3).astype(np.float32), (high, wide)
 
 
-def load_processor(folder: str | Path, template: str | None = None) -> LlavaProcessor:
+def load_processor(
+    folder: str | Path, template: str | None = None, source: Path | None = None
+) -> LlavaProcessor:
     """Load the processor of a saved checkpoint; one of another class has the same attributes.
 
     Args:
         folder: Checkpoint of any layout that `read_processor` knows.
         template: Chat template in place of the checkpoint's own.
+        source: File of that template, for messages.
 
     Raises:
         FileNotFoundError: A file is missing.
@@ -404,7 +407,7 @@ def load_processor(folder: str | Path, template: str | None = None) -> LlavaProc
     # the template does not write it.
     _check_marks(processor, folder)
     tokenizer = processor.tokenizer
-    written = _check_template_runs(tokenizer, own, folder / "chat_template.jinja")
+    written = _check_template_runs(tokenizer, own, source or folder / "chat_template.jinja")
     if _adds_bos(tokenizer) and not written.startswith(str(tokenizer.bos_token)):
         processor.chat_template = "{{- bos_token -}}\n" + own
 
