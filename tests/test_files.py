@@ -33,9 +33,9 @@ def test_a_folder_that_another_process_fills_is_not_taken_from_it(tmp_path: Path
     folder = tmp_path / "model"
     with whole_folder(folder) as partial:
         (partial / "config.json").write_text("{}")
-        with pytest.raises(ValueError, match="being filled by another process"):
-            with whole_folder(folder):
-                pass
+        refused = pytest.raises(ValueError, match="being filled by another process")
+        with refused, whole_folder(folder):
+            pass
         (partial / "weights").write_text("whole")
     assert contents(folder) == {"config.json": b"{}", "weights": b"whole"}
 

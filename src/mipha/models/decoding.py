@@ -72,7 +72,7 @@ class RowSampler(LogitsProcessor):
         if not torch.isfinite(scores.amax(dim=-1)).all():
             raise ValueError(
                 "the model gives no finite scores for the next token: use --dtype float32, or look "
-                "for damage in its config.json, in the image_std of its processor and in its weights"
+                "for damage in its config.json, its processor_config.json and its weights"
             )
         for row, warpers, generator in self._drawn:
             # A seed gives the same draw on every machine only on the CPU.
