@@ -232,7 +232,7 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
             raise ValueError(f"{folder / name} sets {key} to {value}: give a finite number")
         if key.startswith("num_") and type(value) is int and value > _MOST_COUNT:
             raise ValueError(
-                f"{folder / name} sets {key} to {value}, but no model has more than "
+                f"{folder / name} sets {key} to {_shown(value)}, but no model has more than "
                 f"{_MOST_COUNT:,}: give the config that the weights were saved with"
             )
     return content
@@ -356,9 +356,9 @@ def read_checkpoint(folder: Path, needs_template: bool = True) -> CheckpointFile
         isinstance(config.get(part), dict) for part in parts
     ):
         raise ValueError(
-            f"{folder} holds a {config.get('model_type')!r}, not a LLaVA of a tower and a language "
-            f"model (nor {', '.join(CLASSES[1:])}): export it with mipha, or `mipha import` it if "
-            "it is a released Mipha"
+            f"{folder} holds a {_shown(config.get('model_type'))}, not a LLaVA of a tower and a "
+            f"language model (nor {', '.join(CLASSES[1:])}): export it with mipha, or "
+            "`mipha import` it if it is a released Mipha"
         )
     processor = read_processor(folder)
     read_config(folder, "tokenizer_config.json")
@@ -478,8 +478,8 @@ def check_tokenizer(folder: Path) -> None:
     model = content.get("model")
     if isinstance(model, dict) and model.get("dropout"):
         raise ValueError(
-            f"{path} sets dropout to {model['dropout']!r}, with which a text gets other tokens "
-            "every time: set it to null"
+            f"{path} sets dropout to {_shown(model['dropout'])}, with which a text gets other "
+            "tokens every time: set it to null"
         )
     growth = 1
     for step in _objects(content.get("normalizer")):
@@ -517,9 +517,14 @@ def check_sizes(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Sto
             continue
         if type(value) is not int or not 1 <= value <= limit:
             raise ValueError(
-                f"{path} sets {key} to {value!r}, but the weights allow 1 to {limit}: "
+                f"{path} sets {key} to {_shown(value)}, but the weights allow 1 to {limit}: "
                 "give the config that the weights were saved with"
             )
+
+
+def _shown(value: Any) -> str:
+    """Return a stranger's value as it may stand in a sentence."""
+    return repr(value)[:60]
 
 
 def _longest(tensors: Mapping[str, StoredTensor]) -> int:
@@ -580,8 +585,8 @@ def _refuse_redirects(path: Path, content: dict[str, Any], may_have_code: bool =
             )
         if str(objects.get("model_type")).startswith("timm_"):
             raise ValueError(
-                f"{path} asks for a model of timm ({objects['model_type']}), which fetches its own "
-                "code and weights: use a tower that transformers has"
+                f"{path} asks for a model of timm ({_shown(objects['model_type'])}), which fetches "
+                "its own code and weights: use a tower that transformers has"
             )
         if objects.get("quantization_config") is not None and not may_have_code:
             raise ValueError(
@@ -594,8 +599,8 @@ def _refuse_redirects(path: Path, content: dict[str, Any], may_have_code: bool =
             named = key.lstrip("_").startswith(("attn_implementation", "experts_implementation"))
             if named and value not in IMPLEMENTATIONS:
                 raise ValueError(
-                    f"{path} asks for the implementation {value!r}, which may be code from the "
-                    f"hub: remove {key}"
+                    f"{path} asks for the implementation {_shown(value)}, which may be code from "
+                    f"the hub: remove {key}"
                 )
 
 
@@ -621,7 +626,7 @@ def _check_end_tokens(folder: Path) -> None:
         ids = content.get(key)
         ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
         if any(type(token) is not int or token < 0 for token in ids):
-            raise ValueError(f"{path} sets {key} to {content[key]!r}: give a token id")
+            raise ValueError(f"{path} sets {key} to {_shown(content[key])}: give a token id")
 
 
 def _check_image(folder: Path, config: dict[str, Any], processor: dict[str, Any]) -> None:
@@ -654,13 +659,13 @@ def _check_image(folder: Path, config: dict[str, Any], processor: dict[str, Any]
     for layer in layers if isinstance(layers, list) else [layers]:
         if type(layer) is int and type(count) is int and not -count - 1 <= layer <= count:
             raise ValueError(
-                f"{folder / 'config.json'} sets vision_feature_layer to {layers}, but the tower "
-                f"has {count} layers: give the config that the weights were saved with"
+                f"{folder / 'config.json'} sets vision_feature_layer to {_shown(layers)}, but the "
+                f"tower has {count} layers: give the config that the weights were saved with"
             )
 
     if made != wanted:
         raise ValueError(
-            f"{folder}: the processor makes {made}, but the model wants {wanted}: "
+            f"{folder}: the processor makes {made[:200]}, but the model wants {wanted[:200]}: "
             "save processor and model from one build"
         )
 
@@ -681,7 +686,7 @@ def _check_bounds(geometry: Geometry) -> None:
         if field.name in ("dropped", "cap", "grids", "splits", "has_whole", "tolerance"):
             continue
         if type(value) is not int or value < 1:
-            raise ValueError(f"{field.name} is {value!r}")
+            raise ValueError(f"{field.name} is {_shown(value)}")
     if geometry.most_tiles > MAX_TILES:
         raise ValueError(f"an image of {geometry.most_tiles} tiles is more than {MAX_TILES}")
     if isinstance(geometry, Shuffled) and geometry.longest_edge > 6 * geometry.side:
@@ -709,7 +714,7 @@ def _check_scaling(path: Path, image: dict[str, Any]) -> None:
             type(number) not in (int, float) or not least <= number <= most for number in numbers
         ):
             raise ValueError(
-                f"{path} sets {key} to {value!r}, wanted numbers from {least:g} to {most:g}: "
+                f"{path} sets {key} to {_shown(value)}, wanted numbers from {least:g} to {most:g}: "
                 "save the processor again"
             )
 
@@ -719,8 +724,8 @@ def _check_scaling(path: Path, image: dict[str, Any]) -> None:
             length = edges.get(edge)
             if length is not None and not (type(length) is int and 1 <= length <= _MOST_EDGE):
                 raise ValueError(
-                    f"{path} sets {key} to a {edge} of {length!r}, wanted 1 to {_MOST_EDGE:,} "
-                    "pixels: save the processor again"
+                    f"{path} sets {key} to a {edge} of {_shown(length)}, wanted 1 to "
+                    f"{_MOST_EDGE:,} pixels: save the processor again"
                 )
 
 

@@ -179,14 +179,19 @@ def token_ids(tokenizer: Any, text: str) -> list[int]:
     """
     try:
         ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    except BaseException as error:  # a panic of the tokenizers package is no Exception
-        if type(error).__name__ != "PanicException":
+    except BaseException as error:
+        if not is_panic(error):
             raise
         raise ValueError(
             f"the tokenizer cannot split a text of {len(text):,} characters ({_reason(error)}): "
             "give a tokenizer.json with simpler patterns"
         ) from error
     return ids
+
+
+def is_panic(error: BaseException) -> bool:
+    """Return whether the Rust code of a package gave up; such an error is no Exception."""
+    return type(error).__name__ == "PanicException"
 
 
 def check_length(text: str, source: object) -> None:

@@ -632,6 +632,12 @@ def test_a_word_that_the_model_does_not_have_is_named(saved: Path) -> None:
         load(saved, "cpu").answer(None, "q")
 
 
+def test_a_conversation_without_tokens_is_named(saved: Path) -> None:
+    (saved / "chat_template.jinja").write_text("{# nothing #}")
+    with pytest.raises(ValueError, match="make no tokens of a conversation"):
+        load(saved, "cpu").answer(None, "What is it?")
+
+
 def test_a_pattern_that_the_tokenizer_gives_up_on_is_a_sentence(saved: Path) -> None:
     pattern = {"Regex": "((([a-zA-Z <>|_]+)*)*)*$"}
     step = {"type": "Replace", "pattern": pattern, "content": "x"}

@@ -296,8 +296,13 @@ class Assistant:
         messages = with_tiles(messages, spans)
         text = _write_prompt(self.processor, messages)
         ids = np.asarray(token_ids(self.processor.tokenizer, text), dtype=np.int64)
+        if not len(ids):
+            raise ValueError(
+                "the chat template and the tokenizer make no tokens of a conversation: "
+                "put those there that the model was trained with"
+            )
         words = len(self.model.get_input_embeddings().weight)
-        if len(ids) and ids.max() >= words:
+        if ids.max() >= words:
             raise ValueError(
                 f"the tokenizer makes token {ids.max()}, and the model has {words}: "
                 "put the tokenizer there that the model was trained with"

@@ -323,11 +323,11 @@ def _check_config(adapter: Path) -> None:
     config = read_config(adapter, path.name)
 
     def refuse(key: str, fix: str) -> ValueError:
-        return ValueError(f"{path} sets {key} to {str(config[key])[:60]!r}: {fix}")
+        return ValueError(f"{path} sets {key} to {str(config.get(key))[:60]!r}: {fix}")
 
     # Kinds of adapters that are not read, by their switches.
     for key, value in config.items():
-        if value and key not in _READ_KEYS:
+        if value is not None and value is not False and key not in _READ_KEYS:
             raise refuse(key, "give a plain LoRA, without it")
     if config.get("init_lora_weights", True) not in _INITIALISATIONS:
         raise refuse(
@@ -369,6 +369,13 @@ def _check_config(adapter: Path) -> None:
                 f"{path} has the pattern {pattern[:60]!r}, which is none or may take for ever: "
                 "name the layers in a list"
             )
+
+    # What else is malformed shows to peft itself.
+    try:
+        PeftConfig.from_pretrained(str(adapter))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} cannot be read by peft: copy it again ({reason})") from error
 
 
 _READ_KEYS = {
@@ -423,8 +430,9 @@ def attach_adapter(
     config.init_lora_weights = True
     try:
         inject_adapter_in_model(config, own, _NAME)
-    except ValueError as error:
-        raise ValueError(f"{adapter} does not fit {base}: {error}") from error
+    except Exception as error:  # peft answers a malformed config with any kind of exception
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{adapter} does not fit {base}: copy it again ({reason})") from error
 
     # Put the adapter's tensors in their places.
     found = set()

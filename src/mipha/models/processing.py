@@ -50,7 +50,7 @@ from mipha.geometry import (
 from mipha.models.chat_template import IMAGE_TOKEN, fit_template
 from mipha.preflight import template_file
 from mipha.recipe import CheckpointRecipe, ModelRecipe, RegionForm, StageRecipe
-from mipha.rendering import write_chat
+from mipha.rendering import is_panic, write_chat
 
 IMAGE_PROCESSORS = (
     "LlavaImageProcessor",
@@ -389,7 +389,9 @@ def load_processor(
             ) from error
     try:
         processor = _read_processor(folder, saved, own)
-    except Exception as error:  # the readers answer a damaged file with any kind of exception
+    except BaseException as error:  # the readers answer a damaged file with any kind of exception
+        if not (isinstance(error, Exception) or is_panic(error)):
+            raise
         raise ValueError(
             f"tokenizer or image processor of {folder} cannot be read: copy their files again "
             f"({_reason(error)})"
@@ -511,5 +513,5 @@ def _check_template_runs(tokenizer: PreTrainedTokenizerBase, template: str, path
         return write_chat(tokenizer, [{"role": "user", "content": "a"}], template, path)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
