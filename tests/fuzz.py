@@ -219,18 +219,9 @@ def states(seed: int, folder: Path) -> Iterator[Case]:
 
 def models(seed: int, folder: Path) -> Iterator[Case]:
     """Model folders, as every verb opens them: the gate, then weights, processor and an answer."""
-    import torch
-
     from mipha.assistant import load
-    from mipha.models.build import build, save_checkpoint
-    from tests.conftest import TinyParts, _save_language_model, _save_tower
 
-    _save_language_model(folder / "language_model", "llama", 512)
-    _save_tower(folder / "tower", "siglip")
-    torch.manual_seed(0)
-    built = build(TinyParts(folder / "tower", folder / "language_model").recipe())
-    save_checkpoint(*built, folder / "good")
-
+    _save_model(folder)
     chance, spoiled = random.Random(seed), folder / "model"
     while True:
         shutil.rmtree(spoiled, ignore_errors=True)
@@ -241,8 +232,56 @@ def models(seed: int, folder: Path) -> Iterator[Case]:
         yield lambda: load(spoiled, "cpu").answer(None, "Which?", max_new_tokens=2)
 
 
+def adapters(seed: int, folder: Path) -> Iterator[Case]:
+    """Adapters over a good model."""
+    import torch
+
+    from mipha.assistant import load
+    from mipha.models.adapters import save_adapter
+    from mipha.models.tuning import apply_tuning
+    from mipha.recipe import LoraRecipe, TuningRecipe
+
+    model = _save_model(folder)
+    lora = LoraRecipe(rank=4, alpha=8, dropout=0.0)
+    frozen = {"vision_tower": "frozen", "projector": "frozen"}
+    apply_tuning(model, TuningRecipe(**frozen, language_model="lora", lora=lora))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    weights = dict(model.named_parameters())
+    save_adapter(model, weights, [], folder / "good", folder / "adapter")
+
+    chance, spoiled = random.Random(seed), folder / "spoiled"
+    while True:
+        shutil.rmtree(spoiled, ignore_errors=True)
+        shutil.copytree(folder / "adapter", spoiled)
+        for _ in range(chance.choice((1, 1, 2))):
+            spoil(
+                chance.choice([*sorted(spoiled.iterdir()), spoiled / "adapter_config.json"]), chance
+            )
+        yield lambda: load(folder / "good", "cpu", adapter=spoiled).answer(
+            None, "Which?", max_new_tokens=2
+        )
+
+
+def _save_model(folder: Path) -> Any:
+    """Save a tiny model in `good/`, and return it."""
+    import torch
+
+    from mipha.models.build import build, save_checkpoint
+    from tests.conftest import TinyParts, _save_language_model, _save_tower
+
+    _save_language_model(folder / "language_model", "llama", 512)
+    _save_tower(folder / "tower", "siglip")
+    torch.manual_seed(0)
+    model, processor = build(TinyParts(folder / "tower", folder / "language_model").recipe())
+    save_checkpoint(model, processor, folder / "good")
+    return model
+
+
 KINDS: dict[str, Callable[[int, Path], Iterator[Case]]] = {
-    kind.__name__: kind for kind in (requests, images, data, recipes, states, models)
+    kind.__name__: kind for kind in (requests, images, data, recipes, states, models, adapters)
 }
 
 

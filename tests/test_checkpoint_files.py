@@ -87,6 +87,13 @@ def test_an_index_that_is_no_object_is_named(folder: Path, content: str) -> None
         weight_files(folder)
 
 
+def test_a_tensor_in_two_shards_is_refused(folder: Path) -> None:
+    """transformers takes the last one, whatever the index says."""
+    save_file({"a": np.ones((2, 3), np.float32), "b": np.zeros(4)}, folder / "two.safetensors")
+    with pytest.raises(ValueError, match=r"one\.safetensors and two\.safetensors both hold a,"):
+        read_headers(folder)
+
+
 def test_a_tensor_that_no_shard_holds_is_named(folder: Path) -> None:
     index = {"weight_map": {"a": "one.safetensors", "c": "two.safetensors"}}
     (folder / INDEX).write_text(json.dumps(index))
@@ -189,6 +196,28 @@ def test_links_within_the_folder_and_into_the_cache_of_the_hub_are_read(
         read_checkpoint(snapshot)
 
 
+def test_links_in_a_circle_are_named(spoiled: Path) -> None:
+    (spoiled / "a").symlink_to("b")
+    (spoiled / "b").symlink_to("a")
+    with pytest.raises(ValueError, match=r"a is a link that leads back to itself"):
+        read_checkpoint(spoiled)
+
+
+@pytest.mark.parametrize("templates", [[1], [{"name": "other"}], [None, {"name": "default"}]])
+def test_templates_that_are_none_are_no_template(spoiled: Path, templates: list[Any]) -> None:
+    (spoiled / "chat_template.jinja").unlink()
+    edit(spoiled / "tokenizer_config.json", chat_template=templates)
+    with pytest.raises(FileNotFoundError, match="has no chat_template"):
+        read_checkpoint(spoiled)
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "config.json"])
+def test_a_file_of_gigabytes_is_not_read(spoiled: Path, name: str) -> None:
+    os.truncate(spoiled / name, 2**32)  # sparse: it takes no room
+    with pytest.raises(ValueError, match=rf"{name} has 4,294,967,296 bytes"):
+        read_checkpoint(spoiled)
+
+
 def test_a_pipe_is_refused_and_not_waited_for(spoiled: Path) -> None:
     os.mkfifo(spoiled / "notes.txt")
     with pytest.raises(ValueError, match=r"notes\.txt is a pipe or a device"):
@@ -208,6 +237,12 @@ def test_weights_in_two_ways_are_refused(spoiled: Path) -> None:
     (spoiled / INDEX).write_text(json.dumps(index))
     with pytest.raises(ValueError, match=r"holds model\.safetensors and .*remove one"):
         read_checkpoint(spoiled)
+
+
+REPLACES = {
+    "type": "Sequence",
+    "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 100}] * 2,
+}
 
 
 @pytest.mark.parametrize(
@@ -235,6 +270,29 @@ def test_weights_in_two_ways_are_refused(spoiled: Path) -> None:
         ("config", {"text_config__hidden_size": "x"}, "hidden_size to 'x', but"),
         ("config", {"text_config__vocab_size": 0}, "vocab_size to 0, but"),
         ("config", {"text_config": []}, "not a LLaVA"),
+        ("config", {"num_labels": 10**8}, "num_labels to 100000000, but no model"),
+        ("config", {"vision_config__num_labels": 10**8}, "num_labels to 100000000, but no model"),
+        ("config", {"quantization_config": {"quant_method": "x"}}, "weights are quantized"),
+        ("config", {"text_config__return_dict": False}, "sets return_dict to False"),
+        ("config", {"vision_feature_layer": 99}, "vision_feature_layer to 99, but the tower has"),
+        ("config", {"vision_feature_layer": [-1, -99]}, "vision_feature_layer to"),
+        ("tokenizer", {"model__dropout": 0.1}, "sets dropout to 0.1"),
+        ("tokenizer", {"normalizer": REPLACES}, "writes 10,000 characters for one"),
+        ("tokenizer", {"normalizer": {"type": "Prepend", "prepend": "x" * 99}}, "writes 99 "),
+        ("processor_config", {"image_processor__image_std": [0, 0, 0]}, "sets image_std to"),
+        ("processor_config", {"image_processor__image_std": [1e-300] * 3}, "sets image_std to"),
+        ("processor_config", {"image_processor__image_mean": [0.5, 0.5]}, "sets image_mean to"),
+        ("processor_config", {"image_processor__image_mean": [None, 0, 0]}, "sets image_mean to"),
+        ("processor_config", {"image_processor__rescale_factor": 1e300}, "sets rescale_factor to"),
+        ("processor_config", {"image_processor__resample": 99}, "sets resample to 99"),
+        (
+            "processor_config",
+            {
+                "image_processor__do_center_crop": True,
+                "image_processor__size": {"shortest_edge": 10**7},
+            },
+            "shortest_edge of 10000000",
+        ),
         ("processor_config", {"patch_size": 0}, "does not give image and patch sizes"),
         ("processor_config", {"patch_size": None}, "does not give image and patch sizes"),
         ("processor_config", {"patch_size": "x"}, "does not give image and patch sizes"),

@@ -126,6 +126,16 @@ def test_debug_shows_the_traceback() -> None:
             "the disk is full (/runs/a): free some space and run the same",
         ),
         (
+            OSError(errno.ENOSPC, "No space left on device", "/model/a", None, "/full/a"),
+            2,
+            "the disk is full (/full/a): free some space",
+        ),
+        (
+            IsADirectoryError(errno.EISDIR, "Is a directory", "/.a.7.tmp", None, "/a"),
+            2,
+            "mipha: Is a directory: /a\n",
+        ),
+        (
             PermissionError(errno.EACCES, "Permission denied", "/runs/a"),
             2,
             "mipha: Permission denied: /runs/a\n",

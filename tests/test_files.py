@@ -29,6 +29,51 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
+def test_a_folder_that_another_process_fills_is_not_taken_from_it(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    with whole_folder(folder) as partial:
+        (partial / "config.json").write_text("{}")
+        refused = pytest.raises(ValueError, match="being filled by another process")
+        with refused, whole_folder(folder):
+            pass
+        (partial / "weights").write_text("whole")
+    assert contents(folder) == {"config.json": b"{}", "weights": b"whole"}
+
+
+@pytest.mark.parametrize("name", [".model.partial", ".model.replaced"])
+def test_a_link_or_a_file_in_the_way_of_a_folder_is_removed_alone(
+    tmp_path: Path, name: str
+) -> None:
+    folder, others = tmp_path / "model", tmp_path / "others"
+    others.mkdir()
+    (others / "precious").write_text("precious")
+    (tmp_path / name).symlink_to(others)
+    for content in ("first", "second"):
+        with whole_folder(folder) as partial:
+            (partial / "weights").write_text(content)
+    (tmp_path / name).write_text("a file")
+    with whole_folder(folder) as partial:
+        (partial / "weights").write_text("third")
+    assert contents(folder) == {"weights": b"third"}
+    assert contents(others) == {"precious": b"precious"}
+
+
+@pytest.mark.parametrize("line", ["[]", "{}", '{"step": "1"}', "5", "null"])
+def test_metrics_without_a_step_are_a_sentence_with_their_file(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl .*: fix or delete that line"):
+        keep_lines(path, 1)
+    assert len(path.read_text().splitlines()) == 3
+
+
+def test_a_number_of_thousands_of_digits_is_named_with_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text('{"x": ' + "9" * 5000 + "}")
+    with pytest.raises(ValueError, match=r"config\.json holds a number of thousands of digits"):
+        read_json(path)
+
+
 def test_write_whole_leaves_the_old_file_when_it_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ import pytest
 from tests.fuzz import KINDS, run
 
 MOST = {"requests": 200, "images": 300, "data": 200, "recipes": 40, "states": 60, "models": 25}
+MOST["adapters"] = 40
 """Inputs of each kind: a few seconds each."""
 
 

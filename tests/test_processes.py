@@ -115,6 +115,19 @@ def test_a_forked_child_of_a_killed_process_does_not_keep_the_lock(
         os.kill(child, signal.SIGKILL)
 
 
+@pytest.mark.parametrize("kind", ["link", "folder", "pipe"])
+def test_a_lock_that_is_no_plain_file_is_refused(tmp_path: Path, kind: str) -> None:
+    """A run folder may come from a stranger: a link would empty the file that it leads to."""
+    lock, precious = tmp_path / "run" / processes.LOCK, tmp_path / "precious"
+    lock.parent.mkdir()
+    precious.write_text("precious")
+    make = {"link": lambda: lock.symlink_to(precious), "folder": lock.mkdir}
+    make.get(kind, lambda: os.mkfifo(lock))()
+    with pytest.raises(ValueError, match="is no plain file"), hold_folder(lock.parent):
+        pass
+    assert precious.read_text() == "precious"
+
+
 def test_a_lock_is_released_where_the_block_raises(tmp_path: Path) -> None:
     for _ in range(2):
         with pytest.raises(ZeroDivisionError), hold_folder(tmp_path):

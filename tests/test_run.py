@@ -178,6 +178,20 @@ def test_what_a_stage_is_trained_on_is_kept_and_cannot_change_once_it_began(tmp_
         run.record_data("pretrain", {"samples": 5, "sha256": "c"})
 
 
+@pytest.mark.parametrize(
+    "data", [[], 5, None, {"pretrain": 5}, {"pretrain": []}, {"pretrain": {"sha256": "x"}}]
+)
+def test_facts_about_data_that_are_none_are_a_sentence(tmp_path: Path, data: object) -> None:
+    run = create_run(tmp_path / "run", make_recipe())
+    run.states("pretrain").mkdir(parents=True)
+    (run.folder / "provenance.json").write_text(json.dumps({"data": data}))
+    sentence = r"provenance\.json holds data that are no facts about stages: delete it"
+    with pytest.raises(ValueError, match=sentence):
+        run.commits("pretrain")
+    with pytest.raises(ValueError, match=sentence):
+        run.record_data("pretrain", {"samples": 5, "sha256": "c"})
+
+
 def test_a_run_keeps_the_commits_of_its_data(tmp_path: Path) -> None:
     run = create_run(tmp_path / "run", make_recipe())
     assert run.commits("pretrain") == Run(tmp_path / "none").commits("pretrain") == {}

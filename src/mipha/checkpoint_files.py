@@ -51,6 +51,18 @@ _CROPPING = ("CLIP", "Bit", "Llava", "DeiT")
 TOKENS = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json")
 """JSON files of a tokenizer, whose keys may be any words."""
 
+_MOST_COUNT = 100_000
+"""Most layers, labels or experts that a config may name; some are made before weights are read."""
+
+_MOST_EDGE = 8_192
+"""Longest edge in pixels that an image may be resized to before it is cropped or cut."""
+
+_MOST_GROWTH = 64
+"""Most characters that a tokenizer's normalizer may write for one."""
+
+_MOST_BYTES = 2**24
+"""Size of a config that is read, and of a chat template; real ones have some kilobytes."""
+
 MAX_TILES = 145
 """Most tiles of one image; more would be a damaged or hostile setting."""
 
@@ -178,6 +190,11 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
             # The framework matters for reading values only; numpy saves the import of torch.
             with safe_open(path, framework="numpy") as file:
                 for name in file.keys():  # noqa: SIM118  (not a dict)
+                    if name in tensors:
+                        raise ValueError(
+                            f"{tensors[name].file} and {path.name} both hold {name}, and programs "
+                            "differ in which one they read: copy the shards again"
+                        )
                     header = file.get_slice(name)
                     tensors[name] = StoredTensor(
                         path, tuple(header.get_shape()), header.get_dtype()
@@ -202,15 +219,22 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: The file is not a JSON object, or holds a number that is not finite.
+        ValueError: The file is not a JSON object, or holds a number that is not finite or counts
+            more than any model has.
     """
     if not (folder / name).is_file():
         raise FileNotFoundError(f"{folder} has no {name}: give the whole folder of a checkpoint")
 
+    _check_bytes(folder / name)
     content = read_json_object(folder / name)
     for key, value in _settings(content):
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{folder / name} sets {key} to {value}: give a finite number")
+        if key.startswith("num_") and type(value) is int and value > _MOST_COUNT:
+            raise ValueError(
+                f"{folder / name} sets {key} to {_shown(value)}, but no model has more than "
+                f"{_MOST_COUNT:,}: give the config that the weights were saved with"
+            )
     return content
 
 
@@ -272,8 +296,9 @@ def read_chat_template(folder: Path) -> str | None:
             continue
         template = read_json_object(folder / name).get("chat_template")
         if isinstance(template, list):  # several by name
+            named = [one for one in template if isinstance(one, dict)]
             template = next(
-                (one.get("template") for one in template if one.get("name") == "default"), None
+                (one.get("template") for one in named if one.get("name") == "default"), None
             )
         if isinstance(template, str):
             return template
@@ -284,12 +309,20 @@ def read_template(path: Path) -> str:
     """Read a .jinja file.
 
     Raises:
-        ValueError: It is no text.
+        ValueError: It is no text, or longer than any template.
     """
+    _check_bytes(path)
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: give a working template") from error
+
+
+def _check_bytes(path: Path) -> None:
+    if (size := path.stat().st_size) > _MOST_BYTES:
+        raise ValueError(
+            f"{path} has {size:,} bytes, and {_MOST_BYTES:,} are read at most: copy it again"
+        )
 
 
 def read_checkpoint(folder: Path, needs_template: bool = True) -> CheckpointFiles:
@@ -323,9 +356,9 @@ def read_checkpoint(folder: Path, needs_template: bool = True) -> CheckpointFile
         isinstance(config.get(part), dict) for part in parts
     ):
         raise ValueError(
-            f"{folder} holds a {config.get('model_type')!r}, not a LLaVA of a tower and a language "
-            f"model (nor {', '.join(CLASSES[1:])}): export it with mipha, or `mipha import` it if "
-            "it is a released Mipha"
+            f"{folder} holds a {_shown(config.get('model_type'))}, not a LLaVA of a tower and a "
+            f"language model (nor {', '.join(CLASSES[1:])}): export it with mipha, or "
+            "`mipha import` it if it is a released Mipha"
         )
     processor = read_processor(folder)
     read_config(folder, "tokenizer_config.json")
@@ -335,6 +368,7 @@ def read_checkpoint(folder: Path, needs_template: bool = True) -> CheckpointFile
     for name in TOKENS:
         if (folder / name).is_file():
             read_json_object(folder / name)
+    check_tokenizer(folder)
     if needs_template and read_chat_template(folder) is None:
         raise FileNotFoundError(
             f"{folder} has no chat_template.jinja, so no conversation can be written for it: "
@@ -371,7 +405,10 @@ def refuse_links(folder: Path) -> None:
         allowed.append(top.parent.parent / "blobs")
 
     for path in sorted(folder.rglob("*")):
-        target = path.resolve()
+        try:
+            target = path.resolve()
+        except RuntimeError as error:
+            raise ValueError(f"{path} is a link that leads back to itself: remove it") from error
         if path.is_symlink() and not any(target.is_relative_to(place) for place in allowed):
             raise ValueError(
                 f"{path} is a link out of the folder, to {target}: put the file itself there, or "
@@ -422,8 +459,38 @@ def refuse_redirects(folder: Path) -> None:
         ValueError: The first such setting.
     """
     refuse_adapter(folder)
+    check_tokenizer(folder)
     if (folder / "config.json").is_file():
         _refuse_redirects(folder / "config.json", read_config(folder), may_have_code=True)
+
+
+def check_tokenizer(folder: Path) -> None:
+    """Refuse a tokenizer that draws lots, or writes pages for a word before it splits them.
+
+    Raises:
+        ValueError: It does; names the setting.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return
+
+    content = read_json_object(path)
+    model = content.get("model")
+    if isinstance(model, dict) and model.get("dropout"):
+        raise ValueError(
+            f"{path} sets dropout to {_shown(model['dropout'])}, with which a text gets other "
+            "tokens every time: set it to null"
+        )
+    growth = 1
+    for step in _objects(content.get("normalizer")):
+        for key in ("content", "prepend"):
+            if isinstance(step.get(key), str):
+                growth *= max(1, len(step[key]))
+    if growth > _MOST_GROWTH:
+        raise ValueError(
+            f"{path} has a normalizer that writes {growth:,} characters for one, and "
+            f"{_MOST_GROWTH} are allowed: give the tokenizer that the model was trained with"
+        )
 
 
 def check_sizes(path: Path, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> None:
@@ -450,9 +517,14 @@ def check_sizes(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Sto
             continue
         if type(value) is not int or not 1 <= value <= limit:
             raise ValueError(
-                f"{path} sets {key} to {value!r}, but the weights allow 1 to {limit}: "
+                f"{path} sets {key} to {_shown(value)}, but the weights allow 1 to {limit}: "
                 "give the config that the weights were saved with"
             )
+
+
+def _shown(value: Any) -> str:
+    """Return a stranger's value as it may stand in a sentence."""
+    return repr(value)[:60]
 
 
 def _longest(tensors: Mapping[str, StoredTensor]) -> int:
@@ -513,15 +585,22 @@ def _refuse_redirects(path: Path, content: dict[str, Any], may_have_code: bool =
             )
         if str(objects.get("model_type")).startswith("timm_"):
             raise ValueError(
-                f"{path} asks for a model of timm ({objects['model_type']}), which fetches its own "
-                "code and weights: use a tower that transformers has"
+                f"{path} asks for a model of timm ({_shown(objects['model_type'])}), which fetches "
+                "its own code and weights: use a tower that transformers has"
             )
+        if objects.get("quantization_config") is not None and not may_have_code:
+            raise ValueError(
+                f"{path} says that the weights are quantized (quantization_config), which is not "
+                "read: save them in float32 or bfloat16, or remove that key if they are"
+            )
+        if objects.get("return_dict") is False:
+            raise ValueError(f"{path} sets return_dict to False: remove that key")
         for key, value in objects.items():
             named = key.lstrip("_").startswith(("attn_implementation", "experts_implementation"))
             if named and value not in IMPLEMENTATIONS:
                 raise ValueError(
-                    f"{path} asks for the implementation {value!r}, which may be code from the "
-                    f"hub: remove {key}"
+                    f"{path} asks for the implementation {_shown(value)}, which may be code from "
+                    f"the hub: remove {key}"
                 )
 
 
@@ -547,7 +626,7 @@ def _check_end_tokens(folder: Path) -> None:
         ids = content.get(key)
         ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
         if any(type(token) is not int or token < 0 for token in ids):
-            raise ValueError(f"{path} sets {key} to {content[key]!r}: give a token id")
+            raise ValueError(f"{path} sets {key} to {_shown(content[key])}: give a token id")
 
 
 def _check_image(folder: Path, config: dict[str, Any], processor: dict[str, Any]) -> None:
@@ -573,9 +652,20 @@ def _check_image(folder: Path, config: dict[str, Any], processor: dict[str, Any]
             f"({error})"
         ) from error
 
+    _check_scaling(path, processor["image_processor"])
+
+    # The hidden states of a tower are those of its layers, and its embeddings.
+    layers, count = config.get("vision_feature_layer"), vision.get("num_hidden_layers")
+    for layer in layers if isinstance(layers, list) else [layers]:
+        if type(layer) is int and type(count) is int and not -count - 1 <= layer <= count:
+            raise ValueError(
+                f"{folder / 'config.json'} sets vision_feature_layer to {_shown(layers)}, but the "
+                f"tower has {count} layers: give the config that the weights were saved with"
+            )
+
     if made != wanted:
         raise ValueError(
-            f"{folder}: the processor makes {made}, but the model wants {wanted}: "
+            f"{folder}: the processor makes {made[:200]}, but the model wants {wanted[:200]}: "
             "save processor and model from one build"
         )
 
@@ -596,7 +686,7 @@ def _check_bounds(geometry: Geometry) -> None:
         if field.name in ("dropped", "cap", "grids", "splits", "has_whole", "tolerance"):
             continue
         if type(value) is not int or value < 1:
-            raise ValueError(f"{field.name} is {value!r}")
+            raise ValueError(f"{field.name} is {_shown(value)}")
     if geometry.most_tiles > MAX_TILES:
         raise ValueError(f"an image of {geometry.most_tiles} tiles is more than {MAX_TILES}")
     if isinstance(geometry, Shuffled) and geometry.longest_edge > 6 * geometry.side:
@@ -604,6 +694,39 @@ def _check_bounds(geometry: Geometry) -> None:
             f"its longest edge of {geometry.longest_edge} pixels makes more than 6 rows of "
             f"{geometry.side}, and there are marks for 6"
         )
+
+
+def _check_scaling(path: Path, image: dict[str, Any]) -> None:
+    """Refuse numbers by which pixels become no numbers, and edges that would take all memory."""
+    wanted = {
+        "image_mean": (-1_000, 1_000),
+        "image_std": (1e-4, 1_000),
+        "rescale_factor": (1e-9, 1),
+        "resample": (0, 5),
+    }
+    for key, (least, most) in wanted.items():
+        value = image.get(key)
+        if value is None:
+            continue
+        of_channels = isinstance(value, list) and key.startswith("image_")
+        numbers = value if of_channels else [value]
+        if len(numbers) not in (1, 3) or any(
+            type(number) not in (int, float) or not least <= number <= most for number in numbers
+        ):
+            raise ValueError(
+                f"{path} sets {key} to {_shown(value)}, wanted numbers from {least:g} to {most:g}: "
+                "save the processor again"
+            )
+
+    for key in ("size", "crop_size"):
+        edges = image[key] if isinstance(image.get(key), dict) else {}
+        for edge in ("shortest_edge", "longest_edge"):
+            length = edges.get(edge)
+            if length is not None and not (type(length) is int and 1 <= length <= _MOST_EDGE):
+                raise ValueError(
+                    f"{path} sets {key} to a {edge} of {_shown(length)}, wanted 1 to "
+                    f"{_MOST_EDGE:,} pixels: save the processor again"
+                )
 
 
 def _square(

@@ -16,6 +16,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file whole or not at all."""
@@ -50,19 +55,67 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         An empty folder beside the target. It takes the target's place when the block ends, and is
         removed where the block raises.
     """
-    partial = begin_folder(folder)
+    partial = partial_name(folder)
+    _refuse_held(partial)
+    begin_folder(folder)
+    held = _hold(partial)
     try:
         yield partial
+        publish_folder(partial, folder)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
         raise
-    publish_folder(partial, folder)
+    finally:
+        if held is not None:
+            os.close(held)
+
+
+def _hold(partial: Path) -> int | None:
+    """Lock a folder for as long as the result stays open; None where there are no locks.
+
+    Raises:
+        BlockingIOError: Another process holds it.
+    """
+    if fcntl is None:
+        return None
+    held = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(held)
+        if isinstance(error, BlockingIOError):
+            raise
+        return None
+    return held
+
+
+def _refuse_held(partial: Path) -> None:
+    """Refuse to empty a folder that another process fills: half of its files would be published."""
+    if not partial.is_dir() or partial.is_symlink():
+        return
+    try:
+        held = _hold(partial)
+    except BlockingIOError:
+        raise ValueError(
+            f"{partial} is being filled by another process: wait until it has ended, or choose "
+            "another -o"
+        ) from None
+    if held is not None:
+        os.close(held)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder or file that may not be there; of a link, the link alone."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def begin_folder(folder: Path) -> Path:
     """Make an empty hidden folder beside the target; `publish_folder` takes it when it is full."""
     partial = partial_name(folder)
-    shutil.rmtree(partial, ignore_errors=True)
+    _remove(partial)
     partial.mkdir(parents=True)
     return partial
 
@@ -70,7 +123,7 @@ def begin_folder(folder: Path) -> Path:
 def publish_folder(partial: Path, folder: Path) -> None:
     """Put a full folder in the target's place; a folder that was there is removed afterwards."""
     replaced = folder.with_name(f".{folder.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
+    _remove(replaced)
     if folder.exists():
         os.replace(folder, replaced)
     os.replace(partial, folder)
@@ -130,7 +183,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     A missing file has no lines, and a last line that was never finished is dropped.
 
     Raises:
-        ValueError: Another line is not JSON; names the file and the line.
+        ValueError: Another line is no JSON object; names the file and the line.
     """
     if not path.is_file():
         return
@@ -145,14 +198,35 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
             if number == len(lines):
                 return
             raise ValueError(_not_json_line(path, number, line)) from error
+        if not isinstance(row, dict):
+            raise ValueError(
+                f"{path} line {number} is not a JSON object ({line[:60]!r}): fix or delete that "
+                "line"
+            )
         yield row
 
 
 def keep_lines(path: Path, last_step: int) -> None:
-    """Drop the lines of steps after `last_step`: a resumed run does those steps again."""
+    """Drop the lines of steps after `last_step`: a resumed run does those steps again.
+
+    Raises:
+        ValueError: A line has no number of a step.
+    """
     if path.is_file():
-        kept = [row for row in read_lines(path) if row["step"] <= last_step]
+        kept = [row for row in read_lines(path) if step_of(row, path) <= last_step]
         write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def step_of(row: dict[str, Any], path: Path) -> int:
+    """Return the step of a row of metrics.
+
+    Raises:
+        ValueError: It has none.
+    """
+    step = row.get("step")
+    if type(step) is not int:
+        raise ValueError(f"{path} has a line whose step is {step!r}: fix or delete that line")
+    return step
 
 
 def read_json(path: Path, fix: str = "copy it again") -> Any:
@@ -181,6 +255,8 @@ def read_json(path: Path, fix: str = "copy it again") -> Any:
         raise ValueError(f"{path} is not UTF-8 text: {fix}") from error
     except RecursionError as error:
         raise ValueError(f"{path} is nested too deeply: {fix}") from error
+    except ValueError as error:
+        raise ValueError(f"{path} holds a number of thousands of digits: {fix}") from error
     finally:
         if collecting:
             gc.enable()

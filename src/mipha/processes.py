@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import socket
+import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -70,7 +72,7 @@ def _lock(path: Path) -> int | None:
     deadline = time.monotonic() + PATIENCE
     while True:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        file = _open_lock(path)
 
         # Take the lock, or wait a little for the process that has it.
         try:
@@ -98,6 +100,20 @@ def _lock(path: Path) -> int | None:
                 os.pwrite(file, json.dumps(_this_process()).encode() + b"\n", 0)
                 return file
         os.close(file)
+
+
+def _open_lock(path: Path) -> int:
+    """Open a lock file, made where it is missing; in a stranger's folder it may be a link."""
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o644)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise
+    else:
+        if stat.S_ISREG(os.fstat(file).st_mode):
+            return file
+        os.close(file)
+    raise ValueError(f"{path} is no plain file, which the lock of the folder must be: remove it")
 
 
 def _say_unlocked(folder: Path, reason: str) -> None:

@@ -171,6 +171,29 @@ def write_chat(
     return text
 
 
+def token_ids(tokenizer: Any, text: str) -> list[int]:
+    """Return the tokens of a text that a chat template has written.
+
+    Raises:
+        ValueError: A pattern of the tokenizer gives up on the text.
+    """
+    try:
+        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        raise ValueError(
+            f"the tokenizer cannot split a text of {len(text):,} characters ({_reason(error)}): "
+            "give a tokenizer.json with simpler patterns"
+        ) from error
+    return ids
+
+
+def is_panic(error: BaseException) -> bool:
+    """Return whether the Rust code of a package gave up; such an error is no Exception."""
+    return type(error).__name__ == "PanicException"
+
+
 def check_length(text: str, source: object) -> None:
     """Refuse a conversation that no tokenizer should be given.
 
@@ -184,7 +207,7 @@ def check_length(text: str, source: object) -> None:
         )
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 

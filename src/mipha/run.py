@@ -90,8 +90,8 @@ class Run:
         path = self.folder / "provenance.json"
         if not path.is_file():
             return {}
-        content = read_json_object(path, fix="delete it, and it is written again")
-        found: dict[str, str] = content.get("data", {}).get(stage, {}).get("commits", {})
+        _, known = self._recorded("data")
+        found: dict[str, str] = known.get(stage, {}).get("commits", {})
         return found
 
     def record_start(self, stage: str, facts: dict[str, Any]) -> None:
@@ -118,14 +118,30 @@ class Run:
     ) -> None:
         """Write facts about a stage; refuse others while its training states are there."""
         path = self.folder / "provenance.json"
-        content = read_json_object(path, fix="delete it, and it is written again")
-        known = content.setdefault(key, {})
+        content, known = self._recorded(key)
 
         if known.get(stage) not in (None, facts) and self.states(stage).is_dir():
             raise ValueError(changed(known[stage]))
 
         known[stage] = facts
         write_whole(path, json.dumps(content, indent=2) + "\n")
+
+    def _recorded(self, key: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Return the content of provenance.json, and its facts about the stages under a key.
+
+        Raises:
+            ValueError: It holds something else.
+        """
+        path, fix = self.folder / "provenance.json", "delete it, and it is written again"
+        content = read_json_object(path, fix=fix)
+        known = content.setdefault(key, {})
+        fact = {"data": "samples", "start": "checkpoint"}[key]
+        if not isinstance(known, dict) or not all(
+            isinstance(facts, dict) and fact in facts and isinstance(facts.get("commits", {}), dict)
+            for facts in known.values()
+        ):
+            raise ValueError(f"{path} holds {key} that are no facts about stages: {fix}")
+        return content, known
 
     def evaluation(self, benchmark: str) -> Path:
         """Return the folder of one benchmark's predictions and scores."""

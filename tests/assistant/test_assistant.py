@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -598,3 +599,69 @@ def test_load_takes_a_checkpoint_folder(
     create_run(tmp_path / "run", load_recipe("quickstart"))
     with pytest.raises(FileNotFoundError, match="has not finished finetune"):
         load(tmp_path / "run")
+
+
+@pytest.fixture
+def saved(tiny_model: Callable, tmp_path: Path) -> Path:
+    save_checkpoint(*tiny_model(), tmp_path / "model")
+    return tmp_path / "model"
+
+
+def _edit(path: Path, change: Callable[[dict], object]) -> None:
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("ids", [None, []])
+def test_an_answer_ends_with_the_tokenizers_end_where_the_model_names_none(
+    saved: Path, ids: object
+) -> None:
+    _edit(saved / "generation_config.json", lambda config: config.update(eos_token_id=ids))
+    assistant = load(saved, "cpu")
+    assert assistant.end_tokens == {assistant.processor.tokenizer.eos_token_id}
+
+
+def test_a_word_that_the_model_does_not_have_is_named(saved: Path) -> None:
+    def move(content: dict) -> None:
+        vocabulary = content["model"]["vocab"]
+        vocabulary["q"] = 70_000
+
+    _edit(saved / "tokenizer.json", move)
+    with pytest.raises(ValueError, match="the tokenizer makes token 70000, and the model has"):
+        load(saved, "cpu").answer(None, "q")
+
+
+def test_a_conversation_without_tokens_is_named(saved: Path) -> None:
+    (saved / "chat_template.jinja").write_text("{# nothing #}")
+    with pytest.raises(ValueError, match="make no tokens of a conversation"):
+        load(saved, "cpu").answer(None, "What is it?")
+
+
+def test_a_pattern_that_the_tokenizer_gives_up_on_is_a_sentence(saved: Path) -> None:
+    pattern = {"Regex": "((([a-zA-Z <>|_]+)*)*)*$"}
+    step = {"type": "Replace", "pattern": pattern, "content": "x"}
+    _edit(saved / "tokenizer.json", lambda content: content.update(normalizer=step))
+    with pytest.raises(ValueError, match="the tokenizer cannot split a text"):
+        load(saved, "cpu").answer(None, "What is it?" * 9)
+
+
+def test_a_template_that_loses_the_image_is_named(saved: Path, files: list[Path]) -> None:
+    (saved / "chat_template.jinja").write_text("Hello.")
+    with pytest.raises(ValueError, match="the chat template and the tokenizer lose or add image"):
+        load(saved, "cpu").answer(files[0], "What is it?")
+
+
+def test_a_config_is_not_blamed_on_the_tokenizer(saved: Path) -> None:
+    _edit(saved / "config.json", lambda config: config["text_config"].update(rms_norm_eps="x"))
+    with pytest.raises(ValueError, match=r"config\.json cannot be read"):
+        load(saved, "cpu")
+
+
+def test_pixels_without_a_range_are_no_empty_answer(
+    assistants: Callable, files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assistant = assistants()
+    monkeypatch.setattr(assistant.processor.image_processor, "image_std", [0.0, 0.0, 0.0])
+    with pytest.raises(ValueError, match="no finite scores"):
+        assistant.answer(files[0], "What is it?")

@@ -472,6 +472,19 @@ def test_a_state_of_a_stranger_runs_no_code(
     assert "going on from the one before it" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("step", [-5, "2", None, True])
+def test_a_state_without_a_number_of_steps_is_passed_over(
+    step: object, small: tuple, tmp_path: Path
+) -> None:
+    take_step(*small)
+    for number in (1, 2):
+        write(tmp_path, number, *small)
+    state = tmp_path / "step-00000002"
+    (state / "position.json").write_text(json.dumps({"step": step}))
+    reseal(state)
+    assert load_state(tmp_path, *small, HERE) == {"step": 1}
+
+
 def test_named_tensors_are_no_pickles(small: tuple, tmp_path: Path) -> None:
     take_step(*small)
     state = write_both("named", tmp_path, 1, *small)

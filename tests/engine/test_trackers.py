@@ -87,6 +87,9 @@ def test_a_step_that_was_tracked_before_a_resume_is_not_tracked_again(
     metrics.write_text('{"step": 1}\n')
     for _ in range(2):  # after a second resume too
         assert last_tracked(metrics, record) == 4, "metrics were dropped, what was tracked was not"
+    record.write_text("{}")
+    with pytest.raises(ValueError, match=r"tracked\.json has no number of a step"):
+        last_tracked(metrics, record)
     record.unlink()
     assert last_tracked(metrics, record) == 1, "without the record the metrics tell"
 

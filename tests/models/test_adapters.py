@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -353,6 +354,84 @@ def test_an_adapter_that_is_not_whole_is_refused(tuned: Callable, tmp_path: Path
     own = load_model(str(tmp_path / "base"))
     with pytest.raises(ValueError, match="lacks the adapters of 1 layers"):
         attach_adapter(own, tmp_path / "adapter", tmp_path / "base")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"r": 10**9}, "sets r to 1000000000"),
+        ({"r": "4"}, "sets r to '4'"),
+        ({"lora_alpha": 1e308}, r"sets lora_alpha to 1e\+308"),
+        ({"lora_alpha": "x"}, "sets lora_alpha to 'x'"),
+        ({"lora_alpha": float("nan")}, "sets lora_alpha to nan"),
+        ({"target_modules": None}, "sets target_modules to"),
+        ({"target_modules": "(([a-z.0-9]+)+)+!"}, "may take for ever"),
+        ({"target_modules": "(("}, "has the pattern"),
+        ({"rank_pattern": {"(a+)+$": 4}}, "may take for ever"),
+        ({"rank_pattern": [1]}, "sets rank_pattern to"),
+        ({"alpha_pattern": {"q_proj": "x"}}, "sets lora_alpha to 'x'"),
+        ({"init_lora_weights": "pissa"}, "changes the base's weights"),
+        ({"use_dora": True}, "give a plain LoRA"),
+        ({"layer_replication": [[0, 2]] * 1000}, "give a plain LoRA"),
+        ({"alora_invocation_tokens": [1]}, "give a plain LoRA"),
+        ({"a_key_of_tomorrow": 1}, "sets a_key_of_tomorrow to '1'"),
+        ({"bias": "x"}, "sets bias to 'x'"),
+    ],
+)
+def test_a_config_that_asks_for_more_than_a_lora_is_refused(
+    tuned: Callable, tmp_path: Path, changes: dict, message: str
+) -> None:
+    tuned(tuning(language_model="lora"))
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ValueError, match=message) as caught:
+        check_base(tmp_path / "adapter", tmp_path / "base")
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensor: tensor * torch.nan, "not finite"),
+        (lambda tensor: tensor.flatten(), "has no place for"),
+        (lambda tensor: tensor[:2].clone(), "its config describes|names rank"),
+        (lambda tensor: (tensor * 99).to(torch.int8), r"in torch\.int8: save it as floats"),
+    ],
+)
+@pytest.mark.parametrize("every", [False, True])
+def test_factors_that_are_not_those_of_the_config_are_refused(
+    tuned: Callable, tmp_path: Path, change: Callable, message: str, every: bool
+) -> None:
+    tuned(tuning(language_model="lora"))
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    chosen = [name for name in tensors if "lora_A" in name][: None if every else 1]
+    save_file(tensors | {name: change(tensors[name]) for name in chosen}, path)
+    own = load_model(str(tmp_path / "base"))
+    with pytest.raises(ValueError, match=message):
+        attach_adapter(own, tmp_path / "adapter", tmp_path / "base")
+    with pytest.raises(ValueError, match=f"{message}|are not those that its config describes"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "merged")
+
+
+def test_an_adapter_that_was_cut_short_is_named(tuned: Callable, tmp_path: Path) -> None:
+    tuned(tuning(language_model="lora"))
+    own, path = load_model(str(tmp_path / "base")), tmp_path / "adapter/adapter_model.safetensors"
+    os.truncate(path, 100)
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors is cut short"):
+        attach_adapter(own, tmp_path / "adapter", tmp_path / "base")
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"adapter has no adapter_model\.safetensors"):
+        attach_adapter(own, tmp_path / "adapter", tmp_path / "base")
+
+
+def test_the_chat_template_of_an_adapter_is_named_by_its_own_file(
+    tuned: Callable, tmp_path: Path
+) -> None:
+    tuned(tuning(language_model="lora"))
+    (tmp_path / "adapter" / "chat_template.jinja").write_text("{{ 1 / 0 }}")
+    with pytest.raises(ValueError, match=r"adapter/chat_template\.jinja cannot write"):
+        merge_adapter(tmp_path / "adapter", tmp_path / "merged")
 
 
 def test_what_is_saved_names_its_base_and_its_shape(tuned: Callable, tmp_path: Path) -> None:

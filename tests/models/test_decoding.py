@@ -121,3 +121,14 @@ def test_what_is_sent_for_each_token(
 ) -> None:
     got, answer = pieces(text, limit, stop)
     assert (got, answer.reason, answer.num_tokens) == (sent, reason, len(sent))
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+def test_scores_that_are_not_finite_are_no_answer(wrong: float) -> None:
+    scores = torch.stack([SCORES, SCORES])
+    scores[1, 2] = wrong
+    with pytest.raises(ValueError, match="no finite scores"):
+        RowSampler([None, None])(torch.zeros(2, 1), scores)
+
+    scores[1, 2] = -torch.inf  # a token that is suppressed
+    assert torch.equal(RowSampler([None, None])(torch.zeros(2, 1), scores), scores)

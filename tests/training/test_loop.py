@@ -23,7 +23,7 @@ from mipha.data.batches import StepDataset
 from mipha.data.collate import to_device
 from mipha.engine.optimizer import set_learning_rates
 from mipha.engine.precision import autocast
-from mipha.engine.states import StateWriter, list_states
+from mipha.engine.states import StateWriter, list_states, seal_state
 from mipha.models.memory import PRODUCTS
 from mipha.models.tuning import apply_tuning, part_layers, part_parameters
 from mipha.recipe import Recipe
@@ -502,6 +502,14 @@ def test_a_run_whose_newest_state_is_torn_ends_in_the_same_weights(
     monkeypatch.undo()
     run = Run(tmp_path / "torn")
     *_, before, newest = list_states(run.states("finetune"))
+
+    # A state of a step that the stage does not have is no finished stage.
+    (newest / "position.json").write_text('{"step": 99, "seed": 0}')
+    (newest / "manifest.json").unlink()
+    seal_state(newest)
+    with pytest.raises(ValueError, match=r"is of step 99, and this stage has 6: delete"):
+        train(recipe, run.folder)
+
     for path in newest.glob("*.distcp"):
         os.truncate(path, path.stat().st_size - 1)
     assert list_states(run.states("finetune"))[-1] == before

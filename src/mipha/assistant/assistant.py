@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlavaProcessor
 
+from mipha.checkpoint_files import read_checkpoint
 from mipha.data.encode import expand_images, image_spans, with_tiles
 from mipha.data.images import (
     ImageLike,
@@ -41,7 +42,7 @@ from mipha.models.features import ImageFeatures, ImageInputs, image_features
 from mipha.models.modeling import LlavaForConditionalGeneration, attention_window, load_model
 from mipha.models.processing import load_processor
 from mipha.preflight import check_device, check_dtype
-from mipha.rendering import write_chat
+from mipha.rendering import token_ids, write_chat
 from mipha.run import Run, adapter_folder, model_folder
 
 
@@ -107,7 +108,8 @@ class Assistant:
         self.model, self.processor = model.eval(), processor
         use_segments(model)
         self.features = ImageFeatures(model)
-        self.end_tokens = set(np.atleast_1d(model.generation_config.eos_token_id).tolist())
+        ends = set(np.atleast_1d(model.generation_config.eos_token_id).tolist()) - {None}
+        self.end_tokens = ends or {processor.tokenizer.eos_token_id}
 
     # ---- Asking ----------------------------------------------------------------------------------
 
@@ -293,9 +295,25 @@ class Assistant:
         spans = image_spans(self.processor, images, _size_of)
         messages = with_tiles(messages, spans)
         text = _write_prompt(self.processor, messages)
-        written = self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
-        ids = np.asarray(written, dtype=np.int64)
-        return expand_images(ids, spans, self.processor).ids.tolist()
+        ids = np.asarray(token_ids(self.processor.tokenizer, text), dtype=np.int64)
+        if not len(ids):
+            raise ValueError(
+                "the chat template and the tokenizer make no tokens of a conversation: "
+                "put those there that the model was trained with"
+            )
+        words = len(self.model.get_input_embeddings().weight)
+        if ids.max() >= words:
+            raise ValueError(
+                f"the tokenizer makes token {ids.max()}, and the model has {words}: "
+                "put the tokenizer there that the model was trained with"
+            )
+        try:
+            return expand_images(ids, spans, self.processor).ids.tolist()
+        except ValueError as error:
+            raise ValueError(
+                f"the chat template and the tokenizer lose or add image markers ({error}): "
+                "give a template that writes each image once"
+            ) from error
 
     def pixels(self, image: ImageLike) -> Tensor:
         """Return one image as the tower reads it: of a square model `(1, 3, height, width)`."""
@@ -645,6 +663,7 @@ def load(
     if adapter is not None:
         adapter = adapter_folder(adapter)
         check_base(adapter, folder)  # before the weights are loaded
+    read_checkpoint(folder)
     processor = load_processor(folder)  # tries the chat template, before a GPU is in use
     base = Assistant(load_model(str(folder), device, getattr(torch, name)), processor)
     return base if adapter is None else with_adapter(base, Path(adapter), folder)
@@ -662,7 +681,7 @@ def with_adapter(assistant: Assistant, adapter: Path, base: Path) -> Assistant:
         ValueError: The adapter does not fit the model.
     """
     model = attach_adapter(assistant.model, adapter, base)
-    return Assistant(model, load_processor(base, adapter_template(adapter)))
+    return Assistant(model, load_processor(base, *adapter_template(adapter)))
 
 
 def render_prompt(processor: LlavaProcessor, question: str, num_images: int) -> str:

@@ -101,11 +101,12 @@ def _sentence(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return (
-            f"the disk is full ({error.filename or 'no space left'}): "
+            f"the disk is full ({error.filename2 or error.filename or 'no space left'}): "
             "free some space and run the same command again to go on"
         )
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        name = error.filename2 or error.filename  # the second is the target of a copy or a rename
+        return f"{error.strerror}: {name}" if name else error.strerror
     if isinstance(error, (ValueError, OSError, FloatingPointError)):
         return str(error)
 

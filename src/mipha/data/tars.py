@@ -66,6 +66,8 @@ def members(stream: BinaryIO, name: str) -> Iterator[Member]:
                         f"{name} holds {member.name!r}, which is a link or no plain file; "
                         "pack the files themselves"
                     )
+                if member.offset_data + member.size >= 2**63:
+                    raise tarfile.ReadError(f"{member.name!r} has {member.size:.0e} bytes")
                 if found := _NAME.fullmatch(member.name):
                     suffix = "." + found[2].lower().rpartition(".")[2]
                     yield Member(found[1], suffix, member.offset, member.offset_data, member.size)
@@ -74,11 +76,33 @@ def members(stream: BinaryIO, name: str) -> Iterator[Member]:
             stream.seek(tar.offset)
             if stream.read(_BLOCK) != bytes(_BLOCK):
                 raise tarfile.ReadError(f"at byte {tar.offset:,} it has no header and no end mark")
+            _refuse_another(stream, name)
     except (tarfile.TarError, EOFError) as error:
         stream.seek(0)
-        packed = stream.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"))
+        start = stream.read(6)
+        packed = start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"))
         fix = "decompress it (gunzip), keep the tar" if packed else "is it cut short?"
+        if start.startswith(b"PK\x03\x04"):
+            fix = "it is a zip: pack its files as a tar"
         raise ValueError(f"{name} cannot be read as a tar: {error}; {fix}") from error
+
+
+def _refuse_another(stream: BinaryIO, name: str) -> None:
+    """Refuse a second tar behind the end mark of the first, whose samples nobody would read.
+
+    Raises:
+        ValueError: There is one, as after `cat a.tar b.tar`.
+    """
+    while block := stream.read(_BLOCK):
+        if block.strip(b"\0"):
+            try:
+                tarfile.TarInfo.frombuf(block, tarfile.ENCODING, "surrogateescape")
+            except tarfile.HeaderError:
+                return  # padding of another kind
+            raise ValueError(
+                f"{name} holds another tar behind its end, whose files would not be read: "
+                "unpack both and pack their files as one"
+            )
 
 
 def sample_starts(stream: BinaryIO, name: str) -> np.ndarray:

@@ -530,7 +530,7 @@ def _content(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, An
 
 def _read_position(state: Path) -> dict[str, Any]:
     position = read_json_object(state / "position.json", fix=f"delete {state}")
-    if type(position.get("step")) is not int:
+    if type(position.get("step")) is not int or position["step"] < 0:
         raise ValueError(f"{state / 'position.json'} has no number of steps: delete {state}")
     return position
 

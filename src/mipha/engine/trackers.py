@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mipha.errors import MissingPackage, import_optional
-from mipha.files import read_json_object, read_lines, write_whole
+from mipha.files import read_json_object, read_lines, step_of, write_whole
 from mipha.terminal import echo
 
 TRACKERS = ("tensorboard", "wandb", "trackio")
@@ -111,8 +111,12 @@ def last_tracked(metrics_jsonl: Path, record: Path) -> int:
     """
     known = 0
     if record.is_file():
-        known = read_json_object(record, fix="delete it, and steps are tracked again")["step"]
-    last = max((line["step"] for line in read_lines(metrics_jsonl)), default=0)
+        fix = "delete it, and steps are tracked again"
+        known = read_json_object(record, fix=fix).get("step")
+        if type(known) is not int:
+            raise ValueError(f"{record} has no number of a step: {fix}")
+    steps = (step_of(line, metrics_jsonl) for line in read_lines(metrics_jsonl))
+    last = max(steps, default=0)
     write_whole(record, json.dumps({"step": max(known, last)}))
     return max(known, last)
 

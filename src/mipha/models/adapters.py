@@ -21,13 +21,14 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
-from safetensors import safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mipha.checkpoint_files import read_config, refuse_code, refuse_links
+from mipha.checkpoint_files import read_config, read_template, refuse_code, refuse_links
 from mipha.files import read_json_object, whole_folder, write_whole
 from mipha.models.build import save_checkpoint
+from mipha.models.checkpoint_folder import check_finite
 from mipha.models.fingerprint import checkpoint_digest
 from mipha.models.modeling import LlavaForConditionalGeneration, load_model
 from mipha.models.processing import load_processor
@@ -243,7 +244,13 @@ def merge_adapter(adapter: Path, folder: Path, base: Path | None = None) -> None
     model = load_model(str(base))
     _check_fit(model, adapter, base)
     is_tied = model.lm_head.weight is model.get_input_embeddings().weight
-    merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
+    try:
+        merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
+    except RuntimeError as error:  # peft's answer to factors of another rank than the config's
+        raise ValueError(
+            f"the tensors of {adapter} are not those that its config describes: copy it again "
+            f"({' '.join(str(error).split())[:200]})"
+        ) from error
 
     # Peft loads tied weights as two.
     embeddings = merged.get_input_embeddings().weight
@@ -251,7 +258,7 @@ def merge_adapter(adapter: Path, folder: Path, base: Path | None = None) -> None
         merged.config.tie_word_embeddings = True
         merged.tie_weights()
 
-    save_checkpoint(merged, load_processor(base, adapter_template(adapter)), folder)
+    save_checkpoint(merged, load_processor(base, *adapter_template(adapter)), folder)
 
 
 def check_base(adapter: Path, base: Path | None = None) -> Path:
@@ -272,11 +279,13 @@ def check_base(adapter: Path, base: Path | None = None) -> Path:
     kind = read_config(adapter, "adapter_config.json").get("peft_type")
     if kind != "LORA":
         raise ValueError(f"{adapter} is an adapter of the kind {kind}: give a LoRA")
+    _check_config(adapter)
 
     # Find the base that the adapter was trained on. Without base.json only its name is known.
     facts = read_json_object(adapter / "base.json") if (adapter / "base.json").is_file() else None
     if facts is not None and not (
-        {"sha256", "quantized"} <= facts.keys() and {"folder", "name"} & facts.keys()
+        {"sha256", "quantized"} <= facts.keys()
+        and isinstance(facts.get("folder", facts.get("name")), str)
     ):
         raise ValueError(
             f"{adapter / 'base.json'} does not describe the base of the adapter: copy it again"
@@ -304,10 +313,92 @@ def check_base(adapter: Path, base: Path | None = None) -> Path:
     return base
 
 
-def adapter_template(adapter: Path) -> str | None:
-    """Return the chat template that an adapter was trained with; None for that of its base."""
+def _check_config(adapter: Path) -> None:
+    """Refuse a config of peft that asks for more than a LoRA, or for what has no end.
+
+    Source: peft 0.21 `LoraConfig`; initialisations that change the base's weights:
+        `tuners/lora/layer.py`.
+    """
+    path = adapter / "adapter_config.json"
+    config = read_config(adapter, path.name)
+
+    def refuse(key: str, fix: str) -> ValueError:
+        return ValueError(f"{path} sets {key} to {str(config.get(key))[:60]!r}: {fix}")
+
+    # Kinds of adapters that are not read, by their switches.
+    for key, value in config.items():
+        if value is not None and value is not False and key not in _READ_KEYS:
+            raise refuse(key, "give a plain LoRA, without it")
+    if config.get("init_lora_weights", True) not in _INITIALISATIONS:
+        raise refuse(
+            "init_lora_weights", "it changes the base's weights; convert it to a plain LoRA"
+        )
+
+    if config.get("bias", "none") not in ("none", "all", "lora_only"):
+        raise refuse("bias", "use none, all or lora_only")
+
+    # Numbers.
+    ranks, alphas = (config.get(key) or {} for key in ("rank_pattern", "alpha_pattern"))
+    for key in ("rank_pattern", "alpha_pattern"):
+        if config.get(key) and not isinstance(config[key], dict):
+            raise refuse(key, "give an object of names and numbers")
+    for key, values, most in (
+        ("r", [config.get("r", 8), *ranks.values()], _MOST_RANK),
+        ("lora_alpha", [config.get("lora_alpha", 8), *alphas.values()], _MOST_ALPHA),
+        ("lora_dropout", [config.get("lora_dropout", 0.0)], 1),
+    ):
+        for value in values:
+            kinds = (int,) if key == "r" else (int, float)
+            if type(value) not in kinds or not (key == "r") <= value <= most:
+                raise ValueError(f"{path} sets {key} to {value!r}: give a number up to {most:,}")
+
+    # Patterns: one with a repeated group, or with many repetitions, takes for ever on some names.
+    for key in ("target_modules", "exclude_modules", "layers_pattern"):
+        value = config.get(key)
+        if not isinstance(value, (str, list, type(None))) or (not value and key[0] == "t"):
+            raise refuse(key, "name the layers that have adapters")
+    patterns = [config.get(key) for key in ("target_modules", "exclude_modules", "layers_pattern")]
+    for pattern in [one for one in patterns if isinstance(one, str)] + [*ranks, *alphas]:
+        try:
+            re.compile(pattern)
+            is_quick = not re.search(r"\)[*+{]", pattern) and len(re.findall("[*+{]", pattern)) < 9
+        except re.error:
+            is_quick = False
+        if not is_quick:
+            raise ValueError(
+                f"{path} has the pattern {pattern[:60]!r}, which is none or may take for ever: "
+                "name the layers in a list"
+            )
+
+    # What else is malformed shows to peft itself.
+    try:
+        PeftConfig.from_pretrained(str(adapter))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} cannot be read by peft: copy it again ({reason})") from error
+
+
+_READ_KEYS = {
+    *("r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+    *("modules_to_save", "bias", "fan_in_fan_out", "init_lora_weights", "ensure_weight_tying"),
+    # Notes of peft, and settings of what is switched off.
+    *("peft_type", "task_type", "auto_mapping", "peft_version", "revision", "inference_mode"),
+    *("base_model_name_or_path", "megatron_core", "qalora_group_size", "loftq_config"),
+    *("eva_config", "corda_config", "lora_ga_config"),
+}
+_INITIALISATIONS = (True, False, None, "gaussian", "eva", "orthogonal")
+_MOST_RANK = 2**16
+_MOST_ALPHA = 2**20
+
+
+def adapter_template(adapter: Path) -> tuple[str | None, Path]:
+    """Return the chat template that an adapter was trained with, and its file.
+
+    None in place of the template stands for that of the base.
+    """
     path = adapter / "chat_template.jinja"
-    return path.read_text(encoding="utf-8") if path.is_file() else None
+    return read_template(path) if path.is_file() else None, path
 
 
 def attach_adapter(
@@ -336,14 +427,30 @@ def attach_adapter(
     # Add the layers; peft's wrappers of modules that were trained whole are not needed.
     config = LoraConfig.from_pretrained(str(adapter))
     config.modules_to_save, config.inference_mode = None, True
-    inject_adapter_in_model(config, own, _NAME)
+    config.init_lora_weights = True
+    try:
+        inject_adapter_in_model(config, own, _NAME)
+    except Exception as error:  # peft answers a malformed config with any kind of exception
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{adapter} does not fit {base}: copy it again ({reason})") from error
 
     # Put the adapter's tensors in their places.
     found = set()
     for name, tensor in load_file(adapter / "adapter_model.safetensors").items():
         path, _, leaf = name.removeprefix(_PREFIX).rpartition(".")
         layer, _, factor = path.rpartition(".")
-        place = own.get_submodule(f"{path}.{_NAME}" if factor in ("lora_A", "lora_B") else path)
+        try:
+            place = own.get_submodule(f"{path}.{_NAME}" if factor in ("lora_A", "lora_B") else path)
+        except AttributeError as error:
+            raise ValueError(
+                f"{adapter} holds an adapter of {layer}, which its config does not name: "
+                "copy it again"
+            ) from error
+        if getattr(place, leaf).shape != tensor.shape:
+            raise ValueError(
+                f"{adapter} has {name} of {tuple(tensor.shape)}, and its config describes "
+                f"{tuple(getattr(place, leaf).shape)}: copy it again"
+            )
         if factor in ("lora_A", "lora_B"):
             found.add((layer, factor))
         value = tensor.to(model.device, model.dtype)
@@ -401,15 +508,33 @@ def _check_fit(model: nn.Module, adapter: Path, base: Path) -> None:
         name: tuple(parameter.shape)
         for name, parameter in model.named_parameters(remove_duplicate=False)
     }
-    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
-        found = {
-            name.removeprefix(_PREFIX): tuple(file.get_slice(name).get_shape())
-            for name in file.keys()  # noqa: SIM118  (not a dict)
-        }
+    path = adapter / "adapter_model.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"{adapter} has no {path.name}: copy it there")
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is cut short: copy it again ({error})") from error
+    check_finite(tensors.items(), path)
+    found = {name.removeprefix(_PREFIX): tuple(tensor.shape) for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{path} holds {name} in {tensor.dtype}: save it as floats")
+
+    # Memory is taken by the config's rank before the tensors are put there.
+    config = read_config(adapter, "adapter_config.json")
+    ranks = [shape[0] for name, shape in found.items() if ".lora_A." in name and shape]
+    if ranks and not config.get("rank_pattern") and config.get("r", 8) > max(ranks):
+        raise ValueError(
+            f"{adapter} names rank {config.get('r', 8)}, and its tensors have {max(ranks)}: "
+            "copy it again"
+        )
 
     for name, shape in found.items():
         factor = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name)
-        if factor:
+        if factor and len(shape) != 2:
+            fits = False
+        elif factor:
             outputs, inputs = shapes.get(f"{factor[1]}.weight", (None, None))
             fits = shape[1] == inputs if factor[2] == "A" else shape[0] == outputs
         else:

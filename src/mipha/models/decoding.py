@@ -64,7 +64,16 @@ class RowSampler(LogitsProcessor):
         Args:
             input_ids: Tokens so far, `(rows, tokens)`.
             scores: Logits, `(rows, vocabulary)`; changed in place.
+
+        Raises:
+            ValueError: The highest logit of a row is no finite number: its answer would be an
+                empty text that looks like an answer.
         """
+        if not torch.isfinite(scores.amax(dim=-1)).all():
+            raise ValueError(
+                "the model gives no finite scores for the next token: use --dtype float32, or look "
+                "for damage in its config.json, its processor_config.json and its weights"
+            )
         for row, warpers, generator in self._drawn:
             # A seed gives the same draw on every machine only on the CPU.
             warped = warpers(input_ids[row : row + 1], scores[row : row + 1].float().cpu())

@@ -15,6 +15,7 @@ import transformers
 from PIL import Image
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoTokenizer,
     Idefics3Processor,
     LlavaNextProcessor,
@@ -49,7 +50,7 @@ from mipha.geometry import (
 from mipha.models.chat_template import IMAGE_TOKEN, fit_template
 from mipha.preflight import template_file
 from mipha.recipe import CheckpointRecipe, ModelRecipe, RegionForm, StageRecipe
-from mipha.rendering import write_chat
+from mipha.rendering import is_panic, write_chat
 
 IMAGE_PROCESSORS = (
     "LlavaImageProcessor",
@@ -357,12 +358,15 @@ class NativeImageProcessor:
         return blocks.reshape(high * wide, patch * patch * 3).astype(np.float32), (high, wide)
 
 
-def load_processor(folder: str | Path, template: str | None = None) -> LlavaProcessor:
+def load_processor(
+    folder: str | Path, template: str | None = None, source: Path | None = None
+) -> LlavaProcessor:
     """Load the processor of a saved checkpoint; one of another class has the same attributes.
 
     Args:
         folder: Checkpoint of any layout that `read_processor` knows.
         template: Chat template in place of the checkpoint's own.
+        source: File of that template, for messages.
 
     Raises:
         FileNotFoundError: A file is missing.
@@ -376,9 +380,18 @@ def load_processor(folder: str | Path, template: str | None = None) -> LlavaProc
         raise FileNotFoundError(
             f"{folder} has no chat_template.jinja: put its template there, or name one"
         )
+    if (folder / "config.json").is_file():
+        try:
+            AutoConfig.from_pretrained(folder, local_files_only=True)  # as the tokenizer's reader
+        except Exception as error:
+            raise ValueError(
+                f"{folder / 'config.json'} cannot be read: copy it again ({_reason(error)})"
+            ) from error
     try:
         processor = _read_processor(folder, saved, own)
-    except Exception as error:  # the readers answer a damaged file with any kind of exception
+    except BaseException as error:  # the readers answer a damaged file with any kind of exception
+        if not (isinstance(error, Exception) or is_panic(error)):
+            raise
         raise ValueError(
             f"tokenizer or image processor of {folder} cannot be read: copy their files again "
             f"({_reason(error)})"
@@ -396,7 +409,7 @@ def load_processor(folder: str | Path, template: str | None = None) -> LlavaProc
     # the template does not write it.
     _check_marks(processor, folder)
     tokenizer = processor.tokenizer
-    written = _check_template_runs(tokenizer, own, folder / "chat_template.jinja")
+    written = _check_template_runs(tokenizer, own, source or folder / "chat_template.jinja")
     if _adds_bos(tokenizer) and not written.startswith(str(tokenizer.bos_token)):
         processor.chat_template = "{{- bos_token -}}\n" + own
 
@@ -500,5 +513,5 @@ def _check_template_runs(tokenizer: PreTrainedTokenizerBase, template: str, path
         return write_chat(tokenizer, [{"role": "user", "content": "a"}], template, path)
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__

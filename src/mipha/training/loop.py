@@ -59,6 +59,11 @@ def run_steps(
     optimizer = make_optimizer(model, settings)
     position = load_state(states, model, optimizer, world) or {"step": 0}
     start = int(position["step"])
+    if start > num_steps:
+        raise ValueError(
+            f"the training state in {states} is of step {start}, and this stage has {num_steps}: "
+            "delete that folder to start the stage anew"
+        )
     recorder = Recorder(stage, model, num_steps, start)
     writer = StateWriter(states, world, stage.recipe.keep_states, stage.recipe.async_checkpoints)
 

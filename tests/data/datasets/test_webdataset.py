@@ -173,6 +173,16 @@ def test_tars_that_cannot_be_indexed(tmp_path: Path) -> None:
         (tmp_path / "bad.tar").write_bytes(content)
         with pytest.raises(ValueError, match=rf"bad\.tar cannot be read as a tar: .*{sentence}"):
             webdataset.load(tmp_path / "bad.tar", "train")
+    header = bytearray(whole[:512])
+    header[124:136] = b"\x80" + b"\x7f" * 11  # a size beyond what any file has
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    (tmp_path / "bad.tar").write_bytes(bytes(header) + whole[512:])
+    with pytest.raises(ValueError, match=r"bad\.tar cannot be read as a tar"):
+        webdataset.load(tmp_path / "bad.tar", "train")
+    (tmp_path / "bad.tar").write_bytes(b"PK\x03\x04" + bytes(2000))
+    with pytest.raises(ValueError, match=r"bad\.tar cannot be read as a tar: .*it is a zip"):
+        webdataset.load(tmp_path / "bad.tar", "train")
     _tar(tmp_path / "packed.tar", ("a.txt", "x"), mode="w:gz")
     with pytest.raises(ValueError, match=r"packed\.tar cannot be read as a tar: .*gunzip"):
         webdataset.load(tmp_path / "packed.tar", "train")
@@ -180,6 +190,18 @@ def test_tars_that_cannot_be_indexed(tmp_path: Path) -> None:
         recipe = DataRecipe(dataset=name, root=tmp_path / "whole.tar", image_root=tmp_path)
         with pytest.raises(ValueError, match="image_root has no effect with the data set webdata"):
             load_data(recipe)
+
+
+def test_a_tar_behind_a_tar_is_refused_and_padding_is_not(tmp_path: Path) -> None:
+    """`cat a.tar b.tar` makes a file of which tarfile reads the first half."""
+    one = _tar(tmp_path / "one.tar", ("a.jpg", RED), ("a.txt", "One.")).read_bytes()
+    two = _tar(tmp_path / "two.tar", ("b.jpg", RED), ("b.txt", "Two.")).read_bytes()
+    (tmp_path / "both.tar").write_bytes(one + two)
+    with pytest.raises(ValueError, match=r"both\.tar holds another tar behind its end"):
+        webdataset.load(tmp_path / "both.tar", "train")
+    for padding in (bytes(20_480), b"junk" * 300):
+        (tmp_path / "both.tar").write_bytes(one + padding)
+        assert len(_samples(tmp_path / "both.tar")) == 1
 
 
 def test_a_damaged_tar_is_nothing_worse_than_a_value_error(tmp_path: Path) -> None:

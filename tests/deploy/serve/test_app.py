@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import socket
 from collections.abc import Callable
 from threading import Event
@@ -309,6 +310,13 @@ def test_a_failing_model_is_a_sentence_and_the_server_lives(
             {"content": b"{}", "headers": {"content-type": "text/plain"}},
             415,
             "must be application/json",
+        ),
+        (
+            "POST",
+            CHAT,
+            {"content": gzip.compress(b"{}"), "headers": {**JSON, "content-encoding": "gzip"}},
+            415,
+            "a compressed body is not read: send it without Content-Encoding",
         ),
         (
             "POST",

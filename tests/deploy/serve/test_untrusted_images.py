@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+import struct
+import zlib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mipha.deploy.serve.untrusted_images import Address, fetch_image, is_public
+from mipha.deploy.serve.untrusted_images import (
+    Address,
+    fetch_image,
+    is_public,
+    read_untrusted_image,
+)
 
 PEM = Path(__file__).with_name("pictures_test.pem")
 BODY = bytes(range(256)) * 20
@@ -380,3 +387,19 @@ def test_addresses_that_are_not_even_looked_up(url: str) -> None:
 )
 def test_which_addresses_are_public(address: str, public: bool) -> None:
     assert is_public(address) is public
+
+
+@pytest.mark.parametrize("colour", [2, 3])
+def test_a_refusal_names_no_object_of_ours(colour: int) -> None:
+    """Images of no width, and of colours without a palette, in Pillow's words name neither."""
+    head = struct.pack(">IIBBBBB", 0 if colour == 2 else 9, 9, 8, colour, 0, 0, 0)
+    chunks = ((b"IHDR", head), (b"IDAT", zlib.compress(bytes(90))), (b"IEND", b""))
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(content))
+        + name
+        + content
+        + struct.pack(">I", zlib.crc32(name + content))
+        for name, content in chunks
+    )
+    with pytest.raises(ValueError, match=r"is damaged \(it cannot be decoded\)"):
+        read_untrusted_image(data, 1_000)

@@ -113,6 +113,13 @@ class Chat:
                 status=415,
                 code="unsupported_media_type",
             )
+        encoding = request.headers.get("content-encoding", "identity")
+        if encoding.strip().lower() not in ("identity", ""):
+            raise RequestError(
+                "a compressed body is not read: send it without Content-Encoding",
+                status=415,
+                code="unsupported_media_type",
+            )
         if self._held >= self._bounds.max_requests:
             raise _busy(f"{self._held} requests are being answered or wait already")
 

@@ -223,11 +223,13 @@ def run(
     """
     import uvicorn
 
+    from mipha.data.images import ContrastWarning
     from mipha.deploy.serve.app import create_app, create_loading_app
     from mipha.deploy.serve.engine import ServiceError
 
-    # Pillow warns of damaged files; a stranger must not write lines into the log.
+    # Pillow warns of damaged files, and we of flat ones: a stranger must not write into the log.
     warnings.filterwarnings("ignore", module=r"PIL\.")
+    warnings.filterwarnings("ignore", category=ContrastWarning)
     signals = (signal.SIGINT, signal.SIGTERM)
     before = {number: signal.getsignal(number) for number in signals}
     loop: asyncio.AbstractEventLoop

@@ -330,9 +330,10 @@ def read_untrusted_image(data: bytes, max_pixels: int) -> Image.Image:
     try:
         return open_image(data, max_pixels=max_pixels)
     except ValueError as error:
-        raise ValueError(
-            f"the image is damaged ({error.__cause__ or error}): send the whole file"
-        ) from error
+        reason = str(error.__cause__ or error)
+        if not reason or "BytesIO" in reason:  # it names an object of ours, or nothing
+            reason = "it cannot be decoded"
+        raise ValueError(f"the image is damaged ({reason}): send the whole file") from error
 
 
 def _header_reader(data: bytes) -> Callable[[bytes], _Header] | None:
