@@ -40,11 +40,14 @@ REQUEST_OPTION = "--judge-request"
 _LONGEST_QUOTED = 60
 """Characters of a reply that an error shows."""
 
-_REASONING = re.compile(
-    r"<(think|thinking|thought|reasoning)>.*?</\1>|\[THINK\].*?\[/THINK\]", re.DOTALL
-)
-_REASONING_BEGINS = re.compile(r"<(?:think|thinking|thought|reasoning)>|\[THINK\]")
-_REASONING_ENDS = re.compile(r"</(?:think|thinking|thought|reasoning)>|\[/THINK\]")
+_TAG = r"(?:think|thinking|thought|reasoning)"
+_BEGINS = rf"<{_TAG}(?:\s[^>]*)?>|\[THINK\]|◁think▷|<\|channel\|>(?!final\b)"
+_ENDS = rf"</{_TAG}>|\[/THINK\]|◁/think▷|<\|channel\|>final\b.*?<\|message\|>"
+"""Marks around the part in which a model thinks: a tag, or those of Mistral, Kimi and gpt-oss."""
+
+_REASONING = re.compile(rf"(?:{_BEGINS}).*?(?:{_ENDS})", re.DOTALL | re.IGNORECASE)
+_REASONING_BEGINS = re.compile(_BEGINS, re.IGNORECASE)
+_REASONING_ENDS = re.compile(_ENDS, re.IGNORECASE)
 
 _FIX = "fix that line"
 

@@ -91,8 +91,11 @@ _ANY_SIZE = (1, 1)
 _TRIES = 3
 _JUDGE_TOKENS = 1024
 _SCALE = re.compile(r"scale:\s*(-?\d+(?:\.\d+)?)\s*(?:to|-|,)\s*(-?\d+(?:\.\d+)?)\s*\n", re.I)
-_GRADE = re.compile(r"score\W{0,4}[:=]\W{0,4}?(-?\d+(?:\.\d+)?)", re.I)
-_WHOLE = re.compile(r"\W*?(-?\d+(?:\.\d+)?)\W*")
+_GRADE = re.compile(r"score\W{0,4}[:=：]\W{0,8}?(-?\d+(?:\.\d+)?)", re.I)
+_WHOLE = re.compile(r"\W*?(-?\d+(?:\.\d+)?)(?:\W*|\s*(?:/|out of)\s*\d+(?:\.\d+)?\W*)", re.I)
+_OUT_OF = re.compile(r"[\s*(]*(?:(%)|(?:/|out of)\s*(\d+(?:\.\d+)?))", re.I)
+_MORE = re.compile(r",\d|[\s*]*[-–—]\s*\d|\s+(?:or|to)\s+\d", re.I)
+"""What may follow a number: the highest grade, or digits that make it another one or a range."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +133,16 @@ class Rubric:
         if not found and (whole := _WHOLE.fullmatch(text)):
             found = [whole]
         # The last digits of a reply that was cut may be missing.
-        if not found or (reply.is_cut and not text[found[0].end(1) :].strip()):
+        rest = text[found[0].end(1) :] if found else ""
+        if not found or (reply.is_cut and not rest.strip()):
             return None
+        # A grade on another scale, such as 4/5 where 10 is the highest, is no grade on this one.
+        if _MORE.match(rest):
+            return None
+        if out_of := _OUT_OF.match(rest):
+            highest = 100.0 if out_of[1] else float(out_of[2])
+            if highest != self.high:
+                return None
         grade = (float(found[0][1]) - self.low) / (self.high - self.low)
         return grade if 0 <= grade <= 1 else None
 
