@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -30,6 +30,9 @@ TEMPLATE_GIB = 2.0
 
 MOST_CHARACTERS = 2**24
 """Longest conversation that is given to a tokenizer, in characters."""
+
+_LONGEST_SHOWN = 40
+"""Characters of words that an error shows."""
 
 FAILURES = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError)
 FAILURES += (AttributeError, RuntimeError)
@@ -152,8 +155,8 @@ def write_chat(
         prompt: Write how an answer begins, behind the last message.
 
     Raises:
-        ValueError: The template fails, passes a bound of `bounded`, or writes more than
-            `MOST_CHARACTERS`.
+        ValueError: The template fails, leaves words of the system or the user out, passes a bound
+            of `bounded`, or writes more than `MOST_CHARACTERS`.
     """
     with bounded(template, source):
         try:
@@ -168,7 +171,45 @@ def write_chat(
                 f"{source} cannot write a conversation: give a working template ({_reason(error)})"
             ) from error
     check_length(text, source)
+
+    # Templates leave the thinking of earlier answers out, as they were trained.
+    asked = [message for message in messages if message["role"] != "assistant"]
+    if lost := lost_words(asked, text):
+        raise ValueError(f"{source} {lost}: leave it out, or give another template")
     return text
+
+
+def lost_words(messages: Sequence[dict[str, Any]], text: str) -> str | None:
+    """Return what a text lacks of the conversation that it is made of; None if nothing.
+
+    White space does not count, and the system's words may stand anywhere.
+
+    Args:
+        messages: Roles and contents, each a text or a list of parts.
+        text: What a chat template wrote.
+    """
+    return _lost(messages, text, str.strip) and _lost(messages, text, _without_spaces)
+
+
+def _lost(messages: Sequence[dict[str, Any]], text: str, form: Callable[[str], str]) -> str | None:
+    """Return the first words that are not in a text, both in a form; the users' stand in order."""
+    written, place = form(text), 0
+    for message in messages:
+        content = message["content"]
+        parts = [content] if isinstance(content, str) else [part.get("text") for part in content]
+        for words in filter(None, parts):
+            bare = form(words)
+            found = written.find(bare, 0 if message["role"] == "system" else place)
+            if found < 0:
+                shown = words if len(words) <= _LONGEST_SHOWN else words[:_LONGEST_SHOWN] + " ..."
+                return f"does not write {shown!r} of the {message['role']}"
+            if message["role"] != "system":
+                place = found + len(bare)
+    return None
+
+
+def _without_spaces(text: str) -> str:
+    return "".join(text.split())
 
 
 def check_length(text: str, source: object) -> None:

@@ -181,3 +181,11 @@ def test_a_template_made_for_text_gets_text() -> None:
     text, marked = _chat(fitted, tokenizer)
     assert text.startswith("<|user|><image>\nWhat colour has it?<|assistant|>Dark blue it is.<eos>")
     assert marked == ["Dark blue it is.<eos>", "Of course.<eos>"]
+
+
+def test_a_template_that_writes_the_date_writes_a_fixed_one() -> None:
+    template = "{{ strftime_now('%S') }}" + _turns(_MARKED + "{% else %}{{ m.content }}{% endif %}")
+    tokenizer = tokenizer_for(template + "<|user|><|assistant|>")
+    fitted = fit_template(template, tokenizer, "mine")
+    assert _chat(fitted, tokenizer)[0].startswith("26 Jul 2024<|user|>")
+    assert fit_template(fitted, tokenizer, "mine") == fitted
