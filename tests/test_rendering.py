@@ -104,9 +104,19 @@ def test_words_that_a_template_leaves_out_are_named(
 ) -> None:
     answer = {"role": "assistant", "content": "<think>hm</think>No"}
     chat = [{"role": "system", "content": "Be brief."}, *QUESTION, answer]
-    chat += [{"role": "user", "content": [{"type": "text", "text": "Blue?"}]}]
+    chat += [{"role": "user", "content": "Blue?"}]
     with pytest.raises(ValueError, match=rf"^t\.jinja does not write {re.escape(lost)}"):
         write_chat(tokenizer, chat, template, "t.jinja")
+
+
+def test_a_list_of_parts_is_not_its_words(tokenizer: PreTrainedTokenizerFast) -> None:
+    part = {"type": "text", "text": "Is it red?"}
+    with pytest.raises(ValueError, match=r"^t writes the parts of a message as a list"):
+        write_chat(
+            tokenizer, [{"role": "user", "content": [part]}], "{{ messages[0].content }}", "t"
+        )
+    said = [{"role": "user", "content": [part | {"text": str([part])}]}]
+    assert write_chat(tokenizer, said, "{{ messages[0].content[0].text }}", "t") == str([part])
 
 
 def test_a_template_may_change_spaces_and_leave_earlier_thinking_out() -> None:

@@ -7,6 +7,7 @@ A template is a stranger's program. jinja2's sandbox keeps it from everything bu
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -31,12 +32,27 @@ TEMPLATE_GIB = 2.0
 MOST_CHARACTERS = 2**24
 """Longest conversation that is given to a tokenizer, in characters."""
 
+_PARTS = re.compile(r"""\[\{['"]type['"]: """)
+
 _LONGEST_SHOWN = 40
 """Characters of words that an error shows."""
 
 FAILURES = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError)
 FAILURES += (AttributeError, RuntimeError)
 """What a template that does not take a conversation raises."""
+
+
+class ConversationRefused(ValueError):
+    """A chat template fails on a conversation, or does not write it.
+
+    Args:
+        message: Sentence for who chooses the template.
+        reason: What the template says, or leaves out.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class _TookTooLong(BaseException):
@@ -155,8 +171,8 @@ def write_chat(
         prompt: Write how an answer begins, behind the last message.
 
     Raises:
-        ValueError: The template fails, leaves words of the system or the user out, passes a bound
-            of `bounded`, or writes more than `MOST_CHARACTERS`.
+        ConversationRefused: The template fails, or leaves words of the system or the user out.
+        ValueError: It passes a bound of `bounded`, or writes more than `MOST_CHARACTERS`.
     """
     with bounded(template, source):
         try:
@@ -167,27 +183,34 @@ def write_chat(
                 tokenize=False,
             )
         except FAILURES as error:
-            raise ValueError(
-                f"{source} cannot write a conversation: give a working template ({_reason(error)})"
+            raise ConversationRefused(
+                f"{source} cannot write a conversation: give a working template ({_reason(error)})",
+                _reason(error),
             ) from error
     check_length(text, source)
 
     # Templates leave the thinking of earlier answers out, as they were trained.
     asked = [message for message in messages if message["role"] != "assistant"]
     if lost := lost_words(asked, text):
-        raise ValueError(f"{source} {lost}: leave it out, or give another template")
+        raise ConversationRefused(
+            f"{source} {lost}: give another template, or leave that out", lost
+        )
     return text
 
 
 def lost_words(messages: Sequence[dict[str, Any]], text: str) -> str | None:
     """Return what a text lacks of the conversation that it is made of; None if nothing.
 
-    White space does not count, and the system's words may stand anywhere.
+    White space does not count, and the system's words may stand anywhere. Words inside a list of
+    parts are lost too: a template that is made for text writes such lists.
 
     Args:
         messages: Roles and contents, each a text or a list of parts.
         text: What a chat template wrote.
     """
+    has_parts = any(not isinstance(message["content"], str) for message in messages)
+    if has_parts and _PARTS.search(text) and not _PARTS.search(str(_words(messages))):
+        return "writes the parts of a message as a list, and not their words"
     return _lost(messages, text, str.strip) and _lost(messages, text, _without_spaces)
 
 
@@ -195,9 +218,7 @@ def _lost(messages: Sequence[dict[str, Any]], text: str, form: Callable[[str], s
     """Return the first words that are not in a text, both in a form; the users' stand in order."""
     written, place = form(text), 0
     for message in messages:
-        content = message["content"]
-        parts = [content] if isinstance(content, str) else [part.get("text") for part in content]
-        for words in filter(None, parts):
+        for words in _words([message]):
             bare = form(words)
             found = written.find(bare, 0 if message["role"] == "system" else place)
             if found < 0:
@@ -206,6 +227,12 @@ def _lost(messages: Sequence[dict[str, Any]], text: str, form: Callable[[str], s
             if message["role"] != "system":
                 place = found + len(bare)
     return None
+
+
+def _words(messages: Sequence[dict[str, Any]]) -> list[str]:
+    contents = [message["content"] for message in messages]
+    listed = [[{"text": one}] if isinstance(one, str) else one for one in contents]
+    return [part["text"] for parts in listed for part in parts if part.get("text")]
 
 
 def _without_spaces(text: str) -> str:
