@@ -170,7 +170,8 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
 
     Raises:
         FileNotFoundError: There are no weights, or a shard that the index names is missing.
-        ValueError: The weights are pickles, a file is damaged, or index and files disagree.
+        ValueError: The weights are pickles, a file is damaged, two files hold the same tensor, or
+            index and files disagree.
     """
     tensors: dict[str, StoredTensor] = {}
     for path in weight_files(folder):
@@ -178,6 +179,11 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
             # The framework matters for reading values only; numpy saves the import of torch.
             with safe_open(path, framework="numpy") as file:
                 for name in file.keys():  # noqa: SIM118  (not a dict)
+                    if name in tensors:
+                        raise ValueError(
+                            f"{path} holds {name}, and so does {tensors[name].file.name}, and "
+                            "programs differ in which one they read: copy the shards again"
+                        )
                     header = file.get_slice(name)
                     tensors[name] = StoredTensor(
                         path, tuple(header.get_shape()), header.get_dtype()
@@ -345,6 +351,7 @@ def read_checkpoint(folder: Path, needs_template: bool = True) -> CheckpointFile
     _check_image(folder, config, processor)
     _check_end_tokens(folder)
     tensors = read_headers(folder)
+    _check_types(tensors)
     for part in parts:
         check_sizes(folder / "config.json", config[part], tensors)
     found = CheckpointFiles(config, processor, tensors)
@@ -452,6 +459,16 @@ def check_sizes(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Sto
             raise ValueError(
                 f"{path} sets {key} to {value!r}, but the weights allow 1 to {limit}: "
                 "give the config that the weights were saved with"
+            )
+
+
+def _check_types(tensors: Mapping[str, StoredTensor]) -> None:
+    """Refuse weights that are whole numbers: quantized ones would be read without their scales."""
+    for name, tensor in tensors.items():
+        if name.endswith(("weight", "bias")) and not tensor.code.startswith(("F", "BF")):
+            raise ValueError(
+                f"{tensor.file}: the weights {name} are of the type {tensor.code}, not of floating "
+                "point: give the checkpoint before it was quantized"
             )
 
 

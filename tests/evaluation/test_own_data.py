@@ -67,6 +67,7 @@ def scores(path: Path, *said: str, **options: Any) -> list[float]:
     [
         (["red", "a dark blue car"], "exact", "no answer has more than 5 words"),
         (["3", "12"], "exact", "the answers are counts"),
+        (["-3", "12"], "number", "the answers are numbers"),
         (["3.5", "12"], "number", "the answers are numbers"),
         (["1,200", "12 %"], "number", "the answers are numbers"),
         (["red", "a dark blue car on a road"], "f1", "some answers have more than 5 words"),
@@ -99,6 +100,8 @@ def test_options_are_scored_by_their_letter(write: Callable[..., Path]) -> None:
     assert scores(path, "B", "A") == [1, 1]
     assert scores(path, "The answer is B.", "(A)") == [1, 1]
     assert scores(path, "a cat", "a dog or a cat") == [1, 0]
+    assert scores(write("b", "(a)", options=["dog", "cat"]), "The answer is B", "A. dog") == [1, 1]
+    assert scores(write("a", "b", options=["b", "a"]), "B", "A") == [1, 1]
     asked = plan(path)
     judgement = asked.benchmark.score(asked.questions, {"test/1": "hm", "test/2": "A"}, None)
     assert "1 answers name none of their options, and count as wrong" in judgement.notes
@@ -121,6 +124,8 @@ def test_options_may_stand_in_the_question() -> None:
         ("exact", "1200", {"1,200": 1, "1200.": 1, "1,20": 0}),
         ("exact", ["red", "crimson"], {"Crimson!": 1, "blue": 0}),
         ("number", "1200", {"1,250": 1, "$1,200": 1, "about 1190 people": 1, "1300": 0, "": 0}),
+        ("number", "-3.2", {"−3.2 °C": 1, "-3.2": 1, "3.2": 0}),
+        ("number", "3.2", {"−3.2": 0}),
         ("number", "12%", {"12.3 %": 0, "12.3%": 1, "0.12": 1}),
         ("number", "unknown", {"Unknown": 1, "3": 0}),
         ("vqa", PEOPLE, {"red": 1, "the dark red": 0.3, "Grey.": 0.6, "blue": 0}),

@@ -75,14 +75,15 @@ METRICS = {
 _MOST_WORDS = 5
 """Words of a right answer up to which the whole of it is compared."""
 _MOST_COUNT = 100
-"""Whole numbers below this are taken for counts, which must be exact."""
+"""Whole numbers from 0 to this, without it, are taken for counts, which must be exact."""
 
 _OPTION = re.compile(r"^\s*\(?([A-Z])[.):]\s+(\S.*)$", re.MULTILINE)
-_LETTER = re.compile(r"\(?([A-Z])(?:[.):]|$)")
+_LETTER = re.compile(r"\(?([A-Z])(?:[.):]|$)", re.IGNORECASE)
 _MARKS = string.whitespace + string.punctuation.replace("%", "").replace("$", "") + "“”‘’。！？"
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}\b)")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_SIGNS = str.maketrans("", "", "$€£¥")
+_SIGNS = str.maketrans({"−": "-", **dict.fromkeys("$€£¥")})
+"""What stands for a hyphen in front of a number, and what does not count there."""
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?%?")
 
 _ANY_SIZE = (1, 1)
@@ -357,7 +358,7 @@ def _gold_letter(answers: tuple[str, ...], options: Mapping[str, str]) -> str | 
     ]
     if len(same) == 1:
         return same[0]
-    return found[1] if found and found[1] in options else None
+    return found[1].upper() if found and found[1].upper() in options else None
 
 
 def _derive(rows: Sequence[GoldQuestion], questions: Sequence[Question]) -> tuple[str, str]:
@@ -375,7 +376,7 @@ def _derive(rows: Sequence[GoldQuestion], questions: Sequence[Question]) -> tupl
         return "vqa", f"every question has {FEWEST_PEOPLE} answers or more"
     numbers = [read_number(_as_number(text)) for text in answers]
     if all(number is not None for number in numbers):
-        if all(float(number or 0).is_integer() and number < _MOST_COUNT for number in numbers):  # type: ignore[operator]
+        if all(number in range(_MOST_COUNT) for number in numbers):
             return "exact", "the answers are counts"
         return "number", "the answers are numbers"
     if all(len(text.split()) <= _MOST_WORDS for text in answers):
