@@ -172,7 +172,8 @@ def write_chat(
 
     Raises:
         ConversationRefused: The template fails, or leaves words of the system or the user out.
-        ValueError: It passes a bound of `bounded`, or writes more than `MOST_CHARACTERS`.
+        ValueError: It passes a bound of `bounded`, writes more than `MOST_CHARACTERS`, or a message
+            holds half of a character.
     """
     with bounded(template, source):
         try:
@@ -188,6 +189,13 @@ def write_chat(
                 _reason(error),
             ) from error
     check_length(text, source)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"a message holds half of a character ({text[error.start]!r}), as text that is not "
+            "UTF-8 does: write it again"
+        ) from error
 
     # Templates leave the thinking of earlier answers out, as they were trained.
     asked = [message for message in messages if message["role"] != "assistant"]

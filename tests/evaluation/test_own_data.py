@@ -24,7 +24,7 @@ from mipha.evaluation.own_data import (
     read_rubric,
     word_f1,
 )
-from mipha.evaluation.score import score_predictions
+from mipha.evaluation.score import score_file, score_predictions
 from tests.evaluation.judge_server import serving
 
 PEOPLE = ["red"] * 7 + ["dark red", "grey", "grey"]
@@ -106,6 +106,14 @@ def test_options_are_scored_by_their_letter(write: Callable[..., Path]) -> None:
     judgement = asked.benchmark.score(asked.questions, {"test/1": "hm", "test/2": "A"}, None)
     assert "1 answers name none of their options, and count as wrong" in judgement.notes
     assert judgement.parsed == {"test/1": None, "test/2": "A"}
+
+
+def test_ids_that_are_not_used_are_named(write: Callable[..., Path], tmp_path: Path) -> None:
+    asked = plan(write("red", "blue", id="x"))
+    assert any("several records have the id x" in note for note in asked.doubts)
+    (tmp_path / "p.jsonl").write_text('{"question_id": "x", "text": "red"}\n')
+    with pytest.raises(ValueError, match=r"no question has the id x .*; its ids are places, such"):
+        score_file(asked.benchmark, tmp_path, tmp_path / "p.jsonl")
 
 
 def test_options_may_stand_in_the_question() -> None:

@@ -214,7 +214,7 @@ def plan_own_data(
             f"{lacking[0].where}: add them, or let `mipha predict` answer without a score"
         )
     questions = [_as_question(one, form) for one in found.questions]
-    notes = list(found.notes)
+    notes = [*found.notes, *filter(None, [found.about_ids])]
     if metric is not None:
         _check_fit(metric, found.questions, questions)
     elif with_answers:
@@ -228,6 +228,7 @@ def plan_own_data(
         max_new_tokens=max_new_tokens,
         read=lambda root, split: questions,
         read_labels=lambda path: questions,
+        id_advice=found.about_ids,
     )
     return Plan(benchmark, data.split, questions, tuple(notes))
 
