@@ -108,6 +108,16 @@ def test_options_are_scored_by_their_letter(write: Callable[..., Path]) -> None:
     assert judgement.parsed == {"test/1": None, "test/2": "A"}
 
 
+def test_a_missing_answer_is_named_with_the_key_that_may_hold_it(
+    write: Callable[..., Path],
+) -> None:
+    with pytest.raises(ValueError, match=r"1 of 2 questions have no right answer, .* line 1: add"):
+        plan(write(float("nan"), "red"))
+    unread = r'2 of 2 questions .*\(2 of 2 records: nothing reads the key "truth"\): add'
+    with pytest.raises(ValueError, match=unread):
+        plan(write(None, None, truth="red"))
+
+
 def test_ids_that_are_not_used_are_named(write: Callable[..., Path], tmp_path: Path) -> None:
     asked = plan(write("red", "blue", id="x"))
     assert any("several records have the id x" in note for note in asked.doubts)
@@ -129,6 +139,7 @@ def test_options_may_stand_in_the_question() -> None:
     ("metric", "right", "worth"),
     [
         ("exact", "Red car", {"red  car.": 1, '"Red car"': 1, "a red car": 0, "": 0}),
+        ("exact", "Café", {"cafe\u0301": 1, "cafe": 0}),
         ("exact", "1200", {"1,200": 1, "1200.": 1, "1,20": 0}),
         ("exact", ["red", "crimson"], {"Crimson!": 1, "blue": 0}),
         ("number", "1200", {"1,250": 1, "$1,200": 1, "about 1190 people": 1, "1300": 0, "": 0}),

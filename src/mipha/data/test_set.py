@@ -178,7 +178,7 @@ def _complete(content: Any, row: Row | None = None) -> _Completed:
     if asked is None:
         return _Completed(content, None)
     single = [name for name in ANSWERS if name != "answers"]
-    answer = next((name for name in single if named.get(name) not in (None, "")), None)
+    answer = next((name for name in single if not _is_missing(named.get(name))), None)
     several = _texts(parse_list(named.get("answers")), row)
     if several is None and answer is not None and isinstance(named[answer], list | Mapping):
         several = _texts(named[answer], row)
@@ -191,6 +191,11 @@ def _complete(content: Any, row: Row | None = None) -> _Completed:
     if answer is None and not option_columns(named):
         return _Completed({**rest, "answer": _UNANSWERED}, ())
     return _Completed(content, None)
+
+
+def _is_missing(value: Any) -> bool:
+    """Return whether a cell is empty: pandas writes NaN for one in JSON and parquet."""
+    return value in (None, "") or value != value
 
 
 def _answered(name: str, turns: list[Any]) -> list[Any]:

@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -209,9 +210,11 @@ def plan_own_data(
     found = load_test_set(data)
     needs_gold = with_answers and (criteria is None or "{gold}" in criteria.text)
     if needs_gold and (lacking := [one for one in found.questions if not one.answers]):
+        unread = [note for note in found.notes if "nothing reads" in note]
         raise ValueError(
             f"{len(lacking):,} of {len(found.questions):,} questions have no right answer, such as "
-            f"{lacking[0].where}: add them, or let `mipha predict` answer without a score"
+            f"{lacking[0].where}{''.join(f' ({note})' for note in unread)}: add them, or let "
+            "`mipha predict` answer without a score"
         )
     questions = [_as_question(one, form) for one in found.questions]
     notes = [*found.notes, *filter(None, [found.about_ids])]
@@ -293,8 +296,12 @@ def own_benchmark(
 
 
 def normalise(text: str) -> str:
-    """Return a text as `exact` compares it: case, spaces and the marks around it are gone."""
-    return " ".join(_THOUSANDS.sub("", text.casefold()).split()).strip(_MARKS)
+    """Return a text as `exact` compares it: case, spaces and the marks around it are gone.
+
+    A letter is the same with its accent as a character of its own (Unicode's NFD) and as one (NFC).
+    """
+    text = unicodedata.normalize("NFC", text.casefold())
+    return " ".join(_THOUSANDS.sub("", text).split()).strip(_MARKS)
 
 
 def word_f1(prediction: str, answer: str) -> float:
