@@ -347,6 +347,15 @@ def is_same_model(asked: str, answered: str) -> bool:
     )
 
 
+def describe_refused(role: str, refused: Mapping[str, str | None]) -> list[str]:
+    """Return a sentence for each field that a server refused; see `ChatServer.refused`."""
+    return [
+        f"the {role}'s server refused {name}: "
+        + (f"{other} was sent instead" if other else "it was left out")
+        for name, other in refused.items()
+    ]
+
+
 def _text_of(content: Any) -> str:
     """Return what a message says. A model may say nothing (None): who asked judges that.
 

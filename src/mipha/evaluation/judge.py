@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 from pydantic import Field
 
 from mipha.evaluation.benchmark import Judge, Question, Reply
-from mipha.evaluation.chat_completions import ChatServer
+from mipha.evaluation.chat_completions import ChatServer, describe_refused
 from mipha.evaluation.files import OfficialRecord, QuestionId, read_record
 from mipha.files import append_line, read_json_lines, read_lines
 
@@ -383,7 +383,5 @@ def _describe_requests(used: list[_Recorded]) -> tuple[str, ...]:
             sentences[
                 f"{REQUEST_OPTION} set {name} to {json.dumps(value)} in the judge's request"
             ] = None
-        for name, other in recorded.refused.items():
-            instead = f"{other} was sent instead" if other else "it was left out"
-            sentences[f"the judge's server refused {name}: {instead}"] = None
+        sentences |= dict.fromkeys(describe_refused("judge", recorded.refused))
     return tuple(sentences)
