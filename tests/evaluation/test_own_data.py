@@ -102,6 +102,10 @@ def test_options_are_scored_by_their_letter(write: Callable[..., Path]) -> None:
     assert scores(path, "a cat", "a dog or a cat") == [1, 0]
     assert scores(write("b", "(a)", options=["dog", "cat"]), "The answer is B", "A. dog") == [1, 1]
     assert scores(write("a", "b", options=["b", "a"]), "B", "A") == [1, 1]
+    numbers = write("C", "A", options=["1", "2", "12"])
+    assert scores(numbers, "12", "1") == scores(numbers, "12.", "(a)") == [1, 1]
+    assert scores(numbers, "1 or 2", "b") == [0, 0]
+    path = write("cat", "A", options=["dog", "cat", "cow"])
     asked = plan(path)
     judgement = asked.benchmark.score(asked.questions, {"test/1": "hm", "test/2": "A"}, None)
     assert "1 answers name none of their options, and count as wrong" in judgement.notes

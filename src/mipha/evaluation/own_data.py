@@ -369,6 +369,14 @@ def _gold_letter(answers: tuple[str, ...], options: Mapping[str, str]) -> str | 
     return found[1].upper() if found and found[1].upper() in options else None
 
 
+def _read_choice(text: str, options: Mapping[str, str]) -> str | None:
+    """Return the letter of an answer, where MMBench's scorer cannot tell by the rule for gold ones.
+
+    So `12` is an option beside `1`, of which that scorer finds both in it, and `b` is option B.
+    """
+    return read_option(text, options) or _gold_letter((text,), options)
+
+
 def _derive(rows: Sequence[GoldQuestion], questions: Sequence[Question]) -> tuple[str, str]:
     """Return the metric that fits the right answers, and the reason.
 
@@ -463,7 +471,7 @@ def _score(
         scores, failed = _grade(rubric, questions, predictions, judge)
     elif metric == "choice":
         parsed = {
-            one.id: read_option(predictions[one.id], one.facts["options"]) for one in questions
+            one.id: _read_choice(predictions[one.id], one.facts["options"]) for one in questions
         }
         scores = {one.id: float(parsed[one.id] == one.facts["letter"]) for one in questions}
         if num := sum(letter is None for letter in parsed.values()):
