@@ -45,6 +45,23 @@ def test_goldens(region: Region, form: str, text: str) -> None:
     assert found == pytest.approx(region.numbers, abs=step)
 
 
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ('{"bbox_2d": [228, 320, 961, 970]}', 1),
+        ('In [1]: ```json\n[{"bbox_2d": [228, 320, 961, 970]}]\n```', 1),
+        ('[{"bbox_2d": [228, 320, 961, 970]}, {"bbox_2d": [1, 2, 3, 4]}, {"bbox_2d": [22', 2),
+        ('{"objects": [{"bbox_2d": [228, 320, 961, 970]}]}', 1),
+        ('{"bbox_2d": [228, 320, 961]}', 0),
+        ('{"a":' * 5000, 0),
+    ],
+)
+def test_json_is_read_around_words_and_up_to_where_it_is_cut(text: str, number: int) -> None:
+    found = parse_regions(text, "bbox_2d", SIZE)
+    assert len(found) == number
+    assert not found or found[0] == pytest.approx((0.228, 0.32, 0.961, 0.97))
+
+
 def test_several_points_are_one_tag() -> None:
     points = [
         Region(0, (0.5, 0.25), (9, 9), "dots"),

@@ -193,14 +193,17 @@ def _parse_square(text: str, size: Size) -> list[Numbers]:
 
 
 def _parse_json(text: str, size: Size) -> list[Numbers]:
-    begin, end = text.find("["), text.rfind("]")
-    try:
-        items = json.loads(text[begin : end + 1])
-    except (ValueError, RecursionError):
-        return []
+    """Return the boxes and points of whole objects, in a list or alone, words around them or not.
+
+    So a list that a limit of tokens cuts off keeps the objects before the cut.
+    """
     found = []
-    for item in items if isinstance(items, list) else []:
-        numbers = item.get("bbox_2d", item.get("point_2d")) if isinstance(item, dict) else None
+    for written in re.findall(r"\{[^{}]*\}", text):
+        try:
+            item = json.loads(written)
+        except (ValueError, RecursionError):
+            continue
+        numbers = item.get("bbox_2d", item.get("point_2d"))
         if not isinstance(numbers, list) or len(numbers) not in (2, 4):
             continue
         if all(isinstance(number, int | float) for number in numbers):
