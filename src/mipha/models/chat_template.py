@@ -21,7 +21,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from mipha.answer_spans import NoMask, answer_spans, has_marks, renderer, supervise
-from mipha.rendering import FAILURES, bounded, check_length
+from mipha.rendering import FAILURES, bounded, check_length, lost_words
 
 IMAGE_TOKEN = "<image>"
 
@@ -214,9 +214,21 @@ def _end_behind(tokenizer: PreTrainedTokenizerBase, template: str) -> int:
     """Return the special token that a template without marks writes behind an answer.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is none, or the template writes no conversation.
     """
-    text = renderer(tokenizer, template)(_conversation()[:2], False)
+    messages, reason = _conversation()[:2], None
+    for form in (template, PARTS_TO_TEXT + template):
+        try:
+            text = renderer(tokenizer, form)(messages, False)
+        except FAILURES as error:
+            reason = reason or f"fails ({' '.join(str(error).split())[:120]})"
+            continue
+        lost = lost_words(messages, text)
+        if lost is None:
+            break
+        reason = reason or lost
+    else:
+        raise ValueError(f"the chat template {reason}: use another model.chat_template")
     behind = text.partition(_ANSWERS[0])[2]
     ids = tokenizer(behind.lstrip(), add_special_tokens=False)["input_ids"]
     closing = []
