@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from mipha.checkpoint_files import (
     INDEX,
@@ -350,6 +350,19 @@ def test_weights_that_were_cut_short_are_named(spoiled: Path) -> None:
         (spoiled / "model.safetensors").write_bytes(whole[:size])
         with pytest.raises(ValueError, match=r"model\.safetensors is cut short"):
             read_checkpoint(spoiled)
+
+
+def test_weights_that_are_whole_numbers_are_refused(spoiled: Path) -> None:
+    """Places are, and may be."""
+    weights = load_file(spoiled / "model.safetensors")
+    name = next(name for name in weights if name.endswith("linear_1.weight"))
+    places = {"vision_tower.position_ids": np.arange(3)}
+    save_file(weights | places, spoiled / "model.safetensors", {"format": "pt"})
+    read_checkpoint(spoiled)
+    weights[name] = weights[name].astype(np.int8)
+    save_file(weights, spoiled / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"linear_1\.weight are of the type I8, not of floating"):
+        read_checkpoint(spoiled)
 
 
 def test_code_beside_a_pretrained_part_is_not_run_and_may_stay(spoiled: Path) -> None:

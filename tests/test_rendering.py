@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import threading
 from pathlib import Path
@@ -12,7 +13,7 @@ from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
 from mipha import rendering
-from mipha.rendering import bounded, write_chat
+from mipha.rendering import bounded, lost_words, write_chat
 
 QUESTION = [{"role": "user", "content": "Is it red?"}]
 
@@ -88,3 +89,46 @@ def test_a_template_that_fails_is_one_sentence(
 ) -> None:
     with pytest.raises(ValueError, match=r"^t cannot write a conversation: give"):
         write_chat(tokenizer, QUESTION, template, "t")
+
+
+@pytest.mark.parametrize(
+    ("template", "lost"),
+    [
+        ("{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}", "'Be brief.'"),
+        ("{% for m in messages[-3:] %}{{ m.content }}{% endfor %}", "'Be brief.'"),
+        ("{{ messages[0].content }}{{ messages[-1].content }}", "'Is it red?' of the user"),
+    ],
+)
+def test_words_that_a_template_leaves_out_are_named(
+    tokenizer: PreTrainedTokenizerFast, template: str, lost: str
+) -> None:
+    answer = {"role": "assistant", "content": "<think>hm</think>No"}
+    chat = [{"role": "system", "content": "Be brief."}, *QUESTION, answer]
+    chat += [{"role": "user", "content": "Blue?"}]
+    with pytest.raises(ValueError, match=rf"^t\.jinja does not write {re.escape(lost)}"):
+        write_chat(tokenizer, chat, template, "t.jinja")
+
+
+def test_a_list_of_parts_is_not_its_words(tokenizer: PreTrainedTokenizerFast) -> None:
+    part = {"type": "text", "text": "Is it red?"}
+    with pytest.raises(ValueError, match=r"^t writes the parts of a message as a list"):
+        write_chat(
+            tokenizer, [{"role": "user", "content": [part]}], "{{ messages[0].content }}", "t"
+        )
+    said = [{"role": "user", "content": [part | {"text": str([part])}]}]
+    assert write_chat(tokenizer, said, "{{ messages[0].content[0].text }}", "t") == str([part])
+
+
+def test_a_template_may_change_spaces_and_leave_earlier_thinking_out() -> None:
+    chat = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": " a\n b "}]},
+        {"role": "assistant", "content": "<think>hm</think>No"},
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": ""}]},
+    ]
+    assert lost_words(chat, "Be brief.<image>a b <think> hm\n</think>\n\nNo") is None
+    assert (
+        lost_words(chat, "Be brief. a b No")
+        == "does not write '<think>hm</think>No' of the assistant"
+    )
+    assert lost_words([chat[0], chat[0]], "a b") == "does not write ' a\\n b ' of the user"

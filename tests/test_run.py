@@ -115,6 +115,15 @@ def test_opening_what_is_no_run(tmp_path: Path) -> None:
         open_run(tmp_path)
 
 
+def test_a_model_folder_that_is_not_whole_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"has no model\.safetensors"):
+        model_folder(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"holds pickled weights .*convert them first, with"):
+        model_folder(tmp_path)
+
+
 def test_a_stage_is_finished_when_its_model_is_whole(tmp_path: Path) -> None:
     run = create_run(tmp_path, make_recipe())
     assert not run.is_finished("finetune")

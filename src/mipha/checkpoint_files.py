@@ -182,7 +182,8 @@ def read_headers(folder: Path) -> dict[str, StoredTensor]:
 
     Raises:
         FileNotFoundError: There are no weights, or a shard that the index names is missing.
-        ValueError: The weights are pickles, a file is damaged, or index and files disagree.
+        ValueError: The weights are pickles, a file is damaged, two files hold the same tensor, or
+            index and files disagree.
     """
     tensors: dict[str, StoredTensor] = {}
     for path in weight_files(folder):
@@ -379,6 +380,7 @@ def read_checkpoint(folder: Path, needs_template: bool = True) -> CheckpointFile
     _check_image(folder, config, processor)
     _check_end_tokens(folder)
     tensors = read_headers(folder)
+    _check_types(tensors)
     for part in parts:
         check_sizes(folder / "config.json", config[part], tensors)
     found = CheckpointFiles(config, processor, tensors)
@@ -525,6 +527,16 @@ def check_sizes(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Sto
 def _shown(value: Any) -> str:
     """Return a stranger's value as it may stand in a sentence."""
     return repr(value)[:60]
+
+
+def _check_types(tensors: Mapping[str, StoredTensor]) -> None:
+    """Refuse weights that are whole numbers: quantized ones would be read without their scales."""
+    for name, tensor in tensors.items():
+        if name.endswith(("weight", "bias")) and not tensor.code.startswith(("F", "BF")):
+            raise ValueError(
+                f"{tensor.file}: the weights {name} are of the type {tensor.code}, not of floating "
+                "point: give the checkpoint before it was quantized"
+            )
 
 
 def _longest(tensors: Mapping[str, StoredTensor]) -> int:

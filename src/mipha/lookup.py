@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,3 +128,8 @@ def _num_values(node: yaml.Node, known: dict[int, int]) -> int:
         parts = [part for entry in inner for part in (entry if type(entry) is tuple else [entry])]
         known[id(node)] = 1 + sum(_num_values(part, known) for part in parts)
     return known[id(node)]
+
+
+def list_some(names: Sequence[str], most: int = 4) -> str:
+    """Return the first names with commas, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -7,9 +7,10 @@ A template is a stranger's program. jinja2's sandbox keeps it from everything bu
 from __future__ import annotations
 
 import ctypes
+import re
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -31,9 +32,27 @@ TEMPLATE_GIB = 2.0
 MOST_CHARACTERS = 2**24
 """Longest conversation that is given to a tokenizer, in characters."""
 
+_PARTS = re.compile(r"""\[\{['"]type['"]: """)
+
+_LONGEST_SHOWN = 40
+"""Characters of words that an error shows."""
+
 FAILURES = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError)
 FAILURES += (AttributeError, RuntimeError)
 """What a template that does not take a conversation raises."""
+
+
+class ConversationRefused(ValueError):
+    """A chat template fails on a conversation, or does not write it.
+
+    Args:
+        message: Sentence for who chooses the template.
+        reason: What the template says, or leaves out.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class _TookTooLong(BaseException):
@@ -152,8 +171,9 @@ def write_chat(
         prompt: Write how an answer begins, behind the last message.
 
     Raises:
-        ValueError: The template fails, passes a bound of `bounded`, or writes more than
-            `MOST_CHARACTERS`.
+        ConversationRefused: The template fails, or leaves words of the system or the user out.
+        ValueError: It passes a bound of `bounded`, writes more than `MOST_CHARACTERS`, or a message
+            holds half of a character.
     """
     with bounded(template, source):
         try:
@@ -164,10 +184,25 @@ def write_chat(
                 tokenize=False,
             )
         except FAILURES as error:
-            raise ValueError(
-                f"{source} cannot write a conversation: give a working template ({_reason(error)})"
+            raise ConversationRefused(
+                f"{source} cannot write a conversation: give a working template ({_reason(error)})",
+                _reason(error),
             ) from error
     check_length(text, source)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"a message holds half of a character ({text[error.start]!r}), as text that is not "
+            "UTF-8 does: write it again"
+        ) from error
+
+    # Templates leave the thinking of earlier answers out, as they were trained.
+    asked = [message for message in messages if message["role"] != "assistant"]
+    if lost := lost_words(asked, text):
+        raise ConversationRefused(
+            f"{source} {lost}: give another template, or leave that out", lost
+        )
     return text
 
 
@@ -192,6 +227,47 @@ def token_ids(tokenizer: Any, text: str) -> list[int]:
 def is_panic(error: BaseException) -> bool:
     """Return whether the Rust code of a package gave up; such an error is no Exception."""
     return type(error).__name__ == "PanicException"
+
+
+def lost_words(messages: Sequence[dict[str, Any]], text: str) -> str | None:
+    """Return what a text lacks of the conversation that it is made of; None if nothing.
+
+    White space does not count, and the system's words may stand anywhere. Words inside a list of
+    parts are lost too: a template that is made for text writes such lists.
+
+    Args:
+        messages: Roles and contents, each a text or a list of parts.
+        text: What a chat template wrote.
+    """
+    has_parts = any(not isinstance(message["content"], str) for message in messages)
+    if has_parts and _PARTS.search(text) and not _PARTS.search(str(_words(messages))):
+        return "writes the parts of a message as a list, and not their words"
+    return _lost(messages, text, str.strip) and _lost(messages, text, _without_spaces)
+
+
+def _lost(messages: Sequence[dict[str, Any]], text: str, form: Callable[[str], str]) -> str | None:
+    """Return the first words that are not in a text, both in a form; the users' stand in order."""
+    written, place = form(text), 0
+    for message in messages:
+        for words in _words([message]):
+            bare = form(words)
+            found = written.find(bare, 0 if message["role"] == "system" else place)
+            if found < 0:
+                shown = words if len(words) <= _LONGEST_SHOWN else words[:_LONGEST_SHOWN] + " ..."
+                return f"does not write {shown!r} of the {message['role']}"
+            if message["role"] != "system":
+                place = found + len(bare)
+    return None
+
+
+def _words(messages: Sequence[dict[str, Any]]) -> list[str]:
+    contents = [message["content"] for message in messages]
+    listed = [[{"text": one}] if isinstance(one, str) else one for one in contents]
+    return [part["text"] for parts in listed for part in parts if part.get("text")]
+
+
+def _without_spaces(text: str) -> str:
+    return "".join(text.split())
 
 
 def check_length(text: str, source: object) -> None:

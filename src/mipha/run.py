@@ -28,7 +28,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mipha.checkpoint_files import is_whole
+from mipha.checkpoint_files import is_whole, weight_files
 from mipha.files import read_json_object, write_whole
 from mipha.processes import hold_folder
 from mipha.recipe import Recipe, RecipeBase, load_recipe
@@ -315,12 +315,14 @@ def model_folder(path: str | Path) -> Path:
     """Return the standard model folder that a run, or a model folder itself, stands for.
 
     Raises:
-        FileNotFoundError: No such folder, or the run is not finished.
-        ValueError: Neither a run nor a model.
+        FileNotFoundError: No such folder, the run is not finished, or weights are missing.
+        ValueError: Neither a run nor a model, or its weights are pickles.
     """
     path = Path(path)
     if is_whole(path):
         return path
+    if (path / "config.json").is_file():
+        weight_files(path)  # says which are missing
     if path.is_dir() and not (path / "recipe.yaml").is_file():
         raise ValueError(
             f"{path} is neither a run (no recipe.yaml) nor a whole model "

@@ -558,6 +558,15 @@ def test_an_error_while_answering_reaches_the_reader(assistants: Callable, tmp_p
         list(assistants().stream(None, "What is <image>?"))
 
 
+def test_what_no_model_reads_is_refused(assistants: Callable) -> None:
+    chat = assistants().chat()
+    with pytest.raises(ValueError, match=r"tokens, .* and the model reads 512: shorten it"):
+        list(chat.ask("red " * 600))
+    with pytest.raises(ValueError, match=r"half of a character \('\\udce9'\)"):
+        list(chat.ask("caf\udce9"))
+    assert chat.messages == [] and list(chat.ask("What?", max_new_tokens=3))
+
+
 def test_an_error_inside_generate_reaches_the_reader(
     assistants: Callable, files: list[Path]
 ) -> None:

@@ -266,6 +266,23 @@ def test_a_folder_that_is_missing_is_told_from_one_without_scores(tmp_path: Path
         measured(tmp_path)
 
 
+def test_scores_that_cannot_be_compared_are_told_from_none(run: Path, tmp_path: Path) -> None:
+    path = run / "pope" / "scores.json"
+    content = json.loads(path.read_text())
+    content["scores"][0]["value"] = None
+    path.write_text(json.dumps(content))
+    assert set(measured(run).cells) == {"mme", "mme_cognition"}
+    (run / "mme" / "scores.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"of gqa-blind, pope are blind, undefined or"):
+        measured(run)
+    with pytest.raises(FileNotFoundError, match=rf"results of one benchmark: .*, {run}$"):
+        measured(run / "pope")
+    for damaged in ({}, content | {"scores": [{"metric": "f1", "value": "80"}]}):
+        path.write_text(json.dumps(damaged))
+        with pytest.raises(ValueError, match=r"scores\.json is not as `mipha evaluate` writes it"):
+            measured(run)
+
+
 def test_a_metric_with_a_column_of_its_own_stands_in_it(tmp_path: Path) -> None:
     scores = [{"metric": "f1", "value": 80.0}, {"metric": "recall", "value": 70.0}]
     scores.append({"metric": "hard.f1", "value": 60.0, "column": "pope_hard"})

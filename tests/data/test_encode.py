@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -236,6 +237,33 @@ def test_a_marker_that_is_no_image_is_an_error(processor: LlavaProcessor) -> Non
         Sample("s", (Message("user", f"{IMAGE}\n{IMAGE}"), Message("assistant", "b")), (PICTURE,))
     with pytest.raises(ValueError, match="sample s: 0 <image> markers for 1 images"):
         Sample("s", (Message("user", "?"), Message("assistant", "b")), (PICTURE,))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "wanted"),
+    [
+        ("for message in messages", "for message in messages if message.role != 'system'", "Hush."),
+        ("for message in messages", "for message in messages[-4:]", "Hush."),
+        ("part.text", "part.text.split('</think>')[-1]", "<think>hm</think>b"),
+        ("'<image>\\n'", "'<image>\\n' if loop.first", "leaves images out"),
+    ],
+)
+@pytest.mark.parametrize("has_marks", [True, False])
+def test_what_a_template_leaves_out_is_an_error(
+    processor: LlavaProcessor, old: str, new: str, wanted: str, has_marks: bool
+) -> None:
+    sample = conversation("a", "<think>hm</think>b", "c", "d", images=2, system="Hush.")
+    changed = copy.copy(processor)
+    changed.chat_template = processor.chat_template.replace(old, new)
+    if not has_marks:
+        for mark in ("generation", "endgeneration"):
+            changed.chat_template = changed.chat_template.replace(f"{{%- {mark} -%}}", "")
+        changed.turn_ends = ("<|im_end|>",)
+    assert changed.chat_template != processor.chat_template
+    if "think" in wanted and not has_marks:
+        wanted = "changes an answer"
+    with pytest.raises(RecordError, match=wanted):
+        encode(sample, changed, 10_000)
 
 
 @settings(max_examples=60)

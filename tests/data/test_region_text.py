@@ -45,6 +45,25 @@ def test_goldens(region: Region, form: str, text: str) -> None:
     assert found == pytest.approx(region.numbers, abs=step)
 
 
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ('{"bbox_2d": [228, 320, 961, 970]}', 1),
+        ('In [1]: ```json\n[{"bbox_2d": [228, 320, 961, 970]}]\n```', 1),
+        ('[{"bbox_2d": [228, 320, 961, 970]}, {"bbox_2d": [1, 2, 3, 4]}, {"bbox_2d": [22', 2),
+        ('{"objects": [{"bbox_2d": [228, 320, 961, 970]}]}', 1),
+        ('{"bbox_2d": [228, 320, 961]}', 0),
+        ('{"bbox_2d": [NaN, 320, 961, 970]}', 0),
+        (f'{{"bbox_2d": [{"9" * 400}, 320, 961, 970]}}', 0),
+        ('{"a":' * 5000, 0),
+    ],
+)
+def test_json_is_read_around_words_and_up_to_where_it_is_cut(text: str, number: int) -> None:
+    found = parse_regions(text, "bbox_2d", SIZE)
+    assert len(found) == number
+    assert not found or found[0] == pytest.approx((0.228, 0.32, 0.961, 0.97))
+
+
 def test_several_points_are_one_tag() -> None:
     points = [
         Region(0, (0.5, 0.25), (9, 9), "dots"),
@@ -86,6 +105,8 @@ def test_a_model_is_read_in_its_own_form_alone() -> None:
     assert parse_leniently("nothing", "thousand", SIZE) == ([], "thousand")
     for form in FORMS:
         assert parse_regions("[1] [a, b] <point x='1'> <loc12> [{}]", form, SIZE) == []
+        endless = "9" * 5000  # as a model writes them that repeats itself
+        parse_regions(f'[{endless}, 1, 2, 3] <points coords="1 1 {endless} 5">', form, SIZE)
 
 
 def _sample(*texts: str, regions: tuple[Region, ...]) -> Sample:

@@ -122,6 +122,11 @@ def test_ids_are_the_records_own_where_they_are_different(read: Read) -> None:
 
     assert ids("x", 7) == ["x", "7"]
     assert ids("x", "x") == ids("x", None) == ["test/1", "test/2"]
+    twice = read(*[TABLE | {"answer": "red", "id": "x"}] * 2)
+    assert twice.about_ids == (
+        "its ids are places, such as test/1, because several records have the id x"
+    )
+    assert not read(TABLE | {"answer": "red", "id": "x"}).about_ids
 
 
 def test_what_nobody_reads_is_counted_and_named(read: Read) -> None:

@@ -66,6 +66,7 @@ def test_text_is_taken_verbatim(tmp_path: Path) -> None:
             r"line 1 has no 'text' or 'prediction', only 'question_id', 'answer', 'response'",
         ),
         ([{"0": "yes", "1": 1}], r"p\.jsonl has 1 under '1', and not a text"),
+        ([{"model": "x", "results": []}], r"p\.jsonl has \[\] under 'results', and not a text"),
         (['[{"index": 1, "prediction": null}]'], r"record 1: prediction None should be a valid st"),
         (
             [{"question_id": "0", "text": None}],
@@ -148,6 +149,23 @@ def test_tables_are_read_with_empty_cells_as_empty_answers(ending: str, tmp_path
     path.write_bytes(b"\xff\xfe\x00 broken")
     with pytest.raises(ValueError, match=rf"p\{ending} is not a (table|spreadsheet)"):
         read(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("index,prediction,prediction\n0,a,b\n", "several columns 'prediction': keep one"),
+        ("index,prediction\n0,red, or blue\n", "row 2 has 3 cells, but the first row has 2"),
+    ],
+)
+def test_a_table_in_which_an_answer_is_not_one_cell_is_refused(
+    content: str, sentence: str, tmp_path: Path
+) -> None:
+    (tmp_path / "p.csv").write_text(content)
+    with pytest.raises(ValueError, match=sentence):
+        read(tmp_path / "p.csv")
+    (tmp_path / "p.csv").write_text("index,prediction,other,other\n0,a,b,c,,\n")
+    assert read(tmp_path / "p.csv", ASKED[:1]) == {"0": "a"}
 
 
 def test_a_folder_and_ids_that_start_anew_are_explained(tmp_path: Path) -> None:

@@ -120,7 +120,16 @@ def test_no_reply_is_an_error_never_an_empty_one(server: Server, tmp_path: Path)
         ((401, "bad key"), r"refuses \(HTTP 401, bad key\).*model 'm'"),
         ((404, ""), r"refuses \(HTTP 404, Not Found\)"),
         ((200, "<html>"), "does not answer as chat completions do"),
+        ((200, "[" * 100_000), "does not answer as chat completions do"),
         ((200, '{"choices": []}'), "does not answer as chat completions do"),
+        (
+            (200, '{"choices": [{"message": {"content": {"text": "0.5"}}}]}'),
+            "does not answer as chat completions do",
+        ),
+        (
+            (200, '{"choices": [{"message": {"content": [{"text": "0.5"}]}}]}'),
+            "does not answer as chat completions do",
+        ),
     ],
 )
 def test_what_will_not_pass_is_not_tried_again(
@@ -137,6 +146,27 @@ def test_what_will_not_pass_is_not_tried_again(
 def test_a_model_that_says_nothing_has_replied(server: Server) -> None:
     server.script = [(200, '{"choices": [{"message": {"content": null}}]}')]
     assert Endpoint(server.url, "m").ask("1", "p") == ""
+
+
+def test_parts_of_a_reply_that_are_not_text_are_no_part_of_it(server: Server) -> None:
+    thinks = {"type": "thinking", "thinking": [{"type": "text", "text": "0.1?"}]}
+    says = [{"type": "text", "text": "0."}, {"type": "text", "text": "5"}]
+    server.script = [
+        (200, json.dumps({"choices": [{"message": {"content": parts}}]}))
+        for parts in ([thinks, *says], [thinks], [])
+    ]
+    judge = Endpoint(server.url, "m")
+    assert [judge.ask(name, "p") for name in "123"] == ["0.5", "", ""]
+
+
+def test_a_key_that_cannot_be_sent_is_refused_and_not_shown(server: Server) -> None:
+    server.script = ["0.5"]
+    assert Endpoint(server.url, "m", api_key="secret\r\n").ask("1", "p") == "0.5"
+    assert server.requests[0][1] == "Bearer secret"
+    for key in ("sec\nret", "s\u0435cret"):
+        with pytest.raises(ValueError, match="the judge's key holds a character") as error:
+            Endpoint(server.url, "m", api_key=key)
+        assert "sec" not in str(error.value) and "cret" not in str(error.value)
 
 
 def test_an_interrupted_judging_goes_on_and_can_be_replayed(server: Server, tmp_path: Path) -> None:
@@ -270,6 +300,16 @@ def test_fields_of_the_request_can_be_set(server: Server, tmp_path: Path) -> Non
         ("0.5 <think> sure", "0.5 "),
         ("so 0.1 it is</think> 0.5", " 0.5"),
         ("[THINK]hm[/THINK]0.5", "0.5"),
+        ("<Think>0.1?</Think>0.5", "0.5"),
+        ('<thinking budget="9">0.1 or', ""),
+        ("◁think▷0.1?◁/think▷0.5", "0.5"),
+        ("◁think▷0.1 or", ""),
+        (
+            "<|channel|>analysis<|message|>0.1?<|end|><|start|>assistant"
+            "<|channel|>final <|constrain|>json<|message|>0.5",
+            "0.5",
+        ),
+        ("<|channel|>analysis<|message|>0.1 or", ""),
         ("I <b>think</b> 0.5", "I <b>think</b> 0.5"),
         ("", ""),
     ],

@@ -24,7 +24,7 @@ from mipha.evaluation.own_data import (
     read_rubric,
     word_f1,
 )
-from mipha.evaluation.score import score_predictions
+from mipha.evaluation.score import score_file, score_predictions
 from tests.evaluation.judge_server import serving
 
 PEOPLE = ["red"] * 7 + ["dark red", "grey", "grey"]
@@ -67,6 +67,7 @@ def scores(path: Path, *said: str, **options: Any) -> list[float]:
     [
         (["red", "a dark blue car"], "exact", "no answer has more than 5 words"),
         (["3", "12"], "exact", "the answers are counts"),
+        (["-3", "12"], "number", "the answers are numbers"),
         (["3.5", "12"], "number", "the answers are numbers"),
         (["1,200", "12 %"], "number", "the answers are numbers"),
         (["red", "a dark blue car on a road"], "f1", "some answers have more than 5 words"),
@@ -99,10 +100,34 @@ def test_options_are_scored_by_their_letter(write: Callable[..., Path]) -> None:
     assert scores(path, "B", "A") == [1, 1]
     assert scores(path, "The answer is B.", "(A)") == [1, 1]
     assert scores(path, "a cat", "a dog or a cat") == [1, 0]
+    assert scores(write("b", "(a)", options=["dog", "cat"]), "The answer is B", "A. dog") == [1, 1]
+    assert scores(write("a", "b", options=["b", "a"]), "B", "A") == [1, 1]
+    numbers = write("C", "A", options=["1", "2", "12"])
+    assert scores(numbers, "12", "1") == scores(numbers, "12.", "(a)") == [1, 1]
+    assert scores(numbers, "1 or 2", "b") == [0, 0]
+    path = write("cat", "A", options=["dog", "cat", "cow"])
     asked = plan(path)
     judgement = asked.benchmark.score(asked.questions, {"test/1": "hm", "test/2": "A"}, None)
     assert "1 answers name none of their options, and count as wrong" in judgement.notes
     assert judgement.parsed == {"test/1": None, "test/2": "A"}
+
+
+def test_a_missing_answer_is_named_with_the_key_that_may_hold_it(
+    write: Callable[..., Path],
+) -> None:
+    with pytest.raises(ValueError, match=r"1 of 2 questions have no right answer, .* line 1: add"):
+        plan(write(float("nan"), "red"))
+    unread = r'2 of 2 questions .*\(2 of 2 records: nothing reads the key "truth"\): add'
+    with pytest.raises(ValueError, match=unread):
+        plan(write(None, None, truth="red"))
+
+
+def test_ids_that_are_not_used_are_named(write: Callable[..., Path], tmp_path: Path) -> None:
+    asked = plan(write("red", "blue", id="x"))
+    assert any("several records have the id x" in note for note in asked.doubts)
+    (tmp_path / "p.jsonl").write_text('{"question_id": "x", "text": "red"}\n')
+    with pytest.raises(ValueError, match=r"no question has the id x .*; its ids are places, such"):
+        score_file(asked.benchmark, tmp_path, tmp_path / "p.jsonl")
 
 
 def test_options_may_stand_in_the_question() -> None:
@@ -118,9 +143,12 @@ def test_options_may_stand_in_the_question() -> None:
     ("metric", "right", "worth"),
     [
         ("exact", "Red car", {"red  car.": 1, '"Red car"': 1, "a red car": 0, "": 0}),
+        ("exact", "Café", {"cafe\u0301": 1, "cafe": 0}),
         ("exact", "1200", {"1,200": 1, "1200.": 1, "1,20": 0}),
         ("exact", ["red", "crimson"], {"Crimson!": 1, "blue": 0}),
         ("number", "1200", {"1,250": 1, "$1,200": 1, "about 1190 people": 1, "1300": 0, "": 0}),
+        ("number", "-3.2", {"−3.2 °C": 1, "-3.2": 1, "3.2": 0}),
+        ("number", "3.2", {"−3.2": 0}),
         ("number", "12%", {"12.3 %": 0, "12.3%": 1, "0.12": 1}),
         ("number", "unknown", {"Unknown": 1, "3": 0}),
         ("vqa", PEOPLE, {"red": 1, "the dark red": 0.3, "Grey.": 0.6, "blue": 0}),
@@ -330,6 +358,18 @@ def rubric(tmp_path: Path) -> Path:
         ("<think>Score: 1</think>Score: 5", 1.0),
         ("Score: 6", None),
         ("It is a 4 of 5", None),
+        ("4/5", 0.75),
+        ("Score: **4**/5", 0.75),
+        ("**Score:** **4** (out of 5)", 0.75),
+        ("Score: 4 (80%)", 0.75),
+        ("Score: 4, since", 0.75),
+        ("4/10", None),
+        ("Score: 4/10", None),
+        ("Score: 4 out of 10", None),
+        ("Score: 4%", None),
+        ("Score: 3,5", None),
+        ("Score: 3-4", None),
+        ("Score: 3 or 4", None),
         ("", None),
     ],
 )

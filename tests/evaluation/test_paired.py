@@ -91,6 +91,10 @@ def test_what_cannot_be_paired(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="has no scores: make them with"):
         compare_paired(a, tmp_path / "empty")
+    (tmp_path / "empty" / "pope").mkdir()
+    (tmp_path / "empty" / "pope" / "scores.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"no tally\.json beside the scores of pope"):
+        compare_paired(a, tmp_path / "empty")
     other = tmp_path / "other" / "evaluation" / "pope"
     other.mkdir(parents=True)
     (other / "tally.json").write_text("{}")

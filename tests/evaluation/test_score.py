@@ -54,6 +54,17 @@ def plan(asked: list[Question], limit: int | None = None) -> Plan:
     return Plan(load_benchmark("easy_vqa"), "test", asked, limit=limit)
 
 
+def test_fields_that_an_endpoint_refused_are_named(tmp_path: Path, asked: list[Question]) -> None:
+    refused = {"max_tokens": "max_completion_tokens", "temperature": None}
+    result = score_predictions(
+        plan(asked), read(tmp_path), tmp_path, model={"endpoint": "x", "refused": refused}
+    )
+    assert result.notes[:2] == (
+        "the endpoint's server refused max_tokens: max_completion_tokens was sent instead",
+        "the endpoint's server refused temperature: it was left out",
+    )
+
+
 def test_the_file_says_by_itself_what_was_measured(tmp_path: Path, asked: list[Question]) -> None:
     result = score_predictions(plan(asked), read(tmp_path), tmp_path)
     content = json.loads((tmp_path / "scores.json").read_text())

@@ -181,3 +181,21 @@ def test_a_template_made_for_text_gets_text() -> None:
     text, marked = _chat(fitted, tokenizer)
     assert text.startswith("<|user|><image>\nWhat colour has it?<|assistant|>Dark blue it is.<eos>")
     assert marked == ["Dark blue it is.<eos>", "Of course.<eos>"]
+
+
+def test_a_template_that_writes_the_date_writes_a_fixed_one() -> None:
+    template = "{{ strftime_now('%S') }}" + _turns(_MARKED + "{% else %}{{ m.content }}{% endif %}")
+    tokenizer = tokenizer_for(template + "<|user|><|assistant|>")
+    fitted = fit_template(template, tokenizer, "mine")
+    assert _chat(fitted, tokenizer)[0].startswith("26 Jul 2024<|user|>")
+    assert fit_template(fitted, tokenizer, "mine") == fitted
+
+
+@pytest.mark.parametrize("content", ["m.content", "'' + m.content", "m.content[-1].text"])
+def test_the_end_behind_an_answer_is_found_for_text_and_for_parts(content: str) -> None:
+    template = _turns("{{ CONTENT }}<|end|>\n".replace("CONTENT", content))
+    tokenizer = tokenizer_for(template + "<|user|><|assistant|>")
+    assert tokenizer.decode([end_of_turn(tokenizer, template)]) == "<|end|>"
+    for broken, reason in (("'a'", "does not write 'Which shape"), ("m.a.b", r"fails \(")):
+        with pytest.raises(ValueError, match=f"^the chat template {reason}"):
+            end_of_turn(tokenizer, template.replace(content, broken))

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from mipha import rendering
 from mipha.assistant import load
+from mipha.assistant.assistant import render_prompt
 from mipha.models.build import build, save_checkpoint
 from mipha.models.checkpoint_folder import check_finite, check_finite_folder
 from mipha.models.modeling import load_model
@@ -183,6 +184,13 @@ def test_a_template_that_fails_is_one_sentence(folder: Path, template: str) -> N
     (folder / "chat_template.jinja").write_text(template)
     with pytest.raises(ValueError, match=r"chat_template\.jinja cannot write a conversation"):
         load_processor(folder)
+
+
+@pytest.mark.parametrize("content", ["m.content", "'' + m.content"])
+def test_a_template_that_is_made_for_text_gets_text(folder: Path, content: str) -> None:
+    template = f"{{% for m in messages %}}{{{{ m.role + ':' }}}}{{{{ {content} }}}}{{% endfor %}}"
+    (folder / "chat_template.jinja").write_text(template)
+    assert render_prompt(load_processor(folder), "Red?", 1) == "user:<image>\nRed?"
 
 
 @pytest.mark.parametrize(

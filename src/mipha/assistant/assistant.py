@@ -558,6 +558,9 @@ class Chat:
 
         An answer that is read to its end becomes part of the conversation. The model stops at the
         next token when the reader leaves.
+
+        Raises:
+            ValueError: The conversation is longer than the model reads.
         """
         # Make the prompt, and cut the cache back to what the prompt begins with.
         assistant = self.assistant
@@ -565,6 +568,12 @@ class Chat:
         if len(self.images) == 1:
             self.images = [assistant.encode_image(self.images[0])]
         prompt = assistant.prompt(messages, self.images, max_new_tokens=max_new_tokens)
+        longest = getattr(assistant.model.config.get_text_config(), "max_position_embeddings", None)
+        if longest and len(prompt.ids) >= longest:
+            raise ValueError(
+                f"the conversation has {len(prompt.ids):,} tokens, those of images included, and "
+                f"the model reads {longest:,}: shorten it, or begin a new one"
+            )
         self._keep_common_prefix(prompt.ids)
 
         # Generate in a thread; its callback puts the pieces into a queue, and None at the end.

@@ -6,10 +6,11 @@ An absent number stays absent.
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from mipha.files import read_json_object
 from mipha.lookup import did_you_mean
@@ -216,37 +217,68 @@ def published_rows(name: str) -> tuple[Row, ...]:
 def measured(folder: Path) -> Row:
     """Return the headline scores of a run, or of a folder of `mipha evaluate -o`.
 
-    Scores of blind answers are left out. Those of an incomplete set are marked with `~`, those of
-    answers that are all empty with `‡`.
+    Scores of blind answers are left out, and undefined ones. Those of an incomplete set are marked
+    with `~`, those of answers that are all empty with `‡`.
 
     Raises:
         FileNotFoundError: No scores.
+        ValueError: A file is not as it was written.
     """
     root = folder / "evaluation" if (folder / "evaluation").is_dir() else folder
     cells: dict[str, Cell] = {}
-    for file in sorted(root.glob("*/scores.json")):
+    files = sorted(root.glob("*/scores.json"))
+    for file in files:
         content = read_json_object(file)
-        if content["blind"] or not content["scores"]:
-            continue
-
-        # The headline, and every metric that names a column of its own.
-        mark = "" if content["complete"] else "~"
-        mark += "‡" if content.get("all_empty") else ""
-        protocol = content.get("rules", "official")
-        mark += PROTOCOLS.get(protocol, "")
-        headline, *others = content["scores"]
-        cells[file.parent.name] = _cell(headline, mark, protocol)
-        for score in others:
-            older = _COLUMN_OF.get((content["benchmark"], score["metric"]))
-            if column := score.get("column", older):
-                cells[column] = _cell(score, mark, protocol)
+        try:
+            cells |= _cells_of(content, file.parent.name)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{file} is not as `mipha evaluate` writes it ({error!r}): evaluate again"
+            ) from error
     if not cells:
-        if not folder.is_dir():
-            raise FileNotFoundError(f"no folder {folder}: give a run, or a folder of results")
-        raise FileNotFoundError(
-            f"{folder} has no scores: make them with `mipha evaluate {folder} -b ...`"
-        )
+        raise missing_scores(folder, [file.parent.name for file in files])
     return Row(folder.resolve().name, _facts(folder), cells, "ours")
+
+
+def missing_scores(folder: Path, others: Sequence[str] = ()) -> FileNotFoundError:
+    """Return the error for a folder without scores that can be compared.
+
+    Args:
+        folder: The folder.
+        others: Names of results in it that cannot be.
+    """
+    if not folder.is_dir():
+        return FileNotFoundError(f"no folder {folder}: give a run, or a folder of results")
+    if (folder / "scores.json").is_file():
+        return FileNotFoundError(
+            f"{folder} holds the results of one benchmark: give the folder above, {folder.parent}"
+        )
+    if others:
+        return FileNotFoundError(
+            f"{folder} has no scores to compare, because those of {', '.join(others)} are blind, "
+            f"undefined or left to a server: make others with `mipha evaluate {folder} -b ...`"
+        )
+    return FileNotFoundError(
+        f"{folder} has no scores: make them with `mipha evaluate {folder} -b ...`"
+    )
+
+
+def _cells_of(content: Mapping[str, Any], name: str) -> dict[str, Cell]:
+    """Return the headline under its name, and every metric that names a column of its own."""
+    if content["blind"] or not content["scores"]:
+        return {}
+    mark = "" if content["complete"] else "~"
+    mark += "‡" if content.get("all_empty") else ""
+    protocol = content.get("rules", "official")
+    mark += PROTOCOLS.get(protocol, "")
+    headline, *others = content["scores"]
+
+    cells = {name: _cell(headline, mark, protocol)}
+    for score in others:
+        older = _COLUMN_OF.get((content["benchmark"], score["metric"]))
+        if column := score.get("column", older):
+            cells[column] = _cell(score, mark, protocol)
+    return {column: cell for column, cell in cells.items() if cell is not None}
 
 
 def columns_of(rows: Sequence[Row]) -> list[str]:
@@ -301,7 +333,10 @@ def _row(record: dict[str, str]) -> Row:
     return Row(record["name"], facts, cells, record.get("group", ""))
 
 
-def _cell(score: dict[str, float], mark: str, protocol: str) -> Cell:
+def _cell(score: dict[str, float | None], mark: str, protocol: str) -> Cell | None:
+    """Return a number of scores.json; None where it is undefined, such as an F1 without a yes."""
+    if score["value"] is None:
+        return None
     printed = f"{score['value']:.1f}{mark}"
     return Cell(score["value"], printed, score.get("low"), score.get("high"), protocol)
 

@@ -5,7 +5,7 @@ The chat template decides which tokens are trained on, and the text is tokenised
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ from mipha.data.upstream_tokens import encode_conversation
 from mipha.geometry import Span, geometry_of
 from mipha.labels import IGNORE
 from mipha.recipe import StageRecipe
-from mipha.rendering import FAILURES, bounded
+from mipha.rendering import FAILURES, bounded, lost_words
 
 __all__ = [
     "IGNORE",
@@ -43,6 +43,9 @@ __all__ = [
     "image_spans",
     "with_tiles",
 ]
+
+
+_FIX_TEMPLATE = "remove the sample, or choose another model.chat_template"
 
 
 @dataclass(frozen=True)
@@ -122,9 +125,10 @@ def encode(
     try:
         expanded = expand_images(ids, spans, processor)
     except ValueError as error:
-        raise RecordError(
-            str(error), f"is {IMAGE} in the wrong place?", f"sample {sample.id}", "image-count"
-        ) from error
+        fix = f"is {IMAGE} in the wrong place?"
+        if sum(turn.text.count(IMAGE) for turn in sample.messages) == len(sample.images):
+            fix = "the chat template leaves images out, so choose another model.chat_template"
+        raise RecordError(str(error), fix, f"sample {sample.id}", "image-count") from error
     supervised = np.repeat(supervised, expanded.repeats) & ~expanded.of_images
     max_tokens += len(expanded.ids) - len(ids) if text_limit else 0
     ids = expanded.ids
@@ -367,21 +371,31 @@ def _chat(
     """Return ids and mask of the conversation in the processor's template.
 
     Raises:
-        RecordError: The template refuses the conversation, or the answers that are learned cannot
-            be told from the others.
+        RecordError: The template refuses the conversation, leaves words of it out, or the answers
+            that are learned cannot be told from the others.
     """
     messages = with_tiles(sample.messages, spans)
     if not has_marks(processor.chat_template):
         return _spanned(messages, sample, processor)
 
+    chat = as_chat(messages)
     try:
-        encoded = _templated(messages, processor)
+        with bounded(processor.chat_template, "the chat template"):
+            text = renderer(processor.tokenizer, processor.chat_template)(chat, False)
+            encoded = processor.tokenizer.apply_chat_template(
+                chat,
+                chat_template=processor.chat_template,
+                tokenize=True,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
+            )
     except FAILURES as error:
         raise RecordError(
             f"the chat template does not write such a conversation: {error}",
-            "remove the sample, or choose another model.chat_template",
+            _FIX_TEMPLATE,
             f"sample {sample.id}",
         ) from error
+    _check_words(chat, text, sample)
     ids = np.asarray(encoded["input_ids"])
     supervised = np.asarray(encoded["assistant_masks"], dtype=bool)  # (tokens,)
 
@@ -396,7 +410,7 @@ def _chat(
         raise RecordError(
             f"the chat template marks {len(stretches)} stretches of tokens for {len(answers)} "
             "answers, so those that are not to be learned cannot be told",
-            "remove the sample, or choose another model.chat_template",
+            _FIX_TEMPLATE,
             f"sample {sample.id}",
             "loss-mark",
         )
@@ -414,31 +428,33 @@ def _spanned(
         RecordError: The template refuses the conversation, or its answers cannot be told exactly.
     """
     answers = [message for message in sample.messages if message.role == "assistant"]
-    fix = "remove the sample, or choose another model.chat_template"
+    fix, chat = _FIX_TEMPLATE, as_chat(messages)
     render = renderer(processor.tokenizer, processor.chat_template)
     try:
         with bounded(processor.chat_template, "the chat template"):
-            text, spans = answer_spans(render, as_chat(messages), processor.turn_ends)
+            text, spans = answer_spans(render, chat, processor.turn_ends)
         learned = [span for span, message in zip(spans, answers, strict=True) if message.learned]
-        return supervise(processor.tokenizer, text, learned)
+        encoded = supervise(processor.tokenizer, text, learned)
     except NoMask as error:
         problem = f"the chat template does not show what the assistant writes: {error}"
         if len(answers) > 1:
             fix = "make one sample of each answer, or choose another model.chat_template"
     except FAILURES as error:
         problem = f"the chat template does not write such a conversation: {error}"
+    else:
+        _check_words(chat, text, sample)
+        return encoded
     raise RecordError(problem, fix, f"sample {sample.id}", "loss-mark")
 
 
-def _templated(messages: tuple[Message, ...], processor: LlavaProcessor) -> Mapping[str, Any]:
-    with bounded(processor.chat_template, "the chat template"):
-        return processor.tokenizer.apply_chat_template(
-            as_chat(messages),
-            chat_template=processor.chat_template,
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-        )
+def _check_words(chat: Sequence[dict[str, Any]], text: str, sample: Sample) -> None:
+    """Check that a template has written all words of a conversation.
+
+    Raises:
+        RecordError: It has left some out, such as those of the system.
+    """
+    if lost := lost_words(chat, text):
+        raise RecordError(f"the chat template {lost}", _FIX_TEMPLATE, f"sample {sample.id}")
 
 
 def _plain(

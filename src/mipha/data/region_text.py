@@ -193,17 +193,21 @@ def _parse_square(text: str, size: Size) -> list[Numbers]:
 
 
 def _parse_json(text: str, size: Size) -> list[Numbers]:
-    begin, end = text.find("["), text.rfind("]")
-    try:
-        items = json.loads(text[begin : end + 1])
-    except (ValueError, RecursionError):
-        return []
+    """Return the boxes and points of whole objects, in a list or alone, words around them or not.
+
+    So a list that a limit of tokens cuts off keeps the objects before the cut.
+    """
     found = []
-    for item in items if isinstance(items, list) else []:
-        numbers = item.get("bbox_2d", item.get("point_2d")) if isinstance(item, dict) else None
+    for written in re.findall(r"\{[^{}]*\}", text):
+        try:
+            item = json.loads(written)
+        except (ValueError, RecursionError):
+            continue
+        numbers = item.get("bbox_2d", item.get("point_2d"))
         if not isinstance(numbers, list) or len(numbers) not in (2, 4):
             continue
-        if all(isinstance(number, int | float) for number in numbers):
+        # NaN, infinity and numbers beyond those of a computer are none.
+        if all(isinstance(number, int | float) and abs(number) < 1e9 for number in numbers):
             found.append(_to_unit(tuple(map(float, numbers)), "thousand", size))
     return found
 
@@ -236,7 +240,7 @@ def _parse_molmo2(text: str, size: Size) -> list[Numbers]:
             words = group.split()[1:]
             if len(words) % 3 == 0 and all(word.isdecimal() for word in words):
                 pairs = zip(words[1::3], words[2::3], strict=True)
-                found += [(int(x) / 1000, int(y) / 1000) for x, y in pairs]
+                found += [(float(x) / 1000, float(y) / 1000) for x, y in pairs]
     return found
 
 

@@ -87,11 +87,13 @@ class GoldSet:
         name: Name of the data.
         questions: In the order of the data.
         notes: How the format was detected, and what of the data nothing reads.
+        about_ids: Why the records' own ids are not used; empty where there are none, or they are.
     """
 
     name: str
     questions: tuple[GoldQuestion, ...]
     notes: tuple[str, ...]
+    about_ids: str = ""
 
 
 class _Completed(NamedTuple):
@@ -115,7 +117,7 @@ def load_test_set(recipe: DataRecipe) -> GoldSet:
     """
     data = load_data(recipe, lambda content: _complete(content).content)
     samples = [(record, *_read(data, record)) for record in _records(data)]
-    ids = _ids([(record, sample) for record, sample, _ in samples])
+    ids, twice = _ids([(record, sample) for record, sample, _ in samples])
 
     questions = []
     for (record, sample, answers), name in zip(samples, ids, strict=True):
@@ -134,7 +136,12 @@ def load_test_set(recipe: DataRecipe) -> GoldSet:
     about = Counter(remark.about for _, sample, _ in samples for remark in sample.remarks)
     notes = [note for note in (data.format, data.left_out) if note]
     notes += [f"{num:,} of {len(samples):,} records: {what}" for what, num in about.items()]
-    return GoldSet(data.name, tuple(questions), tuple(notes))
+    about_ids = (
+        f"its ids are places, such as {ids[0]}, because several records have the id {twice}"
+        if twice is not None
+        else ""
+    )
+    return GoldSet(data.name, tuple(questions), tuple(notes), about_ids)
 
 
 def _records(data: LoadedData) -> Iterator[Any]:
@@ -171,7 +178,7 @@ def _complete(content: Any, row: Row | None = None) -> _Completed:
     if asked is None:
         return _Completed(content, None)
     single = [name for name in ANSWERS if name != "answers"]
-    answer = next((name for name in single if named.get(name) not in (None, "")), None)
+    answer = next((name for name in single if not _is_missing(named.get(name))), None)
     several = _texts(parse_list(named.get("answers")), row)
     if several is None and answer is not None and isinstance(named[answer], list | Mapping):
         several = _texts(named[answer], row)
@@ -184,6 +191,11 @@ def _complete(content: Any, row: Row | None = None) -> _Completed:
     if answer is None and not option_columns(named):
         return _Completed({**rest, "answer": _UNANSWERED}, ())
     return _Completed(content, None)
+
+
+def _is_missing(value: Any) -> bool:
+    """Return whether a cell is empty: pandas writes NaN for one in JSON and parquet."""
+    return value in (None, "") or value != value
 
 
 def _answered(name: str, turns: list[Any]) -> list[Any]:
@@ -220,16 +232,23 @@ def _texts(value: Any, row: Row | None) -> tuple[str, ...] | None:
     )
 
 
-def _ids(samples: Sequence[tuple[Any, Sample]]) -> list[str]:
-    """Return a name for each record: its own id where all are different, else its place."""
+def _ids(samples: Sequence[tuple[Any, Sample]]) -> tuple[list[str], str | None]:
+    """Return a name for each record: its own id where all are different, else its place.
+
+    And the id that several have, where every record has one.
+    """
     own = [_own_id(record) for record, _ in samples]
-    if None not in own and len(set(own)) == len(own):
-        return [str(name) for name in own]
+    twice = None
+    if None not in own:
+        twice = next((name for name, number in Counter(own).items() if number > 1), None)
+        if twice is None:
+            return [str(name) for name in own], None
     places = [
         record.id.partition("/")[2] if isinstance(record, Row) else sample.id
         for record, sample in samples
     ]
-    return places if len(set(places)) == len(places) else [str(n) for n in range(len(places))]
+    unlike = len(set(places)) == len(places)
+    return places if unlike else [str(n) for n in range(len(places))], twice
 
 
 def _own_id(record: Any) -> str | None:

@@ -110,6 +110,7 @@ def read_answer_records(path: Path) -> Iterator[tuple[str, str, str]]:
                     f"{path} has {_shown(text)} under {key!r}, and not a text as the answer to "
                     f"that question: {_WRITE}, a line a question"
                 )
+        for key, text in content.items():
             yield f"{path} key {key}", key, text
     else:
         for number, record in read_json_lines(path):
@@ -149,13 +150,25 @@ def _read_record(record: Any, where: str) -> tuple[str, str]:
 
 
 def _read_table(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    """Yield place and cells of every row; an empty cell of the answer is an empty text."""
+    """Yield place and cells of every row; an empty cell of the answer is an empty text.
+
+    Raises:
+        ValueError: A column that is read stands twice, or a row has more cells than columns.
+    """
     rows = _spreadsheet_rows(path) if path.suffix == ".xlsx" else _delimited_rows(path)
     header: list[str] = []
     for number, cells in enumerate(rows, start=1):
         if not header:
             header = cells
+            for name in (*_IDS, *_TEXTS, "answer"):
+                if header.count(name) > 1:
+                    raise ValueError(f"{path} has several columns {name!r}: keep one of them")
         elif any(cells):
+            if any(cells[len(header) :]):
+                raise ValueError(
+                    f"{path} row {number} has {len(cells)} cells, but the first row has "
+                    f"{len(header)}: put a text that holds a delimiter in quotes"
+                )
             yield f"{path} row {number}", dict(zip(header, cells, strict=False))
 
 

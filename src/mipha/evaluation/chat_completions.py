@@ -120,7 +120,8 @@ class ChatServer:
             checks_name: Refuse replies that name another model.
 
         Raises:
-            ValueError: The URL is not of the web, or a field belongs to `complete`.
+            ValueError: The URL is not of the web, a field belongs to `complete`, or the key cannot
+                be sent.
         """
         if not base_url.startswith(("http://", "https://")):
             raise ValueError(
@@ -134,6 +135,12 @@ class ChatServer:
                     f"the field {name} of the {role}'s request is not free: leave it out of "
                     f"{option}"
                 )
+        api_key = (api_key or "").strip()  # a file of a key ends in a newline
+        if not (api_key.isascii() and api_key.isprintable()):
+            raise ValueError(
+                f"the {role}'s key holds a character that no header can hold, such as a line break "
+                "or a letter beyond ASCII: copy the key again"
+            )
         self.url = base_url.rstrip("/") + "/chat/completions"
         self.model = model
         self.refused: dict[str, str | None] = {}
@@ -282,7 +289,7 @@ class ChatServer:
         """Return what a body of status 200 says, if it is a reply of this model."""
         try:
             content = json.loads(answer)
-        except ValueError:
+        except (ValueError, RecursionError):
             content = None
         if not isinstance(content, dict):
             raise WrongServer(
@@ -295,7 +302,8 @@ class ChatServer:
 
         try:
             choice = content["choices"][0]
-            text, reason = choice["message"]["content"], choice.get("finish_reason")
+            text = _text_of(choice["message"]["content"])
+            reason = choice.get("finish_reason")
         except (KeyError, IndexError, TypeError) as error:
             raise RequestRefused(
                 f"{self.url} does not answer as chat completions do ({answer[:80]!r}): "
@@ -312,8 +320,6 @@ class ChatServer:
             )
         usage = content.get("usage")
         num_tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
-        # A model may say nothing (None): that is a reply, and who asked judges it.
-        text = "" if text is None else str(text)
         return Completion(text, reason == "length", num_tokens, model and str(model))
 
     def _without_key(self, text: str) -> str:
@@ -339,6 +345,36 @@ def is_same_model(asked: str, answered: str) -> bool:
     return given == wanted or (
         given.startswith(wanted) and _VERSION.fullmatch(given[len(wanted) :]) is not None
     )
+
+
+def describe_refused(role: str, refused: Mapping[str, str | None]) -> list[str]:
+    """Return a sentence for each field that a server refused; see `ChatServer.refused`."""
+    return [
+        f"the {role}'s server refused {name}: "
+        + (f"{other} was sent instead" if other else "it was left out")
+        for name, other in refused.items()
+    ]
+
+
+def _text_of(content: Any) -> str:
+    """Return what a message says. A model may say nothing (None): who asked judges that.
+
+    Some servers send parts of several types. Those that are not of text, such as the part in which
+    a model thinks, are no part of its reply.
+
+    Raises:
+        KeyError: A part has no type, or a text none.
+        TypeError: The content is no text and no list of parts.
+
+    Source: Mistral's chat completions, chunks of types `text` and `thinking`.
+    """
+    if content is None:
+        return ""
+    if isinstance(content, list):
+        content = "".join([part["text"] for part in content if part["type"] == "text"])
+    if not isinstance(content, str):
+        raise TypeError(f"a content of type {type(content).__name__}")
+    return content
 
 
 def _message(said: str | bytes) -> str:

@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 from pydantic import Field
 
 from mipha.evaluation.benchmark import Judge, Question, Reply
-from mipha.evaluation.chat_completions import ChatServer
+from mipha.evaluation.chat_completions import ChatServer, describe_refused
 from mipha.evaluation.files import OfficialRecord, QuestionId, read_record
 from mipha.files import append_line, read_json_lines, read_lines
 
@@ -40,11 +40,14 @@ REQUEST_OPTION = "--judge-request"
 _LONGEST_QUOTED = 60
 """Characters of a reply that an error shows."""
 
-_REASONING = re.compile(
-    r"<(think|thinking|thought|reasoning)>.*?</\1>|\[THINK\].*?\[/THINK\]", re.DOTALL
-)
-_REASONING_BEGINS = re.compile(r"<(?:think|thinking|thought|reasoning)>|\[THINK\]")
-_REASONING_ENDS = re.compile(r"</(?:think|thinking|thought|reasoning)>|\[/THINK\]")
+_TAG = r"(?:think|thinking|thought|reasoning)"
+_BEGINS = rf"<{_TAG}(?:\s[^>]*)?>|\[THINK\]|◁think▷|<\|channel\|>(?!final\b)"
+_ENDS = rf"</{_TAG}>|\[/THINK\]|◁/think▷|<\|channel\|>final\b.*?<\|message\|>"
+"""Marks around the part in which a model thinks: a tag, or those of Mistral, Kimi and gpt-oss."""
+
+_REASONING = re.compile(rf"(?:{_BEGINS}).*?(?:{_ENDS})", re.DOTALL | re.IGNORECASE)
+_REASONING_BEGINS = re.compile(_BEGINS, re.IGNORECASE)
+_REASONING_ENDS = re.compile(_ENDS, re.IGNORECASE)
 
 _FIX = "fix that line"
 
@@ -380,7 +383,5 @@ def _describe_requests(used: list[_Recorded]) -> tuple[str, ...]:
             sentences[
                 f"{REQUEST_OPTION} set {name} to {json.dumps(value)} in the judge's request"
             ] = None
-        for name, other in recorded.refused.items():
-            instead = f"{other} was sent instead" if other else "it was left out"
-            sentences[f"the judge's server refused {name}: {instead}"] = None
+        sentences |= dict.fromkeys(describe_refused("judge", recorded.refused))
     return tuple(sentences)

@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -75,14 +76,15 @@ METRICS = {
 _MOST_WORDS = 5
 """Words of a right answer up to which the whole of it is compared."""
 _MOST_COUNT = 100
-"""Whole numbers below this are taken for counts, which must be exact."""
+"""Whole numbers from 0 to this, without it, are taken for counts, which must be exact."""
 
 _OPTION = re.compile(r"^\s*\(?([A-Z])[.):]\s+(\S.*)$", re.MULTILINE)
-_LETTER = re.compile(r"\(?([A-Z])(?:[.):]|$)")
+_LETTER = re.compile(r"\(?([A-Z])(?:[.):]|$)", re.IGNORECASE)
 _MARKS = string.whitespace + string.punctuation.replace("%", "").replace("$", "") + "“”‘’。！？"
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}\b)")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_SIGNS = str.maketrans("", "", "$€£¥")
+_SIGNS = str.maketrans({"−": "-", **dict.fromkeys("$€£¥")})
+"""What stands for a hyphen in front of a number, and what does not count there."""
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?%?")
 
 _ANY_SIZE = (1, 1)
@@ -91,8 +93,11 @@ _ANY_SIZE = (1, 1)
 _TRIES = 3
 _JUDGE_TOKENS = 1024
 _SCALE = re.compile(r"scale:\s*(-?\d+(?:\.\d+)?)\s*(?:to|-|,)\s*(-?\d+(?:\.\d+)?)\s*\n", re.I)
-_GRADE = re.compile(r"score\W{0,4}[:=]\W{0,4}?(-?\d+(?:\.\d+)?)", re.I)
-_WHOLE = re.compile(r"\W*?(-?\d+(?:\.\d+)?)\W*")
+_GRADE = re.compile(r"score\W{0,4}[:=：]\W{0,8}?(-?\d+(?:\.\d+)?)", re.I)
+_WHOLE = re.compile(r"\W*?(-?\d+(?:\.\d+)?)(?:\W*|\s*(?:/|out of)\s*\d+(?:\.\d+)?\W*)", re.I)
+_OUT_OF = re.compile(r"[\s*(]*(?:(%)|(?:/|out of)\s*(\d+(?:\.\d+)?))", re.I)
+_MORE = re.compile(r",\d|[\s*]*[-–—]\s*\d|\s+(?:or|to)\s+\d", re.I)
+"""What may follow a number: the highest grade, or digits that make it another one or a range."""
 
 
 @dataclass(frozen=True)
@@ -130,8 +135,16 @@ class Rubric:
         if not found and (whole := _WHOLE.fullmatch(text)):
             found = [whole]
         # The last digits of a reply that was cut may be missing.
-        if not found or (reply.is_cut and not text[found[0].end(1) :].strip()):
+        rest = text[found[0].end(1) :] if found else ""
+        if not found or (reply.is_cut and not rest.strip()):
             return None
+        # A grade on another scale, such as 4/5 where 10 is the highest, is no grade on this one.
+        if _MORE.match(rest):
+            return None
+        if out_of := _OUT_OF.match(rest):
+            highest = 100.0 if out_of[1] else float(out_of[2])
+            if highest != self.high:
+                return None
         grade = (float(found[0][1]) - self.low) / (self.high - self.low)
         return grade if 0 <= grade <= 1 else None
 
@@ -197,12 +210,14 @@ def plan_own_data(
     found = load_test_set(data)
     needs_gold = with_answers and (criteria is None or "{gold}" in criteria.text)
     if needs_gold and (lacking := [one for one in found.questions if not one.answers]):
+        unread = [note for note in found.notes if "nothing reads" in note]
         raise ValueError(
             f"{len(lacking):,} of {len(found.questions):,} questions have no right answer, such as "
-            f"{lacking[0].where}: add them, or let `mipha predict` answer without a score"
+            f"{lacking[0].where}{''.join(f' ({note})' for note in unread)}: add them, or let "
+            "`mipha predict` answer without a score"
         )
     questions = [_as_question(one, form) for one in found.questions]
-    notes = list(found.notes)
+    notes = [*found.notes, *filter(None, [found.about_ids])]
     if metric is not None:
         _check_fit(metric, found.questions, questions)
     elif with_answers:
@@ -216,6 +231,7 @@ def plan_own_data(
         max_new_tokens=max_new_tokens,
         read=lambda root, split: questions,
         read_labels=lambda path: questions,
+        id_advice=found.about_ids,
     )
     return Plan(benchmark, data.split, questions, tuple(notes))
 
@@ -280,8 +296,12 @@ def own_benchmark(
 
 
 def normalise(text: str) -> str:
-    """Return a text as `exact` compares it: case, spaces and the marks around it are gone."""
-    return " ".join(_THOUSANDS.sub("", text.casefold()).split()).strip(_MARKS)
+    """Return a text as `exact` compares it: case, spaces and the marks around it are gone.
+
+    A letter is the same with its accent as a character of its own (Unicode's NFD) and as one (NFC).
+    """
+    text = unicodedata.normalize("NFC", text.casefold())
+    return " ".join(_THOUSANDS.sub("", text).split()).strip(_MARKS)
 
 
 def word_f1(prediction: str, answer: str) -> float:
@@ -346,7 +366,15 @@ def _gold_letter(answers: tuple[str, ...], options: Mapping[str, str]) -> str | 
     ]
     if len(same) == 1:
         return same[0]
-    return found[1] if found and found[1] in options else None
+    return found[1].upper() if found and found[1].upper() in options else None
+
+
+def _read_choice(text: str, options: Mapping[str, str]) -> str | None:
+    """Return the letter of an answer, where MMBench's scorer cannot tell by the rule for gold ones.
+
+    So `12` is an option beside `1`, of which that scorer finds both in it, and `b` is option B.
+    """
+    return read_option(text, options) or _gold_letter((text,), options)
 
 
 def _derive(rows: Sequence[GoldQuestion], questions: Sequence[Question]) -> tuple[str, str]:
@@ -364,7 +392,7 @@ def _derive(rows: Sequence[GoldQuestion], questions: Sequence[Question]) -> tupl
         return "vqa", f"every question has {FEWEST_PEOPLE} answers or more"
     numbers = [read_number(_as_number(text)) for text in answers]
     if all(number is not None for number in numbers):
-        if all(float(number or 0).is_integer() and number < _MOST_COUNT for number in numbers):  # type: ignore[operator]
+        if all(number in range(_MOST_COUNT) for number in numbers):
             return "exact", "the answers are counts"
         return "number", "the answers are numbers"
     if all(len(text.split()) <= _MOST_WORDS for text in answers):
@@ -443,7 +471,7 @@ def _score(
         scores, failed = _grade(rubric, questions, predictions, judge)
     elif metric == "choice":
         parsed = {
-            one.id: read_option(predictions[one.id], one.facts["options"]) for one in questions
+            one.id: _read_choice(predictions[one.id], one.facts["options"]) for one in questions
         }
         scores = {one.id: float(parsed[one.id] == one.facts["letter"]) for one in questions}
         if num := sum(letter is None for letter in parsed.values()):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mipha.comparison.results import missing_scores
 from mipha.comparison.statistics import PairedDifference, holm, paired_differences, read_tally
 from mipha.evaluation.benchmark import Benchmark, load_benchmark
 from mipha.evaluation.own_data import own_benchmark
@@ -120,7 +121,11 @@ def results_of(path: Path) -> dict[str, dict[str, Any]]:
                 f"no file or folder {path}: give a run, a folder of results, or a file of "
                 "`mipha score --json`"
             )
-        raise FileNotFoundError(
-            f"{path} has no scores: make them with `mipha evaluate {path} -b ...`"
-        )
+        scored = [file.parent.name for file in sorted(folder.glob("*/scores.json"))]
+        if scored:
+            raise FileNotFoundError(
+                f"{path} has no tally.json beside the scores of {', '.join(scored)}: evaluate "
+                "again, or copy it too"
+            )
+        raise missing_scores(path)
     return found

@@ -19,6 +19,7 @@ from typing import Any
 from mipha.comparison.statistics import Tally, Totals, intervals, tally, values
 from mipha.evaluation.answer_files import read_answers
 from mipha.evaluation.benchmark import Benchmark, Judge, Judgement, Plan, Question
+from mipha.evaluation.chat_completions import describe_refused
 from mipha.evaluation.engine_check import EngineCheck
 from mipha.evaluation.predict import asked_hash
 from mipha.files import append_line, read_json_object, read_lines, write_whole
@@ -133,6 +134,7 @@ def score_predictions(
         )
     all_answered = len(answered) == len(plan.questions)
     num_empty, notes = _count_empty(answered, predictions)
+    notes += tuple(describe_refused("endpoint", (model or {}).get("refused", {})))
 
     # Score here, or leave that to the server.
     scores: tuple[Score, ...] = ()

@@ -232,8 +232,8 @@ def merge_adapter(adapter: Path, folder: Path, base: Path | None = None) -> None
 
     Raises:
         FileNotFoundError: The adapter, or its base, is not there.
-        ValueError: The adapter was trained on another base or over weights of 4 bits, or the
-            folder exists.
+        ValueError: The adapter was trained on another base or over weights of 4 bits, is not whole
+            or not finite, or the folder exists.
     """
     check_adapter(adapter)
     if folder.exists():
@@ -242,7 +242,7 @@ def merge_adapter(adapter: Path, folder: Path, base: Path | None = None) -> None
 
     # Merge.
     model = load_model(str(base))
-    _check_fit(model, adapter, base)
+    attach_adapter(model, adapter, base)  # peft fills in what an adapter lacks
     is_tied = model.lm_head.weight is model.get_input_embeddings().weight
     try:
         merged = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
@@ -415,8 +415,8 @@ def attach_adapter(
         base: Checkpoint of the model, for messages.
 
     Raises:
-        ValueError: The adapter does not fit this model. `check_base` tells whether it was trained
-            on it.
+        ValueError: The adapter does not fit this model, or holds numbers that are not finite.
+            `check_base` tells whether it was trained on it.
     """
     _check_fit(model, adapter, base)
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
@@ -453,7 +453,14 @@ def attach_adapter(
             )
         if factor in ("lora_A", "lora_B"):
             found.add((layer, factor))
+        wanted_shape = getattr(place, leaf).shape
+        if tensor.shape != wanted_shape or not tensor.is_floating_point():
+            raise ValueError(
+                f"{adapter} holds {name} as {tensor.dtype} {tuple(tensor.shape)}, where its config "
+                f"describes floating point {tuple(wanted_shape)}: copy it again"
+            )
         value = tensor.to(model.device, model.dtype)
+        check_finite([(name, value)], adapter)
         setattr(place, leaf, nn.Parameter(value, requires_grad=False))
     wanted = {(name, factor) for name in adapter_layers(own) for factor in ("lora_A", "lora_B")}
     if lacking := sorted(wanted - found):

@@ -21,7 +21,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from mipha.answer_spans import NoMask, answer_spans, has_marks, renderer, supervise
-from mipha.rendering import FAILURES, bounded, check_length
+from mipha.rendering import FAILURES, bounded, check_length, lost_words
 
 IMAGE_TOKEN = "<image>"
 
@@ -74,6 +74,8 @@ class _Written(NamedTuple):
 def fit_template(template: str, tokenizer: PreTrainedTokenizerBase, source: str) -> str:
     """Return a template that takes messages with content parts, whatever it is made for.
 
+    One that writes today's date writes a fixed one.
+
     Args:
         template: Chat template with `{% generation %}` blocks.
         tokenizer: Tokenizer of the language model.
@@ -83,7 +85,7 @@ def fit_template(template: str, tokenizer: PreTrainedTokenizerBase, source: str)
         ValueError: With neither content the assistant's words arrive between the marks, or it
             takes too long.
     """
-    reasons = []
+    template, reasons = _with_fixed_date(template), []
     for candidate in (template, PARTS_TO_TEXT + template):
         with bounded(template, f"chat template {source}"):
             reason = _fault_of(candidate, tokenizer)
@@ -122,8 +124,7 @@ def trainable_template(
     """
     if has_marks(template):
         return fit_template(template, tokenizer, source)
-    if "strftime_now" in template:
-        template = _FIXED_DATE + template
+    template = _with_fixed_date(template)
 
     # A template that writes earlier answers otherwise is exact for one answer at a time. There, no
     # thinking is tried first, so that a prompt and what is trained agree on it.
@@ -141,6 +142,11 @@ def trainable_template(
         f"chat template {source} cannot be trained on, because {reasons[0]}: "
         "set model.chat_template, for example to vicuna"
     )
+
+
+def _with_fixed_date(template: str) -> str:
+    is_fixed = _FIXED_DATE in template or "strftime_now" not in template
+    return template if is_fixed else _FIXED_DATE + template
 
 
 def _fault_of_spans(
@@ -208,9 +214,21 @@ def _end_behind(tokenizer: PreTrainedTokenizerBase, template: str) -> int:
     """Return the special token that a template without marks writes behind an answer.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is none, or the template writes no conversation.
     """
-    text = renderer(tokenizer, template)(_conversation()[:2], False)
+    messages, reason = _conversation()[:2], None
+    for form in (template, PARTS_TO_TEXT + template):
+        try:
+            text = renderer(tokenizer, form)(messages, False)
+        except FAILURES as error:
+            reason = reason or f"fails ({' '.join(str(error).split())[:120]})"
+            continue
+        lost = lost_words(messages, text)
+        if lost is None:
+            break
+        reason = reason or lost
+    else:
+        raise ValueError(f"the chat template {reason}: use another model.chat_template")
     behind = text.partition(_ANSWERS[0])[2]
     ids = tokenizer(behind.lstrip(), add_special_tokens=False)["input_ids"]
     closing = []

@@ -22,6 +22,7 @@ from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 from mipha.checkpoint_files import read_checkpoint, read_headers, read_processor
 from mipha.files import read_json_object
 from mipha.geometry import read_geometry
+from mipha.lookup import list_some
 from mipha.models.attention import Spans, check_described, describe_rows
 from mipha.models.checkpoint_folder import check_finite
 from mipha.models.loss import supervised_cross_entropy
@@ -307,13 +308,18 @@ def load_saved_model(
         ) from error
 
     # Refuse weights that do not fit, or are not numbers.
-    problems = {
-        kind: sorted(map(str, info.get(kind) or ()))[:5]
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    reshaped = [name for name, *_ in info.get("mismatched_keys") or ()]
+    unfit = {
+        "missing": info.get("missing_keys"),
+        "unexpected": info.get("unexpected_keys"),
+        "of another shape": reshaped,
     }
-    if any(problems.values()):
-        found = {kind: names for kind, names in problems.items() if names}
-        raise ValueError(f"{folder}: the weights do not fit the model they describe: {found}")
+    problems = [f"{kind}: {list_some(sorted(names))}" for kind, names in unfit.items() if names]
+    if problems:
+        raise ValueError(
+            f"{folder}: the weights do not fit the model that its config.json describes "
+            f"({'; '.join(problems)}): give config and weights of one checkpoint"
+        )
     check_finite(model.named_parameters(), folder)
 
     # Keep the special tokens, and tokens that the model should not write: they belong to it. Beams,

@@ -47,7 +47,7 @@ from mipha.geometry import (
     geometry_of,
     read_geometry,
 )
-from mipha.models.chat_template import IMAGE_TOKEN, fit_template
+from mipha.models.chat_template import IMAGE_TOKEN, PARTS_TO_TEXT, fit_template
 from mipha.preflight import template_file
 from mipha.recipe import CheckpointRecipe, ModelRecipe, RegionForm, StageRecipe
 from mipha.rendering import is_panic, write_chat
@@ -409,9 +409,10 @@ def load_processor(
     # the template does not write it.
     _check_marks(processor, folder)
     tokenizer = processor.tokenizer
-    written = _check_template_runs(tokenizer, own, source or folder / "chat_template.jinja")
+    own, written = _working_template(processor, own, source or folder / "chat_template.jinja")
     if _adds_bos(tokenizer) and not written.startswith(str(tokenizer.bos_token)):
-        processor.chat_template = "{{- bos_token -}}\n" + own
+        own = "{{- bos_token -}}\n" + own
+    processor.chat_template = own
 
     # Masks of a template without marks end where generation stops.
     path = folder / "generation_config.json"
@@ -504,13 +505,28 @@ def _image_processor(settings: dict[str, Any]) -> LlavaImageProcessorPil:
     return LlavaImageProcessorPil(**given | crops)
 
 
-def _check_template_runs(tokenizer: PreTrainedTokenizerBase, template: str, path: Path) -> str:
-    """Return what a template writes; refuse one that fails on content parts and on plain text."""
+def _working_template(processor: Any, template: str, path: Path) -> tuple[str, str]:
+    """Return a template that takes content parts, and what it writes; one made for text gets text.
+
+    Raises:
+        ValueError: It fails on both.
+    """
     parts = [{"type": "image"}, {"type": "text", "text": "a"}]
-    try:
-        return write_chat(tokenizer, [{"role": "user", "content": parts}], template, path)
-    except ValueError:
-        return write_chat(tokenizer, [{"role": "user", "content": "a"}], template, path)
+    messages = [{"role": "user", "content": parts}]
+    found: list[tuple[str, str]] = []
+    errors = []
+    for candidate in (template, PARTS_TO_TEXT + template):
+        try:
+            text = write_chat(processor.tokenizer, messages, candidate, path)
+        except ValueError as error:
+            errors.append(error)
+            continue
+        found.append((candidate, text))
+        if processor.image_token in text:
+            return candidate, text
+    if not found:
+        raise errors[0]
+    return found[0]
 
 
 def _reason(error: BaseException) -> str:

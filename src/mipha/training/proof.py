@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mipha.files import read_json_object, whole_file, write_whole
+from mipha.lookup import list_some
 from mipha.models.adapters import adapter_deltas, adapter_layers, adapter_parameters
 from mipha.models.fingerprint import tensor_digest
 from mipha.models.modeling import LlavaForConditionalGeneration
@@ -97,7 +98,7 @@ def _check_start(path: Path, frozen: Mapping[str, str]) -> None:
         ) from error
     if changed := sorted(name for name, digest in kept.items() if before.get(name) != digest):
         raise ValueError(
-            f"{path} is damaged or of an older version: {_list_some(changed)} differs from its "
+            f"{path} is damaged or of an older version: {list_some(changed, 3)} differs from its "
             f"checksum; delete {path.parent} to start the stage anew"
         )
 
@@ -106,7 +107,7 @@ def _check_start(path: Path, frozen: Mapping[str, str]) -> None:
     differ = [name for name in names if before.get(name) != frozen.get(name)]
     if differ:
         raise ValueError(
-            f"{path.parent} was begun with other weights ({_list_some(differ)}): "
+            f"{path.parent} was begun with other weights ({list_some(differ, 3)}): "
             "delete that folder to start the stage anew"
         )
 
@@ -192,9 +193,9 @@ def contradictions(changes: Sequence[Change], tuned: Sequence[TunedPart], images
     for change, wish in zip(changes, tuned, strict=True):
         name = f"{change.part} ({wish.tuning})"
         if change.frozen_changed:
-            found.append(f"{name}: frozen tensors changed, {_list_some(change.frozen_changed)}")
+            found.append(f"{name}: frozen tensors changed, {list_some(change.frozen_changed, 3)}")
         if change.idle and (images or change.part == "language_model"):
-            found.append(f"{name}: nothing moved in {_list_some(change.idle)}")
+            found.append(f"{name}: nothing moved in {list_some(change.idle, 3)}")
     return found
 
 
@@ -277,10 +278,6 @@ def _sizes(before: Tensor, change: Tensor) -> tuple[float, float, float]:
         for tensor in (before, change)
     ]
     return norms[0], norms[1], change.detach().abs().max().item()
-
-
-def _list_some(names: Sequence[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import re
 from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from threading import Event
@@ -263,6 +265,30 @@ def test_a_conversation_longer_than_the_context_is_refused_and_an_answer_is_cut_
     pieces, _ = with_engine(assistant, use)
     end = pieces[-1].end
     assert end.reason == "stop" or end.prompt_tokens + end.completion_tokens == context
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        ("for message in messages", "for message in messages[1:]", "does not write 'Be brief.'"),
+        ("message.role + ", "(raise_exception('no system') if loop.first else '') + ", "no system"),
+    ],
+)
+def test_a_conversation_that_the_template_refuses_is_the_senders_fault(
+    tiny_model: Callable, old: str, new: str, reason: str
+) -> None:
+    model, processor = tiny_model("llama")
+    processor = copy.copy(processor)
+    processor.chat_template = processor.chat_template.replace(old, new)
+    asked = request("Which colour?")
+    asked = replace(asked, turns=(Turn("system", "Be brief."), *asked.turns))
+
+    async def use(engine: TransformersEngine) -> None:
+        with pytest.raises(RequestError, match=re.escape(reason)) as refused:
+            engine.prepare(asked)
+        assert (refused.value.status, refused.value.param) == (400, "messages")
+
+    with_engine(Assistant(model, processor), use)
 
 
 def test_a_decoded_image_is_not_encoded_again(

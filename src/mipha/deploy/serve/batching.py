@@ -16,6 +16,7 @@ from mipha.deploy.serve.engine import End, Piece, ServiceError
 from mipha.deploy.serve.metrics import Metrics
 from mipha.deploy.serve.requests import ChatRequest, RequestError
 from mipha.models.decoding import AnswerText, Sampling
+from mipha.rendering import ConversationRefused
 
 _GATHER_SECONDS = 0.01
 """Time after the first request in which others join its batch; an answer takes far longer."""
@@ -121,7 +122,8 @@ class TransformersEngine:
         """Return the tokens and pixels of a request.
 
         Raises:
-            RequestError: The request does not fit the model's context.
+            RequestError: The chat template refuses the conversation, or it does not fit the model's
+                context.
         """
         messages = [
             user_turn(turn.text, len(turn.images)) if turn.images else Message(turn.role, turn.text)
@@ -134,7 +136,14 @@ class TransformersEngine:
         )
         images = [image for turn in request.turns for image in turn.images]
         assistant = self._adapters.get(request.model, self.assistant)
-        prompt = assistant.prompt(messages, images, sampling=sampling)
+        try:
+            prompt = assistant.prompt(messages, images, sampling=sampling)
+        except ConversationRefused as error:
+            raise RequestError(
+                f"the model's chat template does not take this conversation ({error.reason}): "
+                "leave the system's message out, or change the turns",
+                param="messages",
+            ) from error
 
         # The answer gets the rest of the context.
         room = self._context - len(prompt.ids)

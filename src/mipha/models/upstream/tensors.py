@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mipha.checkpoint_files import StoredTensor
+from mipha.lookup import list_some
 from mipha.models.checkpoint_folder import read_tensor
 from mipha.models.modeling import LlavaForConditionalGeneration
 
@@ -175,7 +176,9 @@ def plan(
         "there twice": sorted(name for name, count in Counter(reached).items() if count > 1),
     }
     if any(problems.values()):
-        found = "; ".join(f"{kind}: {_first(names)}" for kind, names in problems.items() if names)
+        found = "; ".join(
+            f"{kind}: {list_some(names)}" for kind, names in problems.items() if names
+        )
         raise ValueError(
             f"the tensors do not fit the model that config.json describes ({found}): "
             "give a whole, unchanged checkpoint"
@@ -315,10 +318,6 @@ def _misshapen(
     expected = (first * len(move.targets), *rest)
     if tuple(stored[move.source]) != expected:
         yield f"{move.source} is {tuple(stored[move.source])} where {expected} is described"
-
-
-def _first(names: list[str], most: int = 4) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def _unfused(value: Tensor, num_heads: int) -> tuple[Tensor, ...]:
