@@ -45,8 +45,41 @@ CONFIGS = (
 CLASSES = ("llava", "llava_next", "llava_onevision", "idefics3", "lfm2_vl")
 """Values of `model_type` of the multimodal models that can be loaded."""
 
-_CROPPING = ("CLIP", "Bit", "Llava", "DeiT")
+_CROPPING = ("CLIP", "Bit", "LlavaImage", "LlavaNext", "DeiT")
 """Image processors that crop where their file does not say whether they do."""
+
+_DEFAULTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "Idefics3": (
+        {
+            "do_image_splitting": True,
+            "size": {"longest_edge": 4 * 364},
+            "max_image_size": {"longest_edge": 364},
+        },
+        {"image_seq_len": 169},
+    ),
+    "LlavaOnevision": ({}, {"vision_aspect_ratio": "anyres_max_9"}),
+    "Lfm2Vl": (
+        {
+            "do_image_splitting": True,
+            "downsample_factor": 2,
+            "encoder_patch_size": 16,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+            "max_image_tokens": 256,
+            "max_pixels_tolerance": 2.0,
+            "max_tiles": 10,
+            "min_image_tokens": 64,
+            "min_tiles": 2,
+            "tile_size": 512,
+            "use_thumbnail": True,
+        },
+        {},
+    ),
+}
+"""What an image processor, and the processor around it, take for keys that their files lack.
+
+Source: transformers 5.23, the classes of each kind.
+"""
 
 TOKENS = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json")
 """JSON files of a tokenizer, whose keys may be any words."""
@@ -242,10 +275,12 @@ def read_processor(folder: Path) -> dict[str, Any]:
         image["crop_size"] = dict.fromkeys(("height", "width"), image["crop_size"])
     kind = str(image.get("image_processor_type") or image.get("feature_extractor_type"))
     image.setdefault("do_center_crop", kind.startswith(_CROPPING))
+    of_image, around = _DEFAULTS.get(kind.partition("ImageProcessor")[0], ({}, {}))
+    image = of_image | image
 
     config = read_config(folder)
     tower = config.get("vision_config")
-    written = {
+    written = around | {
         "patch_size": tower.get("patch_size") if isinstance(tower, dict) else None,
         "vision_feature_select_strategy": config.get("vision_feature_select_strategy", "default"),
         "image_token": "<image>",
@@ -348,7 +383,8 @@ def read_checkpoint(folder: Path, needs_template: bool = True) -> CheckpointFile
     for part in parts:
         check_sizes(folder / "config.json", config[part], tensors)
     found = CheckpointFiles(config, processor, tensors)
-    if (most := found.geometry.longest) > _longest(tensors):
+    # Each tile takes a position or a word for its tokens at most.
+    if (most := found.geometry.longest) > _longest(tensors) * found.geometry.most_tiles:
         raise ValueError(
             f"{folder / 'processor_config.json'} makes {most} tokens an image, which is "
             "more than the weights have positions or words: save the processor again"

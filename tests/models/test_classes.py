@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +17,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import Idefics3Processor
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
 from mipha.assistant import load
+from mipha.checkpoint_files import read_checkpoint, read_processor
 from mipha.data.sample import IMAGE, Message
 from mipha.geometry import Native, geometry_of
 from mipha.models.build import save_checkpoint
@@ -212,3 +217,76 @@ def test_a_saved_copy_is_the_same(golden: Golden, tmp_path: Path) -> None:
     other.assistant = again
     for case in golden.cases:
         assert torch.equal(golden.logits(golden.prompt(case)), other.logits(other.prompt(case)))
+
+
+def in_two_files(source: Path, folder: Path, *dropped: str) -> Path:
+    """Return a copy of a checkpoint with its processor in the two files of earlier years."""
+    shutil.copytree(source, folder)
+    around = json.loads((folder / "processor_config.json").read_text())
+    around.pop("video_processor", None)
+    image = around.pop("image_processor")
+    for name, content in (("processor", around), ("preprocessor", image)):
+        kept = {
+            key: value
+            for key, value in content.items()
+            if key not in dropped and value is not None  # as they were written then
+        }
+        (folder / f"{name}_config.json").write_text(json.dumps(kept))
+    return folder
+
+
+def test_the_layout_of_earlier_years_is_read_alike(golden: Golden, tmp_path: Path) -> None:
+    folder = in_two_files(golden.folder, tmp_path / "old")
+    processor = load(folder, device="cpu").processor
+    assert geometry_of(processor) == geometry_of(golden.assistant.processor)
+    image = Image.open(golden.folder / golden.cases[0]["images"][0])
+    again = load(folder, device="cpu").image_inputs(image).inputs
+    for name, value in golden.assistant.image_inputs(image).inputs.items():
+        assert torch.equal(again[name], value)
+
+
+@pytest.mark.parametrize(
+    ("name", "dropped"),
+    [
+        ("onevision-siglip-llama-cap2", ["vision_aspect_ratio"]),
+        ("idefics3-llama-tied", ["image_seq_len", "do_image_splitting", "size", "max_image_size"]),
+    ],
+)
+def test_a_setting_that_old_files_lack_is_the_default_of_its_class(
+    name: str, dropped: list[str], tmp_path: Path
+) -> None:
+    found = read_processor(in_two_files(FIXTURES / name, tmp_path / "old", *dropped))
+    stock = {
+        "vision_aspect_ratio": "anyres_max_9",  # the stock class cannot be made without torchvision
+        "image_seq_len": signature(Idefics3Processor).parameters["image_seq_len"].default,
+        **{key: getattr(Idefics3ImageProcessorPil, key) for key in dropped[1:]},
+    }
+    for key in dropped:
+        assert (found | found["image_processor"])[key] == stock[key]
+
+
+def test_an_image_may_take_more_tokens_than_a_small_model_has_words(tmp_path: Path) -> None:
+    source = FIXTURES / "next-siglip-qwen2"
+    most = max(max(tensor.shape) for tensor in read_checkpoint(source).tensors.values())
+    shutil.copytree(source, tmp_path / "wide")
+    config, processor = (
+        json.loads((source / f"{name}.json").read_text()) for name in ("config", "processor_config")
+    )
+    side = config["vision_config"]["image_size"]
+    grids = [[side, side * 90], [side * 90, side]]
+    config["image_grid_pinpoints"] = processor["image_processor"]["image_grid_pinpoints"] = grids
+    for name, content in (("config", config), ("processor_config", processor)):
+        (tmp_path / "wide" / f"{name}.json").write_text(json.dumps(content))
+    assert read_checkpoint(tmp_path / "wide").geometry.longest > most
+
+
+def test_a_model_of_another_class_is_named_before_its_processor_fails(tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES / "idefics3-llama-tied", tmp_path / "other")
+    for name, old, new in (
+        ("config", '"idefics3"', '"smolvlm"'),
+        ("processor_config", "Idefics3Image", "SmolVLMImage"),
+    ):
+        path = tmp_path / "other" / f"{name}.json"
+        path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(ValueError, match="holds a 'smolvlm', not a LLaVA"):
+        load(tmp_path / "other", device="cpu")

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlavaProcessor
 
+from mipha.checkpoint_files import read_checkpoint
 from mipha.data.encode import expand_images, image_spans, with_tiles
 from mipha.data.images import (
     ImageLike,
@@ -645,6 +646,7 @@ def load(
     if adapter is not None:
         adapter = adapter_folder(adapter)
         check_base(adapter, folder)  # before the weights are loaded
+    read_checkpoint(folder)  # says that a model is of another class, before its processor fails
     processor = load_processor(folder)  # tries the chat template, before a GPU is in use
     base = Assistant(load_model(str(folder), device, getattr(torch, name)), processor)
     return base if adapter is None else with_adapter(base, Path(adapter), folder)
