@@ -287,9 +287,7 @@ def read_processor(folder: Path) -> dict[str, Any]:
     }
     found = written | {key: value for key, value in processor.items() if value is not None}
     if "num_additional_image_tokens" not in found:
-        names = [name for name in read_headers(folder) if "vision_tower" in name]
-        has_class_token = any(name.endswith(("class_embedding", "cls_token")) for name in names)
-        found["num_additional_image_tokens"] = int(has_class_token)
+        found["num_additional_image_tokens"] = _count_prefix_tokens(read_headers(folder))
     return found | {"image_processor": image}
 
 
@@ -383,6 +381,8 @@ def read_checkpoint(folder: Path, needs_template: bool = True) -> CheckpointFile
     for part in parts:
         check_sizes(folder / "config.json", config[part], tensors)
     found = CheckpointFiles(config, processor, tensors)
+    if config["model_type"].startswith("llava"):
+        _check_features(folder, found)
     # Each tile takes a position or a word for its tokens at most.
     if (most := found.geometry.longest) > _longest(tensors) * found.geometry.most_tiles:
         raise ValueError(
@@ -615,6 +615,48 @@ def _check_image(folder: Path, config: dict[str, Any], processor: dict[str, Any]
             "save processor and model from one build"
         )
 
+
+def _check_features(folder: Path, files: CheckpointFiles) -> None:
+    """Refuse features of a tower that its stock class fails to read at the first image."""
+    config, geometry, path = files.config, files.geometry, folder / "config.json"
+    layers, depth = config.get("vision_feature_layer"), config["vision_config"].get(_LAYERS)
+    for layer in layers if isinstance(layers, list) else [-1 if layers is None else layers]:
+        if type(layer) is not int or layer == 0 or (depth and not -depth - 1 <= layer <= depth):
+            raise ValueError(
+                f"{path} sets vision_feature_layer to {layer!r}: give a layer of the tower, 1 to "
+                f"{depth or 'its last'}, or -1 for the last"
+            )
+
+    counted = files.processor.get("num_additional_image_tokens")
+    if isinstance(geometry, Anyres) and "num_image_tokens" in files.processor:
+        counted = files.processor["num_image_tokens"] - geometry.patches**2
+    found = _count_prefix_tokens(files.tensors)
+    if counted != found:
+        raise ValueError(
+            f"{folder}: the tower makes {found} tokens besides its patches, but the processor "
+            f"counts {counted}: save processor and model from one build"
+        )
+    strategy = files.processor["vision_feature_select_strategy"]
+    if isinstance(geometry, Anyres) and geometry.dropped:
+        raise ValueError(
+            f"{path} sets vision_feature_select_strategy to {strategy!r}, but the grid takes the "
+            f"patches alone, and the tower makes {found} tokens besides them: use "
+            f"{'default' if found == 1 else 'full' if not found else 'another tower'}"
+        )
+
+
+def _count_prefix_tokens(tensors: Mapping[str, StoredTensor]) -> int:
+    """Return how many tokens the tower of a LLaVA puts before its patches, by its weights."""
+    tower = {name: tensor for name, tensor in tensors.items() if "vision_tower" in name}
+    return sum(
+        tensor.shape[1] if name.endswith("register_tokens") else 1
+        for name, tensor in tower.items()
+        if name.endswith(tuple(f"embeddings.{token}" for token in _PREFIX_TOKENS))
+    )
+
+
+_LAYERS = "num_hidden_layers"
+_PREFIX_TOKENS = ("class_embedding", "cls_token", "register_tokens", "distillation_token")
 
 _GEOMETRIES: dict[str, Any] = {
     "llava": (Square, Tiles),

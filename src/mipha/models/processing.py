@@ -68,22 +68,30 @@ _IMAGE_SETTINGS = (
 )
 
 
-def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def load_template(
+    name: str, tokenizer: PreTrainedTokenizerBase, image_token: str = IMAGE_TOKEN
+) -> str:
     """Load a chat template; it writes the BOS of a tokenizer that begins every text with one.
 
     Args:
         name: Name in the catalog, or a .jinja file.
         tokenizer: Tokenizer that will apply it.
+        image_token: Placeholder that it has to write for an image.
 
     Raises:
         FileNotFoundError: No such template.
         ValueError: As `checked_template`.
     """
     path = template_file(name)
-    return checked_template(read_template(path), tokenizer, source=str(path))
+    return checked_template(read_template(path), tokenizer, str(path), image_token)
 
 
-def checked_template(template: str, tokenizer: PreTrainedTokenizerBase, source: str) -> str:
+def checked_template(
+    template: str,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    image_token: str = IMAGE_TOKEN,
+) -> str:
     """Return a chat template that takes content parts, and writes the tokenizer's BOS if any.
 
     Raises:
@@ -98,7 +106,7 @@ def checked_template(template: str, tokenizer: PreTrainedTokenizerBase, source: 
 
     if _adds_bos(tokenizer):
         template = "{%- set prepend_bos = true -%}\n" + template
-    return fit_template(template, tokenizer, source)
+    return fit_template(template, tokenizer, source, image_token)
 
 
 def build_processor(
