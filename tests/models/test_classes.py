@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,26 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import Idefics3Processor
+from transformers import (
+    GenerationConfig,
+    Idefics3Processor,
+    Lfm2Config,
+    Lfm2VlConfig,
+    Lfm2VlForConditionalGeneration,
+    Qwen3NextConfig,
+)
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
+from mipha.api import train
 from mipha.assistant import load
 from mipha.checkpoint_files import read_checkpoint, read_processor
-from mipha.data.sample import IMAGE, Message
+from mipha.data.images import image_list
+from mipha.data.sample import IMAGE, Message, turns_of
 from mipha.geometry import Native, geometry_of
 from mipha.models.build import save_checkpoint
 from mipha.models.features import join_inputs
+from mipha.models.modeling import is_recurrent
+from mipha.recipe import Recipe
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "images"
 NAMES = sorted(path.name for path in FIXTURES.iterdir())
@@ -290,3 +302,84 @@ def test_a_model_of_another_class_is_named_before_its_processor_fails(tmp_path: 
         path.write_text(path.read_text().replace(old, new))
     with pytest.raises(ValueError, match="holds a 'smolvlm', not a LLaVA"):
         load(tmp_path / "other", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def recurrent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An LFM2-VL with its own language model, some of whose layers are convolutions."""
+    source = FIXTURES / "lfm2vl-qwen3-tiles"
+    folder = Path(shutil.copytree(source, tmp_path_factory.mktemp("lfm2") / "model"))
+    config = Lfm2VlConfig.from_pretrained(folder)
+    text = config.text_config
+    config.text_config = Lfm2Config(
+        vocab_size=text.vocab_size,
+        hidden_size=text.hidden_size,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention", "conv"],
+        block_auto_adjust_ff_dim=False,
+        initializer_range=0.3,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    model = Lfm2VlForConditionalGeneration(config)
+    model.generation_config = GenerationConfig.from_pretrained(source)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_recurrent_language_model_answers_in_a_batch_and_in_turns_as_alone(
+    recurrent: Path,
+) -> None:
+    assistant = load(recurrent, device="cpu")
+    files = sorted((FIXTURES / "lfm2vl-qwen3-tiles").glob("images/*.png"))
+    pairs = [
+        (files[0], "What is this?"),
+        (files[0], "Which colour has it?"),
+        (files[:2], "Which is taller?"),
+        (None, "Hello?"),
+    ]
+    together = [answer.text for answer in assistant.answer_many(pairs, max_new_tokens=8)]
+    alone = [
+        assistant.generate(
+            [
+                assistant.prompt(
+                    turns_of(question, len(image_list(shown))),
+                    image_list(shown),
+                    max_new_tokens=8,
+                )
+            ]
+        )[0].text
+        for shown, question in pairs
+    ]
+    assert together == alone and len(set(alone)) > 2
+
+    chat, again = assistant.chat(files[0]), assistant.chat(files[0])
+    for question in ("What is this?", "And what more?"):
+        again.messages = list(chat.messages)
+        again._forget()
+        assert list(chat.ask(question, max_new_tokens=8)) == list(
+            again.ask(question, max_new_tokens=8)
+        )
+
+
+def test_a_recurrent_language_model_trains_one_sample_a_row(
+    recurrent: Path, tiny_run_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    stage = tiny_run_recipe().stages["finetune"].model_dump(mode="json", exclude_unset=True)
+    stage |= {"row_tokens": 600, "max_steps": 2}
+    tree = {"name": "tune", "precision": "float32", "model": {"checkpoint": str(recurrent)}}
+    recipe = Recipe.parse(tree | {"stages": {"tune": stage}}, source="tune")
+    with pytest.raises(ValueError, match=r"packing would let .* stages\.tune\.batching=padded"):
+        train(recipe, tmp_path / "packed")
+    run = train(recipe.override("stages.tune.batching=padded"), tmp_path / "padded")
+    assert load(run, device="cpu").answer(None, "What is it?", max_new_tokens=3).num_tokens
+
+
+@pytest.mark.parametrize("kinds", [["conv"], ["linear_attention"], ["full_attention"]])
+def test_layers_that_carry_a_state_are_known(kinds: list[str]) -> None:
+    text = Qwen3NextConfig(num_hidden_layers=1, layer_types=kinds)
+    assert is_recurrent(text) == (kinds != ["full_attention"])

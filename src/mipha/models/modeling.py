@@ -15,7 +15,8 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import Cache, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
@@ -263,6 +264,16 @@ def tile_tokens(config: PretrainedConfig) -> tuple[int, int]:
 def attention_window(config: PretrainedConfig) -> int | None:
     """Return the tokens that sliding layers see at a time; None where every layer sees all."""
     return getattr(config.text_config, "sliding_window", None)
+
+
+def is_recurrent(config: PretrainedConfig) -> bool:
+    """Return whether some layers carry a state from token to token, as LFM2's convolutions do.
+
+    The state behind a token is not kept, so a cache cannot be cut back to it, and no mask keeps
+    tokens of a row apart.
+    """
+    layers = DynamicCache(config=config.get_text_config()).layers
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
 
 
 def load_model(
