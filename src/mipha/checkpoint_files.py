@@ -54,6 +54,7 @@ _DEFAULTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "do_image_splitting": True,
             "size": {"longest_edge": 4 * 364},
             "max_image_size": {"longest_edge": 364},
+            "resample": 1,
         },
         {"image_seq_len": 169},
     ),
@@ -70,6 +71,7 @@ _DEFAULTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
             "max_tiles": 10,
             "min_image_tokens": 64,
             "min_tiles": 2,
+            "resample": 2,
             "tile_size": 512,
             "use_thumbnail": True,
         },
@@ -597,6 +599,9 @@ def _check_image(folder: Path, config: dict[str, Any], processor: dict[str, Any]
                 f"it makes {geometry.kind} images, and a {config['model_type']!r} takes others"
             )
         _check_bounds(geometry)
+        keeps_size = processor["image_processor"].get("do_resize") is False
+        if keeps_size and isinstance(geometry, (Square, Tiles, Shuffled)):
+            raise ValueError("do_resize is false, and the tower takes one size: set it to true")
         if config["model_type"] == "llava":
             made, wanted = _square(config, processor, geometry)
         else:

@@ -304,6 +304,62 @@ def test_a_model_of_another_class_is_named_before_its_processor_fails(tmp_path: 
         load(tmp_path / "other", device="cpu")
 
 
+def changed(source: Path, folder: Path, **settings: Any) -> Path:
+    """Return a copy of a checkpoint with other settings of its image processor."""
+    shutil.copytree(source, folder)
+    content = json.loads((folder / "processor_config.json").read_text())
+    content["image_processor"] |= settings
+    (folder / "processor_config.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_a_black_tile_that_is_zero_is_read_as_every_other(tmp_path: Path) -> None:
+    source = FIXTURES / "idefics3-llama-tied"
+    black = changed(source, tmp_path / "black", image_mean=[0.0] * 3, image_std=[1.0] * 3)
+    assistant = load(black, device="cpu")
+    image = Image.new("RGB", (96, 64))
+    image.paste((255, 255, 255), (0, 0, 32, 32))  # one of six tiles
+    inputs = assistant.image_inputs(image).inputs["pixel_values"]
+    assert (inputs == 0).flatten(1).all(1).sum() == 5
+    assert assistant.answer(image, "What is it?", max_new_tokens=3).num_tokens
+    features = assistant.model.get_image_features(inputs).pooler_output
+    nearly = assistant.model.get_image_features(inputs + 1e-7).pooler_output
+    torch.testing.assert_close(features, nearly, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["idefics3-llama-tied", "llava-siglip-llama-several"])
+def test_a_processor_that_does_not_resize_is_refused(name: str, tmp_path: Path) -> None:
+    folder = changed(FIXTURES / name, tmp_path / "sized", do_resize=False)
+    with pytest.raises(ValueError, match="do_resize is false, and the tower takes one size"):
+        load(folder, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({"do_normalize": False}, 51 / 255),
+        ({"do_rescale": False, "image_mean": [0.0] * 3, "image_std": [3.0] * 3}, 17.0),
+        ({"rescale_factor": 1 / 51, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}, 1.0),
+    ],
+)
+def test_native_pixels_are_scaled_as_the_processor_says(
+    settings: dict[str, Any], wanted: float, tmp_path: Path
+) -> None:
+    folder = changed(FIXTURES / "lfm2vl-llama-native", tmp_path / "scaled", **settings)
+    inputs = load(folder, device="cpu").image_inputs(Image.new("RGB", (64, 64), (51, 51, 51)))
+    assert torch.allclose(inputs.inputs["pixel_values"], torch.tensor(wanted))
+
+
+def test_native_images_are_scaled_by_the_filter_of_the_processor(tmp_path: Path) -> None:
+    source, image = FIXTURES / "lfm2vl-llama-native", Image.new("L", (200, 200))
+    image.paste(255, (0, 0, 90, 200))
+    own, nearest = (
+        load(folder, device="cpu").image_inputs(image).inputs["pixel_values"]
+        for folder in (source, changed(source, tmp_path / "nearest", resample=0))
+    )
+    assert set(nearest.unique().tolist()) == {-1.0, 1.0} and len(own.unique()) > 2
+
+
 @pytest.fixture(scope="module")
 def recurrent(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An LFM2-VL with its own language model, some of whose layers are convolutions."""

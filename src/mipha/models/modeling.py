@@ -171,12 +171,11 @@ class Idefics3ForConditionalGeneration(_Trainable, transformers.Idefics3ForCondi
 
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> Any:
         """Return features of `(tiles, 3, height, width)`; the stock class wants one axis more."""
-        return super().get_image_features(_with_batch_axis(pixel_values), **kwargs)
+        return super().get_image_features(_as_row(pixel_values), **kwargs)
 
     def _run(self, inputs: dict[str, Any], *rest: Any) -> Any:
         if inputs["pixel_values"] is not None:
-            pixels = _with_batch_axis(inputs["pixel_values"])
-            inputs = {**inputs, "pixel_values": pixels}
+            inputs = {**inputs, "pixel_values": _as_row(inputs["pixel_values"])}
         return super()._run(inputs, *rest)
 
 
@@ -216,8 +215,15 @@ def _uncounted(inner: nn.Module) -> Iterator[None]:
         del inner.get_placeholder_mask
 
 
-def _with_batch_axis(pixels: Tensor) -> Tensor:
-    return pixels if pixels.dim() == 5 else pixels[None]
+def _as_row(pixels: Tensor) -> Tensor:
+    """Return tiles as one row, `(1, tiles, 3, height, width)`, none of them of zeros alone.
+
+    The stock class takes a tile of zeros for padding and leaves it out. Black is zero where a
+    processor does not subtract a mean.
+    """
+    if pixels.dim() == 5:
+        return pixels
+    return pixels.masked_fill(pixels == 0, torch.finfo(pixels.dtype).tiny)[None]
 
 
 def head_bias(config: PretrainedConfig) -> bool:

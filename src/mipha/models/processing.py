@@ -310,10 +310,15 @@ class NativeImageProcessor:
         self._settings = dict(settings)
         self.image_mean, self.image_std = settings["image_mean"], settings["image_std"]
         self._geometry = read_geometry({"image_processor": settings})
+        self._resample = Image.Resampling(settings.get("resample", Image.Resampling.BILINEAR))
+        self._scale = settings.get("rescale_factor", 1 / 255) if self._does("rescale") else 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings."""
         return dict(self._settings)
+
+    def _does(self, what: str) -> bool:
+        return self._settings.get(f"do_{what}") is not False
 
     def __call__(
         self, images: Sequence[Image.Image] | Image.Image, return_tensors: str = "pt"
@@ -342,12 +347,12 @@ class NativeImageProcessor:
     def _cut(self, image: Image.Image) -> list[Image.Image]:
         """Return the tiles row by row, and the whole image."""
         geometry = self._geometry
-        whole = image.resize(geometry.resized(*image.size), Image.Resampling.BILINEAR)
+        whole = image.resize(geometry.resized(*image.size), self._resample)
         rows, columns = geometry.grid(*image.size)
         if rows * columns == 1:
             return [whole]
         side = geometry.side
-        scaled = image.resize((columns * side, rows * side), Image.Resampling.BILINEAR)
+        scaled = image.resize((columns * side, rows * side), self._resample)
         tiles = [
             scaled.crop((column * side, row * side, (column + 1) * side, (row + 1) * side))
             for row in range(rows)
@@ -358,8 +363,9 @@ class NativeImageProcessor:
     def _patches(self, tile: Image.Image) -> tuple[np.ndarray, tuple[int, int]]:
         """Return a tile as `(patches, patch x patch x 3)`, and its patches high and wide."""
         patch = self._geometry.patch
-        values = np.asarray(tile, np.float32) / 255  # (height, width, 3)
-        values = (values - np.float32(self.image_mean)) / np.float32(self.image_std)
+        values = np.asarray(tile, np.float32) * np.float32(self._scale)  # (height, width, 3)
+        if self._does("normalize"):
+            values = (values - np.float32(self.image_mean)) / np.float32(self.image_std)
         high, wide = tile.height // patch, tile.width // patch
         blocks = values.reshape(high, patch, wide, patch, 3).transpose(0, 2, 1, 3, 4)
         return blocks.reshape(high * wide, patch * patch * 3).astype(np.float32), (high, wide)
