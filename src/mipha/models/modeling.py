@@ -6,6 +6,7 @@ not see one another. `geometry.py` says what an image becomes in each of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -256,15 +257,20 @@ def parts(model: LlavaForConditionalGeneration) -> Parts:
 def tile_tokens(config: PretrainedConfig) -> tuple[int, int]:
     """Return the patches of a tile, and the tokens that the projector makes of it.
 
-    A native image has no tile: one of the size that the tower's table of positions is for counts.
+    A native image has no tile: one of the size that the tower's table of positions is for counts,
+    rounded down to whole tokens.
     """
     vision = config.vision_config
     if config.model_type == "lfm2_vl":
-        return vision.num_patches, vision.num_patches // config.downsample_factor**2
+        factor = config.downsample_factor
+        tokens = max(1, math.isqrt(vision.num_patches) // factor)
+        return (tokens * factor) ** 2, tokens**2
     side = vision.image_size // vision.patch_size
     if config.model_type == "idefics3":
         return side**2, (side // config.scale_factor) ** 2
-    return side**2, config.image_seq_length
+    if config.model_type == "llava":
+        return side**2, config.image_seq_length
+    return side**2, side**2  # the grids of the others take the patches alone
 
 
 def attention_window(config: PretrainedConfig) -> int | None:
@@ -359,6 +365,11 @@ def model_skeleton(folder: Path) -> LlavaForConditionalGeneration:
 def _read_config(folder: Path) -> PretrainedConfig:
     """Read a checkpoint's config, and add what others leave to the weights and the processor."""
     written = read_json_object(folder / "config.json")
+    if written.get("model_type") not in MODELS:
+        raise ValueError(
+            f"{folder} holds a {written.get('model_type')!r}: give a model of the kinds "
+            f"{', '.join(MODELS)}"
+        )
     config = MODELS[written["model_type"]].config_class.from_pretrained(folder)
 
     # The stock class of LLaVA saves no bias of a head, although Phi has one.

@@ -400,6 +400,19 @@ def test_pictures_that_llama_cpp_reads_otherwise_are_refused(
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
 
 
+def test_a_token_of_each_patch_is_refused(tmp_path: Path) -> None:
+    """llama.cpp would end the process."""
+    source = Path(shutil.copytree(FIXTURES / "idefics3-phi-bias", tmp_path / "checkpoint"))
+    for name, changes in (
+        ("config", {"scale_factor": 1}),
+        ("processor_config", {"image_seq_len": 36}),
+    ):
+        path = source / f"{name}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ValueError, match="a token of at least 2 x 2 patches"):
+        export_gguf(source, tmp_path / "out")
+
+
 def test_a_wrong_wish_gets_one_sentence(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no quantisation 'q3': give f32, f16"):
         export_gguf(llama, tmp_path / "out", ["f16", "q3"])
