@@ -329,6 +329,50 @@ def test_an_image_with_more_patches_than_the_weights_have_rows_is_refused(
 
 
 @pytest.mark.parametrize(
+    ("layers", "is_read"),
+    [(-1, True), (1, True), ([-1, 1], True), (0, False), (7, False), (-9, False), ([1, 0], False)],
+)
+def test_a_layer_that_the_tower_does_not_have_is_refused(
+    spoiled: Path, layers: int | list[int], is_read: bool
+) -> None:
+    edit(spoiled / "config.json", vision_feature_layer=layers)
+    if is_read:
+        read_checkpoint(spoiled)
+    else:
+        with pytest.raises(ValueError, match=r"vision_feature_layer to .*: give a layer of the"):
+            read_checkpoint(spoiled)
+
+
+def test_tokens_besides_the_patches_are_those_of_the_tower(
+    spoiled: Path, tiny_model: Callable, tmp_path: Path
+) -> None:
+    from mipha.models.build import save_checkpoint
+
+    save_checkpoint(*tiny_model("llama", "clip"), tmp_path / "clip")
+    read_checkpoint(tmp_path / "clip")
+    for folder, found, strategy in ((spoiled, 0, "default"), (tmp_path / "clip", 1, "full")):
+        edit(
+            folder / "processor_config.json",
+            num_additional_image_tokens=1 - found,
+            vision_feature_select_strategy=strategy,
+        )
+        sentence = (
+            rf"makes {found} tokens besides its patches, but the processor counts {1 - found}"
+        )
+        with pytest.raises(ValueError, match=sentence):
+            read_checkpoint(folder)
+
+
+def test_a_grid_of_tiles_takes_the_patches_alone(tmp_path: Path) -> None:
+    source = Path(__file__).parent / "fixtures" / "images" / "next-siglip-qwen2"
+    folder = Path(shutil.copytree(source, tmp_path / "next"))
+    for name in ("config", "processor_config"):
+        edit(folder / f"{name}.json", vision_feature_select_strategy="default")
+    with pytest.raises(ValueError, match=r"the grid takes the patches alone, .*: use full"):
+        read_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
     "name",
     [
         *("config.json", "processor_config.json", "tokenizer_config.json"),

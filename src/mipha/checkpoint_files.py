@@ -45,8 +45,43 @@ CONFIGS = (
 CLASSES = ("llava", "llava_next", "llava_onevision", "idefics3", "lfm2_vl")
 """Values of `model_type` of the multimodal models that can be loaded."""
 
-_CROPPING = ("CLIP", "Bit", "Llava", "DeiT")
+_CROPPING = ("CLIP", "Bit", "LlavaImage", "LlavaNext", "DeiT")
 """Image processors that crop where their file does not say whether they do."""
+
+_DEFAULTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "Idefics3": (
+        {
+            "do_image_splitting": True,
+            "size": {"longest_edge": 4 * 364},
+            "max_image_size": {"longest_edge": 364},
+            "resample": 1,
+        },
+        {"image_seq_len": 169},
+    ),
+    "LlavaOnevision": ({}, {"vision_aspect_ratio": "anyres_max_9"}),
+    "Lfm2Vl": (
+        {
+            "do_image_splitting": True,
+            "downsample_factor": 2,
+            "encoder_patch_size": 16,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.5, 0.5, 0.5],
+            "max_image_tokens": 256,
+            "max_pixels_tolerance": 2.0,
+            "max_tiles": 10,
+            "min_image_tokens": 64,
+            "min_tiles": 2,
+            "resample": 2,
+            "tile_size": 512,
+            "use_thumbnail": True,
+        },
+        {},
+    ),
+}
+"""What an image processor, and the processor around it, take for keys that their files lack.
+
+Source: transformers 5.23, the classes of each kind.
+"""
 
 TOKENS = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json")
 """JSON files of a tokenizer, whose keys may be any words."""
@@ -267,19 +302,19 @@ def read_processor(folder: Path) -> dict[str, Any]:
         image["crop_size"] = dict.fromkeys(("height", "width"), image["crop_size"])
     kind = str(image.get("image_processor_type") or image.get("feature_extractor_type"))
     image.setdefault("do_center_crop", kind.startswith(_CROPPING))
+    of_image, around = _DEFAULTS.get(kind.partition("ImageProcessor")[0], ({}, {}))
+    image = of_image | image
 
     config = read_config(folder)
     tower = config.get("vision_config")
-    written = {
+    written = around | {
         "patch_size": tower.get("patch_size") if isinstance(tower, dict) else None,
         "vision_feature_select_strategy": config.get("vision_feature_select_strategy", "default"),
         "image_token": "<image>",
     }
     found = written | {key: value for key, value in processor.items() if value is not None}
     if "num_additional_image_tokens" not in found:
-        names = [name for name in read_headers(folder) if "vision_tower" in name]
-        has_class_token = any(name.endswith(("class_embedding", "cls_token")) for name in names)
-        found["num_additional_image_tokens"] = int(has_class_token)
+        found["num_additional_image_tokens"] = _count_prefix_tokens(read_headers(folder))
     return found | {"image_processor": image}
 
 
@@ -384,7 +419,10 @@ def read_checkpoint(folder: Path, needs_template: bool = True) -> CheckpointFile
     for part in parts:
         check_sizes(folder / "config.json", config[part], tensors)
     found = CheckpointFiles(config, processor, tensors)
-    if (most := found.geometry.longest) > _longest(tensors):
+    if config["model_type"].startswith("llava"):
+        _check_features(folder, found)
+    # Each tile takes a position or a word for its tokens at most.
+    if (most := found.geometry.longest) > _longest(tensors) * found.geometry.most_tiles:
         raise ValueError(
             f"{folder / 'processor_config.json'} makes {most} tokens an image, which is "
             "more than the weights have positions or words: save the processor again"
@@ -652,6 +690,9 @@ def _check_image(folder: Path, config: dict[str, Any], processor: dict[str, Any]
                 f"it makes {geometry.kind} images, and a {config['model_type']!r} takes others"
             )
         _check_bounds(geometry)
+        keeps_size = processor["image_processor"].get("do_resize") is False
+        if keeps_size and isinstance(geometry, (Square, Tiles, Shuffled)):
+            raise ValueError("do_resize is false, and the tower takes one size: set it to true")
         if config["model_type"] == "llava":
             made, wanted = _square(config, processor, geometry)
         else:
@@ -681,6 +722,48 @@ def _check_image(folder: Path, config: dict[str, Any], processor: dict[str, Any]
             "save processor and model from one build"
         )
 
+
+def _check_features(folder: Path, files: CheckpointFiles) -> None:
+    """Refuse features of a tower that its stock class fails to read at the first image."""
+    config, geometry, path = files.config, files.geometry, folder / "config.json"
+    layers, depth = config.get("vision_feature_layer"), config["vision_config"].get(_LAYERS)
+    for layer in layers if isinstance(layers, list) else [-1 if layers is None else layers]:
+        if type(layer) is not int or layer == 0 or (depth and not -depth - 1 <= layer <= depth):
+            raise ValueError(
+                f"{path} sets vision_feature_layer to {layer!r}: give a layer of the tower, 1 to "
+                f"{depth or 'its last'}, or -1 for the last"
+            )
+
+    counted = files.processor.get("num_additional_image_tokens")
+    if isinstance(geometry, Anyres) and "num_image_tokens" in files.processor:
+        counted = files.processor["num_image_tokens"] - geometry.patches**2
+    found = _count_prefix_tokens(files.tensors)
+    if counted != found:
+        raise ValueError(
+            f"{folder}: the tower makes {found} tokens besides its patches, but the processor "
+            f"counts {counted}: save processor and model from one build"
+        )
+    strategy = files.processor["vision_feature_select_strategy"]
+    if isinstance(geometry, Anyres) and geometry.dropped:
+        raise ValueError(
+            f"{path} sets vision_feature_select_strategy to {strategy!r}, but the grid takes the "
+            f"patches alone, and the tower makes {found} tokens besides them: use "
+            f"{'default' if found == 1 else 'full' if not found else 'another tower'}"
+        )
+
+
+def _count_prefix_tokens(tensors: Mapping[str, StoredTensor]) -> int:
+    """Return how many tokens the tower of a LLaVA puts before its patches, by its weights."""
+    tower = {name: tensor for name, tensor in tensors.items() if "vision_tower" in name}
+    return sum(
+        tensor.shape[1] if name.endswith("register_tokens") else 1
+        for name, tensor in tower.items()
+        if name.endswith(tuple(f"embeddings.{token}" for token in _PREFIX_TOKENS))
+    )
+
+
+_LAYERS = "num_hidden_layers"
+_PREFIX_TOKENS = ("class_embedding", "cls_token", "register_tokens", "distillation_token")
 
 _GEOMETRIES: dict[str, Any] = {
     "llava": (Square, Tiles),

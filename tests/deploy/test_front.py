@@ -17,6 +17,7 @@ from mipha.deploy.front import Front, front_of, front_of_gguf
 from mipha.deploy.gguf.header import PROCESSOR
 from mipha.geometry import Native, Square, Tiles, geometry_of
 from mipha.models.build import load_parts_processor
+from mipha.models.processing import NativeImageProcessor
 
 SIZES = ((28, 28), (40, 30), (97, 41), (9, 200), (1, 1), (300, 170), (350, 350))
 
@@ -45,10 +46,15 @@ def test_tiles_are_the_pixels_of_the_processor(
     assert torch.equal(again, read_pixels([image], processor)["pixel_values"])
 
 
+@pytest.mark.parametrize("resample", [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC])
 def test_native_pictures_keep_the_size_that_they_are_sent_in(
-    tiny_parts: Callable, tmp_path: Path
+    tiny_parts: Callable, tmp_path: Path, resample: Image.Resampling
 ) -> None:
     processor = load_parts_processor(tiny_parts().recipe(image="native"))
+    processor.image_processor = NativeImageProcessor(
+        processor.image_processor.to_dict() | {"resample": int(resample)}
+    )
+    processor._settings["image_processor"] = processor.image_processor.to_dict()
     front = front_of(settings(processor, tmp_path))
     for size in SIZES:
         (sent,) = front.cut(picture(*size))

@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from mipha.models.chat_template import PARTS_TO_TEXT, end_of_turn, fit_template
+from mipha.models.chat_template import (
+    PARTS_TO_TEXT,
+    end_of_turn,
+    fit_template,
+    trainable_template,
+)
 from mipha.models.processing import load_template
 from mipha.preflight import CHAT_TEMPLATES
 
@@ -199,3 +204,20 @@ def test_the_end_behind_an_answer_is_found_for_text_and_for_parts(content: str) 
     for broken, reason in (("'a'", "does not write 'Which shape"), ("m.a.b", r"fails \(")):
         with pytest.raises(ValueError, match=f"^the chat template {reason}"):
             end_of_turn(tokenizer, template.replace(content, broken))
+
+
+@pytest.mark.parametrize("is_marked", [True, False])
+def test_a_template_may_write_another_placeholder(is_marked: bool) -> None:
+    body = "{{ m.content | trim }}"
+    for_text = _turns(_MARKED + "{% else %}" + body + "{% endif %}")
+    part = "{{ '[IMG]' if p.type == 'image' else p.text }}"
+    for_parts = for_text.replace(body, "{% for p in m.content %}" + part + "{% endfor %}").replace(
+        "{{ m.content }}", "{{ m.content[0].text }}"
+    )
+    for template, preamble in ((for_parts, ""), (for_text, PARTS_TO_TEXT)):
+        if not is_marked:
+            for mark in ("{% generation %}", "{% endgeneration %}"):
+                template = template.replace(mark, "")
+        tokenizer = tokenizer_for(template + "[IMG]<|user|><|assistant|>")
+        fitted = trainable_template(template, tokenizer, ["<eos>"], "mine", "[IMG]")
+        assert fitted == preamble.replace("<image>", "[IMG]") + template

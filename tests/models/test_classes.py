@@ -6,6 +6,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,26 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import (
+    GenerationConfig,
+    Idefics3Processor,
+    Lfm2Config,
+    Lfm2VlConfig,
+    Lfm2VlForConditionalGeneration,
+    Qwen3NextConfig,
+)
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
+from mipha.api import train
 from mipha.assistant import load
-from mipha.data.sample import IMAGE, Message
+from mipha.checkpoint_files import read_checkpoint, read_processor
+from mipha.data.images import image_list
+from mipha.data.sample import IMAGE, Message, turns_of
 from mipha.geometry import Native, geometry_of
 from mipha.models.build import save_checkpoint
 from mipha.models.features import join_inputs
+from mipha.models.modeling import is_recurrent
+from mipha.recipe import Recipe
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "images"
 NAMES = sorted(path.name for path in FIXTURES.iterdir())
@@ -212,3 +229,213 @@ def test_a_saved_copy_is_the_same(golden: Golden, tmp_path: Path) -> None:
     other.assistant = again
     for case in golden.cases:
         assert torch.equal(golden.logits(golden.prompt(case)), other.logits(other.prompt(case)))
+
+
+def in_two_files(source: Path, folder: Path, *dropped: str) -> Path:
+    """Return a copy of a checkpoint with its processor in the two files of earlier years."""
+    shutil.copytree(source, folder)
+    around = json.loads((folder / "processor_config.json").read_text())
+    around.pop("video_processor", None)
+    image = around.pop("image_processor")
+    for name, content in (("processor", around), ("preprocessor", image)):
+        kept = {
+            key: value
+            for key, value in content.items()
+            if key not in dropped and value is not None  # as they were written then
+        }
+        (folder / f"{name}_config.json").write_text(json.dumps(kept))
+    return folder
+
+
+def test_the_layout_of_earlier_years_is_read_alike(golden: Golden, tmp_path: Path) -> None:
+    folder = in_two_files(golden.folder, tmp_path / "old")
+    processor = load(folder, device="cpu").processor
+    assert geometry_of(processor) == geometry_of(golden.assistant.processor)
+    image = Image.open(golden.folder / golden.cases[0]["images"][0])
+    again = load(folder, device="cpu").image_inputs(image).inputs
+    for name, value in golden.assistant.image_inputs(image).inputs.items():
+        assert torch.equal(again[name], value)
+
+
+@pytest.mark.parametrize(
+    ("name", "dropped"),
+    [
+        ("onevision-siglip-llama-cap2", ["vision_aspect_ratio"]),
+        ("idefics3-llama-tied", ["image_seq_len", "do_image_splitting", "size", "max_image_size"]),
+    ],
+)
+def test_a_setting_that_old_files_lack_is_the_default_of_its_class(
+    name: str, dropped: list[str], tmp_path: Path
+) -> None:
+    found = read_processor(in_two_files(FIXTURES / name, tmp_path / "old", *dropped))
+    stock = {
+        "vision_aspect_ratio": "anyres_max_9",  # the stock class cannot be made without torchvision
+        "image_seq_len": signature(Idefics3Processor).parameters["image_seq_len"].default,
+        **{key: getattr(Idefics3ImageProcessorPil, key) for key in dropped[1:]},
+    }
+    for key in dropped:
+        assert (found | found["image_processor"])[key] == stock[key]
+
+
+def test_an_image_may_take_more_tokens_than_a_small_model_has_words(tmp_path: Path) -> None:
+    source = FIXTURES / "next-siglip-qwen2"
+    most = max(max(tensor.shape) for tensor in read_checkpoint(source).tensors.values())
+    shutil.copytree(source, tmp_path / "wide")
+    config, processor = (
+        json.loads((source / f"{name}.json").read_text()) for name in ("config", "processor_config")
+    )
+    side = config["vision_config"]["image_size"]
+    grids = [[side, side * 90], [side * 90, side]]
+    config["image_grid_pinpoints"] = processor["image_processor"]["image_grid_pinpoints"] = grids
+    for name, content in (("config", config), ("processor_config", processor)):
+        (tmp_path / "wide" / f"{name}.json").write_text(json.dumps(content))
+    assert read_checkpoint(tmp_path / "wide").geometry.longest > most
+
+
+def test_a_model_of_another_class_is_named_before_its_processor_fails(tmp_path: Path) -> None:
+    shutil.copytree(FIXTURES / "idefics3-llama-tied", tmp_path / "other")
+    for name, old, new in (
+        ("config", '"idefics3"', '"smolvlm"'),
+        ("processor_config", "Idefics3Image", "SmolVLMImage"),
+    ):
+        path = tmp_path / "other" / f"{name}.json"
+        path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(ValueError, match="holds a 'smolvlm', not a LLaVA"):
+        load(tmp_path / "other", device="cpu")
+
+
+def changed(source: Path, folder: Path, **settings: Any) -> Path:
+    """Return a copy of a checkpoint with other settings of its image processor."""
+    shutil.copytree(source, folder)
+    content = json.loads((folder / "processor_config.json").read_text())
+    content["image_processor"] |= settings
+    (folder / "processor_config.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_a_black_tile_that_is_zero_is_read_as_every_other(tmp_path: Path) -> None:
+    source = FIXTURES / "idefics3-llama-tied"
+    black = changed(source, tmp_path / "black", image_mean=[0.0] * 3, image_std=[1.0] * 3)
+    assistant = load(black, device="cpu")
+    image = Image.new("RGB", (96, 64))
+    image.paste((255, 255, 255), (0, 0, 32, 32))  # one of six tiles
+    inputs = assistant.image_inputs(image).inputs["pixel_values"]
+    assert (inputs == 0).flatten(1).all(1).sum() == 5
+    assert assistant.answer(image, "What is it?", max_new_tokens=3).num_tokens
+    features = assistant.model.get_image_features(inputs).pooler_output
+    nearly = assistant.model.get_image_features(inputs + 1e-7).pooler_output
+    torch.testing.assert_close(features, nearly, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["idefics3-llama-tied", "llava-siglip-llama-several"])
+def test_a_processor_that_does_not_resize_is_refused(name: str, tmp_path: Path) -> None:
+    folder = changed(FIXTURES / name, tmp_path / "sized", do_resize=False)
+    with pytest.raises(ValueError, match="do_resize is false, and the tower takes one size"):
+        load(folder, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        ({"do_normalize": False}, 51 / 255),
+        ({"do_rescale": False, "image_mean": [0.0] * 3, "image_std": [3.0] * 3}, 17.0),
+        ({"rescale_factor": 1 / 51, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}, 1.0),
+    ],
+)
+def test_native_pixels_are_scaled_as_the_processor_says(
+    settings: dict[str, Any], wanted: float, tmp_path: Path
+) -> None:
+    folder = changed(FIXTURES / "lfm2vl-llama-native", tmp_path / "scaled", **settings)
+    inputs = load(folder, device="cpu").image_inputs(Image.new("RGB", (64, 64), (51, 51, 51)))
+    assert torch.allclose(inputs.inputs["pixel_values"], torch.tensor(wanted))
+
+
+def test_native_images_are_scaled_by_the_filter_of_the_processor(tmp_path: Path) -> None:
+    source, image = FIXTURES / "lfm2vl-llama-native", Image.new("L", (200, 200))
+    image.paste(255, (0, 0, 90, 200))
+    own, nearest = (
+        load(folder, device="cpu").image_inputs(image).inputs["pixel_values"]
+        for folder in (source, changed(source, tmp_path / "nearest", resample=0))
+    )
+    assert set(nearest.unique().tolist()) == {-1.0, 1.0} and len(own.unique()) > 2
+
+
+@pytest.fixture(scope="module")
+def recurrent(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An LFM2-VL with its own language model, some of whose layers are convolutions."""
+    source = FIXTURES / "lfm2vl-qwen3-tiles"
+    folder = Path(shutil.copytree(source, tmp_path_factory.mktemp("lfm2") / "model"))
+    config = Lfm2VlConfig.from_pretrained(folder)
+    text = config.text_config
+    config.text_config = Lfm2Config(
+        vocab_size=text.vocab_size,
+        hidden_size=text.hidden_size,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        layer_types=["conv", "full_attention", "conv"],
+        block_auto_adjust_ff_dim=False,
+        initializer_range=0.3,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    model = Lfm2VlForConditionalGeneration(config)
+    model.generation_config = GenerationConfig.from_pretrained(source)
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_recurrent_language_model_answers_in_a_batch_and_in_turns_as_alone(
+    recurrent: Path,
+) -> None:
+    assistant = load(recurrent, device="cpu")
+    files = sorted((FIXTURES / "lfm2vl-qwen3-tiles").glob("images/*.png"))
+    pairs = [
+        (files[0], "What is this?"),
+        (files[0], "Which colour has it?"),
+        (files[:2], "Which is taller?"),
+        (None, "Hello?"),
+    ]
+    together = [answer.text for answer in assistant.answer_many(pairs, max_new_tokens=8)]
+    alone = [
+        assistant.generate(
+            [
+                assistant.prompt(
+                    turns_of(question, len(image_list(shown))),
+                    image_list(shown),
+                    max_new_tokens=8,
+                )
+            ]
+        )[0].text
+        for shown, question in pairs
+    ]
+    assert together == alone and len(set(alone)) > 2
+
+    chat, again = assistant.chat(files[0]), assistant.chat(files[0])
+    for question in ("What is this?", "And what more?"):
+        again.messages = list(chat.messages)
+        again._forget()
+        assert list(chat.ask(question, max_new_tokens=8)) == list(
+            again.ask(question, max_new_tokens=8)
+        )
+
+
+def test_a_recurrent_language_model_trains_one_sample_a_row(
+    recurrent: Path, tiny_run_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    stage = tiny_run_recipe().stages["finetune"].model_dump(mode="json", exclude_unset=True)
+    stage |= {"row_tokens": 600, "max_steps": 2}
+    tree = {"name": "tune", "precision": "float32", "model": {"checkpoint": str(recurrent)}}
+    recipe = Recipe.parse(tree | {"stages": {"tune": stage}}, source="tune")
+    with pytest.raises(ValueError, match=r"packing would let .* stages\.tune\.batching=padded"):
+        train(recipe, tmp_path / "packed")
+    run = train(recipe.override("stages.tune.batching=padded"), tmp_path / "padded")
+    assert load(run, device="cpu").answer(None, "What is it?", max_new_tokens=3).num_tokens
+
+
+@pytest.mark.parametrize("kinds", [["conv"], ["linear_attention"], ["full_attention"]])
+def test_layers_that_carry_a_state_are_known(kinds: list[str]) -> None:
+    text = Qwen3NextConfig(num_hidden_layers=1, layer_types=kinds)
+    assert is_recurrent(text) == (kinds != ["full_attention"])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from mipha.models.build import skeleton
-from mipha.models.modeling import MODELS, tile_tokens
+from mipha.models.modeling import MODELS, model_skeleton, tile_tokens
 from mipha.planning import serving
 from mipha.planning.serving import AnswerPlan, ServingPlan, plan_serving
 
@@ -30,6 +33,41 @@ def test_every_kind_is_timed(tiny_parts, kind: str, monkeypatch: pytest.MonkeyPa
     assert plan.memory == 4 * sum(weight.numel() for weight in model.parameters())
     assert all(answer.rate_at_best > 0 and answer.at_best > 0 for answer in plan.answers)
     assert plan.answers[1].at_best > plan.answers[2].at_best, "more tokens are more work"
+
+
+def of_a_list_of_layers(config: dict[str, Any]) -> None:
+    config["vision_feature_layer"] = [-1, -2]
+
+
+def of_an_odd_table(config: dict[str, Any]) -> None:
+    config["vision_config"]["num_patches"] = 49
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "tokens"),
+    [
+        ("onevision-siglip-llama-cap2", lambda config: None, 16),
+        ("next-siglip-qwen2", of_a_list_of_layers, 16),
+        ("lfm2vl-llama-native", of_an_odd_table, 9),
+    ],
+)
+def test_checkpoints_of_others_are_timed(
+    name: str, change: Any, tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving, "measure_reading", lambda: 1e9)
+    source = Path(__file__).parents[1] / "fixtures" / "images" / name
+    folder = Path(shutil.copytree(source, tmp_path / "model"))
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config))
+    plan = plan_serving(model_skeleton(folder), torch.float32, ())
+    assert [answer.image_tokens for answer in plan.answers] == [tokens]
+
+
+def test_a_model_of_another_class_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "smolvlm"}')
+    with pytest.raises(ValueError, match="holds a 'smolvlm': give a model of the kinds llava, "):
+        model_skeleton(tmp_path)
 
 
 def test_layers_that_are_left_out_are_added(tiny_parts, monkeypatch: pytest.MonkeyPatch) -> None:

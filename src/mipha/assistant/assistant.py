@@ -11,7 +11,7 @@ Chat:         turns about one image; the cache goes on from turn to turn  ->  ge
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event, Thread
@@ -39,7 +39,12 @@ from mipha.models.adapters import adapter_template, attach_adapter, check_base
 from mipha.models.attention import use_segments
 from mipha.models.decoding import AnswerText, OnTokens, RowSampler, RowWatch, Sampling
 from mipha.models.features import ImageFeatures, ImageInputs, image_features
-from mipha.models.modeling import LlavaForConditionalGeneration, attention_window, load_model
+from mipha.models.modeling import (
+    LlavaForConditionalGeneration,
+    attention_window,
+    is_recurrent,
+    load_model,
+)
 from mipha.models.processing import load_processor
 from mipha.preflight import check_device, check_dtype
 from mipha.rendering import token_ids, write_chat
@@ -183,6 +188,8 @@ class Assistant:
             cache = self._read_images(
                 [(images[i], keys[i], prompts[i].ids[: ends[i]]) for i in batch]
             )
+            if cache is None:
+                asked = [self._with_images(prompts[i], images[i]) for i in batch]
             found = {
                 i: answer
                 for first, answer in zip(batch, self.generate(asked, cache=cache), strict=True)
@@ -453,8 +460,11 @@ class Assistant:
         Args:
             shown: For each row its images, their key, and the token ids of its prompt through the
                 last of them, as many in every row. Rows with the same key and ids are read once.
+
+        Returns:
+            None also for a recurrent language model, whose state cannot be padded behind images.
         """
-        if not shown[0][0]:
+        if not shown[0][0] or is_recurrent(self.model.config):
             return None
         distinct = {(key, tuple(ids)): images for images, key, ids in shown}
 
@@ -492,6 +502,9 @@ class Assistant:
             )
         )
         return cache
+
+    def _with_images(self, prompt: Prompt, shown: Sequence[AnyImage]) -> Prompt:
+        return replace(prompt, images=tuple(self._ready(image, len(shown)) for image in shown))
 
     def _check_length(self, prompt: Prompt, num_images: int) -> None:
         """Refuse several images whose prompt the language model cannot read.
@@ -629,9 +642,9 @@ class Chat:
             (i for i, (a, b) in enumerate(zip(self._cached[:limit], ids, strict=False)) if a != b),
             limit,
         )
-        # An image is read whole, and a cache that slides cannot go back.
-        image_token = self.assistant.processor.image_token_id
-        if image_token in ids[same:] or attention_window(self.assistant.model.config):
+        # An image is read whole, and a cache that slides, or is a state, cannot go back.
+        image_token, config = self.assistant.processor.image_token_id, self.assistant.model.config
+        if image_token in ids[same:] or attention_window(config) or is_recurrent(config):
             same = 0
 
         if not same:
@@ -672,7 +685,7 @@ def load(
     if adapter is not None:
         adapter = adapter_folder(adapter)
         check_base(adapter, folder)  # before the weights are loaded
-    read_checkpoint(folder)
+    read_checkpoint(folder)  # says that a model is of another class, before its processor fails
     processor = load_processor(folder)  # tries the chat template, before a GPU is in use
     base = Assistant(load_model(str(folder), device, getattr(torch, name)), processor)
     return base if adapter is None else with_adapter(base, Path(adapter), folder)

@@ -35,11 +35,13 @@ class Front:
         geometry: How the model was trained to see images.
         mean: Mean of the pixels per channel, of values in 0..1: the colour of padding.
         pads: Whether a tile that is not square is padded; otherwise squashed.
+        resample: Filter of Pillow that scales a native image.
     """
 
     geometry: Geometry
     mean: tuple[float, ...]
     pads: bool = True
+    resample: int = Image.Resampling.BILINEAR
 
     def prepare(
         self, turns: Sequence[Message], images: Sequence[Image.Image], num_images: int | None = None
@@ -69,7 +71,7 @@ class Front:
             tiles = cut_tiles(image, geometry, self.mean, num_images)
             return [as_square(tile, geometry.side, self.mean, self.pads) for tile in tiles]
         if isinstance(geometry, Native) and geometry.grid(*image.size) == (1, 1):
-            return [image.resize(geometry.resized(*image.size), Image.Resampling.BILINEAR)]
+            return [image.resize(geometry.resized(*image.size), self.resample)]
         return [image]
 
 
@@ -81,7 +83,8 @@ def front_of(processor: Mapping[str, Any]) -> Front:
     """
     image = processor["image_processor"]
     mean = tuple(image.get("image_mean") or (0.5, 0.5, 0.5))
-    return Front(read_geometry(processor), mean, bool(image.get("do_pad", True)))
+    resample = image.get("resample", Image.Resampling.BILINEAR)
+    return Front(read_geometry(processor), mean, bool(image.get("do_pad", True)), resample)
 
 
 def front_of_gguf(mmproj: Path | None) -> Front | None:

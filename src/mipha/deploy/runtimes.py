@@ -82,10 +82,26 @@ def no_gguf(config: Mapping[str, Any], processor: Mapping[str, Any]) -> str | No
             "llama.cpp has no end-of-row and no unpadding: serve this class with transformers "
             "or vLLM"
         )
-    if config.get("model_type") not in ("idefics3", "lfm2_vl") or not processor:
+    if config.get("model_type") not in ("llava", "idefics3", "lfm2_vl") or not processor:
         return None
 
-    geometry, image = read_geometry(processor), processor["image_processor"]
+    image = processor["image_processor"]
+    scaled = {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True}
+    for key, value in scaled.items():
+        if abs((image.get(key, value) or 0) - value) > 1e-6:
+            return (
+                "llama.cpp divides pixels by 255 and then norms them, and its processor does not "
+                f"({key} is {image[key]}): serve it with transformers"
+            )
+    if config["model_type"] == "llava":
+        return None
+
+    geometry = read_geometry(processor)
+    if 1 in (config.get("scale_factor"), config.get("downsample_factor")):
+        return (
+            "llama.cpp makes a token of at least 2 x 2 patches in this class, and this model one "
+            "of each patch: serve it with transformers"
+        )
     if isinstance(geometry, Shuffled):
         if image.get("resample") != _LANCZOS:
             return (

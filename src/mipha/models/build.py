@@ -315,7 +315,7 @@ def load_start_processor(recipe: ModelRecipe | CheckpointRecipe) -> LlavaProcess
     except ValueError:
         if given is None:
             raise
-        fitted = load_template(given, tokenizer)
+        fitted = load_template(given, tokenizer, processor.image_token)
     else:
         if given is not None:
             raise ValueError(

@@ -71,7 +71,12 @@ class _Written(NamedTuple):
     prompt: str
 
 
-def fit_template(template: str, tokenizer: PreTrainedTokenizerBase, source: str) -> str:
+def fit_template(
+    template: str,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    image_token: str = IMAGE_TOKEN,
+) -> str:
     """Return a template that takes messages with content parts, whatever it is made for.
 
     One that writes today's date writes a fixed one.
@@ -80,15 +85,16 @@ def fit_template(template: str, tokenizer: PreTrainedTokenizerBase, source: str)
         template: Chat template with `{% generation %}` blocks.
         tokenizer: Tokenizer of the language model.
         source: Name of the template, for messages.
+        image_token: Placeholder that it writes for an image.
 
     Raises:
         ValueError: With neither content the assistant's words arrive between the marks, or it
             takes too long.
     """
     template, reasons = _with_fixed_date(template), []
-    for candidate in (template, PARTS_TO_TEXT + template):
+    for candidate in template_forms(template, image_token):
         with bounded(template, f"chat template {source}"):
-            reason = _fault_of(candidate, tokenizer)
+            reason = _fault_of(candidate, tokenizer, image_token)
         if reason is None:
             return candidate
         reasons.append(reason)
@@ -123,12 +129,12 @@ def trainable_template(
         ValueError: No argument gives an exact mask.
     """
     if has_marks(template):
-        return fit_template(template, tokenizer, source)
+        return fit_template(template, tokenizer, source, image_token)
     template = _with_fixed_date(template)
 
     # A template that writes earlier answers otherwise is exact for one answer at a time. There, no
     # thinking is tried first, so that a prompt and what is trained agree on it.
-    forms = [template, PARTS_TO_TEXT + template]
+    forms = template_forms(template, image_token)
     wholes = [(form, arguments, False) for form in forms for arguments in _ARGUMENTS]
     lasts = [(form, arguments, True) for form in forms for arguments in _ARGUMENTS[::-1]]
     reasons = []
@@ -245,7 +251,14 @@ def _end_behind(tokenizer: PreTrainedTokenizerBase, template: str) -> int:
     return tokenizer.eos_token_id if tokenizer.eos_token_id in closing else closing[0]
 
 
-def _fault_of(template: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+def template_forms(template: str, image_token: str) -> list[str]:
+    """Return a template as it is, for content parts, and with the preamble, for text."""
+    return [template, PARTS_TO_TEXT.replace(IMAGE_TOKEN, image_token) + template]
+
+
+def _fault_of(
+    template: str, tokenizer: PreTrainedTokenizerBase, image_token: str = IMAGE_TOKEN
+) -> str | None:
     """Return what is wrong with what a template writes for messages with parts; None if nothing."""
     try:
         written = _write(template, tokenizer)
@@ -259,9 +272,9 @@ def _fault_of(template: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
         if written.text.count(words) != 1:
             times = written.text.count(words)
             return f"it writes {words!r} {times} times, and not once"
-    if written.text.count(IMAGE_TOKEN) != 1:
-        times = written.text.count(IMAGE_TOKEN)
-        return f"it writes {IMAGE_TOKEN} {times} times for an image, and not once"
+    if written.text.count(image_token) != 1:
+        times = written.text.count(image_token)
+        return f"it writes {image_token} {times} times for an image, and not once"
 
     # Each answer must be one marked stretch, and no question in one.
     if len(written.stretches) != len(_ANSWERS):

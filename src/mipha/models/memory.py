@@ -277,7 +277,9 @@ def tower_output(model: LlavaForConditionalGeneration, images: int) -> torch.Ten
     if model.config.model_type not in ("idefics3", "lfm2_vl"):
         side = vision.image_size
         pixels = torch.zeros(images, vision.num_channels, side, side, dtype=model.dtype)
-        return tower(pixels).last_hidden_state
+        hidden = tower(pixels).last_hidden_state
+        layers = model.config.vision_feature_layer  # a list: the projector reads them side by side
+        return torch.cat([hidden] * (len(layers) if isinstance(layers, list) else 1), -1)
 
     # These two find positions by the values of their inputs, which fake tensors do not have. What
     # enters their layers stands in for it.

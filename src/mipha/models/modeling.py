@@ -6,6 +6,7 @@ not see one another. `geometry.py` says what an image becomes in each of them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,7 +16,8 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import Cache, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers import Cache, DynamicCache, GenerationConfig, PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import LinearAttentionCacheLayerMixin
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast
 
@@ -171,12 +173,11 @@ class Idefics3ForConditionalGeneration(_Trainable, transformers.Idefics3ForCondi
 
     def get_image_features(self, pixel_values: Tensor, **kwargs: Any) -> Any:
         """Return features of `(tiles, 3, height, width)`; the stock class wants one axis more."""
-        return super().get_image_features(_with_batch_axis(pixel_values), **kwargs)
+        return super().get_image_features(_as_row(pixel_values), **kwargs)
 
     def _run(self, inputs: dict[str, Any], *rest: Any) -> Any:
         if inputs["pixel_values"] is not None:
-            pixels = _with_batch_axis(inputs["pixel_values"])
-            inputs = {**inputs, "pixel_values": pixels}
+            inputs = {**inputs, "pixel_values": _as_row(inputs["pixel_values"])}
         return super()._run(inputs, *rest)
 
 
@@ -216,8 +217,15 @@ def _uncounted(inner: nn.Module) -> Iterator[None]:
         del inner.get_placeholder_mask
 
 
-def _with_batch_axis(pixels: Tensor) -> Tensor:
-    return pixels if pixels.dim() == 5 else pixels[None]
+def _as_row(pixels: Tensor) -> Tensor:
+    """Return tiles as one row, `(1, tiles, 3, height, width)`, none of them of zeros alone.
+
+    The stock class takes a tile of zeros for padding and leaves it out. Black is zero where a
+    processor does not subtract a mean.
+    """
+    if pixels.dim() == 5:
+        return pixels
+    return pixels.masked_fill(pixels == 0, torch.finfo(pixels.dtype).tiny)[None]
 
 
 def head_bias(config: PretrainedConfig) -> bool:
@@ -250,20 +258,35 @@ def parts(model: LlavaForConditionalGeneration) -> Parts:
 def tile_tokens(config: PretrainedConfig) -> tuple[int, int]:
     """Return the patches of a tile, and the tokens that the projector makes of it.
 
-    A native image has no tile: one of the size that the tower's table of positions is for counts.
+    A native image has no tile: one of the size that the tower's table of positions is for counts,
+    rounded down to whole tokens.
     """
     vision = config.vision_config
     if config.model_type == "lfm2_vl":
-        return vision.num_patches, vision.num_patches // config.downsample_factor**2
+        factor = config.downsample_factor
+        tokens = max(1, math.isqrt(vision.num_patches) // factor)
+        return (tokens * factor) ** 2, tokens**2
     side = vision.image_size // vision.patch_size
     if config.model_type == "idefics3":
         return side**2, (side // config.scale_factor) ** 2
-    return side**2, config.image_seq_length
+    if config.model_type == "llava":
+        return side**2, config.image_seq_length
+    return side**2, side**2  # the grids of the others take the patches alone
 
 
 def attention_window(config: PretrainedConfig) -> int | None:
     """Return the tokens that sliding layers see at a time; None where every layer sees all."""
     return getattr(config.text_config, "sliding_window", None)
+
+
+def is_recurrent(config: PretrainedConfig) -> bool:
+    """Return whether some layers carry a state from token to token, as LFM2's convolutions do.
+
+    The state behind a token is not kept, so a cache cannot be cut back to it, and no mask keeps
+    tokens of a row apart.
+    """
+    layers = DynamicCache(config=config.get_text_config()).layers
+    return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in layers)
 
 
 def load_model(
@@ -348,6 +371,11 @@ def model_skeleton(folder: Path) -> LlavaForConditionalGeneration:
 def _read_config(folder: Path) -> PretrainedConfig:
     """Read a checkpoint's config, and add what others leave to the weights and the processor."""
     written = read_json_object(folder / "config.json")
+    if written.get("model_type") not in MODELS:
+        raise ValueError(
+            f"{folder} holds a {written.get('model_type')!r}: give a model of the kinds "
+            f"{', '.join(MODELS)}"
+        )
     config = MODELS[written["model_type"]].config_class.from_pretrained(folder)
 
     # The stock class of LLaVA saves no bias of a head, although Phi has one.

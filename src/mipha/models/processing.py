@@ -47,7 +47,7 @@ from mipha.geometry import (
     geometry_of,
     read_geometry,
 )
-from mipha.models.chat_template import IMAGE_TOKEN, PARTS_TO_TEXT, fit_template
+from mipha.models.chat_template import IMAGE_TOKEN, fit_template, template_forms
 from mipha.preflight import template_file
 from mipha.recipe import CheckpointRecipe, ModelRecipe, RegionForm, StageRecipe
 from mipha.rendering import is_panic, write_chat
@@ -69,22 +69,30 @@ _IMAGE_SETTINGS = (
 )
 
 
-def load_template(name: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def load_template(
+    name: str, tokenizer: PreTrainedTokenizerBase, image_token: str = IMAGE_TOKEN
+) -> str:
     """Load a chat template; it writes the BOS of a tokenizer that begins every text with one.
 
     Args:
         name: Name in the catalog, or a .jinja file.
         tokenizer: Tokenizer that will apply it.
+        image_token: Placeholder that it has to write for an image.
 
     Raises:
         FileNotFoundError: No such template.
         ValueError: As `checked_template`.
     """
     path = template_file(name)
-    return checked_template(read_template(path), tokenizer, source=str(path))
+    return checked_template(read_template(path), tokenizer, str(path), image_token)
 
 
-def checked_template(template: str, tokenizer: PreTrainedTokenizerBase, source: str) -> str:
+def checked_template(
+    template: str,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str,
+    image_token: str = IMAGE_TOKEN,
+) -> str:
     """Return a chat template that takes content parts, and writes the tokenizer's BOS if any.
 
     Raises:
@@ -99,7 +107,7 @@ def checked_template(template: str, tokenizer: PreTrainedTokenizerBase, source: 
 
     if _adds_bos(tokenizer):
         template = "{%- set prepend_bos = true -%}\n" + template
-    return fit_template(template, tokenizer, source)
+    return fit_template(template, tokenizer, source, image_token)
 
 
 def build_processor(
@@ -303,10 +311,15 @@ class NativeImageProcessor:
         self._settings = dict(settings)
         self.image_mean, self.image_std = settings["image_mean"], settings["image_std"]
         self._geometry = read_geometry({"image_processor": settings})
+        self._resample = Image.Resampling(settings.get("resample", Image.Resampling.BILINEAR))
+        self._scale = settings.get("rescale_factor", 1 / 255) if self._does("rescale") else 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings."""
         return dict(self._settings)
+
+    def _does(self, what: str) -> bool:
+        return self._settings.get(f"do_{what}") is not False
 
     def __call__(
         self, images: Sequence[Image.Image] | Image.Image, return_tensors: str = "pt"
@@ -335,12 +348,12 @@ class NativeImageProcessor:
     def _cut(self, image: Image.Image) -> list[Image.Image]:
         """Return the tiles row by row, and the whole image."""
         geometry = self._geometry
-        whole = image.resize(geometry.resized(*image.size), Image.Resampling.BILINEAR)
+        whole = image.resize(geometry.resized(*image.size), self._resample)
         rows, columns = geometry.grid(*image.size)
         if rows * columns == 1:
             return [whole]
         side = geometry.side
-        scaled = image.resize((columns * side, rows * side), Image.Resampling.BILINEAR)
+        scaled = image.resize((columns * side, rows * side), self._resample)
         tiles = [
             scaled.crop((column * side, row * side, (column + 1) * side, (row + 1) * side))
             for row in range(rows)
@@ -351,8 +364,9 @@ class NativeImageProcessor:
     def _patches(self, tile: Image.Image) -> tuple[np.ndarray, tuple[int, int]]:
         """Return a tile as `(patches, patch x patch x 3)`, and its patches high and wide."""
         patch = self._geometry.patch
-        values = np.asarray(tile, np.float32) / 255  # (height, width, 3)
-        values = (values - np.float32(self.image_mean)) / np.float32(self.image_std)
+        values = np.asarray(tile, np.float32) * np.float32(self._scale)  # (height, width, 3)
+        if self._does("normalize"):
+            values = (values - np.float32(self.image_mean)) / np.float32(self.image_std)
         high, wide = tile.height // patch, tile.width // patch
         blocks = values.reshape(high, patch, wide, patch, 3).transpose(0, 2, 1, 3, 4)
         return blocks.reshape(high * wide, patch * patch * 3).astype(np.float32), (high, wide)
@@ -515,7 +529,7 @@ def _working_template(processor: Any, template: str, path: Path) -> tuple[str, s
     messages = [{"role": "user", "content": parts}]
     found: list[tuple[str, str]] = []
     errors = []
-    for candidate in (template, PARTS_TO_TEXT + template):
+    for candidate in template_forms(template, processor.image_token):
         try:
             text = write_chat(processor.tokenizer, messages, candidate, path)
         except ValueError as error:

@@ -40,7 +40,12 @@ from mipha.models.attention_kernels import row_lengths
 from mipha.models.build import build, checkpoint_folder, load_start_processor, save_checkpoint
 from mipha.models.fingerprint import checkpoint_digest
 from mipha.models.flops import StepFlops, Work
-from mipha.models.modeling import LlavaForConditionalGeneration, attention_window, load_model
+from mipha.models.modeling import (
+    LlavaForConditionalGeneration,
+    attention_window,
+    is_recurrent,
+    load_model,
+)
 from mipha.models.processing import load_processor, set_padding
 from mipha.models.projector import calibrate_projector
 from mipha.models.quantization import check_quantization
@@ -319,18 +324,21 @@ def _check_build(
             f"set stages.{stage.name}.batching=padded, or row_tokens={window}"
         )
     kind = model.config.text_config.model_type
-    is_recurrent = "conv" in (getattr(model.config.text_config, "layer_types", None) or ())
-    if settings.batching != "padded" and is_recurrent:
+    if settings.batching != "padded" and is_recurrent(model.config):
         raise ValueError(
             f"row packing would let samples read one another through the {kind} language model's "
-            f"convolutions: set stages.{stage.name}.batching=padded"
+            f"convolutions or recurrent layers: set stages.{stage.name}.batching=padded"
         )
     geometry = geometry_of(processor)
     if geometry.depends_on_size and geometry.longest >= settings.row_tokens:
         raise ValueError(
             f"one image may take {geometry.longest} tokens of "
-            f"stages.{stage.name}.row_tokens={settings.row_tokens}: raise row_tokens, or lower "
-            "model.max_tiles or model.max_image_tokens"
+            f"stages.{stage.name}.row_tokens={settings.row_tokens}: raise row_tokens"
+            + (
+                ", or lower model.max_tiles or model.max_image_tokens"
+                if isinstance(stage.recipe.model, ModelRecipe)
+                else ""
+            )
         )
     encode_for(mixture[0], processor, settings)
     check_tuning(model, settings.tuning)

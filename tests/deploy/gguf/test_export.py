@@ -136,6 +136,61 @@ def test_every_family_computes_in_llama_cpp_what_it_computes_here(
     )
 
 
+def test_a_checkpoint_of_the_stock_class_in_old_files_is_exported(
+    checkpoint: Callable[..., Path], image: Image.Image, tmp_path: Path
+) -> None:
+    """Its head has lost its bias, and its template lies with the tokenizer."""
+    from safetensors.torch import load_file, save_file
+
+    class_name, facts = FAMILIES["phi"]
+    source = Path(shutil.copytree(checkpoint(class_name, "siglip", **facts), tmp_path / "stock"))
+    weights = load_file(source / "model.safetensors")
+    del weights["language_model.lm_head.bias"]
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+    config = json.loads((source / "config.json").read_text())
+    del config["text_config"]["lm_head_bias"]
+    (source / "config.json").write_text(json.dumps(config))
+    tokenizer = json.loads((source / "tokenizer_config.json").read_text())
+    template = source / "chat_template.jinja"
+    (source / "tokenizer_config.json").write_text(
+        json.dumps(tokenizer | {"chat_template": template.read_text()})
+    )
+    template.unlink()
+
+    export_gguf(source, tmp_path / "out", ["f32"])
+    found, lengths, _ = ours(source, image)
+    their_found, their_lengths, _ = theirs(tmp_path / "out", "f32", image)
+    assert lengths == their_lengths
+    assert all(difference(one, other) < 0.03 for one, other in zip(found, their_found, strict=True))
+
+
+def test_an_answer_may_begin_and_end_within_a_character(
+    checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from mipha.assistant import load
+    from mipha.data.sample import Message
+
+    class_name, facts = FAMILIES["phi"]
+    source = Path(shutil.copytree(checkpoint(class_name, "siglip", **facts), tmp_path / "bytes"))
+    weights = load_file(source / "model.safetensors")
+    lead = load(source, "cpu").processor.tokenizer("\U0001f600").input_ids[0]  # of four bytes
+    weights["language_model.lm_head.bias"][lead] = 30
+    save_file(weights, source / "model.safetensors", {"format": "pt"})
+
+    export_gguf(source, tmp_path / "out", ["f32"])
+    assistant = load(source, "cpu")
+    ids = assistant.prompt_ids([Message("user", QUESTION)])
+    with torch.inference_mode():
+        logits = assistant.model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+    assert int(logits.argmax()) == lead
+    with LlamaCpp(tmp_path / "out" / "model-f32.gguf", threads=1, context=256) as model:
+        assert difference(logits.numpy(), model.first_token_logits(None, QUESTION)) < 0.02
+        assert model.reply(None, QUESTION, 1).num_tokens == 1
+
+
 PICTURES: dict[str, dict[str, Any]] = {
     "tiles": {"image": "tiles"},
     "shuffled": {"image": "tiles", "shuffle": 2},
@@ -321,6 +376,8 @@ FIXTURES = Path(__file__).parents[2] / "fixtures" / "images"
         ("onevision-siglip-llama-cap2", {}, "no end-of-row and no unpadding"),
         ("lfm2vl-qwen3-tiles", {}, "llama.cpp pads tiles with black where this model"),
         ("lfm2vl-llama-native", {}, "llama.cpp makes 64 to 256 tokens of an image, and its"),
+        ("idefics3-phi-bias", {"do_normalize": False}, r"and its .* \(do_normalize is False\)"),
+        ("lfm2vl-llama-native", {"rescale_factor": 0.5}, r"and its .* \(rescale_factor is 0.5\)"),
         ("idefics3-phi-bias", {"resample": 3}, r"by LANCZOS, and .* \(resample is 3\)"),
         ("idefics3-phi-bias", {"resample": 1, "do_image_splitting": False}, "as a whole alone"),
         (
@@ -341,6 +398,19 @@ def test_pictures_that_llama_cpp_reads_otherwise_are_refused(
     with pytest.raises(ValueError, match=message):
         export_gguf(source, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_a_token_of_each_patch_is_refused(tmp_path: Path) -> None:
+    """llama.cpp would end the process."""
+    source = Path(shutil.copytree(FIXTURES / "idefics3-phi-bias", tmp_path / "checkpoint"))
+    for name, changes in (
+        ("config", {"scale_factor": 1}),
+        ("processor_config", {"image_seq_len": 36}),
+    ):
+        path = source / f"{name}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    with pytest.raises(ValueError, match="a token of at least 2 x 2 patches"):
+        export_gguf(source, tmp_path / "out")
 
 
 def test_a_wrong_wish_gets_one_sentence(llama: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
@@ -18,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from mipha.checkpoint_files import read_checkpoint
+from mipha.checkpoint_files import read_chat_template, read_checkpoint
 from mipha.deploy.gguf import QUANTISED, parse_kinds
 from mipha.deploy.gguf.language_model import (
     family_of,
@@ -136,7 +137,7 @@ def _read(folder: Path, recipe: Recipe | None, name: str) -> _Checkpoint:
         processor=files.processor,
         tokenizer=tokenizer,
         tokenizer_file=tokenizer_file,
-        template=(folder / "chat_template.jinja").read_text(encoding="utf-8"),
+        template=str(read_chat_template(folder)),  # `read_checkpoint` has found one
         ends=ends if isinstance(ends, list) else [] if ends is None else [ends],
         parts=pretrained_parts(files.config, recipe),
         name=name_for(recipe.name if recipe else name, tokenizer_file),
@@ -362,12 +363,18 @@ def _image_differences(processor: Mapping[str, Any]) -> list[str]:
     own = (
         f"pads it to a square with the colour {colour}, then scales it"
         if image.get("do_pad")
+        else "cuts out its middle"
+        if image.get("do_center_crop")
         else "squashes it"
     )
+    same = (
+        "as the checkpoint does (Pillow's bicubic rule; seen in b11549)"
+        if image.get("resample", Image.Resampling.BICUBIC) == Image.Resampling.BICUBIC
+        else f"by Pillow's bicubic rule, and the checkpoint by its rule {image['resample']}"
+    )
     return [
-        "llama.cpp scales a square image as the checkpoint does (Pillow's bicubic rule; seen in "
-        "b11549). It scales an image of another shape first and then pads it with the colour "
-        f"(122, 116, 104); the checkpoint {own}. "
+        f"llama.cpp scales a square image {same}. It scales an image of another shape first and "
+        f"then pads it with the colour (122, 116, 104); the checkpoint {own}. "
         "With images that are prepared in this way, there is no difference."
     ]
 

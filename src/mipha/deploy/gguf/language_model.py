@@ -204,6 +204,9 @@ def language_model_tensors(weights: Weights, config: PretrainedConfig) -> list[T
     if config.tie_word_embeddings and not family.tied:
         (words,) = (tensor for tensor in found if tensor.name == "token_embd.weight")
         found.append(Tensor("output.weight", words.shape, words.read, words.kept))
+    if config.model_type == "phi" and not any(tensor.name == "output.bias" for tensor in found):
+        zeros = np.zeros(config.vocab_size, np.float32)  # the stock classes save none
+        found.append(Tensor("output.bias", zeros.shape, lambda: zeros, kept=True))
     if _ropes(config)["full_attention"]["rope_type"] == "llama3":
         factors = _llama3_factors(config)
         found.append(Tensor("rope_freqs.weight", factors.shape, lambda: factors, kept=True))

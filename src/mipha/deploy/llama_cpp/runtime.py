@@ -127,7 +127,8 @@ class LlamaCpp:
         """Answer one question, greedily, and return the margin of each token."""
         found = self._ask(image, question, max_tokens=max_new_tokens, logprobs=True, top_logprobs=2)
         choice = found["choices"][0]
-        tokens = choice["logprobs"]["content"] if choice["logprobs"] else []
+        numbers = choice.get("logprobs")  # none where the answer ends within a character
+        tokens = numbers["content"] if numbers else []
         return Reply(
             text=(choice["message"]["content"] or "").strip(),
             pieces=tuple(bytes(token["bytes"]) for token in tokens),
@@ -196,15 +197,15 @@ class LlamaCpp:
 
         They are its logits less one number for all of them.
         """
-        # The server gives no numbers for a token that ends the turn. With `ignore_eos` it takes
-        # another one; the numbers stay those of the model.
+        # The server gives no numbers for a token that ends the turn, or is a part of a character.
+        # With a bias on a letter it takes that one; the numbers stay those of the model.
         found = self._ask(
             image,
             question,
             max_tokens=1,
             logprobs=True,
             top_logprobs=len(self._vocabulary),
-            ignore_eos=True,
+            logit_bias=[[self.tokenize("a")[-1], 1000.0]],
         )
         first = found["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
         logits = np.full(len(self._vocabulary), -np.inf, np.float32)
