@@ -274,7 +274,7 @@ REPLACES = {
         ("config", {"vision_config__num_labels": 10**8}, "num_labels to 100000000, but no model"),
         ("config", {"quantization_config": {"quant_method": "x"}}, "weights are quantized"),
         ("config", {"text_config__return_dict": False}, "sets return_dict to False"),
-        ("config", {"vision_feature_layer": 99}, "vision_feature_layer to 99, but the tower has"),
+        ("config", {"vision_feature_layer": 99}, "vision_feature_layer to 99: give a layer of"),
         ("config", {"vision_feature_layer": [-1, -99]}, "vision_feature_layer to"),
         ("tokenizer", {"model__dropout": 0.1}, "sets dropout to 0.1"),
         ("tokenizer", {"normalizer": REPLACES}, "writes 10,000 characters for one"),

@@ -707,15 +707,6 @@ def _check_image(folder: Path, config: dict[str, Any], processor: dict[str, Any]
 
     _check_scaling(path, processor["image_processor"])
 
-    # The hidden states of a tower are those of its layers, and its embeddings.
-    layers, count = config.get("vision_feature_layer"), vision.get("num_hidden_layers")
-    for layer in layers if isinstance(layers, list) else [layers]:
-        if type(layer) is int and type(count) is int and not -count - 1 <= layer <= count:
-            raise ValueError(
-                f"{folder / 'config.json'} sets vision_feature_layer to {_shown(layers)}, but the "
-                f"tower has {count} layers: give the config that the weights were saved with"
-            )
-
     if made != wanted:
         raise ValueError(
             f"{folder}: the processor makes {made[:200]}, but the model wants {wanted[:200]}: "
