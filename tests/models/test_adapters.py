@@ -360,30 +360,6 @@ def test_an_adapter_that_is_not_whole_is_refused(tuned: Callable, tmp_path: Path
 
 
 @pytest.mark.parametrize(
-    ("spoil", "sentence"),
-    [
-        (lambda factor: factor.fill_(torch.nan), "are not finite"),
-        (lambda factor: factor.to(torch.int8), r"int8 .*, where its config describes floating"),
-        (
-            lambda factor: factor[:2],
-            r"float32 \(2, 32\), where its config describes .* \(\d+, 32\)",
-        ),
-    ],
-)
-def test_an_adapter_of_other_numbers_is_refused(
-    tuned: Callable, tmp_path: Path, spoil: Callable, sentence: str
-) -> None:
-    tuned(tuning(language_model="lora"))
-    path = tmp_path / "adapter" / "adapter_model.safetensors"
-    tensors = load_file(path)
-    name = next(name for name in tensors if name.endswith("q_proj.lora_A.weight"))
-    save_file(tensors | {name: spoil(tensors[name]).contiguous()}, path)
-    own = load_model(str(tmp_path / "base"))
-    with pytest.raises(ValueError, match=sentence):
-        attach_adapter(own, tmp_path / "adapter", tmp_path / "base")
-
-
-@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"r": 10**9}, "sets r to 1000000000"),

@@ -418,7 +418,8 @@ def attach_adapter(
         ValueError: The adapter does not fit this model, or holds numbers that are not finite.
             `check_base` tells whether it was trained on it.
     """
-    _check_fit(model, adapter, base)
+    tensors = _read_tensors(adapter)
+    _check_fit(model, adapter, tensors, base)
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     own = copy.deepcopy(model, shared)
     embeddings = own.get_input_embeddings()
@@ -436,8 +437,8 @@ def attach_adapter(
 
     # Put the adapter's tensors in their places.
     found = set()
-    for name, tensor in load_file(adapter / "adapter_model.safetensors").items():
-        path, _, leaf = name.removeprefix(_PREFIX).rpartition(".")
+    for name, tensor in tensors.items():
+        path, _, leaf = name.rpartition(".")
         layer, _, factor = path.rpartition(".")
         try:
             place = own.get_submodule(f"{path}.{_NAME}" if factor in ("lora_A", "lora_B") else path)
@@ -453,14 +454,7 @@ def attach_adapter(
             )
         if factor in ("lora_A", "lora_B"):
             found.add((layer, factor))
-        wanted_shape = getattr(place, leaf).shape
-        if tensor.shape != wanted_shape or not tensor.is_floating_point():
-            raise ValueError(
-                f"{adapter} holds {name} as {tensor.dtype} {tuple(tensor.shape)}, where its config "
-                f"describes floating point {tuple(wanted_shape)}: copy it again"
-            )
         value = tensor.to(model.device, model.dtype)
-        check_finite([(name, value)], adapter)
         setattr(place, leaf, nn.Parameter(value, requires_grad=False))
     wanted = {(name, factor) for name in adapter_layers(own) for factor in ("lora_A", "lora_B")}
     if lacking := sorted(wanted - found):
@@ -509,12 +503,8 @@ def export_adapter(adapter: Path, folder: Path, base: str) -> Path:
     return folder
 
 
-def _check_fit(model: nn.Module, adapter: Path, base: Path) -> None:
-    """Refuse an adapter with a tensor that has no place in the base: peft skips some of them."""
-    shapes = {
-        name: tuple(parameter.shape)
-        for name, parameter in model.named_parameters(remove_duplicate=False)
-    }
+def _read_tensors(adapter: Path) -> dict[str, Tensor]:
+    """Read the tensors of an adapter, by their names in the model."""
     path = adapter / "adapter_model.safetensors"
     if not path.is_file():
         raise FileNotFoundError(f"{adapter} has no {path.name}: copy it there")
@@ -522,11 +512,20 @@ def _check_fit(model: nn.Module, adapter: Path, base: Path) -> None:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is cut short: copy it again ({error})") from error
-    check_finite(tensors.items(), path)
-    found = {name.removeprefix(_PREFIX): tuple(tensor.shape) for name, tensor in tensors.items()}
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise ValueError(f"{path} holds {name} in {tensor.dtype}: save it as floats")
+    check_finite(tensors.items(), path)
+    return {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+
+
+def _check_fit(model: nn.Module, adapter: Path, tensors: Mapping[str, Tensor], base: Path) -> None:
+    """Refuse an adapter with a tensor that has no place in the base: peft skips some of them."""
+    shapes = {
+        name: tuple(parameter.shape)
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
     # Memory is taken by the config's rank before the tensors are put there.
     config = read_config(adapter, "adapter_config.json")
