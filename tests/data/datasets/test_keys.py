@@ -443,6 +443,7 @@ def test_two_columns_of_bytes(folder: Path) -> None:
     file = write("e.parquet", mask=images[0], image="b.png")
     assert _samples(file)[0].images == (folder / "b.png",)
     assert '"mask", which holds an image' in _found(file)["unread-content"]
+    assert not _samples(write("f.parquet", mask=images[0], image=None))[0].images
     assert not _found(write("c.parquet", scan=images[0], file_name="x/scan.png"))
 
 

@@ -61,11 +61,12 @@ def with_places(content: Mapping[str, Any], places: Mapping[str, Any]) -> dict[s
             turns = zip(*value.values(), strict=True)
             content = {**content, name: [dict(zip(value, turn, strict=True)) for turn in turns]}
 
-    # One column is the image, whatever it is called, unless the record names its images.
-    named = any(content.get(name) for name in ("image", "images"))
+    # One column is the image, whatever it is called, unless another has the usual name.
+    named = any(name in content for name in ("image", "images"))
     if len(places) == 1 and not named and not choose_images(dict.fromkeys(places, b"image")):
         (value,) = places.values()
         places = {"images" if isinstance(value, list) else "image": value}
+
     # A path beside the bytes names the file that they come from.
     if any(places.values()) and choose_images(places):
         content = {name: value for name, value in content.items() if name not in IMAGE_COLUMNS}
