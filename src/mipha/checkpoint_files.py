@@ -268,8 +268,8 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
             raise ValueError(f"{folder / name} sets {key} to {value}: give a finite number")
         if key.startswith("num_") and type(value) is int and value > _MOST_COUNT:
             raise ValueError(
-                f"{folder / name} sets {key} to {_shown(value)}, but no model has more than "
-                f"{_MOST_COUNT:,}: give the config that the weights were saved with"
+                f"{folder / name} sets {key} to {_shown(value)}, but the weights of no model have "
+                f"more than {_MOST_COUNT:,}: give the config that the weights were saved with"
             )
     return content
 
