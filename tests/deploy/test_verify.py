@@ -14,9 +14,10 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from mipha.checkpoint_files import read_checkpoint
+from mipha.deploy.model_card import model_card
 from mipha.deploy.runtimes import odd_keys, runtimes
 from mipha.deploy.verify import Verification, _check_files, print_verification, verify
-from mipha.models.build import save_checkpoint
+from mipha.models.build import build, save_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -352,3 +353,12 @@ def test_checkpoints_of_the_other_classes_are_exact(name: str, has_processor: bo
     assert ("needs torchvision" in said) == (not has_processor and not has_torchvision)
     status = {row.name: row.status for row in found.runtimes}
     assert status["transformers"] == "exact" and status["llama.cpp"] == "unsupported"
+
+
+def test_a_stock_class_that_gets_tiles_cut_is_exact(tiny_parts: Callable, tmp_path: Path) -> None:
+    save_checkpoint(*build(tiny_parts().recipe(image="tiles", max_tiles=3)), tmp_path / "tiles")
+    found = verify(tmp_path / "tiles", device="cpu")
+    assert [check for check in found.checks if not check.passed] == []
+    reasons = {row.name: row.reason for row in found.runtimes}
+    assert "it gets whole images unless tiles are cut before it" in reasons["transformers"]
+    assert "mipha.load" in model_card(tmp_path / "tiles")

@@ -18,7 +18,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from mipha.catalog.language_models import LANGUAGE_MODELS
 from mipha.catalog.vision_towers import VISION_TOWERS
 from mipha.checkpoint_files import read_checkpoint, read_config, read_processor
-from mipha.deploy.runtimes import runtimes
+from mipha.deploy.runtimes import has_tiles, runtimes
 from mipha.files import read_json_object, whole_folder, write_whole
 from mipha.geometry import read_geometry
 from mipha.preflight import check_new_folder
@@ -177,7 +177,7 @@ def model_card(checkpoint: Path, run: Run | None = None, name: str | None = None
         f"# {plain(name)}",
         _about(parts, recipe),
         "## Use",
-        _use(config),
+        _use(config, processor),
         _where(config, processor),
         "## Parts",
         _parts_table(parts),
@@ -256,8 +256,9 @@ def _about(parts: Sequence[PretrainedPart], recipe: Recipe | None) -> str:
     return f"{made}\n\n{plain(recipe.description)}"
 
 
-def _use(config: dict[str, Any]) -> str:
-    if {row.name: row.status for row in runtimes(config, {})}["transformers"] != "exact":
+def _use(config: dict[str, Any], processor: dict[str, Any]) -> str:
+    found = {row.name: row.status for row in runtimes(config, processor)}
+    if found["transformers"] != "exact" or has_tiles(config, processor):
         return """```python
 import mipha
 

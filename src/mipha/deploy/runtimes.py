@@ -155,7 +155,7 @@ def runtimes(
         else _vllm(config)
     )
     found = (ours, _transformers(config), vllm, _llama_cpp(config, processor))
-    if not _has_tiles(config, processor):
+    if not has_tiles(config, processor):
         return found
     cut = "it gets whole images unless tiles are cut before it, which mipha does"
     return ours, *(
@@ -285,14 +285,14 @@ def _llama_cpp(config: Mapping[str, Any], processor: Mapping[str, Any]) -> Runti
 
     # Tiles come in the tower's own size, which nobody resizes or pads.
     pixels, reasons = processor.get("image_processor", processor), []
-    has_tiles = _has_tiles(config, processor)
-    if not has_tiles:
+    is_cut = has_tiles(config, processor)
+    if not is_cut:
         reasons.append("resizes images that are not square differently from PIL")
     if config.get("projector_hidden_act", "gelu") == "gelu":
         reasons.append("computes the projector's GELU by its tanh form")
-    if not has_tiles and not pixels.get("do_pad"):
+    if not is_cut and not pixels.get("do_pad"):
         reasons.append("pads images to a square where this model squashes them")
-    elif not has_tiles and _colour(pixels.get("image_mean", ())) != _GREY_OF_CLIP:
+    elif not is_cut and _colour(pixels.get("image_mean", ())) != _GREY_OF_CLIP:
         reasons.append("pads images in CLIP's grey")
     if str(config["vision_config"].get("model_type")).startswith("clip"):
         reasons.append(
@@ -306,7 +306,7 @@ def _llama_cpp(config: Mapping[str, Any], processor: Mapping[str, Any]) -> Runti
     return Runtime("llama.cpp", "approximate", f"as GGUF, it {reason}")
 
 
-def _has_tiles(config: Mapping[str, Any], processor: Mapping[str, Any]) -> bool:
+def has_tiles(config: Mapping[str, Any], processor: Mapping[str, Any]) -> bool:
     """Return whether images are cut into tiles that are images of one LLaVA."""
     return config.get("model_type") == "llava" and bool(
         processor.get("image_processor", {}).get("max_tiles")

@@ -24,8 +24,8 @@ def main(folder: Path) -> None:
 
     Args:
         folder: Folder of the request. `request.json` holds `checkpoint`, `device`,
-            `max_new_tokens`, `logits_to_keep` and `asked`: pairs of an image's file name in the
-            folder (None for no image) and a question. `inputs.safetensors` holds the model's
+            `max_new_tokens`, `logits_to_keep` and `asked`: the content parts of each question, an
+            image with its path. `inputs.safetensors` holds the model's
             inputs for each, as `0.input_ids`, for classes whose processor needs torchvision.
     """
     # Load the model and the processor.
@@ -50,7 +50,7 @@ def main(folder: Path) -> None:
 
     # Answer.
     ids, answers, features, tensors = [], [], [], {}
-    for number, (image, question) in enumerate(request["asked"]):
+    for number, content in enumerate(request["asked"]):
         if processor is None:
             prefix = f"{number}."
             inputs = {
@@ -59,17 +59,15 @@ def main(folder: Path) -> None:
                 if name.startswith(prefix)
             }
         else:
-            content = [{"type": "image", "path": str(folder / image)}] if image else []
-            messages = [{"role": "user", "content": [*content, {"type": "text", "text": question}]}]
             inputs = processor.apply_chat_template(
-                messages,
+                [{"role": "user", "content": content}],
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=True,
                 return_tensors="pt",
             )
             inputs = inputs.to(model.device)
-        if image:
+        if any(part["type"] == "image" for part in content):
             tensors[f"pixels.{number}"] = inputs["pixel_values"]
             pixels = {
                 name: value

@@ -26,8 +26,10 @@ from torch import Tensor
 
 from mipha.assistant import Assistant
 from mipha.checkpoint_files import CheckpointFiles, read_checkpoint
-from mipha.data.sample import user_turn
+from mipha.data.sample import content_parts, user_turn
+from mipha.deploy.front import Front, front_of
 from mipha.deploy.runtimes import Runtime, Status, has_head_bias, odd_keys, runtimes
+from mipha.geometry import Tiles
 from mipha.models.language_model import end_of_turn
 from mipha.models.modeling import MODELS, load_model
 from mipha.models.processing import load_processor
@@ -109,10 +111,10 @@ def verify(checkpoint: str | Path, device: str | None = None) -> Verification:
     # Ask both the same questions, one model in memory at a time.
     with TemporaryDirectory() as place:
         exchange = Path(place)
-        images = _make_images(exchange)
+        images = _make_images()
         ours = _ask_ours(folder, images, device, exchange / "inputs.safetensors")
         torch.cuda.empty_cache()
-        stock = _ask_stock(folder, exchange, device)
+        stock = _ask_stock(folder, images, front_of(files.processor), exchange, device)
 
     # Compare the replies.
     status: Status
@@ -161,7 +163,7 @@ def print_verification(found: Verification) -> None:
     console.print(f"{found.checkpoint}: {verdict}", highlight=False, soft_wrap=True)
 
 
-def _make_images(folder: Path) -> dict[str, Image.Image]:
+def _make_images() -> dict[str, Image.Image]:
     """Make coloured ramps with noise, so that no two patches and no two images are equal."""
     random, images = np.random.default_rng(0), {}
     for name, (width, height) in {"wide": (96, 60), "tall": (50, 90), "square": (64, 64)}.items():
@@ -171,7 +173,6 @@ def _make_images(folder: Path) -> dict[str, Image.Image]:
         )  # (height, width, 3)
         noise = random.integers(0, 30, (height, width, 3))
         images[name] = Image.fromarray((ramp + noise).astype(np.uint8))
-        images[name].save(folder / f"{name}.png")
     return images
 
 
@@ -209,12 +210,33 @@ def _ask_ours(
     return ours
 
 
-def _ask_stock(folder: Path, exchange: Path, device: str) -> dict[str, Any] | str:
-    """Return the reply of transformers alone, or the last line of its error."""
+def _ask_stock(
+    folder: Path, images: dict[str, Image.Image], front: Front, exchange: Path, device: str
+) -> dict[str, Any] | str:
+    """Return the reply of transformers alone, or the last line of its error.
+
+    Where tiles are images of their own, no stock class cuts them, so it gets them cut.
+    """
+    asked = []
+    for name, question in QUESTIONS:
+        turns, shown = [user_turn(question, int(bool(name)))], [images[name]] if name else []
+        if isinstance(front.geometry, Tiles):
+            turns, shown = front.prepare(turns, shown)
+        files = [exchange / f"{name}-{number}.png" for number in range(len(shown))]
+        for file, image in zip(files, shown, strict=True):
+            image.save(file)
+        paths = iter(files)
+        asked.append(
+            [
+                part if part["type"] == "text" else part | {"path": str(next(paths))}
+                for part in content_parts(turns[0].text)
+            ]
+        )
+
     request = {
         "checkpoint": str(folder.resolve()),
         "device": device,
-        "asked": [(f"{name}.png" if name else None, question) for name, question in QUESTIONS],
+        "asked": asked,
         "max_new_tokens": MAX_NEW_TOKENS,
         "logits_to_keep": LOGITS_TO_KEEP,
     }
