@@ -6,15 +6,19 @@ disk, and a rename puts it in place. `whole_folder` does the same for a folder.
 
 from __future__ import annotations
 
+import csv
 import gc
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from _csv import Reader as _Reader
 
 try:
     import fcntl
@@ -227,6 +231,12 @@ def step_of(row: dict[str, Any], path: Path) -> int:
     if type(step) is not int:
         raise ValueError(f"{path} has a line whose step is {step!r}: fix or delete that line")
     return step
+
+
+def table_reader(lines: Iterable[str], delimiter: str, strict: bool = False) -> _Reader:
+    """Return a reader of separated values whose cells may be as long as a base64 image."""
+    csv.field_size_limit(2**31 - 1)  # of the process; no thread may put it back while others read
+    return csv.reader(lines, delimiter=delimiter, strict=strict)
 
 
 def read_json(path: Path, fix: str = "copy it again") -> Any:

@@ -21,7 +21,7 @@ from typing import Any
 
 from mipha.errors import import_optional
 from mipha.evaluation.benchmark import Benchmark, Question
-from mipha.files import read_json_lines
+from mipha.files import read_json_lines, table_reader
 
 _IDS = ("question_id", "questionId", "index", "id", "image")
 _TEXTS = ("text", "prediction")
@@ -183,14 +183,11 @@ def _spreadsheet_rows(path: Path) -> Iterator[list[str]]:
 
 
 def _delimited_rows(path: Path) -> Iterator[list[str]]:
-    limit = csv.field_size_limit(2**31 - 1)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            yield from csv.reader(file, delimiter=_DELIMITERS[path.suffix])
+            yield from table_reader(file, _DELIMITERS[path.suffix])
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} is not a table in UTF-8 ({error}): write it again") from error
-    finally:
-        csv.field_size_limit(limit)
 
 
 def _cell(value: Any) -> str:

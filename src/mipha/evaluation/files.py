@@ -31,7 +31,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import BaseModel, ConfigDict, PlainValidator, ValidationError
 
 from mipha.errors import import_optional
-from mipha.files import read_json
+from mipha.files import read_json, table_reader
 
 AGAIN = "get the official file again"
 """Advice for a damaged file."""
@@ -219,11 +219,9 @@ def read_table(path: Path, required: Iterable[str]) -> Iterator[tuple[str, dict[
     Raises:
         ValueError: A column is missing, a line has another number of cells, or this is no table.
     """
-    # A base64 image is far longer than a cell may be by default.
-    limit = csv.field_size_limit(2**31 - 1)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, delimiter="\t")
+            reader = table_reader(file, "\t")
             columns = next(reader, [])
             if missing := [column for column in required if column not in columns]:
                 raise ValueError(
@@ -241,8 +239,6 @@ def read_table(path: Path, required: Iterable[str]) -> Iterator[tuple[str, dict[
                     yield where, dict(zip(columns, cells, strict=True))
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} is not a table in UTF-8 ({error}): {AGAIN}") from error
-    finally:
-        csv.field_size_limit(limit)
 
 
 def read_parquet(path: Path, required: Iterable[str]) -> Iterator[tuple[str, dict[str, Any]]]:

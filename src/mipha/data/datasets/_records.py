@@ -16,7 +16,7 @@ import json
 import mmap
 import re
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
@@ -30,6 +30,7 @@ from mipha.data.faults import FaultKind, RecordError
 from mipha.data.images import ImageSource
 from mipha.data.regions import Region
 from mipha.data.sample import IMAGE, Message, Sample
+from mipha.files import table_reader
 from mipha.recipe import ReadingRecipe
 
 TABLE_SUFFIXES = (".csv", ".tsv")
@@ -746,7 +747,7 @@ class TableRecords:
             stream.seek(begin)
 
             lines = _CountedLines(stream, file)
-            rows = _rows_of(lines, self._delimiter)
+            rows = table_reader(lines, self._delimiter, strict=True)
             number = 1
             try:
                 self.columns = [name.strip() for name in next(rows, [])]
@@ -795,7 +796,7 @@ class TableRecords:
             text = stream.read(end - start).decode("utf-8")
 
         lines = io.StringIO(text, newline="")
-        cells = next(_rows_of(lines, self._delimiter))
+        cells = next(table_reader(lines, self._delimiter, strict=True))
         if len(cells) != len(self.columns):
             raise RecordError(
                 f"it has {len(cells)} cells for {len(self.columns)} columns",
@@ -806,20 +807,6 @@ class TableRecords:
             column: (parse_list(cell) if column in TURNS else cell) or None
             for column, cell in zip(self.columns, cells, strict=True)
         }
-
-
-def _rows_of(lines: Iterable[str], delimiter: str) -> Iterator[list[str]]:
-    """Yield the cells of each row; a base64 image is longer than a cell may be by default."""
-    rows = csv.reader(lines, delimiter=delimiter, strict=True)
-    while True:
-        limit = csv.field_size_limit(2**31 - 1)
-        try:
-            cells = next(rows, None)
-        finally:
-            csv.field_size_limit(limit)
-        if cells is None:
-            return
-        yield cells
 
 
 class _CountedLines(Iterator[str]):
