@@ -973,6 +973,22 @@ class Recipe(RecipeBase):
         return stages
 
     @model_validator(mode="after")
+    def _squares_to_pad(self) -> Recipe:
+        model = self.model
+        if isinstance(model, CheckpointRecipe) or (
+            model.image in ("square", "tiles") and model.shuffle is None
+        ):
+            return self
+        for name, stage in self.supervised_stages.items():
+            if stage.pad_to_square is not None:
+                raise ValueError(
+                    f"stages.{name}.pad_to_square={str(stage.pad_to_square).lower()} is for images "
+                    f"as squares, and model.image={model.image} cuts them or keeps their shape: "
+                    "leave it out"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _something_to_prefer_with(self) -> Recipe:
         dpo = [name for name, stage in self.stages.items() if isinstance(stage, DpoStageRecipe)]
         if not dpo or isinstance(self.model, CheckpointRecipe):

@@ -304,6 +304,28 @@ def test_a_checkpoint_of_each_class_is_tuned(
     assert load(run, device="cpu").answer(None, "What is it?", max_new_tokens=3).num_tokens
 
 
+@pytest.mark.parametrize("kind", ["shuffled", "anyres", "native"])
+@pytest.mark.parametrize("pads", ["true", "false"])
+def test_a_stage_pads_squares_alone(
+    tiny_run_recipe: Callable[..., Recipe], kind: str, pads: str
+) -> None:
+    keys = [f"model.{key}={value}" for key, value in KINDS[kind].items()]
+    asked = f"stages.finetune.pad_to_square={pads}"
+    with pytest.raises(ValueError, match=rf"{asked} is for images as squares, and .*leave it out"):
+        tiny_run_recipe(*keys, asked)
+
+
+def test_a_stage_does_not_pad_the_images_of_a_checkpoint_that_keeps_their_shape(
+    tiny_run_recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    stage = tiny_run_recipe().stages["finetune"].model_dump(mode="json", exclude_unset=True)
+    stage |= {"row_tokens": 600, "pad_to_square": True}
+    model = {"checkpoint": str(FIXTURES / "next-siglip-qwen2")}
+    recipe = Recipe.parse({"name": "t", "model": model, "stages": {"tune": stage}}, source="t")
+    with pytest.raises(ValueError, match="those of this model are anyres: leave it out"):
+        train(recipe, tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -251,8 +251,17 @@ def grids(side: int, max_tiles: int) -> list[list[int]]:
 def set_padding(
     processor: LlavaProcessor, model: ModelRecipe | CheckpointRecipe, stage: StageRecipe
 ) -> None:
-    """Pad or squash images as a stage asks for; else as the model's recipe or checkpoint does."""
+    """Pad or squash images as a stage asks for; else as the model's recipe or checkpoint does.
+
+    Raises:
+        ValueError: The stage asks for it, and the images of this model keep their shape.
+    """
     own = stage.pad_to_square
+    if own is not None and not isinstance(geometry_of(processor), (Square, Tiles)):
+        raise ValueError(
+            f"pad_to_square={str(own).lower()} of a stage is for images as squares, and those of "
+            f"this model are {geometry_of(processor).kind}: leave it out"
+        )
     if own is None and isinstance(model, ModelRecipe):
         own = model.pad_to_square
     if own is not None and isinstance(geometry_of(processor), (Square, Tiles)):
