@@ -642,7 +642,10 @@ def test_a_word_that_the_model_does_not_have_is_named(saved: Path) -> None:
 
 
 def test_a_conversation_without_tokens_is_named(saved: Path) -> None:
-    (saved / "chat_template.jinja").write_text("{# nothing #}")
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (saved / "chat_template.jinja").write_text(template)
+    step = {"type": "Replace", "pattern": {"Regex": "."}, "content": ""}
+    _edit(saved / "tokenizer.json", lambda content: content.update(normalizer=step))
     with pytest.raises(ValueError, match="make no tokens of a conversation"):
         load(saved, "cpu").answer(None, "What is it?")
 
@@ -656,7 +659,8 @@ def test_a_pattern_that_the_tokenizer_gives_up_on_is_a_sentence(saved: Path) -> 
 
 
 def test_a_template_that_loses_the_image_is_named(saved: Path, files: list[Path]) -> None:
-    (saved / "chat_template.jinja").write_text("Hello.")
+    template = "{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endfor %}"
+    (saved / "chat_template.jinja").write_text(template)
     with pytest.raises(ValueError, match="the chat template and the tokenizer lose or add image"):
         load(saved, "cpu").answer(files[0], "What is it?")
 
