@@ -232,7 +232,8 @@ def test_a_state_that_cannot_be_written_is_named_and_the_one_before_stays(
     monkeypatch.setattr(FileSystemWriter, "write_data", full)
     with pytest.raises(
         OSError,
-        match=r"step-00000002 could not be written; the one before it is intact.*No space left",
+        match=r"step-00000002 could not be written; the one before it is intact.*No space left"
+        r".* GB are free there",
     ):
         writer.save(2, model, optimizer, {})
         writer.finish()

@@ -346,7 +346,7 @@ class StateWriter:
         content, position = _content(model, optimizer), {"step": step, **position}
         files = _Writer(partial_name(state))
         where = {"storage_writer": files, "no_dist": self.world.size == 1}
-        with _as_os_error(_not_written(state)):
+        with _as_os_error(_not_written(state), self.states):
             if self.asynchronous:
                 # Weights on a CPU are copied too: training goes on in them.
                 copies = DefaultStager(StagingOptions(False, False, False, False))
@@ -374,7 +374,7 @@ class StateWriter:
         """
         if self._pending:
             (future, state, position), self._pending = self._pending, None
-            with _as_os_error(_not_written(state)):
+            with _as_os_error(_not_written(state), self.states):
                 future.result()
             self.world.barrier()
             self._publish(state, position)
@@ -536,10 +536,15 @@ def _read_position(state: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _as_os_error(sentence: str) -> Iterator[None]:
+def _as_os_error(sentence: str, written: Path | None = None) -> Iterator[None]:
     """Turn torch's report of a full disk or a damaged file into an OSError.
 
-    torch raises a BaseException of its own, which `except Exception` does not catch.
+    torch raises a BaseException of its own, which `except Exception` does not catch. Its writer of
+    zip files hides that a disk is full, so the free space stands beside what it says.
+
+    Args:
+        sentence: What failed.
+        written: Folder that was written to; None where files were read.
     """
     with warnings.catch_warnings():
         # torch warns even a single process that asked for no others.
@@ -547,7 +552,9 @@ def _as_os_error(sentence: str) -> Iterator[None]:
         try:
             yield
         except CheckpointException as error:
-            cause = next(iter(error.failures.values()))[0]
+            cause = str(next(iter(error.failures.values()))[0])
+            if written is not None:
+                cause += f" ({shutil.disk_usage(written).free / 1e9:.1f} GB are free there)"
             raise OSError(f"{sentence}: {cause}") from error
 
 
