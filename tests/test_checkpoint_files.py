@@ -269,6 +269,7 @@ REPLACES = {
         ("config", {"text_config__hidden_size": 10**6}, "hidden_size to 1000000, but"),
         ("config", {"text_config__hidden_size": "x"}, "hidden_size to 'x', but"),
         ("config", {"text_config__vocab_size": 0}, "vocab_size to 0, but"),
+        ("config", {"text_config__sliding_window": 0}, "sliding_window to 0, but"),
         ("config", {"text_config": []}, "not a LLaVA"),
         ("config", {"num_labels": 10**8}, "num_labels to 100000000, but the weights"),
         (

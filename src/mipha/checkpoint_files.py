@@ -550,6 +550,7 @@ def check_sizes(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Sto
         **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size"), longest),
         **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), longest),
         "patch_size": longest,
+        "sliding_window": 2**31 - 1,
     }
     for key, limit in most.items():
         value = config.get(key)
