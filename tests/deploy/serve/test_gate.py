@@ -167,8 +167,10 @@ def test_health_is_open_and_names_the_model_only_to_those_who_may_ask() -> None:
 
 def test_a_server_that_loads_says_so_everywhere() -> None:
     metrics = Metrics()
-    app = create_loading_app(metrics)
+    loaded = Event()
+    app = create_loading_app(metrics, loaded)
     assert call(app, "/health") == (503, {"status": "loading"})
+    loaded.set()  # requests to the model wait for it
     for path in ("/", *CLOSED):
         status, body = call(app, path)
         assert (status, body["error"]["code"]) == (503, "loading")

@@ -103,12 +103,14 @@ def test_an_empty_key_in_the_environment_does_not_turn_the_key_off(
 def test_a_server_that_loads_answers_and_its_port_is_handed_over() -> None:
     """Whoever asks meanwhile gets 503, and nobody is refused a connection."""
     asked: list[tuple[int, dict[str, str]]] = []
+    events: list[str | int] = []
 
     class Idle:
         name = "idle"
 
         async def start(self) -> None:
             asked.append(health())
+            events.append("started")
 
         async def close(self) -> None: ...
 
@@ -121,8 +123,13 @@ def test_a_server_that_loads_answers_and_its_port_is_handed_over() -> None:
         response = httpx.get(f"http://127.0.0.1:{port}/health", timeout=30, trust_env=False)
         return response.status_code, response.json()
 
+    def ask_the_model() -> None:
+        url = f"http://127.0.0.1:{port}/v1/models"
+        events.extend(httpx.get(url, timeout=60, trust_env=False).status_code for _ in range(2))
+
     def load() -> tuple[Any, Bounds]:
         asked.append(health())
+        asking.start()
         Thread(target=ask_until_ready).start()
         return Idle(), Bounds()
 
@@ -130,12 +137,16 @@ def test_a_server_that_loads_answers_and_its_port_is_handed_over() -> None:
         try:
             while asked[-1][0] == 503:
                 asked.append(health())
+            asking.join(60)
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
 
+    asking = Thread(target=ask_the_model)
     with listen("127.0.0.1", 0) as listening:
         port = listening.getsockname()[1]
         run(load, "tiny", listening, Metrics(), shutdown_seconds=1)
+    # A request to the model waits until it is loaded, and the next one is answered.
+    assert events == ["started", 503, 200]
     *loading, ready = asked
     assert len(loading) > 1 and all(one == (503, {"status": "loading"}) for one in loading)
     assert ready == (200, {"status": "ok", "engine": "idle", "model": "tiny"})

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import time
 from collections.abc import Sequence
 from functools import cache
 from importlib import resources
+from threading import Event
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -29,6 +31,9 @@ _NO_OTHERS = (
     "form-action 'none'; frame-ancestors 'none'"
 )
 """Content security policy of the page: nothing from elsewhere."""
+
+_LAST_SECONDS = 0.5
+"""Time in which a server that is told to end stops accepting: the next request is not its own."""
 
 
 def create_app(
@@ -102,14 +107,24 @@ def create_app(
     return app
 
 
-def create_loading_app(metrics: Metrics) -> ASGIApp:
-    """Make the application that stands at the port until the model is loaded: always status 503."""
+def create_loading_app(metrics: Metrics, loaded: Event) -> ASGIApp:
+    """Make the application that stands at the port until the model is loaded: always status 503.
+
+    Requests to the model wait for it first, so that a client that asks again at once succeeds.
+
+    Args:
+        metrics: Counts of the requests.
+        loaded: What is set when the model is loaded, or will not be.
+    """
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-        error = ServiceError(
-            "the model is loading: ask again in a moment", status=503, code="loading"
-        )
-        response = error_response(error)
+        said = "the model is loading: ask again in a moment"
+        if scope["path"].startswith(MODELS) or scope["path"] == CHAT:
+            while not loaded.is_set():
+                await asyncio.sleep(0.1)
+            await asyncio.sleep(_LAST_SECONDS)
+            said = "the model was loading until now: ask again"
+        response = error_response(ServiceError(said, status=503, code="loading"))
         if scope["path"] == "/health":
             response = JSONResponse({"status": "loading"}, 503, headers={"Retry-After": "5"})
         await response(scope, receive, send)

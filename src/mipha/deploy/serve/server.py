@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from threading import Thread
+from threading import Event, Thread
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -206,8 +206,8 @@ def run(
 ) -> None:
     """Load an engine and serve it at a socket until SIGTERM or Ctrl-C.
 
-    While it loads, every request gets status 503. At the end no new request is accepted, and
-    running ones are finished.
+    While it loads, every request gets status 503; one to the model waits and gets it then. At the
+    end no new request is accepted, and running ones are finished.
 
     Args:
         load: Function that returns the engine, not started yet, and the load that is taken on.
@@ -234,7 +234,8 @@ def run(
     before = {number: signal.getsignal(number) for number in signals}
     loop: asyncio.AbstractEventLoop
 
-    with _answering(create_loading_app(metrics), listening) as stop_answering:
+    loaded = Event()
+    with _answering(create_loading_app(metrics, loaded), listening, loaded) as stop_answering:
         engine, bounds = load()
 
         class Server(uvicorn.Server):
@@ -316,8 +317,16 @@ def configure(
 
 
 @contextmanager
-def _answering(app: ASGIApp, listening: socket.socket) -> Iterator[Callable[[], None]]:
-    """Serve an application at a socket in a thread; yields the function that ends it."""
+def _answering(
+    app: ASGIApp, listening: socket.socket, ended: Event
+) -> Iterator[Callable[[], None]]:
+    """Serve an application at a socket in a thread; yields the function that ends it.
+
+    Args:
+        app: The application.
+        listening: Socket of `listen`.
+        ended: What is set first, for requests that wait for the end.
+    """
     import uvicorn
 
     server = uvicorn.Server(configure(app, shutdown_seconds=0))
@@ -327,6 +336,7 @@ def _answering(app: ASGIApp, listening: socket.socket) -> Iterator[Callable[[], 
     thread.start()
 
     def stop() -> None:
+        ended.set()
         server.should_exit = True
         thread.join()
 
