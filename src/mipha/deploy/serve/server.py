@@ -325,7 +325,7 @@ def _answering(
     Args:
         app: The application.
         listening: Socket of `listen`.
-        ended: What is set first, for requests that wait for the end.
+        ended: What is set at the end, for requests that wait for it.
     """
     import uvicorn
 
@@ -336,8 +336,8 @@ def _answering(
     thread.start()
 
     def stop() -> None:
-        ended.set()
         server.should_exit = True
+        ended.set()  # second, so that it accepts nothing more when those who waited ask again
         thread.join()
 
     try:
