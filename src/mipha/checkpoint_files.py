@@ -83,8 +83,8 @@ _DEFAULTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 Source: transformers 5.23, the classes of each kind.
 """
 
-TOKENS = ("tokenizer.json", "special_tokens_map.json", "added_tokens.json")
-"""JSON files of a tokenizer, whose keys may be any words."""
+TOKENS = ("special_tokens_map.json", "added_tokens.json")
+"""JSON files beside tokenizer.json, whose keys may be any words."""
 
 _MOST_COUNT = 100_000
 """Most layers, labels or experts that a config may name; some are made before weights are read."""
@@ -401,10 +401,10 @@ def read_checkpoint(folder: Path, needs_template: bool = True) -> CheckpointFile
     for name in CONFIGS:
         if (folder / name).is_file():
             _refuse_redirects(folder / name, read_config(folder, name))
+    check_tokenizer(folder)
     for name in TOKENS:
         if (folder / name).is_file():
             read_json_object(folder / name)
-    check_tokenizer(folder)
     if needs_template and read_chat_template(folder) is None:
         raise FileNotFoundError(
             f"{folder} has no chat_template.jinja, so no conversation can be written for it: "
@@ -718,7 +718,10 @@ def _check_image(folder: Path, config: dict[str, Any], processor: dict[str, Any]
 def _check_features(folder: Path, files: CheckpointFiles) -> None:
     """Refuse features of a tower that its stock class fails to read at the first image."""
     config, geometry, path = files.config, files.geometry, folder / "config.json"
-    layers, depth = config.get("vision_feature_layer"), config["vision_config"].get(_LAYERS)
+    layers, depth = (
+        config.get("vision_feature_layer"),
+        config["vision_config"].get("num_hidden_layers"),
+    )
     for layer in layers if isinstance(layers, list) else [-1 if layers is None else layers]:
         if type(layer) is not int or layer == 0 or (depth and not -depth - 1 <= layer <= depth):
             raise ValueError(
@@ -754,7 +757,6 @@ def _count_prefix_tokens(tensors: Mapping[str, StoredTensor]) -> int:
     )
 
 
-_LAYERS = "num_hidden_layers"
 _PREFIX_TOKENS = ("class_embedding", "cls_token", "register_tokens", "distillation_token")
 
 _GEOMETRIES: dict[str, Any] = {

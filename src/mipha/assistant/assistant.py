@@ -43,7 +43,7 @@ from mipha.models.modeling import (
     LlavaForConditionalGeneration,
     attention_window,
     is_recurrent,
-    load_model,
+    load_saved_model,
 )
 from mipha.models.processing import load_processor
 from mipha.preflight import check_device, check_dtype
@@ -685,9 +685,9 @@ def load(
     if adapter is not None:
         adapter = adapter_folder(adapter)
         check_base(adapter, folder)  # before the weights are loaded
-    read_checkpoint(folder)  # says that a model is of another class, before its processor fails
+    read_checkpoint(folder)  # refuses a folder before its processor is read
     processor = load_processor(folder)  # tries the chat template, before a GPU is in use
-    base = Assistant(load_model(str(folder), device, getattr(torch, name)), processor)
+    base = Assistant(load_saved_model(str(folder), device, getattr(torch, name)), processor)
     return base if adapter is None else with_adapter(base, Path(adapter), folder)
 
 

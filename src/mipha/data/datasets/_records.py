@@ -390,8 +390,13 @@ def files_of_no_split(root: Path | None, split: str, suffixes: Sequence[str]) ->
         return None
     return (
         f"{len(others)} files are not read, because their names are of no split such as train: "
-        f"{', '.join(others[:10])}{', ...' if len(others) > 10 else ''}"
+        f"{first_of(others)}"
     )
+
+
+def first_of(names: Sequence[str], most: int = 10) -> str:
+    """Return the first names with commas, and dots where there are more."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def _splits_of(folder: Path, suffixes: Sequence[str]) -> dict[str, list[Path]]:

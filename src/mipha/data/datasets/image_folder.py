@@ -17,14 +17,19 @@ from pathlib import Path
 
 from mipha.data.dataset import DataSet
 from mipha.data.datasets._images import image_folders
-from mipha.data.datasets._records import Part, Rows, check_split, record_file, split_folders
+from mipha.data.datasets._records import (
+    Part,
+    Rows,
+    check_split,
+    first_of,
+    record_file,
+    split_folders,
+)
 from mipha.data.datasets._shapes import READS, sample_of
 from mipha.data.faults import RecordError
 from mipha.data.images import SUFFIXES
 
 METADATA = ("metadata.jsonl", "metadata.csv")
-
-_MOST_NAMED = 10
 
 
 class CaptionedImages:
@@ -158,12 +163,11 @@ def left_out(root: Path | None, split: str) -> str | None:
         (outside, "images are not read, because they lie in no folder of a split"),
     )
     return (
-        "; ".join(f"{len(names)} {what}: {_listed(names)}" for names, what in said if names) or None
+        "; ".join(
+            f"{len(names)} {what}: {first_of(sorted(names))}" for names, what in said if names
+        )
+        or None
     )
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(sorted(names)[:_MOST_NAMED]) + (", ..." if len(names) > _MOST_NAMED else "")
 
 
 def _is_image_name(name: str) -> bool:
